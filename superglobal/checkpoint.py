@@ -1,0 +1,298 @@
+"""Reading and writing weights: strict, safe, with provenance; the CVNet file format.
+
+Nothing is unpickled beyond tensors and plain containers, and no key is ever dropped in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from superglobal.errors import InputError
+from superglobal.models.network import RetrievalNetwork, weights_digest
+
+FORMAT = "superglobal-1"
+_CVNET_PREFIXES = ("encoder_q.", "globalmodel.")
+# CVNet-Rerank's own layers: they score pairs of local maps and have no part in a global descriptor.
+_CVNET_RERANK = ("conv2ds.", "cv_learner.")
+_RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
+_CVNET_LAYERS = {
+    "proj": "downsample.0",
+    "bn": "downsample.1",
+    "f.a": "conv1",
+    "f.a_bn": "bn1",
+    "f.b": "conv2",
+    "f.b_bn": "bn2",
+    "f.c": "conv3",
+    "f.c_bn": "bn3",
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a `RetrievalNetwork` with what is needed to build it.
+
+    Attributes:
+        state: tensors under the network's own names; for `kind="backbone"` under timm's.
+        kind: "superglobal" (our export), "cvnet", or "backbone" (a plain timm state dict).
+        backbone: timm's name, None if the file does not say.
+        dim: outputs of the whitening layer, None without one.
+        pooling: the switches it was trained with, None if the file does not say.
+        mean, std: RGB statistics, None for the backbone's own.
+        provenance: where the weights come from.
+        left_aside: keys of the file that are no part of the network, by intent.
+    """
+
+    state: dict[str, Tensor]
+    kind: str
+    backbone: str | None = None
+    dim: int | None = None
+    pooling: dict[str, Any] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    left_aside: tuple[str, ...] = ()
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a weights file of any known format.
+
+    Args:
+        path: our safetensors export, a CVNet checkpoint (.pyth, .pth), or a state dict of a timm backbone
+            (torch or safetensors).
+
+    Raises:
+        InputError: missing, truncated, unsafe or unknown file.
+    """
+    path = Path(path)
+    tensors, metadata = _read_tensors(path)
+    provenance = {"file": path.name, "sha256": _file_digest(path)}
+    if "superglobal" in metadata:
+        return _from_export(path, tensors, metadata["superglobal"], provenance)
+    if any(key.startswith(_CVNET_PREFIXES) for key in tensors):
+        return _from_cvnet(path, tensors, provenance)
+    return Weights(tensors, "backbone", provenance=provenance)
+
+
+def save_weights(network: RetrievalNetwork, path: str | Path, provenance: Mapping[str, Any]) -> None:
+    """Write a network as safetensors with its architecture and provenance, atomically.
+
+    Raises:
+        InputError: the place cannot be written; what was there before is untouched.
+    """
+    about = {
+        "format": FORMAT,
+        "backbone": network.backbone.name,
+        "dim": network.dim if network.whitening is not None else None,
+        "pooling": {k: str(v) if v == float("inf") else v for k, v in asdict(network.config).items()},
+        "mean": network.backbone.mean,
+        "std": network.backbone.std,
+        "digest": weights_digest(network.state_dict()),
+        "provenance": dict(provenance),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_atomically(Path(path), safetensors_bytes(tensors, {"superglobal": json.dumps(about)}))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` beside `path`, flush it to disk, then rename: a reader sees the old file or the new one.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); free space or choose another place"
+        ) from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load a state dict whose every key and shape must agree.
+
+    Raises:
+        InputError: lists missing, unexpected and misshapen keys.
+    """
+    expected = module.state_dict()
+    wrong = {
+        "missing": sorted(set(expected) - set(state)),
+        "unexpected": sorted(set(state) - set(expected)),
+        "misshapen": [
+            f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}"
+            for k in sorted(set(expected) & set(state))
+            if state[k].shape != expected[k].shape
+        ],
+    }
+    if any(wrong.values()):
+        lists = "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in wrong.items() if keys)
+        raise InputError(f"{what} does not fit the network. {lists}")
+    module.load_state_dict(dict(state), strict=True)
+
+
+def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: dict[str, Any]) -> Weights:
+    try:
+        about = json.loads(text)
+        if about["format"] != FORMAT:
+            raise InputError(
+                f"{path}: format {about['format']!r} is not {FORMAT!r}; it needs another version of superglobal"
+            )
+        if weights_digest(tensors) != about["digest"]:
+            raise InputError(
+                f"{path}: the tensors are not the ones that were written; get or export the file again"
+            )
+        pooling = about["pooling"] and {k: float(v) if v == "inf" else v for k, v in about["pooling"].items()}
+        return Weights(
+            tensors,
+            "superglobal",
+            backbone=about["backbone"],
+            dim=about["dim"],
+            pooling=pooling,
+            mean=tuple(about["mean"]),
+            std=tuple(about["std"]),
+            provenance={**provenance, "origin": about["provenance"]},
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{path}: its superglobal metadata is damaged ({error!r}); export the file again"
+        ) from error
+
+
+def _from_cvnet(path: Path, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> Weights:
+    prefix = next(p for p in _CVNET_PREFIXES if any(k.startswith(p) for k in tensors))
+    left_aside = tuple(sorted(k for k in tensors if k.startswith(_CVNET_RERANK)))
+    state: dict[str, Tensor] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        if key in left_aside:
+            continue
+        name = _cvnet_name(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if name is None:
+            unknown.append(key)
+        else:
+            state[name] = tensor
+    if unknown:
+        raise InputError(
+            f"{path}: {len(unknown)} unexpected keys in a CVNet checkpoint: {_shorten(sorted(unknown))}"
+        )
+    for required in ("backbone.net.conv1.weight", "whitening.weight"):
+        if required not in state:
+            raise InputError(
+                f"{path}: a CVNet checkpoint without {required} is incomplete; download it again"
+            )
+    blocks = tuple(
+        len({k.split(".")[3] for k in state if k.startswith(f"backbone.net.layer{i}.")}) for i in range(1, 5)
+    )
+    if blocks not in _RESNETS:
+        raise InputError(f"{path}: {blocks} blocks a stage, expected one of {_RESNETS}")
+    # pycls networks read BGR: with the first convolution turned round, everything here is RGB.
+    state["backbone.net.conv1.weight"] = state["backbone.net.conv1.weight"].flip(1).contiguous()
+    return Weights(
+        state,
+        "cvnet",
+        backbone=_RESNETS[blocks],
+        dim=int(state["whitening.weight"].shape[0]),
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        provenance={**provenance, "format": "CVNet"},
+        left_aside=left_aside,
+    )
+
+
+def _cvnet_name(key: str) -> str | None:
+    """Name in `RetrievalNetwork` of a key of CVNet's global model (pycls names)."""
+    if key == "head.pool.p":
+        return "pooling.p"
+    if key.startswith("head.fc."):
+        return f"whitening.{key.removeprefix('head.fc.')}"
+    if key.startswith("stem."):
+        return re.sub(r"^stem\.(conv|bn)\.", r"backbone.net.\g<1>1.", key)
+    found = re.fullmatch(r"s([1-4])\.b(\d+)\.(proj|bn|f\.[abc](?:_bn)?)\.(\w+)", key)
+    if not found:
+        return None
+    stage, block, layer, leaf = found.groups()
+    return f"backbone.net.layer{stage}.{int(block) - 1}.{_CVNET_LAYERS[layer]}.{leaf}"
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise InputError(f"weights={path}: no such file")
+    with path.open("rb") as file:
+        head = file.read(9)
+    if len(head) == 9 and head[8:] == b"{":
+        return _read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: refused, nothing was run: it asks to unpickle more than tensors and plain containers, or is "
+            f"damaged ({_first_line(error)}). Save a plain state dict and give that"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: corrupt, incomplete or no weights file ({_first_line(error)}); get it again"
+        ) from error
+    for wrapper in ("model_state", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(v, Tensor) for v in content.values())
+    ):
+        raise InputError(
+            f"{path}: holds no state dict (expected names to tensors, or one under 'model_state')"
+        )
+    return content, {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: corrupt or incomplete safetensors file ({error}); get it again") from error
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _shorten(names: list[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

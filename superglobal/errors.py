@@ -1,0 +1,8 @@
+"""The one error class for everything a user can mend."""
+
+
+class InputError(ValueError):
+    """Bad input: the message names the thing, the place and the mend.
+
+    `train.py` and `eval.py` print it without a traceback and exit with status 2.
+    """

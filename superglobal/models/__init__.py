@@ -1,0 +1,1 @@
+"""Networks: image -> feature map -> descriptor. Nothing here imports Lightning or Hydra."""

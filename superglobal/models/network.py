@@ -1,0 +1,199 @@
+"""The retrieval network: uint8 image in, unit descriptor out, through any list of scales."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from superglobal.errors import InputError
+from superglobal.models.backbone import Backbone, has_relup, install_relup
+from superglobal.models.pooling import MapPooling, PoolingConfig, scale_gem
+
+# The reference's lists (model/resnet.py:269-281); its default is the one of three.
+SCALES: dict[int, tuple[float, ...]] = {
+    1: (1.0,),
+    3: (0.7071, 1.0, 1.4142),
+    5: (0.5, 0.7071, 1.0, 1.4142, 2.0),
+}
+# Raised whenever the same weights and settings begin to give other descriptors: stored ones are then not reused.
+DESCRIPTOR_VERSION = 1
+# A thread-like crop is stretched rather than grown to a picture of this many pixels a side.
+_MAX_ENLARGED_SIDE = 4096
+
+
+def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
+    """Expand 1, 3 or 5 to the reference's list; check any other list.
+
+    Raises:
+        InputError: unknown count, empty list, or a scale outside 0.1..4.
+    """
+    if isinstance(scales, int):
+        if scales not in SCALES:
+            raise InputError(f"scales={scales}: expected 1, 3, 5 or a list such as [0.7071,1.0,1.4142]")
+        return SCALES[scales]
+    values = tuple(float(s) for s in scales)
+    if not values or not all(0.1 <= s <= 4 for s in values):
+        raise InputError(f"scales={list(values)}: expected a list of numbers in 0.1..4")
+    return values
+
+
+class RetrievalNetwork(nn.Module):
+    """Backbone, pooling, whitening layer and scales (method of the reference's model/resnet.py:248-288).
+
+    Args:
+        backbone: image to feature map.
+        pooling: switches and constants; ReLUP is installed into the backbone here.
+        dim: outputs of the whitening layer; None for no whitening (D = the backbone's channels).
+        scales: 1, 3, 5 or a list of factors.
+        antialias: filter when a scale shrinks the image; off is what the paper's runs had.
+
+    Raises:
+        InputError: ReLUP on a backbone that has no place for it; a bad list of scales.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pooling: PoolingConfig,
+        dim: int | None = None,
+        scales: int | Sequence[float] = 3,
+        antialias: bool = False,
+    ) -> None:
+        super().__init__()
+        if pooling.relup == "auto":
+            pooling = replace(pooling, relup="on" if has_relup(backbone.net) else "off")
+        self.backbone = backbone
+        self.pooling = MapPooling(pooling)
+        self.whitening = nn.Linear(backbone.channels, dim) if dim else None
+        self.dim = dim or backbone.channels
+        self.scales = make_scales(scales)
+        self.antialias = antialias
+        self.weights_label = "random"
+        install_relup(backbone.net, pooling.relup, pooling.relup_alpha)
+        self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
+
+    @property
+    def config(self) -> PoolingConfig:
+        return self.pooling.config
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8, or float in 0..1, RGB -> float32 standardised with the weights' statistics."""
+        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        return (images - self.mean) / self.std
+
+    def whitened(self, x: Tensor) -> Tensor:
+        """Descriptor at one scale before its last normalisation: (B, 3, H, W) standardised -> (B, D)."""
+        pooled = self.pooling(self.backbone(x))
+        if self.whitening is None:
+            return pooled
+        return self.whitening(F.normalize(pooled) if self.config.l2_before_whitening else pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Descriptors of images of one size.
+
+        Args:
+            images: (B, 3, H, W) RGB, uint8 or float in 0..1.
+
+        Returns:
+            (B, D) float32, unit norm.
+        """
+        images = self._enlarge(images)
+        x = images if self.config.opencv_resize else self.normalize(images)
+        vectors = [self.whitened(self._at_scale(x, s)).float() for s in self.scales]
+        if self.config.scale:
+            combined = scale_gem(vectors, self.config.scale_p)
+        else:
+            combined = torch.stack(
+                [F.normalize(v) for v in vectors] if self.config.unit_scales else vectors
+            ).mean(0)
+        return F.normalize(combined)
+
+    def _at_scale(self, x: Tensor, scale: float) -> Tensor:
+        if self.config.opencv_resize:
+            return self.normalize(_opencv_scaled(x, scale))
+        return resized(x, scale, self.antialias)
+
+    def min_side(self) -> int:
+        """Shorter image side, in pixels, below which `forward` first enlarges the image.
+
+        RegionalGeM's reflect padding needs 3 cells at the smallest scale (ResNet: 92 px at three scales, 130 at
+        five, 65 at one), where the reference crashes; without RegionalGeM one cell is enough.
+        """
+        need = self.backbone.min_side(self.pooling.min_cells)
+        smallest = min(self.scales)
+        side = int(need / smallest)
+        while int(side * smallest) < need:
+            side += 1
+        return side
+
+    def _enlarge(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        need = self.min_side()
+        if min(height, width) >= need:
+            return images
+        factor = need / min(height, width)
+        limit = max(height, width, _MAX_ENLARGED_SIDE)
+        size = [max(need, min(round(side * factor), limit)) for side in (height, width)]
+        values = images.float() / 255 if images.dtype == torch.uint8 else images
+        enlarged = _resize(values, *size, antialias=False)
+        return (enlarged * 255).round().to(torch.uint8) if self.config.opencv_resize else enlarged
+
+    def identity(self) -> dict[str, Any]:
+        """Everything about the network that changes a descriptor, as plain types for a fingerprint."""
+        return {
+            "descriptor_version": DESCRIPTOR_VERSION,
+            "weights": weights_digest(self.state_dict()),
+            "backbone": self.backbone.name,
+            "mean": list(self.backbone.mean),
+            "std": list(self.backbone.std),
+            "dim": self.dim,
+            "pooling": asdict(self.config),
+            "scales": list(self.scales),
+            "antialias": self.antialias,
+            "min_side": self.min_side(),
+            "precision": "float32",
+        }
+
+
+def weights_digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes: the same for one set of weights in any file format."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def resized(x: Tensor, scale: float, antialias: bool = False) -> Tensor:
+    """Resize (B, C, H, W) bilinearly to int(H * scale) x int(W * scale), as the reference truncates."""
+    if scale == 1.0:
+        return x
+    return _resize(x, int(x.shape[-2] * scale), int(x.shape[-1] * scale), antialias)
+
+
+def _resize(x: Tensor, height: int, width: int, antialias: bool) -> Tensor:
+    return F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=antialias)
+
+
+def _opencv_scaled(images: Tensor, scale: float) -> Tensor:
+    """CVNet's resize: OpenCV on uint8, area below 1 and linear above (its test/dataset.py)."""
+    if images.dtype != torch.uint8:
+        raise InputError("pooling.opencv_resize works on uint8 images: give (B, 3, H, W) uint8")
+    if scale == 1.0:
+        return images
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    scaled = [
+        cv2.resize(im, None, fx=scale, fy=scale, interpolation=method)
+        for im in images.permute(0, 2, 3, 1).cpu().numpy()
+    ]
+    return torch.from_numpy(np.stack(scaled)).permute(0, 3, 1, 2).to(images.device)

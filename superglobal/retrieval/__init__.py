@@ -1,0 +1,1 @@
+"""Descriptor store, search, reranking, metrics, reports. Nothing here imports Lightning or Hydra."""

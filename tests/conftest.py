@@ -1,0 +1,40 @@
+"""Paths and weights that several test files share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(DATA))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real photos and ground truth, present in continuous integration only."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real photos are not here ({SHARED})")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def cvnet_checkpoint(tmp_path_factory):
+    """Callable depth -> path of a synthetic checkpoint in the CVNet file format."""
+    from synth_ckpt import synth_state
+
+    folder = tmp_path_factory.mktemp("cvnet")
+
+    def make(depth: int) -> Path:
+        path = folder / f"r{depth}.pyth"
+        if not path.exists():
+            manifest = json.loads((DATA / f"manifest_cvnet_r{depth}.json").read_text())
+            torch.save({"epoch": 0, "model_state": synth_state(manifest, 7)}, path)
+        return path
+
+    return make
