@@ -1,15 +1,29 @@
 """SuperGlobal (ICCV 2023) image retrieval: descriptors, search, reranking and scores in a few lines.
 
->>> model = load_model("CVPR2022_CVNet_R50.pyth")
->>> X, Q = extract(model, database_images), extract(model, query_images)
->>> scores, ids = search(Q, X, k=400)
->>> scores, ids = rerank(Q, X, ids)
->>> result = revisited_map(Q, X, ground_truth, ids=ids)
+model = superglobal.load_model("CVPR2022_CVNet_R50.pyth")
+X, Q = superglobal.extract(model, database), superglobal.extract(model, queries)
+scores, ids = superglobal.search(Q, X, k=400)
+scores, ids = superglobal.rerank(Q, X, ids)
+result = superglobal.revisited_map(Q, X, ground_truth, ids)
 """
 
 from superglobal.api import extract, load_model
+from superglobal.data.revisited import load_ground_truth
 from superglobal.errors import InputError
 from superglobal.models.attach import attach
+from superglobal.retrieval.rerank import rerank, rerank_candidates
+from superglobal.retrieval.scoring import revisited_map
+from superglobal.retrieval.search import search
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "attach", "extract", "load_model"]
+__all__ = [
+    "InputError",
+    "attach",
+    "extract",
+    "load_ground_truth",
+    "load_model",
+    "rerank",
+    "rerank_candidates",
+    "revisited_map",
+    "search",
+]

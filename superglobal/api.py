@@ -13,12 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from superglobal.checkpoint import Weights, load_strictly, read_weights
+from superglobal.data.datamodules import image_tensor
 from superglobal.data.images import read_image, shrink
 from superglobal.errors import InputError
 from superglobal.models.backbone import ALIASES, Backbone
 from superglobal.models.network import RetrievalNetwork
 from superglobal.models.pooling import PoolingConfig, make_pooling
 from superglobal.offline import package_weights
+from superglobal.precision import full_precision
 
 ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -84,44 +86,29 @@ def extract(
     Raises:
         InputError: an image that cannot be read or has another shape or type, naming it.
     """
-    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor) and not _is_stack(images):
-        images = [images]
+    single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
+    several: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     if device is not None:
         model = model.to(device)
     where = model.mean.device
     rows = []
-    with torch.inference_mode(), exact_float32():
-        for i, image in enumerate(images):
+    with torch.inference_mode(), full_precision():
+        for i, image in enumerate(several):
             rows.append(model(_as_tensor(image, i, max_side)[None].to(where))[0].cpu().numpy())
             if not np.isfinite(rows[-1]).all():
                 raise InputError(f"image {i}: its descriptor is not finite; are the weights sound?")
     return np.stack(rows) if rows else np.zeros((0, model.dim), np.float32)
 
 
-class exact_float32:  # noqa: N801 - a context manager, used like a function
-    """Within it, float32 products on a GPU are float32, not TF32; restores what was set before."""
-
-    def __enter__(self) -> None:
-        self._before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self._before
-
-
-def _is_stack(images: Any) -> bool:
-    return isinstance(images, np.ndarray | Tensor) and images.ndim == 4
-
-
 def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
     """One image as (3, H, W), uint8 or float in 0..1."""
     if isinstance(image, str | os.PathLike):
-        return to_tensor(read_image(Path(image), max_side=max_side))
+        return image_tensor(read_image(Path(image), max_side=max_side))
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
             raise InputError(f"image {position}: tensor {tuple(image.shape)}, expected (3, H, W)")
         if image.dtype == torch.uint8:
-            return to_tensor(shrink(image.permute(1, 2, 0).cpu().numpy(), max_side))
+            return image_tensor(shrink(image.permute(1, 2, 0).cpu().numpy(), max_side))
         if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
             raise InputError(f"image {position}: a tensor must be uint8, or float in 0..1 (not standardised)")
         if max_side is not None and max(image.shape) > max_side:
@@ -132,12 +119,7 @@ def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
         array = np.repeat(array[..., None], 3, axis=2)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or min(array.shape) < 1:
         raise InputError(f"image {position}: array {array.shape} {array.dtype}, expected (H, W, 3) uint8 RGB")
-    return to_tensor(shrink(array, max_side))
-
-
-def to_tensor(array: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) uint8 tensor."""
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    return image_tensor(shrink(array, max_side))
 
 
 def _read_source(weights: str) -> Weights | None:
@@ -149,13 +131,9 @@ def _read_source(weights: str) -> Weights | None:
 def _agreed_backbone(weights: str, source: Weights | None, wanted: str | None) -> str:
     stored = source.backbone if source is not None else None
     if stored is None and wanted is None:
-        raise InputError(
-            f"weights={weights} does not say its architecture: give backbone=, for example resnet50"
-        )
+        raise InputError(f"weights={weights} does not say its architecture: give backbone=, for example resnet50")
     if stored and wanted and ALIASES.get(stored, stored) != ALIASES.get(wanted, wanted):
-        raise InputError(
-            f"backbone={wanted} contradicts weights={weights}, which holds {stored}; leave backbone out"
-        )
+        raise InputError(f"backbone={wanted} contradicts weights={weights}, which holds {stored}; leave backbone out")
     return str(stored or wanted)
 
 
@@ -163,7 +141,8 @@ def _load(network: RetrievalNetwork, source: Weights, what: str) -> None:
     if source.kind != "backbone":
         load_strictly(network, source.state, what)
         return
-    classifier = network.backbone.net.default_cfg.get("classifier") or ()
+    net: Any = network.backbone.net
+    classifier = net.default_cfg.get("classifier") or ()
     heads = tuple(f"{c}." for c in ([classifier] if isinstance(classifier, str) else classifier))
     body = {k: v for k, v in source.state.items() if not k.startswith(heads or ("\0",))}
-    load_strictly(network.backbone.net, body, what)
+    load_strictly(net, body, what)

@@ -162,9 +162,7 @@ def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: 
                 f"{path}: format {about['format']!r} is not {FORMAT!r}; it needs another version of superglobal"
             )
         if weights_digest(tensors) != about["digest"]:
-            raise InputError(
-                f"{path}: the tensors are not the ones that were written; get or export the file again"
-            )
+            raise InputError(f"{path}: the tensors are not the ones that were written; get or export the file again")
         pooling = about["pooling"] and {k: float(v) if v == "inf" else v for k, v in about["pooling"].items()}
         return Weights(
             tensors,
@@ -177,9 +175,7 @@ def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: 
             provenance={**provenance, "origin": about["provenance"]},
         )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"{path}: its superglobal metadata is damaged ({error!r}); export the file again"
-        ) from error
+        raise InputError(f"{path}: its superglobal metadata is damaged ({error!r}); export the file again") from error
 
 
 def _from_cvnet(path: Path, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> Weights:
@@ -196,14 +192,10 @@ def _from_cvnet(path: Path, tensors: dict[str, Tensor], provenance: dict[str, An
         else:
             state[name] = tensor
     if unknown:
-        raise InputError(
-            f"{path}: {len(unknown)} unexpected keys in a CVNet checkpoint: {_shorten(sorted(unknown))}"
-        )
+        raise InputError(f"{path}: {len(unknown)} unexpected keys in a CVNet checkpoint: {_shorten(sorted(unknown))}")
     for required in ("backbone.net.conv1.weight", "whitening.weight"):
         if required not in state:
-            raise InputError(
-                f"{path}: a CVNet checkpoint without {required} is incomplete; download it again"
-            )
+            raise InputError(f"{path}: a CVNet checkpoint without {required} is incomplete; download it again")
     blocks = tuple(
         len({k.split(".")[3] for k in state if k.startswith(f"backbone.net.layer{i}.")}) for i in range(1, 5)
     )
@@ -260,14 +252,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(v, Tensor) for v in content.values())
-    ):
-        raise InputError(
-            f"{path}: holds no state dict (expected names to tensors, or one under 'model_state')"
-        )
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputError(f"{path}: holds no state dict (expected names to tensors, or one under 'model_state')")
     return content, {}
 
 

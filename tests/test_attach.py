@@ -78,9 +78,7 @@ def test_a_network_attached_to_equals_our_own_network(images):
         torch.testing.assert_close(net(images), expected)
 
 
-@pytest.mark.parametrize(
-    "network", [TorchvisionRetrieval("resnet18"), timm.create_model("resnet18", num_classes=7)]
-)
+@pytest.mark.parametrize("network", [TorchvisionRetrieval("resnet18"), timm.create_model("resnet18", num_classes=7)])
 def test_undo_restores_the_network(network, images):
     network = randomised(network)
     names = [name for name, _ in network.named_modules()]
@@ -116,9 +114,7 @@ def test_scales_are_combined_by_scale_gem(images):
 
 
 def test_what_cannot_be_told_is_refused_and_nothing_is_changed(images):
-    two = nn.Sequential(
-        randomised(timm.create_model("resnet18", num_classes=7)), nn.Unflatten(1, (7, 1, 1)), GeMHead()
-    )
+    two = nn.Sequential(randomised(timm.create_model("resnet18", num_classes=7)), nn.Unflatten(1, (7, 1, 1)), GeMHead())
     before = two[0].layer1[0].act1
     with pytest.raises(InputError, match="pool="):
         superglobal.attach(two)

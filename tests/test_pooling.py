@@ -25,9 +25,7 @@ def test_values_of_the_reference_modules():
     grid = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])[None, None]
     expected = [0.37239, 0.412465, 0.45436, 0.487479, 0.527425, 0.569434, 0.620697, 0.661148, 0.703719]
     torch.testing.assert_close(regional_gem(grid).flatten(), torch.tensor(expected), atol=1e-6, rtol=0)
-    assert gem(torch.tensor([1.0, 2, 3]).view(1, 1, 1, 3), 4.6, 1e-8).item() == pytest.approx(
-        2.4407001, abs=1e-6
-    )
+    assert gem(torch.tensor([1.0, 2, 3]).view(1, 1, 1, 3), 4.6, 1e-8).item() == pytest.approx(2.4407001, abs=1e-6)
     scales = torch.tensor([[[3.0, 4, 0]], [[0, 0, 2.0]]])
     torch.testing.assert_close(scale_gem(scales), torch.tensor([[0.6, 0.8, 1.0]]))
     clamped = ReLUP()(torch.tensor([-1.0, 0, 0.01, 0.5]))
@@ -42,9 +40,7 @@ def test_regional_gem_is_a_windowed_gem():
     torch.testing.assert_close(regional_gem(x, weight=0.3), expected)
 
 
-@pytest.mark.parametrize(
-    "config", [PoolingConfig(), PoolingConfig(gem_plus=False), PoolingConfig(regional=False)]
-)
+@pytest.mark.parametrize("config", [PoolingConfig(), PoolingConfig(gem_plus=False), PoolingConfig(regional=False)])
 def test_signed_and_empty_maps_give_finite_values_and_gradients(config):
     pooling = MapPooling(config)
     signed = torch.randn(2, 8, 7, 7)

@@ -99,18 +99,14 @@ def attach(
     config = make_pooling(pooling)
     factors = make_scales(scales)
     if config.relup == "reference_off":
-        raise InputError(
-            "attach: relup=reference_off is a quirk of the reference's own network; use on or off"
-        )
+        raise InputError("attach: relup=reference_off is a quirk of the reference's own network; use on or off")
     attachment = Attachment(network)
     try:
         if config.relup in ("on", "auto"):
             _attach_relup(attachment, config.relup_alpha)
         if config.gem_plus or config.regional:
             name = pool or _find_pool(network)
-            attachment.replace(
-                name, AttachedPooling(network.get_submodule(name), config).to(_device(network))
-            )
+            attachment.replace(name, AttachedPooling(network.get_submodule(name), config).to(_device(network)))
     except (InputError, AttributeError) as error:
         attachment.undo()
         raise InputError(f"attach: {error}") from error
@@ -119,9 +115,7 @@ def attach(
     return attachment
 
 
-def _attach_scales(
-    attachment: Attachment, config: PoolingConfig, scales: Sequence[float], antialias: bool
-) -> None:
+def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequence[float], antialias: bool) -> None:
     network = attachment.network
     one_scale = network.forward
 
@@ -129,7 +123,7 @@ def _attach_scales(
         vectors = [one_scale(resized(images, s, antialias)) for s in scales]
         return scale_gem(vectors, config.scale_p) if config.scale else torch.stack(vectors).mean(0)
 
-    network.forward = forward  # type: ignore[method-assign]
+    network.forward = forward
     attachment.on_undo(lambda: delattr(network, "forward"))
 
 
@@ -137,15 +131,13 @@ def _attach_relup(attachment: Attachment, alpha: float) -> None:
     prefix, resnet = _find_resnet(attachment.network)
     if isinstance(resnet, TimmResNet):
         for name in relup_positions(resnet, "on"):
-            attachment.replace(prefix + name, ReLUP(alpha, inplace=resnet.get_submodule(name).inplace))
+            attachment.replace(prefix + name, ReLUP(alpha, inplace=bool(resnet.get_submodule(name).inplace)))
         return
     # torchvision's blocks share one ReLU among all their activations, the output's included.
     for stage in (1, 2, 3):
         for i, block in enumerate(getattr(resnet, f"layer{stage}")):
             if not isinstance(block.relu, nn.ReLU):
-                raise InputError(
-                    f"ReLUP needs plain ReLUs; layer{stage}.{i}.relu is {type(block.relu).__name__}"
-                )
+                raise InputError(f"ReLUP needs plain ReLUs; layer{stage}.{i}.relu is {type(block.relu).__name__}")
             if stage == 1:
                 attachment.replace(f"{prefix}layer1.{i}.relu", ReLUP(alpha, inplace=block.relu.inplace))
             else:
@@ -157,9 +149,7 @@ def _attach_relup(attachment: Attachment, alpha: float) -> None:
 def _find_resnet(network: nn.Module) -> tuple[str, nn.Module]:
     found = [(n, m) for n, m in network.named_modules() if isinstance(m, TimmResNet | TorchvisionResNet)]
     if len(found) != 1:
-        raise InputError(
-            f"ReLUP needs one timm or torchvision ResNet, found {len(found)}; set relup=off without one"
-        )
+        raise InputError(f"ReLUP needs one timm or torchvision ResNet, found {len(found)}; set relup=off without one")
     name, resnet = found[0]
     return (f"{name}." if name else ""), resnet
 
@@ -176,9 +166,7 @@ def _find_pool(network: nn.Module) -> str:
     # A pooling layer's own parts are not further candidates.
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if len(outer) != 1:
-        raise InputError(
-            f"cannot tell the pooling layer (candidates: {outer or 'none'}); give pool='its.name'"
-        )
+        raise InputError(f"cannot tell the pooling layer (candidates: {outer or 'none'}); give pool='its.name'")
     return outer[0]
 
 

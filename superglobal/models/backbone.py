@@ -77,7 +77,7 @@ class Backbone(nn.Module):
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                net = timm.create_model(self.name, num_classes=0, **kwargs).eval()
+                net: Any = timm.create_model(self.name, num_classes=0, **kwargs).eval()
                 self.stride = int(net.feature_info[-1]["reduction"])
                 self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
                 height, width = resolve_model_data_config(net)["input_size"][-2:]
@@ -101,9 +101,7 @@ class Backbone(nn.Module):
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))
         if self.tokens:
-            return net.forward_intermediates(
-                x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True
-            )[-1]
+            return net.forward_intermediates(x, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)[-1]
         y = net.forward_features(x)
         return y.permute(0, 3, 1, 2) if self.channels_last else y
 
@@ -134,9 +132,7 @@ def relup_positions(net: nn.Module, mode: str) -> list[str]:
     names = []
     for stage in (1, 2, 3):
         for i, block in enumerate(getattr(net, f"layer{stage}")):
-            inner, output = (
-                (["act1", "act2"], "act3") if isinstance(block, Bottleneck) else (["act1"], "act2")
-            )
+            inner, output = (["act1", "act2"], "act3") if isinstance(block, Bottleneck) else (["act1"], "act2")
             wanted = (inner if stage == 1 else []) + ([output] if mode == "on" else [])
             names += [f"layer{stage}.{i}.{act}" for act in wanted]
     for name in names:
@@ -166,8 +162,6 @@ def replace_module(net: nn.Module, name: str, new: nn.Module) -> nn.Module:
 def install_relup(net: nn.Module, mode: str, alpha: float) -> dict[str, nn.Module]:
     """Replace the activations of `relup_positions` by ReLUP; return the old ones by name."""
     return {
-        name: replace_module(
-            net, name, ReLUP(alpha, inplace=getattr(net.get_submodule(name), "inplace", False))
-        )
+        name: replace_module(net, name, ReLUP(alpha, inplace=getattr(net.get_submodule(name), "inplace", False)))
         for name in relup_positions(net, mode)
     }

@@ -59,6 +59,9 @@ class RetrievalNetwork(nn.Module):
         InputError: ReLUP on a backbone that has no place for it; a bad list of scales.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         backbone: Backbone,
@@ -112,9 +115,7 @@ class RetrievalNetwork(nn.Module):
         if self.config.scale:
             combined = scale_gem(vectors, self.config.scale_p)
         else:
-            combined = torch.stack(
-                [F.normalize(v) for v in vectors] if self.config.unit_scales else vectors
-            ).mean(0)
+            combined = torch.stack([F.normalize(v) for v in vectors] if self.config.unit_scales else vectors).mean(0)
         return F.normalize(combined)
 
     def _at_scale(self, x: Tensor, scale: float) -> Tensor:
@@ -144,7 +145,7 @@ class RetrievalNetwork(nn.Module):
         limit = max(height, width, _MAX_ENLARGED_SIDE)
         size = [max(need, min(round(side * factor), limit)) for side in (height, width)]
         values = images.float() / 255 if images.dtype == torch.uint8 else images
-        enlarged = _resize(values, *size, antialias=False)
+        enlarged = _resize(values, size[0], size[1], antialias=False)
         return (enlarged * 255).round().to(torch.uint8) if self.config.opencv_resize else enlarged
 
     def identity(self) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def weights_digest(state: dict[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,99 @@
+"""Check the metric code end to end: the official example features must give the published ROxford/RParis scores.
+
+    python scripts/check_metrics.py FOLDER
+
+FOLDER holds gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat of roxford5k, rparis6k or both. Exit status: 0 all
+equal to within 0.01 percentage points, 1 a difference, 2 something missing.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from superglobal.data.revisited import load_ground_truth
+from superglobal.errors import InputError
+from superglobal.retrieval.metrics import RetrievalResult
+from superglobal.retrieval.scoring import revisited_map
+
+KS = (1, 5, 10)
+# Published with the features (filipradenovic/revisitop, README): mAP and mP@1, 5, 10 in percent.
+PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
+    "roxford5k": {
+        "easy": (84.81, 97.06, 92.06, 86.49),
+        "medium": (64.67, 97.14, 90.67, 84.67),
+        "hard": (38.47, 81.43, 63.00, 53.00),
+    },
+    "rparis6k": {
+        "easy": (92.12, 100.00, 97.14, 96.14),
+        "medium": (77.20, 100.00, 98.86, 98.14),
+        "hard": (56.32, 94.29, 90.29, 89.14),
+    },
+}
+TOLERANCE = 0.01
+SOURCES = {
+    "features": "http://cmp.felk.cvut.cz/revisitop/data/features/{name}_resnet_rsfm120k_gem.mat",
+    "ground truth": "http://cmp.felk.cvut.cz/revisitop/data/datasets/{name}/gnd_{name}.pkl",
+}
+
+
+def load_features(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Query and database descriptors, (Q, D) and (N, D) float32, from the official .mat file (D along rows)."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise InputError("reading .mat files needs SciPy: pip install scipy") from error
+    arrays: dict[str, Any] = loadmat(path, variable_names=["Q", "X"])
+    if "Q" not in arrays or "X" not in arrays:
+        raise InputError(f"{path}: expected the arrays Q (D, queries) and X (D, images); download the file again")
+    return tuple(np.ascontiguousarray(arrays[key].T, dtype=np.float32) for key in ("Q", "X"))  # type: ignore[return-value]
+
+
+def compare(name: str, result: RetrievalResult) -> bool:
+    """Print measured beside published values; True if all are equal to within the tolerance."""
+    print(f"{name:10}{'':8}" + "".join(f"{head:>20}" for head in ("mAP", *(f"mP@{k}" for k in KS))))
+    agree = True
+    for protocol, published in PUBLISHED[name].items():
+        measured = [100 * value for value in (result.map[protocol], *(result.mp[protocol][k] for k in KS))]
+        same = [abs(m - p) <= TOLERANCE + 1e-9 for m, p in zip(measured, published, strict=True)]
+        cells = (f"{m:8.2f} ({p:6.2f}){' ' if s else '!'}" for m, p, s in zip(measured, published, same, strict=True))
+        print(f"{'':10}{protocol:8}" + "".join(f"{cell:>20}" for cell in cells))
+        agree &= all(same)
+    return agree
+
+
+def missing_message(folder: Path) -> str:
+    """Where the files are had, for a folder that holds no complete pair."""
+    lines = [f"no pair of gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat in {folder.resolve()}; they are had at"]
+    lines += [f"  {url.format(name=name)}  ({kind})" for name in PUBLISHED for kind, url in SOURCES.items()]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check every data set whose two files are in the folder; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the official files are")
+    folder = parser.parse_args(arguments).folder
+    pairs = {name: (folder / f"gnd_{name}.pkl", folder / f"{name}_resnet_rsfm120k_gem.mat") for name in PUBLISHED}
+    present = {name: pair for name, pair in pairs.items() if all(path.is_file() for path in pair)}
+    if not present:
+        print(missing_message(folder), file=sys.stderr)
+        return 2
+    for name in pairs.keys() - present.keys():
+        print(f"{name}: not checked, its files are not in {folder}")
+    try:
+        agree = [
+            compare(name, revisited_map(*load_features(features), load_ground_truth(truth)))
+            for name, (truth, features) in present.items()
+        ]
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print("measured (published); ! marks a difference of more than 0.01")
+    return 0 if all(agree) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

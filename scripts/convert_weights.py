@@ -1,0 +1,39 @@
+"""Convert a CVNet checkpoint to safetensors: python scripts/convert_weights.py CVPR2022_CVNet_R50.pyth r50.safetensors"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from superglobal import __version__
+from superglobal.api import load_model
+from superglobal.checkpoint import read_weights, save_weights
+from superglobal.errors import InputError
+
+
+def main() -> int:
+    """Read strictly, write with provenance, and say what was left aside."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, help="CVNet file (model_state with encoder_q.* or globalmodel.*)")
+    parser.add_argument("target", type=Path, help="safetensors file to write")
+    args = parser.parse_args()
+    try:
+        source = read_weights(args.source)
+        if source.kind != "cvnet":
+            raise InputError(f"{args.source}: no CVNet checkpoint (no keys encoder_q.* or globalmodel.*)")
+        network = load_model(args.source, pooling="gem", scales=1)
+        save_weights(network, args.target, {**source.provenance, "converter": f"superglobal {__version__}"})
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.target}: {source.backbone}, whitening {source.dim}, {len(source.state)} tensors")
+    if source.left_aside:
+        print(
+            f"left aside, CVNet-Rerank's own: {len(source.left_aside)} tensors ({', '.join(source.left_aside[:3])}, ...)"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

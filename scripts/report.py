@@ -1,0 +1,26 @@
+"""Merge the results of several runs into one table: python scripts/report.py outputs/eval/sweep/..."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from superglobal.errors import InputError
+from superglobal.retrieval.report import merge
+
+
+def main() -> int:
+    """Print the table and write table.md and table.csv into the folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a sweep's folder, or any folder of results")
+    try:
+        merge(parser.parse_args().folder)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

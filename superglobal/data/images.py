@@ -1,0 +1,301 @@
+"""Photos as arrays: read strictly, with the reference's pixels, and checked before anything is computed.
+
+The reference reads with `cv2.imread(path, cv2.IMREAD_COLOR)` (method.md §1.1). cv2 answers a truncated file
+with a half-grey picture and no error, so Pillow, which refuses it, decodes here. Both bundle libjpeg-turbo;
+for 8-bit JPEG, PNG, WebP, BMP and TIFF their pixels were measured identical. Where the two differ (CMYK,
+16 bits, TIFF with alpha, rare formats) Pillow vouches for the file and cv2 gives the pixels.
+"""
+
+import io
+import math
+import os
+import threading
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from superglobal.errors import InputError
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_PIXELS = 500_000_000
+
+Box = tuple[float, float, float, float]
+
+_EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
+_SAME_AS_CV2 = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF"}
+_ORIENTATION_TAG, _BITS_PER_SAMPLE_TAG = 0x0112, 258
+_UNDO_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_HEAD, _EDGE = 65_536, 4_096  # bytes: enough for nearly every header; what a signature covers at either end
+_open_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One image of a set; `box` is (x1, y1, x2, y2) in pixels of the upright image."""
+
+    path: Path
+    box: Box | None = None
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check_images` found, one entry per image in the order given."""
+
+    signatures: list[str]
+    """File size and CRC-32 of the first and last 4 KB, for fingerprints; empty where there is a problem."""
+    missing: list[Path]
+    unreadable: list[tuple[Path, str]]
+    """Empty, truncated, not an image, ...: the path and the reason."""
+
+    @property
+    def problems(self) -> list[tuple[Path, str]]:
+        """Everything wrong, the missing files first."""
+        return [(path, "missing") for path in self.missing] + self.unreadable
+
+
+class _FaultyImageError(Exception):
+    """The bytes of a file are not a whole image; the message is the reason."""
+
+
+def read_image(path: str | Path, box: Box | None = None, max_side: int | None = None) -> np.ndarray:
+    """Read one photo whole, upright and in RGB, bit for bit as `cv2.imread(path)[..., ::-1]` gives it.
+
+    Alpha is dropped (as cv2 does), 16-bit files become 8-bit by cv2's rule, the first frame of a GIF or of a
+    multi-page file counts. TIFFs with EXIF orientations 5-8, which cv2 5.0 cannot read, are turned upright.
+
+    Args:
+        path: the file.
+        box: (x1, y1, x2, y2) in pixels; truncated to integers as the reference does and clipped to the image.
+        max_side: the longer side, after the crop, is brought down to this by `shrink`.
+
+    Returns:
+        (H, W, 3) uint8, contiguous and writable.
+
+    Raises:
+        InputError: the file is missing, empty, truncated or no image, is larger than `MAX_PIXELS`, or the
+            crop is empty.
+    """
+    path = Path(path)
+    try:
+        pixels = _decode(path.read_bytes())
+        if box is not None:
+            x1, y1, x2, y2 = _bounds(box, *pixels.shape[1::-1])
+            pixels = pixels[y1:y2, x1:x2]
+    except FileNotFoundError as error:
+        raise InputError(f"image not found: {path}") from error
+    except (OSError, _FaultyImageError) as error:
+        raise InputError(f"image cannot be read: {path}: {_reason(error)}") from error
+    # A decoder's buffer is read-only and a crop holds on to the whole picture: give the caller an own array.
+    return np.array(shrink(pixels, max_side), order="C")
+
+
+def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
+    """`pixels`, (H, W, 3) uint8, with its longer side at most `max_side` (None: no limit).
+
+    Antialiased (Pillow's bicubic); the aspect ratio is kept and no side falls under 1. An image that fits is
+    returned as it is, not copied.
+
+    Raises:
+        InputError: `max_side` is under 1.
+    """
+    if max_side is not None and max_side < 1:
+        raise InputError(f"max_side is {max_side}; expected at least 1 pixel, or none for no limit")
+    height, width = pixels.shape[:2]
+    if max_side is None or max(height, width) <= max_side:
+        return pixels
+    ratio = max_side / max(height, width)
+    size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
+    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def check_images(items: Sequence[ImageItem | str | Path], workers: int | None = None) -> CheckReport:
+    """Look at every file without decoding it, fast enough for a million files.
+
+    Found are files that are missing or empty, that do not begin as an image, JPEGs without their end marker,
+    PNGs without their last chunk, images over `MAX_PIXELS` and boxes that cut out nothing. Trailing bytes
+    after the end are accepted, as every decoder does. Damage in the middle of a file shows only on reading.
+
+    Args:
+        items: images or plain paths.
+        workers: threads; by default 4 per CPU, at most 32, since the time goes into waiting for the disk.
+    """
+    pairs = [(item.path, item.box) if isinstance(item, ImageItem) else (Path(item), None) for item in items]
+    batches = [pairs[i : i + 512] for i in range(0, len(pairs), 512)]
+    report = CheckReport([], [], [])
+    with ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool:
+        for batch, outcomes in zip(batches, pool.map(_check_batch, batches), strict=True):
+            for (path, _), outcome in zip(batch, outcomes, strict=True):
+                report.signatures.append(outcome if isinstance(outcome, str) else "")
+                if isinstance(outcome, FileNotFoundError):
+                    report.missing.append(path)
+                elif isinstance(outcome, Exception):
+                    report.unreadable.append((path, _reason(outcome)))
+    return report
+
+
+def _check_batch(batch: list[tuple[Path, Box | None]]) -> list[str | Exception]:
+    outcomes: list[str | Exception] = []
+    for path, box in batch:
+        try:
+            outcomes.append(_check(path, box))
+        except (OSError, _FaultyImageError) as error:
+            outcomes.append(error)
+    return outcomes
+
+
+def _check(path: Path, box: Box | None) -> str:
+    """Signature of one file; OSError or _FaultyImageError if it is not a whole image."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= _HEAD + _EDGE:
+            head = tail = file.read()
+            width, height = _inspect(head, tail)
+        else:
+            head = file.read(_HEAD)
+            file.seek(size - _EDGE)
+            tail = file.read()
+            try:
+                width, height = _inspect(head, tail)
+            except _FaultyImageError:  # a long header, or much behind the end: only the whole file can tell
+                file.seek(0)
+                whole = file.read()
+                width, height = _inspect(whole, whole)
+    if box is not None:
+        _bounds(box, width, height)
+    return f"{size}-{zlib.crc32(head[:_EDGE]):08x}{zlib.crc32(tail[-_EDGE:]):08x}"
+
+
+def _inspect(head: bytes, tail: bytes) -> tuple[int, int]:
+    """(width, height) of the upright image if its header opens and its end is there.
+
+    `tail` is either `head` itself, when that is the whole file, or lies wholly behind it.
+    """
+    with _open(head) as image:
+        _require_end(image.format, head, tail)
+        width, height = image.size
+        # A TIFF is turned by Pillow itself and shows its upright size already.
+        return (height, width) if _orientation(image) >= 5 and image.format != "TIFF" else (width, height)
+
+
+def _require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
+    if file_format in ("JPEG", "MPO"):
+        # A thumbnail in the EXIF block has an end marker of its own: only one behind the scan's start counts.
+        scan = _scan_start(head)
+        if scan < 0 or tail.rfind(b"\xff\xd9", scan if tail is head else 0) < 0:
+            raise _FaultyImageError("truncated JPEG (no end-of-image marker)")
+    elif file_format == "PNG" and tail.rfind(b"IEND\xaeB`\x82") < 0:
+        raise _FaultyImageError("truncated PNG (no IEND chunk)")
+
+
+def _scan_start(data: bytes) -> int:
+    """Offset behind the first start-of-scan marker of a JPEG, -1 if `data` ends before it."""
+    position = 2
+    while position + 4 <= len(data):
+        marker = data[position + 1]
+        if data[position] != 0xFF:  # stray bytes between segments: decoders skip them
+            position += 1
+        elif marker == 0xDA:
+            return position + 2
+        elif marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill bytes and markers without a length
+            position += 1 if marker in (0x00, 0xFF) else 2
+        else:
+            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return -1
+
+
+def _open(data: bytes) -> Image.Image:
+    """Open lazily: the header is parsed, nothing is decoded."""
+    if not data:
+        raise _FaultyImageError("empty file (0 bytes)")
+    # Pillow's guard against decompression bombs is a global that warns from 89 megapixels; ours is below.
+    with _open_lock:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(io.BytesIO(data))
+        except Image.UnidentifiedImageError as error:
+            raise _FaultyImageError(f"not an image, or cut off in its header (begins with {data[:12]!r})") from error
+        except Exception as error:  # plugins raise SyntaxError, struct.error, ValueError, ... on damaged headers
+            raise _FaultyImageError(f"damaged header ({error})") from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    if image.width * image.height > MAX_PIXELS:
+        size = f"{image.width} x {image.height}"
+        raise _FaultyImageError(f"{size} pixels, more than the limit of {MAX_PIXELS // 10**6} megapixels: shrink it")
+    return image
+
+
+def _decode(data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, upright; _FaultyImageError unless the whole image is there."""
+    with _open(data) as image:
+        # Checked here as well because other code may have set Pillow's global LOAD_TRUNCATED_IMAGES.
+        _require_end(image.format, data, data)
+        if image.mode in ("I", "F"):
+            raise _FaultyImageError("32-bit pixels have no defined 8-bit form: convert the file to 8 or 16 bits")
+        same = _same_as_cv2(image)
+        try:
+            image.load()
+        except Exception as error:  # as in _open; MemoryError is one too
+            raise _FaultyImageError(f"truncated or damaged ({error})") from error
+        if same:
+            upright = _UNDO_ORIENTATION.get(0 if image.format == "TIFF" else _orientation(image))
+            image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn about palettes with it
+            rgb = image.convert("RGB")
+            return np.asarray(rgb if upright is None else rgb.transpose(upright))
+        file_format, mode = image.format, image.mode
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise _FaultyImageError(f"OpenCV refuses it ({error})") from error
+    if pixels is None:
+        raise _FaultyImageError(f"OpenCV cannot read this kind of {file_format} ({mode}): convert it to PNG or JPEG")
+    return pixels[..., ::-1]
+
+
+def _same_as_cv2(image: Image.Image) -> bool:
+    """Whether Pillow's 8-bit RGB is cv2's, as measured by tests/test_images.py; asked before `load`."""
+    if image.format == "TIFF":  # cv2 premultiplies alpha and rounds 16 bits otherwise than Pillow
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE_TAG, (1,))
+        return image.mode in ("1", "L", "P", "RGB") and max(bits) <= 8
+    return image.format in _SAME_AS_CV2 and image.mode in _EIGHT_BIT_MODES
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1-8 from the EXIF block alone: Pillow's getexif would also heed XMP, cv2 does not."""
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        value = exif.get(_ORIENTATION_TAG, 1)
+    except Exception:  # a damaged EXIF block turns nothing, in cv2 neither
+        return 1
+    return value if value in _UNDO_ORIENTATION else 1
+
+
+def _bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """Pixel bounds of the reference's crop `im[int(y1):int(y2), int(x1):int(x2)]`, clipped to the image."""
+    if not all(math.isfinite(value) for value in box):
+        raise _FaultyImageError(f"box {tuple(box)} is not finite")
+    x1, y1, x2, y2 = (max(0, int(value)) for value in box)  # below 0 numpy would count from the far end
+    x2, y2 = min(x2, width), min(y2, height)
+    if x1 >= x2 or y1 >= y2:
+        raise _FaultyImageError(f"box {tuple(box)} cuts nothing out of its {width} x {height} pixels")
+    return x1, y1, x2, y2
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, IsADirectoryError):
+        return "a folder, not a file"
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,160 @@
+"""The Revisited benchmarks, and any set in their layout: `<root>/<name>/{jpg/,gnd_<name>.pkl}`."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from superglobal.data.images import Box, ImageItem
+from superglobal.data.pickles import BlockedGlobalError, load_plain_pickle
+from superglobal.data.sets import EvaluationSet, image_path
+from superglobal.errors import InputError
+from superglobal.retrieval.scoring import landmarks
+
+# Official addresses, method.md §5.
+_OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/oxbuild_images-v1.tgz"
+_PARIS = "https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/paris_{1,2}-v1.tgz"
+_ARCHIVES = {"roxford5k": _OXFORD, "rparis6k": _PARIS}
+_GND_URL = "http://cmp.felk.cvut.cz/revisitop/data/datasets/{name}/gnd_{name}.pkl"
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """Contents of a `gnd_<name>.pkl`, checked.
+
+    Each entry of `gnd` has "bbx", (x1, y1, x2, y2) or None, and "easy", "hard", "junk", (n,) int64 each:
+    0-based indices into `imlist`, disjoint.
+    """
+
+    name: str
+    imlist: list[str]
+    qimlist: list[str]
+    gnd: list[dict[str, Any]]
+
+
+def load_ground_truth(path: str | Path) -> GroundTruth:
+    """Read and check a Revisited ground truth; nothing in the file can run code.
+
+    Raises:
+        InputError: missing, damaged or hostile file, or contents that contradict themselves: names the file,
+            the query and the field.
+    """
+    path = Path(path)
+    try:
+        data = load_plain_pickle(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"ground truth not found: {path} ({error.strerror})") from error
+    except BlockedGlobalError as error:
+        message = f"{path} asks for {error}, which no ground truth needs; it was refused and nothing was run"
+        raise InputError(f"{message}. Get the file from its official address") from error
+    except Exception as error:  # a damaged pickle fails in any way: EOFError, KeyError, ValueError, RecursionError
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is not a whole pickle file ({reason}); download it again") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a dict with imlist, qimlist and gnd, found {type(data).__name__}")
+    imlist, qimlist = (_names(path, data, key) for key in ("imlist", "qimlist"))
+    entries = _field(path, data, "gnd", "")
+    if len(entries) != len(qimlist):
+        raise InputError(f"{path}: gnd has {len(entries)} entries for the {len(qimlist)} queries of qimlist")
+    gnd = [
+        _entry(path, entry, f"query {i} ({name})", len(imlist))
+        for i, (entry, name) in enumerate(zip(entries, qimlist, strict=True))
+    ]
+    return GroundTruth(path.stem.removeprefix("gnd_"), imlist, qimlist, gnd)
+
+
+def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> EvaluationSet:
+    """The evaluation set in `<root>/<name>`; images are not touched here (see `require_images`).
+
+    Names in the lists mostly have no extension and mean `jpg/<name>.jpg`. Queries are cropped to their box
+    unless `crop_query` is False (the un-cropped protocol).
+
+    Raises:
+        InputError: the ground truth is missing (with layout and address) or refused by `load_ground_truth`.
+    """
+    folder = Path(root) / name
+    source = folder / f"gnd_{name}.pkl"
+    how_to_get = _how_to_get(folder, name)
+    if not source.is_file():
+        raise InputError(f"ground truth of {name} not found: looked for {source}\n{how_to_get}")
+    truth = load_ground_truth(source)
+
+    def item(image: str, box: Box | None = None) -> ImageItem:
+        return ImageItem(image_path(folder / "jpg", image, source), box)
+
+    boxes = [entry["bbx"] if crop_query else None for entry in truth.gnd]
+    return EvaluationSet(
+        name=name,
+        queries=[item(image, box) for image, box in zip(truth.qimlist, boxes, strict=True)],
+        database=[item(image) for image in truth.imlist],
+        gnd=truth.gnd,
+        clusters=query_landmarks(truth),
+        protocols="revisited",
+        leave_one_out=False,
+        root=folder,
+        how_to_get=how_to_get,
+    )
+
+
+def query_landmarks(truth: GroundTruth) -> list[str]:
+    """The landmark of each query, as the name of the first query that shows the same one (see `landmarks`)."""
+    return [truth.qimlist[i] for i in landmarks([{*entry["easy"], *entry["hard"]} for entry in truth.gnd])]
+
+
+def _how_to_get(folder: Path, name: str) -> str:
+    text = f"{name} is expected as {folder}/gnd_{name}.pkl and {folder}/jpg/<image>.jpg, without sub-folders"
+    if name in _ARCHIVES:
+        text += f"; the images: {_ARCHIVES[name]} (flattened into jpg/)"
+        text += f", the ground truth: {_GND_URL.format(name=name)}"
+    return text
+
+
+def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:
+    """`entry[key]` as a sequence (a list, tuple, set, range or what was an array)."""
+    place = f"{path}: {where}, {key}" if where else f"{path}: {key}"
+    if not isinstance(entry, dict) or key not in entry:
+        raise InputError(f"{place} is missing; a Revisited ground truth has it")
+    value = entry[key]
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value)
+    if not isinstance(value, (list, tuple, range)):
+        raise InputError(f"{place}: expected a list, found {type(value).__name__}")
+    return value
+
+
+def _names(path: Path, data: dict[str, Any], key: str) -> list[str]:
+    names = _field(path, data, key, "")
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise InputError(f"{path}: {key}[{i}] is {type(name).__name__}; expected an image name")
+    if not names:
+        raise InputError(f"{path}: {key} is empty; expected image names")
+    return list(names)
+
+
+def _entry(path: Path, entry: Any, where: str, database: int) -> dict[str, Any]:
+    checked: dict[str, Any] = {"bbx": None}
+    taken: dict[int, str] = {}
+    for key in ("easy", "hard", "junk"):
+        ids = _field(path, entry, key, where)
+        if len(ids) > database:
+            raise InputError(f"{path}: {where}, {key}: {len(ids)} ids for {database} database images")
+        for value in ids:
+            if not isinstance(value, int | float) or isinstance(value, bool) or not float(value).is_integer():
+                raise InputError(f"{path}: {where}, {key}: {value!r} is not an image index")
+            if not 0 <= value < database:
+                raise InputError(f"{path}: {where}, {key}: index {value} is outside 0..{database - 1} of imlist")
+            if int(value) in taken:
+                earlier = taken[int(value)]
+                raise InputError(f"{path}: {where}, {key}: index {value} was in {earlier} already; expected once")
+            taken[int(value)] = key
+        checked[key] = np.array([int(value) for value in ids], dtype=np.int64)
+    if entry.get("bbx") is not None:
+        box = _field(path, entry, "bbx", where)
+        if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
+            raise InputError(f"{path}: {where}, bbx: expected four numbers x1, y1, x2, y2, found {list(box)[:6]}")
+        checked["bbx"] = tuple(float(v) for v in box)
+    return checked

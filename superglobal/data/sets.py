@@ -1,0 +1,125 @@
+"""What an evaluation runs on: queries, database, distractors, and the check that every file is there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from superglobal.data.images import IMAGE_EXTENSIONS, CheckReport, ImageItem, check_images
+from superglobal.errors import InputError
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Queries, database and, where there is one, the ground truth.
+
+    `protocols` says what a gnd entry holds: "revisited" has int64 arrays `easy`, `hard`, `junk` (and `bbx`),
+    "labels" has int64 arrays `positive`, `junk`; with "none", `gnd` is None.
+    """
+
+    name: str
+    queries: list[ImageItem]
+    database: list[ImageItem]
+    gnd: list[dict[str, Any]] | None
+    clusters: list[str] | None
+    """The landmark or label of each query: the unit that the bootstrap draws."""
+    protocols: Literal["revisited", "labels", "none"]
+    leave_one_out: bool
+    """Whether the queries are the database itself, each with its own id as junk."""
+    root: Path
+    how_to_get: str
+    """Expected layout and where the files are had; ends the message about missing ones."""
+
+
+def image_path(folder: Path, name: str, source: Path) -> Path:
+    """The file that a list's line means: `name` inside `folder`, with ".jpg" if it names no image extension.
+
+    Raises:
+        InputError: `name` is empty, absolute or leads out of `folder`; `source` is the list that has it.
+    """
+    relative = PurePosixPath(name)
+    if not name.strip() or relative.is_absolute() or ".." in relative.parts or "\0" in name:
+        raise InputError(f"{source}: image name {name!r} is not a plain name inside {folder}; correct the list")
+    return folder / (name if relative.suffix.lower() in IMAGE_EXTENSIONS else f"{name}.jpg")
+
+
+def how_to_get_distractors(root: Path, name: str) -> str:
+    """Layout of a distractor set and, for revisitop1m, its official addresses (method.md §5)."""
+    base = Path(root) / name
+    text = f"{name} is expected as {base}/{name}.txt (one file name a line) and {base}/jpg/<line>"
+    if name == "revisitop1m":
+        site = "http://ptak.felk.cvut.cz/revisitop/revisitop1m"
+        text += f"; the list: {site}/revisitop1m.txt, the images: {site}/jpg/revisitop1m.{{1..100}}.tar.gz"
+    return text
+
+
+def load_distractors(root: str | Path, name: str) -> list[ImageItem]:
+    """Images of `<root>/<name>/jpg/` in the order of the list file `<root>/<name>/<name>.txt`.
+
+    One file name a line, blank lines ignored, ".jpg" added where the extension is missing.
+
+    Raises:
+        InputError: no list file, an empty one, a name that comes twice or leads out of the folder.
+    """
+    folder = Path(root) / name
+    source = folder / f"{name}.txt"
+    try:
+        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        hint = how_to_get_distractors(Path(root), name)
+        raise InputError(f"list of distractors not found: {source}\n{hint}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} is not UTF-8 text; expected one file name a line") from error
+    paths = [image_path(folder / "jpg", line, source) for line in lines if line]
+    if not paths:
+        raise InputError(f"{source} lists no images; expected one file name a line")
+    if len(set(paths)) < len(paths):
+        seen: set[Path] = set()
+        twice = next(path for path in paths if path in seen or seen.add(path))  # type: ignore[func-returns-value]
+        raise InputError(f"{source} lists {twice.name} twice; remove the duplicate")
+    return [ImageItem(path) for path in paths]
+
+
+def require_images(
+    sets: Sequence[tuple[str, Sequence[ImageItem], str]],
+    also: Sequence[str] = (),
+    workers: int | None = None,
+) -> dict[str, list[str]]:
+    """Check every image of every set before anything is computed.
+
+    Args:
+        sets: (title, images, how_to_get) each; titles differ.
+        also: other things found missing (weights, ...), to be told in the same message.
+        workers: threads of `check_images`.
+
+    Returns:
+        title -> content signatures, one per image in order.
+
+    Raises:
+        InputError: anything is missing or unreadable: one message with, per title, the counts, the first five
+            files with their reasons, the layout and where it is had, and then `also`.
+    """
+    reports = {title: check_images(items, workers) for title, items, _ in sets}
+    lines: list[str] = []
+    hints: list[str] = []
+    for title, items, how_to_get in sets:
+        if reports[title].problems:
+            lines += _describe(title, len(items), reports[title])
+            if how_to_get not in hints:  # queries and database mostly share theirs
+                hints.append(how_to_get)
+    lines += [*hints, *also]
+    if lines:
+        raise InputError("\n".join(["nothing was computed, because input is missing or unreadable:", *lines]))
+    return {title: report.signatures for title, report in reports.items()}
+
+
+def _describe(title: str, total: int, report: CheckReport) -> list[str]:
+    problems = report.problems
+    counts = f"{len(report.missing)} missing, {len(report.unreadable)} unreadable"
+    lines = [f"{title}: of {total} images {counts}"]
+    lines += [f"  {path}: {reason}" for path, reason in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        lines.append(f"  ... and {len(problems) - _SHOWN} more")
+    return lines

@@ -1,0 +1,59 @@
+"""Lightning's loggers for a finished evaluation: CSV always, Weights & Biases if configured."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import wandb
+from torch import Tensor
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+
+from superglobal.config import EvalConfig
+
+log = logging.getLogger(__name__)
+
+
+def log_result(config: EvalConfig, summary: dict[str, Any], folder: Path) -> None:
+    """Write one evaluation's numbers and its sheet to every logger; finishes them whatever happens."""
+    numbers = _flat(summary)
+    table = CSVLogger(folder, name="csv", version="")
+    table.log_hyperparams(summary["config"])
+    table.log_metrics(numbers)
+    table.finalize("success")
+    if not config.logger.wandb:
+        return
+    run = _start_run(config, summary, folder)
+    try:
+        logger = WandbLogger(experiment=run)
+        logger.log_hyperparams(summary["config"])
+        logger.log_metrics(numbers)
+        if (folder / "sheet.png").exists():
+            logger.log_image("sheet", [str(folder / "sheet.png")])
+    finally:
+        run.finish()
+
+
+def _start_run(config: EvalConfig, summary: dict[str, Any], folder: Path) -> wandb.Run:
+    """A run that never asks anything: offline without a key, unless WANDB_MODE says otherwise."""
+    # A key may come from the environment, a settings file or `wandb login`; looking for it needs no network.
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    if mode == "offline":
+        log.info("W&B offline: `wandb sync %s/wandb/offline-run-*` uploads it", folder)
+    settings = wandb.Settings(silent=True)
+    # The run's mode is given here: Lightning's own `offline` sets a mode that wandb no longer knows.
+    return wandb.init(project=config.logger.project, name=summary["label"], dir=folder, mode=mode, settings=settings)
+
+
+def _flat(summary: dict[str, Any]) -> dict[str, Tensor | float]:
+    """`search/map/medium` and so on, in percent, with the seconds of each stage."""
+    numbers: dict[str, Tensor | float] = {f"seconds/{stage}": value for stage, value in summary["seconds"].items()}
+    for stage, result in summary["metrics"].items():
+        for protocol, value in result["map"].items():
+            if value is not None:
+                numbers[f"{stage}/map/{protocol}"] = 100 * value
+        for protocol, row in result["mp"].items():
+            numbers |= {f"{stage}/mp@{k}/{protocol}": 100 * v for k, v in row.items() if v is not None}
+    return numbers

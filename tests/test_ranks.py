@@ -1,0 +1,100 @@
+"""exact_ranks: equal to a full sort by (-float64 score, id), however many rows tie."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from superglobal.errors import InputError
+from superglobal.retrieval.ranks import exact_ranks
+from superglobal.retrieval.search import search
+
+
+def unit(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:
+    x = rng.standard_normal((n, dim)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def sorted_ranks(Q: np.ndarray, X: np.ndarray, exclude: np.ndarray | None = None) -> np.ndarray:
+    """(Q, N) rank of every row by a full sort; an excluded row is given -1 and takes no place."""
+    ranks = np.full((len(Q), len(X)), -1)
+    for number, q in enumerate(Q.astype(np.float64)):
+        scores = [float(np.sum(q * x)) for x in X.astype(np.float64)]
+        order = sorted(range(len(X)), key=lambda i, s=scores: (-s[i], i))
+        order = [i for i in order if exclude is None or i != exclude[number]]
+        ranks[number, order] = np.arange(len(order))
+    return ranks
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_equals_a_full_sort(data: st.DataObject) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    n = data.draw(st.integers(1, 150), label="N")
+    dim = data.draw(st.integers(1, 9), label="D")
+    X = unit(rng, data.draw(st.integers(1, n), label="distinct"), dim)
+    X = X[rng.integers(len(X), size=n)]
+    Q = np.concatenate([unit(rng, 3, dim), X[:1]])
+    exclude = rng.integers(n, size=4) if data.draw(st.booleans(), label="exclude") else None
+    targets = [rng.permutation(n)[: data.draw(st.integers(0, n))] for _ in range(4)]
+    if exclude is not None:
+        targets = [one[one != skip] for one, skip in zip(targets, exclude, strict=True)]
+    rows = data.draw(st.sampled_from([1, 13, 1000]), label="block_rows")
+    found = exact_ranks(Q, X, targets, block_rows=rows, exclude=exclude)
+    expected = sorted_ranks(Q, X, exclude)
+    assert len(found) == 4
+    for number, one in enumerate(found):
+        assert one.dtype == np.int64
+        np.testing.assert_array_equal(one, expected[number, targets[number]])
+
+
+def test_near_ties_below_float32_are_right() -> None:
+    rng = np.random.default_rng(1)
+    X = unit(rng, 400, 128)
+    X[:200] = X[0]
+    X[np.arange(200), rng.integers(128, size=200)] *= np.float32(1 + 2e-7)
+    Q = np.concatenate([unit(rng, 3, 128), X[:1]])
+    expected = sorted_ranks(Q, X)
+    for number, one in enumerate(exact_ranks(Q, X, [np.arange(400)] * 4, block_rows=90)):
+        np.testing.assert_array_equal(one, expected[number])
+
+
+def test_agrees_with_search_over_a_larger_database() -> None:
+    rng = np.random.default_rng(2)
+    X, Q = unit(rng, 9000, 64), unit(rng, 20, 64)
+    X[rng.integers(9000, size=900)] = X[:900]
+    ids = search(Q, X, 300)[1]
+    for one in exact_ranks(Q, X, list(ids), block_rows=2000):
+        np.testing.assert_array_equal(one, np.arange(300))
+
+
+def test_a_database_of_one_image_repeated_is_ranked_by_id_and_quickly() -> None:
+    X = np.repeat(unit(np.random.default_rng(3), 1, 512), 5000, axis=0)
+    Q = unit(np.random.default_rng(4), 30, 512)
+    targets = [np.random.default_rng(i).permutation(5000)[:200] for i in range(30)]
+    start = time.perf_counter()
+    found = exact_ranks(Q, X, targets)
+    # Every pair of query and row is a near-tie; equal rows are scored once, so this takes a fraction of a second.
+    assert time.perf_counter() - start < 8
+    for one, wanted in zip(found, targets, strict=True):
+        np.testing.assert_array_equal(one, wanted)
+
+
+def test_errors_name_the_query() -> None:
+    rng = np.random.default_rng(5)
+    X, Q = unit(rng, 20, 8), unit(rng, 2, 8)
+    with pytest.raises(InputError, match=r"query 1: id 20 is outside the database, 0\.\.19"):
+        exact_ranks(Q, X, [[0], [3, 20]])
+    with pytest.raises(InputError, match="query 0: id -1"):
+        exact_ranks(Q, X, [[-1], []])
+    with pytest.raises(InputError, match="one list of ids per query, 2, got 1"):
+        exact_ranks(Q, X, [[0]])
+    with pytest.raises(InputError, match="query 1: id 3 is excluded"):
+        exact_ranks(Q, X, [[0], [3]], exclude=[1, 3])
+    with pytest.raises(InputError, match=r"integer ids, got float"):
+        exact_ranks(Q, X, [[0.5], []])
+    X[7] = np.nan
+    with pytest.raises(InputError, match="row 7 has NaN"):
+        exact_ranks(Q, X, [[0], []])

@@ -1,0 +1,287 @@
+"""The Revisited loaders: ground truth from any honest pickle, nothing from a hostile one, sets and distractors."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from superglobal.data.images import ImageItem
+from superglobal.data.revisited import load_ground_truth, query_landmarks, revisited_set
+from superglobal.data.sets import load_distractors, require_images
+from superglobal.errors import InputError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def truth(**first_query: Any) -> dict[str, Any]:
+    first = {"bbx": [1, 2.5, 30, 40], "easy": [0], "hard": [2, 1], "junk": []} | first_query
+    second = {"bbx": [0, 0, 9, 9], "easy": [], "hard": [], "junk": [3]}
+    return {"imlist": ["a_1", "b_2", "c_3", "d_4"], "qimlist": ["old_hall_000013", "gate"], "gnd": [first, second]}
+
+
+def write(path: Path, data: Any, protocol: int = 4) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(data, protocol))
+    return path
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(list, tuple, set, np.array),
+        lambda ids: [np.int64(i) for i in ids],
+        lambda ids: np.array(ids, dtype=">i2"),
+        lambda ids: np.array(ids, dtype=float),
+        lambda ids: np.array(ids, dtype=object),
+    ],
+)
+def test_ids_in_any_plain_form(kind: Any, protocol: int, tmp_path: Path) -> None:
+    data = truth(easy=kind([0]), hard=kind([1, 2]), junk=range(3, 4), bbx=np.array([1, 2.5, 30, 40]))
+    data["imlist"] = np.array(data["imlist"])
+    data["qimlist"] = np.array(data["qimlist"], dtype=object)
+    loaded = load_ground_truth(write(tmp_path / "gnd_x.pkl", data, protocol))
+    assert loaded.name == "x"
+    assert loaded.imlist == ["a_1", "b_2", "c_3", "d_4"]
+    assert loaded.qimlist == ["old_hall_000013", "gate"]
+    first = loaded.gnd[0]
+    assert first["bbx"] == (1.0, 2.5, 30.0, 40.0)
+    for key, expected in {"easy": [0], "hard": [1, 2], "junk": [3]}.items():
+        assert first[key].dtype == np.int64
+        assert first[key].tolist() == expected
+    assert loaded.gnd[1]["easy"].shape == (0,)
+
+
+def test_order_is_kept_and_box_may_be_missing(tmp_path: Path) -> None:
+    data = truth()
+    del data["gnd"][1]["bbx"]
+    loaded = load_ground_truth(write(tmp_path / "gnd.pkl", data))
+    assert loaded.gnd[0]["hard"].tolist() == [2, 1]
+    assert loaded.gnd[1]["bbx"] is None
+
+
+def test_pickle_of_python_2(tmp_path: Path) -> None:
+    # As Python 2 and numpy 1 write it: byte strings, numpy.core, raw array data as str.
+    data = pickle.dumps(truth(easy=np.array([0, 3])), 2).replace(b"numpy._core", b"numpy.core")
+    (tmp_path / "gnd.pkl").write_bytes(data)
+    assert load_ground_truth(tmp_path / "gnd.pkl").gnd[0]["easy"].tolist() == [0, 3]
+    python2 = b"(dS'imlist'\n(lS'a'\nasS'qimlist'\n(lS'q'\nasS'gnd'\n(l(dS'easy'\n"
+    python2 += b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+    python2 += b"(I1\n(I1\ntcnumpy\ndtype\n(S'i8'\nI0\nI1\ntR(I3\nS'<'\nNNNI-1\nI-1\nI0\ntbI00\n"
+    python2 += b"S'\\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x00'\ntbsS'hard'\n(lsS'junk'\nc__builtin__\nxrange\n(I0\ntRsas."
+    (tmp_path / "gnd.pkl").write_bytes(python2)
+    loaded = load_ground_truth(tmp_path / "gnd.pkl")
+    assert loaded.imlist == ["a"]
+    assert loaded.gnd[0]["easy"].tolist() == [0]
+
+
+class Call:
+    """Pickles as a call of anything."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.reduced = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("attack", "named"),
+    [
+        (lambda canary: Call(os.system, f"touch {canary}"), "system"),
+        (lambda canary: Call(eval, f"open({str(canary)!r}, 'w')"), "eval"),
+        (lambda canary: Call(open, str(canary), "w"), "open"),
+        (lambda canary: np.array([Call(Path.touch, canary)], dtype=object), "getattr|Path"),
+        (lambda canary: Call(np.save, str(canary), 1), "save"),
+    ],
+)
+def test_hostile_pickle_runs_nothing(attack: Any, named: str, protocol: int, tmp_path: Path) -> None:
+    canary = tmp_path / "canary.npy"
+    path = write(tmp_path / "gnd_evil.pkl", truth(easy=attack(canary)), protocol)
+    with pytest.raises(InputError, match=rf"gnd_evil\.pkl asks for [\w.]*({named})"):
+        load_ground_truth(path)
+    assert not canary.exists()
+    pickle.loads(path.read_bytes())  # the attack is a real one: an ordinary load runs it
+    assert canary.exists()
+
+
+def test_dotted_names_and_crafted_arrays_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "gnd.pkl"
+    path.write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x10dtype.__reduce__\x93.")
+    with pytest.raises(InputError, match=r"numpy\.dtype\.__reduce__"):
+        load_ground_truth(path)
+    dtype = b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntb"
+    path.write_bytes(
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I1\nt"
+        + dtype
+        + b"I00\nS'AAAAAAAA'\ntb."  # an object array whose "objects" are eight raw bytes
+    )
+    with pytest.raises(InputError, match="array of type 'O8'"):
+        load_ground_truth(path)
+    path.write_bytes(b"cnumpy.core.multiarray\nscalar\n(" + dtype + b"S'AAAAAAAA'\ntR.")
+    with pytest.raises(InputError, match="array of type 'O8'"):
+        load_ground_truth(path)
+
+
+def test_damaged_pickles(tmp_path: Path) -> None:
+    whole = pickle.dumps(truth(easy=np.array([0])))
+    path = tmp_path / "gnd.pkl"
+    for data in [whole[:k] for k in range(0, len(whole), 7)] + [b"<html>404</html>", b"\x80\x09.", bytes(100)]:
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=r"gnd\.pkl"):
+            load_ground_truth(path)
+    with pytest.raises(InputError, match=r"not found: .*gone\.pkl"):
+        load_ground_truth(tmp_path / "gone.pkl")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"easy": [4]}, r"query 0 \(old_hall_000013\), easy: index 4 is outside 0\.\.3"),
+        ({"junk": [-1]}, r"junk: index -1 is outside"),
+        ({"hard": [0]}, r"hard: index 0 was in easy already"),
+        ({"easy": [3, 3]}, r"easy: index 3 was in easy already"),
+        ({"easy": [0.5]}, r"easy: 0\.5 is not an image index"),
+        ({"easy": [float("nan")]}, r"easy: nan is not"),
+        ({"easy": ["0"]}, r"easy: '0' is not"),
+        ({"easy": range(10**12)}, r"easy: 1000000000000 ids for 4"),
+        ({"easy": 3}, r"easy: expected a list, found int"),
+        ({"bbx": [1, 2, 3]}, r"query 0 \(old_hall_000013\), bbx: expected four numbers"),
+        ({"bbx": [1, 2, 3, float("inf")]}, r"bbx: expected four numbers"),
+    ],
+)
+def test_contradictory_ground_truth(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=rf"gnd_x\.pkl: .*{message}"):
+        load_ground_truth(write(tmp_path / "gnd_x.pkl", truth(**change)))
+
+
+def test_missing_fields(tmp_path: Path) -> None:
+    for key in ("imlist", "qimlist", "gnd"):
+        data = truth()
+        del data[key]
+        with pytest.raises(InputError, match=f"{key} is missing"):
+            load_ground_truth(write(tmp_path / "gnd.pkl", data))
+    data = truth()
+    del data["gnd"][1]["hard"]
+    with pytest.raises(InputError, match=r"query 1 \(gate\), hard is missing"):
+        load_ground_truth(write(tmp_path / "gnd.pkl", data))
+    with pytest.raises(InputError, match="gnd has 1 entries for the 2 queries"):
+        load_ground_truth(write(tmp_path / "gnd.pkl", truth() | {"gnd": truth()["gnd"][:1]}))
+    with pytest.raises(InputError, match="expected a dict"):
+        load_ground_truth(write(tmp_path / "gnd.pkl", [1, 2]))
+
+
+def test_revisited_set(tmp_path: Path) -> None:
+    data = truth()
+    data["imlist"][1] = "b_2.png"
+    write(tmp_path / "mine" / "gnd_mine.pkl", data)
+    found = revisited_set(tmp_path, "mine")
+    jpg = tmp_path / "mine" / "jpg"
+    assert found.database[:2] == [ImageItem(jpg / "a_1.jpg"), ImageItem(jpg / "b_2.png")]
+    assert found.queries[0] == ImageItem(jpg / "old_hall_000013.jpg", (1.0, 2.5, 30.0, 40.0))
+    assert found.clusters == ["old_hall_000013", "gate"]
+    assert (found.protocols, found.leave_one_out, found.name) == ("revisited", False, "mine")
+    assert found.gnd is not None
+    assert [item.box for item in revisited_set(tmp_path, "mine", crop_query=False).queries] == [None, None]
+    data["imlist"][1] = "../../etc/passwd"
+    write(tmp_path / "mine" / "gnd_mine.pkl", data)
+    with pytest.raises(InputError, match="not a plain name"):
+        revisited_set(tmp_path, "mine")
+
+
+def test_landmarks_follow_the_positives(tmp_path: Path) -> None:
+    positives = [[0, 1, 2, 3], [9], [2, 3, 4, 5], [4, 5, 6, 7], [7, 8, 10, 11], []]
+    gnd = [{"easy": ids[:1], "hard": ids[1:], "junk": []} for ids in positives]
+    data = {"imlist": [f"i{i}" for i in range(12)], "qimlist": list("abcdef"), "gnd": gnd}
+    landmarks = query_landmarks(load_ground_truth(write(tmp_path / "gnd_x.pkl", data)))
+    assert landmarks == ["a", "b", "a", "a", "e", "f"]  # c joins a and d (2 of 6); e shares 1 of 7 with d
+
+
+def test_missing_set_says_where_it_is_had(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gnd_roxford5k\.pkl(.|\n)*oxbuild_images-v1\.tgz(.|\n)*cmp\.felk"):
+        revisited_set(tmp_path, "roxford5k")
+    with pytest.raises(InputError, match=r"paris_\{1,2\}-v1\.tgz"):
+        revisited_set(tmp_path, "rparis6k")
+    with pytest.raises(InputError, match=r"mine is expected as .*mine/gnd_mine\.pkl"):
+        revisited_set(tmp_path, "mine")
+
+
+@pytest.mark.parametrize(("name", "database", "landmarks"), [("roxford5k", 4993, 12), ("rparis6k", 6322, 11)])
+def test_official_ground_truth(name: str, database: int, landmarks: int) -> None:
+    path = SHARED / "gnd" / f"gnd_{name}.pkl"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there")
+    loaded = load_ground_truth(path)
+    assert (loaded.name, len(loaded.imlist), len(loaded.qimlist)) == (name, database, 70)
+    assert len(set(query_landmarks(loaded))) == landmarks
+    original = pickle.loads(path.read_bytes())  # the official file, trusted here only to compare
+    for entry, raw in zip(loaded.gnd, original["gnd"], strict=True):
+        assert entry["bbx"] == tuple(raw["bbx"])
+        assert all(entry[key].tolist() == list(raw[key]) for key in ("easy", "hard", "junk"))
+
+
+def test_real_set_is_complete() -> None:
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there")
+    found = revisited_set(SHARED, "roxford_mini")
+    assert len(set(found.clusters or [])) == 12
+    distractors = load_distractors(SHARED, "distractors_mini")
+    sets = [("queries", found.queries, ""), ("database", found.database, ""), ("distractors", distractors, "")]
+    signatures = require_images(sets)
+    assert {title: len(values) for title, values in signatures.items()} == dict(
+        queries=70, database=775, distractors=154
+    )
+
+
+def test_distractors(tmp_path: Path) -> None:
+    folder = tmp_path / "extra"
+    folder.mkdir()
+    (folder / "extra.txt").write_text("a b.JPG\n\n  sub/c.png  \r\nd\n", encoding="utf-8")
+    names = ["a b.JPG", "sub/c.png", "d.jpg"]
+    assert [item.path for item in load_distractors(tmp_path, "extra")] == [folder / "jpg" / n for n in names]
+    for lines, message in [
+        ("a.jpg\nb.jpg\na\n", r"lists a\.jpg twice"),
+        ("/etc/passwd\n", "not a plain name"),
+        ("x/../../y.jpg\n", "not a plain name"),
+        ("\n\n", "lists no images"),
+    ]:
+        (folder / "extra.txt").write_text(lines)
+        with pytest.raises(InputError, match=message):
+            load_distractors(tmp_path, "extra")
+    (folder / "extra.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="UTF-8"):
+        load_distractors(tmp_path, "extra")
+    with pytest.raises(InputError, match=r"revisitop1m\.txt(.|\n)*ptak\.felk"):
+        load_distractors(tmp_path, "revisitop1m")
+
+
+def test_one_message_lists_everything_missing(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "JPEG")
+    good, cut = tmp_path / "good.jpg", tmp_path / "cut.jpg"
+    good.write_bytes(buffer.getvalue())
+    cut.write_bytes(buffer.getvalue()[:-4])
+    items = [ImageItem(tmp_path / f"gone_{i}.jpg") for i in range(7)] + [ImageItem(good), ImageItem(cut)]
+    sets = [("database", items, "had from HERE"), ("queries", [ImageItem(cut)], "had from HERE")]
+    sets.append(("distractors", [ImageItem(good)], "NOT SHOWN"))
+    with pytest.raises(InputError) as error:
+        require_images(sets, also=["weights not found: w.pth"])
+    text = str(error.value)
+    assert "database: of 9 images 7 missing, 1 unreadable" in text
+    assert "queries: of 1 images 0 missing, 1 unreadable" in text
+    assert f"{cut}: truncated JPEG" in text
+    assert text.count("gone_") == 5
+    assert "and 3 more" in text
+    assert text.count("had from HERE") == 1
+    assert "NOT SHOWN" not in text
+    assert text.endswith("weights not found: w.pth")
+    with pytest.raises(InputError, match="weights"):
+        require_images([("queries", [ImageItem(good)], "")], also=["weights not found"])
+    signatures = require_images([("queries", [ImageItem(good)], ""), ("database", [ImageItem(good)] * 2, "")])
+    assert signatures["database"] == signatures["queries"] * 2
