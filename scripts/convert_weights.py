@@ -1,4 +1,4 @@
-"""Convert a CVNet checkpoint to safetensors: python scripts/convert_weights.py CVPR2022_CVNet_R50.pyth r50.safetensors"""
+"""Convert a CVNet checkpoint: python scripts/convert_weights.py CVPR2022_CVNet_R50.pyth r50.safetensors"""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ def main() -> int:
         return 2
     print(f"{args.target}: {source.backbone}, whitening {source.dim}, {len(source.state)} tensors")
     if source.left_aside:
-        print(
-            f"left aside, CVNet-Rerank's own: {len(source.left_aside)} tensors ({', '.join(source.left_aside[:3])}, ...)"
-        )
+        some = ", ".join(source.left_aside[:3])
+        print(f"left aside, CVNet-Rerank's own: {len(source.left_aside)} tensors ({some}, ...)")
     return 0
 
 

@@ -32,6 +32,7 @@ def load_model(
     pooling: str | dict[str, Any] | PoolingConfig | None = None,
     scales: int | Sequence[float] = 3,
     antialias: bool = False,
+    seed: int = 0,
 ) -> RetrievalNetwork:
     """Build a retrieval network with its weights, in evaluation mode on the CPU.
 
@@ -44,6 +45,7 @@ def load_model(
             switches stored in the file, "superglobal" where it stores none.
         scales: 1, 3, 5 or a list of factors.
         antialias: filter when a scale shrinks the image; off is what the paper's runs had.
+        seed: of random weights.
 
     Raises:
         InputError: anything missing, contradicting, unsafe or misshapen, with the mend.
@@ -51,11 +53,13 @@ def load_model(
     source = _read_source(str(weights))
     name = _agreed_backbone(str(weights), source, backbone)
     switches = make_pooling(pooling if pooling is not None or source is None else source.pooling)
-    network_backbone = Backbone(name, pretrained=str(weights) == "timm")
-    if source is not None and source.mean is not None and source.std is not None:
-        network_backbone.mean, network_backbone.std = source.mean, source.std
-    dim = source.dim if source is not None else None
-    network = RetrievalNetwork(network_backbone, switches, dim, scales, antialias)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network_backbone = Backbone(name, pretrained=str(weights) == "timm")
+        if source is not None and source.mean is not None and source.std is not None:
+            network_backbone.mean, network_backbone.std = source.mean, source.std
+        dim = source.dim if source is not None else None
+        network = RetrievalNetwork(network_backbone, switches, dim, scales, antialias)
     if source is not None:
         _load(network, source, f"weights={weights}")
         network.weights_label = Path(weights).name if Path(weights).suffix else str(weights)

@@ -126,7 +126,7 @@ class EvalConfig:
         antialias: filter when a scale shrinks the image; off is what the paper's runs had.
         k: results kept per query (at least `rerank.M`, at most the database).
         ablation: name of the row, set by `conf/ablation`.
-        seed: of the bootstrap.
+        seed: of the bootstrap and of random weights.
     """
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,6 +159,8 @@ def _extracted(
     with clock.time("extract"):
         trainer = make_trainer(config)
         stores, computed = extract_lists(network, lists, Path(config.paths.stores), trainer, config.trainer.num_workers)
+    if not trainer.is_global_zero:
+        sys.exit(0)
     found = {part.title: store for part, store in zip(lists, stores, strict=True)}
     parts = [found["database"], *([found["distractors"]] if distractors else [])]
     about = {
@@ -179,7 +182,14 @@ def _network(config: EvalConfig) -> RetrievalNetwork:
             "backbone=efficientnet_lite0 needs no download; weights=timm takes timm's; weights=random is a baseline"
         )
     name = config.backbone.name if config.backbone else None
-    return load_model(weights, backbone=name, pooling=config.pooling, scales=config.scales, antialias=config.antialias)
+    return load_model(
+        weights,
+        backbone=name,
+        pooling=config.pooling,
+        scales=config.scales,
+        antialias=config.antialias,
+        seed=config.seed,
+    )
 
 
 def make_trainer(config: EvalConfig) -> pl.Trainer:
@@ -189,6 +199,7 @@ def make_trainer(config: EvalConfig) -> pl.Trainer:
         accelerator=t.accelerator,
         devices=t.devices,
         strategy=t.strategy,
+        use_distributed_sampler=False,
         precision="32-true",
         logger=False,
         enable_checkpointing=False,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 
-from superglobal.data.datamodules import extraction_loader
+from superglobal.data.datamodules import ExtractionDataModule, Task
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork
@@ -38,12 +36,12 @@ class ExtractionList:
 
 
 class EvaluationModule(pl.LightningModule):
-    """Describes images and writes them to their stores; one data loader per store.
+    """Describes images and writes each into its row of its list's store.
 
     Args:
         network: in evaluation mode.
-        stores: in the order of the data loaders.
-        lists: the image lists of the stores, to name an image that fails.
+        stores: one per image list.
+        lists: the image lists, to name an image that fails.
     """
 
     def __init__(
@@ -54,33 +52,22 @@ class EvaluationModule(pl.LightningModule):
         self.stores = stores
         self.lists = lists
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        row, image = batch
-        return row, image.to(device, non_blocking=True) if isinstance(image, Tensor) else image
-
-    def predict_step(self, batch: tuple[int, Tensor | InputError], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Write the descriptor of one image into its row.
+    def predict_step(self, batch: tuple[Task, Tensor | InputError], batch_idx: int) -> Task:
+        """Write the descriptor of one image and say which.
 
         Raises:
             InputError: the image cannot be read, or its descriptor is not finite; finished rows stay.
         """
-        row, image = batch
+        (number, row), image = batch
         if isinstance(image, InputError):
             raise image
         with full_precision():
             descriptor = self.network(image[None])[0].cpu().numpy()
         try:
-            self.stores[dataloader_idx].write(row, descriptor)
+            self.stores[number].write(row, descriptor)
         except InputError as error:
-            raise InputError(f"{self.lists[dataloader_idx].items[row].path}: {error}") from error
-
-    def on_predict_end(self) -> None:
-        self.flush()
-
-    def flush(self) -> None:
-        """Mark what was written as done."""
-        for store in self.stores:
-            store.flush()
+            raise InputError(f"{self.lists[number].items[row].path}: {error}") from error
+        return number, row
 
 
 def extract_lists(
@@ -105,14 +92,14 @@ def extract_lists(
         name = f"{part.name}-{part.title}-{fingerprint(about, part.lines())[:16]}"
         stores.append(DescriptorStore.open_or_create(folder / name, about, part.lines(), network.dim))
     computed = {part.title: len(store.missing) for part, store in zip(lists, stores, strict=True)}
-    todo = [(part, store) for part, store in zip(lists, stores, strict=True) if len(store.missing)]
-    if todo:
-        module = EvaluationModule(network, [store for _, store in todo], [part for part, _ in todo])
-        loaders = [extraction_loader(p.items, s.missing, p.max_side, num_workers) for p, s in todo]
+    tasks = [(number, int(row)) for number, store in enumerate(stores) for row in store.missing]
+    if tasks:
+        images = ExtractionDataModule([(part.items, part.max_side) for part in lists], tasks, num_workers)
         try:
-            trainer.predict(module, loaders, return_predictions=False)
+            trainer.predict(EvaluationModule(network, stores, lists), images, return_predictions=False)
         finally:
-            module.flush()
+            for store in stores:
+                store.flush()
         trainer.strategy.barrier()
         network.cpu()
     return stores, computed

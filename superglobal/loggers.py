@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from torch import Tensor
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
 from superglobal.config import EvalConfig
@@ -21,7 +20,7 @@ def log_result(config: EvalConfig, summary: dict[str, Any], folder: Path) -> Non
     numbers = _flat(summary)
     table = CSVLogger(folder, name="csv", version="")
     table.log_hyperparams(summary["config"])
-    table.log_metrics(numbers)
+    table.log_metrics(dict(numbers))
     table.finalize("success")
     if not config.logger.wandb:
         return
@@ -29,7 +28,7 @@ def log_result(config: EvalConfig, summary: dict[str, Any], folder: Path) -> Non
     try:
         logger = WandbLogger(experiment=run)
         logger.log_hyperparams(summary["config"])
-        logger.log_metrics(numbers)
+        logger.log_metrics(dict(numbers))
         if (folder / "sheet.png").exists():
             logger.log_image("sheet", [str(folder / "sheet.png")])
     finally:
@@ -47,9 +46,9 @@ def _start_run(config: EvalConfig, summary: dict[str, Any], folder: Path) -> wan
     return wandb.init(project=config.logger.project, name=summary["label"], dir=folder, mode=mode, settings=settings)
 
 
-def _flat(summary: dict[str, Any]) -> dict[str, Tensor | float]:
+def _flat(summary: dict[str, Any]) -> dict[str, float]:
     """`search/map/medium` and so on, in percent, with the seconds of each stage."""
-    numbers: dict[str, Tensor | float] = {f"seconds/{stage}": value for stage, value in summary["seconds"].items()}
+    numbers = {f"seconds/{stage}": value for stage, value in summary["seconds"].items()}
     for stage, result in summary["metrics"].items():
         for protocol, value in result["map"].items():
             if value is not None:

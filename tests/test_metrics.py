@@ -19,7 +19,7 @@ from superglobal.retrieval.metrics import (
     score_ranks,
 )
 from superglobal.retrieval.rerank import rerank
-from superglobal.retrieval.scoring import evaluate, ranks_from_rankings, revisited_map
+from superglobal.retrieval.scoring import evaluate, landmarks, ranks_from_rankings, revisited_map
 from superglobal.retrieval.search import search
 from superglobal.retrieval.vectors import concat
 
@@ -207,12 +207,15 @@ def test_interval_draws_whole_landmarks() -> None:
     assert np.isnan(one_cluster.interval["all"]).all()
 
 
-def test_clusters_come_from_the_query_names() -> None:
+def test_queries_of_one_landmark_are_found_by_their_positives() -> None:
+    """Easy for one query may be hard for the next; what they share is the union."""
     rng = np.random.default_rng(5)
-    X, Q, gnd = unit(rng, 40, 6), unit(rng, 4, 6), random_gnd(rng, 40, 4)
-    names = ["all_souls_000013", "all_souls_000026", "keble_000028", "keble_000055"]
-    official = {"imlist": [], "qimlist": names, "gnd": gnd}
+    X, Q = unit(rng, 40, 6), unit(rng, 4, 6)
+    sets = [((0, 1, 2), (3,)), ((3, 1), (0, 2, 9)), ((10, 11), (12,)), ((12,), (10, 30))]
+    gnd = [{"easy": list(easy), "hard": list(hard), "junk": [20]} for easy, hard in sets]
+    official = {"imlist": [], "qimlist": ["a_1", "b_1", "a_2", "b_2"], "gnd": gnd}
     expected = evaluate(Q, X, gnd, clusters=["a", "a", "k", "k"])
+    assert landmarks([(0, 1), (5,), (1, 0, 2), ()]) == [0, 1, 0, 3]
     for ground_truth in (official, SimpleNamespace(**official)):
         result = revisited_map(Q, X, ground_truth)
         assert result.map == expected.map

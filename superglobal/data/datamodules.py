@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -12,29 +13,56 @@ from torch.utils.data import DataLoader, Dataset
 from superglobal.data.images import ImageItem, read_image
 from superglobal.errors import InputError
 
+Task = tuple[int, int]
+"""Number of an image list and row in it."""
 
-class ImageRows(Dataset):
-    """Chosen rows of an image list, each as (row, (3, H, W) uint8), at its own size.
 
-    An unreadable image comes as (row, InputError): raised inside a worker it would arrive wrapped in the worker's
+class Images(Dataset):
+    """Chosen rows of several image lists, each as (task, (3, H, W) uint8), at its own size.
+
+    An unreadable image comes as (task, InputError): raised inside a worker it would arrive wrapped in the worker's
     traceback.
+
+    Args:
+        lists: images and their `max_side` each.
+        tasks: which rows of which list.
     """
 
-    def __init__(self, items: Sequence[ImageItem], rows: np.ndarray, max_side: int | None) -> None:
-        self.items = items
-        self.rows = rows
-        self.max_side = max_side
+    def __init__(self, lists: Sequence[tuple[Sequence[ImageItem], int | None]], tasks: Sequence[Task]) -> None:
+        self.lists = lists
+        self.tasks = tasks
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.tasks)
 
-    def __getitem__(self, position: int) -> tuple[int, Tensor | InputError]:
-        row = int(self.rows[position])
-        item = self.items[row]
+    def __getitem__(self, position: int) -> tuple[Task, Tensor | InputError]:
+        number, row = self.tasks[position]
+        items, max_side = self.lists[number]
         try:
-            return row, image_tensor(read_image(item.path, item.box, self.max_side))
+            return (number, row), image_tensor(read_image(items[row].path, items[row].box, max_side))
         except InputError as error:
-            return row, error
+            return (number, row), error
+
+
+class ExtractionDataModule(pl.LightningDataModule):
+    """Images one by one, every rank its own share, decoded ahead of the network by `num_workers` processes."""
+
+    def __init__(
+        self,
+        lists: Sequence[tuple[Sequence[ImageItem], int | None]],
+        tasks: Sequence[Task],
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        self.lists = lists
+        self.tasks = tasks
+        self.num_workers = num_workers
+
+    def predict_dataloader(self) -> DataLoader:
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        # Lightning stops on a rank without data; a row described twice is the same row.
+        share = self.tasks[rank::ranks] or self.tasks[:1]
+        return DataLoader(Images(self.lists, share), num_workers=self.num_workers, collate_fn=_only)
 
 
 def image_tensor(pixels: np.ndarray) -> Tensor:
@@ -42,12 +70,5 @@ def image_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def extraction_loader(
-    items: Sequence[ImageItem], rows: np.ndarray, max_side: int | None, num_workers: int
-) -> DataLoader:
-    """Images one by one, decoded ahead of the network by `num_workers` processes."""
-    return DataLoader(ImageRows(items, rows, max_side), batch_size=1, num_workers=num_workers, collate_fn=_only)
-
-
-def _only(batch: list[tuple[int, Tensor | InputError]]) -> tuple[int, Tensor | InputError]:
+def _only(batch: list[tuple[Task, Tensor | InputError]]) -> tuple[Task, Tensor | InputError]:
     return batch[0]

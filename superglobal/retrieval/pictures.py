@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from superglobal.checkpoint import write_atomically
 from superglobal.data.images import ImageItem, read_image
 from superglobal.data.sets import EvaluationSet
+from superglobal.files import write_atomically
 from superglobal.retrieval.report import Stages
 
 _SIDE, _BORDER, _GAP, _TEXT = 148, 5, 6, 14

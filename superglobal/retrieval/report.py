@@ -22,8 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from superglobal.checkpoint import write_atomically
 from superglobal.errors import InputError
+from superglobal.files import write_atomically
 from superglobal.retrieval.metrics import RetrievalResult
 
 FORMAT = "superglobal-result-1"

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.checkpoint import write_atomically
 from superglobal.errors import InputError
+from superglobal.files import write_atomically
 
 FORMAT = "superglobal-store-1"
 SHARD_ROWS = 16384

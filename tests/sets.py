@@ -1,0 +1,57 @@
+"""Small evaluation sets written in the official layouts: noise textures, several views of each."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def texture(landmark: int, view: int, size: tuple[int, int] = (120, 96)) -> Image.Image:
+    """A view of a landmark: the same coarse pattern, shifted, with its own noise."""
+    coarse = np.random.default_rng(landmark).uniform(0, 255, (8, 10, 3))
+    rng = np.random.default_rng([landmark, view])
+    noisy = np.clip(coarse + rng.normal(0, 12, coarse.shape), 0, 255).astype(np.uint8)
+    return Image.fromarray(np.roll(noisy, rng.integers(0, 2), axis=1)).resize(size, Image.Resampling.BICUBIC)
+
+
+def write_revisited(
+    root: Path, name: str = "mini", landmarks: int = 6, views: int = 5, size: tuple[int, int] = (120, 96)
+) -> Path:
+    """`root/name/{jpg/,gnd_name.pkl}`: view 0 of each landmark is its query, 1 and 2 easy, the last junk."""
+    jpg = root / name / "jpg"
+    jpg.mkdir(parents=True)
+    imlist, qimlist, gnd = [], [], []
+    for landmark in range(landmarks):
+        first = len(imlist)
+        for view in range(views):
+            image = f"l{landmark}_{view:06d}"
+            texture(landmark, view, size).save(jpg / f"{image}.jpg", quality=95)
+            (imlist if view else qimlist).append(image)
+        ids = list(range(first, len(imlist)))
+        box = [4.5, 3.2, size[0] - 2.0, size[1] - 1.0]
+        gnd.append({"bbx": box, "easy": ids[:2], "hard": ids[2:-1], "junk": ids[-1:]})
+    data = {"imlist": imlist, "qimlist": qimlist, "gnd": gnd}
+    (root / name / f"gnd_{name}.pkl").write_bytes(pickle.dumps(data))
+    return root / name
+
+
+def write_distractors(root: Path, name: str = "noise", count: int = 4) -> Path:
+    """`root/name/{jpg/,name.txt}`."""
+    jpg = root / name / "jpg"
+    jpg.mkdir(parents=True)
+    for i in range(count):
+        texture(1000 + i, 0).save(jpg / f"d{i}.jpg")
+    (root / name / f"{name}.txt").write_text("".join(f"d{i}.jpg\n" for i in range(count)))
+    return root / name
+
+
+def write_folders(root: Path, landmarks: int = 3, views: int = 3) -> Path:
+    """`root/<label>/<view>.jpg`."""
+    for landmark in range(landmarks):
+        (root / f"label{landmark}").mkdir(parents=True)
+        for view in range(views):
+            texture(landmark, view).save(root / f"label{landmark}" / f"{view}.jpg")
+    return root

