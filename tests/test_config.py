@@ -1,0 +1,104 @@
+"""Configs: off is off, a typo lists the choices, every option composes."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+
+from superglobal.config import register, validated
+from superglobal.errors import InputError
+from superglobal.models.pooling import PRESETS, PoolingConfig, make_pooling
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def config(*overrides):
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return validated(compose("eval", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("off", False), ("false", False), ("no", False), ("on", True), ("true", True)]
+)
+def test_a_switch_is_a_bool(value, expected):
+    assert config(f"pooling.regional={value}").pooling.regional is expected
+
+
+@pytest.mark.parametrize(("value", "mode"), [("off", "off"), ("true", "on"), ("reference_off", "reference_off")])
+def test_relup_modes(value, mode):
+    assert config(f"pooling.relup={value}").pooling.relup == mode
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("pooling.regional=maybe", ConfigCompositionException, "maybe"),
+        ("pooling.gemplus=on", ConfigCompositionException, "gemplus"),
+        ("dataset=oxf", MissingConfigException, "roxford5k"),
+        ("rerank.M=many", ConfigCompositionException, "many"),
+        ("pooling.relup=perhaps", InputError, "on, off, reference_off"),
+        ("index.backend=annoy", InputError, "auto, faiss, torch"),
+        ("dataset=revisited", InputError, r"dataset\.name"),
+        ("dataset=descriptors", InputError, r"descriptors\.query"),
+        ("descriptors.query=q.npy", InputError, "both"),
+    ],
+)
+def test_a_wrong_setting_is_refused_and_named(override, error, message):
+    with pytest.raises(error) as caught:
+        config(override)
+    assert re.search(message, f"{caught.value} {caught.value.__cause__}")
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("group", ["backbone", "pooling", "index", "rerank", "trainer", "logger", "paths", "ablation"])
+def test_every_option_composes(group):
+    assert options(group)
+    for option in options(group):
+        extra = ["backbone.name=resnet18"] if (group, option) == ("backbone", "timm") else []
+        config(f"{group}={option}", *extra)
+
+
+def test_every_data_set_and_distractor_set_composes():
+    needs = {
+        "revisited": ["dataset.name=x"],
+        "folder": ["dataset.database=x", "dataset.query=y"],
+        "descriptors": ["descriptors.query=q", "descriptors.database=x"],
+    }
+    for option in options("dataset"):
+        config(f"dataset={option}", *needs.get(option, []))
+    assert config("distractors=revisitop1m").distractors.name == "revisitop1m"
+    assert config("distractors=list", "distractors.name=x").distractors.name == "x"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_the_same_in_config_and_api(preset):
+    assert config(f"pooling={preset}").pooling == make_pooling(preset)
+
+
+def test_defaults_are_the_same_in_config_and_api():
+    assert config().pooling == PoolingConfig() == make_pooling(None)
+    assert (config().scales, config().antialias) == (3, False)
+
+
+def test_the_ladder_adds_one_module_a_step_and_the_others_leave_one_out():
+    def switches(name):
+        c = config(f"ablation={name}")
+        return (c.pooling.gem_plus, c.pooling.regional, c.pooling.scale, c.pooling.relup != "off", c.rerank.enabled)
+
+    steps = ("gem", "gem_plus", "regional", "scale", "relup", "rerank")
+    assert [sum(switches(step)) for step in steps] == [0, 1, 2, 3, 4, 5]
+    for before, after in pairwise(steps):
+        assert all(b <= a for b, a in zip(switches(before), switches(after), strict=True))
+    for i, step in enumerate(steps[1:]):
+        assert [j for j, on in enumerate(switches(f"no_{step}")) if not on] == [i]
+    assert sorted(options("ablation")) == sorted([*steps, *(f"no_{s}" for s in steps[1:])])
+    assert config("ablation=scale").ablation == "scale"

@@ -1,0 +1,238 @@
+"""eval.py as a user runs it: real processes, real files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sets import write_distractors, write_folders, write_revisited
+
+import superglobal
+from superglobal.data.revisited import revisited_set
+from superglobal.retrieval.store import DescriptorStore
+
+ROOT = Path(__file__).parents[1]
+FAST = ["backbone=resnet18", "weights=random", "scales=1", "trainer.num_workers=0", "trainer.accelerator=cpu"]
+
+
+def start(outputs: Path, *overrides: str, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "eval.py"), *overrides, f"paths.outputs={outputs}"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes, **kwargs)
+
+
+def run(outputs: Path, *overrides: str, status: int = 0) -> str:
+    process = start(outputs, *overrides)
+    text = process.communicate(timeout=240)[0]
+    assert process.returncode == status, text
+    return text
+
+
+def revisited(root: Path, *overrides: str) -> list[str]:
+    return ["dataset=revisited", "dataset.name=mini", f"paths.data={root}", "logger=csv", *FAST, *overrides]
+
+
+def results(outputs: Path) -> dict:
+    (path,) = (outputs / "eval").rglob("results.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_revisited(root)
+    write_distractors(root)
+    return root
+
+
+def test_scores_are_those_of_the_public_functions(data, tmp_path):
+    text = run(tmp_path, *revisited(data, "rerank.M=12", "distractors=list", "distractors.name=noise"))
+    got = results(tmp_path)
+    folder = next((tmp_path / "eval").rglob("results.json")).parent
+
+    truth = revisited_set(data, "mini")
+    model = superglobal.load_model("random", backbone="resnet18", scales=1)
+    from superglobal.data.images import read_image
+
+    images = [*(i.path for i in truth.database), *sorted((data / "noise/jpg").iterdir())]
+    X = superglobal.extract(model, images)
+    Q = superglobal.extract(model, [read_image(i.path, i.box) for i in truth.queries])
+    _, ids = superglobal.search(Q, X, k=len(X))
+    expected = {"search": superglobal.revisited_map(Q, X, truth)}
+    _, ids = superglobal.rerank(Q, X, ids, M=12)
+    expected["rerank"] = superglobal.revisited_map(Q, X, truth, ids)
+    for stage, result in expected.items():
+        assert got["metrics"][stage]["map"] == pytest.approx(result.map, abs=1e-12)
+    with np.load(folder / "rankings.npz") as rankings:
+        assert np.array_equal(rankings["rerank_ids"], ids)
+    with open(folder / "per_query.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["rerank medium AP"]) for r in rows] == expected["rerank"].ap["medium"].tolist()
+    assert f"{100 * expected['rerank'].map['hard']:.2f}" in text
+    assert "weights random" in text
+    assert got["counts"] == {"queries": 6, "database": 28}
+    assert got["dataset"] == "mini+noise"
+    assert (folder / "csv/metrics.csv").exists()
+
+
+def test_the_sheet_shows_relevance_by_colour(data, tmp_path):
+    run(tmp_path, *revisited(data, "pictures.queries=2", "pictures.ranks=4"))
+    folder = next((tmp_path / "eval").rglob("results.json")).parent
+    sheet = np.asarray(Image.open(folder / "sheet.png").convert("RGB"))
+    with np.load(folder / "rankings.npz") as rankings:
+        first = rankings["search_ids"][0, 0]
+    truth = revisited_set(data, "mini").gnd[0]
+    colours = {"easy": (0x1A, 0x98, 0x50), "hard": (0xE0, 0xA1, 0x00), "junk": (0x8C,) * 3}
+    expected = next((c for n, c in colours.items() if first in truth[n]), (0xD7, 0x30, 0x27))
+    assert tuple(sheet[40, 6 + 164 + 2]) == expected
+    assert (0xFF, 0xE6, 0x00) in {tuple(p) for p in sheet[28:190, 6:170].reshape(-1, 3)}  # the query's box
+
+
+def test_a_second_run_extracts_nothing_and_changed_settings_extract_anew(data, tmp_path):
+    def extracted(name, *overrides):
+        run(tmp_path / name, *revisited(data, f"paths.stores={tmp_path / 'stores'}", *overrides))
+        return results(tmp_path / name)["about"]["extracted"]
+
+    assert extracted("a") == {"database": 24, "queries": 6}
+    assert extracted("b", "rerank.K=3") == {"database": 0, "queries": 0}
+    assert extracted("c", "dataset.crop_query=false") == {"database": 0, "queries": 6}
+    assert extracted("d", "pooling.regional=off") == {"database": 24, "queries": 6}
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    write_revisited(tmp_path, landmarks=20, views=6)
+    overrides = revisited(tmp_path)
+    process = start(tmp_path / "killed", *overrides)
+    stores = tmp_path / "killed" / "stores"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        done = [np.load(p).sum() for p in stores.glob("mini-database-*/done.npy")]
+        if done and done[0] >= 64:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    (store,) = stores.glob("mini-database-*")
+    missing = len(DescriptorStore.open(store).missing)
+    assert 0 < missing < 100
+
+    run(tmp_path / "killed", *overrides)
+    run(tmp_path / "whole", *overrides)
+    again, whole = results(tmp_path / "killed"), results(tmp_path / "whole")
+    assert again["about"]["extracted"] == {"database": missing, "queries": 20}
+    assert again["metrics"] == whole["metrics"]
+    (other,) = (tmp_path / "whole" / "stores").glob("mini-database-*")
+    assert other.name == store.name
+    assert np.array_equal(DescriptorStore.open(store).block(0, 100), DescriptorStore.open(other).block(0, 100))
+    loaded = [dict(np.load(next((tmp_path / n / "eval").rglob("rankings.npz")))) for n in ("killed", "whole")]
+    assert all(np.array_equal(loaded[0][k], loaded[1][k]) for k in loaded[1])
+
+
+def test_two_processes_give_the_descriptors_of_one(data, tmp_path):
+    run(tmp_path / "one", *revisited(data))
+    run(tmp_path / "two", *revisited(data, "trainer.devices=2", "trainer.strategy=ddp"))
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert one["metrics"] == two["metrics"]
+    assert one["about"]["fingerprints"] == two["about"]["fingerprints"]
+
+
+def test_everything_missing_is_told_in_one_message_before_anything_runs(tmp_path):
+    folder = write_revisited(tmp_path)
+    (folder / "jpg/l0_000001.jpg").unlink()
+    cut = folder / "jpg/l1_000002.jpg"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    overrides = [o for o in revisited(tmp_path) if not o.startswith(("weights", "backbone"))]
+    text = run(tmp_path / "o", *overrides, "weights=nowhere.pyth", status=2)
+    assert "Traceback" not in text
+    for part in ("1 missing, 1 unreadable", "l0_000001.jpg", str(cut), "nowhere.pyth", "gnd_mini.pkl"):
+        assert part in text
+    assert not (tmp_path / "o" / "stores").exists()
+
+
+def test_relup_rows_of_a_backbone_without_it_are_not_applicable_in_the_merged_table(data, tmp_path):
+    overrides = revisited(data, "backbone=timm", "backbone.name=convnext_atto", "ablation=gem,relup,no_relup,rerank")
+    text = run(tmp_path, "-m", *[o for o in overrides if o != "backbone=resnet18"])
+    table = next(tmp_path.rglob("table.csv"))
+    with open(table) as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["gem", "relup", "rerank", "no_relup"]
+    assert rows["relup"]["medium"] == rows["no_relup"]["medium"] == "n/a"
+    assert rows["gem"]["gain"] == "+0.00"
+    gain = float(rows["rerank"]["medium"]) - float(rows["gem"]["medium"])
+    assert float(rows["rerank"]["gain"]) == pytest.approx(gain, abs=0.011)
+    assert rows["rerank"]["hard"] in text
+    assert table.with_suffix(".md").read_text().count("\n") == 6
+    again = [sys.executable, str(ROOT / "scripts/report.py"), str(table.parent)]
+    before = table.read_text()
+    assert subprocess.run(again, capture_output=True).returncode == 0
+    assert table.read_text() == before
+
+
+def test_own_photos_without_labels_give_ranked_lists(tmp_path):
+    database = write_folders(tmp_path / "photos")
+    query = tmp_path / "query.png"
+    Image.open(database / "label1/0.jpg").resize((8, 8)).save(query)  # tiny, and of another format
+    Image.new("RGB", (5200, 3900), "navy").save(database / "large.jpg")  # 20 megapixels
+    folder = ["dataset=folder", f"dataset.database={database}", f"dataset.query={query}", *FAST]
+    text = run(tmp_path / "o", *folder)
+    out = next((tmp_path / "o/eval").rglob("results.json")).parent
+    with open(out / "rankings.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10
+    assert {row["image"] for row in rows} >= {"large.jpg", "label1/0.jpg"}
+    assert [row["rank"] for row in rows] == [str(i) for i in range(1, 11)]
+    (listed,) = json.loads((out / "rankings.json").read_text()).values()
+    assert [one["image"] for one in listed] == [row["image"] for row in rows]
+    assert (out / "sheet.png").stat().st_size > 1000
+    # W&B needs no key, asks nothing, and leaves a run that can be uploaded.
+    assert list((out / "wandb").glob("offline-run-*/*.wandb"))
+    assert "wandb sync" in text
+
+
+def test_own_photos_with_labels_are_scored_leaving_each_query_out(tmp_path):
+    database = write_folders(tmp_path / "photos", landmarks=4, views=4)
+    run(tmp_path / "o", "dataset=folder", f"dataset.database={database}", "dataset.labels=true", "logger=csv", *FAST)
+    got = results(tmp_path / "o")
+    assert got["metrics"]["search"]["queries"] == {"all": 16}
+    out = next((tmp_path / "o/eval").rglob("rankings.npz"))
+    with np.load(out) as rankings:
+        for stage in ("search", "rerank"):
+            assert rankings[f"{stage}_ids"].shape == (16, 15)
+            assert not (rankings[f"{stage}_ids"] == np.arange(16)[:, None]).any()
+
+
+def test_own_descriptors_take_the_place_of_extraction(data, tmp_path):
+    rng = np.random.default_rng(0)
+    rows = {"q": 6, "x": 24, "short": 23}
+    for name, count in rows.items():
+        x = rng.standard_normal((count, 16)).astype(np.float32)
+        np.save(tmp_path / f"{name}.npy", x / np.linalg.norm(x, axis=1, keepdims=True))
+    np.save(tmp_path / "raw.npy", rng.standard_normal((24, 16)).astype(np.float32))
+
+    def own(database):
+        return [
+            f"descriptors.query={tmp_path / 'q.npy'}",
+            f"descriptors.database={tmp_path / database}.npy",
+            "logger=csv",
+        ]
+
+    run(tmp_path / "o", "dataset=revisited", "dataset.name=mini", f"paths.data={data}", *own("x"))
+    truth = revisited_set(data, "mini")
+    expected = superglobal.revisited_map(np.load(tmp_path / "q.npy"), np.load(tmp_path / "x.npy"), truth)
+    assert results(tmp_path / "o")["metrics"]["search"]["map"] == pytest.approx(expected.map, abs=1e-12)
+    run(tmp_path / "o2", "dataset=descriptors", *own("x"))
+    assert next((tmp_path / "o2").rglob("rankings.csv"))
+    for wrong, message in (("short", "23 rows"), ("raw", "normalise"), ("nowhere", "nowhere.npy")):
+        common = ["dataset=revisited", "dataset.name=mini", f"paths.data={data}"]
+        assert message in run(tmp_path / wrong, *common, *own(wrong), status=2)
