@@ -1,14 +1,15 @@
 """SuperGlobal (ICCV 2023) image retrieval: descriptors, search, reranking and scores in a few lines.
 
 model = superglobal.load_model("CVPR2022_CVNet_R50.pyth")
-X, Q = superglobal.extract(model, database), superglobal.extract(model, queries)
+data = superglobal.revisited_set("data", "roxford5k")
+X, Q = superglobal.extract(model, data.database), superglobal.extract(model, data.queries)
 scores, ids = superglobal.search(Q, X, k=400)
 scores, ids = superglobal.rerank(Q, X, ids)
-result = superglobal.revisited_map(Q, X, ground_truth, ids)
+result = superglobal.revisited_map(Q, X, data, ids)
 """
 
 from superglobal.api import extract, load_model
-from superglobal.data.revisited import load_ground_truth
+from superglobal.data.revisited import load_ground_truth, revisited_set
 from superglobal.errors import InputError
 from superglobal.models.attach import attach
 from superglobal.retrieval.rerank import rerank, rerank_candidates
@@ -25,5 +26,6 @@ __all__ = [
     "rerank",
     "rerank_candidates",
     "revisited_map",
+    "revisited_set",
     "search",
 ]

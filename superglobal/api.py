@@ -14,7 +14,7 @@ from torch import Tensor
 
 from superglobal.checkpoint import Weights, load_strictly, read_weights
 from superglobal.data.datamodules import image_tensor
-from superglobal.data.images import read_image, shrink
+from superglobal.data.images import ImageItem, read_image, shrink
 from superglobal.errors import InputError
 from superglobal.models.backbone import ALIASES, Backbone
 from superglobal.models.network import RetrievalNetwork
@@ -22,7 +22,7 @@ from superglobal.models.pooling import PoolingConfig, make_pooling
 from superglobal.offline import package_weights
 from superglobal.precision import full_precision
 
-ImageLike = str | os.PathLike | Image.Image | np.ndarray | Tensor
+ImageLike = str | os.PathLike | ImageItem | Image.Image | np.ndarray | Tensor
 
 
 def load_model(
@@ -79,8 +79,8 @@ def extract(
 
     Args:
         model: from `load_model`.
-        images: paths, PIL images, arrays (H, W, 3) or (H, W) uint8 RGB, tensors (3, H, W) uint8 or float in
-            0..1; any sizes, any mixture. One image alone counts as a list of one.
+        images: paths, `ImageItem`s (a path and a box), PIL images, arrays (H, W, 3) or (H, W) uint8 RGB, tensors
+            (3, H, W) uint8 or float in 0..1; any sizes, any mixture. One image alone counts as a list of one.
         max_side: shrink larger images to this longer side, in pixels.
         device: where to compute; None for where the model is.
 
@@ -90,7 +90,7 @@ def extract(
     Raises:
         InputError: an image that cannot be read or has another shape or type, naming it.
     """
-    single = isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 4) < 4
+    single = isinstance(images, str | os.PathLike | ImageItem | Image.Image) or getattr(images, "ndim", 4) < 4
     several: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     if device is not None:
         model = model.to(device)
@@ -107,7 +107,9 @@ def extract(
 def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
     """One image as (3, H, W), uint8 or float in 0..1."""
     if isinstance(image, str | os.PathLike):
-        return image_tensor(read_image(Path(image), max_side=max_side))
+        image = ImageItem(Path(image))
+    if isinstance(image, ImageItem):
+        return image_tensor(read_image(image.path, image.box, max_side))
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
             raise InputError(f"image {position}: tensor {tuple(image.shape)}, expected (3, H, W)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -38,3 +39,18 @@ def cvnet_checkpoint(tmp_path_factory):
         return path
 
     return make
+
+
+# Everything the tests can need is there in continuous integration, so nothing may be skipped.
+MAX_SKIPPED_IN_CI = 0
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """In continuous integration a skipped test is a failure: it would pass with the feature broken."""
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is None or not os.environ.get("CI"):
+        return
+    skipped = len(reporter.stats.get("skipped", []))
+    if skipped > MAX_SKIPPED_IN_CI:
+        reporter.write_line(f"{skipped} tests skipped, at most {MAX_SKIPPED_IN_CI} allowed", red=True)
+        session.exitstatus = 1

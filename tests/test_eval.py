@@ -62,11 +62,8 @@ def test_scores_are_those_of_the_public_functions(data, tmp_path):
 
     truth = revisited_set(data, "mini")
     model = superglobal.load_model("random", backbone="resnet18", scales=1)
-    from superglobal.data.images import read_image
-
-    images = [*(i.path for i in truth.database), *sorted((data / "noise/jpg").iterdir())]
-    X = superglobal.extract(model, images)
-    Q = superglobal.extract(model, [read_image(i.path, i.box) for i in truth.queries])
+    X = superglobal.extract(model, [*truth.database, *sorted((data / "noise/jpg").iterdir())])
+    Q = superglobal.extract(model, truth.queries)
     _, ids = superglobal.search(Q, X, k=len(X))
     expected = {"search": superglobal.revisited_map(Q, X, truth)}
     _, ids = superglobal.rerank(Q, X, ids, M=12)

@@ -1,0 +1,32 @@
+# make test       everything a push must pass, from a bare machine (creates .venv on the first call)
+# make test-slow  the long tests
+# make lint       style and types
+# make install    the environment alone; EXTRAS=gpu,offline,dev for FAISS on a GPU
+
+PYTHON ?= python3
+EXTRAS ?= cpu,offline,dev
+BIN := .venv/bin
+STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(EXTRAS)
+# One process per core, one thread each: small networks gain nothing from more.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+.PHONY: install test test-slow lint
+install: $(STAMP)
+
+$(STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	rm -f .venv/.installed-*
+	touch $@
+
+test: install
+	$(PYTEST) -m 'not slow'
+
+test-slow: install
+	$(PYTEST) -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
