@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from superglobal.config import register
-from superglobal.engine import evaluate
+from superglobal.engine import evaluate, sweeping
 from superglobal.errors import InputError
+from superglobal.retrieval.report import write_without_numbers
 
 register()
 
@@ -19,11 +22,16 @@ register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 def main(cfg: DictConfig) -> float:
     """Run one evaluation; a sweeper reads the returned mAP."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        return evaluate(cfg, Path(HydraConfig.get().runtime.output_dir))
+        return evaluate(cfg, folder)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        if not sweeping():
+            sys.exit(2)
+        write_without_numbers(folder, OmegaConf.to_container(cfg, resolve=True), "failed", str(error))
+        return math.nan
 
 
 if __name__ == "__main__":

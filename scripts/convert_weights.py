@@ -23,7 +23,7 @@ def main() -> int:
         if source.kind != "cvnet":
             raise InputError(f"{args.source}: no CVNet checkpoint (no keys encoder_q.* or globalmodel.*)")
         network = load_model(args.source, pooling="gem", scales=1)
-        save_weights(network, args.target, {**source.provenance, "converter": f"superglobal {__version__}"})
+        save_weights(network, args.target, {**source.provenance, "converter": f"superglobal {__version__}"}, False)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

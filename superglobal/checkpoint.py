@@ -86,17 +86,26 @@ def read_weights(path: str | Path) -> Weights:
     return Weights(tensors, "backbone", provenance=provenance)
 
 
-def save_weights(network: RetrievalNetwork, path: str | Path, provenance: Mapping[str, Any]) -> None:
+def save_weights(
+    network: RetrievalNetwork, path: str | Path, provenance: Mapping[str, Any], store_pooling: bool = True
+) -> None:
     """Write a network as safetensors with its architecture and provenance, atomically.
+
+    Args:
+        network: to write.
+        path: of the file.
+        provenance: plain types.
+        store_pooling: whether the network's switches become the default of whoever loads the file.
 
     Raises:
         InputError: the place cannot be written; what was there before is untouched.
     """
+    pooling = {k: str(v) if v == float("inf") else v for k, v in asdict(network.config).items()}
     about = {
         "format": FORMAT,
         "backbone": network.backbone.name,
         "dim": network.dim if network.whitening is not None else None,
-        "pooling": {k: str(v) if v == float("inf") else v for k, v in asdict(network.config).items()},
+        "pooling": pooling if store_pooling else None,
         "mean": network.backbone.mean,
         "std": network.backbone.std,
         "digest": weights_digest(network.state_dict()),
@@ -148,7 +157,7 @@ def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: 
             std=tuple(about["std"]),
             provenance={**provenance, "origin": about["provenance"]},
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: its superglobal metadata is damaged ({error!r}); export the file again") from error
 
 
@@ -206,7 +215,7 @@ def _cvnet_name(key: str) -> str | None:
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise InputError(f"weights={path}: no such file")
+        raise InputError(f"weights={path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     with path.open("rb") as file:
         head = file.read(9)
     if len(head) == 9 and head[8:] == b"{":
@@ -226,7 +235,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+    pairs = content.items() if isinstance(content, dict) else ()
+    if not pairs or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
         raise InputError(f"{path}: holds no state dict (expected names to tensors, or one under 'model_state')")
     return content, {}
 

@@ -5,16 +5,28 @@ Without them Hydra would take `pooling.regional=off` for the string "off", which
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import importlib.util
+import math
+from dataclasses import dataclass, field, make_dataclass
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from superglobal.errors import InputError
-from superglobal.models.pooling import PoolingConfig
+from superglobal.models.network import make_scales
+from superglobal.models.pooling import PoolingConfig, relup_mode
+from superglobal.retrieval.report import LADDER, SWITCHES
 
 KINDS = ("revisited", "folder", "descriptors")
+BACKENDS = ("auto", "faiss", "torch")
+
+
+PoolingSettings: Any = make_dataclass(
+    "PoolingSettings",
+    [(name, Any if hint is Any else hint | None, None) for name, hint in get_type_hints(PoolingConfig).items()],
+)
+"""`PoolingConfig` (`conf/pooling`) with every setting optional: null is what the weights file says."""
 
 
 @dataclass
@@ -134,7 +146,7 @@ class EvalConfig:
     descriptors: DescriptorsConfig = field(default_factory=DescriptorsConfig)
     backbone: BackboneConfig | None = None
     weights: str | None = None
-    pooling: PoolingConfig = field(default_factory=PoolingConfig)
+    pooling: PoolingSettings = field(default_factory=PoolingSettings)
     scales: Any = 3
     antialias: bool = False
     index: IndexConfig = field(default_factory=IndexConfig)
@@ -157,7 +169,7 @@ def validated(cfg: DictConfig) -> EvalConfig:
     """Composed configuration as typed objects.
 
     Raises:
-        InputError: a setting is missing or out of its choices.
+        InputError: a setting is missing, out of its choices, or contradicts another.
     """
     missing = sorted(str(key) for key in OmegaConf.missing_keys(cfg))
     if missing:
@@ -166,17 +178,66 @@ def validated(cfg: DictConfig) -> EvalConfig:
         )
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, EvalConfig)
-    choices = [("dataset.kind", config.dataset.kind, KINDS), ("index.backend", config.index.backend, BACKENDS)]
-    for key, value, allowed in choices:
-        if value not in allowed:
-            raise InputError(f"{key}={value}: expected one of {', '.join(allowed)}")
-    if config.k < 1 or (config.dataset.max_side is not None and config.dataset.max_side < 1):
-        raise InputError("k and dataset.max_side must be positive")
-    if (config.descriptors.query is None) != (config.descriptors.database is None):
-        raise InputError("descriptors.query and descriptors.database go together: give both .npy files")
-    if config.dataset.kind == "descriptors" and config.descriptors.query is None:
-        raise InputError("dataset=descriptors needs descriptors.query=Q.npy descriptors.database=X.npy")
+    _check_choices(config)
+    _check_ranges(config)
+    _check_ablation(config)
+    make_scales(config.scales)
     return config
 
 
-BACKENDS = ("auto", "faiss", "torch")
+def pooling_overrides(settings: Any) -> dict[str, Any]:
+    """The pooling settings that were given."""
+    return {name: value for name, value in vars(settings).items() if value is not None}
+
+
+def _check_choices(config: EvalConfig) -> None:
+    d, own = config.dataset, config.descriptors
+    for key, value, allowed in (("dataset.kind", d.kind, KINDS), ("index.backend", config.index.backend, BACKENDS)):
+        if value not in allowed:
+            raise InputError(f"{key}={value}: expected one of {', '.join(allowed)}")
+    if config.index.backend == "faiss" and importlib.util.find_spec("faiss") is None:
+        raise InputError("index=faiss: FAISS is not installed; pip install faiss-cpu (or faiss-gpu), or index=torch")
+    if d.kind == "folder" and not d.database:
+        raise InputError("dataset=folder: dataset.database=FOLDER is missing")
+    if (own.query is None) != (own.database is None):
+        raise InputError("descriptors.query and descriptors.database go together: give both .npy files")
+    if d.kind == "descriptors" and own.query is None:
+        raise InputError("dataset=descriptors needs descriptors.query=Q.npy descriptors.database=X.npy")
+    if d.kind == "descriptors" and config.distractors is not None:
+        raise InputError("dataset=descriptors knows no images: put distractors into descriptors.database")
+    if config.pooling.relup is not None:
+        relup_mode(config.pooling.relup)
+
+
+def _check_ranges(config: EvalConfig) -> None:
+    at_least = {
+        "k": (config.k, 1),
+        "rerank.M": (config.rerank.M, 1),
+        "rerank.K": (config.rerank.K, 1),
+        "dataset.max_side": (config.dataset.max_side, 1),
+        "trainer.num_workers": (config.trainer.num_workers, 0),
+        "pictures.queries": (config.pictures.queries, 0),
+        "pictures.ranks": (config.pictures.ranks, 1),
+        "seed": (config.seed, 0),
+    }
+    for key, (value, least) in at_least.items():
+        if value is not None and value < least:
+            raise InputError(f"{key}={value}: expected at least {least}")
+    if config.seed >= 2**63:
+        raise InputError(f"seed={config.seed}: expected less than 2^63")
+    if not math.isfinite(config.rerank.beta):
+        raise InputError(f"rerank.beta={config.rerank.beta}: expected a finite number")
+
+
+def _check_ablation(config: EvalConfig) -> None:
+    """A row is what its name says, or its number would stand under a wrong name in every table."""
+    if config.ablation is None:
+        return
+    if config.ablation not in LADDER:
+        raise InputError(f"ablation={config.ablation}: expected one of {', '.join(LADDER)}")
+    p = config.pooling
+    found = (p.gem_plus, p.regional, p.scale, relup_mode(p.relup) != "off", config.rerank.enabled)
+    for switch, wanted, value in zip(SWITCHES, LADDER[config.ablation], found, strict=True):
+        if wanted != value:
+            state = "on" if wanted else "off"
+            raise InputError(f"ablation={config.ablation} means {switch} {state}; drop the ablation or the override")

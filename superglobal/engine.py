@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from superglobal.api import load_model
-from superglobal.config import EvalConfig, validated
+from superglobal.config import EvalConfig, pooling_overrides, validated
 from superglobal.data.folder import folder_set
 from superglobal.data.images import ImageItem
 from superglobal.data.revisited import revisited_set
@@ -63,7 +68,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
 
     Returns:
         The main metric, for sweepers: mAP (Medium, or over labels) after all enabled stages, in 0..1; NaN for
-        a row that does not apply and for a set without labels.
+        a row that does not apply, for a set without labels, and in all processes but the first.
 
     Raises:
         InputError: anything missing, unreadable or contradicting.
@@ -78,8 +83,16 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
             raise InputError("\n".join(problems))
         return _retrieve(config, _own_descriptors(config, dataset, distractors), folder, clock)
     network = _attempt(problems, _network, config)
-    inputs = _extracted(config, dataset, distractors, network, problems, clock)
-    return _retrieve(config, inputs, folder, clock) if inputs else _not_applicable(config, folder)
+    lists = _checked_lists(config, dataset, distractors, problems, clock)
+    assert dataset is not None
+    assert network is not None
+    if config.ablation in _RELUP_ROWS and not has_relup(network.backbone.net):
+        return _not_applicable(config, folder)
+    trainer = make_trainer(config)
+    inputs = _extracted(config, network, lists, trainer, clock)
+    if not trainer.is_global_zero:
+        return math.nan
+    return _retrieve(config, replace(inputs, dataset=dataset, distractors=distractors), folder, clock)
 
 
 def _attempt(problems: list[str], read: Callable[[EvalConfig], T], config: EvalConfig) -> T | None:
@@ -127,51 +140,51 @@ def _distractors(config: EvalConfig) -> list[ImageItem]:
     return load_distractors(config.paths.data, config.distractors.name) if config.distractors else []
 
 
-def _extracted(
+def _checked_lists(
     config: EvalConfig,
     dataset: EvaluationSet | None,
     distractors: list[ImageItem],
-    network: RetrievalNetwork | None,
     problems: list[str],
     clock: Clock,
-) -> Inputs | None:
-    """Descriptors of the configured images from their stores; None for an ablation row that does not apply."""
-    sets: dict[str, tuple[list[ImageItem], str]] = {}
+) -> list[ExtractionList]:
+    """The image lists to describe, every file checked; whatever is missing is told in one message."""
+    sets: list[tuple[str, str, list[ImageItem], str]] = []
     if dataset is not None:
-        sets["database"] = (dataset.database, dataset.how_to_get)
+        sets.append(("database", dataset.name, dataset.database, dataset.how_to_get))
         if not dataset.leave_one_out:
-            sets["queries"] = (dataset.queries, dataset.how_to_get)
+            sets.append(("queries", dataset.name, dataset.queries, dataset.how_to_get))
     if config.distractors is not None and distractors:
-        sets["distractors"] = (distractors, how_to_get_distractors(Path(config.paths.data), config.distractors.name))
+        name = config.distractors.name
+        sets.append(("distractors", name, distractors, how_to_get_distractors(Path(config.paths.data), name)))
     with clock.time("check"):
-        signatures = require_images([(t, items, hint) for t, (items, hint) in sets.items()], also=problems)
-    assert dataset is not None
-    assert network is not None
-    if config.ablation in _RELUP_ROWS and not has_relup(network.backbone.net):
-        return None
-    names = {"distractors": config.distractors.name} if config.distractors else {}
-    lists = [
-        ExtractionList(t, names.get(t, dataset.name), items, signatures[t], config.dataset.max_side)
-        for t, (items, _) in sets.items()
-    ]
+        signatures = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
+    max_side = config.dataset.max_side
+    return [ExtractionList(title, name, items, signatures[title], max_side) for title, name, items, _ in sets]
+
+
+def _extracted(
+    config: EvalConfig,
+    network: RetrievalNetwork,
+    lists: list[ExtractionList],
+    trainer: pl.Trainer,
+    clock: Clock,
+) -> Inputs:
+    """Descriptors of the lists from their stores, extracted where they are missing."""
     for part in lists:
         log.info("%s: %d images", part.title, len(part.items))
     with clock.time("extract"):
-        trainer = make_trainer(config)
         stores, computed = extract_lists(network, lists, Path(config.paths.stores), trainer, config.trainer.num_workers)
-    if not trainer.is_global_zero:
-        sys.exit(0)
     found = {part.title: store for part, store in zip(lists, stores, strict=True)}
-    parts = [found["database"], *([found["distractors"]] if distractors else [])]
+    parts = [found[title] for title in ("database", "distractors") if title in found]
     about = {
         "weights": network.weights_label,
         "network": network.identity(),
-        "fingerprints": {title: store.manifest["fingerprint"] for title, store in found.items()},
+        "trained_pooling": network.trained_pooling,
+        "stores": {t: {k: s.manifest[k] for k in ("fingerprint", "provenance")} for t, s in found.items()},
         "extracted": computed,
-        "device": str(trainer.strategy.root_device),
     }
     queries = as_rows(found.get("queries", found["database"]), "queries")
-    return Inputs(queries, concat(*parts, name="database"), dataset, distractors, about)
+    return Inputs(queries, concat(*parts, name="database"), None, [], about)
 
 
 def _network(config: EvalConfig) -> RetrievalNetwork:
@@ -185,7 +198,7 @@ def _network(config: EvalConfig) -> RetrievalNetwork:
     return load_model(
         weights,
         backbone=name,
-        pooling=config.pooling,
+        pooling=pooling_overrides(config.pooling),
         scales=config.scales,
         antialias=config.antialias,
         seed=config.seed,
@@ -193,79 +206,106 @@ def _network(config: EvalConfig) -> RetrievalNetwork:
 
 
 def make_trainer(config: EvalConfig) -> pl.Trainer:
-    """A Trainer that only predicts and leaves no files."""
+    """A Trainer that only predicts and leaves no files.
+
+    Raises:
+        InputError: Lightning refuses the settings, or a sweep asks for more than one device a job.
+    """
     t = config.trainer
-    return pl.Trainer(
-        accelerator=t.accelerator,
-        devices=t.devices,
-        strategy=t.strategy,
-        use_distributed_sampler=False,
-        precision="32-true",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=t.progress,
-        inference_mode=True,
-    )
+    devices = t.devices
+    if sweeping():
+        # Lightning would start the whole sweep again in every further process.
+        if devices not in (1, "1", "auto", [0], "[0]"):
+            raise InputError(f"trainer.devices={devices}: a sweep runs one device a job; use 1, or run without -m")
+        if devices == "auto":
+            log.info("sweep: one device a job")
+            devices = 1
+    try:
+        return pl.Trainer(
+            accelerator=t.accelerator,
+            devices=devices,
+            strategy=t.strategy,
+            use_distributed_sampler=False,
+            precision="32-true",
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=t.progress,
+            inference_mode=True,
+        )
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        wish = f"accelerator={t.accelerator} devices={t.devices} strategy={t.strategy}"
+        raise InputError(f"trainer: Lightning refuses {wish}: {error}") from error
+
+
+def sweeping() -> bool:
+    """Whether this is a job of a Hydra multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _search_device(config: EvalConfig) -> str:
+    """FAISS searches on the CPU; torch wherever extraction runs."""
+    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "cuda" if gpu and config.index.backend != "faiss" else "cpu"
 
 
 def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) -> float:
-    Q, X = inputs.queries, inputs.database
-    dataset = inputs.dataset
+    X, dataset, device = inputs.database, inputs.dataset, _search_device(config)
+    Q = inputs.queries.block(0, len(inputs.queries))
     exclude = np.arange(len(Q)) if dataset is not None and dataset.leave_one_out else None
     reachable = len(X) - (exclude is not None)
+    if reachable < 1:
+        raise InputError("nothing to search: leave-one-out needs at least two photos")
     k = min(max(config.k, config.rerank.M if config.rerank.enabled else 1), reachable)
     with clock.time("search"):
-        scores, ids = search(Q.block(0, len(Q)), X, k, backend=config.index.backend, exclude=exclude)
-    stages = {"search": (scores, ids)}
+        stages = {"search": search(Q, X, k, backend=config.index.backend, device=device, exclude=exclude)}
     if config.rerank.enabled:
         r = config.rerank
         with clock.time("rerank"):
-            stages["rerank"] = rerank(Q.block(0, len(Q)), X, ids, M=r.M, K=r.K, beta=r.beta)
+            stages["rerank"] = rerank(Q, X, stages["search"][1], r.M, r.K, r.beta, device=device)
     results: dict[str, RetrievalResult] = {}
     if dataset is not None and dataset.gnd is not None:
         with clock.time("score"):
             for name, (_, order) in stages.items():
-                results[name] = _score(config, inputs, order if name == "rerank" else None, exclude)
-    summary = report.summarise(asdict(config), inputs.about, _names(inputs), results, clock.times)
-    report.write_result(folder, summary, results, stages, _names(inputs))
-    if dataset is not None and config.pictures.queries:
+                shortlist = order if name == "rerank" else None
+                results[name] = _score(dataset, Q, X, shortlist, exclude, device, config.seed)
+    names = _names(inputs)
+    summary = report.summarise(asdict(config), inputs.about, names, results, clock.times)
+    report.write_result(folder, summary, results, stages, names)
+    report.print_result(summary, folder)
+    # Own descriptors need no photos, so there may be none to show.
+    if dataset is not None and config.pictures.queries and config.descriptors.query is None:
         database = [*dataset.database, *inputs.distractors]
         draw_sheet(folder / "sheet.png", dataset, database, stages, config.pictures.queries, config.pictures.ranks)
-    report.print_result(summary, folder)
     log_result(config, summary, folder)
     return report.main_metric(summary)
 
 
 def _score(
-    config: EvalConfig, inputs: Inputs, shortlist: np.ndarray | None, exclude: np.ndarray | None
+    dataset: EvaluationSet,
+    Q: np.ndarray,
+    X: Rows,
+    shortlist: np.ndarray | None,
+    exclude: np.ndarray | None,
+    device: str,
+    seed: int,
 ) -> RetrievalResult:
-    dataset = inputs.dataset
-    assert dataset is not None
     gnd = dataset.gnd or []
     if exclude is not None:
+        # An excluded image has no rank, so it cannot be listed as junk.
         gnd = [{"positive": entry["positive"]} for entry in gnd]
-    return score(
-        inputs.queries.block(0, len(inputs.queries)),
-        inputs.database,
-        gnd,
-        _PROTOCOLS[dataset.protocols],
-        shortlist,
-        clusters=dataset.clusters,
-        exclude=exclude,
-        seed=config.seed,
-    )
+    protocols = _PROTOCOLS[dataset.protocols]
+    clusters = dataset.clusters
+    return score(Q, X, gnd, protocols, shortlist, clusters=clusters, exclude=exclude, device=device, seed=seed)
 
 
 def _names(inputs: Inputs) -> report.Names:
-    if inputs.dataset is None:
+    dataset = inputs.dataset
+    if dataset is None:
         queries = [f"query {i}" for i in range(len(inputs.queries))]
         return report.Names(queries, [str(i) for i in range(len(inputs.database))], None)
-    root = inputs.dataset.root
-    database = [_relative(item.path, root) for item in [*inputs.dataset.database, *inputs.distractors]]
-    return report.Names(
-        [_relative(item.path, root) for item in inputs.dataset.queries], database, inputs.dataset.clusters
-    )
+    database = [_relative(item.path, dataset.root) for item in [*dataset.database, *inputs.distractors]]
+    return report.Names([_relative(item.path, dataset.root) for item in dataset.queries], database, dataset.clusters)
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -275,8 +315,8 @@ def _relative(path: Path, root: Path) -> str:
 def _not_applicable(config: EvalConfig, folder: Path) -> float:
     reason = "this backbone has no plain ReLUs for ReLUP"
     log.info("ablation=%s: n/a, %s", config.ablation, reason)
-    report.write_not_applicable(folder, asdict(config), reason)
-    return float("nan")
+    report.write_without_numbers(folder, asdict(config), "n/a", reason)
+    return math.nan
 
 
 class Clock:
@@ -293,7 +333,8 @@ class Clock:
 
 
 class MergedTable(Callback):
-    """Hydra callback: ends a multirun with one table of all its jobs."""
+    """Hydra callback: ends a multirun with one table of all its jobs, and with status 2 if one of them failed."""
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        report.merge(Path(config.hydra.sweep.dir))
+        if any(row["status"] == "failed" for row in report.merge(Path(config.hydra.sweep.dir))):
+            sys.exit(2)

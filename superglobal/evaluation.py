@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 
 from superglobal.data.datamodules import ExtractionDataModule, Task
@@ -14,6 +15,7 @@ from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork
 from superglobal.precision import full_precision
+from superglobal.retrieval.report import versions
 from superglobal.retrieval.store import DescriptorStore, fingerprint
 
 
@@ -51,23 +53,43 @@ class EvaluationModule(pl.LightningModule):
         self.network = network
         self.stores = stores
         self.lists = lists
+        self.failures: list[str] = []
 
     def predict_step(self, batch: tuple[Task, Tensor | InputError], batch_idx: int) -> Task:
         """Write the descriptor of one image and say which.
 
-        Raises:
-            InputError: the image cannot be read, or its descriptor is not finite; finished rows stay.
+        An image that fails is told at the end, to all processes: one that stopped alone would leave the others
+        waiting. Alone, a process stops at once. Finished rows stay either way.
         """
         (number, row), image = batch
-        if isinstance(image, InputError):
-            raise image
-        with full_precision():
-            descriptor = self.network(image[None])[0].cpu().numpy()
         try:
+            if isinstance(image, InputError):
+                raise image
+            with full_precision():
+                descriptor = self.network(image[None])[0].cpu().numpy()
             self.stores[number].write(row, descriptor)
         except InputError as error:
-            raise InputError(f"{self.lists[number].items[row].path}: {error}") from error
+            path = self.lists[number].items[row].path
+            self.failures.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+            if self.trainer.world_size == 1:
+                self.raise_failures()
         return number, row
+
+    def on_predict_end(self) -> None:
+        self.raise_failures()
+
+    def raise_failures(self) -> None:
+        """
+        Raises:
+            InputError: in every process, the images that failed in any.
+        """
+        failures = self.failures
+        if self.trainer.world_size > 1:
+            gathered: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, self.failures)
+            failures = [failure for part in gathered for failure in part]
+        if failures:
+            raise InputError("\n".join(failures))
 
 
 def extract_lists(
@@ -79,18 +101,16 @@ def extract_lists(
 ) -> tuple[list[DescriptorStore], dict[str, int]]:
     """Open the store of each list under `folder` and extract the rows that are missing.
 
+    Rows of the same images that another store under `folder` has, of the same network and settings, are copied:
+    a photo more in a folder costs one description.
+
     Returns:
         The complete stores, and how many rows each title had to compute.
 
     Raises:
         InputError: an unreadable image or a place that cannot be written; finished rows stay for the next run.
     """
-    stores = []
-    identity = network.identity()
-    for part in lists:
-        about = {**identity, "max_side": part.max_side}
-        name = f"{part.name}-{part.title}-{fingerprint(about, part.lines())[:16]}"
-        stores.append(DescriptorStore.open_or_create(folder / name, about, part.lines(), network.dim))
+    stores = [_open_store(network, part, folder, str(trainer.strategy.root_device)) for part in lists]
     computed = {part.title: len(store.missing) for part, store in zip(lists, stores, strict=True)}
     tasks = [(number, int(row)) for number, store in enumerate(stores) for row in store.missing]
     if tasks:
@@ -103,3 +123,16 @@ def extract_lists(
         trainer.strategy.barrier()
         network.cpu()
     return stores, computed
+
+
+def _open_store(network: RetrievalNetwork, part: ExtractionList, folder: Path, device: str) -> DescriptorStore:
+    identity = {**network.identity(), "max_side": part.max_side}
+    lines = part.lines()
+    place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines)[:16]}"
+    fresh = not place.exists()
+    provenance = {"device": device, "versions": versions()}
+    store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance)
+    for other in sorted(folder.glob("*/manifest.json")) if fresh else ():
+        if other.parent != place and len(store.missing) and DescriptorStore.identity_in(other.parent) == identity:
+            store.adopt(DescriptorStore.open(other.parent))
+    return store

@@ -16,14 +16,23 @@ log = logging.getLogger(__name__)
 
 
 def log_result(config: EvalConfig, summary: dict[str, Any], folder: Path) -> None:
-    """Write one evaluation's numbers and its sheet to every logger; finishes them whatever happens."""
+    """Write one evaluation's numbers and its sheet to every logger.
+
+    The results are on disk already, so a tracker that fails costs a warning and not the run.
+    """
     numbers = _flat(summary)
     table = CSVLogger(folder, name="csv", version="")
     table.log_hyperparams(summary["config"])
     table.log_metrics(dict(numbers))
     table.finalize("success")
-    if not config.logger.wandb:
-        return
+    if config.logger.wandb:
+        try:
+            _log_to_wandb(config, summary, numbers, folder)
+        except Exception as error:  # of the tracker, its settings or the network
+            log.warning("W&B failed (%s); everything else is in %s", error, folder)
+
+
+def _log_to_wandb(config: EvalConfig, summary: dict[str, Any], numbers: dict[str, float], folder: Path) -> None:
     run = _start_run(config, summary, folder)
     try:
         logger = WandbLogger(experiment=run)
@@ -43,7 +52,13 @@ def _start_run(config: EvalConfig, summary: dict[str, Any], folder: Path) -> wan
         log.info("W&B offline: `wandb sync %s/wandb/offline-run-*` uploads it", folder)
     settings = wandb.Settings(silent=True)
     # The run's mode is given here: Lightning's own `offline` sets a mode that wandb no longer knows.
-    return wandb.init(project=config.logger.project, name=summary["label"], dir=folder, mode=mode, settings=settings)
+    return wandb.init(
+        project=config.logger.project,
+        name=summary["label"] or summary["dataset"],
+        dir=folder,
+        mode=mode,
+        settings=settings,
+    )
 
 
 def _flat(summary: dict[str, Any]) -> dict[str, float]:

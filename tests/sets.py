@@ -48,6 +48,13 @@ def write_distractors(root: Path, name: str = "noise", count: int = 4) -> Path:
     return root / name
 
 
+def break_scan(path: Path) -> None:
+    """Damage a JPEG so that its header and its end are sound and its decoder refuses it."""
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"\xff\xda") + 6] = 0x33  # Huffman tables that the file does not define
+    path.write_bytes(data)
+
+
 def write_folders(root: Path, landmarks: int = 3, views: int = 3) -> Path:
     """`root/<label>/<view>.jpg`."""
     for landmark in range(landmarks):

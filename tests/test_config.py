@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
-from superglobal.config import register, validated
+from superglobal.config import pooling_overrides, register, validated
 from superglobal.errors import InputError
 from superglobal.models.pooling import PRESETS, PoolingConfig, make_pooling
 
@@ -32,7 +32,7 @@ def test_a_switch_is_a_bool(value, expected):
 
 @pytest.mark.parametrize(("value", "mode"), [("off", "off"), ("true", "on"), ("reference_off", "reference_off")])
 def test_relup_modes(value, mode):
-    assert config(f"pooling.relup={value}").pooling.relup == mode
+    assert make_pooling(pooling_overrides(config(f"pooling.relup={value}").pooling)).relup == mode
 
 
 @pytest.mark.parametrize(
@@ -81,11 +81,13 @@ def test_every_data_set_and_distractor_set_composes():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_the_same_in_config_and_api(preset):
-    assert config(f"pooling={preset}").pooling == make_pooling(preset)
+    given = pooling_overrides(config(f"pooling={preset}").pooling)
+    assert make_pooling(given) == make_pooling(preset)
 
 
 def test_defaults_are_the_same_in_config_and_api():
-    assert config().pooling == PoolingConfig() == make_pooling(None)
+    assert pooling_overrides(config().pooling) == {}
+    assert make_pooling({}) == PoolingConfig() == make_pooling(None)
     assert (config().scales, config().antialias) == (3, False)
 
 

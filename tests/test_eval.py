@@ -8,13 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from sets import write_distractors, write_folders, write_revisited
+from sets import break_scan, write_distractors, write_folders, write_revisited
 
 import superglobal
 from superglobal.data.revisited import revisited_set
@@ -106,23 +105,30 @@ def test_a_second_run_extracts_nothing_and_changed_settings_extract_anew(data, t
     assert extracted("d", "pooling.regional=off") == {"database": 24, "queries": 6}
 
 
+KILLED = """
+import os, runpy, signal, sys
+from superglobal.retrieval.store import DescriptorStore
+write, count = DescriptorStore.write, 0
+def killed(self, row, descriptor):
+    global count
+    count += 1
+    if count == 80:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, row, descriptor)
+DescriptorStore.write = killed
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     write_revisited(tmp_path, landmarks=20, views=6)
     overrides = revisited(tmp_path)
-    process = start(tmp_path / "killed", *overrides)
-    stores = tmp_path / "killed" / "stores"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        done = [np.load(p).sum() for p in stores.glob("mini-database-*/done.npy")]
-        if done and done[0] >= 64:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.01)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    (store,) = stores.glob("mini-database-*")
+    command = [sys.executable, "-c", KILLED, str(ROOT / "eval.py"), *overrides, f"paths.outputs={tmp_path / 'killed'}"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    (store,) = (tmp_path / "killed" / "stores").glob("mini-database-*")
     missing = len(DescriptorStore.open(store).missing)
-    assert 0 < missing < 100
+    assert 20 < missing <= 36  # 64 rows share a flush, or 5 seconds
 
     run(tmp_path / "killed", *overrides)
     run(tmp_path / "whole", *overrides)
@@ -138,10 +144,21 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 
 def test_two_processes_give_the_descriptors_of_one(data, tmp_path):
     run(tmp_path / "one", *revisited(data))
-    run(tmp_path / "two", *revisited(data, "trainer.devices=2", "trainer.strategy=ddp"))
+    text = run(tmp_path / "two", *revisited(data, "trainer.devices=2", "trainer.strategy=ddp"))
+    assert "MEMBER: 2/2" in text
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert one["metrics"] == two["metrics"]
-    assert one["about"]["fingerprints"] == two["about"]["fingerprints"]
+    assert one["about"]["stores"]["database"]["fingerprint"] == two["about"]["stores"]["database"]["fingerprint"]
+
+
+def test_a_bad_image_ends_all_processes_with_its_path(tmp_path):
+    folder = write_revisited(tmp_path)
+    bad = folder / "jpg/l2_000002.jpg"
+    break_scan(bad)  # passes the check, not the decoder
+    overrides = revisited(tmp_path, "trainer.devices=2", "trainer.strategy=ddp")
+    text = run(tmp_path / "o", *overrides, status=2)
+    assert str(bad) in text
+    assert "Traceback" not in text
 
 
 def test_everything_missing_is_told_in_one_message_before_anything_runs(tmp_path):
@@ -157,9 +174,11 @@ def test_everything_missing_is_told_in_one_message_before_anything_runs(tmp_path
     assert not (tmp_path / "o" / "stores").exists()
 
 
-def test_relup_rows_of_a_backbone_without_it_are_not_applicable_in_the_merged_table(data, tmp_path):
-    overrides = revisited(data, "backbone=timm", "backbone.name=convnext_atto", "ablation=gem,relup,no_relup,rerank")
-    text = run(tmp_path, "-m", *[o for o in overrides if o != "backbone=resnet18"])
+def test_a_sweep_ends_with_one_table_whatever_becomes_of_its_jobs(data, tmp_path):
+    """ReLUP does not apply to ConvNeXt, and three neighbours cannot be had of none: both rows say so."""
+    overrides = [o for o in revisited(data) if o != "backbone=resnet18"]
+    convnext = ["backbone=timm", "backbone.name=convnext_atto", "ablation=gem,relup,no_relup,rerank"]
+    text = run(tmp_path, "-m", *overrides, *convnext)
     table = next(tmp_path.rglob("table.csv"))
     with open(table) as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
@@ -175,6 +194,14 @@ def test_relup_rows_of_a_backbone_without_it_are_not_applicable_in_the_merged_ta
     assert subprocess.run(again, capture_output=True).returncode == 0
     assert table.read_text() == before
 
+    text = run(tmp_path / "k", "-m", *revisited(data, "rerank.K=3,0,5"), status=2)
+    assert "Traceback" not in text
+    with open(next((tmp_path / "k").rglob("table.csv"))) as file:
+        by_k = {row["rerank.K"]: row["medium"] for row in csv.DictReader(file)}
+    assert by_k["0"] == "failed"
+    assert float(by_k["3"]) > 0
+    assert float(by_k["5"]) > 0
+
 
 def test_own_photos_without_labels_give_ranked_lists(tmp_path):
     database = write_folders(tmp_path / "photos")
@@ -189,8 +216,8 @@ def test_own_photos_without_labels_give_ranked_lists(tmp_path):
     assert len(rows) == 10
     assert {row["image"] for row in rows} >= {"large.jpg", "label1/0.jpg"}
     assert [row["rank"] for row in rows] == [str(i) for i in range(1, 11)]
-    (listed,) = json.loads((out / "rankings.json").read_text()).values()
-    assert [one["image"] for one in listed] == [row["image"] for row in rows]
+    (listed,) = json.loads((out / "rankings.json").read_text())
+    assert [one["image"] for one in listed["results"]] == [row["image"] for row in rows]
     assert (out / "sheet.png").stat().st_size > 1000
     # W&B needs no key, asks nothing, and leaves a run that can be uploaded.
     assert list((out / "wandb").glob("offline-run-*/*.wandb"))

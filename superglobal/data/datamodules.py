@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from superglobal.data.images import ImageItem, read_image
+from superglobal.data.images import ImageItem, image_tensor, read_image
 from superglobal.errors import InputError
 
 Task = tuple[int, int]
@@ -59,15 +57,12 @@ class ExtractionDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
 
     def predict_dataloader(self) -> DataLoader:
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        assert self.trainer is not None
+        # By row, not by place in the list: ranks may find different rows missing when another run fills the store.
+        share = [task for task in self.tasks if task[1] % self.trainer.world_size == self.trainer.global_rank]
         # Lightning stops on a rank without data; a row described twice is the same row.
-        share = self.tasks[rank::ranks] or self.tasks[:1]
+        share = share or list(self.tasks[:1])
         return DataLoader(Images(self.lists, share), num_workers=self.num_workers, collate_fn=_only)
-
-
-def image_tensor(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) uint8 tensor."""
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def _only(batch: list[tuple[Task, Tensor | InputError]]) -> tuple[Task, Tensor | InputError]:

@@ -4,6 +4,8 @@ The reference reads with `cv2.imread(path, cv2.IMREAD_COLOR)` (method.md §1.1).
 with a half-grey picture and no error, so Pillow, which refuses it, decodes here. Both bundle libjpeg-turbo;
 for 8-bit JPEG, PNG, WebP, BMP and TIFF their pixels were measured identical. Where the two differ (CMYK,
 16 bits, TIFF with alpha, rare formats) Pillow vouches for the file and cv2 gives the pixels.
+
+What no decoder here reports is damage inside a JPEG's scan that leaves its structure whole: libjpeg paints on.
 """
 
 import io
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from PIL import Image
 
 from superglobal.errors import InputError
@@ -40,6 +43,7 @@ _UNDO_ORIENTATION = {
     8: Image.Transpose.ROTATE_90,
 }
 _HEAD, _EDGE = 65_536, 4_096  # bytes: enough for nearly every header; what a signature covers at either end
+_COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "JPEG2000")
 _open_lock = threading.Lock()
 
 
@@ -56,7 +60,11 @@ class CheckReport:
     """What `check_images` found, one entry per image in the order given."""
 
     signatures: list[str]
-    """File size and CRC-32 of the first and last 4 KB, for fingerprints; empty where there is a problem."""
+    """File size and CRC-32 for fingerprints, empty where there is a problem.
+
+    Of a large compressed file the first 64 and the last 4 KB count: an edit that keeps both and the size does not
+    happen by itself there. Of any other file every byte counts.
+    """
     missing: list[Path]
     unreadable: list[tuple[Path, str]]
     """Empty, truncated, not an image, ...: the path and the reason."""
@@ -101,6 +109,27 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
         raise InputError(f"image cannot be read: {path}: {_reason(error)}") from error
     # A decoder's buffer is read-only and a crop holds on to the whole picture: give the caller an own array.
     return np.array(shrink(pixels, max_side), order="C")
+
+
+def pil_pixels(image: Image.Image) -> np.ndarray:
+    """An open Pillow image as `read_image` would give its file: upright, alpha dropped.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        InputError: not an 8-bit image; how OpenCV would read it can only be told from the file.
+    """
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise InputError(f"a Pillow image of mode {image.mode} has no defined 8-bit form; give the path of its file")
+    upright = _UNDO_ORIENTATION.get(0 if image.format == "TIFF" else _orientation(image))
+    rgb = image.convert("RGB")
+    return np.asarray(rgb if upright is None else rgb.transpose(upright))
+
+
+def image_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) uint8 tensor."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
@@ -163,24 +192,29 @@ def _check(path: Path, box: Box | None) -> str:
         size = os.fstat(file.fileno()).st_size
         if size <= _HEAD + _EDGE:
             head = tail = file.read()
-            width, height = _inspect(head, tail)
+            width, height, compressed = _inspect(head, tail)
         else:
             head = file.read(_HEAD)
             file.seek(size - _EDGE)
             tail = file.read()
             try:
-                width, height = _inspect(head, tail)
+                width, height, compressed = _inspect(head, tail)
             except _FaultyImageError:  # a long header, or much behind the end: only the whole file can tell
                 file.seek(0)
                 whole = file.read()
-                width, height = _inspect(whole, whole)
+                width, height, compressed = _inspect(whole, whole)
+        if not compressed:
+            file.seek(0)
+            head = tail = file.read()
     if box is not None:
         _bounds(box, width, height)
-    return f"{size}-{zlib.crc32(head[:_EDGE]):08x}{zlib.crc32(tail[-_EDGE:]):08x}"
+    if head is tail:
+        return f"{size}-{zlib.crc32(head):08x}"
+    return f"{size}-{zlib.crc32(head):08x}{zlib.crc32(tail):08x}"
 
 
-def _inspect(head: bytes, tail: bytes) -> tuple[int, int]:
-    """(width, height) of the upright image if its header opens and its end is there.
+def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
+    """(width, height, compressed) of the upright image if its header opens and its end is there.
 
     `tail` is either `head` itself, when that is the whole file, or lies wholly behind it.
     """
@@ -188,7 +222,9 @@ def _inspect(head: bytes, tail: bytes) -> tuple[int, int]:
         _require_end(image.format, head, tail)
         width, height = image.size
         # A TIFF is turned by Pillow itself and shows its upright size already.
-        return (height, width) if _orientation(image) >= 5 and image.format != "TIFF" else (width, height)
+        if _orientation(image) >= 5 and image.format != "TIFF":
+            width, height = height, width
+        return width, height, image.format in _COMPRESSED
 
 
 def _require_end(file_format: str | None, head: bytes, tail: bytes) -> None:

@@ -123,8 +123,9 @@ def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequen
         vectors = [one_scale(resized(images, s, antialias)) for s in scales]
         return scale_gem(vectors, config.scale_p) if config.scale else torch.stack(vectors).mean(0)
 
+    before = vars(network).get("forward")
     network.forward = forward
-    attachment.on_undo(lambda: delattr(network, "forward"))
+    attachment.on_undo(lambda: setattr(network, "forward", before) if before else delattr(network, "forward"))
 
 
 def _attach_relup(attachment: Attachment, alpha: float) -> None:

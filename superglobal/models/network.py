@@ -35,13 +35,17 @@ def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: unknown count, empty list, or a scale outside 0.1..4.
     """
-    if isinstance(scales, int):
-        if scales not in SCALES:
-            raise InputError(f"scales={scales}: expected 1, 3, 5 or a list such as [0.7071,1.0,1.4142]")
-        return SCALES[scales]
-    values = tuple(float(s) for s in scales)
+    wish = "expected 1, 3, 5 or a list such as [0.7071,1.0,1.4142]"
+    if isinstance(scales, int | str):
+        if scales not in SCALES or isinstance(scales, bool):
+            raise InputError(f"scales={scales}: {wish}")
+        return SCALES[int(scales)]
+    try:
+        values = tuple(float(s) for s in scales)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"scales={scales}: {wish}") from error
     if not values or not all(0.1 <= s <= 4 for s in values):
-        raise InputError(f"scales={list(values)}: expected a list of numbers in 0.1..4")
+        raise InputError(f"scales={scales}: {wish}, of numbers in 0.1..4")
     return values
 
 
@@ -80,6 +84,7 @@ class RetrievalNetwork(nn.Module):
         self.scales = make_scales(scales)
         self.antialias = antialias
         self.weights_label = "random"
+        self.trained_pooling: dict[str, Any] | None = None
         install_relup(backbone.net, pooling.relup, pooling.relup_alpha)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
@@ -87,6 +92,13 @@ class RetrievalNetwork(nn.Module):
     @property
     def config(self) -> PoolingConfig:
         return self.pooling.config
+
+    def set_p(self, p: float | None) -> None:
+        """Set GeM's exponent, or with None keep the loaded one; either way `config` says it afterwards."""
+        if p is not None:
+            self.pooling.p.data.fill_(p)
+        # Single-precision weights hold 2.7 as 2.70000005; say the number that was meant.
+        self.pooling.config = replace(self.config, p=float(f"{self.pooling.p.item():.6g}"))
 
     def normalize(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, or float in 0..1, RGB -> float32 standardised with the weights' statistics."""

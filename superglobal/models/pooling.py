@@ -65,6 +65,14 @@ class PoolingConfig:
 
     def __post_init__(self) -> None:
         self.relup = relup_mode(self.relup)
+        for name, field in self.__dataclass_fields__.items():
+            value, kind = getattr(self, name), type(field.default)
+            if name != "relup" and (
+                isinstance(value, bool) is not (kind is bool) or not isinstance(value, int | float)
+            ):
+                raise InputError(
+                    f"pooling.{name}={value!r}: expected {'true or false' if kind is bool else 'a number'}"
+                )
         for name in ("p", "gem_plus_p", "regional_p", "scale_p", "eps", "gem_plus_eps"):
             if not getattr(self, name) > 0:
                 raise InputError(f"pooling.{name} must be positive, not {getattr(self, name)}")
@@ -103,19 +111,25 @@ def relup_mode(value: Any) -> str:
     return mode
 
 
-def make_pooling(pooling: str | dict[str, Any] | PoolingConfig | None) -> PoolingConfig:
-    """Build a `PoolingConfig` from a preset name, a dict of switches over the SuperGlobal preset, or None.
+def make_pooling(
+    pooling: str | dict[str, Any] | PoolingConfig | None, stored: dict[str, Any] | None = None
+) -> PoolingConfig:
+    """Build a `PoolingConfig`.
+
+    Args:
+        pooling: a preset's name; a dict of switches over what is stored; or None for what is stored.
+        stored: switches that came with the weights; None for the SuperGlobal preset.
 
     Raises:
         InputError: unknown preset or key; the message lists the choices.
     """
     if isinstance(pooling, PoolingConfig):
         return pooling
-    if pooling is None or isinstance(pooling, str):
-        name = pooling or "superglobal"
-        if name not in PRESETS:
-            raise InputError(f"pooling={name}: expected one of {', '.join(PRESETS)} or a dict of switches")
-        return PoolingConfig(**PRESETS[name])
+    if isinstance(pooling, str):
+        if pooling not in PRESETS:
+            raise InputError(f"pooling={pooling}: expected one of {', '.join(PRESETS)} or a dict of switches")
+        return PoolingConfig(**PRESETS[pooling])
+    pooling = {**(stored or PRESETS["superglobal"]), **(pooling or {})}
     unknown = sorted(set(pooling) - set(PoolingConfig.__dataclass_fields__))
     if unknown:
         known = ", ".join(PoolingConfig.__dataclass_fields__)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from superglobal.errors import InputError
@@ -29,9 +30,15 @@ from superglobal.retrieval.metrics import RetrievalResult
 FORMAT = "superglobal-result-1"
 _LISTED = 100
 _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-headless", "faiss-cpu", "faiss-gpu")
-# Rows of an ablation in the paper's order; other rows follow by name.
-_STEPS = ("gem_plus", "regional", "scale", "relup", "rerank")
-_LADDER = ("gem", *_STEPS, *(f"no_{step}" for step in _STEPS))
+SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")
+LADDER: dict[str, tuple[bool, ...]] = {
+    **{step: tuple(i < n for i in range(len(SWITCHES))) for n, step in enumerate(("gem", *SWITCHES))},
+    **{f"no_{step}": tuple(other != step for other in SWITCHES) for step in SWITCHES},
+}
+"""Rows of the ablation in the paper's order, then each module left out: which of `SWITCHES` are on."""
+# Settings that do not change a number, or that a row's own name says.
+_UNTOLD = ("ablation", "paths.", "trainer.", "logger.", "pictures.", "index.", "dataset.", "distractors", "weights")
+_ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled")
 
 Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -62,16 +69,15 @@ def summarise(
         seconds: per stage.
     """
     dataset = config["dataset"]
-    distractors = (config["distractors"] or {}).get("name")
+    # Who made the descriptors knows how the queries were cropped.
+    extracted = "network" in about
     return {
-        "format": FORMAT,
+        **_header(config),
         "status": "ok",
-        "label": config["ablation"] or "result",
-        "dataset": dataset["name"] + (f"+{distractors}" if distractors else ""),
         "weights": about["weights"],
         "protocol": {
-            "crop_query": dataset["crop_query"] if dataset["kind"] == "revisited" else None,
-            "max_side": dataset["max_side"],
+            "crop_query": dataset["crop_query"] if extracted and dataset["kind"] == "revisited" else None,
+            "max_side": dataset["max_side"] if extracted else None,
             "average_precision": "trapezoidal, as Revisited Oxford and Paris",
             "junk": "stays in the list that is reranked, removed before ranks are counted",
         },
@@ -79,8 +85,22 @@ def summarise(
         "metrics": {stage: {k: v for k, v in r.to_dict().items() if k != "ap"} for stage, r in results.items()},
         "seconds": dict(seconds),
         "about": dict(about),
-        "config": dict(config),
         "versions": versions(),
+    }
+
+
+def _header(config: Mapping[str, Any]) -> dict[str, Any]:
+    dataset, distractors = config["dataset"], config["distractors"]
+    name = dataset["name"] + (f"+{distractors['name']}" if distractors else "")
+    if dataset["kind"] == "revisited" and not dataset["crop_query"]:
+        name += " (uncropped)"
+    return {
+        "format": FORMAT,
+        "label": config["ablation"] or "",
+        "dataset": name,
+        "weights": config["weights"],
+        "metrics": {},
+        "config": dict(config),
     }
 
 
@@ -120,19 +140,16 @@ def write_result(
     write_atomically(folder / "results.json", json.dumps(_plain(summary), indent=1).encode())
 
 
-def write_not_applicable(folder: Path, config: Mapping[str, Any], reason: str) -> None:
-    """Leave a row that says why it has no numbers."""
-    distractors = (config["distractors"] or {}).get("name")
-    row = {
-        "format": FORMAT,
-        "status": "n/a",
-        "reason": reason,
-        "label": config["ablation"],
-        "dataset": config["dataset"]["name"] + (f"+{distractors}" if distractors else ""),
-        "weights": config["weights"],
-        "metrics": {},
-        "config": dict(config),
-    }
+def write_without_numbers(folder: Path, config: Any, status: str, reason: str) -> None:
+    """Leave a result that says why it has no numbers.
+
+    Args:
+        folder: of the run.
+        config: the run's settings as plain types.
+        status: "n/a" for a row that does not apply, "failed" for one that ended in an error.
+        reason: in words.
+    """
+    row = {**_header(config), "status": status, "reason": reason}
     write_atomically(folder / "results.json", json.dumps(_plain(row), indent=1).encode())
 
 
@@ -142,7 +159,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     if summary["metrics"]:
         counts = summary["counts"]
         size = f"{counts['queries']} queries, {counts['database']} images"
-        table = Table(title=f"{summary['dataset']}: {size}, weights {summary['weights']}")
+        table = Table(title=escape(f"{summary['dataset']}: {size}, weights {summary['weights']}"))
         for column in ("stage", "protocol", "mAP", "95 %", "mP@1", "mP@5", "mP@10", "queries"):
             table.add_column(column, justify="left" if column in ("stage", "protocol") else "right")
         for stage, result in summary["metrics"].items():
@@ -158,7 +175,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
                 )
         console.print(table)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in summary["seconds"].items())
-    console.print(f"{seconds}\nresults in {folder}", soft_wrap=True, highlight=False)
+    console.print(f"{seconds}\nresults in {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -181,69 +198,94 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def merge(folder: Path) -> list[dict[str, str]]:
+def merge(folder: Path) -> list[dict[str, Any]]:
     """Merge all results below `folder` into one table: console, `table.md`, `table.csv`.
 
-    A row is a run, its numbers those of its last stage: mAP per protocol in percent, mP@10, and what the main
-    metric gains over the first row of its data set.
+    A row is a run, its numbers those of its last stage: mAP per protocol in percent, mP@10, and what the main metric
+    gains over the first row of the same data set and settings. Every setting that differs between the runs has a
+    column, so that no two rows look alike.
+
+    Returns:
+        The results, as read.
     """
-    rows = _merged_rows(read_results(folder))
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    cells = [[row.get(column, "") for column in columns] for row in rows]
+    results = read_results(folder)
+    columns, cells = _table(results)
     text = io.StringIO()
     csv.writer(text).writerows([columns, *cells])
     write_atomically(folder / "table.csv", text.getvalue().encode())
     lines = [columns, ["---"] * len(columns), *cells]
     write_atomically(folder / "table.md", "".join("| " + " | ".join(line) + " |\n" for line in lines).encode())
-    table = Table(title=str(folder))
+    table = Table(title=escape(str(folder)))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 3 else "right")
+        table.add_column(escape(column), justify="left" if i < 3 else "right")
     for line in cells:
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     Console().print(table)
-    return rows
+    return results
 
 
-def _merged_rows(results: list[dict[str, Any]]) -> list[dict[str, str]]:
-    order = {label: i for i, label in enumerate(_LADDER)}
+def _table(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    order = {label: i for i, label in enumerate(LADDER)}
     results = sorted(results, key=lambda r: (r["dataset"], order.get(r["label"], len(order)), r["place"]))
-    baselines: dict[str, float] = {}
-    rows = []
-    for result in results:
-        label = result["label"] if result["label"] in order else result["place"]
-        row = {"data set": result["dataset"], "weights": str(result["weights"] or ""), "run": label}
-        if result["status"] != "ok" or not result["metrics"]:
-            rows.append(row | {"mAP": "n/a"})
-            continue
-        last = list(result["metrics"].values())[-1]
-        value = main_metric(result)
-        gain = value - baselines.setdefault(result["dataset"], value)
-        row |= {protocol: _percent(score) for protocol, score in last["map"].items()}
-        row |= {f"mP@10 {protocol}": _percent(at["10"], 1) for protocol, at in last["mp"].items()}
-        rows.append(row | {"gain": f"{100 * gain:+.2f}"})
-    measured = list(
-        dict.fromkeys(c for row in rows if "mAP" not in row for c in row if c not in ("data set", "weights", "run"))
-    )
-    return [
-        row
-        if "mAP" not in row
-        else {k: v for k, v in row.items() if k != "mAP"} | dict.fromkeys(measured or ["mAP"], "n/a")
-        for row in rows
-    ]
+    settings = [_flat(result["config"]) for result in results]
+    ladder = any(result["label"] in order for result in results)
+    differing = _differing(settings, hidden=_ABLATED if ladder else ())
+    numbers = list(dict.fromkeys(name for result in results for name in _numbers(result)))
+    columns = ["data set", "weights", "run", *differing, *numbers, "gain"]
+    baselines: dict[tuple[str, ...], float] = {}
+    cells = []
+    for result, setting in zip(results, settings, strict=True):
+        place = [result["dataset"], str(result["weights"] or ""), result["label"] or result["place"]]
+        values = [str(setting.get(key, "")) for key in differing]
+        found = _numbers(result)
+        if found:
+            # Of an ablation each set of other settings has its own baseline; of a plain sweep the first row is it.
+            key = (result["dataset"], place[1], *values) if ladder else (result["dataset"],)
+            gain = f"{100 * (main_metric(result) - baselines.setdefault(key, main_metric(result))):+.2f}"
+        else:
+            gain = "n/a" if result["status"] != "failed" else "failed"
+        cells.append([*place, *values, *(found.get(name, gain) for name in numbers), gain])
+    return columns, cells
+
+
+def _numbers(result: Mapping[str, Any]) -> dict[str, str]:
+    if not result["metrics"]:
+        return {}
+    last = list(result["metrics"].values())[-1]
+    scores = {protocol: _percent(score) for protocol, score in last["map"].items()}
+    return scores | {f"mP@10 {protocol}": _percent(at["10"], 1) for protocol, at in last["mp"].items()}
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _differing(settings: Sequence[Mapping[str, Any]], hidden: Sequence[str]) -> list[str]:
+    """Names of the settings that are not the same everywhere and stand in no other column."""
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    told = [key for key in keys if not key.startswith(_UNTOLD) and key not in hidden]
+    told += [key for key in ("dataset.max_side",) if key in keys]
+    return [key for key in told if len({str(setting.get(key)) for setting in settings}) > 1]
 
 
 def _write_lists(folder: Path, stages: Stages, names: Names) -> None:
     scores, ids = list(stages.values())[-1]
-    listed = {}
+    listed = []
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["query", "rank", "image", "score"])
-    for query, (row_scores, row_ids) in enumerate(zip(scores[:, :_LISTED], ids[:, :_LISTED], strict=True)):
+    writer.writerow(["number", "query", "rank", "image", "score"])
+    for number, (row_scores, row_ids) in enumerate(zip(scores[:, :_LISTED], ids[:, :_LISTED], strict=True)):
         images = [names.database[i] for i in row_ids]
         values = [round(float(s), 6) if math.isfinite(s) else None for s in row_scores]
-        listed[names.queries[query]] = [{"image": i, "score": s} for i, s in zip(images, values, strict=True)]
+        found = [{"image": image, "score": value} for image, value in zip(images, values, strict=True)]
+        # One photo may be several queries, with different boxes: the number tells them apart.
+        listed.append({"number": number, "query": names.queries[number], "results": found})
         writer.writerows(
-            [names.queries[query], rank, image, "" if value is None else value]
+            [number, names.queries[number], rank, image, "" if value is None else value]
             for rank, (image, value) in enumerate(zip(images, values, strict=True), 1)
         )
     write_atomically(folder / "rankings.csv", text.getvalue().encode())

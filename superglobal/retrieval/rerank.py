@@ -130,8 +130,8 @@ def check_ids(ids: Any, n_queries: int, n_rows: int) -> np.ndarray:
 
 def _check_parameters(M: int, K: int, beta: float, batch_size: int) -> None:
     for name, value in (("M", M), ("K", K), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name}: expected at least 1, got {value}")
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise InputError(f"{name}: expected a whole number of at least 1, got {value}")
     if not np.isfinite(beta):
         raise InputError(f"beta: expected a finite number, got {beta}")
 

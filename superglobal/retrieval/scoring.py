@@ -123,7 +123,14 @@ def parse_ground_truth(ground_truth: Any, protocols: Mapping[str, Protocol]) -> 
             f"holding it as gnd, got {type(ground_truth).__name__}"
         )
     wanted = {name for protocol in protocols.values() for name in (*protocol.positive, *protocol.ignored)}
-    return [{name: np.array(one[name], np.int64).ravel() for name in wanted & one.keys()} for one in gnd]
+    return [{name: _ids(one[name], query, name) for name in wanted & one.keys()} for query, one in enumerate(gnd)]
+
+
+def _ids(values: Any, query: int, name: str) -> np.ndarray:
+    array = np.asarray(values).ravel()
+    if array.size and array.dtype.kind not in "iu":
+        raise InputError(f"ground truth of query {query}: {name} holds {array.dtype}, expected integer ids")
+    return array.astype(np.int64)
 
 
 def _joined(sets: Sets, query: int, n_rows: int | None) -> np.ndarray:

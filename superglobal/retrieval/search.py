@@ -51,7 +51,7 @@ def search(
     queries = as_queries(Q, rows.dim)
     excluded = as_exclude(exclude, len(queries))
     available = len(rows) - (excluded is not None)
-    if not 1 <= k <= available:
+    if not isinstance(k, int | np.integer) or not 1 <= k <= available:
         raise InputError(f"k: expected 1..{available} for a database of {len(rows)} rows, got {k}")
     target = torch.device(device or "cpu")
     size = block_size(block_rows, len(queries))

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from superglobal.errors import InputError
-from superglobal.files import write_atomically
+from superglobal.files import umask, write_atomically
 
 FORMAT = "superglobal-store-1"
 SHARD_ROWS = 16384
@@ -67,6 +68,7 @@ class DescriptorStore:
         images: Sequence[str],
         dim: int,
         shard_rows: int = SHARD_ROWS,
+        provenance: Mapping[str, Any] | None = None,
     ) -> DescriptorStore:
         """Open the store of these descriptors in `folder`, or make an empty one.
 
@@ -74,13 +76,14 @@ class DescriptorStore:
             folder: of this store alone; its name should carry the fingerprint.
             identity, images: see `fingerprint`.
             dim: D.
+            provenance: versions and device, kept for the record when the store is made.
 
         Raises:
             InputError: the folder holds other descriptors or a damaged store, or cannot be written.
         """
         folder = Path(folder)
         if not (folder / "manifest.json").exists():
-            cls._create(folder, identity, images, dim, shard_rows)
+            cls._create(folder, identity, images, dim, shard_rows, provenance or {})
         manifest = cls._read_manifest(folder)
         wanted = {"fingerprint": fingerprint(identity, images), "rows": len(images), "dim": dim}
         for key, value in wanted.items():
@@ -89,7 +92,10 @@ class DescriptorStore:
                     f"{folder}: holds descriptors of other weights, settings or images ({key} {manifest[key]}, "
                     f"wanted {value}); delete the folder or choose another"
                 )
-        return cls(folder, manifest)
+        store = cls(folder, manifest)
+        if len(store.missing) and not os.access(folder / "done.npy", os.W_OK):
+            raise InputError(f"{folder}: not complete and not writable; set paths.stores to a place of your own")
+        return store
 
     @classmethod
     def open(cls, folder: str | Path) -> DescriptorStore:
@@ -101,8 +107,19 @@ class DescriptorStore:
         return cls(Path(folder), cls._read_manifest(Path(folder)))
 
     @classmethod
+    def identity_in(cls, folder: Path) -> dict[str, Any]:
+        """What the descriptors in `folder` were made with."""
+        return cls._read_manifest(folder)["identity"]
+
+    @classmethod
     def _create(
-        cls, folder: Path, identity: Mapping[str, Any], images: Sequence[str], dim: int, shard_rows: int
+        cls,
+        folder: Path,
+        identity: Mapping[str, Any],
+        images: Sequence[str],
+        dim: int,
+        shard_rows: int,
+        provenance: Mapping[str, Any],
     ) -> None:
         """Build the whole store beside its place and rename it there: of two creators one wins, none mixes."""
         manifest = {
@@ -113,13 +130,18 @@ class DescriptorStore:
             "dtype": "float32",
             "shard_rows": shard_rows,
             "identity": dict(identity),
+            "provenance": dict(provenance),
         }
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        temporary = None
         try:
-            temporary.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            temporary.chmod(0o777 & ~umask())
             np.lib.format.open_memmap(temporary / "done.npy", "w+", np.uint8, (len(images),)).flush()
             for i, count in enumerate(_shard_sizes(len(images), shard_rows)):
-                np.lib.format.open_memmap(cls._shard_path(temporary, i), "w+", np.float32, (count, dim)).flush()
+                path = cls._shard_path(temporary, i)
+                np.lib.format.open_memmap(path, "w+", np.float32, (count, dim)).flush()
+                _reserve(path)
             write_atomically(temporary / "names.json", json.dumps(list(images)).encode())
             write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
             # Renaming onto an existing folder fails: then another process made the same store first.
@@ -131,7 +153,8 @@ class DescriptorStore:
                 f"{len(images) * dim * 4 / 2**20:.0f} MiB; set paths.stores to a place with room"
             ) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     @staticmethod
     def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -141,7 +164,7 @@ class DescriptorStore:
                 raise InputError(
                     f"{folder}: store format {manifest['format']!r}, expected {FORMAT!r}; delete the folder"
                 )
-            for key in ("fingerprint", "rows", "dim", "shard_rows"):
+            for key in ("fingerprint", "rows", "dim", "shard_rows", "identity"):
                 manifest[key]
             return manifest
         except FileNotFoundError as error:
@@ -181,6 +204,27 @@ class DescriptorStore:
     def names(self) -> list[str]:
         """The image list given at creation."""
         return json.loads((self.folder / "names.json").read_text())
+
+    def adopt(self, other: DescriptorStore) -> int:
+        """Copy finished rows of the same images from a store of the same network and settings.
+
+        Returns:
+            How many rows were copied.
+
+        Raises:
+            InputError: the other store's descriptors are of other weights or settings.
+        """
+        if other.manifest["identity"] != self.manifest["identity"]:
+            raise InputError(f"{other.folder}: descriptors of other weights or settings than {self.folder}")
+        row_of = {name: row for row, name in enumerate(other.names)}
+        done = other.done
+        pairs = [(row, row_of.get(name, -1)) for row, name in enumerate(self.names)]
+        copied = [(row, source) for row, source in pairs if source >= 0 and done[source]]
+        for row, source in copied:
+            shard, within = divmod(source, other._rows_per_shard)
+            self.write(row, other._shards[shard][within])
+        self.flush()
+        return len(copied)
 
     def write(self, row: int, descriptor: np.ndarray) -> None:
         """Store one descriptor.
@@ -256,6 +300,13 @@ class DescriptorStore:
 
 def _shard_sizes(rows: int, shard_rows: int) -> list[int]:
     return [min(shard_rows, rows - start) for start in range(0, rows, shard_rows)]
+
+
+def _reserve(path: Path) -> None:
+    """Take the blocks of a sparse file now: later a full disk would kill the process through its memory map."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _rename_new(source: Path, target: Path) -> None:

@@ -1,0 +1,251 @@
+"""Every setting reaches what it is meant for, and changes what is stored when it changes a descriptor."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from sets import break_scan, write_distractors, write_folders, write_revisited
+
+import superglobal
+from superglobal.checkpoint import save_weights
+from superglobal.config import register
+from superglobal.engine import evaluate
+from superglobal.errors import InputError
+from superglobal.precision import full_precision
+from superglobal.retrieval.store import DescriptorStore
+
+ROOT = Path(__file__).parents[1]
+BASE = ["backbone=resnet18", "weights=random", "scales=1", "logger=csv", "pictures.queries=0"]
+QUIET = ["trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_revisited(root)
+    write_distractors(root)
+    return root
+
+
+def run(outputs: Path, *overrides: str, base: list[str] = BASE) -> dict:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("eval", overrides=[*base, *QUIET, *overrides, f"paths.outputs={outputs}"])
+    folder = outputs / f"result{len(list(outputs.glob('result*')))}"
+    folder.mkdir(parents=True)
+    evaluate(cfg, folder)
+    return json.loads((folder / "results.json").read_text()) | {"folder": folder}
+
+
+def mini(root: Path) -> list[str]:
+    return ["dataset=revisited", "dataset.name=mini", f"paths.data={root}"]
+
+
+def fingerprints(result: dict) -> dict:
+    return {title: store["fingerprint"] for title, store in result["about"]["stores"].items()}
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "scales=[1.0,0.8]",
+        "antialias=true",
+        "seed=1",
+        "pooling.gem_plus=off",
+        "pooling.regional=off",
+        "pooling.scale=off",
+        "pooling.relup=off",
+        "pooling.gem_plus_p=4.0",
+        "dataset.max_side=100",
+    ],
+)
+def test_what_changes_a_descriptor_changes_the_fingerprint_and_the_descriptor(data, tmp_path, override):
+    # Two scales, so that Scale-GeM and antialiasing have something to do.
+    before = run(tmp_path, *mini(data), "scales=[1.0,0.9]")
+    after = run(tmp_path, *mini(data), *(["scales=[1.0,0.9]"] if "scales" not in override else []), override)
+    assert fingerprints(before)["database"] != fingerprints(after)["database"]
+    scores = [np.load(r["folder"] / "rankings.npz")["search_scores"] for r in (before, after)]
+    assert np.abs(scores[0] - scores[1]).max() > 1e-6
+
+
+@pytest.mark.parametrize("override", ["rerank.K=3", "rerank.beta=0.9", "rerank.M=4"])
+def test_a_reranking_setting_reaches_the_reranker_and_nothing_else(data, tmp_path, override):
+    before, after = run(tmp_path, *mini(data)), run(tmp_path, *mini(data), override)
+    assert fingerprints(before) == fingerprints(after)
+    assert after["about"]["extracted"] == {"database": 0, "queries": 0}
+    loaded = [dict(np.load(r["folder"] / "rankings.npz")) for r in (before, after)]
+    assert np.array_equal(loaded[0]["search_ids"], loaded[1]["search_ids"])
+    assert not np.array_equal(loaded[0]["rerank_scores"], loaded[1]["rerank_scores"])
+
+
+def test_every_index_gives_the_same_result(data, tmp_path):
+    results = [run(tmp_path, *mini(data), f"index={name}") for name in ("flat", "faiss", "torch")]
+    assert results[0]["metrics"] == results[1]["metrics"] == results[2]["metrics"]
+
+
+def test_a_changed_photo_is_described_anew_and_the_others_are_not(tmp_path):
+    photos = write_folders(tmp_path / "photos")
+    pixels = np.zeros((90, 110, 3), np.uint8)
+    Image.fromarray(pixels).save(photos / "plain.bmp")
+    folder = ["dataset=folder", f"dataset.database={photos}", f"dataset.query={photos / 'label0' / '0.jpg'}"]
+    assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 10, "queries": 1}
+    pixels[40:50] = 255  # same size, same head, same tail
+    Image.fromarray(pixels).save(photos / "plain.bmp")
+    assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 1, "queries": 0}
+    Image.fromarray(pixels[::-1]).save(photos / "new.png")
+    changed = run(tmp_path, *folder)
+    assert changed["about"]["extracted"] == {"database": 1, "queries": 0}
+    fresh = run(tmp_path / "other", *folder)
+    assert fresh["about"]["extracted"] == {"database": 11, "queries": 1}
+    assert fingerprints(changed) == fingerprints(fresh)
+    loaded = [dict(np.load(r["folder"] / "rankings.npz")) for r in (changed, fresh)]
+    assert all(np.array_equal(loaded[0][key], loaded[1][key]) for key in loaded[0])
+
+
+def test_leave_one_out_scores_equal_brute_force(tmp_path):
+    photos = write_folders(tmp_path / "photos", landmarks=4, views=4)
+    result = run(tmp_path, "dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "rerank.M=6")
+    model = superglobal.load_model("random", backbone="resnet18", scales=1)
+    X = superglobal.extract(model, sorted(photos.rglob("*.jpg"))).astype(np.float64)
+    labels = np.repeat(np.arange(4), 4)
+    order = np.argsort(-(X @ X.T), axis=1, kind="stable")
+    reranked = np.load(result["folder"] / "rankings.npz")["rerank_ids"]
+    for stage, lists in (("search", order), ("rerank", reranked)):
+        aps = []
+        for query, row in enumerate(lists):
+            others = row[row != query]
+            hits = np.flatnonzero(labels[others] == labels[query])
+            steps = [((j / r if r else 1.0) + (j + 1) / (r + 1)) / 2 for j, r in enumerate(hits)]
+            aps.append(sum(steps) / 3)
+        assert result["metrics"][stage]["map"]["all"] == pytest.approx(np.mean(aps), abs=1e-12)
+
+
+def test_pooling_comes_from_the_weights_file_unless_it_is_overridden(data, tmp_path):
+    model = superglobal.load_model("random", backbone="resnet18", pooling={"gem_plus": False, "p": 2.0}, scales=1)
+    path = tmp_path / "trained.safetensors"
+    save_weights(model, path, {})
+    base = [o for o in BASE if not o.startswith(("weights", "backbone"))]
+
+    def pooling(*overrides):
+        result = run(tmp_path, *mini(data), f"weights={path}", *overrides, base=base)
+        assert result["about"]["trained_pooling"]["gem_plus"] is False
+        return result["about"]["network"]["pooling"], result["metrics"]["search"]["map"]
+
+    stored, as_trained = pooling()
+    assert (stored["gem_plus"], stored["p"], stored["regional"]) == (False, 2.0, True)
+    assert pooling("pooling.regional=off")[0] == {**stored, "regional": False}
+    assert pooling("pooling=superglobal")[0]["gem_plus"] is True
+    sharper, other = pooling("pooling.p=6")  # an exponent that was asked for wins over the file's
+    assert sharper["p"] == 6.0
+    assert other != as_trained
+
+
+def test_statistics_of_the_weights_are_used(tmp_path):
+    model = superglobal.load_model("random", backbone="resnet18", pooling="gem", scales=1)
+    image = np.random.default_rng(0).integers(0, 255, (70, 80, 3), dtype=np.uint8)
+    model.backbone.mean, model.backbone.std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    save_weights(model, tmp_path / "x.safetensors", {})
+    loaded = superglobal.load_model(tmp_path / "x.safetensors", scales=1)
+    x = torch.from_numpy(image.transpose(2, 0, 1).copy())[None]
+    expected = (x / 255 - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    torch.testing.assert_close(loaded.normalize(x), expected)
+    assert not np.allclose(superglobal.extract(loaded, image), superglobal.extract(model, image), atol=1e-4)
+
+
+def test_finished_rows_stay_when_an_image_fails(tmp_path):
+    photos = write_folders(tmp_path / "photos")
+    break_scan(photos / "label2/2.jpg")
+    folder = ["dataset=folder", f"dataset.database={photos}", f"dataset.query={photos / 'label0/0.jpg'}"]
+    with pytest.raises(InputError, match=r"label2/2\.jpg"):
+        run(tmp_path, *folder)
+    (store,) = (tmp_path / "stores").glob("folder-database-*")
+    assert DescriptorStore.open(store).missing.tolist() == [8]
+
+
+def test_matrix_products_are_float32_inside_and_as_before_outside():
+    library = torch.backends
+    before = (library.cuda.matmul.fp32_precision, library.cudnn.conv.fp32_precision)
+    with full_precision():
+        assert library.cuda.matmul.fp32_precision == library.cudnn.conv.fp32_precision == "ieee"
+        assert library.mkldnn.matmul.fp32_precision == library.mkldnn.conv.fp32_precision == "ieee"
+    assert (library.cuda.matmul.fp32_precision, library.cudnn.conv.fp32_precision) == before
+
+
+def test_own_descriptors_need_the_ground_truth_and_no_photo(tmp_path):
+    folder = write_revisited(tmp_path)
+    for photo in (folder / "jpg").iterdir():
+        photo.unlink()
+    rng = np.random.default_rng(0)
+    for name, count in (("q", 6), ("x", 24)):
+        x = rng.standard_normal((count, 16)).astype(np.float32)
+        np.save(tmp_path / f"{name}.npy", x / np.linalg.norm(x, axis=1, keepdims=True))
+    own = [f"descriptors.query={tmp_path / 'q.npy'}", f"descriptors.database={tmp_path / 'x.npy'}"]
+    result = run(tmp_path, *mini(tmp_path), *own, "pictures.queries=3")
+    assert result["protocol"]["crop_query"] is None
+    assert result["metrics"]["search"]["queries"] == {"easy": 6, "medium": 6, "hard": 6}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("scales=foo", "1, 3, 5"),
+        ("scales=true", "1, 3, 5"),
+        ("scales=null", "1, 3, 5"),
+        ("trainer.devices=0", "trainer"),
+        ("trainer.devices=foo", "trainer"),
+        ("trainer.accelerator=foo", "trainer"),
+        ("trainer.strategy=foo", "trainer"),
+        ("trainer.num_workers=-1", "num_workers"),
+        ("pictures.ranks=-3", "ranks"),
+        ("seed=-1", "seed"),
+        ("rerank.K=0", r"rerank\.K"),
+        ("rerank.beta=nan", "beta"),
+        ("k=0", "k=0"),
+        ("ablation=gem pooling.regional=on", "means regional off"),
+        ("ablation=rerank rerank=none", "means rerank on"),
+        ("distractors=list distractors.name=nowhere", "nowhere.txt"),
+    ],
+)
+def test_a_wrong_setting_is_an_input_error_before_anything_is_computed(data, tmp_path, override, message):
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, *mini(data), *override.split())
+    assert not (tmp_path / "stores").exists()
+
+
+def test_a_single_photo_and_a_broken_tracker_are_told(tmp_path, monkeypatch):
+    photos = write_folders(tmp_path / "photos", landmarks=1, views=1)
+    one = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
+    with pytest.raises(InputError):
+        run(tmp_path, *one)
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    query = f"dataset.query={photos / 'label0/0.jpg'}"
+    result = run(tmp_path, "dataset=folder", f"dataset.database={photos}", query, "logger=wandb")
+    assert result["status"] == "ok"
+
+
+def test_the_core_needs_neither_lightning_nor_hydra():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['pytorch_lightning', 'lightning', 'hydra', 'wandb']));"
+        "import superglobal, superglobal.models.pooling, superglobal.retrieval.report, superglobal.retrieval.pictures"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_row_that_does_not_apply_returns_no_number(data, tmp_path):
+    register()
+    base = [o for o in BASE if not o.startswith("backbone")]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        wanted = ["backbone=timm", "backbone.name=convnext_atto", "ablation=relup", f"paths.outputs={tmp_path}"]
+        cfg = compose("eval", overrides=[*base, *QUIET, *mini(data), *wanted])
+    assert math.isnan(evaluate(cfg, tmp_path))
