@@ -214,8 +214,8 @@ def test_errors_name_the_thing() -> None:
         ((Q, X, ids[:1]), {}, r"integers \(2, k\)"),
         ((Q, X, ids.astype(float)), {}, "float64"),
         ((Q, X, np.zeros((2, 3), int)), {}, "query 0 lists an id twice"),
-        ((Q, X, ids), {"K": 0}, "K: expected at least 1"),
-        ((Q, X, ids), {"M": 0}, "M: expected at least 1"),
+        ((Q, X, ids), {"K": 0}, "K: expected a whole number of at least 1"),
+        ((Q, X, ids), {"M": 0}, "M: expected a whole number of at least 1"),
         ((Q, X, ids), {"batch_size": 0}, "batch_size"),
         ((Q, X, ids), {"beta": float("nan")}, "beta: expected a finite number"),
     ]
