@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from superglobal.data.toy.building import Builder
@@ -47,6 +47,7 @@ def landmark_of(seed: int, split: str, number: int) -> Landmark:
     style_split, group = style_number(split, number)
     style = draw_style(Draws(seed, style_split, "style", group))
     draws = Draws(seed, split, "landmark", number)
+    style = replace(style, wall=draws.tint(style.wall, 10), roof=draws.tint(style.roof, 8))  # as much as paint fades
     builder = Builder(draws, style, roof_texture(draws, style.roof))
     form = style.forms[0] if draws.chance(0.65) else style.forms[1]
     getattr(builder, form)()

@@ -101,7 +101,7 @@ def draw_view(draws: Draws, landmark: Landmark, side: int, purpose: str) -> View
     distance = round(extent * draws.real(1.15, 2.6), 3)
     fill = draws.real(0.55, 1.0)
     if not calm:
-        fill = draws.pick((fill, fill, fill, draws.real(0.22, 0.5), draws.real(1.1, 2.4)))
+        fill = draws.pick((fill, fill, fill, fill, fill, draws.real(0.28, 0.5), draws.real(1.1, 2.2)))
     fit = min(width / landmark.width, height / landmark.height)  # pixels a metre if it just fits
     focal = round(fill * fit * distance, 3)
     lift = draws.pick((1.7, 1.7, 1.7, draws.real(2, 9)))
@@ -179,10 +179,10 @@ def _occluders(draws: Draws, landmark: Landmark, camera: Camera, calm: bool) -> 
     crowd = draws.pick((0, 0, 2, 4)) if calm else draws.pick((0, 1, 3, 6, 12))
     for _ in range(crowd):
         found.append(_between(draws, camera, "person", draws.real(0.25, 0.95), 0.9, draws.real(1.5, 1.9), 0.5))
-    if draws.chance(0.1 if calm else 0.34):
+    if draws.chance(0.1 if calm else 0.28):
         tall = draws.real(5, 12)
         found.append(_between(draws, camera, "tree", draws.real(0.35, 0.8), 0.8, tall, tall * draws.real(0.6, 1.0)))
-    if draws.chance(0.1 if calm else 0.3):
+    if draws.chance(0.1 if calm else 0.24):
         found.append(_between(draws, camera, "van", draws.real(0.5, 0.9), 0.9, draws.real(1.6, 3.2), draws.real(4, 8)))
     if draws.chance(0.2):
         found.append(_between(draws, camera, "lamp", draws.real(0.4, 0.9), 0.8, draws.real(5, 8), 0.8))
@@ -214,10 +214,10 @@ def _faults(draws: Draws, light: Light) -> Faults:
     return Faults(
         exposure=draws.real(0.7, 1.3) * (1.3 if light.kind == "backlit" else 1.0),
         cast=(1 + warmth, 1 + draws.bell(0.04), 1 - warmth),
-        saturation=draws.pick((1.0, draws.real(0.5, 1.3), draws.real(0.5, 1.3), 0.0 if draws.chance(0.25) else 1.0)),
+        saturation=draws.pick((1.0, draws.real(0.5, 1.3), draws.real(0.5, 1.3), 0.0 if draws.chance(0.15) else 1.0)),
         vignette=draws.pick((0.0, draws.real(0, 0.35))),
-        blur=draws.pick((0, 0, 0, 1, 1, 2)),
+        blur=draws.pick((0, 0, 0, 0, 1, 1, 2)),
         shake=draws.pick((0, 0, 0, 0, 2, 3)),
-        noise=draws.real(0, 9) if light.kind != "night" else draws.real(6, 22),
+        noise=draws.real(0, 9) if light.kind != "night" else draws.real(5, 16),
         quality=draws.pick((35, 50, 65, 75, 85, 92)),
     )
