@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +116,14 @@ def _render(out: Path, seed: int, side: int, shots: list[Shot], workers: int) ->
         return
     # A fork has everything imported; nothing but NumPy and Pillow runs in it. Elsewhere it is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
+    # Ctrl-C goes to this process, which stops the others.
+    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         futures = [pool.submit(_take_all, out, seed, side, batch) for batch in groups.values()]
         try:
             yield from (future.result() for future in as_completed(futures))
+        except BrokenProcessPool as error:
+            message = f"toy set: a worker process of {workers} died, perhaps for want of memory"
+            raise InputError(f"{message}; call again with fewer --workers, {out} goes on where it was") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

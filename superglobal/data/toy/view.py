@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from superglobal.data.toy.draws import Colour, Draws, Vector, cosine, cross, dot, sine, unit
 from superglobal.data.toy.landmark import Landmark
 
-LIGHTS = ("clear", "clear", "clear", "overcast", "overcast", "low", "low", "backlit", "night")
+LIGHTS = (*["clear"] * 5, *["overcast"] * 4, *["low"] * 2, "backlit", "night")
 SHAPES = ((4, 3), (4, 3), (3, 2), (1, 1), (3, 4), (3, 4), (2, 3), (16, 9))
 ORDINARY, QUERY, SCENE = "ordinary", "query", "scene"
 
@@ -97,9 +97,9 @@ def draw_view(draws: Draws, landmark: Landmark, side: int, purpose: str) -> View
     calm = purpose == QUERY
     width, height = _frame(draws, side)
     extent = max(landmark.width, landmark.height)
-    yaw = round(draws.bell(85) if not calm else draws.bell(60), 3)
+    yaw = round(draws.bell(45 if calm else 70), 3)
     distance = round(extent * draws.real(1.15, 2.6), 3)
-    fill = draws.real(0.55, 1.0)
+    fill = draws.real(0.65, 1.05)
     if not calm:
         fill = draws.pick((fill, fill, fill, fill, fill, draws.real(0.28, 0.5), draws.real(1.1, 2.2)))
     fit = min(width / landmark.width, height / landmark.height)  # pixels a metre if it just fits
@@ -210,11 +210,11 @@ def _between(
 
 
 def _faults(draws: Draws, light: Light) -> Faults:
-    warmth = draws.bell(0.16)
+    warmth = draws.bell(0.12)
     return Faults(
-        exposure=draws.real(0.7, 1.3) * (1.3 if light.kind == "backlit" else 1.0),
+        exposure=draws.real(0.75, 1.25) * (1.3 if light.kind == "backlit" else 1.0),
         cast=(1 + warmth, 1 + draws.bell(0.04), 1 - warmth),
-        saturation=draws.pick((1.0, draws.real(0.5, 1.3), draws.real(0.5, 1.3), 0.0 if draws.chance(0.15) else 1.0)),
+        saturation=draws.pick((1.0, draws.real(0.6, 1.3), draws.real(0.6, 1.3), 0.0 if draws.chance(0.15) else 1.0)),
         vignette=draws.pick((0.0, draws.real(0, 0.35))),
         blur=draws.pick((0, 0, 0, 0, 1, 1, 2)),
         shake=draws.pick((0, 0, 0, 0, 2, 3)),
