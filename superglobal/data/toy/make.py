@@ -72,6 +72,8 @@ def make_toy(
         if progress:
             progress(len(photos), len(shots))
     pairs = write_layouts(out, [photos[shot] for shot in shots])
+    for stale in out.rglob(".*.jpg.*"):  # of workers that were killed while writing
+        stale.unlink()
     summary = identity | {"photos": dict(Counter(shot.set for shot in shots)), "pairs": pairs}
     write_atomically(out / _FINISHED, (json.dumps(summary, indent=1) + "\n").encode())
     (out / _STARTED).unlink()
@@ -116,8 +118,8 @@ def _render(out: Path, seed: int, side: int, shots: list[Shot], workers: int) ->
         return
     # A fork has everything imported; nothing but NumPy and Pillow runs in it. Elsewhere it is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    # Ctrl-C goes to this process, which stops the others.
-    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    # Ctrl-C in a terminal ends the workers at once and without a word; photos are written whole or not at all.
+    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         futures = [pool.submit(_take_all, out, seed, side, batch) for batch in groups.values()]
         try:
             yield from (future.result() for future in as_completed(futures))
