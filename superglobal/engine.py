@@ -170,8 +170,6 @@ def _extracted(
     clock: Clock,
 ) -> Inputs:
     """Descriptors of the lists from their stores, extracted where they are missing."""
-    for part in lists:
-        log.info("%s: %d images", part.title, len(part.items))
     with clock.time("extract"):
         stores, computed = extract_lists(network, lists, Path(config.paths.stores), trainer, config.trainer.num_workers)
     found = {part.title: store for part, store in zip(lists, stores, strict=True)}

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import signal
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,8 @@ from superglobal.models.network import RetrievalNetwork
 from superglobal.precision import full_precision
 from superglobal.retrieval.report import versions
 from superglobal.retrieval.store import DescriptorStore, fingerprint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,11 @@ class EvaluationModule(pl.LightningModule):
                 self.raise_failures()
         return number, row
 
+    def on_predict_start(self) -> None:
+        """Let SIGTERM end the run, finished rows flushed: Lightning's handler only takes note of it here."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
     def on_predict_end(self) -> None:
         self.raise_failures()
 
@@ -112,6 +123,9 @@ def extract_lists(
     """
     stores = [_open_store(network, part, folder, str(trainer.strategy.root_device)) for part in lists]
     computed = {part.title: len(store.missing) for part, store in zip(lists, stores, strict=True)}
+    for part, store in zip(lists, stores, strict=True):
+        todo = computed[part.title]
+        log.info("%s: %d images, %d in store, %d to describe", part.title, len(store), len(store) - todo, todo)
     tasks = [(number, int(row)) for number, store in enumerate(stores) for row in store.missing]
     if tasks:
         images = ExtractionDataModule([(part.items, part.max_side) for part in lists], tasks, num_workers)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,21 @@ def test_a_second_run_extracts_nothing_and_changed_settings_extract_anew(data, t
     assert extracted("b", "rerank.K=3") == {"database": 0, "queries": 0}
     assert extracted("c", "dataset.crop_query=false") == {"database": 0, "queries": 6}
     assert extracted("d", "pooling.regional=off") == {"database": 24, "queries": 6}
+
+
+def test_sigterm_ends_a_run_and_keeps_its_rows(tmp_path):
+    write_revisited(tmp_path, landmarks=40, views=12)
+    process = start(tmp_path / "o", *revisited(tmp_path, "scales=5"))
+    deadline = time.monotonic() + 120
+    rows = 0
+    while process.poll() is None and rows == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        rows = sum(np.load(p).sum() for p in (tmp_path / "o" / "stores").glob("mini-database-*/done.npy"))
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    (store,) = (tmp_path / "o" / "stores").glob("mini-database-*")
+    assert rows <= len(DescriptorStore.open(store)) - len(DescriptorStore.open(store).missing) < 440
 
 
 KILLED = """

@@ -80,3 +80,7 @@ def test_how_it_is_built_names_every_file_of_the_package():
 def test_make_targets_of_the_readme_exist(target):
     assert f"make {target}" in README
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_nothing_is_left_to_be_filled_in():
+    assert "@@" not in README

@@ -1,5 +1,6 @@
 """Your own photos: a folder as database, queries beside it, and labels, if wanted, by sub-folder."""
 
+import logging
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.data.sets import EvaluationSet
 from superglobal.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 def folder_set(
@@ -76,13 +79,17 @@ def _photos(folder: Path, role: str) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{role} folder not found: {folder}; set dataset.{role}= to a folder of photos")
     found: list[Path] = []
+    others: list[str] = []
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
         if real not in seen:
             found += [Path(place, f) for f in files if _is_photo(f)]
+            others += [f for f in sorted(files) if not f.startswith(".") and not _is_photo(f)]
         seen.add(real)
+    if others:
+        log.warning("%s: %d files left out that are no photos by their names, e.g. %s", folder, len(others), others[0])
     if not found:
         extensions = " ".join(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
         raise InputError(f"no photos under {role} folder {folder}; looked for files ending in {extensions}")

@@ -155,7 +155,7 @@ def write_without_numbers(folder: Path, config: Any, status: str, reason: str) -
 
 def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     """One row per stage and protocol, in percent."""
-    console = Console()
+    console = _console()
     if summary["metrics"]:
         counts = summary["counts"]
         size = f"{counts['queries']} queries, {counts['database']} images"
@@ -220,7 +220,7 @@ def merge(folder: Path) -> list[dict[str, Any]]:
         table.add_column(escape(column), justify="left" if i < 3 else "right")
     for line in cells:
         table.add_row(*map(escape, line))
-    Console().print(table)
+    _console().print(table)
     return results
 
 
@@ -302,6 +302,12 @@ def _write_per_query(folder: Path, results: Mapping[str, RetrievalResult], names
         landmark = names.clusters[query] if names.clusters is not None else ""
         writer.writerow([name, landmark, *("" if math.isnan(v) else repr(float(v)) for v in values)])
     write_atomically(folder / "per_query.csv", text.getvalue().encode())
+
+
+def _console() -> Console:
+    """Without a terminal rich assumes 80 columns and cuts names short; a log has room."""
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
 
 
 def _percent(value: float | None, digits: int = 2) -> str:
