@@ -1,4 +1,4 @@
-"""rerank: the reference's goldens, the formula of method.md §1.3 in plain float64, and its edges."""
+"""rerank: the reference's goldens, the formula in plain float64, and its edges."""
 
 import json
 from pathlib import Path

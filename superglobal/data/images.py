@@ -1,6 +1,6 @@
 """Photos as arrays: read strictly, with the reference's pixels, and checked before anything is computed.
 
-The reference reads with `cv2.imread(path, cv2.IMREAD_COLOR)` (method.md §1.1). cv2 answers a truncated file
+The reference reads with `cv2.imread(path, cv2.IMREAD_COLOR)` (its test/dataset.py). cv2 answers a truncated file
 with a half-grey picture and no error, so Pillow, which refuses it, decodes here. Both bundle libjpeg-turbo;
 for 8-bit JPEG, PNG, WebP, BMP and TIFF their pixels were measured identical. Where the two differ (CMYK,
 16 bits, TIFF with alpha, rare formats) Pillow vouches for the file and cv2 gives the pixels.

@@ -14,7 +14,7 @@ from superglobal.data.sets import EvaluationSet, image_path
 from superglobal.errors import InputError
 from superglobal.retrieval.scoring import landmarks
 
-# Official addresses, method.md §5.
+# Official addresses: filipradenovic/revisitop, README and python/download.py.
 _OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/oxbuild_images-v1.tgz"
 _PARIS = "https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/paris_{1,2}-v1.tgz"
 _ARCHIVES = {"roxford5k": _OXFORD, "rparis6k": _PARIS}

@@ -46,7 +46,7 @@ def image_path(folder: Path, name: str, source: Path) -> Path:
 
 
 def how_to_get_distractors(root: Path, name: str) -> str:
-    """Layout of a distractor set and, for revisitop1m, its official addresses (method.md §5)."""
+    """Layout of a distractor set and, for revisitop1m, its official addresses (revisitop's README)."""
     base = Path(root) / name
     text = f"{name} is expected as {base}/{name}.txt (one file name a line) and {base}/jpg/<line>"
     if name == "revisitop1m":

@@ -1,4 +1,4 @@
-"""The Revisited metric (method.md §1.5): average precision and precision at k from exact ranks.
+"""The Revisited metric (Radenovic et al., CVPR 2018; revisitop's evaluate.py): average precision and precision at k from exact ranks.
 
 Every number is a fraction in 0..1; tables multiply by 100.
 """
@@ -58,7 +58,7 @@ def _plain(value: float) -> float | None:
 def average_precision(ranks: Any, n_positives: int | None = None) -> float:
     """Trapezoidal average precision of positives at these 0-based ranks, ignored images already removed.
 
-    AP = sum_j (1/n) (j/r_j + (j+1)/(r_j+1)) / 2, with j/r_j = 1 where r_j = 0 (method.md §1.5).
+    AP = sum_j (1/n) (j/r_j + (j+1)/(r_j+1)) / 2, with j/r_j = 1 where r_j = 0 (revisitop's compute_ap).
     ranks: (P,) distinct integers in any order. n_positives: n, where some positives were not retrieved at all
     and add nothing; P by default. NaN if n is 0. Raises InputError for negative ranks or n < P.
     """

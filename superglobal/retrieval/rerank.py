@@ -1,4 +1,4 @@
-"""SuperGlobal's reranking of a shortlist (method.md §1.3): descriptors alone, nothing learnt.
+"""SuperGlobal's reranking of a shortlist (paper, section 3; reference modules/reranking): no local features.
 
     S = T T^T over the shortlist T;  neighbours of i = the K + 1 largest S[i], itself first
     w = beta S, w[self] = 1;         R_i = sum_j w_ij T_j / sum_j w_ij      (refined, not normalised)
