@@ -1,4 +1,6 @@
-"""The Revisited metric (Radenovic et al., CVPR 2018; revisitop's evaluate.py): average precision and precision at k from exact ranks.
+"""The Revisited metric: average precision and precision at k from exact ranks.
+
+Source: Radenovic et al., CVPR 2018, and revisitop's evaluate.py.
 
 Every number is a fraction in 0..1; tables multiply by 100.
 """
