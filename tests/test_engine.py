@@ -95,11 +95,11 @@ def test_every_index_gives_the_same_result(data, tmp_path):
 
 def test_a_changed_photo_is_described_anew_and_the_others_are_not(tmp_path):
     photos = write_folders(tmp_path / "photos")
-    pixels = np.zeros((90, 110, 3), np.uint8)
+    pixels = np.zeros((160, 200, 3), np.uint8)  # 96 KB: larger than what is read of every file
     Image.fromarray(pixels).save(photos / "plain.bmp")
     folder = ["dataset=folder", f"dataset.database={photos}", f"dataset.query={photos / 'label0' / '0.jpg'}"]
     assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 10, "queries": 1}
-    pixels[40:50] = 255  # same size, same head, same tail
+    pixels[20:30] = 255  # same size, same first 64 KB, same end
     Image.fromarray(pixels).save(photos / "plain.bmp")
     assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 1, "queries": 0}
     Image.fromarray(pixels[::-1]).save(photos / "new.png")
