@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+
+from superglobal.data.toy import make_toy
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -39,6 +42,16 @@ def cvnet_checkpoint(tmp_path_factory):
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory, worker_id) -> Path:
+    """A `paths.data` with the toy set "tiny" (seed 3) in `toy/`, rendered once for all test processes."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "toy_data"
+    with FileLock(f"{root}.lock"):
+        make_toy(root / "toy", "tiny", seed=3)
+    return root
 
 
 # Everything the tests can need is there in continuous integration, so nothing may be skipped.

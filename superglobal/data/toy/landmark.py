@@ -47,7 +47,7 @@ def landmark_of(seed: int, split: str, number: int) -> Landmark:
     style_split, group = style_number(split, number)
     style = draw_style(Draws(seed, style_split, "style", group))
     draws = Draws(seed, split, "landmark", number)
-    style = replace(style, wall=draws.tint(style.wall, 14), roof=draws.tint(style.roof, 14))  # as much as paint fades
+    style = replace(style, wall=draws.tint(style.wall, 70), roof=draws.tint(style.roof, 50))  # each has its own paint
     builder = Builder(draws, style, roof_texture(draws, style.roof))
     form = style.forms[0] if draws.chance(0.65) else style.forms[1]
     getattr(builder, form)()

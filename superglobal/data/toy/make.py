@@ -29,7 +29,7 @@ from superglobal.data.toy.plan import Shot, plan, size_of
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
 
-VERSION = 1  # of the pixels and rules: raised with every change of either
+VERSION = 2  # of the pixels and rules: raised with every change of either
 _FINISHED, _STARTED = "toy.json", "toy.unfinished.json"
 
 Progress = Callable[[int, int], None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from superglobal.data.toy.draws import Colour, Draws, Vector, cosine, cross, dot, sine, unit
 from superglobal.data.toy.landmark import Landmark
 
-LIGHTS = (*["clear"] * 5, *["overcast"] * 4, *["low"] * 2, "backlit", "night")
+LIGHTS = (*["clear"] * 7, *["overcast"] * 5, *["low"] * 2, "backlit", "night")
 SHAPES = ((4, 3), (4, 3), (3, 2), (1, 1), (3, 4), (3, 4), (2, 3), (16, 9))
 ORDINARY, QUERY, SCENE = "ordinary", "query", "scene"
 
@@ -97,16 +97,16 @@ def draw_view(draws: Draws, landmark: Landmark, side: int, purpose: str) -> View
     calm = purpose == QUERY
     width, height = _frame(draws, side)
     extent = max(landmark.width, landmark.height)
-    yaw = round(draws.bell(45 if calm else 70), 3)
+    yaw = round(draws.bell(45 if calm else 60), 3)
     distance = round(extent * draws.real(1.15, 2.6), 3)
-    fill = draws.real(0.65, 1.05)
+    fill = draws.real(0.8, 1.05) if calm else draws.real(0.85, 1.25)
     if not calm:
-        fill = draws.pick((fill, fill, fill, fill, fill, draws.real(0.28, 0.5), draws.real(1.1, 2.2)))
+        fill = draws.pick((fill, fill, fill, fill, fill, draws.real(0.4, 0.65), draws.real(1.3, 2.2)))
     fit = min(width / landmark.width, height / landmark.height)  # pixels a metre if it just fits
     focal = round(fill * fit * distance, 3)
     lift = draws.pick((1.7, 1.7, 1.7, draws.real(2, 9)))
     eye = (distance * sine(yaw), landmark.depth * 0.3 - distance * cosine(yaw), lift)
-    spread = 0.1 if calm else draws.pick((0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.4, 1.5))
+    spread = 0.1 if calm else draws.pick((0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.4, 1.5))
     reach = distance / focal
     aim = (
         draws.bell(spread) * max(width * reach, 0.5 * landmark.width),
@@ -210,14 +210,14 @@ def _between(
 
 
 def _faults(draws: Draws, light: Light) -> Faults:
-    warmth = draws.bell(0.12)
+    warmth = draws.bell(0.08)
     return Faults(
-        exposure=draws.real(0.75, 1.25) * (1.3 if light.kind == "backlit" else 1.0),
+        exposure=draws.real(0.8, 1.2) * (1.3 if light.kind == "backlit" else 1.0),
         cast=(1 + warmth, 1 + draws.bell(0.04), 1 - warmth),
         saturation=draws.pick((1.0, draws.real(0.6, 1.3), draws.real(0.6, 1.3), 0.0 if draws.chance(0.15) else 1.0)),
         vignette=draws.pick((0.0, draws.real(0, 0.35))),
-        blur=draws.pick((0, 0, 0, 0, 1, 1, 2)),
-        shake=draws.pick((0, 0, 0, 0, 2, 3)),
-        noise=draws.real(0, 9) if light.kind != "night" else draws.real(5, 16),
+        blur=draws.pick((0, 0, 0, 0, 0, 1, 1, 2)),
+        shake=draws.pick((0, 0, 0, 0, 0, 0, 2, 3)),
+        noise=draws.real(0, 7) if light.kind != "night" else draws.real(5, 16),
         quality=draws.pick((35, 50, 65, 75, 85, 92)),
     )
