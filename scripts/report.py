@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from superglobal.errors import InputError
-from superglobal.retrieval.report import merge
+from superglobal.retrieval.tables import merge
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ result = superglobal.revisited_map(Q, X, data, ids)
 """
 
 from superglobal.api import extract, load_model
+from superglobal.data.images import ImageItem
 from superglobal.data.revisited import load_ground_truth, revisited_set
 from superglobal.errors import InputError
 from superglobal.models.attach import attach
@@ -18,6 +19,7 @@ from superglobal.retrieval.search import search
 
 __version__ = "0.1.0"
 __all__ = [
+    "ImageItem",
     "InputError",
     "attach",
     "extract",

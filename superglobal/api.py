@@ -49,24 +49,49 @@ def load_model(
     Raises:
         InputError: anything missing, contradicting, unsafe or misshapen, with the mend.
     """
+    network = build_network(weights, backbone=backbone, pooling=pooling, scales=scales, antialias=antialias, seed=seed)
+    return network.eval().requires_grad_(False)
+
+
+def build_network(
+    weights: str | os.PathLike,
+    *,
+    backbone: str | None = None,
+    pooling: str | dict[str, Any] | PoolingConfig | None = None,
+    scales: int | Sequence[float] = 3,
+    antialias: bool = False,
+    seed: int = 0,
+    dim: int | None = None,
+) -> RetrievalNetwork:
+    """`load_model`, but as a network to train: in training mode, with gradients.
+
+    Args:
+        dim: outputs of the whitening layer, a new one (random by `seed`) where the weights bring none; 0 for none;
+            None for what the weights bring.
+
+    Raises:
+        InputError: as `load_model`, or `dim` is not that of the weights' own layer.
+    """
     source = _read_source(str(weights))
     name = _agreed_backbone(str(weights), source, backbone)
     stored = source.pooling if source is not None else None
     switches = make_pooling(pooling, stored)
+    own_dim = source.dim if source is not None else None
+    if own_dim is not None and dim is not None and dim != own_dim:
+        raise InputError(f"dim={dim} contradicts weights={weights}, whose whitening layer has {own_dim} outputs")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network_backbone = Backbone(name, pretrained=str(weights) == "timm")
         if source is not None and source.mean is not None and source.std is not None:
             network_backbone.mean, network_backbone.std = source.mean, source.std
-        dim = source.dim if source is not None else None
-        network = RetrievalNetwork(network_backbone, switches, dim, scales, antialias)
+        network = RetrievalNetwork(network_backbone, switches, own_dim or dim, scales, antialias)
     if source is not None:
         _load(network, source, f"weights={weights}")
     network.weights_label = str(weights)
     network.trained_pooling = stored
     # A p that was asked for wins over the one in the file; what the file holds is named in the results.
     network.set_p(pooling["p"] if isinstance(pooling, dict) and "p" in pooling else None)
-    return network.eval().requires_grad_(False)
+    return network
 
 
 def extract(
@@ -150,7 +175,9 @@ def _agreed_backbone(weights: str, source: Weights | None, wanted: str | None) -
 
 def _load(network: RetrievalNetwork, source: Weights, what: str) -> None:
     if source.kind != "backbone":
-        load_strictly(network, source.state, what)
+        new_layer = network.whitening if source.dim is None else None
+        own = {f"whitening.{name}": tensor for name, tensor in new_layer.state_dict().items()} if new_layer else {}
+        load_strictly(network, {**own, **source.state}, what)
         return
     net: Any = network.backbone.net
     classifier = net.default_cfg.get("classifier") or ()

@@ -5,22 +5,13 @@ Without them Hydra would take `pooling.regional=off` for the string "off", which
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING
 
-from superglobal.errors import InputError
-from superglobal.models.network import make_scales
-from superglobal.models.pooling import PoolingConfig, relup_mode
-from superglobal.retrieval.report import LADDER, SWITCHES
-
-KINDS = ("revisited", "folder", "descriptors")
-BACKENDS = ("auto", "faiss", "torch")
-
+from superglobal.models.pooling import PoolingConfig
 
 PoolingSettings: Any = make_dataclass(
     "PoolingSettings",
@@ -34,9 +25,11 @@ class DatasetConfig:
     """An evaluation set (`conf/dataset`).
 
     Args:
-        kind: "revisited" (`<paths.data>/<name>/{jpg/,gnd_<name>.pkl}`), "folder" (own photos) or "descriptors"
+        kind: "revisited" (`<root>/<name>/{jpg/,gnd_<name>.pkl}`), "folder" (own photos) or "descriptors"
             (only the files of `descriptors.*`).
         name: of the set; names the results too.
+        root: revisited kind: the folder that holds the set's own.
+        trained: the training run that `name` means by default on this set.
         crop_query: crop each query to its box, as the reference does; false is the un-cropped protocol.
         max_side: shrink larger images to this longer side in pixels; null leaves them.
         database, query: folder kind: where the photos are.
@@ -45,6 +38,8 @@ class DatasetConfig:
 
     kind: str = MISSING
     name: str = MISSING
+    root: str = "${paths.data}"
+    trained: str = "superglobal"
     crop_query: bool = True
     max_side: int | None = None
     database: str | None = None
@@ -54,9 +49,10 @@ class DatasetConfig:
 
 @dataclass
 class DistractorsConfig:
-    """A folder of images joined to the database (`conf/distractors`): `<paths.data>/<name>/{jpg/,<name>.txt}`."""
+    """A folder of images joined to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`."""
 
     name: str = MISSING
+    root: str = "${paths.data}"
 
 
 @dataclass
@@ -94,13 +90,14 @@ class IndexConfig:
 
 @dataclass
 class TrainerConfig:
-    """Where extraction runs (`conf/trainer`)."""
+    """Where extraction and training run (`conf/trainer`); training logs every `log_every` steps."""
 
     accelerator: str = "auto"
     devices: Any = 1
     strategy: str = "auto"
     num_workers: int = 2
     progress: bool = True
+    log_every: int = 10
 
 
 @dataclass
@@ -133,7 +130,9 @@ class EvalConfig:
     """Everything `eval.py` takes.
 
     Args:
-        weights: path, "timm", "package" or "random"; null takes the backbone's own setting.
+        weights: path, "timm", "package" or "random"; null takes the backbone's own setting, or else the export of
+            the training run `name`.
+        name: of a training run.
         scales: 1, 3, 5 or a list of factors.
         antialias: filter when a scale shrinks the image; off is what the paper's runs had.
         k: results kept per query (at least `rerank.M`, at most the database).
@@ -146,6 +145,7 @@ class EvalConfig:
     descriptors: DescriptorsConfig = field(default_factory=DescriptorsConfig)
     backbone: BackboneConfig | None = None
     weights: str | None = None
+    name: str = "${dataset.trained}"
     pooling: PoolingSettings = field(default_factory=PoolingSettings)
     scales: Any = 3
     antialias: bool = False
@@ -160,84 +160,99 @@ class EvalConfig:
     seed: int = 0
 
 
+@dataclass
+class DataConfig:
+    """A training set in GLDv2's layout (`conf/data`).
+
+    Args:
+        name: of the set.
+        root: folder of `table` and of `train/a/b/c/<id>.jpg`.
+        table: "train_clean.csv" or "train.csv".
+        min_images: landmarks with fewer photos are left out.
+        val_fraction: share of the landmarks that is held out for retrieval validation.
+        val_images: most photos of them to validate on.
+        val_max_side: larger ones are shrunk to this longer side, in pixels; null leaves them.
+        image_size: side of the square that the network is trained on, in pixels.
+        crop: smallest share of a photo's area that a random crop covers.
+        jitter: strength of the changes of brightness, contrast and saturation.
+    """
+
+    name: str = MISSING
+    root: str = "${paths.data}/gldv2"
+    table: str = "train_clean.csv"
+    min_images: int = 2
+    val_fraction: float = 0.01
+    val_images: int = 2000
+    val_max_side: int | None = 1024
+    image_size: int = 512
+    crop: float = 0.3
+    jitter: float = 0.2
+
+
+@dataclass
+class HeadConfig:
+    """Margin head (`conf/head`): ArcFace's scale and margin (radians)."""
+
+    scale: float = 45.25
+    margin: float = 0.15
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser (`conf/optim`) and its schedule by steps: linear warm-up, then cosine to zero.
+
+    Args:
+        name: "sgd" (Nesterov) or "adamw".
+        lr: peak learning rate of the network.
+        head_lr: factor on it for the head.
+        weight_decay: of weights; biases, norms and GeM's p have none.
+        momentum: of sgd.
+        warmup: share of all steps.
+        batch_size: photos a step.
+        epochs: times that every photo is seen.
+    """
+
+    name: str = "sgd"
+    lr: float = 0.01
+    head_lr: float = 1.0
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    warmup: float = 0.05
+    batch_size: int = 64
+    epochs: int = 30
+
+
+@dataclass
+class TrainConfig:
+    """Everything `train.py` takes.
+
+    Args:
+        name: of the run; its folder is `<paths.outputs>/train/<name>`, where `eval.py name=` finds the export.
+        weights: where training starts: "random", "timm", "package" or a path.
+        dim: outputs of the whitening layer; null for none.
+        seed: of weights, order, augmentation and the choice of held-out landmarks.
+    """
+
+    name: str = "superglobal"
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    weights: str = "timm"
+    pooling: PoolingSettings = field(default_factory=PoolingSettings)
+    dim: int | None = 2048
+    head: HeadConfig = field(default_factory=HeadConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
+    seed: int = 0
+
+
 def register() -> None:
     """Make the schemas known to Hydra; called by the entry points before composing."""
     ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
-
-
-def validated(cfg: DictConfig) -> EvalConfig:
-    """Composed configuration as typed objects.
-
-    Raises:
-        InputError: a setting is missing, out of its choices, or contradicts another.
-    """
-    missing = sorted(str(key) for key in OmegaConf.missing_keys(cfg))
-    if missing:
-        raise InputError(
-            f"missing settings: {', '.join(missing)}; give them on the command line, e.g. {missing[0]}=..."
-        )
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, EvalConfig)
-    _check_choices(config)
-    _check_ranges(config)
-    _check_ablation(config)
-    make_scales(config.scales)
-    return config
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
 
 
 def pooling_overrides(settings: Any) -> dict[str, Any]:
     """The pooling settings that were given."""
     return {name: value for name, value in vars(settings).items() if value is not None}
-
-
-def _check_choices(config: EvalConfig) -> None:
-    d, own = config.dataset, config.descriptors
-    for key, value, allowed in (("dataset.kind", d.kind, KINDS), ("index.backend", config.index.backend, BACKENDS)):
-        if value not in allowed:
-            raise InputError(f"{key}={value}: expected one of {', '.join(allowed)}")
-    if config.index.backend == "faiss" and importlib.util.find_spec("faiss") is None:
-        raise InputError("index=faiss: FAISS is not installed; pip install faiss-cpu (or faiss-gpu), or index=torch")
-    if d.kind == "folder" and not d.database:
-        raise InputError("dataset=folder: dataset.database=FOLDER is missing")
-    if (own.query is None) != (own.database is None):
-        raise InputError("descriptors.query and descriptors.database go together: give both .npy files")
-    if d.kind == "descriptors" and own.query is None:
-        raise InputError("dataset=descriptors needs descriptors.query=Q.npy descriptors.database=X.npy")
-    if d.kind == "descriptors" and config.distractors is not None:
-        raise InputError("dataset=descriptors knows no images: put distractors into descriptors.database")
-    if config.pooling.relup is not None:
-        relup_mode(config.pooling.relup)
-
-
-def _check_ranges(config: EvalConfig) -> None:
-    at_least = {
-        "k": (config.k, 1),
-        "rerank.M": (config.rerank.M, 1),
-        "rerank.K": (config.rerank.K, 1),
-        "dataset.max_side": (config.dataset.max_side, 1),
-        "trainer.num_workers": (config.trainer.num_workers, 0),
-        "pictures.queries": (config.pictures.queries, 0),
-        "pictures.ranks": (config.pictures.ranks, 1),
-        "seed": (config.seed, 0),
-    }
-    for key, (value, least) in at_least.items():
-        if value is not None and value < least:
-            raise InputError(f"{key}={value}: expected at least {least}")
-    if config.seed >= 2**63:
-        raise InputError(f"seed={config.seed}: expected less than 2^63")
-    if not math.isfinite(config.rerank.beta):
-        raise InputError(f"rerank.beta={config.rerank.beta}: expected a finite number")
-
-
-def _check_ablation(config: EvalConfig) -> None:
-    """A row is what its name says, or its number would stand under a wrong name in every table."""
-    if config.ablation is None:
-        return
-    if config.ablation not in LADDER:
-        raise InputError(f"ablation={config.ablation}: expected one of {', '.join(LADDER)}")
-    p = config.pooling
-    found = (p.gem_plus, p.regional, p.scale, relup_mode(p.relup) != "off", config.rerank.enabled)
-    for switch, wanted, value in zip(SWITCHES, LADDER[config.ablation], found, strict=True):
-        if wanted != value:
-            state = "on" if wanted else "off"
-            raise InputError(f"ablation={config.ablation} means {switch} {state}; drop the ablation or the override")

@@ -1,16 +1,19 @@
-"""Lightning's loggers for a finished evaluation: CSV always, Weights & Biases if configured."""
+"""Lightning's loggers: CSV always, Weights & Biases if configured."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import wandb
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 
-from superglobal.config import EvalConfig
+from superglobal.config import EvalConfig, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +35,28 @@ def log_result(config: EvalConfig, summary: dict[str, Any], folder: Path) -> Non
             log.warning("W&B failed (%s); everything else is in %s", error, folder)
 
 
+@contextmanager
+def training_loggers(config: TrainConfig, folder: Path) -> Iterator[list[Logger]]:
+    """Loggers for the curves of one training; a tracker that does not start costs a warning and not the run."""
+    loggers: list[Logger] = [CSVLogger(folder, name="csv", version="")]
+    run = None
+    if config.logger.wandb:
+        try:
+            run = _start_run(config.logger.project, config.name, folder)
+            loggers.append(WandbLogger(experiment=run))
+        except Exception as error:  # of the tracker, its settings or the network
+            log.warning("W&B failed (%s); the curves are in %s", error, folder / "csv")
+    for logger in loggers:
+        logger.log_hyperparams(asdict(config))
+    try:
+        yield loggers
+    finally:
+        if run is not None:
+            run.finish()
+
+
 def _log_to_wandb(config: EvalConfig, summary: dict[str, Any], numbers: dict[str, float], folder: Path) -> None:
-    run = _start_run(config, summary, folder)
+    run = _start_run(config.logger.project, summary["label"] or summary["dataset"], folder)
     try:
         logger = WandbLogger(experiment=run)
         logger.log_hyperparams(summary["config"])
@@ -44,7 +67,7 @@ def _log_to_wandb(config: EvalConfig, summary: dict[str, Any], numbers: dict[str
         run.finish()
 
 
-def _start_run(config: EvalConfig, summary: dict[str, Any], folder: Path) -> wandb.Run:
+def _start_run(project: str, name: str, folder: Path) -> wandb.Run:
     """A run that never asks anything: offline without a key, unless WANDB_MODE says otherwise."""
     # A key may come from the environment, a settings file or `wandb login`; looking for it needs no network.
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
@@ -53,8 +76,8 @@ def _start_run(config: EvalConfig, summary: dict[str, Any], folder: Path) -> wan
     settings = wandb.Settings(silent=True)
     # The run's mode is given here: Lightning's own `offline` sets a mode that wandb no longer knows.
     return wandb.init(
-        project=config.logger.project,
-        name=summary["label"] or summary["dataset"],
+        project=project,
+        name=name,
         dir=folder,
         mode=mode,
         settings=settings,

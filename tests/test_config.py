@@ -10,17 +10,18 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
-from superglobal.config import pooling_overrides, register, validated
+from superglobal.checks import validated
+from superglobal.config import EvalConfig, TrainConfig, pooling_overrides, register
 from superglobal.errors import InputError
 from superglobal.models.pooling import PRESETS, PoolingConfig, make_pooling
 
 CONF = Path(__file__).parents[1] / "conf"
 
 
-def config(*overrides):
+def config(*overrides, script="eval"):
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return validated(compose("eval", overrides=list(overrides)))
+        return validated(compose(script, overrides=list(overrides)), EvalConfig if script == "eval" else TrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,15 @@ def test_a_wrong_setting_is_refused_and_named(override, error, message):
     assert re.search(message, f"{caught.value} {caught.value.__cause__}")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"), [("head=cosface", "arcface"), ("pooling.regionl=on", "regionl"), ("data=toi", "toy")]
+)
+def test_a_typo_in_training_is_named(override, message):
+    with pytest.raises((ConfigCompositionException, MissingConfigException)) as caught:
+        config(override, script="train")
+    assert message in f"{caught.value} {caught.value.__cause__}"
+
+
 def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
@@ -67,6 +77,21 @@ def test_every_option_composes(group):
         config(f"{group}={option}", *extra)
 
 
+@pytest.mark.parametrize("group", ["backbone", "pooling", "data", "head", "optim", "trainer", "logger", "paths"])
+def test_every_option_of_training_composes(group):
+    assert options(group)
+    for option in options(group):
+        extra = ["backbone.name=resnet18"] if (group, option) == ("backbone", "timm") else []
+        config(f"{group}={option}", *extra, script="train")
+
+
+def test_every_experiment_composes():
+    assert set(options("experiment")) == {"full_factorial", "quickstart"}
+    config("experiment=full_factorial")
+    quick = config("experiment=quickstart", script="train")
+    assert quick.name == config("dataset=toy").name == "quickstart"
+
+
 def test_every_data_set_and_distractor_set_composes():
     needs = {
         "revisited": ["dataset.name=x"],
@@ -75,6 +100,8 @@ def test_every_data_set_and_distractor_set_composes():
     }
     for option in options("dataset"):
         config(f"dataset={option}", *needs.get(option, []))
+    assert config("dataset=toy").dataset.root == "data/toy"
+    assert config("distractors=toy", "paths.data=d").distractors.root == "d/toy"
     assert config("distractors=revisitop1m").distractors.name == "revisitop1m"
     assert config("distractors=list", "distractors.name=x").distractors.name == "x"
 

@@ -204,6 +204,10 @@ def test_a_sweep_ends_with_one_table_whatever_becomes_of_its_jobs(data, tmp_path
     gain = float(rows["rerank"]["medium"]) - float(rows["gem"]["medium"])
     assert float(rows["rerank"]["gain"]) == pytest.approx(gain, abs=0.011)
     assert rows["rerank"]["hard"] in text
+    low, high = map(float, rows["rerank"]["95 % gain"].split(" to "))
+    assert low <= float(rows["rerank"]["gain"]) <= high
+    assert rows["gem"]["95 % gain"] == ""
+    assert rows["gem"]["95 % medium"].count("-") == 1
     assert table.with_suffix(".md").read_text().count("\n") == 6
     again = [sys.executable, str(ROOT / "scripts/report.py"), str(table.parent)]
     before = table.read_text()

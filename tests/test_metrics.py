@@ -15,6 +15,7 @@ from superglobal.retrieval.metrics import (
     REVISITED,
     RetrievalResult,
     average_precision,
+    cluster_interval,
     precision_at,
     score_ranks,
 )
@@ -274,3 +275,18 @@ def test_errors_name_the_query() -> None:
     ]:
         with pytest.raises(InputError, match=message):
             ranks_from_rankings(rankings, [good, good])
+
+
+def test_the_interval_of_a_gain_draws_whole_landmarks():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6])
+    gain = rng.normal(size=6)[labels] + 0.01 * rng.normal(size=len(labels))
+    low, high = cluster_interval(gain, labels, seed=3, samples=4000)
+    drawn = []
+    for _ in range(4000):
+        chosen = rng.integers(6, size=6)
+        drawn.append(np.concatenate([gain[labels == one] for one in chosen]).mean())
+    assert (low, high) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.06)
+    # Queries of one landmark are not independent: drawn one by one the interval would be narrower.
+    narrow = cluster_interval(gain, np.arange(len(gain)), seed=3)
+    assert high - low > 1.2 * (narrow[1] - narrow[0])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
+from superglobal.data.gldv2 import TrainList
 from superglobal.data.images import ImageItem, image_tensor, read_image
+from superglobal.data.samplers import EpochSampler
 from superglobal.errors import InputError
 
 Task = tuple[int, int]
@@ -67,3 +72,73 @@ class ExtractionDataModule(pl.LightningDataModule):
 
 def _only(batch: list[tuple[Task, Tensor | InputError]]) -> tuple[Task, Tensor | InputError]:
     return batch[0]
+
+
+class TrainingPhotos(Dataset):
+    """Photos as ((3, S, S) uint8, label), augmented; every random draw depends on (seed, epoch, index) alone.
+
+    Args:
+        photos: the training list.
+        augment: (3, H, W) uint8 -> (3, S, S) uint8, drawing from torch's generator.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, photos: TrainList, augment: Callable[[Tensor], Tensor], seed: int) -> None:
+        self.photos = photos
+        self.augment = augment
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = place
+        image = image_tensor(read_image(self.photos.path(index)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]))
+            return self.augment(image), int(self.photos.labels[index])
+
+
+class TrainingDataModule(pl.LightningDataModule):
+    """Shuffled, augmented training photos in batches of ((B, 3, S, S) uint8, (B,) int64).
+
+    Args:
+        photos: the training list.
+        image_size: S, the side of the square that the network sees, in pixels.
+        crop: smallest share of a photo's area that a random crop covers.
+        jitter: strength of the changes of brightness, contrast and saturation.
+        batch_size: photos a step; the rest of an epoch that fills no batch waits for the next order.
+        num_workers: processes that decode ahead.
+        seed: of order and augmentation.
+    """
+
+    def __init__(
+        self,
+        photos: TrainList,
+        image_size: int,
+        crop: float,
+        jitter: float,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        steps: list[Callable[[Tensor], Tensor]] = [
+            v2.RandomResizedCrop(image_size, scale=(crop, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(jitter, jitter, jitter),
+        ]
+        self.photos = TrainingPhotos(photos, v2.Compose(steps), seed)
+        self.sampler = EpochSampler(len(photos), seed)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.photos,
+            batch_size=self.batch_size,
+            sampler=self.sampler,
+            num_workers=self.num_workers,
+            drop_last=True,
+            persistent_workers=self.num_workers > 0,
+        )

@@ -10,7 +10,7 @@ import numpy as np
 
 from superglobal.data.images import Box, ImageItem
 from superglobal.data.pickles import BlockedGlobalError, load_plain_pickle
-from superglobal.data.sets import EvaluationSet, image_path
+from superglobal.data.sets import TOY, EvaluationSet, image_path
 from superglobal.errors import InputError
 from superglobal.retrieval.scoring import landmarks
 
@@ -109,7 +109,7 @@ def _how_to_get(folder: Path, name: str) -> str:
     if name in _ARCHIVES:
         text += f"; the images: {_ARCHIVES[name]} (flattened into jpg/)"
         text += f", the ground truth: {_GND_URL.format(name=name)}"
-    return text
+    return f"{text}\n{TOY}"
 
 
 def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:

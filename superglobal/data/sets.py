@@ -10,6 +10,12 @@ from superglobal.errors import InputError
 
 _SHOWN = 5
 
+TOY = (
+    "without a download: python scripts/make_toy_data.py renders toy landmarks (a minute), then "
+    "python train.py experiment=quickstart and python eval.py dataset=toy"
+)
+"""What every message about missing data ends with."""
+
 
 @dataclass(frozen=True)
 class EvaluationSet:

@@ -121,7 +121,7 @@ def score_ranks(
         result.map[name] = float(ap[counted].mean()) if counted.any() else float("nan")
         means = precisions[counted].mean(axis=0) if counted.any() else np.full(len(ks), np.nan)
         result.mp[name] = {int(k): float(value) for k, value in zip(ks, means, strict=True)}
-        result.interval[name] = _bootstrap(ap[counted], labels[counted], seed, samples)
+        result.interval[name] = cluster_interval(ap[counted], labels[counted], seed, samples)
     return result
 
 
@@ -141,13 +141,14 @@ def concatenated(arrays: Iterable[Any]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *(np.asarray(one, np.int64) for one in arrays)])
 
 
-def _bootstrap(ap: np.ndarray, labels: np.ndarray, seed: int, samples: int) -> tuple[float, float]:
-    """95 % percentile interval of mean AP when whole clusters are drawn with replacement.
+def cluster_interval(values: np.ndarray, labels: np.ndarray, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values` when whole clusters are drawn with replacement.
 
-    Queries of one landmark share their positives, so they are not independent; clusters are.
+    Queries of one landmark share their positives, so they are not independent; clusters are. Of differences of AP,
+    query by query, it is the interval of a gain. values: (Q,) without NaN, labels: (Q,). NaN for under two clusters.
     """
     _, cluster = np.unique(labels, return_inverse=True)
-    sums, sizes = np.bincount(cluster, weights=ap), np.bincount(cluster)
+    sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster)
     if len(sums) < 2:
         return float("nan"), float("nan")
     drawn = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))

@@ -1,4 +1,4 @@
-"""Results of one run as files and a console table; results of many runs as one table.
+"""Results of one run as files and a console table (of many runs: tables.py).
 
 A run's folder holds `results.json` (numbers, settings, fingerprints, versions, seconds), `per_query.csv` (AP per
 query and stage), `rankings.npz` (ids and scores), `rankings.csv` and `rankings.json` (names and scores of the
@@ -23,22 +23,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from superglobal.errors import InputError
 from superglobal.files import write_atomically
 from superglobal.retrieval.metrics import RetrievalResult
 
 FORMAT = "superglobal-result-1"
 _LISTED = 100
 _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-headless", "faiss-cpu", "faiss-gpu")
-SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")
-LADDER: dict[str, tuple[bool, ...]] = {
-    **{step: tuple(i < n for i in range(len(SWITCHES))) for n, step in enumerate(("gem", *SWITCHES))},
-    **{f"no_{step}": tuple(other != step for other in SWITCHES) for step in SWITCHES},
-}
-"""Rows of the ablation in the paper's order, then each module left out: which of `SWITCHES` are on."""
-# Settings that do not change a number, or that a row's own name says.
-_UNTOLD = ("ablation", "paths.", "trainer.", "logger.", "pictures.", "index.", "dataset.", "distractors", "weights")
-_ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled")
 
 Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -119,9 +109,15 @@ def main_metric(summary: Mapping[str, Any]) -> float:
     """mAP of the last stage, Medium or over labels, in 0..1; NaN where there is none."""
     if not summary["metrics"]:
         return math.nan
-    scores = list(summary["metrics"].values())[-1]["map"]
-    value = scores.get("medium", scores.get("all"))
+    stage, protocol = main_protocol(summary)
+    value = summary["metrics"][stage]["map"][protocol]
     return math.nan if value is None else value
+
+
+def main_protocol(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """Stage and protocol of `main_metric`."""
+    stage = list(summary["metrics"])[-1]
+    return stage, "medium" if "medium" in summary["metrics"][stage]["map"] else "all"
 
 
 def write_result(
@@ -155,7 +151,7 @@ def write_without_numbers(folder: Path, config: Any, status: str, reason: str) -
 
 def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     """One row per stage and protocol, in percent."""
-    console = _console()
+    out = console()
     if summary["metrics"]:
         counts = summary["counts"]
         size = f"{counts['queries']} queries, {counts['database']} images"
@@ -168,108 +164,14 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
                 table.add_row(
                     stage,
                     protocol,
-                    _percent(result["map"][protocol]),
-                    f"{_percent(low, 1)}-{_percent(high, 1)}",
-                    *(_percent(result["mp"][protocol][k], 1) for k in ("1", "5", "10")),
+                    percent(result["map"][protocol]),
+                    f"{percent(low, 1)}-{percent(high, 1)}",
+                    *(percent(result["mp"][protocol][k], 1) for k in ("1", "5", "10")),
                     str(result["queries"][protocol]),
                 )
-        console.print(table)
+        out.print(table)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in summary["seconds"].items())
-    console.print(f"{seconds}\nresults in {folder}", soft_wrap=True, highlight=False, markup=False)
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All `results.json` below a folder, each with its sub-folder as `place`.
-
-    Raises:
-        InputError: none there, or a damaged one.
-    """
-    rows = []
-    for path in sorted(folder.rglob("results.json")):
-        try:
-            row = json.loads(path.read_text())
-            if row["format"] != FORMAT:
-                raise InputError(f"{path}: format {row['format']!r}, expected {FORMAT!r}; run eval.py again")
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: damaged ({error!r}); run eval.py again") from error
-        rows.append({**row, "place": path.parent.relative_to(folder).as_posix()})
-    if not rows:
-        raise InputError(f"{folder}: no results.json in it; give the folder that eval.py printed")
-    return rows
-
-
-def merge(folder: Path) -> list[dict[str, Any]]:
-    """Merge all results below `folder` into one table: console, `table.md`, `table.csv`.
-
-    A row is a run, its numbers those of its last stage: mAP per protocol in percent, mP@10, and what the main metric
-    gains over the first row of the same data set and settings. Every setting that differs between the runs has a
-    column, so that no two rows look alike.
-
-    Returns:
-        The results, as read.
-    """
-    results = read_results(folder)
-    columns, cells = _table(results)
-    text = io.StringIO()
-    csv.writer(text).writerows([columns, *cells])
-    write_atomically(folder / "table.csv", text.getvalue().encode())
-    lines = [columns, ["---"] * len(columns), *cells]
-    write_atomically(folder / "table.md", "".join("| " + " | ".join(line) + " |\n" for line in lines).encode())
-    table = Table(title=escape(str(folder)))
-    for i, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if i < 3 else "right")
-    for line in cells:
-        table.add_row(*map(escape, line))
-    _console().print(table)
-    return results
-
-
-def _table(results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    order = {label: i for i, label in enumerate(LADDER)}
-    results = sorted(results, key=lambda r: (r["dataset"], order.get(r["label"], len(order)), r["place"]))
-    settings = [_flat(result["config"]) for result in results]
-    ladder = any(result["label"] in order for result in results)
-    differing = _differing(settings, hidden=_ABLATED if ladder else ())
-    numbers = list(dict.fromkeys(name for result in results for name in _numbers(result)))
-    columns = ["data set", "weights", "run", *differing, *numbers, "gain"]
-    baselines: dict[tuple[str, ...], float] = {}
-    cells = []
-    for result, setting in zip(results, settings, strict=True):
-        place = [result["dataset"], str(result["weights"] or ""), result["label"] or result["place"]]
-        values = [str(setting.get(key, "")) for key in differing]
-        found = _numbers(result)
-        if found:
-            # Of an ablation each set of other settings has its own baseline; of a plain sweep the first row is it.
-            key = (result["dataset"], place[1], *values) if ladder else (result["dataset"],)
-            gain = f"{100 * (main_metric(result) - baselines.setdefault(key, main_metric(result))):+.2f}"
-        else:
-            gain = "n/a" if result["status"] != "failed" else "failed"
-        cells.append([*place, *values, *(found.get(name, gain) for name in numbers), gain])
-    return columns, cells
-
-
-def _numbers(result: Mapping[str, Any]) -> dict[str, str]:
-    if not result["metrics"]:
-        return {}
-    last = list(result["metrics"].values())[-1]
-    scores = {protocol: _percent(score) for protocol, score in last["map"].items()}
-    return scores | {f"mP@10 {protocol}": _percent(at["10"], 1) for protocol, at in last["mp"].items()}
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _differing(settings: Sequence[Mapping[str, Any]], hidden: Sequence[str]) -> list[str]:
-    """Names of the settings that are not the same everywhere and stand in no other column."""
-    keys = dict.fromkeys(key for setting in settings for key in setting)
-    told = [key for key in keys if not key.startswith(_UNTOLD) and key not in hidden]
-    told += [key for key in ("dataset.max_side",) if key in keys]
-    return [key for key in told if len({str(setting.get(key)) for setting in settings}) > 1]
+    out.print(f"{seconds}\nresults in {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _write_lists(folder: Path, stages: Stages, names: Names) -> None:
@@ -304,13 +206,13 @@ def _write_per_query(folder: Path, results: Mapping[str, RetrievalResult], names
     write_atomically(folder / "per_query.csv", text.getvalue().encode())
 
 
-def _console() -> Console:
+def console() -> Console:
     """Without a terminal rich assumes 80 columns and cuts names short; a log has room."""
-    console = Console()
-    return console if console.is_terminal else Console(width=160)
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=160)
 
 
-def _percent(value: float | None, digits: int = 2) -> str:
+def percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 

@@ -1,0 +1,64 @@
+"""What training and evaluation share."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from superglobal.config import TrainerConfig
+from superglobal.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def make_trainer(t: TrainerConfig, **options: Any) -> pl.Trainer:
+    """A Trainer in float32 that leaves sampling to us.
+
+    Args:
+        t: where it runs.
+        options: of `pl.Trainer`.
+
+    Raises:
+        InputError: Lightning refuses the settings, or a sweep asks for more than one device a job.
+    """
+    # Lightning's own, at every start, and nothing that a user could do.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)
+    devices = t.devices
+    if sweeping():
+        # Lightning would start the whole sweep again in every further process.
+        if devices not in (1, "1", "auto", [0], "[0]"):
+            raise InputError(f"trainer.devices={devices}: a sweep runs one device a job; use 1, or run without -m")
+        if devices == "auto":
+            log.info("sweep: one device a job")
+            devices = 1
+    try:
+        return pl.Trainer(
+            accelerator=t.accelerator,
+            devices=devices,
+            strategy=t.strategy,
+            use_distributed_sampler=False,
+            precision="32-true",
+            enable_model_summary=False,
+            enable_progress_bar=t.progress,
+            **options,
+        )
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        wish = f"accelerator={t.accelerator} devices={t.devices} strategy={t.strategy}"
+        raise InputError(f"trainer: Lightning refuses {wish}: {error}") from error
+
+
+def sweeping() -> bool:
+    """Whether this is a job of a Hydra multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def export_path(outputs: str, name: str) -> Path:
+    """Where the training run `name` leaves its best network."""
+    return Path(outputs) / "train" / name / "best.safetensors"

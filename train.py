@@ -1,0 +1,30 @@
+"""Train a retrieval network: python train.py (GLDv2; settings: conf/train.yaml), or experiment=quickstart (toy set)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from superglobal.config import register
+from superglobal.engine import train
+from superglobal.errors import InputError
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Run one training; a sweeper reads the returned validation mAP."""
+    try:
+        return train(cfg, Path(HydraConfig.get().runtime.output_dir))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
