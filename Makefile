@@ -1,3 +1,4 @@
+# make demo       the whole of it on rendered landmarks, in minutes (creates .venv on the first call)
 # make test       everything a push must pass, from a bare machine (creates .venv on the first call)
 # make test-slow  the long tests
 # make lint       style and types
@@ -11,7 +12,7 @@ STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | c
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: install test test-slow lint
+.PHONY: install demo test test-slow lint
 install: $(STAMP)
 
 $(STAMP):
@@ -19,6 +20,9 @@ $(STAMP):
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	rm -f .venv/.installed-*
 	touch $@
+
+demo: install
+	$(BIN)/python scripts/demo.py
 
 test: install
 	$(PYTEST) -m 'not slow'

@@ -13,7 +13,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from sets import texture, write_folders, write_revisited
 
-from superglobal.config import register, validated
+from superglobal.checks import validated
+from superglobal.config import EvalConfig, TrainConfig, register
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,15 +29,16 @@ def commands(start: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.startswith(start)]
 
 
-def test_every_eval_command_is_a_valid_configuration():
-    found = commands("python eval.py")
-    assert len(found) >= 5
+@pytest.mark.parametrize(("script", "schema", "least"), [("eval", EvalConfig, 8), ("train", TrainConfig, 3)])
+def test_every_command_is_a_valid_configuration(script, schema, least):
+    found = commands(f"python {script}.py")
+    assert len(found) >= least
     register()
     for command in found:
         overrides = [o for o in shlex.split(command)[2:] if o != "-m"]
         plain = [re.sub(r"=glob\(\*\)$", "=gem", o).split(",")[0] for o in overrides]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            validated(compose("eval", overrides=plain))
+            validated(compose(script, overrides=plain), schema)
 
 
 def test_the_first_example_finds_the_right_photo(tmp_path):

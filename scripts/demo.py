@@ -1,0 +1,63 @@
+"""superglobal from end to end on rendered landmarks: python scripts/demo.py (what `make demo` runs).
+
+Renders the toy set, trains a small network on it, and evaluates it with and without every module, beside the untrained
+network. What is there already is used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    """Run the stages one after the other, saying how long each took; stop at the first that fails."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="small", help="of the toy set: tiny, small or large")
+    parser.add_argument("--seed", default="0", help="of the toy set: other seeds give other landmarks")
+    parser.add_argument("--data", type=Path, default=Path("data"))
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"))
+    parser.add_argument("overrides", nargs="*", help="settings of train.py, e.g. optim.epochs=5")
+    args = parser.parse_args()
+    folder = args.outputs / "eval" / "demo"
+    stages = _stages(args, folder)
+    start = time.monotonic()
+    for number, (title, command) in enumerate(stages.items(), 1):
+        print(f"\n[{number}/{len(stages)}] {title}: python {' '.join(map(str, command))}", flush=True)
+        began = time.monotonic()
+        status = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+        if status:
+            return status
+        print(f"[{number}/{len(stages)}] {title}: {time.monotonic() - began:.0f} s", flush=True)
+    (sheet,) = (ROOT / folder).glob("trained/*ablation=rerank*/sheet.png")
+    print(f"\nall in {time.monotonic() - start:.0f} s\ntable:   {ROOT / folder / 'table.md'}\npicture: {sheet}")
+    return 0
+
+
+def _stages(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    places = [f"paths.data={args.data}", f"paths.outputs={args.outputs}"]
+    toy = ["--size", args.size, "--seed", args.seed, "--out", str(args.data / "toy")]
+    evaluate = ["dataset=toy", "logger=csv", "trainer.num_workers=0", *places]
+    untrained = ["ablation=gem", "backbone=test_resnet", "weights=random", f"hydra.run.dir={folder}/untrained"]
+    return {
+        "render landmarks": ["scripts/make_toy_data.py", *toy],
+        "train": ["train.py", "experiment=quickstart", *places, *args.overrides],
+        "evaluate the untrained network": ["eval.py", *evaluate, *untrained],
+        "evaluate module by module": [
+            "eval.py",
+            "-m",
+            *evaluate,
+            "ablation=glob(*)",
+            f"hydra.sweep.dir={folder}/trained",
+        ],
+        "one table": ["scripts/report.py", str(folder)],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
