@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from superglobal.config import OptimConfig
+from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork
 
 
@@ -33,8 +34,14 @@ class TrainingModule(pl.LightningModule):
         # The layout in which convolutions are fastest, on GPUs and CPUs alike; values do not depend on it.
         self.network.to(memory_format=torch.channels_last)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross entropy of (B, 3, S, S) uint8 photos with (B,) labels."""
+    def training_step(self, batch: list[Tensor] | InputError, batch_idx: int) -> Tensor:
+        """Cross entropy of (B, 3, S, S) uint8 photos with (B,) labels.
+
+        Raises:
+            InputError: a photo of the batch cannot be read.
+        """
+        if isinstance(batch, InputError):
+            raise batch
         images, labels = batch
         x = self.network.normalize(images).contiguous(memory_format=torch.channels_last)
         descriptors = self.network.whitened(x)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from sets import break_scan
 
 import superglobal
 from superglobal.checkpoint import read_weights
@@ -204,6 +206,19 @@ def test_missing_photos_are_counted_before_anything_is_trained(toy_data, tmp_pat
     count = len(read_train(source))
     assert f"of {count} images {count} missing" in text
     assert not (tmp_path / "train" / "quickstart" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_photo_that_breaks_off_inside_ends_the_run_with_its_path(toy_data, tmp_path, workers):
+    """Its header and its end are sound, so that the check beforehand passes it."""
+    root = tmp_path / "gldv2"
+    shutil.copytree(toy_data / "toy" / "gldv2", root)
+    photos, _ = split_landmarks(read_train(root), 0.25, seed=0)
+    bad = photos.path(5)
+    break_scan(bad)
+    text = train(tmp_path, tmp_path, f"data.root={root}", "logger=csv", f"trainer.num_workers={workers}", status=2)
+    assert f"error: image cannot be read: {bad}" in text
+    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(

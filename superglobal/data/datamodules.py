@@ -8,7 +8,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from superglobal.data.gldv2 import TrainList
@@ -77,6 +77,9 @@ def _only(batch: list[tuple[Task, Tensor | InputError]]) -> tuple[Task, Tensor |
 class TrainingPhotos(Dataset):
     """Photos as ((3, S, S) uint8, label), augmented; every random draw depends on (seed, epoch, index) alone.
 
+    An unreadable photo comes as the InputError that names it: raised inside a worker it would arrive wrapped in the
+    worker's traceback.
+
     Args:
         photos: the training list.
         augment: (3, H, W) uint8 -> (3, S, S) uint8, drawing from torch's generator.
@@ -91,9 +94,12 @@ class TrainingPhotos(Dataset):
     def __len__(self) -> int:
         return len(self.photos)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int] | InputError:
         epoch, index = place
-        image = image_tensor(read_image(self.photos.path(index)))
+        try:
+            image = image_tensor(read_image(self.photos.path(index)))
+        except InputError as error:
+            return error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]))
             return self.augment(image), int(self.photos.labels[index])
@@ -140,5 +146,11 @@ class TrainingDataModule(pl.LightningDataModule):
             sampler=self.sampler,
             num_workers=self.num_workers,
             drop_last=True,
+            collate_fn=_batch,
             persistent_workers=self.num_workers > 0,
         )
+
+
+def _batch(photos: list[tuple[Tensor, int] | InputError]) -> list[Tensor] | InputError:
+    """A batch, or what makes it impossible."""
+    return next((photo for photo in photos if isinstance(photo, InputError)), None) or default_collate(photos)
