@@ -111,7 +111,7 @@ def _check_evaluation(config: EvalConfig) -> None:
         raise InputError("descriptors.query and descriptors.database go together: give both .npy files")
     if d.kind == "descriptors" and own.query is None:
         raise InputError("dataset=descriptors needs descriptors.query=Q.npy descriptors.database=X.npy")
-    if d.kind == "descriptors" and config.distractors is not None:
+    if d.kind == "descriptors" and config.distractors.name is not None:
         raise InputError("dataset=descriptors knows no images: put distractors into descriptors.database")
     _check_evaluation_ranges(config)
     _check_ablation(config)

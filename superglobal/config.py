@@ -49,9 +49,9 @@ class DatasetConfig:
 
 @dataclass
 class DistractorsConfig:
-    """A folder of images joined to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`."""
+    """Images joined to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`; name null for none."""
 
-    name: str = MISSING
+    name: str | None = None
     root: str = "${paths.data}"
 
 
@@ -141,7 +141,7 @@ class EvalConfig:
     """
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    distractors: DistractorsConfig | None = None
+    distractors: DistractorsConfig = field(default_factory=DistractorsConfig)
     descriptors: DescriptorsConfig = field(default_factory=DescriptorsConfig)
     backbone: BackboneConfig | None = None
     weights: str | None = None

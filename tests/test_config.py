@@ -102,6 +102,8 @@ def test_every_data_set_and_distractor_set_composes():
         config(f"dataset={option}", *needs.get(option, []))
     assert config("dataset=toy").dataset.root == "data/toy"
     assert config("distractors=toy", "paths.data=d").distractors.root == "d/toy"
+    # `distractors=null` could not be swept: Hydra takes no null for a group there.
+    assert config("distractors=none").distractors.name is config().distractors.name is None
     assert config("distractors=revisitop1m").distractors.name == "revisitop1m"
     assert config("distractors=list", "distractors.name=x").distractors.name == "x"
 

@@ -137,7 +137,8 @@ def _load_npy(path: str) -> Rows:
 
 
 def _distractors(config: EvalConfig) -> list[ImageItem]:
-    return load_distractors(config.distractors.root, config.distractors.name) if config.distractors else []
+    d = config.distractors
+    return load_distractors(d.root, d.name) if d.name else []
 
 
 def _trained(config: EvalConfig) -> str:
@@ -169,9 +170,9 @@ def _checked_lists(
         sets.append(("database", dataset.name, dataset.database, dataset.how_to_get))
         if not dataset.leave_one_out:
             sets.append(("queries", dataset.name, dataset.queries, dataset.how_to_get))
-    if config.distractors is not None and distractors:
-        name, root = config.distractors.name, Path(config.distractors.root)
-        sets.append(("distractors", name, distractors, how_to_get_distractors(root, name)))
+    d = config.distractors
+    if d.name and distractors:
+        sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
     with clock.time("check"):
         signatures = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
     max_side = config.dataset.max_side

@@ -81,7 +81,7 @@ def summarise(
 
 def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     dataset, distractors = config["dataset"], config["distractors"]
-    name = dataset["name"] + (f"+{distractors['name']}" if distractors else "")
+    name = dataset["name"] + (f"+{distractors['name']}" if distractors["name"] else "")
     if dataset["kind"] == "revisited" and not dataset["crop_query"]:
         name += " (uncropped)"
     return {
