@@ -47,7 +47,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         InputError: none there, or a damaged one.
     """
     rows = []
-    for path in sorted(folder.rglob("results.json")):
+    for path in sorted(folder.rglob("results.json"), key=_job):
         try:
             row = json.loads(path.read_text())
             if row["format"] != FORMAT:
@@ -58,6 +58,12 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     if not rows:
         raise InputError(f"{folder}: no results.json in it; give the folder that eval.py printed")
     return rows
+
+
+def _job(path: Path) -> tuple[str, int, str]:
+    """Sorts a sweep's jobs by their numbers, so that 10 comes after 9."""
+    number = path.parent.name.split("_")[0]
+    return path.parent.parent.as_posix(), int(number) if number.isdecimal() else -1, path.as_posix()
 
 
 def merge(folder: Path) -> list[dict[str, Any]]:
@@ -89,7 +95,10 @@ def merge(folder: Path) -> list[dict[str, Any]]:
 
 def _table(folder: Path, results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     order = {label: i for i, label in enumerate(LADDER)}
-    results = sorted(results, key=lambda r: (r["dataset"], order.get(r["label"], len(order)), r["place"]))
+    networks = list(dict.fromkeys(str(result["weights"]) for result in results))
+    results = sorted(
+        results, key=lambda r: (r["dataset"], networks.index(str(r["weights"])), order.get(r["label"], len(order)))
+    )
     settings = [_flat(result["config"]) for result in results]
     ladder = any(result["label"] in order for result in results)
     differing = _differing(settings, hidden=_ABLATED if ladder else ())

@@ -1,0 +1,72 @@
+"""The merged table: grouped by network, each with its own baseline, gains with intervals over the same queries."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from superglobal.errors import InputError
+from superglobal.retrieval.metrics import cluster_interval
+from superglobal.retrieval.report import FORMAT
+from superglobal.retrieval.tables import merge
+
+LANDMARKS = [f"place{i // 3}" for i in range(12)]
+
+
+def write(folder, weights, label, ap):
+    """A run's files, as far as the table reads them."""
+    folder.mkdir(parents=True)
+    score = float(np.mean(ap))
+    stage = {
+        "map": {"easy": 0.1, "medium": score, "hard": None},
+        "interval": {"easy": [0.0, 0.2], "medium": [score - 0.1, score + 0.1], "hard": [None, None]},
+        "mp": {name: {"1": 0.5, "5": 0.5, "10": 0.25} for name in ("easy", "medium", "hard")},
+    }
+    row = {"format": FORMAT, "label": label, "dataset": "d", "weights": weights, "status": "ok"}
+    row |= {"metrics": {"search": stage}, "config": {"seed": 0, "ablation": label, "weights": weights}}
+    (folder / "results.json").write_text(json.dumps(row))
+    lines = ["query,landmark,search medium AP"]
+    lines += [f"q{i},{place},{value!r}" for i, (place, value) in enumerate(zip(LANDMARKS, ap, strict=True))]
+    (folder / "per_query.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def runs(tmp_path):
+    rng = np.random.default_rng(0)
+    scores = {}
+    # Jobs in an order that is neither the ladder's nor the networks', and 10 after 9.
+    for number, (weights, label) in enumerate([("a", "relup"), ("b", "gem"), ("a", "gem"), ("b", "relup")], 8):
+        scores[weights, label] = rng.uniform(0.2, 0.8, 12).tolist()
+        write(tmp_path / f"{number}_job", weights, label, scores[weights, label])
+    return tmp_path, scores
+
+
+def test_every_network_has_its_own_ladder_and_baseline(runs):
+    folder, scores = runs
+    merge(folder)
+    with (folder / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["weights"], row["run"]) for row in rows] == [
+        ("a", "gem"),
+        ("a", "relup"),
+        ("b", "gem"),
+        ("b", "relup"),
+    ]
+    for row in rows:
+        ap, base = (np.array(scores[row["weights"], label]) for label in (row["run"], "gem"))
+        assert float(row["medium"]) == pytest.approx(100 * ap.mean(), abs=0.006)
+        assert float(row["gain"]) == pytest.approx(100 * (ap - base).mean(), abs=0.006)
+        if row["run"] == "relup":
+            low, high = cluster_interval(ap - base, np.array(LANDMARKS))
+            assert row["95 % gain"] == f"{100 * low:+.1f} to {100 * high:+.1f}"
+        assert row["hard"] == "-"
+
+
+def test_a_run_without_its_queries_is_named(runs):
+    folder, _ = runs
+    (folder / "9_job" / "per_query.csv").unlink()
+    with pytest.raises(InputError, match=r"9_job/per_query\.csv: missing"):
+        merge(folder)
