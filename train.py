@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from superglobal.config import register
-from superglobal.engine import train
+from superglobal.engine import sweeping, train
 from superglobal.errors import InputError
 
 register()
@@ -23,7 +24,9 @@ def main(cfg: DictConfig) -> float:
         return train(cfg, Path(HydraConfig.get().runtime.output_dir))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        if not sweeping():
+            sys.exit(2)
+        return math.nan
 
 
 if __name__ == "__main__":

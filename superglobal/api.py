@@ -66,8 +66,8 @@ def build_network(
     """`load_model`, but as a network to train: in training mode, with gradients.
 
     Args:
-        dim: outputs of the whitening layer, a new one (random by `seed`) where the weights bring none; 0 for none;
-            None for what the weights bring.
+        dim: outputs of the whitening layer, a new one (random by `seed`) where the weights bring none; None for what
+            the weights bring, 0 for no layer where they bring none.
 
     Raises:
         InputError: as `load_model`, or `dim` is not that of the weights' own layer.

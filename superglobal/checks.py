@@ -78,6 +78,7 @@ def _check_training(config: TrainConfig) -> None:
             "optim.batch_size": (o.batch_size, 2),
             "optim.epochs": (o.epochs, 1),
             "trainer.num_workers": (config.trainer.num_workers, 0),
+            "trainer.log_every": (config.trainer.log_every, 1),
             "seed": (config.seed, 0),
         }
     )

@@ -170,7 +170,7 @@ class DataConfig:
         table: "train_clean.csv" or "train.csv".
         min_images: landmarks with fewer photos are left out.
         val_fraction: share of the landmarks that is held out for retrieval validation.
-        val_images: most photos of them to validate on.
+        val_images: most photos of them to validate on, in whole landmarks.
         val_max_side: larger ones are shrunk to this longer side, in pixels; null leaves them.
         image_size: side of the square that the network is trained on, in pixels.
         crop: smallest share of a photo's area that a random crop covers.
@@ -209,7 +209,7 @@ class OptimConfig:
         momentum: of sgd.
         warmup: share of all steps.
         batch_size: photos a step.
-        epochs: times that every photo is seen.
+        epochs: times that the photos are gone through.
     """
 
     name: str = "sgd"
@@ -228,15 +228,16 @@ class TrainConfig:
 
     Args:
         name: of the run; its folder is `<paths.outputs>/train/<name>`, where `eval.py name=` finds the export.
-        weights: where training starts: "random", "timm", "package" or a path.
-        dim: outputs of the whitening layer; null for none.
+        weights: where training starts: "random", "timm", "package" or a path; null takes the backbone's own setting, or
+            else "timm".
+        dim: outputs of the whitening layer, that of the weights or a new one; 0 for none, null for that of the weights.
         seed: of weights, order, augmentation and the choice of held-out landmarks.
     """
 
     name: str = "superglobal"
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    weights: str = "timm"
+    weights: str | None = None
     pooling: PoolingSettings = field(default_factory=PoolingSettings)
     dim: int | None = 2048
     head: HeadConfig = field(default_factory=HeadConfig)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and the name of the one that training leaves for evaluation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 
 from superglobal.errors import InputError
+
+EXPORT = "best.safetensors"
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -37,22 +37,41 @@ def log_result(config: EvalConfig, summary: dict[str, Any], folder: Path) -> Non
 
 @contextmanager
 def training_loggers(config: TrainConfig, folder: Path) -> Iterator[list[Logger]]:
-    """Loggers for the curves of one training; a tracker that does not start costs a warning and not the run."""
-    loggers: list[Logger] = [CSVLogger(folder, name="csv", version="")]
+    """Loggers for the curves of one training; a tracker that fails costs a warning and not the run."""
+    table = CSVLogger(folder, name="csv", version="")
+    table.log_hyperparams(asdict(config))
+    loggers: list[Logger] = [table]
     run = None
-    if config.logger.wandb:
-        try:
+    try:
+        if config.logger.wandb:
             run = _start_run(config.logger.project, config.name, folder)
-            loggers.append(WandbLogger(experiment=run))
-        except Exception as error:  # of the tracker, its settings or the network
-            log.warning("W&B failed (%s); the curves are in %s", error, folder / "csv")
-    for logger in loggers:
-        logger.log_hyperparams(asdict(config))
+            curves = _Curves(experiment=run)
+            curves.log_hyperparams(asdict(config))
+            loggers.append(curves)
+    except Exception as error:  # of the tracker, its settings or the network
+        log.warning("W&B failed (%s); the curves are in %s", error, folder / "csv")
     try:
         yield loggers
     finally:
-        if run is not None:
-            run.finish()
+        try:
+            if run is not None:
+                run.finish()
+        except Exception as error:
+            log.warning("W&B failed (%s); the curves are in %s", error, folder / "csv")
+
+
+class _Curves(WandbLogger):
+    """W&B that is given up, with a warning, at its first failure."""
+
+    given_up = False
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            if not self.given_up:
+                super().log_metrics(*args, **kwargs)
+        except Exception as error:
+            self.given_up = True
+            log.warning("W&B failed (%s); the curves go on in the CSV", error)
 
 
 def _log_to_wandb(config: EvalConfig, summary: dict[str, Any], numbers: dict[str, float], folder: Path) -> None:

@@ -22,13 +22,15 @@ class TrainingModule(pl.LightningModule):
         network: its pooling and whitening are trained; its scales belong to evaluation.
         head: (B, D) descriptors and (B,) labels -> (B, classes) logits.
         optim: optimiser and schedule.
+        check_every: steps between looks at whether the loss still is a number; each makes a GPU wait.
     """
 
-    def __init__(self, network: RetrievalNetwork, head: nn.Module, optim: OptimConfig) -> None:
+    def __init__(self, network: RetrievalNetwork, head: nn.Module, optim: OptimConfig, check_every: int) -> None:
         super().__init__()
         self.network = network
         self.head = head
         self.optim = optim
+        self.check_every = check_every
 
     def on_fit_start(self) -> None:
         # The layout in which convolutions are fastest, on GPUs and CPUs alike; values do not depend on it.
@@ -38,7 +40,7 @@ class TrainingModule(pl.LightningModule):
         """Cross entropy of (B, 3, S, S) uint8 photos with (B,) labels.
 
         Raises:
-            InputError: a photo of the batch cannot be read.
+            InputError: a photo of the batch cannot be read, or the loss is no number any more.
         """
         if isinstance(batch, InputError):
             raise batch
@@ -47,10 +49,26 @@ class TrainingModule(pl.LightningModule):
         descriptors = self.network.whitened(x)
         logits = self.head(descriptors, labels)
         loss = F.cross_entropy(logits, labels)
+        if self.global_step % self.check_every == 0 and not torch.isfinite(loss):
+            raise InputError(
+                f"epoch {self.current_epoch}, step {self.global_step}: the loss is {loss.item()}; lower optim.lr "
+                f"({self.optim.lr})"
+            )
         self.log("train/loss", loss, prog_bar=True)
         # Of the logits with their margin, which is harder than recognition itself.
         self.log("train/accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
         return loss
+
+    def require_sound_pooling(self) -> None:
+        """
+        Raises:
+            InputError: GeM's exponent was trained to where it means nothing.
+        """
+        p = self.network.pooling.p.item()
+        if not p > 0:
+            raise InputError(
+                f"epoch {self.current_epoch}: GeM's p became {p:.3g}; lower optim.lr or set pooling.learn_p=off"
+            )
 
     def configure_optimizers(self) -> Any:
         o = self.optim

@@ -35,6 +35,14 @@ def test_both_lists_read_alike(tmp_path):
     assert len(read_train(tmp_path, "train.csv", min_images=1)) == 5
 
 
+def test_a_list_saved_by_a_spreadsheet_and_a_very_long_line(tmp_path):
+    names = " ".join(f"{i:016x}" for i in range(9000))
+    (tmp_path / "train_clean.csv").write_text(f"landmark_id,images\n7,{names}\n8,\n", encoding="utf-8-sig")
+    photos = read_train(tmp_path)
+    assert len(photos) == 9000
+    assert photos.landmarks.tolist() == [7]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -43,6 +51,8 @@ def test_both_lists_read_alike(tmp_path):
         ("landmark_id,images\n7,../../etc/passwd\n", ["line 2", "16 hexadecimal"]),
         (f"landmark_id,images\n7,{A} {B}\n8,{A} {C}\n", [A, "twice"]),
         (f"landmark_id,images\n7,{A}\n", ["no landmark has 2", "data.min_images"]),
+        ("landmark_id,images\n", ["lists no photos"]),
+        (f"landmark_id,images\n99999999999999999999,{A}\n", ["line 2", "number"]),
         ("", ["columns"]),
     ],
 )

@@ -65,6 +65,16 @@ def test_every_network_has_its_own_ladder_and_baseline(runs):
         assert row["hard"] == "-"
 
 
+def test_a_training_is_called_by_its_name_where_that_tells_it(tmp_path):
+    for number, name in enumerate(("one", "two")):
+        write(tmp_path / str(number), f"outputs/train/{name}/best.safetensors", "gem", [0.5] * 12)
+    merge(tmp_path)
+    assert [line.split(",")[1] for line in (tmp_path / "table.csv").read_text().splitlines()[1:]] == ["one", "two"]
+    write(tmp_path / "2", "elsewhere/train/two/best.safetensors", "gem", [0.5] * 12)
+    merge(tmp_path)
+    assert "elsewhere/train/two/best.safetensors" in (tmp_path / "table.csv").read_text()
+
+
 def test_a_run_without_its_queries_is_named(runs):
     folder, _ = runs
     (folder / "9_job" / "per_query.csv").unlink()

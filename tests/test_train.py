@@ -7,8 +7,10 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ from hydra import compose, initialize_config_dir
 from sets import break_scan
 
 import superglobal
+from superglobal.callbacks import RetrievalValidation
 from superglobal.checkpoint import read_weights
 from superglobal.config import register
-from superglobal.data.gldv2 import read_train, split_landmarks
+from superglobal.data.datamodules import TrainingPhotos
+from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
 from superglobal.engine import train as fit
 from superglobal.errors import InputError
 from superglobal.models.network import weights_digest
@@ -52,6 +56,12 @@ def train(data: Path, outputs: Path, *overrides: str, status: int = 0) -> str:
     return run("train.py", *SHORT, f"paths.data={data}", f"paths.outputs={outputs}", *overrides, status=status)
 
 
+def configured(data: Path, outputs: Path, *overrides: str):
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", overrides=[*SHORT, f"paths.data={data}", f"paths.outputs={outputs}", *overrides])
+
+
 def curves(folder: Path) -> list[dict[str, str]]:
     with (folder / "csv" / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
@@ -71,7 +81,7 @@ def trained(toy_data, tmp_path_factory) -> Path:
 
 def test_a_training_leaves_curves_checkpoints_and_the_best_network(toy_data, trained):
     folder = trained / "train" / "quickstart"
-    assert {"best.safetensors", "checkpoints", "csv", ".hydra"} <= {path.name for path in folder.iterdir()}
+    assert {"best.safetensors", "checkpoints", "csv", "training.json"} <= {path.name for path in folder.iterdir()}
     assert list((folder / "wandb").glob("offline-run-*"))
     losses, scores = values(folder, "train/loss"), values(folder, "val/map")
     assert len(scores) == 3
@@ -102,9 +112,8 @@ def test_a_training_leaves_curves_checkpoints_and_the_best_network(toy_data, tra
 
 
 def test_checkpoints_hold_plain_types(trained):
-    for name in ("best", "last"):
-        state = torch.load(trained / "train" / "quickstart" / "checkpoints" / f"{name}.ckpt", weights_only=True)
-        assert state["state_dict"]
+    state = torch.load(trained / "train" / "quickstart" / "checkpoints" / "best.ckpt", weights_only=True)
+    assert state["state_dict"]
 
 
 def test_eval_takes_the_export_and_its_score_is_that_of_a_plain_script(toy_data, trained, tmp_path):
@@ -147,14 +156,33 @@ def test_eval_takes_the_export_and_its_score_is_that_of_a_plain_script(toy_data,
 
 
 def test_a_finished_training_is_kept_and_another_one_refused(toy_data, trained):
-    export = trained / "train" / "quickstart" / "best.safetensors"
-    before = export.stat().st_mtime_ns
-    assert "trained already" in train(toy_data, trained, "trainer.log_every=5")
+    folder = trained / "train" / "quickstart"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+    assert "trained already" in train(toy_data, trained, "trainer.log_every=5", "pooling.relup=false")
     text = train(toy_data, trained, "optim.lr=0.004", status=2)
-    assert str(export.parent) in text
+    assert str(folder) in text
     assert "name=" in text
     assert "Traceback" not in text
-    assert export.stat().st_mtime_ns == before
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert set(before) == {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+
+
+def test_other_photos_or_an_unfinished_run_of_other_settings_are_another_training(toy_data, trained, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(toy_data / "toy" / "gldv2", data / "toy" / "gldv2")
+    run_folder = tmp_path / "train" / "quickstart"
+    shutil.copytree(trained / "train" / "quickstart", run_folder)
+    photo = read_train(data / "toy" / "gldv2").path(0)
+    original = photo.read_bytes()
+    other = next(path for path in (data / "toy" / "gldv2" / "index").rglob("*.jpg"))
+    photo.write_bytes(other.read_bytes())
+    with pytest.raises(InputError, match="another training"):
+        fit(configured(data, tmp_path), run_folder)
+    photo.write_bytes(original)
+    assert fit(configured(data, tmp_path), run_folder) == max(values(run_folder, "val/map"))
+    (run_folder / "best.safetensors").unlink()
+    with pytest.raises(InputError, match="another training"):
+        fit(configured(data, tmp_path, "optim.lr=0.004"), run_folder)
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_the_workers(toy_data, trained, tmp_path):
@@ -231,6 +259,8 @@ def test_a_photo_that_breaks_off_inside_ends_the_run_with_its_path(toy_data, tmp
         ("optim.batch_size=5000", "only"),
         ("data.val_fraction=0.001", "data.val_fraction"),
         ("pooling=superglobal data.image_size=64", "at least 65 px"),
+        ("data.val_fraction=0.08", "both need at least two"),
+        ("trainer.log_every=0", "log_every"),
         ("trainer.devices=2", "one device"),
         ("dim=64 weights=FILE backbone=test_resnet", "dim=64 contradicts"),
         ("backbone=resnet50 weights=FILE dim=null", "holds test_resnet"),
@@ -238,10 +268,54 @@ def test_a_photo_that_breaks_off_inside_ends_the_run_with_its_path(toy_data, tmp
 )
 def test_a_wrong_setting_is_refused_and_named(toy_data, trained, tmp_path, override, message):
     override = override.replace("FILE", str(trained / "train" / "quickstart" / "best.safetensors"))
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        places = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}"]
-        cfg = compose("train", overrides=[*SHORT, *places, *override.split()])
     with pytest.raises(InputError, match=message):
-        fit(cfg, tmp_path / "run")
+        fit(configured(toy_data, tmp_path, *override.split()), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_at_once(toy_data, tmp_path):
+    with pytest.raises(InputError, match=r"epoch 0, step \d+: the loss is .*lower optim.lr"):
+        fit(configured(toy_data, tmp_path, "optim.lr=1e30", "logger=csv", "trainer.log_every=1"), tmp_path / "run")
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def test_ctrl_c_says_what_became_of_the_run(toy_data, tmp_path):
+    command = [sys.executable, "train.py", *SHORT, "optim.epochs=500", "logger=csv"]
+    command += [f"paths.data={toy_data}", f"paths.outputs={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("best.ckpt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, text
+    assert "nothing was exported" in text
+    assert "Traceback" not in text
+
+
+def test_a_sweep_goes_on_after_a_job_that_failed_and_ends_with_its_status(toy_data, tmp_path):
+    places = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}", "logger=csv"]
+    text = run("train.py", "-m", *SHORT, "optim.name=adam,adamw", "optim.epochs=1", *places, status=2)
+    assert "expected one of sgd, adamw" in text
+    assert len(list((tmp_path / "train" / "sweep").rglob("best.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(("images", "landmarks"), [(7, 2), (12, 4), (1, 2), (100, 5)])
+def test_validation_takes_whole_landmarks(images, landmarks):
+    photos = TrainList(
+        Path("x"), np.array([f"{i:016x}".encode() for i in range(15)]), np.repeat(range(5), 3), np.arange(5)
+    )
+    chosen = RetrievalValidation(photos, images, None, seed=0)
+    assert len(chosen.paths) == 3 * landmarks
+    assert all(len(entry["positive"]) == 2 and i not in entry["positive"] for i, entry in enumerate(chosen.gnd))
+
+
+def test_the_order_of_photos_changes_with_the_epoch(toy_data, tmp_path, monkeypatch):
+    """Lightning has to call `set_epoch`; if it stopped, every epoch would see the same crops."""
+    seen: list[int] = []
+    original = TrainingPhotos.__getitem__
+    monkeypatch.setattr(
+        TrainingPhotos, "__getitem__", lambda self, place: (seen.append(place[0]), original(self, place))[1]
+    )
+    fit(configured(toy_data, tmp_path, "logger=csv"), tmp_path / "run")
+    assert sorted(set(seen)) == [0, 1, 2]

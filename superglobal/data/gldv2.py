@@ -25,7 +25,7 @@ class TrainList:
     """Training photos of chosen landmarks.
 
     Attributes:
-        root: folder of the `train` tree.
+        root: the `train` folder, above a/b/c/<id>.jpg.
         ids: (N,) image ids, bytes of 16 hexadecimal digits.
         labels: (N,) int64, 0..classes-1.
         landmarks: (classes,) int64, the landmark_id behind each label.
@@ -40,18 +40,15 @@ class TrainList:
         return len(self.ids)
 
     def path(self, index: int) -> Path:
-        return image_path(self.root, self.ids[index].decode())
+        """`a/b/c/abc....jpg` below the root: the first three digits are folders."""
+        image = self.ids[index].decode()
+        return self.root / image[0] / image[1] / image[2] / f"{image}.jpg"
 
     def digest(self) -> str:
         """SHA-256 over which photos show which landmarks."""
         digest = hashlib.sha256(self.ids.tobytes())
         digest.update(self.landmarks[self.labels].tobytes())
         return digest.hexdigest()
-
-
-def image_path(root: Path, image: str) -> Path:
-    """`root/a/b/c/abc....jpg`: the first three digits are folders."""
-    return root / image[0] / image[1] / image[2] / f"{image}.jpg"
 
 
 def how_to_get(root: Path) -> str:
@@ -66,22 +63,30 @@ def read_train(root: str | Path, table: str = "train_clean.csv", min_images: int
     """Photos of every landmark with at least `min_images` of them, sorted by landmark and id.
 
     Args:
-        root: folder of the lists and the `train` tree.
+        root: folder with the lists and the `train` folder.
         table: "train_clean.csv" or "train.csv".
         min_images: landmarks with fewer are left out: one photo teaches no likeness.
+
+    A clean landmark without photos counts as not there.
 
     Raises:
         InputError: no such list, another format, an id that is none or comes twice, or no landmark left.
     """
     root = Path(root)
     path = root / table
+    # A landmark of thousands of photos has them all in one field.
+    csv.field_size_limit(2**31 - 1)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             pairs = sorted(_pairs(path, csv.DictReader(file)))
-    except OSError as error:
+    except FileNotFoundError as error:
         raise InputError(f"training list not found: {path}\n{how_to_get(root)}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV file ({error}); download it again") from error
+    if not pairs:
+        raise InputError(f"{path}: lists no photos; download it again")
     landmarks = np.array([landmark for landmark, _ in pairs], dtype=np.int64)
     ids = np.array([image for _, image in pairs], dtype="S16")
     names, times = np.unique(ids, return_counts=True)
@@ -118,7 +123,7 @@ def _pairs(path: Path, rows: csv.DictReader) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path}: columns {sorted(columns)}, expected landmark_id with images (clean) or id (full)")
     for row in rows:
         number = row["landmark_id"] or ""
-        if not number.isdecimal():
+        if not number.isdecimal() or len(number) > 18:
             raise InputError(f"{path}, line {rows.line_num}: landmark_id {number!r} is not a number")
         for image in (row["images"] or "").split() if clean else [row["id"] or ""]:
             if len(image) != 16 or not set(image) <= set("0123456789abcdef"):

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import logging
+import math
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from omegaconf import DictConfig
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from superglobal.config import TrainerConfig
 from superglobal.errors import InputError
+from superglobal.files import EXPORT
 
 log = logging.getLogger(__name__)
 
 
 def make_trainer(t: TrainerConfig, **options: Any) -> pl.Trainer:
-    """A Trainer in float32 that leaves sampling to us.
+    """A Trainer without autocast that leaves sampling to us.
 
     Args:
         t: where it runs.
@@ -33,7 +39,7 @@ def make_trainer(t: TrainerConfig, **options: Any) -> pl.Trainer:
     devices = t.devices
     if sweeping():
         # Lightning would start the whole sweep again in every further process.
-        if devices not in (1, "1", "auto", [0], "[0]"):
+        if devices not in (1, "1", "auto") and not (isinstance(devices, list) and len(devices) == 1):
             raise InputError(f"trainer.devices={devices}: a sweep runs one device a job; use 1, or run without -m")
         if devices == "auto":
             log.info("sweep: one device a job")
@@ -61,4 +67,19 @@ def sweeping() -> bool:
 
 def export_path(outputs: str, name: str) -> Path:
     """Where the training run `name` leaves its best network."""
-    return Path(outputs) / "train" / name / "best.safetensors"
+    return Path(outputs) / "train" / name / EXPORT
+
+
+class FailedJobs(Callback):
+    """Hydra callback: ends a sweep of trainings, of which a failed one gives NaN, with status 2 if there was one."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if job_return.status == JobStatus.COMPLETED and math.isnan(job_return.return_value):
+            self.failed = True
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if self.failed:
+            sys.exit(2)

@@ -146,9 +146,7 @@ def _trained(config: EvalConfig) -> str:
     path = export_path(config.paths.outputs, config.name)
     if path.is_file():
         return str(path)
-    others = sorted(
-        other.parent.name for other in export_path(config.paths.outputs, "*").parent.parent.glob("*/best.safetensors")
-    )
+    others = sorted(other.parent.name for other in path.parent.parent.glob(f"*/{path.name}"))
     there = f" (there are name={', name='.join(others)})" if others else ""
     raise InputError(
         f"weights: none given, and no trained network at {path}{there}. python train.py trains one; weights=PATH takes "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import sys
 from dataclasses import asdict
@@ -24,6 +26,7 @@ from superglobal.data.images import ImageItem
 from superglobal.data.sets import require_images
 from superglobal.engine.common import make_trainer
 from superglobal.errors import InputError
+from superglobal.files import EXPORT, write_atomically
 from superglobal.loggers import training_loggers
 from superglobal.models.heads import ArcFace
 from superglobal.models.network import RetrievalNetwork
@@ -38,8 +41,8 @@ def train(cfg: DictConfig, folder: Path) -> float:
 
     Args:
         cfg: composed `TrainConfig`.
-        folder: of this run; its `best.safetensors` is what `eval.py` takes. A finished run of the same settings
-            and photos is kept and not repeated.
+        folder: of this run; its `best.safetensors` is what `eval.py` takes. A finished run of the same settings,
+            weights and photos is kept and not repeated; an unfinished one begins anew.
 
     Returns:
         The best validation mAP, in 0..1.
@@ -49,66 +52,43 @@ def train(cfg: DictConfig, folder: Path) -> float:
     """
     config = validated(cfg, TrainConfig)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    photos, held_out = _photos(config)
-    identity = _identity(config, photos, held_out)
-    export = folder / "best.safetensors"
-    if export.is_file():
-        return _finished(export, identity)
+    photos, held_out, signatures = _photos(config)
     network = _network(config)
-    checkpoints = _fit(config, network, photos, held_out, folder)
-    score = float(checkpoints.best_model_score or 0)
+    identity = _identity(config, network, photos, signatures)
+    done = _claim(folder, identity)
+    if done is not None:
+        return done
+    score = _fit(config, network, photos, held_out, folder)
+    export = folder / EXPORT
     save_weights(network, export, {**identity, "val_map": score, "versions": versions()})
     log.info("best validation mAP %.4f; exported: %s", score, export)
     return score
 
 
-def _photos(config: TrainConfig) -> tuple[TrainList, TrainList]:
-    """Training and held-out photos, every file checked."""
+def _photos(config: TrainConfig) -> tuple[TrainList, TrainList, list[str]]:
+    """Training photos, held-out photos, and the content signatures of both."""
     d = config.data
     photos, held_out = split_landmarks(read_train(d.root, d.table, d.min_images), d.val_fraction, config.seed)
-    if not len(held_out) or not len(photos):
+    landmarks = len(photos.landmarks), len(held_out.landmarks)
+    if min(landmarks) < 2:
         raise InputError(
-            f"data.val_fraction={d.val_fraction}: {len(photos.landmarks)} landmarks to train on and "
-            f"{len(held_out.landmarks)} to validate on; both need at least one"
+            f"data.val_fraction={d.val_fraction}: {landmarks[0]} landmarks to train on, {landmarks[1]} to validate on; "
+            "both need at least two"
         )
     if len(photos) < config.optim.batch_size:
         raise InputError(
             f"optim.batch_size={config.optim.batch_size}: there are only {len(photos)} training photos; lower it"
         )
+    log.info("%d photos of %d landmarks", len(photos), landmarks[0])
+    log.info("held out for validation: %d photos of %d landmarks", len(held_out), landmarks[1])
     items = [ImageItem(part.path(i)) for part in (photos, held_out) for i in range(len(part))]
-    require_images([("training photos", items, how_to_get(Path(d.root)))])
-    log.info("%d photos of %d landmarks", len(photos), len(photos.landmarks))
-    log.info("held out for validation: %d photos of %d landmarks", len(held_out), len(held_out.landmarks))
-    return photos, held_out
-
-
-def _identity(config: TrainConfig, photos: TrainList, held_out: TrainList) -> dict[str, Any]:
-    """What makes a training another one."""
-    settings = asdict(config)
-    for where in ("paths", "logger", "trainer", "name"):
-        del settings[where]
-    del settings["data"]["root"]
-    return {"config": settings, "photos": photos.digest(), "held_out": held_out.digest()}
-
-
-def _finished(export: Path, identity: dict[str, Any]) -> float:
-    """The score of the run that is there already.
-
-    Raises:
-        InputError: it is another training.
-    """
-    found = read_weights(export).provenance["origin"]
-    if {key: found.get(key) for key in identity} != identity:
-        raise InputError(
-            f"{export.parent} holds a training with other settings or photos; give a new name=, or remove the folder"
-        )
-    log.info("trained already, validation mAP %.4f: %s (remove it to train again)", found["val_map"], export)
-    return float(found["val_map"])
+    title = "training photos"
+    return photos, held_out, require_images([(title, items, how_to_get(Path(d.root)))])[title]
 
 
 def _network(config: TrainConfig) -> RetrievalNetwork:
     network = build_network(
-        config.weights,
+        config.weights or config.backbone.weights or "timm",
         backbone=config.backbone.name,
         pooling=pooling_overrides(config.pooling),
         scales=1,
@@ -123,34 +103,64 @@ def _network(config: TrainConfig) -> RetrievalNetwork:
     return network
 
 
-def _fit(
-    config: TrainConfig, network: RetrievalNetwork, photos: TrainList, held_out: TrainList, folder: Path
-) -> ModelCheckpoint:
-    """Train `network` in place; it ends as it was at its best epoch."""
-    d, o = config.data, config.optim
+def _identity(
+    config: TrainConfig, network: RetrievalNetwork, photos: TrainList, signatures: list[str]
+) -> dict[str, Any]:
+    """What makes a training another one: settings, the network it starts from, photos. Plain types."""
+    settings = asdict(config)
+    # Where it runs, and what the network says of itself: `pooling.relup=true` is `pooling.relup=on`.
+    for where in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim"):
+        del settings[where]
+    del settings["data"]["root"]
+    digest = hashlib.sha256(photos.digest().encode())
+    digest.update("\n".join(signatures).encode())
+    identity = {"settings": settings, "start": network.identity(), "photos": digest.hexdigest()}
+    return json.loads(json.dumps(identity, default=str))
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> float | None:
+    """Make `folder` this training's, and give the score if it is finished.
+
+    Raises:
+        InputError: it is another training's; nothing there was touched.
+    """
+    record, export = folder / "training.json", folder / EXPORT
+    other = f"{folder} holds another training (settings, weights or photos differ); give a new name=, or remove it"
+    if record.is_file():
+        if json.loads(record.read_text()) != identity:
+            raise InputError(other)
+    elif export.exists():
+        raise InputError(other)
+    if export.is_file():
+        score = float(read_weights(export).provenance["origin"]["val_map"])
+        log.info("trained already, validation mAP %.4f: %s (remove the folder to train again)", score, export)
+        return score
+    if record.is_file():
+        log.warning("%s holds the beginning of this training; it begins anew", folder)
+    write_atomically(record, json.dumps(identity, indent=1).encode())
+    return None
+
+
+def _fit(config: TrainConfig, network: RetrievalNetwork, photos: TrainList, held_out: TrainList, folder: Path) -> float:
+    """Train `network` in place; it ends as it was at its best epoch, whose validation mAP is returned."""
+    d, o, t = config.data, config.optim, config.trainer
     head = ArcFace(network.dim, len(photos.landmarks), config.head.scale, config.head.margin)
-    module = TrainingModule(network, head, o)
-    best = ModelCheckpoint(
-        folder / "checkpoints", "best", monitor="val/map", mode="max", save_last=True, enable_version_counter=False
-    )
-    callbacks: list[Callback] = [RetrievalValidation(held_out, d.val_images, d.val_max_side), best]
+    every = min(t.log_every, len(photos) // o.batch_size)
+    module = TrainingModule(network, head, o, every)
+    best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/map", mode="max", enable_version_counter=False)
+    validation = RetrievalValidation(held_out, d.val_images, d.val_max_side, config.seed)
+    data = TrainingDataModule(photos, d.image_size, d.crop, d.jitter, o.batch_size, t.num_workers, config.seed)
     with training_loggers(config, folder) as loggers:
-        callbacks.append(LearningRateMonitor("step"))
-        trainer = make_trainer(
-            config.trainer,
-            max_epochs=o.epochs,
-            callbacks=callbacks,
-            logger=loggers,
-            log_every_n_steps=config.trainer.log_every,
-        )
-        data = TrainingDataModule(
-            photos, d.image_size, d.crop, d.jitter, o.batch_size, config.trainer.num_workers, config.seed
-        )
-        trainer.fit(module, data)
-    if trainer.interrupted:
-        sys.exit(130)
+        callbacks: list[Callback] = [validation, best, LearningRateMonitor("step")]
+        trainer = make_trainer(t, max_epochs=o.epochs, callbacks=callbacks, logger=loggers, log_every_n_steps=every)
+        try:
+            trainer.fit(module, data)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            log.error("interrupted in epoch %d of %d: nothing was exported", trainer.current_epoch + 1, o.epochs)
+            sys.exit(130)
     state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
     load_strictly(module.cpu(), state, best.best_model_path)
     # The learned p becomes part of what the network says of itself.
     network.set_p(None)
-    return best
+    assert best.best_model_score is not None
+    return float(best.best_model_score)

@@ -25,7 +25,7 @@ class ArcFace(nn.Module):
         margin: radians, in 0..pi/2.
     """
 
-    def __init__(self, dim: int, classes: int, scale: float = 30.0, margin: float = 0.3) -> None:
+    def __init__(self, dim: int, classes: int, scale: float, margin: float) -> None:
         super().__init__()
         self.scale = scale
         self.margin = margin

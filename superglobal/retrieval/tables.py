@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from superglobal.errors import InputError
-from superglobal.files import write_atomically
+from superglobal.files import EXPORT, write_atomically
 from superglobal.retrieval.metrics import cluster_interval
 from superglobal.retrieval.report import FORMAT, console, main_metric, main_protocol, percent
 
@@ -96,28 +96,37 @@ def merge(folder: Path) -> list[dict[str, Any]]:
 def _table(folder: Path, results: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     order = {label: i for i, label in enumerate(LADDER)}
     networks = list(dict.fromkeys(str(result["weights"]) for result in results))
+    shown = _short_names(networks)
     results = sorted(
         results, key=lambda r: (r["dataset"], networks.index(str(r["weights"])), order.get(r["label"], len(order)))
     )
     settings = [_flat(result["config"]) for result in results]
-    ladder = any(result["label"] in order for result in results)
-    differing = _differing(settings, hidden=_ABLATED if ladder else ())
+    ladder = [result["label"] in order for result in results]
+    # A row of the ablation says by its name which modules are on.
+    differing = _differing(settings, hidden=_ABLATED if all(ladder) else ())
     names = list(dict.fromkeys(name for result in results for name in _numbers(result)))
     columns = ["data set", "weights", "run", *differing, *names, "gain", "95 % gain"]
     baselines: dict[tuple[str, ...], dict[str, Any]] = {}
     cells = []
-    for result, setting in zip(results, settings, strict=True):
-        place = [result["dataset"], str(result["weights"] or ""), result["label"] or result["place"]]
+    for result, setting, named in zip(results, settings, ladder, strict=True):
+        place = [result["dataset"], shown[str(result["weights"])], result["label"] or result["place"]]
         values = [str(setting.get(key, "")) for key in differing]
         numbers = _numbers(result)
+        others = [value for name, value in zip(differing, values, strict=True) if name not in _ABLATED]
         if numbers:
             # Of an ablation each set of other settings has its own baseline; of a plain sweep the first row is it.
-            key = (result["dataset"], place[1], *values) if ladder else (result["dataset"],)
+            key = (result["dataset"], str(result["weights"]), *others) if named else (result["dataset"],)
             gain = _gain(folder, result, baselines.setdefault(key, result))
         else:
             gain = ["n/a" if result["status"] != "failed" else "failed"] * 2
         cells.append([*place, *values, *(numbers.get(name, gain[0]) for name in names), *gain])
     return columns, cells
+
+
+def _short_names(networks: Sequence[str]) -> dict[str, str]:
+    """A training's export by the training's name, unless two would then be called the same."""
+    names = {one: Path(one).parent.name if one.endswith(f"/{EXPORT}") else one for one in networks}
+    return names if len(set(names.values())) == len(names) else {one: one for one in networks}
 
 
 def _gain(folder: Path, result: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
@@ -132,14 +141,14 @@ def _gain(folder: Path, result: Mapping[str, Any], baseline: Mapping[str, Any]) 
 
 
 def _per_query(folder: Path, result: Mapping[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
-    """Names, landmarks (or else numbers) of the queries; (Q,) AP of the main metric, NaN where not counted."""
+    """Names and landmarks of the queries (each its own where there is none); (Q,) AP, NaN where not counted."""
     path = folder / result["place"] / "per_query.csv"
     column = " ".join((*main_protocol(result), "AP"))
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         ap = np.array([float(row[column] or "nan") for row in rows])
-        return [row["query"] for row in rows], [row["landmark"] or str(i) for i, row in enumerate(rows)], ap
+        return [row["query"] for row in rows], [row["landmark"] or f"query {i}" for i, row in enumerate(rows)], ap
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: missing or damaged ({error!r}); run eval.py again") from error
 
