@@ -49,10 +49,13 @@ def _require_choice(key: str, value: str, allowed: Sequence[str]) -> None:
         raise InputError(f"{key}={value}: expected one of {', '.join(allowed)}")
 
 
-def _require_at_least(limits: Mapping[str, tuple[Any, float]]) -> None:
-    for key, (value, least) in limits.items():
+def _require_within(limits: Mapping[str, tuple[Any, float, float]]) -> None:
+    """Each number, unless it is None, between its limits, both included; never NaN."""
+    for key, (value, least, most) in limits.items():
         if value is not None and not value >= least:
-            raise InputError(f"{key}={value}: expected at least {least}")
+            raise InputError(f"{key}={value}: expected at least {least:g}")
+        if value is not None and not value <= most:
+            raise InputError(f"{key}={value}: expected at most {most:g}")
 
 
 def _check_training(config: TrainConfig) -> None:
@@ -62,42 +65,30 @@ def _check_training(config: TrainConfig) -> None:
     devices = config.trainer.devices
     if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
         raise InputError(f"trainer.devices={devices}: training runs on one device; use 1, or [2] for the third GPU")
-    _require_at_least(
+    _require_within(
         {
-            "data.min_images": (d.min_images, 2),
-            "data.val_images": (d.val_images, 2),
-            "data.val_max_side": (d.val_max_side, 1),
-            "data.image_size": (d.image_size, 1),
-            "data.jitter": (d.jitter, 0),
-            "dim": (config.dim, 1),
-            "head.margin": (h.margin, 0),
-            "optim.head_lr": (o.head_lr, 0),
-            "optim.weight_decay": (o.weight_decay, 0),
-            "optim.momentum": (o.momentum, 0),
-            "optim.warmup": (o.warmup, 0),
-            "optim.batch_size": (o.batch_size, 2),
-            "optim.epochs": (o.epochs, 1),
-            "trainer.num_workers": (config.trainer.num_workers, 0),
-            "trainer.log_every": (config.trainer.log_every, 1),
-            "seed": (config.seed, 0),
+            "data.min_images": (d.min_images, 2, math.inf),
+            "data.val_fraction": (d.val_fraction, 0, 0.5),
+            "data.val_images": (d.val_images, 2, math.inf),
+            "data.val_max_side": (d.val_max_side, 1, math.inf),
+            "data.image_size": (d.image_size, 1, math.inf),
+            "data.crop": (d.crop, 0.001, 1),
+            "data.jitter": (d.jitter, 0, 1),
+            "dim": (config.dim, 0, math.inf),
+            "head.scale": (h.scale, 1, 1e4),
+            "head.margin": (h.margin, 0, math.pi / 2),
+            "optim.lr": (o.lr, 0, math.inf),
+            "optim.head_lr": (o.head_lr, 0, 1e6),
+            "optim.weight_decay": (o.weight_decay, 0, 1e6),
+            "optim.momentum": (o.momentum, 0, 0.999),
+            "optim.warmup": (o.warmup, 0, 0.9),
+            "optim.batch_size": (o.batch_size, 2, math.inf),
+            "optim.epochs": (o.epochs, 1, math.inf),
+            "trainer.num_workers": (config.trainer.num_workers, 0, math.inf),
+            "trainer.log_every": (config.trainer.log_every, 1, math.inf),
+            "seed": (config.seed, 0, 2**32 - 1),
         }
     )
-    above_zero = {"data.crop": d.crop, "head.scale": h.scale, "optim.lr": o.lr, "data.val_fraction": d.val_fraction}
-    for key, value in above_zero.items():
-        if not 0 < value < math.inf:
-            raise InputError(f"{key}={value}: expected a number above 0")
-    at_most = {
-        "data.crop": (d.crop, 1),
-        "data.val_fraction": (d.val_fraction, 0.5),
-        "data.jitter": (d.jitter, 1),
-        "head.margin": (h.margin, math.pi / 2),
-        "optim.momentum": (o.momentum, 0.999),
-        "optim.warmup": (o.warmup, 0.9),
-        "seed": (config.seed, 2**32 - 1),
-    }
-    for key, (value, most) in at_most.items():
-        if not value <= most:
-            raise InputError(f"{key}={value}: expected at most {most:.6g}")
 
 
 def _check_evaluation(config: EvalConfig) -> None:
@@ -120,20 +111,18 @@ def _check_evaluation(config: EvalConfig) -> None:
 
 
 def _check_evaluation_ranges(config: EvalConfig) -> None:
-    _require_at_least(
+    _require_within(
         {
-            "k": (config.k, 1),
-            "rerank.M": (config.rerank.M, 1),
-            "rerank.K": (config.rerank.K, 1),
-            "dataset.max_side": (config.dataset.max_side, 1),
-            "trainer.num_workers": (config.trainer.num_workers, 0),
-            "pictures.queries": (config.pictures.queries, 0),
-            "pictures.ranks": (config.pictures.ranks, 1),
-            "seed": (config.seed, 0),
+            "k": (config.k, 1, math.inf),
+            "rerank.M": (config.rerank.M, 1, math.inf),
+            "rerank.K": (config.rerank.K, 1, math.inf),
+            "dataset.max_side": (config.dataset.max_side, 1, math.inf),
+            "trainer.num_workers": (config.trainer.num_workers, 0, math.inf),
+            "pictures.queries": (config.pictures.queries, 0, math.inf),
+            "pictures.ranks": (config.pictures.ranks, 1, math.inf),
+            "seed": (config.seed, 0, 2**63 - 1),
         }
     )
-    if config.seed >= 2**63:
-        raise InputError(f"seed={config.seed}: expected less than 2^63")
     if not math.isfinite(config.rerank.beta):
         raise InputError(f"rerank.beta={config.rerank.beta}: expected a finite number")
 

@@ -78,7 +78,7 @@ def test_how_it_is_built_names_every_file_of_the_package():
         assert f"{folder}/" in section, folder
 
 
-@pytest.mark.parametrize("target", ["test", "test-slow", "lint", "install"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "lint", "install"])
 def test_make_targets_of_the_readme_exist(target):
     assert f"make {target}" in README
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
