@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
@@ -12,6 +14,8 @@ from superglobal.errors import InputError
 from superglobal.retrieval.metrics import LABELS
 from superglobal.retrieval.scoring import evaluate
 from superglobal.training import TrainingModule
+
+log = logging.getLogger(__name__)
 
 
 class RetrievalValidation(Callback):
@@ -54,3 +58,5 @@ class RetrievalValidation(Callback):
         exclude = np.arange(len(X))
         result = evaluate(X, X, self.gnd, LABELS, clusters=self.labels.tolist(), exclude=exclude, samples=1)
         pl_module.log("val/map", result.map["all"], prog_bar=True)
+        loss = float(trainer.callback_metrics["train/loss"])
+        log.info("epoch %d: loss %.3f, validation mAP %.4f", trainer.current_epoch + 1, loss, result.map["all"])

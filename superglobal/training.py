@@ -56,7 +56,7 @@ class TrainingModule(pl.LightningModule):
             )
         self.log("train/loss", loss, prog_bar=True)
         # Of the logits with their margin, which is harder than recognition itself.
-        self.log("train/accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
+        self.log("train/accuracy", (logits.argmax(1) == labels).float().mean())
         return loss
 
     def require_sound_pooling(self) -> None:

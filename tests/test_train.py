@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -161,7 +162,7 @@ def test_a_finished_training_is_kept_and_another_one_refused(toy_data, trained):
     assert "trained already" in train(toy_data, trained, "trainer.log_every=5", "pooling.relup=false")
     text = train(toy_data, trained, "optim.lr=0.004", status=2)
     assert str(folder) in text
-    assert "name=" in text
+    assert "different are settings.optim.lr. Give a new name=" in text
     assert "Traceback" not in text
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert set(before) == {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
@@ -290,14 +291,20 @@ def test_ctrl_c_says_what_became_of_the_run(toy_data, tmp_path):
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 130, text
     assert "nothing was exported" in text
+    assert "epoch 1: loss" in text
     assert "Traceback" not in text
+    command[command.index("optim.epochs=500")] = "optim.epochs=501"
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert "optim.epochs" in refused.stderr
 
 
 def test_a_sweep_goes_on_after_a_job_that_failed_and_ends_with_its_status(toy_data, tmp_path):
     places = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}", "logger=csv"]
     text = run("train.py", "-m", *SHORT, "optim.name=adam,adamw", "optim.epochs=1", *places, status=2)
     assert "expected one of sgd, adamw" in text
-    assert len(list((tmp_path / "train" / "sweep").rglob("best.safetensors"))) == 1
+    (export,) = (tmp_path / "train" / "sweep").rglob("best.safetensors")
+    assert re.search(rf"validation mAP 0\.\d+ .*optim\.name=adamw.*: {export.parent}\nfailed .*optim\.name=adam ", text)
 
 
 @pytest.mark.parametrize(("images", "landmarks"), [(7, 2), (12, 4), (1, 2), (100, 5)])

@@ -1,7 +1,7 @@
 """Puts the parts together: the only package that knows them all."""
 
-from superglobal.engine.common import FailedJobs, sweeping
+from superglobal.engine.common import TrainingSweep, sweeping
 from superglobal.engine.evaluating import MergedTable, evaluate
 from superglobal.engine.fitting import train
 
-__all__ = ["FailedJobs", "MergedTable", "evaluate", "sweeping", "train"]
+__all__ = ["MergedTable", "TrainingSweep", "evaluate", "sweeping", "train"]

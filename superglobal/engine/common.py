@@ -70,16 +70,19 @@ def export_path(outputs: str, name: str) -> Path:
     return Path(outputs) / "train" / name / EXPORT
 
 
-class FailedJobs(Callback):
-    """Hydra callback: ends a sweep of trainings, of which a failed one gives NaN, with status 2 if there was one."""
+class TrainingSweep(Callback):
+    """Hydra callback: ends a sweep of trainings with their scores, best first; with status 2 if one failed (NaN)."""
 
     def __init__(self) -> None:
-        self.failed = False
+        self.scores: list[tuple[float, str]] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        if job_return.status == JobStatus.COMPLETED and math.isnan(job_return.return_value):
-            self.failed = True
+        if job_return.status == JobStatus.COMPLETED and job_return.hydra_cfg is not None:
+            place = Path(job_return.hydra_cfg.hydra.runtime.output_dir)
+            self.scores.append((job_return.return_value, f"{' '.join(job_return.overrides or ())}: {place}"))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        if self.failed:
+        for score, what in sorted(self.scores, key=lambda one: -math.inf if math.isnan(one[0]) else one[0])[::-1]:
+            print("failed" if math.isnan(score) else f"validation mAP {score:.4f}", what, flush=True)
+        if any(math.isnan(score) for score, _ in self.scores):
             sys.exit(2)

@@ -147,7 +147,7 @@ def _trained(config: EvalConfig) -> str:
     if path.is_file():
         return str(path)
     others = sorted(other.parent.name for other in path.parent.parent.glob(f"*/{path.name}"))
-    there = f" (there are name={', name='.join(others)})" if others else ""
+    there = f" (trained are {', '.join(others)}: choose by name=)" if others else ""
     raise InputError(
         f"weights: none given, and no trained network at {path}{there}. python train.py trains one; weights=PATH takes "
         "a CVNet checkpoint or a superglobal export; backbone=efficientnet_lite0 needs no download; weights=timm takes "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,7 @@ from superglobal.loggers import training_loggers
 from superglobal.models.heads import ArcFace
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.report import versions
+from superglobal.retrieval.tables import flat
 from superglobal.training import TrainingModule
 
 log = logging.getLogger(__name__)
@@ -125,18 +127,23 @@ def _claim(folder: Path, identity: dict[str, Any]) -> float | None:
         InputError: it is another training's; nothing there was touched.
     """
     record, export = folder / "training.json", folder / EXPORT
-    other = f"{folder} holds another training (settings, weights or photos differ); give a new name=, or remove it"
-    if record.is_file():
-        if json.loads(record.read_text()) != identity:
-            raise InputError(other)
-    elif export.exists():
-        raise InputError(other)
+    if record.is_file() or export.is_file():
+        found = json.loads(record.read_text()) if record.is_file() else {}
+        before, now = flat(found), flat(identity)
+        differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        if differing:
+            raise InputError(
+                f"{folder} holds another training; different are {', '.join(differing[:6])}. Give a new name=, or "
+                "remove the folder"
+            )
     if export.is_file():
         score = float(read_weights(export).provenance["origin"]["val_map"])
         log.info("trained already, validation mAP %.4f: %s (remove the folder to train again)", score, export)
         return score
     if record.is_file():
         log.warning("%s holds the beginning of this training; it begins anew", folder)
+        for left in ("checkpoints", "csv"):
+            shutil.rmtree(folder / left, ignore_errors=True)
     write_atomically(record, json.dumps(identity, indent=1).encode())
     return None
 
@@ -156,7 +163,11 @@ def _fit(config: TrainConfig, network: RetrievalNetwork, photos: TrainList, held
         try:
             trainer.fit(module, data)
         except SystemExit:  # Lightning's answer to Ctrl-C
-            log.error("interrupted in epoch %d of %d: nothing was exported", trainer.current_epoch + 1, o.epochs)
+            log.error(
+                "interrupted in epoch %d of %d: nothing was exported, the same command begins anew",
+                trainer.current_epoch + 1,
+                o.epochs,
+            )
             sys.exit(130)
     state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
     load_strictly(module.cpu(), state, best.best_model_path)

@@ -149,6 +149,19 @@ def write_without_numbers(folder: Path, config: Any, status: str, reason: str) -
     write_atomically(folder / "results.json", json.dumps(_plain(row), indent=1).encode())
 
 
+def _modules(summary: Mapping[str, Any]) -> str:
+    """Which modules made these numbers: the default is what the weights were trained with, and hard to guess."""
+    rerank = summary["config"]["rerank"]
+    after = f"rerank M={rerank['M']} K={rerank['K']} beta={rerank['beta']}" if rerank["enabled"] else "no rerank"
+    network = summary["about"].get("network")
+    if network is None:
+        return after
+    pooling = network["pooling"]
+    on = [name for name in ("gem_plus", "regional", "scale") if pooling[name]]
+    on += [] if pooling["relup"] == "off" else [f"relup {pooling['relup']}"]
+    return f"pooling: {', '.join(on) or 'gem, no modules'}; {after}"
+
+
 def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     """One row per stage and protocol, in percent."""
     out = console()
@@ -170,6 +183,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
                     str(result["queries"][protocol]),
                 )
         out.print(table)
+    out.print(_modules(summary), soft_wrap=True, highlight=False, markup=False)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in summary["seconds"].items())
     out.print(f"{seconds}\nresults in {folder}", soft_wrap=True, highlight=False, markup=False)
 

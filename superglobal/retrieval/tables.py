@@ -100,7 +100,7 @@ def _table(folder: Path, results: list[dict[str, Any]]) -> tuple[list[str], list
     results = sorted(
         results, key=lambda r: (r["dataset"], networks.index(str(r["weights"])), order.get(r["label"], len(order)))
     )
-    settings = [_flat(result["config"]) for result in results]
+    settings = [flat(result["config"]) for result in results]
     ladder = [result["label"] in order for result in results]
     # A row of the ablation says by its name which modules are on.
     differing = _differing(settings, hidden=_ABLATED if all(ladder) else ())
@@ -166,12 +166,12 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _differing(settings: Sequence[Mapping[str, Any]], hidden: Sequence[str]) -> list[str]:
