@@ -28,6 +28,9 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: the same command goes on with what is in {args.out}", file=sys.stderr)
+        return 130
     for title in ("photos", "pairs"):
         print(f"{title}: " + ", ".join(f"{count} {name}" for name, count in summary[title].items()))
     print(f"{args.out}: toy set {summary['size']}, seed {summary['seed']}")
@@ -35,17 +38,18 @@ def main() -> int:
 
 
 class Bar:
-    """One line that is kept up to date on a terminal; elsewhere a line per tenth."""
+    """One line that is kept up to date on a terminal; elsewhere a line per tenth, and at least one in 30 seconds."""
 
     def __init__(self) -> None:
         self.start, self.tenth = time.monotonic(), 0
+        self.said = self.start
 
     def __call__(self, done: int, total: int) -> None:
         text = f"rendered {done} of {total} photos, {time.monotonic() - self.start:.0f} s"
         if sys.stderr.isatty():
             print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        elif done * 10 // total > self.tenth:
-            self.tenth = done * 10 // total
+        elif done * 10 // total > self.tenth or time.monotonic() > self.said + 30:
+            self.tenth, self.said = done * 10 // total, time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
 
