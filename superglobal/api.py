@@ -32,8 +32,10 @@ def load_model(
     scales: int | Sequence[float] = 3,
     antialias: bool = False,
     seed: int = 0,
+    dim: int | None = None,
+    trainable: bool = False,
 ) -> RetrievalNetwork:
-    """Build a retrieval network with its weights, in evaluation mode on the CPU.
+    """Build a retrieval network with its weights, on the CPU.
 
     Args:
         weights: path of a superglobal export, a CVNet checkpoint or a timm state dict; or "timm" (timm's
@@ -45,32 +47,12 @@ def load_model(
         scales: 1, 3, 5 or a list of factors.
         antialias: filter when a scale shrinks the image; off is what the paper's runs had.
         seed: of random weights.
+        dim: outputs of the whitening layer, a new one (random by `seed`) where the weights bring none; None for what
+            the weights bring, 0 for no layer where they bring none.
+        trainable: in training mode with gradients, not in evaluation mode without.
 
     Raises:
         InputError: anything missing, contradicting, unsafe or misshapen, with the mend.
-    """
-    network = build_network(weights, backbone=backbone, pooling=pooling, scales=scales, antialias=antialias, seed=seed)
-    return network.eval().requires_grad_(False)
-
-
-def build_network(
-    weights: str | os.PathLike,
-    *,
-    backbone: str | None = None,
-    pooling: str | dict[str, Any] | PoolingConfig | None = None,
-    scales: int | Sequence[float] = 3,
-    antialias: bool = False,
-    seed: int = 0,
-    dim: int | None = None,
-) -> RetrievalNetwork:
-    """`load_model`, but as a network to train: in training mode, with gradients.
-
-    Args:
-        dim: outputs of the whitening layer, a new one (random by `seed`) where the weights bring none; None for what
-            the weights bring, 0 for no layer where they bring none.
-
-    Raises:
-        InputError: as `load_model`, or `dim` is not that of the weights' own layer.
     """
     source = _read_source(str(weights))
     name = _agreed_backbone(str(weights), source, backbone)
@@ -91,7 +73,7 @@ def build_network(
     network.trained_pooling = stored
     # A p that was asked for wins over the one in the file; what the file holds is named in the results.
     network.set_p(pooling["p"] if isinstance(pooling, dict) and "p" in pooling else None)
-    return network
+    return network if trainable else network.eval().requires_grad_(False)
 
 
 def extract(

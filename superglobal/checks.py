@@ -77,7 +77,7 @@ def _check_training(config: TrainConfig) -> None:
             "dim": (config.dim, 0, math.inf),
             "head.scale": (h.scale, 1, 1e4),
             "head.margin": (h.margin, 0, math.pi / 2),
-            "optim.lr": (o.lr, 0, math.inf),
+            "optim.lr": (o.lr, 0, 1e6),
             "optim.head_lr": (o.head_lr, 0, 1e6),
             "optim.weight_decay": (o.weight_decay, 0, 1e6),
             "optim.momentum": (o.momentum, 0, 0.999),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from sets import write_distractors, write_revisited
 
 from superglobal.data.toy import make_toy
 
@@ -42,6 +43,15 @@ def cvnet_checkpoint(tmp_path_factory):
         return path
 
     return make
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A `paths.data` with the set "mini" in Revisited layout and the distractors "noise"."""
+    root = tmp_path_factory.mktemp("data")
+    write_revisited(root)
+    write_distractors(root)
+    return root
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from sets import break_scan, write_distractors, write_folders, write_revisited
+from sets import break_scan, write_folders, write_revisited
 
 import superglobal
 from superglobal.checkpoint import save_weights
@@ -27,14 +27,6 @@ from superglobal.retrieval.store import DescriptorStore
 ROOT = Path(__file__).parents[1]
 BASE = ["backbone=resnet18", "weights=random", "scales=1", "logger=csv", "pictures.queries=0"]
 QUIET = ["trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_revisited(root)
-    write_distractors(root)
-    return root
 
 
 def run(outputs: Path, *overrides: str, base: list[str] = BASE) -> dict:

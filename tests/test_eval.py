@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sets import break_scan, write_distractors, write_folders, write_revisited
+from sets import break_scan, write_folders, write_revisited
 
 import superglobal
 from superglobal.data.revisited import revisited_set
@@ -47,14 +47,6 @@ def results(outputs: Path) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    write_revisited(root)
-    write_distractors(root)
-    return root
-
-
 def test_scores_are_those_of_the_public_functions(data, tmp_path):
     text = run(tmp_path, *revisited(data, "rerank.M=12", "distractors=list", "distractors.name=noise"))
     got = results(tmp_path)
@@ -77,6 +69,7 @@ def test_scores_are_those_of_the_public_functions(data, tmp_path):
     assert [float(r["rerank medium AP"]) for r in rows] == expected["rerank"].ap["medium"].tolist()
     assert f"{100 * expected['rerank'].map['hard']:.2f}" in text
     assert "weights random" in text
+    assert "pooling: gem_plus, regional, scale, relup on; rerank M=12 K=9 beta=0.15" in text
     assert got["counts"] == {"queries": 6, "database": 28}
     assert got["dataset"] == "mini+noise"
     assert (folder / "csv/metrics.csv").exists()

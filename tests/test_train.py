@@ -29,6 +29,7 @@ from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
 from superglobal.engine import train as fit
 from superglobal.errors import InputError
 from superglobal.models.network import weights_digest
+from superglobal.training import parameter_groups
 
 ROOT = Path(__file__).parents[1]
 SHORT = [
@@ -276,7 +277,7 @@ def test_a_wrong_setting_is_refused_and_named(toy_data, trained, tmp_path, overr
 
 def test_a_loss_that_is_no_number_ends_the_run_at_once(toy_data, tmp_path):
     with pytest.raises(InputError, match=r"epoch 0, step \d+: the loss is .*lower optim.lr"):
-        fit(configured(toy_data, tmp_path, "optim.lr=1e30", "logger=csv", "trainer.log_every=1"), tmp_path / "run")
+        fit(configured(toy_data, tmp_path, "optim.lr=1e6", "logger=csv", "trainer.log_every=1"), tmp_path / "run")
     assert not (tmp_path / "run" / "best.safetensors").exists()
 
 
@@ -326,3 +327,13 @@ def test_the_order_of_photos_changes_with_the_epoch(toy_data, tmp_path, monkeypa
     )
     fit(configured(toy_data, tmp_path, "logger=csv"), tmp_path / "run")
     assert sorted(set(seen)) == [0, 1, 2]
+
+
+def test_weights_decay_and_biases_norms_and_the_exponent_do_not():
+    network = superglobal.load_model("random", backbone="test_resnet", pooling="gem", dim=8, trainable=True)
+    decayed, plain = parameter_groups(network, 0.1, 0.05)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    assert (decayed["weight_decay"], plain["weight_decay"], decayed["lr"], plain["lr"]) == (0.05, 0.0, 0.1, 0.1)
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert {"pooling.p", "whitening.bias"} <= {names[id(parameter)] for parameter in plain["params"]}
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)

@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
-from superglobal.api import build_network
+from superglobal.api import load_model
 from superglobal.callbacks import RetrievalValidation
 from superglobal.checkpoint import load_strictly, read_weights, save_weights
 from superglobal.checks import validated
@@ -89,13 +89,14 @@ def _photos(config: TrainConfig) -> tuple[TrainList, TrainList, list[str]]:
 
 
 def _network(config: TrainConfig) -> RetrievalNetwork:
-    network = build_network(
+    network = load_model(
         config.weights or config.backbone.weights or "timm",
         backbone=config.backbone.name,
         pooling=pooling_overrides(config.pooling),
         scales=1,
         seed=config.seed,
         dim=config.dim,
+        trainable=True,
     )
     side = config.data.image_size
     if side < network.min_side():
@@ -128,7 +129,10 @@ def _claim(folder: Path, identity: dict[str, Any]) -> float | None:
     """
     record, export = folder / "training.json", folder / EXPORT
     if record.is_file() or export.is_file():
-        found = json.loads(record.read_text()) if record.is_file() else {}
+        try:
+            found = json.loads(record.read_text()) if record.is_file() else {}
+        except ValueError as error:
+            raise InputError(f"{record}: damaged ({error}); remove {folder} to train again") from error
         before, now = flat(found), flat(identity)
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if differing:

@@ -86,6 +86,7 @@ class Backbone(nn.Module):
                 self.multiple = self.stride if self.tokens or kwargs else 1
                 side = 2 * self.stride + 1
                 shape = self._map(net, torch.empty(1, 3, side, side)).shape
+        # Networks bound to one image size, or without a map, fail in ways of their own.
         except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
             raise InputError(
                 f"backbone={self.name} gives no feature map for a free image size ({error}); choose a CNN or "
