@@ -2,10 +2,10 @@
 # make test       everything a push must pass, from a bare machine (creates .venv on the first call)
 # make test-slow  the long tests
 # make lint       style and types
-# make install    the environment alone; EXTRAS=gpu,offline,dev for FAISS on a GPU
+# make install    the environment alone; EXTRAS=gpu,offline,tune,dev for FAISS on a GPU
 
 PYTHON ?= python3
-EXTRAS ?= cpu,offline,dev
+EXTRAS ?= cpu,offline,tune,slurm,dev
 BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(EXTRAS)
 # One process per core, one thread each: small networks gain nothing from more.

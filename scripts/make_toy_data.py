@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 from superglobal.data.toy import SIZES, make_toy
 from superglobal.data.toy.sheet import write_sheet
 from superglobal.errors import InputError
+from superglobal.progress import Progress
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet (JPEG) here")
     args = parser.parse_args()
     try:
-        summary = make_toy(args.out, args.size, args.seed, args.workers, Bar())
+        summary = make_toy(args.out, args.size, args.seed, args.workers, Progress("rendered"))
         if args.sheet:
             write_sheet(args.out, args.sheet)
     except InputError as error:
@@ -35,22 +35,6 @@ def main() -> int:
         print(f"{title}: " + ", ".join(f"{count} {name}" for name, count in summary[title].items()))
     print(f"{args.out}: toy set {summary['size']}, seed {summary['seed']}")
     return 0
-
-
-class Bar:
-    """One line that is kept up to date on a terminal; elsewhere a line per tenth, and at least one in 30 seconds."""
-
-    def __init__(self) -> None:
-        self.start, self.tenth = time.monotonic(), 0
-        self.said = self.start
-
-    def __call__(self, done: int, total: int) -> None:
-        text = f"rendered {done} of {total} photos, {time.monotonic() - self.start:.0f} s"
-        if sys.stderr.isatty():
-            print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        elif done * 10 // total > self.tenth or time.monotonic() > self.said + 30:
-            self.tenth, self.said = done * 10 // total, time.monotonic()
-            print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

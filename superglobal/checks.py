@@ -9,17 +9,21 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from superglobal.config import EvalConfig, TrainConfig
+from superglobal.config import DatasetConfig, EvalConfig, HeadConfig, TrainConfig, TuneConfig
 from superglobal.errors import InputError
-from superglobal.models.network import make_scales
+from superglobal.models.heads import require_kind
+from superglobal.models.network import SCALES, make_scales
 from superglobal.models.pooling import relup_mode
 from superglobal.retrieval.tables import LADDER, SWITCHES
 
 _KINDS = ("revisited", "folder", "descriptors")
+_ROLES = ("train", "validation", "test")
 _BACKENDS = ("auto", "faiss", "torch")
 _TABLES = ("train_clean.csv", "train.csv")
 _OPTIMISERS = ("sgd", "adamw")
-C = TypeVar("C", EvalConfig, TrainConfig)
+_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
+_BATCH_NORMS = ("train", "frozen", "sync")
+C = TypeVar("C", EvalConfig, TrainConfig, TuneConfig)
 
 
 def validated(cfg: DictConfig, schema: type[C]) -> C:
@@ -37,8 +41,11 @@ def validated(cfg: DictConfig, schema: type[C]) -> C:
     assert isinstance(config, schema)
     if isinstance(config, EvalConfig):
         _check_evaluation(config)
-    else:
+    elif isinstance(config, TrainConfig):
         _check_training(config)
+    else:
+        _check_tuning(config)
+        return config
     if config.pooling.relup is not None:
         relup_mode(config.pooling.relup)
     return config
@@ -59,46 +66,75 @@ def _require_within(limits: Mapping[str, tuple[Any, float, float]]) -> None:
 
 
 def _check_training(config: TrainConfig) -> None:
-    d, o, h = config.data, config.optim, config.head
+    d, o, t, v = config.data, config.optim, config.trainer, config.validation
+    _require_choice("data.role", d.role, ("train",))
     _require_choice("data.table", d.table, _TABLES)
+    if d.classes_of is not None:
+        _require_choice("data.classes_of", d.classes_of, _TABLES)
     _require_choice("optim.name", o.name, _OPTIMISERS)
-    devices = config.trainer.devices
-    if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
-        raise InputError(f"trainer.devices={devices}: training runs on one device; use 1, or [2] for the third GPU")
+    _require_choice("optim.batch_norm", o.batch_norm, _BATCH_NORMS)
+    _require_choice("trainer.precision", t.precision, _PRECISIONS)
+    _require_choice("resume", config.resume, ("auto", "anew"))
     _require_within(
         {
             "data.min_images": (d.min_images, 2, math.inf),
-            "data.val_fraction": (d.val_fraction, 0, 0.5),
-            "data.val_images": (d.val_images, 2, math.inf),
-            "data.val_max_side": (d.val_max_side, 1, math.inf),
+            "data.bad_budget": (d.bad_budget, 0, 0.1),
             "data.image_size": (d.image_size, 1, math.inf),
             "data.crop": (d.crop, 0.001, 1),
             "data.jitter": (d.jitter, 0, 1),
             "dim": (config.dim, 0, math.inf),
-            "head.scale": (h.scale, 1, 1e4),
-            "head.margin": (h.margin, 0, math.pi / 2),
-            "optim.lr": (o.lr, 0, 1e6),
+            "optim.lr": (o.lr, 0, 1e9),
             "optim.head_lr": (o.head_lr, 0, 1e6),
             "optim.weight_decay": (o.weight_decay, 0, 1e6),
             "optim.momentum": (o.momentum, 0, 0.999),
             "optim.warmup": (o.warmup, 0, 0.9),
             "optim.batch_size": (o.batch_size, 2, math.inf),
             "optim.epochs": (o.epochs, 1, math.inf),
-            "trainer.num_workers": (config.trainer.num_workers, 0, math.inf),
-            "trainer.log_every": (config.trainer.log_every, 1, math.inf),
+            "optim.clip": (o.clip, 1e-9, 1e9),
+            "optim.ema": (o.ema, 0, 0.999999),
+            "validation.fraction": (v.fraction, 0, 0.5),
+            "validation.images": (v.images, 2, math.inf),
+            "validation.max_side": (v.max_side, 1, math.inf),
+            "validation.every_epochs": (v.every_epochs, 1, math.inf),
+            "validation.every_steps": (v.every_steps, 1, math.inf),
+            "validation.patience": (v.patience, 1, math.inf),
+            "trainer.num_nodes": (t.num_nodes, 1, math.inf),
+            "trainer.num_workers": (t.num_workers, 0, math.inf),
+            "trainer.accumulate": (t.accumulate, 1, math.inf),
+            "trainer.log_every": (t.log_every, 1, math.inf),
+            "trainer.save_every_steps": (t.save_every_steps, 1, math.inf),
+            "trainer.save_every_minutes": (t.save_every_minutes, 0, math.inf),
             "seed": (config.seed, 0, 2**32 - 1),
+        }
+    )
+    for stage in d.stages:
+        if len(stage) != 2 or min(stage) < 1:
+            raise InputError(f"data.stages={d.stages}: expected [epochs, side] pairs, e.g. [[8,256],[4,384]]")
+    if d.stages and sum(epochs for epochs, _ in d.stages) >= o.epochs:
+        raise InputError(f"data.stages={d.stages} leaves no epoch of optim.epochs={o.epochs} to data.image_size")
+    if o.batch_size % t.accumulate:
+        raise InputError(f"optim.batch_size={o.batch_size} is no multiple of trainer.accumulate={t.accumulate}")
+    _check_head(config.head)
+
+
+def _check_head(head: HeadConfig) -> None:
+    require_kind(head.kind, head.dynamic_margin, head.easy_margin)
+    _require_within(
+        {
+            "head.scale": (head.scale, 1, 1e4),
+            "head.margin": (head.margin, 0, 1 if head.kind == "cosface" else math.pi / 2),
+            "head.centers": (head.centers, 1, 100),
+            "head.negatives": (head.negatives, 1e-4, 1),
         }
     )
 
 
 def _check_evaluation(config: EvalConfig) -> None:
     d, own = config.dataset, config.descriptors
-    _require_choice("dataset.kind", d.kind, _KINDS)
+    _check_dataset(d)
     _require_choice("index.backend", config.index.backend, _BACKENDS)
     if config.index.backend == "faiss" and importlib.util.find_spec("faiss") is None:
         raise InputError("index=faiss: FAISS is not installed; pip install faiss-cpu (or faiss-gpu), or index=torch")
-    if d.kind == "folder" and not d.database:
-        raise InputError("dataset=folder: dataset.database=FOLDER is missing")
     if (own.query is None) != (own.database is None):
         raise InputError("descriptors.query and descriptors.database go together: give both .npy files")
     if d.kind == "descriptors" and own.query is None:
@@ -110,13 +146,62 @@ def _check_evaluation(config: EvalConfig) -> None:
     make_scales(config.scales)
 
 
+def _check_dataset(d: DatasetConfig) -> None:
+    _require_choice("dataset.kind", d.kind, _KINDS)
+    _require_choice("dataset.role", d.role, _ROLES)
+    if d.kind == "folder" and not d.database:
+        raise InputError("dataset=folder: dataset.database=FOLDER is missing")
+    _require_within({"dataset.max_side": (d.max_side, 1, math.inf)})
+
+
+def _check_tuning(config: TuneConfig) -> None:
+    d, space = config.dataset, config.space
+    if d is not None:
+        _check_dataset(d)
+        _check_tuned_set(d, config.allow_test)
+    if importlib.util.find_spec("optuna") is None:
+        raise InputError("tuning searches with Optuna, which is not installed: pip install 'superglobal[tune]'")
+    for count in space.scales:
+        _require_choice("space.scales", str(count), [str(n) for n in SCALES])
+    for window in space.windows:
+        _require_choice("space.windows", str(window), ["1", "3", "5", "7", "9", "11"])
+    limits: dict[str, tuple[Any, float, float]] = {
+        "trials": (config.trials, 1, math.inf),
+        "max_images": (config.max_images, 8, math.inf),
+        "trainer.num_workers": (config.trainer.num_workers, 0, math.inf),
+        "seed": (config.seed, 0, 2**32 - 1),
+    }
+    limits |= {f"space.relup_alphas[{i}]": (alpha, 0, 1) for i, alpha in enumerate(space.relup_alphas)}
+    _require_within(limits)
+
+
+def _check_tuned_set(d: DatasetConfig, allow_test: bool) -> None:
+    """Nobody chooses settings on the set that is reported, by accident."""
+    if d.kind == "descriptors":
+        raise InputError("dataset=descriptors: the pooling is tuned on feature maps, so photos are needed")
+    if d.kind == "folder" and not d.labels:
+        raise InputError(
+            "dataset=folder: tuning needs to know what is right: dataset.labels=true, a sub-folder a place"
+        )
+    if d.role == "train":
+        raise InputError(
+            f"{d.name}: its role is train, and settings chosen on photos that the network saw fit no others"
+        )
+    if d.role == "test" and not allow_test:
+        raise InputError(
+            f"{d.name}: its role is test. Tuning on a test set makes its numbers worthless, for these settings were "
+            "then chosen to make them high. Tune on a training's held-out landmarks (name=RUN without dataset=) or on "
+            "photos of your own (dataset=folder dataset.labels=true); allow_test=true does it all the same, and marks "
+            "every result"
+        )
+
+
 def _check_evaluation_ranges(config: EvalConfig) -> None:
     _require_within(
         {
             "k": (config.k, 1, math.inf),
             "rerank.M": (config.rerank.M, 1, math.inf),
             "rerank.K": (config.rerank.K, 1, math.inf),
-            "dataset.max_side": (config.dataset.max_side, 1, math.inf),
             "trainer.num_workers": (config.trainer.num_workers, 0, math.inf),
             "pictures.queries": (config.pictures.queries, 0, math.inf),
             "pictures.ranks": (config.pictures.ranks, 1, math.inf),

@@ -57,12 +57,30 @@ def test_a_wrong_setting_is_refused_and_named(override, error, message):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"), [("head=cosface", "arcface"), ("pooling.regionl=on", "regionl"), ("data=toi", "toy")]
+    ("override", "message"), [("head=softmax", "arcface"), ("pooling.regionl=on", "regionl"), ("data=toi", "toy")]
 )
 def test_a_typo_in_training_is_named(override, message):
     with pytest.raises((ConfigCompositionException, MissingConfigException)) as caught:
         config(override, script="train")
     assert message in f"{caught.value} {caught.value.__cause__}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("head.kind=softmax", "arcface, cosface, curricularface"),
+        ("head.margin=1.6", "at most 1.57"),
+        ("head=cosface head.margin=1.1", "at most 1"),
+        ("head.centers=0", r"head\.centers=0"),
+        ("head.negatives=0", r"head\.negatives=0"),
+        ("head.negatives=1.1", "at most 1"),
+        ("head=cosface head.easy_margin=on", "cosface has none"),
+        ("head=curricularface head.dynamic_margin=on", "curricularface has one margin"),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        config(*overrides.split(), script="train")
 
 
 def options(group):
@@ -86,7 +104,7 @@ def test_every_option_of_training_composes(group):
 
 
 def test_every_experiment_composes():
-    assert set(options("experiment")) == {"full_factorial", "quickstart"}
+    """Those of training are in test_recipes.py."""
     config("experiment=full_factorial")
     quick = config("experiment=quickstart", script="train")
     assert quick.name == config("dataset=toy").name == "quickstart"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
-import torch
+from hydra import compose, initialize_config_dir
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from superglobal.data.datamodules import TrainingDataModule
+from superglobal.checks import validated
+from superglobal.config import TrainConfig, register
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
-from superglobal.data.samplers import EpochSampler
+from superglobal.data.images import FaultyImageError
 from superglobal.errors import InputError
 
 A, B, C, D, E = (f"{digit}0123456789abcde"[:16] for digit in "abcde")
@@ -71,6 +76,126 @@ def test_a_missing_list_tells_layout_address_and_the_toy_set(tmp_path):
         assert word in str(caught.value)
 
 
+def test_quoted_fields_blanks_and_line_ends_of_other_systems(tmp_path):
+    address = '"http://x/a,b ""c""\nd.jpg"'
+    rows = f"id,url,landmark_id\r\n{A},{address},7\r\n\r\n{B},u,7\r\n"
+    (tmp_path / "train.csv").write_bytes(rows.encode())
+    write(tmp_path, "train_clean.csv", f'images,landmark_id\n"  {B}   {A} ",7\n')
+    assert read_train(tmp_path, "train.csv").ids.tolist() == [A.encode(), B.encode()]
+    assert read_train(tmp_path).digest() == read_train(tmp_path, "train.csv").digest()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (f"{B},u,x9", ["line 3", "'x9'", "number"]),
+        (f"{B},u,-9", ["line 3", "'-9'", "number"]),
+        (f"{B},u,", ["line 3", "''", "number"]),
+        (f"{B.upper()},u,7", ["line 3", B.upper(), "16 hexadecimal"]),
+        (f"{B[1:]} ,u,7", ["line 3", "16 hexadecimal"]),
+        (",u,7", ["line 3", "''", "16 hexadecimal"]),
+        (f"{B},u", ["line 3", "''", "number"]),
+        (f"{B},u,7,more", ["not a list of photos", "columns"]),
+        (f"{A},u,9", [A, "twice"]),
+    ],
+)
+def test_bad_lines_of_the_full_list_are_named(tmp_path, line, words):
+    write(tmp_path, "train.csv", f"id,url,landmark_id\n{A},u,7\n{line}\n{C},u,7\n")
+    with pytest.raises(InputError) as caught:
+        read_train(tmp_path, "train.csv")
+    for word in ["train.csv", *words]:
+        assert word in str(caught.value)
+
+
+def test_a_list_that_is_no_text_or_no_file(tmp_path):
+    (tmp_path / "train.csv").write_bytes(b"id,url,landmark_id\n\xff\xfe\x00,u,7\n")
+    with pytest.raises(InputError, match=r"train.csv: not a"):
+        read_train(tmp_path, "train.csv")
+    (tmp_path / "train_clean.csv").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        read_train(tmp_path)
+
+
+@given(
+    st.dictionaries(st.integers(0, 10**18 - 1), st.integers(0, 4), min_size=1, max_size=30),
+    st.integers(1, 3),
+    st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_lists_are_what_the_csv_module_reads(tmp_path_factory, counts, least, seed):
+    rng = random.Random(seed)
+    root = tmp_path_factory.mktemp("list")
+    names = [f"{rng.getrandbits(64):016x}" for _ in range(sum(counts.values()))]
+    pairs = list(zip(names, [n for n, count in counts.items() for _ in range(count)], strict=True))
+    kept = sorted((number, name) for name, number in pairs if counts[number] >= least)
+    clean = "".join(f"{n},{' '.join(name for name, m in pairs if m == n)}\n" for n in counts)
+    full = "".join(f"{name},u,{n}\n" for name, n in rng.sample(pairs, len(pairs)))
+    write(root, "train_clean.csv", f"landmark_id,images\n{clean}")
+    write(root, "train.csv", f"id,url,landmark_id\n{full}")
+    for table in ("train_clean.csv", "train.csv"):
+        if not kept:
+            with pytest.raises(InputError):
+                read_train(root, table, least)
+            continue
+        photos = read_train(root, table, least)
+        assert list(zip(photos.landmarks[photos.labels].tolist(), photos.ids.tolist(), strict=True)) == [
+            (number, name.encode()) for number, name in kept
+        ]
+
+
+def test_gldv2x_is_all_photos_of_the_clean_landmarks(tmp_path):
+    write(tmp_path, "train_clean.csv", f"landmark_id,images\n7,{A} {B}\n8,\n")
+    write(tmp_path, "train.csv", f"id,url,landmark_id\n{A},u,7\n{B},u,7\n{C},u,7\n{D},u,8\n{E},u,9\n")
+    photos = read_train(tmp_path, "train.csv", min_images=1, classes_of="train_clean.csv")
+    assert photos.landmarks.tolist() == [7]
+    assert photos.ids.tolist() == [name.encode() for name in (A, B, C)]
+
+
+def test_landmarks_of_the_evaluation_are_left_out(tmp_path, caplog):
+    write(tmp_path, "train_clean.csv", f"landmark_id,images\n7,{A} {B}\n8,{C} {D}\n")
+    write(tmp_path, "overlap.txt", "# Revisited Oxford\n8  # Radcliffe Camera\n\n123\n124\n")
+    photos = read_train(tmp_path, leave_out=tmp_path / "overlap.txt")
+    assert photos.landmarks.tolist() == [7]
+    assert "2 of 3 landmarks are not in" in caplog.text
+    write(tmp_path, "overlap.txt", "8\neight\n")
+    with pytest.raises(InputError, match=r"overlap.txt, line 2: 'eight'"):
+        read_train(tmp_path, leave_out=tmp_path / "overlap.txt")
+    write(tmp_path, "overlap.txt", "7\n8\n")
+    with pytest.raises(InputError, match="no landmark"):
+        read_train(tmp_path, leave_out=tmp_path / "overlap.txt")
+    with pytest.raises(InputError, match=r"none.txt"):
+        read_train(tmp_path, leave_out=tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.classes_of=some.csv", "data.classes_of=some.csv: expected one of train_clean.csv"),
+        ("data.bad_budget=0.2", "data.bad_budget=0.2: expected at most 0.1"),
+        ("data.bad_budget=-1", "data.bad_budget"),
+    ],
+)
+def test_settings_of_the_training_set(override, message):
+    register()
+    with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
+        good, wrong = (compose("train", overrides=["data=gldv2x", *more]) for more in ([], [override]))
+    settings = validated(good, TrainConfig).data
+    assert (settings.table, settings.classes_of) == ("train.csv", "train_clean.csv")
+    with pytest.raises(InputError, match=message):
+        validated(wrong, TrainConfig)
+
+
+def test_photos_are_read_from_the_tree_and_a_missing_one_is_said_to_be(tmp_path):
+    photos = replace(photos_of([2]), root=tmp_path)
+    photos.path(0).parent.mkdir(parents=True)
+    photos.path(0).write_bytes(b"bytes")
+    assert photos.read(0) == b"bytes"
+    assert photos.place(1) == str(photos.path(1))
+    with pytest.raises(FaultyImageError, match="missing"):
+        photos.read(1)
+    assert pickle.loads(pickle.dumps(photos)).read(0) == b"bytes"
+
+
 def photos_of(counts: list[int]) -> TrainList:
     labels = np.repeat(np.arange(len(counts)), counts)
     ids = np.array([f"{i:016x}".encode() for i in range(len(labels))])
@@ -90,56 +215,3 @@ def test_whole_landmarks_are_held_out_by_seed():
         assert [before[i] for i in part.ids] == part.landmarks[part.labels].tolist()
     assert split_landmarks(photos, 0.2, seed=4)[1].digest() == held.digest()
     assert split_landmarks(photos, 0.2, seed=5)[1].digest() != held.digest()
-
-
-def test_an_epoch_is_a_permutation_of_its_own():
-    sampler = EpochSampler(100, seed=3)
-    orders = []
-    for epoch in range(3):
-        sampler.set_epoch(epoch)
-        pairs = list(sampler)
-        assert {e for e, _ in pairs} == {epoch}
-        assert sorted(i for _, i in pairs) == list(range(100))
-        orders.append([i for _, i in pairs])
-    assert len({tuple(order) for order in orders}) == 3
-    sampler.set_epoch(1)
-    assert [i for _, i in sampler] == orders[1]
-    assert [i for _, i in EpochSampler(100, seed=4)] != orders[0]
-
-
-@pytest.fixture
-def module(tmp_path):
-    photos = photos_of([4, 4])
-    photos = TrainList(tmp_path, photos.ids, photos.labels, photos.landmarks)
-    rng = np.random.default_rng(0)
-    for i in range(len(photos)):
-        photos.path(i).parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(photos.path(i)), rng.integers(0, 256, (40, 56, 3), dtype=np.uint8))
-
-    def make(num_workers: int, seed: int = 0) -> TrainingDataModule:
-        return TrainingDataModule(photos, 24, 0.3, 0.2, 3, num_workers, seed)
-
-    return make
-
-
-def test_augmentation_depends_on_seed_epoch_and_photo_alone(module):
-    torch.manual_seed(1)
-    here = [(x.clone(), y.tolist()) for x, y in module(0).train_dataloader()]
-    torch.manual_seed(2)
-    there = [(x.clone(), y.tolist()) for x, y in module(2).train_dataloader()]
-    assert len(here) == 2  # 8 photos in batches of 3; the rest waits for the next order
-    assert here[0][0].shape == (3, 3, 24, 24)
-    assert here[0][0].dtype == torch.uint8
-    for (x, y), (other, label) in zip(here, there, strict=True):
-        assert torch.equal(x, other)
-        assert y == label
-    data = module(0).photos
-    assert not torch.equal(data[(0, 1)][0], data[(1, 1)][0])
-    assert not torch.equal(data[(0, 1)][0], module(0, seed=1).photos[(0, 1)][0])
-
-
-def test_reading_a_photo_leaves_the_random_state_alone(module):
-    torch.manual_seed(7)
-    before = torch.get_rng_state()
-    module(0).photos[(0, 0)]
-    assert torch.equal(torch.get_rng_state(), before)

@@ -113,3 +113,20 @@ def test_relup_switch_values(value, mode):
 def test_a_wrong_setting_lists_the_choices(pooling, message):
     with pytest.raises(InputError, match=message):
         make_pooling(pooling)
+
+
+def test_the_deterministic_padding_is_the_same():
+    """torch's own has no deterministic gradient on a GPU."""
+    results = []
+    for deterministic in (False, True):
+        x = torch.rand(2, 3, 6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            y = regional_gem(x, window=5)
+            y.square().sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(before)
+        results.append((y.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-12)

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from sets import texture, write_folders, write_revisited
 
 from superglobal.checks import validated
-from superglobal.config import EvalConfig, TrainConfig, register
+from superglobal.config import EvalConfig, TrainConfig, TuneConfig, register
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,7 +29,10 @@ def commands(start: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines if line.startswith(start)]
 
 
-@pytest.mark.parametrize(("script", "schema", "least"), [("eval", EvalConfig, 8), ("train", TrainConfig, 3)])
+@pytest.mark.parametrize(
+    ("script", "schema", "least"),
+    [("eval", EvalConfig, 8), ("train", TrainConfig, 3), ("scripts/tune_pooling", TuneConfig, 2)],
+)
 def test_every_command_is_a_valid_configuration(script, schema, least):
     found = commands(f"python {script}.py")
     assert len(found) >= least
@@ -38,7 +41,7 @@ def test_every_command_is_a_valid_configuration(script, schema, least):
         overrides = [o for o in shlex.split(command)[2:] if o != "-m"]
         plain = [re.sub(r"=glob\(\*\)$", "=gem", o).split(",")[0] for o in overrides]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            validated(compose(script, overrides=plain), schema)
+            validated(compose(script.split("_")[0].split("/")[-1], overrides=plain), schema)
 
 
 def test_the_first_example_finds_the_right_photo(tmp_path):

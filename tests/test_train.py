@@ -2,93 +2,55 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import pickle
 import re
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from runs import ROOT, command, configured, finished, last, train, values
 from sets import break_scan
 
 import superglobal
-from superglobal.callbacks import RetrievalValidation
+from superglobal import callbacks
+from superglobal.callbacks import Checkpoints, heldout_truth
 from superglobal.checkpoint import read_weights
-from superglobal.config import register
-from superglobal.data.datamodules import TrainingPhotos
+from superglobal.data.datamodules import HeldOutPhotos
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
 from superglobal.engine import train as fit
 from superglobal.errors import InputError
 from superglobal.models.network import weights_digest
 from superglobal.training import parameter_groups
 
-ROOT = Path(__file__).parents[1]
-SHORT = [
-    "experiment=quickstart",
-    "data.image_size=64",
-    "data.val_fraction=0.25",
-    "optim.epochs=3",
-    "optim.batch_size=12",
-    "optim.warmup=0.3",
-    "dim=32",
-    "trainer.accelerator=cpu",
-    "trainer.num_workers=0",
-    "trainer.progress=false",
-]
-
 
 def run(script: str, *overrides: str, status: int = 0) -> str:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200"}
-    command = [sys.executable, str(ROOT / script), *overrides]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def train(data: Path, outputs: Path, *overrides: str, status: int = 0) -> str:
-    return run("train.py", *SHORT, f"paths.data={data}", f"paths.outputs={outputs}", *overrides, status=status)
-
-
-def configured(data: Path, outputs: Path, *overrides: str):
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("train", overrides=[*SHORT, f"paths.data={data}", f"paths.outputs={outputs}", *overrides])
-
-
-def curves(folder: Path) -> list[dict[str, str]]:
-    with (folder / "csv" / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def values(folder: Path, name: str) -> list[float]:
-    return [float(row[name]) for row in curves(folder) if row.get(name)]
+    return finished([sys.executable, str(ROOT / script), *overrides], status)
 
 
 @pytest.fixture(scope="module")
 def trained(toy_data, tmp_path_factory) -> Path:
     """Outputs of one short training, W&B included."""
     outputs = tmp_path_factory.mktemp("outputs")
-    train(toy_data, outputs, "trainer.log_every=1")
+    finished([word for word in command(toy_data, outputs) if word != "logger=csv"])
     return outputs
 
 
 def test_a_training_leaves_curves_checkpoints_and_the_best_network(toy_data, trained):
     folder = trained / "train" / "quickstart"
-    assert {"best.safetensors", "checkpoints", "csv", "training.json"} <= {path.name for path in folder.iterdir()}
+    assert {"best.safetensors", "checkpoints", "curves.csv", "training.json"} <= {
+        path.name for path in folder.iterdir()
+    }
     assert list((folder / "wandb").glob("offline-run-*"))
     losses, scores = values(folder, "train/loss"), values(folder, "val/map")
-    assert len(scores) == 3
+    assert len(scores) == 4  # the first before training
+    scores = scores[1:]
+    assert values(folder, "step")[-1] == 15
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
-    rates = values(folder, "lr-AdamW/pg1")
+    rates = values(folder, "lr/head")
     assert rates[0] < max(rates)
     assert rates[-1] < 0.1 * max(rates)
 
@@ -113,13 +75,15 @@ def test_a_training_leaves_curves_checkpoints_and_the_best_network(toy_data, tra
     assert about.pooling["gem_plus"] is False
 
 
-def test_checkpoints_hold_plain_types(trained):
-    state = torch.load(trained / "train" / "quickstart" / "checkpoints" / "best.ckpt", weights_only=True)
+def test_checkpoints_hold_plain_types_and_which_landmark_a_class_is(toy_data, trained):
+    state = torch.load(trained / "train" / "quickstart" / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["state_dict"]
+    photos, _ = split_landmarks(read_train(toy_data / "toy" / "gldv2"), 0.25, seed=0)
+    assert state["landmarks"].tolist() == photos.landmarks.tolist()
 
 
 def test_eval_takes_the_export_and_its_score_is_that_of_a_plain_script(toy_data, trained, tmp_path):
-    run("eval.py", "dataset=toy", "logger=csv", f"paths.data={toy_data}", f"paths.outputs={trained}")
+    run("eval.py", "dataset=toy", f"paths.data={toy_data}", f"paths.outputs={trained}")
     (path,) = (trained / "eval" / "toy").rglob("results.json")
     got = json.loads(path.read_text())
     assert got["weights"] == str(trained / "train" / "quickstart" / "best.safetensors")
@@ -159,14 +123,18 @@ def test_eval_takes_the_export_and_its_score_is_that_of_a_plain_script(toy_data,
 
 def test_a_finished_training_is_kept_and_another_one_refused(toy_data, trained):
     folder = trained / "train" / "quickstart"
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".log", "")  # but for the log and the lock
+    }
     assert "trained already" in train(toy_data, trained, "trainer.log_every=5", "pooling.relup=false")
     text = train(toy_data, trained, "optim.lr=0.004", status=2)
     assert str(folder) in text
     assert "different are settings.optim.lr. Give a new name=" in text
     assert "Traceback" not in text
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    assert set(before) == {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"}
+    assert set(before) == {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".log", "")}
 
 
 def test_other_photos_or_an_unfinished_run_of_other_settings_are_another_training(toy_data, trained, tmp_path):
@@ -181,26 +149,23 @@ def test_other_photos_or_an_unfinished_run_of_other_settings_are_another_trainin
     with pytest.raises(InputError, match="another training"):
         fit(configured(data, tmp_path), run_folder)
     photo.write_bytes(original)
-    assert fit(configured(data, tmp_path), run_folder) == max(values(run_folder, "val/map"))
+    assert fit(configured(data, tmp_path), run_folder) == max(values(run_folder, "val/map")[1:])
     (run_folder / "best.safetensors").unlink()
     with pytest.raises(InputError, match="another training"):
         fit(configured(data, tmp_path, "optim.lr=0.004"), run_folder)
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_the_workers(toy_data, trained, tmp_path):
-    train(toy_data, tmp_path, "logger=csv", "trainer.num_workers=2")
+    train(toy_data, tmp_path, "trainer.num_workers=2")
     first, second = (read_weights(root / "train" / "quickstart" / "best.safetensors") for root in (trained, tmp_path))
     assert weights_digest(first.state) == weights_digest(second.state)
 
 
 def test_superglobal_pooling_trains_and_is_what_eval_then_uses(toy_data, tmp_path):
-    train(
-        toy_data, tmp_path, "logger=csv", "pooling=superglobal", "name=inside", "data.image_size=96", "optim.epochs=1"
-    )
+    train(toy_data, tmp_path, "pooling=superglobal", "name=inside", "data.image_size=96", "optim.epochs=1")
     common = [
         "dataset=toy",
         "name=inside",
-        "logger=csv",
         "scales=1",
         f"paths.data={toy_data}",
         f"paths.outputs={tmp_path}",
@@ -221,7 +186,7 @@ def test_superglobal_pooling_trains_and_is_what_eval_then_uses(toy_data, tmp_pat
     ],
 )
 def test_without_data_one_message_says_all(tmp_path, script, words):
-    text = run(script, f"paths.data={tmp_path}", f"paths.outputs={tmp_path / 'out'}", "logger=csv", status=2)
+    text = run(script, f"paths.data={tmp_path}", f"paths.outputs={tmp_path / 'out'}", status=2)
     for word in [*words, "scripts/make_toy_data.py", "train.py experiment=quickstart"]:
         assert word in text
     assert "Traceback" not in text
@@ -232,22 +197,28 @@ def test_missing_photos_are_counted_before_anything_is_trained(toy_data, tmp_pat
     root = tmp_path / "gldv2"
     root.mkdir()
     (root / "train_clean.csv").write_bytes((source / "train_clean.csv").read_bytes())
-    text = train(toy_data, tmp_path, f"data.root={root}", "logger=csv", status=2)
+    text = train(toy_data, tmp_path, f"data.root={root}", status=2)
     count = len(read_train(source))
     assert f"of {count} images {count} missing" in text
     assert not (tmp_path / "train" / "quickstart" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_photo_that_breaks_off_inside_ends_the_run_with_its_path(toy_data, tmp_path, workers):
+def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed(toy_data, tmp_path):
     """Its header and its end are sound, so that the check beforehand passes it."""
     root = tmp_path / "gldv2"
     shutil.copytree(toy_data / "toy" / "gldv2", root)
     photos, _ = split_landmarks(read_train(root), 0.25, seed=0)
-    bad = photos.path(5)
+    bad, gone = photos.path(5), photos.path(9)
     break_scan(bad)
-    text = train(tmp_path, tmp_path, f"data.root={root}", "logger=csv", f"trainer.num_workers={workers}", status=2)
-    assert f"error: image cannot be read: {bad}" in text
+    gone.unlink()
+    places = [f"data.root={root}", "trainer.num_workers=2"]
+    text = train(tmp_path, tmp_path, *places, "data.bad_budget=0.1")
+    assert "another one stands in" in text
+    listed = (tmp_path / "train" / "quickstart" / "bad_photos.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in listed) == sorted(map(str, (bad, gone)))
+    text = train(tmp_path, tmp_path, *places, "name=strict", "data.bad_budget=0.013", status=2)
+    assert "2 of 90 photos" in text
+    assert "more than data.bad_budget=0.013 allows" in text
     assert "Traceback" not in text
 
 
@@ -259,11 +230,19 @@ def test_a_photo_that_breaks_off_inside_ends_the_run_with_its_path(toy_data, tmp
         ("data.crop=1.5", "at most 1"),
         ("optim.lr=nan", "optim.lr"),
         ("optim.batch_size=5000", "only"),
-        ("data.val_fraction=0.001", "data.val_fraction"),
+        ("validation.fraction=0.001", "validation.fraction"),
         ("pooling=superglobal data.image_size=64", "at least 65 px"),
-        ("data.val_fraction=0.08", "both need at least two"),
+        ("validation.fraction=0.08", "both need at least two"),
         ("trainer.log_every=0", "log_every"),
-        ("trainer.devices=2", "one device"),
+        ("trainer.accumulate=5", "no multiple"),
+        ("optim.batch_norm=batch", "expected one of train, frozen, sync"),
+        ("optim.batch_norm=sync", "between GPUs"),
+        ("optim.ema=1", "optim.ema"),
+        ("data.stages=[[3,96]]", "leaves no epoch"),
+        ("data.stages=[[1,32]] pooling=superglobal data.image_size=96", "at least 65 px"),
+        ("resume=yes", "expected one of auto, anew"),
+        ("trainer.precision=bf16-true", "expected one of auto, 32-true"),
+        ("trainer.accelerator=gpu", "Lightning refuses"),
         ("dim=64 weights=FILE backbone=test_resnet", "dim=64 contradicts"),
         ("backbone=resnet50 weights=FILE dim=null", "holds test_resnet"),
     ],
@@ -272,40 +251,17 @@ def test_a_wrong_setting_is_refused_and_named(toy_data, trained, tmp_path, overr
     override = override.replace("FILE", str(trained / "train" / "quickstart" / "best.safetensors"))
     with pytest.raises(InputError, match=message):
         fit(configured(toy_data, tmp_path, *override.split()), tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-def test_a_loss_that_is_no_number_ends_the_run_at_once(toy_data, tmp_path):
-    with pytest.raises(InputError, match=r"epoch 0, step \d+: the loss is .*lower optim.lr"):
-        fit(configured(toy_data, tmp_path, "optim.lr=1e6", "logger=csv", "trainer.log_every=1"), tmp_path / "run")
-    assert not (tmp_path / "run" / "best.safetensors").exists()
-
-
-def test_ctrl_c_says_what_became_of_the_run(toy_data, tmp_path):
-    command = [sys.executable, "train.py", *SHORT, "optim.epochs=500", "logger=csv"]
-    command += [f"paths.data={toy_data}", f"paths.outputs={tmp_path}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("best.ckpt")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    text = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, text
-    assert "nothing was exported" in text
-    assert "epoch 1: loss" in text
-    assert "Traceback" not in text
-    command[command.index("optim.epochs=500")] = "optim.epochs=501"
-    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 2
-    assert "optim.epochs" in refused.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_sweep_goes_on_after_a_job_that_failed_and_ends_with_its_status(toy_data, tmp_path):
-    places = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}", "logger=csv"]
-    text = run("train.py", "-m", *SHORT, "optim.name=adam,adamw", "optim.epochs=1", *places, status=2)
+    python, script, *words = command(toy_data, tmp_path, "optim.name=adam,adamw", "optim.epochs=1")
+    text = finished([python, script, "-m", *words], 2)
     assert "expected one of sgd, adamw" in text
     (export,) = (tmp_path / "train" / "sweep").rglob("best.safetensors")
-    assert re.search(rf"validation mAP 0\.\d+ .*optim\.name=adamw.*: {export.parent}\nfailed .*optim\.name=adam ", text)
+    assert re.search(
+        rf"validation mAP 0\.\d+ .*optim\.name=adamw.*: {export.parent}\nfailed .*optim\.name=adam: ", text
+    )
 
 
 @pytest.mark.parametrize(("images", "landmarks"), [(7, 2), (12, 4), (1, 2), (100, 5)])
@@ -313,25 +269,60 @@ def test_validation_takes_whole_landmarks(images, landmarks):
     photos = TrainList(
         Path("x"), np.array([f"{i:016x}".encode() for i in range(15)]), np.repeat(range(5), 3), np.arange(5)
     )
-    chosen = RetrievalValidation(photos, images, None, seed=0)
-    assert len(chosen.paths) == 3 * landmarks
-    assert all(len(entry["positive"]) == 2 and i not in entry["positive"] for i, entry in enumerate(chosen.gnd))
+    chosen = HeldOutPhotos(photos, images, None, seed=0)
+    assert len(chosen) == 3 * landmarks
+    truth = heldout_truth(chosen.labels)
+    assert all(len(entry["positive"]) == 2 and i not in entry["positive"] for i, entry in enumerate(truth))
+    without = HeldOutPhotos(photos, images, None, seed=0, without=[int(chosen.indices[0])])
+    assert np.array_equal(without.indices, chosen.indices[1:])
 
 
-def test_the_order_of_photos_changes_with_the_epoch(toy_data, tmp_path, monkeypatch):
-    """Lightning has to call `set_epoch`; if it stopped, every epoch would see the same crops."""
-    seen: list[int] = []
-    original = TrainingPhotos.__getitem__
-    monkeypatch.setattr(
-        TrainingPhotos, "__getitem__", lambda self, place: (seen.append(place[0]), original(self, place))[1]
-    )
-    fit(configured(toy_data, tmp_path, "logger=csv"), tmp_path / "run")
-    assert sorted(set(seen)) == [0, 1, 2]
+def test_validation_by_steps_watches_evaluation_sets_and_stops_when_nothing_gets_better(toy_data, tmp_path):
+    """With nothing to learn, every validation gives the same: the first is the best, the second is one too many."""
+    still = ["optim.lr=0", "optim.batch_norm=frozen", "pooling.learn_p=off", "optim.name=sgd"]
+    how = ["validation.sets=[toy/toy,elsewhere]", "validation.every_steps=2", "validation.patience=1"]
+    folder = tmp_path / "run"
+    fit(configured(toy_data, tmp_path, *still, *how), folder)
+    assert last(folder)["global_step"] == 4
+    scores = values(folder, "val/map")
+    assert len(scores) == 3
+    assert len(set(scores)) == 1
+    data = superglobal.revisited_set(toy_data / "toy", "toy")
+    model = superglobal.load_model(folder / "best.safetensors", scales=1)
+    X, Q = (superglobal.extract(model, items) for items in (data.database, data.queries))
+    expected = superglobal.revisited_map(Q, X, data).map
+    for protocol in ("easy", "medium", "hard"):
+        assert values(folder, f"toy/map/{protocol}") == pytest.approx([expected[protocol]] * 3, abs=1e-9)
+    assert read_weights(folder / "best.safetensors").provenance["origin"]["step"] == 2
+
+
+def test_the_moving_average_is_what_is_validated_and_exported(toy_data, tmp_path):
+    """Against the average over the checkpoints of every step."""
+    decay, seen = 0.5, []
+
+    class Keep(Checkpoints):
+        def on_step(self, trainer, module, epoch_ends):
+            seen.append({name: p.detach().clone() for name, p in module.network.named_parameters()})
+            super().on_step(trainer, module, epoch_ends)
+
+    folder = tmp_path / "run"
+    original, callbacks.Checkpoints = callbacks.Checkpoints, Keep
+    try:
+        fit(configured(toy_data, tmp_path, f"optim.ema={decay}", "optim.epochs=1"), folder)
+    finally:
+        callbacks.Checkpoints = original
+    average = seen[0]
+    for weights in seen[1:]:
+        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
+    exported = read_weights(folder / "best.safetensors").state
+    for name, tensor in average.items():
+        assert torch.allclose(exported[name], tensor, atol=1e-6), name
+    assert not torch.equal(exported["whitening.weight"], seen[-1]["whitening.weight"])
 
 
 def test_weights_decay_and_biases_norms_and_the_exponent_do_not():
     network = superglobal.load_model("random", backbone="test_resnet", pooling="gem", dim=8, trainable=True)
-    decayed, plain = parameter_groups(network, 0.1, 0.05)
+    decayed, plain = parameter_groups("network", network, 0.1, 0.05)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     assert (decayed["weight_decay"], plain["weight_decay"], decayed["lr"], plain["lr"]) == (0.05, 0.0, 0.1, 0.1)
     assert all(parameter.ndim > 1 for parameter in decayed["params"])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader, Dataset
 
 from superglobal.data.gldv2 import TrainList
-from superglobal.data.images import ImageItem, image_tensor, read_image
-from superglobal.data.samplers import EpochSampler
+from superglobal.data.images import FaultyImageError, ImageItem, decode_image, image_tensor, read_image, shrink
+from superglobal.data.photos import TrainingPhotos, collate
+from superglobal.data.samplers import EpochBatches
 from superglobal.errors import InputError
 
 Task = tuple[int, int]
@@ -67,90 +71,150 @@ class ExtractionDataModule(pl.LightningDataModule):
         share = [task for task in self.tasks if task[1] % self.trainer.world_size == self.trainer.global_rank]
         # Lightning stops on a rank without data; a row described twice is the same row.
         share = share or list(self.tasks[:1])
-        return DataLoader(Images(self.lists, share), num_workers=self.num_workers, collate_fn=_only)
+        return PhotoLoader(Images(self.lists, share), num_workers=self.num_workers, collate_fn=only)
 
 
-def _only(batch: list[tuple[Task, Tensor | InputError]]) -> tuple[Task, Tensor | InputError]:
+def only(batch: list[tuple[Task, Tensor | InputError]]) -> tuple[Task, Tensor | InputError]:
+    """The one image of a batch of one."""
     return batch[0]
 
 
-class TrainingPhotos(Dataset):
-    """Photos as ((3, S, S) uint8, label), augmented; every random draw depends on (seed, epoch, index) alone.
+class HeldOutPhotos(Dataset):
+    """Whole landmarks of a training list, drawn by `seed` until one more would pass `most` photos; two at least.
 
-    An unreadable photo comes as the InputError that names it: raised inside a worker it would arrive wrapped in the
-    worker's traceback.
-
-    Args:
-        photos: the training list.
-        augment: (3, H, W) uint8 -> (3, S, S) uint8, drawing from torch's generator.
-        seed: of the augmentation.
-    """
-
-    def __init__(self, photos: TrainList, augment: Callable[[Tensor], Tensor], seed: int) -> None:
-        self.photos = photos
-        self.augment = augment
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int] | InputError:
-        epoch, index = place
-        try:
-            image = image_tensor(read_image(self.photos.path(index)))
-        except InputError as error:
-            return error
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]))
-            return self.augment(image), int(self.photos.labels[index])
-
-
-class TrainingDataModule(pl.LightningDataModule):
-    """Shuffled, augmented training photos in batches of ((B, 3, S, S) uint8, (B,) int64).
+    Photos come as `Images` gives them, whole and shrunk to `max_side`.
 
     Args:
-        photos: the training list.
-        image_size: S, the side of the square that the network sees, in pixels.
-        crop: smallest share of a photo's area that a random crop covers.
-        jitter: strength of the changes of brightness, contrast and saturation.
-        batch_size: photos a step; the rest of an epoch that fills no batch waits for the next order.
-        num_workers: processes that decode ahead.
-        seed: of order and augmentation.
+        photos: of landmarks that are not trained on.
+        most: photos.
+        max_side: larger ones are shrunk to this longer side, in pixels; None leaves them.
+        seed: of the draw.
+        without: indices that are left out: photos known to be bad.
+
+    Attributes:
+        indices: (n,) int64, which of `photos`.
     """
 
     def __init__(
-        self,
-        photos: TrainList,
-        image_size: int,
-        crop: float,
-        jitter: float,
-        batch_size: int,
-        num_workers: int,
-        seed: int,
+        self, photos: TrainList, most: int, max_side: int | None, seed: int, without: Sequence[int] = ()
     ) -> None:
+        order = np.random.default_rng(seed).permutation(len(photos.landmarks))
+        total = np.cumsum(np.bincount(photos.labels)[order])
+        drawn = order[: max(2, np.searchsorted(total, most, side="right"))]
+        self.indices = np.setdiff1d(np.flatnonzero(np.isin(photos.labels, drawn)), without)
+        self.photos = photos
+        self.max_side = max_side
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(n,) the landmark of each."""
+        return self.photos.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, row: int) -> tuple[Task, Tensor | InputError]:
+        index = int(self.indices[row])
+        try:
+            pixels = shrink(decode_image(self.photos.read(index)), self.max_side)
+        except FaultyImageError as error:
+            return (0, row), InputError(f"image cannot be read: {self.photos.place(index)}: {error}")
+        return (0, row), image_tensor(pixels)
+
+
+class TrainingDataModule(pl.LightningDataModule):
+    """Shuffled, augmented training photos; every process gets its share of every step.
+
+    The order goes on from the trainer's step, so that a resumed run sees what the uninterrupted one would have.
+
+    Args:
+        photos: (epoch, index) -> a photo.
+        batch_size: photos a step, over all processes together.
+        accumulate: parts in which each process goes through its share.
+        num_workers: processes that decode ahead, per device.
+        seed: of the order.
+    """
+
+    def __init__(self, photos: TrainingPhotos, batch_size: int, accumulate: int, num_workers: int, seed: int) -> None:
         super().__init__()
-        steps: list[Callable[[Tensor], Tensor]] = [
-            v2.RandomResizedCrop(image_size, scale=(crop, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ColorJitter(jitter, jitter, jitter),
-        ]
-        self.photos = TrainingPhotos(photos, v2.Compose(steps), seed)
-        self.sampler = EpochSampler(len(photos), seed)
+        self.photos = photos
         self.batch_size = batch_size
+        self.accumulate = accumulate
         self.num_workers = num_workers
+        self.seed = seed
+        self.loader: TimedLoader | None = None
+
+    @property
+    def waited(self) -> float:
+        """Seconds that training has waited for photos."""
+        return 0.0 if self.loader is None else self.loader.waited
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(
-            self.photos,
-            batch_size=self.batch_size,
-            sampler=self.sampler,
-            num_workers=self.num_workers,
-            drop_last=True,
-            collate_fn=_batch,
-            persistent_workers=self.num_workers > 0,
+        trainer = self.trainer
+        assert trainer is not None
+        batches = EpochBatches(
+            len(self.photos), self.batch_size, self.seed, self.accumulate, trainer.global_rank, trainer.world_size
         )
+        batches.start_at(trainer.global_step)
+        self.loader = TimedLoader(
+            self.photos,
+            batch_sampler=batches,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_signals_to_the_run,
+            multiprocessing_context=how_workers_start(trainer.world_size, self.num_workers),
+        )
+        return self.loader
 
 
-def _batch(photos: list[tuple[Tensor, int] | InputError]) -> list[Tensor] | InputError:
-    """A batch, or what makes it impossible."""
-    return next((photo for photo in photos if isinstance(photo, InputError)), None) or default_collate(photos)
+class PhotoLoader(DataLoader):
+    """A DataLoader whose dead workers are an error where a batch is waited for, at most five seconds later.
+
+    torch's own handler of SIGCHLD raises at once, wherever the run is: in the middle of saving a checkpoint, or where
+    Python can do no more than print it.
+    """
+
+    def __iter__(self) -> Any:
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = super().__iter__()
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        return batches
+
+
+class TimedLoader(PhotoLoader):
+    """A PhotoLoader that knows how long it was waited for: `waited`, in seconds."""
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - start
+            yield batch
+
+
+def how_workers_start(processes: int, num_workers: int) -> str | None:
+    """Argument of a DataLoader: its workers are forked, but not beside other processes of a training.
+
+    There threads communicate all the time, and a fork in the wrong moment leaves a worker that waits for ever.
+    """
+    if processes == 1 or num_workers == 0:
+        return None
+    # Imported once, by the process that they are forked from.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    return "forkserver"
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """A signal to the whole process group must not take the photos away before the step is done and saved."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

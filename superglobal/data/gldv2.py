@@ -1,21 +1,24 @@
-"""Google Landmarks v2 as it is: `train/a/b/c/<id>.jpg` beside its lists.
+"""Google Landmarks v2 as it is: its lists, beside them `train/a/b/c/<id>.jpg` or elsewhere its tar files.
 
-Layout and formats: github.com/cvdfoundation/google-landmark (train.csv: id, url, landmark_id; train_clean.csv:
-landmark_id, images with the ids separated by spaces).
+Layout and formats: github.com/cvdfoundation/google-landmark.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from superglobal.data.landmark_lists import hex_values, read_landmarks, read_list
+from superglobal.data.photo_index import load_index
 from superglobal.data.sets import TOY
+from superglobal.data.sources import PhotoSource, PhotoTree, relative_path
 from superglobal.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _SITE = "https://s3.amazonaws.com/google-landmark"
 
@@ -27,22 +30,35 @@ class TrainList:
     Attributes:
         root: the `train` folder, above a/b/c/<id>.jpg.
         ids: (N,) image ids, bytes of 16 hexadecimal digits.
-        labels: (N,) int64, 0..classes-1.
+        labels: (N,) int32, 0..classes-1.
         landmarks: (classes,) int64, the landmark_id behind each label.
+        source: where the photos' bytes come from; None is the tree below `root`.
     """
 
     root: Path
     ids: np.ndarray
     labels: np.ndarray
     landmarks: np.ndarray
+    source: PhotoSource | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def path(self, index: int) -> Path:
         """`a/b/c/abc....jpg` below the root: the first three digits are folders."""
-        image = self.ids[index].decode()
-        return self.root / image[0] / image[1] / image[2] / f"{image}.jpg"
+        return self.root / relative_path(self.ids[index])
+
+    def read(self, index: int) -> bytes:
+        """The photo's file.
+
+        Raises:
+            FaultyImageError: it is missing or cannot be read; the message is the reason, `place` says where.
+        """
+        return self._source().read(self.ids[index])
+
+    def place(self, index: int) -> str:
+        """Its path, or tar file and member ("images_012.tar:a/b/c/abc....jpg"), for messages."""
+        return self._source().place(self.ids[index])
 
     def digest(self) -> str:
         """SHA-256 over which photos show which landmarks."""
@@ -50,53 +66,90 @@ class TrainList:
         digest.update(self.landmarks[self.labels].tobytes())
         return digest.hexdigest()
 
+    def _source(self) -> PhotoSource:
+        return self.source or PhotoTree(self.root)
+
 
 def how_to_get(root: Path) -> str:
     """Layout and official addresses, and what does without."""
     return (
         f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; images: "
-        f"{_SITE}/train/images_{{000..499}}.tar, lists: {_SITE}/metadata/{{train,train_clean}}.csv\n{TOY}"
+        f"{_SITE}/train/images_{{000..499}}.tar (data.tars=FOLDER reads them without unpacking), lists: "
+        f"{_SITE}/metadata/{{train,train_clean}}.csv\n{TOY}"
     )
 
 
-def read_train(root: str | Path, table: str = "train_clean.csv", min_images: int = 2) -> TrainList:
+def read_train(
+    root: str | Path,
+    table: str = "train_clean.csv",
+    min_images: int = 2,
+    classes_of: str | None = None,
+    leave_out: str | Path | None = None,
+    tars: str | Path | None = None,
+) -> TrainList:
     """Photos of every landmark with at least `min_images` of them, sorted by landmark and id.
 
     Args:
         root: folder with the lists and the `train` folder.
         table: "train_clean.csv" or "train.csv".
         min_images: landmarks with fewer are left out: one photo teaches no likeness.
+        classes_of: another list in `root`; only landmarks that it has too count. `train.csv` with the classes of
+            `train_clean.csv` is what the Kaggle teams call GLDv2x.
+        leave_out: a file of landmark ids, one a line (# begins a comment), that do not count: those of the evaluation
+            sets, for training without overlap. Ids that no list has are counted in a warning.
+        tars: folder of the official tar files, to read the photos from; needs the index of `prepare`.
 
     A clean landmark without photos counts as not there.
 
     Raises:
-        InputError: no such list, another format, an id that is none or comes twice, or no landmark left.
+        InputError: no such list, another format, an id that is none or comes twice, no landmark left, or `tars`
+            without an index that fits.
     """
     root = Path(root)
     path = root / table
-    # A landmark of thousands of photos has them all in one field.
-    csv.field_size_limit(2**31 - 1)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            pairs = sorted(_pairs(path, csv.DictReader(file)))
-    except FileNotFoundError as error:
-        raise InputError(f"training list not found: {path}\n{how_to_get(root)}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV file ({error}); download it again") from error
-    if not pairs:
-        raise InputError(f"{path}: lists no photos; download it again")
-    landmarks = np.array([landmark for landmark, _ in pairs], dtype=np.int64)
-    ids = np.array([image for _, image in pairs], dtype="S16")
-    names, times = np.unique(ids, return_counts=True)
-    if (times > 1).any():
-        raise InputError(f"{path}: image {names[times > 1][0].decode()} is listed twice; remove one line")
+    ids, landmarks = _read(root, table)
+    if classes_of is not None:
+        _, others = _read(root, classes_of)
+        ids, landmarks = _where(np.isin(landmarks, others), ids, landmarks)
+    if leave_out is not None:
+        excluded = read_landmarks(leave_out)
+        unknown = np.setdiff1d(excluded, landmarks)
+        if len(unknown):
+            log.warning("%s: %d of %d landmarks are not in %s", leave_out, len(unknown), len(excluded), path)
+        ids, landmarks = _where(~np.isin(landmarks, excluded), ids, landmarks)
     values, labels, counts = np.unique(landmarks, return_inverse=True, return_counts=True)
     keep = counts >= min_images
     if not keep.any():
         raise InputError(f"{path}: no landmark has {min_images} images; lower data.min_images")
-    return _subset(TrainList(root / "train", ids, labels, values), keep)
+    source = None if tars is None else load_index(root, table, tars).tars(Path(tars))
+    return _subset(TrainList(root / "train", ids, labels.astype(np.int32), values, source), keep)
+
+
+def _read(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, landmarks) of a list, sorted by landmark and id."""
+    path = root / table
+    try:
+        ids, landmarks = read_list(path)
+    except FileNotFoundError as error:
+        raise InputError(f"training list not found: {path}\n{how_to_get(root)}") from error
+    values = hex_values(ids)
+    assert values is not None
+    twice = _first_twice(values)
+    if twice is not None:
+        raise InputError(f"{path}: image {twice:016x} is listed twice; remove one line")
+    order = np.lexsort((values, landmarks))
+    del values
+    return ids[order], landmarks[order]
+
+
+def _first_twice(values: np.ndarray) -> int | None:
+    ordered = np.sort(values)
+    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    return int(ordered[twice[0]]) if len(twice) else None
+
+
+def _where(keep: np.ndarray, ids: np.ndarray, landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return ids[keep], landmarks[keep]
 
 
 def split_landmarks(photos: TrainList, fraction: float, seed: int) -> tuple[TrainList, TrainList]:
@@ -111,21 +164,9 @@ def split_landmarks(photos: TrainList, fraction: float, seed: int) -> tuple[Trai
 
 
 def _subset(photos: TrainList, keep: np.ndarray) -> TrainList:
+    if keep.all():
+        return photos
     chosen = keep[photos.labels]
-    label_of = np.cumsum(keep) - 1
-    return TrainList(photos.root, photos.ids[chosen], label_of[photos.labels[chosen]], photos.landmarks[keep])
-
-
-def _pairs(path: Path, rows: csv.DictReader) -> Iterator[tuple[int, str]]:
-    columns = set(rows.fieldnames or ())
-    clean = {"landmark_id", "images"} <= columns
-    if not clean and not {"landmark_id", "id"} <= columns:
-        raise InputError(f"{path}: columns {sorted(columns)}, expected landmark_id with images (clean) or id (full)")
-    for row in rows:
-        number = row["landmark_id"] or ""
-        if not number.isdecimal() or len(number) > 18:
-            raise InputError(f"{path}, line {rows.line_num}: landmark_id {number!r} is not a number")
-        for image in (row["images"] or "").split() if clean else [row["id"] or ""]:
-            if len(image) != 16 or not set(image) <= set("0123456789abcdef"):
-                raise InputError(f"{path}, line {rows.line_num}: {image!r} is no image id (16 hexadecimal digits)")
-            yield int(number), image
+    label_of = (np.cumsum(keep) - 1).astype(np.int32)
+    labels = label_of[photos.labels[chosen]]
+    return replace(photos, ids=photos.ids[chosen], labels=labels, landmarks=photos.landmarks[keep])

@@ -13,10 +13,12 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -75,8 +77,8 @@ class CheckReport:
         return [(path, "missing") for path in self.missing] + self.unreadable
 
 
-class _FaultyImageError(Exception):
-    """The bytes of a file are not a whole image; the message is the reason."""
+class FaultyImageError(InputError):
+    """A photo's bytes are not there or are not a whole image; the message is the reason, the caller knows the place."""
 
 
 def read_image(path: str | Path, box: Box | None = None, max_side: int | None = None) -> np.ndarray:
@@ -99,13 +101,13 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
     """
     path = Path(path)
     try:
-        pixels = _decode(path.read_bytes())
+        pixels = decode_image(path.read_bytes())
         if box is not None:
             x1, y1, x2, y2 = _bounds(box, *pixels.shape[1::-1])
             pixels = pixels[y1:y2, x1:x2]
     except FileNotFoundError as error:
         raise InputError(f"image not found: {path}") from error
-    except (OSError, _FaultyImageError) as error:
+    except (OSError, FaultyImageError) as error:
         raise InputError(f"image cannot be read: {path}: {_reason(error)}") from error
     # A decoder's buffer is read-only and a crop holds on to the whole picture: give the caller an own array.
     return np.array(shrink(pixels, max_side), order="C")
@@ -151,7 +153,9 @@ def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
     return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
-def check_images(items: Sequence[ImageItem | str | Path], workers: int | None = None) -> CheckReport:
+def check_images(
+    items: Sequence[ImageItem | str | Path], workers: int | None = None, decode: bool = False
+) -> CheckReport:
     """Look at every file without decoding it, fast enough for a million files.
 
     Found are files that are missing or empty, that do not begin as an image, JPEGs without their end marker,
@@ -161,12 +165,14 @@ def check_images(items: Sequence[ImageItem | str | Path], workers: int | None = 
     Args:
         items: images or plain paths.
         workers: threads; by default 4 per CPU, at most 32, since the time goes into waiting for the disk.
+        decode: decode every image as well, so that damage in the middle shows; as slow as reading them all.
     """
     pairs = [(item.path, item.box) if isinstance(item, ImageItem) else (Path(item), None) for item in items]
     batches = [pairs[i : i + 512] for i in range(0, len(pairs), 512)]
     report = CheckReport([], [], [])
+    check = partial(_check_batch, decode=decode)
     with ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool:
-        for batch, outcomes in zip(batches, pool.map(_check_batch, batches), strict=True):
+        for batch, outcomes in zip(batches, pool.map(check, batches), strict=True):
             for (path, _), outcome in zip(batch, outcomes, strict=True):
                 report.signatures.append(outcome if isinstance(outcome, str) else "")
                 if isinstance(outcome, FileNotFoundError):
@@ -176,41 +182,56 @@ def check_images(items: Sequence[ImageItem | str | Path], workers: int | None = 
     return report
 
 
-def _check_batch(batch: list[tuple[Path, Box | None]]) -> list[str | Exception]:
-    outcomes: list[str | Exception] = []
-    for path, box in batch:
+def check_image(read: Callable[[int, int], bytes], size: int, box: Box | None = None, decode: bool = False) -> str:
+    """Check one image wherever its bytes are, as `check_images` does.
+
+    Args:
+        read: (start, count) -> those bytes of it.
+        size: of the whole, in bytes.
+        box: as in `ImageItem`.
+        decode: decode it too.
+
+    Returns:
+        Its signature, see `CheckReport`.
+
+    Raises:
+        FaultyImageError: it is not a whole image, or the box cuts nothing out of it.
+    """
+    if size <= _HEAD + _EDGE:
+        head = tail = read(0, size)
+        width, height, compressed = _inspect(head, tail)
+    else:
+        head, tail = read(0, _HEAD), read(size - _EDGE, _EDGE)
         try:
-            outcomes.append(_check(path, box))
-        except (OSError, _FaultyImageError) as error:
-            outcomes.append(error)
-    return outcomes
-
-
-def _check(path: Path, box: Box | None) -> str:
-    """Signature of one file; OSError or _FaultyImageError if it is not a whole image."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= _HEAD + _EDGE:
-            head = tail = file.read()
             width, height, compressed = _inspect(head, tail)
-        else:
-            head = file.read(_HEAD)
-            file.seek(size - _EDGE)
-            tail = file.read()
-            try:
-                width, height, compressed = _inspect(head, tail)
-            except _FaultyImageError:  # a long header, or much behind the end: only the whole file can tell
-                file.seek(0)
-                whole = file.read()
-                width, height, compressed = _inspect(whole, whole)
-        if not compressed:
-            file.seek(0)
-            head = tail = file.read()
+        except FaultyImageError:  # a long header, or much behind the end: only the whole file can tell
+            whole = read(0, size)
+            width, height, compressed = _inspect(whole, whole)
+    if not compressed:
+        head = tail = read(0, size)
+    if decode:
+        decode_image(read(0, size))
     if box is not None:
         _bounds(box, width, height)
     if head is tail:
         return f"{size}-{zlib.crc32(head):08x}"
     return f"{size}-{zlib.crc32(head):08x}{zlib.crc32(tail):08x}"
+
+
+def _check_batch(batch: list[tuple[Path, Box | None]], decode: bool) -> list[str | Exception]:
+    outcomes: list[str | Exception] = []
+    for path, box in batch:
+        try:
+            with path.open("rb") as file:
+                outcomes.append(check_image(partial(_read_at, file), os.fstat(file.fileno()).st_size, box, decode))
+        except (OSError, FaultyImageError) as error:
+            outcomes.append(error)
+    return outcomes
+
+
+def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
+    file.seek(start)
+    return file.read(count)
 
 
 def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
@@ -220,11 +241,13 @@ def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
     """
     with _open(head) as image:
         _require_end(image.format, head, tail)
-        width, height = image.size
-        # A TIFF is turned by Pillow itself and shows its upright size already.
-        if _orientation(image) >= 5 and image.format != "TIFF":
-            width, height = height, width
-        return width, height, image.format in _COMPRESSED
+        return *_upright_size(image), image.format in _COMPRESSED
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    # A TIFF is turned by Pillow itself and shows its upright size already.
+    turned = image.format != "TIFF" and _orientation(image) >= 5
+    return (image.height, image.width) if turned else image.size
 
 
 def _require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
@@ -232,9 +255,9 @@ def _require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
         # A thumbnail in the EXIF block has an end marker of its own: only one behind the scan's start counts.
         scan = _scan_start(head)
         if scan < 0 or tail.rfind(b"\xff\xd9", scan if tail is head else 0) < 0:
-            raise _FaultyImageError("truncated JPEG (no end-of-image marker)")
+            raise FaultyImageError("truncated JPEG (no end-of-image marker)")
     elif file_format == "PNG" and tail.rfind(b"IEND\xaeB`\x82") < 0:
-        raise _FaultyImageError("truncated PNG (no IEND chunk)")
+        raise FaultyImageError("truncated PNG (no IEND chunk)")
 
 
 def _scan_start(data: bytes) -> int:
@@ -256,36 +279,56 @@ def _scan_start(data: bytes) -> int:
 def _open(data: bytes) -> Image.Image:
     """Open lazily: the header is parsed, nothing is decoded."""
     if not data:
-        raise _FaultyImageError("empty file (0 bytes)")
+        raise FaultyImageError("empty file (0 bytes)")
     # Pillow's guard against decompression bombs is a global that warns from 89 megapixels; ours is below.
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(io.BytesIO(data))
         except Image.UnidentifiedImageError as error:
-            raise _FaultyImageError(f"not an image, or cut off in its header (begins with {data[:12]!r})") from error
+            raise FaultyImageError(f"not an image, or cut off in its header (begins with {data[:12]!r})") from error
         except Exception as error:  # plugins raise SyntaxError, struct.error, ValueError, ... on damaged headers
-            raise _FaultyImageError(f"damaged header ({error})") from error
+            raise FaultyImageError(f"damaged header ({error})") from error
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height}"
-        raise _FaultyImageError(f"{size} pixels, more than the limit of {MAX_PIXELS // 10**6} megapixels: shrink it")
+        raise FaultyImageError(f"{size} pixels, more than the limit of {MAX_PIXELS // 10**6} megapixels: shrink it")
     return image
 
 
-def _decode(data: bytes) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright; _FaultyImageError unless the whole image is there."""
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of the upright image, from its header alone; FaultyImageError if that does not open."""
+    with _open(data) as image:
+        return _upright_size(image)
+
+
+def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
+    """The pixels of an image file's bytes; everything else as `read_image`.
+
+    Args:
+        data: the whole file.
+        reduction: 2, 4 or 8 let a JPEG decoder make an image of that fraction of the size, for a fraction of the
+            time; a format or colour space without such a way is decoded in full.
+
+    Returns:
+        (H, W, 3) uint8 RGB, upright, perhaps read-only; reduced, H and W are rounded up.
+
+    Raises:
+        FaultyImageError: unless the whole image is there.
+    """
     with _open(data) as image:
         # Checked here as well because other code may have set Pillow's global LOAD_TRUNCATED_IMAGES.
         _require_end(image.format, data, data)
         if image.mode in ("I", "F"):
-            raise _FaultyImageError("32-bit pixels have no defined 8-bit form: convert the file to 8 or 16 bits")
+            raise FaultyImageError("32-bit pixels have no defined 8-bit form: convert the file to 8 or 16 bits")
         same = _same_as_cv2(image)
+        if same and reduction > 1 and image.format in ("JPEG", "MPO"):
+            image.draft(None, (max(1, image.width // reduction), max(1, image.height // reduction)))
         try:
             image.load()
         except Exception as error:  # as in _open; MemoryError is one too
-            raise _FaultyImageError(f"truncated or damaged ({error})") from error
+            raise FaultyImageError(f"truncated or damaged ({error})") from error
         if same:
             upright = _UNDO_ORIENTATION.get(0 if image.format == "TIFF" else _orientation(image))
             image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn about palettes with it
@@ -295,9 +338,9 @@ def _decode(data: bytes) -> np.ndarray:
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
-        raise _FaultyImageError(f"OpenCV refuses it ({error})") from error
+        raise FaultyImageError(f"OpenCV refuses it ({error})") from error
     if pixels is None:
-        raise _FaultyImageError(f"OpenCV cannot read this kind of {file_format} ({mode}): convert it to PNG or JPEG")
+        raise FaultyImageError(f"OpenCV cannot read this kind of {file_format} ({mode}): convert it to PNG or JPEG")
     return pixels[..., ::-1]
 
 
@@ -323,11 +366,11 @@ def _orientation(image: Image.Image) -> int:
 def _bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     """Pixel bounds of the reference's crop `im[int(y1):int(y2), int(x1):int(x2)]`, clipped to the image."""
     if not all(math.isfinite(value) for value in box):
-        raise _FaultyImageError(f"box {tuple(box)} is not finite")
+        raise FaultyImageError(f"box {tuple(box)} is not finite")
     x1, y1, x2, y2 = (max(0, int(value)) for value in box)  # below 0 numpy would count from the far end
     x2, y2 = min(x2, width), min(y2, height)
     if x1 >= x2 or y1 >= y2:
-        raise _FaultyImageError(f"box {tuple(box)} cuts nothing out of its {width} x {height} pixels")
+        raise FaultyImageError(f"box {tuple(box)} cuts nothing out of its {width} x {height} pixels")
     return x1, y1, x2, y2
 
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from superglobal.data.images import IMAGE_EXTENSIONS, CheckReport, ImageItem, check_images
+from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem, check_images
 from superglobal.errors import InputError
 
 _SHOWN = 5
+NOTHING_COMPUTED = "nothing was computed, because input is missing or unreadable:"
 
 TOY = (
     "without a download: python scripts/make_toy_data.py renders toy landmarks (a minute), then "
@@ -112,20 +113,25 @@ def require_images(
     hints: list[str] = []
     for title, items, how_to_get in sets:
         if reports[title].problems:
-            lines += _describe(title, len(items), reports[title])
+            lines += describe_problems(title, len(items), reports[title].problems)
             if how_to_get not in hints:  # queries and database mostly share theirs
                 hints.append(how_to_get)
     lines += [*hints, *also]
     if lines:
-        raise InputError("\n".join(["nothing was computed, because input is missing or unreadable:", *lines]))
+        raise InputError("\n".join([NOTHING_COMPUTED, *lines]))
     return {title: report.signatures for title, report in reports.items()}
 
 
-def _describe(title: str, total: int, report: CheckReport) -> list[str]:
-    problems = report.problems
-    counts = f"{len(report.missing)} missing, {len(report.unreadable)} unreadable"
-    lines = [f"{title}: of {total} images {counts}"]
-    lines += [f"  {path}: {reason}" for path, reason in problems[:_SHOWN]]
+def describe_problems(title: str, total: int, problems: Sequence[tuple[Path | str, str]]) -> list[str]:
+    """Lines for a message: how many of `total` images are missing or unreadable, and the first five with reasons.
+
+    Args:
+        title: what the images are.
+        problems: place and reason of each; of a missing one the reason begins with "missing".
+    """
+    missing = sum(reason.startswith("missing") for _, reason in problems)
+    lines = [f"{title}: of {total} images {missing} missing, {len(problems) - missing} unreadable"]
+    lines += [f"  {place}: {reason}" for place, reason in problems[:_SHOWN]]
     if len(problems) > _SHOWN:
         lines.append(f"  ... and {len(problems) - _SHOWN} more")
     return lines

@@ -3,5 +3,6 @@
 from superglobal.engine.common import TrainingSweep, sweeping
 from superglobal.engine.evaluating import MergedTable, evaluate
 from superglobal.engine.fitting import train
+from superglobal.engine.tuning import tune
 
-__all__ = ["MergedTable", "TrainingSweep", "evaluate", "sweeping", "train"]
+__all__ = ["MergedTable", "TrainingSweep", "evaluate", "sweeping", "train", "tune"]

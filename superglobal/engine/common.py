@@ -15,6 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from superglobal.config import TrainerConfig
@@ -23,24 +24,38 @@ from superglobal.files import EXPORT
 
 log = logging.getLogger(__name__)
 
+# Lightning's, at every start, and nothing that a user could do.
+_SAYS_NOTHING: list[tuple[str, type[Warning]]] = [
+    (".*LeafSpec.*is deprecated", FutureWarning),
+    (".*your dataloader is not resumable", UserWarning),  # it is: the order goes on from the step
+    (".*in eval mode at the start of training", UserWarning),  # what is frozen is meant to be
+    (".*does not have many workers", UserWarning),
+    (".*smaller than the logging interval", UserWarning),  # curves are not logged by Lightning
+]
 
-def make_trainer(t: TrainerConfig, **options: Any) -> pl.Trainer:
-    """A Trainer without autocast that leaves sampling to us.
+
+def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -> pl.Trainer:
+    """A Trainer that leaves sampling to us.
 
     Args:
         t: where it runs.
+        precision: of the forward pass; no autocast by default.
         options: of `pl.Trainer`.
 
     Raises:
         InputError: Lightning refuses the settings, or a sweep asks for more than one device a job.
     """
-    # Lightning's own, at every start, and nothing that a user could do.
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)
+    for pattern, category in _SAYS_NOTHING:
+        warnings.filterwarnings("ignore", pattern, category)
     devices = t.devices
-    if sweeping():
+    # Where SLURM starts the processes of a job, none is started from here.
+    if sweeping() and not SLURMEnvironment.detect():
         # Lightning would start the whole sweep again in every further process.
         if devices not in (1, "1", "auto") and not (isinstance(devices, list) and len(devices) == 1):
-            raise InputError(f"trainer.devices={devices}: a sweep runs one device a job; use 1, or run without -m")
+            raise InputError(
+                f"trainer.devices={devices}: a sweep runs one device a job, since Lightning would start the whole "
+                "sweep again in every further process; use 1, or run without -m"
+            )
         if devices == "auto":
             log.info("sweep: one device a job")
             devices = 1
@@ -50,7 +65,7 @@ def make_trainer(t: TrainerConfig, **options: Any) -> pl.Trainer:
             devices=devices,
             strategy=t.strategy,
             use_distributed_sampler=False,
-            precision="32-true",
+            precision=precision,
             enable_model_summary=False,
             enable_progress_bar=t.progress,
             **options,

@@ -240,7 +240,7 @@ def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) ->
         with clock.time("score"):
             for name, (_, order) in stages.items():
                 shortlist = order if name == "rerank" else None
-                results[name] = _score(dataset, Q, X, shortlist, exclude, device, config.seed)
+                results[name] = score_set(dataset, Q, X, shortlist, exclude, device, config.seed)
     names = _names(inputs)
     summary = report.summarise(asdict(config), inputs.about, names, results, clock.times)
     report.write_result(folder, summary, results, stages, names)
@@ -253,7 +253,7 @@ def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) ->
     return report.main_metric(summary)
 
 
-def _score(
+def score_set(
     dataset: EvaluationSet,
     Q: np.ndarray,
     X: Rows,
@@ -262,6 +262,7 @@ def _score(
     device: str,
     seed: int,
 ) -> RetrievalResult:
+    """`evaluate` of the public functions, with the data set's own ground truth, protocols and landmarks."""
     gnd = dataset.gnd or []
     if exclude is not None:
         # An excluded image has no rank, so it cannot be listed as junk.

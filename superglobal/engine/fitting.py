@@ -5,87 +5,110 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-import sys
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
+import timm.layers
 import torch
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 
+from superglobal import callbacks
 from superglobal.api import load_model
-from superglobal.callbacks import RetrievalValidation
-from superglobal.checkpoint import load_strictly, read_weights, save_weights
+from superglobal.checkpoint import save_weights
 from superglobal.checks import validated
 from superglobal.config import TrainConfig, pooling_overrides
-from superglobal.data.datamodules import TrainingDataModule
-from superglobal.data.gldv2 import TrainList, how_to_get, read_train, split_landmarks
-from superglobal.data.images import ImageItem
-from superglobal.data.sets import require_images
-from superglobal.engine.common import make_trainer
+from superglobal.data.augment import Augment
+from superglobal.data.bad_photos import BadPhotos, require_photos
+from superglobal.data.datamodules import HeldOutPhotos, TrainingDataModule
+from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
+from superglobal.data.photos import Bad, TrainingPhotos
+from superglobal.data.revisited import revisited_set
+from superglobal.data.samplers import EpochBatches
+from superglobal.data.sets import EvaluationSet, require_images
+from superglobal.engine.run_folder import BAD_PHOTOS, CHECKPOINTS, claim, finish, finished, locked
+from superglobal.engine.running import make_fit_trainer, run_fit
 from superglobal.errors import InputError
-from superglobal.files import EXPORT, write_atomically
+from superglobal.files import EXPORT
 from superglobal.loggers import training_loggers
-from superglobal.models.heads import ArcFace
+from superglobal.models.heads import make_head
 from superglobal.models.network import RetrievalNetwork
-from superglobal.retrieval.report import versions
-from superglobal.retrieval.tables import flat
+from superglobal.processes import first_process
+from superglobal.retrieval.report import git_state, versions
 from superglobal.training import TrainingModule
 
 log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig, folder: Path) -> float:
-    """Train, validate by retrieval after every epoch, and export the best network.
+    """Train, validate by retrieval as it goes on, and export the best network.
 
     Args:
         cfg: composed `TrainConfig`.
         folder: of this run; its `best.safetensors` is what `eval.py` takes. A finished run of the same settings,
-            weights and photos is kept and not repeated; an unfinished one begins anew.
+            weights and photos is kept and not repeated; an unfinished one goes on from its newest checkpoint.
 
     Returns:
-        The best validation mAP, in 0..1.
+        The best validation mAP, in 0..1, in every process.
 
     Raises:
-        InputError: anything missing, unreadable or contradicting, or `folder` holds another training.
+        InputError: anything missing, unreadable or contradicting, `folder` holds another training, another process
+            trains there, or what ended the training.
     """
     config = validated(cfg, TrainConfig)
+    first = first_process()
+    if not first:
+        logging.getLogger("superglobal").setLevel(logging.WARNING)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    photos, held_out, signatures = _photos(config)
+    photos, held_out = _photos(config)
     network = _network(config)
-    identity = _identity(config, network, photos, signatures)
-    done = _claim(folder, identity)
-    if done is not None:
-        return done
-    score = _fit(config, network, photos, held_out, folder)
-    export = folder / EXPORT
-    save_weights(network, export, {**identity, "val_map": score, "versions": versions()})
-    log.info("best validation mAP %.4f; exported: %s", score, export)
+    # The other processes are children of this one, or wait for it to join them: it checks for all.
+    bad: list[Bad] = [[], []]
+    about: dict[str, Any] = {}
+    if first:
+        d = config.data
+        bad, content = require_photos([photos, held_out], d.root, d.table, d.tars, d.bad_budget)
+        identity = _identity(config, network, photos, content)
+        about = {
+            "identity": identity,
+            "root": d.root,
+            "trainer": asdict(config.trainer),
+            "versions": versions(),
+            "git": git_state(),
+        }
+    with locked(folder) if first else nullcontext():
+        done = claim(folder, about, config.resume == "anew") if first else finished(folder)
+        if done is not None:
+            log.info("trained already, validation mAP %.4f: %s (remove the folder to train again)", done, folder)
+            return done
+        score = _fit(config, folder, network, photos, held_out, bad, about)
+        if first:
+            finish(folder, score)
+            log.info("best validation mAP %.4f; exported: %s", score, folder / EXPORT)
     return score
 
 
-def _photos(config: TrainConfig) -> tuple[TrainList, TrainList, list[str]]:
-    """Training photos, held-out photos, and the content signatures of both."""
-    d = config.data
-    photos, held_out = split_landmarks(read_train(d.root, d.table, d.min_images), d.val_fraction, config.seed)
+def _photos(config: TrainConfig) -> tuple[TrainList, TrainList]:
+    """Training photos and held-out photos."""
+    d, fraction = config.data, config.validation.fraction
+    listed = read_train(d.root, d.table, d.min_images, d.classes_of, d.leave_out, d.tars)
+    photos, held_out = split_landmarks(listed, fraction, config.seed)
     landmarks = len(photos.landmarks), len(held_out.landmarks)
     if min(landmarks) < 2:
         raise InputError(
-            f"data.val_fraction={d.val_fraction}: {landmarks[0]} landmarks to train on, {landmarks[1]} to validate on; "
+            f"validation.fraction={fraction}: {landmarks[0]} landmarks to train on, {landmarks[1]} to validate on; "
             "both need at least two"
         )
-    if len(photos) < config.optim.batch_size:
-        raise InputError(
-            f"optim.batch_size={config.optim.batch_size}: there are only {len(photos)} training photos; lower it"
-        )
+    # Refuses a batch that the photos do not fill.
+    EpochBatches(len(photos), config.optim.batch_size, config.seed, config.trainer.accumulate)
     log.info("%d photos of %d landmarks", len(photos), landmarks[0])
     log.info("held out for validation: %d photos of %d landmarks", len(held_out), landmarks[1])
-    items = [ImageItem(part.path(i)) for part in (photos, held_out) for i in range(len(part))]
-    title = "training photos"
-    return photos, held_out, require_images([(title, items, how_to_get(Path(d.root)))])[title]
+    return photos, held_out
 
 
 def _network(config: TrainConfig) -> RetrievalNetwork:
@@ -98,84 +121,136 @@ def _network(config: TrainConfig) -> RetrievalNetwork:
         dim=config.dim,
         trainable=True,
     )
-    side = config.data.image_size
-    if side < network.min_side():
-        raise InputError(
-            f"data.image_size={side}: with this pooling the network needs at least {network.min_side()} px a side"
-        )
+    for side in (config.data.image_size, *(side for _, side in config.data.stages)):
+        if side < network.min_side():
+            raise InputError(
+                f"data.image_size={side}: with this pooling the network needs at least {network.min_side()} px a side"
+            )
+    if config.optim.batch_norm == "sync":
+        if not torch.cuda.is_available():
+            raise InputError("optim.batch_norm=sync works between GPUs; use train or frozen here")
+        # torch's own would drop the activation that timm's layers bring along.
+        network = timm.layers.convert_sync_batchnorm(network)
     return network
 
 
-def _identity(
-    config: TrainConfig, network: RetrievalNetwork, photos: TrainList, signatures: list[str]
-) -> dict[str, Any]:
+def _identity(config: TrainConfig, network: RetrievalNetwork, photos: TrainList, content: str) -> dict[str, Any]:
     """What makes a training another one: settings, the network it starts from, photos. Plain types."""
     settings = asdict(config)
     # Where it runs, and what the network says of itself: `pooling.relup=true` is `pooling.relup=on`.
-    for where in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim"):
+    for where in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim", "resume"):
         del settings[where]
-    del settings["data"]["root"]
+    for where in ("role", "root", "tars", "bad_budget"):
+        del settings["data"][where]
+    del settings["validation"]["sets"]
     digest = hashlib.sha256(photos.digest().encode())
-    digest.update("\n".join(signatures).encode())
+    digest.update(content.encode())
     identity = {"settings": settings, "start": network.identity(), "photos": digest.hexdigest()}
     return json.loads(json.dumps(identity, default=str))
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> float | None:
-    """Make `folder` this training's, and give the score if it is finished.
-
-    Raises:
-        InputError: it is another training's; nothing there was touched.
-    """
-    record, export = folder / "training.json", folder / EXPORT
-    if record.is_file() or export.is_file():
-        try:
-            found = json.loads(record.read_text()) if record.is_file() else {}
-        except ValueError as error:
-            raise InputError(f"{record}: damaged ({error}); remove {folder} to train again") from error
-        before, now = flat(found), flat(identity)
-        differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        if differing:
-            raise InputError(
-                f"{folder} holds another training; different are {', '.join(differing[:6])}. Give a new name=, or "
-                "remove the folder"
-            )
-    if export.is_file():
-        score = float(read_weights(export).provenance["origin"]["val_map"])
-        log.info("trained already, validation mAP %.4f: %s (remove the folder to train again)", score, export)
-        return score
-    if record.is_file():
-        log.warning("%s holds the beginning of this training; it begins anew", folder)
-        for left in ("checkpoints", "csv"):
-            shutil.rmtree(folder / left, ignore_errors=True)
-    write_atomically(record, json.dumps(identity, indent=1).encode())
-    return None
+def _watched(config: TrainConfig) -> list[EvaluationSet]:
+    """The evaluation sets that are there, their images checked by the first process."""
+    found, first = [], first_process()
+    for entry in config.validation.sets:
+        place = Path(config.paths.data) / entry
+        if (place / f"gnd_{place.name}.pkl").is_file():
+            found.append(revisited_set(place.parent, place.name))
+        elif first:
+            log.info("validation.sets: %s is not there, nothing is watched on it", place)
+    if first:
+        parts = [
+            (one, title, items)
+            for one in found
+            for title, items in (("queries", one.queries), ("database", one.database))
+        ]
+        require_images([(f"{one.name} {title}", items, one.how_to_get) for one, title, items in parts])
+    return found
 
 
-def _fit(config: TrainConfig, network: RetrievalNetwork, photos: TrainList, held_out: TrainList, folder: Path) -> float:
-    """Train `network` in place; it ends as it was at its best epoch, whose validation mAP is returned."""
+def _fit(
+    config: TrainConfig,
+    folder: Path,
+    network: RetrievalNetwork,
+    photos: TrainList,
+    held_out: TrainList,
+    bad: list[Bad],
+    about: dict[str, Any],
+) -> float:
+    """Train `network` in place and export it whenever it is the best; the best validation mAP."""
     d, o, t = config.data, config.optim, config.trainer
-    head = ArcFace(network.dim, len(photos.landmarks), config.head.scale, config.head.margin)
-    every = min(t.log_every, len(photos) // o.batch_size)
-    module = TrainingModule(network, head, o, every)
-    best = ModelCheckpoint(folder / "checkpoints", "best", monitor="val/map", mode="max", enable_version_counter=False)
-    validation = RetrievalValidation(held_out, d.val_images, d.val_max_side, config.seed)
-    data = TrainingDataModule(photos, d.image_size, d.crop, d.jitter, o.batch_size, t.num_workers, config.seed)
-    with training_loggers(config, folder) as loggers:
-        callbacks: list[Callback] = [validation, best, LearningRateMonitor("step")]
-        trainer = make_trainer(t, max_epochs=o.epochs, callbacks=callbacks, logger=loggers, log_every_n_steps=every)
-        try:
-            trainer.fit(module, data)
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            log.error(
-                "interrupted in epoch %d of %d: nothing was exported, the same command begins anew",
-                trainer.current_epoch + 1,
-                o.epochs,
-            )
-            sys.exit(130)
-    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-    load_strictly(module.cpu(), state, best.best_model_path)
-    # The learned p becomes part of what the network says of itself.
-    network.set_p(None)
-    assert best.best_model_score is not None
-    return float(best.best_model_score)
+    steps = EpochBatches(len(photos), o.batch_size, config.seed, t.accumulate).steps
+    every = min(t.log_every, steps)
+    counts = np.bincount(photos.labels, minlength=len(photos.landmarks))
+    head = make_head(dim=network.dim, counts=counts, **asdict(config.head))
+    module = TrainingModule(network, head, o, o.epochs * steps, photos.landmarks, t)
+    missed, missed_held_out = (
+        BadPhotos(folder / BAD_PHOTOS, len(photos) + len(held_out), d.bad_budget, part.place)
+        for part in (photos, held_out)
+    )
+    missed.add(bad[0])
+    missed_held_out.add(bad[1])
+    guard = callbacks.NonFiniteGuard(every, folder, photos.place)
+    validation = _validation(config, folder, held_out, bad[1], about)
+    watchers: list[Callback] = [
+        callbacks.StepSeed(config.seed),
+        callbacks.BadPhotoGuard(missed),
+        callbacks.Curves(every, o.batch_size),
+        guard,
+        validation,
+        callbacks.Checkpoints(folder / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, guard),
+    ]
+    # Where a run begins anew, the other processes may still see what the first one has removed.
+    anew = config.resume == "anew" and not first_process()
+    checkpoint, step = (None if anew else callbacks.newest_good(folder / CHECKPOINTS)) or (None, 0)
+    if checkpoint is not None:
+        log.info("going on from %s: step %d of %d", checkpoint, step, module.total_steps)
+    with training_loggers(config, folder, step, about) as loggers:
+        trainer = make_fit_trainer(t, o, watchers, loggers)
+        # Before any process is started that would find it out.
+        EpochBatches(len(photos), o.batch_size, config.seed, t.accumulate, world=trainer.world_size)
+        run_fit(trainer, module, _data(config, photos), checkpoint)
+    return validation.best
+
+
+def _validation(
+    config: TrainConfig, folder: Path, held_out: TrainList, bad: Bad, about: dict[str, Any]
+) -> callbacks.RetrievalValidation:
+    v = config.validation
+
+    def export(best: RetrievalNetwork, score: float, step: int) -> None:
+        # The learned p becomes part of what the network says of itself.
+        best.set_p(None)
+        save_weights(best, folder / EXPORT, {**about, "val_map": score, "step": step})
+
+    return callbacks.RetrievalValidation(
+        HeldOutPhotos(held_out, v.images, v.max_side, config.seed, without=[index for index, _ in bad]),
+        every_epochs=v.every_epochs,
+        every_steps=v.every_steps,
+        sets=_watched(config),
+        patience=v.patience,
+        export=export,
+        num_workers=config.trainer.num_workers,
+    )
+
+
+def _data(config: TrainConfig, photos: TrainList) -> TrainingDataModule:
+    d = config.data
+    augment = Augment(d.crop, d.flip, d.jitter, reduced=d.reduced_decode)
+    side = partial(side_in_epoch, d.image_size, d.stages)
+    return TrainingDataModule(
+        TrainingPhotos(photos, augment, side, config.seed),
+        config.optim.batch_size,
+        config.trainer.accumulate,
+        config.trainer.num_workers,
+        config.seed,
+    )
+
+
+def side_in_epoch(image_size: int, stages: list[list[int]], epoch: int) -> int:
+    """Side of the training photos in an epoch, counted from 0: the stages one after the other, then `image_size`."""
+    for epochs, side in stages:
+        if epoch < epochs:
+            return side
+        epoch -= epochs
+    return image_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from superglobal.errors import InputError
 from superglobal.models.backbone import Backbone, has_relup, install_relup
-from superglobal.models.pooling import MapPooling, PoolingConfig, scale_gem
+from superglobal.models.pooling import MapPooling, PoolingConfig, scale_gem, wide
 
 # The reference's lists (model/resnet.py:269-281); its default is the one of three.
 SCALES: dict[int, tuple[float, ...]] = {
@@ -101,13 +101,16 @@ class RetrievalNetwork(nn.Module):
         self.pooling.config = replace(self.config, p=float(f"{self.pooling.p.item():.6g}"))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8, or float in 0..1, RGB -> float32 standardised with the weights' statistics."""
-        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        """(B, 3, H, W) uint8, or float in 0..1, RGB -> standardised with the weights' statistics, in their dtype."""
+        images = images.to(self.mean.dtype) / (255 if images.dtype == torch.uint8 else 1)
         return (images - self.mean) / self.std
 
     def whitened(self, x: Tensor) -> Tensor:
         """Descriptor at one scale before its last normalisation: (B, 3, H, W) standardised -> (B, D)."""
-        pooled = self.pooling(self.backbone(x))
+        return self._pooled(self.backbone(x))
+
+    def _pooled(self, feature_map: Tensor) -> Tensor:
+        pooled = self.pooling(feature_map)
         if self.whitening is None:
             return pooled
         return self.whitening(F.normalize(pooled) if self.config.l2_before_whitening else pooled)
@@ -121,9 +124,17 @@ class RetrievalNetwork(nn.Module):
         Returns:
             (B, D) float32, unit norm.
         """
+        return self.descriptors(self.feature_maps(images))
+
+    def feature_maps(self, images: Tensor) -> Iterator[Tensor]:
+        """What is pooled: one map (B, C, h, w) per scale, one after the other, of images as `forward` takes them."""
         images = self._enlarge(images)
         x = images if self.config.opencv_resize else self.normalize(images)
-        vectors = [self.whitened(self._at_scale(x, s)).float() for s in self.scales]
+        return (self.backbone(self._at_scale(x, scale)) for scale in self.scales)
+
+    def descriptors(self, feature_maps: Iterable[Tensor]) -> Tensor:
+        """Pool, whiten and combine: one map (B, C, h, w) per scale -> (B, D) float32, unit norm."""
+        vectors = [wide(self._pooled(x)) for x in feature_maps]
         if self.config.scale:
             combined = scale_gem(vectors, self.config.scale_p)
         else:

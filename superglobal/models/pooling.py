@@ -137,6 +137,11 @@ def make_pooling(
     return PoolingConfig(**pooling)
 
 
+def wide(x: Tensor) -> Tensor:
+    """At least float32: half precision is widened, float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def gem(x: Tensor, p: float | Tensor = 3.0, eps: float = 1e-6) -> Tensor:
     """Generalised mean over all positions of a map, (mean of max(x, eps)^p)^(1/p).
 
@@ -146,10 +151,10 @@ def gem(x: Tensor, p: float | Tensor = 3.0, eps: float = 1e-6) -> Tensor:
         x: (B, C, h, w), any float dtype; negative values count as eps.
 
     Returns:
-        (B, C) float32.
+        (B, C) float32 (float64 for float64 maps).
     """
     with torch.autocast(x.device.type, enabled=False):
-        return x.float().clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1.0 / p)
+        return wide(x).clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1.0 / p)
 
 
 def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5) -> Tensor:
@@ -174,10 +179,21 @@ def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5
             f"got {x.shape[-2]} x {x.shape[-1]}: enlarge the image or switch pooling.regional off"
         )
     with torch.autocast(x.device.type, enabled=False):
-        x = x.float()
-        powers = F.pad(x.clamp(min=0).pow(p), (pad, pad, pad, pad), mode="reflect")
+        x = wide(x)
+        powers = _reflected(x.clamp(min=0).pow(p), pad)
         regional = F.avg_pool2d(powers, window, stride=1).clamp(min=_TINY).pow(1.0 / p)
         return weight * regional + (1.0 - weight) * x
+
+
+def _reflected(x: Tensor, pad: int) -> Tensor:
+    """Reflect padding on all four sides; with a deterministic gradient where that is asked for."""
+    if not (x.requires_grad and torch.are_deterministic_algorithms_enabled()):
+        return F.pad(x, (pad, pad, pad, pad), mode="reflect")
+    for dim in (-2, -1):
+        places = torch.arange(x.shape[dim], device=x.device)
+        places = torch.cat([places[1 : pad + 1].flip(0), places, places[-pad - 1 : -1].flip(0)])
+        x = x.index_select(dim, places)
+    return x
 
 
 def scale_gem(descriptors: Tensor | Sequence[Tensor], p: float = math.inf) -> Tensor:
@@ -195,7 +211,7 @@ def scale_gem(descriptors: Tensor | Sequence[Tensor], p: float = math.inf) -> Te
     """
     stack = descriptors if isinstance(descriptors, Tensor) else torch.stack(list(descriptors))
     with torch.autocast(stack.device.type, enabled=False):
-        stack = stack.float()
+        stack = wide(stack)
         if math.isinf(p):
             return F.normalize(stack, dim=-1).amax(dim=0)
         gamma = stack.amin(dim=(0, 2), keepdim=True)

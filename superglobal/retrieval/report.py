@@ -12,6 +12,7 @@ import io
 import json
 import math
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,6 +28,8 @@ from superglobal.files import write_atomically
 from superglobal.retrieval.metrics import RetrievalResult
 
 FORMAT = "superglobal-result-1"
+TEST_MARK = "(test set)"
+"""What `tuned_on` ends with where settings were chosen on a test set."""
 _LISTED = 100
 _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-headless", "faiss-cpu", "faiss-gpu")
 
@@ -88,10 +91,17 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
         "format": FORMAT,
         "label": config["ablation"] or "",
         "dataset": name,
+        "role": dataset["role"],
+        "tuned_on": tuned_on(config),
         "weights": config["weights"],
         "metrics": {},
         "config": dict(config),
     }
+
+
+def tuned_on(config: Mapping[str, Any]) -> list[str]:
+    """On which photos the settings of pooling and reranking were chosen; empty for the paper's and those by hand."""
+    return sorted({part["tuned_on"] for part in (config["pooling"], config["rerank"]) if part.get("tuned_on")})
 
 
 def versions() -> dict[str, str]:
@@ -103,6 +113,19 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def git_state() -> dict[str, str] | None:
+    """Commit of the code, and whether it was changed since; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "changed": str(bool(git("status", "--porcelain", "-uno")))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def main_metric(summary: Mapping[str, Any]) -> float:
@@ -184,6 +207,8 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
                 )
         out.print(table)
     out.print(_modules(summary), soft_wrap=True, highlight=False, markup=False)
+    if summary["tuned_on"]:
+        out.print(f"settings tuned on {', '.join(summary['tuned_on'])}", soft_wrap=True, highlight=False, markup=False)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in summary["seconds"].items())
     out.print(f"{seconds}\nresults in {folder}", soft_wrap=True, highlight=False, markup=False)
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from superglobal.errors import InputError
 from superglobal.files import EXPORT, write_atomically
 from superglobal.retrieval.metrics import cluster_interval
-from superglobal.retrieval.report import FORMAT, console, main_metric, main_protocol, percent
+from superglobal.retrieval.report import FORMAT, TEST_MARK, console, main_metric, main_protocol, percent
 
 SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")
 LADDER: dict[str, tuple[bool, ...]] = {
@@ -36,6 +36,8 @@ _UNTOLD = (
     "distractors",
     "weights",
     "name",
+    "pooling.tuned_on",
+    "rerank.tuned_on",
 )
 _ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled")
 
@@ -109,7 +111,10 @@ def _table(folder: Path, results: list[dict[str, Any]]) -> tuple[list[str], list
     baselines: dict[tuple[str, ...], dict[str, Any]] = {}
     cells = []
     for result, setting, named in zip(results, settings, ladder, strict=True):
-        place = [result["dataset"], shown[str(result["weights"])], result["label"] or result["place"]]
+        run = result["label"] or result["place"]
+        # A number that was made high by looking at it says so wherever it goes.
+        run += "".join(f" (tuned on {photos})" for photos in result.get("tuned_on", ()) if photos.endswith(TEST_MARK))
+        place = [result["dataset"], shown[str(result["weights"])], run]
         values = [str(setting.get(key, "")) for key in differing]
         numbers = _numbers(result)
         others = [value for name, value in zip(differing, values, strict=True) if name not in _ABLATED]

@@ -1,0 +1,49 @@
+"""Each variant in a process of its own: peak memory is its own, and other load falls on all alike."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def _status(key: str) -> float:
+    """A line of /proc/self/status in MB, e.g. VmRSS; elsewhere the peak so far."""
+    try:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _measure(make: Callable[[], Callable[[], Any]], repeats: int, answers: Any) -> None:
+    """In a child: build inputs, run `repeats` times; sends (median seconds, MB above the inputs, result)."""
+    run = make()
+    before = _status("VmRSS")
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+    answers.put((statistics.median(seconds), _status("VmHWM") - before, result))
+
+
+def measured(make: Callable[[], Callable[[], Any]], repeats: int) -> tuple[float, float, Any]:
+    """`_measure` in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    process = context.Process(target=_measure, args=(make, repeats, answers))
+    process.start()
+    while True:
+        try:
+            answer = answers.get(timeout=1)
+            break
+        except queue.Empty:
+            if not process.is_alive():
+                raise RuntimeError(f"the benchmark process ended with {process.exitcode}; out of memory?") from None
+    process.join()
+    return answer

@@ -1,0 +1,79 @@
+"""Photos a second on one core from the bytes of a JPEG to what the network is trained on."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from superglobal.data.augment import Augment
+from superglobal.data.images import decode_image, image_size
+
+SIZES, SIDES = ((800, 600), (1600, 1200)), (256, 512)
+CROP, JITTER = 0.3, 0.2  # conf/data
+
+
+def synthetic(width: int, height: int, count: int) -> list[bytes]:
+    """JPEGs of quality 90 with shapes of all sizes and a little noise, about as large as photos are."""
+    rng, files = np.random.default_rng(0), []
+    for _ in range(count):
+        pixels = rng.normal(0, 4, (height, width, 3))
+        for cells in (4, 16, 64, 256):
+            coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+            pixels += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) / 4
+        file = io.BytesIO()
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
+
+
+def _seconds(run: Callable[[bytes], object], photos: list[bytes]) -> float:
+    torch.manual_seed(0)
+    start = time.perf_counter()
+    for photo in photos:
+        run(photo)
+    return (time.perf_counter() - start) / len(photos)
+
+
+def _compare(title: str, photos: list[bytes], rounds: int) -> None:
+    variants: dict[str, Callable[[bytes], object]] = {"decoded in full, nothing else": decode_image}
+    for side in SIDES:
+        for reduced in (False, True):
+            augment = Augment(CROP, True, JITTER, reduced=reduced)
+            name = f"augmented to {side} px, decoded {'reduced' if reduced else 'in full'}"
+            variants[name] = lambda data, augment=augment, side=side: augment(data, side)
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, run in variants.items():
+            seconds[name].append(_seconds(run, photos))
+    floor = statistics.median(seconds["decoded in full, nothing else"])
+    print(f"{title}: {len(photos)} photos of {sum(map(len, photos)) / len(photos) / 1e3:.0f} KB on average")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"  {name:42}{1 / median:8.1f} images/s{median / floor:8.2f} x")
+
+
+def main(argv: list[str]) -> None:
+    """Decoding and augmenting against decoding alone, in turns."""
+    parser = argparse.ArgumentParser("bench.py decode", description=__doc__)
+    parser.add_argument("--photos", type=Path, help="folder of JPEGs; made-up ones of two sizes by default")
+    parser.add_argument("--count", type=int, default=24, help="photos of a size")
+    parser.add_argument("--rounds", type=int, default=5, help="of all variants in turn; the median is shown")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    if args.photos:
+        photos = [path.read_bytes() for path in sorted(args.photos.rglob("*.jpg"))[: args.count]]
+        pixels = statistics.median(np.prod(image_size(photo)) for photo in photos)
+        _compare(f"{args.photos}, {pixels / 1e6:.1f} megapixels (median)", photos, args.rounds)
+        return
+    for width, height in SIZES:
+        _compare(f"{width} x {height}", synthetic(width, height, args.count), args.rounds)

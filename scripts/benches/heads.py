@@ -1,0 +1,119 @@
+"""A training step of every head against a plain linear softmax classifier of the same size, in the same run.
+
+On the CPU the time is the processor's (of all threads), which other load on the machine hardly changes; on a GPU it is
+the clock's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benches.common import measured
+from superglobal.models.heads import make_head
+
+BATCH, DIM = 64, 2048
+CLASSES = (81_313, 203_094)  # GLDv2-clean, GLDv2
+HEADS = [
+    ("arcface", 1, 1.0),
+    ("cosface", 1, 1.0),
+    ("curricularface", 1, 1.0),
+    ("arcface", 1, 0.1),
+    ("cosface", 1, 0.1),
+    ("curricularface", 1, 0.1),
+    ("arcface", 3, 1.0),
+    ("arcface", 3, 0.1),
+]  # kind, centres, negatives
+
+
+class Linear(nn.Module):
+    """The baseline: (B, D) and labels (B,) -> cross entropy of inner products, without norms or margin."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, DIM).normal_(std=0.01))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, self.weight), labels)
+
+
+def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Callable[[], tuple[float, float]]:
+    """Forward and backward in float32, gradients made anew: (least processor seconds, GPU's MB above the inputs)."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        x = torch.randn(BATCH, DIM, requires_grad=True)
+        labels = torch.randint(classes, (BATCH,))
+        if head:
+            kind, centers, negatives = head
+            counts = np.full(classes, 20)
+            module = make_head(kind, DIM, counts, scale=45.25, margin=0.15, centers=centers, negatives=negatives)
+        else:
+            module = Linear(classes)
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    spent = []
+
+    def run() -> tuple[float, float]:
+        start = time.process_time()
+        x.grad = module.weight.grad = None
+        output = module(x, labels)
+        loss = output.loss if head else output
+        loss.backward()
+        spent.append(time.process_time() - start)
+        if device == "cpu":
+            return min(spent), 0.0
+        torch.cuda.synchronize()
+        return min(spent), (torch.cuda.max_memory_allocated() - before) / 2**20
+
+    if device == "cuda":
+        run()  # libraries load their kernels at the first call
+    return run
+
+
+def _measured(make: Callable[[], Callable[[], Any]], repeats: int, device: str) -> tuple[float, float]:
+    """(seconds, MB above weights and batch)."""
+    clock, of_process, (processor, of_gpu) = measured(make, repeats)
+    return (clock, of_gpu) if device == "cuda" else (processor, of_process)
+
+
+def main(argv: list[str]) -> None:
+    """Time and memory of a training step of every head, at the two sizes of GLDv2."""
+    parser = argparse.ArgumentParser("bench.py heads", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each")
+    parser.add_argument("--memory-limit-gb", type=float, default=12, help="larger heads are not run")
+    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
+    arguments = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"batch {BATCH}, D={DIM}, float32, forward and backward; {device}, {torch.get_num_threads()} threads\n")
+    print("| classes | head | centres | negatives | time | ratio | memory above weights and batch | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    for classes in arguments.classes:
+        base = _measured(partial(_step, classes, device, None), arguments.repeats, device)
+        _row(classes, "linear softmax", 1, 1.0, base, base)
+        for head in HEADS:
+            kind, centers, negatives = head
+            size = classes * centers * DIM * 4 / 1e9
+            if 2 * size > arguments.memory_limit_gb:
+                need = f"{classes:,} x {centers} x {DIM} x 4 bytes = {size:.1f} GB of weights, as much of gradient"
+                print(f"| {classes:,} | {kind} | {centers} | {negatives:g} | not run: {need} | | | |")
+                continue
+            found = _measured(partial(_step, classes, device, head), arguments.repeats, device)
+            _row(classes, kind, centers, negatives, found, base)
+
+
+def _row(
+    classes: int, name: str, centers: int, negatives: float, found: tuple[float, float], base: tuple[float, float]
+) -> None:
+    (seconds, megabytes), (base_seconds, base_megabytes) = found, base
+    print(
+        f"| {classes:,} | {name} | {centers} | {negatives:g} | {seconds:.3f} s | {seconds / base_seconds:.2f} x "
+        f"| {megabytes:.0f} MB | {megabytes / base_megabytes:.2f} x |",
+        flush=True,
+    )

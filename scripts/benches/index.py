@@ -1,0 +1,115 @@
+"""Made-up lists of GLDv2's size: how long they take to load, and what they cost each worker."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benches.common import measured
+from superglobal.data.gldv2 import TrainList, read_train
+from superglobal.data.samplers import EpochBatches
+
+LISTS = {"train.csv": (4_132_914, 203_094), "train_clean.csv": (1_580_470, 81_313)}  # photos, landmarks
+URL = "http://upload.wikimedia.org/wikipedia/commons/{:x}/Some_church_of_a_town,_seen_from_the_river.jpg"
+
+
+def write_list(root: Path, table: str, photos: int, landmarks: int) -> None:
+    """Random ids; landmarks of all sizes, one of more than ten thousand photos."""
+    rng = np.random.default_rng(0)
+    share = 1 / (np.arange(landmarks) + 20) ** 0.8
+    of = np.concatenate([np.arange(landmarks), rng.choice(landmarks, photos - landmarks, p=share / share.sum())])
+    ids = [value.tobytes().hex() for value in rng.integers(2**64, size=photos, dtype=np.uint64)]
+    with (root / table).open("w") as file:
+        if table == "train.csv":
+            file.write("id,url,landmark_id\n")
+            file.writelines(f'{ids[i]},"{URL.format(i)}",{of[i]}\n' for i in rng.permutation(photos).tolist())
+            return
+        file.write("landmark_id,images\n")
+        order, ends = np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))
+        for landmark, rows in enumerate(np.split(order, ends[:-1])):
+            file.write(f"{landmark},{' '.join(ids[i] for i in rows.tolist())}\n")
+
+
+def straightforward_read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) S16 ids and (N,) int64 landmarks, sorted, by the csv module and Python's own lists."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(newline="") as file:
+        pairs = []
+        for row in csv.DictReader(file):
+            names = row["images"].split() if "images" in row else [row["id"]]
+            pairs += [(int(row["landmark_id"]), name) for name in names]
+    pairs.sort()
+    return np.array([name for _, name in pairs], "S16"), np.array([landmark for landmark, _ in pairs])
+
+
+def _ours(root: Path, table: str) -> Callable[[], Any]:
+    return lambda: len(read_train(root, table, min_images=1))
+
+
+def _baseline(root: Path, table: str) -> Callable[[], Any]:
+    return lambda: len(straightforward_read(root / table)[0])
+
+
+def _private() -> float:
+    """MB that only this process has."""
+    with open("/proc/self/smaps_rollup") as lines:
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def _work(photos: TrainList | None, answers: Any) -> None:
+    for row in range(0 if photos is None else len(photos)):
+        if row % 7 == 0:
+            photos.path(row), int(photos.labels[row])
+    answers.put(_private())
+
+
+def _workers(root: Path, table: str) -> Callable[[], Any]:
+    """MB that a worker adds which has gone through a seventh of the list, above one without a list."""
+
+    def run() -> dict[str, float]:
+        photos, added = read_train(root, table, min_images=1), {}
+        for method in ("fork", "spawn"):
+            context, values = multiprocessing.get_context(method), []
+            for given in (None, photos):
+                answers = context.Queue()
+                process = context.Process(target=_work, args=(given, answers))
+                process.start()
+                values.append(answers.get(timeout=300))
+                process.join()
+            added[method] = values[1] - values[0]
+        return added
+
+    return run
+
+
+def main(argv: list[str]) -> None:
+    """read_train against the csv module, the memory that workers add, and the first draw of an epoch's order."""
+    parser = argparse.ArgumentParser("bench.py index", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of read_train; the median is shown")
+    parser.add_argument("--share", type=float, default=1.0, help="of GLDv2's size, for a quick try")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for table, (photos, landmarks) in LISTS.items():
+            photos, landmarks = int(photos * args.share), int(landmarks * args.share)
+            write_list(root, table, photos, landmarks)
+            print(f"{table}: {photos} photos of {landmarks} landmarks, {(root / table).stat().st_size / 1e6:.0f} MB")
+            own, megabytes, count = measured(partial(_ours, root, table), args.repeats)
+            assert count == photos
+            print(f"  {'read_train':32}{own:8.2f} s{1:8.1f} x{megabytes:8.0f} MB above the imports")
+            seconds, megabytes, _ = measured(partial(_baseline, root, table), 1)
+            print(f"  {'csv module, Python lists':32}{seconds:8.2f} s{seconds / own:8.1f} x{megabytes:8.0f} MB")
+            _, _, added = measured(partial(_workers, root, table), 1)
+            print("  a worker adds: " + ", ".join(f"{value:.0f} MB ({name})" for name, value in added.items()))
+            start = time.perf_counter()
+            next(iter(EpochBatches(photos, 256, 0)))
+            print(f"  first draw of an epoch's order: {time.perf_counter() - start:.2f} s")

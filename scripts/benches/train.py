@@ -1,0 +1,167 @@
+"""What a step of the framework costs over a bare PyTorch loop of the same network, head, data and optimiser.
+
+Both have the moving average of the weights, the schedule, gradient clipping, a look at the loss and a row of the curves
+every `--log-every` steps, and batches from the same loader without workers; neither validates, and saving is not
+counted. They take turns in one process, a block of steps each; a step's time is that between the beginnings of two, the
+median of a block, and of the blocks again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset
+
+from superglobal import callbacks, load_model
+from superglobal.config import FitConfig, OptimConfig
+from superglobal.data.datamodules import TrainingDataModule
+from superglobal.data.photos import Photo, collate
+from superglobal.data.samplers import EpochBatches
+from superglobal.engine.running import make_fit_trainer, precision
+from superglobal.loggers import CurveFile
+from superglobal.models.heads import make_head
+from superglobal.training import TrainingModule, parameter_groups, warmup_cosine
+
+CLASSES, FIRST = 100, 10  # steps at the beginning of a block that do not count
+
+
+class Noise(Dataset):
+    """Random photos in memory."""
+
+    def __init__(self, photos: int, side: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.pool = torch.randint(0, 256, (64, 3, side, side), dtype=torch.uint8, generator=generator)
+        self.photos = photos
+
+    def __len__(self) -> int:
+        return self.photos
+
+    def __getitem__(self, place: tuple[int, int]) -> Photo:
+        index = place[1]
+        return Photo(self.pool[index % len(self.pool)], index % CLASSES, index, [])
+
+
+class Clock(pl.Callback):
+    """When each step began."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begun.append(time.perf_counter())
+
+
+def parts(args: argparse.Namespace) -> tuple[Any, Any, OptimConfig]:
+    torch.manual_seed(0)
+    network = load_model("random", backbone=args.backbone, pooling="gem", scales=1, dim=args.dim, trainable=True)
+    head = make_head("arcface", args.dim, [1] * CLASSES, scale=16, margin=0.1)
+    return network, head, OptimConfig(name="sgd", lr=1e-4, clip=10, ema=0.99, batch_size=args.batch, epochs=1)
+
+
+def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
+    """Beginnings of the steps, and seconds spent waiting for data."""
+    network, head, o = parts(args)
+    network.to(device, memory_format=torch.channels_last)
+    head.to(device)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(o.ema), use_buffers=True)
+    groups = parameter_groups("network", network, o.lr, o.weight_decay)
+    groups += parameter_groups("head", head, o.lr, o.weight_decay)
+    optimizer = torch.optim.SGD(groups, momentum=o.momentum, nesterov=True)
+    schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, 1, args.steps))
+    data = Noise(args.steps * args.batch, args.side)
+    loader = iter(
+        torch.utils.data.DataLoader(data, batch_sampler=EpochBatches(len(data), args.batch, 0), collate_fn=collate)
+    )
+    kind = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision(args.fit)]
+    begun, waited = [], 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        curves = CurveFile(Path(folder) / "curves.csv", 0)
+        for step in range(args.steps):
+            start = time.perf_counter()
+            batch = next(loader)
+            waited += time.perf_counter() - start
+            images, labels = batch.images.to(device), batch.labels.to(device)
+            begun.append(time.perf_counter())
+            with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
+                x = network.normalize(images).contiguous(memory_format=torch.channels_last)
+                out = head(network.whitened(x), labels)
+            optimizer.zero_grad(set_to_none=True)
+            out.loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], o.clip)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(network)
+            if (step + 1) % args.log_every == 0:
+                assert torch.isfinite(out.loss)
+                curves.log_metrics({"train/loss": out.loss.item()}, step=step + 1)
+    return begun, waited
+
+
+def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
+    """As `bare`, through the Trainer with the callbacks of a training."""
+    network, head, o = parts(args)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        guard = callbacks.NonFiniteGuard(args.log_every, place, str)
+        clock = Clock()
+        watchers = [
+            clock,
+            callbacks.StepSeed(0),
+            callbacks.Curves(args.log_every, args.batch),
+            guard,
+            callbacks.Checkpoints(place, None, None, guard),
+        ]
+        data = TrainingDataModule(Noise(args.steps * args.batch, args.side), args.batch, 1, 0, 0)  # type: ignore[arg-type]
+        module = TrainingModule(network, head, o, args.steps, np.arange(CLASSES), args.fit)
+        trainer = make_fit_trainer(args.fit, o, watchers, [CurveFile(place / "curves.csv", 0)])
+        trainer.fit(module, data)
+    return clock.begun, data.waited
+
+
+def main(argv: list[str]) -> None:
+    """The framework's step against the bare loop's."""
+    parser = argparse.ArgumentParser("bench.py train", description=__doc__)
+    parser.add_argument("--backbone", default="test_resnet")
+    parser.add_argument("--side", type=int, default=64, help="pixels")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=200, help="of a block")
+    parser.add_argument("--blocks", type=int, default=5, help="of each, in turn")
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--accelerator", default="auto")
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    args.fit = FitConfig(accelerator=args.accelerator, devices=1, num_workers=0, progress=False)
+    cuda = args.accelerator != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    seconds: dict[str, list[float]] = {"bare": [], "framework": []}
+    waits: dict[str, list[float]] = {"bare": [], "framework": []}
+    for _ in range(args.blocks):
+        for name, run in (("bare", bare), ("framework", framework)):
+            begun, waited = run(args, device)
+            steps = [after - before for before, after in itertools.pairwise(begun)][FIRST:]
+            seconds[name].append(statistics.median(steps))
+            waits[name].append(waited / (begun[-1] - begun[0]))
+    what = f"{args.backbone}, {args.batch} photos of {args.side} px a step, EMA, a row every {args.log_every} steps"
+    print(f"{what}; {precision(args.fit)} on {device}, {torch.get_num_threads()} threads")
+    base = statistics.median(seconds["bare"])
+    for name, values in seconds.items():
+        own = statistics.median(values)
+        spread = f"{1000 * min(values):.2f}-{1000 * max(values):.2f}"
+        speed = f"{args.batch / own:.0f} images/s, waiting for data {statistics.median(waits[name]):.1%}"
+        print(f"{name:12}{1000 * own:8.2f} ms a step (blocks {spread}){own / base:6.2f} x  {speed}")
+    print(f"the framework adds {1000 * (statistics.median(seconds['framework']) - base):.2f} ms a step")

@@ -1,0 +1,139 @@
+"""Checkpoints that are whole or not there, and what a signal makes of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pickle
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+
+from superglobal.callbacks.guards import NonFiniteGuard
+from superglobal.callbacks.steps import StepCallback, any_rank
+from superglobal.errors import InputError
+from superglobal.files import replacing
+from superglobal.processes import first_process
+from superglobal.training import TrainingModule
+
+log = logging.getLogger(__name__)
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes beside the target and renames; the checkpoint before becomes `previous.ckpt`.
+
+    Lightning's own goes through the folder for temporary files, which may be another file system: there a full disk
+    leaves half a file under the final name, and a lost permission leaves nothing and says nothing.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        with replacing(path, path.with_name(PREVIOUS)) as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's writer hides the error of the file beneath
+                cause = error.__context__
+                raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
+
+
+class Checkpoints(StepCallback):
+    """Saves at the end of every epoch, every so many steps or minutes, and when a signal asks to stop.
+
+    SIGTERM, Ctrl-C, and SIGUSR1 and SIGUSR2 (SLURM and submitit send them before the end of a job) end the run after
+    the step in progress, saved, with status 128 + the signal's number. A second Ctrl-C ends it at once.
+
+    Args:
+        folder: of the checkpoints.
+        every_steps, every_minutes: None for never.
+        guard: nothing is saved that it objects to.
+    """
+
+    def __init__(
+        self, folder: Path, every_steps: int | None, every_minutes: float | None, guard: NonFiniteGuard
+    ) -> None:
+        self.folder = folder
+        self.every_steps = every_steps
+        self.every_minutes = every_minutes
+        self.guard = guard
+        self.received: int | None = None
+        self.handlers: dict[int, Any] = {}
+        self.saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Lightning's own handlers broadcast from within the handler, in whatever collective the run is.
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        if trainer.is_global_zero:
+            for stray in self.folder.glob(".*.ckpt.*"):
+                stray.unlink()
+        self.saved_at = time.monotonic()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+    def on_step(self, trainer: pl.Trainer, module: TrainingModule, epoch_ends: bool) -> None:
+        due = self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
+        due, *stop = any_rank(trainer, due, *(self.received == number for number in _SIGNALS))
+        due |= self.every_steps is not None and trainer.global_step % self.every_steps == 0
+        due |= epoch_ends or trainer.should_stop
+        if due or any(stop):
+            with module.pause():
+                self.guard.check(trainer, module)
+                trainer.save_checkpoint(self.folder / LAST, weights_only=False)
+            self.saved_at = time.monotonic()
+        if any(stop):
+            number = next(number for number, flag in zip(_SIGNALS, stop, strict=True) if flag)
+            name = signal.Signals(number).name
+            log.warning("%s: saved at step %d; the same command goes on from there", name, trainer.global_step)
+            # Lightning takes a child process that ends with anything else for a crash and kills the first.
+            sys.exit(128 + number if trainer.is_global_zero else 0)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        # From within a handler logging might wait for a lock that this thread holds.
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"\n{signal.Signals(number).name}: saving after this step\n")
+
+
+def newest_good(folder: Path) -> tuple[Path, int] | None:
+    """The newest checkpoint that loads and its step; None if there is none at all. A damaged one is put aside.
+
+    Raises:
+        InputError: there are checkpoints and none of them loads.
+    """
+    bad = []
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            step = int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            what = f"corrupt or incomplete ({reason})"
+            if isinstance(error, pickle.UnpicklingError):
+                what = "damaged, or it asks to run code on loading; it was not run"
+            bad.append(f"{path} ({path.stat().st_size} bytes): {what}")
+            continue
+        for text in bad:
+            log.warning("%s; going on from %s, step %d", text, path, step)
+        if bad and first_process():
+            # The next save would put it in the place of the one that loads.
+            (folder / LAST).replace(folder / f"{LAST}.damaged")
+        return path, step
+    if bad:
+        raise InputError("\n".join([*bad, "no checkpoint is left to go on from; resume=anew begins again"]))
+    return None

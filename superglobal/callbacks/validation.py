@@ -1,0 +1,195 @@
+"""How well the network retrieves, while it is trained."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import Subset
+
+from superglobal.callbacks.steps import StepCallback
+from superglobal.data.datamodules import (
+    HeldOutPhotos,
+    Images,
+    PhotoLoader,
+    how_workers_start,
+    leave_signals_to_the_run,
+    only,
+)
+from superglobal.data.images import ImageItem
+from superglobal.data.sets import EvaluationSet
+from superglobal.errors import InputError
+from superglobal.models.network import RetrievalNetwork
+from superglobal.precision import full_precision
+from superglobal.retrieval.metrics import LABELS, REVISITED
+from superglobal.retrieval.scoring import evaluate
+from superglobal.training import TrainingModule
+
+log = logging.getLogger(__name__)
+
+
+class RetrievalValidation(StepCallback):
+    """mAP of held-out landmarks, each photo searched for among all others ("val/map", 0..1), and of evaluation sets.
+
+    Photos are described at one scale, as in training, in float32 whatever the training's precision, and scored by the
+    functions that score an evaluation. The network with the best "val/map" is exported; the evaluation sets
+    ("<name>/map/easy" and so on) are watched, nothing is chosen by them. The start is validated too, so that what
+    cannot work shows before the first epoch and the curve has a beginning.
+
+    Args:
+        photos: of whole landmarks that are not trained on.
+        every_epochs, every_steps: how often; the end of training always has one.
+        sets: evaluation sets.
+        patience: validations without a new best after which training stops.
+        export: writes the network as (network, val/map, step); called in the first process for every new best.
+        num_workers: processes that decode ahead.
+    """
+
+    def __init__(
+        self,
+        photos: HeldOutPhotos,
+        *,
+        every_epochs: int,
+        every_steps: int | None,
+        sets: Sequence[EvaluationSet],
+        patience: int | None,
+        export: Callable[[RetrievalNetwork, float, int], None],
+        num_workers: int,
+    ) -> None:
+        self.photos = photos
+        self.every_epochs = every_epochs
+        self.every_steps = every_steps
+        self.sets = sets
+        self.patience = patience
+        self.export = export
+        self.num_workers = num_workers
+        self.best = -1.0
+        self.stale = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "stale": self.stale}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.stale = state_dict["best"], state_dict["stale"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # The first process alone has looked at the photos and left out the bad ones.
+        self.photos.indices = trainer.strategy.broadcast(self.photos.indices)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # It may have been killed when it had stopped and was about to say so.
+        trainer.should_stop = self._given_up()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        if trainer.global_step == 0:
+            self._validate(trainer, pl_module)
+
+    def on_step(self, trainer: pl.Trainer, module: TrainingModule, epoch_ends: bool) -> None:
+        step = trainer.global_step
+        due = epoch_ends and (trainer.current_epoch + 1) % self.every_epochs == 0
+        due |= step == module.total_steps or (self.every_steps is not None and step % self.every_steps == 0)
+        if not due:
+            return
+        score = self._validate(trainer, module)
+        self.stale = 0 if score > self.best else self.stale + 1
+        if score > self.best:
+            self.best = score
+            if trainer.is_global_zero:
+                self.export(module.result, score, step)
+        if self._given_up():
+            log.info("no better validation in %d: stopped at step %d", self.stale, step)
+            trainer.should_stop = True
+
+    def _given_up(self) -> bool:
+        return self.patience is not None and self.stale >= self.patience
+
+    def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> float:
+        with module.pause(), module.evaluating() as network:
+            if trainer.world_size > 1:
+                # Batch norm's running statistics are each process's own until DDP's next forward pass.
+                for buffer in network.buffers():
+                    torch.distributed.broadcast(buffer, 0)
+            X = self._described(trainer, network, self.photos)
+            values = {}
+            if trainer.is_global_zero:
+                exclude = np.arange(len(X))
+                result = evaluate(X, X, heldout_truth(self.photos.labels), LABELS, exclude=exclude, samples=1)
+                score = result.map["all"]
+                if score is None or not np.isfinite(score):
+                    raise InputError(
+                        "no held-out landmark has two photos that can be read; raise validation.fraction or "
+                        "validation.images, or mend the photos (scripts/prepare_gldv2.py lists them)"
+                    )
+                values["val/map"] = score
+            for one in self.sets:
+                Q = self._described(trainer, network, listed(one.queries))
+                X = self._described(trainer, network, listed(one.database))
+                if trainer.is_global_zero:
+                    scores = evaluate(Q, X, one.gnd, REVISITED, clusters=one.clusters, samples=1).map
+                    values |= {f"{one.name}/map/{protocol}": value for protocol, value in scores.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        if trainer.is_global_zero:
+            self._tell(trainer, module, values)
+        best: float = trainer.strategy.broadcast(values.get("val/map", 0.0))
+        return best
+
+    def _loader(self, share: Subset, processes: int) -> PhotoLoader:
+        return PhotoLoader(
+            share,
+            num_workers=self.num_workers,
+            collate_fn=only,
+            worker_init_fn=leave_signals_to_the_run,
+            multiprocessing_context=how_workers_start(processes, self.num_workers),
+        )
+
+    def _tell(self, trainer: pl.Trainer, module: TrainingModule, values: dict[str, float]) -> None:
+        others = "".join(f", {name} {value:.4f}" for name, value in values.items() if name != "val/map")
+        if trainer.global_step == 0:
+            log.info("before training: validation mAP %.4f%s", values["val/map"], others)
+            return
+        place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step} of {module.total_steps}"
+        loss = "" if math.isnan(module.loss) else f"loss {module.loss:.3f}, "
+        log.info("%s: %svalidation mAP %.4f%s", place, loss, values["val/map"], others)
+
+    def _described(self, trainer: pl.Trainer, network: RetrievalNetwork, images: Images | HeldOutPhotos) -> np.ndarray:
+        """(n, D) float32 descriptors in every process, each of which describes its share."""
+        device = network.mean.device
+        share = Subset(images, range(trainer.global_rank, len(images), trainer.world_size))
+        X = torch.zeros(len(images), network.dim, device=device)
+        with torch.inference_mode(), full_precision(), _any_size():
+            for (_, row), image in self._loader(share, trainer.world_size):
+                if isinstance(image, InputError):
+                    raise image
+                X[row] = network(image[None].to(device))[0]
+        if trainer.world_size > 1:
+            # Every row is some process's, and zero in all others: the sum is exact.
+            torch.distributed.all_reduce(X)
+        return X.cpu().numpy()
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Without cuDNN's search for the fastest algorithm, which begins anew for every size of image."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def listed(items: Sequence[ImageItem]) -> Images:
+    """All images of a list, at their own size."""
+    return Images([(items, None)], [(0, row) for row in range(len(items))])
+
+
+def heldout_truth(labels: np.ndarray) -> list[dict[str, Any]]:
+    """Ground truth of each photo against all others: (n,) labels -> ids of the same label, without its own."""
+    return [{"positive": np.setdiff1d(np.flatnonzero(labels == label), i)} for i, label in enumerate(labels)]

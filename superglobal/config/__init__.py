@@ -1,0 +1,60 @@
+"""Typed schemas of every setting, registered with Hydra: a wrong type or a typo ends the run with the choices.
+
+Without them Hydra would take `pooling.regional=off` for the string "off", which is true.
+"""
+
+from __future__ import annotations
+
+from hydra.core.config_store import ConfigStore
+
+from superglobal.config.common import (
+    BackboneConfig,
+    LoggerConfig,
+    PathsConfig,
+    PoolingSettings,
+    TrainerConfig,
+    pooling_overrides,
+)
+from superglobal.config.evaluation import (
+    DatasetConfig,
+    DescriptorsConfig,
+    DistractorsConfig,
+    EvalConfig,
+    IndexConfig,
+    PicturesConfig,
+    RerankConfig,
+)
+from superglobal.config.training import DataConfig, FitConfig, HeadConfig, OptimConfig, TrainConfig, ValidationConfig
+from superglobal.config.tuning import SpaceConfig, TuneConfig
+
+__all__ = [
+    "BackboneConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "DescriptorsConfig",
+    "DistractorsConfig",
+    "EvalConfig",
+    "FitConfig",
+    "HeadConfig",
+    "IndexConfig",
+    "LoggerConfig",
+    "OptimConfig",
+    "PathsConfig",
+    "PicturesConfig",
+    "PoolingSettings",
+    "RerankConfig",
+    "SpaceConfig",
+    "TrainConfig",
+    "TrainerConfig",
+    "TuneConfig",
+    "ValidationConfig",
+    "pooling_overrides",
+    "register",
+]
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; called by the entry points before composing."""
+    ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    ConfigStore.instance().store(name="tune_schema", node=TuneConfig)

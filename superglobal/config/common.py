@@ -1,0 +1,63 @@
+"""What training, evaluation and tuning have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, make_dataclass
+from typing import Any, get_type_hints
+
+from omegaconf import MISSING
+
+from superglobal.models.pooling import PoolingConfig
+
+PoolingSettings: Any = make_dataclass(
+    "PoolingSettings",
+    [
+        *((name, Any if hint is Any else hint | None, None) for name, hint in get_type_hints(PoolingConfig).items()),
+        ("tuned_on", str | None, None),
+    ],
+)
+"""`PoolingConfig` (`conf/pooling`) with every setting optional: null is what the weights file says.
+
+`tuned_on` says on which photos the settings were chosen (written by scripts/tune_pooling.py); it changes no number.
+"""
+
+
+@dataclass
+class BackboneConfig:
+    """A timm model (`conf/backbone`) and the weights it takes when `weights` is not given."""
+
+    name: str = MISSING
+    weights: str | None = None
+
+
+@dataclass
+class TrainerConfig:
+    """Where it runs (`conf/trainer`), in Lightning's terms; `num_workers` processes per device decode photos."""
+
+    accelerator: str = "auto"
+    devices: Any = 1
+    strategy: str = "auto"
+    num_workers: int = 2
+    progress: bool = True
+
+
+@dataclass
+class LoggerConfig:
+    """Beside the CSV, which is always written: Weights & Biases (`conf/logger`)."""
+
+    wandb: bool = True
+    project: str = "superglobal"
+
+
+@dataclass
+class PathsConfig:
+    """Folders (`conf/paths`)."""
+
+    data: str = "data"
+    outputs: str = "outputs"
+    stores: str = "${paths.outputs}/stores"
+
+
+def pooling_overrides(settings: Any) -> dict[str, Any]:
+    """The pooling settings that were given."""
+    return {name: value for name, value in vars(settings).items() if value is not None and name != "tuned_on"}

@@ -1,0 +1,120 @@
+"""The folder of a training: whose it is, whether it is finished, and that one process writes it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from superglobal.errors import InputError
+from superglobal.files import EXPORT, write_atomically
+from superglobal.retrieval.tables import flat
+
+CHECKPOINTS, BAD_PHOTOS = "checkpoints", "bad_photos.txt"
+_RECORD = "training.json"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """No other process trains in `folder` meanwhile; the lock dies with its process, however that ends.
+
+    Raises:
+        InputError: another process does, or the folder cannot be written.
+    """
+    path = folder / "lock"
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise InputError(
+            f"{error.filename}: cannot be written ({error.strerror}); choose another paths.outputs="
+        ) from error
+    with file:
+        try:
+            # Unlike flock's, these locks are not inherited by the processes that decode photos.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise InputError(
+                f"{folder}: another training is running there ({file.read().strip() or 'unknown process'}); wait for "
+                "it, stop it, or give a new name="
+            ) from error
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); free space") from error
+        yield
+
+
+def claim(folder: Path, about: dict[str, Any], anew: bool) -> float | None:
+    """Make `folder` this training's, and give the score if it is finished.
+
+    Args:
+        folder: of the training.
+        about: plain types; `identity` is what makes a training another one.
+        anew: whether an unfinished one's checkpoints are removed.
+
+    Raises:
+        InputError: it is another training's, or damaged; nothing there was touched.
+    """
+    record = folder / _RECORD
+    found = _read(folder)
+    if found is None and (folder / EXPORT).is_file():
+        found = {}
+    if found is not None:
+        before, now = flat(found.get("identity", {})), flat(about["identity"])
+        differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+        if differing:
+            raise InputError(
+                f"{folder} holds another training; different are {', '.join(differing[:6])}. Give a new name=, or "
+                "remove the folder"
+            )
+    score = finished(folder)
+    if score is not None:
+        return score
+    if anew:
+        _forget(folder)
+    content = {**about, "finished": None}
+    write_atomically(record, json.dumps(content, indent=1).encode())
+    return None
+
+
+def _forget(folder: Path) -> None:
+    """Remove what an unfinished training has left, but for its record and its log."""
+    try:
+        shutil.rmtree(folder / CHECKPOINTS)
+        for name in (BAD_PHOTOS, "nonfinite.txt", "wandb_id", "curves.csv", EXPORT):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"resume=anew: {error.filename} cannot be removed ({error.strerror}); remove {folder}"
+        ) from error
+
+
+def finished(folder: Path) -> float | None:
+    """The score of a finished training, if its export is there."""
+    score = (_read(folder) or {}).get("finished")
+    return None if score is None or not (folder / EXPORT).is_file() else float(score)
+
+
+def finish(folder: Path, score: float) -> None:
+    """Note that the training is finished."""
+    content = _read(folder)
+    assert content is not None
+    write_atomically(folder / _RECORD, json.dumps({**content, "finished": score}, indent=1).encode())
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    record = folder / _RECORD
+    try:
+        return json.loads(record.read_text()) if record.is_file() else None
+    except ValueError as error:
+        raise InputError(f"{record}: damaged ({error}); remove {folder} to train again") from error

@@ -1,0 +1,1 @@
+"""Choosing the pooling and the reranking after training, on a validation set."""

@@ -1,0 +1,102 @@
+"""Trainings as a user starts them, short ones."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from superglobal.config import register
+
+ROOT = Path(__file__).parents[1]
+SHORT = [
+    "experiment=quickstart",
+    "data.image_size=64",
+    "validation.fraction=0.25",
+    "validation.sets=[]",
+    "optim.epochs=3",
+    "optim.batch_size=12",
+    "optim.warmup=0.3",
+    "dim=32",
+    "trainer.accelerator=cpu",
+    "trainer.num_workers=0",
+    "trainer.progress=false",
+    "trainer.log_every=1",
+]
+"""15 steps, 5 an epoch, on the tiny toy set."""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Without a tracker's settings, and wide."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200", **more}
+
+
+def command(data: Path, outputs: Path, *overrides: str, script: str | Path = "train.py") -> list[str]:
+    places = [f"paths.data={data}", f"paths.outputs={outputs}", "logger=csv"]
+    return [sys.executable, str(ROOT / script), *SHORT, *places, *overrides]
+
+
+def finished(words: list[str], status: int = 0, **env: str) -> str:
+    """Output of a command that has to end with `status`; negative for a signal."""
+    done = subprocess.run(words, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=280)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def train(data: Path, outputs: Path, *overrides: str, status: int = 0, **env: str) -> str:
+    return finished(command(data, outputs, *overrides), status, **env)
+
+
+def started(data: Path, outputs: Path, *overrides: str, beyond: int = 0) -> subprocess.Popen[str]:
+    """A training of 2500 steps, when it has saved a checkpoint of a step after `beyond`."""
+    words = command(data, outputs, "optim.epochs=500", "trainer.save_every_steps=1", *overrides)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment(), start_new_session=True, **pipes)
+    deadline = time.monotonic() + 120
+    folder = outputs / "train" / "quickstart"
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+        if (folder / "checkpoints" / "last.ckpt").exists() and last(folder)["global_step"] > beyond:
+            break
+    return process
+
+
+def children(pid: int) -> list[int]:
+    """Process ids."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def told(pid: int, what: str) -> str:
+    """A file of /proc about a process."""
+    return Path(f"/proc/{pid}/{what}").read_bytes().decode(errors="replace")
+
+
+def configured(data: Path, outputs: Path, *overrides: str):
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", overrides=command(data, outputs, *overrides)[2:])
+
+
+def curves(folder: Path) -> list[dict[str, str]]:
+    with (folder / "curves.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def values(folder: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in curves(folder) if row.get(name)]
+
+
+def numbers(folder: Path) -> list[dict[str, str]]:
+    """The curves without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in curves(folder)]
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)

@@ -1,0 +1,83 @@
+"""Several processes are one: the same steps, and one end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from runs import children, command, finished, last, started, told, train, values
+
+EXACT = ["trainer.precision=64-true", "optim.batch_norm=frozen", "optim.epochs=4"]
+
+
+def outcome(outputs):
+    """Weights, losses and scores of a finished training of 20 steps."""
+    folder = outputs / "train" / "quickstart"
+    state = last(folder)
+    assert state["global_step"] == 20
+    return state["state_dict"], values(folder, "train/loss"), values(folder, "val/map")
+
+
+def assert_equal(one, other):
+    (weights, losses, maps), (other_weights, other_losses, other_maps) = one, other
+    assert max((weights[key] - other_weights[key]).abs().max() for key in weights) < 1e-9
+    assert losses == pytest.approx(other_losses, abs=1e-6)  # curves are in float32
+    assert maps == pytest.approx(other_maps, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def one(toy_data, tmp_path_factory):
+    """20 steps in float64 with frozen batch norm, in one process."""
+    outputs = tmp_path_factory.mktemp("one")
+    train(toy_data, outputs, *EXACT)
+    weights, *curves = outcome(outputs)
+    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float64}
+    return weights, *curves
+
+
+@pytest.mark.parametrize("how", ["trainer.devices=2", "trainer.accumulate=3"])
+def test_processes_and_parts_equal_one_with_the_same_batch(toy_data, one, tmp_path, how):
+    train(toy_data, tmp_path, *EXACT, how)
+    assert_equal(outcome(tmp_path), one)
+
+
+@pytest.mark.parametrize(("step", "before", "after"), [("7", 1, 3), pytest.param("5", 3, 1, marks=pytest.mark.slow)])
+def test_the_number_of_parts_may_change_when_a_run_goes_on(toy_data, one, tmp_path, step, before, after):
+    """As one does after running out of memory; within an epoch and at its end."""
+    words = [*EXACT, "trainer.save_every_steps=3"]
+    script = command(toy_data, tmp_path, *words, f"trainer.accumulate={before}", script="tests/killed.py")
+    finished(script, -signal.SIGKILL, KILL_AT=step)
+    train(toy_data, tmp_path, *words, f"trainer.accumulate={after}")
+    assert_equal(outcome(tmp_path), one)
+
+
+def test_a_process_that_is_killed_ends_the_run(toy_data, tmp_path):
+    process = started(toy_data, tmp_path, "trainer.devices=2")
+    (child,) = [pid for pid in children(process.pid) if "LOCAL_RANK=1" in told(pid, "environ")]
+    begin = time.monotonic()
+    os.kill(child, signal.SIGKILL)
+    text = process.communicate(timeout=60)[0]
+    assert time.monotonic() - begin < 60
+    assert process.returncode not in (0, 1), text
+    assert not os.path.exists(f"/proc/{child}") or " Z " in told(child, "stat")
+    assert "Traceback" not in text
+    assert last(tmp_path / "train" / "quickstart")["global_step"] > 0
+
+
+def test_the_first_process_killed_leaves_none_behind(toy_data, tmp_path):
+    process = started(toy_data, tmp_path, "trainer.devices=2")
+    (child,) = [pid for pid in children(process.pid) if "LOCAL_RANK=1" in told(pid, "environ")]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while os.path.exists(f"/proc/{child}") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not os.path.exists(f"/proc/{child}")
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_refused(toy_data, tmp_path):
+    text = train(toy_data, tmp_path, "trainer.devices=2", "optim.batch_size=13", status=2)
+    assert "optim.batch_size=13 cannot be dealt out evenly to 2 processes" in text

@@ -1,0 +1,265 @@
+"""scripts/prepare_gldv2.py as a user runs it: what it finds in a tree and in tar files, and the index it leaves."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sets import break_scan
+
+from superglobal.data import prepare as module
+from superglobal.data.gldv2 import TrainList, read_train
+from superglobal.data.images import FaultyImageError
+from superglobal.data.photo_index import load_index
+from superglobal.data.prepare import prepare
+from superglobal.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "prepare_gldv2.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """The script in this process, which spares the imports; `test_a_sound_tree` and Ctrl-C run it for real."""
+
+    def call(*arguments: object, status: int) -> str:
+        monkeypatch.setattr(sys, "argv", ["prepare_gldv2.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        text = "".join(capfd.readouterr())
+        assert caught.value.code == status, text
+        return text
+
+    return call
+
+
+@pytest.fixture
+def root(toy_data, tmp_path) -> Path:
+    """A copy of the toy set's training photos and lists."""
+    root = tmp_path / "gldv2"
+    shutil.copytree(toy_data / "toy" / "gldv2" / "train", root / "train")
+    for name in ("train.csv", "train_clean.csv"):
+        shutil.copy(toy_data / "toy" / "gldv2" / name, root)
+    return root
+
+
+def make_tars(photos: TrainList, folder: Path, count: int = 3) -> Path:
+    """The photos as images_000.tar, ...: dealt out by turns, beside a file that is no photo."""
+    folder.mkdir()
+    for number in range(count):
+        with tarfile.open(folder / f"images_{number:03d}.tar", "w") as tar:
+            tar.add(__file__, "README.txt")
+            for index in range(number, len(photos), count):
+                tar.add(photos.path(index), photos.path(index).relative_to(photos.root))
+    return folder
+
+
+def damage(photos: TrainList) -> dict[Path, str]:
+    """One photo of each kind of damage, with a word of the reason."""
+    paths = [photos.path(index) for index in range(5)]
+    paths[0].unlink()
+    paths[1].write_bytes(b"")
+    paths[2].write_bytes(paths[2].read_bytes()[:-300])
+    paths[3].write_bytes(b"<!DOCTYPE html><title>404</title>")
+    paths[4].write_bytes(bytes(1000))
+    return dict(zip(paths, ["missing", "empty", "truncated", "not an image", "not an image"], strict=True))
+
+
+def test_a_sound_tree(root):
+    command = [sys.executable, str(SCRIPT), "--root", str(root), "--workers", "1"]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    photos = read_train(root, min_images=1)
+    assert done.returncode == 0, done.stderr
+    assert f"all {len(photos)} photos are sound" in done.stdout
+    assert f"checked {len(photos)} of {len(photos)} photos" in done.stderr
+    index = load_index(root, "train_clean.csv", None)
+    assert np.array_equal(index.ids, np.sort(photos.ids))
+    for i in range(0, len(photos), 7):
+        assert index.sizes[np.searchsorted(index.ids, photos.ids[i])] == photos.path(i).stat().st_size
+    assert len(np.unique(index.codes)) == len(photos)
+    assert not list(root.glob(".*"))
+
+
+def test_every_kind_of_damage_is_found_counted_and_listed(run, root):
+    photos = read_train(root, min_images=1)
+    damaged = damage(photos)
+    text = run("--root", root, "--workers", 1, status=1)
+    assert f"5 of {len(photos)} photos are bad ({5 / len(photos):.4%})" in text
+    assert "data.bad_budget" in text
+    report = (root / "train_clean.report.txt").read_text()
+    listed = dict(line.split("\t") for line in report.splitlines() if "\t" in line)
+    assert set(listed) == {str(path) for path in damaged}
+    assert all(reason in listed[str(path)] for path, reason in damaged.items())
+    assert "2 not an image" in report
+    assert load_index(root, "train_clean.csv", None).bad_among(photos.ids) == [
+        (i, listed[str(photos.path(i))]) for i in range(5)
+    ]
+
+
+def test_damage_within_a_photo_shows_when_it_is_decoded(root):
+    bad = read_train(root).path(3)
+    break_scan(bad)
+    assert prepare(root, workers=1).bad == []
+    ((place, reason),) = prepare(root, workers=1, decode=True).bad
+    assert place == str(bad)
+    assert "damaged" in reason
+
+
+def test_tar_files_give_the_photos_of_the_tree(run, root, tmp_path):
+    tree = read_train(root)
+    folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
+    prepare(root, workers=1)
+    codes = load_index(root, "train_clean.csv", None).codes
+    run("--root", root, "--tars", folder, "--workers", 2, status=0)
+    assert np.array_equal(load_index(root, "train_clean.csv", folder).codes, codes)
+    shutil.rmtree(root / "train")
+    photos = read_train(root, tars=folder)
+    assert photos.digest() == tree.digest()
+    assert photos.place(1).endswith(f".tar:{tree.path(1).relative_to(tree.root)}")
+    assert str(folder / "images_") in photos.place(1)
+    for i in range(len(photos)):
+        with tarfile.open(photos.place(i).split(":")[0]) as tar:
+            assert photos.read(i) == tar.extractfile(photos.place(i).split(":")[1]).read()
+
+
+def test_tar_files_that_change_during_a_run_give_no_other_photos(root, tmp_path):
+    folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
+    prepare(root, tars=folder, workers=1)
+    photos = read_train(root, tars=folder)
+    for path in folder.iterdir():
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(FaultyImageError, match="not where the index has it"):
+        photos.read(0)
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(FaultyImageError, match=r"missing \(no images_00"):
+        read_train(root).read(0) and pickle.loads(pickle.dumps(photos)).read(0)
+
+
+def test_a_tar_file_that_is_cut_off_or_lacks_a_photo(root, tmp_path):
+    everything = read_train(root, min_images=1)
+    total = len(everything)
+    lacking = TrainList(everything.root, everything.ids[1:], everything.labels[1:], everything.landmarks)
+    folder = make_tars(lacking, tmp_path / "tars")
+    last = folder / "images_002.tar"
+    with tarfile.open(last) as tar:
+        members = tar.getmembers()
+    os.truncate(last, members[-2].offset_data + members[-2].size - 100)
+    found = prepare(root, tars=folder, workers=1)
+    reasons = {Path(place.split(":")[1]).name: reason for place, reason in found.bad}
+    assert reasons.pop(everything.path(0).name) == "missing"
+    assert reasons.pop(Path(members[-1].name).name) == "missing"
+    assert "truncated" in reasons.pop(Path(members[-2].name).name)
+    assert not reasons
+    assert "cut off" in found.report.read_text()
+    assert str(last) in found.tars[0]
+    assert f"{total} photos, 3 bad" in found.report.read_text()
+
+
+def test_an_index_that_does_not_fit_is_refused_with_the_command_that_renews_it(root, tmp_path):
+    folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
+    table = "train_clean.csv"
+    command = f"scripts/prepare_gldv2.py --root {root} --table {table}"
+    with pytest.raises(InputError, match="not found") as caught:
+        load_index(root, table, None)
+    assert command in str(caught.value)
+    prepare(root, workers=1)
+    with pytest.raises(InputError, match="folder tree") as caught:
+        load_index(root, table, folder)
+    assert f"{command} --tars {folder}" in str(caught.value)
+    prepare(root, tars=folder, workers=1)
+    with pytest.raises(InputError, match="tar files"):
+        load_index(root, table, None)
+    with tarfile.open(folder / "images_000.tar", "a") as tar:
+        tar.add(__file__, "one_more.txt")
+        tar.add(__file__, "and_more.txt")
+    with pytest.raises(InputError, match=r"images_000.tar has changed since"):
+        load_index(root, table, folder)
+    prepare(root, workers=1)
+    lines = (root / table).read_text().splitlines()
+    (root / table).write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(InputError, match=r"train_clean.csv has changed since"):
+        load_index(root, table, None)
+    (root / "train_clean.index.npz").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(InputError, match="damaged"):
+        load_index(root, table, None)
+
+
+def test_a_killed_run_goes_on_where_it_was(root, tmp_path, monkeypatch):
+    """Parts that are there are not checked again: a photo lost meanwhile in one of them is not noticed."""
+    monkeypatch.setattr(module, "_PART", 16)
+    photos = read_train(root, min_images=1)
+    order = np.argsort(photos.ids)
+    code = """
+import os, signal, sys
+from superglobal.data import prepare
+prepare._PART = 16
+prepare.prepare(sys.argv[1], workers=1, progress=lambda done, total: done and os.kill(os.getpid(), signal.SIGKILL))
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(root)], env=ENVIRONMENT)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (root / "train_clean.index.npz").exists()
+    parts = sorted((root / ".train_clean.index.parts").glob("*.npz"))
+    assert parts
+    parts.append(parts[0].with_name(f"{16 * len(parts):08d}.npz"))  # the first that is not there
+    lost = [photos.path(int(order[0])), photos.path(int(order[16 * (len(parts) - 1)]))]
+    for path in lost:
+        path.unlink()
+    assert [place for place, _ in prepare(root, workers=1).bad] == [str(lost[1])]
+    # A finished run leaves no parts: the next one looks at every photo again.
+    assert [place for place, _ in prepare(root, workers=1).bad] == sorted(str(path) for path in lost)
+
+
+def test_ctrl_c_says_how_to_go_on(root):
+    stuck = next((root / "train").rglob("*.jpg"))
+    stuck.unlink()
+    os.mkfifo(stuck)  # opening it waits for ever, so that the run cannot be over too soon
+    command = [sys.executable, str(SCRIPT), "--root", str(root), "--decode", "--workers", "2", "--table", "train.csv"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (root / ".train.index.parts" / "parts.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, text
+    assert "goes on where it was" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--root", "ROOT/nowhere"], ["training list not found"]),
+        (["--root", "ROOT", "--tars", "ROOT/train"], ["no tar files", "images_000.tar"]),
+        (["--root", "ROOT", "--workers", "0"], ["workers is 0"]),
+        (["--root", "ROOT", "--table", "train.txt"], ["training list not found"]),
+    ],
+)
+def test_mistakes_are_named(run, root, arguments, words):
+    text = run(*(word.replace("ROOT", str(root)) for word in arguments), status=2)
+    assert all(word in text for word in words)
+
+
+def test_a_list_without_its_tree_is_no_list_of_missing_photos(root):
+    shutil.rmtree(root / "train")
+    with pytest.raises(InputError, match="photos not found") as caught:
+        prepare(root, workers=1)
+    assert "https://" in str(caught.value)
+
+
+def test_an_index_of_other_arrays_is_damaged(root):
+    prepare(root, workers=1)
+    np.savez(root / "train_clean.index.npz", ids=np.zeros(3))
+    with pytest.raises(InputError, match="damaged"):
+        load_index(root, "train_clean.csv", None)

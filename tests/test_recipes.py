@@ -1,0 +1,92 @@
+"""Every recipe composes, means what its comments say, and runs two steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from runs import ROOT, last, numbers
+
+from superglobal import load_model
+from superglobal.checks import validated
+from superglobal.config import TrainConfig, register
+from superglobal.engine import train as fit
+from superglobal.engine.fitting import side_in_epoch
+
+RECIPES = sorted(
+    path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if path.stem not in ("full_factorial",)
+)
+BACKBONES = {recipe: "resnet50" for recipe in RECIPES} | {"r101_gldv2_clean": "resnet101", "quickstart": "test_resnet"}
+TINY = [
+    "data.root=${paths.data}/toy/gldv2",
+    "data.table=train_clean.csv",
+    "data.classes_of=null",
+    "data.image_size=65",
+    "data.stages=[]",
+    "validation.fraction=0.25",
+    "validation.images=2",
+    "validation.sets=[]",
+    "optim.batch_size=30",
+    "optim.epochs=1",
+    "weights=random",
+    "logger=csv",
+    "trainer.accelerator=cpu",
+    "trainer.num_workers=0",
+    "trainer.progress=false",
+    "trainer.log_every=1",
+]
+
+
+def composed(*overrides: str):
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", overrides=list(overrides))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_runs_two_steps(toy_data, tmp_path, recipe):
+    places = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}"]
+    # One of the large networks is enough on a CPU: what is special about a recipe does not depend on it.
+    small = [] if recipe == "r50_256_sanity" else ["backbone=test_resnet"]
+    cfg = composed(f"experiment={recipe}", *TINY, *places, *small)
+    folder = tmp_path / "run"
+    score = fit(cfg, folder)
+    assert 0 < score <= 1
+    state = last(folder)
+    assert state["global_step"] == 2
+    assert [row["step"] for row in numbers(folder) if row["train/loss"]] == ["1", "2"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_valid_and_its_run_has_its_name(recipe):
+    config = validated(composed(f"experiment={recipe}"), TrainConfig)
+    assert config.name == recipe
+    assert config.backbone.name == BACKBONES[recipe]
+
+
+def test_stages_of_size():
+    config = validated(composed("experiment=subcenter_dynamic"), TrainConfig)
+    sides = [side_in_epoch(config.data.image_size, config.data.stages, epoch) for epoch in range(config.optim.epochs)]
+    assert sides == [256] * 7 + [512] * 3
+    assert [side_in_epoch(3, [[2, 1], [1, 2]], epoch) for epoch in range(5)] == [1, 1, 2, 3, 3]
+
+
+def test_a_frozen_backbone_stays_as_it_is(toy_data, tmp_path):
+    places = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}"]
+    cfg = composed("experiment=finetune_whitening", *TINY, *places, "backbone=test_resnet", "optim.ema=0.5")
+    fit(cfg, tmp_path / "run")
+    before = load_model("random", backbone="test_resnet", dim=2048, seed=0).state_dict()
+    after = last(tmp_path / "run")["state_dict"]
+    for key, tensor in before.items():
+        same = torch.equal(tensor, after[f"network.{key}"])
+        assert same == (not key.startswith("whitening.")), key
+        if key == "whitening.weight":
+            assert not torch.equal(after[f"average.module.{key}"], after[f"network.{key}"])
+
+
+def test_slurm_is_a_launcher(toy_data):
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", overrides=["launcher=slurm", "trainer.num_nodes=2"], return_hydra_config=True)
+    assert cfg.hydra.launcher._target_.endswith("SlurmLauncher")
+    assert cfg.hydra.launcher.nodes == 2

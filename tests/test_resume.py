@@ -1,0 +1,98 @@
+"""A training that was killed ends as the uninterrupted one does: the same weights and losses, bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+
+import pytest
+import torch
+from runs import command, finished, last, numbers, train, values
+
+from superglobal.checkpoint import read_weights
+from superglobal.models.network import weights_digest
+
+# Saved after steps 2, 4, 5 (the end of the first epoch), 6, 8, ...
+KILLED_BEFORE = {"mid-epoch": 7, "end of epoch": 5}
+CELLS = list(itertools.product(KILLED_BEFORE, (0, 2), (1, 2), (1, 2)))
+IN_CI = [("mid-epoch", 2, 1, 2), ("end of epoch", 0, 1, 1), ("mid-epoch", 0, 2, 1)]
+
+
+def settings(workers: int, processes: int, accumulate: int) -> list[str]:
+    return [
+        "optim.ema=0.9",
+        "head=subcenter",
+        "head.negatives=0.5",
+        "backbone=timm",
+        "backbone.name=test_resnet",
+        "trainer.save_every_steps=2",
+        f"trainer.num_workers={workers}",
+        f"trainer.devices={processes}",
+        f"trainer.accumulate={accumulate}",
+    ]
+
+
+def equal(one, other) -> bool:
+    """Of nested plain types and tensors."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(toy_data, tmp_path_factory):
+    """(processes, accumulate) -> folder of a training that nobody disturbed, each run once and without workers."""
+    done = {}
+
+    def folder(processes: int, accumulate: int):
+        key = processes, accumulate
+        if key not in done:
+            outputs = tmp_path_factory.mktemp("uninterrupted")
+            train(toy_data, outputs, *settings(0, *key))
+            done[key] = outputs / "train" / "quickstart"
+        return done[key]
+
+    return folder
+
+
+@pytest.mark.parametrize(
+    "cell", [pytest.param(c, marks=() if c in IN_CI else pytest.mark.slow, id="-".join(map(str, c))) for c in CELLS]
+)
+def test_a_killed_training_ends_as_the_uninterrupted_one(cell, toy_data, uninterrupted, tmp_path):
+    moment, workers, processes, accumulate = cell
+    words = settings(workers, processes, accumulate)
+    step = KILLED_BEFORE[moment]
+    finished(command(toy_data, tmp_path, *words, script="tests/killed.py"), -signal.SIGKILL, KILL_AT=str(step))
+    folder, whole = tmp_path / "train" / "quickstart", uninterrupted(processes, accumulate)
+    assert not (folder / "nonfinite.txt").exists()
+    assert max(values(folder, "step")) == step
+    text = train(toy_data, tmp_path, *words)
+    assert f"step {5 if step == 5 else 6} of 15" in text
+    assert numbers(folder) == numbers(whole)
+    mine, theirs = last(folder), last(whole)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert equal(mine[part], theirs[part]), part
+    exports = [read_weights(place / "best.safetensors") for place in (folder, whole)]
+    assert weights_digest(exports[0].state) == weights_digest(exports[1].state)
+
+
+def test_two_kills_one_of_them_while_saving(toy_data, uninterrupted, tmp_path):
+    """The checkpoint before stays, and what was left half-written is cleaned away."""
+    words = settings(0, 1, 1)
+    script = command(toy_data, tmp_path, *words, script="tests/killed.py")
+    finished(script, -signal.SIGKILL, KILL_SAVING="4")
+    folder = tmp_path / "train" / "quickstart"
+    assert last(folder)["global_step"] == 2
+    assert list((folder / "checkpoints").glob(".last.ckpt.*"))
+    finished(script, -signal.SIGKILL, KILL_AT="9")
+    assert not list((folder / "checkpoints").glob(".*"))
+    train(toy_data, tmp_path, *words)
+    whole = uninterrupted(1, 1)
+    assert numbers(folder) == numbers(whole)
+    assert equal(last(folder)["state_dict"], last(whole)["state_dict"])
+    assert sorted(os.listdir(folder / "checkpoints")) == ["last.ckpt", "previous.ckpt"]

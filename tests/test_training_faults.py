@@ -1,0 +1,174 @@
+"""What can befall a training, provoked: it says what happened, loses nothing, and goes on when asked again."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+
+import pytest
+import torch
+from runs import children, command, configured, finished, last, started, told, train, values
+
+from superglobal.callbacks import newest_good
+from superglobal.engine import train as fit
+from superglobal.engine.run_folder import locked
+from superglobal.errors import InputError
+
+SAVED = ["trainer.save_every_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(toy_data, tmp_path_factory):
+    """The folder of a finished short training."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    train(toy_data, outputs, *SAVED)
+    return outputs / "train" / "quickstart"
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "group"), [("SIGTERM", 1, True), ("SIGINT", 1, False), ("SIGTERM", 2, False)]
+)
+def test_a_signal_saves_and_the_same_command_goes_on(toy_data, tmp_path, number, processes, group):
+    """To the first process alone, or to all of them as a terminal or SLURM sends it; workers included."""
+    process = started(toy_data, tmp_path, "trainer.num_workers=1", f"trainer.devices={processes}")
+    (os.killpg if group else os.kill)(process.pid, getattr(signal, number))
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + getattr(signal, number), text
+    assert f"{number}: saved at step" in text
+    assert "Traceback" not in text
+    step = last(tmp_path / "train" / "quickstart")["global_step"]
+    process = started(toy_data, tmp_path, beyond=step)
+    process.send_signal(signal.SIGTERM)
+    assert f"step {step} of 2500" in process.communicate(timeout=60)[0]
+    losses = values(tmp_path / "train" / "quickstart", "train/loss")
+    assert len(losses) == last(tmp_path / "train" / "quickstart")["global_step"] > step
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(toy_data, tmp_path):
+    """A limit on the size of files stands for the disk: the error comes in the middle of writing."""
+    finished(command(toy_data, tmp_path, *SAVED, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="3")
+    folder = tmp_path / "train" / "quickstart"
+    before = (folder / "checkpoints" / "last.ckpt").read_bytes()
+    words = ["bash", "-c", 'ulimit -f 3000; exec "$@"', "limited", *command(toy_data, tmp_path, *SAVED)]
+    text = finished(words, 2)
+    assert f"error: {folder}/checkpoints/last.ckpt: cannot be written (File too large)" in text
+    assert "MB are free" in text
+    assert "Traceback" not in text
+    assert (folder / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert not list((folder / "checkpoints").glob(".*"))
+    train(toy_data, tmp_path, *SAVED)
+
+
+def test_a_place_that_cannot_be_written_is_told_at_the_start(toy_data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").write_text("in the way")
+    with pytest.raises(InputError, match=r"checkpoints.*cannot be written"):
+        fit(configured(toy_data, tmp_path), folder)
+    assert not (folder / "curves.csv").exists()
+    with pytest.raises(InputError, match=r"cannot be written.*paths\.outputs"):
+        fit(configured(toy_data, tmp_path), folder / "checkpoints" / "below a file")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(checkpoint, tmp_path, caplog, damage):
+    whole = (checkpoint / "checkpoints" / "last.ckpt").read_bytes()
+    (tmp_path / "previous.ckpt").write_bytes(whole)
+    (tmp_path / "last.ckpt").write_bytes({"truncated": whole[:-1000], "empty": b"", "text": b"no checkpoint"}[damage])
+    assert newest_good(tmp_path) == (tmp_path / "previous.ckpt", 15)
+    assert "last.ckpt" in caplog.text
+    assert f"({len((tmp_path / 'last.ckpt.damaged').read_bytes())} bytes)" in caplog.text
+    assert "going on from" in caplog.text
+    (tmp_path / "previous.ckpt").write_bytes(whole[:1000])
+    with pytest.raises(InputError, match="resume=anew"):
+        newest_good(tmp_path)
+    assert newest_good(tmp_path / "nothing here") is None
+
+
+def test_resuming_from_the_one_before_is_exact_too(toy_data, checkpoint, tmp_path):
+    finished(command(toy_data, tmp_path, *SAVED, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="9")
+    folder = tmp_path / "train" / "quickstart"
+    path = folder / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:5000])
+    text = train(toy_data, tmp_path, *SAVED)
+    assert "previous.ckpt, step 6" in text
+    assert values(folder, "train/loss") == values(checkpoint, "train/loss")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    canary = tmp_path / "canary"
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {canary}",)
+
+    torch.save({"global_step": 3, "state_dict": Evil()}, tmp_path / "last.ckpt")
+    (tmp_path / "previous.ckpt").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(InputError, match="no checkpoint is left"):
+        newest_good(tmp_path)
+    assert not canary.exists()
+
+
+def test_beginning_anew_forgets_the_checkpoints(toy_data, tmp_path):
+    finished(command(toy_data, tmp_path, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="7")
+    text = train(toy_data, tmp_path, "resume=anew")
+    assert "going on from" not in text
+    assert len(values(tmp_path / "train" / "quickstart", "train/loss")) == 15
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_its_photos(toy_data, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match=r"epoch 0, step \d+: the loss is no number; .*\.jpg.*lower optim\.lr"):
+        fit(configured(toy_data, tmp_path, "optim.lr=1e8"), folder)
+    assert len((folder / "nonfinite.txt").read_text().splitlines()) == 12
+    assert not (folder / "best.safetensors").exists()
+    assert not list((folder / "checkpoints").glob("*.ckpt"))
+
+
+def test_it_ends_all_processes_together(toy_data, tmp_path):
+    begin = time.monotonic()
+    text = train(toy_data, tmp_path, "optim.lr=1e8", "trainer.devices=2", "trainer.log_every=3", status=2)
+    assert time.monotonic() - begin < 120
+    assert "the loss is no number" in text
+    listing = (tmp_path / "train" / "quickstart" / "nonfinite.txt").read_text().splitlines()
+    assert len(listing) == 12  # of both processes
+    assert "Traceback" not in text
+
+
+def test_a_dead_worker_ends_the_run_with_the_cause(toy_data, tmp_path):
+    process = started(toy_data, tmp_path, "trainer.num_workers=1")
+    (worker,) = [pid for pid in children(process.pid) if "train.py" in told(pid, "cmdline")]
+    os.kill(worker, signal.SIGKILL)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 2, text
+    assert "a process that decodes photos died" in text
+    assert "shm" in text
+    assert "Traceback" not in text
+    assert last(tmp_path / "train" / "quickstart")["global_step"] > 0
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(toy_data, tmp_path):
+    process = started(toy_data, tmp_path)
+    words = ["optim.epochs=500", "trainer.save_every_steps=1"]
+    text = train(toy_data, tmp_path, *words, status=2)
+    assert f"another training is running there (process {process.pid} on" in text
+    process.kill()
+    process.wait()
+    with locked(tmp_path / "train" / "quickstart"):
+        pass
+
+
+def test_the_tracker_goes_on_with_the_same_run(toy_data, tmp_path):
+    words = command(toy_data, tmp_path, "logger=wandb", script="tests/killed.py")
+    words.remove("logger=csv")
+    finished(words, -signal.SIGKILL, KILL_AT="7")
+    folder = tmp_path / "train" / "quickstart"
+    name = (folder / "wandb_id").read_text()
+    words = command(toy_data, tmp_path, "logger=wandb")
+    words.remove("logger=csv")
+    finished(words)
+    runs = [path.name for path in (folder / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2
+    assert all(run.endswith(name) for run in runs)
