@@ -18,8 +18,8 @@ from superglobal.data.datamodules import (
     HeldOutPhotos,
     Images,
     PhotoLoader,
+    begin_worker,
     how_workers_start,
-    leave_signals_to_the_run,
     only,
 )
 from superglobal.data.images import ImageItem
@@ -146,7 +146,7 @@ class RetrievalValidation(StepCallback):
             share,
             num_workers=self.num_workers,
             collate_fn=only,
-            worker_init_fn=leave_signals_to_the_run,
+            worker_init_fn=begin_worker,
             multiprocessing_context=how_workers_start(processes, self.num_workers),
         )
 

@@ -19,6 +19,7 @@ from superglobal.data.images import FaultyImageError, ImageItem, decode_image, i
 from superglobal.data.photos import TrainingPhotos, collate
 from superglobal.data.samplers import EpochBatches
 from superglobal.errors import InputError
+from superglobal.processes import end_with_parent
 
 Task = tuple[int, int]
 """Number of an image list and row in it."""
@@ -163,7 +164,7 @@ class TrainingDataModule(pl.LightningDataModule):
             collate_fn=collate,
             pin_memory=trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_signals_to_the_run,
+            worker_init_fn=begin_worker,
             multiprocessing_context=how_workers_start(trainer.world_size, self.num_workers),
         )
         return self.loader
@@ -214,7 +215,11 @@ def how_workers_start(processes: int, num_workers: int) -> str | None:
     return "forkserver"
 
 
-def leave_signals_to_the_run(worker: int) -> None:
-    """A signal to the whole process group must not take the photos away before the step is done and saved."""
+def begin_worker(worker: int) -> None:
+    """What a process that decodes for a training does first: leave signals to the training, and end with it.
+
+    A signal to the whole process group must not take the photos away before the step is done and saved.
+    """
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -21,7 +20,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,6 +29,7 @@ from superglobal.data.photo_index import VERSION, PhotoIndex, index_path, list_d
 from superglobal.data.sources import relative_path
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
+from superglobal.processes import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +158,7 @@ def _run(tasks: list[Task], workers: int) -> Iterator[int]:
     pool: Executor = ThreadPoolExecutor(1)
     if workers > 1 and len(left) > 1:
         # Not forked: Arrow's threads run here.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
     pending = {pool.submit(_do, *task) for task in left}
     try:
         while pending:
@@ -172,15 +171,10 @@ def _run(tasks: list[Task], workers: int) -> Iterator[int]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def _begin_worker() -> None:
     """A worker ends with the program, even a killed one, and at once; parts are whole or not there."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a word
-    threading.Thread(target=_end_after, args=[multiprocessing.parent_process()], daemon=True).start()
-
-
-def _end_after(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _do(path: Path, check: Callable[[], Part]) -> int:
