@@ -18,6 +18,7 @@ from superglobal.retrieval.tables import LADDER, SWITCHES
 
 _KINDS = ("revisited", "folder", "descriptors")
 _ROLES = ("train", "validation", "test")
+_BENCHMARKS = ("roxford5k", "rparis6k", "gldv2_test")
 _BACKENDS = ("auto", "faiss", "torch")
 _TABLES = ("train_clean.csv", "train.csv")
 _OPTIMISERS = ("sgd", "adamw")
@@ -187,6 +188,8 @@ def _check_tuned_set(d: DatasetConfig, allow_test: bool) -> None:
         raise InputError(
             f"{d.name}: its role is train, and settings chosen on photos that the network saw fit no others"
         )
+    if d.name in _BENCHMARKS and d.role != "test":
+        raise InputError(f"dataset.role={d.role}: {d.name} is what others report their numbers on; its role is test")
     if d.role == "test" and not allow_test:
         raise InputError(
             f"{d.name}: its role is test. Tuning on a test set makes its numbers worthless, for these settings were "

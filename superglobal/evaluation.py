@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork
 from superglobal.precision import full_precision
+from superglobal.processes import in_main_thread
 from superglobal.retrieval.report import versions
 from superglobal.retrieval.store import DescriptorStore, fingerprint
 
@@ -83,7 +83,7 @@ class EvaluationModule(pl.LightningModule):
 
     def on_predict_start(self) -> None:
         """Let SIGTERM end the run, finished rows flushed: Lightning's handler only takes note of it here."""
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def on_predict_end(self) -> None:

@@ -1,9 +1,11 @@
-"""Files that are whole or not there, and the name of the one that training leaves for evaluation."""
+"""Files that are whole or not there, locks, and the names of what a training leaves for others."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import BinaryIO
 
 from superglobal.errors import InputError
 
-EXPORT = "best.safetensors"
+EXPORT, BAD_PHOTOS = "best.safetensors", "bad_photos.txt"
 
 
 @contextmanager
@@ -53,6 +55,38 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     with replacing(path) as file:
         file.write(data)
+
+
+@contextmanager
+def only_process(path: Path, taken: str, way_out: str) -> Iterator[None]:
+    """Meanwhile no other process gets this far with the same lock file; the lock dies with its process.
+
+    Args:
+        path: of the file; its folder exists.
+        taken, way_out: beginning and end of the message when another process has it.
+
+    Raises:
+        InputError: another process has it, or the place cannot be written.
+    """
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+    with file:
+        try:
+            # Unlike flock's, these locks are not inherited by the processes that decode photos.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown process"
+            raise InputError(f"{taken} ({holder}); wait for it, stop it, {way_out}") from error
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); free space") from error
+        yield
 
 
 def umask() -> int:

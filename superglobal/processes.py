@@ -15,6 +15,11 @@ def first_process() -> bool:
     return int(next((rank for rank in ranks if rank is not None), 0)) == 0
 
 
+def in_main_thread() -> bool:
+    """Whether this is the thread that may handle signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
 def end_with_parent() -> None:
     """Make this process, started by `multiprocessing`, end as soon as the one that started it, even if that is killed.
 

@@ -1,7 +1,7 @@
-"""train.py as it is, but killed (SIGKILL) at a chosen moment.
+"""train.py as it is, but killed (SIGKILL) at a chosen moment, or asked to end.
 
 KILL_AT: in the first process, before that step (the first is 0). KILL_SAVING: when the checkpoint of that step is
-written but has not got its name yet.
+written but has not got its name yet. TERM_VALIDATING: SIGTERM as the validation after that step begins.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from superglobal.callbacks import AtomicCheckpoints, Checkpoints  # noqa: E402
+from superglobal.callbacks import AtomicCheckpoints, Checkpoints, RetrievalValidation  # noqa: E402
 
-AT, SAVING = int(os.environ.get("KILL_AT", -1)), int(os.environ.get("KILL_SAVING", -1))
-save = AtomicCheckpoints.save_checkpoint
+AT, SAVING, VALIDATING = (int(os.environ.get(key, -1)) for key in ("KILL_AT", "KILL_SAVING", "TERM_VALIDATING"))
+save, describe = AtomicCheckpoints.save_checkpoint, RetrievalValidation._described
 
 
 def kill() -> None:
@@ -36,6 +36,13 @@ def saving(self, checkpoint, path, storage_options=None) -> None:
     save(self, checkpoint, path, storage_options)
 
 
+def describing(self, trainer, network, images):
+    if trainer.global_step == VALIDATING:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return describe(self, trainer, network, images)
+
+
+RetrievalValidation._described = describing
 Checkpoints.on_train_batch_start = before_batch
 AtomicCheckpoints.save_checkpoint = saving
 if __name__ == "__main__":

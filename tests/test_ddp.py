@@ -62,6 +62,7 @@ def test_a_process_that_is_killed_ends_the_run(toy_data, tmp_path):
     text = process.communicate(timeout=60)[0]
     assert time.monotonic() - begin < 60
     assert process.returncode not in (0, 1), text
+    assert "another process of this training has ended" in text
     assert not os.path.exists(f"/proc/{child}") or " Z " in told(child, "stat")
     assert "Traceback" not in text
     assert last(tmp_path / "train" / "quickstart")["global_step"] > 0

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning.utilities import move_data_to_device
@@ -227,13 +228,16 @@ def required(root):
 
 
 def test_the_check_beforehand_is_the_same_with_an_index_and_without(root, tmp_path, required):
-    (train, held), bad, digest = required(0)
+    (train, held), bad, codes = required(0)
     assert bad == [[], []]
     folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
     with pytest.raises(InputError, match=re.escape(f"--root {root} --table {TABLE} --tars {folder}")):
         required(tars=folder)
     prepare(root, tars=folder, workers=1)
-    assert required(0, folder)[1:] == (bad, digest)
+    _, again, indexed = required(0, folder)
+    assert again == bad
+    assert np.array_equal(indexed, codes)
+    assert codes.all()
     train.path(4).unlink()
     held.path(1).write_bytes(b"")
     (root / "train_clean.index.npz").unlink()
@@ -241,8 +245,10 @@ def test_the_check_beforehand_is_the_same_with_an_index_and_without(root, tmp_pa
     _, looked, other = required()
     prepare(root, workers=1)
     assert (looked, other) == (expected, other)
-    assert required()[1:] == (expected, other)
-    assert other != digest
+    _, again, indexed = required()
+    assert again == expected
+    assert np.array_equal(indexed, other)
+    assert np.flatnonzero(other != codes).tolist() == np.flatnonzero(other == 0).tolist() == [4, len(train) + 1]
 
 
 @pytest.mark.parametrize("indexed", [False, True])

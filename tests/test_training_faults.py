@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import time
 
 import pytest
 import torch
-from runs import children, command, configured, finished, last, started, told, train, values
+from runs import children, command, configured, finished, last, numbers, started, told, train, values
+from sets import break_scan
 
 from superglobal.callbacks import newest_good
+from superglobal.data.gldv2 import read_train, split_landmarks
 from superglobal.engine import train as fit
 from superglobal.engine.run_folder import locked
 from superglobal.errors import InputError
@@ -28,7 +31,7 @@ def checkpoint(toy_data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("number", "processes", "group"), [("SIGTERM", 1, True), ("SIGINT", 1, False), ("SIGTERM", 2, False)]
+    ("number", "processes", "group"), [("SIGUSR2", 1, True), ("SIGINT", 1, False), ("SIGTERM", 2, False)]
 )
 def test_a_signal_saves_and_the_same_command_goes_on(toy_data, tmp_path, number, processes, group):
     """To the first process alone, or to all of them as a terminal or SLURM sends it; workers included."""
@@ -72,11 +75,14 @@ def test_a_place_that_cannot_be_written_is_told_at_the_start(toy_data, tmp_path)
         fit(configured(toy_data, tmp_path), folder / "checkpoints" / "below a file")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "flipped"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(checkpoint, tmp_path, caplog, damage):
     whole = (checkpoint / "checkpoints" / "last.ckpt").read_bytes()
     (tmp_path / "previous.ckpt").write_bytes(whole)
-    (tmp_path / "last.ckpt").write_bytes({"truncated": whole[:-1000], "empty": b"", "text": b"no checkpoint"}[damage])
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 100]) + whole[middle + 100 :]
+    damaged = {"truncated": whole[:-1000], "empty": b"", "text": b"no checkpoint", "flipped": flipped}
+    (tmp_path / "last.ckpt").write_bytes(damaged[damage])
     assert newest_good(tmp_path) == (tmp_path / "previous.ckpt", 15)
     assert "last.ckpt" in caplog.text
     assert f"({len((tmp_path / 'last.ckpt.damaged').read_bytes())} bytes)" in caplog.text
@@ -172,3 +178,52 @@ def test_the_tracker_goes_on_with_the_same_run(toy_data, tmp_path):
     runs = [path.name for path in (folder / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert all(run.endswith(name) for run in runs)
+
+
+def test_a_signal_while_validating_breaks_it_off_and_it_is_made_up_for(toy_data, checkpoint, tmp_path):
+    """A validation may take longer than whoever sent the signal waits."""
+    script = command(toy_data, tmp_path, *SAVED, script="tests/killed.py")
+    text = finished(script, 143, TERM_VALIDATING="5")
+    folder = tmp_path / "train" / "quickstart"
+    assert "saved at step 5" in text
+    assert len(values(folder, "val/map")) == 1  # of the start
+    train(toy_data, tmp_path, *SAVED)
+    assert numbers(folder) == numbers(checkpoint)
+
+
+def test_a_held_out_photo_that_breaks_off_inside_is_listed_and_left_out(toy_data, tmp_path):
+    root = tmp_path / "gldv2"
+    shutil.copytree(toy_data / "toy" / "gldv2", root)
+    _, held = split_landmarks(read_train(root), 0.25, seed=0)
+    bad = held.path(2)
+    break_scan(bad)  # passes the check beforehand
+    places = [f"data.root={root}", "optim.epochs=1"]
+    assert 0 < fit(configured(tmp_path, tmp_path, *places, "data.bad_budget=0.1"), tmp_path / "run") <= 1
+    (line,) = (tmp_path / "run" / "bad_photos.txt").read_text().splitlines()
+    assert line.startswith(f"{bad}\t")
+    with pytest.raises(InputError, match=r"1 of 90 photos .* more than data\.bad_budget=0\.001"):
+        fit(configured(tmp_path, tmp_path, *places, "data.bad_budget=0.001"), tmp_path / "strict")
+
+
+def test_a_photo_lost_or_mended_meanwhile_does_not_end_a_training(toy_data, tmp_path):
+    root = tmp_path / "gldv2"
+    shutil.copytree(toy_data / "toy" / "gldv2", root)
+    photos, _ = split_landmarks(read_train(root), 0.25, seed=0)
+    first, second = (photos.path(i).rename(tmp_path / f"{i}.jpg") for i in (3, 4))
+    shutil.copy(second, photos.path(4))
+    words = [*SAVED, f"data.root={root}", "data.bad_budget=0.1"]
+    finished(command(toy_data, tmp_path, *words, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="7")
+    first.rename(photos.path(3))
+    photos.path(4).unlink()
+    assert "step 6 of 15" in train(toy_data, tmp_path, *words)
+    shutil.copy(photos.path(5), photos.path(4))
+    text = train(toy_data, tmp_path, *words, status=2)
+    assert "different are the contents of 1 of 90 photos" in text
+
+
+def test_slurm_tasks_that_would_train_side_by_side_are_refused(toy_data, tmp_path, monkeypatch):
+    for name, value in {"NTASKS": "2", "JOB_NAME": "job", "PROCID": "1", "LOCALID": "1", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(InputError, match=r"SLURM|Lightning refuses"):
+        fit(configured(toy_data, tmp_path), tmp_path / "run")
+    assert not list(tmp_path.rglob("*.ckpt"))

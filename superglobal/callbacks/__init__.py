@@ -4,7 +4,7 @@ from superglobal.callbacks.curves import Curves
 from superglobal.callbacks.guards import BadPhotoGuard, NonFiniteGuard
 from superglobal.callbacks.saving import AtomicCheckpoints, Checkpoints, newest_good
 from superglobal.callbacks.steps import StepSeed
-from superglobal.callbacks.validation import RetrievalValidation, heldout_truth
+from superglobal.callbacks.validation import RetrievalValidation
 
 __all__ = [
     "AtomicCheckpoints",
@@ -14,6 +14,5 @@ __all__ = [
     "NonFiniteGuard",
     "RetrievalValidation",
     "StepSeed",
-    "heldout_truth",
     "newest_good",
 ]

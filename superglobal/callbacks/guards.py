@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from superglobal.callbacks.steps import StepCallback, any_rank
+from superglobal.callbacks.steps import StepCallback, any_rank, side_group
 from superglobal.data.bad_photos import BadPhotos
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
@@ -48,6 +48,10 @@ class NonFiniteGuard(StepCallback):
         self.folder = folder
         self.place = place
         self.window: list[tuple[int, Tensor, Tensor]] = []
+        self.group: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.group = side_group(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,7 +74,7 @@ class NonFiniteGuard(StepCallback):
         losses = bool(torch.stack([finite for _, _, finite in window]).all()) if window else True
         total = torch.stack(torch._foreach_norm([p.detach() for p in module.parameters()])).sum()
         p = module.network.pooling.p
-        problems = any_rank(trainer, not losses, not torch.isfinite(total), not bool(p > 0))
+        problems = any_rank(self.group, not losses, not torch.isfinite(total), not bool(p > 0))
         if problems[0]:
             raise InputError(self._told(trainer, window) + self._mend(module))
         where = f"epoch {trainer.current_epoch}, step {trainer.global_step}"

@@ -7,8 +7,8 @@ import logging
 import pickle
 import signal
 import sys
-import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,25 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
 from superglobal.callbacks.guards import NonFiniteGuard
-from superglobal.callbacks.steps import StepCallback, any_rank
+from superglobal.callbacks.steps import StepCallback, any_rank, side_group
 from superglobal.errors import InputError
 from superglobal.files import replacing
-from superglobal.processes import first_process
+from superglobal.processes import first_process, in_main_thread
 from superglobal.training import TrainingModule
 
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_DAMAGED = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
@@ -68,10 +78,17 @@ class Checkpoints(StepCallback):
         self.received: int | None = None
         self.handlers: dict[int, Any] = {}
         self.saved_at = time.monotonic()
+        self.group: Any = None
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """Whether a signal has come to this process."""
+        return self.received is not None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.group = side_group(trainer)
         # Lightning's own handlers broadcast from within the handler, in whatever collective the run is.
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread():
             self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         if trainer.is_global_zero:
             for stray in self.folder.glob(".*.ckpt.*"):
@@ -85,7 +102,7 @@ class Checkpoints(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, epoch_ends: bool) -> None:
         due = self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
-        due, *stop = any_rank(trainer, due, *(self.received == number for number in _SIGNALS))
+        due, *stop = any_rank(self.group, due, *(self.received == number for number in _SIGNALS))
         due |= self.every_steps is not None and trainer.global_step % self.every_steps == 0
         due |= epoch_ends or trainer.should_stop
         if due or any(stop):
@@ -117,16 +134,17 @@ def newest_good(folder: Path) -> tuple[Path, int] | None:
     """
     bad = []
     for path in (folder / LAST, folder / PREVIOUS):
-        if not path.exists():
-            continue
         try:
-            step = int(torch.load(path, map_location="cpu", weights_only=True)["global_step"])
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            size = path.stat().st_size
+            step = _step_of(path)
+        except FileNotFoundError:
+            continue
+        except _DAMAGED as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
             what = f"corrupt or incomplete ({reason})"
             if isinstance(error, pickle.UnpicklingError):
                 what = "damaged, or it asks to run code on loading; it was not run"
-            bad.append(f"{path} ({path.stat().st_size} bytes): {what}")
+            bad.append(f"{path} ({size} bytes): {what}")
             continue
         for text in bad:
             log.warning("%s; going on from %s, step %d", text, path, step)
@@ -137,3 +155,12 @@ def newest_good(folder: Path) -> tuple[Path, int] | None:
     if bad:
         raise InputError("\n".join([*bad, "no checkpoint is left to go on from; resume=anew begins again"]))
     return None
+
+
+def _step_of(path: Path) -> int:
+    """The step of a checkpoint, every byte of which is checked: torch itself does not compare check sums."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} is not what was written")
+    return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])

@@ -58,10 +58,18 @@ class StepSeed(Callback):
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
-def any_rank(trainer: pl.Trainer, *flags: bool) -> list[bool]:
-    """Each flag, true if it is in any process; every process has to ask."""
-    if trainer.world_size == 1:
+def side_group(trainer: pl.Trainer) -> Any:
+    """A process group for `any_rank` beside the one that gradients take, None for one process; every process asks.
+
+    It works on the CPU: an answer by way of the GPU would come after all that the GPU has been told to do.
+    """
+    return torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
+
+
+def any_rank(group: Any, *flags: bool) -> list[bool]:
+    """Each flag, true if it is in any process of a `side_group`; every process has to ask."""
+    if group is None:
         return list(flags)
-    found = torch.tensor([float(flag) for flag in flags], device=trainer.strategy.root_device)
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    found = torch.tensor([float(flag) for flag in flags])
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in found.tolist()]

@@ -13,7 +13,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import Subset
 
-from superglobal.callbacks.steps import StepCallback
+from superglobal.callbacks.steps import StepCallback, any_rank, side_group
+from superglobal.data.bad_photos import BadPhotos
 from superglobal.data.datamodules import (
     HeldOutPhotos,
     Images,
@@ -23,7 +24,7 @@ from superglobal.data.datamodules import (
     only,
 )
 from superglobal.data.images import ImageItem
-from superglobal.data.sets import EvaluationSet
+from superglobal.data.sets import EvaluationSet, leave_one_out_truth
 from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork
 from superglobal.precision import full_precision
@@ -43,17 +44,21 @@ class RetrievalValidation(StepCallback):
     cannot work shows before the first epoch and the curve has a beginning.
 
     Args:
-        photos: of whole landmarks that are not trained on.
+        photos: of whole landmarks that are not trained on; those that cannot be read are left out and go into `bad`.
+        bad: list of bad photos, by the index in the held-out list.
         every_epochs, every_steps: how often; the end of training always has one.
         sets: evaluation sets.
         patience: validations without a new best after which training stops.
         export: writes the network as (network, val/map, step); called in the first process for every new best.
         num_workers: processes that decode ahead.
+        asked_to_stop: whether this process is to end; a validation is then broken off, and made up for when the
+            training goes on.
     """
 
     def __init__(
         self,
         photos: HeldOutPhotos,
+        bad: BadPhotos,
         *,
         every_epochs: int,
         every_steps: int | None,
@@ -61,28 +66,37 @@ class RetrievalValidation(StepCallback):
         patience: int | None,
         export: Callable[[RetrievalNetwork, float, int], None],
         num_workers: int,
+        asked_to_stop: Callable[[], bool],
     ) -> None:
         self.photos = photos
+        self.bad = bad
         self.every_epochs = every_epochs
         self.every_steps = every_steps
         self.sets = sets
         self.patience = patience
         self.export = export
         self.num_workers = num_workers
+        self.asked_to_stop = asked_to_stop
         self.best = -1.0
         self.stale = 0
+        self.owed = False
+        self.group: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "stale": self.stale}
+        return {"best": self.best, "stale": self.stale, "owed": self.owed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.stale = state_dict["best"], state_dict["stale"]
+        self.best, self.stale, self.owed = state_dict["best"], state_dict["stale"], state_dict["owed"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # The first process alone has looked at the photos and left out the bad ones.
         self.photos.indices = trainer.strategy.broadcast(self.photos.indices)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        self.group = side_group(trainer)
+        if self.owed:
+            self._choose(trainer, pl_module)
         # It may have been killed when it had stopped and was about to say so.
         trainer.should_stop = self._given_up()
 
@@ -95,9 +109,16 @@ class RetrievalValidation(StepCallback):
         step = trainer.global_step
         due = epoch_ends and (trainer.current_epoch + 1) % self.every_epochs == 0
         due |= step == module.total_steps or (self.every_steps is not None and step % self.every_steps == 0)
-        if not due:
-            return
+        if due:
+            self._choose(trainer, module)
+
+    def _choose(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Validate, and export what is better than all before."""
+        step = trainer.global_step
         score = self._validate(trainer, module)
+        self.owed = score is None
+        if score is None:
+            return
         self.stale = 0 if score > self.best else self.stale + 1
         if score > self.best:
             self.best = score
@@ -110,17 +131,24 @@ class RetrievalValidation(StepCallback):
     def _given_up(self) -> bool:
         return self.patience is not None and self.stale >= self.patience
 
-    def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> float:
+    def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> float | None:
+        """mAP of the held-out photos, in every process; None if the run is asked to stop meanwhile."""
         with module.pause(), module.evaluating() as network:
             if trainer.world_size > 1:
                 # Batch norm's running statistics are each process's own until DDP's next forward pass.
                 for buffer in network.buffers():
                     torch.distributed.broadcast(buffer, 0)
-            X = self._described(trainer, network, self.photos)
+            X, faults = self._described(trainer, network, self.photos)
+            if X is None:
+                return None
+            if faults:
+                self.bad.add([(int(self.photos.indices[row]), str(error)) for row, error in faults])
+                self.photos.drop([row for row, _ in faults])
+                X = np.delete(X, [row for row, _ in faults], axis=0)
             values = {}
             if trainer.is_global_zero:
                 exclude = np.arange(len(X))
-                result = evaluate(X, X, heldout_truth(self.photos.labels), LABELS, exclude=exclude, samples=1)
+                result = evaluate(X, X, leave_one_out_truth(self.photos.labels), LABELS, exclude=exclude, samples=1)
                 score = result.map["all"]
                 if score is None or not np.isfinite(score):
                     raise InputError(
@@ -129,8 +157,12 @@ class RetrievalValidation(StepCallback):
                     )
                 values["val/map"] = score
             for one in self.sets:
-                Q = self._described(trainer, network, listed(one.queries))
-                X = self._described(trainer, network, listed(one.database))
+                Q, no_query = self._described(trainer, network, listed(one.queries))
+                X, no_image = self._described(trainer, network, listed(one.database))
+                for _, error in (*no_query, *no_image):
+                    raise error
+                if Q is None or X is None:
+                    return None
                 if trainer.is_global_zero:
                     scores = evaluate(Q, X, one.gnd, REVISITED, clusters=one.clusters, samples=1).map
                     values |= {f"{one.name}/map/{protocol}": value for protocol, value in scores.items()}
@@ -159,20 +191,33 @@ class RetrievalValidation(StepCallback):
         loss = "" if math.isnan(module.loss) else f"loss {module.loss:.3f}, "
         log.info("%s: %svalidation mAP %.4f%s", place, loss, values["val/map"], others)
 
-    def _described(self, trainer: pl.Trainer, network: RetrievalNetwork, images: Images | HeldOutPhotos) -> np.ndarray:
-        """(n, D) float32 descriptors in every process, each of which describes its share."""
+    def _described(
+        self, trainer: pl.Trainer, network: RetrievalNetwork, images: Images | HeldOutPhotos
+    ) -> tuple[np.ndarray | None, list[tuple[int, InputError]]]:
+        """In every process, each of which describes its share: (n, D) float32 descriptors, zero for those that cannot
+        be read, and why they cannot; None if the run is asked to stop meanwhile.
+        """
         device = network.mean.device
         share = Subset(images, range(trainer.global_rank, len(images), trainer.world_size))
         X = torch.zeros(len(images), network.dim, device=device)
+        faults: list[tuple[int, InputError]] = []
         with torch.inference_mode(), full_precision(), _any_size():
             for (_, row), image in self._loader(share, trainer.world_size):
+                if self.asked_to_stop():
+                    break
                 if isinstance(image, InputError):
-                    raise image
-                X[row] = network(image[None].to(device))[0]
+                    faults.append((row, image))
+                else:
+                    X[row] = network(image[None].to(device))[0]
+        if any_rank(self.group, self.asked_to_stop())[0]:
+            return None, []
         if trainer.world_size > 1:
             # Every row is some process's, and zero in all others: the sum is exact.
             torch.distributed.all_reduce(X)
-        return X.cpu().numpy()
+            gathered: list[list[tuple[int, InputError]]] = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, faults)
+            faults = [fault for part in gathered for fault in part]
+        return X.cpu().numpy(), faults
 
 
 @contextmanager
@@ -188,8 +233,3 @@ def _any_size() -> Iterator[None]:
 def listed(items: Sequence[ImageItem]) -> Images:
     """All images of a list, at their own size."""
     return Images([(items, None)], [(0, row) for row in range(len(items))])
-
-
-def heldout_truth(labels: np.ndarray) -> list[dict[str, Any]]:
-    """Ground truth of each photo against all others: (n,) labels -> ids of the same label, without its own."""
-    return [{"positive": np.setdiff1d(np.flatnonzero(labels == label), i)} for i, label in enumerate(labels)]

@@ -23,7 +23,7 @@ class FitConfig(TrainerConfig):
             CurricularFace's moving threshold and sampled classes (`head.negatives`) tell the difference, nothing else.
         channels_last: memory layout in which convolutions are fastest.
         compile: compile the network with torch.compile: minutes at the start, faster steps.
-        deterministic: bit for bit the same results on a GPU, slower.
+        deterministic: let torch and cuDNN use only what gives the same results bit for bit on a GPU, slower.
         log_every: steps between two points of a curve; every loss in between is checked for being a number then.
         save_every_steps, save_every_minutes: how often a checkpoint is written, besides the end of every epoch; null
             for never.

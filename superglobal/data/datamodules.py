@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from superglobal.data.images import FaultyImageError, ImageItem, decode_image, i
 from superglobal.data.photos import TrainingPhotos, collate
 from superglobal.data.samplers import EpochBatches
 from superglobal.errors import InputError
-from superglobal.processes import end_with_parent
+from superglobal.processes import end_with_parent, in_main_thread
 
 Task = tuple[int, int]
 """Number of an image list and row in it."""
@@ -114,12 +113,15 @@ class HeldOutPhotos(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def drop(self, rows: Sequence[int]) -> None:
+        """Leave out photos that turned out to be bad."""
+        self.indices = np.delete(self.indices, rows)
+
     def __getitem__(self, row: int) -> tuple[Task, Tensor | InputError]:
-        index = int(self.indices[row])
         try:
-            pixels = shrink(decode_image(self.photos.read(index)), self.max_side)
-        except FaultyImageError as error:
-            return (0, row), InputError(f"image cannot be read: {self.photos.place(index)}: {error}")
+            pixels = shrink(decode_image(self.photos.read(int(self.indices[row]))), self.max_side)
+        except FaultyImageError as error:  # the caller knows the place
+            return (0, row), error
         return (0, row), image_tensor(pixels)
 
 
@@ -178,10 +180,10 @@ class PhotoLoader(DataLoader):
     """
 
     def __iter__(self) -> Any:
-        before = signal.getsignal(signal.SIGCHLD)
         batches = super().__iter__()
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+        handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "").startswith("torch.") and in_main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return batches
 
 

@@ -28,7 +28,7 @@ from superglobal.data.parts import Part, check_tar, check_tree
 from superglobal.data.photo_index import VERSION, PhotoIndex, index_path, list_digest
 from superglobal.data.sources import relative_path
 from superglobal.errors import InputError
-from superglobal.files import write_atomically
+from superglobal.files import only_process, write_atomically
 from superglobal.processes import end_with_parent
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ def prepare(
         progress: called with the photos done and all photos, at least every ten seconds.
 
     Raises:
-        InputError: no list, no tree, no tar files, the root cannot be written, or a worker died.
+        InputError: no list, no tree, no tar files, the root cannot be written, another process is at it, or a worker
+            died.
     """
     root, tars = Path(root), None if tars is None else Path(tars)
     if workers is not None and workers < 1:
@@ -94,20 +95,24 @@ def prepare(
     if not tars and not (root / "train").is_dir():
         raise InputError(f"photos not found: {root / 'train'}\n{how_to_get(root)}")
     digest = list_digest(root, table)
-    folder = root / f".{Path(table).stem}.index.parts"
-    _claim(folder, {"version": VERSION, "list": digest, "tars": str(tars and tars.resolve()), "decode": decode}, ids)
-    tasks = _tar_tasks(folder, files, decode) if tars else _tree_tasks(folder, root / "train", ids, decode)
-    done = 0
-    for photos in _run(tasks, workers or _cpus()):
-        done += photos
-        if progress:
-            progress(min(done, len(ids)), len(ids))
-    index, notes = _assemble(ids, files, [path for path, _ in tasks])
-    result = _result(root, table, tars, index, notes)
-    write_atomically(result.report, result.text().encode())
-    index.save(result.index, digest)
-    shutil.rmtree(folder)
-    return result
+    lock, name = root / f".{Path(table).stem}.index.lock", index_path(root, table)
+    with only_process(lock, f"{name}: another process is making it", "or give another --root"):
+        folder = root / f".{Path(table).stem}.index.parts"
+        place = str(tars and tars.resolve())
+        _claim(folder, {"version": VERSION, "list": digest, "tars": place, "decode": decode}, ids)
+        tasks = _tar_tasks(folder, files, decode) if tars else _tree_tasks(folder, root / "train", ids, decode)
+        done = 0
+        for photos in _run(tasks, workers or _cpus()):
+            done += photos
+            if progress:
+                progress(min(done, len(ids)), len(ids))
+        index, notes = _assemble(ids, files, [path for path, _ in tasks])
+        result = _result(root, table, tars, index, notes)
+        write_atomically(result.report, result.text().encode())
+        index.save(result.index, digest)
+        shutil.rmtree(folder)
+        lock.unlink()
+        return result
 
 
 def _tar_files(tars: Path, root: Path) -> list[Path]:

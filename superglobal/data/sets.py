@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+import numpy as np
+
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem, check_images
 from superglobal.errors import InputError
 
@@ -38,6 +40,25 @@ class EvaluationSet:
     root: Path
     how_to_get: str
     """Expected layout and where the files are had; ends the message about missing ones."""
+
+
+def leave_one_out_truth(labels: np.ndarray) -> list[dict[str, Any]]:
+    """Ground truth of images that are searched for among one another, each excluded from its own ranking.
+
+    Args:
+        labels: (n,) of the images.
+
+    Returns:
+        Per image {"positive": int64 ids of the others with its label}.
+    """
+    order = np.argsort(labels, kind="stable")
+    _, start, count = np.unique(labels[order], return_index=True, return_counts=True)
+    found: list[dict[str, Any]] = [{} for _ in labels]
+    for first, members in zip(start, count, strict=True):
+        same = order[first : first + members]
+        for image in same:
+            found[image] = {"positive": same[same != image]}
+    return found
 
 
 def image_path(folder: Path, name: str, source: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -43,7 +44,8 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
         options: of `pl.Trainer`.
 
     Raises:
-        InputError: Lightning refuses the settings, or a sweep asks for more than one device a job.
+        InputError: Lightning refuses the settings, a sweep asks for more than one device a job, or torchrun or SLURM
+            has started another number of processes than the settings make.
     """
     for pattern, category in _SAYS_NOTHING:
         warnings.filterwarnings("ignore", pattern, category)
@@ -51,16 +53,20 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
     # Where SLURM starts the processes of a job, none is started from here.
     if sweeping() and not SLURMEnvironment.detect():
         # Lightning would start the whole sweep again in every further process.
-        if devices not in (1, "1", "auto") and not (isinstance(devices, list) and len(devices) == 1):
+        single = devices in (1, "1", "auto") or (isinstance(devices, list) and len(devices) == 1)
+        if not single or options.get("num_nodes", 1) > 1:
             raise InputError(
-                f"trainer.devices={devices}: a sweep runs one device a job, since Lightning would start the whole "
-                "sweep again in every further process; use 1, or run without -m"
+                f"trainer.devices={devices} on {options.get('num_nodes', 1)} machines: a sweep runs one device a job, "
+                "since Lightning would start the whole sweep again in every further process; use 1, or run without -m"
             )
         if devices == "auto":
             log.info("sweep: one device a job")
             devices = 1
     try:
-        return pl.Trainer(
+        if SLURMEnvironment.detect():
+            # Lightning's way to go on saves from within a signal handler; ours is in `Checkpoints`.
+            options["plugins"] = [*options.get("plugins", ()), SLURMEnvironment(auto_requeue=False)]
+        trainer = pl.Trainer(
             accelerator=t.accelerator,
             devices=devices,
             strategy=t.strategy,
@@ -73,6 +79,23 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         wish = f"accelerator={t.accelerator} devices={t.devices} strategy={t.strategy}"
         raise InputError(f"trainer: Lightning refuses {wish}: {error}") from error
+    starter, started = _started()
+    if started not in (None, trainer.world_size):
+        raise InputError(
+            f"{starter} has started {started} processes, but trainer.devices={t.devices} on "
+            f"{options.get('num_nodes', 1)} machines makes {trainer.world_size}: each would run for itself; give "
+            f"trainer.devices= and trainer.num_nodes= as {starter} has them"
+        )
+    return trainer
+
+
+def _started() -> tuple[str, int | None]:
+    """What has started the processes of this run, and how many; None where that is Lightning's part."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return "torchrun", int(os.environ.get("WORLD_SIZE", 1))
+    if SLURMEnvironment.detect():
+        return "SLURM", int(os.environ["SLURM_NTASKS"])
+    return "", None
 
 
 def sweeping() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from contextlib import nullcontext
@@ -31,10 +30,10 @@ from superglobal.data.photos import Bad, TrainingPhotos
 from superglobal.data.revisited import revisited_set
 from superglobal.data.samplers import EpochBatches
 from superglobal.data.sets import EvaluationSet, require_images
-from superglobal.engine.run_folder import BAD_PHOTOS, CHECKPOINTS, claim, finish, finished, locked
+from superglobal.engine.run_folder import CHECKPOINTS, claim, finish, finished, locked
 from superglobal.engine.running import make_fit_trainer, run_fit
 from superglobal.errors import InputError
-from superglobal.files import EXPORT
+from superglobal.files import BAD_PHOTOS, EXPORT
 from superglobal.loggers import training_loggers
 from superglobal.models.heads import make_head
 from superglobal.models.network import RetrievalNetwork
@@ -70,19 +69,21 @@ def train(cfg: DictConfig, folder: Path) -> float:
     # The other processes are children of this one, or wait for it to join them: it checks for all.
     bad: list[Bad] = [[], []]
     about: dict[str, Any] = {}
+    codes = np.zeros(0, np.uint64)
     if first:
         d = config.data
-        bad, content = require_photos([photos, held_out], d.root, d.table, d.tars, d.bad_budget)
-        identity = _identity(config, network, photos, content)
+        bad, codes = require_photos([photos, held_out], d.root, d.table, d.tars, d.bad_budget)
+        identity = _identity(config, network, photos, held_out)
         about = {
             "identity": identity,
             "root": d.root,
+            "tars": d.tars,
             "trainer": asdict(config.trainer),
             "versions": versions(),
             "git": git_state(),
         }
     with locked(folder) if first else nullcontext():
-        done = claim(folder, about, config.resume == "anew") if first else finished(folder)
+        done = claim(folder, about, codes, config.resume == "anew") if first else finished(folder)
         if done is not None:
             log.info("trained already, validation mAP %.4f: %s (remove the folder to train again)", done, folder)
             return done
@@ -121,11 +122,11 @@ def _network(config: TrainConfig) -> RetrievalNetwork:
         dim=config.dim,
         trainable=True,
     )
-    for side in (config.data.image_size, *(side for _, side in config.data.stages)):
+    sides = [(f"data.image_size={config.data.image_size}", config.data.image_size)]
+    sides += [(f"data.stages={config.data.stages}", side) for _, side in config.data.stages]
+    for setting, side in sides:
         if side < network.min_side():
-            raise InputError(
-                f"data.image_size={side}: with this pooling the network needs at least {network.min_side()} px a side"
-            )
+            raise InputError(f"{setting}: with this pooling the network needs at least {network.min_side()} px a side")
     if config.optim.batch_norm == "sync":
         if not torch.cuda.is_available():
             raise InputError("optim.batch_norm=sync works between GPUs; use train or frozen here")
@@ -134,8 +135,8 @@ def _network(config: TrainConfig) -> RetrievalNetwork:
     return network
 
 
-def _identity(config: TrainConfig, network: RetrievalNetwork, photos: TrainList, content: str) -> dict[str, Any]:
-    """What makes a training another one: settings, the network it starts from, photos. Plain types."""
+def _identity(config: TrainConfig, network: RetrievalNetwork, photos: TrainList, held_out: TrainList) -> dict[str, Any]:
+    """What makes a training another one: settings, the network it starts from, lists of photos. Plain types."""
     settings = asdict(config)
     # Where it runs, and what the network says of itself: `pooling.relup=true` is `pooling.relup=on`.
     for where in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim", "resume"):
@@ -143,9 +144,8 @@ def _identity(config: TrainConfig, network: RetrievalNetwork, photos: TrainList,
     for where in ("role", "root", "tars", "bad_budget"):
         del settings["data"][where]
     del settings["validation"]["sets"]
-    digest = hashlib.sha256(photos.digest().encode())
-    digest.update(content.encode())
-    identity = {"settings": settings, "start": network.identity(), "photos": digest.hexdigest()}
+    lists = [photos.digest(), held_out.digest()]
+    identity = {"settings": settings, "start": network.identity(), "photos": lists}
     return json.loads(json.dumps(identity, default=str))
 
 
@@ -178,7 +178,7 @@ def _fit(
     about: dict[str, Any],
 ) -> float:
     """Train `network` in place and export it whenever it is the best; the best validation mAP."""
-    d, o, t = config.data, config.optim, config.trainer
+    d, o, t, v = config.data, config.optim, config.trainer, config.validation
     steps = EpochBatches(len(photos), o.batch_size, config.seed, t.accumulate).steps
     every = min(t.log_every, steps)
     counts = np.bincount(photos.labels, minlength=len(photos.landmarks))
@@ -191,14 +191,26 @@ def _fit(
     missed.add(bad[0])
     missed_held_out.add(bad[1])
     guard = callbacks.NonFiniteGuard(every, folder, photos.place)
-    validation = _validation(config, folder, held_out, bad[1], about)
+    checkpoints = callbacks.Checkpoints(folder / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, guard)
+    photos_held_out = HeldOutPhotos(held_out, v.images, v.max_side, config.seed, without=[index for index, _ in bad[1]])
+    validation = callbacks.RetrievalValidation(
+        photos_held_out,
+        missed_held_out,
+        every_epochs=v.every_epochs,
+        every_steps=v.every_steps,
+        sets=_watched(config),
+        patience=v.patience,
+        export=partial(_export, folder, about),
+        num_workers=t.num_workers,
+        asked_to_stop=lambda: checkpoints.asked_to_stop,
+    )
     watchers: list[Callback] = [
         callbacks.StepSeed(config.seed),
         callbacks.BadPhotoGuard(missed),
         callbacks.Curves(every, o.batch_size),
         guard,
         validation,
-        callbacks.Checkpoints(folder / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, guard),
+        checkpoints,
     ]
     # Where a run begins anew, the other processes may still see what the first one has removed.
     anew = config.resume == "anew" and not first_process()
@@ -213,25 +225,10 @@ def _fit(
     return validation.best
 
 
-def _validation(
-    config: TrainConfig, folder: Path, held_out: TrainList, bad: Bad, about: dict[str, Any]
-) -> callbacks.RetrievalValidation:
-    v = config.validation
-
-    def export(best: RetrievalNetwork, score: float, step: int) -> None:
-        # The learned p becomes part of what the network says of itself.
-        best.set_p(None)
-        save_weights(best, folder / EXPORT, {**about, "val_map": score, "step": step})
-
-    return callbacks.RetrievalValidation(
-        HeldOutPhotos(held_out, v.images, v.max_side, config.seed, without=[index for index, _ in bad]),
-        every_epochs=v.every_epochs,
-        every_steps=v.every_steps,
-        sets=_watched(config),
-        patience=v.patience,
-        export=export,
-        num_workers=config.trainer.num_workers,
-    )
+def _export(folder: Path, about: dict[str, Any], best: RetrievalNetwork, score: float, step: int) -> None:
+    # The learned p becomes part of what the network says of itself.
+    best.set_p(None)
+    save_weights(best, folder / EXPORT, {**about, "val_map": score, "step": step})
 
 
 def _data(config: TrainConfig, photos: TrainList) -> TrainingDataModule:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
+import io
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from superglobal.errors import InputError
-from superglobal.files import EXPORT, write_atomically
+from superglobal.files import BAD_PHOTOS, EXPORT, only_process, write_atomically
 from superglobal.retrieval.tables import flat
 
-CHECKPOINTS, BAD_PHOTOS = "checkpoints", "bad_photos.txt"
-_RECORD = "training.json"
+CHECKPOINTS = "checkpoints"
+_RECORD, _CODES = "training.json", "photos.npy"
 
 
 @contextmanager
@@ -27,39 +27,24 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process does, or the folder cannot be written.
     """
-    path = folder / "lock"
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
     except OSError as error:
         raise InputError(
             f"{error.filename}: cannot be written ({error.strerror}); choose another paths.outputs="
         ) from error
-    with file:
-        try:
-            # Unlike flock's, these locks are not inherited by the processes that decode photos.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise InputError(
-                f"{folder}: another training is running there ({file.read().strip() or 'unknown process'}); wait for "
-                "it, stop it, or give a new name="
-            ) from error
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); free space") from error
+    with only_process(folder / "lock", f"{folder}: another training is running there", "or give a new name="):
         yield
 
 
-def claim(folder: Path, about: dict[str, Any], anew: bool) -> float | None:
+def claim(folder: Path, about: dict[str, Any], codes: np.ndarray, anew: bool) -> float | None:
     """Make `folder` this training's, and give the score if it is finished.
 
     Args:
         folder: of the training.
         about: plain types; `identity` is what makes a training another one.
+        codes: (N,) uint64, of the contents of its photos, 0 for a bad one. A photo may be lost or mended while a
+            training goes on, but not become another.
         anew: whether an unfinished one's checkpoints are removed.
 
     Raises:
@@ -77,14 +62,34 @@ def claim(folder: Path, about: dict[str, Any], anew: bool) -> float | None:
                 f"{folder} holds another training; different are {', '.join(differing[:6])}. Give a new name=, or "
                 "remove the folder"
             )
+    codes = codes if found is None else _same_photos(folder, codes)
     score = finished(folder)
     if score is not None:
         return score
     if anew:
         _forget(folder)
+    file = io.BytesIO()
+    np.save(file, codes)
+    write_atomically(folder / _CODES, file.getvalue())
     content = {**about, "finished": None}
     write_atomically(record, json.dumps(content, indent=1).encode())
     return None
+
+
+def _same_photos(folder: Path, codes: np.ndarray) -> np.ndarray:
+    """`codes`, and of photos that are bad now what they were before."""
+    path = folder / _CODES
+    try:
+        before = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: damaged ({error}); remove {folder} to train again") from error
+    changed = np.flatnonzero((before != codes) & (before != 0) & (codes != 0))
+    if len(changed):
+        raise InputError(
+            f"{folder} holds another training; different are the contents of {len(changed)} of {len(codes)} photos. "
+            "Give a new name=, or remove the folder"
+        )
+    return np.where(codes != 0, codes, before)
 
 
 def _forget(folder: Path) -> None:

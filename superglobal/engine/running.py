@@ -9,13 +9,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.plugins.environments import SLURMEnvironment
 
 from superglobal.callbacks import AtomicCheckpoints
 from superglobal.config import FitConfig, OptimConfig
@@ -38,16 +36,8 @@ _LOST = (
 
 
 def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
-    """A Trainer for `run_fit`.
-
-    Raises:
-        InputError: Lightning refuses the settings, or a sweep asks for more than one device a job.
-    """
-    plugins: list[Any] = [AtomicCheckpoints()]
-    if SLURMEnvironment.detect():
-        # Lightning's way saves from within a signal handler; ours is in `Checkpoints`.
-        plugins.append(SLURMEnvironment(auto_requeue=False))
-    trainer = make_trainer(
+    """A Trainer for `run_fit`; errors as of `make_trainer`."""
+    return make_trainer(
         t,
         precision(t),
         num_nodes=t.num_nodes,
@@ -58,17 +48,10 @@ def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], lo
         benchmark=not t.deterministic,
         callbacks=callbacks,
         logger=loggers,
-        plugins=plugins,
+        plugins=[AtomicCheckpoints()],
         enable_checkpointing=False,
         num_sanity_val_steps=0,
     )
-    started = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else trainer.world_size
-    if started != trainer.world_size:
-        raise InputError(
-            f"torchrun has started {started} processes, but trainer.devices={t.devices} and trainer.num_nodes="
-            f"{t.num_nodes} make {trainer.world_size}: each would train for itself; give both as torchrun has them"
-        )
-    return trainer
 
 
 def precision(t: FitConfig) -> str:
@@ -110,10 +93,13 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
             "once), or lower optim.batch_size or data.image_size"
         ) from error
     except RuntimeError as error:
-        raise _told(error) or error from error
+        told = _told(error, trainer.world_size)
+        if told is None:
+            raise
+        raise told from error
 
 
-def _told(error: RuntimeError) -> InputError | None:
+def _told(error: RuntimeError, processes: int) -> InputError | None:
     """What a failure of somebody else's process is called; None for any other."""
     text = str(error)
     resumes = "; the same command goes on from the last checkpoint"
@@ -122,7 +108,7 @@ def _told(error: RuntimeError) -> InputError | None:
             f"a process that decodes photos died ({text.splitlines()[0]}): mostly too little memory, or too little "
             f"shared memory (/dev/shm; docker run --shm-size=8g); lower trainer.num_workers{resumes}"
         )
-    if isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST):
+    if processes > 1 and (isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST)):
         return InputError(
             "another process of this training has ended or does not answer: its own message, if it left one, is "
             f"above ({text.splitlines()[0][:200]}){resumes}"

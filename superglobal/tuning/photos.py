@@ -11,8 +11,9 @@ import numpy as np
 
 from superglobal.data.gldv2 import how_to_get, read_train, split_landmarks
 from superglobal.data.images import ImageItem
-from superglobal.data.sets import EvaluationSet
+from superglobal.data.sets import EvaluationSet, leave_one_out_truth
 from superglobal.errors import InputError
+from superglobal.files import BAD_PHOTOS
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,21 @@ class HeldOut:
 
 
 def held_out(run: Path, data_root: str | None) -> HeldOut:
-    """Read what the training in `run` was validated on, by its settings there.
+    """Read what the training in `run` was validated on, by its settings there, without the photos it found bad.
 
     Args:
         run: its folder, with its `training.json`.
         data_root: folder of the training list; None for where it was.
 
     Raises:
-        InputError: no training there, or its photos' list is no longer where it was.
+        InputError: no training there, its photos' list is no longer where it was, or they are in tar files.
     """
     record = run / "training.json"
     try:
         content = json.loads(record.read_text())
         settings = content["identity"]["settings"]
         d, v, seed = settings["data"], settings["validation"], settings["seed"]
-        root = Path(data_root or content["root"])
+        root, tars = Path(data_root or content["root"]), content["tars"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{run}: no record of a training ({error!r}); give name= or run= of one, or a validation set: "
@@ -48,17 +49,22 @@ def held_out(run: Path, data_root: str | None) -> HeldOut:
         raise InputError(
             f"{root / d['table']}: the photos of {run} are not there; data_root=FOLDER says where they are"
         )
+    if tars is not None and data_root is None:
+        raise InputError(
+            f"{run} read its photos from {tars}; tuning needs them as files: unpack the tar files, and give "
+            f"data_root=FOLDER of {d['table']} and train/a/b/c/<id>.jpg"
+        )
     listed = read_train(root, d["table"], d["min_images"], d["classes_of"], d["leave_out"])
     photos = split_landmarks(listed, v["fraction"], seed)[1]
-    labels = photos.labels
+    bad = run / BAD_PHOTOS
+    known = {line.partition("\t")[0] for line in bad.read_text().splitlines()} if bad.is_file() else set()
+    kept = [i for i in range(len(photos)) if photos.place(i) not in known]
+    labels = photos.labels[kept]
     dataset = EvaluationSet(
         name=f"held-out landmarks of {d['name']}",
-        queries=(items := [ImageItem(photos.path(i)) for i in range(len(photos))]),
+        queries=(items := [ImageItem(photos.path(i)) for i in kept]),
         database=items,
-        gnd=[
-            {"positive": np.setdiff1d(np.flatnonzero(labels == label), i), "junk": np.array([i])}
-            for i, label in enumerate(labels)
-        ],
+        gnd=leave_one_out_truth(labels),
         clusters=[str(photos.landmarks[label]) for label in labels],
         protocols="labels",
         leave_one_out=True,
