@@ -21,6 +21,7 @@ from superglobal.data.gldv2 import read_train, split_landmarks
 from superglobal.data.gldv2_sets import recognition_set, retrieval_set, validation_set
 from superglobal.data.images import ImageItem, check_images
 from superglobal.data.lazy import Lazy, chained, tree_items
+from superglobal.engine import evaluate
 from superglobal.errors import InputError
 from superglobal.retrieval.landmark_scoring import score_submission
 
@@ -149,6 +150,29 @@ def test_validation_is_the_definition_and_has_its_place_in_tables(toy_data, tmp_
     assert "all" not in first
     assert float(second["gain"]) == pytest.approx(float(second["mAP@100 all"]) - float(first["mAP@100 all"]), abs=0.011)
     assert " to " in second["95 % gain"]
+
+
+def test_own_descriptors_are_scored_over_a_hundred_ranks_whatever_is_kept(root, tmp_path):
+    solution = [row for row in rows(root / "retrieval_solution_v2.1.csv") if row["Usage"] != "Ignored"]
+    extra = "".join(f"{i:016x}\n" for i in range(200))
+    (root / "index.csv").write_text((root / "index.csv").read_text() + extra)
+    index = [row["id"] for row in rows(root / "index.csv")]
+    rng = np.random.default_rng(0)
+    vectors = {"q": rng.standard_normal((len(solution), 8)), "x": rng.standard_normal((len(index), 8))}
+    for name, x in vectors.items():
+        vectors[name] = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+        np.save(tmp_path / f"{name}.npy", vectors[name])
+    own = [f"descriptors.query={tmp_path / 'q.npy'}", f"descriptors.database={tmp_path / 'x.npy'}"]
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        where = ["dataset=gldv2_test", f"dataset.root={root}", "rerank=none", "k=1"]
+        config = compose("eval", overrides=[*where, *own, "logger=csv"])
+    (tmp_path / "result").mkdir()
+    score = evaluate(config, tmp_path / "result")
+    found = [[index[i] for i in one] for one in ranked(vectors["q"], vectors["x"])["search"][1]]
+    truth = [set(row["images"].split()) for row in solution]
+    assert score == pytest.approx(np.mean([average_precision(*one) for one in zip(found, truth, strict=True)]))
+    assert all(len(row["images"].split(" ")) == 100 for row in rows(tmp_path / "result/submission.csv"))
 
 
 def test_validation_landmarks_are_those_that_training_holds_out(root):

@@ -32,7 +32,7 @@ TEST_MARK = "(test set)"
 """What `tuned_on` ends with where settings were chosen on a test set."""
 METRICS = {"map": "mAP", "mAP@100": "mAP@100", "GAP": "GAP"}
 """Key of a stage's main numbers in `results.json`, and what tables call them."""
-_LISTED = 100
+_LISTED, _ROWS = 100, 500_000  # results per query that are listed by name, and results of all queries together
 _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-headless", "faiss-cpu", "faiss-gpu")
 
 Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -257,18 +257,20 @@ def _cells(one: Mapping[str, Any], protocol: str) -> dict[str, str]:
 
 def _write_lists(folder: Path, stages: Stages, names: Names) -> None:
     scores, ids = list(stages.values())[-1]
+    depth = min(_LISTED, max(1, _ROWS // len(ids)))
     listed = []
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["number", "query", "rank", "image", "score"])
-    for number, (row_scores, row_ids) in enumerate(zip(scores[:, :_LISTED], ids[:, :_LISTED], strict=True)):
+    for number, (row_scores, row_ids) in enumerate(zip(scores[:, :depth], ids[:, :depth], strict=True)):
         images = [names.database[i] for i in row_ids]
         values = [round(float(s), 6) if math.isfinite(s) else None for s in row_scores]
         found = [{"image": image, "score": value} for image, value in zip(images, values, strict=True)]
         # One photo may be several queries, with different boxes: the number tells them apart.
-        listed.append({"number": number, "query": names.queries[number], "results": found})
+        query = names.queries[number]
+        listed.append({"number": number, "query": query, "results": found})
         writer.writerows(
-            [number, names.queries[number], rank, image, "" if value is None else value]
+            [number, query, rank, image, "" if value is None else value]
             for rank, (image, value) in enumerate(zip(images, values, strict=True), 1)
         )
     write_atomically(folder / "rankings.csv", text.getvalue().encode())

@@ -136,7 +136,7 @@ def _table(folder: Path, results: list[dict[str, Any]]) -> tuple[list[str], list
             gain = _gain(folder, result, baselines.setdefault(key, result))
         else:
             gain = ["n/a" if result["status"] != "failed" else "failed"] * 2
-        cells.append([*place, *values, *(numbers.get(name, gain[0]) for name in names), *gain])
+        cells.append([*place, *values, *(numbers.get(name, "" if numbers else gain[0]) for name in names), *gain])
     return columns, cells
 
 
