@@ -14,9 +14,10 @@ from superglobal.errors import InputError
 from superglobal.models.heads import require_kind
 from superglobal.models.network import SCALES, make_scales
 from superglobal.models.pooling import relup_mode
+from superglobal.retrieval.landmark_scoring import VOTES
 from superglobal.retrieval.tables import LADDER, SWITCHES
 
-_KINDS = ("revisited", "folder", "descriptors")
+_KINDS = ("revisited", "folder", "descriptors", "gldv2", "gldv2_val", "gldv2_recognition")
 _ROLES = ("train", "validation", "test")
 _BENCHMARKS = ("roxford5k", "rparis6k", "gldv2_test")
 _BACKENDS = ("auto", "faiss", "torch")
@@ -142,6 +143,13 @@ def _check_evaluation(config: EvalConfig) -> None:
         raise InputError("dataset=descriptors needs descriptors.query=Q.npy descriptors.database=X.npy")
     if d.kind == "descriptors" and config.distractors.name is not None:
         raise InputError("dataset=descriptors knows no images: put distractors into descriptors.database")
+    if d.kind.startswith("gldv2") and config.distractors.name is not None:
+        raise InputError(f"{d.name}: distractors={config.distractors.name}: GLDv2's sets have none; distractors=none")
+    if d.kind == "gldv2_recognition" and config.rerank.enabled and d.neighbours > config.rerank.M:
+        raise InputError(
+            f"dataset.neighbours={d.neighbours}, but reranking scores rerank.M={config.rerank.M} only; raise that, or "
+            "rerank=none"
+        )
     _check_evaluation_ranges(config)
     _check_ablation(config)
     make_scales(config.scales)
@@ -152,7 +160,16 @@ def _check_dataset(d: DatasetConfig) -> None:
     _require_choice("dataset.role", d.role, _ROLES)
     if d.kind == "folder" and not d.database:
         raise InputError("dataset=folder: dataset.database=FOLDER is missing")
-    _require_within({"dataset.max_side": (d.max_side, 1, math.inf)})
+    _require_choice("dataset.table", d.table, _TABLES)
+    _require_choice("dataset.votes", d.votes, VOTES)
+    _require_within(
+        {
+            "dataset.max_side": (d.max_side, 1, math.inf),
+            "dataset.landmarks": (d.landmarks, 1, math.inf),
+            "dataset.seed": (d.seed, 0, 2**32 - 1),
+            "dataset.neighbours": (d.neighbours, 1, math.inf),
+        }
+    )
 
 
 def _check_tuning(config: TuneConfig) -> None:
@@ -184,6 +201,8 @@ def _check_tuned_set(d: DatasetConfig, allow_test: bool) -> None:
         raise InputError(
             "dataset=folder: tuning needs to know what is right: dataset.labels=true, a sub-folder a place"
         )
+    if d.kind == "gldv2_recognition":
+        raise InputError(f"{d.name}: pooling is tuned by average precision per query, which recognition does not have")
     if d.role == "train":
         raise InputError(
             f"{d.name}: its role is train, and settings chosen on photos that the network saw fit no others"

@@ -21,6 +21,7 @@ from superglobal.config import EvalConfig, TrainConfig
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
 from superglobal.processes import first_process
+from superglobal.retrieval.report import main_scores, metric_key
 
 log = logging.getLogger(__name__)
 
@@ -187,9 +188,9 @@ def _flat(summary: dict[str, Any]) -> dict[str, float]:
     """`search/map/medium` and so on, in percent, with the seconds of each stage."""
     numbers = {f"seconds/{stage}": value for stage, value in summary["seconds"].items()}
     for stage, result in summary["metrics"].items():
-        for protocol, value in result["map"].items():
+        for protocol, value in main_scores(result).items():
             if value is not None:
-                numbers[f"{stage}/map/{protocol}"] = 100 * value
-        for protocol, row in result["mp"].items():
+                numbers[f"{stage}/{metric_key(result)}/{protocol}"] = 100 * value
+        for protocol, row in result.get("mp", {}).items():
             numbers |= {f"{stage}/mp@{k}/{protocol}": 100 * v for k, v in row.items() if v is not None}
     return numbers

@@ -80,3 +80,37 @@ def test_a_run_without_its_queries_is_named(runs):
     (folder / "9_job" / "per_query.csv").unlink()
     with pytest.raises(InputError, match=r"9_job/per_query\.csv: missing"):
         merge(folder)
+
+
+def test_metrics_of_other_sets_go_by_their_names_and_are_not_mixed(runs):
+    folder, _ = runs
+    scores = {"all": 0.5, "public": None}
+    ranked = {
+        "mAP@100": scores,
+        "interval": {"all": [0.4, 0.6], "public": [None] * 2},
+        "precision": {"all": {"10": 0.3}},
+    }
+    recognised = {
+        "GAP": {"all": 0.25},
+        "GAP_landmarks_only": {"all": 0.4},
+        "top1": {"all": 0.75},
+        "queries": {"all": 9},
+    }
+    for number, (name, stage) in enumerate((("index", ranked), ("landmarks", recognised))):
+        place = folder / f"{20 + number}_job"
+        write(place, "a", "", [0.5] * 12)
+        row = json.loads((place / "results.json").read_text()) | {"dataset": name, "metrics": {"search": stage}}
+        (place / "results.json").write_text(json.dumps(row))
+        text = (place / "per_query.csv").read_text()
+        (place / "per_query.csv").write_text(text.replace("search medium AP", "search all AP"))
+    merge(folder)
+    with (folder / "table.csv").open() as file:
+        found = {row["data set"]: row for row in csv.DictReader(file)}
+    assert found["index"]["mAP@100 all"] == "50.00"
+    assert found["index"]["95 % mAP@100 all"] == "40.0-60.0"
+    assert (found["index"]["P@10 all"], found["index"]["mAP@100 public"]) == ("30.0", "-")
+    assert (found["landmarks"]["GAP all"], found["landmarks"]["top-1 all"]) == ("25.00", "75.00")
+    assert found["index"]["medium"] == found["index"]["GAP all"] == found["landmarks"]["mAP@100 all"] == ""
+    assert found["d"]["mAP@100 all"] == ""
+    assert (found["landmarks"]["gain"], found["landmarks"]["95 % gain"]) == ("+0.00", "")
+    assert "all" not in found["index"]

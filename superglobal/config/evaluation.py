@@ -15,17 +15,26 @@ class DatasetConfig:
     """An evaluation set (`conf/dataset`).
 
     Args:
-        kind: "revisited" (`<root>/<name>/{jpg/,gnd_<name>.pkl}`), "folder" (own photos) or "descriptors"
-            (only the files of `descriptors.*`).
+        kind: "revisited" (`<root>/<name>/{jpg/,gnd_<name>.pkl}`), "folder" (own photos), "descriptors" (only the files
+            of `descriptors.*`), or in GLDv2's layout "gldv2" (test images searched for in the index), "gldv2_val"
+            (training photos of held-out landmarks) and "gldv2_recognition" (test images among training photos).
         name: of the set; names the results too.
         role: what its numbers are for: "test" (reported, nothing is chosen on it), "validation" (settings are chosen
             on it) or "train" (the network saw it).
-        root: revisited kind: the folder that holds the set's own.
+        root: revisited kind: the folder that holds the set's own; gldv2 kinds: that of the lists.
         trained: the training run that `name` means by default on this set.
         crop_query: crop each query to its box, as the reference does; false is the un-cropped protocol.
         max_side: shrink larger images to this longer side in pixels; null leaves them.
         database, query: folder kind: where the photos are.
         labels: folder kind: the first-level sub-folder of a photo is its label, so that results can be scored.
+        solution: gldv2 and gldv2_recognition: the version of the ground truth, or the path of its file.
+        table: gldv2_val and gldv2_recognition: the training list, "train_clean.csv" or "train.csv".
+        landmarks: gldv2_val: how many; a training that holds out as many (`validation.fraction`) saw none of them.
+        seed: gldv2_val: that of the training.
+        neighbours: gldv2_recognition: how many nearest training photos vote.
+        votes: gldv2_recognition: "similarity" (a landmark's score is the sum of s over its photos among them),
+            "distance" (of 2 s - 1) or "nearest" (the nearest photo alone); after reranking its scores take the place of
+            the cosine s.
     """
 
     kind: str = MISSING
@@ -38,6 +47,12 @@ class DatasetConfig:
     database: str | None = None
     query: str | None = None
     labels: bool = False
+    solution: str = "v2.1"
+    table: str = "train_clean.csv"
+    landmarks: int = 800
+    seed: int = 0
+    neighbours: int = 3
+    votes: str = "similarity"
 
 
 @dataclass
@@ -95,7 +110,7 @@ class EvalConfig:
         name: of a training run.
         scales: 1, 3, 5 or a list of factors.
         antialias: filter when a scale shrinks the image; off is what the paper's runs had.
-        k: results kept per query (at least `rerank.M`, at most the database).
+        k: results kept per query (at least `rerank.M` and what the metric counts, at most the database).
         ablation: name of the row, set by `conf/ablation`.
         seed: of the bootstrap and of random weights.
     """

@@ -20,7 +20,7 @@ from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)
 
-_SITE = "https://s3.amazonaws.com/google-landmark"
+SITE = "https://s3.amazonaws.com/google-landmark"
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def how_to_get(root: Path) -> str:
     """Layout and official addresses, and what does without."""
     return (
         f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; images: "
-        f"{_SITE}/train/images_{{000..499}}.tar (data.tars=FOLDER reads them without unpacking), lists: "
-        f"{_SITE}/metadata/{{train,train_clean}}.csv\n{TOY}"
+        f"{SITE}/train/images_{{000..499}}.tar (data.tars=FOLDER reads them without unpacking), lists: "
+        f"{SITE}/metadata/{{train,train_clean}}.csv\n{TOY}"
     )
 
 
@@ -132,20 +132,25 @@ def _read(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
         ids, landmarks = read_list(path)
     except FileNotFoundError as error:
         raise InputError(f"training list not found: {path}\n{how_to_get(root)}") from error
-    values = hex_values(ids)
-    assert values is not None
-    twice = _first_twice(values)
-    if twice is not None:
-        raise InputError(f"{path}: image {twice:016x} is listed twice; remove one line")
+    values = require_unique(path, ids)
     order = np.lexsort((values, landmarks))
     del values
     return ids[order], landmarks[order]
 
 
-def _first_twice(values: np.ndarray) -> int | None:
+def require_unique(path: Path, ids: np.ndarray) -> np.ndarray:
+    """(N,) S16 ids of a list as (N,) uint64.
+
+    Raises:
+        InputError: one is listed twice.
+    """
+    values = hex_values(ids)
+    assert values is not None
     ordered = np.sort(values)
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
-    return int(ordered[twice[0]]) if len(twice) else None
+    if len(twice):
+        raise InputError(f"{path}: image {ordered[twice[0]]:016x} is listed twice; remove one line")
+    return values
 
 
 def _where(keep: np.ndarray, ids: np.ndarray, landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

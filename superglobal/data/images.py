@@ -45,6 +45,7 @@ _UNDO_ORIENTATION = {
     8: Image.Transpose.ROTATE_90,
 }
 _HEAD, _EDGE = 65_536, 4_096  # bytes: enough for nearly every header; what a signature covers at either end
+_BATCH = 512  # images that a thread checks at a time
 _COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "JPEG2000")
 _open_lock = threading.Lock()
 
@@ -167,18 +168,17 @@ def check_images(
         workers: threads; by default 4 per CPU, at most 32, since the time goes into waiting for the disk.
         decode: decode every image as well, so that damage in the middle shows; as slow as reading them all.
     """
-    pairs = [(item.path, item.box) if isinstance(item, ImageItem) else (Path(item), None) for item in items]
-    batches = [pairs[i : i + 512] for i in range(0, len(pairs), 512)]
+    starts = range(0, len(items), _BATCH)
     report = CheckReport([], [], [])
-    check = partial(_check_batch, decode=decode)
+    check = partial(_check_batch, items, decode=decode)
     with ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool:
-        for batch, outcomes in zip(batches, pool.map(check, batches), strict=True):
-            for (path, _), outcome in zip(batch, outcomes, strict=True):
+        for start, outcomes in zip(starts, pool.map(check, starts), strict=True):
+            for number, outcome in enumerate(outcomes, start):
                 report.signatures.append(outcome if isinstance(outcome, str) else "")
                 if isinstance(outcome, FileNotFoundError):
-                    report.missing.append(path)
+                    report.missing.append(_place(items[number])[0])
                 elif isinstance(outcome, Exception):
-                    report.unreadable.append((path, _reason(outcome)))
+                    report.unreadable.append((_place(items[number])[0], _reason(outcome)))
     return report
 
 
@@ -218,9 +218,13 @@ def check_image(read: Callable[[int, int], bytes], size: int, box: Box | None = 
     return f"{size}-{zlib.crc32(head):08x}{zlib.crc32(tail):08x}"
 
 
-def _check_batch(batch: list[tuple[Path, Box | None]], decode: bool) -> list[str | Exception]:
+def _place(item: ImageItem | str | Path) -> tuple[Path, Box | None]:
+    return (item.path, item.box) if isinstance(item, ImageItem) else (Path(item), None)
+
+
+def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bool) -> list[str | Exception]:
     outcomes: list[str | Exception] = []
-    for path, box in batch:
+    for path, box in map(_place, items[start : start + _BATCH]):
         try:
             with path.open("rb") as file:
                 outcomes.append(check_image(partial(_read_at, file), os.fstat(file.fileno()).st_size, box, decode))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,7 @@ import pyarrow.csv
 
 from superglobal.errors import InputError
 
+T = TypeVar("T")
 _BLOCK = 1 << 23  # bytes that Arrow parses at a time; a row must fit, and a landmark of 10,000 photos has 170 KB
 _PORTION = 1 << 19  # ids that are looked at as text at a time
 _NUMBER, _ID = re.compile(r"[0-9]{1,18}"), re.compile(r"[0-9a-f]{16}")
@@ -32,18 +35,20 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
         FileNotFoundError: there is no such file.
         InputError: it cannot be read, has other columns, names no photo, or has a landmark or an image id that is none.
     """
-    try:
-        return _parsed(path)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a CSV file ({error}); download it again") from error
-    except pa.ArrowInvalid as error:
-        raise _fault(path, str(error)) from error
-    finally:
-        pa.default_memory_pool().release_unused()  # what Arrow would keep for the next list
+    return _read(path, _parsed)
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Every photo of a list without landmarks (index.csv, test.csv: one column, id), in its order.
+
+    Returns:
+        (N,) S16 image ids of 16 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: as `read_list`.
+    """
+    return _read(path, _parsed_ids)
 
 
 def hex_values(ids: np.ndarray) -> np.ndarray | None:
@@ -86,9 +91,31 @@ def read_landmarks(path: str | Path) -> np.ndarray:
     return np.unique(np.array(found, np.int64))
 
 
+def _read(path: Path, parsed: Callable[[Path], T]) -> T:
+    try:
+        return parsed(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a CSV file ({error}); download it again") from error
+    except pa.ArrowInvalid as error:
+        raise _fault(path, str(error)) from error
+    finally:
+        pa.default_memory_pool().release_unused()  # what Arrow would keep for the next list
+
+
+def _parsed_ids(path: Path) -> np.ndarray:
+    columns = _header(path)
+    if "id" not in columns:
+        raise InputError(f"{path}: columns {sorted(columns)}, expected id")
+    return _ids(path, _columns(path, ["id"]).column(0))
+
+
 def _parsed(path: Path) -> tuple[np.ndarray, np.ndarray]:
     clean = _is_clean(path)
-    table = _columns(path, "images" if clean else "id")
+    table = _columns(path, ["landmark_id", "images" if clean else "id"])
     numbers, texts = table.column(0), table.column(1)
     if not pc.all(pc.match_substring_regex(numbers, "^[0-9]{1,18}$"), min_count=0).as_py():
         raise _fault(path, "a landmark_id is not a number")
@@ -104,16 +131,19 @@ def _parsed(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _is_clean(path: Path) -> bool:
     """Whether a line has a landmark and all its photos, rather than one photo."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        columns = set(next(csv.reader(file), ()))
+    columns = _header(path)
     clean = {"landmark_id", "images"} <= columns
     if not clean and not {"landmark_id", "id"} <= columns:
         raise InputError(f"{path}: columns {sorted(columns)}, expected landmark_id with images (clean) or id (full)")
     return clean
 
 
-def _columns(path: Path, photos: str) -> pa.Table:
-    names = ["landmark_id", photos]
+def _header(path: Path) -> set[str]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return set(next(csv.reader(file), ()))
+
+
+def _columns(path: Path, names: list[str]) -> pa.Table:
     return pyarrow.csv.read_csv(
         str(path),
         pyarrow.csv.ReadOptions(block_size=_BLOCK),
@@ -142,7 +172,7 @@ def _fault(path: Path, otherwise: str) -> InputError:
         rows = csv.DictReader(file)
         clean = "images" in (rows.fieldnames or ())
         for row in rows:
-            number = row["landmark_id"] or ""
+            number = row.get("landmark_id", "0") or ""  # index.csv and test.csv have none
             if not _NUMBER.fullmatch(number):
                 return InputError(f"{path}, line {rows.line_num}: landmark_id {number!r} is not a number")
             for image in (row["images"] or "").split() if clean else [row["id"] or ""]:

@@ -1,14 +1,17 @@
 """What an evaluation runs on: queries, database, distractors, and the check that every file is there."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+import numpy as np
 
 import numpy as np
 
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem, check_images
 from superglobal.errors import InputError
+from superglobal.retrieval.metrics import Result
 
 _SHOWN = 5
 NOTHING_COMPUTED = "nothing was computed, because input is missing or unreadable:"
@@ -20,26 +23,43 @@ TOY = (
 """What every message about missing data ends with."""
 
 
+class RankingTask(Protocol):
+    """What is asked of a ranking, where that is more than average precision by `gnd`."""
+
+    @property
+    def depth(self) -> int:
+        """Results per query that it needs, if the database has so many."""
+
+    def score(self, scores: np.ndarray, ids: np.ndarray, seed: int) -> Result:
+        """Of (Q, k) scores and database ids, best first; `seed` is the bootstrap's."""
+
+    def submission(self, scores: np.ndarray, ids: np.ndarray) -> bytes:
+        """The ranking as the benchmark takes it."""
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
     """Queries, database and, where there is one, the ground truth.
 
     `protocols` says what a gnd entry holds: "revisited" has int64 arrays `easy`, `hard`, `junk` (and `bbx`),
-    "labels" has int64 arrays `positive`, `junk`; with "none", `gnd` is None.
+    "labels" has int64 arrays `positive`, `junk`, "landmarks" has `positive` and a `task`; with "none", `gnd` is None.
     """
 
     name: str
-    queries: list[ImageItem]
-    database: list[ImageItem]
+    queries: Sequence[ImageItem]
+    database: Sequence[ImageItem]
     gnd: list[dict[str, Any]] | None
-    clusters: list[str] | None
+    clusters: Sequence[str] | None
     """The landmark or label of each query: the unit that the bootstrap draws."""
-    protocols: Literal["revisited", "labels", "none"]
+    protocols: Literal["revisited", "labels", "landmarks", "none"]
     leave_one_out: bool
     """Whether the queries are the database itself, each with its own id as junk."""
     root: Path
     how_to_get: str
     """Expected layout and where the files are had; ends the message about missing ones."""
+    task: RankingTask | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    """Plain facts for the record of a result."""
 
 
 def leave_one_out_truth(labels: np.ndarray) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What training and evaluation share."""
+"""What training, evaluation and tuning share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from omegaconf import DictConfig
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from superglobal.config import TrainerConfig
+from superglobal.config import DatasetConfig, TrainerConfig
+from superglobal.data.folder import folder_set
+from superglobal.data.gldv2_sets import recognition_set, retrieval_set, validation_set
+from superglobal.data.revisited import revisited_set
+from superglobal.data.sets import EvaluationSet
 from superglobal.errors import InputError
 from superglobal.files import EXPORT
 
@@ -101,6 +105,25 @@ def _started() -> tuple[str, int | None]:
 def sweeping() -> bool:
     """Whether this is a job of a Hydra multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
+    """The set that is configured, its images not looked at; None where there are only descriptors.
+
+    Raises:
+        InputError: its lists or its ground truth are missing or faulty.
+    """
+    if d.kind == "revisited":
+        return revisited_set(d.root, d.name, d.crop_query)
+    if d.kind == "folder":
+        return folder_set(str(d.database), d.query, d.labels, d.name)
+    if d.kind == "gldv2":
+        return retrieval_set(d.root, d.name, d.solution)
+    if d.kind == "gldv2_val":
+        return validation_set(d.root, d.name, d.table, d.landmarks, d.seed)
+    if d.kind == "gldv2_recognition":
+        return recognition_set(d.root, d.name, d.table, d.solution, d.neighbours, d.votes)
+    return None
 
 
 def export_path(outputs: str, name: str) -> Path:

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,18 +21,18 @@ from omegaconf import DictConfig
 from superglobal.api import load_model
 from superglobal.checks import validated
 from superglobal.config import EvalConfig, pooling_overrides
-from superglobal.data.folder import folder_set
 from superglobal.data.images import ImageItem
-from superglobal.data.revisited import revisited_set
+from superglobal.data.lazy import chained, file_names
 from superglobal.data.sets import EvaluationSet, how_to_get_distractors, load_distractors, require_images
-from superglobal.engine.common import export_path, make_trainer
+from superglobal.engine.common import evaluation_set, export_path, make_trainer
 from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList, extract_lists
+from superglobal.files import write_atomically
 from superglobal.loggers import log_result
 from superglobal.models.backbone import has_relup
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval import report
-from superglobal.retrieval.metrics import LABELS, REVISITED, RetrievalResult
+from superglobal.retrieval.metrics import LABELS, REVISITED, Result, RetrievalResult
 from superglobal.retrieval.pictures import draw_sheet
 from superglobal.retrieval.rerank import rerank
 from superglobal.retrieval.scoring import evaluate as score
@@ -67,8 +67,8 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
         folder: of this run's results.
 
     Returns:
-        The main metric, for sweepers: mAP (Medium, or over labels) after all enabled stages, in 0..1; NaN for
-        a row that does not apply, for a set without labels, and in all processes but the first.
+        The main metric, for sweepers: mAP (Medium, or over labels), mAP@100 or GAP after all enabled stages, in 0..1;
+        NaN for a row that does not apply, for a set without labels, and in all processes but the first.
 
     Raises:
         InputError: anything missing, unreadable or contradicting.
@@ -105,12 +105,7 @@ def _attempt(problems: list[str], read: Callable[[EvalConfig], T], config: EvalC
 
 
 def _dataset(config: EvalConfig) -> EvaluationSet | None:
-    d = config.dataset
-    if d.kind == "revisited":
-        return revisited_set(d.root, d.name, d.crop_query)
-    if d.kind == "folder":
-        return folder_set(str(d.database), d.query, d.labels, d.name)
-    return None
+    return evaluation_set(config.dataset)
 
 
 def _own_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distractors: list[ImageItem]) -> Inputs:
@@ -163,7 +158,7 @@ def _checked_lists(
     clock: Clock,
 ) -> list[ExtractionList]:
     """The image lists to describe, every file checked; whatever is missing is told in one message."""
-    sets: list[tuple[str, str, list[ImageItem], str]] = []
+    sets: list[tuple[str, str, Sequence[ImageItem], str]] = []
     if dataset is not None:
         sets.append(("database", dataset.name, dataset.database, dataset.how_to_get))
         if not dataset.leave_one_out:
@@ -228,26 +223,34 @@ def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) ->
     reachable = len(X) - (exclude is not None)
     if reachable < 1:
         raise InputError("nothing to search: leave-one-out needs at least two photos")
-    k = min(max(config.k, config.rerank.M if config.rerank.enabled else 1), reachable)
+    task = None if dataset is None else dataset.task
+    needed = max(config.rerank.M if config.rerank.enabled else 1, 1 if task is None else task.depth)
+    k = min(max(config.k, needed), reachable)
     with clock.time("search"):
         stages = {"search": search(Q, X, k, backend=config.index.backend, device=device, exclude=exclude)}
     if config.rerank.enabled:
         r = config.rerank
         with clock.time("rerank"):
             stages["rerank"] = rerank(Q, X, stages["search"][1], r.M, r.K, r.beta, device=device)
-    results: dict[str, RetrievalResult] = {}
+    results: dict[str, Result] = {}
     if dataset is not None and dataset.gnd is not None:
         with clock.time("score"):
-            for name, (_, order) in stages.items():
-                shortlist = order if name == "rerank" else None
-                results[name] = score_set(dataset, Q, X, shortlist, exclude, device, config.seed)
+            for name, (scores, order) in stages.items():
+                if task is not None:
+                    results[name] = task.score(scores, order, config.seed)
+                else:
+                    shortlist = order if name == "rerank" else None
+                    results[name] = score_set(dataset, Q, X, shortlist, exclude, device, config.seed)
     names = _names(inputs)
-    summary = report.summarise(asdict(config), inputs.about, names, results, clock.times)
+    about = inputs.about | ({} if dataset is None else dataset.about)
+    summary = report.summarise(asdict(config), about, names, results, clock.times)
+    if task is not None:
+        write_atomically(folder / "submission.csv", task.submission(*list(stages.values())[-1]))
     report.write_result(folder, summary, results, stages, names)
     report.print_result(summary, folder)
     # Own descriptors need no photos, so there may be none to show.
     if dataset is not None and config.pictures.queries and config.descriptors.query is None:
-        database = [*dataset.database, *inputs.distractors]
+        database = chained(dataset.database, inputs.distractors)
         draw_sheet(folder / "sheet.png", dataset, database, stages, config.pictures.queries, config.pictures.ranks)
     log_result(config, summary, folder)
     return report.main_metric(summary)
@@ -277,12 +280,8 @@ def _names(inputs: Inputs) -> report.Names:
     if dataset is None:
         queries = [f"query {i}" for i in range(len(inputs.queries))]
         return report.Names(queries, [str(i) for i in range(len(inputs.database))], None)
-    database = [_relative(item.path, dataset.root) for item in [*dataset.database, *inputs.distractors]]
-    return report.Names([_relative(item.path, dataset.root) for item in dataset.queries], database, dataset.clusters)
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    images = chained(dataset.database, inputs.distractors)
+    return report.Names(file_names(dataset.queries, dataset.root), file_names(images, dataset.root), dataset.clusters)
 
 
 def _not_applicable(config: EvalConfig, folder: Path) -> float:

@@ -17,9 +17,8 @@ from omegaconf import DictConfig
 from superglobal.api import load_model
 from superglobal.checks import validated
 from superglobal.config import TuneConfig
-from superglobal.data.folder import folder_set
-from superglobal.data.revisited import revisited_set
 from superglobal.data.sets import EvaluationSet, require_images
+from superglobal.engine.common import evaluation_set
 from superglobal.engine.evaluating import score_set
 from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList
@@ -111,11 +110,15 @@ class Scorer:
         X = store.descriptors(settings, self.lists[0], self.network)
         Q = X if dataset.leave_one_out else store.descriptors(settings, self.lists[1], self.network)
         exclude = np.arange(len(Q)) if dataset.leave_one_out else None
-        ids = None
-        if self.reranks:
-            k = min(settings.M, len(X) - dataset.leave_one_out)
-            ids = nearest(Q, X, k, exclude=exclude)[1]
-            ids = rerank(Q, X, ids, settings.M, settings.K, settings.beta)[1]
+        ranking = None
+        depth = max(settings.M if self.reranks else 0, 0 if dataset.task is None else dataset.task.depth)
+        if depth:
+            ranking = nearest(Q, X, min(depth, len(X) - dataset.leave_one_out), exclude=exclude)
+        if ranking is not None and self.reranks:
+            ranking = rerank(Q, X, ranking[1], settings.M, settings.K, settings.beta)
+        if ranking is not None and dataset.task is not None:
+            return np.array(dataset.task.score(*ranking, 0).per_query()["all AP"])
+        ids = None if ranking is None else ranking[1]
         result = score_set(dataset, Q, as_rows(X, "database"), ids, exclude, "cpu", 0)
         return result.ap["medium" if dataset.protocols == "revisited" else "all"]
 
@@ -137,10 +140,8 @@ def _photos(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]:
         found = held_out(Path(config.run), config.data_root)
         tuned_on = f"{found.dataset.name} (training {Path(config.run).name})"
         return bounded(found.dataset, config.max_images, config.seed), found.max_side, tuned_on
-    if d.kind == "folder":
-        dataset = folder_set(str(d.database), d.query, d.labels, d.name)
-    else:
-        dataset = revisited_set(d.root, d.name, d.crop_query)
+    dataset = evaluation_set(d)
+    assert dataset is not None
     mark = TEST_MARK if d.role == "test" else "(validation set)"
     return bounded(dataset, config.max_images, config.seed), d.max_side, f"{d.name} {mark}"
 

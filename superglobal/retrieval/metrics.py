@@ -5,15 +5,29 @@ Source: Radenovic et al., CVPR 2018, and revisitop's evaluate.py.
 Every number is a fraction in 0..1; tables multiply by 100.
 """
 
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from superglobal.errors import InputError
 
 Sets = dict[str, np.ndarray]  # of one query: set name -> ids, or -> ranks
+
+
+class Result(typing.Protocol):
+    """Scores of one ranking of all queries."""
+
+    definition: ClassVar[dict[str, str]]
+    """How its numbers are defined, in words."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON, NaN as None: the metric by protocol or part first, under its name."""
+
+    def per_query(self) -> dict[str, list[Any]]:
+        """Column -> a value per query, NaN where it does not count."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,11 @@ LABELS: Mapping[str, Protocol] = {"all": Protocol(("positive",), ("junk",))}
 class RetrievalResult:
     """Scores per protocol, all fractions in 0..1. A protocol that counts no query has NaN and queries = 0."""
 
+    definition: ClassVar[dict[str, str]] = {
+        "average_precision": "trapezoidal, as Revisited Oxford and Paris",
+        "junk": "stays in the list that is reranked, removed before ranks are counted",
+    }
+
     map: dict[str, float]  # mean AP
     mp: dict[str, dict[int, float]]  # mean precision at each k
     ap: dict[str, np.ndarray]  # (Q,) float64, NaN for a query without a positive
@@ -45,15 +64,20 @@ class RetrievalResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers for JSON, NaN as None and the k of `mp` as strings."""
         return {
-            "map": {name: _plain(value) for name, value in self.map.items()},
-            "mp": {name: {str(k): _plain(v) for k, v in one.items()} for name, one in self.mp.items()},
-            "ap": {name: [_plain(value) for value in one] for name, one in self.ap.items()},
-            "interval": {name: [_plain(value) for value in one] for name, one in self.interval.items()},
+            "map": {name: plain(value) for name, value in self.map.items()},
+            "mp": {name: {str(k): plain(v) for k, v in one.items()} for name, one in self.mp.items()},
+            "ap": {name: [plain(value) for value in one] for name, one in self.ap.items()},
+            "interval": {name: [plain(value) for value in one] for name, one in self.interval.items()},
             "queries": dict(self.queries),
         }
 
+    def per_query(self) -> dict[str, list[Any]]:
+        """Column -> a value per query."""
+        return {f"{protocol} AP": ap.tolist() for protocol, ap in self.ap.items()}
 
-def _plain(value: float) -> float | None:
+
+def plain(value: float) -> float | None:
+    """For JSON, which has no NaN."""
     return None if np.isnan(value) else float(value)
 
 

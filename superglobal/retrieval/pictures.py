@@ -89,6 +89,7 @@ def _cell(sheet: Image.Image, x: int, y: int, picture: Image.Image, relevance: s
 
 def _legend(sheet: Image.Image, dataset: EvaluationSet) -> None:
     names = {"revisited": ("easy", "hard", "junk", "negative"), "labels": ("positive", "junk", "negative")}
+    names["landmarks"] = ("positive", "negative")
     draw, x = ImageDraw.Draw(sheet), _GAP
     for name in ("query", *names.get(dataset.protocols, ())):
         draw.rectangle((x, 6, x + 12, 18), fill=_COLOURS[name])

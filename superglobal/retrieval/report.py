@@ -25,12 +25,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from superglobal.files import write_atomically
-from superglobal.retrieval.metrics import RetrievalResult
+from superglobal.retrieval.metrics import Result, RetrievalResult
 
 FORMAT = "superglobal-result-1"
 TEST_MARK = "(test set)"
 """What `tuned_on` ends with where settings were chosen on a test set."""
-_LISTED = 100
+METRICS = {"map": "mAP", "mAP@100": "mAP@100", "GAP": "GAP"}
+"""Key of a stage's main numbers in `results.json`, and what tables call them."""
+_LISTED, _ROWS = 100, 500_000  # results per query that are listed by name, and results of all queries together
 _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-headless", "faiss-cpu", "faiss-gpu")
 
 Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -49,7 +51,7 @@ def summarise(
     config: Mapping[str, Any],
     about: Mapping[str, Any],
     names: Names,
-    results: Mapping[str, RetrievalResult],
+    results: Mapping[str, Result],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Everything about a run as plain types.
@@ -64,6 +66,7 @@ def summarise(
     dataset = config["dataset"]
     # Who made the descriptors knows how the queries were cropped.
     extracted = "network" in about
+    definition = next(iter(results.values())).definition if results else RetrievalResult.definition
     return {
         **_header(config),
         "status": "ok",
@@ -71,8 +74,8 @@ def summarise(
         "protocol": {
             "crop_query": dataset["crop_query"] if extracted and dataset["kind"] == "revisited" else None,
             "max_side": dataset["max_side"] if extracted else None,
-            "average_precision": "trapezoidal, as Revisited Oxford and Paris",
-            "junk": "stays in the list that is reranked, removed before ranks are counted",
+            "min_side": about["network"]["min_side"] if extracted else None,
+            **definition,
         },
         "counts": {"queries": len(names.queries), "database": len(names.database)},
         "metrics": {stage: {k: v for k, v in r.to_dict().items() if k != "ap"} for stage, r in results.items()},
@@ -129,22 +132,32 @@ def git_state() -> dict[str, str] | None:
 
 
 def main_metric(summary: Mapping[str, Any]) -> float:
-    """mAP of the last stage, Medium or over labels, in 0..1; NaN where there is none."""
+    """mAP of the last stage (Medium or over labels), mAP@100 or GAP (over all queries), in 0..1; NaN for none."""
     if not summary["metrics"]:
         return math.nan
     stage, protocol = main_protocol(summary)
-    value = summary["metrics"][stage]["map"][protocol]
+    value = main_scores(summary["metrics"][stage])[protocol]
     return math.nan if value is None else value
 
 
 def main_protocol(summary: Mapping[str, Any]) -> tuple[str, str]:
     """Stage and protocol of `main_metric`."""
     stage = list(summary["metrics"])[-1]
-    return stage, "medium" if "medium" in summary["metrics"][stage]["map"] else "all"
+    return stage, "medium" if "medium" in main_scores(summary["metrics"][stage]) else "all"
+
+
+def metric_key(metrics: Mapping[str, Any]) -> str:
+    """Which of `METRICS` a stage was scored by."""
+    return next(key for key in METRICS if key in metrics)
+
+
+def main_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """The main metric of a stage by protocol or part."""
+    return metrics[metric_key(metrics)]
 
 
 def write_result(
-    folder: Path, summary: Mapping[str, Any], results: Mapping[str, RetrievalResult], stages: Stages, names: Names
+    folder: Path, summary: Mapping[str, Any], results: Mapping[str, Result], stages: Stages, names: Names
 ) -> None:
     """Write a run's files into `folder`; `results.json` comes last and marks the run as finished."""
     arrays: dict[str, Any] = {
@@ -191,57 +204,87 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     if summary["metrics"]:
         counts = summary["counts"]
         size = f"{counts['queries']} queries, {counts['database']} images"
-        table = Table(title=escape(f"{summary['dataset']}: {size}, weights {summary['weights']}"))
-        for column in ("stage", "protocol", "mAP", "95 %", "mP@1", "mP@5", "mP@10", "queries"):
-            table.add_column(column, justify="left" if column in ("stage", "protocol") else "right")
-        for stage, result in summary["metrics"].items():
-            for protocol in result["map"]:
-                low, high = result["interval"][protocol]
-                table.add_row(
-                    stage,
-                    protocol,
-                    percent(result["map"][protocol]),
-                    f"{percent(low, 1)}-{percent(high, 1)}",
-                    *(percent(result["mp"][protocol][k], 1) for k in ("1", "5", "10")),
-                    str(result["queries"][protocol]),
-                )
-        out.print(table)
+        print_metrics(f"{summary['dataset']}: {size}, weights {summary['weights']}", summary["metrics"])
     out.print(_modules(summary), soft_wrap=True, highlight=False, markup=False)
+    if summary["protocol"]["min_side"] is not None:
+        out.print(_sizes(summary["protocol"]), soft_wrap=True, highlight=False, markup=False)
     if summary["tuned_on"]:
         out.print(f"settings tuned on {', '.join(summary['tuned_on'])}", soft_wrap=True, highlight=False, markup=False)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in summary["seconds"].items())
     out.print(f"{seconds}\nresults in {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
+def _sizes(protocol: Mapping[str, Any]) -> str:
+    """The image sizes that the network saw: numbers of two runs compare only where they are the same."""
+    most = f"shrunk to a longer side of {protocol['max_side']} px" if protocol["max_side"] else "not shrunk"
+    return f"images: {most}; enlarged to a shorter side of {protocol['min_side']} px where it is less"
+
+
+def print_metrics(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """One row per stage and protocol or part, in percent.
+
+    Args:
+        title: of the table.
+        metrics: `to_dict` of a result per stage.
+    """
+    table = Table(title=escape(title))
+    rows = [(stage, protocol, _cells(one, protocol)) for stage, one in metrics.items() for protocol in main_scores(one)]
+    for column in ("stage", "protocol", *rows[0][2]):
+        table.add_column(column, justify="left" if column in ("stage", "protocol") else "right")
+    for stage, protocol, cells in rows:
+        table.add_row(stage, protocol, *cells.values())
+    console().print(table)
+
+
+def _cells(one: Mapping[str, Any], protocol: str) -> dict[str, str]:
+    """Column -> cell of one stage and protocol."""
+    cells = {METRICS[metric_key(one)]: percent(main_scores(one)[protocol])}
+    if "GAP_landmarks_only" in one:
+        cells["GAP, landmarks only"] = percent(one["GAP_landmarks_only"][protocol])
+        cells["top-1"] = percent(one["top1"][protocol])
+    if "interval" in one:
+        low, high = one["interval"][protocol]
+        cells["95 %"] = f"{percent(low, 1)}-{percent(high, 1)}"
+    for key, column in (("mp", "mP"), ("precision", "P")):
+        cells |= {f"{column}@{k}": percent(v, 1) for k, v in one.get(key, {}).get(protocol, {}).items()}
+    for key, value in one.get("position", {}).get(protocol, {}).items():
+        cells[f"{key} position"] = "-" if value is None else f"{value:.1f}"
+    cells["queries"] = str(one["queries"][protocol])
+    if "with_landmark" in one:
+        cells["with landmark"] = str(one["with_landmark"][protocol])
+    return cells
+
+
 def _write_lists(folder: Path, stages: Stages, names: Names) -> None:
     scores, ids = list(stages.values())[-1]
+    depth = min(_LISTED, max(1, _ROWS // len(ids)))
     listed = []
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["number", "query", "rank", "image", "score"])
-    for number, (row_scores, row_ids) in enumerate(zip(scores[:, :_LISTED], ids[:, :_LISTED], strict=True)):
+    for number, (row_scores, row_ids) in enumerate(zip(scores[:, :depth], ids[:, :depth], strict=True)):
         images = [names.database[i] for i in row_ids]
         values = [round(float(s), 6) if math.isfinite(s) else None for s in row_scores]
         found = [{"image": image, "score": value} for image, value in zip(images, values, strict=True)]
         # One photo may be several queries, with different boxes: the number tells them apart.
-        listed.append({"number": number, "query": names.queries[number], "results": found})
+        query = names.queries[number]
+        listed.append({"number": number, "query": query, "results": found})
         writer.writerows(
-            [number, names.queries[number], rank, image, "" if value is None else value]
+            [number, query, rank, image, "" if value is None else value]
             for rank, (image, value) in enumerate(zip(images, values, strict=True), 1)
         )
     write_atomically(folder / "rankings.csv", text.getvalue().encode())
     write_atomically(folder / "rankings.json", json.dumps(listed, indent=1).encode())
 
 
-def _write_per_query(folder: Path, results: Mapping[str, RetrievalResult], names: Names) -> None:
+def _write_per_query(folder: Path, results: Mapping[str, Result], names: Names) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
-    columns = [(stage, protocol) for stage, result in results.items() for protocol in result.ap]
-    writer.writerow(["query", "landmark", *(f"{stage} {protocol} AP" for stage, protocol in columns)])
-    for query, name in enumerate(names.queries):
-        values = [results[stage].ap[protocol][query] for stage, protocol in columns]
+    columns = {f"{stage} {name}": v for stage, result in results.items() for name, v in result.per_query().items()}
+    writer.writerow(["query", "landmark", *columns])
+    for query, (name, *values) in enumerate(zip(names.queries, *columns.values(), strict=True)):
         landmark = names.clusters[query] if names.clusters is not None else ""
-        writer.writerow([name, landmark, *("" if math.isnan(v) else repr(float(v)) for v in values)])
+        writer.writerow([name, landmark, *("" if v != v else v for v in values)])
     write_atomically(folder / "per_query.csv", text.getvalue().encode())
 
 

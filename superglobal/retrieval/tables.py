@@ -16,7 +16,17 @@ from rich.table import Table
 from superglobal.errors import InputError
 from superglobal.files import EXPORT, write_atomically
 from superglobal.retrieval.metrics import cluster_interval
-from superglobal.retrieval.report import FORMAT, TEST_MARK, console, main_metric, main_protocol, percent
+from superglobal.retrieval.report import (
+    FORMAT,
+    METRICS,
+    TEST_MARK,
+    console,
+    main_metric,
+    main_protocol,
+    main_scores,
+    metric_key,
+    percent,
+)
 
 SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")
 LADDER: dict[str, tuple[bool, ...]] = {
@@ -39,6 +49,8 @@ _UNTOLD = (
     "pooling.tuned_on",
     "rerank.tuned_on",
 )
+# What a set of photos is, as far as its name does not say.
+_OF_THE_SET = ("max_side", "solution", "table", "landmarks", "seed", "neighbours", "votes")
 _ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled")
 
 
@@ -71,10 +83,10 @@ def _job(path: Path) -> tuple[str, int, str]:
 def merge(folder: Path) -> list[dict[str, Any]]:
     """Merge all results below `folder` into one table: console, `table.md`, `table.csv`.
 
-    A row is a run, its numbers those of its last stage in percent: mAP per protocol, mP@10, the 95 % interval of the
-    main metric, and what that gains over the first row of the same data set and settings, with the interval of the
-    gain (landmarks drawn with replacement; of the gain, the same queries in both rows). Every setting that differs
-    between the runs has a column, so that no two rows look alike.
+    A row is a run, its numbers those of its last stage in percent: mAP per protocol (mAP@100 and GAP under their
+    names), mP@10, the 95 % interval of the main metric, and what that gains over the first row of the same data set and
+    settings, with the interval of the gain (landmarks drawn with replacement; of the gain, the same queries in both
+    rows). Every setting that differs between the runs has a column, so that no two rows look alike.
 
     Returns:
         The results, as read.
@@ -124,7 +136,7 @@ def _table(folder: Path, results: list[dict[str, Any]]) -> tuple[list[str], list
             gain = _gain(folder, result, baselines.setdefault(key, result))
         else:
             gain = ["n/a" if result["status"] != "failed" else "failed"] * 2
-        cells.append([*place, *values, *(numbers.get(name, gain[0]) for name in names), *gain])
+        cells.append([*place, *values, *(numbers.get(name, "" if numbers else gain[0]) for name in names), *gain])
     return columns, cells
 
 
@@ -137,6 +149,8 @@ def _short_names(networks: Sequence[str]) -> dict[str, str]:
 def _gain(folder: Path, result: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
     """What the main metric gains over the baseline, and the interval of that where the queries are the same."""
     gain = f"{100 * (main_metric(result) - main_metric(baseline)):+.2f}"
+    if "interval" not in result["metrics"][main_protocol(result)[0]]:
+        return [gain, ""]  # GAP is not a mean over queries
     (queries, landmarks, ap), (others, _, before) = (_per_query(folder, row) for row in (result, baseline))
     if result is baseline or queries != others:
         return [gain, ""]
@@ -163,12 +177,15 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, str]:
         return {}
     stage, protocol = main_protocol(result)
     last = result["metrics"][stage]
-    low, high = last["interval"][protocol]
-    return {
-        **{name: percent(score) for name, score in last["map"].items()},
-        f"95 % {protocol}": f"{percent(low, 1)}-{percent(high, 1)}",
-        **{f"mP@10 {name}": percent(at["10"], 1) for name, at in last["mp"].items()},
-    }
+    # The usual mAP goes by its protocols alone; no other metric may be taken for it.
+    metric = "" if metric_key(last) == "map" else f"{METRICS[metric_key(last)]} "
+    numbers = {f"{metric}{name}": percent(score) for name, score in main_scores(last).items()}
+    if "interval" in last:
+        low, high = last["interval"][protocol]
+        numbers[f"95 % {metric}{protocol}"] = f"{percent(low, 1)}-{percent(high, 1)}"
+    for key, column in (("mp", "mP"), ("precision", "P")):
+        numbers |= {f"{column}@10 {name}": percent(at["10"], 1) for name, at in last.get(key, {}).items()}
+    return numbers | {f"top-1 {name}": percent(score) for name, score in last.get("top1", {}).items()}
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -183,5 +200,5 @@ def _differing(settings: Sequence[Mapping[str, Any]], hidden: Sequence[str]) -> 
     """Names of the settings that are not the same everywhere and stand in no other column."""
     keys = dict.fromkeys(key for setting in settings for key in setting)
     told = [key for key in keys if not key.startswith(_UNTOLD) and key not in hidden]
-    told += [key for key in ("dataset.max_side",) if key in keys]
+    told += [key for name in _OF_THE_SET if (key := f"dataset.{name}") in keys]
     return [key for key in told if len({str(setting.get(key)) for setting in settings}) > 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,16 +93,17 @@ def bounded(dataset: EvaluationSet, most: int, seed: int) -> EvaluationSet:
     names, label = np.unique(np.array(dataset.clusters), return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(names))
     total = np.cumsum(np.bincount(label)[order])
-    kept = np.flatnonzero(np.isin(label, order[: max(4, np.searchsorted(total, most, side="right"))]))
+    rows = np.flatnonzero(np.isin(label, order[: max(4, np.searchsorted(total, most, side="right"))]))
     place = np.full(len(label), -1)
-    place[kept] = np.arange(len(kept))
+    place[rows] = np.arange(len(rows))
+    kept = rows.tolist()
     gnd: list[dict[str, Any]] = [{key: place[ids] for key, ids in dataset.gnd[i].items()} for i in kept]
     items = [dataset.database[i] for i in kept]
     clusters = [dataset.clusters[i] for i in kept]
     return replace(dataset, queries=items, database=items, gnd=gnd, clusters=clusters)
 
 
-def searched_half(clusters: list[str], counted: np.ndarray, seed: int) -> np.ndarray:
+def searched_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.ndarray:
     """(Q,) bool: the queries that settings are chosen on, those of half the landmarks, drawn by `seed`.
 
     Args:

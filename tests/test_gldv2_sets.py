@@ -1,0 +1,310 @@
+"""GLDv2's evaluation sets: their lists, and eval.py on them against the definitions in plain NumPy."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+
+import superglobal
+from superglobal.checks import validated
+from superglobal.config import EvalConfig, TuneConfig, register
+from superglobal.data.gldv2 import read_train, split_landmarks
+from superglobal.data.gldv2_sets import recognition_set, retrieval_set, validation_set
+from superglobal.data.images import ImageItem, check_images
+from superglobal.data.lazy import Lazy, chained, tree_items
+from superglobal.engine import evaluate
+from superglobal.errors import InputError
+from superglobal.retrieval.landmark_scoring import score_submission
+
+ROOT = Path(__file__).parents[1]
+FAST = ["backbone=test_resnet", "weights=random", "scales=1", "logger=csv"]
+FAST += ["trainer.num_workers=0", "trainer.accelerator=cpu", "trainer.progress=false"]
+
+
+@pytest.fixture
+def root(toy_data, tmp_path) -> Path:
+    """The toy set's lists, to be damaged, without photos."""
+    for path in (toy_data / "toy/gldv2").glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def run(outputs: Path, *overrides: str) -> tuple[str, Path]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200"}
+    command = [sys.executable, str(ROOT / "eval.py"), *overrides, *FAST, f"paths.outputs={outputs}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr, next(outputs.rglob("results.json")).parent
+
+
+def described(root: Path, split: str, ids: list[str]) -> np.ndarray:
+    model = superglobal.load_model("random", backbone="test_resnet", scales=1)
+    paths = [root / split / i[0] / i[1] / i[2] / f"{i}.jpg" for i in ids]
+    return superglobal.extract(model, paths, max_side=1024)
+
+
+def average_precision(found: list[str], relevant: set[str]) -> float:
+    hits = [image in relevant for image in found[:100]]
+    return sum(sum(hits[:i]) / i for i, hit in enumerate(hits, 1) if hit) / min(len(relevant), 100)
+
+
+def ranked(Q: np.ndarray, X: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(scores, ids) of both stages: the first one sorted in full, the second one by the public function."""
+    scores = Q.astype(np.float64) @ X.T.astype(np.float64)
+    ids = np.argsort(-scores, axis=1, kind="stable")
+    return {"search": (np.take_along_axis(scores, ids, 1), ids), "rerank": superglobal.rerank(Q, X, ids)}
+
+
+def test_retrieval_is_the_definition(toy_data, tmp_path):
+    root = toy_data / "toy/gldv2"
+    text, folder = run(tmp_path, "dataset=gldv2_test", f"dataset.root={root}")
+    solution = [row for row in rows(root / "retrieval_solution_v2.1.csv") if row["Usage"] != "Ignored"]
+    index = [row["id"] for row in rows(root / "index.csv")]
+    Q, X = described(root, "test", [row["id"] for row in solution]), described(root, "index", index)
+    result = json.loads((folder / "results.json").read_text())
+    lists: dict[str, list[str]] = {}
+    for stage, (_, ids) in ranked(Q, X).items():
+        found = [[index[i] for i in one] for one in ids]
+        ap = [average_precision(*one) for one in zip(found, (set(r["images"].split()) for r in solution), strict=True)]
+        got = result["metrics"][stage]
+        for part in ("public", "private"):
+            mine = [value for value, row in zip(ap, solution, strict=True) if row["Usage"].lower() == part]
+            assert got["mAP@100"][part] == pytest.approx(np.mean(mine), abs=1e-12)
+            assert got["queries"][part] == len(mine)
+        assert got["mAP@100"]["all"] == pytest.approx(np.mean(ap), abs=1e-12)
+        column = [float(row[f"{stage} all AP"]) for row in rows(folder / "per_query.csv")]
+        assert column == pytest.approx(ap, abs=1e-12)
+        lists = {row["id"]: one for row, one in zip(solution, found, strict=True)}
+    submission = {row["id"]: row["images"].split(" ") for row in rows(folder / "submission.csv")}
+    assert submission == lists
+    again = score_submission(root / "retrieval_solution_v2.1.csv", folder / "submission.csv").to_dict()
+    assert again == result["metrics"]["rerank"]
+    assert result["protocol"]["max_side"] == 1024
+    assert "longer side of 1024 px; enlarged to a shorter side of 65 px" in text
+    assert "mAP@100" in text
+    assert result["about"]["solution"]["file"] == "retrieval_solution_v2.1.csv"
+
+
+def test_recognition_is_the_definition(toy_data, tmp_path):
+    root = toy_data / "toy/gldv2"
+    overrides = ["dataset=gldv2_recognition", f"dataset.root={root}", "dataset.neighbours=4", "dataset.votes=distance"]
+    text, folder = run(tmp_path, *overrides)
+    solution = rows(root / "recognition_solution_v2.1.csv")
+    photos = [(i, r["landmark_id"]) for r in rows(root / "train_clean.csv") for i in sorted(r["images"].split())]
+    Q, X = described(root, "test", [r["id"] for r in solution]), described(root, "train", [i for i, _ in photos])
+    result = json.loads((folder / "results.json").read_text())
+    predicted: dict[str, tuple[str, float]] = {}
+    for stage, (scores, ids) in ranked(Q, X).items():
+        for row, mine, near in zip(solution, scores, ids, strict=True):
+            totals: dict[str, float] = {}
+            for score, place in zip(mine[:4].tolist(), near[:4], strict=True):
+                totals[photos[place][1]] = totals.get(photos[place][1], 0) + 2 * score - 1
+            predicted[row["id"]] = max(totals.items(), key=lambda item: item[1])
+        truth = {row["id"]: row["landmarks"].split() for row in solution}
+        order = sorted(predicted, key=lambda image: (-predicted[image][1], image))
+        hits = [predicted[image][0] in truth[image] for image in order]
+        shown = sum(bool(one) for one in truth.values())
+        gap = sum(sum(hits[:i]) / i for i, hit in enumerate(hits, 1) if hit) / shown
+        assert result["metrics"][stage]["GAP"]["all"] == pytest.approx(gap, abs=1e-12)
+        assert result["metrics"][stage]["top1"]["all"] == pytest.approx(sum(hits) / shown)
+        assert (result["metrics"][stage]["queries"]["all"], shown) == (len(solution), 6)
+    submission = {row["id"]: row["landmarks"].split(" ") for row in rows(folder / "submission.csv")}
+    assert {i: one[0] for i, one in submission.items()} == {i: one[0] for i, one in predicted.items()}
+    again = score_submission(root / "recognition_solution_v2.1.csv", folder / "submission.csv").to_dict()
+    assert again == result["metrics"]["rerank"]
+    assert "GAP, landmarks only" in text
+    with_landmark = [row for row in rows(folder / "per_query.csv") if row["landmark"]]
+    assert len(with_landmark) == 6
+
+
+def test_validation_is_the_definition_and_has_its_place_in_tables(toy_data, tmp_path):
+    root = tmp_path / "gldv2"
+    shutil.copytree(toy_data / "toy/gldv2", root)
+    _, folder = run(tmp_path, "dataset=gldv2_val", f"dataset.root={root}", "dataset.landmarks=4", "rerank=none")
+    split = rows(root / "gldv2_val_4_seed0.csv")
+    queries, index = ([row for row in split if row["split"] == name] for name in ("query", "index"))
+    Q, X = (described(root, "train", [row["id"] for row in part]) for part in (queries, index))
+    found = [[index[i]["id"] for i in one] for one in ranked(Q, X)["search"][1]]
+    same = [{row["id"] for row in index if row["landmark_id"] == q["landmark_id"]} for q in queries]
+    expected = np.mean([average_precision(*one) for one in zip(found, same, strict=True)])
+    result = json.loads((folder / "results.json").read_text())
+    assert result["metrics"]["search"]["mAP@100"] == {"all": pytest.approx(expected, abs=1e-12)}
+    assert (result["role"], len(queries)) == ("validation", 4)
+    again = "dataset.landmarks=4", "ablation=gem,gem_plus"
+    assert "mAP@100 all" in run(tmp_path / "o", "-m", "dataset=gldv2_val", f"dataset.root={root}", *again)[0]
+    first, second = rows(next((tmp_path / "o").rglob("table.csv")))
+    assert "all" not in first
+    assert float(second["gain"]) == pytest.approx(float(second["mAP@100 all"]) - float(first["mAP@100 all"]), abs=0.011)
+    assert " to " in second["95 % gain"]
+
+
+def test_own_descriptors_are_scored_over_a_hundred_ranks_whatever_is_kept(root, tmp_path):
+    solution = [row for row in rows(root / "retrieval_solution_v2.1.csv") if row["Usage"] != "Ignored"]
+    extra = "".join(f"{i:016x}\n" for i in range(200))
+    (root / "index.csv").write_text((root / "index.csv").read_text() + extra)
+    index = [row["id"] for row in rows(root / "index.csv")]
+    rng = np.random.default_rng(0)
+    vectors = {"q": rng.standard_normal((len(solution), 8)), "x": rng.standard_normal((len(index), 8))}
+    for name, x in vectors.items():
+        vectors[name] = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+        np.save(tmp_path / f"{name}.npy", vectors[name])
+    own = [f"descriptors.query={tmp_path / 'q.npy'}", f"descriptors.database={tmp_path / 'x.npy'}"]
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        where = ["dataset=gldv2_test", f"dataset.root={root}", "rerank=none", "k=1"]
+        config = compose("eval", overrides=[*where, *own, "logger=csv"])
+    (tmp_path / "result").mkdir()
+    score = evaluate(config, tmp_path / "result")
+    found = [[index[i] for i in one] for one in ranked(vectors["q"], vectors["x"])["search"][1]]
+    truth = [set(row["images"].split()) for row in solution]
+    assert score == pytest.approx(np.mean([average_precision(*one) for one in zip(found, truth, strict=True)]))
+    assert all(len(row["images"].split(" ")) == 100 for row in rows(tmp_path / "result/submission.csv"))
+
+
+def test_validation_landmarks_are_those_that_training_holds_out(root):
+    found = validation_set(root, landmarks=4, seed=5)
+    listed = read_train(root)
+    chosen = set(map(int, found.clusters))
+    assert len(chosen) == len(found.queries) == 4
+    for fraction in (4 / 12, 0.4, 0.5):
+        train, held = split_landmarks(listed, fraction, seed=5)
+        assert chosen <= set(held.landmarks.tolist())
+        assert not chosen & set(train.landmarks.tolist())
+    names = [item.path.stem for item in (*found.queries, *found.database)]
+    assert len(set(names)) == len(names) == sum(listed.landmarks[label] in chosen for label in listed.labels)
+    assert chosen != set(map(int, validation_set(root, landmarks=4, seed=6).clusters))
+
+
+def test_the_split_is_written_down_once_and_checked(root, caplog):
+    before = validation_set(root, landmarks=3)
+    path = root / "gldv2_val_3_seed0.csv"
+    text = path.read_text()
+    path.write_bytes(text.replace("\n", "\r\n").encode())
+    again = validation_set(root, landmarks=3)
+    assert list(again.queries) == list(before.queries)
+    path.write_text(text.replace(",query", ",index"))
+    with pytest.raises(InputError, match=r"gldv2_val_3_seed0.csv: not the split that .*train_clean.csv gives"):
+        validation_set(root, landmarks=3)
+    path.write_text(text)
+    listed = (root / "train_clean.csv").read_text().splitlines()
+    (root / "train_clean.csv").write_text("\n".join(listed[:-1]) + "\n")
+    with pytest.raises(InputError, match="not the split"):
+        validation_set(root, landmarks=3)
+    with pytest.raises(InputError, match=r"dataset.landmarks=11.* has 11"):
+        validation_set(root, landmarks=11)
+    (root / "gldv2_val_2_seed0.csv").mkdir()
+    validation_set(root, landmarks=2)
+    assert "the split is not written down" in caplog.text
+
+
+def test_queries_of_one_landmark_are_one_cluster(root):
+    found = retrieval_set(root)
+    solution = {row["id"]: row["images"] for row in rows(root / "retrieval_solution_v2.1.csv")}
+    first: dict[str, str] = {}
+    for item, cluster in zip(found.queries, found.clusters, strict=True):
+        assert cluster == first.setdefault(solution[item.path.stem], item.path.stem)
+    names = [item.path.stem for item in found.database]
+    for item, entry in zip(found.queries, found.gnd, strict=True):
+        assert [names[row] for row in entry["positive"]] == solution[item.path.stem].split()
+
+
+def test_another_solution_by_version_or_path(root):
+    shutil.copy(root / "retrieval_solution_v2.1.csv", root / "retrieval_solution_v2.0.csv")
+    assert retrieval_set(root, solution="v2.0").about["solution"]["file"] == "retrieval_solution_v2.0.csv"
+    other = root / "other.csv"
+    shutil.move(root / "retrieval_solution_v2.1.csv", other)
+    assert len(retrieval_set(root, solution=str(other)).queries) == 8
+    with pytest.raises(InputError) as caught:
+        retrieval_set(root)
+    for word in (str(root / "retrieval_solution_v2.1.csv"), "https://", "scripts/make_toy_data.py", "a/b/c/<id>.jpg"):
+        assert word in str(caught.value)
+
+
+def test_ground_truth_that_the_index_does_not_have_is_named_with_its_line(root):
+    path = root / "retrieval_solution_v2.1.csv"
+    lines = path.read_text().splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if line.endswith("Private") and " " in line)
+    gone = lines[number - 1].split(",")[1].split(" ")[1]
+    index = (root / "index.csv").read_text()
+    (root / "index.csv").write_text(index.replace(f"{gone}\n", ""))
+    with pytest.raises(InputError, match=rf"{path.name}, line {number}: image {gone} is not in .*index\.csv"):
+        retrieval_set(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("image\n0123456789abcdef\n", ["columns ['image']", "expected id"]),
+        ("id\n0123456789abcdef\n0123456789abcdeg\n", ["line 3", "no image id"]),
+        ("id\n0123456789abcdef\n1123456789abcdef\n0123456789abcdef\n", ["0123456789abcdef", "twice"]),
+        ("id\n", ["lists no photos"]),
+    ],
+)
+def test_a_bad_index_is_named(root, text, words):
+    (root / "index.csv").write_text(text)
+    with pytest.raises(InputError) as caught:
+        retrieval_set(root)
+    for word in ["index.csv", *words]:
+        assert word in str(caught.value)
+
+
+def test_landmarks_that_training_does_not_have_count_and_are_told(root, caplog):
+    found = recognition_set(root)
+    assert (len(found.queries), len(found.database)) == (20, 90)
+    names = {row["id"]: row["landmarks"] for row in rows(root / "recognition_solution_v2.1.csv")}
+    photos = {r["landmark_id"]: set(r["images"].split()) for r in rows(root / "train_clean.csv")}
+    for item, entry in zip(found.queries, found.gnd, strict=True):
+        assert {found.database[row].path.stem for row in entry["positive"]} == photos.get(names[item.path.stem], set())
+    listed = (root / "train_clean.csv").read_text().splitlines()
+    (root / "train_clean.csv").write_text("\n".join(line for line in listed if not line.startswith("108,")) + "\n")
+    assert recognition_set(root).about["landmarks_not_in_database"] == 1
+    assert "1 test images show landmarks that train_clean.csv does not have" in caplog.text
+    assert len(recognition_set(root, table="train.csv").database) == 96
+
+
+def test_photos_of_a_million_ids_are_made_when_they_are_asked_for(tmp_path):
+    ids = np.array([f"{i:016x}".encode() for i in range(1500)])
+    items = tree_items(tmp_path, ids)
+    assert items[-1] == ImageItem(tmp_path / "0/0/0/00000000000005db.jpg")
+    assert [item.path.stem for item in items[3:5]] == ["0000000000000003", "0000000000000004"]
+    with pytest.raises(IndexError):
+        items[1500]
+    both = chained(items, [ImageItem(tmp_path / "x.jpg")])
+    assert (len(both), both[0], both[1500].path.name) == (1501, items[0], "x.jpg")
+    assert list(Lazy(3, str)) == ["0", "1", "2"]
+    assert check_images(both).missing == [item.path for item in both]
+
+
+@pytest.mark.parametrize(
+    ("schema", "overrides", "message"),
+    [
+        (EvalConfig, ["dataset=gldv2_test", "distractors=revisitop1m"], "distractors=none"),
+        (EvalConfig, ["dataset=gldv2_recognition", "dataset.neighbours=500"], r"rerank\.M=400"),
+        (EvalConfig, ["dataset=gldv2_recognition", "dataset.votes=all"], "similarity, distance, nearest"),
+        (EvalConfig, ["dataset=gldv2_val", "dataset.table=index.csv"], r"train_clean\.csv, train\.csv"),
+        (EvalConfig, ["dataset=gldv2_val", "dataset.landmarks=0"], r"dataset\.landmarks=0"),
+        (TuneConfig, ["dataset=gldv2_test"], "its role is test"),
+        (TuneConfig, ["dataset=gldv2_recognition", "allow_test=true"], "recognition does not have"),
+    ],
+)
+def test_settings_that_contradict_are_refused(schema, overrides, message):
+    register()
+    script = "eval" if schema is EvalConfig else "tune"
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose(script, overrides=overrides)
+    with pytest.raises(InputError, match=message):
+        validated(config, schema)

@@ -1,0 +1,156 @@
+"""GLDv2's solutions and submissions: the organisers' reading rules (delf, dataset_file_io_test.py), and refusals."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from superglobal.data.landmark_solutions import (
+    ranked_submission,
+    read_ranked,
+    read_recognised,
+    read_solution,
+    recognised_submission,
+)
+from superglobal.errors import InputError
+from superglobal.retrieval.landmark_scoring import score_submission
+
+ROOT = Path(__file__).parents[1]
+A, B, C, D, E = (f"0{i}23456789abcdef" for i in range(1, 6))
+
+
+def x(number: int) -> str:
+    return f"fedcba98765432{number:02d}"
+
+
+RETRIEVAL = (
+    "id,images,Usage\n"
+    f"{A},None,Ignored\n{B},{x(10)} {x(0)},Public\n{C},{x(0)},Private\n{D},{x(20)},Private\n{E},None,Ignored\n"
+)
+RECOGNITION = f"id,landmarks,Usage\n{A},0 12,Public\n{B},,Public\n{C},100,Ignored\n{D},1,Private\n{E},,Ignored\n"
+
+
+def write(folder: Path, text: str, name: str = "solution.csv") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_the_organisers_retrieval_solution(tmp_path):
+    found = read_solution(write(tmp_path, RETRIEVAL))
+    assert (found.task, found.ids.tolist()) == ("retrieval", [B.encode(), C.encode(), D.encode()])
+    assert [one.tolist() for one in found.truth] == [[x(10).encode(), x(0).encode()], [x(0).encode()], [x(20).encode()]]
+    assert {name: part.tolist() for name, part in found.parts.items()} == {
+        "public": [True, False, False],
+        "private": [False, True, True],
+        "all": [True] * 3,
+    }
+    assert found.ignored == {A.encode(), E.encode()}
+
+
+def test_the_organisers_recognition_solution(tmp_path):
+    found = read_solution(write(tmp_path, RECOGNITION))
+    assert (found.task, found.ids.tolist()) == ("recognition", [A.encode(), B.encode(), D.encode()])
+    assert [one.tolist() for one in found.truth] == [[0, 12], [], [1]]
+    assert found.public.tolist() == [True, True, False]
+    # A labelled image may be ignored.
+    assert found.ignored == {C.encode(), E.encode()}
+
+
+def test_the_organisers_retrieval_predictions(tmp_path):
+    text = f"id,images\n{A},{x(50)} \n{D},{x(60)}\n{B},{x(10)} {x(0)} {x(20)}\n\n{E},\n"
+    found = read_ranked(write(tmp_path, text, "mine.csv"), read_solution(write(tmp_path, RETRIEVAL)))
+    assert [one.tolist() for one in found] == [[x(i).encode() for i in (10, 0, 20)], [], [x(60).encode()]]
+
+
+def test_the_organisers_recognition_predictions(tmp_path):
+    text = f"id,landmarks\n{A},12 0.1 \n{D},0 19.0\n{B},\n\n{E},14 0.01\n"
+    classes, scores = read_recognised(write(tmp_path, text, "mine.csv"), read_solution(write(tmp_path, RECOGNITION)))
+    assert classes.tolist() == [12, -1, 0]
+    assert scores[[0, 2]].tolist() == [0.1, 19.0]
+    assert np.isnan(scores[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("id,images\n", ["columns", "Usage"]),
+        ("id,url,Usage\n", ["columns", "images or landmarks"]),
+        ("", ["columns none"]),
+        (f"id,images,Usage\n{A},None,Ignored\n", ["all 1 test images are Ignored"]),
+        (f"id,images,Usage\n\n{A},{x(1)},Hidden\n", ["line 3", "Usage 'Hidden'", "Public, Private, Ignored"]),
+        (f"id,images,Usage\n{A},{x(1)},Public\n{A},{x(2)},Private\n", ["line 3", A, "line 2"]),
+        (f"id,images,Usage\n{A},None,Public\n", ["line 2", "'None' is no image id"]),
+        (f"id,images,Usage\n{A},,Public\n", ["line 2", "no relevant image"]),
+        (f"id,images,Usage\n{A},{x(1)} {x(1)},Public\n", ["line 2", x(1), "twice"]),
+        (f"id,images,Usage\n{A},{x(1)}\n", ["line 2", "2 fields, expected 3"]),
+        (f"id,images,Usage\n../{A},{x(1)},Public\n", ["line 2", "no image id"]),
+        (f"id,landmarks,Usage\n{A},1 -2,Public\n", ["line 2", "'-2' is not a landmark_id"]),
+        (f"id,landmarks,Usage\n{A},7 7,Public\n", ["line 2", "7 is listed twice"]),
+    ],
+)
+def test_bad_solutions_are_named(tmp_path, text, words):
+    with pytest.raises(InputError) as caught:
+        read_solution(write(tmp_path, text))
+    for word in ["solution.csv", *words]:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("solution", "text", "words"),
+    [
+        (RETRIEVAL, f"id,landmarks\n{A},1 0.5\n", ["columns", "images"]),
+        (RETRIEVAL, f"id,images\n{B},{x(1)}\n{B},\n", ["line 3", B, "line 2 already"]),
+        (RETRIEVAL, f"id,images\n{'f' * 16},{x(1)}\n", ["line 2", "f" * 16, "solution.csv"]),
+        (RETRIEVAL, f"id,images\n{B},{x(1)}  {x(2)}\n", ["line 2", "'' is no image id"]),
+        (RECOGNITION, f"id,landmarks\n{A},12\n", ["line 2", "'12' is no prediction"]),
+        (RECOGNITION, f"id,landmarks\n{A},12 0.5 13 0.4\n", ["line 2", "no prediction"]),
+        (RECOGNITION, f"id,landmarks\n{A},tower 0.5\n", ["line 2", "no prediction"]),
+        (RECOGNITION, f"id,landmarks\n{A},12 nan\n", ["line 2", "no prediction"]),
+    ],
+)
+def test_bad_submissions_are_named(tmp_path, solution, text, words):
+    with pytest.raises(InputError) as caught:
+        score_submission(write(tmp_path, solution), write(tmp_path, text, "mine.csv"))
+    for word in ["mine.csv", *words]:
+        assert word in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(InputError, match=r"not found: .*none\.csv"):
+        read_solution(tmp_path / "none.csv")
+    (tmp_path / "bytes.csv").write_bytes(b"id,images,Usage\n\xff\xfe")
+    with pytest.raises(InputError, match=r"bytes\.csv: cannot be read"):
+        read_solution(tmp_path / "bytes.csv")
+    with pytest.raises(InputError, match="expected id, landmarks, Usage"):
+        read_solution(write(tmp_path, RETRIEVAL), "recognition")
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    solution = read_solution(write(tmp_path, RETRIEVAL))
+    lists = [np.array([x(i).encode() for i in one], "S16") for one in ([3, 1], [], [2])]
+    (tmp_path / "mine.csv").write_bytes(ranked_submission(solution.ids, lists))
+    assert [one.tolist() for one in read_ranked(tmp_path / "mine.csv", solution)] == [one.tolist() for one in lists]
+
+    solution = read_solution(write(tmp_path, RECOGNITION))
+    scores = np.array([0.1 + 0.2, 1e-9, -2.0])
+    (tmp_path / "mine.csv").write_bytes(recognised_submission(solution.ids, np.array([5, 0, 7]), scores))
+    classes, read = read_recognised(tmp_path / "mine.csv", solution)
+    assert (classes.tolist(), read.tolist()) == ([5, 0, 7], scores.tolist())
+
+
+def test_the_command_scores_any_submission(tmp_path):
+    solution = write(tmp_path, RETRIEVAL)
+    # B: hits at 1 and 3 of two; C: none; D: no prediction.
+    mine = write(tmp_path, f"id,images\n{B},{x(0)} {x(50)} {x(10)}\n{C},{x(50)}\n", "mine.csv")
+    expected = (1 + 2 / 3) / 2 / 3
+    assert score_submission(solution, mine).map["all"] == pytest.approx(expected)
+    command = [sys.executable, str(ROOT / "scripts/score_gldv2.py"), str(solution), str(mine)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mAP@100" in done.stdout
+    assert f"{100 * expected:.2f}" in done.stdout
+    assert subprocess.run([*command[:-1], str(tmp_path / "none.csv")], capture_output=True).returncode == 2
