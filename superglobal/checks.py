@@ -160,9 +160,7 @@ def _check_extraction(how: ExtractionConfig) -> None:
     try:
         how.share()
     except ValueError as error:
-        raise InputError(
-            f"extraction.part={how.part}: expected a number and how many there are, such as 3/16"
-        ) from error
+        raise InputError(f"extraction.part={how.part}: expected which part of how many, such as 3/16") from error
 
 
 def _check_dataset(d: DatasetConfig) -> None:

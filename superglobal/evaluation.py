@@ -80,8 +80,8 @@ class EvaluationModule(pl.LightningModule):
         self.done, self.images = 0, 0
         self.began = self.told = time.monotonic()
 
-    def predict_step(self, batch: list[LoadedBatch], batch_idx: int) -> None:
-        """Write the descriptors of one batch.
+    def predict_step(self, batch: list[LoadedBatch], batch_idx: int) -> int:
+        """Write the descriptors of one batch; returns how many images are done.
 
         An image that fails is told at the end, to all processes: one that stopped alone would leave the others
         waiting. Alone, a process stops at once. Finished rows stay either way.
@@ -95,6 +95,7 @@ class EvaluationModule(pl.LightningModule):
             self._tell(len(rows), images.shape[-2:].numel() * len(rows))
         if self.failures and self.trainer.world_size == 1:
             self.raise_failures()
+        return self.images
 
     def _described(self, group: Sequence[RetrievalNetwork], images: Tensor) -> list[np.ndarray]:
         """(B, D) per network, in as many parts as memory asks for.

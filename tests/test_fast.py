@@ -11,7 +11,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import superglobal
+import superglobal.models.backbone
 from superglobal.errors import InputError
+from superglobal.evaluation import EvaluationModule
 from superglobal.models.fast import fast_copies, folded
 from superglobal.models.network import describe_all
 from superglobal.models.pooling import PoolingConfig
@@ -110,3 +112,24 @@ def test_relup_is_another_backbone():
     assert not first.shares_maps(PoolingConfig(relup="auto"))
     with pytest.raises(InputError, match="load_model"):
         first.variant(PoolingConfig(relup="on"))
+
+
+def test_what_memory_has_no_room_for_goes_in_smaller_parts():
+    seen = []
+
+    class Small(superglobal.models.backbone.Backbone):
+        def forward(self, x):
+            seen.append(len(x))
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    plain = superglobal.load_model("random", backbone="test_resnet", scales=1)
+    expected = plain(images(8))
+    plain.backbone.__class__ = Small
+    module = EvaluationModule([[plain]], [], [], [])
+    (found,) = module._described([plain], images(8))
+    assert (torch.from_numpy(found) - expected).abs().max() < 1e-6
+    assert seen == [8, 4, 2, 2, 2, 2]
+    module._described([plain], images(4))
+    assert seen[6:] == [2, 2]  # what was learnt stays

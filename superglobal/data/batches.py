@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-_DEALT = 32  # images of neighbouring size that go to one process together
+_DEALT = 32  # at most so many images of neighbouring size go to one process together
 
 Size = tuple[int, int]
 
@@ -35,9 +35,11 @@ def plan_batches(
         share: (k, n): this is process k of n, counted from 0.
     """
     found: list[ImageBatch] = []
+    k, n = share
     for number, sizes in enumerate(lists):
         rows = sorted(range(len(sizes)), key=lambda row: (-_area(sizes[row]), sizes[row], row))
-        mine = [row for place, row in enumerate(rows) if place // _DEALT % share[1] == share[0]]
+        together = max(1, min(_DEALT, len(rows) // (4 * n)))
+        mine = [row for place, row in enumerate(rows) if place // together % n == k]
         for size, group in groupby(mine, key=lambda row: sizes[row]):
             same = list(group)
             count = max(1, min(most, pixels // max(1, _area(size))))

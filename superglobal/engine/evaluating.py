@@ -187,18 +187,13 @@ def _extracted(
     """Descriptors of the lists from their stores, extracted where they are missing; None after a part of several."""
     how = config.extraction
     networks = [network, *_siblings(config, network)]
-    if len(networks) > 1:
-        log.info("one pass over the images serves %d jobs of the sweep", len(networks))
     with clock.time("extract"):
         place = Path(config.paths.stores)
         stores, computed = extract_lists(networks, lists, place, trainer, how, config.trainer.num_workers)
     left = sum(len(store.missing) for store in stores)
     if how.part is not None and left:
-        log.info(
-            "part %s is described, %d images of the others are left; without extraction.part= it goes on",
-            how.part,
-            left,
-        )
+        text = "part %s is described; %d images are left to the others, after which any of them goes on to the results"
+        log.info(text, how.part, left)
         return None
     found = {part.title: store for part, store in zip(lists, stores, strict=True)}
     parts = [found[title] for title in ("database", "distractors") if title in found]

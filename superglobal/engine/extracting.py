@@ -58,12 +58,15 @@ def extract_lists(
         total, todo = len(part.items), lacked[part.title]
         log.info("%s: %d images, %d in store, %d to describe", part.title, total, total - todo, todo)
     if any(missing):
+        if len(networks) > 1:
+            log.info("one pass over the images serves %d networks of the sweep", len(networks))
         k, n = how.share()
         share = k * trainer.world_size + trainer.global_rank, n * trainer.world_size
         pixels = how.batch_pixels or _pixels_at_once(networks[0], device)
-        plan = plan_batches([part.sizes() for part in lists], pixels, how.batch_size, share)
+        sizes = [part.sizes() for part in lists]
+        plan = plan_batches(sizes, pixels, how.batch_size, share)
         # Lightning stops on a process without data; a row described twice is the same row.
-        batches = missing_in(plan, missing) or plan[:1]
+        batches = missing_in(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
         images = ExtractionDataModule([(part.items, part.max_side) for part in lists], batches, num_workers)
         module = EvaluationModule(*_grouped(fast_copies(networks, how.compile), stores), lists, batches)
         try:

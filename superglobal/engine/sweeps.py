@@ -51,7 +51,7 @@ class EvaluationSweep(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         # Jobs of another launcher run at the same time: the first would not be done before the others begin.
         if config.hydra.launcher._target_.endswith("BasicLauncher"):
-            jobs = [_about(job) for job in _jobs(config)]
+            jobs = [_about(config.hydra.job.config_name, job) for job in _jobs(config)]
             text = json.dumps([job for job in jobs if job is not None], indent=1)
             write_atomically(Path(config.hydra.sweep.dir) / _JOBS, text.encode())
 
@@ -89,10 +89,10 @@ def _jobs(config: DictConfig) -> list[list[str]]:
     return [list(job) for job in itertools.product(*choices)]
 
 
-def _about(job: list[str]) -> dict[str, Any] | None:
+def _about(config_name: str, job: list[str]) -> dict[str, Any] | None:
     """What the others need to know of a job; None for one that will end in an error of its own."""
     try:
-        config = validated(compose(HydraConfig.get().job.config_name, overrides=job), EvalConfig)
+        config = validated(compose(config_name, overrides=job), EvalConfig)
     except (HydraException, OmegaConfBaseException, InputError):
         return None
     assert isinstance(config, EvalConfig)
