@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from superglobal.config import DatasetConfig, EvalConfig, HeadConfig, TrainConfig, TuneConfig
+from superglobal.config import DatasetConfig, EvalConfig, ExtractionConfig, HeadConfig, TrainConfig, TuneConfig
 from superglobal.errors import InputError
+from superglobal.models.fast import PRECISIONS
 from superglobal.models.heads import require_kind
 from superglobal.models.network import SCALES, make_scales
 from superglobal.models.pooling import relup_mode
@@ -150,9 +151,24 @@ def _check_evaluation(config: EvalConfig) -> None:
             f"dataset.neighbours={d.neighbours}, but reranking scores rerank.M={config.rerank.M} only; raise that, or "
             "rerank=none"
         )
+    _check_extraction(config.extraction)
     _check_evaluation_ranges(config)
     _check_ablation(config)
     make_scales(config.scales)
+
+
+def _check_extraction(how: ExtractionConfig) -> None:
+    _require_choice("extraction.precision", how.precision, tuple(PRECISIONS))
+    _require_within(
+        {
+            "extraction.batch_size": (how.batch_size, 1, math.inf),
+            "extraction.batch_pixels": (how.batch_pixels, 1, math.inf),
+        }
+    )
+    try:
+        how.share()
+    except ValueError as error:
+        raise InputError(f"extraction.part={how.part}: expected which part of how many, such as 3/16") from error
 
 
 def _check_dataset(d: DatasetConfig) -> None:

@@ -3,83 +3,141 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from superglobal.data.datamodules import ExtractionDataModule, Task
-from superglobal.data.images import ImageItem
+from superglobal.data.batches import ImageBatch
+from superglobal.data.datamodules import LoadedBatch
+from superglobal.data.images import CheckReport, ImageItem, shrunk_size
 from superglobal.errors import InputError
-from superglobal.models.network import RetrievalNetwork
+from superglobal.models.network import RetrievalNetwork, describe_all
 from superglobal.precision import full_precision
 from superglobal.processes import in_main_thread
-from superglobal.retrieval.report import versions
-from superglobal.retrieval.store import DescriptorStore, fingerprint
+from superglobal.retrieval.store import DescriptorStore
 
 log = logging.getLogger(__name__)
 
 
+_NEWS_EVERY = 30.0  # seconds
+
+
 @dataclass(frozen=True)
 class ExtractionList:
-    """Images that share a store: title ("database", ...), set name, images and their content signatures."""
+    """Images that share a store: title ("database", ...), set name, images, what checking them found, their limit."""
 
     title: str
     name: str
     items: Sequence[ImageItem]
-    signatures: Sequence[str]
+    checked: CheckReport
     max_side: int | None
 
     def lines(self) -> list[str]:
         """One line per row for the fingerprint: file name, box and content, but not where the folder lies."""
         return [
             f"{item.path.name} {item.box or ''} {signature}"
-            for item, signature in zip(self.items, self.signatures, strict=True)
+            for item, signature in zip(self.items, self.checked.signatures, strict=True)
         ]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of what is described, in pixels."""
+        return [shrunk_size(size, self.max_side) for size in self.checked.sizes]
 
 
 class EvaluationModule(pl.LightningModule):
-    """Describes images and writes each into its row of its list's store.
+    """Describes batches of images by one or several networks and writes each descriptor into its row of its store.
 
     Args:
-        network: in evaluation mode.
-        stores: one per image list.
+        networks: in evaluation mode, in groups that share their maps (`describe_all`).
+        stores: by group and network, one per image list.
         lists: the image lists, to name an image that fails.
+        batches: all that this process will see, for the news of how far it is.
     """
 
     def __init__(
-        self, network: RetrievalNetwork, stores: Sequence[DescriptorStore], lists: Sequence[ExtractionList]
+        self,
+        networks: Sequence[Sequence[RetrievalNetwork]],
+        stores: Sequence[Sequence[Sequence[DescriptorStore]]],
+        lists: Sequence[ExtractionList],
+        batches: Sequence[ImageBatch],
     ) -> None:
         super().__init__()
-        self.network = network
+        self.groups = networks
+        self.all = nn.ModuleList(network for group in networks for network in group)  # so that they move together
         self.stores = stores
         self.lists = lists
         self.failures: list[str] = []
+        self.most = math.inf  # pixels that memory has room for at once
+        self.pixels = sum(len(batch.rows) * batch.size[0] * batch.size[1] for batch in batches)
+        self.done, self.images = 0, 0
+        self.began = self.told = time.monotonic()
 
-    def predict_step(self, batch: tuple[Task, Tensor | InputError], batch_idx: int) -> Task:
-        """Write the descriptor of one image and say which.
+    def predict_step(self, batch: list[LoadedBatch], batch_idx: int) -> int:
+        """Write the descriptors of one batch; returns how many images are done.
 
         An image that fails is told at the end, to all processes: one that stopped alone would leave the others
         waiting. Alone, a process stops at once. Finished rows stay either way.
         """
-        (number, row), image = batch
-        try:
-            if isinstance(image, InputError):
-                raise image
+        for number, rows, images, faults in batch:
+            self.failures += [fault for _, fault in faults]
             with full_precision():
-                descriptor = self.network(image[None])[0].cpu().numpy()
-            self.stores[number].write(row, descriptor)
-        except InputError as error:
-            path = self.lists[number].items[row].path
-            self.failures.append(str(error) if str(path) in str(error) else f"{path}: {error}")
-            if self.trainer.world_size == 1:
-                self.raise_failures()
-        return number, row
+                for group, stores in zip(self.groups, self.stores, strict=True):
+                    if rows:
+                        self._write(number, rows, self._described(group, images), stores)
+            self._tell(len(rows), images.shape[-2:].numel() * len(rows))
+        if self.failures and self.trainer.world_size == 1:
+            self.raise_failures()
+        return self.images
+
+    def _described(self, group: Sequence[RetrievalNetwork], images: Tensor) -> list[np.ndarray]:
+        """(B, D) per network, in as many parts as memory asks for.
+
+        Raises:
+            InputError: there is no room for a single image.
+        """
+        count, area = len(images), images.shape[-2:].numel()
+        step = max(1, min(count, int(min(self.most, count * area) // area)))
+        try:
+            parts = [describe_all(group, images[i : i + step]) for i in range(0, count, step)]
+            return [torch.cat(found).cpu().numpy() for found in zip(*parts, strict=True)]
+        except torch.OutOfMemoryError as error:
+            if step == 1:
+                size = f"{images.shape[-1]} x {images.shape[-2]}"
+                raise InputError(
+                    f"out of GPU memory with one image of {size} px: set dataset.max_side, or fewer scales"
+                ) from error
+            self.most = step // 2 * area
+        log.info("out of GPU memory with %d images of %d pixels: %d at once from now on", step, area, step // 2)
+        torch.cuda.empty_cache()
+        return self._described(group, images)
+
+    def _write(
+        self, number: int, rows: list[int], descriptors: list[np.ndarray], stores: Sequence[Sequence[DescriptorStore]]
+    ) -> None:
+        for found, own in zip(descriptors, stores, strict=True):
+            for row, descriptor in zip(rows, found, strict=True):
+                try:
+                    own[number].write(row, descriptor)
+                except InputError as error:
+                    self.failures.append(f"{self.lists[number].items[row].path}: {error}")
+
+    def _tell(self, images: int, pixels: int) -> None:
+        self.images += images
+        self.done += pixels
+        now = time.monotonic()
+        if now - self.told > _NEWS_EVERY:
+            self.told = now
+            left = (now - self.began) / self.done * (self.pixels - self.done)
+            speed = self.images / (now - self.began)
+            log.info("%d images described, %.1f images/s, about %.0f min left", self.images, speed, left / 60)
 
     def on_predict_start(self) -> None:
         """Let SIGTERM end the run, finished rows flushed: Lightning's handler only takes note of it here."""
@@ -100,53 +158,4 @@ class EvaluationModule(pl.LightningModule):
             torch.distributed.all_gather_object(gathered, self.failures)
             failures = [failure for part in gathered for failure in part]
         if failures:
-            raise InputError("\n".join(failures))
-
-
-def extract_lists(
-    network: RetrievalNetwork,
-    lists: Sequence[ExtractionList],
-    folder: Path,
-    trainer: pl.Trainer,
-    num_workers: int,
-) -> tuple[list[DescriptorStore], dict[str, int]]:
-    """Open the store of each list under `folder` and extract the rows that are missing.
-
-    Rows of the same images that another store under `folder` has, of the same network and settings, are copied:
-    a photo more in a folder costs one description.
-
-    Returns:
-        The complete stores, and how many rows each title had to compute.
-
-    Raises:
-        InputError: an unreadable image or a place that cannot be written; finished rows stay for the next run.
-    """
-    stores = [_open_store(network, part, folder, str(trainer.strategy.root_device)) for part in lists]
-    computed = {part.title: len(store.missing) for part, store in zip(lists, stores, strict=True)}
-    for part, store in zip(lists, stores, strict=True):
-        todo = computed[part.title]
-        log.info("%s: %d images, %d in store, %d to describe", part.title, len(store), len(store) - todo, todo)
-    tasks = [(number, int(row)) for number, store in enumerate(stores) for row in store.missing]
-    if tasks:
-        images = ExtractionDataModule([(part.items, part.max_side) for part in lists], tasks, num_workers)
-        try:
-            trainer.predict(EvaluationModule(network, stores, lists), images, return_predictions=False)
-        finally:
-            for store in stores:
-                store.flush()
-        trainer.strategy.barrier()
-        network.cpu()
-    return stores, computed
-
-
-def _open_store(network: RetrievalNetwork, part: ExtractionList, folder: Path, device: str) -> DescriptorStore:
-    identity = {**network.identity(), "max_side": part.max_side}
-    lines = part.lines()
-    place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines)[:16]}"
-    fresh = not place.exists()
-    provenance = {"device": device, "versions": versions()}
-    store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance)
-    for other in sorted(folder.glob("*/manifest.json")) if fresh else ():
-        if other.parent != place and len(store.missing) and DescriptorStore.identity_in(other.parent) == identity:
-            store.adopt(DescriptorStore.open(other.parent))
-    return store
+            raise InputError("\n".join(dict.fromkeys(failures)))

@@ -101,7 +101,8 @@ def test_a_changed_photo_is_described_anew_and_the_others_are_not(tmp_path):
     assert fresh["about"]["extracted"] == {"database": 11, "queries": 1}
     assert fingerprints(changed) == fingerprints(fresh)
     loaded = [dict(np.load(r["folder"] / "rankings.npz")) for r in (changed, fresh)]
-    assert all(np.array_equal(loaded[0][key], loaded[1][key]) for key in loaded[0])
+    for key, values in loaded[0].items():  # described alone and in a batch: alike to rounding
+        assert np.allclose(values, loaded[1][key], atol=1e-6, rtol=0), key
 
 
 def test_leave_one_out_scores_equal_brute_force(tmp_path):

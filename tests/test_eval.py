@@ -216,6 +216,39 @@ def test_a_sweep_ends_with_one_table_whatever_becomes_of_its_jobs(data, tmp_path
     assert float(by_k["5"]) > 0
 
 
+def test_the_first_job_of_a_sweep_describes_for_all_that_see_the_same_images(data, tmp_path):
+    """Eight poolings, two of them with other maps, and a second list of scales that shares nothing."""
+    switches = [f"pooling.{name}=true,false" for name in ("gem_plus", "regional", "relup")]
+    text = run(tmp_path, "-m", *revisited(data, "rerank=none", *switches), "scales=1,[0.8]")
+    assert text.count("one pass over the images serves 8 networks of the sweep") == 2
+    jobs = sorted((tmp_path / "eval").rglob("results.json"), key=lambda path: int(path.parent.name.split("_")[0]))
+    found = [json.loads(path.read_text()) for path in jobs]
+    counts = [job["about"]["extracted"]["database"] for job in found]
+    assert sorted(counts) == [0] * 14 + [24] * 2
+    assert counts[0] == 24
+    alone = ["pooling.gem_plus=true", "pooling.regional=false", "pooling.relup=false", "scales=[0.8]"]
+    run(tmp_path / "alone", *revisited(data, "rerank=none", *alone))
+    single = results(tmp_path / "alone")
+    (same,) = [job for job in found if job["about"]["network"] == single["about"]["network"]]
+    assert same["metrics"] == single["metrics"]
+    name = f"mini-database-{single['about']['stores']['database']['fingerprint'][:16]}"
+    stores = [DescriptorStore.open(place / "stores" / name) for place in (tmp_path, tmp_path / "alone")]
+    assert np.abs(stores[0].block(0, 24) - stores[1].block(0, 24)).max() < 1e-6
+
+
+def test_parts_of_the_images_can_be_described_by_independent_jobs(data, tmp_path):
+    stores = f"paths.stores={tmp_path / 'stores'}"
+    text = run(tmp_path / "a", *revisited(data, stores, "extraction.part=2/3"))
+    assert "part 2/3 is described; " in text
+    assert not list((tmp_path / "a").rglob("results.json"))
+    run(tmp_path / "b", *revisited(data, stores, "extraction.part=1/3"))
+    run(tmp_path / "c", *revisited(data, stores, "extraction.part=3/3"))
+    run(tmp_path / "whole", *revisited(data))
+    assert results(tmp_path / "c")["metrics"] == results(tmp_path / "whole")["metrics"]
+    assert results(tmp_path / "c")["about"]["extracted"]["database"] in range(5, 12)
+    assert "expected which part of how many" in run(tmp_path / "d", *revisited(data, "extraction.part=4/3"), status=2)
+
+
 def test_own_photos_without_labels_give_ranked_lists(tmp_path):
     database = write_folders(tmp_path / "photos")
     query = tmp_path / "query.png"

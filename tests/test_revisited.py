@@ -233,10 +233,9 @@ def test_real_set_is_complete() -> None:
     assert len(set(found.clusters or [])) == 12
     distractors = load_distractors(SHARED, "distractors_mini")
     sets = [("queries", found.queries, ""), ("database", found.database, ""), ("distractors", distractors, "")]
-    signatures = require_images(sets)
-    assert {title: len(values) for title, values in signatures.items()} == dict(
-        queries=70, database=775, distractors=154
-    )
+    checked = require_images(sets)
+    counts = {title: len(report.signatures) for title, report in checked.items()}
+    assert counts == dict(queries=70, database=775, distractors=154)
 
 
 def test_distractors(tmp_path: Path) -> None:
@@ -283,5 +282,5 @@ def test_one_message_lists_everything_missing(tmp_path: Path) -> None:
     assert text.endswith("weights not found: w.pth")
     with pytest.raises(InputError, match="weights"):
         require_images([("queries", [ImageItem(good)], "")], also=["weights not found"])
-    signatures = require_images([("queries", [ImageItem(good)], ""), ("database", [ImageItem(good)] * 2, "")])
-    assert signatures["database"] == signatures["queries"] * 2
+    checked = require_images([("queries", [ImageItem(good)], ""), ("database", [ImageItem(good)] * 2, "")])
+    assert checked["database"].signatures == checked["queries"].signatures * 2

@@ -24,7 +24,7 @@ from superglobal.checkpoint import read_weights, save_weights
 from superglobal.checks import validated
 from superglobal.config import EvalConfig, SpaceConfig, TuneConfig, register
 from superglobal.data.folder import folder_set
-from superglobal.data.images import ImageItem
+from superglobal.data.images import CheckReport, ImageItem
 from superglobal.data.sets import EvaluationSet, require_images
 from superglobal.engine import evaluate, train, tune
 from superglobal.engine.evaluating import score_set
@@ -86,8 +86,8 @@ def export(tmp_path_factory) -> Path:
 )
 def test_stored_maps_give_the_scores_of_eval(photos, export, tmp_path, settings):
     dataset = folder_set(photos, labels=True)
-    signatures = require_images([("database", dataset.database, "")])["database"]
-    images = ExtractionList("database", "folder", dataset.database, signatures, 1024)
+    checked = require_images([("database", dataset.database, "")])["database"]
+    images = ExtractionList("database", "folder", dataset.database, checked, 1024)
     values = settings.pooling()
     relup = {key: value for key, value in values.items() if key.startswith("relup")}
     network = superglobal.load_model(export, pooling=relup)
@@ -115,8 +115,8 @@ def test_stored_maps_give_the_scores_of_eval(photos, export, tmp_path, settings)
 
 def test_maps_are_kept_completed_and_never_taken_for_others(photos, export, tmp_path):
     dataset = folder_set(photos, labels=True)
-    signatures = require_images([("database", dataset.database, "")])["database"]
-    images = ExtractionList("database", "folder", dataset.database[:5], signatures[:5], 1024)
+    checked = require_images([("database", dataset.database[:5], "")])["database"]
+    images = ExtractionList("database", "folder", dataset.database[:5], checked, 1024)
     network = superglobal.load_model(export, pooling={"relup": "off"})
     store = MapStore(tmp_path, network, 1024)
     one, three = [Settings(scales=1)], [Settings(scales=1), Settings(scales=3)]
@@ -149,7 +149,8 @@ def planted(folder: Path) -> Scorer:
     channels, labels = network.backbone.channels, np.repeat(np.arange(8), 4)
     colour = rng.uniform(0.5, 1.5, (8, channels))
     items = [ImageItem(Path(f"{i}.jpg")) for i in range(len(labels))]
-    images = ExtractionList("database", "planted", items, [str(i) for i in range(len(labels))], None)
+    checked = CheckReport([str(i) for i in range(len(labels))], [(256, 256)] * len(labels), [], [])
+    images = ExtractionList("database", "planted", items, checked, None)
     store.folder.mkdir(parents=True)
     for line, label in zip(images.lines(), labels, strict=True):
         x = colour[label][:, None, None] * rng.uniform(0.5, 1.5, (channels, 8, 8))

@@ -72,6 +72,33 @@ class DescriptorsConfig:
 
 
 @dataclass
+class ExtractionConfig:
+    """How images are described; of these settings `precision` alone changes a descriptor by more than rounding.
+
+    Args:
+        precision: of the backbone's weights and maps: "float32", "bfloat16" or "float16"; pooling is in float32 always.
+        batch_size: most images, all of one size, that are described at once.
+        batch_pixels: most pixels of them; null for what memory has room for.
+        compile: compile the backbone with torch.compile: minutes at the start.
+        part: "3/16" describes the third of 16 parts of the images and ends there, so that as many jobs can share the
+            work; null for all images.
+    """
+
+    precision: str = "float32"
+    batch_size: int = 16
+    batch_pixels: int | None = None
+    compile: bool = False
+    part: str | None = None
+
+    def share(self) -> tuple[int, int]:
+        """(k, n), counted from 0, of `part`; ValueError if it is none."""
+        k, n = map(int, (self.part or "1/1").split("/"))
+        if not 1 <= k <= n:
+            raise ValueError(self.part)
+        return k - 1, n
+
+
+@dataclass
 class RerankConfig:
     """SuperGlobal reranking (`conf/rerank`): M images, K neighbours each, weighted by beta (method: section 3.3).
 
@@ -124,6 +151,7 @@ class EvalConfig:
     pooling: PoolingSettings = field(default_factory=PoolingSettings)
     scales: Any = 3
     antialias: bool = False
+    extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     k: int = 400

@@ -6,13 +6,15 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from superglobal.data.batches import ImageBatch
 from superglobal.data.gldv2 import TrainList
 from superglobal.data.images import FaultyImageError, ImageItem, decode_image, image_tensor, read_image, shrink
 from superglobal.data.photos import TrainingPhotos, collate
@@ -22,6 +24,8 @@ from superglobal.processes import end_with_parent, in_main_thread
 
 Task = tuple[int, int]
 """Number of an image list and row in it."""
+ImageList = tuple[Sequence[ImageItem], int | None]
+"""Images and the `max_side` that they are shrunk to."""
 
 
 class Images(Dataset):
@@ -35,7 +39,7 @@ class Images(Dataset):
         tasks: which rows of which list.
     """
 
-    def __init__(self, lists: Sequence[tuple[Sequence[ImageItem], int | None]], tasks: Sequence[Task]) -> None:
+    def __init__(self, lists: Sequence[ImageList], tasks: Sequence[Task]) -> None:
         self.lists = lists
         self.tasks = tasks
 
@@ -43,39 +47,82 @@ class Images(Dataset):
         return len(self.tasks)
 
     def __getitem__(self, position: int) -> tuple[Task, Tensor | InputError]:
-        number, row = self.tasks[position]
-        items, max_side = self.lists[number]
-        try:
-            return (number, row), image_tensor(read_image(items[row].path, items[row].box, max_side))
-        except InputError as error:
-            return (number, row), error
+        task = self.tasks[position]
+        return task, _read(self.lists, task)
+
+
+class LoadedBatch(NamedTuple):
+    """Images of one list, read.
+
+    Attributes:
+        number: of the list.
+        rows: (B,) of the images in it.
+        images: (B, 3, H, W) uint8.
+        faults: (row, why it cannot be read) of further images of the batch.
+    """
+
+    number: int
+    rows: list[int]
+    images: Tensor
+    faults: list[tuple[int, str]]
+
+
+class BatchedImages(Dataset):
+    """Image batches, each as `LoadedBatch`es: one, or several where a header does not tell the size of its image."""
+
+    def __init__(self, lists: Sequence[ImageList], batches: Sequence[ImageBatch]) -> None:
+        self.lists = lists
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, position: int) -> list[LoadedBatch]:
+        batch = self.batches[position]
+        by_size: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+        faults = []
+        for row in batch.rows:
+            image = _read(self.lists, (batch.number, row))
+            if isinstance(image, InputError):
+                faults.append((row, str(image)))
+            else:
+                by_size.setdefault(tuple(image.shape), []).append((row, image))
+        loaded = [
+            LoadedBatch(batch.number, [row for row, _ in same], torch.stack([image for _, image in same]), [])
+            for same in by_size.values()
+        ]
+        return [*loaded, LoadedBatch(batch.number, [], torch.empty(0, 3, 0, 0), faults)] if faults else loaded
+
+
+def _read(lists: Sequence[ImageList], task: Task) -> Tensor | InputError:
+    items, max_side = lists[task[0]]
+    item = items[task[1]]
+    try:
+        return image_tensor(read_image(item.path, item.box, max_side))
+    except InputError as error:
+        return error
 
 
 class ExtractionDataModule(pl.LightningDataModule):
-    """Images one by one, every rank its own share, decoded ahead of the network by `num_workers` processes."""
+    """Batches of images, decoded ahead of the network by `num_workers` processes."""
 
-    def __init__(
-        self,
-        lists: Sequence[tuple[Sequence[ImageItem], int | None]],
-        tasks: Sequence[Task],
-        num_workers: int,
-    ) -> None:
+    def __init__(self, lists: Sequence[ImageList], batches: Sequence[ImageBatch], num_workers: int) -> None:
         super().__init__()
-        self.lists = lists
-        self.tasks = tasks
+        self.images = BatchedImages(lists, batches)
         self.num_workers = num_workers
 
     def predict_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        # By row, not by place in the list: ranks may find different rows missing when another run fills the store.
-        share = [task for task in self.tasks if task[1] % self.trainer.world_size == self.trainer.global_rank]
-        # Lightning stops on a rank without data; a row described twice is the same row.
-        share = share or list(self.tasks[:1])
-        return PhotoLoader(Images(self.lists, share), num_workers=self.num_workers, collate_fn=only)
+        return PhotoLoader(
+            self.images,
+            num_workers=self.num_workers,
+            collate_fn=only,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
 
 
-def only(batch: list[tuple[Task, Tensor | InputError]]) -> tuple[Task, Tensor | InputError]:
-    """The one image of a batch of one."""
+def only(batch: list[Any]) -> Any:
+    """The one item of a batch of one."""
     return batch[0]
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -58,16 +58,28 @@ class ImageItem:
     box: Box | None = None
 
 
+class Checked(NamedTuple):
+    """One sound image.
+
+    Attributes:
+        signature: file size and CRC-32 for fingerprints. Of a large compressed file the first 64 and the last 4 KB
+            count: an edit that keeps both and the size does not happen by itself there. Of any other file every byte
+            counts.
+        size: (height, width) of the upright image, of its box if it has one, in pixels.
+    """
+
+    signature: str
+    size: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class CheckReport:
     """What `check_images` found, one entry per image in the order given."""
 
     signatures: list[str]
-    """File size and CRC-32 for fingerprints, empty where there is a problem.
-
-    Of a large compressed file the first 64 and the last 4 KB count: an edit that keeps both and the size does not
-    happen by itself there. Of any other file every byte counts.
-    """
+    """Of `Checked`, empty where there is a problem."""
+    sizes: list[tuple[int, int]]
+    """Of `Checked`, (0, 0) where there is a problem."""
     missing: list[Path]
     unreadable: list[tuple[Path, str]]
     """Empty, truncated, not an image, ...: the path and the reason."""
@@ -144,14 +156,25 @@ def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
     Raises:
         InputError: `max_side` is under 1.
     """
+    height, width = shrunk_size(pixels.shape[:2], max_side)
+    if (height, width) == pixels.shape[:2]:
+        return pixels
+    return np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def shrunk_size(size: Sequence[int], max_side: int | None) -> tuple[int, int]:
+    """(height, width) of what `shrink` makes of an image of that size.
+
+    Raises:
+        InputError: `max_side` is under 1.
+    """
     if max_side is not None and max_side < 1:
         raise InputError(f"max_side is {max_side}; expected at least 1 pixel, or none for no limit")
-    height, width = pixels.shape[:2]
+    height, width = size
     if max_side is None or max(height, width) <= max_side:
-        return pixels
+        return height, width
     ratio = max_side / max(height, width)
-    size = (max(1, round(width * ratio)), max(1, round(height * ratio)))
-    return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
 def check_images(
@@ -169,12 +192,14 @@ def check_images(
         decode: decode every image as well, so that damage in the middle shows; as slow as reading them all.
     """
     starts = range(0, len(items), _BATCH)
-    report = CheckReport([], [], [])
+    report = CheckReport([], [], [], [])
     check = partial(_check_batch, items, decode=decode)
     with ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool:
         for start, outcomes in zip(starts, pool.map(check, starts), strict=True):
             for number, outcome in enumerate(outcomes, start):
-                report.signatures.append(outcome if isinstance(outcome, str) else "")
+                sound = outcome if isinstance(outcome, Checked) else Checked("", (0, 0))
+                report.signatures.append(sound.signature)
+                report.sizes.append(sound.size)
                 if isinstance(outcome, FileNotFoundError):
                     report.missing.append(_place(items[number])[0])
                 elif isinstance(outcome, Exception):
@@ -182,7 +207,7 @@ def check_images(
     return report
 
 
-def check_image(read: Callable[[int, int], bytes], size: int, box: Box | None = None, decode: bool = False) -> str:
+def check_image(read: Callable[[int, int], bytes], size: int, box: Box | None = None, decode: bool = False) -> Checked:
     """Check one image wherever its bytes are, as `check_images` does.
 
     Args:
@@ -190,9 +215,6 @@ def check_image(read: Callable[[int, int], bytes], size: int, box: Box | None = 
         size: of the whole, in bytes.
         box: as in `ImageItem`.
         decode: decode it too.
-
-    Returns:
-        Its signature, see `CheckReport`.
 
     Raises:
         FaultyImageError: it is not a whole image, or the box cuts nothing out of it.
@@ -211,19 +233,17 @@ def check_image(read: Callable[[int, int], bytes], size: int, box: Box | None = 
         head = tail = read(0, size)
     if decode:
         decode_image(read(0, size))
-    if box is not None:
-        _bounds(box, width, height)
-    if head is tail:
-        return f"{size}-{zlib.crc32(head):08x}"
-    return f"{size}-{zlib.crc32(head):08x}{zlib.crc32(tail):08x}"
+    left, top, right, bottom = (0, 0, width, height) if box is None else _bounds(box, width, height)
+    signature = f"{size}-{zlib.crc32(head):08x}" + ("" if head is tail else f"{zlib.crc32(tail):08x}")
+    return Checked(signature, (bottom - top, right - left))
 
 
 def _place(item: ImageItem | str | Path) -> tuple[Path, Box | None]:
     return (item.path, item.box) if isinstance(item, ImageItem) else (Path(item), None)
 
 
-def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bool) -> list[str | Exception]:
-    outcomes: list[str | Exception] = []
+def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bool) -> list[Checked | Exception]:
+    outcomes: list[Checked | Exception] = []
     for path, box in map(_place, items[start : start + _BATCH]):
         try:
             with path.open("rb") as file:

@@ -53,7 +53,7 @@ def check_tar(ids_file: Path, path: Path, decode: bool) -> Part:
             continue
         signature = reason = ""
         try:
-            signature = check_image(partial(_read_tar, descriptor, offset, size), size, decode=decode)
+            signature = check_image(partial(_read_tar, descriptor, offset, size), size, decode=decode).signature
         except (OSError, FaultyImageError) as error:
             reason = str(error)
         found.append((row, size, offset, signature, reason))

@@ -7,9 +7,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-import numpy as np
-
-from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem, check_images
+from superglobal.data.images import IMAGE_EXTENSIONS, CheckReport, ImageItem, check_images
 from superglobal.errors import InputError
 from superglobal.retrieval.metrics import Result
 
@@ -134,7 +132,7 @@ def require_images(
     sets: Sequence[tuple[str, Sequence[ImageItem], str]],
     also: Sequence[str] = (),
     workers: int | None = None,
-) -> dict[str, list[str]]:
+) -> dict[str, CheckReport]:
     """Check every image of every set before anything is computed.
 
     Args:
@@ -143,7 +141,7 @@ def require_images(
         workers: threads of `check_images`.
 
     Returns:
-        title -> content signatures, one per image in order.
+        title -> report without problems.
 
     Raises:
         InputError: anything is missing or unreadable: one message with, per title, the counts, the first five
@@ -160,7 +158,7 @@ def require_images(
     lines += [*hints, *also]
     if lines:
         raise InputError("\n".join([NOTHING_COMPUTED, *lines]))
-    return {title: report.signatures for title, report in reports.items()}
+    return reports
 
 
 def describe_problems(title: str, total: int, problems: Sequence[tuple[Path | str, str]]) -> list[str]:

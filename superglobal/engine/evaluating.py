@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,29 +14,30 @@ from typing import Any, TypeVar
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from superglobal.api import load_model
 from superglobal.checks import validated
-from superglobal.config import EvalConfig, pooling_overrides
+from superglobal.config import EvalConfig, PoolingSettings, pooling_overrides
 from superglobal.data.images import ImageItem
 from superglobal.data.lazy import chained, file_names
 from superglobal.data.sets import EvaluationSet, how_to_get_distractors, load_distractors, require_images
 from superglobal.engine.common import evaluation_set, export_path, make_trainer
+from superglobal.engine.extracting import extract_lists
+from superglobal.engine.sweeps import sibling_poolings
 from superglobal.errors import InputError
-from superglobal.evaluation import ExtractionList, extract_lists
+from superglobal.evaluation import ExtractionList
 from superglobal.files import write_atomically
 from superglobal.loggers import log_result
 from superglobal.models.backbone import has_relup
 from superglobal.models.network import RetrievalNetwork
+from superglobal.models.pooling import make_pooling
 from superglobal.retrieval import report
 from superglobal.retrieval.metrics import LABELS, REVISITED, Result, RetrievalResult
 from superglobal.retrieval.pictures import draw_sheet
 from superglobal.retrieval.rerank import rerank
 from superglobal.retrieval.scoring import evaluate as score
 from superglobal.retrieval.search import search
-from superglobal.retrieval.tables import merge
 from superglobal.retrieval.vectors import Rows, as_rows, concat
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
         return _not_applicable(config, folder)
     trainer = make_trainer(config.trainer, logger=False, enable_checkpointing=False, inference_mode=True)
     inputs = _extracted(config, network, lists, trainer, clock)
-    if not trainer.is_global_zero:
+    if inputs is None or not trainer.is_global_zero:
         return math.nan
     return _retrieve(config, replace(inputs, dataset=dataset, distractors=distractors), folder, clock)
 
@@ -167,9 +167,9 @@ def _checked_lists(
     if d.name and distractors:
         sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
     with clock.time("check"):
-        signatures = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
+        checked = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
     max_side = config.dataset.max_side
-    return [ExtractionList(title, name, items, signatures[title], max_side) for title, name, items, _ in sets]
+    return [ExtractionList(title, name, items, checked[title], max_side) for title, name, items, _ in sets]
 
 
 def _extracted(
@@ -178,10 +178,18 @@ def _extracted(
     lists: list[ExtractionList],
     trainer: pl.Trainer,
     clock: Clock,
-) -> Inputs:
-    """Descriptors of the lists from their stores, extracted where they are missing."""
+) -> Inputs | None:
+    """Descriptors of the lists from their stores, extracted where they are missing; None after a part of several."""
+    how = config.extraction
+    networks = [network, *_siblings(config, network)]
     with clock.time("extract"):
-        stores, computed = extract_lists(network, lists, Path(config.paths.stores), trainer, config.trainer.num_workers)
+        place = Path(config.paths.stores)
+        stores, computed = extract_lists(networks, lists, place, trainer, how, config.trainer.num_workers)
+    left = sum(len(store.missing) for store in stores)
+    if how.part is not None and left:
+        text = "part %s is described; %d images are left to the others, after which any of them goes on to the results"
+        log.info(text, how.part, left)
+        return None
     found = {part.title: store for part, store in zip(lists, stores, strict=True)}
     parts = [found[title] for title in ("database", "distractors") if title in found]
     about = {
@@ -200,7 +208,7 @@ def _network(config: EvalConfig) -> RetrievalNetwork:
     if weights is None:
         weights = _trained(config)
     name = config.backbone.name if config.backbone else None
-    return load_model(
+    network = load_model(
         weights,
         backbone=name,
         pooling=pooling_overrides(config.pooling),
@@ -208,6 +216,24 @@ def _network(config: EvalConfig) -> RetrievalNetwork:
         antialias=config.antialias,
         seed=config.seed,
     )
+    network.precision = config.extraction.precision
+    return network
+
+
+def _siblings(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNetwork]:
+    """Networks of the sweep's other jobs that describe the same images; those of one ReLUP share their backbone."""
+    networks = [network]
+    for pooling in sibling_poolings(config):
+        try:
+            wanted = make_pooling(pooling, network.trained_pooling)
+            alike = [one for one in networks if one.shares_maps(wanted) and "p" not in pooling]
+            if alike:
+                networks.append(alike[0].variant(wanted))
+            else:
+                networks.append(_network(replace(config, pooling=PoolingSettings(**pooling))))
+        except InputError:  # that job's to say
+            continue
+    return networks[1:]
 
 
 def _search_device(config: EvalConfig) -> str:
@@ -302,11 +328,3 @@ class Clock:
         start = time.perf_counter()
         yield
         self.times[stage] = time.perf_counter() - start
-
-
-class MergedTable(Callback):
-    """Hydra callback: ends a multirun with one table of all its jobs, and with status 2 if one of them failed."""
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        if any(row["status"] == "failed" for row in merge(Path(config.hydra.sweep.dir))):
-            sys.exit(2)

@@ -149,8 +149,8 @@ def _photos(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]:
 def _checked_lists(dataset: EvaluationSet, max_side: int | None) -> list[ExtractionList]:
     """Database and, where they are others, queries; every file is checked."""
     items = {"database": dataset.database} | ({} if dataset.leave_one_out else {"queries": dataset.queries})
-    signatures = require_images([(title, part, dataset.how_to_get) for title, part in items.items()])
-    return [ExtractionList(title, dataset.name, part, signatures[title], max_side) for title, part in items.items()]
+    checked = require_images([(title, part, dataset.how_to_get) for title, part in items.items()])
+    return [ExtractionList(title, dataset.name, part, checked[title], max_side) for title, part in items.items()]
 
 
 def _network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:

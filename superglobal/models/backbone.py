@@ -30,7 +30,10 @@ class Backbone(nn.Module):
         channels: C of the map.
         mean, std: RGB statistics the weights expect, for images in 0..1.
         stride: pixels per cell of the map.
+        dtype: what images are converted to, where the weights are in half precision; None for what they are.
     """
+
+    dtype: torch.dtype | None = None
 
     def __init__(self, name: str, pretrained: bool = False) -> None:
         """
@@ -112,7 +115,7 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) normalised RGB -> (B, C, h, w)."""
-        return self._map(self.net, x)
+        return self._map(self.net, x if self.dtype is None else x.to(self.dtype))
 
 
 def relup_positions(net: nn.Module, mode: str) -> list[str]:

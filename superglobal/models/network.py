@@ -75,14 +75,14 @@ class RetrievalNetwork(nn.Module):
         antialias: bool = False,
     ) -> None:
         super().__init__()
-        if pooling.relup == "auto":
-            pooling = replace(pooling, relup="on" if has_relup(backbone.net) else "off")
         self.backbone = backbone
+        pooling = self._resolved(pooling)
         self.pooling = MapPooling(pooling)
         self.whitening = nn.Linear(backbone.channels, dim) if dim else None
         self.dim = dim or backbone.channels
         self.scales = make_scales(scales)
         self.antialias = antialias
+        self.precision = "float32"
         self.weights_label = "random"
         self.trained_pooling: dict[str, Any] | None = None
         install_relup(backbone.net, pooling.relup, pooling.relup_alpha)
@@ -110,7 +110,9 @@ class RetrievalNetwork(nn.Module):
         return self._pooled(self.backbone(x))
 
     def _pooled(self, feature_map: Tensor) -> Tensor:
-        pooled = self.pooling(feature_map)
+        return self._whiten(self.pooling(feature_map))
+
+    def _whiten(self, pooled: Tensor) -> Tensor:
         if self.whitening is None:
             return pooled
         return self.whitening(F.normalize(pooled) if self.config.l2_before_whitening else pooled)
@@ -134,12 +136,43 @@ class RetrievalNetwork(nn.Module):
 
     def descriptors(self, feature_maps: Iterable[Tensor]) -> Tensor:
         """Pool, whiten and combine: one map (B, C, h, w) per scale -> (B, D) float32, unit norm."""
-        vectors = [wide(self._pooled(x)) for x in feature_maps]
+        return self._combined([wide(self._pooled(x)) for x in feature_maps])
+
+    def _combined(self, vectors: list[Tensor]) -> Tensor:
         if self.config.scale:
             combined = scale_gem(vectors, self.config.scale_p)
         else:
             combined = torch.stack([F.normalize(v) for v in vectors] if self.config.unit_scales else vectors).mean(0)
         return F.normalize(combined)
+
+    def shares_maps(self, pooling: PoolingConfig) -> bool:
+        """Whether a network with these switches has the same feature maps: ReLUP is in the backbone."""
+        return _backbone_pass(self._resolved(pooling)) == _backbone_pass(self.config)
+
+    def variant(self, pooling: PoolingConfig) -> RetrievalNetwork:
+        """The same network with other switches of the pooling, sharing its weights; p stays.
+
+        Raises:
+            InputError: `pooling` has another ReLUP.
+        """
+        if not self.shares_maps(pooling):
+            raise InputError("variant: ReLUP is in the backbone; load_model makes a network with another")
+        return self.sharing(self.backbone, replace(self._resolved(pooling), p=self.config.p))
+
+    def sharing(self, backbone: Backbone, pooling: PoolingConfig) -> RetrievalNetwork:
+        """A network of this one's whitening layer, p, scales and labels around another backbone of the same kind."""
+        other = RetrievalNetwork(backbone, pooling, None, self.scales, self.antialias)
+        other.whitening, other.dim, other.pooling.p = self.whitening, self.dim, self.pooling.p
+        other.mean, other.std = self.mean, self.std
+        other.weights_label, other.trained_pooling = self.weights_label, self.trained_pooling
+        other.precision = self.precision
+        return other.train(self.training)
+
+    def _resolved(self, pooling: PoolingConfig) -> PoolingConfig:
+        """With ReLUP on or off where it is "auto"."""
+        if pooling.relup != "auto":
+            return pooling
+        return replace(pooling, relup="on" if has_relup(self.backbone.net) else "off")
 
     def _at_scale(self, x: Tensor, scale: float) -> Tensor:
         if self.config.opencv_resize:
@@ -184,8 +217,41 @@ class RetrievalNetwork(nn.Module):
             "scales": list(self.scales),
             "antialias": self.antialias,
             "min_side": self.min_side(),
-            "precision": "float32",
+            "precision": self.precision,
         }
+
+
+def describe_all(networks: Sequence[RetrievalNetwork], images: Tensor) -> list[Tensor]:
+    """Descriptors of the same images by several variants of one network, each map and each pooling computed once.
+
+    Args:
+        networks: sharing weights, scales and ReLUP: see `RetrievalNetwork.variant`.
+        images: as `RetrievalNetwork.forward` takes them.
+
+    Returns:
+        Per network what it gives itself: (B, D) float32, unit norm.
+    """
+    found: list[Tensor] = [images] * len(networks)
+    side = min(images.shape[-2:])
+    # A small image is enlarged for the one that pools by regions and not for the other.
+    for need in {max(side, network.min_side()) for network in networks}:
+        alike = [i for i, network in enumerate(networks) if max(side, network.min_side()) == need]
+        vectors: dict[int, list[Tensor]] = {i: [] for i in alike}
+        for x in networks[alike[0]].feature_maps(images):
+            pooled: dict[Any, Tensor] = {}
+            for i in alike:
+                network, key = networks[i], networks[i].pooling.key()
+                if key not in pooled:
+                    pooled[key] = network.pooling(x)
+                vectors[i].append(wide(network._whiten(pooled[key])))
+        for i in alike:
+            found[i] = networks[i]._combined(vectors[i])
+    return found
+
+
+def _backbone_pass(pooling: PoolingConfig) -> tuple[Any, ...]:
+    """What of the pooling settings changes feature maps."""
+    return pooling.relup, pooling.relup_alpha if pooling.relup != "off" else None, pooling.opencv_resize
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:

@@ -249,6 +249,12 @@ class MapPooling(nn.Module):
         """Shorter side, in cells, of the smallest map that can be pooled."""
         return self.config.regional_window // 2 + 1 if self.config.regional else 1
 
+    def key(self) -> tuple[Any, ...]:
+        """The same for all that pool alike."""
+        c = self.config
+        region = (c.regional_p, c.regional_window, c.regional_weight) if c.regional else None
+        return region, c.gem_plus, (c.gem_plus_p, c.gem_plus_eps) if c.gem_plus else (c.p, c.eps)
+
     def regional(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> the same shape: Regional-GeM if it is on."""
         c = self.config

@@ -14,13 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from superglobal.data.datamodules import Images, PhotoLoader
-from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList
 from superglobal.files import write_atomically
@@ -78,9 +76,9 @@ class MapStore:
 
     def size(self, images: ExtractionList, rows: Sequence[int], grid: Sequence[Settings]) -> int:
         """Bytes that the maps of these images take, about: from the sizes in their headers."""
-        cells = 0
+        cells, sizes = 0, images.sizes()
         for row in rows:
-            height, width = _header_size(images.items[row], self.max_side)
+            height, width = sizes[row]
             for key in self._keys(grid, (height, width)):
                 scale, _, need = key.partition(" from ")
                 factor = float(scale) * (int(need) / min(height, width) if need else 1.0) / self.network.backbone.stride
@@ -188,17 +186,6 @@ def require_room(folder: Path, needed: int) -> None:
             f"{folder}: the feature maps need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; lower "
             "max_images, shorten space.relup_alphas or space.scales, or set paths.outputs to a place with room"
         )
-
-
-def _header_size(item: ImageItem, max_side: int | None) -> tuple[int, int]:
-    """Height and width of what is described, before anything is decoded; turned photos count as they lie."""
-    if item.box is not None:
-        width, height = (max(1, int(item.box[i + 2]) - int(item.box[i])) for i in (0, 1))
-    else:
-        with Image.open(item.path) as image:
-            width, height = image.size
-    factor = min(1.0, (max_side or math.inf) / max(width, height))
-    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _digest(text: str) -> str:

@@ -1,0 +1,111 @@
+"""Stores of an evaluation's images: opened, and filled where rows are missing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from superglobal.config import ExtractionConfig
+from superglobal.data.batches import missing_in, plan_batches
+from superglobal.data.datamodules import ExtractionDataModule
+from superglobal.evaluation import EvaluationModule, ExtractionList
+from superglobal.models.fast import fast_copies
+from superglobal.models.network import RetrievalNetwork
+from superglobal.retrieval.report import versions
+from superglobal.retrieval.store import DescriptorStore, fingerprint
+
+log = logging.getLogger(__name__)
+
+# Activations of a ResNet in float32 while a scale is computed, in bytes a pixel of that scale. A network that needs
+# more runs out of memory once, and goes on with less at a time.
+_BYTES_PER_PIXEL = 600
+_SHARE_OF_MEMORY = 0.5
+_PIXELS_ON_CPU = 2**20
+
+
+def extract_lists(
+    networks: Sequence[RetrievalNetwork],
+    lists: Sequence[ExtractionList],
+    folder: Path,
+    trainer: pl.Trainer,
+    how: ExtractionConfig,
+    num_workers: int,
+) -> tuple[list[DescriptorStore], dict[str, int]]:
+    """Open the stores of each list under `folder` and extract the rows that are missing, in one pass over the images.
+
+    Rows of the same images that another store under `folder` has, of the same network and settings, are copied:
+    a photo more in a folder costs one description.
+
+    Args:
+        networks: on the CPU; all are filled, the stores of the first are what is asked for.
+
+    Returns:
+        The stores of the first network, complete unless `how.part` is one of several, and how many rows each title
+        lacked.
+
+    Raises:
+        InputError: an unreadable image or a place that cannot be written; finished rows stay for the next run.
+    """
+    device = trainer.strategy.root_device
+    stores = [[_open_store(network, part, folder, str(device)) for part in lists] for network in networks]
+    missing = [{row for own in stores for row in own[i].missing.tolist()} for i in range(len(lists))]
+    lacked = {part.title: len(rows) for part, rows in zip(lists, missing, strict=True)}
+    for part in lists:
+        total, todo = len(part.items), lacked[part.title]
+        log.info("%s: %d images, %d in store, %d to describe", part.title, total, total - todo, todo)
+    if any(missing):
+        if len(networks) > 1:
+            log.info("one pass over the images serves %d networks of the sweep", len(networks))
+        k, n = how.share()
+        share = k * trainer.world_size + trainer.global_rank, n * trainer.world_size
+        pixels = how.batch_pixels or _pixels_at_once(networks[0], device)
+        sizes = [part.sizes() for part in lists]
+        plan = plan_batches(sizes, pixels, how.batch_size, share)
+        # Lightning stops on a process without data; a row described twice is the same row.
+        batches = missing_in(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
+        images = ExtractionDataModule([(part.items, part.max_side) for part in lists], batches, num_workers)
+        module = EvaluationModule(*_grouped(fast_copies(networks, how.compile), stores), lists, batches)
+        try:
+            trainer.predict(module, images, return_predictions=False)
+        finally:
+            for store in (store for own in stores for store in own):
+                store.flush()
+        trainer.strategy.barrier()
+    return stores[0], lacked
+
+
+def _grouped(
+    networks: Sequence[RetrievalNetwork], stores: Sequence[list[DescriptorStore]]
+) -> tuple[list[list[RetrievalNetwork]], list[list[list[DescriptorStore]]]]:
+    """Networks that share a backbone together, and their stores alike."""
+    groups: dict[int, list[int]] = {}
+    for i, network in enumerate(networks):
+        groups.setdefault(id(network.backbone), []).append(i)
+    places = list(groups.values())
+    return [[networks[i] for i in group] for group in places], [[stores[i] for i in group] for group in places]
+
+
+def _pixels_at_once(network: RetrievalNetwork, device: torch.device) -> int:
+    """Pixels of a batch that memory should have room for at the network's largest scale."""
+    if device.type != "cuda":
+        return _PIXELS_ON_CPU
+    room = torch.cuda.get_device_properties(device).total_memory * _SHARE_OF_MEMORY
+    width = 4 if network.precision == "float32" else 2
+    return int(room / (_BYTES_PER_PIXEL * width / 4 * max(network.scales) ** 2))
+
+
+def _open_store(network: RetrievalNetwork, part: ExtractionList, folder: Path, device: str) -> DescriptorStore:
+    identity = {**network.identity(), "max_side": part.max_side}
+    lines = part.lines()
+    place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines)[:16]}"
+    fresh = not place.exists()
+    provenance = {"device": device, "versions": versions()}
+    store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance)
+    for other in sorted(folder.glob("*/manifest.json")) if fresh else ():
+        if other.parent != place and len(store.missing) and DescriptorStore.identity_in(other.parent) == identity:
+            store.adopt(DescriptorStore.open(other.parent))
+    return store

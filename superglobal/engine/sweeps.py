@@ -1,0 +1,108 @@
+"""A sweep of evaluations: one pass over the images for all its jobs, and one table at its end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from superglobal.checks import validated
+from superglobal.config import EvalConfig, pooling_overrides
+from superglobal.engine.common import sweeping
+from superglobal.errors import InputError
+from superglobal.files import write_atomically
+from superglobal.retrieval.tables import merge
+
+log = logging.getLogger(__name__)
+
+_JOBS = "jobs.json"
+# Jobs that agree in these describe the same images with the same network, but for its pooling.
+_SHARED = (
+    "dataset",
+    "distractors",
+    "descriptors",
+    "backbone",
+    "weights",
+    "name",
+    "scales",
+    "antialias",
+    "extraction",
+    "paths",
+    "seed",
+)
+
+
+class EvaluationSweep(Callback):
+    """Hydra callback: tells the jobs of a sweep of one another, and merges their results; status 2 if one failed."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        # Jobs of another launcher run at the same time: the first would not be done before the others begin.
+        if config.hydra.launcher._target_.endswith("BasicLauncher"):
+            jobs = [_about(config.hydra.job.config_name, job) for job in _jobs(config)]
+            text = json.dumps([job for job in jobs if job is not None], indent=1)
+            write_atomically(Path(config.hydra.sweep.dir) / _JOBS, text.encode())
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if any(row["status"] == "failed" for row in merge(Path(config.hydra.sweep.dir))):
+            sys.exit(2)
+
+
+def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
+    """Pooling settings (`pooling_overrides`) of the other jobs of the sweep that describe the same images."""
+    path = Path(HydraConfig.get().sweep.dir) / _JOBS if sweeping() else None
+    if path is None or not path.is_file():
+        return []
+    mine = _plain(_shared(config))
+    found: list[dict[str, Any]] = []
+    for job in json.loads(path.read_text()):
+        if job["shared"] == mine and job["pooling"] not in [*found, _plain(pooling_overrides(config.pooling))]:
+            found.append(job["pooling"])
+    return found
+
+
+def _jobs(config: DictConfig) -> list[list[str]]:
+    """Overrides of every job, as Hydra's own sweeper makes them."""
+    loader = GlobalHydra.instance().config_loader()
+    swept = config.hydra.sweeper.params or {}
+    lines = [*(f"{key}={value}" for key, value in swept.items()), *config.hydra.overrides.task]
+    choices: list[list[str]] = [
+        [f"{one.get_key_element()}={value}" for value in map(str, one.sweep_string_iterator())]
+        if one.is_sweep_override()
+        else [one.input_line or ""]
+        for one in OverridesParser.create(config_loader=loader).parse_overrides(lines)
+    ]
+    if not any(len(values) > 1 and values[0].startswith(("pooling", "ablation")) for values in choices):
+        return []
+    return [list(job) for job in itertools.product(*choices)]
+
+
+def _about(config_name: str, job: list[str]) -> dict[str, Any] | None:
+    """What the others need to know of a job; None for one that will end in an error of its own."""
+    try:
+        config = validated(compose(config_name, overrides=job), EvalConfig)
+    except (HydraException, OmegaConfBaseException, InputError):
+        return None
+    assert isinstance(config, EvalConfig)
+    return {"shared": _shared(config), "pooling": pooling_overrides(config.pooling)}
+
+
+def _shared(config: EvalConfig) -> dict[str, Any]:
+    settings = asdict(config)
+    return {key: settings[key] for key in _SHARED}
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))

@@ -1,0 +1,59 @@
+"""Batches of images of one size: every image once, the same however often a run stops, whatever else is stored."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from superglobal.data.batches import missing_in, plan_batches
+from superglobal.data.images import ImageItem, check_images, read_image, shrunk_size
+
+SIZES = [tuple(map(int, size)) for size in np.random.default_rng(0).choice([90, 100, 120], (200, 2))]
+
+
+def test_every_image_is_in_one_batch_of_its_own_size():
+    lists = [SIZES, SIZES[:30], []]
+    plan = plan_batches(lists, pixels=5 * 100 * 100, most=4)
+    found = sorted((batch.number, row) for batch in plan for row in batch.rows)
+    assert found == [(number, row) for number, sizes in enumerate(lists) for row in range(len(sizes))]
+    for number, rows, size in plan:
+        assert all(lists[number][row] == size for row in rows)
+        assert len(rows) <= 4
+        assert len(rows) * size[0] * size[1] <= 5 * 100 * 100 or len(rows) == 1
+    areas = [size[0] * size[1] for _, _, size in plan]
+    assert areas == sorted(areas, reverse=True)
+    assert sum(len(batch.rows) == 4 for batch in plan) > 30  # nine sizes: nearly all are full
+
+
+def test_an_image_larger_than_the_limit_goes_alone():
+    assert [batch.rows for batch in plan_batches([[(50, 50), (50, 50), (500, 500)]], 3000, 8)] == [(2,), (0,), (1,)]
+
+
+@pytest.mark.parametrize("n", [2, 3, 16])
+def test_shares_cover_every_image_once_whatever_the_size_of_their_batches(n):
+    shares = [plan_batches([SIZES * 5], 10**5 * (1 + k % 3), 1 + k % 5, (k, n)) for k in range(n)]
+    rows = [row for plan in shares for batch in plan for row in batch.rows]
+    assert sorted(rows) == list(range(1000))
+    counts = [sum(len(batch.rows) for batch in plan) for plan in shares]
+    assert max(counts) <= 1.5 * min(counts)
+
+
+def test_what_is_left_of_a_plan_is_whole_batches_but_for_rows_found_elsewhere():
+    plan = plan_batches([SIZES], 10**6, 8)
+    done = {row for batch in plan[:3] for row in batch.rows}
+    assert missing_in(plan, [set(range(200)) - done]) == plan[3:]
+    first, second = plan[3].rows[:2]
+    left = missing_in(plan, [{first, second}])
+    assert left == [plan[3]._replace(rows=(first, second))]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("box", [None, (3.7, 2.2, 40.9, 500)])
+@pytest.mark.parametrize("max_side", [None, 33])
+def test_the_size_is_known_from_the_header(tmp_path, orientation, box, max_side):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (70, 51)).save(tmp_path / "a.jpg", exif=exif)
+    report = check_images([ImageItem(tmp_path / "a.jpg", box)])
+    assert shrunk_size(report.sizes[0], max_side) == read_image(tmp_path / "a.jpg", box, max_side).shape[:2]

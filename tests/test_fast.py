@@ -1,0 +1,135 @@
+"""The network that describes many images computes what the plain one does."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import superglobal
+import superglobal.models.backbone
+from superglobal.errors import InputError
+from superglobal.evaluation import EvaluationModule
+from superglobal.models.fast import fast_copies, folded
+from superglobal.models.network import describe_all
+from superglobal.models.pooling import PoolingConfig
+
+
+def network(name: str, **options):
+    """Random weights, batch norms as a training leaves them."""
+    found = superglobal.load_model("random", backbone=name, **options)
+    generator = torch.Generator().manual_seed(1)
+    for module in found.modules():
+        if isinstance(module, _BatchNorm):
+            for tensor, low, high in ((module.running_var, 0.5, 2), (module.running_mean, -0.3, 0.3)):
+                tensor.uniform_(low, high, generator=generator)
+            if module.affine:
+                module.weight.data.uniform_(0.5, 1.5, generator=generator)
+                module.bias.data.uniform_(-0.2, 0.2, generator=generator)
+    return found
+
+
+def images(count: int = 2, height: int = 97, width: int = 130) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    coarse = torch.randint(0, 256, (count, 3, 12, 16), generator=generator).float()
+    return nn.functional.interpolate(coarse, (height, width), mode="bilinear").to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "efficientnet_lite0", "mobilenetv3_small_050", "regnety_002", "convnext_atto"]
+)
+def test_folding_changes_no_descriptor_and_leaves_the_network_alone(name):
+    plain = network(name, scales=3, dim=32)
+    before = copy.deepcopy(plain.state_dict())
+    (fast,) = fast_copies([plain])
+    with torch.inference_mode():
+        assert (fast(images()) - plain(images())).abs().max() < 1e-6
+    assert all(torch.equal(tensor, before[key]) for key, tensor in plain.state_dict().items())
+    left = sum(isinstance(module, _BatchNorm) for module in fast.modules())
+    assert left == 0
+
+
+def test_a_network_that_does_more_with_a_convolution_keeps_its_batch_norm():
+    plain = network("resnet18")
+
+    class Both(nn.Module):
+        def __init__(self, bn: nn.Module) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), bn
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.bn(y) + y
+
+    plain.backbone.net.conv1 = nn.Sequential(Both(nn.BatchNorm2d(3).eval()), plain.backbone.net.conv1)
+    plain.backbone.net.conv1[0].bn.running_var.fill_(2.0)
+    plain.eval()
+    kept = folded(plain.backbone)
+    assert any(isinstance(module, _BatchNorm) for module in kept.modules())
+    x = torch.rand(1, 3, 97, 97)
+    with torch.inference_mode():
+        assert torch.equal(kept(x), plain.backbone(x))
+
+
+@pytest.mark.parametrize(("precision", "least"), [("bfloat16", 0.99), ("float16", 0.9999)])
+def test_half_precision_is_near_and_pooling_stays_in_float32(precision, least):
+    plain = network("resnet18", scales=3)
+    expected = plain(images())
+    plain.precision = precision
+    (fast,) = fast_copies([plain])
+    found = fast(images())
+    assert found.dtype == torch.float32
+    assert (found * expected).sum(1).min() > least
+    assert (found - expected).abs().max() > 1e-6
+    assert plain.identity()["precision"] == precision
+
+
+@pytest.mark.parametrize("side", [64, 97])  # 64 px is enlarged where RegionalGeM is on
+def test_all_switches_at_once_equal_each_alone(side):
+    first = network("resnet18", dim=16, pooling="gem")
+    switches = [
+        dict(zip(("gem_plus", "regional", "scale"), s, strict=True)) for s in itertools.product((False, True), repeat=3)
+    ]
+    wanted = [PoolingConfig(relup="off", **one) for one in switches]
+    wanted += [PoolingConfig(relup="off", regional_window=3), PoolingConfig(relup="off", gem_plus_p=2.0)]
+    together = fast_copies([first.variant(one) for one in wanted])
+    assert len({id(one.backbone) for one in together}) == 1
+    with torch.inference_mode():
+        found = describe_all(together, images(2, side, 120))
+        for config, descriptors in zip(wanted, found, strict=True):
+            alone = superglobal.load_model("random", backbone="resnet18", dim=16, pooling=config)
+            alone.load_state_dict(first.state_dict())
+            assert (descriptors - alone(images(2, side, 120))).abs().max() < 1e-6
+
+
+def test_relup_is_another_backbone():
+    first = network("resnet18", pooling="gem")
+    assert not first.shares_maps(PoolingConfig(relup="on"))
+    assert not first.shares_maps(PoolingConfig(relup="auto"))
+    with pytest.raises(InputError, match="load_model"):
+        first.variant(PoolingConfig(relup="on"))
+
+
+def test_what_memory_has_no_room_for_goes_in_smaller_parts():
+    seen = []
+
+    class Small(superglobal.models.backbone.Backbone):
+        def forward(self, x):
+            seen.append(len(x))
+            if len(x) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(x)
+
+    plain = superglobal.load_model("random", backbone="test_resnet", scales=1)
+    expected = plain(images(8))
+    plain.backbone.__class__ = Small
+    module = EvaluationModule([[plain]], [], [], [])
+    (found,) = module._described([plain], images(8))
+    assert (torch.from_numpy(found) - expected).abs().max() < 1e-6
+    assert seen == [8, 4, 2, 2, 2, 2]
+    module._described([plain], images(4))
+    assert seen[6:] == [2, 2]  # what was learnt stays
