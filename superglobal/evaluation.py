@@ -109,6 +109,7 @@ def extract_lists(
     folder: Path,
     trainer: pl.Trainer,
     num_workers: int,
+    dtype: str = "float32",
 ) -> tuple[list[DescriptorStore], dict[str, int]]:
     """Open the store of each list under `folder` and extract the rows that are missing.
 
@@ -121,7 +122,7 @@ def extract_lists(
     Raises:
         InputError: an unreadable image or a place that cannot be written; finished rows stay for the next run.
     """
-    stores = [_open_store(network, part, folder, str(trainer.strategy.root_device)) for part in lists]
+    stores = [_open_store(network, part, folder, str(trainer.strategy.root_device), dtype) for part in lists]
     computed = {part.title: len(store.missing) for part, store in zip(lists, stores, strict=True)}
     for part, store in zip(lists, stores, strict=True):
         todo = computed[part.title]
@@ -139,13 +140,15 @@ def extract_lists(
     return stores, computed
 
 
-def _open_store(network: RetrievalNetwork, part: ExtractionList, folder: Path, device: str) -> DescriptorStore:
+def _open_store(
+    network: RetrievalNetwork, part: ExtractionList, folder: Path, device: str, dtype: str
+) -> DescriptorStore:
     identity = {**network.identity(), "max_side": part.max_side}
     lines = part.lines()
-    place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines)[:16]}"
+    place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines, dtype)[:16]}"
     fresh = not place.exists()
     provenance = {"device": device, "versions": versions()}
-    store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance)
+    store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance, dtype=dtype)
     for other in sorted(folder.glob("*/manifest.json")) if fresh else ():
         if other.parent != place and len(store.missing) and DescriptorStore.identity_in(other.parent) == identity:
             store.adopt(DescriptorStore.open(other.parent))

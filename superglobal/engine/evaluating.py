@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,17 +26,18 @@ from superglobal.data.images import ImageItem
 from superglobal.data.revisited import revisited_set
 from superglobal.data.sets import EvaluationSet, how_to_get_distractors, load_distractors, require_images
 from superglobal.engine.common import export_path, make_trainer
+from superglobal.engine.searching import first_stage
 from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList, extract_lists
 from superglobal.loggers import log_result
 from superglobal.models.backbone import has_relup
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval import report
-from superglobal.retrieval.metrics import LABELS, REVISITED, RetrievalResult
+from superglobal.retrieval.metrics import LABELS, REVISITED, Protocol, RetrievalResult
 from superglobal.retrieval.pictures import draw_sheet
 from superglobal.retrieval.rerank import rerank
 from superglobal.retrieval.scoring import evaluate as score
-from superglobal.retrieval.search import search
+from superglobal.retrieval.scoring import make_scorer
 from superglobal.retrieval.tables import merge
 from superglobal.retrieval.vectors import Rows, as_rows, concat
 
@@ -186,14 +187,16 @@ def _extracted(
 ) -> Inputs:
     """Descriptors of the lists from their stores, extracted where they are missing."""
     with clock.time("extract"):
-        stores, computed = extract_lists(network, lists, Path(config.paths.stores), trainer, config.trainer.num_workers)
+        stores, computed = extract_lists(
+            network, lists, Path(config.paths.stores), trainer, config.trainer.num_workers, config.store.dtype
+        )
     found = {part.title: store for part, store in zip(lists, stores, strict=True)}
     parts = [found[title] for title in ("database", "distractors") if title in found]
     about = {
         "weights": network.weights_label,
         "network": network.identity(),
         "trained_pooling": network.trained_pooling,
-        "stores": {t: {k: s.manifest[k] for k in ("fingerprint", "provenance")} for t, s in found.items()},
+        "stores": {t: {k: s.manifest[k] for k in ("fingerprint", "dtype", "provenance")} for t, s in found.items()},
         "extracted": computed,
     }
     queries = as_rows(found.get("queries", found["database"]), "queries")
@@ -216,33 +219,38 @@ def _network(config: EvalConfig) -> RetrievalNetwork:
 
 
 def _search_device(config: EvalConfig) -> str:
-    """FAISS searches on the CPU; torch wherever extraction runs."""
-    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "cuda" if gpu and config.index.backend != "faiss" else "cpu"
+    """Where extraction runs."""
+    return "cuda" if config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) -> float:
     X, dataset, device = inputs.database, inputs.dataset, _search_device(config)
     Q = inputs.queries.block(0, len(inputs.queries))
     exclude = np.arange(len(Q)) if dataset is not None and dataset.leave_one_out else None
-    reachable = len(X) - (exclude is not None)
+    reachable = len(X) - len(X.skipped) - (exclude is not None)
     if reachable < 1:
         raise InputError("nothing to search: leave-one-out needs at least two photos")
     k = min(max(config.k, config.rerank.M if config.rerank.enabled else 1), reachable)
+    scorer = None
+    if dataset is not None and dataset.gnd is not None:
+        gnd, protocols = _truth(dataset, exclude)
+        scorer = make_scorer(gnd, len(Q), len(X), protocols, clusters=dataset.clusters, seed=config.seed)
     with clock.time("search"):
-        stages = {"search": search(Q, X, k, backend=config.index.backend, device=device, exclude=exclude)}
+        first = first_stage(config, Q, X, k, scorer, exclude, device)
+    stages = {"search": (first.scores, first.ids)}
     if config.rerank.enabled:
         r = config.rerank
         with clock.time("rerank"):
             stages["rerank"] = rerank(Q, X, stages["search"][1], r.M, r.K, r.beta, device=device)
     results: dict[str, RetrievalResult] = {}
-    if dataset is not None and dataset.gnd is not None:
+    if scorer is not None:
         with clock.time("score"):
-            for name, (_, order) in stages.items():
-                shortlist = order if name == "rerank" else None
-                results[name] = score_set(dataset, Q, X, shortlist, exclude, device, config.seed)
+            results["search"] = scorer.score(first.ranks)
+            if "rerank" in stages:
+                results["rerank"] = scorer.score(scorer.reranked(first.ranks, stages["rerank"][1]))
     names = _names(inputs)
-    summary = report.summarise(asdict(config), inputs.about, names, results, clock.times)
+    about = {**inputs.about, **({"index": first.about} if first.about else {}), "skipped": len(X.skipped)}
+    summary = report.summarise(asdict(config), about, names, results, clock.times)
     report.write_result(folder, summary, results, stages, names)
     report.print_result(summary, folder)
     # Own descriptors need no photos, so there may be none to show.
@@ -263,13 +271,18 @@ def score_set(
     seed: int,
 ) -> RetrievalResult:
     """`evaluate` of the public functions, with the data set's own ground truth, protocols and landmarks."""
+    gnd, protocols = _truth(dataset, exclude)
+    clusters = dataset.clusters
+    return score(Q, X, gnd, protocols, shortlist, clusters=clusters, exclude=exclude, device=device, seed=seed)
+
+
+def _truth(dataset: EvaluationSet, exclude: np.ndarray | None) -> tuple[list[dict[str, Any]], Mapping[str, Protocol]]:
+    """Ground truth and protocols."""
     gnd = dataset.gnd or []
     if exclude is not None:
         # An excluded image has no rank, so it cannot be listed as junk.
         gnd = [{"positive": entry["positive"]} for entry in gnd]
-    protocols = _PROTOCOLS[dataset.protocols]
-    clusters = dataset.clusters
-    return score(Q, X, gnd, protocols, shortlist, clusters=clusters, exclude=exclude, device=device, seed=seed)
+    return gnd, _PROTOCOLS[dataset.protocols]
 
 
 def _names(inputs: Inputs) -> report.Names:
