@@ -257,7 +257,7 @@ class DescriptorStore:
         pairs = [(row, row_of.get(name, -1)) for row, name in enumerate(self.names)]
         copied = [(row, source) for row, source in pairs if source >= 0 and done[source]]
         for row, source in copied:
-            self.write(row, other._read(source, source + 1)[0])
+            self.write(row, other.read_rows(np.array([source]))[0])
         self.flush()
         return len(copied)
 
@@ -286,7 +286,10 @@ class DescriptorStore:
                 f"{self.folder}: the descriptor of row {rows[bad[0]]} has norm {norms[bad[0]]}, not 1; "
                 "are the weights sound?"
             )
-        values = descriptors if self.dtype == np.float32 else descriptors / norms[:, None]
+        self.copy_rows(rows, descriptors if self.dtype == np.float32 else descriptors / norms[:, None])
+
+    def copy_rows(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Put values that a store holds, or that were checked, into `rows` as they are."""
         shards, within = np.divmod(rows, self._rows_per_shard)
         for shard in np.unique(shards):
             here = shards == shard
@@ -369,6 +372,10 @@ class DescriptorStore:
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Rows `ids`, of any shape (...,), as (..., D) float32."""
         self._require_complete()
+        return self.read_rows(ids)
+
+    def read_rows(self, ids: np.ndarray) -> np.ndarray:
+        """`take` of a store that need not be complete: rows that were not written hold anything."""
         flat = np.asarray(ids).reshape(-1)
         out = np.empty((len(flat), self.shape[1]), np.float32)
         shards, within = np.divmod(flat, self._rows_per_shard)

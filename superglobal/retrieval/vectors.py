@@ -31,7 +31,9 @@ class Rows:
 
     def __init__(self, parts: Sequence[Any], name: str = "descriptors") -> None:
         """`parts`: objects with `shape`, `block` and `take`. Raises InputError if their D differ."""
-        self._parts = list(parts)
+        # Rows among the parts are taken apart, so that each source is read in its own way.
+        parts = [source for part in parts for source in (part._parts if isinstance(part, Rows) else [part])]
+        self._parts = parts
         self._starts = np.cumsum([0] + [int(part.shape[0]) for part in parts])
         dims = [int(part.shape[1]) for part in parts]
         if len(set(dims)) != 1:
@@ -103,15 +105,17 @@ class Rows:
     def blocks(self, rows: int, check: bool = True) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, block) from the first row to the last, each block valid until the next is asked for.
 
-        With `check` a block is validated unless its sources vouch for their rows.
+        With `check` rows are validated unless their source vouches for them.
         """
         needs_buffer = len(self._parts) > 1 or any(getattr(part, "converts", False) for part in self._parts)
         buffer = np.empty((min(rows, len(self)), self.dim), np.float32) if needs_buffer else None
         for start in range(0, len(self), rows):
             block = self.block(start, start + rows, buffer)
-            pieces = self._pieces(start, start + len(block))
-            if check and not all(getattr(part, "validated", False) for part, _, _ in pieces):
-                validate_block(block, start, self.name, unit=True)
+            at = 0
+            for part, low, high in self._pieces(start, start + len(block)) if check else ():
+                if not getattr(part, "validated", False):
+                    validate_block(block[at : at + high - low], start + at, self.name, unit=True)
+                at += high - low
             yield start, block
 
 
