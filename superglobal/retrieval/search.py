@@ -165,7 +165,8 @@ class Shortlist:
         values = scores[query_of, row_of].double()
         return query_of.cpu().numpy(), row_of.cpu().numpy(), values.cpu().numpy()
 
-    def _above_floor(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _above_floor(self, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries and rows of the block."""
         return (scores >= torch.from_numpy(self._floor).to(scores.device)[:, None]).nonzero(as_tuple=True)
 
     def _by_faiss(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -33,7 +33,7 @@ class Rows:
         """`parts`: objects with `shape`, `block` and `take`. Raises InputError if their D differ."""
         # Rows among the parts are taken apart, so that each source is read in its own way.
         parts = [source for part in parts for source in (part._parts if isinstance(part, Rows) else [part])]
-        self._parts = parts
+        self._parts: list[Any] = parts
         self._starts = np.cumsum([0] + [int(part.shape[0]) for part in parts])
         dims = [int(part.shape[1]) for part in parts]
         if len(set(dims)) != 1:
