@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -290,12 +290,23 @@ def _names(inputs: Inputs) -> report.Names:
     if dataset is None:
         queries = [f"query {i}" for i in range(len(inputs.queries))]
         return report.Names(queries, [str(i) for i in range(len(inputs.database))], None)
-    database = [_relative(item.path, dataset.root) for item in [*dataset.database, *inputs.distractors]]
-    return report.Names([_relative(item.path, dataset.root) for item in dataset.queries], database, dataset.clusters)
+    database = RelativePaths([*dataset.database, *inputs.distractors], dataset.root)
+    return report.Names(RelativePaths(dataset.queries, dataset.root), database, dataset.clusters)
 
 
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+class RelativePaths(Sequence[str]):
+    """Names of images, made when they are asked for: of a million a report needs thousands."""
+
+    def __init__(self, items: Sequence[ImageItem], root: Path) -> None:
+        self._items = items
+        self._root = root
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, number: Any) -> Any:
+        path = self._items[number].path
+        return path.relative_to(self._root).as_posix() if path.is_relative_to(self._root) else str(path)
 
 
 def _not_applicable(config: EvalConfig, folder: Path) -> float:
