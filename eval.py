@@ -12,7 +12,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from superglobal.config import register
-from superglobal.engine import evaluate, sweeping
 from superglobal.errors import InputError
 from superglobal.retrieval.report import write_without_numbers
 
@@ -22,6 +21,8 @@ register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 def main(cfg: DictConfig) -> float:
     """Run one evaluation; a sweeper reads the returned mAP."""
+    from superglobal.engine import evaluate, sweeping  # seconds, which --help and a mistyped setting need not wait for
+
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         return evaluate(cfg, folder)

@@ -8,14 +8,33 @@ scores, ids = superglobal.rerank(Q, X, ids)
 result = superglobal.revisited_map(Q, X, data, ids)
 """
 
-from superglobal.api import extract, load_model
-from superglobal.data.images import ImageItem
-from superglobal.data.revisited import load_ground_truth, revisited_set
-from superglobal.errors import InputError
-from superglobal.models.attach import attach
-from superglobal.retrieval.rerank import rerank, rerank_candidates
-from superglobal.retrieval.scoring import revisited_map
-from superglobal.retrieval.search import search
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from superglobal.api import extract, load_model
+    from superglobal.data.images import ImageItem
+    from superglobal.data.revisited import load_ground_truth, revisited_set
+    from superglobal.errors import InputError
+    from superglobal.models.attach import attach
+    from superglobal.retrieval.rerank import rerank, rerank_candidates
+    from superglobal.retrieval.scoring import revisited_map
+    from superglobal.retrieval.search import search
+
+# Loaded when they are asked for: timm and torchvision take seconds, and not every command needs them.
+_HOMES = {
+    "ImageItem": "data.images",
+    "InputError": "errors",
+    "attach": "models.attach",
+    "extract": "api",
+    "load_ground_truth": "data.revisited",
+    "load_model": "api",
+    "rerank": "retrieval.rerank",
+    "rerank_candidates": "retrieval.rerank",
+    "revisited_map": "retrieval.scoring",
+    "revisited_set": "data.revisited",
+    "search": "retrieval.search",
+}
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,3 +50,15 @@ __all__ = [
     "revisited_set",
     "search",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -9,19 +9,29 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from superglobal.config import DatasetConfig, EvalConfig, ExtractionConfig, HeadConfig, TrainConfig, TuneConfig
+from superglobal.config import (
+    DatasetConfig,
+    EvalConfig,
+    ExtractionConfig,
+    HeadConfig,
+    IndexConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from superglobal.errors import InputError
 from superglobal.models.fast import PRECISIONS
 from superglobal.models.heads import require_kind
 from superglobal.models.network import SCALES, make_scales
 from superglobal.models.pooling import relup_mode
+from superglobal.retrieval.index import KINDS
 from superglobal.retrieval.landmark_scoring import VOTES
+from superglobal.retrieval.search import BACKENDS
+from superglobal.retrieval.store import DTYPES
 from superglobal.retrieval.tables import LADDER, SWITCHES
 
 _KINDS = ("revisited", "folder", "descriptors", "gldv2", "gldv2_val", "gldv2_recognition")
 _ROLES = ("train", "validation", "test")
 _BENCHMARKS = ("roxford5k", "rparis6k", "gldv2_test")
-_BACKENDS = ("auto", "faiss", "torch")
 _TABLES = ("train_clean.csv", "train.csv")
 _OPTIMISERS = ("sgd", "adamw")
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
@@ -135,9 +145,8 @@ def _check_head(head: HeadConfig) -> None:
 def _check_evaluation(config: EvalConfig) -> None:
     d, own = config.dataset, config.descriptors
     _check_dataset(d)
-    _require_choice("index.backend", config.index.backend, _BACKENDS)
-    if config.index.backend == "faiss" and importlib.util.find_spec("faiss") is None:
-        raise InputError("index=faiss: FAISS is not installed; pip install faiss-cpu (or faiss-gpu), or index=torch")
+    _check_index(config.index)
+    _require_choice("store.dtype", config.store.dtype, DTYPES)
     if (own.query is None) != (own.database is None):
         raise InputError("descriptors.query and descriptors.database go together: give both .npy files")
     if d.kind == "descriptors" and own.query is None:
@@ -169,6 +178,19 @@ def _check_extraction(how: ExtractionConfig) -> None:
         how.share()
     except ValueError as error:
         raise InputError(f"extraction.part={how.part}: expected which part of how many, such as 3/16") from error
+
+
+def _check_index(index: IndexConfig) -> None:
+    _require_choice("index.kind", index.kind, ("flat", *KINDS))
+    _require_choice("index.backend", index.backend, BACKENDS)
+    if (index.kind != "flat" or index.backend == "faiss") and importlib.util.find_spec("faiss") is None:
+        raise InputError(
+            f"index.kind={index.kind} index.backend={index.backend}: FAISS is not installed; pip install faiss-cpu (or "
+            "faiss-gpu), or index=flat"
+        )
+    numbers = ("nlist", "nprobe", "pq_m", "ef_construction", "ef_search", "candidates")
+    _require_within({f"index.{name}": (getattr(index, name), 1, 2**31 - 1) for name in numbers})
+    _require_within({"index.M": (index.M, 2, 2048), "index.compare": (index.compare, 0, math.inf)})
 
 
 def _check_dataset(d: DatasetConfig) -> None:

@@ -242,3 +242,19 @@ def test_a_row_that_does_not_apply_returns_no_number(data, tmp_path):
         wanted = ["backbone=timm", "backbone.name=convnext_atto", "ablation=relup", f"paths.outputs={tmp_path}"]
         cfg = compose("eval", overrides=[*base, *QUIET, *mini(data), *wanted])
     assert math.isnan(evaluate(cfg, tmp_path))
+
+
+def test_float16_stores_are_apart_and_change_scores_by_little(toy_data, tmp_path):
+    toy = ["dataset=toy", f"paths.data={toy_data}"]
+    fine, rounded = run(tmp_path, *toy), run(tmp_path, *toy, "store.dtype=float16")
+    assert rounded["about"]["stores"]["database"]["dtype"] == "float16"
+    assert fingerprints(fine)["database"] != fingerprints(rounded)["database"]
+    # Rounded from the float32 stores, which rounding is what writing does.
+    assert rounded["about"]["extracted"] == {"database": 0, "queries": 0}
+    fresh = run(tmp_path / "other", *toy, "store.dtype=float16")
+    assert fresh["about"]["extracted"] == fine["about"]["extracted"]
+    assert fresh["metrics"] == rounded["metrics"]
+    scores = [np.load(r["folder"] / "rankings.npz")["search_scores"] for r in (fine, rounded)]
+    assert 0 < np.abs(scores[0] - scores[1]).max() < 1e-3
+    for name, value in fine["metrics"]["search"]["map"].items():
+        assert rounded["metrics"]["search"]["map"][name] == pytest.approx(value, abs=0.02)

@@ -24,6 +24,7 @@ from superglobal.config.evaluation import (
     IndexConfig,
     PicturesConfig,
     RerankConfig,
+    StoreConfig,
 )
 from superglobal.config.training import DataConfig, FitConfig, HeadConfig, OptimConfig, TrainConfig, ValidationConfig
 from superglobal.config.tuning import SpaceConfig, TuneConfig
@@ -46,6 +47,7 @@ __all__ = [
     "PoolingSettings",
     "RerankConfig",
     "SpaceConfig",
+    "StoreConfig",
     "TrainConfig",
     "TrainerConfig",
     "TuneConfig",

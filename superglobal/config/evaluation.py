@@ -114,9 +114,36 @@ class RerankConfig:
 
 @dataclass
 class IndexConfig:
-    """Exact search (`conf/index`): backend "auto", "faiss" or "torch"."""
+    """How the database is searched (`conf/index`); null is the default by its size (retrieval/index.py).
 
+    Args:
+        kind: "flat" is exact; "flat_fp16", "ivf_flat", "ivf_pq" and "hnsw" are FAISS's indexes, built once and kept
+            under `paths.stores`, whose candidates are scored exactly.
+        backend: of the exact search: "auto", "faiss" or "torch", with the same result.
+        nlist, nprobe: lists of ivf_flat and ivf_pq, and how many are searched.
+        pq_m: bytes a row of ivf_pq.
+        M, ef_construction, ef_search: links of a row of hnsw, and the width of its searches.
+        candidates: rows fetched from the index for each one wanted.
+        compare: queries that are also searched exactly, for recall and the difference in mAP; 0 for none.
+    """
+
+    kind: str = "flat"
     backend: str = "auto"
+    nlist: int | None = None
+    nprobe: int | None = None
+    pq_m: int | None = None
+    M: int | None = None
+    ef_construction: int | None = None
+    ef_search: int | None = None
+    candidates: int | None = None
+    compare: int = 100
+
+
+@dataclass
+class StoreConfig:
+    """Descriptors on disk: dtype "float32", or "float16" for half the size."""
+
+    dtype: str = "float32"
 
 
 @dataclass
@@ -152,6 +179,7 @@ class EvalConfig:
     scales: Any = 3
     antialias: bool = False
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     k: int = 400

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from superglobal.data.lazy import chained, file_names
 from superglobal.data.sets import EvaluationSet, how_to_get_distractors, load_distractors, require_images
 from superglobal.engine.common import evaluation_set, export_path, make_trainer
 from superglobal.engine.extracting import extract_lists
+from superglobal.engine.searching import first_stage
 from superglobal.engine.sweeps import sibling_poolings
 from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList
@@ -33,11 +34,11 @@ from superglobal.models.backbone import has_relup
 from superglobal.models.network import RetrievalNetwork
 from superglobal.models.pooling import make_pooling
 from superglobal.retrieval import report
-from superglobal.retrieval.metrics import LABELS, REVISITED, Result, RetrievalResult
+from superglobal.retrieval.metrics import LABELS, REVISITED, Protocol, Result, RetrievalResult
 from superglobal.retrieval.pictures import draw_sheet
 from superglobal.retrieval.rerank import rerank
 from superglobal.retrieval.scoring import evaluate as score
-from superglobal.retrieval.search import search
+from superglobal.retrieval.scoring import make_scorer
 from superglobal.retrieval.vectors import Rows, as_rows, concat
 
 log = logging.getLogger(__name__)
@@ -183,8 +184,8 @@ def _extracted(
     how = config.extraction
     networks = [network, *_siblings(config, network)]
     with clock.time("extract"):
-        place = Path(config.paths.stores)
-        stores, computed = extract_lists(networks, lists, place, trainer, how, config.trainer.num_workers)
+        place, dtype = Path(config.paths.stores), config.store.dtype
+        stores, computed = extract_lists(networks, lists, place, trainer, how, config.trainer.num_workers, dtype)
     left = sum(len(store.missing) for store in stores)
     if how.part is not None and left:
         text = "part %s is described; %d images are left to the others, after which any of them goes on to the results"
@@ -196,7 +197,7 @@ def _extracted(
         "weights": network.weights_label,
         "network": network.identity(),
         "trained_pooling": network.trained_pooling,
-        "stores": {t: {k: s.manifest[k] for k in ("fingerprint", "provenance")} for t, s in found.items()},
+        "stores": {t: {k: s.manifest[k] for k in ("fingerprint", "dtype", "provenance")} for t, s in found.items()},
         "extracted": computed,
     }
     queries = as_rows(found.get("queries", found["database"]), "queries")
@@ -237,38 +238,42 @@ def _siblings(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNe
 
 
 def _search_device(config: EvalConfig) -> str:
-    """FAISS searches on the CPU; torch wherever extraction runs."""
-    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "cuda" if gpu and config.index.backend != "faiss" else "cpu"
+    """Where extraction runs."""
+    return "cuda" if config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
 
 
 def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) -> float:
     X, dataset, device = inputs.database, inputs.dataset, _search_device(config)
     Q = inputs.queries.block(0, len(inputs.queries))
     exclude = np.arange(len(Q)) if dataset is not None and dataset.leave_one_out else None
-    reachable = len(X) - (exclude is not None)
+    reachable = len(X) - len(X.skipped) - (exclude is not None)
     if reachable < 1:
         raise InputError("nothing to search: leave-one-out needs at least two photos")
     task = None if dataset is None else dataset.task
     needed = max(config.rerank.M if config.rerank.enabled else 1, 1 if task is None else task.depth)
     k = min(max(config.k, needed), reachable)
+    scorer = None
+    if dataset is not None and dataset.gnd is not None and task is None:
+        gnd, protocols = _truth(dataset, exclude)
+        scorer = make_scorer(gnd, len(Q), len(X), protocols, clusters=dataset.clusters, seed=config.seed)
     with clock.time("search"):
-        stages = {"search": search(Q, X, k, backend=config.index.backend, device=device, exclude=exclude)}
+        first = first_stage(config, Q, X, k, scorer, exclude, device)
+    stages = {"search": (first.scores, first.ids)}
     if config.rerank.enabled:
         r = config.rerank
         with clock.time("rerank"):
             stages["rerank"] = rerank(Q, X, stages["search"][1], r.M, r.K, r.beta, device=device)
     results: dict[str, Result] = {}
-    if dataset is not None and dataset.gnd is not None:
-        with clock.time("score"):
-            for name, (scores, order) in stages.items():
-                if task is not None:
-                    results[name] = task.score(scores, order, config.seed)
-                else:
-                    shortlist = order if name == "rerank" else None
-                    results[name] = score_set(dataset, Q, X, shortlist, exclude, device, config.seed)
+    with clock.time("score"):
+        if task is not None:
+            results = {name: task.score(*stage, config.seed) for name, stage in stages.items()}
+        elif scorer is not None:
+            results["search"] = scorer.score(first.ranks)
+            if "rerank" in stages:
+                results["rerank"] = scorer.score(scorer.reranked(first.ranks, stages["rerank"][1]))
     names = _names(inputs)
-    about = inputs.about | ({} if dataset is None else dataset.about)
+    about = {**inputs.about, **({} if dataset is None else dataset.about), "skipped": len(X.skipped)}
+    about |= {"index": first.about} if first.about else {}
     summary = report.summarise(asdict(config), about, names, results, clock.times)
     if task is not None:
         write_atomically(folder / "submission.csv", task.submission(*list(stages.values())[-1]))
@@ -292,13 +297,18 @@ def score_set(
     seed: int,
 ) -> RetrievalResult:
     """`evaluate` of the public functions, with the data set's own ground truth, protocols and landmarks."""
+    gnd, protocols = _truth(dataset, exclude)
+    clusters = dataset.clusters
+    return score(Q, X, gnd, protocols, shortlist, clusters=clusters, exclude=exclude, device=device, seed=seed)
+
+
+def _truth(dataset: EvaluationSet, exclude: np.ndarray | None) -> tuple[list[dict[str, Any]], Mapping[str, Protocol]]:
+    """Ground truth and protocols."""
     gnd = dataset.gnd or []
     if exclude is not None:
         # An excluded image has no rank, so it cannot be listed as junk.
         gnd = [{"positive": entry["positive"]} for entry in gnd]
-    protocols = _PROTOCOLS[dataset.protocols]
-    clusters = dataset.clusters
-    return score(Q, X, gnd, protocols, shortlist, clusters=clusters, exclude=exclude, device=device, seed=seed)
+    return gnd, _PROTOCOLS[dataset.protocols]
 
 
 def _names(inputs: Inputs) -> report.Names:

@@ -34,6 +34,7 @@ def extract_lists(
     trainer: pl.Trainer,
     how: ExtractionConfig,
     num_workers: int,
+    dtype: str,
 ) -> tuple[list[DescriptorStore], dict[str, int]]:
     """Open the stores of each list under `folder` and extract the rows that are missing, in one pass over the images.
 
@@ -42,6 +43,7 @@ def extract_lists(
 
     Args:
         networks: on the CPU; all are filled, the stores of the first are what is asked for.
+        dtype: of the stores.
 
     Returns:
         The stores of the first network, complete unless `how.part` is one of several, and how many rows each title
@@ -51,7 +53,7 @@ def extract_lists(
         InputError: an unreadable image or a place that cannot be written; finished rows stay for the next run.
     """
     device = trainer.strategy.root_device
-    stores = [[_open_store(network, part, folder, str(device)) for part in lists] for network in networks]
+    stores = [[_open_store(network, part, folder, str(device), dtype) for part in lists] for network in networks]
     missing = [{row for own in stores for row in own[i].missing.tolist()} for i in range(len(lists))]
     lacked = {part.title: len(rows) for part, rows in zip(lists, missing, strict=True)}
     for part in lists:
@@ -98,13 +100,15 @@ def _pixels_at_once(network: RetrievalNetwork, device: torch.device) -> int:
     return int(room / (_BYTES_PER_PIXEL * width / 4 * max(network.scales) ** 2))
 
 
-def _open_store(network: RetrievalNetwork, part: ExtractionList, folder: Path, device: str) -> DescriptorStore:
+def _open_store(
+    network: RetrievalNetwork, part: ExtractionList, folder: Path, device: str, dtype: str
+) -> DescriptorStore:
     identity = {**network.identity(), "max_side": part.max_side}
     lines = part.lines()
-    place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines)[:16]}"
+    place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines, dtype)[:16]}"
     fresh = not place.exists()
     provenance = {"device": device, "versions": versions()}
-    store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance)
+    store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance, dtype=dtype)
     for other in sorted(folder.glob("*/manifest.json")) if fresh else ():
         if other.parent != place and len(store.missing) and DescriptorStore.identity_in(other.parent) == identity:
             store.adopt(DescriptorStore.open(other.parent))

@@ -7,17 +7,21 @@ import numpy as np
 import torch
 
 from superglobal.errors import InputError
-from superglobal.precision import full_precision
+from superglobal.retrieval.scan import Block, scan
+from superglobal.retrieval.search import Shortlist
 from superglobal.retrieval.vectors import (
     TOLERANCE,
+    Rows,
     as_exclude,
     as_queries,
     as_rows,
     block_pair_scores,
-    block_size,
     pair_scores,
-    to_tensor,
 )
+
+_CELLS = 8192  # of the table that tells from a score, without searching, how many targets it beats
+# The float32 place of a score in the table is off by less than a tolerance, for its offset, and this share of a cell.
+_GUARD = 0.01
 
 
 def exact_ranks(
@@ -33,37 +37,134 @@ def exact_ranks(
 
     Q: (Q, D), X: (N, D) or anything `as_rows` takes, unit L2 norm. `targets`: per query the database ids whose
     ranks are wanted, in any order. `exclude`: (Q,) ids, one per query, taken out of the ranking.
-    A rank is the number of rows that are better. A block of X is compared with the sorted target scores by
-    binary search; only pairs nearer than the tolerance are scored again in float64.
+    A rank is the number of rows that are better.
 
     Returns per query an int64 array, in the order of its targets.
-    Raises InputError for an id outside 0..N-1, an excluded target, or descriptors that `search` refuses.
+    Raises InputError for an id outside 0..N-1, an excluded or skipped target, or descriptors that `search` refuses.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
-    n_queries = len(queries)
-    excluded = as_exclude(exclude, n_queries)
-    ids = _check_targets(targets, n_queries, len(rows), excluded)
-    counts = np.array([len(one) for one in ids])
-    query_of, flat = np.repeat(np.arange(n_queries), counts), np.concatenate(ids)
-    scores = pair_scores(queries, rows, query_of, flat)
-
-    # Targets worst first, so that a row's place among them is the number of targets that it beats.
-    order = np.lexsort((-flat, scores, query_of))
-    slot = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
-    sorted_scores = np.full((n_queries, max(1, counts.max())), np.inf)
-    sorted_scores[query_of, slot] = scores[order]
-
-    beaten = _count_beaten(queries, rows, sorted_scores, (query_of, scores, flat), excluded, device, block_rows)
-    better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)  # rows that beat target j
-    ranks = np.empty(len(flat), np.int64)
-    ranks[order] = better[query_of, slot]
-    return np.split(ranks, np.cumsum(counts)[:-1])
+    excluded = as_exclude(exclude, len(queries))
+    counter = Counter(queries, rows, targets, excluded, device)
+    scan(queries, rows, [counter], excluded, device, block_rows)
+    return counter.ranks()
 
 
-def _check_targets(
-    targets: Sequence[Any], n_queries: int, n_rows: int, excluded: np.ndarray | None
-) -> list[np.ndarray]:
+def search_and_rank(
+    Q: Any,
+    X: Any,
+    k: int,
+    targets: Sequence[Any],
+    *,
+    device: str | torch.device | None = None,
+    block_rows: int = 65536,
+    exclude: Any = None,
+) -> tuple[tuple[np.ndarray, np.ndarray], list[np.ndarray]]:
+    """What `search` gives and what `exact_ranks` gives, in one pass over X."""
+    rows = as_rows(X, "database")
+    queries = as_queries(Q, rows.dim)
+    excluded = as_exclude(exclude, len(queries))
+    shortlist = Shortlist(queries, rows, k, excluded, faiss=False)
+    counter = Counter(queries, rows, targets, excluded, device)
+    scan(queries, rows, [shortlist, counter], excluded, device, block_rows)
+    scores, ids = shortlist.result()
+    return (scores.astype(np.float32), ids), counter.ranks()
+
+
+class Counter:
+    """Ranks of the targets, from blocks shown one after the other (a consumer of `scan`).
+
+    A query's targets are sorted by score. How many of them a row beats is looked up in a table over their range of
+    scores; only pairs in a cell near a target are compared, and only those nearer than the tolerance are scored
+    again in float64.
+    """
+
+    def __init__(
+        self,
+        queries: np.ndarray,
+        rows: Rows,
+        targets: Sequence[Any],
+        excluded: np.ndarray | None,
+        device: str | torch.device | None,
+    ) -> None:
+        """Raises InputError for targets that have no rank."""
+        n_queries = len(queries)
+        ids = _check_targets(targets, n_queries, rows, excluded)
+        self._counts = np.array([len(one) for one in ids])
+        query_of, flat = np.repeat(np.arange(n_queries), self._counts), np.concatenate(ids)
+        scores = pair_scores(queries, rows, query_of, flat)
+        self._queries = queries
+        self._targets = (query_of, scores, flat)
+        # Targets worst first, so that a row's place among them is the number of targets that it beats.
+        self._order = np.lexsort((-flat, scores, query_of))
+        # Numbers that sort by query, then score: inner products lie within -1..1.
+        keys = 4.0 * query_of + scores[self._order]
+        self._above, self._below = keys + TOLERANCE, keys - TOLERANCE
+        self._first = np.cumsum(self._counts) - self._counts
+        self._width = 1 + (int(self._counts.max()) if n_queries else 0)
+        self._beaten = np.zeros(n_queries * self._width, np.int64)
+        self._make_table(torch.device(device or "cpu"))
+
+    def _make_table(self, device: torch.device) -> None:
+        """(Q, cells) slots of `beaten`; one beyond the last where a row has to be compared.
+
+        The first and the last cell hold what lies beyond the targets.
+        """
+        n_queries, scores = len(self._queries), self._targets[1][self._order]
+        low, high = np.zeros(n_queries), np.ones(n_queries)
+        some = np.flatnonzero(self._counts)
+        low[some] = scores[self._first[some]] - 3 * TOLERANCE
+        high[some] = scores[self._first[some] + self._counts[some] - 1] + 3 * TOLERANCE
+        scale = (_CELLS - 4) / np.maximum(high - low, 1e-4)
+        low -= 2 / scale
+        self._low, self._scale = (
+            torch.from_numpy(values.astype(np.float32)).to(device)[:, None] for values in (low, scale)
+        )
+        query_of = self._targets[0]
+        place = (scores - low[query_of]) * scale[query_of]
+        margin = 2 * TOLERANCE * scale[query_of] + _GUARD
+        first, last = (
+            np.clip(np.floor(one), 0, _CELLS - 1).astype(np.int64) for one in (place - margin, place + margin)
+        )
+        surely, near = np.zeros((n_queries, _CELLS), np.int64), np.zeros((n_queries, _CELLS + 1), np.int64)
+        np.add.at(surely, (query_of, last), 1)
+        np.add.at(near, (query_of, first), 1)
+        np.add.at(near, (query_of, last + 1), -1)
+        slots = np.cumsum(surely, axis=1) + (np.arange(n_queries) * self._width)[:, None]
+        slots[np.cumsum(near, axis=1)[:, :-1] > 0] = len(self._beaten)
+        self._table = torch.from_numpy(slots.astype(np.int32)).to(device).ravel()
+        self._offset = torch.arange(0, n_queries * _CELLS, _CELLS, dtype=torch.int32, device=device)[:, None]
+
+    def add(self, block: Block) -> None:
+        """Count which targets the rows of a block beat."""
+        scores = block.scores
+        cells = (scores - self._low).mul_(self._scale).clamp_(0, _CELLS - 1).to(torch.int32).add_(self._offset)
+        slots = self._table.index_select(0, cells.ravel())
+        self._beaten += torch.bincount(slots, minlength=len(self._beaten) + 1)[:-1].cpu().numpy()
+        open_pairs = (slots == len(self._beaten)).nonzero()[:, 0]
+        query_of, row_of = (
+            index.cpu().numpy() for index in (open_pairs // scores.shape[1], open_pairs % scores.shape[1])
+        )
+        rough = 4.0 * query_of + scores.ravel()[open_pairs].double().cpu().numpy()
+        surely = np.searchsorted(self._above, rough) - self._first[query_of]  # targets beaten beyond doubt
+        near = np.searchsorted(self._below, rough, side="right") - self._first[query_of] > surely
+        query_near, row_near = query_of[near], row_of[near]
+        exact = block_pair_scores(self._queries, block.rows, query_near, row_near)
+        surely[near] = _place_among(self._targets, query_near, exact, row_near + block.start)
+        # A pair that must not count scores -inf and beats nothing.
+        self._beaten += np.bincount(query_of * self._width + np.maximum(surely, 0), minlength=len(self._beaten))
+
+    def ranks(self) -> list[np.ndarray]:
+        """Per query the ranks, in the order of its targets."""
+        beaten = self._beaten.reshape(-1, self._width)
+        better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)  # rows that beat target j
+        query_of = self._targets[0]
+        ranks = np.empty(len(query_of), np.int64)
+        ranks[self._order] = better[query_of, np.arange(len(query_of)) - self._first[query_of]]
+        return np.split(ranks, np.cumsum(self._counts)[:-1])
+
+
+def _check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded: np.ndarray | None) -> list[np.ndarray]:
     """The targets as int64 arrays, all of them valid ids."""
     if len(targets) != n_queries:
         raise InputError(f"targets: expected one list of ids per query, {n_queries}, got {len(targets)}")
@@ -73,46 +174,19 @@ def _check_targets(
         if array.size and array.dtype.kind not in "iu":
             raise InputError(f"targets of query {query}: expected integer ids, got {array.dtype}")
         array = array.astype(np.int64).ravel()
-        outside = array[(array < 0) | (array >= n_rows)]
+        outside = array[(array < 0) | (array >= len(rows))]
         if outside.size:
-            raise InputError(f"targets of query {query}: id {outside[0]} is outside the database, 0..{n_rows - 1}")
+            raise InputError(f"targets of query {query}: id {outside[0]} is outside the database, 0..{len(rows) - 1}")
         if excluded is not None and (array == excluded[query]).any():
             raise InputError(f"targets of query {query}: id {excluded[query]} is excluded, so it has no rank")
+        skipped = array[np.isin(array, rows.skipped)]
+        if skipped.size:
+            raise InputError(
+                f"targets of query {query}: image {skipped[0]} was skipped when descriptors were made, so it has no "
+                "rank; mend the image and extract it again"
+            )
         ids.append(array)
     return ids
-
-
-def _count_beaten(
-    queries: np.ndarray,
-    rows: Any,
-    sorted_scores: np.ndarray,
-    flat_targets: tuple[np.ndarray, np.ndarray, np.ndarray],
-    excluded: np.ndarray | None,
-    device: str | torch.device | None,
-    block_rows: int,
-) -> np.ndarray:
-    """(Q, T+1) int64: how many rows beat exactly t of a query's targets, `sorted_scores` (Q, T) worst first."""
-    place = torch.device(device or "cpu")
-    n_queries, n_targets = sorted_scores.shape
-    on_device = to_tensor(queries, place)
-    above = to_tensor((sorted_scores + TOLERANCE).astype(np.float32), place)
-    below = to_tensor((sorted_scores - TOLERANCE).astype(np.float32), place)
-    offset = torch.arange(n_queries, device=place)[:, None] * (n_targets + 1)
-    counts = np.zeros(n_queries * (n_targets + 1), np.int64)
-    for start, block in rows.blocks(block_size(block_rows, n_queries)):
-        with full_precision():
-            rough = on_device @ to_tensor(block, place).T
-        if excluded is not None:
-            inside = np.flatnonzero((excluded >= start) & (excluded < start + len(block)))
-            rough[inside, excluded[inside] - start] = -torch.inf
-        surely = torch.searchsorted(above, rough)  # targets beaten beyond doubt
-        near = torch.searchsorted(below, rough, right=True) > surely
-        counts += torch.bincount((surely + offset)[~near], minlength=counts.size).cpu().numpy()
-        query_of, row_of = (index.cpu().numpy() for index in near.nonzero(as_tuple=True))
-        exact = block_pair_scores(queries, block, query_of, row_of)
-        settled = _place_among(flat_targets, query_of, exact, row_of + start)
-        counts += np.bincount(query_of * (n_targets + 1) + settled, minlength=counts.size)
-    return counts.reshape(n_queries, n_targets + 1)
 
 
 def _place_among(

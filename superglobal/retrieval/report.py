@@ -90,6 +90,8 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     name = dataset["name"] + (f"+{distractors['name']}" if distractors["name"] else "")
     if dataset["kind"] == "revisited" and not dataset["crop_query"]:
         name += " (uncropped)"
+    if config["index"]["kind"] != "flat":
+        name += f" ({config['index']['kind']}, approximate)"
     return {
         "format": FORMAT,
         "label": config["ablation"] or "",
@@ -208,6 +210,8 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     out.print(_modules(summary), soft_wrap=True, highlight=False, markup=False)
     if summary["protocol"]["min_side"] is not None:
         out.print(_sizes(summary["protocol"]), soft_wrap=True, highlight=False, markup=False)
+    if "index" in summary["about"]:
+        out.print(_approximation(summary["about"]["index"]), soft_wrap=True, highlight=False, markup=False)
     if summary["tuned_on"]:
         out.print(f"settings tuned on {', '.join(summary['tuned_on'])}", soft_wrap=True, highlight=False, markup=False)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in summary["seconds"].items())
@@ -253,6 +257,17 @@ def _cells(one: Mapping[str, Any], protocol: str) -> dict[str, str]:
     if "with_landmark" in one:
         cells["with landmark"] = str(one["with_landmark"][protocol])
     return cells
+
+
+def _approximation(index: Mapping[str, Any]) -> str:
+    """Which index searched, and how far it is from exact."""
+    settings = ", ".join(f"{name} {value}" for name, value in index["settings"].items())
+    text = f"approximate search: {settings}"
+    if "compared" in index:
+        c = index["compared"]
+        text += f"\nagainst exact, {c['queries']} queries: recall@{c['k']} {c['recall']:.4f} (least {c['least']:.4f})"
+        text += "".join(f", {p} mAP {100 * value:+.2f}" for p, value in c.get("map_difference", {}).items())
+    return text
 
 
 def _write_lists(folder: Path, stages: Stages, names: Names) -> None:

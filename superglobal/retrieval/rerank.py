@@ -48,6 +48,9 @@ def rerank(
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     first = check_ids(ids, len(queries), len(rows))
+    listed = first[np.isin(first, rows.skipped)]
+    if listed.size:
+        raise InputError(f"ids: row {listed[0]} was skipped when descriptors were made; leave it out")
     _check_parameters(M, K, beta, batch_size)
     head = first[:, :M]
     scores = np.full(first.shape, -np.inf, np.float32)

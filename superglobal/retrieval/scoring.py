@@ -1,6 +1,7 @@
 """From descriptors or ranked lists and a ground truth to scores."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,21 +42,76 @@ def evaluate(
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
-    sets = parse_ground_truth(ground_truth, protocols)
-    if len(sets) != len(queries):
-        raise InputError(f"ground truth has {len(sets)} queries, but there are {len(queries)} query descriptors")
-    targets = [_joined(one, query, len(rows)) for query, one in enumerate(sets)]
-    shortlist = None if ids is None else check_ids(ids, len(queries), len(rows))
-    if shortlist is not None:
-        worst = _worst(queries, rows, shortlist)
-        targets = [np.append(one, last) for one, last in zip(targets, worst, strict=True)]
+    scorer = make_scorer(ground_truth, len(queries), len(rows), protocols, ks, clusters, seed=seed, samples=samples)
     options = {"device": device, "block_rows": block_rows, "exclude": as_exclude(exclude, len(queries))}
+    if ids is None:
+        return scorer.score(exact_ranks(queries, rows, scorer.targets, **options))
+    shortlist = check_ids(ids, len(queries), len(rows))
+    worst = _worst(queries, rows, shortlist)
+    targets = [np.append(one, last) for one, last in zip(scorer.targets, worst, strict=True)]
     found = exact_ranks(queries, rows, targets, **options)
-    if shortlist is not None:
-        found = [_reranked(*one, query) for query, one in enumerate(zip(found, targets, shortlist, strict=True))]
-    if clusters is None:
-        clusters = landmarks([positives(one, protocols) for one in sets])
-    return score_ranks(_split(found, sets), protocols, ks, clusters, seed, samples)
+    for query, one in enumerate(found):
+        _check_is_top(int(one[-1]), shortlist.shape[1], query)
+    return scorer.score(scorer.reranked([one[:-1] for one in found], shortlist))
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A ground truth made ready: whose ranks are wanted, and what follows from them (from `make_scorer`)."""
+
+    sets: list[Sets]
+    protocols: Mapping[str, Protocol]
+    ks: Sequence[int]
+    clusters: Sequence[Any]
+    seed: int
+    samples: int
+
+    @property
+    def targets(self) -> list[np.ndarray]:
+        """Per query the ids of all its sets, (n,) int64."""
+        return [concatenated(one.values()) for one in self.sets]
+
+    def of(self, queries: np.ndarray) -> "Scorer":
+        """That of some of the queries."""
+        return replace(self, sets=[self.sets[i] for i in queries], clusters=[self.clusters[i] for i in queries])
+
+    def score(self, found: Sequence[np.ndarray]) -> RetrievalResult:
+        """found: per query the 0-based ranks of `targets`, -1 for those that a truncated list lacks."""
+        ranks = _split(found, self.sets)
+        return score_ranks(ranks, self.protocols, self.ks, self.clusters, self.seed, self.samples)
+
+    def reranked(self, found: Sequence[np.ndarray], shortlist: np.ndarray) -> list[np.ndarray]:
+        """Ranks when the first of each list are reordered. shortlist: (Q, M) ids, the first stage's top M."""
+        places = self.listed(shortlist)
+        return [np.where(place >= 0, place, ranks) for place, ranks in zip(places, found, strict=True)]
+
+    def listed(self, rankings: np.ndarray) -> list[np.ndarray]:
+        """Ranks in lists (Q, n) of ids, -1 for targets that are not there; -1 pads a short list's end."""
+        return [_positions(row, targets) for row, targets in zip(rankings, self.targets, strict=True)]
+
+
+def make_scorer(
+    ground_truth: Any,
+    n_queries: int,
+    n_rows: int,
+    protocols: Mapping[str, Protocol] = REVISITED,
+    ks: Sequence[int] = (1, 5, 10),
+    clusters: Sequence[Any] | None = None,
+    *,
+    seed: int = 0,
+    samples: int = 2000,
+) -> Scorer:
+    """Check a ground truth (see `evaluate`) against the numbers of queries and of database rows.
+
+    Raises InputError naming the query whose sets are wrong.
+    """
+    sets = parse_ground_truth(ground_truth, protocols)
+    if len(sets) != n_queries:
+        raise InputError(f"ground truth has {len(sets)} queries, but there are {n_queries} query descriptors")
+    for query, one in enumerate(sets):
+        _joined(one, query, n_rows)
+    own = landmarks([positives(one, protocols) for one in sets]) if clusters is None else clusters
+    return Scorer(sets, protocols, ks, own, seed, samples)
 
 
 def revisited_map(
@@ -172,16 +228,10 @@ def _worst(queries: np.ndarray, rows: Any, shortlist: np.ndarray) -> np.ndarray:
     return np.take_along_axis(shortlist, last, axis=1)[:, 0]
 
 
-def _reranked(ranks: np.ndarray, targets: np.ndarray, shortlist: np.ndarray, query: int) -> np.ndarray:
-    """First-stage ranks with those of the shortlist replaced by their places in it.
-
-    The last target is the shortlist's worst image: M distinct ids of which the worst has rank M - 1 are the
-    top M, and nothing else is.
-    """
-    if ranks[-1] != len(shortlist) - 1:
+def _check_is_top(worst_rank: int, depth: int, query: int) -> None:
+    """M distinct ids of which the worst has rank M - 1 are the top M, and nothing else is."""
+    if worst_rank != depth - 1:
         raise InputError(
-            f"ids: query {query}'s shortlist is not the top {len(shortlist)} of the first stage (one of it ranks "
-            f"{ranks[-1]}); give the list of search, with the same exclude, reranked but not cut or filtered"
+            f"ids: query {query}'s shortlist is not the top {depth} of the first stage (one of it ranks "
+            f"{worst_rank}); give the list of search, with the same exclude, reranked but not cut or filtered"
         )
-    place = _positions(shortlist, targets[:-1])
-    return np.where(place >= 0, place, ranks[:-1])

@@ -1,14 +1,14 @@
 """Exact nearest neighbours by inner product, the same ids from every backend."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from superglobal.errors import InputError
-from superglobal.precision import full_precision
+from superglobal.retrieval.scan import Block, scan
 from superglobal.retrieval.vectors import (
     TOLERANCE,
     Rows,
@@ -16,15 +16,13 @@ from superglobal.retrieval.vectors import (
     as_queries,
     as_rows,
     block_pair_scores,
-    block_size,
     pair_scores,
-    to_tensor,
 )
 
-_EXTRA = 32  # candidates fetched beyond k, so that the edge of the list is mostly settled by the first pass
-
-# A fetcher gives the best `count` of a block for every query: approximate scores and row numbers, (Q, count).
-Fetch = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+BACKENDS = ("auto", "faiss", "torch")
+_EXTRA = 32  # candidates that FAISS is asked for beyond k, so that the edge of a list is mostly settled by them
+_CROWD = 1024  # undecided candidates of a query beyond k, from which on they are scored in float64 at once
+_UNDER_ALL = np.float32(-2)  # under every inner product of unit vectors
 
 
 def search(
@@ -36,96 +34,71 @@ def search(
     device: str | torch.device | None = None,
     block_rows: int = 65536,
     exclude: Any = None,
+    dtype: Any = np.float32,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k database rows of largest inner product per query, exact, in the total order (-score, id).
 
-    Q: (Q, D), X: (N, D) or anything `as_rows` takes, unit L2 norm. X is streamed in blocks, once, and once more
-    if ties at the edge of a list are left open. `backend`: "faiss" (CPU), "torch" (any device) or "auto"
-    (FAISS where it is installed and the device is the CPU); all give the same ids, because near-ties are
-    settled by float64 scores. `exclude`: (Q,) ids, one per query, never returned (leave-one-out).
+    Q: (Q, D), X: (N, D) or anything `as_rows` takes, unit L2 norm. X is streamed in blocks, once. `backend`: "torch"
+    (any device), "faiss" (its own search of each block, CPU) or "auto" (torch); all give the same ids, because
+    near-ties are settled by float64 scores. `exclude`: (Q,) ids, one per query, never returned (leave-one-out).
+    `dtype`: of the scores; `merge_shortlists` needs float64, which order lists of several databases.
 
-    Returns scores (Q, k) float32 and ids (Q, k) int64, best first.
+    Returns scores (Q, k) and ids (Q, k) int64, best first.
     Raises InputError for k outside 1..N, a bad row (NaN, zero, not unit), or a dimension mismatch.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     excluded = as_exclude(exclude, len(queries))
-    available = len(rows) - (excluded is not None)
-    if not isinstance(k, int | np.integer) or not 1 <= k <= available:
-        raise InputError(f"k: expected 1..{available} for a database of {len(rows)} rows, got {k}")
     target = torch.device(device or "cpu")
-    size = block_size(block_rows, len(queries))
-    fetch = _fetcher(queries, backend, target)
-    count = min(k + _EXTRA, len(rows))
-    rough, ids = _fetch_all(rows, fetch, count, size, len(queries))
-    query_of = np.repeat(np.arange(len(queries)), count)
-    exact = pair_scores(queries, rows, query_of, ids.ravel()).reshape(ids.shape)
-    if excluded is not None:
-        exact[ids == excluded[:, None]] = -np.inf
-    scores, best = _best(exact, ids, k)
-    if count < len(rows):
-        # Whatever was not fetched scores at most the worst fetched score, to within the tolerance.
-        unsettled = np.flatnonzero(scores[:, -1] <= rough.min(axis=1) + 2 * TOLERANCE)
-        if unsettled.size:
-            skip = None if excluded is None else excluded[unsettled]
-            scores[unsettled], best[unsettled] = _settle(
-                queries[unsettled], rows, scores[unsettled], best[unsettled], skip, size, target
-            )
-    return scores.astype(np.float32), best
+    found = Shortlist(queries, rows, k, excluded, _uses_faiss(backend, target))
+    scan(queries, rows, [found], excluded, target, block_rows, check=backend == "faiss")
+    scores, ids = found.result()
+    return scores.astype(dtype), ids
 
 
-def _fetcher(queries: np.ndarray, backend: str, device: torch.device) -> Fetch:
-    """The fetch function of a backend."""
-    if backend not in ("auto", "faiss", "torch"):
+def merge_shortlists(
+    parts: Sequence[tuple[Any, Any]], k: int | None = None, starts: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """One list per query out of those of parts of a database that were searched apart: those of the whole, exactly.
+
+    parts: pairs (scores (Q, k_p) float64, ids (Q, k_p)), as `search(..., dtype=np.float64)` gives them with the same
+    queries; a part's k_p is k, or all its rows. An id of -1 pads a short list. k: length of the lists, by default
+    the longest part's. starts: the number in the whole database of each part's row 0; without it ids are the whole's.
+
+    Returns scores (Q, k) float64 and ids (Q, k) int64; where there are fewer, -inf and -1 at the end.
+    Raises InputError for float32 scores (rows that differ in float64 tie there), other shapes, an id in two parts.
+    """
+    if not parts or (starts is not None and len(starts) != len(parts)):
+        raise InputError(f"parts: expected at least one, and as many starts, got {len(parts)} and {starts}")
+    pairs = [(np.asarray(scores), np.asarray(ids)) for scores, ids in parts]
+    for number, (scores, ids) in enumerate(pairs):
+        if scores.shape != ids.shape or scores.ndim != 2 or len(scores) != len(pairs[0][0]):
+            raise InputError(f"part {number}: expected scores and ids ({len(pairs[0][0])}, k), got {scores.shape}")
+        if scores.dtype != np.float64:
+            raise InputError(f"part {number}: scores are {scores.dtype}; search(..., dtype=np.float64) keeps the order")
+    offsets = starts or [0] * len(pairs)
+    ids = np.concatenate([np.where(i < 0, -1, i + low) for (_, i), low in zip(pairs, offsets, strict=True)], axis=1)
+    scores = np.where(ids < 0, -np.inf, np.concatenate([s for s, _ in pairs], axis=1))
+    ordered = np.sort(ids, axis=1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        raise InputError(f"parts: id {ordered[:, 1:][twice][0]} is in two of them; give starts, or ids of the whole")
+    return _best(scores, ids, k or max(s.shape[1] for s, _ in pairs))
+
+
+def _uses_faiss(backend: str, device: torch.device) -> bool:
+    if backend not in BACKENDS:
         raise InputError(f"backend: expected auto, faiss or torch, got {backend!r}")
-    has_faiss = importlib.util.find_spec("faiss") is not None
-    if backend == "auto":
-        backend = "faiss" if has_faiss and device.type == "cpu" else "torch"
-    if backend == "torch":
-        return _torch_fetcher(queries, device)
+    if backend != "faiss":
+        return False
     if device.type != "cpu":
         raise InputError(f"backend faiss runs on the CPU, got device {device}; use backend torch")
-    if not has_faiss:
+    if importlib.util.find_spec("faiss") is None:
         raise InputError(
             "backend faiss: FAISS is not installed; pip install 'superglobal[cpu]' or 'superglobal[gpu]', "
             "or use backend torch, which gives the same result"
         )
-    return _faiss_fetcher(queries)
-
-
-def _faiss_fetcher(queries: np.ndarray) -> Fetch:
-    import faiss
-
-    def fetch(block: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        return faiss.knn(queries, block, count, metric=faiss.METRIC_INNER_PRODUCT)
-
-    return fetch
-
-
-def _torch_fetcher(queries: np.ndarray, device: torch.device) -> Fetch:
-    on_device = to_tensor(queries, device)
-
-    def fetch(block: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        with full_precision():
-            scores, numbers = (on_device @ to_tensor(block, device).T).topk(count, dim=1)
-        return scores.cpu().numpy(), numbers.cpu().numpy()
-
-    return fetch
-
-
-def _fetch_all(rows: Rows, fetch: Fetch, count: int, size: int, n_queries: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best `count` of all rows by approximate score, unordered: scores and ids, (Q, count)."""
-    scores = np.empty((n_queries, 0), np.float32)
-    ids = np.empty((n_queries, 0), np.int64)
-    for start, block in rows.blocks(size):
-        more, numbers = fetch(block, min(count, len(block)))
-        scores = np.concatenate([scores, more], axis=1)
-        ids = np.concatenate([ids, numbers.astype(np.int64) + start], axis=1)
-        if scores.shape[1] > count:
-            keep = np.argpartition(-scores, count - 1, axis=1)[:, :count]
-            scores = np.take_along_axis(scores, keep, axis=1)
-            ids = np.take_along_axis(ids, keep, axis=1)
-    return scores, ids
+    return True
 
 
 def _best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,37 +107,122 @@ def _best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.n
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
-def _settle(
-    queries: np.ndarray,
-    rows: Rows,
-    scores: np.ndarray,
-    ids: np.ndarray,
-    excluded: np.ndarray | None,
-    size: int,
-    device: torch.device,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Exact lists of U queries with many candidates at the edge, by one more pass over X.
+class Shortlist:
+    """The best k rows of each query, out of blocks shown one after the other (a consumer of `scan`).
 
-    `scores` and `ids` (U, k) are the lists found so far. Their k-th score can only rise, so every row that may
-    still enter scores at least that, less the tolerance. Those are scored exactly and merged, block by block.
+    Kept is every row whose approximate score is not surely under the k-th best seen so far: under it by twice the
+    tolerance, since both may err by it. In the end these few are scored in float64. Where copies of an image would
+    make them many, they are scored as they come, equal rows once.
     """
-    n_queries, k = ids.shape
-    own = np.repeat(np.arange(n_queries), k)
-    on_device = to_tensor(queries, device)
-    for start, block in rows.blocks(size, check=False):
-        with full_precision():
-            rough = (on_device @ to_tensor(block, device).T).cpu().numpy()
-        query_of, row_of = np.nonzero(rough >= (scores[:, -1:] - TOLERANCE))
-        listed = np.isin(query_of * len(rows) + row_of + start, own * len(rows) + ids.ravel())
-        if excluded is not None:
-            listed |= row_of + start == excluded[query_of]
-        query_of, row_of = query_of[~listed], row_of[~listed]
-        exact = block_pair_scores(queries, block, query_of, row_of)
-        all_queries = np.concatenate([own, query_of])
-        all_ids = np.concatenate([ids.ravel(), row_of + start])
-        all_scores = np.concatenate([scores.ravel(), exact])
-        order = np.lexsort((all_ids, -all_scores, all_queries))
-        first = np.searchsorted(all_queries[order], np.arange(n_queries))
-        keep = order[first[:, None] + np.arange(k)]
-        scores, ids = all_scores[keep], all_ids[keep]
-    return scores, ids
+
+    def __init__(self, queries: np.ndarray, rows: Rows, k: int, excluded: np.ndarray | None, faiss: bool) -> None:
+        """Raises InputError for k outside the rows that can be returned."""
+        available = len(rows) - len(rows.skipped) - (excluded is not None)
+        if not isinstance(k, int | np.integer) or not 1 <= k <= available:
+            raise InputError(f"k: expected 1..{available} for a database of {len(rows)} rows, got {k}")
+        self._queries, self._rows, self._k, self._faiss = queries, rows, int(k), faiss
+        self._floor = np.full(len(queries), _UNDER_ALL)
+        self._kept = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0, bool))
+        self._unsorted = 0
+
+    def add(self, block: Block) -> None:
+        """Keep what may be among the best."""
+        query_of, row_of, scores = self._candidates(block)
+        exact = np.zeros(len(query_of), bool)
+        crowded = np.flatnonzero(np.bincount(query_of, minlength=len(self._queries)) > self._k + _CROWD)
+        if len(crowded):
+            many = np.isin(query_of, crowded)
+            scores[many] = block_pair_scores(self._queries, block.rows, query_of[many], row_of[many])
+            exact[many] = True
+            keep = ~many
+            keep[np.flatnonzero(many)[_first(query_of[many], scores[many], row_of[many], self._k)]] = True
+            query_of, row_of, scores, exact = query_of[keep], row_of[keep], scores[keep], exact[keep]
+        new = (query_of, row_of + block.start, scores, exact)
+        self._kept = tuple(np.concatenate(pair) for pair in zip(self._kept, new, strict=True))  # type: ignore[assignment]
+        self._unsorted += len(query_of)
+        if self._unsorted > len(self._queries) * self._k // 2:
+            self._cut()
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (Q, k) float64 and ids (Q, k), best first."""
+        self._cut()
+        self._settle(np.ones(len(self._kept[0]), bool))
+        query_of, ids, scores, _ = self._kept
+        best = _first(query_of, scores, ids, self._k)
+        shape = (len(self._queries), self._k)
+        return scores[best].reshape(shape), ids[best].reshape(shape)
+
+    def _candidates(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Query, row in the block and approximate score of every pair at or above the floors."""
+        if self._faiss and (found := self._by_faiss(block)) is not None:
+            return found
+        scores = block.scores
+        query_of, row_of = self._above_floor(scores)
+        # At first everything is above the floor; the block's own k-th best are a better one.
+        if len(query_of) > 2 * len(scores) * self._k:
+            self._raise_floor(scores.topk(self._k, dim=1).values[:, -1].cpu().numpy())
+            query_of, row_of = self._above_floor(scores)
+        values = scores[query_of, row_of].double()
+        return query_of.cpu().numpy(), row_of.cpu().numpy(), values.cpu().numpy()
+
+    def _above_floor(self, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries and rows of the block."""
+        return (scores >= torch.from_numpy(self._floor).to(scores.device)[:, None]).nonzero(as_tuple=True)
+
+    def _by_faiss(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """FAISS's best of a block; None if more of it than it was asked for may be above the floor."""
+        import faiss
+
+        count = min(self._k + _EXTRA, len(block.rows))
+        scores, row_of = faiss.knn(self._queries, block.rows, count, metric=faiss.METRIC_INNER_PRODUCT)
+        last = scores.min(axis=1)
+        scores[(row_of == block.excluded[:, None]) | np.isin(row_of, block.skipped)] = -np.inf
+        if count >= self._k:
+            self._raise_floor(-np.partition(-scores, self._k - 1, axis=1)[:, self._k - 1])
+        if count < len(block.rows) and (last >= self._floor).any():
+            return None
+        query_of, place = np.nonzero(scores >= self._floor[:, None])
+        return query_of, row_of[query_of, place].astype(np.int64), scores[query_of, place].astype(np.float64)
+
+    def _raise_floor(self, least: np.ndarray) -> None:
+        """`least`: (Q,) a score that k rows of each query are known to reach, to within the tolerance."""
+        floor = np.nextafter((least - 2 * TOLERANCE).astype(np.float32), np.float32(-np.inf))
+        self._floor = np.maximum(self._floor, floor)
+
+    def _cut(self) -> None:
+        """Drop what is surely not among the best k; score in float64 where that leaves many."""
+        query_of, ids, scores, _ = self._kept
+        order = np.lexsort((-scores, query_of))
+        counts = np.bincount(query_of, minlength=len(self._queries))
+        kth = np.minimum(np.cumsum(counts) - counts + self._k - 1, len(order) - 1)
+        least = np.where(counts >= self._k, scores[order[kth]] if len(order) else 0, _UNDER_ALL)
+        self._raise_floor(least)
+        self._keep(scores >= self._floor[query_of])
+        counts = np.bincount(self._kept[0], minlength=len(self._queries))
+        many = (counts > 2 * (self._k + _CROWD))[self._kept[0]]
+        if many.any():
+            self._settle(many)
+            query_of, ids, scores, _ = self._kept
+            keep = ~many
+            keep[np.flatnonzero(many)[_first(query_of[many], scores[many], ids[many], self._k)]] = True
+            self._keep(keep)
+        self._unsorted = 0
+
+    def _settle(self, which: np.ndarray) -> None:
+        """Score the chosen of what is kept in float64, unless that was done."""
+        query_of, ids, scores, exact = self._kept
+        todo = np.flatnonzero(which & ~exact)
+        scores[todo] = pair_scores(self._queries, self._rows, query_of[todo], ids[todo])
+        exact[todo] = True
+
+    def _keep(self, keep: np.ndarray) -> None:
+        query_of, ids, scores, exact = self._kept
+        self._kept = (query_of[keep], ids[keep], scores[keep], exact[keep])
+
+
+def _first(query_of: np.ndarray, scores: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the first k of each query in the order (-score, id), query by query."""
+    order = np.lexsort((ids, -scores, query_of))
+    ordered = query_of[order]
+    place = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return order[place < k]

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +17,58 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.files import umask, write_atomically
+from superglobal.retrieval.vectors import to_float32
 
 FORMAT = "superglobal-store-1"
 SHARD_ROWS = 16384
+DTYPES = ("float32", "float16")
+_WRITTEN, _SKIPPED = 1, 2  # what done.npy holds for a row; 0 is still to be written
 # Rows are marked as done only after their bytes are flushed; so many, or so many seconds, share one flush.
 _FLUSH_ROWS = 64
 _FLUSH_SECONDS = 5.0
 
 
-def fingerprint(identity: Mapping[str, Any], images: Sequence[str]) -> str:
-    """SHA-256 of everything that changes a descriptor and of the list of images.
+def fingerprint(identity: Mapping[str, Any], images: Sequence[str], dtype: str = "float32") -> str:
+    """SHA-256 of everything that changes a stored descriptor and of the list of images.
 
     Args:
         identity: plain types, such as `RetrievalNetwork.identity()` with the image settings beside it.
         images: one line per row: name and content signature.
+        dtype: what descriptors are rounded to on disk; "float32" leaves the fingerprint as it was without it.
     """
-    text = json.dumps({"identity": identity, "images": list(images)}, sort_keys=True)
+    rounded = {} if dtype == "float32" else {"dtype": dtype}
+    text = json.dumps({"identity": identity, "images": list(images), **rounded}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class DescriptorStore:
-    """N descriptors of D dimensions, float32 and unit norm, row i belonging to image i of the list.
+    """N descriptors of D dimensions, of unit norm, row i belonging to image i of the list.
 
     The folder holds `manifest.json`, `names.json`, `done.npy` (one byte a row) and `shard-00000.npy`, ...; several
     processes may fill different rows at once. A row counts once its byte in `done.npy` is set, which happens after
-    its values are on disk, so that a killed run leaves no half-written row behind.
+    its values are on disk, so that a killed run leaves no half-written row behind. Rows are float32, or float16
+    rounded from normalised ones; reading gives float32 either way. A row may be `skipped`: it is complete, but
+    search, ranks and reranking leave it out.
 
     Use `DescriptorStore.open_or_create`; the class also serves as database vectors for search and reranking
     (`shape`, `block`, `take`).
     """
 
+    validated = True
+    """`write` checks every row, so that readers need not."""
+
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
         self.shape: tuple[int, int] = (manifest["rows"], manifest["dim"])
+        self.dtype = np.dtype(manifest["dtype"])
         self._rows_per_shard: int = manifest["shard_rows"]
         self._done = self._map(folder / "done.npy", (self.shape[0],), np.dtype(np.uint8))
         self._shards = [
-            self._map(self._shard_path(folder, i), (count, self.shape[1]), np.dtype(np.float32))
+            self._map(self._shard_path(folder, i), (count, self.shape[1]), self.dtype)
             for i, count in enumerate(_shard_sizes(*self.shape[:1], self._rows_per_shard))
         ]
-        self._unflushed: list[int] = []
+        self._unflushed: dict[int, int] = {}  # row -> its byte in done.npy
         self._last_flush = time.monotonic()
 
     @classmethod
@@ -69,6 +80,7 @@ class DescriptorStore:
         dim: int,
         shard_rows: int = SHARD_ROWS,
         provenance: Mapping[str, Any] | None = None,
+        dtype: str = "float32",
     ) -> DescriptorStore:
         """Open the store of these descriptors in `folder`, or make an empty one.
 
@@ -77,15 +89,17 @@ class DescriptorStore:
             identity, images: see `fingerprint`.
             dim: D.
             provenance: versions and device, kept for the record when the store is made.
+            dtype: "float32", or "float16" for half the size.
 
         Raises:
             InputError: the folder holds other descriptors or a damaged store, or cannot be written.
         """
         folder = Path(folder)
         if not (folder / "manifest.json").exists():
-            cls._create(folder, identity, images, dim, shard_rows, provenance or {})
+            cls._create(folder, identity, images, dim, shard_rows, provenance or {}, dtype)
         manifest = cls._read_manifest(folder)
-        wanted = {"fingerprint": fingerprint(identity, images), "rows": len(images), "dim": dim}
+        own = fingerprint(identity, images, dtype)
+        wanted = {"dtype": dtype, "rows": len(images), "dim": dim, "fingerprint": own}
         for key, value in wanted.items():
             if manifest[key] != value:
                 raise InputError(
@@ -120,14 +134,15 @@ class DescriptorStore:
         dim: int,
         shard_rows: int,
         provenance: Mapping[str, Any],
+        dtype: str,
     ) -> None:
         """Build the whole store beside its place and rename it there: of two creators one wins, none mixes."""
         manifest = {
             "format": FORMAT,
-            "fingerprint": fingerprint(identity, images),
+            "fingerprint": fingerprint(identity, images, dtype),
             "rows": len(images),
             "dim": dim,
-            "dtype": "float32",
+            "dtype": dtype,
             "shard_rows": shard_rows,
             "identity": dict(identity),
             "provenance": dict(provenance),
@@ -140,7 +155,7 @@ class DescriptorStore:
             np.lib.format.open_memmap(temporary / "done.npy", "w+", np.uint8, (len(images),)).flush()
             for i, count in enumerate(_shard_sizes(len(images), shard_rows)):
                 path = cls._shard_path(temporary, i)
-                np.lib.format.open_memmap(path, "w+", np.float32, (count, dim)).flush()
+                np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (count, dim)).flush()
                 _reserve(path)
             write_atomically(temporary / "names.json", json.dumps(list(images)).encode())
             write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -150,7 +165,7 @@ class DescriptorStore:
         except OSError as error:
             raise InputError(
                 f"{folder}: the descriptor store cannot be written ({error.strerror or error}); it needs "
-                f"{len(images) * dim * 4 / 2**20:.0f} MiB; set paths.stores to a place with room"
+                f"{len(images) * dim * np.dtype(dtype).itemsize / 2**20:.0f} MiB; set paths.stores to a place with room"
             ) from error
         finally:
             if temporary is not None:
@@ -164,8 +179,17 @@ class DescriptorStore:
                 raise InputError(
                     f"{folder}: store format {manifest['format']!r}, expected {FORMAT!r}; delete the folder"
                 )
-            for key in ("fingerprint", "rows", "dim", "shard_rows", "identity"):
-                manifest[key]
+            for key, kind in (
+                ("fingerprint", str),
+                ("rows", int),
+                ("dim", int),
+                ("shard_rows", int),
+                ("identity", dict),
+            ):
+                if not isinstance(manifest[key], kind) or (kind is int and manifest[key] < (key != "rows")):
+                    raise TypeError(f"{key}: {manifest[key]!r}")
+            if manifest["dtype"] not in DTYPES:
+                raise TypeError(f"dtype: {manifest['dtype']!r}")
             return manifest
         except FileNotFoundError as error:
             raise InputError(f"{folder}: no descriptor store (manifest.json is missing)") from error
@@ -192,13 +216,23 @@ class DescriptorStore:
 
     @property
     def done(self) -> np.ndarray:
-        """(N,) bool: which rows are on disk."""
-        return np.asarray(self._done) == 1
+        """(N,) bool: which rows are complete, written or skipped."""
+        return np.asarray(self._done) != 0
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """(n,) int64: complete rows without a descriptor, which are never ranked."""
+        return np.flatnonzero(np.asarray(self._done) == _SKIPPED)
 
     @property
     def missing(self) -> np.ndarray:
         """(n,) int64: rows still to be written."""
         return np.flatnonzero(~self.done)
+
+    def fingerprint(self) -> str:
+        """The manifest's, and which rows are skipped."""
+        skipped = hashlib.sha256(self.skipped.tobytes()).hexdigest() if len(self.skipped) else ""
+        return self.manifest["fingerprint"] + skipped
 
     @property
     def names(self) -> list[str]:
@@ -206,42 +240,75 @@ class DescriptorStore:
         return json.loads((self.folder / "names.json").read_text())
 
     def adopt(self, other: DescriptorStore) -> int:
-        """Copy finished rows of the same images from a store of the same network and settings.
+        """Copy written rows of the same images from a store of the same network and settings.
 
         Returns:
-            How many rows were copied.
+            How many rows were copied: none where the other store is float16 and this one is not.
 
         Raises:
             InputError: the other store's descriptors are of other weights or settings.
         """
         if other.manifest["identity"] != self.manifest["identity"]:
             raise InputError(f"{other.folder}: descriptors of other weights or settings than {self.folder}")
+        if other.dtype.itemsize < self.dtype.itemsize:
+            return 0
         row_of = {name: row for row, name in enumerate(other.names)}
-        done = other.done
+        done = np.asarray(other._done) == _WRITTEN
         pairs = [(row, row_of.get(name, -1)) for row, name in enumerate(self.names)]
         copied = [(row, source) for row, source in pairs if source >= 0 and done[source]]
         for row, source in copied:
-            shard, within = divmod(source, other._rows_per_shard)
-            self.write(row, other._shards[shard][within])
+            self.write(row, other.read_rows(np.array([source]))[0])
         self.flush()
         return len(copied)
 
     def write(self, row: int, descriptor: np.ndarray) -> None:
-        """Store one descriptor.
+        """`write_rows` of one row."""
+        self.write_rows(np.array([row]), np.asarray(descriptor)[None])
+
+    def write_rows(self, rows: np.ndarray, descriptors: np.ndarray) -> None:
+        """Store descriptors (n, D) in `rows` (n,). float16 stores keep x / |x|, rounded.
 
         Raises:
-            InputError: not (D,), not finite or not of unit norm; nothing is written then.
+            InputError: a wrong shape, a row out of range, values that are not finite or not of unit norm; nothing is
+                written then.
         """
-        if descriptor.shape != (self.shape[1],):
-            raise InputError(f"{self.folder}: row {row} has shape {descriptor.shape}, expected ({self.shape[1]},)")
-        norm = float(np.linalg.norm(descriptor.astype(np.float64)))
-        if not abs(norm - 1) < 1e-3:
+        rows = np.asarray(rows, np.int64)
+        if descriptors.shape != (len(rows), self.shape[1]):
             raise InputError(
-                f"{self.folder}: the descriptor of row {row} has norm {norm}, not 1; are the weights sound?"
+                f"{self.folder}: row {', '.join(map(str, rows[:3]))} has shape {descriptors.shape[1:]}, expected "
+                f"({self.shape[1]},)"
             )
-        shard, within = divmod(row, self._rows_per_shard)
-        self._shards[shard][within] = descriptor
-        self._unflushed.append(row)
+        self._require_inside(rows)
+        norms = np.linalg.norm(descriptors.astype(np.float64), axis=1)
+        bad = np.flatnonzero(~(abs(norms - 1) < 1e-3))
+        if len(bad):
+            raise InputError(
+                f"{self.folder}: the descriptor of row {rows[bad[0]]} has norm {norms[bad[0]]}, not 1; "
+                "are the weights sound?"
+            )
+        self.copy_rows(rows, descriptors if self.dtype == np.float32 else descriptors / norms[:, None])
+
+    def copy_rows(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Put values that a store holds, or that were checked, into `rows` as they are."""
+        shards, within = np.divmod(rows, self._rows_per_shard)
+        for shard in np.unique(shards):
+            here = shards == shard
+            self._shards[shard][within[here]] = values[here]
+        self._mark(rows, _WRITTEN)
+
+    def skip(self, rows: np.ndarray) -> None:
+        """Mark rows (n,) as complete though they have no descriptor: images that cannot be read."""
+        rows = np.atleast_1d(np.asarray(rows, np.int64))
+        self._require_inside(rows)
+        self._mark(rows, _SKIPPED)
+
+    def _require_inside(self, rows: np.ndarray) -> None:
+        outside = rows[(rows < 0) | (rows >= len(self))]
+        if len(outside):
+            raise InputError(f"{self.folder}: row {outside[0]} is outside 0..{len(self) - 1}")
+
+    def _mark(self, rows: np.ndarray, state: int) -> None:
+        self._unflushed.update(dict.fromkeys(rows.tolist(), state))
         if len(self._unflushed) >= _FLUSH_ROWS or time.monotonic() - self._last_flush > _FLUSH_SECONDS:
             self.flush()
 
@@ -252,11 +319,11 @@ class DescriptorStore:
             InputError: the disk is full or gone; rows marked before stay valid.
         """
         if self._unflushed:
-            rows = np.array(self._unflushed)
+            rows = np.array(list(self._unflushed))
             try:
                 for shard in np.unique(rows // self._rows_per_shard):
                     self._shards[shard].flush()
-                self._done[rows] = 1
+                self._done[rows] = list(self._unflushed.values())
                 self._done.flush()  # type: ignore[attr-defined]
             except OSError as error:
                 raise InputError(
@@ -268,26 +335,53 @@ class DescriptorStore:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def converts(self) -> bool:
+        """Whether reading makes float32 of something else: then `read_into` spares `block` an array."""
+        return self.dtype != np.float32
+
     def block(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop as (n, D) float32."""
+        """Rows start..stop as (n, D) float32, a view of the shard where it can be."""
         self._require_complete()
-        parts = []
-        while start < stop:
-            shard, within = divmod(start, self._rows_per_shard)
-            end = min(within + stop - start, len(self._shards[shard]))
-            parts.append(self._shards[shard][within:end])
-            start += end - within
-        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros((0, self.shape[1]), np.float32), *parts])
+        return self._read(start, stop)
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Rows start..stop into `out` (n, D) float32."""
+        self._require_complete()
+        for piece, at in self._pieces(start, stop):
+            to_float32(piece, out[at : at + len(piece)])
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        pieces = [piece for piece, _ in self._pieces(start, stop)]
+        if len(pieces) == 1 and not self.converts:
+            return pieces[0]
+        out = np.empty((stop - start, self.shape[1]), np.float32)
+        for piece, at in self._pieces(start, stop):
+            to_float32(piece, out[at : at + len(piece)])
+        return out
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, int]]:
+        """The parts of shards that rows start..stop lie in, as they are stored, and where each begins."""
+        at = start
+        while at < stop:
+            shard, within = divmod(at, self._rows_per_shard)
+            piece = self._shards[shard][within : within + stop - at]
+            yield piece, at - start
+            at += len(piece)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Rows `ids`, of any shape (...,), as (..., D) float32."""
         self._require_complete()
+        return self.read_rows(ids)
+
+    def read_rows(self, ids: np.ndarray) -> np.ndarray:
+        """`take` of a store that need not be complete: rows that were not written hold anything."""
         flat = np.asarray(ids).reshape(-1)
         out = np.empty((len(flat), self.shape[1]), np.float32)
-        for number, shard in enumerate(self._shards):
-            here = flat // self._rows_per_shard == number
-            if here.any():
-                out[here] = shard[flat[here] - number * self._rows_per_shard]
+        shards, within = np.divmod(flat, self._rows_per_shard)
+        for shard in np.unique(shards):
+            here = shards == shard
+            out[here] = self._shards[shard][within[here]]
         return out.reshape(*np.shape(ids), self.shape[1])
 
     def _require_complete(self) -> None:

@@ -14,20 +14,26 @@ from superglobal.errors import InputError
 # than this is decided again in float64.
 TOLERANCE = 1e-6
 _UNIT_TOLERANCE = 1e-3
-_PAIR_ELEMENTS = 1 << 21  # elements of one chunk of pair scores: 16 MB of float64
+_PAIR_ELEMENTS = 1 << 17  # elements of one chunk of pair scores: 1 MB of float64, which stays in the cache
+_FEW_PAIRS = 2048  # that are scored without looking for equal rows
 _SCORE_ELEMENTS = 1 << 24  # elements of one block of scores: 64 MB of float32
+_BLOCK_ELEMENTS = 1 << 23  # elements of one block of rows: 32 MB of float32
 
 
 class Rows:
     """Descriptors (N, D) read by block or by row as float32, over one source or several laid end to end.
 
     Nothing is copied until it is read. A source is a numpy array or memmap, a torch tensor, or any object
-    with `shape`, `block(start, stop)` and `take(ids)`, such as a DescriptorStore.
+    with `shape`, `block(start, stop)` and `take(ids)`, such as a DescriptorStore. Optional are `skipped` (ids that
+    are never ranked), `validated` (its rows need no check), `fingerprint()` (of its rows) and `converts` with
+    `read_into(start, stop, out)` (its rows are not float32 and are converted into a buffer).
     """
 
     def __init__(self, parts: Sequence[Any], name: str = "descriptors") -> None:
         """`parts`: objects with `shape`, `block` and `take`. Raises InputError if their D differ."""
-        self._parts = list(parts)
+        # Rows among the parts are taken apart, so that each source is read in its own way.
+        parts = [source for part in parts for source in (part._parts if isinstance(part, Rows) else [part])]
+        self._parts: list[Any] = parts
         self._starts = np.cumsum([0] + [int(part.shape[0]) for part in parts])
         dims = [int(part.shape[1]) for part in parts]
         if len(set(dims)) != 1:
@@ -37,6 +43,9 @@ class Rows:
             )
         self.shape: tuple[int, int] = (int(self._starts[-1]), dims[0])
         self.name = name
+        skipped = [low + getattr(part, "skipped", []) for part, low in zip(parts, self._starts[:-1], strict=True)]
+        self.skipped: np.ndarray = np.concatenate([np.asarray(ids, np.int64) for ids in skipped])
+        """(n,) ids that search, ranks and reranking leave out, ascending."""
 
     @property
     def dim(self) -> int:
@@ -45,17 +54,40 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def block(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop-1, cut off at N: (n, D) float32, a view of the source where it can be."""
+    def block(self, start: int, stop: int, buffer: np.ndarray | None = None) -> np.ndarray:
+        """Rows start..stop-1, cut off at N: (n, D) float32, a view of the source where it can be, or of `buffer`."""
         stop = min(stop, len(self))
-        pieces = [
-            np.asarray(part.block(max(start, low) - low, min(stop, high) - low), dtype=np.float32)
-            for part, low, high in zip(self._parts, self._starts[:-1], self._starts[1:], strict=True)
-            if max(start, low) < min(stop, high)
-        ]
-        if not pieces:
-            return np.empty((0, self.dim), np.float32)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        pieces = list(self._pieces(start, stop))
+        if len(pieces) == 1 and not getattr(pieces[0][0], "converts", False):
+            part, low, high = pieces[0]
+            return np.asarray(part.block(low, high), dtype=np.float32)
+        out = np.empty((max(0, stop - start), self.dim), np.float32) if buffer is None else buffer[: stop - start]
+        at = 0
+        for part, low, high in pieces:
+            here = out[at : at + high - low]
+            if getattr(part, "converts", False):
+                part.read_into(low, high, here)
+            else:
+                here[:] = part.block(low, high)
+            at += high - low
+        return out
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
+        """The sources that rows start..stop-1 lie in, with the rows of each."""
+        for part, low, high in zip(self._parts, self._starts[:-1], self._starts[1:], strict=True):
+            if max(start, low) < min(stop, high):
+                yield part, max(start, low) - low, min(stop, high) - low
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the rows are: the sources' own fingerprints, or else all values."""
+        whole = hashlib.sha256()
+        for part in self._parts:
+            if hasattr(part, "fingerprint"):
+                whole.update(part.fingerprint().encode())
+                continue
+            for _, block in Rows([part], self.name).blocks(max(1, _BLOCK_ELEMENTS // self.dim), check=False):
+                whole.update(np.ascontiguousarray(block).data)
+        return whole.hexdigest()
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """The rows with these ids, any shape S of integers in 0..N-1: (*S, D) float32."""
@@ -71,11 +103,19 @@ class Rows:
         return rows.reshape(*np.shape(ids), self.dim)
 
     def blocks(self, rows: int, check: bool = True) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, block) from the first row to the last, each block validated if `check`."""
+        """(first row, block) from the first row to the last, each block valid until the next is asked for.
+
+        With `check` rows are validated unless their source vouches for them.
+        """
+        needs_buffer = len(self._parts) > 1 or any(getattr(part, "converts", False) for part in self._parts)
+        buffer = np.empty((min(rows, len(self)), self.dim), np.float32) if needs_buffer else None
         for start in range(0, len(self), rows):
-            block = self.block(start, start + rows)
-            if check:
-                validate_block(block, start, self.name, unit=True)
+            block = self.block(start, start + rows, buffer)
+            at = 0
+            for part, low, high in self._pieces(start, start + len(block)) if check else ():
+                if not getattr(part, "validated", False):
+                    validate_block(block[at : at + high - low], start + at, self.name, unit=True)
+                at += high - low
             yield start, block
 
 
@@ -90,6 +130,10 @@ class _Array:
             raise InputError(f"{name}: expected float16, float32 or float64 descriptors, got {kind}; convert them")
         if len(self.shape) != 2 or not self.shape[1]:
             raise InputError(f"{name}: expected a 2-D array (N, D), got shape {self.shape}")
+        self.converts = kind == "float16" and isinstance(array, np.ndarray)
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        to_float32(self._array[start:stop], out)
 
     def block(self, start: int, stop: int) -> np.ndarray:
         return self._numpy(self._array[start:stop])
@@ -181,11 +225,11 @@ def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
     return ids.astype(np.int64)
 
 
-def block_size(block_rows: int, n_queries: int) -> int:
-    """Rows per block such that its scores for all queries stay near 64 MB of float32."""
+def block_size(block_rows: int, n_queries: int, dim: int) -> int:
+    """Rows per block such that it stays near 32 MB of float32, and its scores for all queries near 64 MB."""
     if block_rows < 1:
         raise InputError(f"block_rows: expected at least 1, got {block_rows}")
-    return min(block_rows, max(1024, _SCORE_ELEMENTS // n_queries))
+    return min(block_rows, max(1024, min(_SCORE_ELEMENTS // n_queries, _BLOCK_ELEMENTS // dim)))
 
 
 def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
@@ -207,6 +251,8 @@ def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray)
 
 def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
     """`pair_scores` for a block in memory, scoring bitwise equal rows once: collections repeat images."""
+    if len(row_of) <= _FEW_PAIRS:
+        return pair_scores(Q, block, query_of, row_of)
     used, row_of = np.unique(row_of, return_inverse=True)
     digests = [hashlib.blake2b(block[row].data, digest_size=16).digest() for row in used]
     first = {digest: number for number, digest in reversed(list(enumerate(digests)))}
@@ -221,3 +267,8 @@ def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
         # A memory-mapped file is read-only; nothing here writes.
         warnings.filterwarnings("ignore", message=".*not writable.*")
         return torch.from_numpy(array).to(device)
+
+
+def to_float32(array: np.ndarray, out: np.ndarray) -> None:
+    """Convert into `out`, by torch: NumPy takes several times as long for float16."""
+    torch.from_numpy(out).copy_(to_tensor(array, torch.device("cpu")))

@@ -1,0 +1,145 @@
+"""A million rows on disk: search and exact ranks in one pass, against reading, converting and multiplying alone."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from superglobal.data.revisited import load_ground_truth
+from superglobal.retrieval.ranks import exact_ranks, search_and_rank
+from superglobal.retrieval.scoring import evaluate
+from superglobal.retrieval.search import search
+from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.vectors import to_float32
+
+K, STEP = 400, 16384
+
+
+def random_units(seed: int, rows: int, dim: int) -> np.ndarray:
+    """(rows, D) float32."""
+    x = np.random.default_rng(seed).standard_normal((rows, dim), dtype=np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def filled_store(folder: Path, rows: int, dim: int, dtype: str) -> DescriptorStore:
+    """Random unit vectors in `folder`; what an earlier call wrote is used."""
+    identity = {"made_by": "bench.py search"}
+    place = folder / f"bench-{rows}x{dim}-{dtype}"
+    store = DescriptorStore.open_or_create(place, identity, [f"{i:08d}.jpg" for i in range(rows)], dim, dtype=dtype)
+    missing = store.missing
+    for start in range(0, len(missing), STEP):
+        ids = missing[start : start + STEP]
+        store.write_rows(ids, random_units(int(ids[0]), len(ids), dim))
+    store.flush()
+    return store
+
+
+def targets(n_queries: int, n_rows: int, ground_truth: str | None) -> Any:
+    """Real sets of ids, or random ones of their size."""
+    if ground_truth is not None:
+        return load_ground_truth(ground_truth).gnd[:n_queries]
+    rng = np.random.default_rng(1)
+    ids = [rng.choice(min(n_rows, 5000), 300, replace=False) for _ in range(n_queries)]
+    return [{"easy": one[:50], "hard": one[50:100], "junk": one[100:]} for one in ids]
+
+
+def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
+    """Every row read, made float32 in a buffer and multiplied; the sum keeps it honest."""
+    q, total = torch.from_numpy(Q), 0.0
+    buffer = np.empty((rows, Q.shape[1]), np.float32)
+    for shard in shards:
+        for start in range(0, len(shard), rows):
+            part = shard[start : start + rows]
+            to_float32(part, buffer[: len(part)])
+            total += float((q @ torch.from_numpy(buffer[: len(part)]).T).sum())
+    return total
+
+
+class Peak:
+    """Highest anonymous memory of this process above what it had, in MB, looked at every 5 ms."""
+
+    def __enter__(self) -> Peak:
+        self._before, self.value, self._over = _anonymous(), 0.0, threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.005):
+            self.value = max(self.value, _anonymous() - self._before)
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._watcher.join()
+
+
+def _anonymous() -> float:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def main(argv: list[str]) -> None:
+    """Search and exact ranks in one pass over rows on disk, against the bare product of the same rows."""
+    parser = argparse.ArgumentParser("bench.py search", description=__doc__)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--queries", type=int, default=70)
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    parser.add_argument("--folder", type=Path, help="for the rows (4.1 GB), kept; by default a temporary one")
+    parser.add_argument("--ground-truth", help="gnd_roxford5k.pkl, for its sets of ids; by default random ones")
+    parser.add_argument("--repeats", type=int, default=5, help="of each variant, in turns; the median is shown")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        run(args, args.folder or Path(temporary))
+
+
+def run(args: argparse.Namespace, folder: Path) -> None:
+    """Fill, open, then all variants in turns."""
+    filled_store(folder, args.rows, args.dim, args.dtype)
+    Q = random_units(-1 % 2**32, args.queries, args.dim)
+    gnd = targets(args.queries, args.rows, args.ground_truth)
+    start = time.perf_counter()
+    store = DescriptorStore.open(folder / f"bench-{args.rows}x{args.dim}-{args.dtype}")
+    opened = time.perf_counter() - start
+    ids = [np.concatenate([one[name] for name in ("easy", "hard", "junk")]) for one in gnd]
+    shards = sorted(store.folder.glob("shard-*.npy"))
+    size = sum(p.stat().st_size for p in shards) / 1e9
+    print(
+        f"{args.queries} queries, {args.rows} x {args.dim} {args.dtype} ({size:.1f} GB), "
+        f"k={K}, {sum(map(len, ids))} targets; {torch.get_num_threads()} threads; opened in {1000 * opened:.1f} ms"
+    )
+    maps = [np.load(path, mmap_mode="r+") for path in shards]
+    variants: dict[str, Callable[[], Any]] = {
+        "read, convert, multiply alone": lambda: bare(maps, Q),
+        "search and ranks in one pass": lambda: search_and_rank(Q, store, K, ids),
+        "search alone": lambda: search(Q, store, K),
+        "exact ranks alone": lambda: exact_ranks(Q, store, ids),
+        "ranks and every metric": lambda: evaluate(Q, store, gnd),
+    }
+    bare(maps, Q)  # the file is warm
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    peaks = dict.fromkeys(variants, 0.0)
+    for _ in range(args.repeats):
+        for name, variant in variants.items():
+            with Peak() as peak:
+                start = time.perf_counter(), time.process_time()
+                variant()
+                seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+            peaks[name] = max(peaks[name], peak.value)
+    base = [statistics.median(column) for column in zip(*next(iter(seconds.values())), strict=True)]
+    for name, values in seconds.items():
+        # What else the machine does stretches the clock; the processor's own time says what the work costs.
+        wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
+        print(
+            f"{name:32}{wall:8.2f} s{wall / base[0]:6.2f} x{cpu:8.2f} s of CPU{cpu / base[1]:6.2f} x"
+            f"{peaks[name]:8.0f} MB anonymous"
+        )

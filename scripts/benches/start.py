@@ -1,0 +1,47 @@
+"""Start-up: how long commands take before they do anything, against importing torch alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = {
+    "import torch": ["-c", "import torch"],
+    "eval.py --help": ["eval.py", "--help"],
+    "scripts/store.py --help": ["scripts/store.py", "--help"],
+    "all that an evaluation imports": ["-c", "import superglobal.engine"],
+}
+
+
+def seconds(words: list[str]) -> tuple[float, float]:
+    """Wall clock and processor time of one call."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - start, cpu
+
+
+def main(argv: list[str]) -> None:
+    """Start-up of the commands, each in turn; medians."""
+    parser = argparse.ArgumentParser("bench.py start", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args(argv).repeats
+    times = {name: [] for name in COMMANDS}
+    for words in COMMANDS.values():
+        seconds(words)  # the files are warm
+    for _ in range(repeats):
+        for name, words in COMMANDS.items():
+            times[name].append(seconds(words))
+    base = statistics.median(cpu for _, cpu in times["import torch"])
+    for name, values in times.items():
+        wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
+        print(f"{name:32}{wall:7.2f} s{cpu:7.2f} s of CPU{cpu / base:7.2f} x")

@@ -1,0 +1,87 @@
+"""The first stage of an evaluation: exact, or by an index and then told how far that is from exact."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from superglobal.config import EvalConfig
+from superglobal.retrieval.index import IndexSettings, open_index, recall, settings_in_use
+from superglobal.retrieval.ranks import exact_ranks, search_and_rank
+from superglobal.retrieval.scoring import Scorer
+from superglobal.retrieval.search import search
+from superglobal.retrieval.vectors import Rows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class FirstStage:
+    """Shortlists (Q, k), and per query the ranks of the scorer's targets: -1 where an index did not list them."""
+
+    scores: np.ndarray
+    ids: np.ndarray
+    ranks: list[np.ndarray]
+    about: dict[str, Any] = field(default_factory=dict)
+    """Of an index that is not exact: its settings, and on a sample of queries recall and the difference in mAP."""
+
+
+def first_stage(
+    config: EvalConfig, Q: np.ndarray, X: Rows, k: int, scorer: Scorer | None, exclude: np.ndarray | None, device: str
+) -> FirstStage:
+    """Search as `config.index` says.
+
+    Raises:
+        InputError: bad descriptors, or an index that cannot be built.
+    """
+    targets = [np.empty(0, np.int64)] * len(Q) if scorer is None else scorer.targets
+    if config.index.kind != "flat":
+        return _approximate(config, Q, X, k, scorer, exclude, device)
+    if config.index.backend == "faiss":
+        scores, ids = search(Q, X, k, backend="faiss", exclude=exclude)
+        return FirstStage(scores, ids, exact_ranks(Q, X, targets, device=device, exclude=exclude))
+    (scores, ids), ranks = search_and_rank(Q, X, k, targets, device=device, exclude=exclude)
+    return FirstStage(scores, ids, ranks)
+
+
+def _approximate(
+    config: EvalConfig, Q: np.ndarray, X: Rows, k: int, scorer: Scorer | None, exclude: np.ndarray | None, device: str
+) -> FirstStage:
+    i = config.index
+    names = ("kind", "nlist", "nprobe", "pq_m", "M", "ef_construction", "ef_search", "candidates")
+    settings = IndexSettings(**{name: getattr(i, name) for name in names})
+    index = open_index(X, settings, Path(config.paths.stores), device=device)
+    scores, ids = index.search(Q, k, exclude=exclude)
+    ranks = [] if scorer is None else scorer.listed(ids)
+    about: dict[str, Any] = {"settings": settings_in_use(index.settings), "exact": False}
+    if i.compare:
+        about |= _compared(Q, X, ids, scorer, exclude, device, i.compare, config.seed)
+    return FirstStage(scores, ids, ranks, about)
+
+
+def _compared(
+    Q: np.ndarray,
+    X: Rows,
+    ids: np.ndarray,
+    scorer: Scorer | None,
+    exclude: np.ndarray | None,
+    device: str,
+    count: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Recall of the exact lists, and mAP less that of exact ranks, over `count` queries drawn from all."""
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(Q))[:count])
+    part = None if scorer is None else scorer.of(drawn)
+    targets = [np.empty(0, np.int64)] * len(drawn) if part is None else part.targets
+    skip = None if exclude is None else exclude[drawn]
+    (_, exact), ranks = search_and_rank(Q[drawn], X, ids.shape[1], targets, device=device, exclude=skip)
+    found = recall(ids[drawn], exact)
+    about: dict[str, Any] = {"queries": len(drawn), "k": ids.shape[1], "recall": found.mean(), "least": found.min()}
+    if part is not None:
+        ours, best = part.score(part.listed(ids[drawn])), part.score(ranks)
+        about["map_difference"] = {name: ours.map[name] - best.map[name] for name in ours.map}
+    return {"compared": {key: float(v) if isinstance(v, np.floating) else v for key, v in about.items()}}

@@ -1,0 +1,155 @@
+"""Approximate indexes: exact where they look everywhere, stored, rebuilt when damaged, and never taken for exact."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+
+import numpy as np
+import pytest
+from test_engine import mini, run
+from test_search import brute_force, unit
+
+from superglobal.errors import InputError
+from superglobal.retrieval.index import (
+    KINDS,
+    IndexSettings,
+    memory,
+    open_index,
+    recall,
+    with_defaults,
+)
+from superglobal.retrieval.store import DescriptorStore
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="FAISS is not installed")
+EVERYWHERE = {
+    "flat_fp16": {},
+    "ivf_flat": {"nlist": 8, "nprobe": 8},
+    "ivf_pq": {"nlist": 4, "nprobe": 4, "pq_m": 8, "candidates": 40},
+    "hnsw": {"ef_search": 500, "M": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    rng = np.random.default_rng(0)
+    return unit(rng, 6, 16), unit(rng, 500, 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_that_looks_everywhere_is_exact(tmp_path, vectors, kind):
+    Q, X = vectors
+    index = open_index(X, IndexSettings(kind, **EVERYWHERE[kind]), tmp_path)
+    scores, ids = index.search(Q, 10)
+    np.testing.assert_array_equal(ids, brute_force(Q, X, 10))
+    np.testing.assert_allclose(scores, np.take_along_axis(Q @ X.T, ids, axis=1), atol=1e-6)
+    exclude = ids[:, 0]
+    np.testing.assert_array_equal(index.search(Q, 9, exclude=exclude)[1], brute_force(Q, X, 9, exclude))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_skipped_rows_are_not_in_it(tmp_path, vectors, kind):
+    Q, X = vectors
+    skipped = np.sort(brute_force(Q, X, 3)[:, 0])
+    store = DescriptorStore.open_or_create(tmp_path / "s", {}, [str(i) for i in range(500)], 16, 100)
+    store.write_rows(np.arange(500), X)
+    store.skip(skipped)
+    store.flush()
+    ids = open_index(store, IndexSettings(kind, **EVERYWHERE[kind]), tmp_path).search(Q, 10)[1]
+    kept = np.setdiff1d(np.arange(500), skipped)
+    np.testing.assert_array_equal(ids, kept[brute_force(Q, X[kept], 10)])
+
+
+def test_few_probes_find_less_and_never_too_few(tmp_path, vectors):
+    Q, X = vectors
+    exact = brute_force(Q, X, 100)
+    few = open_index(X, IndexSettings("ivf_flat", nlist=12, nprobe=1), tmp_path).search(Q, 100)
+    assert (few[1] >= 0).all()  # a list has about 40 rows: more are searched until there are 100
+    assert 0.2 < recall(few[1], exact).mean() < 1
+    assert (np.diff(few[0]) <= 0).all()
+    more = open_index(X, IndexSettings("ivf_flat", nlist=12, nprobe=12), tmp_path).search(Q, 100)
+    assert recall(more[1], exact).mean() == 1
+    assert len(list(tmp_path.glob("*.faiss"))) == 1  # how it is searched is no part of what is stored
+
+
+def test_it_is_built_once_and_again_when_damaged_or_of_other_rows(tmp_path, vectors, caplog):
+    caplog.set_level(logging.INFO)
+    Q, X = vectors
+    settings = IndexSettings("ivf_flat", nlist=8, nprobe=8)
+
+    def said() -> str:
+        caplog.clear()
+        ids = open_index(X, settings, tmp_path).search(Q, 5)[1]
+        np.testing.assert_array_equal(ids, brute_force(Q, X, 5))
+        return caplog.text
+
+    first = said()
+    assert "500 x 16, 0.00 GB" in first
+    assert "about" in first
+    (path,) = tmp_path.glob("*.faiss")
+    assert f"{path} loaded" in said()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    for damaged in (bytes(data), path.read_bytes()[:100], b""):
+        path.write_bytes(damaged)
+        assert f"{path} is damaged" in said()
+        assert f"{path} loaded" in said()
+    path.with_suffix(".json").unlink()
+    assert "is damaged" in said()
+    other = X.copy()
+    other[3] = -other[3]
+    open_index(other, settings, tmp_path)
+    assert len(list(tmp_path.glob("*.faiss"))) == 2
+
+
+def test_defaults_follow_the_guidelines():
+    assert with_defaults(IndexSettings("ivf_flat"), 10**6, 2048).nlist == 4000
+    assert with_defaults(IndexSettings("ivf_pq"), 10**7, 2048).nlist == 2**16
+    assert with_defaults(IndexSettings("ivf_pq"), 10**9, 2048).nlist == 2**20
+    assert with_defaults(IndexSettings("ivf_pq"), 10**6, 1280).pq_m == 64
+    assert with_defaults(IndexSettings("hnsw"), 10**6, 2048).M == 32
+    full = with_defaults(IndexSettings("ivf_pq", nlist=77, nprobe=5, pq_m=32), 10**6, 2048)
+    assert (full.nlist, full.nprobe, full.pq_m) == (77, 5, 32)
+    pq = with_defaults(IndexSettings("ivf_pq"), 10**6, 2048)
+    assert 70e6 < memory(pq, 10**6, 2048)[0] < 110e6
+    assert memory(with_defaults(IndexSettings("hnsw"), 10**6, 2048), 10**6, 2048)[0] == 10**6 * (4 * 2048 + 256)
+
+
+def test_settings_that_do_not_fit_are_named(tmp_path, vectors):
+    Q, X = vectors
+    for settings, message in (
+        (IndexSettings("ivf_flat", nlist=501), "nlist=501: more lists than the 500 rows"),
+        (IndexSettings("ivf_pq", pq_m=5), "pq_m=5: descriptors of 16"),
+        (IndexSettings("annoy"), "kind=annoy"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_index(X, settings, tmp_path)
+    with pytest.raises(InputError, match="at least 256 rows, there are 200"):
+        open_index(X[:200], IndexSettings("ivf_pq"), tmp_path)
+    with pytest.raises(InputError, match=r"k: expected 1\.\.500"):
+        open_index(X, IndexSettings("flat_fp16"), tmp_path).search(Q, 501)
+
+
+def test_an_evaluation_says_which_index_it_used_and_how_far_from_exact(data, tmp_path, capsys):
+    exact = run(tmp_path, *mini(data))
+    assert "index" not in exact["about"]
+    found = run(tmp_path, *mini(data), "index=ivf_flat", "index.nlist=6", "index.nprobe=1", "k=6", "rerank=none")
+    assert found["dataset"] == f"{exact['dataset']} (ivf_flat, approximate)"
+    about = found["about"]["index"]
+    assert about["settings"] == {"kind": "ivf_flat", "nlist": 6, "nprobe": 1, "candidates": 1}
+    compared = about["compared"]
+    assert compared["queries"] == 6
+    assert 0 < compared["recall"] <= 1
+    for name, value in found["metrics"]["search"]["map"].items():
+        difference = compared["map_difference"][name]
+        assert value - difference == pytest.approx(exact["metrics"]["search"]["map"][name], abs=1e-12)
+        assert difference <= 1e-12  # what is not listed adds nothing
+    said = " ".join(capsys.readouterr().out.split())
+    assert "approximate search: kind ivf_flat" in said
+    assert "against exact, 6 queries: recall@6" in said
+    whole = run(tmp_path, *mini(data), "index=flat_fp16")  # all 24 rows are listed
+    assert whole["metrics"] == exact["metrics"]
+    assert json.dumps(whole["about"]["index"]["compared"]["map_difference"]) == json.dumps(
+        dict.fromkeys(("easy", "medium", "hard"), 0.0)
+    )

@@ -1,0 +1,300 @@
+"""Float16 stores, skipped rows, one pass for search and ranks, merging of parts: equal to brute force."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from test_search import brute_force, unit, with_duplicates
+
+from superglobal.data.revisited import load_ground_truth
+from superglobal.errors import InputError
+from superglobal.retrieval.ranks import exact_ranks, search_and_rank
+from superglobal.retrieval.rerank import rerank
+from superglobal.retrieval.scoring import evaluate
+from superglobal.retrieval.search import merge_shortlists, search
+from superglobal.retrieval.store import DescriptorStore, fingerprint
+from superglobal.retrieval.vectors import concat
+
+ROOT = Path(__file__).parents[1]
+ABOUT = {"weights": "w"}
+
+
+def names(count: int) -> list[str]:
+    return [f"image{i}" for i in range(count)]
+
+
+def store_of(folder: Path, X: np.ndarray, dtype: str = "float32", skipped=(), shard_rows: int = 40) -> DescriptorStore:
+    store = DescriptorStore.open_or_create(folder, ABOUT, names(len(X)), X.shape[1], shard_rows, dtype=dtype)
+    kept = np.setdiff1d(np.arange(len(X)), skipped)
+    store.write_rows(kept, X[kept])
+    store.skip(np.asarray(skipped, np.int64))
+    store.flush()
+    return store
+
+
+def without(X: np.ndarray, skipped: np.ndarray, Q: np.ndarray, k: int, exclude=None) -> np.ndarray:
+    """`brute_force` over the rows that are left."""
+    kept = np.setdiff1d(np.arange(len(X)), skipped)
+    lists = brute_force(Q, X[kept], len(kept))
+    rows = [[i for i in kept[one] if exclude is None or i != exclude[q]][:k] for q, one in enumerate(lists)]
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_batches_come_back_normalised_and_rounded(tmp_path, dtype):
+    X = unit(np.random.default_rng(0), 100, 16) * np.float32(1.0005)
+    store = store_of(tmp_path / "s", X, dtype)
+    expected = X if dtype == "float32" else (X / np.linalg.norm(X.astype(np.float64), axis=1)[:, None]).astype(dtype)
+    again = DescriptorStore.open(tmp_path / "s")
+    for one in (store, again):
+        assert one.block(0, 100).dtype == np.float32
+        np.testing.assert_array_equal(one.block(0, 100), expected.astype(np.float32))
+        np.testing.assert_array_equal(one.block(35, 85), expected[35:85].astype(np.float32))
+        ids = np.array([[99, 0], [40, 39]])
+        np.testing.assert_array_equal(one.take(ids), expected[ids].astype(np.float32))
+    assert np.load(tmp_path / "s" / "shard-00000.npy").dtype == dtype
+    assert again.manifest["dtype"] == dtype
+
+
+def test_dtypes_are_never_mixed(tmp_path):
+    X = unit(np.random.default_rng(0), 30, 8)
+    assert fingerprint(ABOUT, names(30)) == fingerprint(ABOUT, names(30), "float32")
+    assert fingerprint(ABOUT, names(30)) != fingerprint(ABOUT, names(30), "float16")
+    # Written down before float16 existed: stores of then are found again.
+    assert fingerprint({"a": 1}, ["x"])[:16] == "dd27e89697673df6"
+    fine = store_of(tmp_path / "fine", X)
+    with pytest.raises(InputError, match="dtype float32, wanted float16"):
+        DescriptorStore.open_or_create(tmp_path / "fine", ABOUT, names(30), 8, dtype="float16")
+    rounded = DescriptorStore.open_or_create(tmp_path / "rounded", ABOUT, names(30), 8, dtype="float16")
+    assert rounded.adopt(fine) == 30  # rounding is what writing does
+    np.testing.assert_array_equal(rounded.block(0, 30), store_of(tmp_path / "direct", X, "float16").block(0, 30))
+    empty = DescriptorStore.open_or_create(tmp_path / "empty", ABOUT, names(30), 8)
+    assert empty.adopt(rounded) == 0
+    assert len(empty.missing) == 30
+
+
+def test_a_bad_row_of_a_batch_is_named_and_nothing_is_written(tmp_path):
+    store = DescriptorStore.open_or_create(tmp_path / "s", ABOUT, names(9), 8)
+    X = unit(np.random.default_rng(0), 3, 8)
+    for row, value, message in ((1, np.nan, "row 5 has norm nan"), (2, 0.0, r"row 6 has norm 0\.0")):
+        bad = X.copy()
+        bad[row] *= value
+        with pytest.raises(InputError, match=message):
+            store.write_rows(np.array([4, 5, 6]), bad)
+    with pytest.raises(InputError, match=r"row 9 is outside 0\.\.8"):
+        store.write_rows(np.array([7, 8, 9]), X)
+    with pytest.raises(InputError, match="row 4, 5 has shape"):
+        store.write_rows(np.array([4, 5]), X)
+    store.flush()
+    assert len(store.missing) == 9
+
+
+def test_a_store_that_claims_another_dtype_is_damaged(tmp_path):
+    store_of(tmp_path / "s", unit(np.random.default_rng(0), 9, 8))
+    path = tmp_path / "s" / "manifest.json"
+    whole = json.loads(path.read_text())
+    for key, value, message in (
+        ("dtype", "int8", "damaged"),
+        ("dtype", "float16", "expected"),
+        ("rows", -1, "damaged"),
+    ):
+        path.write_text(json.dumps({**whole, key: value}))
+        with pytest.raises(InputError, match=message):
+            DescriptorStore.open(tmp_path / "s")
+
+
+def test_opening_does_not_read_the_names(tmp_path):
+    store_of(tmp_path / "s", unit(np.random.default_rng(0), 9, 8))
+    (tmp_path / "s" / "names.json").unlink()
+    assert DescriptorStore.open(tmp_path / "s").block(0, 9).shape == (9, 8)
+    assert len(DescriptorStore.open_or_create(tmp_path / "s", ABOUT, names(9), 8, 40).missing) == 0
+
+
+@settings(max_examples=20, deadline=None, phases=(Phase.generate,))
+@given(data=st.data())
+def test_one_pass_equals_brute_force_without_the_skipped(tmp_path_factory, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    n = data.draw(st.integers(8, 120), label="N")
+    X = with_duplicates(rng, n, 6, data.draw(st.integers(1, n), label="distinct"))
+    dtype = data.draw(st.sampled_from(["float32", "float16"]))
+    skipped = np.sort(rng.permutation(n)[: data.draw(st.integers(0, 4), label="skipped")])
+    folder = tmp_path_factory.mktemp("s") / "s"
+    store = store_of(folder, X, dtype, skipped)
+    X = store.block(0, n)
+    Q = np.concatenate([unit(rng, 3, 6), X[np.setdiff1d(np.arange(n), skipped)[:1]]])
+    exclude = rng.integers(n, size=4) if data.draw(st.booleans(), label="exclude") else None
+    k = data.draw(st.integers(1, n - len(skipped) - (exclude is not None)), label="k")
+    left = [np.setdiff1d(np.arange(n), [*skipped, *([] if exclude is None else [exclude[q]])]) for q in range(4)]
+    targets = [rng.permutation(one)[: data.draw(st.integers(0, len(one)))] for one in left]
+    rows = data.draw(st.sampled_from([1, 7, 50, 1000]), label="block_rows")
+    options = {"block_rows": rows, "exclude": exclude}
+    (scores, ids), ranks = search_and_rank(Q, store, k, targets, **options)
+    whole = [without(X, skipped, Q[q : q + 1], n, None if exclude is None else exclude[q : q + 1])[0] for q in range(4)]
+    np.testing.assert_array_equal(ids, [one[:k] for one in whole])
+    for one, wanted, order in zip(ranks, targets, whole, strict=True):
+        np.testing.assert_array_equal(one, [np.flatnonzero(order == i)[0] for i in wanted])
+    alone = search(Q, store, k, **options)
+    assert np.array_equal(alone[0], scores)
+    assert np.array_equal(alone[1], ids)
+    for one, other in zip(exact_ranks(Q, store, targets, **options), ranks, strict=True):
+        assert np.array_equal(one, other)
+    if importlib.util.find_spec("faiss"):
+        assert np.array_equal(search(Q, store, k, backend="faiss", **options)[1], ids)
+
+
+def test_rows_in_rising_order_of_score_stay_few(monkeypatch):
+    """The worst order for a list: every block is better than all before it."""
+    rng = np.random.default_rng(3)
+    X = unit(rng, 20000, 16)
+    Q = unit(rng, 2, 16)
+    X = X[np.argsort(X @ Q[0])]
+    X[-6000:-3000] = X[-1]
+    np.testing.assert_array_equal(search(Q, X, 50, block_rows=512)[1], brute_force(Q, X, 50))
+
+
+def test_skipped_rows_are_refused_where_they_are_asked_for(tmp_path):
+    rng = np.random.default_rng(1)
+    X, Q = unit(rng, 60, 8), unit(rng, 2, 8)
+    rows = concat(X[:10], store_of(tmp_path / "s", X[10:], skipped=[3, 7]))
+    assert rows.skipped.tolist() == [13, 17]
+    with pytest.raises(InputError, match="image 13 was skipped"):
+        exact_ranks(Q, rows, [[0], [13]])
+    with pytest.raises(InputError, match=r"k: expected 1\.\.58"):
+        search(Q, rows, 59)
+    ids = search(Q, rows, 58)[1]
+    np.testing.assert_array_equal(ids, without(X, [13, 17], Q, 58))
+    assert not np.isin(rerank(Q, rows, ids, 20)[1], [13, 17]).any()
+    with pytest.raises(InputError, match="row 17 was skipped"):
+        rerank(Q, rows, [[1, 17], [2, 3]])
+
+
+def test_damage_to_a_stored_row_is_seen_while_searching(tmp_path):
+    X = unit(np.random.default_rng(2), 90, 8)
+    store_of(tmp_path / "s", X)
+    shard = np.load(tmp_path / "s" / "shard-00001.npy", mmap_mode="r+")
+    shard[5, 2] = np.nan
+    shard.flush()
+    with pytest.raises(InputError, match="row 45 has NaN"):
+        search(X[:2], DescriptorStore.open(tmp_path / "s"), 5)
+
+
+@settings(max_examples=20, deadline=None, phases=(Phase.generate,))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+def test_parts_searched_apart_are_the_whole(seed, count):
+    rng = np.random.default_rng(seed)
+    X = with_duplicates(rng, 90, 5, 25)
+    Q = unit(rng, 4, 5)
+    starts = [0, *np.sort(rng.choice(np.arange(1, 90), count, replace=False))]
+    pieces = np.split(X, starts[1:])
+    parts = [search(Q, piece, min(12, len(piece)), dtype=np.float64) for piece in pieces]
+    scores, ids = merge_shortlists(parts, 12, starts)
+    expected = search(Q, X, 12, dtype=np.float64)
+    np.testing.assert_array_equal(ids, expected[1])
+    np.testing.assert_array_equal(scores, expected[0])
+
+
+def test_lists_that_cannot_be_merged_are_refused():
+    Q = X = unit(np.random.default_rng(0), 20, 5)
+    part = search(Q, X, 4, dtype=np.float64)
+    with pytest.raises(InputError, match="float32; search"):
+        merge_shortlists([search(Q, X, 4)])
+    with pytest.raises(InputError, match="in two of them"):
+        merge_shortlists([part, part])
+    scores, ids = merge_shortlists([part, (part[0], np.full_like(part[1], -1))], 6)
+    assert (ids[:, 4:] == -1).all()
+    assert np.isneginf(scores[:, 4:]).all()
+    np.testing.assert_array_equal(ids[:, :4], part[1])
+
+
+def test_fifty_thousand_float16_rows_under_the_real_ground_truth(tmp_path, shared_data):
+    """Ranks beyond the shortlist among distractors, against a full sort of float64 scores."""
+    rng = np.random.default_rng(7)
+    gnd = load_ground_truth(shared_data / "gnd" / "gnd_roxford5k.pkl")
+    X = unit(rng, 50_000, 64)
+    Q = unit(rng, len(gnd.gnd), 64)
+    for q, one in zip(Q, gnd.gnd, strict=True):
+        near = np.concatenate([one["easy"], one["hard"]])
+        X[near] += q * rng.uniform(0, 1, (len(near), 1)).astype(np.float32)
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    store = store_of(tmp_path / "s", X, "float16", shard_rows=16384)
+    result = evaluate(Q, store, gnd.gnd)
+    X = store.block(0, len(X)).astype(np.float64)
+    for query in range(0, len(Q), 7):
+        order = np.argsort(-(X @ Q[query].astype(np.float64)), kind="stable")
+        one = gnd.gnd[query]
+        for name, positive, ignored in (
+            ("easy", one["easy"], np.concatenate([one["junk"], one["hard"]])),
+            ("medium", np.concatenate([one["easy"], one["hard"]]), one["junk"]),
+            ("hard", one["hard"], np.concatenate([one["junk"], one["easy"]])),
+        ):
+            hits = np.flatnonzero(np.isin(order[~np.isin(order, ignored)], positive))
+            steps = [((j / r if r else 1.0) + (j + 1) / (r + 1)) / 2 for j, r in enumerate(hits)]
+            expected = np.mean(steps) if steps else np.nan
+            assert result.ap[name][query] == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+def script(*words: object, status: int = 0) -> str:
+    command = [sys.executable, str(ROOT / "scripts" / "store.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parts_that_jobs_filled_become_one_store_and_one_file(tmp_path, dtype):
+    X = unit(np.random.default_rng(0), 100, 16)
+    whole = store_of(tmp_path / "whole", X, dtype, [7]).block(0, 100)
+    for number, rows in enumerate((np.arange(0, 50), np.arange(40, 100))):
+        part = DescriptorStore.open_or_create(tmp_path / f"p{number}", ABOUT, names(100), 16, 40, dtype=dtype)
+        rows = rows[rows != 7]
+        part.write_rows(rows, X[rows])
+        part.skip(np.array([7][number:]))
+        part.flush()
+    script("merge", tmp_path / "p0", tmp_path / "p1", "--into", tmp_path / "m")
+    merged = DescriptorStore.open(tmp_path / "m")
+    np.testing.assert_array_equal(merged.block(0, 100), whole)
+    assert merged.skipped.tolist() == [7]
+    assert "99 rows are sound, 1 skipped, 0 missing" in script("verify", tmp_path / "m", "--record")
+    about = json.loads(script("info", tmp_path / "m"))
+    assert (about["rows"], about["written"], about["dtype"], about["identity"]) == (100, 99, dtype, ABOUT)
+    kept = np.setdiff1d(np.arange(100), [7])
+    script("export", tmp_path / "m", tmp_path / "x.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), whole[kept].astype(dtype))
+    assert (tmp_path / "x.txt").read_text().split() == [f"image{i}" for i in kept]
+    script("export", tmp_path / "m", tmp_path / "x.parquet")
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert table["name"].to_pylist() == [f"image{i}" for i in kept]
+    np.testing.assert_array_equal(np.array(table["descriptor"].to_pylist(), dtype), whole[kept].astype(dtype))
+
+
+def test_what_verify_and_merge_refuse(tmp_path):
+    X = unit(np.random.default_rng(0), 50, 16)
+    for name in ("a", "b"):
+        store_of(tmp_path / name, X)
+    script("verify", tmp_path / "a", "--record")
+    shard = np.load(tmp_path / "a" / "shard-00000.npy", mmap_mode="r+")
+    shard[3] = shard[4]
+    shard.flush()
+    assert "shard-00000.npy: other bytes" in script("verify", tmp_path / "a", status=2)
+    merge = ("merge", tmp_path / "a", tmp_path / "b", "--into", tmp_path / "m")
+    assert "row 3 differs" in script(*merge, status=2)
+    shard[3] *= 2
+    shard.flush()
+    assert "row 3 has norm 2" in script("verify", tmp_path / "a", status=2)
+    other = DescriptorStore.open_or_create(tmp_path / "c", {"weights": "v"}, names(50), 16)
+    assert "not the same fingerprint" in script(
+        "merge", tmp_path / "b", other.folder, "--into", tmp_path / "n", status=2
+    )
+    assert "50 of 50 descriptors are missing" in script("export", other.folder, tmp_path / "x.npy", status=2)
+    assert "ends with .npy or .parquet" in script("export", tmp_path / "b", tmp_path / "x.csv", status=2)
+    (tmp_path / "b" / "names.json").write_text(json.dumps(names(49)))
+    assert "names.json or the manifest" in script("verify", tmp_path / "b", status=2)
