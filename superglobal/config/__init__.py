@@ -23,6 +23,8 @@ from superglobal.config.evaluation import (
     IndexConfig,
     PicturesConfig,
     RerankConfig,
+    StatisticsConfig,
+    rerank_parameters,
 )
 from superglobal.config.training import DataConfig, FitConfig, HeadConfig, OptimConfig, TrainConfig, ValidationConfig
 from superglobal.config.tuning import SpaceConfig, TuneConfig
@@ -44,12 +46,14 @@ __all__ = [
     "PoolingSettings",
     "RerankConfig",
     "SpaceConfig",
+    "StatisticsConfig",
     "TrainConfig",
     "TrainerConfig",
     "TuneConfig",
     "ValidationConfig",
     "pooling_overrides",
     "register",
+    "rerank_parameters",
 ]
 
 

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from superglobal.api import load_model
 from superglobal.checks import validated
-from superglobal.config import EvalConfig, pooling_overrides
+from superglobal.config import EvalConfig, RerankConfig, pooling_overrides, rerank_parameters
 from superglobal.data.folder import folder_set
 from superglobal.data.images import ImageItem
 from superglobal.data.revisited import revisited_set
@@ -34,9 +34,10 @@ from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval import report
 from superglobal.retrieval.metrics import LABELS, REVISITED, RetrievalResult
 from superglobal.retrieval.pictures import draw_sheet
-from superglobal.retrieval.rerank import rerank
+from superglobal.retrieval.rerankers import apply_reranker
 from superglobal.retrieval.scoring import evaluate as score
 from superglobal.retrieval.search import search
+from superglobal.retrieval.statistics import database_statistics, stored_statistics
 from superglobal.retrieval.tables import merge
 from superglobal.retrieval.vectors import Rows, as_rows, concat
 
@@ -58,6 +59,15 @@ class Inputs:
     distractors: list[ImageItem]
     about: dict[str, Any] = field(default_factory=dict)
 
+    def query_block(self) -> np.ndarray:
+        """(Q, D) float32."""
+        return self.queries.block(0, len(self.queries))
+
+    def exclude(self) -> np.ndarray | None:
+        """The id that each query must not find, its own, where the database is the queries."""
+        one_out = self.dataset is not None and self.dataset.leave_one_out
+        return np.arange(len(self.queries)) if one_out else None
+
 
 def evaluate(cfg: DictConfig, folder: Path) -> float:
     """Extract, search, rerank, score and report, as configured.
@@ -75,24 +85,40 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
     """
     config = validated(cfg, EvalConfig)
     clock = Clock()
+    found = gathered(config, clock)
+    if isinstance(found, str):
+        log.info("ablation=%s: n/a, %s", config.ablation, found)
+        report.write_without_numbers(folder, asdict(config), "n/a", found)
+    return _retrieve(config, found, folder, clock) if isinstance(found, Inputs) else math.nan
+
+
+def gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
+    """The descriptors to search, extracted where they are missing, under `statistics`.
+
+    Returns the reason for a row of the ablation that does not apply, and None in all processes but the first.
+    Raises InputError for anything missing, all of it in one message.
+    """
+    found = _gathered(config, clock)
+    return _less_statistics(config, found, clock) if isinstance(found, Inputs) else found
+
+
+def _gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
     problems: list[str] = []
     dataset = _attempt(problems, _dataset, config)
     distractors = _attempt(problems, _distractors, config) or []
     if config.descriptors.query is not None:
         if problems:
             raise InputError("\n".join(problems))
-        return _retrieve(config, _own_descriptors(config, dataset, distractors), folder, clock)
+        return _own_descriptors(config, dataset, distractors)
     network = _attempt(problems, _network, config)
     lists = _checked_lists(config, dataset, distractors, problems, clock)
     assert dataset is not None
     assert network is not None
     if config.ablation in _RELUP_ROWS and not has_relup(network.backbone.net):
-        return _not_applicable(config, folder)
+        return "this backbone has no plain ReLUs for ReLUP"
     trainer = make_trainer(config.trainer, logger=False, enable_checkpointing=False, inference_mode=True)
     inputs = _extracted(config, network, lists, trainer, clock)
-    if not trainer.is_global_zero:
-        return math.nan
-    return _retrieve(config, replace(inputs, dataset=dataset, distractors=distractors), folder, clock)
+    return replace(inputs, dataset=dataset, distractors=distractors) if trainer.is_global_zero else None
 
 
 def _attempt(problems: list[str], read: Callable[[EvalConfig], T], config: EvalConfig) -> T | None:
@@ -215,32 +241,74 @@ def _network(config: EvalConfig) -> RetrievalNetwork:
     )
 
 
-def _search_device(config: EvalConfig) -> str:
+def _less_statistics(config: EvalConfig, inputs: Inputs, clock: Clock) -> Inputs:
+    """All descriptors without the searched database's mean, or whitened, as `statistics` says."""
+    s = config.statistics
+    if s.kind == "none":
+        return inputs
+    with clock.time("statistics"):
+        stores = inputs.about.get("stores")
+        if stores is None:
+            # Own descriptors have no fingerprint to know them by.
+            found, fingerprint = database_statistics(inputs.database, s.kind, s.dims), None
+        else:
+            fingerprints = [stores[title]["fingerprint"] for title in ("database", "distractors") if title in stores]
+            place = Path(config.paths.stores)
+            found, fingerprint = stored_statistics(inputs.database, s.kind, s.dims, place, fingerprints)
+    about = {**asdict(s), "rows": found.rows, "fingerprint": fingerprint, "learned_on": "the searched database"}
+    return replace(
+        inputs,
+        queries=found.apply(inputs.queries, "queries"),
+        database=found.apply(inputs.database, "database"),
+        about={**inputs.about, "statistics": about},
+    )
+
+
+def shortlist_size(k: int, rerank: RerankConfig, inputs: Inputs) -> int:
+    """Results kept per query: k, or what is reranked if that is more, or all that a query can find.
+
+    Raises:
+        InputError: a query can find nothing.
+    """
+    reachable = len(inputs.database) - (inputs.exclude() is not None)
+    if reachable < 1:
+        raise InputError("nothing to search: leave-one-out needs at least two photos")
+    return min(max(k, rerank.M or 1 if rerank.enabled else 1), reachable)
+
+
+def search_device(config: EvalConfig) -> str:
     """FAISS searches on the CPU; torch wherever extraction runs."""
     gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "cuda" if gpu and config.index.backend != "faiss" else "cpu"
 
 
 def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) -> float:
-    X, dataset, device = inputs.database, inputs.dataset, _search_device(config)
-    Q = inputs.queries.block(0, len(inputs.queries))
-    exclude = np.arange(len(Q)) if dataset is not None and dataset.leave_one_out else None
-    reachable = len(X) - (exclude is not None)
-    if reachable < 1:
-        raise InputError("nothing to search: leave-one-out needs at least two photos")
-    k = min(max(config.k, config.rerank.M if config.rerank.enabled else 1), reachable)
+    X, dataset, device = inputs.database, inputs.dataset, search_device(config)
+    Q, exclude = inputs.query_block(), inputs.exclude()
+    k = shortlist_size(config.k, config.rerank, inputs)
     with clock.time("search"):
         stages = {"search": search(Q, X, k, backend=config.index.backend, device=device, exclude=exclude)}
+    counted: dict[str, tuple[np.ndarray, Rows, np.ndarray | None]] = {"search": (Q, X, None)}
     if config.rerank.enabled:
-        r = config.rerank
         with clock.time("rerank"):
-            stages["rerank"] = rerank(Q, X, stages["search"][1], r.M, r.K, r.beta, device=device)
+            second = apply_reranker(
+                config.rerank.kind,
+                rerank_parameters(config.rerank),
+                Q,
+                X,
+                stages["search"][1],
+                exclude=exclude,
+                backend=config.index.backend,
+                device=device,
+                folder=folder,
+            )
+        stages["rerank"] = second.scores, second.ids
+        counted["rerank"] = second.queries, second.database, second.shortlist
     results: dict[str, RetrievalResult] = {}
     if dataset is not None and dataset.gnd is not None:
         with clock.time("score"):
-            for name, (_, order) in stages.items():
-                shortlist = order if name == "rerank" else None
-                results[name] = score_set(dataset, Q, X, shortlist, exclude, device, config.seed)
+            for name, (queries, searched, shortlist) in counted.items():
+                results[name] = score_set(dataset, queries, searched, shortlist, exclude, device, config.seed)
     names = _names(inputs)
     summary = report.summarise(asdict(config), inputs.about, names, results, clock.times)
     report.write_result(folder, summary, results, stages, names)
@@ -283,13 +351,6 @@ def _names(inputs: Inputs) -> report.Names:
 
 def _relative(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-
-
-def _not_applicable(config: EvalConfig, folder: Path) -> float:
-    reason = "this backbone has no plain ReLUs for ReLUP"
-    log.info("ablation=%s: n/a, %s", config.ablation, reason)
-    report.write_without_numbers(folder, asdict(config), "n/a", reason)
-    return math.nan
 
 
 class Clock:

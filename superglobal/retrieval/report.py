@@ -26,11 +26,13 @@ from rich.table import Table
 
 from superglobal.files import write_atomically
 from superglobal.retrieval.metrics import RetrievalResult
+from superglobal.retrieval.rerankers import describe
 
 FORMAT = "superglobal-result-1"
 TEST_MARK = "(test set)"
 """What `tuned_on` ends with where settings were chosen on a test set."""
 _LISTED = 100
+_STATISTICS = {"mean": "less the mean", "whiten": "whitened by the covariance"}
 _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-headless", "faiss-cpu", "faiss-gpu")
 
 Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -175,7 +177,10 @@ def write_without_numbers(folder: Path, config: Any, status: str, reason: str) -
 def _modules(summary: Mapping[str, Any]) -> str:
     """Which modules made these numbers: the default is what the weights were trained with, and hard to guess."""
     rerank = summary["config"]["rerank"]
-    after = f"rerank M={rerank['M']} K={rerank['K']} beta={rerank['beta']}" if rerank["enabled"] else "no rerank"
+    after = f"rerank {describe(rerank)}" if rerank["enabled"] else "no rerank"
+    statistics = summary["about"].get("statistics")
+    if statistics is not None:
+        after = f"{_STATISTICS[statistics['kind']]} of {statistics['rows']} searched images; {after}"
     network = summary["about"].get("network")
     if network is None:
         return after

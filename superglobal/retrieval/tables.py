@@ -17,6 +17,7 @@ from superglobal.errors import InputError
 from superglobal.files import EXPORT, write_atomically
 from superglobal.retrieval.metrics import cluster_interval
 from superglobal.retrieval.report import FORMAT, TEST_MARK, console, main_metric, main_protocol, percent
+from superglobal.retrieval.rerankers import describe
 
 SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")
 LADDER: dict[str, tuple[bool, ...]] = {
@@ -103,6 +104,7 @@ def _table(folder: Path, results: list[dict[str, Any]]) -> tuple[list[str], list
         results, key=lambda r: (r["dataset"], networks.index(str(r["weights"])), order.get(r["label"], len(order)))
     )
     settings = [flat(result["config"]) for result in results]
+    _join_kinds(settings, results)
     ladder = [result["label"] in order for result in results]
     # A row of the ablation says by its name which modules are on.
     differing = _differing(settings, hidden=_ABLATED if all(ladder) else ())
@@ -126,6 +128,16 @@ def _table(folder: Path, results: list[dict[str, Any]]) -> tuple[list[str], list
             gain = ["n/a" if result["status"] != "failed" else "failed"] * 2
         cells.append([*place, *values, *(numbers.get(name, gain[0]) for name in names), *gain])
     return columns, cells
+
+
+def _join_kinds(settings: list[dict[str, Any]], results: Sequence[Mapping[str, Any]]) -> None:
+    """Rerankings of several kinds have no parameters in common: one column says kind and parameters."""
+    kinds = {setting.get("rerank.kind", "superglobal") for setting in settings if setting.get("rerank.enabled")}
+    if len(kinds) > 1:
+        for setting, result in zip(settings, results, strict=True):
+            for key in [key for key in setting if key.startswith("rerank.")]:
+                del setting[key]
+            setting["rerank"] = describe(result["config"]["rerank"])
 
 
 def _short_names(networks: Sequence[str]) -> dict[str, str]:
