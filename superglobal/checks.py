@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from superglobal.config import (
+    CompareConfig,
     DatasetConfig,
     EvalConfig,
     HeadConfig,
@@ -34,7 +35,7 @@ _TABLES = ("train_clean.csv", "train.csv")
 _OPTIMISERS = ("sgd", "adamw")
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
 _BATCH_NORMS = ("train", "frozen", "sync")
-C = TypeVar("C", EvalConfig, TrainConfig, TuneConfig)
+C = TypeVar("C", EvalConfig, CompareConfig, TrainConfig, TuneConfig)
 
 
 def validated(cfg: DictConfig, schema: type[C]) -> C:

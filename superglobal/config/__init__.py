@@ -16,6 +16,7 @@ from superglobal.config.common import (
     pooling_overrides,
 )
 from superglobal.config.evaluation import (
+    CompareConfig,
     DatasetConfig,
     DescriptorsConfig,
     DistractorsConfig,
@@ -31,6 +32,7 @@ from superglobal.config.tuning import SpaceConfig, TuneConfig
 
 __all__ = [
     "BackboneConfig",
+    "CompareConfig",
     "DataConfig",
     "DatasetConfig",
     "DescriptorsConfig",
@@ -60,5 +62,6 @@ __all__ = [
 def register() -> None:
     """Make the schemas known to Hydra; called by the entry points before composing."""
     ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
+    ConfigStore.instance().store(name="compare_schema", node=CompareConfig)
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     ConfigStore.instance().store(name="tune_schema", node=TuneConfig)

@@ -163,3 +163,15 @@ class EvalConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
     ablation: str | None = None
     seed: int = 0
+
+
+@dataclass
+class CompareConfig(EvalConfig):
+    """Everything `scripts/compare_rerankers.py` takes: what `eval.py` takes, and `rerankers` in place of `rerank`.
+
+    Args:
+        rerankers: options of `conf/rerank`, each with settings of its own behind it, such as "superglobal K=1"; the
+            first is what the others are compared with.
+    """
+
+    rerankers: list[str] = field(default_factory=list)

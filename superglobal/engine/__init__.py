@@ -1,8 +1,9 @@
 """Puts the parts together: the only package that knows them all."""
 
 from superglobal.engine.common import TrainingSweep, sweeping
+from superglobal.engine.comparing import compare
 from superglobal.engine.evaluating import MergedTable, evaluate
 from superglobal.engine.fitting import train
 from superglobal.engine.tuning import tune
 
-__all__ = ["MergedTable", "TrainingSweep", "evaluate", "sweeping", "train", "tune"]
+__all__ = ["MergedTable", "TrainingSweep", "compare", "evaluate", "sweeping", "train", "tune"]

@@ -8,6 +8,7 @@ Neighbourhood in one direction is cheap: in a weak space a few rows are everybod
 into every refinement and, by its max, into every component of the expanded query. A mutual neighbour is evidence from
 both sides, needs no threshold on similarities, whose scale differs from network to network, and costs nothing: it is
 all in the Gram matrix that is there already. A mean takes a wrong member with its share, a max in full.
+Form and constants were chosen on rendered landmarks: docs/reranking.md.
 """
 
 from typing import Any
@@ -27,8 +28,8 @@ def rerank_mutual(
     X: Any,
     ids: Any,
     M: int = 400,
-    K: int = 9,
-    beta: float = 0.15,
+    K: int = 5,
+    beta: float = 0.3,
     k_query: int = 5,
     *,
     device: str | torch.device | None = None,
