@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -149,6 +152,10 @@ def _resident(reset: bool) -> float | None:
     """Peak of this process's memory in MB since the last reset, by Linux's /proc."""
     try:
         if reset:
+            # What was freed before is to be asked for again, and not be there for nothing.
+            gc.collect()
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))

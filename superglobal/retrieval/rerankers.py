@@ -59,7 +59,8 @@ def describe(settings: Mapping[str, Any]) -> str:
     if not settings["enabled"]:
         return "none"
     kind = settings.get("kind", "superglobal")
-    defaults = parameters(kind)
+    # A table also has the runs that failed for it.
+    defaults = parameters(kind) if kind in KINDS else {}
     # Words and switches are told where they are not what the kind is known for.
     told = {n: settings[n] for n, d in defaults.items() if settings.get(n) is not None}
     shown = {n: v for n, v in told.items() if not isinstance(v, str | bool) or v != defaults[n]}

@@ -40,7 +40,7 @@ _UNTOLD = (
     "pooling.tuned_on",
     "rerank.tuned_on",
 )
-_ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled")
+_ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled", "rerank")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
