@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superglobal.errors import InputError
+from superglobal.retrieval import rerankers
 from superglobal.retrieval.diffusion import diffuse
 from superglobal.retrieval.expansion import augment_database, expand_queries
 from superglobal.retrieval.kreciprocal import kreciprocal
@@ -354,6 +355,16 @@ def test_a_second_search_ranks_the_whole_database_anew():
     np.testing.assert_array_equal(adba.ids, search(Q, augment_database(X, 5, 3.0), 20)[1])
     own = apply_reranker("kreciprocal", completed("kreciprocal", {"M": 10}), Q, X, ids)
     np.testing.assert_array_equal(own.shortlist, kreciprocal(Q, X, ids, 10)[1])
+
+
+def test_a_database_too_large_for_memory_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(rerankers, "_IN_MEMORY", 0)
+    rng = np.random.default_rng(16)
+    X, Q = as_rows(clustered(rng, 60)), clustered(rng, 4)
+    ids = search(Q, X, 20)[1]
+    got = apply_reranker("adba", {"n": 5, "alpha": 3.0}, Q, X, ids, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    np.testing.assert_array_equal(got.database.block(0, 60), augment_database(X, 5).block(0, 60))
 
 
 def test_every_kind_says_its_parameters():
