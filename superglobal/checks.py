@@ -10,13 +10,16 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from superglobal.config import (
+    CompareConfig,
     DatasetConfig,
     EvalConfig,
     ExtractionConfig,
     HeadConfig,
     IndexConfig,
+    RerankConfig,
     TrainConfig,
     TuneConfig,
+    rerank_parameters,
 )
 from superglobal.errors import InputError
 from superglobal.models.fast import PRECISIONS
@@ -25,7 +28,10 @@ from superglobal.models.network import SCALES, make_scales
 from superglobal.models.pooling import relup_mode
 from superglobal.retrieval.index import KINDS
 from superglobal.retrieval.landmark_scoring import VOTES
+from superglobal.retrieval.rerank import SECOND
+from superglobal.retrieval.rerankers import completed
 from superglobal.retrieval.search import BACKENDS
+from superglobal.retrieval.statistics import KINDS as STATISTICS
 from superglobal.retrieval.store import DTYPES
 from superglobal.retrieval.tables import LADDER, SWITCHES
 
@@ -36,7 +42,7 @@ _TABLES = ("train_clean.csv", "train.csv")
 _OPTIMISERS = ("sgd", "adamw")
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
 _BATCH_NORMS = ("train", "frozen", "sync")
-C = TypeVar("C", EvalConfig, TrainConfig, TuneConfig)
+C = TypeVar("C", EvalConfig, CompareConfig, TrainConfig, TuneConfig)
 
 
 def validated(cfg: DictConfig, schema: type[C]) -> C:
@@ -155,13 +161,14 @@ def _check_evaluation(config: EvalConfig) -> None:
         raise InputError("dataset=descriptors knows no images: put distractors into descriptors.database")
     if d.kind.startswith("gldv2") and config.distractors.name is not None:
         raise InputError(f"{d.name}: distractors={config.distractors.name}: GLDv2's sets have none; distractors=none")
-    if d.kind == "gldv2_recognition" and config.rerank.enabled and d.neighbours > config.rerank.M:
-        raise InputError(
-            f"dataset.neighbours={d.neighbours}, but reranking scores rerank.M={config.rerank.M} only; raise that, or "
-            "rerank=none"
-        )
+    _require_choice("distractors.unreadable", config.distractors.unreadable, ("error", "skip"))
     _check_extraction(config.extraction)
     _check_evaluation_ranges(config)
+    M = config.rerank.M
+    if d.kind == "gldv2_recognition" and config.rerank.enabled and M is not None and d.neighbours > M:
+        raise InputError(
+            f"dataset.neighbours={d.neighbours}, but reranking scores rerank.M={M} only; raise that, or rerank=none"
+        )
     _check_ablation(config)
     make_scales(config.scales)
 
@@ -260,16 +267,39 @@ def _check_evaluation_ranges(config: EvalConfig) -> None:
     _require_within(
         {
             "k": (config.k, 1, math.inf),
-            "rerank.M": (config.rerank.M, 1, math.inf),
-            "rerank.K": (config.rerank.K, 1, math.inf),
+            "statistics.dims": (config.statistics.dims, 1, math.inf),
             "trainer.num_workers": (config.trainer.num_workers, 0, math.inf),
             "pictures.queries": (config.pictures.queries, 0, math.inf),
             "pictures.ranks": (config.pictures.ranks, 1, math.inf),
             "seed": (config.seed, 0, 2**63 - 1),
         }
     )
-    if not math.isfinite(config.rerank.beta):
-        raise InputError(f"rerank.beta={config.rerank.beta}: expected a finite number")
+    _require_choice("statistics.kind", config.statistics.kind, STATISTICS)
+    if config.statistics.dims is not None and config.statistics.kind != "whiten":
+        raise InputError(f"statistics.dims={config.statistics.dims}: only statistics=whiten has axes")
+    complete_rerank(config.rerank)
+
+
+def complete_rerank(rerank: RerankConfig) -> None:
+    """Put the kind's defaults where nothing is given.
+
+    Raises:
+        InputError: a parameter that the kind does not take, or one out of range.
+    """
+    for key, value in completed(rerank.kind, rerank_parameters(rerank)).items():
+        setattr(rerank, key, value)
+    _require_within(
+        {
+            **{f"rerank.{key}": (getattr(rerank, key), 1, math.inf) for key in ("M", "K", "k1", "k2", "kq", "kd")},
+            **{f"rerank.{key}": (getattr(rerank, key), 0, math.inf) for key in ("k_query", "n")},
+            "rerank.beta": (rerank.beta, -1e6, 1e6),
+            "rerank.lambda_": (rerank.lambda_, 0, 1),
+            "rerank.alpha": (rerank.alpha, 0, 0.9999 if rerank.kind == "diffusion" else 1e3),
+            "rerank.gamma": (rerank.gamma, 1e-3, 1e3),
+        }
+    )
+    if rerank.second is not None:
+        _require_choice("rerank.second", rerank.second, SECOND)
 
 
 def _check_ablation(config: EvalConfig) -> None:

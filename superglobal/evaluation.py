@@ -32,13 +32,17 @@ _NEWS_EVERY = 30.0  # seconds
 
 @dataclass(frozen=True)
 class ExtractionList:
-    """Images that share a store: title ("database", ...), set name, images, what checking them found, their limit."""
+    """Images that share a store: title ("database", ...), set name, images, what checking them found, their limit.
+
+    One with `skips` is complete without the images that cannot be read.
+    """
 
     title: str
     name: str
     items: Sequence[ImageItem]
     checked: CheckReport
     max_side: int | None
+    skips: bool = False
 
     def lines(self) -> list[str]:
         """One line per row for the fingerprint: file name, box and content, but not where the folder lies."""
@@ -87,7 +91,10 @@ class EvaluationModule(pl.LightningModule):
         waiting. Alone, a process stops at once. Finished rows stay either way.
         """
         for number, rows, images, faults in batch:
-            self.failures += [fault for _, fault in faults]
+            if self.lists[number].skips:
+                skip_rows(self._stores_of(number), self.lists[number], faults)
+            else:
+                self.failures += [fault for _, fault in faults]
             with full_precision():
                 for group, stores in zip(self.groups, self.stores, strict=True):
                     if rows:
@@ -123,11 +130,13 @@ class EvaluationModule(pl.LightningModule):
         self, number: int, rows: list[int], descriptors: list[np.ndarray], stores: Sequence[Sequence[DescriptorStore]]
     ) -> None:
         for found, own in zip(descriptors, stores, strict=True):
-            for row, descriptor in zip(rows, found, strict=True):
-                try:
-                    own[number].write(row, descriptor)
-                except InputError as error:
-                    self.failures.append(f"{self.lists[number].items[row].path}: {error}")
+            try:
+                own[number].write_rows(np.array(rows), found)
+            except InputError as error:
+                self.failures.append(f"{self.lists[number].items[rows[0]].path} or of its batch: {error}")
+
+    def _stores_of(self, number: int) -> list[DescriptorStore]:
+        return [own[number] for group in self.stores for own in group]
 
     def _tell(self, images: int, pixels: int) -> None:
         self.images += images
@@ -159,3 +168,24 @@ class EvaluationModule(pl.LightningModule):
             failures = [failure for part in gathered for failure in part]
         if failures:
             raise InputError("\n".join(dict.fromkeys(failures)))
+
+
+def skip_rows(stores: Sequence[DescriptorStore], part: ExtractionList, faults: Sequence[tuple[int, str]]) -> None:
+    """Make rows of stores complete without a descriptor, and name the images and why in `skipped.txt` of each store.
+
+    Args:
+        stores: of these images.
+        part: the images.
+        faults: (row, why its image cannot be read).
+    """
+    if not faults:
+        return
+    for store in stores:
+        try:
+            with (store.folder / "skipped.txt").open("a", encoding="utf-8") as file:
+                file.writelines(f"{part.items[row].path}\t{' '.join(reason.split())}\n" for row, reason in faults)
+        except OSError as error:
+            raise InputError(
+                f"{store.folder}: cannot be written ({error.strerror}); free space and run again"
+            ) from error
+        store.skip(np.array([row for row, _ in faults]))

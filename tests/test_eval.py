@@ -69,7 +69,7 @@ def test_scores_are_those_of_the_public_functions(data, tmp_path):
     assert [float(r["rerank medium AP"]) for r in rows] == expected["rerank"].ap["medium"].tolist()
     assert f"{100 * expected['rerank'].map['hard']:.2f}" in text
     assert "weights random" in text
-    assert "pooling: gem_plus, regional, scale, relup on; rerank M=12 K=9 beta=0.15" in text
+    assert "pooling: gem_plus, regional, scale, relup on; rerank superglobal M=12 K=9 beta=0.15" in text
     assert got["counts"] == {"queries": 6, "database": 28}
     assert got["dataset"] == "mini+noise"
     assert (folder / "csv/metrics.csv").exists()

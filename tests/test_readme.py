@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from sets import texture, write_folders, write_revisited
 
 from superglobal.checks import validated
-from superglobal.config import EvalConfig, TrainConfig, TuneConfig, register
+from superglobal.config import CompareConfig, EvalConfig, TrainConfig, TuneConfig, register
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,7 +31,12 @@ def commands(start: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("script", "schema", "least"),
-    [("eval", EvalConfig, 8), ("train", TrainConfig, 3), ("scripts/tune_pooling", TuneConfig, 2)],
+    [
+        ("eval", EvalConfig, 8),
+        ("train", TrainConfig, 3),
+        ("scripts/tune_pooling", TuneConfig, 2),
+        ("scripts/compare_rerankers", CompareConfig, 2),
+    ],
 )
 def test_every_command_is_a_valid_configuration(script, schema, least):
     found = commands(f"python {script}.py")
@@ -39,7 +44,7 @@ def test_every_command_is_a_valid_configuration(script, schema, least):
     register()
     for command in found:
         overrides = [o for o in shlex.split(command)[2:] if o != "-m"]
-        plain = [re.sub(r"=glob\(\*\)$", "=gem", o).split(",")[0] for o in overrides]
+        plain = [re.sub(r"=glob\(\*\)$", "=gem", o if o.endswith("]") else o.split(",")[0]) for o in overrides]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             validated(compose(script.split("_")[0].split("/")[-1], overrides=plain), schema)
 

@@ -16,6 +16,7 @@ from superglobal.config.common import (
     pooling_overrides,
 )
 from superglobal.config.evaluation import (
+    CompareConfig,
     DatasetConfig,
     DescriptorsConfig,
     DistractorsConfig,
@@ -24,13 +25,16 @@ from superglobal.config.evaluation import (
     IndexConfig,
     PicturesConfig,
     RerankConfig,
+    StatisticsConfig,
     StoreConfig,
+    rerank_parameters,
 )
 from superglobal.config.training import DataConfig, FitConfig, HeadConfig, OptimConfig, TrainConfig, ValidationConfig
 from superglobal.config.tuning import SpaceConfig, TuneConfig
 
 __all__ = [
     "BackboneConfig",
+    "CompareConfig",
     "DataConfig",
     "DatasetConfig",
     "DescriptorsConfig",
@@ -47,6 +51,7 @@ __all__ = [
     "PoolingSettings",
     "RerankConfig",
     "SpaceConfig",
+    "StatisticsConfig",
     "StoreConfig",
     "TrainConfig",
     "TrainerConfig",
@@ -54,11 +59,13 @@ __all__ = [
     "ValidationConfig",
     "pooling_overrides",
     "register",
+    "rerank_parameters",
 ]
 
 
 def register() -> None:
     """Make the schemas known to Hydra; called by the entry points before composing."""
     ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
+    ConfigStore.instance().store(name="compare_schema", node=CompareConfig)
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     ConfigStore.instance().store(name="tune_schema", node=TuneConfig)

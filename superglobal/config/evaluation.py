@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -57,10 +57,15 @@ class DatasetConfig:
 
 @dataclass
 class DistractorsConfig:
-    """Images joined to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`; name null for none."""
+    """Images joined to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`; name null for none.
+
+    `unreadable` says what becomes of one that is missing or cannot be read: "error" ends the run, "skip" lists it in
+    `skipped.txt` of its store and never ranks it.
+    """
 
     name: str | None = None
     root: str = "${paths.data}"
+    unreadable: str = "error"
 
 
 @dataclass
@@ -100,16 +105,60 @@ class ExtractionConfig:
 
 @dataclass
 class RerankConfig:
-    """SuperGlobal reranking (`conf/rerank`): M images, K neighbours each, weighted by beta (method: section 3.3).
+    """Reranking (`conf/rerank`), of one kind. null is the kind's default; what a kind does not take is refused.
 
-    `tuned_on` says on which photos they were chosen, as in `PoolingSettings`.
+    Args:
+        enabled: false is no reranking.
+        kind: "superglobal" (the paper's), "mutual", "kreciprocal" or "diffusion", which reorder a shortlist; "aqe"
+            (query expansion) or "adba" (database augmentation), which search again.
+        M: images in the shortlist.
+        K, beta: superglobal, mutual: neighbours that refine a descriptor, and their weight per unit of similarity.
+        second, include_query: superglobal: what the expanded query is compared with, "refined" (the authors' code) or
+            "original" (the paper's text); whether the query joins the max.
+        k_query: mutual: how near the query must be to an image that joins its expansion.
+        k1, k2, lambda_: kreciprocal: mutual neighbours, neighbours averaged over, share of the first distance.
+        kq, kd, gamma: diffusion: where the query starts, neighbours in the graph, power of a similarity.
+        n: aqe, adba: neighbours that a descriptor is averaged with.
+        alpha: diffusion: share that is passed on; aqe, adba: power of a similarity.
+        tuned_on: on which photos they were chosen, as in `PoolingSettings`.
     """
 
     enabled: bool = True
-    M: int = 400
-    K: int = 9
-    beta: float = 0.15
+    kind: str = "superglobal"
+    M: int | None = None
+    K: int | None = None
+    beta: float | None = None
+    second: str | None = None
+    include_query: bool | None = None
+    k_query: int | None = None
+    k1: int | None = None
+    k2: int | None = None
+    lambda_: float | None = None
+    kq: int | None = None
+    kd: int | None = None
+    gamma: float | None = None
+    n: int | None = None
+    alpha: float | None = None
     tuned_on: str | None = None
+
+
+def rerank_parameters(rerank: RerankConfig) -> dict[str, Any]:
+    """The parameters that are given, of whatever kind."""
+    values = {f.name: getattr(rerank, f.name) for f in fields(rerank) if f.name not in ("enabled", "kind", "tuned_on")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass
+class StatisticsConfig:
+    """What the searched database itself, without labels, takes out of all descriptors (`conf/statistics`).
+
+    Args:
+        kind: "none", "mean" (its mean is subtracted) or "whiten" (PCA whitening), before the search.
+        dims: whiten: axes kept; null for all.
+    """
+
+    kind: str = "none"
+    dims: int | None = None
 
 
 @dataclass
@@ -181,6 +230,7 @@ class EvalConfig:
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     k: int = 400
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -189,3 +239,15 @@ class EvalConfig:
     paths: PathsConfig = field(default_factory=PathsConfig)
     ablation: str | None = None
     seed: int = 0
+
+
+@dataclass
+class CompareConfig(EvalConfig):
+    """Everything `scripts/compare_rerankers.py` takes: what `eval.py` takes, and `rerankers` in place of `rerank`.
+
+    Args:
+        rerankers: options of `conf/rerank`, each with settings of its own behind it, such as "superglobal K=1"; the
+            first is what the others are compared with.
+    """
+
+    rerankers: list[str] = field(default_factory=list)

@@ -1,9 +1,10 @@
 """Puts the parts together: the only package that knows them all."""
 
 from superglobal.engine.common import TrainingSweep, sweeping
+from superglobal.engine.comparing import compare
 from superglobal.engine.evaluating import evaluate
 from superglobal.engine.fitting import train
 from superglobal.engine.sweeps import EvaluationSweep
 from superglobal.engine.tuning import tune
 
-__all__ = ["EvaluationSweep", "TrainingSweep", "evaluate", "sweeping", "train", "tune"]
+__all__ = ["EvaluationSweep", "TrainingSweep", "compare", "evaluate", "sweeping", "train", "tune"]

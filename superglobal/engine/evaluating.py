@@ -1,63 +1,39 @@
-"""Evaluation: extract, search, rerank, score, report."""
+"""Evaluation: search, rerank, score and report what was gathered."""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
 
-from superglobal.api import load_model
 from superglobal.checks import validated
-from superglobal.config import EvalConfig, PoolingSettings, pooling_overrides
-from superglobal.data.images import ImageItem
+from superglobal.config import EvalConfig, RerankConfig, rerank_parameters
 from superglobal.data.lazy import chained, file_names
-from superglobal.data.sets import EvaluationSet, how_to_get_distractors, load_distractors, require_images
-from superglobal.engine.common import evaluation_set, export_path, make_trainer
-from superglobal.engine.extracting import extract_lists
-from superglobal.engine.searching import first_stage
-from superglobal.engine.sweeps import sibling_poolings
+from superglobal.data.sets import EvaluationSet
+from superglobal.engine.gathering import Clock, Inputs, gathered
+from superglobal.engine.searching import FirstStage, first_stage
 from superglobal.errors import InputError
-from superglobal.evaluation import ExtractionList
 from superglobal.files import write_atomically
 from superglobal.loggers import log_result
-from superglobal.models.backbone import has_relup
-from superglobal.models.network import RetrievalNetwork
-from superglobal.models.pooling import make_pooling
 from superglobal.retrieval import report
 from superglobal.retrieval.metrics import LABELS, REVISITED, Protocol, Result, RetrievalResult
 from superglobal.retrieval.pictures import draw_sheet
-from superglobal.retrieval.rerank import rerank
+from superglobal.retrieval.ranks import exact_ranks
+from superglobal.retrieval.rerankers import Reranked, apply_reranker
+from superglobal.retrieval.scoring import Scorer, make_scorer
 from superglobal.retrieval.scoring import evaluate as score
-from superglobal.retrieval.scoring import make_scorer
-from superglobal.retrieval.vectors import Rows, as_rows, concat
+from superglobal.retrieval.vectors import Rows
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-# Rows of the ablation that say nothing on a backbone without a place for ReLUP.
-_RELUP_ROWS = ("relup", "no_relup")
 _PROTOCOLS = {"revisited": REVISITED, "labels": LABELS}
-
-
-@dataclass
-class Inputs:
-    """What is searched: descriptors, and whatever is known about the images behind them."""
-
-    queries: Rows
-    database: Rows
-    dataset: EvaluationSet | None
-    distractors: list[ImageItem]
-    about: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> float:
@@ -76,182 +52,36 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
     """
     config = validated(cfg, EvalConfig)
     clock = Clock()
-    problems: list[str] = []
-    dataset = _attempt(problems, _dataset, config)
-    distractors = _attempt(problems, _distractors, config) or []
-    if config.descriptors.query is not None:
-        if problems:
-            raise InputError("\n".join(problems))
-        return _retrieve(config, _own_descriptors(config, dataset, distractors), folder, clock)
-    network = _attempt(problems, _network, config)
-    lists = _checked_lists(config, dataset, distractors, problems, clock)
-    assert dataset is not None
-    assert network is not None
-    if config.ablation in _RELUP_ROWS and not has_relup(network.backbone.net):
-        return _not_applicable(config, folder)
-    trainer = make_trainer(config.trainer, logger=False, enable_checkpointing=False, inference_mode=True)
-    inputs = _extracted(config, network, lists, trainer, clock)
-    if inputs is None or not trainer.is_global_zero:
-        return math.nan
-    return _retrieve(config, replace(inputs, dataset=dataset, distractors=distractors), folder, clock)
+    found = gathered(config, clock)
+    if isinstance(found, str):
+        log.info("ablation=%s: n/a, %s", config.ablation, found)
+        report.write_without_numbers(folder, asdict(config), "n/a", found)
+    return _retrieve(config, found, folder, clock) if isinstance(found, Inputs) else math.nan
 
 
-def _attempt(problems: list[str], read: Callable[[EvalConfig], T], config: EvalConfig) -> T | None:
-    """What `read` gives; what it lacks goes to `problems`, so that one message tells everything missing."""
-    try:
-        return read(config)
-    except InputError as error:
-        problems.append(str(error))
-        return None
+def shortlist_size(k: int, rerank: RerankConfig, inputs: Inputs) -> int:
+    """Results kept per query: k, or what is reranked if that is more, or all that a query can find.
+
+    Raises:
+        InputError: a query can find nothing.
+    """
+    reachable = len(inputs.database) - len(inputs.database.skipped) - (inputs.exclude() is not None)
+    if reachable < 1:
+        raise InputError("nothing to search: leave-one-out needs at least two photos")
+    return min(max(k, rerank.M or 1 if rerank.enabled else 1), reachable)
 
 
-def _dataset(config: EvalConfig) -> EvaluationSet | None:
-    return evaluation_set(config.dataset)
-
-
-def _own_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distractors: list[ImageItem]) -> Inputs:
-    queries, database = (_load_npy(str(p)) for p in (config.descriptors.query, config.descriptors.database))
-    if dataset is not None:
-        images = {"query": len(dataset.queries), "database": len(dataset.database) + len(distractors)}
-        for key, rows in (("query", queries), ("database", database)):
-            if len(rows) != images[key]:
-                raise InputError(
-                    f"descriptors.{key}: {len(rows)} rows, but {dataset.name} has {images[key]} images there; one row "
-                    "per image, in the order of its lists (distractors after the database)"
-                )
-    about = {"weights": "own descriptors", "descriptors": asdict(config.descriptors)}
-    return Inputs(queries, database, dataset, distractors, about)
-
-
-def _load_npy(path: str) -> Rows:
-    try:
-        return as_rows(np.load(path, mmap_mode="r", allow_pickle=False), path)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: no readable .npy file of descriptors ({error})") from error
-
-
-def _distractors(config: EvalConfig) -> list[ImageItem]:
-    d = config.distractors
-    return load_distractors(d.root, d.name) if d.name else []
-
-
-def _trained(config: EvalConfig) -> str:
-    """The export of the training run `name`."""
-    path = export_path(config.paths.outputs, config.name)
-    if path.is_file():
-        return str(path)
-    others = sorted(other.parent.name for other in path.parent.parent.glob(f"*/{path.name}"))
-    there = f" (trained are {', '.join(others)}: choose by name=)" if others else ""
-    raise InputError(
-        f"weights: none given, and no trained network at {path}{there}. python train.py trains one; weights=PATH takes "
-        "a CVNet checkpoint or a superglobal export; backbone=efficientnet_lite0 needs no download; weights=timm takes "
-        "timm's; weights=random is a baseline"
-    )
-
-
-def _checked_lists(
-    config: EvalConfig,
-    dataset: EvaluationSet | None,
-    distractors: list[ImageItem],
-    problems: list[str],
-    clock: Clock,
-) -> list[ExtractionList]:
-    """The image lists to describe, every file checked; whatever is missing is told in one message."""
-    sets: list[tuple[str, str, Sequence[ImageItem], str]] = []
-    if dataset is not None:
-        sets.append(("database", dataset.name, dataset.database, dataset.how_to_get))
-        if not dataset.leave_one_out:
-            sets.append(("queries", dataset.name, dataset.queries, dataset.how_to_get))
-    d = config.distractors
-    if d.name and distractors:
-        sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
-    with clock.time("check"):
-        checked = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
-    max_side = config.dataset.max_side
-    return [ExtractionList(title, name, items, checked[title], max_side) for title, name, items, _ in sets]
-
-
-def _extracted(
-    config: EvalConfig,
-    network: RetrievalNetwork,
-    lists: list[ExtractionList],
-    trainer: pl.Trainer,
-    clock: Clock,
-) -> Inputs | None:
-    """Descriptors of the lists from their stores, extracted where they are missing; None after a part of several."""
-    how = config.extraction
-    networks = [network, *_siblings(config, network)]
-    with clock.time("extract"):
-        place, dtype = Path(config.paths.stores), config.store.dtype
-        stores, computed = extract_lists(networks, lists, place, trainer, how, config.trainer.num_workers, dtype)
-    left = sum(len(store.missing) for store in stores)
-    if how.part is not None and left:
-        text = "part %s is described; %d images are left to the others, after which any of them goes on to the results"
-        log.info(text, how.part, left)
-        return None
-    found = {part.title: store for part, store in zip(lists, stores, strict=True)}
-    parts = [found[title] for title in ("database", "distractors") if title in found]
-    about = {
-        "weights": network.weights_label,
-        "network": network.identity(),
-        "trained_pooling": network.trained_pooling,
-        "stores": {t: {k: s.manifest[k] for k in ("fingerprint", "dtype", "provenance")} for t, s in found.items()},
-        "extracted": computed,
-    }
-    queries = as_rows(found.get("queries", found["database"]), "queries")
-    return Inputs(queries, concat(*parts, name="database"), None, [], about)
-
-
-def _network(config: EvalConfig) -> RetrievalNetwork:
-    weights = config.weights or (config.backbone.weights if config.backbone else None)
-    if weights is None:
-        weights = _trained(config)
-    name = config.backbone.name if config.backbone else None
-    network = load_model(
-        weights,
-        backbone=name,
-        pooling=pooling_overrides(config.pooling),
-        scales=config.scales,
-        antialias=config.antialias,
-        seed=config.seed,
-    )
-    network.precision = config.extraction.precision
-    return network
-
-
-def _siblings(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNetwork]:
-    """Networks of the sweep's other jobs that describe the same images; those of one ReLUP share their backbone."""
-    networks = [network]
-    for pooling in sibling_poolings(config):
-        try:
-            wanted = make_pooling(pooling, network.trained_pooling)
-            alike = [one for one in networks if one.shares_maps(wanted) and "p" not in pooling]
-            if alike:
-                networks.append(alike[0].variant(wanted))
-            else:
-                networks.append(_network(replace(config, pooling=PoolingSettings(**pooling))))
-        except InputError:  # that job's to say
-            continue
-    return networks[1:]
-
-
-def _search_device(config: EvalConfig) -> str:
-    """Where extraction runs."""
-    return "cuda" if config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+def search_device(config: EvalConfig) -> str:
+    """FAISS searches on the CPU; torch wherever extraction runs."""
+    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "cuda" if gpu and config.index.backend != "faiss" else "cpu"
 
 
 def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) -> float:
-    X, dataset, device = inputs.database, inputs.dataset, _search_device(config)
-    Q = inputs.queries.block(0, len(inputs.queries))
-    exclude = np.arange(len(Q)) if dataset is not None and dataset.leave_one_out else None
-    reachable = len(X) - len(X.skipped) - (exclude is not None)
-    if reachable < 1:
-        raise InputError("nothing to search: leave-one-out needs at least two photos")
+    X, dataset, device = inputs.database, inputs.dataset, search_device(config)
+    Q, exclude = inputs.query_block(), inputs.exclude()
     task = None if dataset is None else dataset.task
-    needed = max(config.rerank.M if config.rerank.enabled else 1, 1 if task is None else task.depth)
-    k = min(max(config.k, needed), reachable)
+    k = shortlist_size(max(config.k, 1 if task is None else task.depth), config.rerank, inputs)
     scorer = None
     if dataset is not None and dataset.gnd is not None and task is None:
         gnd, protocols = _truth(dataset, exclude)
@@ -259,18 +89,29 @@ def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) ->
     with clock.time("search"):
         first = first_stage(config, Q, X, k, scorer, exclude, device)
     stages = {"search": (first.scores, first.ids)}
+    second = None
     if config.rerank.enabled:
-        r = config.rerank
         with clock.time("rerank"):
-            stages["rerank"] = rerank(Q, X, stages["search"][1], r.M, r.K, r.beta, device=device)
+            second = apply_reranker(
+                config.rerank.kind,
+                rerank_parameters(config.rerank),
+                Q,
+                X,
+                first.ids,
+                exclude=exclude,
+                backend=config.index.backend,
+                device=device,
+                folder=folder,
+            )
+        stages["rerank"] = second.scores, second.ids
     results: dict[str, Result] = {}
     with clock.time("score"):
         if task is not None:
             results = {name: task.score(*stage, config.seed) for name, stage in stages.items()}
         elif scorer is not None:
             results["search"] = scorer.score(first.ranks)
-            if "rerank" in stages:
-                results["rerank"] = scorer.score(scorer.reranked(first.ranks, stages["rerank"][1]))
+            if second is not None:
+                results["rerank"] = scorer.score(_second_ranks(scorer, first, second, exclude, device))
     names = _names(inputs)
     about = {**inputs.about, **({} if dataset is None else dataset.about), "skipped": len(X.skipped)}
     about |= {"index": first.about} if first.about else {}
@@ -285,6 +126,15 @@ def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) ->
         draw_sheet(folder / "sheet.png", dataset, database, stages, config.pictures.queries, config.pictures.ranks)
     log_result(config, summary, folder)
     return report.main_metric(summary)
+
+
+def _second_ranks(
+    scorer: Scorer, first: FirstStage, second: Reranked, exclude: np.ndarray | None, device: str
+) -> list[np.ndarray]:
+    """Ranks after reranking: of a reordered shortlist they follow from the first stage's, of new vectors not."""
+    if second.shortlist is not None:
+        return scorer.reranked(first.ranks, second.shortlist)
+    return exact_ranks(second.queries, second.database, scorer.targets, device=device, exclude=exclude)
 
 
 def score_set(
@@ -318,23 +168,3 @@ def _names(inputs: Inputs) -> report.Names:
         return report.Names(queries, [str(i) for i in range(len(inputs.database))], None)
     images = chained(dataset.database, inputs.distractors)
     return report.Names(file_names(dataset.queries, dataset.root), file_names(images, dataset.root), dataset.clusters)
-
-
-def _not_applicable(config: EvalConfig, folder: Path) -> float:
-    reason = "this backbone has no plain ReLUs for ReLUP"
-    log.info("ablation=%s: n/a, %s", config.ablation, reason)
-    report.write_without_numbers(folder, asdict(config), "n/a", reason)
-    return math.nan
-
-
-class Clock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.times[stage] = time.perf_counter() - start

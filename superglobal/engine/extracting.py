@@ -12,7 +12,7 @@ import torch
 from superglobal.config import ExtractionConfig
 from superglobal.data.batches import missing_in, plan_batches
 from superglobal.data.datamodules import ExtractionDataModule
-from superglobal.evaluation import EvaluationModule, ExtractionList
+from superglobal.evaluation import EvaluationModule, ExtractionList, skip_rows
 from superglobal.models.fast import fast_copies
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.report import versions
@@ -54,6 +54,11 @@ def extract_lists(
     """
     device = trainer.strategy.root_device
     stores = [[_open_store(network, part, folder, str(device), dtype) for part in lists] for network in networks]
+    if trainer.is_global_zero:
+        for i, part in enumerate(lists):
+            for own in stores if part.skips else ():
+                _skip_bad(own[i], part)
+    trainer.strategy.barrier()
     missing = [{row for own in stores for row in own[i].missing.tolist()} for i in range(len(lists))]
     lacked = {part.title: len(rows) for part, rows in zip(lists, missing, strict=True)}
     for part in lists:
@@ -78,6 +83,14 @@ def extract_lists(
                 store.flush()
         trainer.strategy.barrier()
     return stores[0], lacked
+
+
+def _skip_bad(store: DescriptorStore, part: ExtractionList) -> None:
+    """What checking the images has found already."""
+    reasons = dict(part.checked.problems)
+    left = [row for row in store.missing.tolist() if part.items[row].path in reasons]
+    skip_rows([store], part, [(row, reasons[part.items[row].path]) for row in left])
+    store.flush()
 
 
 def _grouped(

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from superglobal.files import write_atomically
 from superglobal.retrieval.metrics import Result, RetrievalResult
+from superglobal.retrieval.rerankers import describe
 
 FORMAT = "superglobal-result-1"
 TEST_MARK = "(test set)"
@@ -33,6 +34,7 @@ TEST_MARK = "(test set)"
 METRICS = {"map": "mAP", "mAP@100": "mAP@100", "GAP": "GAP"}
 """Key of a stage's main numbers in `results.json`, and what tables call them."""
 _LISTED, _ROWS = 100, 500_000  # results per query that are listed by name, and results of all queries together
+_STATISTICS = {"mean": "less the mean", "whiten": "whitened by the covariance"}
 _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-headless", "faiss-cpu", "faiss-gpu")
 
 Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -190,7 +192,10 @@ def write_without_numbers(folder: Path, config: Any, status: str, reason: str) -
 def _modules(summary: Mapping[str, Any]) -> str:
     """Which modules made these numbers: the default is what the weights were trained with, and hard to guess."""
     rerank = summary["config"]["rerank"]
-    after = f"rerank M={rerank['M']} K={rerank['K']} beta={rerank['beta']}" if rerank["enabled"] else "no rerank"
+    after = f"rerank {describe(rerank)}" if rerank["enabled"] else "no rerank"
+    statistics = summary["about"].get("statistics")
+    if statistics is not None:
+        after = f"{_STATISTICS[statistics['kind']]} of {statistics['rows']} searched images; {after}"
     network = summary["about"].get("network")
     if network is None:
         return after
@@ -214,6 +219,9 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
         out.print(_approximation(summary["about"]["index"]), soft_wrap=True, highlight=False, markup=False)
     if summary["tuned_on"]:
         out.print(f"settings tuned on {', '.join(summary['tuned_on'])}", soft_wrap=True, highlight=False, markup=False)
+    if summary["about"].get("skipped"):
+        text = f"{summary['about']['skipped']} distractors could not be read and are not ranked (skipped.txt of their store)"
+        out.print(text, soft_wrap=True, highlight=False, markup=False)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in summary["seconds"].items())
     out.print(f"{seconds}\nresults in {folder}", soft_wrap=True, highlight=False, markup=False)
 

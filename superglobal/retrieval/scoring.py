@@ -9,7 +9,7 @@ import numpy as np
 from superglobal.errors import InputError
 from superglobal.retrieval.metrics import REVISITED, Protocol, RetrievalResult, Sets, concatenated, score_ranks
 from superglobal.retrieval.ranks import exact_ranks
-from superglobal.retrieval.rerank import check_ids
+from superglobal.retrieval.shortlists import check_ids
 from superglobal.retrieval.vectors import as_exclude, as_queries, as_rows, pair_scores
 
 _SAME_LANDMARK = 0.25

@@ -27,6 +27,7 @@ from superglobal.retrieval.report import (
     metric_key,
     percent,
 )
+from superglobal.retrieval.rerankers import describe
 
 SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")
 LADDER: dict[str, tuple[bool, ...]] = {
@@ -51,7 +52,7 @@ _UNTOLD = (
 )
 # What a set of photos is, as far as its name does not say.
 _OF_THE_SET = ("max_side", "solution", "table", "landmarks", "seed", "neighbours", "votes")
-_ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled")
+_ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled", "rerank")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
@@ -115,6 +116,7 @@ def _table(folder: Path, results: list[dict[str, Any]]) -> tuple[list[str], list
         results, key=lambda r: (r["dataset"], networks.index(str(r["weights"])), order.get(r["label"], len(order)))
     )
     settings = [flat(result["config"]) for result in results]
+    _join_kinds(settings, results)
     ladder = [result["label"] in order for result in results]
     # A row of the ablation says by its name which modules are on.
     differing = _differing(settings, hidden=_ABLATED if all(ladder) else ())
@@ -138,6 +140,16 @@ def _table(folder: Path, results: list[dict[str, Any]]) -> tuple[list[str], list
             gain = ["n/a" if result["status"] != "failed" else "failed"] * 2
         cells.append([*place, *values, *(numbers.get(name, "" if numbers else gain[0]) for name in names), *gain])
     return columns, cells
+
+
+def _join_kinds(settings: list[dict[str, Any]], results: Sequence[Mapping[str, Any]]) -> None:
+    """Rerankings of several kinds have no parameters in common: one column says kind and parameters."""
+    kinds = {setting.get("rerank.kind", "superglobal") for setting in settings if setting.get("rerank.enabled")}
+    if len(kinds) > 1:
+        for setting, result in zip(settings, results, strict=True):
+            for key in [key for key in setting if key.startswith("rerank.")]:
+                del setting[key]
+            setting["rerank"] = describe(result["config"]["rerank"])
 
 
 def _short_names(networks: Sequence[str]) -> dict[str, str]:

@@ -55,7 +55,7 @@ class Settings:
         }
 
     def rerank(self, enabled: bool = True) -> RerankConfig:
-        return RerankConfig(True, self.M, self.K, self.beta) if enabled else RerankConfig(enabled=False)
+        return RerankConfig(M=self.M, K=self.K, beta=self.beta) if enabled else RerankConfig(enabled=False)
 
 
 @dataclass(frozen=True)

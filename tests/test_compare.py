@@ -1,0 +1,234 @@
+"""Every reranking and the database's statistics through eval.py and compare_rerankers.py: what they score is right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import environment
+from sets import write_folders
+from test_engine import BASE, QUIET, ROOT, mini, run
+
+import superglobal
+from superglobal.data.revisited import revisited_set
+from superglobal.errors import InputError
+from superglobal.retrieval.diffusion import diffuse
+from superglobal.retrieval.expansion import augment_database, expand_queries
+from superglobal.retrieval.kreciprocal import kreciprocal
+from superglobal.retrieval.mutual import rerank_mutual
+from superglobal.retrieval.statistics import database_statistics
+from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.tables import merge
+
+SHORT = {"mutual": rerank_mutual, "kreciprocal": kreciprocal, "diffusion": diffuse}
+
+
+def described(result: dict, title: str) -> DescriptorStore:
+    """The stored descriptors that a result was made with."""
+    fingerprint = result["about"]["stores"][title]["fingerprint"]
+    folders = (result["folder"].parent / "stores").glob(f"*-{title}-*")
+    return next(s for s in map(DescriptorStore.open, folders) if s.manifest["fingerprint"] == fingerprint)
+
+
+def slow_leave_one_out(Q: np.ndarray, X: np.ndarray, labels: np.ndarray) -> float:
+    """mAP of each photo against all others, by sorting."""
+    aps = []
+    for query, scores in enumerate(Q.astype(np.float64) @ X.astype(np.float64).T):
+        order = [i for i in np.argsort(-scores, kind="stable") if i != query]
+        hits = np.flatnonzero(labels[order] == labels[query])
+        aps.append(np.mean([((j / r if r else 1.0) + (j + 1) / (r + 1)) / 2 for j, r in enumerate(hits)]))
+    return float(np.mean(aps))
+
+
+@pytest.mark.parametrize("kind", list(SHORT))
+def test_a_shortlist_kind_scores_as_the_functions_do(data, tmp_path, kind):
+    got = run(tmp_path, *mini(data), f"rerank={kind}", "rerank.M=9")
+    Q, X = described(got, "queries"), described(got, "database")
+    ids = superglobal.search(Q, X, len(X))[1]
+    ids = SHORT[kind](Q, X, ids, 9)[1]
+    expected = superglobal.revisited_map(Q, X, revisited_set(data, "mini"), ids)
+    assert got["metrics"]["rerank"]["map"] == pytest.approx(expected.map)
+    assert got["config"]["rerank"]["kind"] == kind
+    assert got["config"]["rerank"]["K"] == (5 if kind == "mutual" else None)
+    np.testing.assert_array_equal(np.load(got["folder"] / "rankings.npz")["rerank_ids"], ids)
+
+
+@pytest.mark.parametrize("kind", ["aqe", "adba"])
+def test_a_second_search_is_scored_over_the_whole_database(data, tmp_path, kind):
+    """With k = 3 most of what moves lies outside the list that is kept."""
+    got = run(tmp_path, *mini(data), f"rerank={kind}", "rerank.n=4", "k=3")
+    Q, X = described(got, "queries"), described(got, "database")
+    if kind == "aqe":
+        Q = expand_queries(Q, X, 4, 3.0)
+    else:
+        X = augment_database(X, 4, 3.0)
+    expected = superglobal.revisited_map(Q, X, revisited_set(data, "mini"))
+    assert got["metrics"]["rerank"]["map"] == pytest.approx(expected.map)
+    assert got["metrics"]["rerank"]["map"] != got["metrics"]["search"]["map"]
+    saved = np.load(got["folder"] / "rankings.npz")
+    assert saved["rerank_ids"].shape == (len(Q), 3)
+    np.testing.assert_array_equal(saved["rerank_ids"], superglobal.search(Q, X, 3)[1])
+
+
+@pytest.mark.parametrize("kind", ["aqe", "adba"])
+def test_leave_one_out_of_a_second_search_equals_brute_force(tmp_path, kind):
+    photos = write_folders(tmp_path / "photos", landmarks=4, views=4)
+    folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
+    got = run(tmp_path, *folder, f"rerank={kind}", "rerank.n=2")
+    X = described(got, "database").block(0, 16)
+    wide, near = X.astype(np.float64), X.astype(np.float64) @ X.astype(np.float64).T
+    changed = np.empty_like(wide)
+    for i in range(16):
+        others = sorted((j for j in range(16) if j != i), key=lambda j, i=i: -near[i, j])[:2]
+        total = wide[i] + sum(max(near[i, j], 0) ** 3 * wide[j] for j in others)
+        changed[i] = total / np.linalg.norm(total)
+    labels = np.repeat(np.arange(4), 4)
+    expected = slow_leave_one_out(*((changed, wide) if kind == "aqe" else (wide, changed)), labels)
+    assert got["metrics"]["rerank"]["map"]["all"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_no_neighbours_leave_the_first_search(data, tmp_path):
+    for kind in ("aqe", "adba"):
+        got = run(tmp_path, *mini(data), f"rerank={kind}", "rerank.n=0")
+        assert got["metrics"]["rerank"]["map"] == got["metrics"]["search"]["map"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rerank=aqe rerank.K=3", r"rerank\.K=3: aqe has no K; it takes n, alpha"),
+        ("rerank.k1=3", "superglobal has no k1"),
+        ("rerank.kind=magic", "expected one of superglobal, "),
+        ("rerank=kreciprocal rerank.lambda_=1.1", r"rerank\.lambda_=1.1: expected at most 1"),
+        ("rerank=diffusion rerank.alpha=1.0", "at most 0.9999"),
+        ("rerank=adba rerank.n=-1", r"rerank\.n=-1: expected at least 0"),
+        ("rerank.second=third", "rerank.second=third: expected one of refined, original"),
+        ("statistics.kind=median", "expected one of none, mean, whiten"),
+        ("statistics=mean statistics.dims=3", "only statistics=whiten has axes"),
+        ("statistics=whiten statistics.dims=0", "at least 1"),
+    ],
+)
+def test_a_wrong_setting_is_told_before_anything_is_computed(data, tmp_path, override, message):
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, *mini(data), *override.split())
+    assert not (tmp_path / "stores").exists()
+
+
+def test_a_setting_that_is_the_default_is_not_another_setting(data, tmp_path):
+    plain, written = run(tmp_path, *mini(data)), run(tmp_path, *mini(data), "rerank.second=refined", "rerank.K=9")
+    assert plain["config"]["rerank"] == written["config"]["rerank"]
+    paper = run(tmp_path, *mini(data), "rerank=superglobal_paper")
+    loaded = [np.load(r["folder"] / "rankings.npz")["rerank_scores"] for r in (plain, paper)]
+    assert not np.array_equal(*loaded)
+
+
+def test_a_table_of_several_kinds_says_each_in_one_column(data, tmp_path):
+    for option in ("none", "superglobal", "aqe"):
+        run(tmp_path, *mini(data), f"rerank={option}")
+    merge(tmp_path)
+    with (tmp_path / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rerank"] for row in rows] == ["none", "superglobal M=400 K=9 beta=0.15", "aqe n=50 alpha=3.0"]
+    assert not [column for column in rows[0] if column.startswith("rerank.")]
+
+
+def test_statistics_are_those_of_all_that_is_searched(data, tmp_path):
+    with_noise = ["distractors=list", "distractors.name=noise"]
+    plain = run(tmp_path, *mini(data), *with_noise, "rerank=none")
+    got = run(tmp_path, *mini(data), *with_noise, "statistics=mean", "rerank.M=9")
+    Q = described(got, "queries").block(0, plain["counts"]["queries"]).astype(np.float64)
+    X = np.concatenate(
+        [described(got, title).block(0, len(described(got, title))) for title in ("database", "distractors")]
+    )
+    centred = [x - X.astype(np.float64).mean(axis=0) for x in (Q, X)]
+    Q, X = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in centred)
+    Q, X = Q.astype(np.float32), X.astype(np.float32)
+    ids = superglobal.rerank(Q, X, superglobal.search(Q, X, len(X))[1], M=9)[1]
+    for stage, order in (("search", None), ("rerank", ids)):
+        expected = superglobal.revisited_map(Q, X, revisited_set(data, "mini"), order)
+        assert got["metrics"][stage]["map"] == pytest.approx(expected.map)
+    about = got["about"]["statistics"]
+    assert (about["kind"], about["rows"]) == ("mean", len(X))
+    assert len(list((tmp_path / "stores").glob("statistics-*.npz"))) == 1
+    without = run(tmp_path, *mini(data), "statistics=mean")
+    assert without["about"]["statistics"]["fingerprint"] != about["fingerprint"]
+    assert got["metrics"]["search"]["map"] != plain["metrics"]["search"]["map"]
+
+
+def test_own_descriptors_are_whitened_too(tmp_path):
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((60, 8)).astype(np.float32) + 1
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    for name, rows in (("q", X[:5]), ("x", X)):
+        np.save(tmp_path / f"{name}.npy", rows)
+    own = [f"descriptors.query={tmp_path}/q.npy", f"descriptors.database={tmp_path}/x.npy"]
+    got = run(tmp_path, "dataset=descriptors", *own, "statistics=whiten", "statistics.dims=4", "rerank=none")
+    found = database_statistics(X, "whiten", 4)
+    expected = superglobal.search(found.apply(X[:5]), found.apply(X), 60)[1]
+    np.testing.assert_array_equal(np.load(got["folder"] / "rankings.npz")["search_ids"], expected)
+    assert got["about"]["statistics"]["fingerprint"] is None
+
+
+def compare(outputs: Path, *overrides: str, status: int = 0) -> str:
+    base = [o for o in BASE if not o.startswith(("logger", "pictures"))]
+    words = [sys.executable, str(ROOT / "scripts/compare_rerankers.py"), *base, *QUIET, f"paths.outputs={outputs}"]
+    done = subprocess.run(
+        [*words[:2], *overrides, *words[2:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_one_command_compares_all(data, tmp_path):
+    text = compare(tmp_path, *mini(data))
+    (path,) = tmp_path.rglob("comparison.json")
+    summary = json.loads(path.read_text())
+    names = ["none", "superglobal", "superglobal_paper", "mutual", "kreciprocal", "diffusion", "aqe", "adba"]
+    assert [row["name"] for row in summary["rows"]] == names
+    table = path.with_name("table.md").read_text().splitlines()
+    assert len(table) == 2 + len(names)
+    for row, line in zip(summary["rows"], table[2:], strict=True):
+        single = run(tmp_path, *mini(data), f"rerank={row['name']}")
+        assert single["about"]["extracted"] == {"database": 0, "queries": 0}
+        last = list(single["metrics"].values())[-1]
+        assert row["map"] == pytest.approx(last["map"])
+        assert line.startswith(f"| {row['rerank']} | {100 * row['map']['easy']:.2f} |")
+        assert row["rerank"] in text
+        assert row["milliseconds"] > 0
+        assert row["megabytes"] is None or row["megabytes"] >= 0
+    gain = summary["rows"][3]["map"]["medium"] - summary["rows"][0]["map"]["medium"]
+    assert summary["rows"][3]["gain"] == pytest.approx(gain)
+
+
+def test_settings_stand_behind_a_name_and_own_options_are_found(data, tmp_path):
+    (tmp_path / "conf/rerank").mkdir(parents=True)
+    (tmp_path / "conf/rerank/mine.yaml").write_text("kind: aqe\nn: 2\n")
+    own = ["--config-dir", str(tmp_path / "conf")]
+    compare(tmp_path, *own, *mini(data), 'rerankers=[mine,"superglobal K=3 beta=0.2"]')
+    (path,) = tmp_path.rglob("comparison.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["rerank"] for row in rows] == ["aqe n=2 alpha=3.0", "superglobal M=400 K=3 beta=0.2"]
+    single = run(tmp_path, *mini(data), "rerank.K=3", "rerank.beta=0.2")
+    assert rows[1]["map"] == pytest.approx(single["metrics"]["rerank"]["map"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rerankers=[none,magic]"], "no rerank=magic; there are adba, aqe, "),
+        (['rerankers=["aqe K=3"]'], "aqe has no K"),
+        (['rerankers=["aqe n=many"]'], "'aqe n=many' is no reranking"),
+        (["rerankers=[]"], "name at least one"),
+        (["dataset=folder", "dataset.database=x", "dataset.query=y"], "dataset.labels=true"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(data, tmp_path, overrides, message):
+    text = compare(tmp_path, *mini(data), *overrides, status=2)
+    assert message in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "stores").exists()

@@ -1,0 +1,383 @@
+"""The rivals of SuperGlobal's reranking, each against loops in float64, and their edges."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from superglobal.errors import InputError
+from superglobal.retrieval import rerankers
+from superglobal.retrieval.diffusion import diffuse
+from superglobal.retrieval.expansion import augment_database, expand_queries
+from superglobal.retrieval.kreciprocal import kreciprocal
+from superglobal.retrieval.mutual import rerank_mutual
+from superglobal.retrieval.rerank import rerank, rerank_candidates
+from superglobal.retrieval.rerankers import KINDS, apply_reranker, completed, describe, parameters
+from superglobal.retrieval.search import search
+from superglobal.retrieval.vectors import as_rows, concat
+
+SHORTLIST = (rerank, rerank_mutual, kreciprocal, diffuse)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def clustered(rng: np.random.Generator, n: int, dim: int = 10, spread: float = 0.25) -> np.ndarray:
+    """Around six centres in all directions, so that there are negative similarities too."""
+    centres = unit(np.random.default_rng(99).standard_normal((6, dim)))
+    return unit(centres[rng.integers(6, size=n)] + spread * rng.standard_normal((n, dim)))
+
+
+def ranked(similarity: np.ndarray, i: int, k: int) -> list[int]:
+    """Image i and its k nearest: itself first, ties by the lower number."""
+    others = sorted((j for j in range(len(similarity)) if j != i), key=lambda j: (-similarity[i, j], j))
+    return [i, *others[:k]]
+
+
+def slow_superglobal(q, T, K, beta, second, include_query):
+    S = T @ T.T
+    R = []
+    for i in range(len(T)):
+        near = ranked(S, i, K)
+        weights = [1.0, *(beta * S[i, j] for j in near[1:])]
+        R.append(sum(w * T[j] for w, j in zip(weights, near, strict=True)) / sum(weights))
+    R = np.array(R)
+    s1 = R @ q
+    members = [R[i] for i in np.argsort(-s1, kind="stable")[: K + 1]] + ([q] if include_query else [])
+    e = np.max(members, axis=0)
+    return (s1 + (R if second == "refined" else T) @ e) / 2
+
+
+def slow_mutual(q, T, K, beta, k_query):
+    S = T @ T.T
+    near = [ranked(S, i, K) for i in range(len(T))]
+    R = []
+    for i in range(len(T)):
+        weights = {i: 1.0} | {j: beta * S[i, j] for j in near[i][1:] if i in near[j]}
+        R.append(sum(w * T[j] for j, w in weights.items()) / sum(weights.values()))
+    R = np.array(R)
+    s1 = R @ q
+    members = []
+    for i in np.argsort(-s1, kind="stable")[: K + 1]:
+        nearer = [j for j in range(len(T)) if j != i and S[i, j] > T[i] @ q]
+        if len(nearer) < k_query:
+            members.append(R[i])
+    if not members:
+        return s1
+    return (s1 + R @ np.mean([q, *members], axis=0)) / 2
+
+
+def slow_kreciprocal(q, T, k1, k2, lambda_):
+    images = np.vstack([q, T])
+    size = len(images)
+    S = images @ images.T
+    D = np.maximum(2 - 2 * S, 0)
+    np.fill_diagonal(D, 0)
+    D = D / np.maximum(D.max(axis=1, keepdims=True), 1e-12)
+
+    def mutual(i: int, k: int) -> set[int]:
+        return {j for j in ranked(S, i, k) if i in ranked(S, j, k)}
+
+    V = np.zeros((size, size))
+    for i in range(size):
+        wide = mutual(i, k1)
+        members = set(wide)
+        for j in wide:
+            narrow = mutual(j, round(k1 / 2))
+            if len(narrow & wide) > 2 / 3 * len(narrow) + 1e-9:
+                members |= narrow
+        for j in members:
+            V[i, j] = np.exp(-D[i, j])
+        V[i] /= V[i].sum()
+    if k2 > 1:
+        V = np.array([np.mean([V[j] for j in ranked(S, i, k2 - 1)], axis=0) for i in range(size)])
+    jaccard = [1 - np.minimum(V[0], V[i]).sum() / np.maximum(V[0], V[i]).sum() for i in range(1, size)]
+    return -((1 - lambda_) * np.array(jaccard) + lambda_ * D[0, 1:])
+
+
+def slow_diffusion(q, T, kq, kd, alpha, gamma):
+    M = len(T)
+    S = T @ T.T
+    near = [ranked(S, i, kd) for i in range(M)]
+    A = np.zeros((M, M))
+    for i in range(M):
+        for j in range(M):
+            if i != j and j in near[i] and i in near[j]:
+                A[i, j] = max(S[i, j], 0) ** gamma
+    degree = A.sum(axis=1)
+    for i in range(M):
+        for j in range(M):
+            if A[i, j]:
+                A[i, j] /= np.sqrt(degree[i] * degree[j])
+    y = np.array([max(T[i] @ q, 0) ** gamma if i < kq else 0 for i in range(M)])
+    return np.linalg.inv(np.eye(M) - alpha * A) @ y
+
+
+def check(found, expected, Q, X, ids, M, tolerance=2e-6):
+    """Scores belong to their ids, sorted, and what is after the shortlist stays."""
+    scores, out = found
+    depth = min(M, ids.shape[1])
+    for query, head in enumerate(ids[:, :depth]):
+        wanted = expected(Q[query].astype(np.float64), X[head].astype(np.float64))
+        by_id = dict(zip(head.tolist(), wanted.tolist(), strict=True))
+        assert sorted(out[query, :depth]) == sorted(head)
+        np.testing.assert_allclose(scores[query, :depth], [by_id[i] for i in out[query, :depth]], atol=tolerance)
+        assert (np.diff(scores[query, :depth]) <= 0).all()
+    np.testing.assert_array_equal(out[:, depth:], ids[:, depth:])
+    assert (scores[:, depth:] == -np.inf).all()
+
+
+CASES = {
+    "paper": (rerank, slow_superglobal, [{"K": 3, "beta": 0.15, "second": "original", "include_query": False}]),
+    "query": (rerank, slow_superglobal, [{"K": 2, "beta": 0.3, "second": "refined", "include_query": True}]),
+    "mutual": (
+        rerank_mutual,
+        slow_mutual,
+        [{"K": k, "beta": b, "k_query": n} for k, b, n in ((1, 0.15, 3), (4, 0.15, 0), (4, 0.4, 3), (9, 0.15, 9))],
+    ),
+    "kreciprocal": (
+        kreciprocal,
+        slow_kreciprocal,
+        [{"k1": a, "k2": b, "lambda_": c} for a, b, c in ((4, 3, 0.3), (5, 1, 0.0), (1, 2, 0.5), (20, 6, 0.3))],
+    ),
+    "diffusion": (
+        diffuse,
+        slow_diffusion,
+        [{"kq": a, "kd": b, "alpha": c, "gamma": 3.0} for a, b, c in ((3, 4, 0.9), (1, 2, 0.99), (30, 50, 0.5))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_equals_the_slow_form(name, data):
+    """Random databases, of a few images too, fewer than any k."""
+    function, slow, options = CASES[name]
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    n = data.draw(st.sampled_from([1, 2, 3, 8, 25]), label="N")
+    X, Q = clustered(rng, n), clustered(rng, 3)
+    ids = search(Q, X, n)[1]
+    M = data.draw(st.sampled_from([1, 6, 20, 400]), label="M")
+    for values in options:
+        found = function(Q, X, ids, M, **values, batch_size=data.draw(st.sampled_from([1, 2, 16])))
+        check(found, lambda q, T, v=values: slow(q, T, **v), Q, X, ids, M, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("function", SHORTLIST)
+def test_sources_and_device_change_nothing(function):
+    rng = np.random.default_rng(1)
+    X, Q = clustered(rng, 60), clustered(rng, 4)
+    ids = search(Q, X, 30)[1]
+    scores, order = function(Q, X, ids, 20)
+    parts = concat(X[:17], torch.from_numpy(X[17:]))
+    got = function(torch.from_numpy(Q), parts, torch.from_numpy(ids), 20, device="cpu", batch_size=3)
+    np.testing.assert_array_equal(got[1], order)
+    np.testing.assert_allclose(got[0], scores, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("function", SHORTLIST)
+def test_identical_images_stand_together(function):
+    """Every image twice: ties in every list of neighbours leave a ranking and scores that are always the same."""
+    rng = np.random.default_rng(2)
+    X, Q = np.repeat(clustered(rng, 12), 2, axis=0), clustered(rng, 2)
+    ids = search(Q, X, 24)[1]
+    scores, order = function(Q, X, ids)
+    assert [sorted(row) for row in order] == [list(range(24))] * 2
+    assert np.isfinite(scores).all()
+    if function is not rerank:  # which of two twins is the tenth neighbour may turn on rounding, and weigh
+        np.testing.assert_allclose(function(Q, X, ids, batch_size=1)[0], scores, rtol=1e-5, atol=1e-6)
+
+
+def test_all_images_equal():
+    X = np.repeat(unit(np.ones((1, 8))), 9, axis=0)
+    ids = np.array([[5, 3, 7, 0]])
+    for function, order in ((rerank_mutual, [0, 3, 5, 7]), (kreciprocal, ids[0]), (diffuse, ids[0])):
+        scores, out = function(X[:1], X, ids)
+        np.testing.assert_array_equal(out[0], order)
+        np.testing.assert_allclose(scores, scores[0, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "values"),
+    [(kreciprocal, {"lambda_": 1.0}), (diffuse, {"alpha": 0.0}), (diffuse, {"alpha": 0.0, "kq": 99})],
+)
+def test_parameters_that_leave_the_first_stage_as_it_was(function, values):
+    rng = np.random.default_rng(3)
+    X, Q = clustered(rng, 80), clustered(rng, 6)
+    ids = search(Q, X, 40)[1]
+    np.testing.assert_array_equal(function(Q, X, ids, 30, **values)[1], ids)
+
+
+def test_mutual_without_neighbours_or_expansion_is_the_first_stage():
+    rng = np.random.default_rng(4)
+    X, Q = clustered(rng, 50), clustered(rng, 4)
+    ids = search(Q, X, 50)[1]
+    np.testing.assert_array_equal(rerank_mutual(Q, X, ids, beta=0.0, k_query=0)[1], ids)
+
+
+def test_candidates_take_the_same_options():
+    rng = np.random.default_rng(5)
+    X, Q = clustered(rng, 60), clustered(rng, 4)
+    ids = search(Q, X, 30)[1]
+    options = {"second": "original", "include_query": True}
+    order = rerank_candidates(Q, X[ids], **options)[1]
+    np.testing.assert_array_equal(np.take_along_axis(ids, order, axis=1), rerank(Q, X, ids, **options)[1])
+
+
+@pytest.mark.parametrize(
+    ("function", "values", "message"),
+    [
+        (rerank, {"second": "third"}, "second: expected one of refined, original"),
+        (rerank_mutual, {"k_query": -1}, "k_query"),
+        (rerank_mutual, {"beta": np.inf}, "beta"),
+        (kreciprocal, {"k1": 0}, "k1: expected a whole number of at least 1"),
+        (kreciprocal, {"lambda_": 1.5}, "lambda_: expected a finite number of 0 to 1"),
+        (kreciprocal, {"lambda_": np.nan}, "lambda_"),
+        (diffuse, {"alpha": 1.0}, "alpha"),
+        (diffuse, {"gamma": 0.0}, "gamma"),
+        (diffuse, {"kd": 2.5}, "kd"),
+    ],
+)
+def test_parameters_out_of_range_are_told(function, values, message):
+    X = clustered(np.random.default_rng(6), 10)
+    with pytest.raises(InputError, match=message):
+        function(X[:2], X, search(X[:2], X, 5)[1], **values)
+
+
+@pytest.mark.parametrize("function", SHORTLIST)
+def test_a_bad_row_is_named(function):
+    X = clustered(np.random.default_rng(7), 10)
+    ids = search(X[:2], X, 5)[1]
+    X = X.copy()
+    X[ids[1, 3]] *= 2
+    with pytest.raises(InputError, match=f"database row {ids[1, 3]} has norm 2"):
+        function(clustered(np.random.default_rng(8), 2), X, ids)
+
+
+def slow_average(v, X, n, alpha, own=None):
+    similarity = X @ v
+    others = sorted((j for j in range(len(X)) if j != own), key=lambda j: (-similarity[j], j))[:n]
+    total = v + sum((max(similarity[j], 0) ** alpha * X[j] if similarity[j] > 0 else 0 * X[j]) for j in others)
+    return total / np.linalg.norm(total)
+
+
+@pytest.mark.parametrize(("n", "alpha"), [(1, 3.0), (5, 0.0), (7, 1.5), (100, 3.0)])
+def test_expanded_queries_and_augmented_rows_equal_loops(n, alpha):
+    rng = np.random.default_rng(9)
+    X, Q = clustered(rng, 40), clustered(rng, 5)
+    wide = X.astype(np.float64)
+    assert (Q @ X.T).min() < -0.1
+    expected = [slow_average(q, wide, n, alpha) for q in Q.astype(np.float64)]
+    np.testing.assert_allclose(expand_queries(Q, X, n, alpha), expected, atol=1e-6)
+    excluded = rng.integers(40, size=5)
+    expected = [slow_average(q, wide, n, alpha, own) for q, own in zip(Q.astype(np.float64), excluded, strict=True)]
+    np.testing.assert_allclose(expand_queries(Q, X, n, alpha, exclude=excluded), expected, atol=1e-6)
+    expected = [slow_average(x, wide, n, alpha, own) for own, x in enumerate(wide)]
+    for block_rows in (1, 7, 4096):
+        got = augment_database(X, n, alpha, block_rows=block_rows)
+        np.testing.assert_allclose(got.block(0, 40), expected, atol=1e-6)
+
+
+def test_a_photo_is_not_its_own_neighbour():
+    """Leave-one-out: without `exclude` each query would find itself first and stay where it is."""
+    X = clustered(np.random.default_rng(10), 30)
+    own = np.arange(30)
+    assert np.abs(expand_queries(X, X, 1, 0.0) - X).max() < 1e-6
+    nearest = X[search(X, X, 1, exclude=own)[1][:, 0]]
+    np.testing.assert_allclose(expand_queries(X, X, 1, 0.0, exclude=own), unit(X + nearest), atol=1e-6)
+    np.testing.assert_allclose(augment_database(X, 1, 0.0).block(0, 30), unit(X + nearest), atol=1e-6)
+
+
+def test_no_neighbours_is_the_identity():
+    rng = np.random.default_rng(11)
+    X, Q = clustered(rng, 20), clustered(rng, 3)
+    np.testing.assert_array_equal(expand_queries(Q, X, 0), Q)
+    np.testing.assert_array_equal(augment_database(X, 0).block(0, 20), X)
+    np.testing.assert_array_equal(augment_database(X[:1], 5).block(0, 1), X[:1])
+
+
+def test_an_augmented_database_on_disk_is_that_in_memory(tmp_path):
+    X = clustered(np.random.default_rng(12), 50)
+    path = tmp_path / "augmented.npy"
+    on_disk = augment_database(concat(X[:20], X[20:].astype(np.float32)), 3, path=path, block_rows=8)
+    expected = augment_database(X, 3).block(0, 50)
+    np.testing.assert_array_equal(on_disk.block(0, 50), expected)
+    np.testing.assert_array_equal(np.load(path), expected)
+    with pytest.raises(InputError, match="cannot be written"):
+        augment_database(X, 3, path=tmp_path / "nowhere" / "x.npy")
+
+
+def test_the_database_is_searched_by_blocks():
+    """Never more than `block_rows` rows are asked for together, and their neighbours are gathered by parts."""
+
+    class Watched:
+        def __init__(self, array):
+            self.array, self.shape, self.most = array, array.shape, 0
+
+        def block(self, start, stop):
+            return self.array[start:stop]
+
+        def take(self, ids):
+            self.most = max(self.most, len(ids))
+            return self.array[ids]
+
+    source = Watched(clustered(np.random.default_rng(13), 600))
+    augment_database(source, 4, block_rows=16)
+    assert source.most <= 16 * (4 + 33)
+
+
+def test_expansion_refuses_what_it_cannot_use():
+    X = clustered(np.random.default_rng(14), 10)
+    for values, message in (({"n": -1}, "n: expected"), ({"alpha": -1.0}, "alpha"), ({"alpha": np.nan}, "alpha")):
+        with pytest.raises(InputError, match=message):
+            expand_queries(X[:2], X, **values)
+        with pytest.raises(InputError, match=message):
+            augment_database(X, **values)
+
+
+def test_a_second_search_ranks_the_whole_database_anew():
+    rng = np.random.default_rng(15)
+    X, Q = as_rows(clustered(rng, 60)), clustered(rng, 4)
+    ids = search(Q, X, 20)[1]
+    aqe = apply_reranker("aqe", {"n": 5, "alpha": 3.0}, Q, X, ids)
+    assert aqe.shortlist is None
+    assert aqe.database is X
+    np.testing.assert_array_equal(aqe.ids, search(expand_queries(Q, X, 5, 3.0), X, 20)[1])
+    adba = apply_reranker("adba", {"n": 5, "alpha": 3.0}, Q, X, ids)
+    assert adba.queries is Q
+    np.testing.assert_array_equal(adba.ids, search(Q, augment_database(X, 5, 3.0), 20)[1])
+    own = apply_reranker("kreciprocal", completed("kreciprocal", {"M": 10}), Q, X, ids)
+    np.testing.assert_array_equal(own.shortlist, kreciprocal(Q, X, ids, 10)[1])
+
+
+def test_a_database_too_large_for_memory_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(rerankers, "_IN_MEMORY", 0)
+    rng = np.random.default_rng(16)
+    X, Q = as_rows(clustered(rng, 60)), clustered(rng, 4)
+    ids = search(Q, X, 20)[1]
+    got = apply_reranker("adba", {"n": 5, "alpha": 3.0}, Q, X, ids, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    np.testing.assert_array_equal(got.database.block(0, 60), augment_database(X, 5).block(0, 60))
+
+
+def test_every_kind_says_its_parameters():
+    assert parameters("superglobal") == {"M": 400, "K": 9, "beta": 0.15, "second": "refined", "include_query": False}
+    for kind in KINDS:
+        values = completed(kind, {})
+        assert values == parameters(kind)
+        assert inspect.Parameter.empty not in values.values()
+        assert describe({"enabled": True, "kind": kind, **values}).startswith(f"{kind} ")
+    assert describe({"enabled": False, "kind": "aqe"}) == "none"
+    assert describe({"enabled": True, "M": 12, "K": 9, "beta": 0.15}) == "superglobal M=12 K=9 beta=0.15"
+    assert "second=original" in describe({"enabled": True, **parameters("superglobal"), "second": "original"})
+    with pytest.raises(InputError, match=r"rerank.K=3: aqe has no K; it takes n, alpha"):
+        completed("aqe", {"K": 3})
+    with pytest.raises(InputError, match="expected one of superglobal, "):
+        parameters("magic")

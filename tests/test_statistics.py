@@ -1,0 +1,117 @@
+"""Statistics of the database: against numpy on the whole matrix, by blocks, stored, and the same bits everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from superglobal.errors import InputError
+from superglobal.retrieval import statistics as module
+from superglobal.retrieval.ranks import exact_ranks
+from superglobal.retrieval.search import search
+from superglobal.retrieval.statistics import database_statistics, stored_statistics
+from superglobal.retrieval.vectors import concat
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def X():
+    rng = np.random.default_rng(0)
+    return unit(rng.standard_normal((700, 24)) * np.linspace(1, 3, 24) + 2)
+
+
+def test_the_mean_is_taken_out_and_the_norm_restored(X):
+    found = database_statistics(X, "mean")
+    wide = X.astype(np.float64)
+    expected = unit(wide - wide.mean(axis=0))
+    rows = found.apply(X)
+    assert rows.shape == (700, 24)
+    np.testing.assert_allclose(rows.block(0, 700), expected, atol=1e-6)
+    ids = np.array([[3, 699], [3, 0]])
+    np.testing.assert_array_equal(rows.take(ids), rows.block(0, 700)[ids])
+
+
+@pytest.mark.parametrize("dims", [None, 5])
+def test_whitened_rows_have_equal_variance_in_every_axis(X, dims):
+    found = database_statistics(X, "whiten", dims)
+    wide = X.astype(np.float64)
+    centred = wide - wide.mean(axis=0)
+    projected = centred @ found.axes
+    assert projected.shape == (700, dims or 24)
+    np.testing.assert_allclose(projected.T @ projected / 700, np.eye(dims or 24), atol=1e-8)
+    np.testing.assert_allclose(found.apply(X).block(0, 700), unit(projected), atol=1e-6)
+    values, vectors = np.linalg.eigh(np.cov(wide.T, bias=True))
+    kept = vectors[:, ::-1][:, : dims or 24]
+    np.testing.assert_allclose(np.abs(np.einsum("dk,dk->k", kept, found.axes)) ** -2, values[::-1][: dims or 24])
+
+
+def test_blocks_and_half_precision_and_joined_sources(X, monkeypatch):
+    whole = database_statistics(X, "whiten")
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 64)
+    parts = database_statistics(concat(X[:100], X[100:]), "whiten")
+    np.testing.assert_allclose(parts.mean, whole.mean, atol=1e-12)
+    np.testing.assert_allclose(np.abs(parts.axes), np.abs(whole.axes), rtol=1e-6)
+    half = database_statistics(X.astype(np.float16), "mean")
+    np.testing.assert_allclose(half.mean, X.astype(np.float16).astype(np.float64).mean(axis=0), atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["mean", "whiten"])
+def test_a_row_has_the_same_bits_wherever_it_is_read(X, kind, monkeypatch):
+    """Exact ranks compare a row read on its own with itself in a block: search and ranks agree to the last place."""
+    monkeypatch.setattr(module, "_PRODUCT_ROWS", 32)
+    found = database_statistics(X, kind)
+    rows = found.apply(np.concatenate([X, X[:50]]))
+    whole = rows.block(0, 750)
+    np.testing.assert_array_equal(whole[700:], whole[:50])
+    for start in (0, 1, 31, 33, 700):
+        np.testing.assert_array_equal(rows.block(start, start + 40), whole[start : start + 40])
+    ids = np.random.default_rng(1).permutation(750)
+    np.testing.assert_array_equal(rows.take(ids), whole[ids])
+    queries = found.apply(X[::70]).block(0, 10)
+    order = search(queries, rows, 750)[1]
+    for row, ranks in zip(order, exact_ranks(queries, rows, list(order)), strict=True):
+        np.testing.assert_array_equal(ranks, np.arange(len(row)))
+
+
+def test_stored_once_and_read_back(X, tmp_path, monkeypatch):
+    first, name = stored_statistics(X, "whiten", 7, tmp_path, ["a", "b"])
+    monkeypatch.setattr(module, "database_statistics", None)
+    again, same = stored_statistics(X, "whiten", 7, tmp_path, ["a", "b"])
+    assert name == same
+    assert (again.rows, again.axes.shape) == (700, (24, 7))
+    np.testing.assert_array_equal(again.mean, first.mean)
+    np.testing.assert_array_equal(again.axes, first.axes)
+    monkeypatch.undo()
+    others = [("whiten", 6, ["a", "b"]), ("whiten", 7, ["b", "a"]), ("mean", None, ["a", "b"]), ("mean", None, ["a"])]
+    names = {stored_statistics(X, kind, dims, tmp_path, stores)[1] for kind, dims, stores in others}
+    assert len(names | {name}) == 5
+
+
+def test_a_damaged_file_is_told(X, tmp_path):
+    stored_statistics(X, "mean", None, tmp_path, ["a"])
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError, match=f"{path.name}: damaged .* remove the file"):
+        stored_statistics(X, "mean", None, tmp_path, ["a"])
+
+
+def test_what_cannot_be_is_told(X):
+    with pytest.raises(InputError, match=r"20 database images are too few for 24 axes; give statistics\.dims="):
+        database_statistics(X[:20], "whiten")
+    with pytest.raises(InputError, match=r"dims=25: expected 1\.\.24"):
+        database_statistics(X, "whiten", 25)
+    with pytest.raises(InputError, match="expected one of mean, whiten"):
+        database_statistics(X, "median")
+    flat = np.zeros((40, 24), np.float32)
+    flat[:, :3] = unit(np.random.default_rng(2).standard_normal((40, 3)))
+    with pytest.raises(InputError, match=r"only 3 of 24 axes have any variance; statistics\.dims=3"):
+        database_statistics(flat, "whiten")
+    with pytest.raises(InputError, match="row 0 is a zero vector"):
+        search(X[:1], database_statistics(X[:1], "mean").apply(X[:1]), 1)
+    with pytest.raises(InputError, match="D = 5, but the statistics have D = 24"):
+        database_statistics(X, "mean").apply(X[:, :5])
+    with pytest.raises(InputError, match="row 3 has norm"):
+        database_statistics(np.concatenate([X[:3], 2 * X[3:9]]), "mean")
