@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sets import break_scan, write_folders, write_revisited
+from sets import break_scan, write_distractors, write_folders, write_revisited
 
 import superglobal
 from superglobal.data.revisited import revisited_set
@@ -117,14 +117,14 @@ def test_sigterm_ends_a_run_and_keeps_its_rows(tmp_path):
 KILLED = """
 import os, runpy, signal, sys
 from superglobal.retrieval.store import DescriptorStore
-write, count = DescriptorStore.write, 0
-def killed(self, row, descriptor):
+write, count = DescriptorStore.write_rows, 0
+def killed(self, rows, descriptors):
     global count
-    count += 1
-    if count == 80:
+    count += len(rows)
+    if count >= 80:
         os.kill(os.getpid(), signal.SIGKILL)
-    write(self, row, descriptor)
-DescriptorStore.write = killed
+    write(self, rows, descriptors)
+DescriptorStore.write_rows = killed
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -168,6 +168,31 @@ def test_a_bad_image_ends_all_processes_with_its_path(tmp_path):
     text = run(tmp_path / "o", *overrides, status=2)
     assert str(bad) in text
     assert "Traceback" not in text
+
+
+def test_a_distractor_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path):
+    write_revisited(tmp_path)
+    write_distractors(tmp_path, count=6)
+    write_distractors(tmp_path, "less", count=6)
+    (tmp_path / "less/less.txt").write_text("d0.jpg\nd2.jpg\nd3.jpg\nd5.jpg\n")
+    (tmp_path / "noise/jpg/d1.jpg").unlink()
+    break_scan(tmp_path / "noise/jpg/d4.jpg")  # passes the check, not the decoder
+    extra = ["distractors=list", "distractors.name=noise"]
+    text = run(tmp_path / "a", *revisited(tmp_path, *extra), status=2)
+    assert "1 missing" in text
+    text = run(tmp_path / "b", *revisited(tmp_path, *extra, "distractors.unreadable=skip", "rerank.M=12"))
+    assert "2 distractors could not be read" in text
+    (listed,) = (tmp_path / "b" / "stores").glob("noise-*/skipped.txt")
+    assert sorted(Path(line.split("\t")[0]).name for line in listed.read_text().splitlines()) == ["d1.jpg", "d4.jpg"]
+    run(tmp_path / "c", *revisited(tmp_path, "distractors=list", "distractors.name=less", "rerank.M=12"))
+    assert results(tmp_path / "b")["metrics"] == results(tmp_path / "c")["metrics"]
+    again = run(
+        tmp_path / "b2",
+        *revisited(tmp_path, *extra, "distractors.unreadable=skip"),
+        f"paths.stores={tmp_path}/b/stores",
+    )
+    assert "0 to describe" in again
+    assert len(listed.read_text().splitlines()) == 2
 
 
 def test_everything_missing_is_told_in_one_message_before_anything_runs(tmp_path):

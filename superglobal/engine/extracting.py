@@ -58,7 +58,6 @@ def extract_lists(
         for i, part in enumerate(lists):
             for own in stores if part.skips else ():
                 _skip_bad(own[i], part)
-    trainer.strategy.barrier()
     missing = [{row for own in stores for row in own[i].missing.tolist()} for i in range(len(lists))]
     lacked = {part.title: len(rows) for part, rows in zip(lists, missing, strict=True)}
     for part in lists:

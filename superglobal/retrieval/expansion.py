@@ -70,8 +70,8 @@ def augment_database(
     rows = as_rows(X, "database")
     if len(rows.skipped):
         raise InputError(
-            f"{rows.name}: {len(rows.skipped)} rows were skipped when descriptors were made and cannot be averaged; take "
-            "their images from the list, or rerank another way"
+            f"{rows.name}: {len(rows.skipped)} rows were skipped when descriptors were made and cannot be averaged; "
+            "take their images from the list, or rerank another way"
         )
     count = min(n, len(rows) - 1)
     if count < 1:

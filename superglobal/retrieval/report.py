@@ -220,7 +220,8 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     if summary["tuned_on"]:
         out.print(f"settings tuned on {', '.join(summary['tuned_on'])}", soft_wrap=True, highlight=False, markup=False)
     if summary["about"].get("skipped"):
-        text = f"{summary['about']['skipped']} distractors could not be read and are not ranked (skipped.txt of their store)"
+        count = summary["about"]["skipped"]
+        text = f"{count} distractors could not be read and are never ranked: skipped.txt of their store"
         out.print(text, soft_wrap=True, highlight=False, markup=False)
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in summary["seconds"].items())
     out.print(f"{seconds}\nresults in {folder}", soft_wrap=True, highlight=False, markup=False)
