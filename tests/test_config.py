@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -154,3 +156,10 @@ def test_the_ladder_adds_one_module_a_step_and_the_others_leave_one_out():
         assert [j for j, on in enumerate(switches(f"no_{step}")) if not on] == [i]
     assert sorted(options("ablation")) == sorted([*steps, *(f"no_{s}" for s in steps[1:])])
     assert config("ablation=scale").ablation == "scale"
+
+
+def test_settings_load_without_what_takes_seconds():
+    heavy = "timm torchvision pytorch_lightning faiss"
+    code = f"import sys, eval; print([name for name in {heavy.split()} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

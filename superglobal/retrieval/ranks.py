@@ -19,7 +19,7 @@ from superglobal.retrieval.vectors import (
     pair_scores,
 )
 
-_CELLS = 8192  # of the table that tells from a score, without searching, how many targets it beats
+_CELLS = 16384  # of the table that tells from a score, without searching, how many targets it beats
 # The float32 place of a score in the table is off by less than a tolerance, for its offset, and this share of a cell.
 _GUARD = 0.01
 
