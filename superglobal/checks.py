@@ -29,7 +29,7 @@ from superglobal.models.pooling import relup_mode
 from superglobal.retrieval.index import KINDS
 from superglobal.retrieval.landmark_scoring import VOTES
 from superglobal.retrieval.rerank import SECOND
-from superglobal.retrieval.rerankers import completed
+from superglobal.retrieval.rerankers import JUNK, SEARCH_AGAIN, completed
 from superglobal.retrieval.search import BACKENDS
 from superglobal.retrieval.statistics import KINDS as STATISTICS
 from superglobal.retrieval.store import DTYPES
@@ -164,6 +164,8 @@ def _check_evaluation(config: EvalConfig) -> None:
     _require_choice("distractors.unreadable", config.distractors.unreadable, ("error", "skip"))
     _check_extraction(config.extraction)
     _check_evaluation_ranges(config)
+    if config.rerank.junk == "drop" and d.kind != "revisited":
+        raise InputError(f"rerank.junk=drop: {d.name} has no junk; only Revisited sets have")
     M = config.rerank.M
     if d.kind == "gldv2_recognition" and config.rerank.enabled and M is not None and d.neighbours > M:
         raise InputError(
@@ -298,6 +300,9 @@ def complete_rerank(rerank: RerankConfig) -> None:
             "rerank.gamma": (rerank.gamma, 1e-3, 1e3),
         }
     )
+    _require_choice("rerank.junk", rerank.junk, JUNK)
+    if rerank.junk == "drop" and rerank.kind in SEARCH_AGAIN:
+        raise InputError(f"rerank.junk=drop: {rerank.kind} searches the whole database again and has no shortlist")
     if rerank.second is not None:
         _require_choice("rerank.second", rerank.second, SECOND)
 

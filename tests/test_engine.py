@@ -22,6 +22,7 @@ from superglobal.config import register
 from superglobal.engine import evaluate
 from superglobal.errors import InputError
 from superglobal.precision import full_precision
+from superglobal.retrieval.metrics import REVISITED, average_precision
 from superglobal.retrieval.store import DescriptorStore
 
 ROOT = Path(__file__).parents[1]
@@ -258,3 +259,30 @@ def test_float16_stores_are_apart_and_change_scores_by_little(toy_data, tmp_path
     assert 0 < np.abs(scores[0] - scores[1]).max() < 1e-3
     for name, value in fine["metrics"]["search"]["map"].items():
         assert rounded["metrics"]["search"]["map"][name] == pytest.approx(value, abs=0.02)
+
+
+def test_junk_can_be_dropped_before_reranking_with_a_list_for_each_protocol(data, tmp_path):
+    settings = [*mini(data), "rerank.M=5", "rerank.K=2"]
+    got = run(tmp_path, *settings, "rerank.junk=drop", "k=8")
+    kept = run(tmp_path, *settings)
+    truth = superglobal.revisited_set(data, "mini")
+    model = superglobal.load_model("random", backbone="resnet18", scales=1)
+    X, Q = (superglobal.extract(model, items) for items in (truth.database, truth.queries))
+    for protocol, one in REVISITED.items():
+        found = []
+        for q, gnd in zip(Q, truth.gnd, strict=True):
+            gone = {int(i) for name in one.ignored for i in gnd[name]}
+            order = [i for i in np.argsort(-(X @ q), kind="stable") if i not in gone]
+            _, best = superglobal.rerank(q[None], X, np.array([order[:5]]), M=5, K=2)
+            order[:5] = best[0]
+            ranks = [order.index(i) for name in one.positive for i in gnd[name]]
+            found.append(average_precision(ranks))
+        assert got["metrics"]["rerank"]["map"][protocol] == pytest.approx(np.mean(found), abs=1e-9)
+    assert got["metrics"]["rerank"]["map"] != kept["metrics"]["rerank"]["map"]
+    assert got["metrics"]["search"] == kept["metrics"]["search"]
+
+
+@pytest.mark.parametrize("kind", ["aqe", "adba"])
+def test_only_a_shortlist_can_be_without_junk(data, tmp_path, kind):
+    with pytest.raises(InputError, match=r"rerank\.junk=drop"):
+        run(tmp_path, *mini(data), f"rerank={kind}", "rerank.junk=drop")

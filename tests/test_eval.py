@@ -151,6 +151,24 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert all(np.array_equal(loaded[0][k], loaded[1][k]) for k in loaded[1])
 
 
+def test_two_jobs_one_of_them_killed_leave_the_store_of_one(tmp_path):
+    write_revisited(tmp_path, landmarks=30, views=6)
+    overrides = revisited(tmp_path)
+    together = tmp_path / "together"
+    other = start(together, *overrides, "extraction.part=2/2")
+    words = [str(ROOT / "eval.py"), *overrides, "extraction.part=1/2", f"paths.outputs={together}"]
+    assert subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, capture_output=True).returncode == -9
+    assert other.wait(timeout=240) == 0
+    run(together, *overrides, "extraction.part=1/2")
+    run(tmp_path / "whole", *overrides)
+    assert results(together)["metrics"] == results(tmp_path / "whole")["metrics"]
+    stores = [
+        DescriptorStore.open(next((place / "stores").glob("mini-database-*"))).block(0, 150)
+        for place in (together, tmp_path / "whole")
+    ]
+    assert np.abs(stores[0] - stores[1]).max() < 1e-6
+
+
 def test_two_processes_give_the_descriptors_of_one(data, tmp_path):
     run(tmp_path / "one", *revisited(data))
     text = run(tmp_path / "two", *revisited(data, "trainer.devices=2", "trainer.strategy=ddp"))

@@ -120,11 +120,14 @@ class RerankConfig:
         kq, kd, gamma: diffusion: where the query starts, neighbours in the graph, power of a similarity.
         n: aqe, adba: neighbours that a descriptor is averaged with.
         alpha: diffusion: share that is passed on; aqe, adba: power of a similarity.
+        junk: "keep" reranks one list with junk in it, as SuperGlobal's code; "drop" a list for each protocol from which
+            the images that it ignores are gone, as CVNet's. Scores tell the difference; lists and pictures do not.
         tuned_on: on which photos they were chosen, as in `PoolingSettings`.
     """
 
     enabled: bool = True
     kind: str = "superglobal"
+    junk: str = "keep"
     M: int | None = None
     K: int | None = None
     beta: float | None = None
@@ -142,9 +145,12 @@ class RerankConfig:
     tuned_on: str | None = None
 
 
+_NO_PARAMETERS = ("enabled", "kind", "junk", "tuned_on")
+
+
 def rerank_parameters(rerank: RerankConfig) -> dict[str, Any]:
     """The parameters that are given, of whatever kind."""
-    values = {f.name: getattr(rerank, f.name) for f in fields(rerank) if f.name not in ("enabled", "kind", "tuned_on")}
+    values = {f.name: getattr(rerank, f.name) for f in fields(rerank) if f.name not in _NO_PARAMETERS}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -83,6 +83,10 @@ def _option(words: str, sources: Sequence[Path]) -> RerankConfig:
         raise InputError(f"rerankers: {words!r} is no reranking ({str(error).splitlines()[0]})") from error
     assert isinstance(found, RerankConfig)
     complete_rerank(found)
+    if found.junk != "keep":
+        raise InputError(
+            f"rerankers: {words!r}: comparing keeps junk in the lists; eval.py has rerank.junk={found.junk}"
+        )
     return found
 
 

@@ -30,6 +30,7 @@ from superglobal.retrieval.rerankers import Reranked, apply_reranker
 from superglobal.retrieval.scoring import Scorer, make_scorer
 from superglobal.retrieval.scoring import evaluate as score
 from superglobal.retrieval.vectors import Rows
+from superglobal.retrieval.without_junk import most_ignored, score_without_junk
 
 log = logging.getLogger(__name__)
 
@@ -82,10 +83,12 @@ def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) ->
     Q, exclude = inputs.query_block(), inputs.exclude()
     task = None if dataset is None else dataset.task
     k = shortlist_size(max(config.k, 1 if task is None else task.depth), config.rerank, inputs)
-    scorer = None
+    scorer, drops = None, config.rerank.enabled and config.rerank.junk == "drop"
     if dataset is not None and dataset.gnd is not None and task is None:
         gnd, protocols = _truth(dataset, exclude)
         scorer = make_scorer(gnd, len(Q), len(X), protocols, clusters=dataset.clusters, seed=config.seed)
+        if drops:
+            k = shortlist_size(k + most_ignored(scorer), config.rerank, inputs)
     with clock.time("search"):
         first = first_stage(config, Q, X, k, scorer, exclude, device)
     stages = {"search": (first.scores, first.ids)}
@@ -110,7 +113,14 @@ def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) ->
             results = {name: task.score(*stage, config.seed) for name, stage in stages.items()}
         elif scorer is not None:
             results["search"] = scorer.score(first.ranks)
-            if second is not None:
+            if second is not None and drops:
+
+                def reorder(ids: np.ndarray) -> np.ndarray:
+                    values = rerank_parameters(config.rerank)
+                    return apply_reranker(config.rerank.kind, values, Q, X, ids, device=device).ids
+
+                results["rerank"] = score_without_junk(scorer, first.ranks, first.ids, reorder)
+            elif second is not None:
                 results["rerank"] = scorer.score(_second_ranks(scorer, first, second, exclude, device))
     names = _names(inputs)
     about = {**inputs.about, **({} if dataset is None else dataset.about), "skipped": len(X.skipped)}

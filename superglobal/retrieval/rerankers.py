@@ -26,7 +26,9 @@ _OF_SHORTLISTS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
     "diffusion": diffuse,
 }
 _OF_VECTORS: dict[str, Callable[..., Any]] = {"aqe": expand_queries, "adba": augment_database}
+SEARCH_AGAIN = tuple(_OF_VECTORS)
 KINDS = (*_OF_SHORTLISTS, *_OF_VECTORS)
+JUNK = ("keep", "drop")
 _PLUMBING = ("Q", "X", "ids", "exclude", "backend", "device", "batch_size", "block_rows", "path")
 _IN_MEMORY = 1 << 30  # bytes of an augmented database; a larger one is a file while the run lasts
 
@@ -64,7 +66,8 @@ def describe(settings: Mapping[str, Any]) -> str:
     # Words and switches are told where they are not what the kind is known for.
     told = {n: settings[n] for n, d in defaults.items() if settings.get(n) is not None}
     shown = {n: v for n, v in told.items() if not isinstance(v, str | bool) or v != defaults[n]}
-    return " ".join([kind, *(f"{n}={v}" for n, v in shown.items())])
+    dropped = ["junk=drop"] if settings.get("junk") == "drop" else []
+    return " ".join([kind, *(f"{n}={v}" for n, v in shown.items()), *dropped])
 
 
 @dataclass(frozen=True)

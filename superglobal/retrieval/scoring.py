@@ -77,7 +77,7 @@ class Scorer:
 
     def score(self, found: Sequence[np.ndarray]) -> RetrievalResult:
         """found: per query the 0-based ranks of `targets`, -1 for those that a truncated list lacks."""
-        ranks = _split(found, self.sets)
+        ranks = split_by_set(found, self.sets)
         return score_ranks(ranks, self.protocols, self.ks, self.clusters, self.seed, self.samples)
 
     def reranked(self, found: Sequence[np.ndarray], shortlist: np.ndarray) -> list[np.ndarray]:
@@ -87,7 +87,7 @@ class Scorer:
 
     def listed(self, rankings: np.ndarray) -> list[np.ndarray]:
         """Ranks in lists (Q, n) of ids, -1 for targets that are not there; -1 pads a short list's end."""
-        return [_positions(row, targets) for row, targets in zip(rankings, self.targets, strict=True)]
+        return [positions(row, targets) for row, targets in zip(rankings, self.targets, strict=True)]
 
 
 def make_scorer(
@@ -140,8 +140,8 @@ def ranks_from_rankings(rankings: Any, ground_truth: Any, protocols: Mapping[str
         targets = _joined(one, query, None)
         if (np.diff((row >= 0).astype(int)) > 0).any() or len(np.unique(row[row >= 0])) < (row >= 0).sum():
             raise InputError(f"rankings: query {query} lists an id twice, or has padding (-1) before an id")
-        found.append(_positions(row, targets))
-    return _split(found, sets)
+        found.append(positions(row, targets))
+    return split_by_set(found, sets)
 
 
 def landmarks(positives: Sequence[Iterable[int]]) -> list[int]:
@@ -204,7 +204,7 @@ def _joined(sets: Sets, query: int, n_rows: int | None) -> np.ndarray:
     return ids
 
 
-def _split(found: Sequence[np.ndarray], sets: Sequence[Sets]) -> list[Sets]:
+def split_by_set(found: Sequence[np.ndarray], sets: Sequence[Sets]) -> list[Sets]:
     """Ranks of a query's joined ids, back by set."""
     result = []
     for ranks, one in zip(found, sets, strict=True):
@@ -213,7 +213,7 @@ def _split(found: Sequence[np.ndarray], sets: Sequence[Sets]) -> list[Sets]:
     return result
 
 
-def _positions(row: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def positions(row: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """The position in `row` of each wanted id, -1 where it does not occur."""
     order = np.argsort(row)
     place = np.minimum(np.searchsorted(row, wanted, sorter=order), len(row) - 1)
