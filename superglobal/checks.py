@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -94,6 +95,8 @@ def _check_training(config: TrainConfig) -> None:
     _require_choice("optim.batch_norm", o.batch_norm, _BATCH_NORMS)
     _require_choice("trainer.precision", t.precision, _PRECISIONS)
     _require_choice("resume", config.resume, ("auto", "anew"))
+    if not config.name or Path(config.name).is_absolute() or ".." in Path(config.name).parts:
+        raise InputError(f"name={config.name}: expected the name of a folder inside paths.outputs")
     _require_within(
         {
             "data.min_images": (d.min_images, 2, math.inf),

@@ -135,7 +135,7 @@ def test_a_finished_training_is_kept_and_another_one_refused(toy_data, trained):
     assert "trained already" in train(toy_data, trained, "trainer.log_every=5", "pooling.relup=false")
     text = train(toy_data, trained, "optim.lr=0.004", status=2)
     assert str(folder) in text
-    assert "different are settings.optim.lr. Give a new name=" in text
+    assert "different are settings.optim.lr (0.002 there). Give a new name=" in text
     assert "Traceback" not in text
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert set(before) == {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".log", "")}

@@ -76,10 +76,10 @@ class NonFiniteGuard(StepCallback):
         p = module.network.pooling.p
         problems = any_rank(self.group, not losses, not torch.isfinite(total), not bool(p > 0))
         if problems[0]:
-            raise InputError(self._told(trainer, window) + self._mend(module))
-        where = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
+            raise InputError(self._told(trainer, window) + self._mend(trainer, module))
+        where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         if problems[1]:
-            raise InputError(f"{where}: a weight is no number any more{self._mend(module)}")
+            raise InputError(f"{where}: a weight is no number any more{self._mend(trainer, module)}")
         if problems[2]:
             raise InputError(f"{where}: GeM's p became {p.item():.3g}; lower optim.lr or set pooling.learn_p=off")
 
@@ -97,13 +97,14 @@ class NonFiniteGuard(StepCallback):
             write_atomically(listing, "".join(f"{place}\n" for place in places).encode())
         shown = ", ".join(places[:_SHOWN]) + (", ..." if len(places) > _SHOWN else "")
         return (
-            f"epoch {trainer.current_epoch}, step {step}: the loss is no number; the photos of that batch (all of them "
-            f"in {listing}): {shown}"
+            f"epoch {trainer.current_epoch + 1}, step {step}: the loss is no number; the photos of that batch (all of "
+            f"them in {listing}): {shown}"
         )
 
     @staticmethod
-    def _mend(module: TrainingModule) -> str:
-        return f"; lower optim.lr ({module.optim.lr}) or set optim.clip, or trainer.precision=32-true"
+    def _mend(trainer: pl.Trainer, module: TrainingModule) -> str:
+        half = "" if trainer.precision.startswith(("32", "64")) else ", or trainer.precision=32-true"
+        return f"; lower optim.lr ({module.optim.lr}) or set optim.clip{half}, with a new name="
 
     @staticmethod
     def _step(trainer: pl.Trainer, batch_idx: int) -> int:

@@ -187,7 +187,8 @@ class RetrievalValidation(StepCallback):
         if trainer.global_step == 0:
             log.info("before training: validation mAP %.4f%s", values["val/map"], others)
             return
-        place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step} of {module.total_steps}"
+        epoch = math.ceil(trainer.global_step * module.optim.epochs / module.total_steps)
+        place = f"epoch {epoch}, step {trainer.global_step} of {module.total_steps}"
         loss = "" if math.isnan(module.loss) else f"loss {module.loss:.3f}, "
         log.info("%s: %svalidation mAP %.4f%s", place, loss, values["val/map"], others)
 

@@ -64,7 +64,12 @@ class BadPhotos:
             log.warning(
                 "a photo cannot be read, another one stands in: %s: %s; all are listed in %s", place, reason, self.file
             )
-        require_budget(len(listed) + len(new), self.total, self.budget, f"; they are listed in {self.file}")
+        require_budget(
+            len(listed) + len(new),
+            self.total,
+            self.budget,
+            f"; they are listed in {self.file}: remove it when they are mended",
+        )
 
 
 def require_budget(bad: int, total: int, budget: float, where: str = "") -> None:
@@ -72,8 +77,7 @@ def require_budget(bad: int, total: int, budget: float, where: str = "") -> None
     if bad > budget * total:
         raise InputError(
             f"{bad} of {total} photos ({bad / total:.3%}) are missing or cannot be read, more than data.bad_budget="
-            f"{budget:g} allows{where}; scripts/prepare_gldv2.py checks all of them: mend the photos and remove the "
-            "list, or raise data.bad_budget"
+            f"{budget:g} allows{where}; mend them (scripts/prepare_gldv2.py checks all), or raise data.bad_budget"
         )
 
 
@@ -95,9 +99,12 @@ def require_photos(
     Raises:
         InputError: more than the budget are bad, the index does not fit, or there is none for the tar files.
     """
-    root = Path(root)
+    root, where = Path(root), ""
     if tars is not None or index_path(root, table).exists():
         index = load_index(root, table, tars)
+        where = (
+            f", by {index_path(root, table)} (when they are mended, once more: {prepare_command(root, table, tars)})"
+        )
         bad = [index.bad_among(photos.ids) for photos in lists]
         contents = [index.codes_of(photos.ids) for photos in lists]
     else:
@@ -106,10 +113,11 @@ def require_photos(
     problems = [(photos.place(i), reason) for photos, found in zip(lists, bad, strict=True) for i, reason in found]
     total = sum(len(photos) for photos in lists)
     try:
-        require_budget(len(problems), total, budget)
+        require_budget(len(problems), total, budget, where)
     except InputError as error:
         lines = describe_problems("training photos", total, problems)
-        raise InputError("\n".join([NOTHING_COMPUTED, *lines, str(error), how_to_get(root)])) from None
+        hint = [how_to_get(root)] if 2 * len(problems) > total else []
+        raise InputError("\n".join([NOTHING_COMPUTED, *lines, str(error), *hint])) from None
     return bad, np.concatenate(contents)
 
 

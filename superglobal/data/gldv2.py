@@ -116,7 +116,9 @@ def read_train(
         unknown = np.setdiff1d(excluded, landmarks)
         if len(unknown):
             log.warning("%s: %d of %d landmarks are not in %s", leave_out, len(unknown), len(excluded), path)
-        ids, landmarks = _where(~np.isin(landmarks, excluded), ids, landmarks)
+        kept = ~np.isin(landmarks, excluded)
+        log.info("%s: left out %d landmarks, %d photos", leave_out, len(excluded) - len(unknown), int((~kept).sum()))
+        ids, landmarks = _where(kept, ids, landmarks)
     values, labels, counts = np.unique(landmarks, return_inverse=True, return_counts=True)
     keep = counts >= min_images
     if not keep.any():

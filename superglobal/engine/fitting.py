@@ -66,6 +66,9 @@ def train(cfg: DictConfig, folder: Path) -> float:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     photos, held_out = _photos(config)
     network = _network(config)
+    # Refuses what Lightning refuses, and a batch that cannot be dealt out, before anything is touched.
+    world = make_fit_trainer(config.trainer, config.optim, [], []).world_size
+    EpochBatches(len(photos), config.optim.batch_size, config.seed, config.trainer.accumulate, world=world)
     # The other processes are children of this one, or wait for it to join them: it checks for all.
     bad: list[Bad] = [[], []]
     about: dict[str, Any] = {}
@@ -103,10 +106,8 @@ def _photos(config: TrainConfig) -> tuple[TrainList, TrainList]:
     if min(landmarks) < 2:
         raise InputError(
             f"validation.fraction={fraction}: {landmarks[0]} landmarks to train on, {landmarks[1]} to validate on; "
-            "both need at least two"
+            f"both need at least two: {'raise' if landmarks[1] < 2 else 'lower'} validation.fraction"
         )
-    # Refuses a batch that the photos do not fill.
-    EpochBatches(len(photos), config.optim.batch_size, config.seed, config.trainer.accumulate)
     log.info("%d photos of %d landmarks", len(photos), landmarks[0])
     log.info("held out for validation: %d photos of %d landmarks", len(held_out), landmarks[1])
     return photos, held_out
@@ -219,8 +220,6 @@ def _fit(
         log.info("going on from %s: step %d of %d", checkpoint, step, module.total_steps)
     with training_loggers(config, folder, step, about) as loggers:
         trainer = make_fit_trainer(t, o, watchers, loggers)
-        # Before any process is started that would find it out.
-        EpochBatches(len(photos), o.batch_size, config.seed, t.accumulate, world=trainer.world_size)
         run_fit(trainer, module, _data(config, photos), checkpoint)
     return validation.best
 

@@ -19,6 +19,7 @@ from superglobal.data.images import ImageItem, check_images
 from superglobal.data.sets import EvaluationSet, how_to_get_distractors, load_distractors, require_images
 from superglobal.engine.common import evaluation_set, export_path, make_trainer
 from superglobal.engine.extracting import extract_lists
+from superglobal.engine.run_folder import unfinished
 from superglobal.engine.sweeps import sibling_poolings
 from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList
@@ -131,6 +132,8 @@ def _trained(config: EvalConfig) -> str:
     """The export of the training run `name`."""
     path = export_path(config.paths.outputs, config.name)
     if path.is_file():
+        if unfinished(path.parent):
+            log.warning("%s: that training is not finished; this is its best network so far", path.parent)
         return str(path)
     others = sorted(other.parent.name for other in path.parent.parent.glob(f"*/{path.name}"))
     there = f" (trained are {', '.join(others)}: choose by name=)" if others else ""

@@ -54,13 +54,16 @@ def claim(folder: Path, about: dict[str, Any], codes: np.ndarray, anew: bool) ->
     found = _read(folder)
     if found is None and (folder / EXPORT).is_file():
         found = {}
+    if found is not None and finished(folder) is None and not _holds_work(folder):
+        found = None
     if found is not None:
         before, now = flat(found.get("identity", {})), flat(about["identity"])
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if differing:
+            told = [f"{key} ({_short(before.get(key))} there)" for key in differing[:6]]
             raise InputError(
-                f"{folder} holds another training; different are {', '.join(differing[:6])}. Give a new name=, or "
-                "remove the folder"
+                f"{folder} holds another training; different are {', '.join(told)}. Give a new name=, or remove the "
+                "folder"
             )
     codes = codes if found is None else _same_photos(folder, codes)
     score = finished(folder)
@@ -74,6 +77,16 @@ def claim(folder: Path, about: dict[str, Any], codes: np.ndarray, anew: bool) ->
     content = {**about, "finished": None}
     write_atomically(record, json.dumps(content, indent=1).encode())
     return None
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a step of its training is kept there."""
+    return (folder / EXPORT).is_file() or any((folder / CHECKPOINTS).glob("*.ckpt"))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:20]}..."
 
 
 def _same_photos(folder: Path, codes: np.ndarray) -> np.ndarray:
@@ -102,6 +115,11 @@ def _forget(folder: Path) -> None:
         raise InputError(
             f"resume=anew: {error.filename} cannot be removed ({error.strerror}); remove {folder}"
         ) from error
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether a training is recorded there that has not come to its end."""
+    return (folder / _RECORD).is_file() and finished(folder) is None
 
 
 def finished(folder: Path) -> float | None:

@@ -40,6 +40,7 @@ _SHARED = (
     "scales",
     "antialias",
     "extraction",
+    "store",
     "paths",
     "seed",
 )
