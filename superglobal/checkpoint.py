@@ -20,7 +20,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from superglobal.errors import InputError
-from superglobal.files import write_atomically
+from superglobal.files import EXPORT, write_atomically
 from superglobal.models.network import RetrievalNetwork, weights_digest
 
 FORMAT = "superglobal-1"
@@ -231,6 +231,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(
             f"{path}: corrupt, incomplete or no weights file ({_first_line(error)}); get it again"
         ) from error
+    if isinstance(content, dict) and "pytorch-lightning_version" in content:
+        raise InputError(f"{path}: a checkpoint to go on training from; give the export of its run, {EXPORT}")
     for wrapper in ("model_state", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -141,6 +141,32 @@ def test_a_finished_training_is_kept_and_another_one_refused(toy_data, trained):
     assert set(before) == {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".log", "")}
 
 
+def test_an_export_that_is_gone_is_not_said_to_be_there(toy_data, trained, tmp_path):
+    folder = tmp_path / "train" / "quickstart"
+    shutil.copytree(trained / "train" / "quickstart", folder)
+    (folder / "best.safetensors").unlink()
+    with pytest.raises(InputError, match=r"best\.safetensors: .* gone; resume=anew"):
+        fit(configured(toy_data, tmp_path), folder)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    with pytest.raises(InputError, match=r"a checkpoint to go on training from; give .*best\.safetensors"):
+        superglobal.load_model(checkpoint)
+    assert 0 < fit(configured(toy_data, tmp_path, "resume=anew"), folder) <= 1
+    assert (folder / "best.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "''"])
+def test_a_run_stays_inside_its_folder(toy_data, tmp_path, name):
+    with pytest.raises(InputError, match="name="):
+        fit(configured(toy_data, tmp_path, f"name={name}"), tmp_path / "run")
+
+
+def test_a_start_that_kept_no_step_holds_no_folder(toy_data, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match="loss is no number"):
+        fit(configured(toy_data, tmp_path, "optim.lr=1e8"), folder)
+    assert 0 < fit(configured(toy_data, tmp_path, "optim.epochs=1"), folder) <= 1
+
+
 def test_other_photos_or_an_unfinished_run_of_other_settings_are_another_training(toy_data, trained, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(toy_data / "toy" / "gldv2", data / "toy" / "gldv2")

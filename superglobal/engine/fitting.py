@@ -91,6 +91,11 @@ def train(cfg: DictConfig, folder: Path) -> float:
             log.info("trained already, validation mAP %.4f: %s (remove the folder to train again)", done, folder)
             return done
         score = _fit(config, folder, network, photos, held_out, bad, about)
+        if first and not (folder / EXPORT).is_file():
+            raise InputError(
+                f"{folder / EXPORT}: the best network was exported before the training was interrupted, and is gone; "
+                "resume=anew trains again"
+            )
         if first:
             finish(folder, score)
             log.info("best validation mAP %.4f; exported: %s", score, folder / EXPORT)
@@ -158,7 +163,10 @@ def _watched(config: TrainConfig) -> list[EvaluationSet]:
         if (place / f"gnd_{place.name}.pkl").is_file():
             found.append(revisited_set(place.parent, place.name))
         elif first:
-            log.info("validation.sets: %s is not there, nothing is watched on it", place)
+            # The two benchmarks of the default are often not there.
+            level = logging.INFO if entry in ("roxford5k", "rparis6k") else logging.WARNING
+            text = "validation.sets: %s is not there, nothing is watched on it (FOLDER/gnd_FOLDER.pkl)"
+            log.log(level, text, place / f"gnd_{place.name}.pkl")
     if first:
         parts = [
             (one, title, items)
