@@ -165,6 +165,7 @@ def _check_evaluation(config: EvalConfig) -> None:
     if d.kind.startswith("gldv2") and config.distractors.name is not None:
         raise InputError(f"{d.name}: distractors={config.distractors.name}: GLDv2's sets have none; distractors=none")
     _require_choice("distractors.unreadable", config.distractors.unreadable, ("error", "skip"))
+    _require_within({"distractors.skip_budget": (config.distractors.skip_budget, 0, 1)})
     _check_extraction(config.extraction)
     _check_evaluation_ranges(config)
     if config.rerank.junk == "drop" and d.kind != "revisited":
@@ -173,6 +174,17 @@ def _check_evaluation(config: EvalConfig) -> None:
     if d.kind == "gldv2_recognition" and config.rerank.enabled and M is not None and d.neighbours > M:
         raise InputError(
             f"dataset.neighbours={d.neighbours}, but reranking scores rerank.M={M} only; raise that, or rerank=none"
+        )
+    distances = config.rerank.enabled and config.rerank.kind == "kreciprocal"
+    if d.kind == "gldv2_recognition" and distances and d.votes != "nearest":
+        raise InputError(
+            f"dataset.votes={d.votes}: k-reciprocal reranking gives distances, whose sums say nothing; "
+            "dataset.votes=nearest, or another rerank="
+        )
+    if config.rerank.enabled and config.rerank.kind in SEARCH_AGAIN and config.index.kind != "flat":
+        raise InputError(
+            f"rerank.kind={config.rerank.kind} searches the whole database again, and exactly: beside the cut lists of "
+            f"index={config.index.kind} its numbers would mean something else; index=flat"
         )
     _check_ablation(config)
     make_scales(config.scales)
@@ -322,3 +334,7 @@ def _check_ablation(config: EvalConfig) -> None:
         if wanted != value:
             state = "on" if wanted else "off"
             raise InputError(f"ablation={config.ablation} means {switch} {state}; drop the ablation or the override")
+    if config.rerank.enabled and config.rerank.kind != "superglobal":
+        raise InputError(
+            f"ablation={config.ablation} means the paper's reranking; drop it, or rerank={config.rerank.kind}"
+        )

@@ -34,7 +34,7 @@ _NEWS_EVERY = 30.0  # seconds
 class ExtractionList:
     """Images that share a store: title ("database", ...), set name, images, what checking them found, their limit.
 
-    One with `skips` is complete without the images that cannot be read.
+    One with `skips` is complete without images that cannot be read, up to that share of them.
     """
 
     title: str
@@ -42,7 +42,7 @@ class ExtractionList:
     items: Sequence[ImageItem]
     checked: CheckReport
     max_side: int | None
-    skips: bool = False
+    skips: float | None = None
 
     def lines(self) -> list[str]:
         """One line per row for the fingerprint: file name, box and content, but not where the folder lies."""
@@ -91,14 +91,15 @@ class EvaluationModule(pl.LightningModule):
         waiting. Alone, a process stops at once. Finished rows stay either way.
         """
         for number, rows, images, faults in batch:
-            if self.lists[number].skips:
-                skip_rows(self._stores_of(number), self.lists[number], faults)
-            else:
-                self.failures += [fault for _, fault in faults]
+            for row, fault, lasting in faults:
+                if lasting and self.lists[number].skips is not None:
+                    skip_rows(self._stores_of(number), self.lists[number], [(row, fault)])
+                else:
+                    self.failures.append(fault)
             with full_precision():
-                for group, stores in zip(self.groups, self.stores, strict=True):
+                for place, (group, stores) in enumerate(zip(self.groups, self.stores, strict=True)):
                     if rows:
-                        self._write(number, rows, self._described(group, images), stores)
+                        self._write(number, rows, self._described(group, images), stores, place == 0)
             self._tell(len(rows), images.shape[-2:].numel() * len(rows))
         if self.failures and self.trainer.world_size == 1:
             self.raise_failures()
@@ -127,12 +128,22 @@ class EvaluationModule(pl.LightningModule):
         return self._described(group, images)
 
     def _write(
-        self, number: int, rows: list[int], descriptors: list[np.ndarray], stores: Sequence[Sequence[DescriptorStore]]
+        self,
+        number: int,
+        rows: list[int],
+        descriptors: list[np.ndarray],
+        stores: Sequence[Sequence[DescriptorStore]],
+        has_own: bool,
     ) -> None:
-        for found, own in zip(descriptors, stores, strict=True):
+        """Into the stores of a group, the first of which is this run's if the group `has_own`; a fault of any other is
+        that run's to tell, which will find the rows missing.
+        """
+        for place, (found, own) in enumerate(zip(descriptors, stores, strict=True)):
             try:
                 own[number].write_rows(np.array(rows), found)
             except InputError as error:
+                if place or not has_own:
+                    continue
                 self.failures.append(f"{self.lists[number].items[rows[0]].path} or of its batch: {error}")
 
     def _stores_of(self, number: int) -> list[DescriptorStore]:
@@ -181,11 +192,15 @@ def skip_rows(stores: Sequence[DescriptorStore], part: ExtractionList, faults: S
     if not faults:
         return
     for store in stores:
+        done = store.done
+        left = [(row, reason) for row, reason in faults if not done[row]]
+        if not left:
+            continue
         try:
             with (store.folder / "skipped.txt").open("a", encoding="utf-8") as file:
-                file.writelines(f"{part.items[row].path}\t{' '.join(reason.split())}\n" for row, reason in faults)
+                file.writelines(f"{part.items[row].path}\t{' '.join(reason.split())}\n" for row, reason in left)
         except OSError as error:
             raise InputError(
                 f"{store.folder}: cannot be written ({error.strerror}); free space and run again"
             ) from error
-        store.skip(np.array([row for row, _ in faults]))
+        store.skip(np.array([row for row, _ in left]))

@@ -39,6 +39,12 @@ def test_shares_cover_every_image_once_whatever_the_size_of_their_batches(n):
     assert max(counts) <= 1.5 * min(counts)
 
 
+def test_parts_with_different_numbers_of_devices_cover_every_image_once():
+    plans = [plan_batches([SIZES * 5], 10**6, 8, (0, 2))]
+    plans += [plan_batches([SIZES * 5], 10**6, 8, (1, 2), (rank, 3)) for rank in range(3)]
+    assert sorted(row for plan in plans for batch in plan for row in batch.rows) == list(range(1000))
+
+
 def test_what_is_left_of_a_plan_is_whole_batches_but_for_rows_found_elsewhere():
     plan = plan_batches([SIZES], 10**6, 8)
     done = {row for batch in plan[:3] for row in batch.rows}

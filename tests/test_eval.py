@@ -195,22 +195,30 @@ def test_a_distractor_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp
     (tmp_path / "less/less.txt").write_text("d0.jpg\nd2.jpg\nd3.jpg\nd5.jpg\n")
     (tmp_path / "noise/jpg/d1.jpg").unlink()
     break_scan(tmp_path / "noise/jpg/d4.jpg")  # passes the check, not the decoder
-    extra = ["distractors=list", "distractors.name=noise"]
-    text = run(tmp_path / "a", *revisited(tmp_path, *extra), status=2)
-    assert "1 missing" in text
-    text = run(tmp_path / "b", *revisited(tmp_path, *extra, "distractors.unreadable=skip", "rerank.M=12"))
+    extra = revisited(tmp_path, "distractors=list", "distractors.name=noise", "rerank.M=12")
+    skip = ["distractors.unreadable=skip", "distractors.skip_budget=0.5"]
+    assert "1 missing" in run(tmp_path / "a", *extra, status=2)
+    assert "skip_budget=0.001 allows" in run(tmp_path / "a", *extra, "distractors.unreadable=skip", status=2)
+    text = run(tmp_path / "b", *extra, *skip)
     assert "2 distractors could not be read" in text
     (listed,) = (tmp_path / "b" / "stores").glob("noise-*/skipped.txt")
     assert sorted(Path(line.split("\t")[0]).name for line in listed.read_text().splitlines()) == ["d1.jpg", "d4.jpg"]
+    got = results(tmp_path / "b")
+    assert (got["dataset"], got["counts"]["database"]) == ("mini+noise (2 unreadable)", 28)
     run(tmp_path / "c", *revisited(tmp_path, "distractors=list", "distractors.name=less", "rerank.M=12"))
-    assert results(tmp_path / "b")["metrics"] == results(tmp_path / "c")["metrics"]
-    again = run(
-        tmp_path / "b2",
-        *revisited(tmp_path, *extra, "distractors.unreadable=skip"),
-        f"paths.stores={tmp_path}/b/stores",
-    )
-    assert "0 to describe" in again
+    assert got["metrics"] == results(tmp_path / "c")["metrics"]
+    assert "0 to describe" in run(tmp_path / "d", *extra, *skip, f"paths.stores={tmp_path}/b/stores")
     assert len(listed.read_text().splitlines()) == 2
+
+
+def test_what_one_run_skipped_another_that_must_not_skip_refuses(tmp_path):
+    write_revisited(tmp_path)
+    write_distractors(tmp_path)
+    break_scan(tmp_path / "noise/jpg/d2.jpg")
+    extra = revisited(tmp_path, "distractors=list", "distractors.name=noise")
+    run(tmp_path / "a", *extra, "distractors.unreadable=skip", "distractors.skip_budget=0.5")
+    text = run(tmp_path / "a", *extra, status=2)
+    assert "1 images were skipped by a run with distractors.unreadable=skip" in text
 
 
 def test_everything_missing_is_told_in_one_message_before_anything_runs(tmp_path):

@@ -222,7 +222,7 @@ def test_a_photo_lost_or_mended_meanwhile_does_not_end_a_training(toy_data, tmp_
 
 
 def test_slurm_tasks_that_would_train_side_by_side_are_refused(toy_data, tmp_path, monkeypatch):
-    for name, value in {"NTASKS": "2", "JOB_NAME": "job", "PROCID": "1", "LOCALID": "1", "NODEID": "0"}.items():
+    for name, value in {"NTASKS": "2", "JOB_NAME": "job", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(InputError, match=r"SLURM|Lightning refuses"):
         fit(configured(toy_data, tmp_path), tmp_path / "run")

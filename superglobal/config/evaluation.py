@@ -60,12 +60,13 @@ class DistractorsConfig:
     """Images joined to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`; name null for none.
 
     `unreadable` says what becomes of one that is missing or cannot be read: "error" ends the run, "skip" lists it in
-    `skipped.txt` of its store and never ranks it.
+    `skipped.txt` of its store and never ranks it, up to a share of `skip_budget` of them.
     """
 
     name: str | None = None
     root: str = "${paths.data}"
     unreadable: str = "error"
+    skip_budget: float = 0.001
 
 
 @dataclass

@@ -58,13 +58,13 @@ class LoadedBatch(NamedTuple):
         number: of the list.
         rows: (B,) of the images in it.
         images: (B, 3, H, W) uint8.
-        faults: (row, why it cannot be read) of further images of the batch.
+        faults: (row, why it cannot be read, whether that is the file's fault and will last) of further images.
     """
 
     number: int
     rows: list[int]
     images: Tensor
-    faults: list[tuple[int, str]]
+    faults: list[tuple[int, str, bool]]
 
 
 class BatchedImages(Dataset):
@@ -84,7 +84,10 @@ class BatchedImages(Dataset):
         for row in batch.rows:
             image = _read(self.lists, (batch.number, row))
             if isinstance(image, InputError):
-                faults.append((row, str(image)))
+                # Of a disk that fails, any image may be unreadable for a while.
+                cause = image.__cause__
+                lasting = not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)
+                faults.append((row, str(image), lasting))
             else:
                 by_size.setdefault(tuple(image.shape), []).append((row, image))
         loaded = [
@@ -226,12 +229,22 @@ class PhotoLoader(DataLoader):
     Python can do no more than print it.
     """
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         batches = super().__iter__()
         handler = signal.getsignal(signal.SIGCHLD)
         if getattr(handler, "__module__", "").startswith("torch.") and in_main_thread():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return batches
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                if not self.num_workers:
+                    raise
+                # What a worker has announced is fetched from it: a dead one has it no more.
+                raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
+            yield batch
 
 
 class TimedLoader(PhotoLoader):

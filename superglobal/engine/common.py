@@ -93,6 +93,11 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
     return trainer
 
 
+def started_together() -> bool:
+    """Whether torchrun or SLURM has started this process beside others, before any of them knows the others."""
+    return (_started()[1] or 1) > 1
+
+
 def _started() -> tuple[str, int | None]:
     """What has started the processes of this run, and how many; None where that is Lightning's part."""
     if "TORCHELASTIC_RUN_ID" in os.environ:

@@ -54,6 +54,8 @@ def compare(cfg: DictConfig, folder: Path, sources: Sequence[Path]) -> list[dict
     chosen = [(name, _option(name, sources)) for name in config.rerankers]
     if not chosen:
         raise InputError("rerankers=[]: name at least one, e.g. rerankers=[none,superglobal]")
+    if config.index.kind != "flat":
+        raise InputError(f"index={config.index.kind}: rerankers are compared on an exact first search; index=flat")
     if config.dataset.kind.startswith("gldv2"):
         raise InputError(
             f"{config.dataset.name}: comparing scores by mAP; python eval.py -m rerank=... for GLDv2's scores"
@@ -64,6 +66,9 @@ def compare(cfg: DictConfig, folder: Path, sources: Sequence[Path]) -> list[dict
     inputs = gathered(config, clock)
     if not isinstance(inputs, Inputs):
         return []
+    skipped = len(inputs.database.skipped)
+    if skipped and any(one.enabled and one.kind == "adba" for _, one in chosen):
+        raise InputError(f"{skipped} distractors were skipped, which adba cannot average; take it out of rerankers=")
     rows = _compared(config, inputs, chosen, folder)
     _report(config, inputs, rows, folder)
     return rows

@@ -115,9 +115,9 @@ def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) ->
             results["search"] = scorer.score(first.ranks)
             if second is not None and drops:
 
-                def reorder(ids: np.ndarray) -> np.ndarray:
+                def reorder(queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
                     values = rerank_parameters(config.rerank)
-                    return apply_reranker(config.rerank.kind, values, Q, X, ids, device=device).ids
+                    return apply_reranker(config.rerank.kind, values, Q[queries], X, ids, device=device).ids
 
                 results["rerank"] = score_without_junk(scorer, first.ranks, first.ids, reorder)
             elif second is not None:

@@ -12,6 +12,8 @@ import torch
 from superglobal.config import ExtractionConfig
 from superglobal.data.batches import missing_in, plan_batches
 from superglobal.data.datamodules import ExtractionDataModule
+from superglobal.engine.common import started_together
+from superglobal.errors import InputError
 from superglobal.evaluation import EvaluationModule, ExtractionList, skip_rows
 from superglobal.models.fast import fast_copies
 from superglobal.models.network import RetrievalNetwork
@@ -54,23 +56,22 @@ def extract_lists(
     """
     device = trainer.strategy.root_device
     stores = [[_open_store(network, part, folder, str(device), dtype) for part in lists] for network in networks]
-    if trainer.is_global_zero:
-        for i, part in enumerate(lists):
-            for own in stores if part.skips else ():
-                _skip_bad(own[i], part)
+    for i, part in enumerate(lists):
+        for own in stores:
+            _settle_unreadable(own[i], part, trainer.is_global_zero)
     missing = [{row for own in stores for row in own[i].missing.tolist()} for i in range(len(lists))]
     lacked = {part.title: len(rows) for part, rows in zip(lists, missing, strict=True)}
     for part in lists:
         total, todo = len(part.items), lacked[part.title]
         log.info("%s: %d images, %d in store, %d to describe", part.title, total, total - todo, todo)
-    if any(missing):
+    # Processes that were started together may not agree on what is missing, and have to wait for one another.
+    if any(missing) or started_together():
         if len(networks) > 1:
             log.info("one pass over the images serves %d networks of the sweep", len(networks))
-        k, n = how.share()
-        share = k * trainer.world_size + trainer.global_rank, n * trainer.world_size
         pixels = how.batch_pixels or _pixels_at_once(networks[0], device)
         sizes = [part.sizes() for part in lists]
-        plan = plan_batches(sizes, pixels, how.batch_size, share)
+        rank = trainer.global_rank, trainer.world_size
+        plan = plan_batches(sizes, pixels, how.batch_size, how.share(), rank)
         # Lightning stops on a process without data; a row described twice is the same row.
         batches = missing_in(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
         images = ExtractionDataModule([(part.items, part.max_side) for part in lists], batches, num_workers)
@@ -81,15 +82,36 @@ def extract_lists(
             for store in (store for own in stores for store in own):
                 store.flush()
         trainer.strategy.barrier()
+    for part, store in zip(lists, stores[0], strict=True):
+        _require_budget(store, part)
     return stores[0], lacked
 
 
-def _skip_bad(store: DescriptorStore, part: ExtractionList) -> None:
-    """What checking the images has found already."""
+def _settle_unreadable(store: DescriptorStore, part: ExtractionList, writes: bool) -> None:
+    """Skip what checking the images has found already; refuse what another run has skipped where nothing may be."""
+    if part.skips is None:
+        if len(store.skipped):
+            raise InputError(
+                f"{store.folder}: {len(store.skipped)} images were skipped by a run with distractors.unreadable=skip; "
+                f"mend those in {store.folder / 'skipped.txt'} and remove the store, or skip them here too"
+            )
+        return
     reasons = dict(part.checked.problems)
-    left = [row for row in store.missing.tolist() if part.items[row].path in reasons]
-    skip_rows([store], part, [(row, reasons[part.items[row].path]) for row in left])
-    store.flush()
+    bad = [row for row, item in enumerate(part.items) if item.path in reasons]
+    if len(bad) <= part.skips * len(part.items) and writes:
+        skip_rows([store], part, [(row, reasons[part.items[row].path]) for row in bad])
+        store.flush()
+    _require_budget(store, part, len(bad))
+
+
+def _require_budget(store: DescriptorStore, part: ExtractionList, found: int = 0) -> None:
+    count, most = max(found, len(store.skipped)), (part.skips or 0) * len(part.items)
+    if count > most:
+        raise InputError(
+            f"{count} of {len(part.items)} {part.title} are missing or cannot be read, more than "
+            f"distractors.skip_budget={part.skips:g} allows: is all of it there? Otherwise raise that; those skipped are in "
+            f"{store.folder / 'skipped.txt'}"
+        )
 
 
 def _grouped(

@@ -163,7 +163,7 @@ def _checked_lists(
     with clock.time("check"):
         if d.name and distractors and d.unreadable == "skip":
             report = check_images(distractors)
-            tolerated.append(ExtractionList("distractors", d.name, distractors, report, max_side, skips=True))
+            tolerated.append(ExtractionList("distractors", d.name, distractors, report, max_side, skips=d.skip_budget))
         elif d.name and distractors:
             sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
         checked = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
@@ -228,7 +228,8 @@ def _siblings(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNe
     for pooling in sibling_poolings(config):
         try:
             wanted = make_pooling(pooling, network.trained_pooling)
-            alike = [one for one in networks if one.shares_maps(wanted) and "p" not in pooling]
+            same_p = "p" not in pooling and config.pooling.p is None
+            alike = [one for one in networks if same_p and one.shares_maps(wanted)]
             if alike:
                 networks.append(alike[0].variant(wanted))
             else:

@@ -38,9 +38,11 @@ def first_stage(
     Raises:
         InputError: bad descriptors, or an index that cannot be built.
     """
-    targets = [np.empty(0, np.int64)] * len(Q) if scorer is None else scorer.targets
     if config.index.kind != "flat":
         return _approximate(config, Q, X, k, scorer, exclude, device)
+    if scorer is None:
+        return FirstStage(*search(Q, X, k, backend=config.index.backend, device=device, exclude=exclude), [])
+    targets = scorer.targets
     if config.index.backend == "faiss":
         scores, ids = search(Q, X, k, backend="faiss", exclude=exclude)
         return FirstStage(scores, ids, exact_ranks(Q, X, targets, device=device, exclude=exclude))

@@ -57,6 +57,9 @@ class EvaluationSweep(Callback):
             write_atomically(Path(config.hydra.sweep.dir) / _JOBS, text.encode())
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if not any(Path(config.hydra.sweep.dir).rglob("results.json")):
+            log.info("no job has results: there is no table")
+            return
         if any(row["status"] == "failed" for row in merge(Path(config.hydra.sweep.dir))):
             sys.exit(2)
 

@@ -40,7 +40,7 @@ def expand_queries(
     require_between({"alpha": alpha}, 0, 1e3)
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
-    count = min(n, len(rows) - (exclude is not None))
+    count = min(n, len(rows) - len(rows.skipped) - (exclude is not None))
     if count < 1:
         return queries
     scores, ids = search(queries, rows, count, exclude=exclude, backend=backend, device=device)

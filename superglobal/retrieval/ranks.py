@@ -20,6 +20,7 @@ from superglobal.retrieval.vectors import (
 )
 
 _CELLS = 16384  # of the table that tells from a score, without searching, how many targets it beats
+_ALL_CELLS = 1 << 24
 # The float32 place of a score in the table is off by less than a tolerance, for its offset, and this share of a cell.
 _GUARD = 0.01
 
@@ -103,6 +104,8 @@ class Counter:
         self._first = np.cumsum(self._counts) - self._counts
         self._width = 1 + (int(self._counts.max()) if n_queries else 0)
         self._beaten = np.zeros(n_queries * self._width, np.int64)
+        # Of many queries each has fewer: the table stays at 2^24 cells.
+        self._cells = max(64, min(_CELLS, _ALL_CELLS // max(1, n_queries)))
         self._make_table(torch.device(device or "cpu"))
 
     def _make_table(self, device: torch.device) -> None:
@@ -115,7 +118,7 @@ class Counter:
         some = np.flatnonzero(self._counts)
         low[some] = scores[self._first[some]] - 3 * TOLERANCE
         high[some] = scores[self._first[some] + self._counts[some] - 1] + 3 * TOLERANCE
-        scale = (_CELLS - 4) / np.maximum(high - low, 1e-4)
+        scale = (self._cells - 4) / np.maximum(high - low, 1e-4)
         low -= 2 / scale
         self._low, self._scale = (
             torch.from_numpy(values.astype(np.float32)).to(device)[:, None] for values in (low, scale)
@@ -124,21 +127,21 @@ class Counter:
         place = (scores - low[query_of]) * scale[query_of]
         margin = 2 * TOLERANCE * scale[query_of] + _GUARD
         first, last = (
-            np.clip(np.floor(one), 0, _CELLS - 1).astype(np.int64) for one in (place - margin, place + margin)
+            np.clip(np.floor(one), 0, self._cells - 1).astype(np.int64) for one in (place - margin, place + margin)
         )
-        surely, near = np.zeros((n_queries, _CELLS), np.int64), np.zeros((n_queries, _CELLS + 1), np.int64)
+        surely, near = np.zeros((n_queries, self._cells), np.int64), np.zeros((n_queries, self._cells + 1), np.int64)
         np.add.at(surely, (query_of, last), 1)
         np.add.at(near, (query_of, first), 1)
         np.add.at(near, (query_of, last + 1), -1)
         slots = np.cumsum(surely, axis=1) + (np.arange(n_queries) * self._width)[:, None]
         slots[np.cumsum(near, axis=1)[:, :-1] > 0] = len(self._beaten)
         self._table = torch.from_numpy(slots.astype(np.int32)).to(device).ravel()
-        self._offset = torch.arange(0, n_queries * _CELLS, _CELLS, dtype=torch.int32, device=device)[:, None]
+        self._offset = torch.arange(0, n_queries * self._cells, self._cells, dtype=torch.int32, device=device)[:, None]
 
     def add(self, block: Block) -> None:
         """Count which targets the rows of a block beat."""
         scores = block.scores
-        cells = (scores - self._low).mul_(self._scale).clamp_(0, _CELLS - 1).to(torch.int32).add_(self._offset)
+        cells = (scores - self._low).mul_(self._scale).clamp_(0, self._cells - 1).to(torch.int32).add_(self._offset)
         slots = self._table.index_select(0, cells.ravel())
         self._beaten += torch.bincount(slots, minlength=len(self._beaten) + 1)[:-1].cpu().numpy()
         open_pairs = (slots == len(self._beaten)).nonzero()[:, 0]

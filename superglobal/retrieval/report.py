@@ -34,6 +34,7 @@ TEST_MARK = "(test set)"
 METRICS = {"map": "mAP", "mAP@100": "mAP@100", "GAP": "GAP"}
 """Key of a stage's main numbers in `results.json`, and what tables call them."""
 _LISTED, _ROWS = 100, 500_000  # results per query that are listed by name, and results of all queries together
+_DROPPED = "of reranking: removed beforehand, a list for each protocol"
 _STATISTICS = {"mean": "less the mean", "whiten": "whitened by the covariance"}
 _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-headless", "faiss-cpu", "faiss-gpu")
 
@@ -69,8 +70,11 @@ def summarise(
     # Who made the descriptors knows how the queries were cropped.
     extracted = "network" in about
     definition = next(iter(results.values())).definition if results else RetrievalResult.definition
+    header = _header(config)
+    if about.get("skipped"):
+        header["dataset"] += f" ({about['skipped']} unreadable)"
     return {
-        **_header(config),
+        **header,
         "status": "ok",
         "weights": about["weights"],
         "protocol": {
@@ -78,8 +82,9 @@ def summarise(
             "max_side": dataset["max_side"] if extracted else None,
             "min_side": about["network"]["min_side"] if extracted else None,
             **definition,
+            **({"junk": _DROPPED} if config["rerank"]["enabled"] and config["rerank"]["junk"] == "drop" else {}),
         },
-        "counts": {"queries": len(names.queries), "database": len(names.database)},
+        "counts": {"queries": len(names.queries), "database": len(names.database) - about.get("skipped", 0)},
         "metrics": {stage: {k: v for k, v in r.to_dict().items() if k != "ap"} for stage, r in results.items()},
         "seconds": dict(seconds),
         "about": dict(about),

@@ -24,7 +24,10 @@ def most_ignored(scorer: Scorer) -> int:
 
 
 def score_without_junk(
-    scorer: Scorer, found: Sequence[np.ndarray], ids: np.ndarray, reorder: Callable[[np.ndarray], np.ndarray]
+    scorer: Scorer,
+    found: Sequence[np.ndarray],
+    ids: np.ndarray,
+    reorder: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> RetrievalResult:
     """Scores per protocol, each from a shortlist of its own.
 
@@ -32,7 +35,7 @@ def score_without_junk(
         scorer: of the ground truth.
         found: per query the first stage's ranks of `scorer.targets`, -1 where they are not known.
         ids: (Q, k) the first stage's lists.
-        reorder: (Q, n) shortlists of ids -> the same reranked.
+        reorder: numbers of queries (n,) and their shortlists (n, m) of ids -> these reranked.
 
     Raises:
         InputError: a list has nothing but ignored images.
@@ -40,7 +43,7 @@ def score_without_junk(
     first = split_by_set(found, scorer.sets)
     merged = RetrievalResult({}, {}, {}, {}, {})
     for name, protocol in scorer.protocols.items():
-        order = reorder(_without(ids, [concatenated(s.get(n, ()) for n in protocol.ignored) for s in scorer.sets]))
+        order = _reordered(ids, [concatenated(s.get(n, ()) for n in protocol.ignored) for s in scorer.sets], reorder)
         ranks = []
         for sets, of_sets, row in zip(scorer.sets, first, order, strict=True):
             above = concatenated(of_sets.get(n, ()) for n in protocol.ignored)
@@ -55,10 +58,16 @@ def score_without_junk(
     return merged
 
 
-def _without(ids: np.ndarray, ignored: Sequence[np.ndarray]) -> np.ndarray:
-    """(Q, n) the lists without the ignored ids, as long as the shortest of them."""
+def _reordered(
+    ids: np.ndarray, ignored: Sequence[np.ndarray], reorder: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> list[np.ndarray]:
+    """The lists without the ignored ids, reranked: those of one length together, so that none depends on another."""
     kept = [row[~np.isin(row, one)] for row, one in zip(ids, ignored, strict=True)]
-    count = min(map(len, kept))
-    if not count:
+    lengths = np.array([len(row) for row in kept])
+    if not lengths.min():
         raise InputError("rerank.junk=drop: a query finds nothing but images that a protocol ignores; raise k")
-    return np.stack([row[:count] for row in kept])
+    for length in np.unique(lengths):
+        queries = np.flatnonzero(lengths == length)
+        for query, row in zip(queries, reorder(queries, np.stack([kept[i] for i in queries])), strict=True):
+            kept[query] = row
+    return kept
