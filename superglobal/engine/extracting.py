@@ -109,7 +109,7 @@ def _require_budget(store: DescriptorStore, part: ExtractionList, found: int = 0
     if count > most:
         raise InputError(
             f"{count} of {len(part.items)} {part.title} are missing or cannot be read, more than "
-            f"distractors.skip_budget={part.skips:g} allows: is all of it there? Otherwise raise that; the skipped are in "
+            f"distractors.skip_budget={part.skips:g} allows: is all of it there? Otherwise raise that; skipped are in "
             f"{store.folder / 'skipped.txt'}"
         )
 
