@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
 from superglobal.data.prepare import prepare
 from superglobal.errors import InputError
 from superglobal.progress import Progress
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    """Without waiting for the part that is being checked: parts are whole or not there."""
+    os.write(2, b"\ninterrupted: the same command goes on where it was\n")
+    os._exit(130)
 
 
 def main() -> int:
@@ -23,14 +30,12 @@ def main() -> int:
     parser.add_argument("--decode", action="store_true", help="decode each photo, to find damage in its middle too")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    signal.signal(signal.SIGINT, _end_at_once)
     try:
         found = prepare(args.root, args.table, args.tars, args.workers, args.decode, Progress("checked"))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on where it was", file=sys.stderr, flush=True)
-        os._exit(130)  # without waiting for the part that is being checked
     print(f"index: {found.index}\nreport: {found.report}")
     for note in found.tars:
         print(note)
