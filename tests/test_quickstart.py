@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def demo(data: Path, outputs: Path) -> str:
-    command = [sys.executable, "scripts/demo.py", "--size", "tiny", "--name", "short", "--data", str(data)]
+    command = [sys.executable, "scripts/quickstart.py", "--size", "tiny", "--name", "short", "--data", str(data)]
     command += ["--outputs", str(outputs), "optim.epochs=4", "validation.fraction=0.25", "trainer.num_workers=0"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)

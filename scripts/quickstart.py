@@ -1,4 +1,4 @@
-"""superglobal from end to end on rendered landmarks: python scripts/demo.py (what `make demo` runs).
+"""superglobal from end to end on rendered landmarks: python scripts/quickstart.py (what `make demo` runs).
 
 Renders the toy set, trains a small network on it, and evaluates it with and without every module, beside the untrained
 network. What is there already is used again.
