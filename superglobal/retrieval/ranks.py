@@ -19,8 +19,9 @@ from superglobal.retrieval.vectors import (
     pair_scores,
 )
 
-_CELLS = 16384  # of the table that tells from a score, without searching, how many targets it beats
+_CELLS = 8192  # of the table that tells from a score, without searching, how many targets it beats
 _ALL_CELLS = 1 << 24
+_WAITING = 1 << 16  # pairs that were scored again and wait for their place among the targets
 # The float32 place of a score in the table is off by less than a tolerance, for its offset, and this share of a cell.
 _GUARD = 0.01
 
@@ -100,18 +101,22 @@ class Counter:
         self._order = np.lexsort((-flat, scores, query_of))
         # Numbers that sort by query, then score: inner products lie within -1..1.
         keys = 4.0 * query_of + scores[self._order]
-        self._above, self._below = keys + TOLERANCE, keys - TOLERANCE
+        self._above, self._below = keys + TOLERANCE, np.append(keys - TOLERANCE, np.inf)
         self._first = np.cumsum(self._counts) - self._counts
-        self._width = 1 + (int(self._counts.max()) if n_queries else 0)
+        # Per query: rows not placed yet, then rows that beat 0, 1, 2 ... of its targets.
+        self._width = 2 + (int(self._counts.max()) if n_queries else 0)
         self._beaten = np.zeros(n_queries * self._width, np.int64)
+        # Kept from block to block: fresh memory costs more than what is done in it.
+        self._buffers: tuple[torch.Tensor, ...] | None = None
+        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         # Of many queries each has fewer: the table stays at 2^24 cells.
         self._cells = max(64, min(_CELLS, _ALL_CELLS // max(1, n_queries)))
         self._make_table(torch.device(device or "cpu"))
 
     def _make_table(self, device: torch.device) -> None:
-        """(Q, cells) slots of `beaten`; one beyond the last where a row has to be compared.
+        """(Q, cells) place in its query's part of `beaten` by score; 0 where a row has to be compared.
 
-        The first and the last cell hold what lies beyond the targets.
+        The first and the last cell hold what lies beyond the targets. The smaller the table, the better it caches.
         """
         n_queries, scores = len(self._queries), self._targets[1][self._order]
         low, high = np.zeros(n_queries), np.ones(n_queries)
@@ -133,33 +138,51 @@ class Counter:
         np.add.at(surely, (query_of, last), 1)
         np.add.at(near, (query_of, first), 1)
         np.add.at(near, (query_of, last + 1), -1)
-        slots = np.cumsum(surely, axis=1) + (np.arange(n_queries) * self._width)[:, None]
-        slots[np.cumsum(near, axis=1)[:, :-1] > 0] = len(self._beaten)
-        self._table = torch.from_numpy(slots.astype(np.int32)).to(device).ravel()
-        self._offset = torch.arange(0, n_queries * self._cells, self._cells, dtype=torch.int32, device=device)[:, None]
+        places = 1 + np.cumsum(surely, axis=1)
+        places[np.cumsum(near, axis=1)[:, :-1] > 0] = 0
+        small = self._width <= np.iinfo(np.int16).max
+        self._table = torch.from_numpy(places.astype(np.int16 if small else np.int32)).to(device).ravel()
+        numbers = torch.arange(n_queries, dtype=torch.int32, device=device)[:, None]
+        self._offset, self._slot = numbers * self._cells, numbers * self._width
 
     def add(self, block: Block) -> None:
         """Count which targets the rows of a block beat."""
         scores = block.scores
-        cells = (scores - self._low).mul_(self._scale).clamp_(0, self._cells - 1).to(torch.int32).add_(self._offset)
-        slots = self._table.index_select(0, cells.ravel())
-        self._beaten += torch.bincount(slots, minlength=len(self._beaten) + 1)[:-1].cpu().numpy()
-        open_pairs = (slots == len(self._beaten)).nonzero()[:, 0]
-        query_of, row_of = (
-            index.cpu().numpy() for index in (open_pairs // scores.shape[1], open_pairs % scores.shape[1])
-        )
-        rough = 4.0 * query_of + scores.ravel()[open_pairs].double().cpu().numpy()
-        surely = np.searchsorted(self._above, rough) - self._first[query_of]  # targets beaten beyond doubt
-        near = np.searchsorted(self._below, rough, side="right") - self._first[query_of] > surely
-        query_near, row_near = query_of[near], row_of[near]
-        exact = block_pair_scores(self._queries, block.rows, query_near, row_near)
-        surely[near] = _place_among(self._targets, query_near, exact, row_near + block.start)
-        # A pair that must not count scores -inf and beats nothing.
-        self._beaten += np.bincount(query_of * self._width + np.maximum(surely, 0), minlength=len(self._beaten))
+        if self._buffers is None or self._buffers[0].shape != scores.shape:
+            self._buffers = tuple(
+                torch.empty(scores.shape, dtype=dtype, device=scores.device)
+                for dtype in (torch.float32, torch.int32, self._table.dtype)
+            )
+        place, cells, places = self._buffers
+        torch.sub(scores, self._low, out=place).mul_(self._scale).clamp_(0, self._cells - 1)
+        cells.copy_(place).add_(self._offset)
+        torch.index_select(self._table, 0, cells.view(-1), out=places.view(-1))
+        slots = torch.add(places, self._slot, out=cells)
+        self._beaten += torch.bincount(slots.ravel(), minlength=len(self._beaten)).cpu().numpy()
+        query_of, row_of = (places == 0).nonzero().cpu().numpy().T
+        rough = 4.0 * query_of + scores[query_of, row_of].double().cpu().numpy()
+        surely = np.searchsorted(self._above, rough)  # targets beaten beyond doubt, those of earlier queries with them
+        near = self._below[surely] <= rough
+        self._count(query_of[~near], np.maximum(surely - self._first[query_of], 0)[~near])
+        exact = block_pair_scores(self._queries, block.rows, query_of[near], row_of[near])
+        self._waiting.append((query_of[near], exact, row_of[near] + block.start))
+        if sum(len(one[0]) for one in self._waiting) > _WAITING:
+            self._place_waiting()
+
+    def _place_waiting(self) -> None:
+        if self._waiting:
+            query_of, scores, ids = (np.concatenate(one) for one in zip(*self._waiting, strict=True))
+            self._count(query_of, _place_among(self._targets, query_of, scores, ids))
+            self._waiting = []
+
+    def _count(self, query_of: np.ndarray, targets: np.ndarray) -> None:
+        """Rows and how many targets of their queries they beat."""
+        self._beaten += np.bincount(query_of * self._width + 1 + targets, minlength=len(self._beaten))
 
     def ranks(self) -> list[np.ndarray]:
         """Per query the ranks, in the order of its targets."""
-        beaten = self._beaten.reshape(-1, self._width)
+        self._place_waiting()
+        beaten = self._beaten.reshape(-1, self._width)[:, 1:]
         better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)  # rows that beat target j
         query_of = self._targets[0]
         ranks = np.empty(len(query_of), np.int64)
