@@ -5,6 +5,8 @@ Without them Hydra would take `pooling.regional=off` for the string "off", which
 
 from __future__ import annotations
 
+import sys
+
 from hydra.core.config_store import ConfigStore
 
 from superglobal.config.common import (
@@ -29,10 +31,51 @@ from superglobal.config.evaluation import (
     StoreConfig,
     rerank_parameters,
 )
+from superglobal.config.reference import Entry, help_text
 from superglobal.config.training import DataConfig, FitConfig, HeadConfig, OptimConfig, TrainConfig, ValidationConfig
 from superglobal.config.tuning import SpaceConfig, TuneConfig
 
+ENTRIES = (
+    Entry(
+        "eval",
+        "eval.py",
+        EvalConfig,
+        "Evaluate retrieval: describe images, search, rerank, score. One run, or with -m a sweep that ends in a table.",
+        (
+            "python eval.py dataset=roxford5k weights=r50.safetensors",
+            "python eval.py -m dataset=roxford5k,rparis6k weights=r50.safetensors 'ablation=glob(*)'",
+            "python eval.py dataset=folder dataset.database=photos dataset.query=query.jpg backbone=efficientnet_lite0",
+        ),
+    ),
+    Entry(
+        "train",
+        "train.py",
+        TrainConfig,
+        "Train a network on landmarks in GLDv2's layout. The same command goes on where an interrupted one was.",
+        (
+            "python train.py experiment=r50_gldv2_clean",
+            "python train.py experiment=quickstart optim.epochs=5 name=short",
+        ),
+    ),
+    Entry(
+        "tune",
+        "scripts/tune_pooling.py",
+        TuneConfig,
+        "Choose pooling and reranking for a trained network, on what its training held out or on labelled photos.",
+        ("python scripts/tune_pooling.py name=quickstart trials=200",),
+    ),
+    Entry(
+        "compare",
+        "scripts/compare_rerankers.py",
+        CompareConfig,
+        "Compare rerankings on one set of stored descriptors and one first search.",
+        ("python scripts/compare_rerankers.py dataset=toy name=quickstart 'rerankers=[none,superglobal,mutual]'",),
+    ),
+)
+"""Everything that Hydra configures."""
+
 __all__ = [
+    "ENTRIES",
     "BackboneConfig",
     "CompareConfig",
     "DataConfig",
@@ -64,8 +107,10 @@ __all__ = [
 
 
 def register() -> None:
-    """Make the schemas known to Hydra; called by the entry points before composing."""
-    ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
-    ConfigStore.instance().store(name="compare_schema", node=CompareConfig)
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    ConfigStore.instance().store(name="tune_schema", node=TuneConfig)
+    """Make the schemas and the help known to Hydra; called by the entry points before composing."""
+    for entry in ENTRIES:
+        ConfigStore.instance().store(name=f"{entry.name}_schema", node=entry.schema)
+        # A page of words that --help alone needs.
+        words = help_text(entry) if {"--help", "-h"} & set(sys.argv) else ""
+        node = {"app_name": entry.name, "header": "", "footer": "", "template": words}
+        ConfigStore.instance().store(group="hydra/help", name=f"{entry.name}_help", node=node)

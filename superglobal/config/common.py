@@ -9,22 +9,29 @@ from omegaconf import MISSING
 
 from superglobal.models.pooling import PoolingConfig
 
+_POOLING = """`PoolingConfig` (`conf/pooling`) with every setting optional: null is what the weights file says.
+
+Args:
+    tuned_on: on which photos the settings were chosen (written by scripts/tune_pooling.py); it changes no number.
+"""
 PoolingSettings: Any = make_dataclass(
     "PoolingSettings",
     [
         *((name, Any if hint is Any else hint | None, None) for name, hint in get_type_hints(PoolingConfig).items()),
         ("tuned_on", str | None, None),
     ],
+    namespace={"__doc__": _POOLING},
 )
-"""`PoolingConfig` (`conf/pooling`) with every setting optional: null is what the weights file says.
-
-`tuned_on` says on which photos the settings were chosen (written by scripts/tune_pooling.py); it changes no number.
-"""
 
 
 @dataclass
 class BackboneConfig:
-    """A timm model (`conf/backbone`) and the weights it takes when `weights` is not given."""
+    """A timm model (`conf/backbone`).
+
+    Args:
+        name: timm's.
+        weights: what it takes when `weights` is not given.
+    """
 
     name: str = MISSING
     weights: str | None = None
@@ -32,7 +39,15 @@ class BackboneConfig:
 
 @dataclass
 class TrainerConfig:
-    """Where it runs (`conf/trainer`), in Lightning's terms; `num_workers` processes per device decode photos."""
+    """Where it runs (`conf/trainer`), in Lightning's terms.
+
+    Args:
+        accelerator: "auto" (a GPU where there is one), "cpu", "gpu".
+        devices: how many, or a list of indices.
+        strategy: "auto", or "ddp" for several devices.
+        num_workers: processes per device that decode photos.
+        progress: show how far it is.
+    """
 
     accelerator: str = "auto"
     devices: Any = 1
@@ -43,7 +58,12 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """Beside the CSV, which is always written: Weights & Biases (`conf/logger`)."""
+    """What is written beside the CSV (`conf/logger`).
+
+    Args:
+        wandb: Weights & Biases, offline without a key.
+        project: its project.
+    """
 
     wandb: bool = True
     project: str = "superglobal"
@@ -51,7 +71,13 @@ class LoggerConfig:
 
 @dataclass
 class PathsConfig:
-    """Folders (`conf/paths`)."""
+    """Folders (`conf/paths`).
+
+    Args:
+        data: of the data sets.
+        outputs: of results and trainings.
+        stores: of descriptors and indexes, for use again.
+    """
 
     data: str = "data"
     outputs: str = "outputs"

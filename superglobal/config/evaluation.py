@@ -57,10 +57,14 @@ class DatasetConfig:
 
 @dataclass
 class DistractorsConfig:
-    """Images joined to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`; name null for none.
+    """Images joined to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`.
 
-    `unreadable` says what becomes of one that is missing or cannot be read: "error" ends the run, "skip" lists it in
-    `skipped.txt` of its store and never ranks it, up to a share of `skip_budget` of them.
+    Args:
+        name: of their folder and list; null for none.
+        root: folder of that folder.
+        unreadable: what becomes of one that is missing or cannot be read: "error" ends the run, "skip" lists it in
+            `skipped.txt` of its store and never ranks it.
+        skip_budget: largest share of them that may be skipped.
     """
 
     name: str | None = None
@@ -71,7 +75,11 @@ class DistractorsConfig:
 
 @dataclass
 class DescriptorsConfig:
-    """Your own descriptors in place of extraction: .npy files, (n, D) float, unit norm, in the order of the lists."""
+    """Your own descriptors in place of extraction.
+
+    Args:
+        query, database: .npy files, (n, D) float, unit norm, in the order of the data set's lists.
+    """
 
     query: str | None = None
     database: str | None = None
@@ -197,14 +205,23 @@ class IndexConfig:
 
 @dataclass
 class StoreConfig:
-    """Descriptors on disk: dtype "float32", or "float16" for half the size."""
+    """Descriptors on disk.
+
+    Args:
+        dtype: "float32", or "float16" for half the size.
+    """
 
     dtype: str = "float32"
 
 
 @dataclass
 class PicturesConfig:
-    """The sheet of queries with their ranked results; 0 queries for none."""
+    """The sheet of queries with their ranked results.
+
+    Args:
+        queries: shown, spread over the list; 0 for no sheet.
+        ranks: results of each.
+    """
 
     queries: int = 8
     ranks: int = 10

@@ -1,0 +1,21 @@
+"""Write docs/configuration.md from the schemas and conf/: python scripts/config_reference.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from superglobal.config import ENTRIES
+from superglobal.config.reference import page
+from superglobal.files import write_atomically
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+
+
+def main() -> None:
+    """Write the page."""
+    write_atomically(PAGE, page(ENTRIES).encode())
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""`--help` and docs/configuration.md say what the schemas say."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from superglobal.config import ENTRIES, register
+from superglobal.config.reference import page, sections
+
+ROOT = Path(__file__).parents[1]
+
+
+def dotted(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_every_setting_of_a_composed_configuration_is_described(entry):
+    register()
+    overrides = ["backbone=resnet50", "dataset=roxford5k"] if entry.name != "train" else []
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = OmegaConf.to_container(compose(entry.name, overrides=overrides))
+    described = [name for section in sections(entry.schema) for one in section.settings for name in one.names]
+    assert sorted(described) == sorted(set(described))
+    assert set(dotted(composed)) == set(described)
+
+
+def test_a_setting_without_words_is_an_error():
+    @dataclass
+    class Silent:
+        """Says nothing.
+
+        Args:
+            told: what it is.
+        """
+
+        told: int = 1
+        untold: str = "x"
+
+    with pytest.raises(LookupError, match="Silent: no docstring describes untold"):
+        sections(Silent)
+
+
+def test_names_words_and_defaults_are_those_of_the_schema():
+    @dataclass
+    class Inner:
+        """Inside.
+
+        Args:
+            a, b: two
+                lines.
+        """
+
+        a: int | None = None
+        b: list[int] = field(default_factory=lambda: [1, 2])
+
+    @dataclass
+    class Outer:
+        """Outside.
+
+        Args:
+            path: where.
+        """
+
+        path: str = "${root}/x"
+        inner: Inner = field(default_factory=Inner)
+
+    # Annotations are texts in this file; the classes are local.
+    Outer.__annotations__["inner"] = Inner
+    outer, inner = sections(Outer)
+    assert (outer.prefix, outer.words, outer.settings[0].defaults) == ("", "Outside.", ("<root>/x",))
+    assert dataclasses.astuple(inner)[:2] == ("inner", "Inside.")
+    (pair,) = inner.settings
+    assert (pair.names, pair.defaults, pair.words) == (("inner.a", "inner.b"), ("null", "[1, 2]"), "two lines.")
+
+
+def test_the_page_is_up_to_date():
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    assert text == page(ENTRIES), "run: python scripts/config_reference.py"
+
+
+@pytest.mark.parametrize("script", ["eval.py", "train.py"])
+def test_help_is_a_page_for_users(script):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"python {script} " in done.stdout
+    for words in ("backbone", "resnet50", "trainer.num_workers", "processes per device that decode photos", "null"):
+        assert words in done.stdout
+    assert "${" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
