@@ -17,6 +17,7 @@ from superglobal.retrieval.vectors import (
     as_rows,
     block_pair_scores,
     pair_scores,
+    where,
 )
 
 _CELLS = 8192  # of the table that tells from a score, without searching, how many targets it beats
@@ -159,7 +160,7 @@ class Counter:
         torch.index_select(self._table, 0, cells.view(-1), out=places.view(-1))
         slots = torch.add(places, self._slot, out=cells)
         self._beaten += torch.bincount(slots.ravel(), minlength=len(self._beaten)).cpu().numpy()
-        query_of, row_of = (places == 0).nonzero().cpu().numpy().T
+        query_of, row_of = where(places == 0)
         rough = 4.0 * query_of + scores[query_of, row_of].double().cpu().numpy()
         surely = np.searchsorted(self._above, rough)  # targets beaten beyond doubt, those of earlier queries with them
         near = self._below[surely] <= rough

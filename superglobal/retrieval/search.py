@@ -17,6 +17,7 @@ from superglobal.retrieval.vectors import (
     as_rows,
     block_pair_scores,
     pair_scores,
+    where,
 )
 
 BACKENDS = ("auto", "faiss", "torch")
@@ -162,12 +163,11 @@ class Shortlist:
         if len(query_of) > 2 * len(scores) * self._k:
             self._raise_floor(scores.topk(self._k, dim=1).values[:, -1].cpu().numpy())
             query_of, row_of = self._above_floor(scores)
-        values = scores[query_of, row_of].double()
-        return query_of.cpu().numpy(), row_of.cpu().numpy(), values.cpu().numpy()
+        return query_of, row_of, scores[query_of, row_of].double().cpu().numpy()
 
-    def _above_floor(self, scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _above_floor(self, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Queries and rows of the block."""
-        return (scores >= torch.from_numpy(self._floor).to(scores.device)[:, None]).nonzero(as_tuple=True)
+        return where(scores >= torch.from_numpy(self._floor).to(scores.device)[:, None])
 
     def _by_faiss(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """FAISS's best of a block; None if more of it than it was asked for may be above the floor."""

@@ -244,7 +244,8 @@ def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray)
     step = max(1, _PAIR_ELEMENTS // rows.dim)
     for start in range(0, len(scores), step):
         part = slice(start, start + step)
-        products = np.multiply(Q[query_of[part]], rows.take(row_of[part]), dtype=np.float64)
+        products = rows.take(row_of[part]).astype(np.float64)  # converted apart: NumPy multiplies mixed types slowly
+        products *= Q[query_of[part]].astype(np.float64)
         scores[part] = products.sum(axis=-1)
     return scores
 
@@ -259,6 +260,15 @@ def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, ro
     twin = np.array([first[digest] for digest in digests], dtype=np.int64)
     pairs, back = np.unique(query_of * len(used) + twin[row_of], return_inverse=True)
     return pair_scores(Q, block, pairs // len(used), used[pairs % len(used)])[back]
+
+
+def where(mask: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns where a 2-D mask is true; of few on the CPU NumPy finds them faster than torch."""
+    if mask.device.type != "cpu":
+        rows, columns = mask.nonzero(as_tuple=True)
+        return rows.cpu().numpy(), columns.cpu().numpy()
+    rows, columns = np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])
+    return rows, columns
 
 
 def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
