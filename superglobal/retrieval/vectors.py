@@ -263,11 +263,10 @@ def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, ro
 
 
 def where(mask: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns where a 2-D mask is true; of few on the CPU NumPy finds them faster than torch."""
-    if mask.device.type != "cpu":
-        rows, columns = mask.nonzero(as_tuple=True)
-        return rows.cpu().numpy(), columns.cpu().numpy()
-    rows, columns = np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])
+    """Rows and columns where a 2-D mask is true; on the CPU NumPy finds them faster than torch."""
+    on_cpu = mask.device.type == "cpu"
+    flat = np.flatnonzero(mask.numpy()) if on_cpu else mask.ravel().nonzero()[:, 0].cpu().numpy()
+    rows, columns = np.divmod(flat, mask.shape[1])
     return rows, columns
 
 
