@@ -3,60 +3,35 @@
 from __future__ import annotations
 
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from documents import ROOT, blocks, commands, composed, text_of
 from sets import texture, write_folders, write_revisited
 
-from superglobal.checks import validated
-from superglobal.config import CompareConfig, EvalConfig, TrainConfig, TuneConfig, register
-
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
-def commands(start: str) -> list[str]:
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.startswith(start)]
+README = text_of("README.md")
 
 
 @pytest.mark.parametrize(
-    ("script", "schema", "least"),
-    [
-        ("eval", EvalConfig, 8),
-        ("train", TrainConfig, 3),
-        ("scripts/tune_pooling", TuneConfig, 2),
-        ("scripts/compare_rerankers", CompareConfig, 2),
-    ],
+    ("script", "least"),
+    [("eval.py", 8), ("train.py", 3), ("scripts/tune_pooling.py", 2), ("scripts/compare_rerankers.py", 2)],
 )
-def test_every_command_is_a_valid_configuration(script, schema, least):
-    found = commands(f"python {script}.py")
+def test_every_command_is_a_valid_configuration(script, least):
+    found = [words for words in commands(README, inline=False) if words[0] == script]
     assert len(found) >= least
-    register()
-    for command in found:
-        overrides = [o for o in shlex.split(command)[2:] if o != "-m"]
-        plain = [re.sub(r"=glob\(\*\)$", "=gem", o if o.endswith("]") else o.split(",")[0]) for o in overrides]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            validated(compose(script.split("_")[0].split("/")[-1], overrides=plain), schema)
+    for words in found:
+        composed(words)
 
 
 def test_the_first_example_finds_the_right_photo(tmp_path):
     write_folders(tmp_path / "photos", landmarks=4)
     texture(2, 7).save(tmp_path / "query.jpg")
-    first = commands("python eval.py")[0]
+    first = next(words for words in commands(README, inline=False) if words[0] == "eval.py")
     assert "dataset=folder" in first
-    for name in ("photos", "query.jpg"):
-        first = first.replace(name, str(tmp_path / name))
-    command = [sys.executable, *shlex.split(first)[1:], f"paths.outputs={tmp_path}", "logger=csv"]
+    placed = [re.sub(r"=(photos|query\.jpg)$", rf"={tmp_path}/\1", word) for word in first]
+    command = [sys.executable, *placed, f"paths.outputs={tmp_path}", "logger=csv"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ranked = next(tmp_path.rglob("rankings.csv")).read_text().splitlines()
@@ -64,7 +39,8 @@ def test_the_first_example_finds_the_right_photo(tmp_path):
 
 
 def test_the_python_example_runs(tmp_path, cvnet_checkpoint, monkeypatch):
-    (code,) = (b for b in blocks("python") if "load_model" in b and "revisited_map" in b)
+    texts = [block.text for block in blocks(README, "python")]
+    (code,) = (text for text in texts if "load_model" in text and "revisited_map" in text)
     folder = write_revisited(tmp_path, "roxford5k", landmarks=2)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(tmp_path)

@@ -1,0 +1,139 @@
+"""README.md and docs/*.md taken apart: code blocks, commands, headings, links; commands checked without running."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from superglobal.checks import validated
+from superglobal.config import CompareConfig, EvalConfig, TrainConfig, TuneConfig, register
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+CONFIGURED: dict[str, tuple[str, Any]] = {
+    "eval.py": ("eval", EvalConfig),
+    "train.py": ("train", TrainConfig),
+    "scripts/tune_pooling.py": ("tune", TuneConfig),
+    "scripts/compare_rerankers.py": ("compare", CompareConfig),
+    "my_eval.py": ("eval", EvalConfig),  # the cookbook's
+}
+"""Script -> its configuration's name and schema; any other takes its arguments by argparse."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        language: that of the fence.
+        text: what is in it.
+        file: the name that its first line, a comment, gives it.
+        needs: what a comment `<!-- needs: ... -->` right before it says is missing here; such code is not run.
+    """
+
+    language: str
+    text: str
+    file: str | None
+    needs: str | None
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text()
+
+
+def blocks(text: str, language: str) -> list[Block]:
+    """Those of one language, in order."""
+    found = []
+    for needs, kind, body in re.findall(r"(?:<!-- needs: (.*?) -->\n+)?^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.M):
+        name = re.match(r"# (\S+\.(?:py|yaml))\n", body)
+        if kind == language:
+            found.append(Block(kind, body, name and name[1], needs or None))
+    return found
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.M)
+
+
+def commands(text: str, inline: bool = True) -> list[list[str]]:
+    """Words from the script on of every command that starts one of this project's scripts: ["eval.py", "k=10"].
+
+    inline: also of those between backticks in running text.
+    """
+    lines = "\n".join(block.text for block in blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    if inline:
+        spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_blocks(text))]
+        lines += [span for span in spans if re.match(r"(\w+=\S+ )*(python|torchrun|srun) ", span)]
+    found = []
+    for line in lines:
+        words = shlex.split(re.sub(r"\[(--[^\]]+)\]", r"\1", line), comments=True)
+        starts = [i for i, word in enumerate(words) if word.endswith(".py")]
+        if starts and {"python", "torchrun"} & set(words[: starts[0]]):
+            found.append(words[starts[0] :])
+    return found
+
+
+def composed(words: list[str], folder: Path = ROOT) -> DictConfig:
+    """The configuration of a command, checked; of a sweep that of its first job, `...` left out.
+
+    folder: where its `--config-dir` is.
+    """
+    name, schema = CONFIGURED[words[0]]
+    flags = ("-m", "--help", "--cfg", "job")
+    rest = [word for word in words[1:] if word not in (*flags, "...") and not word.endswith("=...")]
+    if "--config-dir" in rest:
+        place = rest.index("--config-dir")
+        assert (folder / rest[place + 1]).is_dir(), words
+        rest[place : place + 2] = [f"hydra.searchpath=[file://{folder / rest[place + 1]}]"]
+    first = [re.sub(r"=glob\(\*\)$", "=gem", word if word.endswith("]") else word.split(",")[0]) for word in rest]
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose(name, overrides=first)
+    validated(config, schema)
+    return config
+
+
+class _ParsedError(Exception):
+    pass
+
+
+def require_arguments(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start a script that takes its arguments by argparse, and end it once they are taken."""
+    source = (ROOT / words[0]).read_text()
+    assert "argparse" in source, f"{words[0]} would run: name its configuration in CONFIGURED"
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(self: Any, *args: Any, **options: Any) -> Any:
+        parse(self, *args, **options)
+        raise _ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    monkeypatch.setattr("sys.argv", words)
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    with pytest.raises(_ParsedError):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+def anchors(document: str) -> set[str]:
+    """What GitHub calls its headings."""
+    headings = re.findall(r"^#+ (.*)$", without_blocks(text_of(document)), re.M)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", h).lower()).replace(" ", "-") for h in headings}
+
+
+def links(document: str) -> Iterator[tuple[str, str]]:
+    """(path from the root, anchor) of each link and picture that leads to a file of this project."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(text_of(document))):
+        if "://" not in target:
+            path, _, anchor = target.partition("#")
+            place = (ROOT / document).parent / path if path else ROOT / document
+            yield place.resolve().relative_to(ROOT.resolve()).as_posix(), anchor
