@@ -16,15 +16,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from superglobal.checks import validated
-from superglobal.config import CompareConfig, EvalConfig, TrainConfig, TuneConfig, register
+from superglobal.config import ENTRIES, EvalConfig, register
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 CONFIGURED: dict[str, tuple[str, Any]] = {
-    "eval.py": ("eval", EvalConfig),
-    "train.py": ("train", TrainConfig),
-    "scripts/tune_pooling.py": ("tune", TuneConfig),
-    "scripts/compare_rerankers.py": ("compare", CompareConfig),
+    **{entry.script: (entry.name, entry.schema) for entry in ENTRIES},
     "my_eval.py": ("eval", EvalConfig),  # the cookbook's
 }
 """Script -> its configuration's name and schema; any other takes its arguments by argparse."""
