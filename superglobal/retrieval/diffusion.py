@@ -3,6 +3,8 @@
 A_ij = max(x_i x_j, 0)^gamma  if i and j are among each other's k nearest, else 0;  S = D^-1/2 A D^-1/2
 y_i  = max(q x_i, 0)^gamma    for the kq nearest to the query, else 0
 (I - alpha S) f = y;          order by f
+
+The defaults are those of the authors' code for global descriptors, which diffuses over the whole database.
 """
 
 from typing import Any

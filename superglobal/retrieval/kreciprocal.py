@@ -6,7 +6,7 @@
     final    = (1 - lambda) Jaccard distance of V(query) and V(g) + lambda d(query, g)
 
 The images are the query and its shortlist; d is the squared Euclidean distance over the largest of its row, and an
-image counts among its own nearest beside its k, all as in the authors' code.
+image counts among its own nearest beside its k, all as in the authors' code, whose k1, k2 and lambda are the defaults.
 """
 
 from typing import Any
