@@ -17,20 +17,32 @@ if TYPE_CHECKING:
     from superglobal.data.revisited import load_ground_truth, revisited_set
     from superglobal.errors import InputError
     from superglobal.models.attach import attach
+    from superglobal.retrieval.diffusion import diffuse
+    from superglobal.retrieval.expansion import augment_database, expand_queries
+    from superglobal.retrieval.kreciprocal import kreciprocal
+    from superglobal.retrieval.mutual import rerank_mutual
     from superglobal.retrieval.rerank import rerank, rerank_candidates
     from superglobal.retrieval.scoring import revisited_map
-    from superglobal.retrieval.search import search
+    from superglobal.retrieval.search import merge_shortlists, search
+    from superglobal.retrieval.statistics import database_statistics
 
 # Loaded when they are asked for: timm and torchvision take seconds, and not every command needs them.
 _HOMES = {
     "ImageItem": "data.images",
     "InputError": "errors",
     "attach": "models.attach",
+    "augment_database": "retrieval.expansion",
+    "database_statistics": "retrieval.statistics",
+    "diffuse": "retrieval.diffusion",
+    "expand_queries": "retrieval.expansion",
     "extract": "api",
+    "kreciprocal": "retrieval.kreciprocal",
     "load_ground_truth": "data.revisited",
     "load_model": "api",
+    "merge_shortlists": "retrieval.search",
     "rerank": "retrieval.rerank",
     "rerank_candidates": "retrieval.rerank",
+    "rerank_mutual": "retrieval.mutual",
     "revisited_map": "retrieval.scoring",
     "revisited_set": "data.revisited",
     "search": "retrieval.search",
@@ -41,11 +53,18 @@ __all__ = [
     "ImageItem",
     "InputError",
     "attach",
+    "augment_database",
+    "database_statistics",
+    "diffuse",
+    "expand_queries",
     "extract",
+    "kreciprocal",
     "load_ground_truth",
     "load_model",
+    "merge_shortlists",
     "rerank",
     "rerank_candidates",
+    "rerank_mutual",
     "revisited_map",
     "revisited_set",
     "search",

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from superglobal.data.batches import ImageBatch
 from superglobal.data.datamodules import LoadedBatch
-from superglobal.data.images import CheckReport, ImageItem, shrunk_size
+from superglobal.data.image_checks import CheckReport
+from superglobal.data.images import ImageItem, shrunk_size
 from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork, describe_all
 from superglobal.precision import full_precision

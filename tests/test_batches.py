@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from superglobal.data.batches import missing_in, plan_batches
-from superglobal.data.images import ImageItem, check_images, read_image, shrunk_size
+from superglobal.data.image_checks import check_images
+from superglobal.data.images import ImageItem, read_image, shrunk_size
 
 SIZES = [tuple(map(int, size)) for size in np.random.default_rng(0).choice([90, 100, 120], (200, 2))]
 

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from runs import environment
 from sets import write_folders
 from test_engine import BASE, QUIET, ROOT, mini, run
 
 import superglobal
+from superglobal import engine
+from superglobal.config import register
 from superglobal.data.revisited import revisited_set
 from superglobal.errors import InputError
 from superglobal.retrieval.diffusion import diffuse
@@ -215,6 +218,17 @@ def test_settings_stand_behind_a_name_and_own_options_are_found(data, tmp_path):
     assert [row["rerank"] for row in rows] == ["aqe n=2 alpha=3.0", "superglobal M=400 K=3 beta=0.2"]
     single = run(tmp_path, *mini(data), "rerank.K=3", "rerank.beta=0.2")
     assert rows[1]["map"] == pytest.approx(single["metrics"]["rerank"]["map"])
+
+
+def test_an_approximate_first_search_compares_nothing(data, tmp_path):
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        base = [one for one in BASE if not one.startswith(("logger", "pictures"))]
+        words = [*base, *QUIET, *mini(data), "index=flat_fp16", f"paths.outputs={tmp_path}"]
+        config = compose("compare", overrides=words)
+    with pytest.raises(InputError, match="index=flat_fp16: rerankers are compared on an exact first search"):
+        engine.compare(config, tmp_path, [ROOT / "conf"])
+    assert not (tmp_path / "stores").exists()
 
 
 @pytest.mark.parametrize(

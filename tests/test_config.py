@@ -62,6 +62,38 @@ def test_a_wrong_setting_is_refused_and_named(override, error, message):
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("rerank=aqe index=hnsw", r"rerank\.kind=aqe searches the whole database again.* index=hnsw .* index=flat"),
+        ("rerank=adba index=flat_fp16", r"rerank\.kind=adba searches the whole database again"),
+        ("ablation=rerank rerank=mutual", r"ablation=rerank means the paper's reranking; drop it, or rerank=mutual"),
+        ("ablation=no_scale rerank=aqe", r"ablation=no_scale means the paper's reranking"),
+        ("dataset=gldv2_recognition rerank=kreciprocal", r"dataset\.votes=similarity: k-reciprocal .*votes=nearest"),
+        ("dataset=gldv2_recognition rerank=kreciprocal dataset.votes=distance", r"dataset\.votes=distance: "),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        config(*overrides.split())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "rerank=mutual index=hnsw",
+        "rerank=aqe rerank.enabled=false index=hnsw",
+        "rerank=adba index=torch",
+        "ablation=rerank rerank=superglobal_paper",
+        "ablation=gem rerank.kind=mutual",
+        "dataset=gldv2_recognition rerank=kreciprocal dataset.votes=nearest",
+        "dataset=gldv2_recognition rerank=mutual",
+    ],
+)
+def test_what_goes_together_is_not(overrides):
+    config(*overrides.split())
+
+
+@pytest.mark.parametrize(
     ("override", "message"), [("head=softmax", "arcface"), ("pooling.regionl=on", "regionl"), ("data=toi", "toy")]
 )
 def test_a_typo_in_training_is_named(override, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -280,6 +281,32 @@ def test_junk_can_be_dropped_before_reranking_with_a_list_for_each_protocol(data
         assert got["metrics"]["rerank"]["map"][protocol] == pytest.approx(np.mean(found), abs=1e-9)
     assert got["metrics"]["rerank"]["map"] != kept["metrics"]["rerank"]["map"]
     assert got["metrics"]["search"] == kept["metrics"]["search"]
+
+
+def test_lists_without_junk_of_any_length_are_reranked_whole(tmp_path):
+    """Queries with none, one, two ... junk images: of lists of one length no query takes another's."""
+    gnd_file = write_revisited(tmp_path, landmarks=5, views=6) / "gnd_mini.pkl"
+    truth = pickle.loads(gnd_file.read_bytes())
+    for number, one in enumerate(truth["gnd"]):
+        others = [*one["easy"], *one["hard"], *one["junk"]]
+        easy, rest = 1 + number % 2, 5 - number % 3
+        one["easy"], one["hard"], one["junk"] = others[:easy], others[easy:rest], others[rest:]
+    gnd_file.write_bytes(pickle.dumps(truth))
+    assert sorted(len(one["junk"]) for one in truth["gnd"]) == [0, 0, 1, 1, 2]
+    got = run(tmp_path, *mini(tmp_path), "rerank.junk=drop", "rerank.K=3", "rerank.beta=0.8")
+    data = superglobal.revisited_set(tmp_path, "mini")
+    model = superglobal.load_model("random", backbone="resnet18", scales=1)
+    X, Q = (superglobal.extract(model, items) for items in (data.database, data.queries))
+    for protocol, one in REVISITED.items():
+        found, lengths = [], set()
+        for q, gnd in zip(Q, data.gnd, strict=True):
+            gone = {int(i) for name in one.ignored for i in gnd[name]}
+            order = np.array([i for i in np.argsort(-(X @ q), kind="stable") if i not in gone])
+            lengths.add(len(order))
+            best = superglobal.rerank(q[None], X, order[None], K=3, beta=0.8)[1][0].tolist()
+            found.append(average_precision([best.index(i) for name in one.positive for i in gnd[name]]))
+        assert len(lengths) > 1
+        assert got["metrics"]["rerank"]["map"][protocol] == pytest.approx(np.mean(found), abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["aqe", "adba"])

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from superglobal.data.folder import folder_set
-from superglobal.data.images import check_images, read_image
+from superglobal.data.image_checks import check_images
+from superglobal.data.images import read_image
 from superglobal.errors import InputError
 
 

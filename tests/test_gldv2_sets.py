@@ -19,7 +19,8 @@ from superglobal.checks import validated
 from superglobal.config import EvalConfig, TuneConfig, register
 from superglobal.data.gldv2 import read_train, split_landmarks
 from superglobal.data.gldv2_sets import recognition_set, retrieval_set, validation_set
-from superglobal.data.images import ImageItem, check_images
+from superglobal.data.image_checks import check_images
+from superglobal.data.images import ImageItem
 from superglobal.data.lazy import Lazy, chained, tree_items
 from superglobal.engine import evaluate
 from superglobal.errors import InputError

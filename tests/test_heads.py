@@ -11,15 +11,9 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from superglobal.errors import InputError
-from superglobal.models.heads import (
-    ArcFace,
-    CosFace,
-    CurricularFace,
-    dynamic_margins,
-    log_weights,
-    make_head,
-    with_margin,
-)
+from superglobal.models.class_sizes import dynamic_margins, log_weights
+from superglobal.models.cosines import with_margin
+from superglobal.models.heads import ArcFace, CosFace, CurricularFace, make_head
 
 KINDS = ["arcface", "easy", "cosface", "curricularface"]
 

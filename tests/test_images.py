@@ -13,7 +13,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from superglobal.data import images
-from superglobal.data.images import ImageItem, check_images, read_image, shrink
+from superglobal.data.image_checks import check_images
+from superglobal.data.images import ImageItem, read_image, shrink
 from superglobal.errors import InputError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

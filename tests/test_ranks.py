@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superglobal.errors import InputError
+from superglobal.retrieval import ranks
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.search import search
+from superglobal.retrieval.vectors import as_rows
 
 
 def unit(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:
@@ -80,6 +82,29 @@ def test_a_database_of_one_image_repeated_is_ranked_by_id_and_quickly() -> None:
     assert time.perf_counter() - start < 8
     for one, wanted in zip(found, targets, strict=True):
         np.testing.assert_array_equal(one, wanted)
+
+
+@pytest.mark.parametrize("none", [True, False])
+def test_many_queries_share_the_cells_of_one_table(monkeypatch: pytest.MonkeyPatch, none: bool) -> None:
+    """Recognition asks for 117,577 queries at once, and not of all there are targets; ranks stay exact."""
+    monkeypatch.setattr(ranks, "_ALL_CELLS", 1 << 14)
+    rng = np.random.default_rng(6)
+    X, Q = unit(rng, 150, 8), unit(rng, 150, 8)
+    few = np.flatnonzero(rng.random(150) < (0 if none else 0.3))
+    targets = [rng.permutation(150)[:20] if query in few else np.empty(0, np.int64) for query in range(150)]
+    made = ranks.Counter(Q, as_rows(X), targets, None, None)
+    assert made._table.numel() <= 1 << 14
+    assert made._table.numel() >= 64 * 150  # but never so few that every row has to be compared
+    order = sorted_ranks(Q, X)
+    for number, found in enumerate(exact_ranks(Q, X, targets, block_rows=40)):
+        np.testing.assert_array_equal(found, order[number, targets[number]])
+
+
+def test_few_queries_have_tables_of_full_size() -> None:
+    rng = np.random.default_rng(7)
+    X, Q = unit(rng, 40, 8), unit(rng, 3, 8)
+    made = ranks.Counter(Q, as_rows(X), [[1, 2], [], [3]], None, None)
+    assert made._table.numel() == 3 * ranks._CELLS
 
 
 def test_errors_name_the_query() -> None:

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from superglobal.errors import InputError
-from superglobal.retrieval import rerank as module
+from superglobal.retrieval import shortlists
 from superglobal.retrieval.rerank import rerank, rerank_candidates
 from superglobal.retrieval.search import search
 from superglobal.retrieval.vectors import concat
@@ -190,8 +190,8 @@ def test_memory_stays_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     X, Q = clustered(rng, 300, 16), clustered(rng, 10, 16)
     ids = search(Q, X, 100)[1]
     seen = []
-    run = module._rerank_batch
-    monkeypatch.setattr(module, "_rerank_batch", lambda q, t, *rest: seen.append(t.shape) or run(q, t, *rest))
+    run = shortlists.score_batch
+    monkeypatch.setattr(shortlists, "score_batch", lambda q, t, *rest: seen.append(t.shape) or run(q, t, *rest))
     rerank(Q, X, ids, batch_size=4)
     assert seen == [(4, 100, 16), (4, 100, 16), (2, 100, 16)]
 

@@ -19,6 +19,7 @@ from superglobal.retrieval.mutual import rerank_mutual
 from superglobal.retrieval.rerank import rerank, rerank_candidates
 from superglobal.retrieval.rerankers import KINDS, apply_reranker, completed, describe, parameters
 from superglobal.retrieval.search import search
+from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.vectors import as_rows, concat
 
 SHORTLIST = (rerank, rerank_mutual, kreciprocal, diffuse)
@@ -293,6 +294,27 @@ def test_a_photo_is_not_its_own_neighbour():
     nearest = X[search(X, X, 1, exclude=own)[1][:, 0]]
     np.testing.assert_allclose(expand_queries(X, X, 1, 0.0, exclude=own), unit(X + nearest), atol=1e-6)
     np.testing.assert_allclose(augment_database(X, 1, 0.0).block(0, 30), unit(X + nearest), atol=1e-6)
+
+
+def test_skipped_rows_expand_nothing_and_cannot_be_augmented(tmp_path):
+    """A query is expanded by the rows that are left, all of them where more are asked for."""
+    rng = np.random.default_rng(17)
+    X, Q = clustered(rng, 30), clustered(rng, 4)
+    skipped = np.unique(search(Q, X, 1)[1][:3])  # nearest of three queries: who took them would end elsewhere
+    store = DescriptorStore.open_or_create(tmp_path / "s", {}, [str(i) for i in range(30)], X.shape[1])
+    kept = np.setdiff1d(np.arange(30), skipped)
+    store.write_rows(kept, X[kept])
+    store.skip(skipped)
+    store.flush()
+    for n in (2, len(kept) + 1, 100):
+        np.testing.assert_allclose(expand_queries(Q, store, n), expand_queries(Q, X[kept], n), atol=1e-6)
+        own = kept[:4]
+        expected = expand_queries(Q, X[kept], n, exclude=np.arange(4))
+        np.testing.assert_allclose(expand_queries(Q, store, n, exclude=own), expected, atol=1e-6)
+    with pytest.raises(InputError, match=f"{len(skipped)} rows were skipped when .* cannot be averaged"):
+        augment_database(store, 5)
+    again = apply_reranker("aqe", {"n": 5, "alpha": 3.0}, Q, as_rows(store), search(Q, store, 20)[1])
+    assert not np.isin(again.ids, skipped).any()
 
 
 def test_no_neighbours_is_the_identity():

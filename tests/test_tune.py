@@ -23,7 +23,8 @@ from superglobal.checkpoint import read_weights, save_weights
 from superglobal.checks import validated
 from superglobal.config import EvalConfig, SpaceConfig, TuneConfig, register
 from superglobal.data.folder import folder_set
-from superglobal.data.images import CheckReport, ImageItem
+from superglobal.data.image_checks import CheckReport
+from superglobal.data.images import ImageItem
 from superglobal.data.sets import EvaluationSet, require_images
 from superglobal.engine import evaluate, train, tune
 from superglobal.engine.evaluating import score_set

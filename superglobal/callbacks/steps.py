@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from superglobal.training import TrainingModule
 
 
-class StepCallback(Callback):
+class StepCallback(Callback, ABC):
     """Calls `on_step` once after every optimiser step, when everything that belongs to the step is done.
 
     That is never between the parts of an accumulated batch, and for the last step of an epoch at the epoch's end,
@@ -21,9 +22,9 @@ class StepCallback(Callback):
 
     done = -1
 
+    @abstractmethod
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, epoch_ends: bool) -> None:
         """After step number `trainer.global_step` (the first is 1)."""
-        raise NotImplementedError
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

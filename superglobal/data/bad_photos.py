@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from superglobal.data.gldv2 import TrainList, how_to_get
-from superglobal.data.images import check_images
+from superglobal.data.image_checks import check_images
 from superglobal.data.photo_index import index_path, load_index, prepare_command, signature_codes
 from superglobal.data.photos import Bad
 from superglobal.data.sets import NOTHING_COMPUTED, describe_problems

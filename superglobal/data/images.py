@@ -1,4 +1,4 @@
-"""Photos as arrays: read strictly, with the reference's pixels, and checked before anything is computed.
+"""Photos as arrays: read strictly, with the reference's pixels.
 
 The reference reads with `cv2.imread(path, cv2.IMREAD_COLOR)` (its test/dataset.py). cv2 answers a truncated file
 with a half-grey picture and no error, so Pillow, which refuses it, decodes here. Both bundle libjpeg-turbo;
@@ -10,15 +10,10 @@ What no decoder here reports is damage inside a JPEG's scan that leaves its stru
 
 import io
 import math
-import os
 import threading
-import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
 
 import cv2
 import numpy as np
@@ -44,9 +39,6 @@ _UNDO_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_HEAD, _EDGE = 65_536, 4_096  # bytes: enough for nearly every header; what a signature covers at either end
-_BATCH = 512  # images that a thread checks at a time
-_COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "JPEG2000")
 _open_lock = threading.Lock()
 
 
@@ -56,38 +48,6 @@ class ImageItem:
 
     path: Path
     box: Box | None = None
-
-
-class Checked(NamedTuple):
-    """One sound image.
-
-    Attributes:
-        signature: file size and CRC-32 for fingerprints. Of a large compressed file the first 64 and the last 4 KB
-            count: an edit that keeps both and the size does not happen by itself there. Of any other file every byte
-            counts.
-        size: (height, width) of the upright image, of its box if it has one, in pixels.
-    """
-
-    signature: str
-    size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What `check_images` found, one entry per image in the order given."""
-
-    signatures: list[str]
-    """Of `Checked`, empty where there is a problem."""
-    sizes: list[tuple[int, int]]
-    """Of `Checked`, (0, 0) where there is a problem."""
-    missing: list[Path]
-    unreadable: list[tuple[Path, str]]
-    """Empty, truncated, not an image, ...: the path and the reason."""
-
-    @property
-    def problems(self) -> list[tuple[Path, str]]:
-        """Everything wrong, the missing files first."""
-        return [(path, "missing") for path in self.missing] + self.unreadable
 
 
 class FaultyImageError(InputError):
@@ -116,12 +76,12 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
     try:
         pixels = decode_image(path.read_bytes())
         if box is not None:
-            x1, y1, x2, y2 = _bounds(box, *pixels.shape[1::-1])
+            x1, y1, x2, y2 = box_bounds(box, *pixels.shape[1::-1])
             pixels = pixels[y1:y2, x1:x2]
     except FileNotFoundError as error:
         raise InputError(f"image not found: {path}") from error
     except (OSError, FaultyImageError) as error:
-        raise InputError(f"image cannot be read: {path}: {_reason(error)}") from error
+        raise InputError(f"image cannot be read: {path}: {reason_of(error)}") from error
     # A decoder's buffer is read-only and a crop holds on to the whole picture: give the caller an own array.
     return np.array(shrink(pixels, max_side), order="C")
 
@@ -177,104 +137,15 @@ def shrunk_size(size: Sequence[int], max_side: int | None) -> tuple[int, int]:
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
-def check_images(
-    items: Sequence[ImageItem | str | Path], workers: int | None = None, decode: bool = False
-) -> CheckReport:
-    """Look at every file without decoding it, fast enough for a million files.
-
-    Found are files that are missing or empty, that do not begin as an image, JPEGs without their end marker,
-    PNGs without their last chunk, images over `MAX_PIXELS` and boxes that cut out nothing. Trailing bytes
-    after the end are accepted, as every decoder does. Damage in the middle of a file shows only on reading.
-
-    Args:
-        items: images or plain paths.
-        workers: threads; by default 4 per CPU, at most 32, since the time goes into waiting for the disk.
-        decode: decode every image as well, so that damage in the middle shows; as slow as reading them all.
-    """
-    starts = range(0, len(items), _BATCH)
-    report = CheckReport([], [], [], [])
-    check = partial(_check_batch, items, decode=decode)
-    with ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool:
-        for start, outcomes in zip(starts, pool.map(check, starts), strict=True):
-            for number, outcome in enumerate(outcomes, start):
-                sound = outcome if isinstance(outcome, Checked) else Checked("", (0, 0))
-                report.signatures.append(sound.signature)
-                report.sizes.append(sound.size)
-                if isinstance(outcome, FileNotFoundError):
-                    report.missing.append(_place(items[number])[0])
-                elif isinstance(outcome, Exception):
-                    report.unreadable.append((_place(items[number])[0], _reason(outcome)))
-    return report
-
-
-def check_image(read: Callable[[int, int], bytes], size: int, box: Box | None = None, decode: bool = False) -> Checked:
-    """Check one image wherever its bytes are, as `check_images` does.
-
-    Args:
-        read: (start, count) -> those bytes of it.
-        size: of the whole, in bytes.
-        box: as in `ImageItem`.
-        decode: decode it too.
-
-    Raises:
-        FaultyImageError: it is not a whole image, or the box cuts nothing out of it.
-    """
-    if size <= _HEAD + _EDGE:
-        head = tail = read(0, size)
-        width, height, compressed = _inspect(head, tail)
-    else:
-        head, tail = read(0, _HEAD), read(size - _EDGE, _EDGE)
-        try:
-            width, height, compressed = _inspect(head, tail)
-        except FaultyImageError:  # a long header, or much behind the end: only the whole file can tell
-            whole = read(0, size)
-            width, height, compressed = _inspect(whole, whole)
-    if not compressed:
-        head = tail = read(0, size)
-    if decode:
-        decode_image(read(0, size))
-    left, top, right, bottom = (0, 0, width, height) if box is None else _bounds(box, width, height)
-    signature = f"{size}-{zlib.crc32(head):08x}" + ("" if head is tail else f"{zlib.crc32(tail):08x}")
-    return Checked(signature, (bottom - top, right - left))
-
-
-def _place(item: ImageItem | str | Path) -> tuple[Path, Box | None]:
-    return (item.path, item.box) if isinstance(item, ImageItem) else (Path(item), None)
-
-
-def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bool) -> list[Checked | Exception]:
-    outcomes: list[Checked | Exception] = []
-    for path, box in map(_place, items[start : start + _BATCH]):
-        try:
-            with path.open("rb") as file:
-                outcomes.append(check_image(partial(_read_at, file), os.fstat(file.fileno()).st_size, box, decode))
-        except (OSError, FaultyImageError) as error:
-            outcomes.append(error)
-    return outcomes
-
-
-def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
-    file.seek(start)
-    return file.read(count)
-
-
-def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
-    """(width, height, compressed) of the upright image if its header opens and its end is there.
-
-    `tail` is either `head` itself, when that is the whole file, or lies wholly behind it.
-    """
-    with _open(head) as image:
-        _require_end(image.format, head, tail)
-        return *_upright_size(image), image.format in _COMPRESSED
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an image as it is shown."""
     # A TIFF is turned by Pillow itself and shows its upright size already.
     turned = image.format != "TIFF" and _orientation(image) >= 5
     return (image.height, image.width) if turned else image.size
 
 
-def _require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
+def require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
+    """Raise FaultyImageError for a JPEG or PNG without its end; `tail` is `head` itself or lies wholly behind it."""
     if file_format in ("JPEG", "MPO"):
         # A thumbnail in the EXIF block has an end marker of its own: only one behind the scan's start counts.
         scan = _scan_start(head)
@@ -300,8 +171,8 @@ def _scan_start(data: bytes) -> int:
     return -1
 
 
-def _open(data: bytes) -> Image.Image:
-    """Open lazily: the header is parsed, nothing is decoded."""
+def open_image(data: bytes) -> Image.Image:
+    """Open lazily: the header is parsed, nothing is decoded. FaultyImageError unless it opens."""
     if not data:
         raise FaultyImageError("empty file (0 bytes)")
     # Pillow's guard against decompression bombs is a global that warns from 89 megapixels; ours is below.
@@ -323,8 +194,8 @@ def _open(data: bytes) -> Image.Image:
 
 def image_size(data: bytes) -> tuple[int, int]:
     """(width, height) of the upright image, from its header alone; FaultyImageError if that does not open."""
-    with _open(data) as image:
-        return _upright_size(image)
+    with open_image(data) as image:
+        return upright_size(image)
 
 
 def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
@@ -341,9 +212,9 @@ def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
     Raises:
         FaultyImageError: unless the whole image is there.
     """
-    with _open(data) as image:
+    with open_image(data) as image:
         # Checked here as well because other code may have set Pillow's global LOAD_TRUNCATED_IMAGES.
-        _require_end(image.format, data, data)
+        require_end(image.format, data, data)
         if image.mode in ("I", "F"):
             raise FaultyImageError("32-bit pixels have no defined 8-bit form: convert the file to 8 or 16 bits")
         same = _same_as_cv2(image)
@@ -351,7 +222,7 @@ def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
             image.draft(None, (max(1, image.width // reduction), max(1, image.height // reduction)))
         try:
             image.load()
-        except Exception as error:  # as in _open; MemoryError is one too
+        except Exception as error:  # as in open_image; MemoryError is one too
             raise FaultyImageError(f"truncated or damaged ({error})") from error
         if same:
             upright = _UNDO_ORIENTATION.get(0 if image.format == "TIFF" else _orientation(image))
@@ -387,7 +258,7 @@ def _orientation(image: Image.Image) -> int:
     return value if value in _UNDO_ORIENTATION else 1
 
 
-def _bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+def box_bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     """Pixel bounds of the reference's crop `im[int(y1):int(y2), int(x1):int(x2)]`, clipped to the image."""
     if not all(math.isfinite(value) for value in box):
         raise FaultyImageError(f"box {tuple(box)} is not finite")
@@ -398,7 +269,8 @@ def _bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     return x1, y1, x2, y2
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be read, without its path."""
     if isinstance(error, IsADirectoryError):
         return "a folder, not a file"
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.images import FaultyImageError, check_image, check_images
+from superglobal.data.image_checks import check_image, check_images
+from superglobal.data.images import FaultyImageError
 from superglobal.data.photo_index import signature_codes
 from superglobal.data.sources import relative_path, tar_members
 

@@ -7,7 +7,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from superglobal.data.images import IMAGE_EXTENSIONS, CheckReport, ImageItem, check_images
+from superglobal.data.image_checks import CheckReport, check_images
+from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
 from superglobal.retrieval.metrics import Result
 

@@ -59,7 +59,9 @@ def extract_lists(
     for i, part in enumerate(lists):
         for own in stores:
             _settle_unreadable(own[i], part, trainer.is_global_zero)
-    missing = [{row for own in stores for row in own[i].missing.tolist()} for i in range(len(lists))]
+    # A sibling of a sweep that fails would be tried again by every job: one that lacks nothing describes for nobody.
+    served = stores if any(len(store.missing) for store in stores[0]) else []
+    missing = [{row for own in served for row in own[i].missing.tolist()} for i in range(len(lists))]
     lacked = {part.title: len(rows) for part, rows in zip(lists, missing, strict=True)}
     for part in lists:
         total, todo = len(part.items), lacked[part.title]

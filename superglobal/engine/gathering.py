@@ -15,7 +15,8 @@ import pytorch_lightning as pl
 
 from superglobal.api import load_model
 from superglobal.config import EvalConfig, PoolingSettings, pooling_overrides
-from superglobal.data.images import ImageItem, check_images
+from superglobal.data.image_checks import check_images
+from superglobal.data.images import ImageItem
 from superglobal.data.sets import EvaluationSet, how_to_get_distractors, load_distractors, require_images
 from superglobal.engine.common import evaluation_set, export_path, make_trainer
 from superglobal.engine.extracting import extract_lists

@@ -3,6 +3,8 @@
 A_ij = max(x_i x_j, 0)^gamma  if i and j are among each other's k nearest, else 0;  S = D^-1/2 A D^-1/2
 y_i  = max(q x_i, 0)^gamma    for the kq nearest to the query, else 0
 (I - alpha S) f = y;          order by f
+
+The defaults are those of the authors' code for global descriptors, which diffuses over the whole database.
 """
 
 from typing import Any
@@ -11,16 +13,13 @@ import numpy as np
 import torch
 
 from superglobal.retrieval.shortlists import (
-    check_norms,
     dots,
-    gram_of,
     mask_of,
     nearest,
     require_between,
     require_whole,
     rerank_shortlists,
 )
-from superglobal.retrieval.vectors import to_tensor
 
 
 def diffuse(
@@ -48,17 +47,13 @@ def diffuse(
     require_whole({"kq": kq, "kd": kd})
     require_between({"alpha": alpha}, 0, 0.9999)
     require_between({"gamma": gamma}, 1e-3, 1e3)
-    place = torch.device(device or "cpu")
 
-    def score(queries: np.ndarray, shortlists: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        q, T = to_tensor(queries, place).double(), to_tensor(shortlists, place).double()
-        gram = gram_of(T)
-        check_norms(gram, numbers, "database row")
+    def score(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
         start = dots(T, q).clamp(min=0) ** gamma
         start[:, kq:] = 0  # a shortlist comes best first
-        return _solve(_normalised(gram, kd, gamma), start, alpha).cpu().numpy()
+        return _solve(_normalised(gram, kd, gamma), start, alpha)
 
-    return rerank_shortlists(Q, X, ids, M, score, batch_size, ties="first")
+    return rerank_shortlists(Q, X, ids, M, score, batch_size, device, dtype=torch.float64, ties="first")
 
 
 def _normalised(similarity: torch.Tensor, kd: int, gamma: float) -> torch.Tensor:

@@ -3,7 +3,8 @@
     v' = v + sum over v's n nearest x of max(v x, 0)^alpha x,  normalised
 
 For queries this is alpha query expansion (Radenovic et al., TPAMI 2018); for the database's own rows, each with its
-neighbours in the database, augmentation (Turcot and Lowe 2009) with the same weights.
+neighbours in the database, augmentation (Turcot and Lowe 2009) with the same weights. n and alpha of queries are those
+that the paper is cited for; for augmentation there are no others' in this form: alpha is the same, n ours.
 """
 
 from pathlib import Path

@@ -6,7 +6,7 @@
     final    = (1 - lambda) Jaccard distance of V(query) and V(g) + lambda d(query, g)
 
 The images are the query and its shortlist; d is the squared Euclidean distance over the largest of its row, and an
-image counts among its own nearest beside its k, all as in the authors' code.
+image counts among its own nearest beside its k, all as in the authors' code, whose k1, k2 and lambda are the defaults.
 """
 
 from typing import Any
@@ -15,15 +15,13 @@ import numpy as np
 import torch
 
 from superglobal.retrieval.shortlists import (
-    check_norms,
-    gram_of,
+    dots,
     mask_of,
     nearest,
     require_between,
     require_whole,
     rerank_shortlists,
 )
-from superglobal.retrieval.vectors import to_tensor
 
 
 def kreciprocal(
@@ -49,22 +47,18 @@ def kreciprocal(
     """
     require_whole({"k1": k1, "k2": k2})
     require_between({"lambda_": lambda_}, 0, 1)
-    place = torch.device(device or "cpu")
 
-    def score(queries: np.ndarray, shortlists: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        similarity = _similarities(queries, shortlists, numbers, place)
-        return -_distances(similarity, k1, k2, lambda_).cpu().numpy()
+    def score(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+        return -_distances(_with_query(dots(T, q), gram), k1, k2, lambda_)
 
-    return rerank_shortlists(Q, X, ids, M, score, batch_size, ties="first")
+    return rerank_shortlists(Q, X, ids, M, score, batch_size, device, dtype=torch.float64, ties="first")
 
 
-def _similarities(
-    queries: np.ndarray, shortlists: np.ndarray, numbers: np.ndarray, device: torch.device
-) -> torch.Tensor:
-    """Cosines (B, M+1, M+1) float64 of each query, number 0, and its shortlist."""
-    similarity = gram_of(to_tensor(np.concatenate([queries[:, None], shortlists], axis=1), device).double())
-    check_norms(similarity[:, 1:, 1:], numbers, "database row")
-    return similarity
+def _with_query(first: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Cosines (B, M+1, M+1) of the query, number 0, and its shortlist: `first` (B, M) those of the query."""
+    column = first[..., None]
+    top = torch.cat([torch.ones_like(column[:, :1]), column], dim=1)
+    return torch.cat([top, torch.cat([column.transpose(1, 2), gram], dim=1)], dim=2)
 
 
 def _distances(similarity: torch.Tensor, k1: int, k2: int, lambda_: float) -> torch.Tensor:

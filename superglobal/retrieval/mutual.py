@@ -11,16 +11,14 @@ all in the Gram matrix that is there already. A mean takes a wrong member with i
 Form and constants were chosen on rendered landmarks: docs/reranking.md.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from superglobal.errors import InputError
-from superglobal.precision import full_precision
 from superglobal.retrieval.rerank import combine, neighbours, normalised, refined
-from superglobal.retrieval.shortlists import check_norms, dots, gram_of, require_whole, rerank_shortlists
-from superglobal.retrieval.vectors import to_tensor
+from superglobal.retrieval.shortlists import dots, require_between, require_whole, rerank_shortlists
 
 
 def rerank_mutual(
@@ -45,22 +43,13 @@ def rerank_mutual(
     """
     require_whole({"K": K})
     require_whole({"k_query": k_query}, least=0)
-    if not np.isfinite(beta):
-        raise InputError(f"beta: expected a finite number, got {beta}")
-    place = torch.device(device or "cpu")
-
-    def score(queries: np.ndarray, shortlists: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        q, T = to_tensor(queries, place), to_tensor(shortlists, place)
-        with full_precision():
-            return _scores(q, T, K, beta, k_query, numbers).cpu().numpy()
-
-    return rerank_shortlists(Q, X, ids, M, score, batch_size)
+    require_between({"beta": beta}, -1e6, 1e6)
+    score = partial(_scores, K=K, beta=beta, k_query=k_query)
+    return rerank_shortlists(Q, X, ids, M, score, batch_size, device)
 
 
-def _scores(q: torch.Tensor, T: torch.Tensor, K: int, beta: float, k_query: int, numbers: np.ndarray) -> torch.Tensor:
+def _scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, K: int, beta: float, k_query: int) -> torch.Tensor:
     """Final scores (B, M) float64 of shortlists (B, M, D) for queries (B, D)."""
-    gram = gram_of(T)
-    check_norms(gram, numbers, "database row")
     near, weights = neighbours(gram, K, beta)
     weights = normalised(weights * _mutual(near), beta)
     first = dots(T, q)

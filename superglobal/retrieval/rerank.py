@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from superglobal.errors import InputError
-from superglobal.precision import full_precision
-from superglobal.retrieval.shortlists import check_norms, dots, gram_of, require_whole, rerank_shortlists
-from superglobal.retrieval.vectors import Rows, as_queries, as_rows, to_tensor
+from superglobal.retrieval.shortlists import dots, require_between, require_whole, rerank_shortlists, score_batch
+from superglobal.retrieval.vectors import Rows, as_queries, as_rows
 
 SECOND = ("refined", "original")
 """Which descriptors the expanded query is compared with."""
@@ -48,12 +47,7 @@ def rerank(
     Returns scores (Q, k) float32 and ids (Q, k) int64, best first, equal scores by the lower id.
     Raises InputError for ids outside 0..N-1 or repeated, bad rows, and parameters out of range.
     """
-    options = _Options(K, beta, second, include_query)
-
-    def score(queries: np.ndarray, shortlists: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        return _rerank_batch(queries, shortlists, options, device, numbers, "database row")
-
-    return rerank_shortlists(Q, X, ids, M, score, batch_size)
+    return rerank_shortlists(Q, X, ids, M, _Options(K, beta, second, include_query).scores, batch_size, device)
 
 
 def rerank_candidates(
@@ -93,7 +87,7 @@ def rerank_candidates(
     for start in range(0, n_queries, batch_size):
         part = slice(start, start + batch_size)
         lists = _shortlists(flat, part, depth)
-        final = _rerank_batch(queries[part], lists, options, device, number[part], "candidate").astype(np.float32)
+        final = score_batch(queries[part], lists, options.scores, device, number[part], "candidate")
         out[part] = np.argsort(-final, axis=1, kind="stable")
         scores[part] = np.take_along_axis(final, out[part], axis=1)
     return (scores[0], out[0]) if single else (scores, out)
@@ -115,36 +109,21 @@ class _Options:
 
     def __post_init__(self) -> None:
         require_whole({"K": self.K})
-        if not np.isfinite(self.beta):
-            raise InputError(f"beta: expected a finite number, got {self.beta}")
+        require_between({"beta": self.beta}, -1e6, 1e6)
         if self.second not in SECOND:
             raise InputError(f"second: expected one of {', '.join(SECOND)}, got {self.second!r}")
 
-
-def _rerank_batch(
-    queries: np.ndarray,
-    shortlists: np.ndarray,
-    options: _Options,
-    device: str | torch.device | None,
-    numbers: np.ndarray,
-    name: str,
-) -> np.ndarray:
-    """Final scores (B, M) float64 of shortlists (B, M, D) for queries (B, D); `numbers` (B, M) name bad rows."""
-    place = torch.device(device or "cpu")
-    q = to_tensor(queries, place)
-    T = to_tensor(shortlists, place)
-    with full_precision():
-        gram = gram_of(T)
-        check_norms(gram, numbers, name)
-        near, weights = neighbours(gram, options.K, options.beta)
+    def scores(self, q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+        """Final scores (B, M) float64 of shortlists (B, M, D) for queries (B, D)."""
+        near, weights = neighbours(gram, self.K, self.beta)
         s1 = combine(weights, near, dots(T, q))
         expanded = _expand(T, near, weights, s1)
-        if options.include_query:
+        if self.include_query:
             expanded = torch.maximum(expanded, q)
         s2 = dots(T, expanded).double()
-        if options.second == "refined":
+        if self.second == "refined":
             s2 = combine(weights, near, s2)
-    return ((s1 + s2) / 2).cpu().numpy()
+        return (s1 + s2) / 2
 
 
 def neighbours(gram: torch.Tensor, K: int, beta: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,22 +7,32 @@ import numpy as np
 import torch
 
 from superglobal.errors import InputError
-from superglobal.retrieval.vectors import as_queries, as_rows, fault, is_unit
+from superglobal.precision import full_precision
+from superglobal.retrieval.vectors import as_queries, as_rows, fault, is_unit, to_tensor
 
-# Final scores (B, M) float64 of queries (B, D) and shortlists (B, M, D) float32 whose rows have the ids (B, M).
-ScoreBatch = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+# Final scores (B, M) of queries (B, D) and shortlists T (B, M, D), given T T^T (B, M, M), which it may overwrite.
+ScoreBatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def rerank_shortlists(
-    Q: Any, X: Any, ids: Any, M: int, score: ScoreBatch, batch_size: int, ties: str = "id"
+    Q: Any,
+    X: Any,
+    ids: Any,
+    M: int,
+    score: ScoreBatch,
+    batch_size: int,
+    device: str | torch.device | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    ties: str = "id",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sort the first min(M, k) of each shortlist by `score`; what comes after keeps its place, with score -inf.
 
     Q: (Q, D), X: (N, D) or anything `as_rows` takes, unit L2 norm. ids: (Q, k) integers, best first, as `search`
-    gives them. ties: equal scores by the lower "id", or as they stood, "first".
+    gives them. dtype: of what `score` is given. ties: equal scores by the lower "id", or as they stood, "first".
 
     Returns scores (Q, k) float32 and ids (Q, k) int64, best first.
-    Raises InputError for ids outside 0..N-1 or repeated, and queries that are no unit vectors.
+    Raises InputError for ids outside 0..N-1 or repeated, and rows that are no unit vectors.
     """
     require_whole({"M": M, "batch_size": batch_size})
     rows = as_rows(X, "database")
@@ -36,13 +46,33 @@ def rerank_shortlists(
     out = first.copy()
     for start in range(0, len(queries), batch_size):
         part = slice(start, start + batch_size)
-        # As float32: scores that are given back as equal are equal here too.
-        final = score(queries[part], rows.take(head[part]), head[part]).astype(np.float32)
+        final = score_batch(queries[part], rows.take(head[part]), score, device, head[part], "database row", dtype)
         second = head[part] if ties == "id" else np.broadcast_to(np.arange(head.shape[1]), final.shape)
         order = np.lexsort((second, -final), axis=1)
         scores[part, : head.shape[1]] = np.take_along_axis(final, order, axis=1)
         out[part, : head.shape[1]] = np.take_along_axis(head[part], order, axis=1)
     return scores, out
+
+
+def score_batch(
+    queries: np.ndarray,
+    shortlists: np.ndarray,
+    score: ScoreBatch,
+    device: str | torch.device | None,
+    numbers: np.ndarray,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+) -> np.ndarray:
+    """Scores (B, M) of queries (B, D) and shortlists (B, M, D) float32; `name` and `numbers` (B, M) name a bad row.
+
+    As float32: scores that are given back as equal are equal to whoever sorts by them.
+    """
+    place = torch.device(device or "cpu")
+    q, T = (to_tensor(vectors, place).to(dtype) for vectors in (queries, shortlists))
+    with full_precision():
+        gram = gram_of(T)
+        check_norms(gram, numbers, name)
+        return score(q, T, gram).cpu().numpy().astype(np.float32)
 
 
 def check_ids(ids: Any, n_queries: int, n_rows: int) -> np.ndarray:

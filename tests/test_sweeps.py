@@ -1,0 +1,127 @@
+"""Sweeps whose jobs share work, and processes started together: who describes what, and what stands in the table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_engine
+from runs import environment
+from test_engine import mini
+from test_eval import ROOT, revisited, run
+
+from superglobal.engine.common import started_together
+from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.tables import merge
+
+
+def table(outputs: Path) -> list[dict[str, str]]:
+    with next(outputs.rglob("table.csv")).open() as file:
+        return list(csv.DictReader(file))
+
+
+def jobs(outputs: Path) -> list[dict]:
+    """Results by the number of their job."""
+    paths = sorted((outputs / "eval/sweep").rglob("results.json"), key=lambda path: path.as_posix())
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def alone(data: Path, outputs: Path, *overrides: str) -> dict:
+    """The same settings in a run of their own."""
+    return test_engine.run(outputs, *mini(data), "rerank=none", *overrides)
+
+
+def test_a_job_that_fails_takes_none_of_its_siblings_with_it(data, tmp_path):
+    """x^3000 is 0 in float32: that descriptor has no direction. The jobs around it share their passes with it."""
+    text = run(tmp_path, "-m", *revisited(data, "pooling=gem", "pooling.p=3,3000,4", "rerank=none"), status=2)
+    assert "one pass over the images serves 3 networks of the sweep" in text
+    assert text.count("has norm 0.0, not 1") == 1
+    assert "Traceback" not in text
+    first, failed, last = jobs(tmp_path)
+    assert [job["status"] for job in (first, failed, last)] == ["ok", "failed", "ok"]
+    assert "has norm 0.0" in failed["reason"]
+    assert first["about"]["extracted"] == {"database": 24, "queries": 6}
+    assert last["about"]["extracted"] == {"database": 0, "queries": 0}
+    for job, p in ((first, 3), (last, 4)):
+        single = alone(data, tmp_path / "alone", "pooling=gem", f"pooling.p={p}")
+        assert job["metrics"] == single["metrics"]
+    by_p = {row["pooling.p"]: row for row in table(tmp_path)}
+    assert by_p["3000.0"]["medium"] == by_p["3000.0"]["gain"] == "failed"
+    assert by_p["3.0"]["medium"] == f"{100 * first['metrics']['search']['map']['medium']:.2f}"
+
+
+def test_parts_and_poolings_in_one_sweep(data, tmp_path):
+    """Of each part the first job describes for both poolings; with the last part both go on to their results."""
+    switches = ["extraction.part=1/2,2/2", "pooling.regional=true,false"]
+    text = run(tmp_path, "-m", *revisited(data, "rerank=none", *switches))
+    assert text.count("part 1/2 is described; ") == 2
+    found = jobs(tmp_path)
+    assert [job["config"]["pooling"]["regional"] for job in found] == [True, False]
+    assert found[0]["about"]["extracted"]["database"] == 12
+    assert found[1]["about"]["extracted"]["database"] == 0
+    for job in found:
+        regional = job["config"]["pooling"]["regional"]
+        whole = alone(data, tmp_path / "whole", f"pooling.regional={str(regional).lower()}")
+        assert job["metrics"] == whole["metrics"]
+        assert job["about"]["network"] == whole["about"]["network"]
+    assert [row["pooling.regional"] for row in table(tmp_path)] == ["True", "False"]
+
+
+def test_a_sweep_of_indexes_says_in_its_table_how_each_searched(data, tmp_path):
+    """What changes a number has a column; how it is compared with exact search has none."""
+    settings = [["index=flat"], *(["index=ivf_flat", "index.nlist=6", f"index.nprobe={n}"] for n in (1, 2))]
+    scores = []
+    for one in settings:
+        backend = ["index.backend=torch", "index.compare=3"] if one == ["index=flat"] else []
+        scores.append(alone(data, tmp_path, *one, *backend, "k=6")["metrics"]["search"]["map"]["medium"])
+    assert len(set(scores)) == 3
+    merge(tmp_path)
+    rows = table(tmp_path)
+    assert [name for name in rows[0] if name.startswith("index.")] == ["index.kind", "index.nlist", "index.nprobe"]
+    assert [row["data set"] for row in rows] == ["mini", *["mini (ivf_flat, approximate)"] * 2]
+    assert [row["index.nprobe"] for row in rows] == ["None", "1", "2"]
+    assert [row["medium"] for row in rows] == [f"{100 * score:.2f}" for score in scores]
+
+
+def test_processes_started_together_wait_for_one_another_though_nothing_is_missing(data, tmp_path):
+    """One of them may still have found a row missing: it would wait for a process that has gone on."""
+    single = alone(data, tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    two = ["trainer.devices=2", "trainer.strategy=ddp", "rerank=none", f"paths.outputs={tmp_path}"]
+    words = [*torchrun, str(ROOT / "eval.py"), *revisited(data, *two)]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text
+    assert "MEMBER: 2/2" in text
+    (path,) = (tmp_path / "eval").rglob("results.json")
+    together = json.loads(path.read_text())
+    assert together["about"]["extracted"] == {"database": 0, "queries": 0}
+    assert together["metrics"] == single["metrics"]
+    stores = [DescriptorStore.open(folder) for folder in (tmp_path / "stores").glob("mini-*")]
+    assert [len(store.missing) for store in stores] == [0, 0]
+    assert all(np.isfinite(store.block(0, len(store))).all() for store in stores)
+
+
+@pytest.mark.parametrize(
+    ("variables", "together"),
+    [
+        ({}, False),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, False),  # Lightning's own second process
+        ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "1"}, False),
+        ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}, True),
+        ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "job"}, True),
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}, False),  # an interactive shell starts none
+    ],
+)
+def test_who_is_started_together(monkeypatch, variables, together):
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert started_together() is together
