@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from superglobal.config import ENTRIES
@@ -13,6 +14,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 
 def main() -> None:
     """Write the page."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     write_atomically(PAGE, page(ENTRIES).encode())
     print(PAGE)
 
