@@ -13,7 +13,6 @@ from pathlib import Path
 
 from superglobal.errors import InputError
 from superglobal.retrieval import upkeep
-from superglobal.retrieval.store import DescriptorStore
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,9 +34,9 @@ def _parser() -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> str:
     """Do what was asked and say what came of it."""
     if arguments.command == "merge":
-        store = upkeep.merge([DescriptorStore.open(part) for part in arguments.parts], arguments.into)
+        store = upkeep.merge([upkeep.open_sound(part) for part in arguments.parts], arguments.into)
         return f"{store.folder}: {len(store) - len(store.missing)} of {len(store)} rows"
-    store = DescriptorStore.open(arguments.folder)
+    store = upkeep.open_sound(arguments.folder)
     if arguments.command == "info":
         return json.dumps(upkeep.describe(store), indent=1)
     if arguments.command == "verify":

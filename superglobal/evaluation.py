@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
@@ -35,7 +38,8 @@ _NEWS_EVERY = 30.0  # seconds
 class ExtractionList:
     """Images that share a store: title ("database", ...), set name, images, what checking them found, their limit.
 
-    One with `skips` is complete without images that cannot be read, up to that share of them.
+    One with `skips` is complete without images that cannot be read, up to that share of them. `roots` are the folders
+    that their paths are told from.
     """
 
     title: str
@@ -44,6 +48,7 @@ class ExtractionList:
     checked: CheckReport
     max_side: int | None
     skips: float | None = None
+    roots: Sequence[Path] = ()
 
     def lines(self) -> list[str]:
         """One line per row for the fingerprint: file name, box and content, but not where the folder lies."""
@@ -51,6 +56,24 @@ class ExtractionList:
             f"{item.path.name} {item.box or ''} {signature}"
             for item, signature in zip(self.items, self.checked.signatures, strict=True)
         ]
+
+    def paths(self) -> list[str]:
+        """A name of each image for people and databases: its path below the first of the roots that it lies under.
+
+        Behind it stands the box of a crop, `a.jpg#12,30,540,400`, and a number where a list has the same once more.
+        """
+        roots = [os.path.join(os.path.abspath(root), "") for root in self.roots]
+        counts: Counter[str] = Counter()
+        found = []
+        for item in self.items:
+            path = os.path.abspath(item.path)
+            below = next((path[len(root) :] for root in roots if path.startswith(root)), path)
+            name = os.fsencode(below).decode(errors="backslashreplace")
+            if item.box is not None:
+                name += "#" + ",".join(f"{value:g}" for value in item.box)
+            counts[name] += 1
+            found.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
+        return found
 
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of what is described, in pixels."""
@@ -195,13 +218,5 @@ def skip_rows(stores: Sequence[DescriptorStore], part: ExtractionList, faults: S
     for store in stores:
         done = store.done
         left = [(row, reason) for row, reason in faults if not done[row]]
-        if not left:
-            continue
-        try:
-            with (store.folder / "skipped.txt").open("a", encoding="utf-8") as file:
-                file.writelines(f"{part.items[row].path}\t{' '.join(reason.split())}\n" for row, reason in left)
-        except OSError as error:
-            raise InputError(
-                f"{store.folder}: cannot be written ({error.strerror}); free space and run again"
-            ) from error
-        store.skip(np.array([row for row, _ in left]))
+        notes = [f"{part.items[row].path}\t{' '.join(reason.split())}" for row, reason in left]
+        store.skip(np.array([row for row, _ in left], np.int64), notes)

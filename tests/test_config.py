@@ -48,7 +48,16 @@ def test_relup_modes(value, mode):
         ("pooling.relup=perhaps", InputError, "on, off, reference_off"),
         ("index.backend=annoy", InputError, "auto, faiss, torch"),
         ("index.kind=annoy", InputError, "flat, flat_fp16, ivf_flat, ivf_pq, hnsw"),
-        ("index.nprobe=0", InputError, r"index\.nprobe=0: expected at least 1"),
+        ("index=ivf_flat index.nprobe=0", InputError, r"index\.nprobe=0: expected at least 1"),
+        ("index.nprobe=3", InputError, r"index\.nprobe=3: flat has no nprobe; it takes backend"),
+        ("index.compare=3", InputError, r"index\.compare=3: flat has no compare; it takes backend"),
+        ("index=hnsw index.nlist=5", InputError, r"index\.nlist=5: hnsw has no nlist; it takes M, ef_construction, ef"),
+        (
+            "index=ivf_pq index.M=5",
+            InputError,
+            r"index\.M=5: ivf_pq has no M; it takes nlist, nprobe, pq_m",
+        ),
+        ("index=flat_fp16 index.backend=torch", InputError, "flat_fp16 has no backend; it takes candidates, compare"),
         ("store.dtype=int8", InputError, "float32, float16"),
         ("dataset=revisited", InputError, r"dataset\.name"),
         ("dataset=descriptors", InputError, r"descriptors\.query"),
@@ -57,7 +66,7 @@ def test_relup_modes(value, mode):
 )
 def test_a_wrong_setting_is_refused_and_named(override, error, message):
     with pytest.raises(error) as caught:
-        config(override)
+        config(*override.split())
     assert re.search(message, f"{caught.value} {caught.value.__cause__}")
 
 

@@ -153,23 +153,74 @@ def test_validation_is_the_definition_and_has_its_place_in_tables(toy_data, tmp_
     assert " to " in second["95 % gain"]
 
 
-def test_own_descriptors_are_scored_over_a_hundred_ranks_whatever_is_kept(root, tmp_path):
-    solution = [row for row in rows(root / "retrieval_solution_v2.1.csv") if row["Usage"] != "Ignored"]
-    extra = "".join(f"{i:016x}\n" for i in range(200))
-    (root / "index.csv").write_text((root / "index.csv").read_text() + extra)
-    index = [row["id"] for row in rows(root / "index.csv")]
+def own_vectors(folder: Path, queries: int, images: int) -> dict[str, np.ndarray]:
+    """Random unit vectors, as `q.npy` and `x.npy` too."""
     rng = np.random.default_rng(0)
-    vectors = {"q": rng.standard_normal((len(solution), 8)), "x": rng.standard_normal((len(index), 8))}
+    vectors = {"q": rng.standard_normal((queries, 8)), "x": rng.standard_normal((images, 8))}
     for name, x in vectors.items():
         vectors[name] = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-        np.save(tmp_path / f"{name}.npy", vectors[name])
-    own = [f"descriptors.query={tmp_path / 'q.npy'}", f"descriptors.database={tmp_path / 'x.npy'}"]
+        np.save(folder / f"{name}.npy", vectors[name])
+    return vectors
+
+
+def evaluated(folder: Path, *overrides: str) -> tuple[float, dict]:
+    """The score and the result of `own_vectors`."""
+    own = [f"descriptors.query={folder / 'q.npy'}", f"descriptors.database={folder / 'x.npy'}"]
+    own += ["rerank=none", "logger=csv", f"paths.outputs={folder}"]
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        where = ["dataset=gldv2_test", f"dataset.root={root}", "rerank=none", "k=1"]
-        config = compose("eval", overrides=[*where, *own, "logger=csv"])
-    (tmp_path / "result").mkdir()
-    score = evaluate(config, tmp_path / "result")
+        config = compose("eval", overrides=[*own, *overrides])
+    result = folder / "result"
+    result.mkdir(exist_ok=True)
+    return evaluate(config, result), json.loads((result / "results.json").read_text())
+
+
+def more_images(root: Path) -> list[str]:
+    """The index, 200 longer."""
+    extra = "".join(f"{i:016x}\n" for i in range(200))
+    (root / "index.csv").write_text((root / "index.csv").read_text() + extra)
+    return [row["id"] for row in rows(root / "index.csv")]
+
+
+def test_an_index_is_told_by_the_sets_own_metric_how_far_it_is_from_exact(root, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    own_vectors(tmp_path, 8, len(more_images(root)))
+    where = ["dataset=gldv2_test", f"dataset.root={root}", "k=100"]
+    _, exact = evaluated(tmp_path, *where)
+    ivf = ["index=ivf_flat", "index.nlist=5", "index.nprobe=1"]
+    _, found = evaluated(tmp_path, *where, *ivf)
+    compared = found["about"]["index"]["compared"]
+    assert compared["recall"] < 1
+    assert compared["mAP@100_difference"].keys() == {"public", "private", "all"}
+    for part, difference in compared["mAP@100_difference"].items():
+        one, other = (result["metrics"]["search"]["mAP@100"][part] for result in (found, exact))
+        assert one != other
+        assert difference == pytest.approx(one - other, abs=1e-12)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"all mAP@100 {100 * compared['mAP@100_difference']['all']:+.2f}" in said
+    sample = np.sort(np.random.default_rng(0).permutation(8)[:3])
+    _, few = evaluated(tmp_path, *where, *ivf, "index.compare=3")
+    got = few["about"]["index"]["compared"]
+    ap = [[float(r["search all AP"]) for r in rows(tmp_path / "result" / "per_query.csv")]]
+    evaluated(tmp_path, *where)
+    ap.append([float(r["search all AP"]) for r in rows(tmp_path / "result" / "per_query.csv")])
+    assert got["mAP@100_difference"]["all"] == pytest.approx(np.subtract(*ap)[sample].mean(), abs=1e-12)
+
+
+def test_recognition_by_an_index_is_compared_by_recall_only(root, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    own_vectors(tmp_path, 20, 90)
+    where = ["dataset=gldv2_recognition", f"dataset.root={root}", "k=10"]
+    _, found = evaluated(tmp_path, *where, "index=ivf_flat", "index.nlist=2", "index.nprobe=1")
+    assert found["about"]["index"]["compared"].keys() == {"queries", "k", "recall", "least"}
+    assert "; recall only" in " ".join(capsys.readouterr().out.split())
+
+
+def test_own_descriptors_are_scored_over_a_hundred_ranks_whatever_is_kept(root, tmp_path):
+    solution = [row for row in rows(root / "retrieval_solution_v2.1.csv") if row["Usage"] != "Ignored"]
+    index = more_images(root)
+    vectors = own_vectors(tmp_path, len(solution), len(index))
+    score, _ = evaluated(tmp_path, "dataset=gldv2_test", f"dataset.root={root}", "k=1")
     found = [[index[i] for i in one] for one in ranked(vectors["q"], vectors["x"])["search"][1]]
     truth = [set(row["images"].split()) for row in solution]
     assert score == pytest.approx(np.mean([average_precision(*one) for one in zip(found, truth, strict=True)]))

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -24,7 +21,6 @@ from superglobal.retrieval.search import merge_shortlists, search
 from superglobal.retrieval.store import DescriptorStore, fingerprint
 from superglobal.retrieval.vectors import concat
 
-ROOT = Path(__file__).parents[1]
 ABOUT = {"weights": "w"}
 
 
@@ -240,61 +236,3 @@ def test_fifty_thousand_float16_rows_under_the_real_ground_truth(tmp_path, share
             steps = [((j / r if r else 1.0) + (j + 1) / (r + 1)) / 2 for j, r in enumerate(hits)]
             expected = np.mean(steps) if steps else np.nan
             assert result.ap[name][query] == pytest.approx(expected, abs=1e-12, nan_ok=True)
-
-
-def script(*words: object, status: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "scripts" / "store.py"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_parts_that_jobs_filled_become_one_store_and_one_file(tmp_path, dtype):
-    X = unit(np.random.default_rng(0), 100, 16)
-    whole = store_of(tmp_path / "whole", X, dtype, [7]).block(0, 100)
-    for number, rows in enumerate((np.arange(0, 50), np.arange(40, 100))):
-        part = DescriptorStore.open_or_create(tmp_path / f"p{number}", ABOUT, names(100), 16, 40, dtype=dtype)
-        rows = rows[rows != 7]
-        part.write_rows(rows, X[rows])
-        part.skip(np.array([7][number:]))
-        part.flush()
-    script("merge", tmp_path / "p0", tmp_path / "p1", "--into", tmp_path / "m")
-    merged = DescriptorStore.open(tmp_path / "m")
-    np.testing.assert_array_equal(merged.block(0, 100), whole)
-    assert merged.skipped.tolist() == [7]
-    assert "99 rows are sound, 1 skipped, 0 missing" in script("verify", tmp_path / "m", "--record")
-    about = json.loads(script("info", tmp_path / "m"))
-    assert (about["rows"], about["written"], about["dtype"], about["identity"]) == (100, 99, dtype, ABOUT)
-    kept = np.setdiff1d(np.arange(100), [7])
-    script("export", tmp_path / "m", tmp_path / "x.npy")
-    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), whole[kept].astype(dtype))
-    assert (tmp_path / "x.txt").read_text().split() == [f"image{i}" for i in kept]
-    script("export", tmp_path / "m", tmp_path / "x.parquet")
-    table = pq.read_table(tmp_path / "x.parquet")
-    assert table["name"].to_pylist() == [f"image{i}" for i in kept]
-    np.testing.assert_array_equal(np.array(table["descriptor"].to_pylist(), dtype), whole[kept].astype(dtype))
-
-
-def test_what_verify_and_merge_refuse(tmp_path):
-    X = unit(np.random.default_rng(0), 50, 16)
-    for name in ("a", "b"):
-        store_of(tmp_path / name, X)
-    script("verify", tmp_path / "a", "--record")
-    shard = np.load(tmp_path / "a" / "shard-00000.npy", mmap_mode="r+")
-    shard[3] = shard[4]
-    shard.flush()
-    assert "shard-00000.npy: other bytes" in script("verify", tmp_path / "a", status=2)
-    merge = ("merge", tmp_path / "a", tmp_path / "b", "--into", tmp_path / "m")
-    assert "row 3 differs" in script(*merge, status=2)
-    shard[3] *= 2
-    shard.flush()
-    assert "row 3 has norm 2" in script("verify", tmp_path / "a", status=2)
-    other = DescriptorStore.open_or_create(tmp_path / "c", {"weights": "v"}, names(50), 16)
-    assert "not the same fingerprint" in script(
-        "merge", tmp_path / "b", other.folder, "--into", tmp_path / "n", status=2
-    )
-    assert "50 of 50 descriptors are missing" in script("export", other.folder, tmp_path / "x.npy", status=2)
-    assert "ends with .npy or .parquet" in script("export", tmp_path / "b", tmp_path / "x.csv", status=2)
-    (tmp_path / "b" / "names.json").write_text(json.dumps(names(49)))
-    assert "names.json or the manifest" in script("verify", tmp_path / "b", status=2)

@@ -20,7 +20,7 @@ from superglobal.errors import InputError
 from superglobal.models.fast import PRECISIONS
 from superglobal.models.network import make_scales
 from superglobal.models.pooling import relup_mode
-from superglobal.retrieval.index import KINDS
+from superglobal.retrieval.index import KINDS, TAKEN, require_taken
 from superglobal.retrieval.landmark_scoring import VOTES
 from superglobal.retrieval.rerank import SECOND
 from superglobal.retrieval.rerankers import JUNK, SEARCH_AGAIN, completed
@@ -94,7 +94,11 @@ def _check_extraction(how: ExtractionConfig) -> None:
 
 
 def _check_index(index: IndexConfig) -> None:
+    """Choices and ranges; puts the kind's default of compare where nothing is given."""
     _require_choice("index.kind", index.kind, ("flat", *KINDS))
+    given = {key: value for key, value in vars(index).items() if key != "kind" and value not in (None, "auto")}
+    require_taken(index.kind, given, ("backend",) if index.kind == "flat" else (*TAKEN[index.kind], "compare"))
+    index.compare = (0 if index.kind == "flat" else 100) if index.compare is None else index.compare
     _require_choice("index.backend", index.backend, BACKENDS)
     if (index.kind != "flat" or index.backend == "faiss") and importlib.util.find_spec("faiss") is None:
         raise InputError(

@@ -178,17 +178,19 @@ class StatisticsConfig:
 
 @dataclass
 class IndexConfig:
-    """How the database is searched (`conf/index`); null is the default by its size (retrieval/index.py).
+    """How the database is searched (`conf/index`); null is the kind's default, mostly by the database's size
+    (retrieval/index.py). What a kind does not take is refused.
 
     Args:
         kind: "flat" is exact; "flat_fp16", "ivf_flat", "ivf_pq" and "hnsw" are FAISS's indexes, built once and kept
             under `paths.stores`, whose candidates are scored exactly.
-        backend: of the exact search: "auto", "faiss" or "torch", with the same result.
+        backend: flat: "auto", "faiss" or "torch", with the same result.
         nlist, nprobe: lists of ivf_flat and ivf_pq, and how many are searched.
         pq_m: bytes a row of ivf_pq.
         M, ef_construction, ef_search: links of a row of hnsw, and the width of its searches.
-        candidates: rows fetched from the index for each one wanted.
-        compare: queries that are also searched exactly, for recall and the difference in mAP; 0 for none.
+        candidates: all but flat: rows fetched from the index for each one wanted.
+        compare: all but flat: queries that are also searched exactly, for recall and the difference in mAP or mAP@100;
+            100 by default, 0 for none.
     """
 
     kind: str = "flat"
@@ -200,7 +202,7 @@ class IndexConfig:
     ef_construction: int | None = None
     ef_search: int | None = None
     candidates: int | None = None
-    compare: int = 100
+    compare: int | None = None
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """What an evaluation runs on: queries, database, distractors, and the check that every file is there."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -28,6 +30,9 @@ class RankingTask(Protocol):
     @property
     def depth(self) -> int:
         """Results per query that it needs, if the database has so many."""
+
+    def of(self, queries: np.ndarray) -> RankingTask | None:
+        """That of some of the queries; None where the metric of a few says nothing about that of all."""
 
     def score(self, scores: np.ndarray, ids: np.ndarray, seed: int) -> Result:
         """Of (Q, k) scores and database ids, best first; `seed` is the bootstrap's."""

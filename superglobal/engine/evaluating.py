@@ -90,7 +90,7 @@ def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) ->
         if drops:
             k = shortlist_size(k + most_ignored(scorer), config.rerank, inputs)
     with clock.time("search"):
-        first = first_stage(config, Q, X, k, scorer, exclude, device)
+        first = first_stage(config, Q, X, k, scorer, task, exclude, device)
     stages = {"search": (first.scores, first.ids)}
     second = None
     if config.rerank.enabled:

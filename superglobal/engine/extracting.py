@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from superglobal.models.fast import fast_copies
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.report import versions
 from superglobal.retrieval.store import DescriptorStore, fingerprint
+from superglobal.retrieval.store_lists import record_paths
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,11 @@ def extract_lists(
     for i, part in enumerate(lists):
         for own in stores:
             _settle_unreadable(own[i], part, trainer.is_global_zero)
+        if trainer.is_global_zero:
+            paths = part.paths()
+            for own in stores:
+                if os.access(own[i].folder, os.W_OK):  # somebody else's may be complete as it is
+                    record_paths(own[i].folder, paths)
     # A sibling of a sweep that fails would be tried again by every job: one that lacks nothing describes for nobody.
     served = stores if any(len(store.missing) for store in stores[0]) else []
     missing = [{row for own in served for row in own[i].missing.tolist()} for i in range(len(lists))]

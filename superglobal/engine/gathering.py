@@ -161,14 +161,18 @@ def _checked_lists(
         if not dataset.leave_one_out:
             sets.append(("queries", dataset.name, dataset.queries, dataset.how_to_get))
     d = config.distractors
+    roots = [Path(config.paths.data), *([] if dataset is None else [dataset.root]), Path(d.root)]
     with clock.time("check"):
         if d.name and distractors and d.unreadable == "skip":
             report = check_images(distractors)
-            tolerated.append(ExtractionList("distractors", d.name, distractors, report, max_side, skips=d.skip_budget))
+            own = ExtractionList("distractors", d.name, distractors, report, max_side, d.skip_budget, roots)
+            tolerated.append(own)
         elif d.name and distractors:
             sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
         checked = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
-    strict = [ExtractionList(title, name, items, checked[title], max_side) for title, name, items, _ in sets]
+    strict = [
+        ExtractionList(title, name, items, checked[title], max_side, roots=roots) for title, name, items, _ in sets
+    ]
     return [*strict, *tolerated]
 
 

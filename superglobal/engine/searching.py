@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 
 from superglobal.config import EvalConfig
+from superglobal.data.sets import RankingTask
 from superglobal.retrieval.index import IndexSettings, open_index, recall, settings_in_use
+from superglobal.retrieval.metrics import Result
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
+from superglobal.retrieval.report import main_scores, metric_key
 from superglobal.retrieval.scoring import Scorer
 from superglobal.retrieval.search import search
 from superglobal.retrieval.vectors import Rows
@@ -27,19 +30,27 @@ class FirstStage:
     ids: np.ndarray
     ranks: list[np.ndarray]
     about: dict[str, Any] = field(default_factory=dict)
-    """Of an index that is not exact: its settings, and on a sample of queries recall and the difference in mAP."""
+    """Of an index that is not exact: its settings, and on a sample of queries recall and the difference in the set's
+    main metric."""
 
 
 def first_stage(
-    config: EvalConfig, Q: np.ndarray, X: Rows, k: int, scorer: Scorer | None, exclude: np.ndarray | None, device: str
+    config: EvalConfig,
+    Q: np.ndarray,
+    X: Rows,
+    k: int,
+    scorer: Scorer | None,
+    task: RankingTask | None,
+    exclude: np.ndarray | None,
+    device: str,
 ) -> FirstStage:
-    """Search as `config.index` says.
+    """Search as `config.index` says. `scorer` or `task` knows what is right, if anything does.
 
     Raises:
         InputError: bad descriptors, or an index that cannot be built.
     """
     if config.index.kind != "flat":
-        return _approximate(config, Q, X, k, scorer, exclude, device)
+        return _approximate(config, Q, X, k, scorer, task, exclude, device)
     if scorer is None:
         return FirstStage(*search(Q, X, k, backend=config.index.backend, device=device, exclude=exclude), [])
     targets = scorer.targets
@@ -51,7 +62,14 @@ def first_stage(
 
 
 def _approximate(
-    config: EvalConfig, Q: np.ndarray, X: Rows, k: int, scorer: Scorer | None, exclude: np.ndarray | None, device: str
+    config: EvalConfig,
+    Q: np.ndarray,
+    X: Rows,
+    k: int,
+    scorer: Scorer | None,
+    task: RankingTask | None,
+    exclude: np.ndarray | None,
+    device: str,
 ) -> FirstStage:
     i = config.index
     names = ("kind", "nlist", "nprobe", "pq_m", "M", "ef_construction", "ef_search", "candidates")
@@ -61,29 +79,46 @@ def _approximate(
     ranks = [] if scorer is None else scorer.listed(ids)
     about: dict[str, Any] = {"settings": settings_in_use(index.settings), "exact": False}
     if i.compare:
-        about |= _compared(Q, X, ids, scorer, exclude, device, i.compare, config.seed)
+        about["compared"] = _compared(Q, X, (scores, ids), scorer, task, exclude, device, i.compare, config.seed)
     return FirstStage(scores, ids, ranks, about)
 
 
 def _compared(
     Q: np.ndarray,
     X: Rows,
-    ids: np.ndarray,
+    lists: tuple[np.ndarray, np.ndarray],
     scorer: Scorer | None,
+    task: RankingTask | None,
     exclude: np.ndarray | None,
     device: str,
     count: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Recall of the exact lists, and mAP less that of exact ranks, over `count` queries drawn from all."""
+    """Recall of the exact lists, and the main metric less that of exact search, over `count` queries drawn from all."""
+    scores, ids = lists
     drawn = np.sort(np.random.default_rng(seed).permutation(len(Q))[:count])
     part = None if scorer is None else scorer.of(drawn)
     targets = [np.empty(0, np.int64)] * len(drawn) if part is None else part.targets
     skip = None if exclude is None else exclude[drawn]
-    (_, exact), ranks = search_and_rank(Q[drawn], X, ids.shape[1], targets, device=device, exclude=skip)
-    found = recall(ids[drawn], exact)
-    about: dict[str, Any] = {"queries": len(drawn), "k": ids.shape[1], "recall": found.mean(), "least": found.min()}
+    (best_scores, best_ids), ranks = search_and_rank(Q[drawn], X, ids.shape[1], targets, device=device, exclude=skip)
+    found = recall(ids[drawn], best_ids)
+    about: dict[str, Any] = {"queries": len(drawn), "k": ids.shape[1]}
+    about |= {"recall": float(found.mean()), "least": float(found.min())}
+    sample = None if task is None else task.of(drawn)
     if part is not None:
-        ours, best = part.score(part.listed(ids[drawn])), part.score(ranks)
-        about["map_difference"] = {name: ours.map[name] - best.map[name] for name in ours.map}
-    return {"compared": {key: float(v) if isinstance(v, np.floating) else v for key, v in about.items()}}
+        about |= _difference(part.score(part.listed(ids[drawn])), part.score(ranks))
+    elif sample is not None:
+        about |= _difference(sample.score(scores[drawn], ids[drawn], seed), sample.score(best_scores, best_ids, seed))
+    return about
+
+
+def _difference(ours: Result, exact: Result) -> dict[str, dict[str, float | None]]:
+    """The main metric by protocol or part, less that of exact search; None for a part that has no query here."""
+    one, other = ours.to_dict(), exact.to_dict()
+    values, best = main_scores(one), main_scores(other)
+    pairs = {name: (value, best[name]) for name, value in values.items()}
+    return {
+        f"{metric_key(one)}_difference": {
+            name: None if a is None or b is None else a - b for name, (a, b) in pairs.items()
+        }
+    }

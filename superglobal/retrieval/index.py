@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,14 @@ from superglobal.retrieval.vectors import Rows, as_exclude, as_queries, as_rows,
 
 log = logging.getLogger(__name__)
 
-KINDS = ("flat_fp16", "ivf_flat", "ivf_pq", "hnsw")
+TAKEN = {
+    "flat_fp16": ("candidates",),
+    "ivf_flat": ("nlist", "nprobe", "candidates"),
+    "ivf_pq": ("nlist", "nprobe", "pq_m", "candidates"),
+    "hnsw": ("M", "ef_construction", "ef_search", "candidates"),
+}
+"""The settings that each kind takes."""
+KINDS = tuple(TAKEN)
 _TRAINED_ROWS = 40  # per list; FAISS warns under 39
 _ITERATIONS, _PQ_ROWS = 10, 65536  # of FAISS's own training
 _PQ_SAMPLE = 10_000
@@ -67,11 +74,12 @@ def with_defaults(settings: IndexSettings, n_rows: int, dim: int) -> IndexSettin
     four times as many there; ef_construction is FAISS's 40 and ef_search 256.
 
     Raises:
-        InputError: settings that do not fit N or D.
+        InputError: settings that the kind does not take, or that do not fit N or D.
     """
     kind = settings.kind
     if kind not in KINDS:
         raise InputError(f"index.kind={kind}: expected one of flat, {', '.join(KINDS)}")
+    require_taken(kind, settings_in_use(settings), ("kind", *TAKEN[kind]))
     found: dict[str, Any] = {"candidates": settings.candidates or (4 if kind == "ivf_pq" else 1)}
     if kind.startswith("ivf"):
         nlist = settings.nlist or max(1, min(_lists(n_rows), n_rows // _TRAINED_ROWS))
@@ -88,6 +96,14 @@ def with_defaults(settings: IndexSettings, n_rows: int, dim: int) -> IndexSettin
         found["M"] = settings.M or 32
         found["ef_construction"], found["ef_search"] = settings.ef_construction or 40, settings.ef_search or 256
     return IndexSettings(kind, **found)
+
+
+def require_taken(kind: str, given: Mapping[str, Any], taken: Sequence[str]) -> None:
+    """Raise InputError for a setting that is given and not among those taken."""
+    for name, value in given.items():
+        if name not in taken:
+            takes = ", ".join(one for one in taken if one != "kind")
+            raise InputError(f"index.{name}={value}: {kind} has no {name}; it takes {takes}")
 
 
 def _lists(n_rows: int) -> int:

@@ -50,6 +50,16 @@ class Ranking:
     depth: ClassVar[int] = DEPTH
     """Results per query that `score` needs, if the database has so many."""
 
+    def of(self, queries: np.ndarray) -> Ranking:
+        """That of some of the queries."""
+        return Ranking(
+            self.queries[queries],
+            self.database,
+            [self.relevant[i] for i in queries],
+            {name: part[queries] for name, part in self.parts.items()},
+            [self.clusters[i] for i in queries],
+        )
+
     def score(self, scores: np.ndarray, ids: np.ndarray, seed: int) -> RankedResult:
         """(Q, k) rows of the database, best first."""
         return score_rankings(list(ids), self.relevant, self.parts, self.clusters, seed=seed)
@@ -83,6 +93,9 @@ class Recognition:
     def depth(self) -> int:
         """Results per query that `score` needs, if the database has so many."""
         return self.neighbours
+
+    def of(self, queries: np.ndarray) -> None:
+        """None: GAP puts the predictions for all queries into one list, and few of a sample show a landmark at all."""
 
     def score(self, scores: np.ndarray, ids: np.ndarray, seed: int) -> RecognitionResult:
         """(Q, k) scores and rows of the database, best first."""

@@ -280,7 +280,11 @@ def _approximation(index: Mapping[str, Any]) -> str:
     if "compared" in index:
         c = index["compared"]
         text += f"\nagainst exact, {c['queries']} queries: recall@{c['k']} {c['recall']:.4f} (least {c['least']:.4f})"
-        text += "".join(f", {p} mAP {100 * value:+.2f}" for p, value in c.get("map_difference", {}).items())
+        for key, metric in METRICS.items():
+            for part, value in c.get(f"{key}_difference", {}).items():
+                text += "" if value is None else f", {part} {metric} {100 * value:+.2f}"
+        if not any(f"{key}_difference" in c for key in METRICS):
+            text += "; recall only"
     return text
 
 

@@ -11,12 +11,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.files import umask, write_atomically
+from superglobal.retrieval.store_lists import NAMES, add_skipped, read_names
 from superglobal.retrieval.vectors import to_float32
 
 FORMAT = "superglobal-store-1"
@@ -64,6 +66,8 @@ class DescriptorStore:
         self.dtype = np.dtype(manifest["dtype"])
         self._rows_per_shard: int = manifest["shard_rows"]
         self._done = self._map(folder / "done.npy", (self.shape[0],), np.dtype(np.uint8))
+        if self._done.max(initial=0) > _SKIPPED:
+            raise InputError(f"{folder / 'done.npy'} is damaged (expected bytes 0 to {_SKIPPED}); delete {folder}")
         self._shards = [
             self._map(self._shard_path(folder, i), (count, self.shape[1]), self.dtype)
             for i, count in enumerate(_shard_sizes(*self.shape[:1], self._rows_per_shard))
@@ -157,7 +161,7 @@ class DescriptorStore:
                 path = cls._shard_path(temporary, i)
                 np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (count, dim)).flush()
                 _reserve(path)
-            write_atomically(temporary / "names.json", json.dumps(list(images)).encode())
+            write_atomically(temporary / NAMES, json.dumps(list(images)).encode())
             write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
             # Renaming onto an existing folder fails: then another process made the same store first.
             with contextlib.suppress(FileExistsError, NotADirectoryError):
@@ -193,7 +197,9 @@ class DescriptorStore:
             return manifest
         except FileNotFoundError as error:
             raise InputError(f"{folder}: no descriptor store (manifest.json is missing)") from error
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except InputError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{folder}/manifest.json is damaged ({error!r}); delete the folder to extract again"
             ) from error
@@ -203,8 +209,10 @@ class DescriptorStore:
         if shape[0] == 0:
             return np.zeros(shape, dtype)
         try:
-            array = np.lib.format.open_memmap(path, "r+" if os.access(path, os.W_OK) else "r")
-        except (OSError, ValueError) as error:
+            array = np.lib.format.open_memmap(path, "r")
+            if os.access(path, os.W_OK):  # only now: NumPy fills up a file that is too short if it may write to it
+                array = np.lib.format.open_memmap(path, "r+")
+        except (OSError, ValueError, TokenError) as error:  # the last is NumPy's for some damaged headers
             raise InputError(f"{path}: missing or damaged ({error}); delete {path.parent} to extract again") from error
         if array.shape != shape or array.dtype != dtype:
             raise InputError(f"{path}: {array.shape} {array.dtype}, expected {shape} {dtype}; delete {path.parent}")
@@ -236,8 +244,8 @@ class DescriptorStore:
 
     @property
     def names(self) -> list[str]:
-        """The image list given at creation."""
-        return json.loads((self.folder / "names.json").read_text())
+        """The image list given at creation. Raises InputError if it is missing or damaged."""
+        return read_names(self.folder, len(self))
 
     def adopt(self, other: DescriptorStore) -> int:
         """Copy written rows of the same images from a store of the same network and settings.
@@ -296,10 +304,17 @@ class DescriptorStore:
             self._shards[shard][within[here]] = values[here]
         self._mark(rows, _WRITTEN)
 
-    def skip(self, rows: np.ndarray) -> None:
-        """Mark rows (n,) as complete though they have no descriptor: images that cannot be read."""
+    def skip(self, rows: np.ndarray, notes: Sequence[str] | None = None) -> None:
+        """Mark rows (n,) as complete though they have no descriptor: images that cannot be read.
+
+        notes: per row its image, a tab and the reason, for `skipped.txt`.
+        """
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         self._require_inside(rows)
+        told = dict(zip(rows.tolist(), notes or ["\tno reason given"] * len(rows), strict=True))
+        new = np.setdiff1d(rows, self.skipped).tolist()
+        if new:
+            add_skipped(self.folder, {row: told[row] for row in new})
         self._mark(rows, _SKIPPED)
 
     def _require_inside(self, rows: np.ndarray) -> None:

@@ -13,10 +13,34 @@ import numpy as np
 from superglobal.errors import InputError
 from superglobal.files import replacing, write_atomically
 from superglobal.retrieval.store import DescriptorStore, fingerprint
+from superglobal.retrieval.store_lists import PATHS, SKIPPED, read_paths, read_skipped, record_paths, write_skipped
 from superglobal.retrieval.vectors import validate_block
 
 _BLOCK = 8192  # rows at a time
 _CHECKSUMS = "checksums.json"
+_NO_REASON = "\tno reason given"
+
+
+def open_sound(folder: Path) -> DescriptorStore:
+    """Open a store and read every list in it.
+
+    Raises:
+        InputError: no store, or a file in it that is missing or damaged.
+    """
+    store = DescriptorStore.open(folder)
+    len(store.names)
+    if (folder / PATHS).exists():
+        read_paths(folder, len(store))
+    told = read_skipped(folder, len(store))
+    if (folder / SKIPPED).exists():
+        untold = np.setdiff1d(store.skipped, list(told))
+        if len(untold):
+            raise InputError(
+                f"{folder / SKIPPED}: expected a line for each of {len(store.skipped)} skipped rows, row {untold[0]} "
+                "has none; remove the file: the rows stay skipped"
+            )
+    _recorded(store)
+    return store
 
 
 def describe(store: DescriptorStore) -> dict[str, Any]:
@@ -58,19 +82,30 @@ def verify(store: DescriptorStore, record: bool = False) -> int:
         except InputError:
             _name_bad_row(block, ids, store)
     sums = {path.name: _digest(path) for path in sorted(store.folder.glob("shard-*.npy"))}
-    path = store.folder / _CHECKSUMS
-    if path.exists() and not record:
-        recorded = json.loads(path.read_text())
-        for name, value in sums.items():
-            if recorded.get(name) != value:
-                raise InputError(
-                    f"{store.folder / name}: other bytes than were recorded; delete the folder, or --record"
-                )
+    recorded = None if record else _recorded(store)
+    other = [] if recorded is None else [name for name, value in sums.items() if recorded.get(name) != value]
+    if other:
+        raise InputError(f"{store.folder / other[0]}: other bytes than were recorded; delete the folder, or --record")
     if record:
         if len(store.missing):
             raise InputError(f"{store.folder}: {len(store.missing)} rows are missing; checksums are of complete stores")
-        write_atomically(path, json.dumps(sums, indent=1).encode())
+        write_atomically(store.folder / _CHECKSUMS, json.dumps(sums, indent=1).encode())
     return len(written)
+
+
+def _recorded(store: DescriptorStore) -> dict[str, str] | None:
+    """The shards' checksums as they were recorded; None if they were not."""
+    path = store.folder / _CHECKSUMS
+    if not path.exists():
+        return None
+    mend = "remove the file, and record them again: scripts/store.py verify --record"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); expected the checksum of each shard; {mend}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged: expected the checksum of each shard; {mend}")
+    return found
 
 
 def _name_bad_row(block: np.ndarray, ids: np.ndarray, store: DescriptorStore) -> None:
@@ -81,7 +116,9 @@ def _name_bad_row(block: np.ndarray, ids: np.ndarray, store: DescriptorStore) ->
 def merge(parts: Sequence[DescriptorStore], folder: Path) -> DescriptorStore:
     """One store out of several of the same list, each of which has some of the rows.
 
-    A row that several parts have must be the same in all, bit for bit, or skipped in all.
+    A row that several parts have must be the same in all, bit for bit. A row that some skipped and others have is not
+    skipped: where its image could be read once, there is nothing wrong with it. The others stay skipped, with their
+    reasons.
 
     Raises:
         InputError: parts of other images, weights, settings or dtype, a row that differs, or a place that cannot be
@@ -99,17 +136,15 @@ def merge(parts: Sequence[DescriptorStore], folder: Path) -> DescriptorStore:
     )
     for part in parts:
         _merge_rows(part, store)
-    store.flush()
+    _merge_skipped(parts, store)
+    named = next((part for part in parts if (part.folder / PATHS).exists()), None)
+    if named is not None and not (folder / PATHS).exists():
+        record_paths(folder, read_paths(named.folder, len(named)))
     return store
 
 
 def _merge_rows(part: DescriptorStore, store: DescriptorStore) -> None:
-    written, own, skipped = _written(part), _written(store), store.skipped
-    mixed = np.concatenate([np.intersect1d(written, skipped), np.intersect1d(part.skipped, own)])
-    if len(mixed):
-        raise InputError(
-            f"{part.folder}: row {mixed[0]} is skipped in one part and written in another; extract it again"
-        )
+    written, own = _written(part), _written(store)
     for start in range(0, len(written), _BLOCK):
         ids = written[start : start + _BLOCK]
         values, common = part.read_rows(ids), np.isin(ids, own)
@@ -117,20 +152,31 @@ def _merge_rows(part: DescriptorStore, store: DescriptorStore) -> None:
         if len(differ):
             raise InputError(f"{part.folder}: row {differ[0]} differs from another part's; leave one of the parts out")
         store.copy_rows(ids[~common], values[~common])
-    store.skip(np.setdiff1d(part.skipped, skipped))
     store.flush()
 
 
-def export(store: DescriptorStore, path: Path) -> int:
-    """Write the descriptors as `.npy`, with the names beside it, or as `.parquet` (name, descriptor).
+def _merge_skipped(parts: Sequence[DescriptorStore], store: DescriptorStore) -> None:
+    """Skip what some part skipped and none has, under the first reason that is told."""
+    told = read_skipped(store.folder, len(store))
+    write_skipped(store.folder, {row: told.get(row, _NO_REASON) for row in store.skipped.tolist()})
+    for part in parts:
+        rows = np.setdiff1d(part.skipped, np.flatnonzero(store.done)).tolist()
+        told = read_skipped(part.folder, len(part))
+        store.skip(np.array(rows, np.int64), [told.get(row, _NO_REASON) for row in rows])
+        store.flush()
 
-    Skipped rows are left out. `.npy` has the store's dtype, as has the column of `.parquet`.
+
+def export(store: DescriptorStore, path: Path) -> int:
+    """Write the descriptors as `.npy`, with the names beside it in `.txt`, or as `.parquet` (name, descriptor).
+
+    A name is the path in `paths.json`: no two rows have the same. Skipped rows are left out. `.npy` has the store's
+    dtype, as has the column of `.parquet`.
 
     Returns:
         How many rows were written.
 
     Raises:
-        InputError: another suffix, rows that are missing, or a place that cannot be written.
+        InputError: another suffix, rows or paths that are missing, or a place that cannot be written.
     """
     if path.suffix not in (".npy", ".parquet"):
         raise InputError(f"{path}: expected a name that ends with .npy or .parquet")
@@ -138,16 +184,20 @@ def export(store: DescriptorStore, path: Path) -> int:
         raise InputError(
             f"{store.folder}: {len(store.missing)} of {len(store)} descriptors are missing; extract them first"
         )
-    rows, names = _written(store), store.names
+    rows, names = _written(store), read_paths(store.folder, len(store))
     if path.suffix == ".parquet":
         _export_parquet(store, rows, names, path)
     else:
+        lines = [names[row] for row in rows]
+        broken = [line for line in lines if len(line.splitlines()) != 1]
+        if broken:
+            raise InputError(f"{path}: the name {broken[0]!r} is no single line of a .txt; export to .parquet")
         with replacing(path) as file:
             header = {"descr": store.dtype.str, "fortran_order": False, "shape": (len(rows), store.shape[1])}
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(rows), _BLOCK):
                 file.write(store.read_rows(rows[start : start + _BLOCK]).astype(store.dtype).tobytes())
-        write_atomically(path.with_suffix(".txt"), "".join(f"{names[row]}\n" for row in rows).encode())
+        write_atomically(path.with_suffix(".txt"), "".join(f"{line}\n" for line in lines).encode())
     return len(rows)
 
 

@@ -1,0 +1,271 @@
+"""scripts/store.py: parts merged, names for a database, and a damaged file named whatever is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sets import write_folders
+from test_engine import mini, run
+from test_search import unit
+
+from superglobal.data.images import CheckReport, ImageItem
+from superglobal.errors import InputError
+from superglobal.evaluation import ExtractionList
+from superglobal.retrieval import upkeep
+from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.store_lists import read_skipped, record_paths
+
+ROOT = Path(__file__).parents[1]
+ABOUT = {"weights": "w"}
+
+
+def names(count: int) -> list[str]:
+    return [f"image{i}" for i in range(count)]
+
+
+def paths(count: int) -> list[str]:
+    return [f"set/jpg/{i % 3}/image{i}.jpg" for i in range(count)]
+
+
+def part_of(folder: Path, X: np.ndarray, rows, skipped=(), dtype: str = "float32") -> DescriptorStore:
+    """A store of all of X that has some rows, and skips others."""
+    store = DescriptorStore.open_or_create(folder, ABOUT, names(len(X)), X.shape[1], 40, dtype=dtype)
+    rows = np.setdiff1d(rows, skipped)
+    store.write_rows(rows, X[rows])
+    store.skip(np.array(skipped, np.int64), [f"{folder.name}/{row}.jpg\ttruncated" for row in skipped])
+    store.flush()
+    record_paths(folder, paths(len(X)))
+    return store
+
+
+def command(*words: object, status: int = 0) -> str:
+    """As a user runs it."""
+    line = [sys.executable, str(ROOT / "scripts" / "store.py"), *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """The same without the seconds that a process takes to start."""
+    spec = importlib.util.spec_from_file_location("store_script", ROOT / "scripts" / "store.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*words: object, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["store.py", *map(str, words)])
+        found, said = module.main(), capsys.readouterr()
+        assert found == status, said
+        return said.out + said.err
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parts_that_jobs_filled_become_one_store_and_one_file(tmp_path, script, dtype):
+    X = unit(np.random.default_rng(0), 100, 16)
+    whole = part_of(tmp_path / "whole", X, np.arange(100), [7], dtype).block(0, 100)
+    part_of(tmp_path / "p0", X, np.arange(0, 50), [7], dtype)
+    part_of(tmp_path / "p1", X, np.arange(40, 100), (), dtype)
+    command("merge", tmp_path / "p0", tmp_path / "p1", "--into", tmp_path / "m")
+    merged = DescriptorStore.open(tmp_path / "m")
+    np.testing.assert_array_equal(merged.block(0, 100), whole)
+    assert merged.skipped.tolist() == [7]
+    assert "99 rows are sound, 1 skipped, 0 missing" in script("verify", tmp_path / "m", "--record")
+    about = json.loads(script("info", tmp_path / "m"))
+    assert (about["rows"], about["written"], about["dtype"], about["identity"]) == (100, 99, dtype, ABOUT)
+    kept = np.setdiff1d(np.arange(100), [7])
+    script("export", tmp_path / "m", tmp_path / "x.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), whole[kept].astype(dtype))
+    assert (tmp_path / "x.txt").read_text().split() == [paths(100)[i] for i in kept]
+    script("export", tmp_path / "m", tmp_path / "x.parquet")
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert table["name"].to_pylist() == [paths(100)[i] for i in kept]
+    np.testing.assert_array_equal(np.array(table["descriptor"].to_pylist(), dtype), whole[kept].astype(dtype))
+
+
+def test_what_verify_and_merge_refuse(tmp_path, script):
+    X = unit(np.random.default_rng(0), 50, 16)
+    for name in ("a", "b"):
+        part_of(tmp_path / name, X, np.arange(50))
+    script("verify", tmp_path / "a", "--record")
+    shard = np.load(tmp_path / "a" / "shard-00000.npy", mmap_mode="r+")
+    shard[3] = shard[4]
+    shard.flush()
+    assert "shard-00000.npy: other bytes" in script("verify", tmp_path / "a", status=2)
+    merge = ("merge", tmp_path / "a", tmp_path / "b", "--into", tmp_path / "m")
+    assert "row 3 differs" in script(*merge, status=2)
+    shard[3] *= 2
+    shard.flush()
+    assert "row 3 has norm 2" in script("verify", tmp_path / "a", status=2)
+    other = DescriptorStore.open_or_create(tmp_path / "c", {"weights": "v"}, names(50), 16)
+    assert "not the same fingerprint" in script(
+        "merge", tmp_path / "b", other.folder, "--into", tmp_path / "n", status=2
+    )
+    assert "50 of 50 descriptors are missing" in script("export", other.folder, tmp_path / "x.npy", status=2)
+    assert "ends with .npy or .parquet" in script("export", tmp_path / "b", tmp_path / "x.csv", status=2)
+    (tmp_path / "b" / "names.json").write_text(json.dumps([*names(49), "another"]))
+    assert "names.json or the manifest" in script("verify", tmp_path / "b", status=2)
+
+
+def test_merging_keeps_what_was_skipped_and_why_unless_another_part_has_it(tmp_path):
+    X = unit(np.random.default_rng(0), 60, 8)
+    parts = [
+        part_of(tmp_path / "a", X, np.arange(0, 20), [2, 5, 41]),
+        part_of(tmp_path / "b", X, np.arange(20, 40), [5, 21]),
+        part_of(tmp_path / "c", X, [2, *range(40, 60)], []),
+    ]
+    for order in (parts, parts[::-1]):
+        merged = upkeep.merge(order, tmp_path / f"m{order[0].folder.name}")
+        assert merged.skipped.tolist() == [5, 21]
+        told = read_skipped(merged.folder, 60)
+        assert told == {5: f"{'a' if order is parts else 'b'}/5.jpg\ttruncated", 21: "b/21.jpg\ttruncated"}
+        np.testing.assert_array_equal(merged.read_rows(np.array([2, 41])), X[[2, 41]])
+    # Into what a part skipped, too.
+    first = upkeep.merge(parts[:1], tmp_path / "again")
+    assert first.skipped.tolist() == [2, 5, 41]
+    upkeep.merge(parts[1:], tmp_path / "again")
+    again = upkeep.open_sound(tmp_path / "again")
+    assert again.skipped.tolist() == [5, 21]
+    assert set(read_skipped(again.folder, 60)) == {5, 21}
+    assert not len(again.missing)
+
+
+def test_names_are_paths_and_each_is_there_once(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere" / "q.jpg"
+    items = [
+        ImageItem(data / "set" / "a" / "x.jpg"),
+        ImageItem(data / "set" / "b" / "x.jpg"),
+        ImageItem(data / "set" / "b" / "x.jpg"),
+        ImageItem(data / "set" / "b" / "x.jpg", (1.5, 2, 30, 40)),
+        ImageItem(data / "set" / "b" / "x.jpg", (1.5, 2, 30, 41)),
+        ImageItem(tmp_path / "photos" / "c" / "é.jpg"),
+        ImageItem(elsewhere),
+        ImageItem(data / "set" / "\udcff.jpg"),  # a name that is no UTF-8
+    ]
+    report = CheckReport([""] * len(items), [(1, 1)] * len(items), [], [])
+    found = ExtractionList("database", "set", items, report, None, roots=[data, tmp_path / "photos"]).paths()
+    assert found == [
+        "set/a/x.jpg",
+        "set/b/x.jpg",
+        "set/b/x.jpg#2",
+        "set/b/x.jpg#1.5,2,30,40",
+        "set/b/x.jpg#1.5,2,30,41",
+        "c/é.jpg",
+        str(elsewhere),
+        r"set/\xff.jpg",
+    ]
+    store = part_of(tmp_path / "s", unit(np.random.default_rng(0), len(items), 8), np.arange(len(items)))
+    record_paths(store.folder, found)
+    assert upkeep.export(store, tmp_path / "x.npy") == len(items)
+    assert (tmp_path / "x.txt").read_text().splitlines() == found
+    record_paths(store.folder, ["a\nb", *found[1:]])
+    with pytest.raises(InputError, match=r"no single line of a \.txt; export to \.parquet"):
+        upkeep.export(store, tmp_path / "y.npy")
+    record_paths(store.folder, ["c/é.jpg", *found[1:]])
+    with pytest.raises(InputError, match=r"paths\.json: .* none of them twice; run the evaluation again"):
+        upkeep.export(store, tmp_path / "y.npy")
+    (store.folder / "paths.json").unlink()
+    with pytest.raises(InputError, match=r"paths\.json is missing; run the evaluation again"):
+        upkeep.export(store, tmp_path / "y.npy")
+
+
+def test_an_evaluation_names_its_rows_also_in_stores_of_before(data, tmp_path):
+    result = run(tmp_path, *mini(data), "k=5", "rerank=none")
+    places = {path.parent.name.split("-")[1]: path for path in (tmp_path / "stores").glob("*/paths.json")}
+    found = {title: json.loads(path.read_text()) for title, path in places.items()}
+    assert found["database"][:3] == [f"mini/jpg/l0_{i:06d}.jpg" for i in (1, 2, 3)]
+    assert found["queries"][5] == "mini/jpg/l5_000000.jpg#4.5,3.2,118,95"
+    places["database"].unlink()
+    again = run(tmp_path, *mini(data), "k=5", "rerank=none")
+    assert again["about"]["extracted"] == {"database": 0, "queries": 0}
+    assert upkeep.export(DescriptorStore.open(places["database"].parent), tmp_path / "x.npy") == 24
+    assert (tmp_path / "x.txt").read_text().splitlines() == found["database"]
+    listed = (result["folder"] / "rankings.csv").read_text().splitlines()[1].split(",")[3]
+    assert f"mini/{listed}" in found["database"]
+    photos = write_folders(tmp_path / "photos")
+    run(tmp_path / "o", "dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "rerank=none", "k=5")
+    (path,) = (tmp_path / "o" / "stores").glob("*/paths.json")
+    assert json.loads(path.read_text())[:4] == ["label0/0.jpg", "label0/1.jpg", "label0/2.jpg", "label1/0.jpg"]
+
+
+SMALL = ("manifest.json", "names.json", "paths.json", "done.npy", "skipped.txt", "checksums.json")
+COMMANDS = ("info", "verify", "merge", "export")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """A store that has every file it can have."""
+    folder = tmp_path_factory.mktemp("sound") / "s"
+    store = part_of(folder, unit(np.random.default_rng(0), 30, 8), np.arange(30), [4, 9])
+    upkeep.verify(store, record=True)
+    assert {path.name for path in folder.glob("[!s]*")} | {"skipped.txt"} == set(SMALL)
+    return folder
+
+
+def copy(sound: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in sound.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def words(command: str, folder: Path) -> list[str]:
+    more = {"merge": ["--into", str(folder.parent / "m")], "export": [str(folder.parent / "x.npy")]}
+    return [command, str(folder), *more.get(command, [])]
+
+
+def damages(data: bytes) -> list[bytes]:
+    rng = np.random.default_rng(len(data))
+    flipped = np.frombuffer(data, np.uint8).copy()
+    flipped[rng.integers(len(data), size=20)] = 0xFF
+    return [b"", data[: len(data) // 2], flipped.tobytes(), b"null", rng.bytes(len(data)), data[:-9] + b"\0\t\xe2]}"]
+
+
+def test_a_header_that_ends_in_the_middle_of_a_line_is_damage(sound, tmp_path):
+    path = copy(sound, tmp_path / "s") / "done.npy"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"}", b"(").replace(b"\n", b" "))
+    with pytest.raises(InputError, match=r"done\.npy: missing or damaged"):
+        DescriptorStore.open(path.parent)
+    path.write_bytes(data[:-1])  # NumPy alone would fill it up with a zero
+    with pytest.raises(InputError, match=r"done\.npy: missing or damaged"):
+        DescriptorStore.open(path.parent)
+    assert path.read_bytes() == data[:-1]
+
+
+@pytest.mark.parametrize("name", [*SMALL, "shard-00000.npy"])
+def test_a_damaged_file_is_named_by_every_command(sound, tmp_path, script, name):
+    folder = copy(sound, tmp_path / "s")
+    whole = (folder / name).read_bytes()
+    ways = [script] * 5 + [command]
+    for data, way in zip(damages(whole), ways, strict=True):
+        if name.startswith("shard") and way is command:
+            continue  # another number in a row is the checksums' to find
+        (folder / name).write_bytes(data)
+        # A process takes seconds to start: each file has one command that is run as one.
+        for one in COMMANDS if way is script else [COMMANDS[len(name) % 4]]:
+            said = way(*words(one, folder), status=2)
+            assert said.startswith("error: ")
+            assert said.count("\n") == 1
+            assert str(folder / name) in said
+            assert "delete" in said or "remove" in said or "run the evaluation" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"s"}  # nothing was written
+    (folder / name).write_bytes(whole)
+    script(*words("verify", folder))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "names.json", "done.npy", "shard-00000.npy"])
+def test_a_missing_file_is_named(sound, tmp_path, name):
+    folder = copy(sound, tmp_path / "s")
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=f"{name}.* missing|{name} is missing"):
+        upkeep.open_sound(folder)
