@@ -31,10 +31,10 @@ from superglobal.retrieval.index import KINDS
 from superglobal.retrieval.landmark_scoring import VOTES
 from superglobal.retrieval.rerank import SECOND
 from superglobal.retrieval.rerankers import JUNK, SEARCH_AGAIN, completed
+from superglobal.retrieval.runs import LADDER, SWITCHES
 from superglobal.retrieval.search import BACKENDS
 from superglobal.retrieval.statistics import KINDS as STATISTICS
 from superglobal.retrieval.store import DTYPES
-from superglobal.retrieval.tables import LADDER, SWITCHES
 
 _KINDS = ("revisited", "folder", "descriptors", "gldv2", "gldv2_val", "gldv2_recognition")
 _ROLES = ("train", "validation", "test")
