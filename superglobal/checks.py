@@ -17,6 +17,7 @@ from superglobal.config import (
     ExtractionConfig,
     HeadConfig,
     IndexConfig,
+    LoggerConfig,
     RerankConfig,
     TrainConfig,
     TuneConfig,
@@ -137,6 +138,15 @@ def _check_training(config: TrainConfig) -> None:
     if o.batch_size % t.accumulate:
         raise InputError(f"optim.batch_size={o.batch_size} is no multiple of trainer.accumulate={t.accumulate}")
     _check_head(config.head)
+    _check_logger(config.logger)
+
+
+def _check_logger(logger: LoggerConfig) -> None:
+    _require_within({"logger.pictures": (logger.pictures, 0, math.inf)})
+    if logger.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "logger.tensorboard=true: TensorBoard is not installed; pip install -e '.[tensorboard]', or logger=csv"
+        )
 
 
 def _check_head(head: HeadConfig) -> None:
@@ -291,6 +301,7 @@ def _check_evaluation_ranges(config: EvalConfig) -> None:
             "seed": (config.seed, 0, 2**63 - 1),
         }
     )
+    _check_logger(config.logger)
     _require_choice("statistics.kind", config.statistics.kind, STATISTICS)
     if config.statistics.dims is not None and config.statistics.kind != "whiten":
         raise InputError(f"statistics.dims={config.statistics.dims}: only statistics=whiten has axes")
