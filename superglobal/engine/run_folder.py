@@ -109,6 +109,7 @@ def _forget(folder: Path) -> None:
     """Remove what an unfinished training has left, but for its record and its log."""
     try:
         shutil.rmtree(folder / CHECKPOINTS)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         for name in (BAD_PHOTOS, "nonfinite.txt", "wandb_id", "curves.csv", EXPORT):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:

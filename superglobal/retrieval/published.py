@@ -29,7 +29,11 @@ class Published:
 
     @property
     def name(self) -> str:
-        return f"paper: everything on, {'reranked' if self.reranked else 'no rerank'} ({CITATION})"
+        return f"{self.short}, everything on ({CITATION})"
+
+    @property
+    def short(self) -> str:
+        return f"paper, {'reranked' if self.reranked else 'no rerank'}"
 
 
 _LISTED = "paperswithcode.com/paper/global-features-are-all-you-need-for-image"

@@ -98,7 +98,7 @@ def _panel(axes: Any, table: SetTable) -> None:
         if first is not None and not first.gains and (score := first.scores.get(protocol)) is not None:
             axes.axvline(score, color=_COLOURS[number % len(_COLOURS)], linewidth=0.8, linestyle=":", zorder=1)
     for place, one in enumerate(table.published, len(lines)):
-        labels.append(f"paper, {'reranked' if one.reranked else 'no rerank'}")
+        labels.append(one.short)
         for protocol, score in one.scores:
             colour = _COLOURS[table.protocols.index(protocol) % len(_COLOURS)]
             axes.plot(score, place, "*", color=colour, markeredgecolor="black", markersize=10, zorder=3)

@@ -52,7 +52,7 @@ def as_csv(table: SetTable) -> str:
         rows.append(row)
     for one in table.published:
         scores = dict(one.scores)
-        row = [f"paper, {CITATION}", "", one.name, *[""] * (len(heads) - 1)]
+        row = [f"paper, {CITATION}, by {one.source}", "", one.name, *[""] * (len(heads) - 1)]
         row += [f"{scores[p]:.2f}" if p in scores else "" for p in table.protocols]
         rows.append([*row, *[""] * (len(columns) - len(row))])
     for module, effects in _by_module(table).items():
@@ -74,7 +74,8 @@ def as_markdown(table: SetTable) -> str:
     paper = [[f"*{cell}*" if cell else "" for cell in row] for row in published_rows(table)]
     text = f"**{table.name}**, {title_of(table)}\n\n" + markdown_text(columns, [*rows, *paper])
     if paper:
-        text += f"\nIn italics: {_NOTE}.\n"
+        sources = ", ".join(dict.fromkeys(one.source for one in table.published))
+        text += f"\nIn italics: {_NOTE}; read in {sources}.\n"
     if table.effects:
         text += f"\n**{effects_title(table)}**\n\n" + markdown_text(*effects_grid(table))
     return text
@@ -82,7 +83,8 @@ def as_markdown(table: SetTable) -> str:
 
 def print_table(table: SetTable) -> None:
     """On the console, where room is short: modules as a list, the gain of the main score alone."""
-    found = Table(title=escape(f"{table.name}, {title_of(table, 'gain over')}"))
+    note = f"paper: {_NOTE}" if table.published else None
+    found = Table(title=escape(f"{table.name}, {title_of(table, 'gain over')}"), caption=note)
     found.add_column("")
     for variant in table.variants:
         for i, name in enumerate((*table.protocols, "gain", "95 % gain", "ms/query")):
@@ -96,7 +98,7 @@ def print_table(table: SetTable) -> None:
         for one in table.published:
             scores = dict(one.scores)
             cells = [f"{scores[p]:.1f}" if p in scores else "" for p in table.protocols]
-            found.add_row(*map(escape, (f"{one.name}, not measured here", *cells)), style="italic")
+            found.add_row(*map(escape, (one.short, *cells)), style="italic")
     out = console()
     out.print(found)
     if table.effects:
