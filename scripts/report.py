@@ -1,4 +1,4 @@
-"""Merge the results of several runs into one table: python scripts/report.py outputs/eval/sweep/..."""
+"""Compare the results of several runs, in tables and a chart: python scripts/report.py outputs/eval/sweep/..."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from superglobal.retrieval.tables import merge
 
 
 def main() -> int:
-    """Print the table and write table.md and table.csv into the folder."""
+    """Print a table for each data set; write them, a list of all runs and a chart into the first folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="a sweep's folder, or any folder of results")
+    parser.add_argument("folder", type=Path, nargs="+", help="a sweep's folder, or any folders of results")
     try:
-        merge(parser.parse_args().folder)
+        merge(*parser.parse_args().folder)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -70,6 +70,7 @@ def load_model(
     if source is not None:
         _load(network, source, f"weights={weights}")
     network.weights_label = str(weights)
+    network.weights_format = source.format if source is not None else None
     network.trained_pooling = stored
     # A p that was asked for wins over the one in the file; what the file holds is named in the results.
     network.set_p(pooling["p"] if isinstance(pooling, dict) and "p" in pooling else None)

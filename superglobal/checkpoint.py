@@ -65,6 +65,12 @@ class Weights:
     provenance: dict[str, Any] = field(default_factory=dict)
     left_aside: tuple[str, ...] = ()
 
+    @property
+    def format(self) -> str | None:
+        """ "CVNet" for weights that were CVNet's, converted or not; None for any others."""
+        found = self.provenance.get("format") or (self.provenance.get("origin") or {}).get("format")
+        return found if found == "CVNet" else None
+
 
 def read_weights(path: str | Path) -> Weights:
     """Read a weights file of any known format.

@@ -1,17 +1,31 @@
-"""The merged table: grouped by network, each with its own baseline, gains with intervals over the same queries."""
+"""Tables of many runs: each with its own baseline, gains with intervals over the same queries, in every format."""
 
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from superglobal.errors import InputError
+from superglobal.models.pooling import PoolingConfig
 from superglobal.retrieval.metrics import cluster_interval
+from superglobal.retrieval.published import published_for
 from superglobal.retrieval.report import FORMAT
+from superglobal.retrieval.rerankers import parameters
+from superglobal.retrieval.runs import read_results
 from superglobal.retrieval.tables import merge
+
+ROOT = Path(__file__).parents[1]
 
 LANDMARKS = [f"place{i // 3}" for i in range(12)]
 
@@ -114,3 +128,227 @@ def test_metrics_of_other_sets_go_by_their_names_and_are_not_mixed(runs):
     assert found["d"]["mAP@100 all"] == ""
     assert (found["landmarks"]["gain"], found["landmarks"]["95 % gain"]) == ("+0.00", "")
     assert "all" not in found["index"]
+
+
+PROTOCOLS = ("easy", "medium", "hard")
+SWITCHED = ("gem_plus", "regional", "scale", "relup")
+
+
+def job(folder, aps, *, dataset="d", distractors=None, label="", status="ok", milliseconds=2.0, about=None, **settings):
+    """A run's files: AP by protocol (None for no number), and settings by dotted name with __ for the dot."""
+    folder.mkdir(parents=True)
+    config = {"seed": 0, "ablation": label, "weights": "w", "pooling": {}, "rerank": {"enabled": False}}
+    config |= {"dataset": {"name": dataset}, "distractors": {"name": distractors}}
+    for key, value in settings.items():
+        group, _, name = key.rpartition("__")
+        (config.setdefault(group, {}) if group else config)[name] = value
+    row = {"format": FORMAT, "label": label, "weights": "w", "status": status, "config": config, "metrics": {}}
+    row["dataset"] = dataset + (f"+{distractors}" if distractors else "")
+    row |= {"counts": {"queries": len(LANDMARKS)}, "about": about or {}}
+    if aps is not None:
+        stage = {
+            "map": {name: float(np.mean(ap)) for name, ap in zip(PROTOCOLS, aps, strict=True)},
+            "interval": {name: [0.0, 1.0] for name in PROTOCOLS},
+        }
+        row |= {"metrics": {"search": stage}, "seconds": {"search": milliseconds * len(LANDMARKS) / 1000, "score": 9.0}}
+        lines = ["query,landmark," + ",".join(f"search {name} AP" for name in PROTOCOLS)]
+        lines += [f"q{i},{LANDMARKS[i]},{','.join(str(float(ap[i])) for ap in aps)}" for i in range(len(LANDMARKS))]
+        (folder / "per_query.csv").write_text("\n".join(lines) + "\n")
+    (folder / "results.json").write_text(json.dumps(row))
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def latex_cells(path, tabular=0):
+    """The cells of a tabular, row by row, without what is between the rows."""
+    text = path.read_text().split(r"\begin{tabular}")[tabular + 1].split(r"\end{tabular}")[0]
+    text = re.sub(r"\\(toprule|midrule|bottomrule|cmidrule\(lr\)\{[\d-]+\})", "", text.split("\n", 1)[1])
+    rows = [row.strip() for row in re.split(r"\\\\(?=\n)", text)]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)&", row)] for row in rows if row]
+
+
+def test_a_data_set_has_one_table_with_its_distractors_beside(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    scores = {}
+    for number, (k, distractors) in enumerate([(3, None), (3, "big_set"), (5, None), (5, "big_set"), (7, None)]):
+        aps = scores[k, distractors] = rng.uniform(0.2, 0.8, (3, 12))
+        job(tmp_path / f"{number}_job", aps, distractors=distractors, milliseconds=k, rerank__K=k)
+    job(tmp_path / "5_job", None, distractors="big_set", status="failed", rerank__K=7)
+    job(tmp_path / "6_job", rng.uniform(0, 1, (3, 12)), dataset="other", rerank__K=3)
+    merge(tmp_path)
+    assert {path.name for path in tmp_path.glob("table-*")} == {
+        f"table-{name}.{kind}" for name in ("d", "other") for kind in ("csv", "md", "tex")
+    }
+    rows = rows_of(tmp_path / "table-d.csv")
+    assert [row["rerank.K"] for row in rows] == ["3", "5", "7"]
+    for row, k in zip(rows, (3, 5, 7), strict=True):
+        for variant, distractors in (("", None), (" +big_set", "big_set")):
+            if (k, distractors) not in scores:
+                assert row[f"hard{variant}"] == "failed"
+                continue
+            for i, name in enumerate(PROTOCOLS):
+                ap, base = scores[k, distractors][i], scores[3, distractors][i]
+                assert float(row[f"{name}{variant}"]) == pytest.approx(100 * ap.mean(), abs=0.006)
+                gain = row[f"gain {name}{variant}"]
+                assert gain == "" if k == 3 else float(gain) == pytest.approx(100 * (ap - base).mean(), abs=0.006)
+            assert float(row[f"ms per query{variant}"]) == pytest.approx(k)
+            if k != 3:
+                low, high = cluster_interval(scores[k, distractors][1] - scores[3, distractors][1], np.array(LANDMARKS))
+                assert row[f"95 % gain medium{variant}"] == f"{100 * low:+.1f} to {100 * high:+.1f}"
+    text = (tmp_path / "table-d.md").read_text()
+    assert f"{rows[1]['hard +big_set']} ({rows[1]['gain hard +big_set']})" in text
+    cells = latex_cells(tmp_path / "table-d.tex")
+    assert cells[0] == ["", r"\multicolumn{5}{c}{d}", r"\multicolumn{5}{c}{+big\_set}"]
+    assert len({len(row) for row in cells[1:]}) == 1
+    assert cells[3][3].startswith(r"\textbf{") == (rows[1]["hard"] == max(row["hard"] for row in rows))
+    shown = capsys.readouterr().out
+    assert all(value in shown for row in rows for name in PROTOCOLS if (value := row[f"{name} +big_set"]))
+
+
+def test_latex_and_markdown_set_any_name_as_it_is(tmp_path):
+    name = r"50% of_a & b|c #1 {x} ~^\ --"
+    for number, k in enumerate((3, 5)):
+        job(tmp_path / f"{number}_job", np.full((3, 12), 0.5), dataset=name, rerank__K=k, rerank__kind=f"{name}{k}")
+    merge(tmp_path)
+    (path,) = tmp_path.glob("table-*.tex")
+    assert re.fullmatch(r"table-[\w.-]+\.tex", path.name)
+    found = next(cell for cell in latex_cells(path)[-1] if "x\\}" in cell)
+    assert found == r"50\% of\_a \& b\textbar{}c \#1 \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{} -{}-5"
+    plain = path.with_suffix(".md").read_text().splitlines()
+    assert len({len(re.split(r"(?<!\\)\|", line)) for line in plain if line.startswith("|")}) == 1
+
+
+def factorial(folder, jobs, **more):
+    rng, scores = np.random.default_rng(2), {}
+    for number, state in enumerate(jobs):
+        scores[state] = rng.uniform(0.2, 0.8, (3, 12))
+        settings = {f"pooling__{name}": value for name, value in zip(SWITCHED, state[:4], strict=True)}
+        job(folder / f"{number}_job", scores[state], **settings, rerank__enabled=state[4], **more)
+    return scores
+
+
+def test_a_full_factorial_says_what_each_module_is_worth(tmp_path):
+    states = list(itertools.product((False, True), repeat=5))
+    scores = factorial(tmp_path, states)
+    merge(tmp_path)
+    rows = rows_of(tmp_path / "table-d.csv")
+    assert len(rows) == 32 + 5
+    assert [tuple(row[name] == "on" for name in (*SWITCHED, "rerank")) for row in rows[:32]] == states
+    for row, module in zip(rows[32:], (*SWITCHED, "rerank"), strict=True):
+        assert row["effect of"] == module
+        place = (*SWITCHED, "rerank").index(module)
+        pairs = [(state, (*state[:place], False, *state[place + 1 :])) for state in states if state[place]]
+        difference = np.mean([scores[on] - scores[off] for on, off in pairs], axis=0)
+        for i, name in enumerate(PROTOCOLS):
+            assert float(row[f"gain {name}"]) == pytest.approx(100 * difference[i].mean(), abs=0.006)
+        low, high = cluster_interval(difference[1], np.array(LANDMARKS))
+        assert row["95 % gain medium"] == f"{100 * low:+.1f} to {100 * high:+.1f}"
+    assert [row[0] for row in latex_cells(tmp_path / "table-d.tex", 1)] == [
+        "module", "gem\\_plus", "regional", "scale", "relup", "rerank",
+    ]  # fmt: skip
+    assert "mean of 16 pairs" in (tmp_path / "table-d.md").read_text()
+    picture = Image.open(tmp_path / "chart.png")
+    assert min(picture.size) > 600
+    assert np.asarray(picture).std() > 20
+    assert (tmp_path / "chart.png").stat().st_size < 200_000
+
+
+def test_half_a_factorial_says_no_effects(tmp_path):
+    factorial(tmp_path, list(itertools.product((False, True), repeat=5))[:-1])
+    merge(tmp_path)
+    assert len(rows_of(tmp_path / "table-d.csv")) == 31
+    assert "worth" not in (tmp_path / "table-d.md").read_text()
+
+
+PAPER = {
+    "dataset__kind": "revisited", "dataset__crop_query": True, "dataset__max_side": None, "index__kind": "flat",
+    "statistics__kind": "none",
+}  # fmt: skip
+RERANKED = {"enabled": True, "kind": "superglobal", "junk": "keep", **parameters("superglobal")}
+
+
+def paper_about(backbone="resnet101", weights_format="CVNet", **pooling):
+    stored = {k: str(v) if v == float("inf") else v for k, v in asdict(PoolingConfig(relup="on", **pooling)).items()}
+    network = {"backbone": backbone, "pooling": stored, "scales": [0.7071, 1.0, 1.4142], "antialias": False}
+    return {"network": network, "weights_format": weights_format}
+
+
+def test_the_papers_numbers_stand_beside_their_own_configuration_and_are_marked(tmp_path, capsys):
+    runs = [("rerank", RERANKED), ("no_rerank", RERANKED | {"enabled": False})]
+    for number, (label, rerank) in enumerate(runs):
+        more = {f"rerank__{key}": value for key, value in rerank.items()}
+        about = paper_about()
+        job(
+            tmp_path / f"{number}_j",
+            np.full((3, 12), 0.9),
+            dataset="roxford5k",
+            label=label,
+            about=about,
+            **PAPER,
+            **more,
+        )
+    merge(tmp_path)
+    rows = rows_of(tmp_path / "table-roxford5k.csv")
+    assert [row["source"].split(",")[0] for row in rows] == ["measured"] * 2 + ["paper"] * 2
+    assert sorted(row["hard"] for row in rows[2:]) == ["72.10", "80.20"]
+    assert all("2308.06954" in row["source"] and not row["medium"] and not row["gain hard"] for row in rows[2:])
+    for kind in ("md", "tex"):
+        text = (tmp_path / f"table-roxford5k.{kind}").read_text()
+        assert text.count("arXiv:2308.06954") >= 2
+        (line,) = [line for line in text.splitlines() if "80.2" in line]
+        assert ("*80.2*" if kind == "md" else r"\textit{80.2}") in line
+        assert "paper" in line
+    assert "not measured" in capsys.readouterr().out
+    # A mark of its own under the line: a golden pixel is not asked for, but the picture differs by it.
+    with_stars = (tmp_path / "chart.png").read_bytes()
+    for path in tmp_path.glob("*/results.json"):
+        path.write_text(path.read_text().replace('"CVNet"', '"other"'))
+    merge(tmp_path)
+    assert "paper" not in (tmp_path / "table-roxford5k.csv").read_text()
+    assert Image.open(tmp_path / "chart.png").height < Image.open(io.BytesIO(with_stars)).height
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"about": paper_about("resnet50")},
+        {"about": paper_about(weights_format=None)},
+        {"about": paper_about(regional=False)},
+        {"about": paper_about(gem_plus_p=4.0)},
+        {"dataset": "toy"},
+        {"distractors": "revisitop1m"},
+        {"dataset__crop_query": False},
+        {"dataset__max_side": 1024},
+        {"index__kind": "ivf_pq"},
+        {"statistics__kind": "whiten"},
+        {"rerank__K": 8},
+        {"rerank__junk": "drop"},
+        {"rerank__kind": "aqe"},
+    ],
+)
+def test_any_other_configuration_has_no_row_of_the_papers(tmp_path, change):
+    same = {f"rerank__{key}": value for key, value in RERANKED.items()} | PAPER
+    settings = {"dataset": "roxford5k", "about": paper_about(), **same}
+    job(tmp_path / "same", np.full((3, 12), 0.5), **settings)
+    job(tmp_path / "other", np.full((3, 12), 0.5), **(settings | change))
+    (same,), (other,) = (read_results(tmp_path / name) for name in ("same", "other"))
+    assert published_for(same) is not None
+    assert dict(published_for(same).scores) == {"hard": 80.2}
+    assert published_for(other) is None
+
+
+def test_several_folders_are_one_comparison_and_twins_keep_their_rows(tmp_path):
+    for name in ("one", "two"):
+        job(tmp_path / name / "deep" / "run", np.full((3, 12), 0.4 if name == "one" else 0.6), rerank__K=3)
+    done = subprocess.run(
+        [sys.executable, "scripts/report.py", str(tmp_path / "one"), str(tmp_path / "two")],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "one" / "table-d.csv")
+    assert [(row["run"], row["medium"]) for row in rows] == [("one/deep/run", "40.00"), ("two/deep/run", "60.00")]
+    assert rows[1]["gain medium"] == "+20.00"
+    assert not list((tmp_path / "two").glob("*.csv"))

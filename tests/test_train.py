@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, command, configured, finished, last, train, values
+from runs import ROOT, command, configured, curves, finished, last, train, values
 from sets import break_scan
+from trackers import events, recorded, references
 
 import superglobal
 from superglobal import callbacks
@@ -37,9 +38,10 @@ def run(script: str, *overrides: str, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def trained(toy_data, tmp_path_factory) -> Path:
-    """Outputs of one short training, W&B included."""
+    """Outputs of one short training with every tracker."""
     outputs = tmp_path_factory.mktemp("outputs")
-    finished([word for word in command(toy_data, outputs) if word != "logger=csv"])
+    words = [word for word in command(toy_data, outputs) if word != "logger=csv"]
+    finished([*words, "logger.tensorboard=true", "logger.tags=[short]"])
     return outputs
 
 
@@ -48,7 +50,6 @@ def test_a_training_leaves_curves_checkpoints_and_the_best_network(toy_data, tra
     assert {"best.safetensors", "checkpoints", "curves.csv", "training.json"} <= {
         path.name for path in folder.iterdir()
     }
-    assert list((folder / "wandb").glob("offline-run-*"))
     losses, scores = values(folder, "train/loss"), values(folder, "val/map")
     assert len(scores) == 4  # the first before training
     scores = scores[1:]
@@ -77,6 +78,25 @@ def test_a_training_leaves_curves_checkpoints_and_the_best_network(toy_data, tra
     assert about.dim == 32
     assert about.provenance["origin"]["val_map"] == max(scores)
     assert about.pooling["gem_plus"] is False
+
+
+def test_trackers_have_the_same_curves_and_say_where_the_network_lies(trained):
+    folder = trained / "train" / "quickstart"
+    run, found = recorded(folder), events(folder / "tensorboard")
+    assert run.exit_code == 0
+    assert (run.run.job_type, run.run.run_id) == ("train", (folder / "wandb_id").read_text())
+    assert "short" in run.run.tags
+    assert run.config["optim"]["epochs"] == 3
+    for name in ("train/loss", "val/map", "lr/head"):
+        written = [(int(row["step"]), float(row[name])) for row in curves(folder) if row.get(name)]
+        points = [(point["trainer/global_step"], point[name]) for point in run.history if name in point]
+        assert [step for step, _ in points] == [step for step, _ in written]
+        assert [value for _, value in points] == pytest.approx([value for _, value in written])
+        assert [(event.step, event.value) for event in found.Scalars(name)] == [
+            (step, pytest.approx(value, rel=1e-5)) for step, value in written
+        ]
+    assert run.summary["val/map"]["max"] == pytest.approx(max(values(folder, "val/map")))
+    assert references(run, "model") == [f"file://{folder / 'best.safetensors'}"]
 
 
 def test_checkpoints_hold_plain_types_and_which_landmark_a_class_is(toy_data, trained):

@@ -8,6 +8,7 @@ import math
 from superglobal.checks.limits import TABLES
 from superglobal.checks.limits import require_choice as _require_choice
 from superglobal.checks.limits import require_within as _require_within
+from superglobal.checks.trackers import check_logger
 from superglobal.config import (
     DatasetConfig,
     EvalConfig,
@@ -24,10 +25,10 @@ from superglobal.retrieval.index import KINDS, TAKEN, require_taken
 from superglobal.retrieval.landmark_scoring import VOTES
 from superglobal.retrieval.rerank import SECOND
 from superglobal.retrieval.rerankers import JUNK, SEARCH_AGAIN, completed
+from superglobal.retrieval.runs import LADDER, SWITCHES
 from superglobal.retrieval.search import BACKENDS
 from superglobal.retrieval.statistics import KINDS as STATISTICS
 from superglobal.retrieval.store import DTYPES
-from superglobal.retrieval.tables import LADDER, SWITCHES
 
 _KINDS = ("revisited", "folder", "descriptors", "gldv2", "gldv2_val", "gldv2_recognition")
 _ROLES = ("train", "validation", "test")
@@ -139,6 +140,7 @@ def _check_evaluation_ranges(config: EvalConfig) -> None:
             "seed": (config.seed, 0, 2**63 - 1),
         }
     )
+    check_logger(config.logger)
     _require_choice("statistics.kind", config.statistics.kind, STATISTICS)
     if config.statistics.dims is not None and config.statistics.kind != "whiten":
         raise InputError(f"statistics.dims={config.statistics.dims}: only statistics=whiten has axes")

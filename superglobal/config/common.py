@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING
@@ -58,15 +58,22 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """What is written beside the CSV (`conf/logger`).
+    """Trackers beside the CSV, which is always written (`conf/logger`).
 
     Args:
-        wandb: Weights & Biases, offline without a key.
-        project: its project.
+        wandb: Weights & Biases: offline without a key, unless WANDB_MODE says otherwise, and never a question.
+        tensorboard: event files in the run's folder.
+        project, entity, tags: of W&B; the names of the data set and of the ablation's row are tags, too.
+        pictures: queries that an evaluation shows with their first results (`pictures.ranks`), evenly from the list;
+            0 for none.
     """
 
     wandb: bool = True
+    tensorboard: bool = False
     project: str = "superglobal"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    pictures: int = 8
 
 
 @dataclass

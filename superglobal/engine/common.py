@@ -112,6 +112,11 @@ def sweeping() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def sweep_name() -> str | None:
+    """What the multirun that this is a job of is called: its folder's name; None outside one."""
+    return Path(HydraConfig.get().sweep.dir).name if sweeping() else None
+
+
 def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
     """The set that is configured, its images not looked at; None where there are only descriptors.
 

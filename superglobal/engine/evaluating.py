@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from superglobal.checks import validated
 from superglobal.config import EvalConfig, RerankConfig, rerank_parameters
 from superglobal.data.lazy import chained, file_names
 from superglobal.data.sets import EvaluationSet
+from superglobal.engine.common import sweep_name
 from superglobal.engine.gathering import Clock, Inputs, gathered
 from superglobal.engine.searching import FirstStage, first_stage
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
-from superglobal.loggers import log_result
+from superglobal.loggers import Evaluated, evaluation_loggers
 from superglobal.retrieval import report
 from superglobal.retrieval.metrics import LABELS, REVISITED, Protocol, Result, RetrievalResult
 from superglobal.retrieval.pictures import draw_sheet
@@ -53,11 +54,12 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
     """
     config = validated(cfg, EvalConfig)
     clock = Clock()
-    found = gathered(config, clock)
-    if isinstance(found, str):
-        log.info("ablation=%s: n/a, %s", config.ablation, found)
-        report.write_without_numbers(folder, asdict(config), "n/a", found)
-    return _retrieve(config, found, folder, clock) if isinstance(found, Inputs) else math.nan
+    with evaluation_loggers(config, folder, sweep_name()) as track:
+        found = gathered(config, clock)
+        if isinstance(found, str):
+            log.info("ablation=%s: n/a, %s", config.ablation, found)
+            report.write_without_numbers(folder, asdict(config), "n/a", found)
+        return _retrieve(config, found, folder, clock, track) if isinstance(found, Inputs) else math.nan
 
 
 def shortlist_size(k: int, rerank: RerankConfig, inputs: Inputs) -> int:
@@ -78,7 +80,9 @@ def search_device(config: EvalConfig) -> str:
     return "cuda" if gpu and config.index.backend != "faiss" else "cpu"
 
 
-def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) -> float:
+def _retrieve(
+    config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock, track: Callable[[Evaluated], None]
+) -> float:
     X, dataset, device = inputs.database, inputs.dataset, search_device(config)
     Q, exclude = inputs.query_block(), inputs.exclude()
     task = None if dataset is None else dataset.task
@@ -130,11 +134,11 @@ def _retrieve(config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock) ->
         write_atomically(folder / "submission.csv", task.submission(*list(stages.values())[-1]))
     report.write_result(folder, summary, results, stages, names)
     report.print_result(summary, folder)
+    database = chained(dataset.database, inputs.distractors) if dataset is not None else []
     # Own descriptors need no photos, so there may be none to show.
     if dataset is not None and config.pictures.queries and config.descriptors.query is None:
-        database = chained(dataset.database, inputs.distractors)
         draw_sheet(folder / "sheet.png", dataset, database, stages, config.pictures.queries, config.pictures.ranks)
-    log_result(config, summary, folder)
+    track(Evaluated(summary, results, stages, names, Q, X, dataset, database))
     return report.main_metric(summary)
 
 

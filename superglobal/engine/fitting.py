@@ -30,6 +30,7 @@ from superglobal.data.photos import Bad, TrainingPhotos
 from superglobal.data.revisited import revisited_set
 from superglobal.data.samplers import EpochBatches
 from superglobal.data.sets import EvaluationSet, require_images
+from superglobal.engine.common import sweep_name
 from superglobal.engine.run_folder import CHECKPOINTS, claim, finish, finished, locked
 from superglobal.engine.running import make_fit_trainer, run_fit
 from superglobal.errors import InputError
@@ -226,7 +227,7 @@ def _fit(
     checkpoint, step = (None if anew else callbacks.newest_good(folder / CHECKPOINTS)) or (None, 0)
     if checkpoint is not None:
         log.info("going on from %s: step %d of %d", checkpoint, step, module.total_steps)
-    with training_loggers(config, folder, step, about) as loggers:
+    with training_loggers(config, folder, step, about, sweep_name()) as loggers:
         trainer = make_fit_trainer(t, o, watchers, loggers)
         run_fit(trainer, module, _data(config, photos), checkpoint)
     return validation.best

@@ -198,6 +198,7 @@ def _extracted(
     parts = [found[title] for title in ("database", "distractors") if title in found]
     about = {
         "weights": network.weights_label,
+        "weights_format": network.weights_format,
         "network": network.identity(),
         "trained_pooling": network.trained_pooling,
         "stores": {

@@ -14,7 +14,7 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.files import BAD_PHOTOS, EXPORT, only_process, write_atomically
-from superglobal.retrieval.tables import flat
+from superglobal.retrieval.runs import flat
 
 CHECKPOINTS = "checkpoints"
 _RECORD, _CODES = "training.json", "photos.npy"
@@ -109,6 +109,7 @@ def _forget(folder: Path) -> None:
     """Remove what an unfinished training has left, but for its record and its log."""
     try:
         shutil.rmtree(folder / CHECKPOINTS)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         for name in (BAD_PHOTOS, "nonfinite.txt", "wandb_id", "curves.csv", EXPORT):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:

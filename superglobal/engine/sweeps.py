@@ -1,10 +1,11 @@
-"""A sweep of evaluations: one pass over the images for all its jobs, and one table at its end."""
+"""A sweep of evaluations: one pass over the images for all its jobs, and tables and a chart at its end."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import logging
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +30,8 @@ from superglobal.retrieval.tables import merge
 log = logging.getLogger(__name__)
 
 _JOBS = "jobs.json"
+# Settings that change nothing about how an image is described.
+_AFTERWARDS = ("rerank", "index", "k", "statistics", "logger", "pictures", "trainer")
 # Jobs that agree in these describe the same images with the same network, but for its pooling.
 _SHARED = (
     "dataset",
@@ -51,10 +54,16 @@ class EvaluationSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         # Jobs of another launcher run at the same time: the first would not be done before the others begin.
-        if config.hydra.launcher._target_.endswith("BasicLauncher"):
-            jobs = [_about(config.hydra.job.config_name, job) for job in _jobs(config)]
-            text = json.dumps([job for job in jobs if job is not None], indent=1)
-            write_atomically(Path(config.hydra.sweep.dir) / _JOBS, text.encode())
+        if not config.hydra.launcher._target_.endswith("BasicLauncher"):
+            return
+        choices = _choices(config)
+        swept = [values[0].split("=")[0] for values in choices if len(values) > 1]
+        described: list[dict[str, Any]] = []
+        if any(key.split(".")[0] not in _AFTERWARDS for key in swept):
+            found = (_about(config.hydra.job.config_name, list(job)) for job in itertools.product(*choices))
+            described = [job for job in found if job is not None]
+        write_atomically(Path(config.hydra.sweep.dir) / _JOBS, json.dumps(described, indent=1).encode())
+        log.info(_told(math.prod(len(values) for values in choices), described))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if not any(Path(config.hydra.sweep.dir).rglob("results.json")):
@@ -77,20 +86,27 @@ def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
     return found
 
 
-def _jobs(config: DictConfig) -> list[list[str]]:
-    """Overrides of every job, as Hydra's own sweeper makes them."""
+def _told(jobs: int, described: list[dict[str, Any]]) -> str:
+    """How many descriptions of images the jobs of a sweep need, and how many passes over images those are."""
+    sets = {json.dumps(job["shared"], sort_keys=True) for job in described}
+    different = {json.dumps(job, sort_keys=True) for job in described}
+    count, passes = max(1, len(different)), max(1, len(sets))
+    extractions = "1 extraction" if count == 1 else f"{count} extractions"
+    together = "" if count == passes else f", made in {passes} {'pass' if passes == 1 else 'passes'} over the images"
+    return f"sweep: {jobs} jobs need {extractions}{together}; what is in the stores is not described again"
+
+
+def _choices(config: DictConfig) -> list[list[str]]:
+    """The overrides that a job has one of each of, as Hydra's own sweeper combines them."""
     loader = GlobalHydra.instance().config_loader()
     swept = config.hydra.sweeper.params or {}
     lines = [*(f"{key}={value}" for key, value in swept.items()), *config.hydra.overrides.task]
-    choices: list[list[str]] = [
+    return [
         [f"{one.get_key_element()}={value}" for value in map(str, one.sweep_string_iterator())]
         if one.is_sweep_override()
         else [one.input_line or ""]
         for one in OverridesParser.create(config_loader=loader).parse_overrides(lines)
     ]
-    if not any(len(values) > 1 and values[0].startswith(("pooling", "ablation")) for values in choices):
-        return []
-    return [list(job) for job in itertools.product(*choices)]
 
 
 def _about(config_name: str, job: list[str]) -> dict[str, Any] | None:

@@ -27,8 +27,8 @@ from superglobal.models.backbone import has_relup
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.report import TEST_MARK, percent
 from superglobal.retrieval.rerank import rerank
+from superglobal.retrieval.runs import flat
 from superglobal.retrieval.search import search as nearest
-from superglobal.retrieval.tables import flat
 from superglobal.retrieval.vectors import as_rows
 from superglobal.tuning.maps import MapStore, require_room
 from superglobal.tuning.outcome import best, compare, how_to_use, write_outcome

@@ -84,6 +84,7 @@ class RetrievalNetwork(nn.Module):
         self.antialias = antialias
         self.precision = "float32"
         self.weights_label = "random"
+        self.weights_format: str | None = None  # "CVNet" for the reference's
         self.trained_pooling: dict[str, Any] | None = None
         install_relup(backbone.net, pooling.relup, pooling.relup_alpha)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
@@ -164,7 +165,8 @@ class RetrievalNetwork(nn.Module):
         other = RetrievalNetwork(backbone, pooling, None, self.scales, self.antialias)
         other.whitening, other.dim, other.pooling.p = self.whitening, self.dim, self.pooling.p
         other.mean, other.std = self.mean, self.std
-        other.weights_label, other.trained_pooling = self.weights_label, self.trained_pooling
+        other.weights_label, other.weights_format = self.weights_label, self.weights_format
+        other.trained_pooling = self.trained_pooling
         other.precision = self.precision
         return other.train(self.training)
 

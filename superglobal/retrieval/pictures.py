@@ -95,3 +95,37 @@ def _legend(sheet: Image.Image, dataset: EvaluationSet) -> None:
         draw.rectangle((x, 6, x + 12, 18), fill=_COLOURS[name])
         draw.text((x + 16, 4), name, fill="black", font=ImageFont.load_default(12))
         x += 90
+
+
+def draw_query(item: ImageItem) -> Image.Image:
+    """A query's photo, small, its box drawn."""
+    return _query_picture(item)
+
+
+def draw_results(
+    dataset: EvaluationSet, database: Sequence[ImageItem], query: int, scores: np.ndarray, ids: np.ndarray
+) -> Image.Image:
+    """Ranked results of one query side by side, borders by relevance, rank and score under each.
+
+    Args:
+        dataset: with ground truth where known.
+        database: images by id, distractors included.
+        query: its number.
+        scores, ids: (k,) of its first results.
+    """
+    cell = _SIDE + 2 * _BORDER + _GAP
+    strip = Image.new("RGB", (cell * max(1, len(ids)), _SIDE + 2 * _BORDER + _TEXT), "white")
+    for rank, (score, image) in enumerate(zip(scores, ids.tolist(), strict=True)):
+        picture = Image.fromarray(read_image(database[image].path, max_side=_SIDE))
+        _cell(strip, cell * rank, 0, picture, _relevance(dataset, query, image), f"{rank + 1}  {score:.3f}")
+    return strip
+
+
+def draw_thumbnail(item: ImageItem) -> Image.Image:
+    """A photo, small."""
+    return Image.fromarray(read_image(item.path, max_side=_SIDE))
+
+
+def relevance_of(dataset: EvaluationSet, query: int, image: int) -> str:
+    """What a database image is to a query: easy, hard, positive, junk, negative or unlabelled."""
+    return _relevance(dataset, query, image)

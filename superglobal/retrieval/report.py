@@ -178,7 +178,7 @@ def write_result(
     _write_lists(folder, stages, names)
     if results:
         _write_per_query(folder, results, names)
-    write_atomically(folder / "results.json", json.dumps(_plain(summary), indent=1).encode())
+    write_atomically(folder / "results.json", json.dumps(plain_types(summary), indent=1).encode())
 
 
 def write_without_numbers(folder: Path, config: Any, status: str, reason: str) -> None:
@@ -191,7 +191,7 @@ def write_without_numbers(folder: Path, config: Any, status: str, reason: str) -
         reason: in words.
     """
     row = {**_header(config), "status": status, "reason": reason}
-    write_atomically(folder / "results.json", json.dumps(_plain(row), indent=1).encode())
+    write_atomically(folder / "results.json", json.dumps(plain_types(row), indent=1).encode())
 
 
 def _modules(summary: Mapping[str, Any]) -> str:
@@ -331,12 +331,12 @@ def percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
-def _plain(value: Any) -> Any:
+def plain_types(value: Any) -> Any:
     """JSON types only: infinities as text, since JSON has none."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain_types(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain_types(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, str | int | float | bool | None) else str(value)

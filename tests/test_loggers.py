@@ -1,0 +1,278 @@
+"""Trackers, by what they have written: Weights & Biases' own records, TensorBoard's events, the CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from trackers import events, recorded, references, table
+
+from superglobal.checks import validated
+from superglobal.config import EvalConfig, register
+from superglobal.engine import evaluate
+from superglobal.errors import InputError
+from superglobal.loggers import evaluation_loggers
+from superglobal.loggers.wandb_runs import TrackedRun
+
+ROOT = Path(__file__).parents[1]
+FAST = ["backbone=test_resnet", "weights=random", "scales=1", "trainer.accelerator=cpu", "trainer.num_workers=0"]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    for key in [key for key in os.environ if key.startswith("WANDB")]:
+        monkeypatch.delenv(key)
+
+
+def composed(data: Path, outputs: Path, *overrides: str):
+    places = [f"paths.data={data}", f"paths.outputs={outputs}", "trainer.progress=false", "pictures.queries=2"]
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("eval", overrides=["dataset=toy", *FAST, *places, *overrides])
+
+
+@pytest.fixture(scope="module")
+def evaluated(toy_data, tmp_path_factory) -> Path:
+    """The folder of an evaluation of a weights file, with all trackers."""
+    import superglobal
+    from superglobal.checkpoint import save_weights
+
+    outputs = tmp_path_factory.mktemp("outputs")
+    model = superglobal.load_model("random", backbone="test_resnet", scales=1)
+    save_weights(model, outputs / "some weights.safetensors", {})
+    folder = outputs / "run"
+    folder.mkdir()
+    settings = ["logger.tensorboard=true", "logger.project=mine", "logger.tags=[tried]", "logger.pictures=3"]
+    weights = [f"weights='{outputs / 'some weights.safetensors'}'", "pictures.ranks=4"]
+    with pytest.MonkeyPatch.context() as patch:
+        for key in [key for key in os.environ if key.startswith("WANDB")]:
+            patch.delenv(key)
+        evaluate(composed(toy_data, outputs, *settings, *weights), folder)
+    return folder
+
+
+def test_an_offline_run_holds_settings_and_numbers(evaluated):
+    run, result = recorded(evaluated), json.loads((evaluated / "results.json").read_text())
+    assert run.exit_code == 0
+    assert (run.run.project, run.run.job_type, run.run.run_group) == ("mine", "eval", "")
+    assert list(run.run.tags) == ["tried", "toy"]
+    assert run.run.run_id == (evaluated / "wandb_id").read_text()
+    assert run.config["rerank"]["K"] == 9
+    assert run.config["counts"] == result["counts"]
+    assert run.config["about"]["network"] == result["about"]["network"]
+    (point,) = run.history
+    for stage, scores in result["metrics"].items():
+        for protocol, value in scores["map"].items():
+            assert point[f"{stage}/map/{protocol}"] == pytest.approx(100 * value)
+            assert run.summary[f"{stage}/map/{protocol}"] == point[f"{stage}/map/{protocol}"]
+    assert point["seconds/search"] == pytest.approx(result["seconds"]["search"])
+    searched = result["seconds"]["search"] + result["seconds"]["rerank"]
+    assert point["ms_per_query"] == pytest.approx(1000 * searched / result["counts"]["queries"])
+    assert run.summary["status"] == "ok"
+
+
+def test_its_tables_hold_every_query_and_pictures_with_borders(evaluated):
+    run = recorded(evaluated)
+    with (evaluated / "per_query.csv").open() as file:
+        written = list(csv.DictReader(file))
+    columns, rows, _ = table(run, "per_query")
+    assert len(rows) == len(written)
+    for row, line in zip(rows, written, strict=True):
+        got = dict(zip(columns, row, strict=True))
+        assert got["query"] == line["query"]
+        for stage in ("search", "rerank"):
+            value = line[f"{stage} easy AP"]  # a query without an easy image has none
+            assert got[f"{stage} easy AP"] == (pytest.approx(100 * float(value)) if value else None)
+        assert got["change"] == pytest.approx(got["rerank medium AP"] - got["search medium AP"])
+
+    columns, rows, files = table(run, "rankings")
+    assert len(rows) == 3
+    listed = {one["number"]: one for one in json.loads((evaluated / "rankings.json").read_text())}
+    for row in rows:
+        got = dict(zip(columns, row, strict=True))
+        names = [one["image"] for one in listed[got["number"]]["results"][:4]]
+        assert got["first results of rerank"]["caption"] == ", ".join(names)
+        strip = Image.open(files[got["first results of rerank"]["path"]])
+        assert strip.width == pytest.approx(4 * 164, abs=8)
+        # The border of a result, at its upper left corner, says what it is: green, yellow, grey or red.
+        corners = np.array([strip.getpixel((rank * 164 + 2, 2)) for rank in range(4)])
+        known = np.array([[26, 152, 80], [224, 161, 0], [140, 140, 140], [215, 48, 39]])
+        assert (np.abs(corners[:, None] - known).max(axis=2).min(axis=1) < 40).all()
+        assert Image.open(files[got["picture"]["path"]]).width <= 148
+
+    columns, rows, files = table(run, "descriptors")
+    assert len(rows) == 3 + 3 * 4
+    axes = np.array([row[columns.index("axis0") :] for row in rows], dtype=float)
+    kinds = [row[columns.index("kind")] for row in rows]
+    assert kinds[:3] == ["query"] * 3
+    assert set(kinds[3:]) <= {"easy", "hard", "junk", "negative"}
+    with np.load(evaluated / "rankings.npz") as rankings:
+        first = rankings["search_scores"][0, :4]
+        ids, reranked = rankings["search_ids"][0, :4].tolist(), rankings["rerank_ids"][0, :4].tolist()
+    # Distances between the points are those between the descriptors: 2 - 2 s.
+    for place, image in enumerate(reranked):
+        if image in ids:
+            distance = ((axes[0] - axes[3 + place]) ** 2).sum()
+            assert distance == pytest.approx(2 - 2 * first[ids.index(image)], abs=1e-4)
+
+
+def test_model_and_stores_are_artifacts_that_only_say_where_they_lie(evaluated):
+    run, result = recorded(evaluated), json.loads((evaluated / "results.json").read_text())
+    assert references(run, "model") == [f"file://{evaluated.parent / 'some weights.safetensors'}"]
+    stores = {Path(one.removeprefix("file://")).parent for one in references(run, "descriptors")}
+    prints = {title: one["fingerprint"] for title, one in result["about"]["stores"].items()}
+    assert {json.loads((store / "manifest.json").read_text())["rows"] for store in stores} == set(
+        result["counts"].values()
+    )
+    assert sorted(store.name[-16:] for store in stores) == sorted(one[:16] for one in prints.values())
+    for artifact in run.artifacts.values():
+        if artifact.type in ("model", "descriptors"):
+            assert not any(entry.local_path for entry in artifact.manifest.contents)
+    # What is uploaded later lies with the run and not in somebody's home.
+    assert all(path.is_relative_to(evaluated) for path in table(run, "rankings")[2].values())
+
+
+def test_tensorboard_and_csv_have_the_same_numbers(evaluated):
+    run, found = recorded(evaluated), events(evaluated / "tensorboard")
+    with (evaluated / "csv/metrics.csv").open() as file:
+        (written,) = csv.DictReader(file)
+    numbers = {key: value for key, value in run.history[0].items() if "/map/" in key or "seconds/" in key}
+    assert len(numbers) > 8
+    for name, value in numbers.items():
+        (event,) = found.Scalars(name)
+        assert event.value == pytest.approx(value, rel=1e-5, abs=1e-5)
+        assert float(written[name]) == pytest.approx(value)
+    strips = [tag for tag in found.Tags()["images"] if tag.endswith("/rerank")]
+    assert len(strips) == 3
+    picture = Image.open(io.BytesIO(found.Images(strips[0])[0].encoded_image_string))
+    assert np.asarray(picture).std() > 20
+    assert "search/medium AP" in found.Tags()["histograms"]
+
+
+def test_the_same_folder_is_the_same_run_and_descriptors_need_no_photos(evaluated, toy_data, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in (("q", 5), ("x", 30)):
+        x = rng.standard_normal((count, 8)).astype(np.float32)
+        np.save(tmp_path / f"{name}.npy", x / np.linalg.norm(x, axis=1, keepdims=True))
+    own = [f"descriptors.query={tmp_path / 'q.npy'}", f"descriptors.database={tmp_path / 'x.npy'}"]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for _ in range(2):
+        evaluate(composed(toy_data, tmp_path, "dataset=descriptors", *own), folder)
+    runs = list(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert [path.stem for path in runs] == [f"run-{(folder / 'wandb_id').read_text()}"] * len(runs)
+    run = recorded(folder)
+    assert run.exit_code == 0
+    columns, rows, files = table(run, "rankings")
+    assert columns[-2:] == ["first results of search", "first results of rerank"]
+    listed = json.loads((folder / "rankings.json").read_text())
+    assert rows[0][-1] == ", ".join(one["image"] for one in listed[0]["results"][:10])
+    assert list(files) == ["rankings.table.json"]
+    assert not references(run, "model")
+
+
+def test_a_run_that_fails_or_is_interrupted_is_finished_as_that(toy_data, tmp_path):
+    failed = tmp_path / "failed"
+    with pytest.raises(InputError):
+        evaluate(composed(toy_data, tmp_path, "weights=nowhere.pth"), failed)
+    run = recorded(failed)
+    assert run.exit_code == 1
+    assert run.summary["status"] == "failed"
+    assert "nowhere.pth" in run.summary["error"]
+    assert "WANDB_DATA_DIR" not in os.environ
+    config = validated(composed(toy_data, tmp_path), EvalConfig)
+    for error in (KeyboardInterrupt, SystemExit):
+        folder = tmp_path / error.__name__
+        with pytest.raises(error), evaluation_loggers(config, folder, "a sweep"):
+            raise error(143)
+        run = recorded(folder)
+        assert (run.exit_code, run.run.run_group) == (255, "a sweep")
+
+
+def test_a_tracker_that_fails_is_closed_and_costs_a_warning(toy_data, tmp_path, caplog):
+    config = validated(composed(toy_data, tmp_path), EvalConfig)
+    with evaluation_loggers(config, tmp_path / "run", None) as track:
+        track("no result")  # type: ignore[arg-type]
+    assert "W&B failed" in caplog.text
+    assert recorded(tmp_path / "run").exit_code == 0
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200", **more}
+
+
+def test_a_sweep_at_a_terminal_without_a_key_asks_nothing(toy_data, tmp_path):
+    """Even if it is to be online."""
+    places = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}", "hydra.sweep.dir=${paths.outputs}/tried"]
+    command = [sys.executable, str(ROOT / "eval.py"), "-m", "dataset=toy", *FAST, *places, "rerank.K=3,5"]
+    ours, theirs = pty.openpty()
+    # W&B takes a question for possible where all three are terminals.
+    env = environment(WANDB_MODE="online", HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    text = b""
+    while True:
+        try:
+            text += (part := os.read(ours, 65536))
+        except OSError:  # Linux's way to say that nobody writes any more
+            break
+        if not part:
+            break
+    os.close(ours)
+    shown = text.decode()
+    assert process.wait(timeout=200) == 0, shown
+    assert "there is no key" in shown
+    assert "2 jobs need 1 extraction;" in shown
+    runs = [recorded(folder) for folder in sorted((tmp_path / "tried").glob("*_*"))]
+    assert [run.run.run_group for run in runs] == ["tried"] * 2
+    assert [run.config["rerank"]["K"] for run in runs] == [3, 5]
+    assert len({run.run.run_id for run in runs}) == 2
+
+
+def test_without_an_answer_from_the_server_the_run_is_kept_offline(tmp_path):
+    code = (
+        "import logging, sys; from pathlib import Path; logging.basicConfig();"
+        "from superglobal.config import LoggerConfig; from superglobal.loggers.wandb_runs import TrackedRun\n"
+        "for name in 'ab':\n"
+        " folder = Path(sys.argv[1]) / name; folder.mkdir()\n"
+        " run = TrackedRun(LoggerConfig(), folder, name='n', job_type='eval', group=None, tags=[], config={})\n"
+        " run.finish(None)"
+    )
+    env = environment(WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="1")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("offline from here on") == 1
+    assert [recorded(tmp_path / name).exit_code for name in "ab"] == [0, 0]
+
+
+def test_what_w_and_b_would_refuse_is_cut(tmp_path):
+    from superglobal.config import LoggerConfig
+
+    run = TrackedRun(
+        LoggerConfig(tags=["t" * 90]), tmp_path, name="n" * 300, job_type="eval", group="g" * 300, tags=[""], config={}
+    )
+    run.log_reference("a name/with: what is not allowed", "model", Path(__file__), {"p": float("inf")}, checksum=True)
+    run.finish(None)
+    found = recorded(tmp_path)
+    assert (len(found.run.display_name), len(found.run.run_group)) == (128, 128)
+    assert [len(tag) for tag in found.run.tags] == [64]
+    assert references(found, "model") == [f"file://{Path(__file__).resolve()}"]
+
+
+def test_settings_are_checked(toy_data, tmp_path):
+    with pytest.raises(InputError, match=r"logger\.pictures=-1"):
+        validated(composed(toy_data, tmp_path, "logger.pictures=-1"), EvalConfig)
+    config = validated(composed(toy_data, tmp_path, "logger=tensorboard"), EvalConfig)
+    assert (config.logger.wandb, config.logger.tensorboard) == (False, True)
