@@ -7,10 +7,11 @@ scales and Scale-GeM. By Euler's theorem it is then, without approximation, grad
 
     s  =  sum over places i of  sum_c x_ci ds/dx_ci   +   <b, ds/db>   +   rest.
 
-Under GeM alone, with u = W^T e / (|g| |v|), place i adds sum_c u_c g_c x_ci^p / sum_j x_cj^p: each channel of the pooled
-vector is dealt out by the weights that the pool itself gives to the places. `rest` is what the clamp of GeM (eps) puts in
-for values that are zero or negative; it is below 1e-4 unless a channel is nowhere positive. Places add negative shares
-too. The norms are what a share does not answer for: brightening one place also changes |v|.
+Under GeM alone, with u = W^T e / (|g| |v|), place i adds sum_c u_c g_c x_ci^p / sum_j x_cj^p: each channel of the
+pooled vector is dealt out by the weights that the pool itself gives to the places. `rest` is what the clamp of GeM
+(eps) puts in for values that are zero or negative, with the usual eps far below 1e-4. Shares may be negative. The
+norms are what a share does not answer for: a brighter place also makes |v| larger. A place of the map sees much of the
+image, since receptive fields are wide: where it stands is the middle of what it sees.
 """
 
 from __future__ import annotations
@@ -75,10 +76,12 @@ def contributions(network: RetrievalNetwork, image: Tensor, vector: np.ndarray |
         descriptor = network.descriptors(maps)[0]
     target = descriptor if vector is None else torch.from_numpy(np.asarray(vector, np.float32)).to(device)
     if target.shape != descriptor.shape:
-        raise InputError(f"contributions: a vector {tuple(target.shape)}, but descriptors are {tuple(descriptor.shape)}")
+        raise InputError(
+            f"contributions: a vector {tuple(target.shape)}, but descriptors are {tuple(descriptor.shape)}"
+        )
     maps = [x.detach().requires_grad_() for x in maps]
-    bias = None if network.whitening is None else network.whitening.bias
-    bias = torch.zeros(network.dim, device=device) if bias is None else bias.detach().clone()
+    layer = network.whitening
+    bias = torch.zeros(network.dim, device=device) if layer is None else layer.bias.detach().clone()
     bias.requires_grad_()
     with torch.enable_grad(), full_precision():
         score = _held(_combined(network, [_whitened(network, x, bias) for x in maps]))[0] @ target
