@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 from sets import break_scan, write_distractors, write_folders, write_revisited
 
 import superglobal
 from superglobal.data.revisited import revisited_set
+from superglobal.retrieval.pictures import COLOURS
 from superglobal.retrieval.store import DescriptorStore
 
 ROOT = Path(__file__).parents[1]
@@ -82,9 +83,8 @@ def test_the_sheet_shows_relevance_by_colour(data, tmp_path):
     with np.load(folder / "rankings.npz") as rankings:
         first = rankings["search_ids"][0, 0]
     truth = revisited_set(data, "mini").gnd[0]
-    colours = {"easy": (0x1A, 0x98, 0x50), "hard": (0xE0, 0xA1, 0x00), "junk": (0x8C,) * 3}
-    expected = next((c for n, c in colours.items() if first in truth[n]), (0xD7, 0x30, 0x27))
-    assert tuple(sheet[40, 6 + 164 + 2]) == expected
+    expected = next((COLOURS[n] for n in ("easy", "hard", "junk") if first in truth[n]), COLOURS["negative"])
+    assert tuple(sheet[40, 6 + 164 + 2]) == ImageColor.getrgb(expected)
     assert (0xFF, 0xE6, 0x00) in {tuple(p) for p in sheet[28:190, 6:170].reshape(-1, 3)}  # the query's box
 
 

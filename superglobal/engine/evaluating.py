@@ -89,7 +89,7 @@ def _retrieve(
     k = shortlist_size(max(config.k, 1 if task is None else task.depth), config.rerank, inputs)
     scorer, drops = None, config.rerank.enabled and config.rerank.junk == "drop"
     if dataset is not None and dataset.gnd is not None and task is None:
-        gnd, protocols = _truth(dataset, exclude)
+        gnd, protocols = ground_truth(dataset, exclude)
         scorer = make_scorer(gnd, len(Q), len(X), protocols, clusters=dataset.clusters, seed=config.seed)
         if drops:
             k = shortlist_size(k + most_ignored(scorer), config.rerank, inputs)
@@ -161,12 +161,14 @@ def score_set(
     seed: int,
 ) -> RetrievalResult:
     """`evaluate` of the public functions, with the data set's own ground truth, protocols and landmarks."""
-    gnd, protocols = _truth(dataset, exclude)
+    gnd, protocols = ground_truth(dataset, exclude)
     clusters = dataset.clusters
     return score(Q, X, gnd, protocols, shortlist, clusters=clusters, exclude=exclude, device=device, seed=seed)
 
 
-def _truth(dataset: EvaluationSet, exclude: np.ndarray | None) -> tuple[list[dict[str, Any]], Mapping[str, Protocol]]:
+def ground_truth(
+    dataset: EvaluationSet, exclude: np.ndarray | None
+) -> tuple[list[dict[str, Any]], Mapping[str, Protocol]]:
     """Ground truth and protocols."""
     gnd = dataset.gnd or []
     if exclude is not None:

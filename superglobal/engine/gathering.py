@@ -64,7 +64,7 @@ def gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
     Raises InputError for anything missing, all of it in one message.
     """
     found = _gathered(config, clock)
-    return _less_statistics(config, found, clock) if isinstance(found, Inputs) else found
+    return less_statistics(config, found, clock) if isinstance(found, Inputs) else found
 
 
 def _gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
@@ -74,8 +74,8 @@ def _gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
     if config.descriptors.query is not None:
         if problems:
             raise InputError("\n".join(problems))
-        return _own_descriptors(config, dataset, distractors)
-    network = _attempt(problems, _network, config)
+        return own_descriptors(config, dataset, distractors)
+    network = _attempt(problems, evaluated_network, config)
     lists = _checked_lists(config, dataset, distractors, problems, clock)
     assert dataset is not None
     assert network is not None
@@ -101,7 +101,7 @@ def _dataset(config: EvalConfig) -> EvaluationSet | None:
     return evaluation_set(config.dataset)
 
 
-def _own_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distractors: list[ImageItem]) -> Inputs:
+def own_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distractors: list[ImageItem]) -> Inputs:
     queries, database = (_load_npy(str(p)) for p in (config.descriptors.query, config.descriptors.database))
     if dataset is not None:
         images = {"query": len(dataset.queries), "database": len(dataset.database) + len(distractors)}
@@ -211,7 +211,7 @@ def _extracted(
     return Inputs(queries, concat(*parts, name="database"), None, [], about)
 
 
-def _network(config: EvalConfig) -> RetrievalNetwork:
+def evaluated_network(config: EvalConfig) -> RetrievalNetwork:
     weights = config.weights or (config.backbone.weights if config.backbone else None)
     if weights is None:
         weights = _trained(config)
@@ -239,13 +239,13 @@ def _siblings(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNe
             if alike:
                 networks.append(alike[0].variant(wanted))
             else:
-                networks.append(_network(replace(config, pooling=PoolingSettings(**pooling))))
+                networks.append(evaluated_network(replace(config, pooling=PoolingSettings(**pooling))))
         except InputError:  # that job's to say
             continue
     return networks[1:]
 
 
-def _less_statistics(config: EvalConfig, inputs: Inputs, clock: Clock) -> Inputs:
+def less_statistics(config: EvalConfig, inputs: Inputs, clock: Clock) -> Inputs:
     """All descriptors without the searched database's mean, or whitened, as `statistics` says."""
     s = config.statistics
     if s.kind == "none":

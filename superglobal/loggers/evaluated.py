@@ -12,7 +12,7 @@ from PIL import Image
 from superglobal.data.images import ImageItem
 from superglobal.data.sets import EvaluationSet
 from superglobal.retrieval.metrics import Result
-from superglobal.retrieval.pictures import draw_query, draw_results, draw_thumbnail, relevance_of
+from superglobal.retrieval.pictures import draw_query, draw_results, draw_thumbnail, relevance
 from superglobal.retrieval.report import Names, Stages, main_protocol, main_scores, metric_key
 from superglobal.retrieval.vectors import Rows
 
@@ -99,7 +99,7 @@ class Evaluated:
 
     def relevance(self, query: int, image: int) -> str:
         """What a database image is to a query."""
-        return "unlabelled" if self.dataset is None else relevance_of(self.dataset, query, image)
+        return "unlabelled" if self.dataset is None else relevance(self.dataset, query, image)
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -135,7 +135,7 @@ def score_ranks(
         ap = np.full(len(ranks), np.nan)
         precisions = np.full((len(ranks), len(ks)), np.nan)
         for query, sets in enumerate(ranks):
-            kept, total = _kept_ranks(sets, protocol, query)
+            kept, total = kept_ranks(sets, protocol, query)
             if total:
                 ap[query] = average_precision(kept, total)
                 precisions[query] = [precision_at(kept, k) for k in ks]
@@ -149,7 +149,7 @@ def score_ranks(
     return result
 
 
-def _kept_ranks(sets: Mapping[str, Any], protocol: Protocol, query: int) -> tuple[np.ndarray, int]:
+def kept_ranks(sets: Mapping[str, Any], protocol: Protocol, query: int) -> tuple[np.ndarray, int]:
     """Sorted ranks of the retrieved positives with ignored images removed, and the number of all positives."""
     absent = [name for name in protocol.positive if name not in sets]
     if absent:

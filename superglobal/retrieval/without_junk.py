@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from superglobal.errors import InputError
-from superglobal.retrieval.metrics import Protocol, RetrievalResult, concatenated, score_ranks
+from superglobal.retrieval.metrics import Protocol, RetrievalResult, Sets, concatenated, score_ranks
 from superglobal.retrieval.scoring import Scorer, positions, split_by_set
 
 
@@ -40,8 +40,24 @@ def score_without_junk(
     Raises:
         InputError: a list has nothing but ignored images.
     """
-    first = split_by_set(found, scorer.sets)
     merged = RetrievalResult({}, {}, {}, {}, {})
+    for name, ranks in ranks_without_junk(scorer, found, ids, reorder).items():
+        alone = {name: Protocol(("positive",))}
+        part = score_ranks(ranks, alone, scorer.ks, scorer.clusters, scorer.seed, scorer.samples)
+        for field in ("map", "mp", "ap", "interval", "queries"):
+            getattr(merged, field).update(getattr(part, field))
+    return merged
+
+
+def ranks_without_junk(
+    scorer: Scorer,
+    found: Sequence[np.ndarray],
+    ids: np.ndarray,
+    reorder: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> dict[str, list[Sets]]:
+    """What `score_without_junk` scores: per protocol the ranks of each query's positives, under "positive"."""
+    first = split_by_set(found, scorer.sets)
+    result = {}
     for name, protocol in scorer.protocols.items():
         order = _reordered(ids, [concatenated(s.get(n, ()) for n in protocol.ignored) for s in scorer.sets], reorder)
         ranks = []
@@ -51,11 +67,8 @@ def score_without_junk(
             rank = rank - np.searchsorted(np.sort(above[above >= 0]), rank)
             place = positions(row, concatenated(sets[n] for n in protocol.positive))
             ranks.append({"positive": np.where(place >= 0, place, rank)})
-        alone = {name: Protocol(("positive",))}
-        part = score_ranks(ranks, alone, scorer.ks, scorer.clusters, scorer.seed, scorer.samples)
-        for field in ("map", "mp", "ap", "interval", "queries"):
-            getattr(merged, field).update(getattr(part, field))
-    return merged
+        result[name] = ranks
+    return result
 
 
 def _reordered(

@@ -1,0 +1,153 @@
+"""Ranked sheets of a finished evaluation, and of two side by side, in an order that shows what matters first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from superglobal.data.lazy import file_names
+from superglobal.engine.reopening import FinishedRun
+from superglobal.errors import InputError
+from superglobal.retrieval.pictures import Comparison, Ranking, draw_comparisons
+from superglobal.retrieval.report import main_protocol
+
+ORDERS = ("worst", "improved", "worsened", "given")
+_PAGE = 8  # queries on a sheet
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """What is drawn.
+
+    Args:
+        order: which queries come first, of `ORDERS`; None for worst, then improved, as far as they apply.
+        queries: how many; None for what suits the kind.
+        ranks: results of each; None for what suits the kind.
+        numbers: queries by their number (as in rankings.csv), in place of `order` and `queries`.
+        images: of the map, at most.
+        method: of the map, of `embedding.METHODS`.
+        seed: of what is drawn by lot.
+    """
+
+    order: str | None = None
+    queries: int | None = None
+    ranks: int | None = None
+    numbers: tuple[int, ...] = ()
+    images: int = 1000
+    method: str = "pca"
+    seed: int = 0
+
+
+def quality(run: FinishedRun) -> dict[str, np.ndarray]:
+    """Stage -> (Q,) AP of the main protocol, or in recognition 1 and 0 for right and wrong; NaN where not counted."""
+    if not run.summary["metrics"]:
+        return {}
+    protocol = main_protocol(run.summary)[1]
+    found = {}
+    for stage in run.stages:
+        name = f"{stage} {protocol} AP" if f"{stage} {protocol} AP" in run.per_query else f"{stage} correct"
+        if name not in run.per_query:
+            raise InputError(f"{run.folder / 'per_query.csv'}: no column {name}; make it again: {run.command()}")
+        found[stage] = np.array([float(value or "nan") for value in run.per_query[name]])
+    return found
+
+
+def ordered(scores: dict[str, np.ndarray], order: str, count: int) -> np.ndarray:
+    """Numbers of `count` queries in an order of `ORDERS`; those that do not count come last.
+
+    Raises:
+        InputError: no labels, or no reranking to improve by.
+    """
+    if order == "given":
+        return np.arange(count)
+    if not scores:
+        raise InputError(f"order={order}: without labels no query is better than another; order=given")
+    last = list(scores.values())[-1]
+    if order == "worst":
+        return np.argsort(last, kind="stable")
+    if len(scores) < 2:
+        raise InputError(f"order={order}: this result has no reranking; order=worst or given")
+    gain = last - scores["search"]
+    return np.argsort(-gain if order == "improved" else gain, kind="stable")
+
+
+def chosen(run: FinishedRun, options: PictureOptions, count: int) -> dict[str, np.ndarray]:
+    """Name of an order -> numbers of the queries that are shown in it."""
+    if options.numbers:
+        return {"chosen": np.array(options.numbers)}
+    scores, total = quality(run), run.summary["counts"]["queries"]
+    orders = [options.order] if options.order else ["worst", "improved"][: len(scores)] or ["given"]
+    return {order: ordered(scores, order, total)[: options.queries or count] for order in orders}
+
+
+def require_photos(run: FinishedRun, what: str) -> None:
+    """
+    Raises:
+        InputError: the result has descriptors alone.
+    """
+    if run.dataset is None:
+        raise InputError(f"{what}: the result was made from descriptors and knows no photos; map applies")
+
+
+def draw_sheets(run: FinishedRun, target: Path, options: PictureOptions) -> list[Path]:
+    require_photos(run, "sheets")
+    assert run.dataset is not None
+    scores = quality(run)
+    paths = []
+    for order, queries in chosen(run, options, 3 * _PAGE).items():
+        comparisons = []
+        for query in queries:
+            lists = {stage: (values[query], ids[query]) for stage, (values, ids) in run.stages.items()}
+            title = _title(run, int(query), {name: one[query] for name, one in scores.items()})
+            comparisons.append(_comparison(int(query), title, lists, options.ranks or 10))
+        paths += pages(run, target, f"sheets-{order}", comparisons)
+    return paths
+
+
+def _comparison(query: int, title: str, lists: dict[str, tuple[np.ndarray, np.ndarray]], ranks: int) -> Comparison:
+    names = {"search": "search (before reranking)", "rerank": "after reranking"} if len(lists) > 1 else {}
+    rankings = [Ranking(names.get(name, name), s[:ranks], ids[:ranks]) for name, (s, ids) in lists.items()]
+    return Comparison(query, title, rankings, [ids for _, ids in lists.values()])
+
+
+def _title(run: FinishedRun, query: int, scores: dict[str, float]) -> str:
+    assert run.dataset is not None
+    name = file_names(run.dataset.queries, run.dataset.root)[query]
+    text = f"query {query}: {name}"
+    if not scores:
+        return text
+    if "search correct" in run.per_query:
+        return f"{text}   {' -> '.join('right' if value else 'wrong' for value in scores.values())}"
+    said = " -> ".join("-" if np.isnan(value) else f"{100 * value:.1f}" for value in scores.values())
+    return f"{text}   {main_protocol(run.summary)[1]} AP {said}"
+
+
+def pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence[Comparison]) -> list[Path]:
+    """Write `name-01.png`, ...; pages of an earlier call are gone afterwards."""
+    assert run.dataset is not None
+    parts = [comparisons[i : i + _PAGE] for i in range(0, len(comparisons), _PAGE)]
+    paths = [target / f"{name}-{number:02d}.png" for number in range(1, len(parts) + 1)]
+    for path, part in zip(paths, parts, strict=True):
+        with_photos(run, partial(draw_comparisons, path, run.dataset, run.images, part))
+    for old in set(target.glob(f"{name}-[0-9]*.png")) - set(paths):
+        old.unlink()
+    return paths
+
+
+def with_photos(run: FinishedRun, draw: Callable[[], object]) -> None:
+    """Call `draw`; a photo that is gone is told with the way out.
+
+    Raises:
+        InputError: a photo cannot be read.
+    """
+    try:
+        draw()
+    except InputError as error:
+        if not str(error).startswith("image "):
+            raise
+        where = "" if Path(run.config.dataset.root).is_absolute() else f", and run this from where {run.command()} ran"
+        raise InputError(f"{error}; put the photo back{where}; curves, similarities and map need no photos") from error

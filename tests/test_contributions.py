@@ -1,0 +1,118 @@
+"""What places add to a similarity: shares that sum to it, of every pooling, and GeM's by its formula."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from superglobal.api import load_model
+from superglobal.errors import InputError
+from superglobal.models.contributions import contributions
+
+GEM = {"gem_plus": False, "regional": False, "scale": False, "relup": "off"}
+IMAGE = torch.randint(0, 256, (3, 120, 150), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def network(scales=1, dim=24, backbone="resnet18", **pooling):
+    made = load_model("random", backbone=backbone, pooling={**GEM, **pooling}, scales=scales, dim=dim)
+    if made.whitening is not None:
+        torch.nn.init.normal_(made.whitening.bias, std=0.02, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+def other(dim, seed=2):
+    vector = np.random.default_rng(seed).normal(size=dim)
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("scales", "dim", "pooling"),
+    [
+        (1, 24, {}),
+        (1, 0, {}),
+        (1, 24, {"p": 2.2}),
+        (1, 24, {"gem_plus": True}),
+        (1, 24, {"regional": True}),
+        (1, 24, {"l2_before_whitening": False}),
+        (3, 24, {}),
+        (3, 24, {"unit_scales": True, "l2_before_whitening": False}),
+        (3, 24, {"scale": True, "gem_plus": True, "regional": True, "relup": "on"}),
+        (3, 24, {"scale": True, "scale_p": 3.0}),
+    ],
+    ids=str,
+)
+def test_shares_sum_to_the_similarity(scales, dim, pooling):
+    model = network(scales, dim, **pooling)
+    with torch.inference_mode():
+        descriptor = model(IMAGE[None])[0].numpy()
+    for vector in (None, other(model.dim)):
+        found = contributions(model, IMAGE, vector)
+        truth = 1.0 if vector is None else float(descriptor @ vector)
+        assert found.similarity == pytest.approx(truth, abs=1e-5)
+        assert sum(one.sum() for one in found.maps) + found.bias == pytest.approx(truth, abs=1e-4)
+        assert abs(found.rest) < 1e-4
+        assert len(found.maps) == len(model.scales)
+        if dim == 0:
+            assert found.bias == 0
+        # All is dealt out, and not all of it to one place.
+        assert np.abs(np.concatenate([one.ravel() for one in found.maps])).max() < 0.9
+
+
+def test_under_gem_each_channel_is_dealt_out_by_the_pools_own_weights():
+    model = network(p=2.7)
+    with torch.inference_mode():
+        (x,) = model.feature_maps(IMAGE[None])
+        x = x[0].double().numpy()
+    vector = other(model.dim).astype(np.float64)
+    powers = np.maximum(x, 1e-6) ** 2.7
+    pooled = powers.mean(axis=(1, 2)) ** (1 / 2.7)
+    weight, bias = (t.double().numpy() for t in (model.whitening.weight, model.whitening.bias))
+    whitened = weight @ (pooled / np.linalg.norm(pooled)) + bias
+    u = weight.T @ vector / np.linalg.norm(pooled) / np.linalg.norm(whitened)
+    expected = np.einsum("c,c,chw->hw", u, pooled / powers.sum(axis=(1, 2)), powers)
+    found = contributions(model, IMAGE, vector)
+    np.testing.assert_allclose(found.maps[0], expected, atol=1e-6)
+    assert found.bias == pytest.approx(float(bias @ vector / np.linalg.norm(whitened)), abs=1e-6)
+
+
+def test_a_place_without_a_picture_adds_nothing():
+    """GeM over a map of which one half is zero: that half has no share."""
+    model = network(dim=0)
+    x = torch.rand(1, 512, 4, 6)
+    x[..., 3:] = 0
+    model.feature_maps = lambda images: iter([x])
+    found = contributions(model, IMAGE)
+    assert np.abs(found.maps[0][:, 3:]).max() < 1e-6
+    assert found.maps[0][:, :3].sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_what_clamping_adds_is_told_and_not_dealt_out():
+    model = network(dim=0, eps=0.5)
+    x = torch.full((1, 512, 2, 2), 0.1)
+    x[:, 0] = 1.0
+    model.feature_maps = lambda images: iter([x])
+    found = contributions(model, IMAGE)
+    share = 1 / (1 + 511 * 0.25)
+    assert found.maps[0].sum() == pytest.approx(share, abs=1e-5)
+    assert found.rest == pytest.approx(1 - share, abs=1e-5)
+
+
+def test_spread_over_a_picture_the_shares_keep_place_and_sum():
+    model = network(3)
+    found = contributions(model, IMAGE)
+    picture = found.over(120, 150)
+    total = sum(one.sum() for one in found.maps)
+    assert picture.shape == (120, 150)
+    assert picture.sum() == pytest.approx(total, rel=0.1)
+    corner = type(found)([np.pad(np.ones((1, 1)), ((0, 3), (0, 3)))], 0.0, 0.0, 1.0).over(40, 40)
+    assert np.unravel_index(corner.argmax(), corner.shape) < (10, 10)
+    assert corner.sum() == pytest.approx(1, rel=0.2)
+    assert math.isclose(corner[30:, 30:].sum(), 0, abs_tol=1e-12)
+
+
+def test_a_vector_of_another_network_is_refused():
+    with pytest.raises(InputError, match=r"a vector \(7,\), but descriptors are \(24,\)"):
+        contributions(network(), IMAGE, other(7))
