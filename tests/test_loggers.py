@@ -9,6 +9,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from superglobal.config import EvalConfig, register
 from superglobal.engine import evaluate
 from superglobal.errors import InputError
 from superglobal.loggers import evaluation_loggers
+from superglobal.loggers.tensorboards import TensorBoardCurves
 from superglobal.loggers.wandb_runs import TrackedRun
 
 ROOT = Path(__file__).parents[1]
@@ -196,7 +198,18 @@ def test_a_run_that_fails_or_is_interrupted_is_finished_as_that(toy_data, tmp_pa
         with pytest.raises(error), evaluation_loggers(config, folder, "a sweep"):
             raise error(143)
         run = recorded(folder)
-        assert (run.exit_code, run.run.run_group) == (255, "a sweep")
+        assert (run.exit_code, run.run.run_group, run.summary["status"]) == (255, "a sweep", "interrupted")
+
+
+def test_tensorboard_hides_what_a_lost_part_of_a_training_has_left(tmp_path):
+    for start in (0, 3):
+        curves = TensorBoardCurves(tmp_path, start)
+        for step in range(start + 1, start + 6):
+            curves.log_metrics({"loss": float(10 * start + step)}, step=step)
+        curves.close(None)
+        time.sleep(1.1)  # event files are in order by the second in their names
+    shown = {event.step: event.value for event in events(tmp_path / "tensorboard").Scalars("loss")}
+    assert shown == {1: 1, 2: 2, 3: 3, 4: 34, 5: 35, 6: 36, 7: 37, 8: 38}
 
 
 def test_a_tracker_that_fails_is_closed_and_costs_a_warning(toy_data, tmp_path, caplog):

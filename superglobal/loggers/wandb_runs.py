@@ -74,9 +74,13 @@ class TrackedRun:
     def finish(self, error: BaseException | None) -> None:
         """End the run as what became of it."""
         try:
-            if error is not None:
+            code = 0
+            if isinstance(error, Exception):
+                code = 1
                 self.run.summary.update({"status": "failed", "error": str(error) or type(error).__name__})
-            code = 0 if error is None else 1 if isinstance(error, Exception) else _INTERRUPTED
+            elif error is not None:  # Ctrl-C, SIGTERM
+                code = _INTERRUPTED
+                self.run.summary["status"] = "interrupted"
             self.run.finish(exit_code=code)
         finally:
             self._unstage()
