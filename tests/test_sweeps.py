@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import test_engine
 from runs import environment
+from sets import write_revisited
 from test_engine import mini
 from test_eval import ROOT, revisited, run
 
@@ -105,6 +106,44 @@ def test_processes_started_together_wait_for_one_another_though_nothing_is_missi
     stores = [DescriptorStore.open(folder) for folder in (tmp_path / "stores").glob("mini-*")]
     assert [len(store.missing) for store in stores] == [0, 0]
     assert all(np.isfinite(store.block(0, len(store))).all() for store in stores)
+
+
+SECOND_KILLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from superglobal.retrieval.store import DescriptorStore
+write, count = DescriptorStore.write_rows, 0
+def killed(self, rows, descriptors):
+    global count
+    count += len(rows)
+    if count > 20 and os.environ.get("LOCAL_RANK") == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, rows, descriptors)
+DescriptorStore.write_rows = killed
+path = {str(ROOT / "eval.py")!r}
+exec(compile(open(path).read(), path, "exec"))  # by this file's own name: so is the second process started
+"""
+
+
+def test_when_one_of_two_processes_is_killed_the_same_command_ends_with_the_same_store(tmp_path):
+    write_revisited(tmp_path, landmarks=12, views=7)
+    (tmp_path / "killed.py").write_text(SECOND_KILLED)
+    one, two = tmp_path / "one", tmp_path / "two"
+    processes = ["rerank=none", "trainer.devices=2", "trainer.strategy=ddp", f"paths.outputs={two}"]
+    words = [sys.executable, str(tmp_path / "killed.py"), *revisited(tmp_path, *processes)]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode not in (0, 1), done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not list(two.rglob("results.json"))
+    (store,) = (two / "stores").glob("mini-database-*")
+    missing = len(DescriptorStore.open(store).missing)
+    assert 0 < missing <= 72
+    again, whole = alone(tmp_path, two), alone(tmp_path, one)
+    assert again["about"]["extracted"]["database"] == missing
+    assert again["metrics"] == whole["metrics"]
+    (other,) = (one / "stores").glob("mini-database-*")
+    assert other.name == store.name
+    assert np.abs(DescriptorStore.open(store).block(0, 72) - DescriptorStore.open(other).block(0, 72)).max() < 1e-6
 
 
 @pytest.mark.parametrize(

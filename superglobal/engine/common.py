@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -37,6 +38,14 @@ _SAYS_NOTHING: list[tuple[str, type[Warning]]] = [
     (".*does not have many workers", UserWarning),
     (".*smaller than the logging interval", UserWarning),  # curves are not logged by Lightning
 ]
+_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "gloo/transport",
+    "NCCL error",
+    "timed out",
+    "Timed out",
+)
 
 
 def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -> pl.Trainer:
@@ -105,6 +114,30 @@ def _started() -> tuple[str, int | None]:
     if SLURMEnvironment.detect():
         return "SLURM", int(os.environ["SLURM_NTASKS"])
     return "", None
+
+
+def process_failure(error: RuntimeError, processes: int, run: str, goes_on: str) -> InputError | None:
+    """What a failure of somebody else's process is called; None for any other.
+
+    Args:
+        error: that Lightning ended with.
+        processes: of the run.
+        run: "training", "evaluation".
+        goes_on: from where the same command does.
+    """
+    text = str(error)
+    resumes = f"; the same command goes on {goes_on}"
+    if "DataLoader worker" in text:
+        return InputError(
+            f"a process that decodes photos died ({text.splitlines()[0]}): mostly too little memory, or too little "
+            f"shared memory (/dev/shm; docker run --shm-size=8g); lower trainer.num_workers{resumes}"
+        )
+    if processes > 1 and (isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST)):
+        return InputError(
+            f"another process of this {run} has ended or does not answer: its own message, if it left one, is "
+            f"above ({text.splitlines()[0][:200]}){resumes}"
+        )
+    return None
 
 
 def sweeping() -> bool:

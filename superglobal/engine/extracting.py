@@ -13,7 +13,7 @@ import torch
 from superglobal.config import ExtractionConfig
 from superglobal.data.batches import missing_in, plan_batches
 from superglobal.data.datamodules import ExtractionDataModule
-from superglobal.engine.common import started_together
+from superglobal.engine.common import process_failure, started_together
 from superglobal.errors import InputError
 from superglobal.evaluation import EvaluationModule, ExtractionList, skip_rows
 from superglobal.models.fast import fast_copies
@@ -54,7 +54,8 @@ def extract_lists(
         lacked.
 
     Raises:
-        InputError: an unreadable image or a place that cannot be written; finished rows stay for the next run.
+        InputError: an unreadable image, a place that cannot be written or a process that died; finished rows stay for
+            the next run.
     """
     device = trainer.strategy.root_device
     stores = [[_open_store(network, part, folder, str(device), dtype) for part in lists] for network in networks]
@@ -85,15 +86,31 @@ def extract_lists(
         batches = missing_in(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
         images = ExtractionDataModule([(part.items, part.max_side) for part in lists], batches, num_workers)
         module = EvaluationModule(*_grouped(fast_copies(networks, how.compile), stores), lists, batches)
-        try:
-            trainer.predict(module, images, return_predictions=False)
-        finally:
-            for store in (store for own in stores for store in own):
-                store.flush()
-        trainer.strategy.barrier()
+        _describe(trainer, module, images, [store for own in stores for store in own])
     for part, store in zip(lists, stores[0], strict=True):
         _require_budget(store, part)
     return stores[0], lacked
+
+
+def _describe(
+    trainer: pl.Trainer, module: EvaluationModule, images: ExtractionDataModule, stores: Sequence[DescriptorStore]
+) -> None:
+    """Fill the stores, whatever is finished being kept, in all processes.
+
+    Raises:
+        InputError: as of `extract_lists`.
+    """
+    try:
+        trainer.predict(module, images, return_predictions=False)
+    except RuntimeError as error:
+        told = process_failure(error, trainer.world_size, "evaluation", "with what is missing")
+        if told is None:
+            raise
+        raise told from error
+    finally:
+        for store in stores:
+            store.flush()
+    trainer.strategy.barrier()
 
 
 def _settle_unreadable(store: DescriptorStore, part: ExtractionList, writes: bool) -> None:

@@ -18,21 +18,13 @@ from pytorch_lightning.loggers import Logger
 from superglobal.callbacks import AtomicCheckpoints
 from superglobal.config import FitConfig, OptimConfig
 from superglobal.data.datamodules import TrainingDataModule
-from superglobal.engine.common import make_trainer
+from superglobal.engine.common import make_trainer, process_failure
 from superglobal.errors import InputError
 from superglobal.training import TrainingModule
 
 log = logging.getLogger(__name__)
 
 _GRACE = 8  # seconds
-_LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "gloo/transport",
-    "NCCL error",
-    "timed out",
-    "Timed out",
-)
 
 
 def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
@@ -93,27 +85,10 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
             "once), or lower optim.batch_size or data.image_size"
         ) from error
     except RuntimeError as error:
-        told = _told(error, trainer.world_size)
+        told = process_failure(error, trainer.world_size, "training", "from the last checkpoint")
         if told is None:
             raise
         raise told from error
-
-
-def _told(error: RuntimeError, processes: int) -> InputError | None:
-    """What a failure of somebody else's process is called; None for any other."""
-    text = str(error)
-    resumes = "; the same command goes on from the last checkpoint"
-    if "DataLoader worker" in text:
-        return InputError(
-            f"a process that decodes photos died ({text.splitlines()[0]}): mostly too little memory, or too little "
-            f"shared memory (/dev/shm; docker run --shm-size=8g); lower trainer.num_workers{resumes}"
-        )
-    if processes > 1 and (isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST)):
-        return InputError(
-            "another process of this training has ended or does not answer: its own message, if it left one, is "
-            f"above ({text.splitlines()[0][:200]}){resumes}"
-        )
-    return None
 
 
 def _end_with_the_first_process() -> None:
