@@ -49,7 +49,7 @@ def test_the_python_example_runs(tmp_path, cvnet_checkpoint, monkeypatch):
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert set(names["result"].map) == {"easy", "medium", "hard"}
-    (rivals,) = (b for b in blocks("python") if "kreciprocal" in b)
+    (rivals,) = (text for text in texts if "kreciprocal" in text)
     exec(compile(rivals, "README.md", "exec"), names)
     assert sorted(names["ids"][0]) == list(range(len(names["X"])))
     assert np.allclose(np.linalg.norm(names["X"], axis=1), 1, atol=1e-5)

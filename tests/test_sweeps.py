@@ -78,7 +78,7 @@ def test_a_sweep_of_indexes_says_in_its_table_how_each_searched(data, tmp_path):
     settings = [["index=flat"], *(["index=ivf_flat", "index.nlist=6", f"index.nprobe={n}"] for n in (1, 2))]
     scores = []
     for one in settings:
-        backend = ["index.backend=torch", "index.compare=3"] if one == ["index=flat"] else []
+        backend = ["index.backend=torch"] if one == ["index=flat"] else []
         scores.append(alone(data, tmp_path, *one, *backend, "k=6")["metrics"]["search"]["map"]["medium"])
     assert len(set(scores)) == 3
     merge(tmp_path)

@@ -20,9 +20,9 @@ CONF = Path(__file__).parents[2] / "conf"
 _WIDTH, _NAMES = 120, 32
 _PREFACE = (
     "Made by `python scripts/config_reference.py` from the schemas in superglobal/config/ and the options in conf/;",
-    "`python eval.py --help` and `python train.py --help` print the same. A setting is given as `name=value`, an",
-    "option of a group, which sets several, as `group=option`. Defaults are those before options; `<other>` is the",
-    "value of another setting, null is none.",
+    "`python eval.py --help` and `python train.py --help` print the same. A setting is given as *name=value*, an",
+    "option of a group, which sets several, as *group=option*. Defaults are those before options; `<other>` is the value of",
+    "another setting, null is none.",
 )
 # Classes whose words stand elsewhere.
 _DESCRIBED_BY = {PoolingSettings: (PoolingSettings, PoolingConfig)}
@@ -155,7 +155,8 @@ def help_text(entry: Entry) -> str:
         lines += _entry(group, ", ".join(names))
     lines += ["", "Settings (name=value), with their defaults before options change them; null is none:"]
     for section in sections(entry.schema):
-        lines += ["", f"{section.prefix}: {section.words}" if section.prefix else section.words]
+        title = f"{section.prefix}: {section.words}" if section.prefix else section.words
+        lines += ["", *textwrap.wrap(title, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)]
         for setting in section.settings:
             lines += _entry(", ".join(setting.names), f"{setting.words} [{', '.join(_shown(setting))}]")
     lines += ["", "-m sweeps over comma-separated values. --cfg job prints the composed configuration and ends."]
