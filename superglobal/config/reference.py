@@ -21,8 +21,8 @@ _WIDTH, _NAMES = 120, 32
 _PREFACE = (
     "Made by `python scripts/config_reference.py` from the schemas in superglobal/config/ and the options in conf/;",
     "`python eval.py --help` and `python train.py --help` print the same. A setting is given as *name=value*, an",
-    "option of a group, which sets several, as *group=option*. Defaults are those before options; `<other>` is the value of",
-    "another setting, null is none.",
+    "option of a group, which sets several, as *group=option*. Defaults are those before options; `<other>` is the",
+    "value of another setting, null is none.",
 )
 # Classes whose words stand elsewhere.
 _DESCRIBED_BY = {PoolingSettings: (PoolingSettings, PoolingConfig)}
