@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import shutil
 import socket
@@ -10,9 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from superglobal.errors import InputError
+
+log = logging.getLogger(__name__)
 
 EXPORT, BAD_PHOTOS = "best.safetensors", "bad_photos.txt"
 
@@ -68,25 +72,67 @@ def only_process(path: Path, taken: str, way_out: str) -> Iterator[None]:
     Raises:
         InputError: another process has it, or the place cannot be written.
     """
+    with _lock_file(path) as file:
+        if not _taken(path, file):
+            raise InputError(f"{taken} ({_holder(file)}); wait for it, stop it, {way_out}")
+        _sign(path, file)
+        yield
+
+
+@contextmanager
+def one_at_a_time(path: Path, what: str) -> Iterator[None]:
+    """Meanwhile other processes that get here with the same lock file wait; the lock dies with its process.
+
+    Args:
+        path: of the file; its folder exists.
+        what: the process does, for the message of one that waits.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    with _lock_file(path) as file:
+        if not _taken(path, file):
+            log.info("%s: another process is at it (%s); waiting for it", what, _holder(file))
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be locked ({error.strerror}); choose another place") from error
+        _sign(path, file)
+        yield
+
+
+def _lock_file(path: Path) -> TextIO:
     try:
-        file = path.open("a+")
+        return path.open("a+")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-    with file:
-        try:
-            # Unlike flock's, these locks are not inherited by the processes that decode photos.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown process"
-            raise InputError(f"{taken} ({holder}); wait for it, stop it, {way_out}") from error
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); free space") from error
-        yield
+
+
+def _taken(path: Path, file: TextIO) -> bool:
+    """Take the lock, if no other process has it; whether it was taken."""
+    try:
+        # Unlike flock's, these locks are not inherited by the processes that decode photos.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise InputError(f"{path}: cannot be locked ({error.strerror}); choose another place") from error
+    return True
+
+
+def _holder(file: TextIO) -> str:
+    file.seek(0)
+    return file.read().strip() or "unknown process"
+
+
+def _sign(path: Path, file: TextIO) -> None:
+    """Say in a lock file who has it."""
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); free space") from error
 
 
 def umask() -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from superglobal.retrieval.index import (
 from superglobal.retrieval.store import DescriptorStore
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="FAISS is not installed")
+ROOT = Path(__file__).parents[1]
 EVERYWHERE = {
     "flat_fp16": {},
     "ivf_flat": {"nlist": 8, "nprobe": 8},
@@ -101,6 +105,59 @@ def test_it_is_built_once_and_again_when_damaged_or_of_other_rows(tmp_path, vect
     other[3] = -other[3]
     open_index(other, settings, tmp_path)
     assert len(list(tmp_path.glob("*.faiss"))) == 2
+
+
+BUILDER = """
+import logging, sys
+from pathlib import Path
+import numpy as np
+from superglobal.retrieval.index import IndexSettings, open_index
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+folder = Path(sys.argv[1])
+X = np.load(folder / "x.npy")
+print("ready", flush=True)
+sys.stdin.readline()
+ids = open_index(X, IndexSettings("hnsw", ef_construction=80, ef_search=300), folder / "i").search(X[:5], 3)[1]
+print("found", ids[:, 0].tolist())
+"""
+
+
+def test_two_processes_build_an_index_once(tmp_path):
+    np.save(tmp_path / "x.npy", unit(np.random.default_rng(0), 6000, 64))
+    command = [sys.executable, "-c", BUILDER, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    jobs = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
+    for job in jobs:
+        assert job.stdout.readline() == "ready\n"
+    for job in jobs:
+        job.stdin.write("go\n")
+        job.stdin.flush()
+    said = sorted((job.communicate(timeout=120)[0] for job in jobs), key=lambda text: "built in" not in text)
+    assert all("found [0, 1, 2, 3, 4]" in text for text in said), said
+    assert "built in" in said[0]
+    assert "built in" not in said[1]
+    assert "another process is at it (process " in said[1]
+    assert "loaded" in said[1]
+
+
+def test_one_that_waits_goes_on_when_the_first_dies(tmp_path, vectors, caplog):
+    """Nothing of a killed process is in the way: its lock goes with it, and half a file has another name."""
+    caplog.set_level(logging.INFO)
+    Q, X = vectors
+    holder = "import fcntl, os, sys, time; from pathlib import Path; from superglobal.files import one_at_a_time\n"
+    holder += "with one_at_a_time(Path(sys.argv[1]), 'index'):\n    print('mine', flush=True)\n    time.sleep(3)\n"
+    holder += "    os._exit(9)\n"
+    open_index(X, IndexSettings("flat_fp16"), tmp_path)
+    (path,) = tmp_path.glob("*.faiss")
+    path.unlink()
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(path.with_suffix(".lock"))], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "mine\n"
+        found = open_index(X, IndexSettings("flat_fp16"), tmp_path).search(Q, 5)[1]
+    np.testing.assert_array_equal(found, brute_force(Q, X, 5))
+    assert f"another process is at it (process {process.pid}" in caplog.text
+    assert "built in" in caplog.text.split("waiting for it")[1]
 
 
 def test_defaults_follow_the_guidelines():

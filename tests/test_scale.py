@@ -14,6 +14,7 @@ from test_search import brute_force, unit, with_duplicates
 
 from superglobal.data.revisited import load_ground_truth
 from superglobal.errors import InputError
+from superglobal.retrieval.adopting import adopt
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rerank import rerank
 from superglobal.retrieval.scoring import evaluate
@@ -71,10 +72,10 @@ def test_dtypes_are_never_mixed(tmp_path):
     with pytest.raises(InputError, match="dtype float32, wanted float16"):
         DescriptorStore.open_or_create(tmp_path / "fine", ABOUT, names(30), 8, dtype="float16")
     rounded = DescriptorStore.open_or_create(tmp_path / "rounded", ABOUT, names(30), 8, dtype="float16")
-    assert rounded.adopt(fine) == 30  # rounding is what writing does
+    assert adopt(rounded, fine) == 30  # rounding is what writing does
     np.testing.assert_array_equal(rounded.block(0, 30), store_of(tmp_path / "direct", X, "float16").block(0, 30))
     empty = DescriptorStore.open_or_create(tmp_path / "empty", ABOUT, names(30), 8)
-    assert empty.adopt(rounded) == 0
+    assert adopt(empty, rounded) == 0
     assert len(empty.missing) == 30
 
 

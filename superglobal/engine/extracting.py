@@ -18,6 +18,7 @@ from superglobal.errors import InputError
 from superglobal.evaluation import EvaluationModule, ExtractionList, skip_rows
 from superglobal.models.fast import fast_copies
 from superglobal.models.network import RetrievalNetwork
+from superglobal.retrieval.adopting import adopt_from
 from superglobal.retrieval.report import versions
 from superglobal.retrieval.store import DescriptorStore, fingerprint
 from superglobal.retrieval.store_lists import record_paths
@@ -169,7 +170,6 @@ def _open_store(
     fresh = not place.exists()
     provenance = {"device": device, "versions": versions()}
     store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance, dtype=dtype)
-    for other in sorted(folder.glob("*/manifest.json")) if fresh else ():
-        if other.parent != place and len(store.missing) and DescriptorStore.identity_in(other.parent) == identity:
-            store.adopt(DescriptorStore.open(other.parent))
+    if fresh:
+        adopt_from(folder, store)
     return store

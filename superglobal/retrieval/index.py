@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from superglobal.errors import InputError
-from superglobal.files import write_atomically
+from superglobal.files import one_at_a_time, write_atomically
 from superglobal.retrieval.vectors import Rows, as_exclude, as_queries, as_rows, block_size, pair_scores
 
 log = logging.getLogger(__name__)
@@ -238,7 +238,8 @@ def open_index(
 ) -> ApproximateIndex:
     """Load the index of these rows and settings from `folder`, or build it and leave it there.
 
-    What it needs and about how long it takes is logged before it is built. On a CUDA device FAISS's GPU package
+    Of several processes that need the same one builds it, and the others wait and load it. What it needs and about how
+    long it takes is logged before it is built. On a CUDA device FAISS's GPU package
     builds and searches there, but for hnsw and lists that an HNSW finds.
 
     Raises:
@@ -259,10 +260,7 @@ def open_index(
     text = json.dumps(identity, sort_keys=True).encode()
     path = Path(folder) / f"index-{full.kind}-{hashlib.sha256(text).hexdigest()[:16]}.faiss"
     gpu = _gpu(full, device)
-    index = _load(path, identity)
-    if index is None:
-        index = _build(rows, kept, full, gpu)
-        _save(index, path, identity)
+    index = _stored_or_built(path, identity, rows, kept, full, gpu)
     return ApproximateIndex(
         index if gpu is None else faiss.index_cpu_to_gpu(gpu, 0, index), rows, full, gpu is not None
     )
@@ -290,6 +288,36 @@ def _gpu(s: IndexSettings, device: str | torch.device | None) -> Any:
     wanted = torch.device(device or "cpu").type == "cuda" and hasattr(faiss, "StandardGpuResources")
     possible = s.kind != "hnsw" and "HNSW" not in factory(s)
     return faiss.StandardGpuResources() if wanted and possible and faiss.get_num_gpus() else None
+
+
+def _stored_or_built(
+    path: Path, identity: Mapping[str, Any], rows: Rows, kept: np.ndarray, s: IndexSettings, gpu: Any
+) -> Any:
+    """The stored index, or a new one, which is kept; by one process at a time."""
+    before = _stamp(path)
+    index = _load(path, identity)
+    if index is not None:
+        return index
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another paths.stores") from error
+    with one_at_a_time(path.with_suffix(".lock"), f"index {s.kind}"):
+        if _stamp(path) != before:  # another process was first
+            index = _load(path, identity)
+        if index is None:
+            index = _build(rows, kept, s, gpu)
+            _save(index, path, identity)
+        return index
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Which file of an index is there, by the one that is written last."""
+    try:
+        found = path.with_suffix(".json").stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
 
 
 def _build(rows: Rows, kept: np.ndarray, s: IndexSettings, gpu: Any) -> Any:
@@ -327,7 +355,6 @@ def _save(index: Any, path: Path, identity: Mapping[str, Any]) -> None:
     """The index, and then what it is, each whole or not there."""
     faiss = _faiss()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(descriptor)
         try:

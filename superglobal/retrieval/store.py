@@ -247,28 +247,6 @@ class DescriptorStore:
         """The image list given at creation. Raises InputError if it is missing or damaged."""
         return read_names(self.folder, len(self))
 
-    def adopt(self, other: DescriptorStore) -> int:
-        """Copy written rows of the same images from a store of the same network and settings.
-
-        Returns:
-            How many rows were copied: none where the other store is float16 and this one is not.
-
-        Raises:
-            InputError: the other store's descriptors are of other weights or settings.
-        """
-        if other.manifest["identity"] != self.manifest["identity"]:
-            raise InputError(f"{other.folder}: descriptors of other weights or settings than {self.folder}")
-        if other.dtype.itemsize < self.dtype.itemsize:
-            return 0
-        row_of = {name: row for row, name in enumerate(other.names)}
-        done = np.asarray(other._done) == _WRITTEN
-        pairs = [(row, row_of.get(name, -1)) for row, name in enumerate(self.names)]
-        copied = [(row, source) for row, source in pairs if source >= 0 and done[source]]
-        for row, source in copied:
-            self.write(row, other.read_rows(np.array([source]))[0])
-        self.flush()
-        return len(copied)
-
     def write(self, row: int, descriptor: np.ndarray) -> None:
         """`write_rows` of one row."""
         self.write_rows(np.array([row]), np.asarray(descriptor)[None])

@@ -1,0 +1,77 @@
+"""Rows of other stores: taken where the images are the same, never from damage, and never a reason to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from test_engine import mini, run
+from test_search import unit
+
+from superglobal.errors import InputError
+from superglobal.retrieval import adopting
+from superglobal.retrieval.adopting import adopt, adopt_from
+from superglobal.retrieval.store import DescriptorStore
+
+ABOUT = {"weights": "w"}
+X = unit(np.random.default_rng(0), 60, 8)
+
+
+def store_of(folder, images, rows=(), dtype="float32", about=ABOUT):
+    """Row i is image images[i]; `rows` are written."""
+    names = [f"image{i}" for i in images]
+    store = DescriptorStore.open_or_create(folder, about, names, 8, 16, dtype=dtype)
+    rows = np.array(rows, np.int64)
+    store.write_rows(rows, X[np.array(images)[rows]])
+    store.flush()
+    return store
+
+
+@pytest.mark.parametrize(("first", "second"), [("float32", "float32"), ("float16", "float16"), ("float32", "float16")])
+def test_rows_of_the_same_images_come_bit_for_bit_in_blocks(tmp_path, monkeypatch, first, second):
+    monkeypatch.setattr(adopting, "_BLOCK", 7)
+    other = store_of(tmp_path / "a", range(40), range(35), first)
+    other.skip(np.array([3, 36]))
+    other.flush()
+    store = store_of(tmp_path / "b", [*range(59, 9, -1), 3], [30], second)  # row 30 is image 29, its own
+    assert adopt_from(tmp_path, store) == 24
+    again = DescriptorStore.open(tmp_path / "b")
+    taken = [row for row, image in enumerate(range(59, 9, -1)) if image < 35]
+    assert np.flatnonzero(again.done).tolist() == taken
+    images = 59 - np.array(taken)
+    direct = store_of(tmp_path / "direct", range(60), range(60), second)
+    np.testing.assert_array_equal(again.read_rows(np.array(taken)), direct.read_rows(images))
+
+
+def test_what_is_damaged_elsewhere_is_named_and_passed_over(tmp_path, caplog):
+    for name, damaged in (("a", "manifest.json"), ("b", "names.json"), ("c", "shard-00001.npy")):
+        folder = store_of(tmp_path / name, range(20), range(20)).folder
+        (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-9])
+    store_of(tmp_path / "other", range(20), range(20), about={"weights": "v"})
+    sound = store_of(tmp_path / "d", range(30), range(30))
+    shard = np.load(sound.folder / "shard-00000.npy", mmap_mode="r+")
+    shard[[2, 5]] = [[np.nan], [0.5]]
+    shard.flush()
+    store = store_of(tmp_path / "new", range(40))
+    assert adopt_from(tmp_path, store) == 28
+    assert store.missing.tolist() == [2, 5, *range(30, 40)]
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(told) == 4
+    for place, text in zip(("a", "b", "c", "d"), told, strict=True):
+        assert str(tmp_path / place) in text
+    assert "row 2 is damaged" in told[-1]
+    with pytest.raises(InputError, match="other weights or settings"):
+        adopt(store, DescriptorStore.open(tmp_path / "other"))
+
+
+def test_an_evaluation_goes_on_beside_a_damaged_store(data, tmp_path, caplog):
+    foreign = tmp_path / "stores" / "foreign"
+    foreign.mkdir(parents=True)
+    (foreign / "manifest.json").write_bytes(b'{"format": "superglobal-store-1", \xff')
+    result = run(tmp_path, *mini(data), "k=5", "rerank=none")
+    assert result["about"]["extracted"] == {"database": 24, "queries": 6}
+    assert str(foreign) in caplog.text
+    manifest = next(path for path in (tmp_path / "stores").glob("mini-database-*/manifest.json"))
+    assert json.loads(manifest.read_text())["rows"] == 24
