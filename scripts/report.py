@@ -1,4 +1,7 @@
-"""Merge the results of several runs into one table: python scripts/report.py outputs/eval/sweep/..."""
+"""Merge the results of several runs into one table: python scripts/report.py outputs/eval/sweep/...
+
+With --against OTHER two results are compared query by query: which queries FOLDER wins and loses, with pictures.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,18 @@ from superglobal.retrieval.tables import merge
 
 def main() -> int:
     """Print the table and write table.md and table.csv into the folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a sweep's folder, or any folder of results")
+    parser.add_argument("--against", type=Path, metavar="OTHER", help="a result; FOLDER is then one result too")
+    args = parser.parse_args()
     try:
-        merge(parser.parse_args().folder)
+        if args.against is None:
+            merge(args.folder)
+        else:
+            from superglobal.engine.against import compare_runs  # seconds, which a table need not wait for
+
+            for path in compare_runs(args.folder, args.against):
+                print(path)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
