@@ -1,4 +1,7 @@
-"""Compare the results of several runs, in tables and a chart: python scripts/report.py outputs/eval/sweep/..."""
+"""Compare the results of several runs, in tables and a chart: python scripts/report.py outputs/eval/sweep/...
+
+With --against OTHER two results are compared query by query: which queries FOLDER wins and loses, with pictures.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,20 @@ from superglobal.retrieval.tables import merge
 
 def main() -> int:
     """Print a table for each data set; write them, a list of all runs and a chart into the first folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="+", help="a sweep's folder, or any folders of results")
+    parser.add_argument("--against", type=Path, metavar="OTHER", help="a result; FOLDER is then one result too")
+    args = parser.parse_args()
+    if args.against is not None and len(args.folder) > 1:
+        parser.error("--against compares one FOLDER with one OTHER")
     try:
-        merge(*parser.parse_args().folder)
+        if args.against is None:
+            merge(*args.folder)
+        else:
+            from superglobal.engine.against import compare_runs  # seconds, which a table need not wait for
+
+            for path in compare_runs(args.folder[0], args.against):
+                print(path)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ from superglobal.retrieval.pictures import Comparison, Ranking, draw_comparisons
 from superglobal.retrieval.report import main_protocol
 
 ORDERS = ("worst", "improved", "worsened", "given")
-_PAGE = 8  # queries on a sheet
+PAGE = 8  # queries on a sheet
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,12 @@ def quality(run: FinishedRun) -> dict[str, np.ndarray]:
 
 
 def ordered(scores: dict[str, np.ndarray], order: str, count: int) -> np.ndarray:
-    """Numbers of `count` queries in an order of `ORDERS`; those that do not count come last.
+    """Numbers of queries in an order of `ORDERS`; of "improved" and "worsened" those alone that did, of others all.
+
+    Args:
+        scores: stage -> (Q,), NaN for queries that do not count, which come last.
+        order: of `ORDERS`.
+        count: of queries.
 
     Raises:
         InputError: no labels, or no reranking to improve by.
@@ -71,17 +76,30 @@ def ordered(scores: dict[str, np.ndarray], order: str, count: int) -> np.ndarray
         return np.argsort(last, kind="stable")
     if len(scores) < 2:
         raise InputError(f"order={order}: this result has no reranking; order=worst or given")
-    gain = last - scores["search"]
-    return np.argsort(-gain if order == "improved" else gain, kind="stable")
+    gain = (last - scores["search"]) * (1 if order == "improved" else -1)
+    found = np.argsort(-gain, kind="stable")
+    return found[gain[found] > 0]
 
 
 def chosen(run: FinishedRun, options: PictureOptions, count: int) -> dict[str, np.ndarray]:
-    """Name of an order -> numbers of the queries that are shown in it."""
+    """Name of an order -> numbers of the queries that are shown in it, at most `count` where no number is given.
+
+    Raises:
+        InputError: the order does not apply, or no query is of that kind.
+    """
     if options.numbers:
         return {"chosen": np.array(options.numbers)}
     scores, total = quality(run), run.summary["counts"]["queries"]
     orders = [options.order] if options.order else ["worst", "improved"][: len(scores)] or ["given"]
-    return {order: ordered(scores, order, total)[: options.queries or count] for order in orders}
+    found = {order: ordered(scores, order, total)[: options.queries or count] for order in orders}
+    if options.order and not len(found[options.order]):
+        raise InputError(f"order={options.order}: no query was {options.order} by reranking")
+    return {order: numbers for order, numbers in found.items() if len(numbers)}
+
+
+def percents(scores: Sequence[float]) -> str:
+    """Before and after, in percent."""
+    return " -> ".join("-" if np.isnan(value) else f"{100 * value:.1f}" for value in scores)
 
 
 def require_photos(run: FinishedRun, what: str) -> None:
@@ -98,7 +116,7 @@ def draw_sheets(run: FinishedRun, target: Path, options: PictureOptions) -> list
     assert run.dataset is not None
     scores = quality(run)
     paths = []
-    for order, queries in chosen(run, options, 3 * _PAGE).items():
+    for order, queries in chosen(run, options, 3 * PAGE).items():
         comparisons = []
         for query in queries:
             lists = {stage: (values[query], ids[query]) for stage, (values, ids) in run.stages.items()}
@@ -122,14 +140,13 @@ def _title(run: FinishedRun, query: int, scores: dict[str, float]) -> str:
         return text
     if "search correct" in run.per_query:
         return f"{text}   {' -> '.join('right' if value else 'wrong' for value in scores.values())}"
-    said = " -> ".join("-" if np.isnan(value) else f"{100 * value:.1f}" for value in scores.values())
-    return f"{text}   {main_protocol(run.summary)[1]} AP {said}"
+    return f"{text}   {main_protocol(run.summary)[1]} AP {percents(list(scores.values()))}"
 
 
 def pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence[Comparison]) -> list[Path]:
     """Write `name-01.png`, ...; pages of an earlier call are gone afterwards."""
     assert run.dataset is not None
-    parts = [comparisons[i : i + _PAGE] for i in range(0, len(comparisons), _PAGE)]
+    parts = [comparisons[i : i + PAGE] for i in range(0, len(comparisons), PAGE)]
     paths = [target / f"{name}-{number:02d}.png" for number in range(1, len(parts) + 1)]
     for path, part in zip(paths, parts, strict=True):
         with_photos(run, partial(draw_comparisons, path, run.dataset, run.images, part))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.images import read_image
+from superglobal.data.images import ImageItem, read_image
 from superglobal.data.sets import EvaluationSet
 from superglobal.engine.activations import draw_activations
 from superglobal.engine.evaluating import search_device
@@ -23,6 +24,8 @@ from superglobal.retrieval.landmark_scoring import Recognition
 from superglobal.retrieval.pictures import KINDS
 from superglobal.retrieval.report import METRICS, metric_key
 from superglobal.retrieval.similarities import similarity_counts
+
+log = logging.getLogger(__name__)
 
 _MOST_QUERIES = 1000  # whose similarities are counted; drawn by the seed where there are more
 _GRID = (9, 8)  # thumbnails beside the map
@@ -144,9 +147,7 @@ def _map(run: FinishedRun, target: Path, options: PictureOptions) -> list[Path]:
     stars = marked, [clusters[int(i)] or None if clusters is not None else None for i in queries]
     thumbnails: dict[int, np.ndarray] = {}
     if dataset is not None and not run.own_descriptors:
-        shown = plots.map_thumbnails(points, _GRID)
-        read = {n: run.images[int(ids[n])].path for n in shown}
-        with_photos(run, lambda: thumbnails.update({n: read_image(p, max_side=_THUMBNAIL) for n, p in read.items()}))
+        thumbnails = _thumbnails([(n, run.images[int(ids[n])]) for n in plots.map_thumbnails(points, _GRID)])
     title = (
         f"{_about(run)}: descriptors by {names[0].split(' ')[0] if options.method == 'tsne' else 'their two main axes'}"
     )
@@ -154,6 +155,15 @@ def _map(run: FinishedRun, target: Path, options: PictureOptions) -> list[Path]:
     path = target / f"map-{options.method}.png"
     plots.draw_map(path, title, names, where, stars, thumbnails, _GRID)
     return [path]
+
+
+def _thumbnails(shown: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]:
+    """None at all where one is gone: the map is one of descriptors."""
+    try:
+        return {n: read_image(item.path, max_side=_THUMBNAIL) for n, item in shown}
+    except InputError as error:
+        log.warning("map without thumbnails: %s", error)
+        return {}
 
 
 def _some(total: int, count: int, seed: int) -> np.ndarray:

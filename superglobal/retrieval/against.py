@@ -19,6 +19,7 @@ from superglobal.retrieval.metrics import cluster_interval
 from superglobal.retrieval.report import METRICS, console, main_protocol, metric_key
 
 _CORRECT = "correct"
+_EQUAL = 1e-9
 _ON_CONSOLE = 10  # queries of either kind
 
 
@@ -54,7 +55,7 @@ class Against:
     def counts(self, protocol: str | None = None) -> dict[str, int]:
         """How many queries are won, lost and equal."""
         difference = self.difference(protocol)
-        signs = {"won": difference > 0, "lost": difference < 0, "equal": difference == 0}
+        signs = {"won": difference > _EQUAL, "lost": difference < -_EQUAL, "equal": np.abs(difference) <= _EQUAL}
         return {name: int(one.sum()) for name, one in signs.items()}
 
     def mean(self, protocol: str | None = None) -> tuple[float, tuple[float, float]]:

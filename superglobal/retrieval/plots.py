@@ -68,7 +68,8 @@ def draw_curves(
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", title=f"{protocol} ({counts[protocol]} queries)")
         axes.grid(alpha=0.3)
         axes.legend(loc="best", fontsize=9)
-    figure.axes[0].set_ylabel("precision, mean over queries")
+    pooled = "of all predictions, surest first" if metric == "GAP" else "mean over queries"
+    figure.axes[0].set_ylabel(f"precision, {pooled}")
     _save(figure, path)
 
 
@@ -86,7 +87,8 @@ def draw_similarities(
     figure = _figure(6.6 if not reranked else 11.6, 4.4)
     figure.suptitle(title)
     panels = figure.subplots(1, 1 + bool(reranked), squeeze=False)[0]
-    _densities(panels[0], counts, EDGES)
+    # Two bins as one: what is drawn has to be seen, what is counted may be finer.
+    _densities(panels[0], {name: one.reshape(-1, 2).sum(axis=1) for name, one in counts.items()}, EDGES[::2])
     panels[0].set(xlabel="similarity (cosine)", title="search: all pairs of query and image", ylabel="density")
     if reranked:
         everything = np.concatenate(list(reranked.values()))
@@ -105,7 +107,8 @@ def _densities(axes: Any, counts: Mapping[str, np.ndarray], edges: np.ndarray) -
             style = {"color": COLOURS[name], "linestyle": "--" if name == "junk" else "-"}
             label = f"{name} ({one.sum():,} pairs)"
             axes.stairs(density, edges, label=label, linewidth=1.6, **style)
-            axes.stairs(density, edges, fill=True, alpha=0.15, color=COLOURS[name])
+            if name != "junk":
+                axes.stairs(density, edges, fill=True, alpha=0.15, color=COLOURS[name])
     if len(used):
         axes.set_xlim(edges[used[0]] - 2 * width, edges[used[-1] + 1] + 2 * width)
     axes.grid(alpha=0.3)
@@ -259,5 +262,6 @@ def heated(photo: np.ndarray, shares: np.ndarray) -> np.ndarray:
     strength = strength / max(strength.max(), 1e-12)
     colour = colormaps[_HEAT](strength)[..., :3]
     grey = np.repeat(photo.mean(axis=2, keepdims=True), 3, axis=2) / 255
-    cover = 0.35 + 0.35 * strength[..., None]
-    return np.clip(255 * ((1 - cover) * grey + cover * colour), 0, 255).astype(np.uint8)
+    # Bright photos are dimmed, or their dark heat would look like much.
+    cover = 0.45 + 0.2 * strength[..., None]
+    return np.clip(255 * ((1 - cover) * 0.8 * grey + cover * colour), 0, 255).astype(np.uint8)

@@ -1,0 +1,113 @@
+"""Two results query by query: differences, counts, intervals, order, and what cannot be compared."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import numpy as np
+import pytest
+
+from superglobal.errors import InputError
+from superglobal.retrieval.against import lost_first, read_against, write_against
+from superglobal.retrieval.metrics import cluster_interval
+
+LANDMARKS = [f"place{i // 2}" for i in range(8)]
+
+
+def write(folder, medium, hard=None, stage="search", queries=8, kind="map"):
+    """A run's files, as far as a comparison reads them."""
+    folder.mkdir(parents=True)
+    hard = medium if hard is None else hard
+    lines = [f"query,landmark,{stage} medium AP,{stage} hard AP"]
+    for i, (m, h) in enumerate(zip(medium, hard, strict=True)):
+        lines.append(f"q{i},{LANDMARKS[i]},{'' if math.isnan(m) else repr(m)},{'' if math.isnan(h) else repr(h)}")
+    (folder / "per_query.csv").write_text("\n".join(lines[: queries + 1]) + "\n")
+    metrics = {kind: {"medium": 0.5, "hard": 0.5} if kind == "map" else {"all": 0.5}}
+    return {"dataset": "d", "status": "ok", "metrics": {stage: metrics}, "config": {"seed": 3}}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    ours = [0.5, 0.9, 0.2, 0.4, math.nan, 0.7, 0.1, 0.3]
+    theirs = [0.5, 0.4, 0.6, 0.3, 0.2, 0.75, 0.1 + 1e-13, 0.3]
+    rows = write(tmp_path / "a", ours, stage="rerank"), write(tmp_path / "b", theirs, stage="search")
+    return tmp_path, rows, np.array(ours), np.array(theirs)
+
+
+def test_differences_counts_order_mean_and_interval(pair):
+    folder, (a, b), ours, theirs = pair
+    found = read_against(folder / "a", a, folder / "b", b)
+    difference = ours - theirs
+    np.testing.assert_array_equal(found.difference(), difference)
+    assert found.counts() == {"won": 2, "lost": 2, "equal": 3}
+    assert found.main == "medium"
+    order = found.order().tolist()
+    assert order[:3] == [1, 3, 0]
+    assert order[-1] == 4  # which does not count
+    assert lost_first(found, order)[:2] == [2, 5]
+    counted = ~np.isnan(difference)
+    mean, interval = found.mean()
+    assert mean == pytest.approx(difference[counted].mean())
+    assert interval == cluster_interval(difference[counted], np.array(LANDMARKS)[counted], 3)
+
+
+def test_the_table_has_every_query_most_won_first(pair, capsys):
+    folder, (a, b), *_ = pair
+    found = read_against(folder / "a", a, folder / "b", b)
+    write_against(folder / "out", found, folder / "a", folder / "b")
+    with (folder / "out" / "queries.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["number"] for row in rows][:2] == ["1", "3"]
+    assert len(rows) == 8
+    assert rows[0] == {
+        "number": "1",
+        "query": "q1",
+        "landmark": "place0",
+        "medium AP of the other": "40.00",
+        "medium AP": "90.00",
+        "difference": "+50.00",
+        "hard diff.": "+50.00",
+    }
+    assert rows[-1]["difference"] == "-"
+    text = (folder / "out" / "queries.md").read_text()
+    assert "| medium | 7 | 2 | 2 | 3 |" in text
+    assert "| q1 |" in text
+    printed = capsys.readouterr().out
+    assert printed.index("most won") < printed.index("most lost")
+    assert "+50.00" in printed
+
+
+def test_swapped_it_is_the_opposite(pair):
+    folder, (a, b), *_ = pair
+    one, other = read_against(folder / "a", a, folder / "b", b), read_against(folder / "b", b, folder / "a", a)
+    np.testing.assert_array_equal(one.difference(), -other.difference())
+    assert (one.counts()["won"], one.counts()["lost"]) == (other.counts()["lost"], other.counts()["won"])
+
+
+def test_recognition_is_compared_by_what_is_right(tmp_path):
+    rows = []
+    for name, right in (("a", "1011"), ("b", "0111")):
+        row = write(tmp_path / name, [0.5] * 8, kind="GAP")
+        lines = ["query,landmark,search class,search score,search correct"]
+        lines += [f"q{i},l{i},7,0.5,{v}" for i, v in enumerate(right)]
+        (tmp_path / name / "per_query.csv").write_text("\n".join(lines) + "\n")
+        rows.append(row)
+    found = read_against(tmp_path / "a", rows[0], tmp_path / "b", rows[1])
+    assert found.measure == "correct"
+    assert found.counts() == {"won": 1, "lost": 1, "equal": 2}
+
+
+def test_what_cannot_be_compared_is_named(pair):
+    folder, (a, _), *_ = pair
+    short = write(folder / "short", [0.5] * 8, queries=5)
+    other = write(folder / "gap", [0.5] * 8, kind="GAP")
+    with pytest.raises(InputError, match="other queries"):
+        read_against(folder / "a", a, folder / "short", short)
+    with pytest.raises(InputError, match=r"scored by mAP, .*gap by GAP"):
+        read_against(folder / "a", a, folder / "gap", other)
+    with pytest.raises(InputError, match="no scores per query"):
+        read_against(folder / "a", a, folder / "short", short | {"metrics": {}})
+    (folder / "short" / "per_query.csv").write_text("nonsense")
+    with pytest.raises(InputError, match=r"short/per_query\.csv: missing or damaged"):
+        read_against(folder / "a", a, folder / "short", short)
