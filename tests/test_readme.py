@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from sets import texture, write_folders, write_revisited
 
 from superglobal.checks import validated
 from superglobal.config import CompareConfig, EvalConfig, TrainConfig, TuneConfig, register
+from superglobal.data.download.catalogue import NAMES, chosen
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,6 +49,16 @@ def test_every_command_is_a_valid_configuration(script, schema, least):
         plain = [re.sub(r"=glob\(\*\)$", "=gem", o if o.endswith("]") else o.split(",")[0]) for o in overrides]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             validated(compose(script.split("_")[0].split("/")[-1], overrides=plain), schema)
+
+
+def test_every_download_command_names_what_there_is():
+    parser = runpy.run_path(str(ROOT / "scripts" / "download.py"))["parser"]()
+    found = [parser.parse_args(shlex.split(command)[2:]) for command in commands("python scripts/download.py")]
+    assert len(found) >= 5
+    assert all(args.list or chosen(args.names) for args in found)
+    mentioned = re.findall(r"download\.py ((?:[a-z0-9]+(?:-[a-z]+)? ?)+)", README.replace("\n   ", " "))
+    assert len(mentioned) >= 8
+    assert {name for names in mentioned for name in names.split()} <= set(NAMES)
 
 
 def test_the_first_example_finds_the_right_photo(tmp_path):
