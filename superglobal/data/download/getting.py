@@ -62,10 +62,10 @@ def get(source: Source, data: Path, options: Options) -> str:
         raise InputError(f"{root}: cannot be made ({error.strerror}); choose another place with --data") from error
     lock = root / ".download.lock"
     with only_process(lock, f"{root}: another process is loading into it", "or choose another --data"):
+        there = all((root / file.path).is_file() for file in source.files)
+        if source.drive and not options.way.bases and not there:
+            load_folder(source, root, options.way)
         with News(source.name) as news:
-            there = all((root / file.path).is_file() for file in source.files)
-            if source.drive and not options.way.bases and not there:
-                load_folder(source, root, options.way)
             for file in source.files:
                 _file(file, root / file.path, source, options.way, news)
         said = _photos(source, root, options) if source.archives else f"{len(source.files)} files in {root}"
@@ -150,7 +150,8 @@ class _Work:
         if failures:
             lines = [str(failure) for failure in failures[:_SHOWN]]
             lines += [f"... and {len(failures) - _SHOWN} more"] if len(failures) > _SHOWN else []
-            done = f"{self.source.name}: {len(failures)} of {len(todo)} archives failed; the others are done"
+            others = "what was under way was stopped" if self.news.stopped.is_set() else "the others are done"
+            done = f"{self.source.name}: {len(failures)} of {len(todo)} archives failed; {others}"
             raise InputError("\n".join([done, *lines]))
 
     def _failures(self, futures: dict[Future[None], Remote]) -> list[InputError]:
