@@ -33,10 +33,6 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 TOLERANCE = 0.01
-SOURCES = {
-    "features": "http://cmp.felk.cvut.cz/revisitop/data/features/{name}_resnet_rsfm120k_gem.mat",
-    "ground truth": "http://cmp.felk.cvut.cz/revisitop/data/datasets/{name}/gnd_{name}.pkl",
-}
 
 
 def load_features(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -66,9 +62,10 @@ def compare(name: str, result: RetrievalResult) -> bool:
 
 def missing_message(folder: Path) -> str:
     """Where the files are had, for a folder that holds no complete pair."""
-    lines = [f"no pair of gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat in {folder.resolve()}; they are had at"]
-    lines += [f"  {url.format(name=name)}  ({kind})" for name in PUBLISHED for kind, url in SOURCES.items()]
-    return "\n".join(lines)
+    return (
+        f"no pair of gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat in {folder.resolve()}; "
+        "python scripts/download.py revisited-features gets them into data/revisited-features"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -233,7 +233,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: refused, nothing was run: it asks to unpickle more than tensors and plain containers, or is "
             f"damaged ({_first_line(error)}). Save a plain state dict and give that"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle fails in any way: RuntimeError, EOFError, IndexError, KeyError
         raise InputError(
             f"{path}: corrupt, incomplete or no weights file ({_first_line(error)}); get it again"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from documents import ROOT, blocks, commands, composed, text_of
 from sets import texture, write_folders, write_revisited
+
+from superglobal.data.download.catalogue import NAMES, chosen
 
 README = text_of("README.md")
 
@@ -23,6 +26,16 @@ def test_every_command_is_a_valid_configuration(script, least):
     assert len(found) >= least
     for words in found:
         composed(words)
+
+
+def test_every_download_command_names_what_there_is():
+    parser = runpy.run_path(str(ROOT / "scripts" / "download.py"))["parser"]()
+    found = [parser.parse_args(words[1:]) for words in commands(README) if words[0] == "scripts/download.py"]
+    assert len(found) >= 5
+    assert all(args.list or chosen(args.names) for args in found)
+    mentioned = re.findall(r"download\.py ((?:[a-z0-9]+(?:-[a-z]+)? ?)+)", README.replace("\n   ", " "))
+    assert len(mentioned) >= 8
+    assert {name for names in mentioned for name in names.split()} <= set(NAMES)
 
 
 def test_the_first_example_finds_the_right_photo(tmp_path):

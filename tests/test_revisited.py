@@ -204,9 +204,9 @@ def test_landmarks_follow_the_positives(tmp_path: Path) -> None:
 
 
 def test_missing_set_says_where_it_is_had(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gnd_roxford5k\.pkl(.|\n)*oxbuild_images-v1\.tgz(.|\n)*cmp\.felk"):
+    with pytest.raises(InputError, match=r"gnd_roxford5k\.pkl(.|\n)*https://(.|\n)*download\.py roxford5k"):
         revisited_set(tmp_path, "roxford5k")
-    with pytest.raises(InputError, match=r"paris_\{1,2\}-v1\.tgz"):
+    with pytest.raises(InputError, match=r"download\.py rparis6k"):
         revisited_set(tmp_path, "rparis6k")
     with pytest.raises(InputError, match=r"mine is expected as .*mine/gnd_mine\.pkl"):
         revisited_set(tmp_path, "mine")
@@ -256,7 +256,7 @@ def test_distractors(tmp_path: Path) -> None:
     (folder / "extra.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="UTF-8"):
         load_distractors(tmp_path, "extra")
-    with pytest.raises(InputError, match=r"revisitop1m\.txt(.|\n)*ptak\.felk"):
+    with pytest.raises(InputError, match=r"revisitop1m\.txt(.|\n)*download\.py revisitop1m"):
         load_distractors(tmp_path, "revisitop1m")
 
 

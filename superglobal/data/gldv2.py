@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from superglobal.data.download.catalogue import GLDV2_PAGE, download_command
 from superglobal.data.landmark_lists import hex_values, read_landmarks, read_list
 from superglobal.data.photo_index import load_index
 from superglobal.data.sets import TOY
@@ -19,8 +20,6 @@ from superglobal.data.sources import PhotoSource, PhotoTree, relative_path
 from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)
-
-SITE = "https://s3.amazonaws.com/google-landmark"
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,11 @@ class TrainList:
 
 
 def how_to_get(root: Path) -> str:
-    """Layout and official addresses, and what does without."""
+    """Layout, the command that gets it, and what does without."""
     return (
-        f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; images: "
-        f"{SITE}/train/images_{{000..499}}.tar (data.tars=FOLDER reads them without unpacking), lists: "
-        f"{SITE}/metadata/{{train,train_clean}}.csv\n{TOY}"
+        f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; this gets "
+        f"it from {GLDV2_PAGE}: {download_command('gldv2-train', root)} (with --packed the tar files stay packed, for "
+        f"data.tars={root}/archives/train)\n{TOY}"
     )
 
 

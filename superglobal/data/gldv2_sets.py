@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.gldv2 import SITE, TrainList, read_train, require_unique, split_landmarks
+from superglobal.data.download.catalogue import GLDV2_PAGE, download_command
+from superglobal.data.gldv2 import TrainList, read_train, require_unique, split_landmarks
 from superglobal.data.landmark_lists import hex_values, read_ids
 from superglobal.data.landmark_solutions import Solution, Task, read_solution
 from superglobal.data.lazy import tree_items
@@ -18,6 +19,11 @@ from superglobal.retrieval.landmark_scoring import Ranking, Recognition, query_l
 
 log = logging.getLogger(__name__)
 
+_PARTS = {
+    "test": "queries and solutions",
+    "index": "database of gldv2_test",
+    "train": "that of gldv2_recognition and gldv2_val",
+}
 _NONE = np.empty(0, np.int64)
 
 
@@ -150,18 +156,13 @@ def validation_set(
 
 
 def how_to_get(root: Path) -> str:
-    """Layout and official addresses, and what does without."""
+    """Layout, the commands that get it, and what does without."""
+    parts = (f"{download_command(f'gldv2-{part}', root)} ({what})" for part, what in _PARTS.items())
     return (
-        f"GLDv2 is expected as {root}/{{index,test,train}}/a/b/c/<id>.jpg with its lists and solutions in {root}; "
-        f"images: {_range('index', 99)}, {_range('test', 19)}, {_range('train', 499)}, lists: "
-        f"{SITE}/metadata/{{index,train_clean}}.csv, solutions: "
-        f"{SITE}/ground_truth/{{retrieval,recognition}}_solution_v2.1.csv\n{TOY}; the toy set is in this layout too: "
+        f"GLDv2 is expected as {root}/{{index,test,train}}/a/b/c/<id>.jpg with its lists and solutions in {root}; this "
+        f"gets it from {GLDV2_PAGE}: {', '.join(parts)}\n{TOY}; the toy set is in this layout too: "
         "dataset.root=data/toy/gldv2"
     )
-
-
-def _range(split: str, last: int) -> str:
-    return f"{SITE}/{split}/images_{{000..{last:03d}}}.tar"
 
 
 def _solution(root: Path, task: Task, solution: str, hint: str) -> Solution:

@@ -8,17 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from superglobal.data.download.catalogue import SOURCES, download_command
 from superglobal.data.images import Box, ImageItem
 from superglobal.data.pickles import BlockedGlobalError, load_plain_pickle
 from superglobal.data.sets import TOY, EvaluationSet, image_path
 from superglobal.errors import InputError
 from superglobal.retrieval.scoring import landmarks
-
-# Official addresses: filipradenovic/revisitop, README and python/download.py.
-_OXFORD = "https://www.robots.ox.ac.uk/~vgg/data/oxbuildings/oxbuild_images-v1.tgz"
-_PARIS = "https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/paris_{1,2}-v1.tgz"
-_ARCHIVES = {"roxford5k": _OXFORD, "rparis6k": _PARIS}
-_GND_URL = "http://cmp.felk.cvut.cz/revisitop/data/datasets/{name}/gnd_{name}.pkl"
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> Evalu
     unless `crop_query` is False (the un-cropped protocol).
 
     Raises:
-        InputError: the ground truth is missing (with layout and address) or refused by `load_ground_truth`.
+        InputError: the ground truth is missing (with layout and command) or refused by `load_ground_truth`.
     """
     folder = Path(root) / name
     source = folder / f"gnd_{name}.pkl"
@@ -106,9 +101,8 @@ def query_landmarks(truth: GroundTruth) -> list[str]:
 
 def _how_to_get(folder: Path, name: str) -> str:
     text = f"{name} is expected as {folder}/gnd_{name}.pkl and {folder}/jpg/<image>.jpg, without sub-folders"
-    if name in _ARCHIVES:
-        text += f"; the images: {_ARCHIVES[name]} (flattened into jpg/)"
-        text += f", the ground truth: {_GND_URL.format(name=name)}"
+    if name in SOURCES:
+        text += f"; this gets it from {SOURCES[name].page}: {download_command(name, folder)}"
     return f"{text}\n{TOY}"
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from superglobal.data.download.catalogue import SOURCES, download_command
 from superglobal.data.image_checks import CheckReport, check_images
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
@@ -98,12 +99,11 @@ def image_path(folder: Path, name: str, source: Path) -> Path:
 
 
 def how_to_get_distractors(root: Path, name: str) -> str:
-    """Layout of a distractor set and, for revisitop1m, its official addresses (revisitop's README)."""
+    """Layout of a distractor set and, for revisitop1m, the command that gets it."""
     base = Path(root) / name
     text = f"{name} is expected as {base}/{name}.txt (one file name a line) and {base}/jpg/<line>"
-    if name == "revisitop1m":
-        site = "http://ptak.felk.cvut.cz/revisitop/revisitop1m"
-        text += f"; the list: {site}/revisitop1m.txt, the images: {site}/jpg/revisitop1m.{{1..100}}.tar.gz"
+    if name in SOURCES:
+        text += f"; this gets it from {SOURCES[name].page}: {download_command(name, base)}"
     return text
 
 
