@@ -352,3 +352,16 @@ def test_several_folders_are_one_comparison_and_twins_keep_their_rows(tmp_path):
     assert [(row["run"], row["medium"]) for row in rows] == [("one/deep/run", "40.00"), ("two/deep/run", "60.00")]
     assert rows[1]["gain medium"] == "+20.00"
     assert not list((tmp_path / "two").glob("*.csv"))
+
+
+def test_another_metric_goes_by_its_name_in_the_table_of_its_set(tmp_path):
+    for number, k in enumerate((3, 5)):
+        place = tmp_path / f"{number}_job"
+        job(place, np.full((3, 12), 0.5), dataset="index", rerank__K=k)
+        row = json.loads((place / "results.json").read_text())
+        row["metrics"] = {"search": {"GAP": {"all": 0.25 + 0.1 * number}}}
+        (place / "results.json").write_text(json.dumps(row))
+    merge(tmp_path)
+    first, second = rows_of(tmp_path / "table-index.csv")
+    assert (first["GAP all"], second["GAP all"], second["gain GAP all"]) == ("25.00", "35.00", "+10.00")
+    assert second["95 % gain GAP all"] == ""

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.retrieval.report import main_protocol, main_scores
-from superglobal.retrieval.runs import SWITCHES, Compared, gain_interval
+from superglobal.retrieval.runs import SWITCHES, Compared, gain_interval, scores_of
 
 State = tuple[bool | str | None, ...]
 
@@ -59,10 +58,10 @@ def _complete(runs: Mapping[State, Any], varied: Sequence[int]) -> bool:
 
 def _effect(i: int, variant: str, weights: str, runs: Mapping[State, dict[str, Any]]) -> Effect:
     pairs = [(run, runs[(*state[:i], False, *state[i + 1 :])]) for state, run in runs.items() if state[i] is True]
-    scores = [[main_scores(run["metrics"][main_protocol(run)[0]]) for run in pair] for pair in pairs]
+    scores = [[scores_of(run) for run in pair] for pair in pairs]
     gains: dict[str, float | None] = {}
     for protocol in scores[0][0]:
         values = [(on[protocol], off[protocol]) for on, off in scores]
         known = [on - off for on, off in values if on is not None and off is not None]
-        gains[protocol] = 100 * float(np.mean(known)) if len(known) == len(pairs) else None
+        gains[protocol] = float(np.mean(known)) if len(known) == len(pairs) else None
     return Effect(SWITCHES[i], variant, weights, len(pairs), gains, gain_interval(pairs))

@@ -21,6 +21,7 @@ from superglobal.retrieval.runs import (
     gain_interval,
     milliseconds,
     no_number,
+    scores_of,
 )
 
 
@@ -119,14 +120,13 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> SetTable:
         key = next(key for key in keys if key not in lines or variant not in lines[key].cells)
         line = lines.setdefault(key, Line(run.strip(), row.weights, modules, settings))
         line.cells[variant] = _cell(row)
-    with_numbers = [row.result for row in rows if row.result["metrics"]]
-    last = with_numbers[0]["metrics"][main_protocol(with_numbers[0])[0]] if with_numbers else {"map": {}}
+    metric, main = next((_measured(row.result) for row in rows if row.result["metrics"]), ("map", ""))
     return SetTable(
         name=name,
         variants=tuple(variants),
-        protocols=tuple(dict.fromkeys(protocol for row in rows for protocol in _scores(row.result))),
-        main=main_protocol(with_numbers[0])[1] if with_numbers else "",
-        metric=METRICS[metric_key(last)],
+        protocols=tuple(dict.fromkeys(protocol for row in rows for protocol in scores_of(row.result))),
+        main=main,
+        metric=METRICS[metric],
         modules=SWITCHES if shown else (),
         settings=tuple(told),
         lines=tuple(lines.values()),
@@ -135,6 +135,13 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> SetTable:
         if shown and not told
         else (),
     )
+
+
+def _measured(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Key of the metric, and the name that `scores_of` gives to the main one."""
+    stage, protocol = main_protocol(result)
+    names = dict(zip(main_scores(result["metrics"][stage]), scores_of(result), strict=True))
+    return metric_key(result["metrics"][stage]), names[protocol]
 
 
 def _is_told(key: str, rows: Sequence[Compared]) -> bool:
@@ -160,19 +167,11 @@ def module_states(result: Mapping[str, Any]) -> tuple[bool | str | None, ...]:
     return (*(pooling.get(name) for name in SWITCHES[:3]), relup, config.get("rerank", {}).get("enabled"))
 
 
-def _scores(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """In percent, by protocol."""
-    if not result["metrics"]:
-        return {}
-    scores = main_scores(result["metrics"][main_protocol(result)[0]])
-    return {protocol: None if value is None else 100 * value for protocol, value in scores.items()}
-
-
 def _cell(row: Compared) -> Cell:
-    scores = _scores(row.result)
+    scores = scores_of(row.result)
     if row.baseline is None:
         return Cell({}, {}, None, None, missing=no_number(row.result))
-    before = {} if row.baseline is row.result else _scores(row.baseline)
+    before = {} if row.baseline is row.result else scores_of(row.baseline)
     gains = {
         protocol: None if (now := scores.get(protocol)) is None or value is None else now - value
         for protocol, value in before.items()

@@ -15,7 +15,7 @@ import numpy as np
 from superglobal.errors import InputError
 from superglobal.files import EXPORT
 from superglobal.retrieval.metrics import cluster_interval
-from superglobal.retrieval.report import FORMAT, TEST_MARK, main_protocol
+from superglobal.retrieval.report import FORMAT, METRICS, TEST_MARK, main_protocol, main_scores, metric_key
 from superglobal.retrieval.rerankers import describe
 
 SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")
@@ -126,6 +126,17 @@ def compared(results: Sequence[dict[str, Any]]) -> list[Compared]:
         baseline = baselines.setdefault(key, result) if result["metrics"] else None
         rows.append(Compared(result, shown[str(result["weights"])], run, values, baseline))
     return rows
+
+
+def scores_of(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """The main metric of the last stage in percent; the usual mAP goes by its protocols alone, no other may be taken
+    for it.
+    """
+    if not result["metrics"]:
+        return {}
+    last = result["metrics"][main_protocol(result)[0]]
+    metric = "" if metric_key(last) == "map" else f"{METRICS[metric_key(last)]} "
+    return {f"{metric}{p}": None if value is None else 100 * value for p, value in main_scores(last).items()}
 
 
 def milliseconds(result: Mapping[str, Any]) -> float | None:

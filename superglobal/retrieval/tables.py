@@ -10,8 +10,8 @@ from typing import Any
 from superglobal.files import write_atomically
 from superglobal.retrieval import table_formats as formats
 from superglobal.retrieval.per_dataset import SetTable, tables_of
-from superglobal.retrieval.report import METRICS, main_metric, main_protocol, main_scores, metric_key, percent
-from superglobal.retrieval.runs import Compared, compared, gain_interval, milliseconds, no_number, read_all
+from superglobal.retrieval.report import main_metric, main_protocol, main_scores, percent
+from superglobal.retrieval.runs import Compared, compared, gain_interval, milliseconds, no_number, read_all, scores_of
 from superglobal.retrieval.table_chart import draw_chart
 from superglobal.retrieval.table_latex import as_latex
 
@@ -95,12 +95,11 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, str]:
         return {}
     stage, protocol = main_protocol(result)
     last = result["metrics"][stage]
-    # The usual mAP goes by its protocols alone; no other metric may be taken for it.
-    metric = "" if metric_key(last) == "map" else f"{METRICS[metric_key(last)]} "
-    numbers = {f"{metric}{name}": percent(score) for name, score in main_scores(last).items()}
+    names = dict(zip(main_scores(last), scores_of(result), strict=True))
+    numbers = {names[name]: percent(score) for name, score in main_scores(last).items()}
     if "interval" in last:
         low, high = last["interval"][protocol]
-        numbers[f"95 % {metric}{protocol}"] = f"{percent(low, 1)}-{percent(high, 1)}"
+        numbers[f"95 % {names[protocol]}"] = f"{percent(low, 1)}-{percent(high, 1)}"
     for key, column in (("mp", "mP"), ("precision", "P")):
         numbers |= {f"{column}@10 {name}": percent(at["10"], 1) for name, at in last.get(key, {}).items()}
     return numbers | {f"top-1 {name}": percent(score) for name, score in last.get("top1", {}).items()}
