@@ -16,7 +16,7 @@ GEM = {"gem_plus": False, "regional": False, "scale": False, "relup": "off"}
 IMAGE = torch.randint(0, 256, (3, 120, 150), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def network(scales=1, dim=24, backbone="resnet18", **pooling):
+def network(scales=1, dim=24, backbone="test_resnet", **pooling):
     made = load_model("random", backbone=backbone, pooling={**GEM, **pooling}, scales=scales, dim=dim)
     if made.whitening is not None:
         torch.nn.init.normal_(made.whitening.bias, std=0.02, generator=torch.Generator().manual_seed(1))
@@ -81,7 +81,7 @@ def test_under_gem_each_channel_is_dealt_out_by_the_pools_own_weights():
 def test_a_place_without_a_picture_adds_nothing():
     """GeM over a map of which one half is zero: that half has no share."""
     model = network(dim=0)
-    x = torch.rand(1, 512, 4, 6)
+    x = torch.rand(1, 96, 4, 6)
     x[..., 3:] = 0
     model.feature_maps = lambda images: iter([x])
     found = contributions(model, IMAGE)
@@ -91,11 +91,11 @@ def test_a_place_without_a_picture_adds_nothing():
 
 def test_what_clamping_adds_is_told_and_not_dealt_out():
     model = network(dim=0, eps=0.5)
-    x = torch.full((1, 512, 2, 2), 0.1)
+    x = torch.full((1, 96, 2, 2), 0.1)
     x[:, 0] = 1.0
     model.feature_maps = lambda images: iter([x])
     found = contributions(model, IMAGE)
-    share = 1 / (1 + 511 * 0.25)
+    share = 1 / (1 + 95 * 0.25)
     assert found.maps[0].sum() == pytest.approx(share, abs=1e-5)
     assert found.rest == pytest.approx(1 - share, abs=1e-5)
 

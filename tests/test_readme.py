@@ -38,6 +38,21 @@ def test_every_download_command_names_what_there_is():
     assert {name for names in mentioned for name in names.split()} <= set(NAMES)
 
 
+def test_the_commands_for_pictures_are_parsed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import visualize
+
+    found = commands("python scripts/visualize.py")
+    assert len(found) >= 4
+    for command in found:
+        words = vars(visualize.parser().parse_args(shlex.split(command)[2:]))
+        assert str(words["folder"]) == "FOLDER"
+        assert set(words["kinds"]) <= set(visualize.KINDS), command
+    assert len(commands("python scripts/report.py FOLDER --against OTHER")) == 1
+    for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", README):
+        assert (ROOT / picture).stat().st_size < 400_000, picture
+
+
 def test_the_first_example_finds_the_right_photo(tmp_path):
     write_folders(tmp_path / "photos", landmarks=4)
     texture(2, 7).save(tmp_path / "query.jpg")

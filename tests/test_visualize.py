@@ -1,0 +1,309 @@
+"""Pictures of finished results of every kind of data set; what is gone or changed is named with its mend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from sets import write_distractors, write_folders, write_revisited
+
+from superglobal.config import register
+from superglobal.engine import evaluate
+from superglobal.engine.against import compare_runs
+from superglobal.engine.ranked_sheets import PictureOptions, ordered
+from superglobal.engine.reopening import FinishedRun
+from superglobal.engine.stored_ranks import precision
+from superglobal.engine.visualizing import DRAWN, landmarks_of, visualize
+from superglobal.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+SEEN = ("sheets", "activation", "precision", "similarities.png")
+FEW = PictureOptions(queries=1, ranks=2)
+
+
+def evaluated(folder: Path, root: Path, *overrides: str) -> Path:
+    """A result in `folder`, of data in `root`."""
+    register()
+    base = ["backbone=resnet18", "weights=random", "scales=1", "logger=csv", "pictures.queries=0"]
+    base += ["trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false", f"paths.data={root}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("eval", overrides=[*base, f"paths.outputs={root / 'out'}", *overrides])
+    folder.mkdir(parents=True)
+    evaluate(cfg, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A `paths.data` with the set "mini", the distractors "noise", and `photos`."""
+    place = tmp_path_factory.mktemp("visualize")
+    write_revisited(place)
+    write_distractors(place)
+    write_folders(place / "photos")
+    return place
+
+
+MINI = ("dataset=revisited", "dataset.name=mini")
+FOLDER = ("dataset=folder", "dataset.database={root}/photos")
+
+
+@pytest.fixture(scope="module")
+def mini(root) -> Path:
+    return evaluated(root / "mini_result", root, *MINI, "distractors=list", "distractors.name=noise", "pooling=gem")
+
+
+@pytest.fixture
+def copied(mini, root, tmp_path):
+    """The result of `mini`, with a data set and stores of its own that may be spoilt."""
+    shutil.copytree(root / "mini", tmp_path / "mini")
+    shutil.copytree(root / "noise", tmp_path / "noise")
+    shutil.copytree(root / "out", tmp_path / "out")
+    shutil.copytree(mini, tmp_path / "result")
+    for name in ("results.json", "rankings.csv"):
+        path = tmp_path / "result" / name
+        path.write_text(path.read_text().replace(str(root), str(tmp_path)))
+    return tmp_path
+
+
+def looked_at(paths):
+    for path in paths:
+        picture = np.asarray(Image.open(path).convert("RGB"))
+        assert min(picture.shape[:2]) > 150, path
+        assert picture.std() > 10, path
+
+
+def recorded(run: FinishedRun, stage: str, protocol: str) -> np.ndarray:
+    return np.array([float(v or "nan") for v in run.per_query[f"{stage} {protocol} AP"]])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (*MINI, "distractors=list", "distractors.name=noise"),
+        (*MINI, "rerank.junk=drop", "rerank.M=9"),
+        (*MINI, "rerank=aqe"),
+        (*MINI, "rerank=adba", "statistics=mean"),
+        (*MINI, "rerank=none", "store.dtype=float16"),
+        (*MINI, "index=hnsw", "k=20", "rerank.M=12"),
+        (*FOLDER, "dataset.labels=true"),
+    ],
+    ids=str,
+)
+def test_the_area_under_every_querys_curve_is_its_recorded_ap(root, tmp_path, overrides):
+    if "index=hnsw" in overrides:
+        pytest.importorskip("faiss")
+    run = FinishedRun(evaluated(tmp_path / "r", root, *(o.format(root=root) for o in overrides), "pooling=gem"))
+    found = precision(run)
+    assert set(found) == set(run.summary["metrics"])
+    for stage, by_protocol in found.items():
+        assert set(by_protocol) == set(run.summary["metrics"][stage]["map"])
+        for protocol, rows in by_protocol.items():
+            np.testing.assert_allclose(rows.mean(axis=1), recorded(run, stage, protocol), atol=1e-9)
+    looked_at(visualize(run.folder, ["curves"], FEW)[0])
+
+
+def test_all_kinds_of_a_revisited_set_and_a_page_that_shows_them(mini):
+    before = json.loads((mini / "results.json").read_text())
+    paths, left_out = visualize(mini, [], FEW)
+    assert left_out == []
+    names = {path.name for path in paths}
+    assert {"precision-recall.png", "similarities.png", "map-pca.png", "sheets-worst-01.png"} <= names
+    assert sum(name.startswith("activation-") for name in names) == 1
+    looked_at(paths)
+    page = (mini / "pictures" / "index.html").read_text()
+    assert all(f'src="{name}"' in page for name in names)
+    assert "://" not in page
+    assert json.loads((mini / "results.json").read_text()) == before
+
+
+def test_many_queries_are_paged_and_old_pages_go(mini):
+    first, _ = visualize(mini, ["sheets"], PictureOptions(order="given", numbers=(0, 1, 2, 3, 4, 5, 0, 1, 2), ranks=1))
+    assert [path.name for path in first] == ["sheets-chosen-01.png", "sheets-chosen-02.png"]
+    second, _ = visualize(mini, ["sheets"], PictureOptions(numbers=(4,), ranks=6))
+    assert [path.name for path in second] == ["sheets-chosen-01.png"]
+    assert not first[1].exists()
+
+
+def test_the_order_of_queries():
+    scores = {"search": np.array([0.5, 0.1, np.nan, 0.9]), "rerank": np.array([0.7, 0.1, np.nan, 0.2])}
+    assert ordered(scores, "worst", 4).tolist() == [1, 3, 0, 2]
+    assert ordered(scores, "improved", 4).tolist() == [0]
+    assert ordered(scores, "worsened", 4).tolist() == [3]
+    assert ordered(scores, "given", 4).tolist() == [0, 1, 2, 3]
+    with pytest.raises(InputError, match="no reranking"):
+        ordered({"search": scores["search"]}, "improved", 4)
+    with pytest.raises(InputError, match="without labels"):
+        ordered({}, "worst", 4)
+
+
+def test_own_photos_with_and_without_labels(root, tmp_path):
+    labelled = evaluated(tmp_path / "a", root, *(o.format(root=root) for o in FOLDER), "dataset.labels=true")
+    looked_at(visualize(labelled, ["sheets", "similarities"], FEW)[0])
+    run = FinishedRun(labelled)
+    assert landmarks_of(run.dataset, 9) == [f"label{i // 3}" for i in range(9)]
+    query = f"dataset.query={root / 'photos' / 'label1'}"
+    plain = evaluated(tmp_path / "b", root, *(o.format(root=root) for o in FOLDER), query)
+    paths, left_out = visualize(plain, [], FEW)
+    assert {path.name.split("-")[0] for path in paths} == {"sheets", "activation", "map"}
+    assert [reason.split(":")[0] for reason in left_out] == ["curves", "similarities"]
+    assert paths[0].name == "sheets-given-01.png"
+    with pytest.raises(InputError, match="no labels"):
+        visualize(plain, ["curves"], FEW)
+
+
+@pytest.mark.parametrize("dataset", ["gldv2_test", "gldv2_recognition"])
+def test_gldv2(toy_data, tmp_path, dataset):
+    place = f"dataset.root={toy_data / 'toy' / 'gldv2'}"
+    out = [f"paths.outputs={tmp_path}", "rerank.M=20", "pooling=gem"]
+    folder = evaluated(tmp_path / "r", toy_data, f"dataset={dataset}", place, *out)
+    kinds = ["sheets", "curves"] if dataset == "gldv2_recognition" else []
+    paths, left_out = visualize(folder, kinds, FEW)
+    assert not left_out
+    assert {path.name.split("-")[0] for path in paths} >= ({"sheets", "precision"} if kinds else {*SEEN, "map"})
+    looked_at(paths)
+    run = FinishedRun(folder)
+    if not kinds:
+        rows = precision(run)["rerank"]["all"]
+        np.testing.assert_allclose(rows.mean(axis=1), recorded(run, "rerank", "all"), atol=1e-9)
+        assert {"public", "private"} <= set(precision(run)["search"])
+
+
+def test_own_descriptors_have_a_map_and_with_a_data_set_all_but_activation(root, tmp_path):
+    x = np.random.default_rng(0).normal(size=(30, 8))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    np.save(tmp_path / "q.npy", x[:6].astype(np.float32))
+    np.save(tmp_path / "x.npy", x[6:].astype(np.float32))
+    files = [f"descriptors.query={tmp_path / 'q.npy'}", f"descriptors.database={tmp_path / 'x.npy'}"]
+    alone = evaluated(tmp_path / "alone", root, "dataset=descriptors", *files)
+    paths, left_out = visualize(alone, [], FEW)
+    assert [path.name for path in paths] == ["map-pca.png"]
+    assert len(left_out) == 4
+    with pytest.raises(InputError, match="knows no photos; map applies"):
+        visualize(alone, ["sheets"], FEW)
+    known = evaluated(tmp_path / "known", root, *MINI, *files)
+    paths, left_out = visualize(known, [], FEW)
+    assert [reason.split(":")[0] for reason in left_out] == ["activation"]
+    assert len(paths) >= 4
+    np.save(tmp_path / "x.npy", x[::-1][:24].astype(np.float32))
+    with pytest.raises(InputError, match="other descriptors"):
+        visualize(known, ["curves"], FEW)
+
+
+def test_what_is_gone_is_named_with_its_mend(copied):
+    result = copied / "result"
+    run = FinishedRun(result)
+    worst = run.dataset.queries[int(ordered({"rerank": recorded(run, "rerank", "medium")}, "worst", 6)[0])].path
+    worst.rename(copied / "away.jpg")
+    with pytest.raises(InputError, match=rf"image not found: {worst}; put the photo back.*need no photos"):
+        visualize(result, ["sheets"], FEW)
+    looked_at(visualize(result, ["curves", "similarities", "map"], FEW)[0])
+    (copied / "away.jpg").rename(worst)
+    (result / ".hydra").mkdir()
+    (result / ".hydra" / "overrides.yaml").write_text("- dataset=revisited\n- 'scales=[1.0, 2.0]'\n")
+    shutil.rmtree(next((copied / "out" / "stores").glob("mini-database-*")))
+    stores = "stored descriptors are gone; this makes them again: python eval.py dataset=revisited 'scales="
+    for kind in ("curves", "similarities", "map"):
+        with pytest.raises(InputError, match=stores):
+            visualize(result, [kind], FEW)
+    paths, left_out = visualize(result, [], FEW)
+    assert [reason.split(":")[0] for reason in left_out] == ["curves", "similarities", "map"]
+    assert paths
+
+
+def test_photos_that_are_others_now_are_not_shown_under_old_numbers(root, tmp_path):
+    shutil.copytree(root / "photos", tmp_path / "photos")
+    place = f"dataset.database={tmp_path / 'photos'}"
+    folder = evaluated(tmp_path / "r", root, "dataset=folder", place, "dataset.labels=true")
+    shutil.copy(tmp_path / "photos" / "label0" / "0.jpg", tmp_path / "photos" / "label0" / "00.jpg")
+    with pytest.raises(InputError, match="9 queries and 9 images then, 10 and 10 now"):
+        visualize(folder, ["sheets"], FEW)
+    (tmp_path / "photos" / "label0" / "0.jpg").unlink()
+    with pytest.raises(InputError, match=r"was label0/0\.jpg, and is label0/00\.jpg"):
+        visualize(folder, ["sheets"], FEW)
+
+
+def test_weights_and_scores_that_changed_are_refused(copied):
+    path = copied / "result" / "results.json"
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps(row | {"config": row["config"] | {"seed": 5}}))
+    with pytest.raises(InputError, match="not the weights that made"):
+        visualize(copied / "result", ["activation"], FEW)
+    row["metrics"]["rerank"]["map"]["medium"] += 0.01
+    path.write_text(json.dumps(row))
+    with pytest.raises(InputError, match=r"rerank, medium: the curve's area is .* something has changed"):
+        visualize(copied / "result", ["curves"], FEW)
+
+
+def test_folders_without_a_result_and_results_without_numbers(mini, tmp_path):
+    with pytest.raises(InputError, match=r"no results\.json in it"):
+        visualize(tmp_path, [], FEW)
+    shutil.copytree(mini, tmp_path / "a")
+    row = json.loads((tmp_path / "a" / "results.json").read_text())
+    short = row | {"status": "n/a", "reason": "no ReLUs", "metrics": {}}
+    (tmp_path / "a" / "results.json").write_text(json.dumps(short))
+    with pytest.raises(InputError, match="the run is n/a: no ReLUs"):
+        visualize(tmp_path, [], FEW)
+    shutil.copytree(mini, tmp_path / "b")
+    with pytest.raises(InputError, match=r"2 results in it; give the folder of one, such as .*/a"):
+        visualize(tmp_path, [], FEW)
+    with pytest.raises(InputError, match="query 6: the result has 6 queries, 0 to 5"):
+        visualize(mini, [], PictureOptions(numbers=(6,)))
+
+
+def test_two_results_are_compared_with_pictures_and_without_photos_too(mini, root, tmp_path, caplog):
+    other = evaluated(tmp_path / "other", root, *MINI, "rerank=none", "pooling=gem")
+    paths = compare_runs(mini, other, ranks=4)
+    place = mini / "against" / "other"
+    assert {path.parent for path in paths} <= {place}
+    looked_at(paths)
+    table = (place / "queries.csv").read_text().splitlines()
+    assert len(table) == 7
+    found, runs = [], (FinishedRun(mini), FinishedRun(other))
+    for run, stage in zip(runs, ("rerank", "search"), strict=True):
+        found.append(recorded(run, stage, "medium"))
+    biggest = int(np.argmax(found[0] - found[1]))
+    assert table[1].split(",")[0] == str(biggest)
+    with pytest.raises(InputError, match="the same result twice"):
+        compare_runs(mini, mini)
+    spoilt = json.loads((other / "results.json").read_text())
+    spoilt["config"]["dataset"]["root"] = str(tmp_path / "nowhere")
+    (other / "results.json").write_text(json.dumps(spoilt))
+    assert compare_runs(mini, other) == []
+    assert "without pictures" in caplog.text
+
+
+def test_the_command_says_what_it_made(mini):
+    words = [sys.executable, "scripts/visualize.py", str(mini), "map", "--images", "10"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[0]).name == "map-pca.png"
+    assert done.stdout.strip().endswith("index.html")
+
+
+def test_the_commands_say_what_is_wrong(mini, tmp_path, monkeypatch, capsys):
+    import report
+    import visualize as script
+
+    assert tuple(DRAWN) == script.KINDS
+
+    def status(module, *words):
+        monkeypatch.setattr(sys, "argv", ["x", *map(str, words)])
+        return module.main()
+
+    for module, words in ((script, (tmp_path, "map")), (report, (mini, "--against", tmp_path))):
+        assert status(module, *words) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith(f"error: {tmp_path}: no results.json in it")
+    with pytest.raises(SystemExit) as stop:
+        status(script, mini, "mpa")
+    assert stop.value.code == 2
+    assert "no kind mpa; there are sheets" in capsys.readouterr().err
