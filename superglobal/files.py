@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
@@ -133,6 +134,12 @@ def _sign(path: Path, file: TextIO) -> None:
         file.flush()
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); free space") from error
+
+
+def digest(path: Path) -> str:
+    """BLAKE2 of a file's bytes, to know them by."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def umask() -> int:

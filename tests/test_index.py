@@ -15,14 +15,9 @@ from test_engine import mini, run
 from test_search import brute_force, unit
 
 from superglobal.errors import InputError
-from superglobal.retrieval.index import (
-    KINDS,
-    IndexSettings,
-    memory,
-    open_index,
-    recall,
-    with_defaults,
-)
+from superglobal.retrieval.index import recall
+from superglobal.retrieval.index_building import open_index
+from superglobal.retrieval.index_plan import KINDS, IndexSettings, memory, with_defaults
 from superglobal.retrieval.store import DescriptorStore
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="FAISS is not installed")
@@ -111,7 +106,8 @@ BUILDER = """
 import logging, sys
 from pathlib import Path
 import numpy as np
-from superglobal.retrieval.index import IndexSettings, open_index
+from superglobal.retrieval.index_building import open_index
+from superglobal.retrieval.index_plan import IndexSettings
 logging.basicConfig(level=logging.INFO, stream=sys.stdout)
 folder = Path(sys.argv[1])
 X = np.load(folder / "x.npy")

@@ -42,13 +42,13 @@ def test_the_commands_for_pictures_are_parsed(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import visualize
 
-    found = commands("python scripts/visualize.py")
+    found = [words[1:] for words in commands(README, inline=False) if words[0] == "scripts/visualize.py"]
     assert len(found) >= 4
-    for command in found:
-        words = vars(visualize.parser().parse_args(shlex.split(command)[2:]))
-        assert str(words["folder"]) == "FOLDER"
-        assert set(words["kinds"]) <= set(visualize.KINDS), command
-    assert len(commands("python scripts/report.py FOLDER --against OTHER")) == 1
+    for words in found:
+        parsed = visualize.parser().parse_args(words)
+        assert str(parsed.folder) == "FOLDER"
+        assert set(parsed.kinds) <= set(visualize.KINDS), words
+    assert ["scripts/report.py", "FOLDER", "--against", "OTHER"] in commands(README, inline=False)
     for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", README):
         assert (ROOT / picture).stat().st_size < 400_000, picture
 

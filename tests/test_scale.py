@@ -19,7 +19,8 @@ from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rerank import rerank
 from superglobal.retrieval.scoring import evaluate
 from superglobal.retrieval.search import merge_shortlists, search
-from superglobal.retrieval.store import DescriptorStore, fingerprint
+from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.store_files import fingerprint
 from superglobal.retrieval.vectors import concat
 
 ABOUT = {"weights": "w"}

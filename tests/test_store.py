@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from superglobal.errors import InputError
-from superglobal.retrieval.store import DescriptorStore, fingerprint
+from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.store_files import fingerprint
 
 IMAGES = [f"image{i} 10-abc" for i in range(25)]
 ABOUT = {"weights": "w", "scales": [1.0]}

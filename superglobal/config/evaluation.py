@@ -179,7 +179,7 @@ class StatisticsConfig:
 @dataclass
 class IndexConfig:
     """How the database is searched (`conf/index`); null is the kind's default, mostly by the database's size
-    (retrieval/index.py). What a kind does not take is refused.
+    (retrieval/index_plan.py). What a kind does not take is refused.
 
     Args:
         kind: "flat" is exact; "flat_fp16", "ivf_flat", "ivf_pq" and "hnsw" are FAISS's indexes, built once and kept

@@ -20,7 +20,8 @@ from superglobal.models.fast import fast_copies
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.adopting import adopt_from
 from superglobal.retrieval.report import versions
-from superglobal.retrieval.store import DescriptorStore, fingerprint
+from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.store_files import fingerprint
 from superglobal.retrieval.store_lists import record_paths
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,9 @@ import numpy as np
 
 from superglobal.config import EvalConfig
 from superglobal.data.sets import RankingTask
-from superglobal.retrieval.index import IndexSettings, open_index, recall, settings_in_use
+from superglobal.retrieval.index import recall
+from superglobal.retrieval.index_building import open_index
+from superglobal.retrieval.index_plan import IndexSettings, settings_in_use
 from superglobal.retrieval.metrics import Result
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.report import main_scores, metric_key

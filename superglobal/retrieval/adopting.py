@@ -9,6 +9,7 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.store_files import read_manifest
 from superglobal.retrieval.vectors import is_unit
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def adopt_from(folder: Path, store: DescriptorStore) -> int:
         if place == store.folder or place.name.startswith(".") or not len(store.missing):
             continue
         try:
-            if DescriptorStore.identity_in(place) != store.manifest["identity"]:
+            if read_manifest(place)["identity"] != store.manifest["identity"]:
                 continue
             other = DescriptorStore.open(place)
             rows, sources = _common_rows(other, store)

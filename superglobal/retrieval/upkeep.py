@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from superglobal.errors import InputError
-from superglobal.files import replacing, write_atomically
-from superglobal.retrieval.store import DescriptorStore, fingerprint
+from superglobal.files import digest, replacing, write_atomically
+from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.store_files import fingerprint
 from superglobal.retrieval.store_lists import PATHS, SKIPPED, read_paths, read_skipped, record_paths, write_skipped
 from superglobal.retrieval.vectors import validate_block
 
@@ -81,7 +81,7 @@ def verify(store: DescriptorStore, record: bool = False) -> int:
             validate_block(block, 0, str(store.folder), unit=True)
         except InputError:
             _name_bad_row(block, ids, store)
-    sums = {path.name: _digest(path) for path in sorted(store.folder.glob("shard-*.npy"))}
+    sums = {path.name: digest(path) for path in sorted(store.folder.glob("shard-*.npy"))}
     recorded = None if record else _recorded(store)
     other = [] if recorded is None else [name for name, value in sums.items() if recorded.get(name) != value]
     if other:
@@ -218,8 +218,3 @@ def _export_parquet(store: DescriptorStore, rows: np.ndarray, names: list[str], 
 
 def _written(store: DescriptorStore) -> np.ndarray:
     return np.setdiff1d(np.flatnonzero(store.done), store.skipped, assume_unique=True)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
