@@ -1,5 +1,7 @@
 """Exact ranks of chosen database rows, counted in one pass over the database and never by sorting it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +50,7 @@ def exact_ranks(
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     excluded = as_exclude(exclude, len(queries))
-    counter = Counter(queries, rows, targets, excluded, device)
+    counter = _counter(queries, rows, targets, excluded, device)
     scan(queries, rows, [counter], excluded, device, block_rows)
     return counter.ranks()
 
@@ -68,10 +70,25 @@ def search_and_rank(
     queries = as_queries(Q, rows.dim)
     excluded = as_exclude(exclude, len(queries))
     shortlist = Shortlist(queries, rows, k, excluded, faiss=False)
-    counter = Counter(queries, rows, targets, excluded, device)
+    counter = _counter(queries, rows, targets, excluded, device)
     scan(queries, rows, [shortlist, counter], excluded, device, block_rows)
     scores, ids = shortlist.result()
     return (scores.astype(np.float32), ids), counter.ranks()
+
+
+def _counter(
+    queries: np.ndarray,
+    rows: Rows,
+    targets: Sequence[Any],
+    excluded: np.ndarray | None,
+    device: str | torch.device | None,
+) -> Counter:
+    """That of targets among the rows. Raises InputError for targets that have no rank."""
+    ids = check_targets(targets, len(queries), rows, excluded)
+    counts = np.array([len(one) for one in ids])
+    flat = np.concatenate(ids)
+    scores = pair_scores(queries, rows, np.repeat(np.arange(len(queries)), counts), flat)
+    return Counter(queries, scores, flat, counts, device)
 
 
 class Counter:
@@ -85,18 +102,25 @@ class Counter:
     def __init__(
         self,
         queries: np.ndarray,
-        rows: Rows,
-        targets: Sequence[Any],
-        excluded: np.ndarray | None,
+        scores: np.ndarray,
+        flat: np.ndarray,
+        counts: np.ndarray,
         device: str | torch.device | None,
+        start: int = 0,
     ) -> None:
-        """Raises InputError for targets that have no rank."""
+        """
+        Args:
+            queries: (Q, D) float32.
+            scores, flat: (T,) float64 and int64, `pair_scores` and ids of the targets, query by query.
+            counts: (Q,) how many each has.
+            device: of the scores of blocks.
+            start: id of the database's first row.
+        """
         n_queries = len(queries)
-        ids = _check_targets(targets, n_queries, rows, excluded)
-        self._counts = np.array([len(one) for one in ids])
-        query_of, flat = np.repeat(np.arange(n_queries), self._counts), np.concatenate(ids)
-        scores = pair_scores(queries, rows, query_of, flat)
+        self._counts = counts
+        query_of = np.repeat(np.arange(n_queries), counts)
         self._queries = queries
+        self._start = start
         self._targets = (query_of, scores, flat)
         # Targets worst first, so that a row's place among them is the number of targets that it beats.
         self._order = np.lexsort((-flat, scores, query_of))
@@ -166,7 +190,7 @@ class Counter:
         near = self._below[surely] <= rough
         self._count(query_of[~near], np.maximum(surely - self._first[query_of], 0)[~near])
         exact = block_pair_scores(self._queries, block.rows, query_of[near], row_of[near])
-        self._waiting.append((query_of[near], exact, row_of[near] + block.start))
+        self._waiting.append((query_of[near], exact, row_of[near] + block.start + self._start))
         if sum(len(one[0]) for one in self._waiting) > _WAITING:
             self._place_waiting()
 
@@ -191,7 +215,7 @@ class Counter:
         return np.split(ranks, np.cumsum(self._counts)[:-1])
 
 
-def _check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded: np.ndarray | None) -> list[np.ndarray]:
+def check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded: np.ndarray | None) -> list[np.ndarray]:
     """The targets as int64 arrays, all of them valid ids."""
     if len(targets) != n_queries:
         raise InputError(f"targets: expected one list of ids per query, {n_queries}, got {len(targets)}")

@@ -1,0 +1,101 @@
+"""Ranks over parts of a database: the sum over the parts is the exact rank in the whole, ties included."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_ranks import sorted_ranks
+from test_search import unit, with_duplicates
+
+from superglobal.errors import InputError
+from superglobal.retrieval.rank_parts import count_better, target_scores
+from superglobal.retrieval.ranks import exact_ranks
+from superglobal.retrieval.store import DescriptorStore
+
+
+def ranks_over(Q, parts, targets, **options):
+    """Per query the ranks of targets in all parts, as machines that have a part each would find them."""
+    starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
+    scores = [np.full(len(one), np.nan) for one in targets]
+    for part, start in zip(parts, starts, strict=True):
+        here = [(one >= start) & (one < start + len(part)) for one in targets]
+        found = target_scores(Q, part, [one[mine] - start for one, mine in zip(targets, here, strict=True)])
+        for values, mine, own in zip(scores, here, found, strict=True):
+            values[mine] = own
+    placed = zip(parts, starts.tolist(), strict=True)
+    counts = [count_better(Q, part, scores, targets, start, **options) for part, start in placed]
+    return [np.sum(one, axis=0) for one in zip(*counts, strict=True)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_the_sum_over_parts_is_the_rank_in_the_whole(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    n = data.draw(st.integers(2, 120), label="N")
+    X = with_duplicates(rng, n, 5, data.draw(st.integers(1, n), label="distinct"))
+    Q = np.concatenate([unit(rng, 3, 5), X[:1]])
+    cuts = np.sort(rng.choice(np.arange(1, n), min(n - 1, data.draw(st.integers(0, 4), label="cuts")), replace=False))
+    exclude = rng.integers(n, size=4) if data.draw(st.booleans(), label="exclude") else None
+    targets = [rng.permutation(n)[: data.draw(st.integers(0, n))] for _ in range(4)]
+    if exclude is not None:
+        targets = [one[one != skip] for one, skip in zip(targets, exclude, strict=True)]
+    rows = data.draw(st.sampled_from([1, 13, 1000]), label="block_rows")
+    found = ranks_over(Q, np.split(X, cuts), targets, block_rows=rows, exclude=exclude)
+    expected = sorted_ranks(Q, X, exclude)
+    for number, (one, whole) in enumerate(zip(found, exact_ranks(Q, X, targets, exclude=exclude), strict=True)):
+        np.testing.assert_array_equal(one, expected[number, targets[number]])
+        np.testing.assert_array_equal(one, whole)
+
+
+def test_near_ties_across_parts_are_right():
+    rng = np.random.default_rng(1)
+    X = unit(rng, 300, 64)
+    X[:200] = X[0]
+    X[np.arange(200), rng.integers(64, size=200)] *= np.float32(1 + 2e-7)
+    X = X[rng.permutation(300)]
+    Q = np.concatenate([unit(rng, 3, 64), X[:1]])
+    expected = sorted_ranks(Q, X)
+    for number, one in enumerate(ranks_over(Q, np.split(X, [90, 91, 200]), [np.arange(300)] * 4, block_rows=50)):
+        np.testing.assert_array_equal(one, expected[number])
+
+
+def test_skipped_rows_of_a_part_count_for_nothing_and_have_no_rank(tmp_path):
+    rng = np.random.default_rng(2)
+    X, Q = unit(rng, 60, 8), unit(rng, 3, 8)
+    skipped = np.array([31, 44])
+    store = DescriptorStore.open_or_create(tmp_path / "s", {}, [str(i) for i in range(40)], 8, 16)
+    store.write_rows(np.arange(40), X[20:])
+    store.skip(skipped - 20)
+    store.flush()
+    kept = np.setdiff1d(np.arange(60), skipped)
+    whole = sorted_ranks(Q, X[kept])
+    for query, one in enumerate(ranks_over(Q, [X[:20], store], [kept] * 3)):
+        np.testing.assert_array_equal(one, whole[query])
+    with pytest.raises(InputError, match="image 11 was skipped"):
+        target_scores(Q, store, [[11], [], []])
+    with pytest.raises(InputError, match="image 31 was skipped"):
+        count_better(Q, store, [[0.5], [], []], [[31], [], []], 20)
+
+
+def test_bad_targets_are_named():
+    rng = np.random.default_rng(3)
+    X, Q = unit(rng, 20, 8), unit(rng, 2, 8)
+    none = np.empty(0)
+    for scores, ids, message in (
+        ([[0.5]], [[1]], "scores and ids of 2 queries, got 1 and 1"),
+        ([[0.5, 0.1], none], [[1], []], r"query 0: expected a score for each id, got \(2,\) and \(1,\)"),
+        ([none, np.float32([0.5])], [[], [1]], "query 1: expected float64 scores"),
+        ([none, [0.5]], [[], [-1]], "ids from 0"),
+        ([none, [0.5]], [[], [1.0]], "ids from 0, got float64 and float64"),
+        ([none, [np.nan]], [[], [1]], "query 1: expected scores of unit vectors"),
+        ([none, [3.0]], [[], [1]], "query 1: expected scores of unit vectors"),
+        ([none, [0.5]], [[], [7]], "query 1: id 7 is excluded"),
+    ):
+        with pytest.raises(InputError, match=message):
+            count_better(Q, X, scores, ids, exclude=[0, 7])
+    with pytest.raises(InputError, match="first row in the whole database, got -1"):
+        count_better(Q, X, [none, none], [[], []], -1)
+    with pytest.raises(InputError, match=r"query 0: id 20 is outside the database, 0\.\.19"):
+        target_scores(Q, X, [[20], []])
