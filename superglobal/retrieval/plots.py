@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ _STAGES = {"search": ("#0072b2", "--"), "rerank": ("#d55e00", "-")}
 _GROUPS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX"
 _MOST_GROUPS = 28
+_LABEL = 26  # characters of a landmark's name
 _DPI = 120
 _HEAT = "inferno"
 
@@ -175,7 +175,8 @@ def _points(
         mine = images[0][groups == name]
         if len(mine):
             axes.scatter(*mine.T, s=24, color=colour, marker=marker, linewidths=0.4, edgecolors="white")
-            label = textwrap.shorten(str(name).rsplit("/", 1)[-1], 22, placeholder="...")
+            label = str(name).rsplit("/", 1)[-1]
+            label = label if len(label) <= _LABEL else f"{label[: _LABEL - 3]}..."
             handles.append(Line2D([], [], linestyle="", marker=marker, markersize=5, color=colour, label=label))
     if len(queries[0]):
         colours = [styles[group][0] if group in styles else "#bdbdbd" for group in queries[1]]
