@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from superglobal.config import register
 from superglobal.errors import InputError
-from superglobal.retrieval.report import write_without_numbers
+from superglobal.reporting.report import write_without_numbers
 
 register()
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from superglobal.errors import InputError
-from superglobal.retrieval.tables import merge
+from superglobal.reporting.tables import merge
 
 
 def main() -> int:

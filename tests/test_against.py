@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from superglobal.errors import InputError
-from superglobal.retrieval.against import lost_first, read_against, write_against
+from superglobal.reporting.against import lost_first, read_against, write_against
 from superglobal.retrieval.metrics import cluster_interval
 
 LANDMARKS = [f"place{i // 2}" for i in range(8)]

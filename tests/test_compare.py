@@ -20,13 +20,13 @@ from superglobal import engine
 from superglobal.config import register
 from superglobal.data.revisited import revisited_set
 from superglobal.errors import InputError
+from superglobal.reporting.tables import merge
 from superglobal.retrieval.diffusion import diffuse
 from superglobal.retrieval.expansion import augment_database, expand_queries
 from superglobal.retrieval.kreciprocal import kreciprocal
 from superglobal.retrieval.mutual import rerank_mutual
 from superglobal.retrieval.statistics import database_statistics
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.tables import merge
 
 SHORT = {"mutual": rerank_mutual, "kreciprocal": kreciprocal, "diffusion": diffuse}
 

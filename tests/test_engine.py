@@ -231,7 +231,7 @@ def test_a_single_photo_and_a_broken_tracker_are_told(tmp_path, monkeypatch):
 def test_the_core_needs_neither_lightning_nor_hydra():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['pytorch_lightning', 'lightning', 'hydra', 'wandb']));"
-        "import superglobal, superglobal.models.pooling, superglobal.retrieval.report, superglobal.retrieval.pictures"
+        "import superglobal, superglobal.models.pooling, superglobal.reporting.report, superglobal.reporting.pictures"
     )
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

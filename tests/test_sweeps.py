@@ -17,8 +17,8 @@ from test_engine import mini
 from test_eval import ROOT, revisited, run
 
 from superglobal.engine.common import started_together
+from superglobal.reporting.tables import merge
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.tables import merge
 
 
 def table(outputs: Path) -> list[dict[str, str]]:

@@ -18,12 +18,12 @@ from PIL import Image
 
 from superglobal.errors import InputError
 from superglobal.models.pooling import PoolingConfig
+from superglobal.reporting.published import published_for
+from superglobal.reporting.report import FORMAT
+from superglobal.reporting.runs import read_results
+from superglobal.reporting.tables import merge
 from superglobal.retrieval.metrics import cluster_interval
-from superglobal.retrieval.published import published_for
-from superglobal.retrieval.report import FORMAT
 from superglobal.retrieval.rerankers import parameters
-from superglobal.retrieval.runs import read_results
-from superglobal.retrieval.tables import merge
 
 ROOT = Path(__file__).parents[1]
 

@@ -31,7 +31,7 @@ from superglobal.engine.evaluating import score_set
 from superglobal.engine.tuning import Scorer
 from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList
-from superglobal.retrieval.tables import merge
+from superglobal.reporting.tables import merge
 from superglobal.retrieval.vectors import as_rows
 from superglobal.tuning.maps import MapStore, require_room
 from superglobal.tuning.outcome import compare, how_to_use, write_outcome

@@ -21,11 +21,11 @@ from superglobal.errors import InputError
 from superglobal.models.fast import PRECISIONS
 from superglobal.models.network import make_scales
 from superglobal.models.pooling import relup_mode
+from superglobal.reporting.runs import LADDER, SWITCHES
 from superglobal.retrieval.index_plan import KINDS, TAKEN, require_taken
 from superglobal.retrieval.landmark_scoring import VOTES
 from superglobal.retrieval.rerank import SECOND
 from superglobal.retrieval.rerankers import JUNK, SEARCH_AGAIN, completed
-from superglobal.retrieval.runs import LADDER, SWITCHES
 from superglobal.retrieval.search import BACKENDS
 from superglobal.retrieval.statistics import KINDS as STATISTICS
 from superglobal.retrieval.store_files import DTYPES

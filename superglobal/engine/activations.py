@@ -15,8 +15,8 @@ from superglobal.engine.evaluating import search_device
 from superglobal.engine.reopening import FinishedRun
 from superglobal.models.contributions import Contributions, contributions
 from superglobal.models.network import RetrievalNetwork
-from superglobal.retrieval.pictures import relevance
-from superglobal.retrieval.plots import HeatPanel, draw_activation
+from superglobal.reporting.pictures import relevance
+from superglobal.reporting.plots import HeatPanel, draw_activation
 
 _SHOWN_SIDE = 480  # pixels of a photo in the picture
 

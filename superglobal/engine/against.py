@@ -10,8 +10,8 @@ import numpy as np
 from superglobal.engine.ranked_sheets import PAGE, pages, percents, require_photos
 from superglobal.engine.reopening import FinishedRun
 from superglobal.errors import InputError
-from superglobal.retrieval.against import Against, lost_first, read_against, write_against
-from superglobal.retrieval.pictures import Comparison, Ranking
+from superglobal.reporting.against import Against, lost_first, read_against, write_against
+from superglobal.reporting.pictures import Comparison, Ranking
 
 log = logging.getLogger(__name__)
 

@@ -27,8 +27,8 @@ from superglobal.engine.evaluating import score_set, search_device, shortlist_si
 from superglobal.engine.gathering import Clock, Inputs, gathered
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
+from superglobal.reporting.report import console, percent, versions
 from superglobal.retrieval.metrics import RetrievalResult, cluster_interval
-from superglobal.retrieval.report import console, percent, versions
 from superglobal.retrieval.rerankers import apply_reranker, describe
 from superglobal.retrieval.search import search
 

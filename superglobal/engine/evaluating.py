@@ -23,9 +23,9 @@ from superglobal.engine.searching import FirstStage, first_stage
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
 from superglobal.loggers import Evaluated, evaluation_loggers
-from superglobal.retrieval import report
+from superglobal.reporting import report
+from superglobal.reporting.pictures import draw_sheet
 from superglobal.retrieval.metrics import LABELS, REVISITED, Protocol, Result, RetrievalResult
-from superglobal.retrieval.pictures import draw_sheet
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.rerankers import Reranked, apply_reranker
 from superglobal.retrieval.scoring import Scorer, make_scorer

@@ -18,8 +18,8 @@ from superglobal.errors import InputError
 from superglobal.evaluation import EvaluationModule, ExtractionList, skip_rows
 from superglobal.models.fast import fast_copies
 from superglobal.models.network import RetrievalNetwork
+from superglobal.reporting.report import versions
 from superglobal.retrieval.adopting import adopt_from
-from superglobal.retrieval.report import versions
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.store_files import fingerprint
 from superglobal.retrieval.store_lists import record_paths

@@ -39,7 +39,7 @@ from superglobal.loggers import training_loggers
 from superglobal.models.heads import make_head
 from superglobal.models.network import RetrievalNetwork
 from superglobal.processes import first_process
-from superglobal.retrieval.report import git_state, versions
+from superglobal.reporting.report import git_state, versions
 from superglobal.training import TrainingModule
 
 log = logging.getLogger(__name__)

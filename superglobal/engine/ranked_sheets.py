@@ -12,8 +12,8 @@ import numpy as np
 from superglobal.data.lazy import file_names
 from superglobal.engine.reopening import FinishedRun
 from superglobal.errors import InputError
-from superglobal.retrieval.pictures import Comparison, Ranking, draw_comparisons
-from superglobal.retrieval.report import main_protocol
+from superglobal.reporting.pictures import Comparison, Ranking, draw_comparisons
+from superglobal.reporting.report import main_protocol
 
 ORDERS = ("worst", "improved", "worsened", "given")
 PAGE = 8  # queries on a sheet

@@ -22,7 +22,7 @@ from superglobal.engine.common import evaluation_set
 from superglobal.engine.gathering import Clock, Inputs, evaluated_network, less_statistics, own_descriptors
 from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork
-from superglobal.retrieval.runs import read_results
+from superglobal.reporting.runs import read_results
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.vectors import as_rows, concat, pair_scores
 

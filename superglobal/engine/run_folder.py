@@ -14,7 +14,7 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.files import BAD_PHOTOS, EXPORT, only_process, write_atomically
-from superglobal.retrieval.runs import flat
+from superglobal.reporting.runs import flat
 
 CHECKPOINTS = "checkpoints"
 _RECORD, _CODES = "training.json", "photos.npy"

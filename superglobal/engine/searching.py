@@ -11,12 +11,12 @@ import numpy as np
 
 from superglobal.config import EvalConfig
 from superglobal.data.sets import RankingTask
+from superglobal.reporting.report import main_scores, metric_key
 from superglobal.retrieval.index import recall
 from superglobal.retrieval.index_building import open_index
 from superglobal.retrieval.index_plan import IndexSettings, settings_in_use
 from superglobal.retrieval.metrics import Result
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
-from superglobal.retrieval.report import main_scores, metric_key
 from superglobal.retrieval.scoring import Scorer
 from superglobal.retrieval.search import search
 from superglobal.retrieval.vectors import Rows

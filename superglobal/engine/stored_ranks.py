@@ -10,11 +10,11 @@ from superglobal.config import rerank_parameters
 from superglobal.engine.evaluating import ground_truth, search_device
 from superglobal.engine.reopening import FinishedRun
 from superglobal.errors import InputError
+from superglobal.reporting.precision_recall import curves, rectangular_steps, trapezoidal_steps
+from superglobal.reporting.report import main_scores
 from superglobal.retrieval.landmark_scoring import Ranking, Recognition
 from superglobal.retrieval.metrics import Protocol, Sets, kept_ranks
-from superglobal.retrieval.precision_recall import curves, rectangular_steps, trapezoidal_steps
 from superglobal.retrieval.ranks import exact_ranks
-from superglobal.retrieval.report import main_scores
 from superglobal.retrieval.rerankers import SEARCH_AGAIN, apply_reranker
 from superglobal.retrieval.scoring import Scorer, make_scorer, split_by_set
 from superglobal.retrieval.without_junk import ranks_without_junk

@@ -25,7 +25,7 @@ from superglobal.config import EvalConfig, pooling_overrides
 from superglobal.engine.common import sweeping
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
-from superglobal.retrieval.tables import merge
+from superglobal.reporting.tables import merge
 
 log = logging.getLogger(__name__)
 

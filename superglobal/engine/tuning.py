@@ -25,9 +25,9 @@ from superglobal.evaluation import ExtractionList
 from superglobal.files import EXPORT, write_atomically
 from superglobal.models.backbone import has_relup
 from superglobal.models.network import RetrievalNetwork
-from superglobal.retrieval.report import TEST_MARK, percent
+from superglobal.reporting.report import TEST_MARK, percent
+from superglobal.reporting.runs import flat
 from superglobal.retrieval.rerank import rerank
-from superglobal.retrieval.runs import flat
 from superglobal.retrieval.search import search as nearest
 from superglobal.retrieval.vectors import as_rows
 from superglobal.tuning.maps import MapStore, require_room

@@ -18,12 +18,12 @@ from superglobal.engine.reopening import FinishedRun, relevance_sets
 from superglobal.engine.stored_ranks import mean_precision
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
-from superglobal.retrieval import plots
-from superglobal.retrieval.embedding import METHODS, place, sample
+from superglobal.reporting import plots
+from superglobal.reporting.embedding import METHODS, place, sample
+from superglobal.reporting.pictures import KINDS
+from superglobal.reporting.report import METRICS, metric_key
+from superglobal.reporting.similarities import similarity_counts
 from superglobal.retrieval.landmark_scoring import Recognition
-from superglobal.retrieval.pictures import KINDS
-from superglobal.retrieval.report import METRICS, metric_key
-from superglobal.retrieval.similarities import similarity_counts
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from superglobal.data.images import ImageItem
 from superglobal.data.sets import EvaluationSet
+from superglobal.reporting.pictures import draw_query, draw_results, draw_thumbnail, relevance
+from superglobal.reporting.report import Names, Stages, main_protocol, main_scores, metric_key
 from superglobal.retrieval.metrics import Result
-from superglobal.retrieval.pictures import draw_query, draw_results, draw_thumbnail, relevance
-from superglobal.retrieval.report import Names, Stages, main_protocol, main_scores, metric_key
 from superglobal.retrieval.vectors import Rows
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from superglobal.config import EvalConfig
 from superglobal.loggers.evaluated import Evaluated, spread
 from superglobal.loggers.wandb_runs import TrackedRun
-from superglobal.retrieval.report import git_state, plain_types
+from superglobal.reporting.report import git_state, plain_types
 
 _ROWS = 10_000  # as many as W&B shows of a table
 _AXES = 64

@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import WandbLogger
 
 from superglobal.config import LoggerConfig, TrainConfig
 from superglobal.files import write_atomically
-from superglobal.retrieval.report import plain_types
+from superglobal.reporting.report import plain_types
 
 log = logging.getLogger(__name__)
 

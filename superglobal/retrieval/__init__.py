@@ -1,1 +1,1 @@
-"""Descriptor store, search, reranking, metrics, reports. Nothing here imports Lightning or Hydra."""
+"""Descriptor store, search, reranking, metrics. Nothing here imports Lightning or Hydra."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from superglobal.files import write_atomically
-from superglobal.retrieval import table_formats as formats
-from superglobal.retrieval.per_dataset import SetTable, tables_of
-from superglobal.retrieval.report import main_metric, main_protocol, main_scores, percent
-from superglobal.retrieval.runs import Compared, compared, gain_interval, milliseconds, no_number, read_all, scores_of
-from superglobal.retrieval.table_chart import draw_chart
-from superglobal.retrieval.table_latex import as_latex
+from superglobal.reporting import table_formats as formats
+from superglobal.reporting.per_dataset import SetTable, tables_of
+from superglobal.reporting.report import main_metric, main_protocol, main_scores, percent
+from superglobal.reporting.runs import Compared, compared, gain_interval, milliseconds, no_number, read_all, scores_of
+from superglobal.reporting.table_chart import draw_chart
+from superglobal.reporting.table_latex import as_latex
 
 
 def merge(folder: Path, *others: Path) -> list[dict[str, Any]]:

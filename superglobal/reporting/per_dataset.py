@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from superglobal.retrieval.effects import Effect, main_effects
-from superglobal.retrieval.published import Published, published_for
-from superglobal.retrieval.report import METRICS, main_protocol, main_scores, metric_key
-from superglobal.retrieval.runs import (
+from superglobal.reporting.effects import Effect, main_effects
+from superglobal.reporting.published import Published, published_for
+from superglobal.reporting.report import METRICS, main_protocol, main_scores, metric_key
+from superglobal.reporting.runs import (
     ABLATED,
     LADDER,
     SWITCHES,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.retrieval.runs import SWITCHES, Compared, gain_interval, scores_of
+from superglobal.reporting.runs import SWITCHES, Compared, gain_interval, scores_of
 
 State = tuple[bool | str | None, ...]
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.files import EXPORT
+from superglobal.reporting.report import FORMAT, METRICS, TEST_MARK, main_protocol, main_scores, metric_key
 from superglobal.retrieval.metrics import cluster_interval
-from superglobal.retrieval.report import FORMAT, METRICS, TEST_MARK, main_protocol, main_scores, metric_key
 from superglobal.retrieval.rerankers import describe
 
 SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from superglobal.files import write_atomically
-from superglobal.retrieval.effects import Effect
-from superglobal.retrieval.per_dataset import Line, SetTable
-from superglobal.retrieval.published import CITATION
-from superglobal.retrieval.table_formats import line_name
+from superglobal.reporting.effects import Effect
+from superglobal.reporting.per_dataset import Line, SetTable
+from superglobal.reporting.published import CITATION
+from superglobal.reporting.table_formats import line_name
 
 _COLOURS = ("#4393c3", "#1a9850", "#d6604d", "#762a83", "#b8860b")
 _VARIANTS = ("o", "D", "s", "^")  # marks; the first, of the set itself, is filled

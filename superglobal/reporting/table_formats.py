@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from superglobal.retrieval.effects import Effect
-from superglobal.retrieval.per_dataset import Cell, Line, SetTable
-from superglobal.retrieval.published import CITATION
-from superglobal.retrieval.report import console
+from superglobal.reporting.effects import Effect
+from superglobal.reporting.per_dataset import Cell, Line, SetTable
+from superglobal.reporting.published import CITATION
+from superglobal.reporting.report import console
 
 _ON = "✓"
 _NOTE = f"as published ({CITATION}), not measured here"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from superglobal.files import write_atomically
-from superglobal.retrieval.embedding import spread
-from superglobal.retrieval.pictures import COLOURS
-from superglobal.retrieval.similarities import EDGES
+from superglobal.reporting.embedding import spread
+from superglobal.reporting.pictures import COLOURS
+from superglobal.reporting.similarities import EDGES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from superglobal.retrieval.per_dataset import Cell, SetTable
-from superglobal.retrieval.table_formats import (
+from superglobal.reporting.per_dataset import Cell, SetTable
+from superglobal.reporting.table_formats import (
     effects_grid,
     effects_title,
     gains_of,

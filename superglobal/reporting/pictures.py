@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from superglobal.data.images import ImageItem, read_image
 from superglobal.data.sets import EvaluationSet
 from superglobal.files import write_atomically
-from superglobal.retrieval.report import Stages
+from superglobal.reporting.report import Stages
 
 _SIDE, _BORDER, _GAP, _TEXT = 148, 5, 6, 14
 _CELL, _LINE = _SIDE + 2 * _BORDER + _GAP, _SIDE + 2 * _BORDER + _TEXT + _GAP

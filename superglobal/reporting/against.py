@@ -15,8 +15,8 @@ from rich.table import Table
 
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
+from superglobal.reporting.report import METRICS, console, main_protocol, metric_key
 from superglobal.retrieval.metrics import cluster_interval
-from superglobal.retrieval.report import METRICS, console, main_protocol, metric_key
 
 _CORRECT = "correct"
 _EQUAL = 1e-9
