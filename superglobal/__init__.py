@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from superglobal.data.revisited import load_ground_truth, revisited_set
     from superglobal.errors import InputError
     from superglobal.models.attach import attach
+    from superglobal.models.network import RetrievalNetwork
     from superglobal.retrieval.rerank import rerank, rerank_candidates
     from superglobal.retrieval.scoring import revisited_map
     from superglobal.retrieval.search import search
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ImageItem": "data.images",
     "InputError": "errors",
+    "RetrievalNetwork": "models.network",
     "attach": "models.attach",
     "extract": "api",
     "load_ground_truth": "data.revisited",
@@ -40,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ImageItem",
     "InputError",
+    "RetrievalNetwork",
     "attach",
     "extract",
     "load_ground_truth",

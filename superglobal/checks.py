@@ -187,7 +187,8 @@ def _check_evaluation(config: EvalConfig) -> None:
             f"index={config.index.kind} its numbers would mean something else; index=flat"
         )
     _check_ablation(config)
-    make_scales(config.scales)
+    if config.scales is not None:
+        make_scales(config.scales)
 
 
 def _check_extraction(how: ExtractionConfig) -> None:
