@@ -207,12 +207,15 @@ def test_a_shared_model_is_evaluated_as_it_was_shared(shared, evaluated):
     assert about["network"] == json.loads(json.dumps(wanted).replace("Infinity", '"inf"'))
 
 
-def test_share_makes_the_folder_with_a_card_that_tells_the_results(shared, evaluated, tmp_path):
+def test_share_makes_the_folder_with_a_card_that_tells_the_results(shared, evaluated, tmp_path, monkeypatch, capsys):
     (path,) = evaluated.rglob("results.json")
     result = json.loads(path.read_text())
     folder = tmp_path / "m"
-    words = ["scripts/share.py", shared, folder, "--results", evaluated, "--license", "cc-by-4.0", "--name", "Mini"]
-    assert "from_pretrained" in run(*words)
+    words = ["share.py", shared, folder, "--results", evaluated, "--license", "cc-by-4.0", "--name", "Mini"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    main = runpy.run_path(str(ROOT / "scripts" / "share.py"))["main"]
+    assert main() == 0
+    assert "from_pretrained" in capsys.readouterr().out
     assert from_pretrained(folder).identity() == from_pretrained(shared).identity()
     card = ModelCard.load(folder / "README.md")
     assert (card.data.library_name, card.data.license, card.data.model_name) == ("superglobal", "cc-by-4.0", "Mini")
@@ -234,9 +237,8 @@ def test_share_makes_the_folder_with_a_card_that_tells_the_results(shared, evalu
     ):
         assert words in text, words
     assert str(evaluated) not in text
-    script = runpy.run_path(str(ROOT / "scripts" / "share.py"))
-    with pytest.raises(InputError, match="there is something there already"):
-        script["share"](script["_parser"]().parse_args([str(shared), str(folder)]))
+    assert main() == 2
+    assert "there is something there already" in capsys.readouterr().err
 
 
 def test_results_of_other_weights_are_refused(shared, evaluated, tmp_path):

@@ -22,14 +22,15 @@ def photos(tmp_path):
     return write_folders(tmp_path / "photos", landmarks=4)
 
 
-def run(photos: Path) -> str:
+def command(photos: Path) -> list[str]:
     query, place = photos.parent / "query.jpg", photos.parent / "db"
-    words = ["examples/vectordb.py", photos, query, "--place", place, "--show", "9", "--M", "8"]
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return [*map(str, ["examples/vectordb.py", photos, query, "--place", place, "--show", 9, "--M", 8])]
+
+
+def again(monkeypatch, words: list[str]) -> int:
+    """Exit status of the example, in this process."""
+    monkeypatch.setattr(sys, "argv", words)
+    return runpy.run_path(str(ROOT / "examples" / "vectordb.py"))["main"]()
 
 
 def lists(output: str) -> tuple[list[str], list[str]]:
@@ -48,8 +49,11 @@ def expected(photos: Path) -> tuple[list[str], list[str]]:
     return tuple([str(paths[i]) for i in row[0]] for row in (ids, reranked))
 
 
-def test_the_lists_are_those_of_search_and_rerank_and_follow_the_folder(photos):
-    output = run(photos)
+def test_the_lists_are_those_of_search_and_rerank_and_follow_the_folder(photos, monkeypatch, capsys):
+    words = [sys.executable, *command(photos)]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    output = done.stdout
     assert "12 photos, 12 to describe" in output
     before, after = lists(output)
     assert (before, after) == expected(photos)
@@ -57,13 +61,12 @@ def test_the_lists_are_those_of_search_and_rerank_and_follow_the_folder(photos):
     assert all("label2" in name for name in after[:3])
     (photos / "label2" / "0.jpg").unlink()
     texture(9, 9).save(photos / "label0" / "0.jpg")
-    output = run(photos)
+    assert again(monkeypatch, command(photos)) == 0
+    output = capsys.readouterr().out
     assert "11 photos, 1 to describe" in output
     assert lists(output) == expected(photos)
 
 
 def test_what_is_missing_is_told(tmp_path, monkeypatch, capsys):
-    main = runpy.run_path(str(ROOT / "examples" / "vectordb.py"))["main"]
-    monkeypatch.setattr(sys, "argv", ["vectordb.py", str(tmp_path), str(tmp_path / "query.jpg")])
-    assert main() == 2
+    assert again(monkeypatch, ["vectordb.py", str(tmp_path), str(tmp_path / "query.jpg")]) == 2
     assert "error: no photos under" in capsys.readouterr().err

@@ -189,7 +189,8 @@ def _factor(scale: float, sizes: Sizes) -> Fraction:
     sides = sizes.size or range(sizes.least, sizes.most + 1)
     if any(int(side * scale) != side * factor.numerator // factor.denominator for side in sides):
         raise InputError(
-            f"export: scale {scale} is rounded otherwise in whole numbers; another --scales, or --size H W"
+            f"export: at scale {scale} the network rounds exact sides now up and now down, as floats come out, which a "
+            f"graph does not; take one like {scale + 0.0001:.4f}, or give --size H W"
         )
     return factor
 
