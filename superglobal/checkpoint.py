@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from superglobal.errors import InputError
 from superglobal.files import EXPORT, write_atomically
+from superglobal.models.hub import first_line
 from superglobal.models.network import RetrievalNetwork, weights_digest
 
 FORMAT = "superglobal-1"
@@ -46,11 +47,12 @@ class Weights:
 
     Attributes:
         state: tensors under the network's own names; for `kind="backbone"` under timm's.
-        kind: "superglobal" (our export), "cvnet", or "backbone" (a plain timm state dict).
+        kind: "superglobal" (our export, a shared model), "cvnet", or "backbone" (a plain timm state dict).
         backbone: timm's name, None if the file does not say.
         dim: outputs of the whitening layer, None without one.
         pooling: the switches it was trained with, None if the file does not say.
         mean, std: RGB statistics, None for the backbone's own.
+        scales, antialias: what a shared model is used with, None if the file does not say.
         provenance: where the weights come from.
         left_aside: keys of the file that are no part of the network, by intent.
     """
@@ -62,6 +64,8 @@ class Weights:
     pooling: dict[str, Any] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    scales: tuple[float, ...] | None = None
+    antialias: bool | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     left_aside: tuple[str, ...] = ()
 
@@ -83,12 +87,14 @@ def read_weights(path: str | Path) -> Weights:
         InputError: missing, truncated, unsafe or unknown file.
     """
     path = Path(path)
-    tensors, metadata = _read_tensors(path)
+    tensors, metadata = read_tensors(path)
     provenance = {"file": path.name, "sha256": _file_digest(path)}
     if "superglobal" in metadata:
         return _from_export(path, tensors, metadata["superglobal"], provenance)
     if any(key.startswith(_CVNET_PREFIXES) for key in tensors):
         return _from_cvnet(path, tensors, provenance)
+    if any(key.startswith("backbone.net.") for key in tensors):
+        raise InputError(f"{path}: a network without its description; give the folder of a shared model, or an export")
     return Weights(tensors, "backbone", provenance=provenance)
 
 
@@ -106,12 +112,11 @@ def save_weights(
     Raises:
         InputError: the place cannot be written; what was there before is untouched.
     """
-    pooling = {k: str(v) if v == float("inf") else v for k, v in asdict(network.config).items()}
     about = {
         "format": FORMAT,
         "backbone": network.backbone.name,
         "dim": network.dim if network.whitening is not None else None,
-        "pooling": pooling if store_pooling else None,
+        "pooling": plain_pooling(asdict(network.config)) if store_pooling else None,
         "mean": network.backbone.mean,
         "std": network.backbone.std,
         "digest": weights_digest(network.state_dict()),
@@ -121,13 +126,32 @@ def save_weights(
     write_atomically(Path(path), safetensors_bytes(tensors, {"superglobal": json.dumps(about)}))
 
 
+def plain_pooling(pooling: Mapping[str, Any]) -> dict[str, Any]:
+    """Switches and constants for JSON, which has no infinity."""
+    return {k: str(v) if v == float("inf") else v for k, v in pooling.items()}
+
+
+def pooling_from(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What `plain_pooling` was made of."""
+    return {k: float(v) if v == "inf" else v for k, v in plain.items()}
+
+
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Load a state dict whose every key and shape must agree.
 
     Raises:
         InputError: lists missing, unexpected and misshapen keys.
     """
-    expected = module.state_dict()
+    require_fit(module.state_dict(), state, what)
+    module.load_state_dict(dict(state), strict=True)
+
+
+def require_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Check that every key and shape agrees.
+
+    Raises:
+        InputError: lists missing, unexpected and misshapen keys.
+    """
     wrong = {
         "missing": sorted(set(expected) - set(state)),
         "unexpected": sorted(set(state) - set(expected)),
@@ -140,7 +164,6 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     if any(wrong.values()):
         lists = "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in wrong.items() if keys)
         raise InputError(f"{what} does not fit the network. {lists}")
-    module.load_state_dict(dict(state), strict=True)
 
 
 def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: dict[str, Any]) -> Weights:
@@ -152,7 +175,7 @@ def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: 
             )
         if weights_digest(tensors) != about["digest"]:
             raise InputError(f"{path}: the tensors are not the ones that were written; get or export the file again")
-        pooling = about["pooling"] and {k: float(v) if v == "inf" else v for k, v in about["pooling"].items()}
+        pooling = about["pooling"] and pooling_from(about["pooling"])
         return Weights(
             tensors,
             "superglobal",
@@ -219,7 +242,12 @@ def _cvnet_name(key: str) -> str | None:
     return f"backbone.net.layer{stage}.{int(block) - 1}.{_CVNET_LAYERS[layer]}.{leaf}"
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a file by name, and the metadata of safetensors.
+
+    Raises:
+        InputError: missing, truncated or unsafe file, or one without tensors.
+    """
     if not path.is_file():
         raise InputError(f"weights={path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     with path.open("rb") as file:
@@ -231,11 +259,11 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: refused, nothing was run: it asks to unpickle more than tensors and plain containers, or is "
-            f"damaged ({_first_line(error)}). Save a plain state dict and give that"
+            f"damaged ({first_line(error)}). Save a plain state dict and give that"
         ) from error
     except Exception as error:  # a damaged pickle fails in any way: RuntimeError, EOFError, IndexError, KeyError
         raise InputError(
-            f"{path}: corrupt, incomplete or no weights file ({_first_line(error)}); get it again"
+            f"{path}: corrupt, incomplete or no weights file ({first_line(error)}); get it again"
         ) from error
     if isinstance(content, dict) and "pytorch-lightning_version" in content:
         raise InputError(f"{path}: a checkpoint to go on training from; give the export of its run, {EXPORT}")
@@ -264,7 +292,3 @@ def _file_digest(path: Path) -> str:
 
 def _shorten(names: list[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
 
+import superglobal
 from superglobal.checks import validated
 from superglobal.config import EvalConfig, TrainConfig, pooling_overrides, register
 from superglobal.errors import InputError
@@ -181,7 +183,8 @@ def test_a_preset_is_the_same_in_config_and_api(preset):
 def test_defaults_are_the_same_in_config_and_api():
     assert pooling_overrides(config().pooling) == {}
     assert make_pooling({}) == PoolingConfig() == make_pooling(None)
-    assert (config().scales, config().antialias) == (3, False)
+    api = inspect.signature(superglobal.load_model).parameters
+    assert (config().scales, config().antialias) == (api["scales"].default, api["antialias"].default)
 
 
 def test_the_ladder_adds_one_module_a_step_and_the_others_leave_one_out():

@@ -12,6 +12,7 @@ import pytest
 from documents import ROOT, blocks, commands, composed, text_of
 from sets import texture, write_folders, write_revisited
 
+import superglobal
 from superglobal.data.download.catalogue import NAMES, chosen
 
 README = text_of("README.md")
@@ -83,12 +84,32 @@ def test_the_python_example_runs(tmp_path, cvnet_checkpoint, monkeypatch):
     assert np.allclose(np.linalg.norm(names["X"], axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("script", ["scripts/share.py", "scripts/export.py", "examples/vectordb.py"])
+def test_every_command_of_a_script_is_one_that_it_takes(script):
+    found = [words[1:] for words in commands(README, inline=False) if words[0] == script]
+    assert found
+    parser = runpy.run_path(str(ROOT / script))["_parser"]()
+    for words in found:
+        parser.parse_args(words)
+
+
+def test_the_example_of_sharing_runs(tmp_path, monkeypatch):
+    (code,) = (block.text for block in blocks(README, "python") if "from_pretrained" in block.text)
+    monkeypatch.chdir(tmp_path)
+    superglobal.load_model("random", backbone="test_resnet").save_pretrained("shared")
+    exec(compile(code, "README.md", "exec"), {})
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+
+
 def test_how_it_is_built_names_every_file_of_the_package():
     section = README.split("## How it is built")[1].split("\n## ")[0]
     package = {p.name for p in (ROOT / "superglobal").rglob("*.py")}
     named = set(re.findall(r"(\w+\.py)", section))
     assert package <= named
-    assert named <= package | {p.name for p in (*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py"))}
+    programs = {p.name for place in (".", "scripts", "examples") for p in (ROOT / place).glob("*.py")}
+    assert named <= package | programs
+    assert programs - {p.name for p in ROOT.glob("*.py")} <= named
     for folder in (p.name for p in (ROOT / "conf").iterdir() if p.is_dir()):
         assert f"{folder}/" in section, folder
 

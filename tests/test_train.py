@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from runs import ROOT, command, configured, curves, finished, last, train, values
 from sets import break_scan
 from trackers import events, recorded, references
@@ -414,3 +415,25 @@ def test_the_side_of_the_photos_follows_the_stages(toy_data, tmp_path):
     config = validated(configured(toy_data, tmp_path, "data.stages=[[1,32]]"), TrainConfig)
     photos = _data(config, read_train(toy_data / "toy" / "gldv2")).photos
     assert [photos[epoch, 3].image.shape[-1] for epoch in range(3)] == [32, 64, 64]
+
+
+def test_the_export_tells_its_training_in_a_model_card(toy_data, trained, tmp_path):
+    folder = trained / "train" / "quickstart"
+    model = superglobal.load_model(folder / "best.safetensors")
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.datasets == ["toy"]
+    best = max(values(folder, "val/map")[1:])
+    assert f"held-out landmarks of the same list: {best:.4f}" in card.text
+    for words in (
+        "On toy (`train_clean.csv`), photos of 64 px",
+        "| optim.epochs | 3 |",
+        "| head.kind | arcface |",
+        "GeM, no",
+    ):
+        assert words in card.text, words
+    # What is shared names no place on this machine.
+    for name in ("README.md", "config.json"):
+        assert str(toy_data) not in (tmp_path / name).read_text()
+    again = superglobal.RetrievalNetwork.from_pretrained(tmp_path)
+    assert again.generate_model_card().text == card.text

@@ -54,7 +54,8 @@ def check_evaluation(config: EvalConfig) -> None:
     _check_evaluation_ranges(config)
     _check_reranking(config)
     _check_ablation(config)
-    make_scales(config.scales)
+    if config.scales is not None:
+        make_scales(config.scales)
 
 
 def _check_reranking(config: EvalConfig) -> None:

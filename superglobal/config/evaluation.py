@@ -234,11 +234,12 @@ class EvalConfig:
     """Everything `eval.py` takes.
 
     Args:
-        weights: path, "timm", "package" or "random"; null takes the backbone's own setting, or else the export of
-            the training run `name`.
+        weights: path (of a shared model its folder), "hf:owner/name" of one on Hugging Face's hub, "timm", "package" or
+            "random"; null takes the backbone's own setting, or else the export of the training run `name`.
         name: of a training run.
-        scales: 1, 3, 5 or a list of factors.
-        antialias: filter when a scale shrinks the image; off is what the paper's runs had.
+        scales: 1, 3, 5 or a list of factors; null for a shared model's own, and 3 elsewhere.
+        antialias: filter when a scale shrinks the image; false is what the paper's runs had. null for a shared model's
+            own, and false elsewhere.
         k: results kept per query (at least `rerank.M` and what the metric counts, at most the database).
         ablation: name of the row, set by `conf/ablation`.
         seed: of the bootstrap and of random weights.
@@ -251,8 +252,8 @@ class EvalConfig:
     weights: str | None = None
     name: str = "${dataset.trained}"
     pooling: PoolingSettings = field(default_factory=PoolingSettings)
-    scales: Any = 3
-    antialias: bool = False
+    scales: Any = None
+    antialias: bool | None = None
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     index: IndexConfig = field(default_factory=IndexConfig)

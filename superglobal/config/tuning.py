@@ -51,7 +51,7 @@ class TuneConfig:
     allow_test: bool = False
     backbone: BackboneConfig | None = None
     weights: str | None = None
-    antialias: bool = False
+    antialias: bool | None = None
     space: SpaceConfig = field(default_factory=SpaceConfig)
     trials: int = 100
     max_images: int = 400

@@ -163,6 +163,7 @@ def _network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
         weights or str(Path(config.run) / EXPORT),
         backbone=config.backbone.name if config.backbone else None,
         pooling={"gem_plus": True, "regional": True, "scale": True, **relup},
+        scales=3,
         antialias=config.antialias,
         seed=config.seed,
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from superglobal.errors import InputError
 from superglobal.models.backbone import Backbone, has_relup, install_relup
+from superglobal.models.hub import HubModel
 from superglobal.models.pooling import MapPooling, PoolingConfig, scale_gem, wide
 
 # The reference's lists (model/resnet.py:269-281); its default is the one of three.
@@ -49,7 +50,7 @@ def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
     return values
 
 
-class RetrievalNetwork(nn.Module):
+class RetrievalNetwork(nn.Module, HubModel):
     """Backbone, pooling, whitening layer and scales (method of the reference's model/resnet.py:248-288).
 
     Args:
@@ -58,6 +59,9 @@ class RetrievalNetwork(nn.Module):
         dim: outputs of the whitening layer; None for no whitening (D = the backbone's channels).
         scales: 1, 3, 5 or a list of factors.
         antialias: filter when a scale shrinks the image; off is what the paper's runs had.
+
+    Attributes:
+        provenance: where the weights come from, as plain types; what `save_pretrained` tells of them.
 
     Raises:
         InputError: ReLUP on a backbone that has no place for it; a bad list of scales.
@@ -86,6 +90,7 @@ class RetrievalNetwork(nn.Module):
         self.weights_label = "random"
         self.weights_format: str | None = None  # "CVNet" for the reference's
         self.trained_pooling: dict[str, Any] | None = None
+        self.provenance: dict[str, Any] = {}
         install_relup(backbone.net, pooling.relup, pooling.relup_alpha)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
@@ -167,7 +172,7 @@ class RetrievalNetwork(nn.Module):
         other.mean, other.std = self.mean, self.std
         other.weights_label, other.weights_format = self.weights_label, self.weights_format
         other.trained_pooling = self.trained_pooling
-        other.precision = self.precision
+        other.precision, other.provenance = self.precision, self.provenance
         return other.train(self.training)
 
     def _resolved(self, pooling: PoolingConfig) -> PoolingConfig:

@@ -194,7 +194,7 @@ def write_without_numbers(folder: Path, config: Any, status: str, reason: str) -
     write_atomically(folder / "results.json", json.dumps(plain_types(row), indent=1).encode())
 
 
-def _modules(summary: Mapping[str, Any]) -> str:
+def modules_text(summary: Mapping[str, Any]) -> str:
     """Which modules made these numbers: the default is what the weights were trained with, and hard to guess."""
     rerank = summary["config"]["rerank"]
     after = f"rerank {describe(rerank)}" if rerank["enabled"] else "no rerank"
@@ -217,11 +217,11 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
         counts = summary["counts"]
         size = f"{counts['queries']} queries, {counts['database']} images"
         print_metrics(f"{summary['dataset']}: {size}, weights {summary['weights']}", summary["metrics"])
-    out.print(_modules(summary), soft_wrap=True, highlight=False, markup=False)
+    out.print(modules_text(summary), soft_wrap=True, highlight=False, markup=False)
     if summary["protocol"]["min_side"] is not None:
-        out.print(_sizes(summary["protocol"]), soft_wrap=True, highlight=False, markup=False)
+        out.print(sizes_text(summary["protocol"]), soft_wrap=True, highlight=False, markup=False)
     if "index" in summary["about"]:
-        out.print(_approximation(summary["about"]["index"]), soft_wrap=True, highlight=False, markup=False)
+        out.print(approximation_text(summary["about"]["index"]), soft_wrap=True, highlight=False, markup=False)
     if summary["tuned_on"]:
         out.print(f"settings tuned on {', '.join(summary['tuned_on'])}", soft_wrap=True, highlight=False, markup=False)
     if summary["about"].get("skipped"):
@@ -232,7 +232,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     out.print(f"{seconds}\nresults in {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _sizes(protocol: Mapping[str, Any]) -> str:
+def sizes_text(protocol: Mapping[str, Any]) -> str:
     """The image sizes that the network saw: numbers of two runs compare only where they are the same."""
     most = f"shrunk to a longer side of {protocol['max_side']} px" if protocol["max_side"] else "not shrunk"
     return f"images: {most}; enlarged to a shorter side of {protocol['min_side']} px where it is less"
@@ -246,7 +246,11 @@ def print_metrics(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
         metrics: `to_dict` of a result per stage.
     """
     table = Table(title=escape(title))
-    rows = [(stage, protocol, _cells(one, protocol)) for stage, one in metrics.items() for protocol in main_scores(one)]
+    rows = [
+        (stage, protocol, metric_cells(one, protocol))
+        for stage, one in metrics.items()
+        for protocol in main_scores(one)
+    ]
     for column in ("stage", "protocol", *rows[0][2]):
         table.add_column(column, justify="left" if column in ("stage", "protocol") else "right")
     for stage, protocol, cells in rows:
@@ -254,7 +258,7 @@ def print_metrics(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
     console().print(table)
 
 
-def _cells(one: Mapping[str, Any], protocol: str) -> dict[str, str]:
+def metric_cells(one: Mapping[str, Any], protocol: str) -> dict[str, str]:
     """Column -> cell of one stage and protocol."""
     cells = {METRICS[metric_key(one)]: percent(main_scores(one)[protocol])}
     if "GAP_landmarks_only" in one:
@@ -273,7 +277,7 @@ def _cells(one: Mapping[str, Any], protocol: str) -> dict[str, str]:
     return cells
 
 
-def _approximation(index: Mapping[str, Any]) -> str:
+def approximation_text(index: Mapping[str, Any]) -> str:
     """Which index searched, and how far it is from exact."""
     settings = ", ".join(f"{name} {value}" for name, value in index["settings"].items())
     text = f"approximate search: {settings}"

@@ -1,0 +1,125 @@
+"""A stand-in for Hugging Face's hub on this machine: repositories in memory, one commit after the other."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+
+class Hub(ThreadingHTTPServer):
+    """`repositories`: "owner/name" -> its states, a dict of file name to content each, newest last."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories: dict[str, list[dict[str, bytes]]] = {}
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def commit(self, name: str, number: int) -> str:
+        """What the state `number` of a repository is called."""
+        return hashlib.sha1(f"{name} {number}".encode()).hexdigest()
+
+    def state(self, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """Commit and files of a revision ("main" or a commit)."""
+        for number in range(len(self.repositories.get(name, ())) - 1, -1, -1):
+            commit = self.commit(name, number)
+            if revision in ("main", commit):
+                return commit, self.repositories[name][number]
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, content: Any, status: int = 200, **headers: str) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def missing(self, code: str) -> None:
+        self.answer({"error": code}, 404, X_Error_Code=code)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+            name, what, revision = found.groups()
+            state = self.server.state(name, revision or "main")
+            if state is None:
+                return self.missing("RevisionNotFound" if name in self.server.repositories else "RepoNotFound")
+            if what == "tree":
+                return self.answer(
+                    [{"type": "file", "path": k, "size": len(v), "oid": _etag(v)} for k, v in state[1].items()]
+                )
+            siblings = [{"rfilename": file} for file in state[1]]
+            return self.answer({"id": name, "modelId": name, "sha": state[0], "siblings": siblings})
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            name, revision, file = found.groups()
+            state = self.server.state(name, revision)
+            if state is None or file not in state[1]:
+                return self.missing("EntryNotFound" if state else "RepoNotFound")
+            content = state[1][file]
+            return self.answer(content, X_Repo_Commit=state[0], ETag=f'"{_etag(content)}"')
+        return self.missing("RepoNotFound")
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        path = self.path.split("?")[0]
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            self.server.repositories.setdefault(name, [{}])
+            return self.answer({"url": f"{self.server.address}/{name}"})
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/]+)", path):
+            name, what, _ = found.groups()
+            if what == "preupload":
+                files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(body)["files"]]
+                return self.answer({"files": [{**one, "shouldIgnore": False} for one in files]})
+            lines = [json.loads(line) for line in body.splitlines() if line]
+            added = {
+                v["path"]: base64.b64decode(v["content"]) for v in (e["value"] for e in lines if e["key"] == "file")
+            }
+            states = self.server.repositories[name]
+            states.append({**states[-1], **added})
+            commit = self.server.commit(name, len(states) - 1)
+            return self.answer({"commitUrl": f"{self.server.address}/{name}/commit/{commit}", "commitOid": commit})
+        return self.missing("RepoNotFound")
+
+
+def _etag(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
+
+
+@contextmanager
+def hub() -> Iterator[Hub]:
+    """Runs meanwhile."""
+    server = Hub()
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,141 @@
+"""Exported files: what the network computes, at every size that they say they take, or no file."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from runs import environment
+
+import superglobal
+from superglobal.errors import InputError
+from superglobal.models.export import _Graph, _sizes, export_network, read_metadata
+
+ROOT = Path(__file__).parents[1]
+
+
+def network(**settings):
+    return superglobal.load_model("random", **{"backbone": "test_resnet", **settings})
+
+
+def pictures(batch, height, width):
+    return np.random.default_rng(height * width).random((batch, 3, height, width), dtype=np.float32)
+
+
+def wanted(model, images):
+    with torch.no_grad():
+        return model(torch.from_numpy(images)).numpy()
+
+
+def test_an_onnx_file_of_free_sizes_is_the_network_at_all_of_them(tmp_path):
+    """By the script; sizes that the script itself does not look at, and sides that float32 would round otherwise."""
+    path = tmp_path / "made" / "x.onnx"
+    settings = ["--backbone", "test_resnet", "--scales", "0.53,1"]
+    words = [sys.executable, "scripts/export.py", "random", str(path), *settings]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("largest difference") == 4
+    assert [p.name for p in path.parent.iterdir()] == ["x.onnx"]
+    session, model = onnxruntime.InferenceSession(str(path)), network(scales=[0.53, 1.0])
+    assert [one.shape for one in session.get_inputs()] == [["batch", 3, "height", "width"]]
+    least = model.min_side()
+    sides = np.arange(least, 4097)
+    rounded = (sides.astype(np.float32) * np.float32(0.53)).astype(int) != [int(side * 0.53) for side in sides.tolist()]
+    assert rounded.any()
+    for shape in ((1, least, int(sides[rounded][0])), (4, 131, least), (1, 200, 333)):
+        assert np.abs(session.run(None, {"images": pictures(*shape)})[0] - wanted(model, pictures(*shape))).max() < 1e-5
+    about = read_metadata(path)
+    assert about["network"]["weights"] == model.identity()["weights"]
+    assert "float32 RGB in 0..1" in about["input"]
+    assert about["height, width"].startswith(f"{least} to 4096 px")
+    assert {p.key for p in onnx.load(path).metadata_props} == {"superglobal", "input", "output"}
+
+
+def test_a_pt2_file_of_free_sizes_is_the_network_without_its_package(tmp_path):
+    model = network(backbone="resnet18", dim=16, scales=1, pooling="gem")
+    compared = export_network(model, tmp_path / "x.pt2")
+    assert max(one.difference for one in compared) < 1e-5
+    assert {one.shape[1:] for one in compared} >= {(65, 65), (65, 4096)}
+    np.save(tmp_path / "x.npy", pictures(2, 99, 240))
+    code = (
+        "import sys, numpy, torch; m = torch.export.load('x.pt2').module(); "
+        "numpy.save('y.npy', m(torch.from_numpy(numpy.load('x.npy'))).detach().numpy()); "
+        "assert not [name for name in sys.modules if name.startswith(('superglobal', 'timm'))]"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert np.abs(np.load(tmp_path / "y.npy") - wanted(model, pictures(2, 99, 240))).max() < 1e-5
+    assert read_metadata(tmp_path / "x.pt2")["batch"] == "any"
+
+
+@pytest.mark.parametrize(
+    ("settings", "suffix", "size", "batch"),
+    [
+        ({"antialias": True, "pooling": {"scale_p": 10.0}, "scales": [0.7071, 1.0]}, ".onnx", (120, 161), None),
+        ({"pooling": {"gem_plus": False, "scale": False, "relup": "off"}, "scales": [0.7, 1.0]}, ".pt2", (100, 93), 2),
+        ({"pooling": "cvnet_global", "scales": 1, "dim": 8}, ".pt2", (100, 93), 1),
+        ({"backbone": "test_vit", "dim": 8, "scales": [1.0, 0.9]}, ".pt2", (100, 93), 1),
+    ],
+)
+def test_every_switch_at_one_size(tmp_path, settings, suffix, size, batch):
+    compared = export_network(network(**settings), tmp_path / f"x{suffix}", size, batch)
+    assert {one.shape for one in compared} == ({(batch, *size)} if batch else {(1, *size), (3, *size)})
+    assert max(one.difference for one in compared) < 1e-5
+    assert min(one.cosine for one in compared) > 0.999999
+    assert read_metadata(tmp_path / f"x{suffix}")["height, width"] == list(size)
+
+
+def test_a_transformer_takes_free_sizes_in_whole_patches_at_one_scale(tmp_path):
+    model = network(backbone="test_vit", scales=1, pooling={"regional": False})
+    step = model.backbone.multiple
+    compared = export_network(model, tmp_path / "x.pt2")
+    assert all(side % step == 0 for one in compared for side in one.shape[1:])
+    assert f"multiples of {step}" in read_metadata(tmp_path / "x.pt2")["height, width"]
+    with pytest.raises(InputError, match=r"--size H W, or --scales 1"):
+        export_network(network(backbone="test_vit"), tmp_path / "y.pt2")
+
+
+@pytest.mark.parametrize("side", [65, 66, 67, 98])
+def test_same_padding_in_whole_numbers_is_timms(side):
+    model = network(backbone="tf_efficientnet_lite0", scales=1)
+    images = torch.rand(1, 3, side, 2 * side - 31)
+    with torch.no_grad():
+        assert torch.equal(_Graph(model, _sizes(model, None, None)).eval()(images), model(images))
+
+
+def test_a_file_that_differs_is_not_left(tmp_path):
+    path = tmp_path / "x.pt2"
+    path.write_text("before")
+    model = network(scales=1)
+    with pytest.raises(InputError, match=r"not written.*more than -1"):
+        export_network(model, path, (70, 70), tolerance=-1.0)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "size", "message"),
+    [
+        ({}, "x.pth", None, r"\.onnx or \.pt2"),
+        ({}, "x.pt2", (91, 200), "at least that|a side of 92 px"),
+        ({"pooling": "cvnet_global"}, "x.pt2", (100, 100), "--scales 1"),
+        ({"scales": [0.29, 1.0]}, "x.pt2", None, r"at scale 0\.29 .*0\.2901"),
+        ({"scales": 1}, "folder.pt2", (100, 100), "cannot be written"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(tmp_path, settings, name, size, message):
+    (tmp_path / "folder.pt2").mkdir()
+    with pytest.raises(InputError, match=message):
+        export_network(network(**settings), tmp_path / name, size)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder.pt2"]
+
+
+@pytest.mark.slow
+def test_the_backbone_of_the_offline_package_takes_free_sizes(tmp_path):
+    compared = export_network(superglobal.load_model("package"), tmp_path / "x.onnx")
+    assert max(one.difference for one in compared) < 1e-4

@@ -1,0 +1,296 @@
+"""Shared models: a folder or a repository gives the network that was saved, its card says how good it is and why."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import hub
+from huggingface_hub import ModelCard
+from runs import environment
+from safetensors.torch import load_file, save_file
+
+import superglobal
+from superglobal.checkpoint import save_weights
+from superglobal.errors import InputError
+from superglobal.models.fast import fast_copies
+from superglobal.sharing import CONFIG, WEIGHTS
+
+ROOT = Path(__file__).parents[1]
+IMAGE = np.random.default_rng(0).integers(0, 255, (100, 130, 3), dtype=np.uint8)
+from_pretrained = superglobal.RetrievalNetwork.from_pretrained
+
+
+def network(**settings):
+    return superglobal.load_model("random", **{"backbone": "test_resnet", **settings})
+
+
+def run(*words: object, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, env=environment(**env), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shared") / "model"
+    network(scales=1, pooling="gem", dim=16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scales": [0.7071, 1.0], "antialias": True, "dim": 24, "seed": 4},
+        {"pooling": {"gem_plus": False, "p": 2.7, "relup": "reference_off", "regional_p": 3.0, "eps": 1e-5}},
+        {"pooling": {"scale_p": 10.0, "relup": "off", "regional_window": 3}, "scales": 5},
+        {"pooling": "cvnet_global", "dim": 8},
+    ],
+)
+def test_a_folder_gives_the_network_that_was_saved(tmp_path, settings):
+    saved = network(**settings)
+    saved.backbone.std = (0.25, 0.2, 0.3)
+    saved.std.copy_(torch.tensor(saved.backbone.std).view(3, 1, 1))
+    saved.provenance = {"made by": "test", "root": "/home/somebody/photos", "list": "/home/somebody/list.csv"}
+    saved.save_pretrained(tmp_path / "a")
+    again = from_pretrained(tmp_path / "a")
+    assert again.identity() == saved.identity()
+    assert np.array_equal(superglobal.extract(again, IMAGE), superglobal.extract(saved, IMAGE))
+    assert not again.training
+    again.save_pretrained(tmp_path / "b")
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert "somebody" not in (tmp_path / "a" / CONFIG).read_text()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["README.md", CONFIG, WEIGHTS]
+
+
+def test_settings_win_over_the_stored_ones(shared):
+    assert from_pretrained(shared).scales == (1.0,)
+    assert not superglobal.load_model(shared).config.gem_plus
+    other = from_pretrained(shared, scales=3, pooling={"gem_plus": True}, antialias=True, trainable=True)
+    assert (len(other.scales), other.config.gem_plus, other.config.regional, other.antialias) == (3, True, False, True)
+    assert other.training
+    with pytest.raises(InputError, match="holds test_resnet"):
+        superglobal.load_model(shared, backbone="resnet18")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {**c, "crop": 3, "rotate": True}, "unknown fields crop, rotate"),
+        (lambda c: {k: v for k, v in c.items() if k not in ("scales", "std")}, "missing fields scales, std"),
+        (lambda c: {**c, "pooling": {**c["pooling"], "gem_minus": True}}, r"unknown fields pooling\.gem_minus"),
+        (
+            lambda c: {**c, "pooling": {k: v for k, v in c["pooling"].items() if k != "eps"}},
+            r"missing fields pooling\.eps",
+        ),
+        (lambda c: {**c, "pooling": {**c["pooling"], "p": "three"}}, r"pooling\.p='three'"),
+        (lambda c: {**c, "antialias": "yes"}, "antialias='yes': expected bool"),
+        (lambda c: {**c, "dim": True}, "dim=True: expected int"),
+        (lambda c: {**c, "mean": [0.5]}, "mean=.*three numbers"),
+        (lambda c: {**c, "scales": [9]}, "scales"),
+        (lambda c: {**c, "format": "superglobal-model-2"}, "another version"),
+        (lambda c: {"model_type": "bert"}, "no model of superglobal"),
+        (lambda c: [c], "no model of superglobal"),
+        (lambda c: {**c, "backbone": "resnet18"}, "does not fit the network.*missing"),
+        (lambda c: {**c, "dim": 17}, r"misshapen: whitening\.bias \(16,\)"),
+        (lambda c: {**c, "backbone": "restnet"}, "no such model"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_an_error_that_names_it(shared, tmp_path, change, message):
+    folder = shutil.copytree(shared, tmp_path / "m")
+    (folder / CONFIG).write_text(json.dumps(change(json.loads((folder / CONFIG).read_text()))))
+    with pytest.raises(InputError, match=message):
+        from_pretrained(folder)
+
+
+def test_damaged_and_missing_files_are_named(shared, tmp_path):
+    folder = shutil.copytree(shared, tmp_path / "m")
+    state = load_file(folder / WEIGHTS)
+    state["whitening.bias"][0] += 1
+    save_file(state, folder / WEIGHTS)
+    with pytest.raises(InputError, match="not the ones that were written"):
+        from_pretrained(folder)
+    (folder / WEIGHTS).write_bytes((shared / WEIGHTS).read_bytes()[:-100])
+    with pytest.raises(InputError, match=WEIGHTS):
+        from_pretrained(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(InputError, match=f"{WEIGHTS}: no such file"):
+        from_pretrained(folder)
+    (folder / CONFIG).write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        from_pretrained(folder)
+    (folder / CONFIG).unlink()
+    with pytest.raises(InputError, match=f"{CONFIG}: no such file"):
+        superglobal.load_model(folder)
+    with pytest.raises(InputError, match="give the folder of a shared model"):
+        superglobal.load_model(shared / WEIGHTS, backbone="test_resnet")
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+    changed = network()
+    changed.extra = torch.nn.Linear(2, 2)
+    for other, message in (
+        (changed, "2 unexpected: extra"),
+        (network().half(), "float16"),
+        (fast_copies([network()])[0], "changed layers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            other.save_pretrained(tmp_path / "m")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        network().save_pretrained(tmp_path / "file")
+
+
+IN_BOTH_DIRECTIONS = """
+import superglobal
+model = superglobal.load_model("random", backbone="test_resnet", scales=1, seed=3)
+print(model.push_to_hub("somebody/small", commit_message="first"))
+other = superglobal.load_model("random", backbone="test_resnet", scales=1, seed=4)
+first = superglobal.RetrievalNetwork.from_pretrained("somebody/small")
+commit = other.push_to_hub("somebody/small").rpartition("/")[2]
+assert first.identity() == model.identity() != other.identity()
+for name, wanted in (("hf:somebody/small", other), (f"hf:somebody/small@{commit}", other)):
+    assert superglobal.load_model(name).identity() == wanted.identity()
+before = superglobal.load_model("hf:somebody/small@" + FIRST)
+assert before.identity() == model.identity() and before.weights_label == "hf:somebody/small@" + FIRST
+for name in ("hf:somebody/none", "hf:somebody/small@nowhere", "hf:some body"):
+    try:
+        superglobal.load_model(name)
+    except superglobal.InputError as error:
+        assert name in str(error) and "owner/name" in str(error), error
+    else:
+        raise AssertionError(name)
+try:
+    model.push_to_hub("not a name")
+except superglobal.InputError as error:
+    assert "not a name: could not be pushed" in str(error), error
+"""
+
+
+def test_a_repository_of_the_hub_gives_the_network_that_was_pushed(tmp_path):
+    with hub() as server:
+        first = server.commit("somebody/small", 1)
+        env = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_test", "no_proxy": "127.0.0.1"}
+        run("-c", f"FIRST = {first!r}\n{IN_BOTH_DIRECTIONS}", **env)
+        states = server.repositories["somebody/small"]
+    assert [sorted(state) for state in states] == [[], *[["README.md", CONFIG, WEIGHTS]] * 2]
+    assert 'from_pretrained("somebody/small")' in states[1]["README.md"].decode()
+
+
+@pytest.fixture(scope="module")
+def evaluated(shared, data, tmp_path_factory) -> Path:
+    """Results of eval.py on the shared model as it is, with settings that say they were tuned."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    settings = ["dataset=revisited", "dataset.name=mini", f"weights={shared}", "rerank.tuned_on='mini (test set)'"]
+    places = [f"paths.data={data}", f"paths.outputs={outputs}", "logger=csv", "pictures.queries=0"]
+    run("eval.py", *settings, *places, "trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false")
+    return outputs
+
+
+def test_a_shared_model_is_evaluated_as_it_was_shared(shared, evaluated):
+    (path,) = evaluated.rglob("results.json")
+    about = json.loads(path.read_text())["about"]
+    wanted = from_pretrained(shared).identity()
+    assert about["network"] == json.loads(json.dumps(wanted).replace("Infinity", '"inf"'))
+
+
+def test_share_makes_the_folder_with_a_card_that_tells_the_results(shared, evaluated, tmp_path, monkeypatch, capsys):
+    (path,) = evaluated.rglob("results.json")
+    result = json.loads(path.read_text())
+    folder = tmp_path / "m"
+    words = ["share.py", shared, folder, "--results", evaluated, "--license", "cc-by-4.0", "--name", "Mini"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    main = runpy.run_path(str(ROOT / "scripts" / "share.py"))["main"]
+    assert main() == 0
+    assert "from_pretrained" in capsys.readouterr().out
+    assert from_pretrained(folder).identity() == from_pretrained(shared).identity()
+    card = ModelCard.load(folder / "README.md")
+    assert (card.data.library_name, card.data.license, card.data.model_name) == ("superglobal", "cc-by-4.0", "Mini")
+    listed = {(one.dataset_name, one.metric_name): one.metric_value for one in card.data.eval_results}
+    assert len(listed) == 6
+    for stage, words in (("search", ""), ("rerank", ", reranked")):
+        for protocol, value in result["metrics"][stage]["map"].items():
+            key = ("mini", f"mAP {protocol}{words}; settings tuned on mini (test set)")
+            assert listed[key] == pytest.approx(100 * value, abs=0.005)
+    text = card.text
+    for words in (
+        "**Settings tuned on mini (test set).**",
+        "no estimate of what other photos would give",
+        "queries cropped to their boxes",
+        "trapezoidal",
+        "6 queries, 24 images",
+        "the weights are random",
+        "scales 1, without antialias",
+    ):
+        assert words in text, words
+    assert str(evaluated) not in text
+    assert main() == 2
+    assert "there is something there already" in capsys.readouterr().err
+
+
+def test_results_of_other_weights_are_refused(shared, evaluated, tmp_path):
+    (path,) = evaluated.rglob("results.json")
+    other = network(scales=1, pooling="gem", dim=16, seed=9)
+    with pytest.raises(InputError, match="scores of weights"):
+        other.generate_model_card(results=[path])
+    result = json.loads(path.read_text())
+    del result["about"]["network"]
+    (tmp_path / "own.json").write_text(json.dumps(result))
+    (tmp_path / "failed.json").write_text(json.dumps({**result, "status": "failed", "metrics": {}}))
+    (tmp_path / "other.json").write_text("{}")
+    model = from_pretrained(shared)
+    for name, message in (("own", "own descriptors"), ("failed", "no numbers"), ("other", "no results.json of eval")):
+        with pytest.raises(InputError, match=message):
+            model.generate_model_card(results=[tmp_path / f"{name}.json"])
+
+
+def test_the_card_says_where_converted_weights_come_from(cvnet_checkpoint, tmp_path):
+    model = superglobal.load_model(cvnet_checkpoint(50), scales=1)
+    save_weights(model, tmp_path / "r50.safetensors", {**model.provenance, "converter": "superglobal"}, False)
+    for one in (model, superglobal.load_model(tmp_path / "r50.safetensors")):
+        text = one.generate_model_card().text
+        assert "CVNet's files carry no licence" in text
+        assert "r50.pyth" in text
+
+
+BY_TORCH_HUB = """
+import ast, sys, torch
+model = torch.hub.load(sys.argv[1], "superglobal", source="local", weights=sys.argv[2])
+print(type(model).__name__, tuple(model(torch.zeros(1, 3, 70, 80)).shape))
+for name, module in list(sys.modules.items()):
+    if name.split(".")[0] == "superglobal":
+        for node in ast.parse(open(module.__file__).read()).body:
+            if isinstance(node, ast.Import):
+                print("needs", node.names[0].name.split(".")[0])
+            elif isinstance(node, ast.ImportFrom):
+                print("needs", node.module.split(".")[0])
+"""
+
+
+def test_torch_hub_loads_it_with_the_dependencies_that_are_listed(shared, tmp_path):
+    # From elsewhere, so that the package is found by torch.hub alone.
+    words = [sys.executable, "-P", "-c", BY_TORCH_HUB, str(ROOT), str(shared)]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "RetrievalNetwork (1, 16)" in done.stdout
+    needed = {line.split()[1] for line in done.stdout.splitlines() if line.startswith("needs ")}
+    (listed,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "hubconf.py").read_text()).body
+        if isinstance(node, ast.Assign)
+    )
+    assert needed - set(sys.stdlib_module_names) - {"superglobal"} == set(listed)
