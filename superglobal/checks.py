@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from superglobal.config import (
     CompareConfig,
     DatasetConfig,
+    DemoConfig,
     EvalConfig,
     ExtractionConfig,
     HeadConfig,
@@ -22,6 +23,7 @@ from superglobal.config import (
     TuneConfig,
     rerank_parameters,
 )
+from superglobal.data.images import MAX_PIXELS
 from superglobal.errors import InputError
 from superglobal.models.fast import PRECISIONS
 from superglobal.models.heads import require_kind
@@ -30,7 +32,7 @@ from superglobal.models.pooling import relup_mode
 from superglobal.retrieval.index import KINDS
 from superglobal.retrieval.landmark_scoring import VOTES
 from superglobal.retrieval.rerank import SECOND
-from superglobal.retrieval.rerankers import JUNK, SEARCH_AGAIN, completed
+from superglobal.retrieval.rerankers import JUNK, SEARCH_AGAIN, completed, parameters
 from superglobal.retrieval.search import BACKENDS
 from superglobal.retrieval.statistics import KINDS as STATISTICS
 from superglobal.retrieval.store import DTYPES
@@ -43,7 +45,7 @@ _TABLES = ("train_clean.csv", "train.csv")
 _OPTIMISERS = ("sgd", "adamw")
 _PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
 _BATCH_NORMS = ("train", "frozen", "sync")
-C = TypeVar("C", EvalConfig, CompareConfig, TrainConfig, TuneConfig)
+C = TypeVar("C", EvalConfig, CompareConfig, DemoConfig, TrainConfig, TuneConfig)
 
 
 def validated(cfg: DictConfig, schema: type[C]) -> C:
@@ -61,6 +63,8 @@ def validated(cfg: DictConfig, schema: type[C]) -> C:
     assert isinstance(config, schema)
     if isinstance(config, EvalConfig):
         _check_evaluation(config)
+        if isinstance(config, DemoConfig):
+            _check_page(config)
     elif isinstance(config, TrainConfig):
         _check_training(config)
     else:
@@ -188,6 +192,34 @@ def _check_evaluation(config: EvalConfig) -> None:
         )
     _check_ablation(config)
     make_scales(config.scales)
+
+
+def _check_page(config: DemoConfig) -> None:
+    d, page, kind = config.dataset, config.page, config.rerank.kind
+    if d.kind == "descriptors" or config.descriptors.query is not None:
+        raise InputError("the page describes what is searched for, so it needs the photos and the weights; dataset=...")
+    if config.rerank.enabled and not {"M", "K", "beta"} <= set(parameters(kind)):
+        raise InputError(f"rerank={kind}: the page has M, K and beta to set; rerank=superglobal, mutual or none")
+    if config.extraction.part is not None:
+        raise InputError(f"extraction.part={config.extraction.part}: a page searches all of the database; leave it out")
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the page needs Gradio, which is not installed: pip install -c constraints.txt -e '.[demo]'")
+    devices = config.trainer.devices
+    if not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)):
+        raise InputError(
+            f"trainer.devices={devices}: a page is one process; describe with eval.py, then trainer.devices=1"
+        )
+    if not page.host:
+        raise InputError("page.host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 whoever reaches it")
+    _require_within(
+        {
+            "page.port": (page.port, 0, 65535),
+            "page.results": (page.results, 1, 500),
+            "page.samples": (page.samples, 0, 100),
+            "page.max_upload": (page.max_upload, 1, 2000),
+            "page.max_megapixels": (page.max_megapixels, 1, MAX_PIXELS // 10**6),
+        }
+    )
 
 
 def _check_extraction(how: ExtractionConfig) -> None:

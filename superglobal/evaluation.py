@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -34,7 +35,8 @@ _NEWS_EVERY = 30.0  # seconds
 class ExtractionList:
     """Images that share a store: title ("database", ...), set name, images, what checking them found, their limit.
 
-    One with `skips` is complete without images that cannot be read, up to that share of them.
+    One with `skips` is complete without images that cannot be read, up to that share of them. `source`: the data set's
+    settings, which a store keeps for the record.
     """
 
     title: str
@@ -43,6 +45,7 @@ class ExtractionList:
     checked: CheckReport
     max_side: int | None
     skips: float | None = None
+    source: dict[str, Any] | None = None
 
     def lines(self) -> list[str]:
         """One line per row for the fingerprint: file name, box and content, but not where the folder lies."""

@@ -29,6 +29,7 @@ from superglobal.config.evaluation import (
     StoreConfig,
     rerank_parameters,
 )
+from superglobal.config.page import DemoConfig, PageConfig
 from superglobal.config.training import DataConfig, FitConfig, HeadConfig, OptimConfig, TrainConfig, ValidationConfig
 from superglobal.config.tuning import SpaceConfig, TuneConfig
 
@@ -37,6 +38,7 @@ __all__ = [
     "CompareConfig",
     "DataConfig",
     "DatasetConfig",
+    "DemoConfig",
     "DescriptorsConfig",
     "DistractorsConfig",
     "EvalConfig",
@@ -46,6 +48,7 @@ __all__ = [
     "IndexConfig",
     "LoggerConfig",
     "OptimConfig",
+    "PageConfig",
     "PathsConfig",
     "PicturesConfig",
     "PoolingSettings",
@@ -67,5 +70,6 @@ def register() -> None:
     """Make the schemas known to Hydra; called by the entry points before composing."""
     ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
     ConfigStore.instance().store(name="compare_schema", node=CompareConfig)
+    ConfigStore.instance().store(name="demo_schema", node=DemoConfig)
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     ConfigStore.instance().store(name="tune_schema", node=TuneConfig)
