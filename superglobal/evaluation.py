@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -39,7 +40,7 @@ class ExtractionList:
     """Images that share a store: title ("database", ...), set name, images, what checking them found, their limit.
 
     One with `skips` is complete without images that cannot be read, up to that share of them. `roots` are the folders
-    that their paths are told from.
+    that their paths are told from. `source`: the data set's settings, which a store keeps for the record.
     """
 
     title: str
@@ -49,6 +50,7 @@ class ExtractionList:
     max_side: int | None
     skips: float | None = None
     roots: Sequence[Path] = ()
+    source: dict[str, Any] | None = None
 
     def lines(self) -> list[str]:
         """One line per row for the fingerprint: file name, box and content, but not where the folder lies."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +64,14 @@ def write_folders(root: Path, landmarks: int = 3, views: int = 3) -> Path:
         for view in range(views):
             texture(landmark, view).save(root / f"label{landmark}" / f"{view}.jpg")
     return root
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header promises that size, with next to nothing behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body

@@ -7,15 +7,16 @@ from typing import TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from superglobal.checks.evaluation import check_evaluation, complete_rerank
+from superglobal.checks.page import check_page
 from superglobal.checks.training import check_training
 from superglobal.checks.tuning import check_tuning
-from superglobal.config import CompareConfig, EvalConfig, TrainConfig, TuneConfig
+from superglobal.config import CompareConfig, DemoConfig, EvalConfig, TrainConfig, TuneConfig
 from superglobal.errors import InputError
 from superglobal.models.pooling import relup_mode
 
 __all__ = ["complete_rerank", "validated"]
 
-C = TypeVar("C", EvalConfig, CompareConfig, TrainConfig, TuneConfig)
+C = TypeVar("C", EvalConfig, CompareConfig, DemoConfig, TrainConfig, TuneConfig)
 
 
 def validated(cfg: DictConfig, schema: type[C]) -> C:
@@ -33,6 +34,8 @@ def validated(cfg: DictConfig, schema: type[C]) -> C:
     assert isinstance(config, schema)
     if isinstance(config, EvalConfig):
         check_evaluation(config)
+        if isinstance(config, DemoConfig):
+            check_page(config)
     elif isinstance(config, TrainConfig):
         check_training(config)
     else:

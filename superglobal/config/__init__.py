@@ -31,6 +31,7 @@ from superglobal.config.evaluation import (
     StoreConfig,
     rerank_parameters,
 )
+from superglobal.config.page import DemoConfig, PageConfig
 from superglobal.config.reference import Entry, help_text
 from superglobal.config.training import DataConfig, FitConfig, HeadConfig, OptimConfig, TrainConfig, ValidationConfig
 from superglobal.config.tuning import SpaceConfig, TuneConfig
@@ -71,6 +72,16 @@ ENTRIES = (
         "Compare rerankings on one set of stored descriptors and one first search.",
         ("python scripts/compare_rerankers.py dataset=toy name=quickstart 'rerankers=[none,superglobal,mutual]'",),
     ),
+    Entry(
+        "demo",
+        "scripts/demo.py",
+        DemoConfig,
+        "A page that searches: upload a photo, see what is found and what reranking moves.",
+        (
+            "python scripts/demo.py dataset=folder dataset.database=photos backbone=efficientnet_lite0",
+            "python scripts/demo.py store=outputs/stores/...",
+        ),
+    ),
 )
 """Everything that Hydra configures."""
 
@@ -80,6 +91,7 @@ __all__ = [
     "CompareConfig",
     "DataConfig",
     "DatasetConfig",
+    "DemoConfig",
     "DescriptorsConfig",
     "DistractorsConfig",
     "EvalConfig",
@@ -89,6 +101,7 @@ __all__ = [
     "IndexConfig",
     "LoggerConfig",
     "OptimConfig",
+    "PageConfig",
     "PathsConfig",
     "PicturesConfig",
     "PoolingSettings",

@@ -117,6 +117,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return ""
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
+    if dataclasses.is_dataclass(value):
+        return str(vars(value)).replace("'", "")
     # As it is written on the command line; a reference to another setting by that one's name.
     text = OmegaConf.to_yaml({"_": value}, resolve=False).partition(":")[2].strip()
     return re.sub(r"\$\{([\w.]+)\}", r"<\1>", text.strip("'\""))

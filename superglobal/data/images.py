@@ -76,8 +76,7 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
     try:
         pixels = decode_image(path.read_bytes())
         if box is not None:
-            x1, y1, x2, y2 = box_bounds(box, *pixels.shape[1::-1])
-            pixels = pixels[y1:y2, x1:x2]
+            pixels = cropped(pixels, box)
     except FileNotFoundError as error:
         raise InputError(f"image not found: {path}") from error
     except (OSError, FaultyImageError) as error:
@@ -100,6 +99,12 @@ def pil_pixels(image: Image.Image) -> np.ndarray:
     upright = _UNDO_ORIENTATION.get(0 if image.format == "TIFF" else _orientation(image))
     rgb = image.convert("RGB")
     return np.asarray(rgb if upright is None else rgb.transpose(upright))
+
+
+def cropped(pixels: np.ndarray, box: Box) -> np.ndarray:
+    """What `box`, (x1, y1, x2, y2) as in `read_image`, cuts out of (H, W, 3): a view; FaultyImageError if nothing."""
+    x1, y1, x2, y2 = box_bounds(box, *pixels.shape[1::-1])
+    return pixels[y1:y2, x1:x2]
 
 
 def image_tensor(pixels: np.ndarray) -> torch.Tensor:

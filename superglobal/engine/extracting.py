@@ -169,7 +169,11 @@ def _open_store(
     lines = part.lines()
     place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines, dtype)[:16]}"
     fresh = not place.exists()
-    provenance = {"device": device, "versions": versions()}
+    # Enough to find the weights and the photos again, from the store alone.
+    weights = Path(network.weights_label)
+    found = str(weights.resolve()) if weights.is_file() else network.weights_label
+    origin = {"weights": found, "dataset": part.source, "images": part.title}
+    provenance = {"device": device, "versions": versions(), **origin}
     store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance, dtype=dtype)
     if fresh:
         adopt_from(folder, store)

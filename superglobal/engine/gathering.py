@@ -14,7 +14,7 @@ import numpy as np
 import pytorch_lightning as pl
 
 from superglobal.api import load_model
-from superglobal.config import EvalConfig, PoolingSettings, pooling_overrides
+from superglobal.config import DatasetConfig, EvalConfig, PoolingSettings, pooling_overrides
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import ImageItem
 from superglobal.data.sets import EvaluationSet, how_to_get_distractors, load_distractors, require_images
@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 # Rows of the ablation that say nothing on a backbone without a place for ReLUP.
 _RELUP_ROWS = ("relup", "no_relup")
+_PATHS = ("root", "database", "query")
 
 
 @dataclass
@@ -69,14 +70,14 @@ def gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
 
 def _gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
     problems: list[str] = []
-    dataset = _attempt(problems, _dataset, config)
-    distractors = _attempt(problems, _distractors, config) or []
+    dataset = attempt(problems, _dataset, config)
+    distractors = attempt(problems, distractor_items, config) or []
     if config.descriptors.query is not None:
         if problems:
             raise InputError("\n".join(problems))
         return own_descriptors(config, dataset, distractors)
-    network = _attempt(problems, evaluated_network, config)
-    lists = _checked_lists(config, dataset, distractors, problems, clock)
+    network = attempt(problems, evaluated_network, config)
+    lists = checked_lists(config, dataset, distractors, problems, clock)
     assert dataset is not None
     assert network is not None
     if config.ablation in _RELUP_ROWS and not has_relup(network.backbone.net):
@@ -88,7 +89,7 @@ def _gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
     return replace(inputs, dataset=dataset, distractors=distractors)
 
 
-def _attempt(problems: list[str], read: Callable[[EvalConfig], T], config: EvalConfig) -> T | None:
+def attempt(problems: list[str], read: Callable[[EvalConfig], T], config: EvalConfig) -> T | None:
     """What `read` gives; what it lacks goes to `problems`, so that one message tells everything missing."""
     try:
         return read(config)
@@ -124,7 +125,7 @@ def _load_npy(path: str) -> Rows:
         raise InputError(f"{path}: no readable .npy file of descriptors ({error})") from error
 
 
-def _distractors(config: EvalConfig) -> list[ImageItem]:
+def distractor_items(config: EvalConfig) -> list[ImageItem]:
     d = config.distractors
     return load_distractors(d.root, d.name) if d.name else []
 
@@ -145,20 +146,24 @@ def _trained(config: EvalConfig) -> str:
     )
 
 
-def _checked_lists(
+def checked_lists(
     config: EvalConfig,
     dataset: EvaluationSet | None,
     distractors: list[ImageItem],
     problems: list[str],
     clock: Clock,
+    queries: bool = True,
 ) -> list[ExtractionList]:
-    """The image lists to describe, every file checked; whatever is missing is told in one message."""
+    """The image lists to describe, every file checked; whatever is missing is told in one message.
+
+    Without `queries` those of the set are left out.
+    """
     max_side = config.dataset.max_side
     sets: list[tuple[str, str, Sequence[ImageItem], str]] = []
     tolerated: list[ExtractionList] = []
     if dataset is not None:
         sets.append(("database", dataset.name, dataset.database, dataset.how_to_get))
-        if not dataset.leave_one_out:
+        if queries and not dataset.leave_one_out:
             sets.append(("queries", dataset.name, dataset.queries, dataset.how_to_get))
     d = config.distractors
     roots = [Path(config.paths.data), *([] if dataset is None else [dataset.root]), Path(d.root)]
@@ -170,10 +175,26 @@ def _checked_lists(
         elif d.name and distractors:
             sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
         checked = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
+    source = _with_whole_paths(config.dataset)
     strict = [
-        ExtractionList(title, name, items, checked[title], max_side, roots=roots) for title, name, items, _ in sets
+        ExtractionList(
+            title,
+            name,
+            items,
+            checked[title],
+            max_side,
+            roots=roots,
+            source=None if title == "distractors" else source,
+        )
+        for title, name, items, _ in sets
     ]
     return [*strict, *tolerated]
+
+
+def _with_whole_paths(d: DatasetConfig) -> dict[str, Any]:
+    """The settings of a data set, as good in any other folder."""
+    paths = {key: str(Path(value).resolve()) for key in _PATHS if (value := getattr(d, key)) is not None}
+    return {**asdict(d), **paths}
 
 
 def _extracted(

@@ -1,0 +1,40 @@
+"""Settings of the search page."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from superglobal.checks.limits import require_within
+from superglobal.config import DemoConfig
+from superglobal.data.images import MAX_PIXELS
+from superglobal.errors import InputError
+from superglobal.retrieval.rerankers import parameters
+
+
+def check_page(config: DemoConfig) -> None:
+    """Raise InputError for what `scripts/demo.py` could not show."""
+    d, page, kind = config.dataset, config.page, config.rerank.kind
+    if d.kind == "descriptors" or config.descriptors.query is not None:
+        raise InputError("the page describes what is searched for, so it needs the photos and the weights; dataset=...")
+    if config.rerank.enabled and not {"M", "K", "beta"} <= set(parameters(kind)):
+        raise InputError(f"rerank={kind}: the page has M, K and beta to set; rerank=superglobal, mutual or none")
+    if config.extraction.part is not None:
+        raise InputError(f"extraction.part={config.extraction.part}: a page searches all of the database; leave it out")
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the page needs Gradio, which is not installed: pip install -c constraints.txt -e '.[demo]'")
+    devices = config.trainer.devices
+    if not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)):
+        raise InputError(
+            f"trainer.devices={devices}: a page is one process; describe with eval.py, then trainer.devices=1"
+        )
+    if not page.host:
+        raise InputError("page.host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 whoever reaches it")
+    require_within(
+        {
+            "page.port": (page.port, 0, 65535),
+            "page.results": (page.results, 1, 500),
+            "page.samples": (page.samples, 0, 100),
+            "page.max_upload": (page.max_upload, 1, 2000),
+            "page.max_megapixels": (page.max_megapixels, 1, MAX_PIXELS // 10**6),
+        }
+    )

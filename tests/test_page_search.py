@@ -1,0 +1,305 @@
+"""The search behind the page, what it answers and what it shows, without a browser."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from PIL import Image
+from sets import png_of, texture, write_folders
+from test_engine import BASE, QUIET, mini, run
+
+from superglobal.config import register
+from superglobal.data.images import ImageItem
+from superglobal.engine.serving import Opened, configured, open_database
+from superglobal.errors import InputError
+from superglobal.page import markup
+from superglobal.page.answers import Answers
+from superglobal.page.photo_search import Found, Hit, Photo
+from superglobal.page.server import listening
+from superglobal.page.thumbnails import Thumbnails
+
+ROOT = Path(__file__).parents[1]
+PLAIN = [o for o in BASE if not o.startswith(("logger", "pictures"))]
+
+
+def composed(*overrides: str) -> Any:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("demo", overrides=[*QUIET, *overrides])
+
+
+def opened(outputs: Path, *overrides: str) -> Opened:
+    config, folder = configured(composed(f"paths.outputs={outputs}", *overrides))
+    return open_database(config, folder)
+
+
+def stores(outputs: Path) -> list[Path]:
+    return sorted((outputs / "stores").iterdir())
+
+
+@pytest.fixture(scope="module")
+def evaluated(data, tmp_path_factory) -> SimpleNamespace:
+    """An evaluation of "mini" with rerank.M=6, and the page's search over the same stores."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    result = run(outputs, *mini(data), "rerank.M=6")
+    before = stores(outputs)
+    made = opened(outputs, *PLAIN, *mini(data))
+    return SimpleNamespace(outputs=outputs, result=result, before=before, opened=made, data=data)
+
+
+def test_the_page_searches_the_stores_of_eval(evaluated):
+    assert stores(evaluated.outputs) == evaluated.before
+    assert len(evaluated.opened.search) == 24
+    assert len(evaluated.opened.queries) == 6
+
+
+def test_a_query_finds_what_eval_found_in_that_order(evaluated):
+    rankings = np.load(evaluated.result["folder"] / "rankings.npz")
+    search = evaluated.opened.search
+    for number, item in enumerate(evaluated.opened.queries):
+        query = search.describe(Photo("query", item.path), item.box)
+        plain = search.find(query, M=6, rerank=False, count=24)
+        assert [hit.id for hit in plain.hits] == rankings["search_ids"][number].tolist()
+        assert all(hit.rank == hit.before for hit in plain.hits)
+        assert np.allclose([hit.score for hit in plain.hits], rankings["search_scores"][number], atol=1e-5)
+        found = search.find(query, M=6, count=24)
+        ids = rankings["rerank_ids"][number].tolist()
+        assert [hit.id for hit in found.hits] == ids
+        assert [plain.hits[hit.before - 1].id for hit in found.hits] == ids
+        assert [hit.score is None for hit in found.hits] == [False] * 6 + [True] * 18
+        assert set(query.seconds | found.seconds) == {"decode", "describe", "search", "rerank"}
+
+
+def test_a_photo_of_the_database_does_not_find_itself(evaluated):
+    search = evaluated.opened.search
+    found = search.find(search.describe(search.photo(3)), M=400, count=400)
+    assert sorted(hit.id for hit in found.hits) == [i for i in range(24) if i != 3]
+    with pytest.raises(InputError, match="no photo 24"):
+        search.photo(24)
+
+
+def test_a_box_is_described_as_the_file_of_its_crop(evaluated, tmp_path):
+    search = evaluated.opened.search
+    whole, part = tmp_path / "whole.png", tmp_path / "part.png"
+    picture = Image.open(evaluated.opened.queries[0].path).convert("RGB")
+    picture.save(whole)
+    picture.crop((10, 5, 101, 90)).save(part)
+    boxed = search.describe(Photo("whole", whole), (10.0, 5.0, 101.0, 90.0))
+    assert np.allclose(boxed.descriptor, search.describe(Photo("part", part)).descriptor, atol=1e-6)
+    assert boxed.size == picture.size
+    assert boxed.preview.shape[:2] == picture.size[::-1]
+
+
+def test_several_threads_get_what_each_gets_alone(evaluated):
+    search = evaluated.opened.search
+
+    def answer(number: int) -> list[tuple[int, int]]:
+        found = search.find(search.describe(search.photo(number)), M=4 + number, K=2)
+        return [(hit.id, hit.before) for hit in found.hits]
+
+    alone = [answer(number) for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(answer, range(8))) == alone
+
+
+@pytest.mark.parametrize("override", ["statistics=mean", "index=hnsw", "rerank=mutual", "distractors.name=noise"])
+def test_other_settings_of_eval_hold_on_the_page_too(evaluated, override):
+    result = run(evaluated.outputs, *mini(evaluated.data), "rerank.M=6", override)
+    made = opened(evaluated.outputs, *PLAIN, *mini(evaluated.data), override)
+    rankings = np.load(result["folder"] / "rankings.npz")
+    item = made.queries[2]
+    found = made.search.find(made.search.describe(Photo("query", item.path), item.box), M=6, **_given(override))
+    assert [hit.id for hit in found.hits] == rankings["rerank_ids"][2].tolist()
+
+
+def _given(override: str) -> dict[str, Any]:
+    return {"K": 5, "beta": 0.3} if override == "rerank=mutual" else {}
+
+
+def test_faults_of_a_photo_name_it_and_not_its_place(evaluated, tmp_path):
+    search = evaluated.opened.search
+    (tmp_path / "text.jpg").write_text("no photo")
+    (tmp_path / "bomb.png").write_bytes(png_of(60_000, 60_000))
+    Image.new("L", (11_000, 10_000)).save(tmp_path / "large.png")
+    (tmp_path / "cut.jpg").write_bytes(evaluated.opened.queries[0].path.read_bytes()[:900])
+    reasons = {"text": "not an image", "bomb": "more than", "large": "more than the 100 megapixels", "cut": "truncated"}
+    for name, reason in {**reasons, "gone": "upload it again"}.items():
+        path = next(iter(tmp_path.glob(f"{name}.*")), tmp_path / "gone.jpg")
+        with pytest.raises(InputError, match=rf"^holiday\.jpg .*{reason}") as error:
+            search.describe(Photo("holiday.jpg", path))
+        assert str(tmp_path) not in str(error.value)
+
+
+def test_a_store_alone_says_what_it_needs(evaluated, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    place = next(path for path in evaluated.before if "-database-" in path.name)
+    config, folder = configured(composed(f"store={place}"))
+    assert (config.dataset.name, config.weights, config.scales) == ("mini", "random", [1.0])
+    made = open_database(config, folder)
+    assert made.search.database.fingerprint() == evaluated.opened.search.database.fingerprint()
+    query = made.search.describe(made.search.photo(0))
+    same = evaluated.opened.search.describe(evaluated.opened.search.photo(0))
+    np.testing.assert_array_equal(query.descriptor, same.descriptor)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_of_a_folder_needs_no_query_and_follows_its_weights(tmp_path):
+    photos = write_folders(tmp_path / "photos", 3, 2)
+    given = ["dataset=folder", f"dataset.database={photos}", *PLAIN, "pooling.p=2.5"]
+    first = opened(tmp_path, *given)
+    assert first.name == "photos"
+    assert not len(first.queries)
+    (place,) = stores(tmp_path)
+    assert len(opened(tmp_path, f"store={place}").search) == 6
+    for other, what in (("seed=1", "of other weights than weights=random"), ("weights=package", "backbone=resnet18")):
+        with pytest.raises(InputError, match=what):
+            opened(tmp_path, f"store={place}", other)
+    texture(9, 9).save(photos / "label0" / "new.jpg")
+    with pytest.raises(InputError, match="its photos are not those that are there now"):
+        opened(tmp_path, f"store={place}")
+
+
+def test_what_a_store_does_not_say_is_asked_for(evaluated, tmp_path):
+    place = next(path for path in evaluated.before if "-database-" in path.name)
+    queries = next(path for path in evaluated.before if "-queries-" in path.name)
+    with pytest.raises(InputError, match="a store of queries"):
+        configured(composed(f"store={queries}"))
+    with pytest.raises(InputError, match="no descriptor store"):
+        configured(composed(f"store={tmp_path}"))
+    old = shutil.copytree(place, tmp_path / "old")
+    manifest = json.loads((old / "manifest.json").read_text())
+    manifest["provenance"] = {"device": "cpu"}
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"where its photos and weights are; .*dataset=\.\.\. and weights="):
+        configured(composed(f"store={old}"))
+    assert len(opened(tmp_path, f"store={old}", *mini(evaluated.data), "weights=random").search) == 24
+    done = np.load(old / "done.npy")
+    done[5] = 0
+    np.save(old / "done.npy", done)
+    with pytest.raises(InputError, match="1 of 24 descriptors are missing"):
+        opened(tmp_path, f"store={old}", *mini(evaluated.data), "weights=random")
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("rerank=diffusion", "rerank=superglobal"),
+        ("page.port=70000", "page.port=70000"),
+        ("page.max_upload=0", "page.max_upload=0"),
+        ("page.host=''", "page.host"),
+        ("extraction.part=1/2", "extraction.part"),
+        ("trainer.devices=2", "one process"),
+        ("dataset=descriptors", "descriptors"),
+    ],
+)
+def test_settings_that_no_page_can_have_are_refused(override, match):
+    with pytest.raises(InputError, match=match):
+        configured(composed("dataset=toy", "backbone=resnet18", "weights=random", override))
+
+
+def test_without_a_data_set_or_a_store_the_choice_is_named():
+    with pytest.raises(InputError, match=r"missing settings: dataset\.kind"):
+        configured(composed())
+
+
+def test_an_address_that_is_taken_is_told_before_anything_is_described():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(InputError, match=r"page.port=0 takes any"), listening("127.0.0.1", other.getsockname()[1]):
+            pass
+
+
+def test_movement_and_summary_say_what_reranking_did():
+    hits = [Hit(7, 1, 1, 1.2), Hit(3, 2, 9, 1.1), Hit(5, 3, 2, 1.0), Hit(4, 4, 4, None)]
+    assert [re.sub("<[^>]*>", "", markup.movement(hit)) for hit in hits] == ["=", "9 → 2 ▲", "2 → 3 ▼", "="]
+    told = markup.summary(Found(hits, True, {}), 20)
+    assert "2 changed place, 1 came from beyond the first 4; the highest climb is 9 → 2." in told
+    assert "by similarity" in markup.summary(Found(hits, False, {}), 20)
+    assert "none of them moved" in markup.summary(Found(hits[:1], True, {}), 20)
+
+
+def test_a_name_is_text_and_nothing_else():
+    name = '"><script>alert(1)</script>.jpg'
+    shown = markup.results(Found([Hit(0, 1, 1, 0.5)], True, {}), [name], "photos/x", 1)
+    shown += markup.problem(name) + markup.samples([("database/0", "photos/x", name)], "") + markup.header(name, [name])
+    assert "<script" not in shown
+    assert '"">' not in shown
+
+
+@pytest.fixture
+def answers(evaluated, tmp_path) -> Answers:
+    config, _ = configured(composed(*PLAIN, *mini(evaluated.data)))
+    (tmp_path / "uploads").mkdir()
+    return Answers(config, evaluated.opened, tmp_path / "uploads", "photos/x")
+
+
+def event(**data: Any) -> gr.EventData:
+    return gr.EventData(None, data)
+
+
+SETTINGS = (True, 10, 3, 0.15)
+
+
+def test_only_what_was_uploaded_here_is_searched_for(answers, evaluated, tmp_path):
+    good = answers.uploads / "a" / "photo.jpg"
+    good.parent.mkdir()
+    shutil.copy(evaluated.opened.queries[0].path, good)
+    message, query, _, results, times = answers.photo(*SETTINGS, event(path=str(good), name="../mine.jpg"))
+    assert message == ""
+    assert query.photo.name == "mine.jpg"
+    assert 'data-rank="1"' in results
+    assert "describe" in times
+    (answers.uploads / "link.jpg").symlink_to(evaluated.opened.queries[0].path)
+    outside = [evaluated.opened.queries[0].path, answers.uploads / ".." / "x", answers.uploads / "link.jpg", "", "/"]
+    for path in outside:
+        message, *rest = answers.photo(*SETTINGS, event(path=str(path), name="x"))
+        assert "was not uploaded here" in message
+        assert rest == [gr.skip()] * 4
+
+
+@pytest.mark.parametrize("pick", ["database/24", "queries/6", "database/-1", "elsewhere/../etc", "", "queries/²"])
+def test_a_pick_that_is_none_is_a_message(answers, pick):
+    message, *rest = answers.pick(*SETTINGS, event(pick=pick))
+    assert 'role="alert"' in message
+    assert rest == [gr.skip()] * 4
+
+
+@pytest.mark.parametrize("box", [None, [0, 0, 1], ["a", 0, 1, 1], [float("nan"), 0, 1, 1], {"x": 1}])
+def test_a_box_that_is_none_is_a_message(answers, box):
+    query = answers.pick(*SETTINGS, event(pick="queries/0"))[1]
+    assert query.box is not None
+    assert 'role="alert"' in answers.box(query, *SETTINGS, event(box=box))[0]
+    assert 'role="alert"' in answers.box(None, *SETTINGS, event(box=[0, 0, 1, 1]))[0]
+    assert answers.whole(query, *SETTINGS)[1].box is None
+
+
+def test_samples_are_the_queries_or_what_has_the_words_in_its_name(answers):
+    assert set(re.findall(r'data-pick="(\w+)/\d+"', answers.samples("", 0))) == {"queries"}
+    found = answers.samples(" L3_ ", 0)
+    assert len(re.findall("data-pick", found)) == 5
+    assert "database/12" in found
+    assert "No file name" in answers.samples("<nowhere>", 0)
+    assert "<nowhere>" not in answers.samples("<nowhere>", 0)
+
+
+def test_thumbnails_are_of_the_lists_alone_and_small(evaluated, tmp_path):
+    Image.effect_noise((3000, 1000), 50).convert("RGB").save(tmp_path / "large.jpg")
+    items = [ImageItem(tmp_path / "large.jpg"), ImageItem(tmp_path / "gone.jpg")]
+    pictures = Thumbnails({"database": items})
+    sizes = [Image.open(io.BytesIO(pictures.jpeg("database", 0, size) or b"")).size for size in ("small", "large")]
+    assert sizes == [(240, 80), (1280, 427)]
+    wrong = [("database", 1, "small"), ("database", 2, "small"), ("database", -1, "small"), ("queries", 0, "small")]
+    assert all(pictures.jpeg(*one) is None for one in [*wrong, ("database", 0, "huge")])
