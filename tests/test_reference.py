@@ -39,8 +39,6 @@ def test_every_setting_of_a_composed_configuration_is_described(entry):
     whole = {name for name in described if any(one.startswith(f"{name}.") for one in names)}
     under = {name for name in names if name.startswith(tuple(f"{one}." for one in whole))}
     assert names == under | {*described} - whole
-        names == {name for name in names if name.startswith(tuple(f"{one}." for one in whole))} | {*described} - whole
-    )
     assert len(whole) <= 1
 
 

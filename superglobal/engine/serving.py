@@ -25,7 +25,8 @@ from superglobal.evaluation import ExtractionList
 from superglobal.models.fast import fast_copies
 from superglobal.models.network import RetrievalNetwork
 from superglobal.page.photo_search import FirstStage, PhotoSearch
-from superglobal.retrieval.index import IndexSettings, open_index
+from superglobal.retrieval.index_building import open_index
+from superglobal.retrieval.index_plan import IndexSettings
 from superglobal.retrieval.statistics import stored_statistics
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.vectors import Rows, concat
