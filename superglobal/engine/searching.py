@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from superglobal.config import EvalConfig
 from superglobal.data.sets import RankingTask
 from superglobal.reporting.report import main_scores, metric_key
-from superglobal.retrieval.index import recall
+from superglobal.retrieval.index import ApproximateIndex, recall
 from superglobal.retrieval.index_building import open_index
 from superglobal.retrieval.index_plan import IndexSettings, settings_in_use
 from superglobal.retrieval.metrics import Result
@@ -63,6 +63,12 @@ def first_stage(
     return FirstStage(scores, ids, ranks)
 
 
+def configured_index(config: EvalConfig, X: Rows, device: str) -> ApproximateIndex:
+    """The index of `config.index` over X, built or found in `paths.stores`."""
+    settings = IndexSettings(**{one.name: getattr(config.index, one.name) for one in fields(IndexSettings)})
+    return open_index(X, settings, Path(config.paths.stores), device=device)
+
+
 def _approximate(
     config: EvalConfig,
     Q: np.ndarray,
@@ -73,15 +79,13 @@ def _approximate(
     exclude: np.ndarray | None,
     device: str,
 ) -> FirstStage:
-    i = config.index
-    names = ("kind", "nlist", "nprobe", "pq_m", "M", "ef_construction", "ef_search", "candidates")
-    settings = IndexSettings(**{name: getattr(i, name) for name in names})
-    index = open_index(X, settings, Path(config.paths.stores), device=device)
+    index = configured_index(config, X, device)
     scores, ids = index.search(Q, k, exclude=exclude)
     ranks = [] if scorer is None else scorer.listed(ids)
     about: dict[str, Any] = {"settings": settings_in_use(index.settings), "exact": False}
-    if i.compare:
-        about["compared"] = _compared(Q, X, (scores, ids), scorer, task, exclude, device, i.compare, config.seed)
+    if config.index.compare:
+        count = config.index.compare
+        about["compared"] = _compared(Q, X, (scores, ids), scorer, task, exclude, device, count, config.seed)
     return FirstStage(scores, ids, ranks, about)
 
 

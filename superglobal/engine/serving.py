@@ -20,13 +20,12 @@ from superglobal.engine.common import evaluation_set, make_trainer
 from superglobal.engine.evaluating import search_device
 from superglobal.engine.extracting import extract_lists
 from superglobal.engine.gathering import Clock, attempt, checked_lists, distractor_items, evaluated_network
+from superglobal.engine.searching import configured_index
 from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList
 from superglobal.models.fast import fast_copies
 from superglobal.models.network import RetrievalNetwork
 from superglobal.page.photo_search import FirstStage, PhotoSearch
-from superglobal.retrieval.index_building import open_index
-from superglobal.retrieval.index_plan import IndexSettings
 from superglobal.retrieval.statistics import stored_statistics
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.vectors import Rows, concat
@@ -144,12 +143,9 @@ def _opened(
 
 def _indexed(config: DemoConfig, rows: Rows, device: str) -> FirstStage | None:
     """The search by `config.index`; None for the exact one."""
-    i = config.index
-    if i.kind == "flat":
+    if config.index.kind == "flat":
         return None
-    names = ("kind", "nlist", "nprobe", "pq_m", "M", "ef_construction", "ef_search", "candidates")
-    settings = IndexSettings(**{name: getattr(i, name) for name in names})
-    index = open_index(rows, settings, Path(config.paths.stores), device=device)
+    index = configured_index(config, rows, device)
     find: Callable[..., tuple[np.ndarray, np.ndarray]] = index.search
     return lambda q, k, exclude: find(q, k, exclude=exclude)
 
