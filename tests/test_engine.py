@@ -195,7 +195,7 @@ def test_own_descriptors_need_the_ground_truth_and_no_photo(tmp_path):
     [
         ("scales=foo", "1, 3, 5"),
         ("scales=true", "1, 3, 5"),
-        ("scales=null", "1, 3, 5"),
+        ("scales=2", "1, 3, 5"),
         ("trainer.devices=0", "trainer"),
         ("trainer.devices=foo", "trainer"),
         ("trainer.accelerator=foo", "trainer"),
