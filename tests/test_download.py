@@ -386,6 +386,21 @@ def test_a_bomb_is_refused(office, tmp_path):
         get(OXFORD, tmp_path, options(office))
 
 
+def test_a_header_with_nonsense_for_numbers_is_no_archive(office, tmp_path):
+    member = header("all_souls.jpg")
+    member.pax_headers = {"GNU.sparse.map": "nonsense", "GNU.sparse.size": "5"}
+    office.files[ARCHIVE_KEY] = gzip.compress(member.tobuf(tarfile.PAX_FORMAT) + bytes(10240))
+    with pytest.raises(InputError, match="no whole archive .ValueError"):
+        get(OXFORD, tmp_path, options(office))
+
+
+def test_a_name_that_is_no_utf8_is_left_out(office, tmp_path):
+    other = header("café.jpg").tobuf(tarfile.GNU_FORMAT, encoding="latin-1")
+    # In front of the photos, so that those are read after it.
+    office.files[ARCHIVE_KEY] = gzip.compress(other + gzip.decompress(office.files[ARCHIVE_KEY]))
+    assert "1 files left out that no list has" in get(OXFORD, tmp_path, options(office))
+
+
 @pytest.mark.parametrize("data", [b"<!DOCTYPE html><p>moved</p>", b"", "cut"], ids=["page", "empty", "cut"])
 def test_what_is_no_archive_is_said(office, tmp_path, data):
     office.files[ARCHIVE_KEY] = office.files[ARCHIVE_KEY][:-2000] if data == "cut" else data

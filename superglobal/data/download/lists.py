@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
@@ -50,7 +51,7 @@ def placing(source: Source, names: np.ndarray) -> Place:
 
     def place(member: PurePosixPath) -> str | None:
         ends = ("/".join(member.parts[first:]) for first in range(len(member.parts)))
-        return next((end for end in ends if end.encode() in known), None)
+        return next((end for end in ends if os.fsencode(end) in known), None)
 
     return place
 

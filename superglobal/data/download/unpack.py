@@ -99,7 +99,7 @@ def unpack(archive: Path, folder: Path, place: Place) -> Unpacked:
             f"{archive} {error}: refused, nothing of it was put in place. Expected are photos and folders alone; get "
             "the file from its official address"
         ) from error
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error, ValueError) as error:  # numbers of a header
         raise InputError(
             f"{archive} is no whole archive ({type(error).__name__}: {error}; it begins {_beginning(archive)!r}), "
             "nothing of it was put in place. Remove it and call again"
