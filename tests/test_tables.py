@@ -256,6 +256,17 @@ def test_a_full_factorial_says_what_each_module_is_worth(tmp_path):
     assert (tmp_path / "chart.png").stat().st_size < 200_000
 
 
+def test_a_run_beside_a_full_factorial_is_no_part_of_its_effects(tmp_path):
+    states = [(*state, False, False, False) for state in itertools.product((False, True), repeat=2)]
+    factorial(tmp_path / "whole", states)
+    factorial(tmp_path / "more", [*states, (True, True, False, "reference_off", False)])
+    merge(tmp_path / "whole")
+    merge(tmp_path / "more")
+    whole, more = (rows_of(tmp_path / name / "table-d.csv") for name in ("whole", "more"))
+    assert len(whole) == 4 + 2
+    assert [row for row in more if row["effect of"]] == whole[4:]
+
+
 def test_half_a_factorial_says_no_effects(tmp_path):
     factorial(tmp_path, list(itertools.product((False, True), repeat=5))[:-1])
     merge(tmp_path)

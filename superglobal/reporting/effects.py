@@ -38,7 +38,8 @@ def main_effects(rows: Sequence[Compared], states: Sequence[State], variants: Se
     """
     groups: dict[tuple[str, str], dict[State, dict[str, Any]]] = {}
     for row, state, variant in zip(rows, states, variants, strict=True):
-        if row.result["metrics"]:
+        # A module that is neither on nor off, such as ReLUP as the reference has it, has no pair.
+        if row.result["metrics"] and all(isinstance(one, bool) for one in state):
             groups.setdefault((variant, row.weights), {})[state] = row.result
     found = []
     for key, runs in groups.items():
