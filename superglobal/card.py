@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from superglobal import __version__
 from superglobal.errors import InputError
 from superglobal.models.network import weights_digest
 from superglobal.reporting import report
-from superglobal.reporting.runs import flat
+from superglobal.reporting.runs import flat, read_result
 from superglobal.reporting.runs import read_results as read_folder
 
 if TYPE_CHECKING:
@@ -111,13 +110,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         # Rows of an ablation that do not apply to this backbone are part of a sweep.
         rows = [summary for summary in read_folder(path) if summary["status"] != "n/a"]
         return [{**summary, "place": str(path / summary["place"])} for summary in rows]
-    try:
-        summary = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no readable results.json of eval.py ({error})") from error
-    if not isinstance(summary, dict) or summary.get("format") != report.FORMAT:
-        raise InputError(f"{path}: no results.json of eval.py, or of another version")
-    return [{**summary, "place": str(path)}]
+    return [{**read_result(path), "place": str(path)}]
 
 
 def _training(provenance: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -267,6 +267,37 @@ def test_a_run_beside_a_full_factorial_is_no_part_of_its_effects(tmp_path):
     assert [row for row in more if row["effect of"]] == whole[4:]
 
 
+def test_where_no_query_counts_there_is_a_dash(tmp_path):
+    for number, label in enumerate(("gem", "relup")):
+        write(tmp_path / f"{number}_job", "a", label, [0.5] * 12)
+        result, scores = (tmp_path / f"{number}_job" / name for name in ("results.json", "per_query.csv"))
+        row = json.loads(result.read_text())
+        row["metrics"]["search"]["map"]["medium"] = None
+        row["metrics"]["search"]["interval"]["medium"] = [None, None]
+        result.write_text(json.dumps(row))
+        scores.write_text(scores.read_text().replace(",0.5\n", ",\n"))
+    merge(tmp_path)
+    for row in rows_of(tmp_path / "table.csv"):
+        assert [row[name] for name in ("medium", "95 % medium", "gain", "95 % gain")] == ["-", "-", "-", ""]
+    assert "nan" not in (tmp_path / "table-d.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[]", "no results.json of eval.py, or damaged"),
+        (b"\xff", "no results.json of eval.py, or damaged"),
+        (b'{"format": "other"}', "format 'other', expected"),
+        (b'{"format": "%s", "label": ""}' % FORMAT.encode(), "damaged, without dataset, weights"),
+    ],
+)
+def test_a_damaged_result_is_named(runs, text, reason):
+    folder, _ = runs
+    (folder / "9_job" / "results.json").write_bytes(text)
+    with pytest.raises(InputError, match=re.escape(f"9_job/results.json: {reason}")):
+        merge(folder)
+
+
 def test_half_a_factorial_says_no_effects(tmp_path):
     factorial(tmp_path, list(itertools.product((False, True), repeat=5))[:-1])
     merge(tmp_path)

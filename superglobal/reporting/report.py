@@ -265,8 +265,7 @@ def metric_cells(one: Mapping[str, Any], protocol: str) -> dict[str, str]:
         cells["GAP, landmarks only"] = percent(one["GAP_landmarks_only"][protocol])
         cells["top-1"] = percent(one["top1"][protocol])
     if "interval" in one:
-        low, high = one["interval"][protocol]
-        cells["95 %"] = f"{percent(low, 1)}-{percent(high, 1)}"
+        cells["95 %"] = percent_range(*one["interval"][protocol])
     for key, column in (("mp", "mP"), ("precision", "P")):
         cells |= {f"{column}@{k}": percent(v, 1) for k, v in one.get(key, {}).get(protocol, {}).items()}
     for key, value in one.get("position", {}).get(protocol, {}).items():
@@ -333,6 +332,10 @@ def console() -> Console:
 
 def percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def percent_range(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{percent(low, 1)}-{percent(high, 1)}"
 
 
 def plain_types(value: Any) -> Any:

@@ -42,6 +42,8 @@ _UNTOLD = (
 )
 # What a set of photos is, as far as its name does not say.
 _OF_THE_SET = ("max_side", "solution", "table", "landmarks", "seed", "neighbours", "votes")
+_ALWAYS = ("label", "dataset", "weights", "status", "metrics", "config")
+"""What every result has, also one without numbers."""
 ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled", "rerank")
 """The settings that an ablation's rows differ in."""
 
@@ -52,18 +54,32 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: none there, or a damaged one.
     """
-    rows = []
-    for path in sorted(folder.rglob("results.json"), key=_job):
-        try:
-            row = json.loads(path.read_text())
-            if row["format"] != FORMAT:
-                raise InputError(f"{path}: format {row['format']!r}, expected {FORMAT!r}; run eval.py again")
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: damaged ({error!r}); run eval.py again") from error
-        rows.append({**row, "place": path.parent.relative_to(folder).as_posix(), "path": path.parent.resolve()})
+    rows = [
+        {**read_result(path), "place": path.parent.relative_to(folder).as_posix(), "path": path.parent.resolve()}
+        for path in sorted(folder.rglob("results.json"), key=_job)
+    ]
     if not rows:
         raise InputError(f"{folder}: no results.json in it; give the folder that eval.py printed")
     return rows
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """One `results.json`.
+
+    Raises:
+        InputError: not there, damaged, or of another version.
+    """
+    try:
+        row = json.loads(path.read_bytes())
+        found = row["format"]
+        lacking = [name for name in _ALWAYS if name not in row]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no results.json of eval.py, or damaged ({error!r}); run eval.py again") from error
+    if found != FORMAT:
+        raise InputError(f"{path}: format {found!r}, expected {FORMAT!r}; run eval.py again")
+    if lacking:
+        raise InputError(f"{path}: damaged, without {', '.join(lacking)}; run eval.py again")
+    return row
 
 
 def _job(path: Path) -> tuple[str, int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from superglobal.files import write_atomically
 from superglobal.reporting import table_formats as formats
 from superglobal.reporting.per_dataset import SetTable, tables_of
-from superglobal.reporting.report import main_metric, main_protocol, main_scores, percent
+from superglobal.reporting.report import main_metric, main_protocol, main_scores, percent, percent_range
 from superglobal.reporting.runs import Compared, compared, gain_interval, milliseconds, no_number, read_all, scores_of
 from superglobal.reporting.table_chart import draw_chart
 from superglobal.reporting.table_latex import as_latex
@@ -86,8 +87,11 @@ def list_runs(results: Sequence[dict[str, Any]], path: Path) -> None:
 def _gain(row: Compared) -> list[str]:
     """What the main metric gains over the baseline, and the interval of that where the queries are the same."""
     assert row.baseline is not None
-    gain = f"{100 * (main_metric(row.result) - main_metric(row.baseline)):+.2f}"
-    return [gain, formats.interval_text(gain_interval([(row.result, row.baseline)]))]
+    gain = 100 * (main_metric(row.result) - main_metric(row.baseline))
+    return [
+        "-" if math.isnan(gain) else formats.signed(gain),
+        formats.interval_text(gain_interval([(row.result, row.baseline)])),
+    ]
 
 
 def _numbers(result: Mapping[str, Any]) -> dict[str, str]:
@@ -98,8 +102,7 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, str]:
     names = dict(zip(main_scores(last), scores_of(result), strict=True))
     numbers = {names[name]: percent(score) for name, score in main_scores(last).items()}
     if "interval" in last:
-        low, high = last["interval"][protocol]
-        numbers[f"95 % {names[protocol]}"] = f"{percent(low, 1)}-{percent(high, 1)}"
+        numbers[f"95 % {names[protocol]}"] = percent_range(*last["interval"][protocol])
     for key, column in (("mp", "mP"), ("precision", "P")):
         numbers |= {f"{column}@10 {name}": percent(at["10"], 1) for name, at in last.get(key, {}).items()}
     return numbers | {f"top-1 {name}": percent(score) for name, score in last.get("top1", {}).items()}
