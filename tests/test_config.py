@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import OmegaConf
 
 import superglobal
 from superglobal.checks import validated
 from superglobal.config import EvalConfig, TrainConfig, pooling_overrides, register
 from superglobal.errors import InputError
 from superglobal.models.pooling import PRESETS, PoolingConfig, make_pooling
+from superglobal.reporting.report import plain_types
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -200,6 +204,15 @@ def test_the_ladder_adds_one_module_a_step_and_the_others_leave_one_out():
         assert [j for j, on in enumerate(switches(f"no_{step}")) if not on] == [i]
     assert sorted(options("ablation")) == sorted([*steps, *(f"no_{s}" for s in steps[1:])])
     assert config("ablation=scale").ablation == "scale"
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("index=hnsw",), ("index=ivf_pq", "index.compare=0"), ("rerank=kreciprocal",), ("rerank=none",)]
+)
+def test_the_settings_in_a_result_are_valid_again(overrides):
+    checked = config("dataset=toy", *overrides)
+    stored = json.loads(json.dumps(plain_types(asdict(checked))))
+    assert validated(OmegaConf.merge(OmegaConf.structured(EvalConfig), stored), EvalConfig) == checked
 
 
 def test_settings_load_without_what_takes_seconds():

@@ -99,6 +99,8 @@ def _check_index(index: IndexConfig) -> None:
     """Choices and ranges; puts the kind's default of compare where nothing is given."""
     _require_choice("index.kind", index.kind, ("flat", *KINDS))
     given = {key: value for key, value in vars(index).items() if key != "kind" and value not in (None, "auto")}
+    if index.compare == 0:  # as a result has it, which is checked again where it is opened
+        del given["compare"]
     require_taken(index.kind, given, ("backend",) if index.kind == "flat" else (*TAKEN[index.kind], "compare"))
     index.compare = (0 if index.kind == "flat" else 100) if index.compare is None else index.compare
     _require_choice("index.backend", index.backend, BACKENDS)
