@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -342,6 +344,25 @@ def test_a_set_of_another_origin_is_not_loaded_again(office, toy, tmp_path):
     assert "photos of another origin" in overview(tmp_path)
     get(OXFORD, tmp_path, options(office))
     assert ARCHIVE_KEY not in office.requests
+
+
+def test_a_length_that_is_no_number_is_none(tmp_path):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "nonsense")
+            self.end_headers()
+            self.wfile.write(b"whole")
+
+        def log_message(self, *args):
+            """Quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/f"
+        fetch((url,), tmp_path / "f", Way(timeout=5, tries=1, pause=0), lambda size, length: None)
+        server.shutdown()
+    assert (tmp_path / "f").read_bytes() == b"whole"
 
 
 # --- archives that are not what they should be

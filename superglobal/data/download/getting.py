@@ -19,7 +19,7 @@ from superglobal.data.download.checksums import confirm, is_confirmed, mismatch,
 from superglobal.data.download.drive import by_hand, load_folder
 from superglobal.data.download.lists import listed, placing, require_kind
 from superglobal.data.download.news import News, StoppedError
-from superglobal.data.download.presence import Present
+from superglobal.data.download.presence import Present, list_beside
 from superglobal.data.download.space import Load, needed, require_space
 from superglobal.data.download.transfer import DiskFullError, Report, Way, fetch, part_of, size_at, text_at
 from superglobal.data.download.unpack import Place, unpack
@@ -198,7 +198,7 @@ class _Work:
             self.left_out += found.left_out
         if not archive.md5 and recorded(target) is None:
             record(target)
-        write_atomically(_files_of(target), "".join(f"{name}\n" for name in found.files).encode())
+        write_atomically(list_beside(target), "".join(f"{name}\n" for name in found.files).encode())
         if not self.options.keep:
             target.unlink()
 
@@ -206,14 +206,10 @@ class _Work:
         return text_at(address, self.options.way)
 
 
-def _files_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}.files")
-
-
 def _is_unpacked(target: Path, there: Present) -> bool:
     """Whether all that an archive has put in place is still there."""
     try:
-        names = _files_of(target).read_bytes().split(b"\n")[:-1]
+        names = list_beside(target).read_bytes().split(b"\n")[:-1]
     except OSError:
         return False
     return not names or bool(there.has(np.array(names)).all())

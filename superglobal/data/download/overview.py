@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from superglobal.data.download.catalogue import GROUPS, SOURCES, Source
+from superglobal.data.download.presence import list_beside
 
 
 def overview(data: Path) -> str:
@@ -29,13 +30,9 @@ def _there(source: Source, root: Path) -> str:
     parts = [(sum((root / file.path).is_file() for file in source.files), len(source.files), "files")]
     if source.archives:
         targets = [root / archive.path for archive in source.archives]
-        parts.append((sum(_mark(target).is_file() for target in targets), len(targets), "archives unpacked"))
+        parts.append((sum(list_beside(target).is_file() for target in targets), len(targets), "archives unpacked"))
         packed = sum(target.is_file() for target in targets)
         parts += [(packed, len(targets), "archives as such")] if packed else []
     if not any(count for count, _, _ in parts):
         return "nothing" if not source.archives or not (root / source.images).is_dir() else "photos of another origin"
     return ", ".join(f"{count} of {total} {what}" for count, total, what in parts)
-
-
-def _mark(target: Path) -> Path:
-    return target.with_name(f"{target.name}.files")

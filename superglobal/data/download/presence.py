@@ -1,4 +1,4 @@
-"""Which photos are in place."""
+"""Which photos are in place, and from which archive."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+
+def list_beside(archive: Path) -> Path:
+    """Where it is written down what an archive has put in place."""
+    return archive.with_name(f"{archive.name}.files")
 
 
 class Present:

@@ -202,7 +202,8 @@ class _Transfer:
             response.headers.pop("Content-Encoding", None)
             response.raw.headers.pop("Content-Encoding", None)
         plain = response.headers.get("Content-Encoding", "identity") == "identity"
-        length = int(response.headers.get("Content-Length", -1)) if plain else -1
+        if not response.headers.get("Content-Length", "0").isdecimal():  # pooch takes it for a number, too
+            del response.headers["Content-Length"]
         if response.status_code == 206:
             said = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
             expected = (self.offset, self.state and self.state.length)
@@ -212,7 +213,8 @@ class _Transfer:
         self.file.truncate(0)
         self.resumed = False
         validators = (response.headers.get(key) for key in ("ETag", "Last-Modified"))
-        self.state = _State(self.url, length if length >= 0 else None, *validators)
+        length = int(response.headers["Content-Length"]) if plain and "Content-Length" in response.headers else None
+        self.state = _State(self.url, length, *validators)
         write_atomically(self.record, json.dumps(asdict(self.state)).encode())
 
     def _answers(self, status: int) -> bool:
