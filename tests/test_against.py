@@ -106,6 +106,12 @@ def test_what_cannot_be_compared_is_named(pair):
         read_against(folder / "a", a, folder / "short", short)
     with pytest.raises(InputError, match=r"scored by mAP, .*gap by GAP"):
         read_against(folder / "a", a, folder / "gap", other)
+    labels = write(folder / "labels", [0.5] * 8)
+    labels["metrics"] = {"search": {"map": {"all": 0.5}}}
+    path = folder / "labels" / "per_query.csv"
+    path.write_text(path.read_text().replace("search medium AP,search hard AP", "search all AP,search some AP"))
+    with pytest.raises(InputError, match=r"scored on medium, hard, .*labels on all, some: not comparable"):
+        read_against(folder / "a", a, folder / "labels", labels)
     with pytest.raises(InputError, match="no scores per query"):
         read_against(folder / "a", a, folder / "short", short | {"metrics": {}})
     (folder / "short" / "per_query.csv").write_text("nonsense")

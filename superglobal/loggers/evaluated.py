@@ -13,6 +13,7 @@ from superglobal.data.images import ImageItem
 from superglobal.data.sets import EvaluationSet
 from superglobal.reporting.pictures import draw_query, draw_results, draw_thumbnail, relevance
 from superglobal.reporting.report import Names, Stages, main_protocol, main_scores, metric_key
+from superglobal.reporting.runs import milliseconds
 from superglobal.retrieval.metrics import Result
 from superglobal.retrieval.vectors import Rows
 
@@ -43,8 +44,8 @@ class Evaluated:
         """`search/map/medium` and so on, in percent; seconds of each stage and milliseconds a query."""
         seconds = self.summary["seconds"]
         numbers = {f"seconds/{stage}": value for stage, value in seconds.items()}
-        searched = seconds.get("search", 0) + seconds.get("rerank", 0)
-        numbers["ms_per_query"] = 1000 * searched / max(1, self.summary["counts"]["queries"])
+        if (time := milliseconds(self.summary)) is not None:
+            numbers["ms_per_query"] = time
         for stage, result in self.summary["metrics"].items():
             for protocol, value in main_scores(result).items():
                 if value is not None:

@@ -50,7 +50,8 @@ class WandbEvaluation:
             logged["rankings"] = _table(*self._rankings(found, shown))
             logged["descriptors"] = _table(*self._descriptors(found, shown))
         if (sheet := self.folder / "sheet.png").exists():
-            logged["sheet"] = _picture(Image.open(sheet))
+            with Image.open(sheet) as picture:
+                logged["sheet"] = _picture(picture)
         run.log(logged)
         run.summary["status"] = summary["status"]
         self._log_references(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,12 @@ from rich.table import Table
 from superglobal.errors import InputError
 from superglobal.files import write_atomically
 from superglobal.reporting.report import METRICS, console, main_protocol, metric_key
+from superglobal.reporting.table_formats import csv_text, markdown_text
 from superglobal.retrieval.metrics import cluster_interval
 
 _CORRECT = "correct"
 _EQUAL = 1e-9
+_SUMMARY = ("protocol", "queries", "won", "lost", "equal", "mean difference", "95 %")
 _ON_CONSOLE = 10  # queries of either kind
 
 
@@ -90,6 +91,8 @@ def read_against(folder: Path, ours: Mapping[str, Any], other: Path, theirs: Map
             )
     scores, others = _scores(folder, mine, stage), _scores(other, yours, stage_2)
     common = [name for name in scores if name in others]
+    if main not in common:
+        raise InputError(f"{folder} is scored on {', '.join(scores)}, {other} on {', '.join(others)}: not comparable")
     measure = _CORRECT if f"{stage} {_CORRECT}" in mine else "AP"
     return Against(
         mine["query"],
@@ -137,14 +140,9 @@ def write_against(place: Path, found: Against, folder: Path, other: Path) -> Non
     """
     order = found.order()
     columns, rows = _table(found, order)
-    text = io.StringIO()
-    csv.writer(text).writerows([columns, *rows])
-    write_atomically(place / "queries.csv", text.getvalue().encode())
-    lines = [["", *words] for words in _summary(found)]
-    head = [["", "protocol", "queries", "won", "lost", "equal", "mean difference", "95 %"]]
-    parts = [f"{folder} against {other}\n\n", _markdown([line[1:] for line in [*head, *lines]]), "\n"]
-    parts.append(_markdown([columns, *rows]))
-    write_atomically(place / "queries.md", "".join(parts).encode())
+    write_atomically(place / "queries.csv", csv_text([columns, *rows]).encode())
+    parts = f"{folder} against {other}", markdown_text(_SUMMARY, _summary(found)), markdown_text(columns, rows)
+    write_atomically(place / "queries.md", "\n\n".join(part.rstrip("\n") for part in parts).encode() + b"\n")
     _print(found, folder, other, columns, rows)
 
 
@@ -174,15 +172,10 @@ def _summary(found: Against) -> list[list[str]]:
     return rows
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
-
-
 def _print(found: Against, folder: Path, other: Path, columns: list[str], rows: list[list[str]]) -> None:
     out = console()
     summary = Table(title=escape(f"{folder} against {other}: {found.measure} per query"))
-    for column in ("protocol", "queries", "won", "lost", "equal", "mean difference", "95 %"):
+    for column in _SUMMARY:
         summary.add_column(column, justify="left" if column == "protocol" else "right")
     for line in _summary(found):
         summary.add_row(*line)
