@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
-from PIL import Image
+from PIL import Image, ImageColor
 from trackers import events, recorded, references, table
 
 from superglobal.checks import validated
@@ -25,6 +25,7 @@ from superglobal.errors import InputError
 from superglobal.loggers import evaluation_loggers
 from superglobal.loggers.tensorboards import TensorBoardCurves
 from superglobal.loggers.wandb_runs import TrackedRun
+from superglobal.reporting.pictures import COLOURS, KINDS
 
 ROOT = Path(__file__).parents[1]
 FAST = ["backbone=test_resnet", "weights=random", "scales=1", "trainer.accelerator=cpu", "trainer.num_workers=0"]
@@ -106,9 +107,9 @@ def test_its_tables_hold_every_query_and_pictures_with_borders(evaluated):
         assert got["first results of rerank"]["caption"] == ", ".join(names)
         strip = Image.open(files[got["first results of rerank"]["path"]])
         assert strip.width == pytest.approx(4 * 164, abs=8)
-        # The border of a result, at its upper left corner, says what it is: green, yellow, grey or red.
+        # The border of a result, at its upper left corner, says what it is.
         corners = np.array([strip.getpixel((rank * 164 + 2, 2)) for rank in range(4)])
-        known = np.array([[26, 152, 80], [224, 161, 0], [140, 140, 140], [215, 48, 39]])
+        known = np.array([ImageColor.getrgb(COLOURS[name]) for name in KINDS["revisited"]])
         assert (np.abs(corners[:, None] - known).max(axis=2).min(axis=1) < 40).all()
         assert Image.open(files[got["picture"]["path"]]).width <= 148
 

@@ -15,7 +15,8 @@ from sets import write_folders
 from test_engine import mini, run
 from test_search import unit
 
-from superglobal.data.images import CheckReport, ImageItem
+from superglobal.data.image_checks import CheckReport
+from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList
 from superglobal.retrieval import upkeep
