@@ -13,9 +13,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from superglobal import __version__
 from superglobal.errors import InputError
 from superglobal.models.network import weights_digest
+from superglobal.reporting import report
 from superglobal.reporting.runs import flat
 from superglobal.reporting.runs import read_results as read_folder
-from superglobal.retrieval import report
 
 if TYPE_CHECKING:
     from superglobal.models.network import RetrievalNetwork
