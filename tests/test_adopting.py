@@ -50,6 +50,8 @@ def test_what_is_damaged_elsewhere_is_named_and_passed_over(tmp_path, caplog):
         folder = store_of(tmp_path / name, range(20), range(20)).folder
         (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-9])
     store_of(tmp_path / "other", range(20), range(20), about={"weights": "v"})
+    swapped = store_of(tmp_path / "ca", range(20), range(20)).folder / "names.json"
+    swapped.write_text(json.dumps(json.loads(swapped.read_text())[::-1]))
     sound = store_of(tmp_path / "d", range(30), range(30))
     shard = np.load(sound.folder / "shard-00000.npy", mmap_mode="r+")
     shard[[2, 5]] = [[np.nan], [0.5]]
@@ -58,8 +60,8 @@ def test_what_is_damaged_elsewhere_is_named_and_passed_over(tmp_path, caplog):
     assert adopt_from(tmp_path, store) == 28
     assert store.missing.tolist() == [2, 5, *range(30, 40)]
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 4
-    for place, text in zip(("a", "b", "c", "d"), told, strict=True):
+    assert len(told) == 5
+    for place, text in zip(("a", "b", "c", "ca", "d"), told, strict=True):
         assert str(tmp_path / place) in text
     assert "row 2 is damaged" in told[-1]
     with pytest.raises(InputError, match="other weights or settings"):

@@ -117,6 +117,16 @@ def test_what_verify_and_merge_refuse(tmp_path, script):
     assert "names.json or the manifest" in script("verify", tmp_path / "b", status=2)
 
 
+def test_a_list_of_images_that_is_not_the_one_that_was_described_is_not_merged(tmp_path):
+    """Under it, rows would be found by names of other images."""
+    X = unit(np.random.default_rng(0), 20, 8)
+    part = part_of(tmp_path / "a", X, np.arange(20))
+    (part.folder / "names.json").write_text(json.dumps(names(20)[::-1]))
+    with pytest.raises(InputError, match=r"names\.json or the manifest was changed"):
+        upkeep.merge([part], tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_merging_keeps_what_was_skipped_and_why_unless_another_part_has_it(tmp_path):
     X = unit(np.random.default_rng(0), 60, 8)
     parts = [
