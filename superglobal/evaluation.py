@@ -179,7 +179,7 @@ class EvaluationModule(pl.LightningModule):
         self.images += images
         self.done += pixels
         now = time.monotonic()
-        if now - self.told > _NEWS_EVERY:
+        if self.done and now - self.told > _NEWS_EVERY:  # nothing is, where the first images cannot be read
             self.told = now
             left = (now - self.began) / self.done * (self.pixels - self.done)
             speed = self.images / (now - self.began)
