@@ -10,9 +10,8 @@ import pytest
 from test_engine import mini, run
 from test_search import unit
 
-from superglobal.errors import InputError
 from superglobal.retrieval import adopting
-from superglobal.retrieval.adopting import adopt, adopt_from
+from superglobal.retrieval.adopting import adopt_from
 from superglobal.retrieval.store import DescriptorStore
 
 ABOUT = {"weights": "w"}
@@ -64,8 +63,6 @@ def test_what_is_damaged_elsewhere_is_named_and_passed_over(tmp_path, caplog):
     for place, text in zip(("a", "b", "c", "ca", "d"), told, strict=True):
         assert str(tmp_path / place) in text
     assert "row 2 is damaged" in told[-1]
-    with pytest.raises(InputError, match="other weights or settings"):
-        adopt(store, DescriptorStore.open(tmp_path / "other"))
 
 
 def test_an_evaluation_goes_on_beside_a_damaged_store(data, tmp_path, caplog):
