@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benches.common import measured
+from benches.common import Measured, measured
 
 N_QUERIES, N_ROWS, DIM, DEPTH, K, BETA = 70, 4993, 2048, 400, 9, 0.15  # ROxford5k under the paper's settings
 
@@ -80,7 +80,7 @@ def _gram() -> Callable[[], Any]:
     return run
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> list[Measured]:
     """superglobal.rerank against the straightforward forms, and against the Gram product of the shortlists alone."""
     parser = argparse.ArgumentParser("bench.py rerank", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="runs of the fast variants; the median is shown")
@@ -94,6 +94,11 @@ def main(argv: list[str]) -> None:
     print(f"{N_QUERIES} queries, {N_ROWS} x {DIM}, M={DEPTH}, K={K}; {torch.get_num_threads()} threads")
     results = {name: measured(*variant) for name, variant in variants.items()}
     own_seconds, _, own_order = results["superglobal.rerank"]
+    rows: list[Measured] = []
     for name, (seconds, megabytes, order) in results.items():
-        same = "" if order is None else f"   same place: {(order == own_order).mean():.4%}"
+        agreed = None if order is None else float((order == own_order).mean())
+        same = "" if agreed is None else f"   same place: {agreed:.4%}"
         print(f"{name:38}{seconds:8.3f} s{seconds / own_seconds:8.1f} x{megabytes:8.0f} MB above inputs{same}")
+        row = {"variant": name, "seconds": seconds, "ratio": seconds / own_seconds, "megabytes": megabytes}
+        rows.append(row | {"same_place": agreed})
+    return rows
