@@ -193,6 +193,9 @@ def test_settings_that_do_not_fit_are_named(tmp_path, vectors):
         (IndexSettings("ivf_flat", nlist=501), "nlist=501: more lists than the 500 rows"),
         (IndexSettings("ivf_pq", pq_m=5), "pq_m=5: descriptors of 16"),
         (IndexSettings("annoy"), "kind=annoy"),
+        (IndexSettings("hnsw", M=1), "M=1: expected at least 2"),
+        (IndexSettings("ivf_flat", nprobe=0), "nprobe=0: expected at least 1"),
+        (IndexSettings("ivf_flat", nlist=-4), "nlist=-4: expected at least 1"),
         (IndexSettings("hnsw", nlist=5), "nlist=5: hnsw has no nlist; it takes M, ef_construction, ef_search, cand"),
         (IndexSettings("ivf_flat", pq_m=4), "pq_m=4: ivf_flat has no pq_m; it takes nlist, nprobe, candidates"),
     ):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from superglobal.errors import InputError
 from superglobal.retrieval import ranks
 from superglobal.retrieval.ranks import exact_ranks
+from superglobal.retrieval.scoring import evaluate
 from superglobal.retrieval.search import search
 from superglobal.retrieval.vectors import as_rows
 
@@ -120,6 +121,10 @@ def test_errors_name_the_query() -> None:
         exact_ranks(Q, X, [[0], [3]], exclude=[1, 3])
     with pytest.raises(InputError, match=r"integer ids, got float"):
         exact_ranks(Q, X, [[0.5], []])
+    with pytest.raises(InputError, match="targets of query 1: expected a flat list"):
+        exact_ranks(Q, X, [[0], [[1, 2], [3]]])
+    with pytest.raises(InputError, match="ground truth of query 0: easy: expected a flat list"):
+        evaluate(Q, X, [{"easy": [[1, 2], [3]], "hard": [], "junk": []}] * 2)
     X[7] = np.nan
     with pytest.raises(InputError, match="row 7 has NaN"):
         exact_ranks(Q, X, [[0], []])

@@ -218,6 +218,14 @@ def as_queries(Q: Any, dim: int) -> np.ndarray:
     return block
 
 
+def flat_array(values: Any, name: str) -> np.ndarray:
+    """A list of ids as one array. Raises InputError for lists of several lengths in it."""
+    try:
+        return np.asarray(values).ravel()
+    except ValueError as error:
+        raise InputError(f"{name}: expected a flat list of integer ids ({error})") from error
+
+
 def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
     """One database id per query that must not be returned, (Q,) int64; None stays None."""
     if exclude is None:
