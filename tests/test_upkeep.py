@@ -161,6 +161,8 @@ def test_names_are_paths_and_each_is_there_once(tmp_path):
         ImageItem(tmp_path / "photos" / "c" / "é.jpg"),
         ImageItem(elsewhere),
         ImageItem(data / "set" / "\udcff.jpg"),  # a name that is no UTF-8
+        ImageItem(data / "set" / "b" / "x.jpg#2"),
+        ImageItem(data / "set" / "b" / "x.jpg"),
     ]
     report = CheckReport([""] * len(items), [(1, 1)] * len(items), [], [])
     found = ExtractionList("database", "set", items, report, None, roots=[data, tmp_path / "photos"]).paths()
@@ -173,6 +175,8 @@ def test_names_are_paths_and_each_is_there_once(tmp_path):
         "c/é.jpg",
         str(elsewhere),
         r"set/\xff.jpg",
+        "set/b/x.jpg#2#2",
+        "set/b/x.jpg#3",
     ]
     store = part_of(tmp_path / "s", unit(np.random.default_rng(0), len(items), 8), np.arange(len(items)))
     record_paths(store.folder, found)
