@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -83,16 +84,24 @@ def _gram() -> Callable[[], Any]:
 def main(argv: list[str]) -> list[Measured]:
     """superglobal.rerank against the straightforward forms, and against the Gram product of the shortlists alone."""
     parser = argparse.ArgumentParser("bench.py rerank", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="runs of the fast variants; the median is shown")
+    parser.add_argument("--repeats", type=int, default=3, help="of each variant, in turns; the median is shown")
     repeats = parser.parse_args(argv).repeats
     variants = {
-        "superglobal.rerank": (_ours, repeats),
-        "Gram product alone (not a reranking)": (_gram, repeats),
-        "straightforward, 4 queries at a time": (_chunked, 1),
-        "straightforward, all queries at once": (_whole, 1),
+        "superglobal.rerank": _ours,
+        "Gram product alone (not a reranking)": _gram,
+        "straightforward, 4 queries at a time": _chunked,
+        "straightforward, all queries at once": _whole,
     }
     print(f"{N_QUERIES} queries, {N_ROWS} x {DIM}, M={DEPTH}, K={K}; {torch.get_num_threads()} threads")
-    results = {name: measured(*variant) for name, variant in variants.items()}
+    turns = [{name: measured(variant, 1) for name, variant in variants.items()} for _ in range(repeats)]
+    results = {
+        name: (
+            statistics.median(turn[name][0] for turn in turns),
+            max(turn[name][1] for turn in turns),
+            turns[0][name][2],
+        )
+        for name in variants
+    }
     own_seconds, _, own_order = results["superglobal.rerank"]
     rows: list[Measured] = []
     for name, (seconds, megabytes, order) in results.items():

@@ -93,7 +93,7 @@ def _workers(root: Path, table: str) -> Callable[[], Any]:
 
 def main(argv: list[str]) -> list[Measured]:
     """read_train against the csv module, the memory that workers add, and the first draw of an epoch's order."""
-    parser = argparse.ArgumentParser("bench.py index", description=__doc__)
+    parser = argparse.ArgumentParser("bench.py lists", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="runs of read_train; the median is shown")
     parser.add_argument("--share", type=float, default=1.0, help="of GLDv2's size, for a quick try")
     args = parser.parse_args(argv)
