@@ -1,27 +1,59 @@
 """Benchmarks against a straightforward implementation, in the same run: python scripts/bench.py rerank [--help]
 
-Read the ratios; the seconds are those of this machine at this moment.
+Read the ratios; the seconds are those of this machine at this moment. --json FILE writes the table's numbers too, with
+the machine and the versions.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import os
 import pkgutil
+import platform
+import sys
+from pathlib import Path
 
 import benches
+from benches.common import Measured
+
+from superglobal.errors import InputError
+from superglobal.files import write_atomically
+
+FORMAT = "superglobal-benchmark-1"
 
 
-def main() -> None:
-    """Hand over to the module of that name in scripts/benches."""
+def main() -> int:
+    """Hand over to the module of that name in scripts/benches; exit status 2 for what a user can mend."""
     names = sorted(module.name for module in pkgutil.iter_modules(benches.__path__) if module.name != "common")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
     parser.add_argument("benchmark", choices=names)
+    parser.add_argument("--json", type=Path)
     arguments, rest = parser.parse_known_args()
-    importlib.import_module(f"benches.{arguments.benchmark}").main(rest)
+    try:
+        rows = importlib.import_module(f"benches.{arguments.benchmark}").main(rest)
+        if arguments.json is not None:
+            _write(arguments.json, arguments.benchmark, rest, rows)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _write(path: Path, name: str, arguments: list[str], rows: list[Measured]) -> None:
+    import torch
+
+    from superglobal.reporting.report import versions
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count(), "gpu": gpu}
+    about = {"format": FORMAT, "benchmark": name, "arguments": arguments, "threads": torch.get_num_threads()}
+    about |= {"machine": machine, "versions": versions(), "rows": rows}
+    write_atomically(path, json.dumps(about, indent=1).encode())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -66,16 +66,19 @@ class ExtractionList:
         """
         roots = [os.path.join(os.path.abspath(root), "") for root in self.roots]
         counts: Counter[str] = Counter()
-        found = []
+        found: dict[str, None] = {}
         for item in self.items:
             path = os.path.abspath(item.path)
             below = next((path[len(root) :] for root in roots if path.startswith(root)), path)
             name = os.fsencode(below).decode(errors="backslashreplace")
             if item.box is not None:
                 name += "#" + ",".join(f"{value:g}" for value in item.box)
-            counts[name] += 1
-            found.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
-        return found
+            unique = name
+            while unique in found:  # an image may itself be called a.jpg#2
+                counts[name] += 1
+                unique = f"{name}#{counts[name] + 1}"
+            found[unique] = None
+        return list(found)
 
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of what is described, in pixels."""
@@ -179,7 +182,7 @@ class EvaluationModule(pl.LightningModule):
         self.images += images
         self.done += pixels
         now = time.monotonic()
-        if now - self.told > _NEWS_EVERY:
+        if self.done and now - self.told > _NEWS_EVERY:  # nothing is, where the first images cannot be read
             self.told = now
             left = (now - self.began) / self.done * (self.pixels - self.done)
             speed = self.images / (now - self.began)

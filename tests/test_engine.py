@@ -191,6 +191,23 @@ def test_own_descriptors_need_the_ground_truth_and_no_photo(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (4, 4), (",
+        b"{'descr': '<f4', b'fortran_order': False, 'shape': (4, 4)}",
+    ],
+)
+def test_a_damaged_file_of_descriptors_is_told_as_such(tmp_path, header):
+    """NumPy raises EOFError, tokenize's TokenError and TypeError."""
+    path = tmp_path / "x.npy"
+    path.write_bytes(header and b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(118) + bytes(64))
+    own = [f"descriptors.query={path}", f"descriptors.database={path}", "dataset=descriptors"]
+    with pytest.raises(InputError, match=r"x\.npy: no readable \.npy file of descriptors"):
+        run(tmp_path, *own)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("scales=foo", "1, 3, 5"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import superglobal
 import superglobal.models.backbone
+from superglobal import evaluation
+from superglobal.engine.extracting import _describe
 from superglobal.errors import InputError
 from superglobal.evaluation import EvaluationModule
 from superglobal.models.fast import fast_copies, folded
@@ -133,3 +138,31 @@ def test_what_memory_has_no_room_for_goes_in_smaller_parts():
     assert seen == [8, 4, 2, 2, 2, 2]
     module._described([plain], images(4))
     assert seen[6:] == [2, 2]  # what was learnt stays
+
+
+def test_news_wait_for_an_image_that_can_be_read(monkeypatch, caplog):
+    """The first images of a list may all be skipped, and that may take its time."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(evaluation, "_NEWS_EVERY", -1.0)
+    plain = superglobal.load_model("random", backbone="test_resnet", scales=1)
+    module = EvaluationModule([[plain]], [], [], [])
+    module._tell(0, 0)
+    assert "images described" not in caplog.text
+    module._tell(2, 600)
+    assert "2 images described" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["predict", "barrier"])
+def test_a_process_lost_while_others_wait_is_no_traceback(place):
+    """It may end after its last image, with a full disk: the others stand at the barrier then."""
+
+    def lost(*_, **__):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+    flushed = []
+    trainer = SimpleNamespace(predict=Mock(), strategy=SimpleNamespace(barrier=Mock()), world_size=2)
+    setattr(trainer if place == "predict" else trainer.strategy, place, lost)
+    store = SimpleNamespace(flush=lambda: flushed.append(True))
+    with pytest.raises(InputError, match="another process of this evaluation has ended"):
+        _describe(trainer, None, None, [store])
+    assert flushed == [True]

@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_engine import mini, run
 from test_search import brute_force, unit
 
 from superglobal.errors import InputError
+from superglobal.retrieval import index
 from superglobal.retrieval.index import recall
 from superglobal.retrieval.index_building import open_index
 from superglobal.retrieval.index_plan import KINDS, IndexSettings, memory, with_defaults
@@ -70,6 +72,22 @@ def test_few_probes_find_less_and_never_too_few(tmp_path, vectors):
     more = open_index(X, IndexSettings("ivf_flat", nlist=12, nprobe=12), tmp_path).search(Q, 100)
     assert recall(more[1], exact).mean() == 1
     assert len(list(tmp_path.glob("*.faiss"))) == 1  # how it is searched is no part of what is stored
+
+
+def test_no_more_lists_are_asked_for_than_faiss_searches_on_a_gpu(tmp_path, vectors, monkeypatch):
+    """Beyond its limit FAISS itself raises; an index on the CPU stands for one there."""
+    monkeypatch.setattr(index, "_GPU_LISTS", 3)
+    Q, X = vectors
+    made = open_index(X, IndexSettings("ivf_flat", nlist=12, nprobe=1), tmp_path)
+    gpu = index.ApproximateIndex(made.index, made.rows, made.settings, on_gpu=True)
+    asked = []
+    monkeypatch.setattr(gpu, "_ask", lambda q, count, probes: asked.append(probes) or made._ask(q, count, probes))
+    assert len(gpu.search(Q, 5)[1]) == len(Q)
+    with pytest.raises(InputError, match="were reached"):
+        gpu.search(Q, 400)
+    assert asked[-3:] == [1, 2, 3]
+    with pytest.raises(InputError, match=r"index\.nprobe=4: FAISS searches at most 3 lists on a GPU"):
+        index.ApproximateIndex(made.index, made.rows, replace(made.settings, nprobe=4), on_gpu=True)
 
 
 def test_it_is_built_once_and_again_when_damaged_or_of_other_rows(tmp_path, vectors, caplog):
@@ -175,6 +193,9 @@ def test_settings_that_do_not_fit_are_named(tmp_path, vectors):
         (IndexSettings("ivf_flat", nlist=501), "nlist=501: more lists than the 500 rows"),
         (IndexSettings("ivf_pq", pq_m=5), "pq_m=5: descriptors of 16"),
         (IndexSettings("annoy"), "kind=annoy"),
+        (IndexSettings("hnsw", M=1), "M=1: expected at least 2"),
+        (IndexSettings("ivf_flat", nprobe=0), "nprobe=0: expected at least 1"),
+        (IndexSettings("ivf_flat", nlist=-4), "nlist=-4: expected at least 1"),
         (IndexSettings("hnsw", nlist=5), "nlist=5: hnsw has no nlist; it takes M, ef_construction, ef_search, cand"),
         (IndexSettings("ivf_flat", pq_m=4), "pq_m=4: ivf_flat has no pq_m; it takes nlist, nprobe, candidates"),
     ):

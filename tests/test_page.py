@@ -56,7 +56,10 @@ def page(tmp_path_factory) -> Iterator[SimpleNamespace]:
     found = re.search(r"http://127\.0\.0\.1:\d+", "".join(told))
     assert found, "".join(told)
     yield SimpleNamespace(address=found[0], place=place, photos=photos, told="".join(told), server=server)
-    server.send_signal(signal.SIGINT)
+    # As an open page holds one.
+    with urllib.request.urlopen(f"{found[0]}/gradio_api/heartbeat/x", timeout=10):
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0
     rest, _ = server.communicate(timeout=30)
     assert server.returncode == 0, rest
     assert "the page is closed" in rest
@@ -209,9 +212,12 @@ def test_a_box_searches_for_a_part_and_is_shown_on_the_whole_photo(visit, tmp_pa
 
 
 def test_a_photo_of_the_data_set_can_be_found_by_name_and_searched_with(visit):
-    visit.find_element(By.CSS_SELECTOR, "#sg-choose textarea, #sg-choose input").send_keys("label3/2")
+    text = visit.find_element(By.CSS_SELECTOR, "#sg-choose textarea, #sg-choose input")
+    text.send_keys("label3/2")
     wait(visit, lambda: len(visit.find_elements(By.CSS_SELECTOR, ".sg-samples button")) == 1)
     changed(visit, visit.find_element(By.CSS_SELECTOR, ".sg-samples button").click)
+    text.send_keys("\ue003" * 8)  # backspace
+    wait(visit, lambda: len(visit.find_elements(By.CSS_SELECTOR, ".sg-samples button")) == 12)
     found = names(visit)
     assert {name.split("/")[0] for name in found[: VIEWS - 1]} == {"label3"}
     assert "label3/2.jpg" not in found

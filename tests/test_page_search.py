@@ -63,6 +63,7 @@ def test_the_page_searches_the_stores_of_eval(evaluated):
     assert stores(evaluated.outputs) == evaluated.before
     assert len(evaluated.opened.search) == 24
     assert len(evaluated.opened.queries) == 6
+    assert list(evaluated.opened.search.names[:2]) == ["l0_000001.jpg", "l0_000002.jpg"]
 
 
 def test_a_query_finds_what_eval_found_in_that_order(evaluated):
@@ -122,6 +123,7 @@ def test_other_settings_of_eval_hold_on_the_page_too(evaluated, override):
     item = made.queries[2]
     found = made.search.find(made.search.describe(Photo("query", item.path), item.box), M=6, **_given(override))
     assert [hit.id for hit in found.hits] == rankings["rerank_ids"][2].tolist()
+    assert all("/" not in name for name in made.search.names)
 
 
 def _given(override: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from superglobal.errors import InputError
 from superglobal.retrieval import ranks
 from superglobal.retrieval.ranks import exact_ranks
+from superglobal.retrieval.scoring import evaluate
 from superglobal.retrieval.search import search
 from superglobal.retrieval.vectors import as_rows
 
@@ -92,7 +93,7 @@ def test_many_queries_share_the_cells_of_one_table(monkeypatch: pytest.MonkeyPat
     X, Q = unit(rng, 150, 8), unit(rng, 150, 8)
     few = np.flatnonzero(rng.random(150) < (0 if none else 0.3))
     targets = [rng.permutation(150)[:20] if query in few else np.empty(0, np.int64) for query in range(150)]
-    made = ranks.Counter(Q, as_rows(X), targets, None, None)
+    made = ranks._counter(Q, as_rows(X), targets, None, None)
     assert made._table.numel() <= 1 << 14
     assert made._table.numel() >= 64 * 150  # but never so few that every row has to be compared
     order = sorted_ranks(Q, X)
@@ -103,7 +104,7 @@ def test_many_queries_share_the_cells_of_one_table(monkeypatch: pytest.MonkeyPat
 def test_few_queries_have_tables_of_full_size() -> None:
     rng = np.random.default_rng(7)
     X, Q = unit(rng, 40, 8), unit(rng, 3, 8)
-    made = ranks.Counter(Q, as_rows(X), [[1, 2], [], [3]], None, None)
+    made = ranks._counter(Q, as_rows(X), [[1, 2], [], [3]], None, None)
     assert made._table.numel() == 3 * ranks._CELLS
 
 
@@ -120,6 +121,10 @@ def test_errors_name_the_query() -> None:
         exact_ranks(Q, X, [[0], [3]], exclude=[1, 3])
     with pytest.raises(InputError, match=r"integer ids, got float"):
         exact_ranks(Q, X, [[0.5], []])
+    with pytest.raises(InputError, match="targets of query 1: expected a flat list"):
+        exact_ranks(Q, X, [[0], [[1, 2], [3]]])
+    with pytest.raises(InputError, match="ground truth of query 0: easy: expected a flat list"):
+        evaluate(Q, X, [{"easy": [[1, 2], [3]], "hard": [], "junk": []}] * 2)
     X[7] = np.nan
     with pytest.raises(InputError, match="row 7 has NaN"):
         exact_ranks(Q, X, [[0], []])

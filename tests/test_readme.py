@@ -20,7 +20,13 @@ README = text_of("README.md")
 
 @pytest.mark.parametrize(
     ("script", "least"),
-    [("eval.py", 8), ("train.py", 3), ("scripts/tune_pooling.py", 2), ("scripts/compare_rerankers.py", 2)],
+    [
+        ("eval.py", 8),
+        ("train.py", 3),
+        ("scripts/tune_pooling.py", 2),
+        ("scripts/compare_rerankers.py", 2),
+        ("scripts/demo.py", 3),
+    ],
 )
 def test_every_command_is_a_valid_configuration(script, least):
     found = [words for words in commands(README, inline=False) if words[0] == script]

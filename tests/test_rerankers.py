@@ -244,6 +244,8 @@ def test_candidates_take_the_same_options():
         (diffuse, {"alpha": 1.0}, "alpha"),
         (diffuse, {"gamma": 0.0}, "gamma"),
         (diffuse, {"kd": 2.5}, "kd"),
+        (rerank, {"beta": None}, "beta: expected a finite number of -1e\\+06 to 1e\\+06, got None"),
+        (diffuse, {"alpha": "0.9"}, "alpha: expected a finite number"),
     ],
 )
 def test_parameters_out_of_range_are_told(function, values, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_search import brute_force, unit, with_duplicates
 
 from superglobal.data.revisited import load_ground_truth
 from superglobal.errors import InputError
-from superglobal.retrieval.adopting import adopt
+from superglobal.retrieval.adopting import adopt_from
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rerank import rerank
 from superglobal.retrieval.scoring import evaluate
@@ -69,14 +70,15 @@ def test_dtypes_are_never_mixed(tmp_path):
     assert fingerprint(ABOUT, names(30)) != fingerprint(ABOUT, names(30), "float16")
     # Written down before float16 existed: stores of then are found again.
     assert fingerprint({"a": 1}, ["x"])[:16] == "dd27e89697673df6"
-    fine = store_of(tmp_path / "fine", X)
+    store_of(tmp_path / "fine", X)
     with pytest.raises(InputError, match="dtype float32, wanted float16"):
         DescriptorStore.open_or_create(tmp_path / "fine", ABOUT, names(30), 8, dtype="float16")
     rounded = DescriptorStore.open_or_create(tmp_path / "rounded", ABOUT, names(30), 8, dtype="float16")
-    assert adopt(rounded, fine) == 30  # rounding is what writing does
+    assert adopt_from(tmp_path, rounded) == 30  # rounding is what writing does
     np.testing.assert_array_equal(rounded.block(0, 30), store_of(tmp_path / "direct", X, "float16").block(0, 30))
+    shutil.rmtree(tmp_path / "fine")
     empty = DescriptorStore.open_or_create(tmp_path / "empty", ABOUT, names(30), 8)
-    assert adopt(empty, rounded) == 0
+    assert adopt_from(tmp_path, empty) == 0
     assert len(empty.missing) == 30
 
 

@@ -15,7 +15,8 @@ from sets import write_folders
 from test_engine import mini, run
 from test_search import unit
 
-from superglobal.data.images import CheckReport, ImageItem
+from superglobal.data.image_checks import CheckReport
+from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList
 from superglobal.retrieval import upkeep
@@ -116,6 +117,16 @@ def test_what_verify_and_merge_refuse(tmp_path, script):
     assert "names.json or the manifest" in script("verify", tmp_path / "b", status=2)
 
 
+def test_a_list_of_images_that_is_not_the_one_that_was_described_is_not_merged(tmp_path):
+    """Under it, rows would be found by names of other images."""
+    X = unit(np.random.default_rng(0), 20, 8)
+    part = part_of(tmp_path / "a", X, np.arange(20))
+    (part.folder / "names.json").write_text(json.dumps(names(20)[::-1]))
+    with pytest.raises(InputError, match=r"names\.json or the manifest was changed"):
+        upkeep.merge([part], tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
 def test_merging_keeps_what_was_skipped_and_why_unless_another_part_has_it(tmp_path):
     X = unit(np.random.default_rng(0), 60, 8)
     parts = [
@@ -150,6 +161,8 @@ def test_names_are_paths_and_each_is_there_once(tmp_path):
         ImageItem(tmp_path / "photos" / "c" / "é.jpg"),
         ImageItem(elsewhere),
         ImageItem(data / "set" / "\udcff.jpg"),  # a name that is no UTF-8
+        ImageItem(data / "set" / "b" / "x.jpg#2"),
+        ImageItem(data / "set" / "b" / "x.jpg"),
     ]
     report = CheckReport([""] * len(items), [(1, 1)] * len(items), [], [])
     found = ExtractionList("database", "set", items, report, None, roots=[data, tmp_path / "photos"]).paths()
@@ -162,6 +175,8 @@ def test_names_are_paths_and_each_is_there_once(tmp_path):
         "c/é.jpg",
         str(elsewhere),
         r"set/\xff.jpg",
+        "set/b/x.jpg#2#2",
+        "set/b/x.jpg#3",
     ]
     store = part_of(tmp_path / "s", unit(np.random.default_rng(0), len(items), 8), np.arange(len(items)))
     record_paths(store.folder, found)

@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+Measured = dict[str, Any]
+"""A row of a benchmark's table, as plain types."""
+
 
 def _status(key: str) -> float:
     """A line of /proc/self/status in MB, e.g. VmRSS; elsewhere the peak so far."""

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benches.common import Measured
 from superglobal.data.augment import Augment
 from superglobal.data.images import decode_image, image_size
 
@@ -43,7 +44,7 @@ def _seconds(run: Callable[[bytes], object], photos: list[bytes]) -> float:
     return (time.perf_counter() - start) / len(photos)
 
 
-def _compare(title: str, photos: list[bytes], rounds: int) -> None:
+def _compare(title: str, photos: list[bytes], rounds: int) -> list[Measured]:
     variants: dict[str, Callable[[bytes], object]] = {"decoded in full, nothing else": decode_image}
     for side in SIDES:
         for reduced in (False, True):
@@ -56,12 +57,15 @@ def _compare(title: str, photos: list[bytes], rounds: int) -> None:
             seconds[name].append(_seconds(run, photos))
     floor = statistics.median(seconds["decoded in full, nothing else"])
     print(f"{title}: {len(photos)} photos of {sum(map(len, photos)) / len(photos) / 1e3:.0f} KB on average")
+    rows: list[Measured] = []
     for name, values in seconds.items():
         median = statistics.median(values)
         print(f"  {name:42}{1 / median:8.1f} images/s{median / floor:8.2f} x")
+        rows.append({"photos": title, "variant": name, "images_per_second": 1 / median, "ratio": median / floor})
+    return rows
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> list[Measured]:
     """Decoding and augmenting against decoding alone, in turns."""
     parser = argparse.ArgumentParser("bench.py decode", description=__doc__)
     parser.add_argument("--photos", type=Path, help="folder of JPEGs; made-up ones of two sizes by default")
@@ -73,7 +77,6 @@ def main(argv: list[str]) -> None:
     if args.photos:
         photos = [path.read_bytes() for path in sorted(args.photos.rglob("*.jpg"))[: args.count]]
         pixels = statistics.median(np.prod(image_size(photo)) for photo in photos)
-        _compare(f"{args.photos}, {pixels / 1e6:.1f} megapixels (median)", photos, args.rounds)
-        return
-    for width, height in SIZES:
-        _compare(f"{width} x {height}", synthetic(width, height, args.count), args.rounds)
+        return _compare(f"{args.photos}, {pixels / 1e6:.1f} megapixels (median)", photos, args.rounds)
+    found = (_compare(f"{w} x {h}", synthetic(w, h, args.count), args.rounds) for w, h in SIZES)
+    return [row for rows in found for row in rows]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benches.common import Measured
 from superglobal import load_model
 from superglobal.models.fast import PRECISIONS, fast_copies
 from superglobal.models.network import RetrievalNetwork, describe_all
@@ -62,7 +63,7 @@ def _floor(calls: list[Call], batch: int, sync: Callable[[], None]) -> Callable[
     return run
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> list[Measured]:
     """Ours, plain and the floor in turns; every precision with its cosine to float32."""
     parser = argparse.ArgumentParser("bench.py extract", description=__doc__)
     parser.add_argument("--backbone", default="resnet50")
@@ -106,9 +107,14 @@ def main(argv: list[str]) -> None:
             seconds["floor"].append(floor())
     print(f"{args.backbone}, {args.width} x {args.height} px, {args.scales} scales, batch {batch}, {device}")
     base, least = (statistics.median(seconds[name]) for name in ("plain, one at a time", "floor"))
+    rows: list[Measured] = []
     for name, values in seconds.items():
         own = statistics.median(values)
         text = f"  {name:24}{batch / own:8.3f} images/s{base / own:7.2f} x plain{least / own:7.2f} of the floor"
+        row: Measured = {"variant": name, "images_per_second": batch / own, "ratio": base / own, "floor": least / own}
         if name in found:
-            text += f"  least cosine {float((found[name] * found['plain, one at a time']).sum(1).min()):.6f}"
+            row["least_cosine"] = float((found[name] * found["plain, one at a time"]).sum(1).min())
+            text += f"  least cosine {row['least_cosine']:.6f}"
         print(text)
+        rows.append(row)
+    return rows

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benches.common import measured
+from benches.common import Measured, measured
 from superglobal.models.heads import make_head
 
 BATCH, DIM = 64, 2048
@@ -83,7 +83,7 @@ def _measured(make: Callable[[], Callable[[], Any]], repeats: int, device: str) 
     return (clock, of_gpu) if device == "cuda" else (processor, of_process)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> list[Measured]:
     """Time and memory of a training step of every head, at the two sizes of GLDv2."""
     parser = argparse.ArgumentParser("bench.py heads", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="steps of each")
@@ -94,9 +94,10 @@ def main(argv: list[str]) -> None:
     print(f"batch {BATCH}, D={DIM}, float32, forward and backward; {device}, {torch.get_num_threads()} threads\n")
     print("| classes | head | centres | negatives | time | ratio | memory above weights and batch | ratio |")
     print("|---|---|---|---|---|---|---|---|")
+    rows: list[Measured] = []
     for classes in arguments.classes:
         base = _measured(partial(_step, classes, device, None), arguments.repeats, device)
-        _row(classes, "linear softmax", 1, 1.0, base, base)
+        rows.append(_row(classes, "linear softmax", 1, 1.0, base, base))
         for head in HEADS:
             kind, centers, negatives = head
             size = classes * centers * DIM * 4 / 1e9
@@ -105,15 +106,19 @@ def main(argv: list[str]) -> None:
                 print(f"| {classes:,} | {kind} | {centers} | {negatives:g} | not run: {need} | | | |")
                 continue
             found = _measured(partial(_step, classes, device, head), arguments.repeats, device)
-            _row(classes, kind, centers, negatives, found, base)
+            rows.append(_row(classes, kind, centers, negatives, found, base))
+    return rows
 
 
 def _row(
     classes: int, name: str, centers: int, negatives: float, found: tuple[float, float], base: tuple[float, float]
-) -> None:
+) -> Measured:
     (seconds, megabytes), (base_seconds, base_megabytes) = found, base
     print(
         f"| {classes:,} | {name} | {centers} | {negatives:g} | {seconds:.3f} s | {seconds / base_seconds:.2f} x "
         f"| {megabytes:.0f} MB | {megabytes / base_megabytes:.2f} x |",
         flush=True,
     )
+    row = {"classes": classes, "head": name, "centers": centers, "negatives": negatives}
+    row |= {"seconds": seconds, "ratio": seconds / base_seconds}
+    return row | {"megabytes": megabytes, "memory_ratio": megabytes / base_megabytes}

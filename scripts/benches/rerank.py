@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
-from benches.common import measured
+from benches.common import Measured, measured
 
 N_QUERIES, N_ROWS, DIM, DEPTH, K, BETA = 70, 4993, 2048, 400, 9, 0.15  # ROxford5k under the paper's settings
 
@@ -80,20 +81,34 @@ def _gram() -> Callable[[], Any]:
     return run
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> list[Measured]:
     """superglobal.rerank against the straightforward forms, and against the Gram product of the shortlists alone."""
     parser = argparse.ArgumentParser("bench.py rerank", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="runs of the fast variants; the median is shown")
+    parser.add_argument("--repeats", type=int, default=3, help="of each variant, in turns; the median is shown")
     repeats = parser.parse_args(argv).repeats
     variants = {
-        "superglobal.rerank": (_ours, repeats),
-        "Gram product alone (not a reranking)": (_gram, repeats),
+        # The fast ones several times a turn: a process's first run finds memory cold.
+        "superglobal.rerank": (_ours, 3),
+        "Gram product alone (not a reranking)": (_gram, 3),
         "straightforward, 4 queries at a time": (_chunked, 1),
         "straightforward, all queries at once": (_whole, 1),
     }
     print(f"{N_QUERIES} queries, {N_ROWS} x {DIM}, M={DEPTH}, K={K}; {torch.get_num_threads()} threads")
-    results = {name: measured(*variant) for name, variant in variants.items()}
+    turns = [{name: measured(*variant) for name, variant in variants.items()} for _ in range(repeats)]
+    results = {
+        name: (
+            statistics.median(turn[name][0] for turn in turns),
+            max(turn[name][1] for turn in turns),
+            turns[0][name][2],
+        )
+        for name in variants
+    }
     own_seconds, _, own_order = results["superglobal.rerank"]
+    rows: list[Measured] = []
     for name, (seconds, megabytes, order) in results.items():
-        same = "" if order is None else f"   same place: {(order == own_order).mean():.4%}"
+        agreed = None if order is None else float((order == own_order).mean())
+        same = "" if agreed is None else f"   same place: {agreed:.4%}"
         print(f"{name:38}{seconds:8.3f} s{seconds / own_seconds:8.1f} x{megabytes:8.0f} MB above inputs{same}")
+        row = {"variant": name, "seconds": seconds, "ratio": seconds / own_seconds, "megabytes": megabytes}
+        rows.append(row | {"same_place": agreed})
+    return rows

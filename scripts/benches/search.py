@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benches.common import Measured
 from superglobal.data.revisited import load_ground_truth
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.scoring import evaluate
@@ -87,7 +88,7 @@ def _anonymous() -> float:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> list[Measured]:
     """Search and exact ranks in one pass over rows on disk, against the bare product of the same rows."""
     parser = argparse.ArgumentParser("bench.py search", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -99,10 +100,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="of each variant, in turns; the median is shown")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
-        run(args, args.folder or Path(temporary))
+        return run(args, args.folder or Path(temporary))
 
 
-def run(args: argparse.Namespace, folder: Path) -> None:
+def run(args: argparse.Namespace, folder: Path) -> list[Measured]:
     """Fill, open, then all variants in turns."""
     filled_store(folder, args.rows, args.dim, args.dtype)
     Q = random_units(-1 % 2**32, args.queries, args.dim)
@@ -136,6 +137,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
                 seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
             peaks[name] = max(peaks[name], peak.value)
     base = [statistics.median(column) for column in zip(*next(iter(seconds.values())), strict=True)]
+    rows: list[Measured] = []
     for name, values in seconds.items():
         # What else the machine does stretches the clock; the processor's own time says what the work costs.
         wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
@@ -143,3 +145,6 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             f"{name:32}{wall:8.2f} s{wall / base[0]:6.2f} x{cpu:8.2f} s of CPU{cpu / base[1]:6.2f} x"
             f"{peaks[name]:8.0f} MB anonymous"
         )
+        row = {"variant": name, "seconds": wall, "ratio": wall / base[0], "megabytes": peaks[name]}
+        rows.append(row | {"cpu_seconds": cpu, "cpu_ratio": cpu / base[1], "opened_seconds": opened})
+    return rows

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from benches.common import Measured
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "import torch": ["-c", "import torch"],
@@ -30,7 +32,7 @@ def seconds(words: list[str]) -> tuple[float, float]:
     return time.perf_counter() - start, cpu
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> list[Measured]:
     """Start-up of the commands, each in turn; medians."""
     parser = argparse.ArgumentParser("bench.py start", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
@@ -42,6 +44,9 @@ def main(argv: list[str]) -> None:
         for name, words in COMMANDS.items():
             times[name].append(seconds(words))
     base = statistics.median(cpu for _, cpu in times["import torch"])
+    rows: list[Measured] = []
     for name, values in times.items():
         wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
         print(f"{name:32}{wall:7.2f} s{cpu:7.2f} s of CPU{cpu / base:7.2f} x")
+        rows.append({"command": name, "seconds": wall, "cpu_seconds": cpu, "ratio": cpu / base})
+    return rows

@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
+from benches.common import Measured
 from superglobal import callbacks, load_model
 from superglobal.config import FitConfig, OptimConfig
 from superglobal.data.datamodules import TrainingDataModule
@@ -131,7 +132,7 @@ def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[floa
     return clock.begun, data.waited
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> list[Measured]:
     """The framework's step against the bare loop's."""
     parser = argparse.ArgumentParser("bench.py train", description=__doc__)
     parser.add_argument("--backbone", default="test_resnet")
@@ -159,9 +160,13 @@ def main(argv: list[str]) -> None:
     what = f"{args.backbone}, {args.batch} photos of {args.side} px a step, EMA, a row every {args.log_every} steps"
     print(f"{what}; {precision(args.fit)} on {device}, {torch.get_num_threads()} threads")
     base = statistics.median(seconds["bare"])
+    rows: list[Measured] = []
     for name, values in seconds.items():
         own = statistics.median(values)
         spread = f"{1000 * min(values):.2f}-{1000 * max(values):.2f}"
         speed = f"{args.batch / own:.0f} images/s, waiting for data {statistics.median(waits[name]):.1%}"
         print(f"{name:12}{1000 * own:8.2f} ms a step (blocks {spread}){own / base:6.2f} x  {speed}")
+        row = {"variant": name, "milliseconds": 1000 * own, "ratio": own / base, "images_per_second": args.batch / own}
+        rows.append(row | {"waiting": statistics.median(waits[name])})
     print(f"the framework adds {1000 * (statistics.median(seconds['framework']) - base):.2f} ms a step")
+    return rows

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 
-from superglobal.checks.limits import TABLES
-from superglobal.checks.limits import require_choice as _require_choice
-from superglobal.checks.limits import require_within as _require_within
+from superglobal.checks.limits import TABLES, require_choice, require_within
 from superglobal.checks.trackers import check_logger
 from superglobal.config import (
     DatasetConfig,
@@ -39,7 +37,7 @@ def check_evaluation(config: EvalConfig) -> None:
     d, own = config.dataset, config.descriptors
     check_dataset(d)
     _check_index(config.index)
-    _require_choice("store.dtype", config.store.dtype, DTYPES)
+    require_choice("store.dtype", config.store.dtype, DTYPES)
     if (own.query is None) != (own.database is None):
         raise InputError("descriptors.query and descriptors.database go together: give both .npy files")
     if d.kind == "descriptors" and own.query is None:
@@ -48,8 +46,8 @@ def check_evaluation(config: EvalConfig) -> None:
         raise InputError("dataset=descriptors knows no images: put distractors into descriptors.database")
     if d.kind.startswith("gldv2") and config.distractors.name is not None:
         raise InputError(f"{d.name}: distractors={config.distractors.name}: GLDv2's sets have none; distractors=none")
-    _require_choice("distractors.unreadable", config.distractors.unreadable, ("error", "skip"))
-    _require_within({"distractors.skip_budget": (config.distractors.skip_budget, 0, 1)})
+    require_choice("distractors.unreadable", config.distractors.unreadable, ("error", "skip"))
+    require_within({"distractors.skip_budget": (config.distractors.skip_budget, 0, 1)})
     _check_extraction(config.extraction)
     _check_evaluation_ranges(config)
     _check_reranking(config)
@@ -82,8 +80,8 @@ def _check_reranking(config: EvalConfig) -> None:
 
 
 def _check_extraction(how: ExtractionConfig) -> None:
-    _require_choice("extraction.precision", how.precision, tuple(PRECISIONS))
-    _require_within(
+    require_choice("extraction.precision", how.precision, tuple(PRECISIONS))
+    require_within(
         {
             "extraction.batch_size": (how.batch_size, 1, math.inf),
             "extraction.batch_pixels": (how.batch_pixels, 1, math.inf),
@@ -97,32 +95,32 @@ def _check_extraction(how: ExtractionConfig) -> None:
 
 def _check_index(index: IndexConfig) -> None:
     """Choices and ranges; puts the kind's default of compare where nothing is given."""
-    _require_choice("index.kind", index.kind, ("flat", *KINDS))
+    require_choice("index.kind", index.kind, ("flat", *KINDS))
     given = {key: value for key, value in vars(index).items() if key != "kind" and value not in (None, "auto")}
     if index.compare == 0:  # as a result has it, which is checked again where it is opened
         del given["compare"]
     require_taken(index.kind, given, ("backend",) if index.kind == "flat" else (*TAKEN[index.kind], "compare"))
     index.compare = (0 if index.kind == "flat" else 100) if index.compare is None else index.compare
-    _require_choice("index.backend", index.backend, BACKENDS)
+    require_choice("index.backend", index.backend, BACKENDS)
     if (index.kind != "flat" or index.backend == "faiss") and importlib.util.find_spec("faiss") is None:
         raise InputError(
             f"index.kind={index.kind} index.backend={index.backend}: FAISS is not installed; pip install faiss-cpu (or "
             "faiss-gpu), or index=flat"
         )
     numbers = ("nlist", "nprobe", "pq_m", "ef_construction", "ef_search", "candidates")
-    _require_within({f"index.{name}": (getattr(index, name), 1, 2**31 - 1) for name in numbers})
-    _require_within({"index.M": (index.M, 2, 2048), "index.compare": (index.compare, 0, math.inf)})
+    require_within({f"index.{name}": (getattr(index, name), 1, 2**31 - 1) for name in numbers})
+    require_within({"index.M": (index.M, 2, 2048), "index.compare": (index.compare, 0, math.inf)})
 
 
 def check_dataset(d: DatasetConfig) -> None:
     """Raise InputError for a set that cannot be."""
-    _require_choice("dataset.kind", d.kind, _KINDS)
-    _require_choice("dataset.role", d.role, _ROLES)
+    require_choice("dataset.kind", d.kind, _KINDS)
+    require_choice("dataset.role", d.role, _ROLES)
     if d.kind == "folder" and not d.database:
         raise InputError("dataset=folder: dataset.database=FOLDER is missing")
-    _require_choice("dataset.table", d.table, TABLES)
-    _require_choice("dataset.votes", d.votes, VOTES)
-    _require_within(
+    require_choice("dataset.table", d.table, TABLES)
+    require_choice("dataset.votes", d.votes, VOTES)
+    require_within(
         {
             "dataset.max_side": (d.max_side, 1, math.inf),
             "dataset.landmarks": (d.landmarks, 1, math.inf),
@@ -133,7 +131,7 @@ def check_dataset(d: DatasetConfig) -> None:
 
 
 def _check_evaluation_ranges(config: EvalConfig) -> None:
-    _require_within(
+    require_within(
         {
             "k": (config.k, 1, math.inf),
             "statistics.dims": (config.statistics.dims, 1, math.inf),
@@ -144,7 +142,7 @@ def _check_evaluation_ranges(config: EvalConfig) -> None:
         }
     )
     check_logger(config.logger)
-    _require_choice("statistics.kind", config.statistics.kind, STATISTICS)
+    require_choice("statistics.kind", config.statistics.kind, STATISTICS)
     if config.statistics.dims is not None and config.statistics.kind != "whiten":
         raise InputError(f"statistics.dims={config.statistics.dims}: only statistics=whiten has axes")
     complete_rerank(config.rerank)
@@ -158,7 +156,7 @@ def complete_rerank(rerank: RerankConfig) -> None:
     """
     for key, value in completed(rerank.kind, rerank_parameters(rerank)).items():
         setattr(rerank, key, value)
-    _require_within(
+    require_within(
         {
             **{f"rerank.{key}": (getattr(rerank, key), 1, math.inf) for key in ("M", "K", "k1", "k2", "kq", "kd")},
             **{f"rerank.{key}": (getattr(rerank, key), 0, math.inf) for key in ("k_query", "n")},
@@ -168,11 +166,11 @@ def complete_rerank(rerank: RerankConfig) -> None:
             "rerank.gamma": (rerank.gamma, 1e-3, 1e3),
         }
     )
-    _require_choice("rerank.junk", rerank.junk, JUNK)
+    require_choice("rerank.junk", rerank.junk, JUNK)
     if rerank.junk == "drop" and rerank.kind in SEARCH_AGAIN:
         raise InputError(f"rerank.junk=drop: {rerank.kind} searches the whole database again and has no shortlist")
     if rerank.second is not None:
-        _require_choice("rerank.second", rerank.second, SECOND)
+        require_choice("rerank.second", rerank.second, SECOND)
 
 
 def _check_ablation(config: EvalConfig) -> None:

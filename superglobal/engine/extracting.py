@@ -103,16 +103,17 @@ def _describe(
         InputError: as of `extract_lists`.
     """
     try:
-        trainer.predict(module, images, return_predictions=False)
+        try:
+            trainer.predict(module, images, return_predictions=False)
+        finally:
+            for store in stores:
+                store.flush()
+        trainer.strategy.barrier()
     except RuntimeError as error:
         told = process_failure(error, trainer.world_size, "evaluation", "with what is missing")
         if told is None:
             raise
         raise told from error
-    finally:
-        for store in stores:
-            store.flush()
-    trainer.strategy.barrier()
 
 
 def _settle_unreadable(store: DescriptorStore, part: ExtractionList, writes: bool) -> None:

@@ -28,7 +28,7 @@ from superglobal.models.backbone import has_relup
 from superglobal.models.network import RetrievalNetwork
 from superglobal.models.pooling import make_pooling
 from superglobal.retrieval.statistics import database_statistics, stored_statistics
-from superglobal.retrieval.vectors import Rows, as_rows, concat
+from superglobal.retrieval.vectors import NPY_FAULTS, Rows, as_rows, concat
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -118,11 +118,10 @@ def own_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distracto
 
 def _load_npy(path: str) -> Rows:
     try:
-        return as_rows(np.load(path, mmap_mode="r", allow_pickle=False), path)
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except NPY_FAULTS as error:
         raise InputError(f"{path}: no readable .npy file of descriptors ({error})") from error
+    return as_rows(found, path)
 
 
 def distractor_items(config: EvalConfig) -> list[ImageItem]:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from superglobal.checks import validated
 from superglobal.config import DatasetConfig, DemoConfig, StoreConfig, rerank_parameters
 from superglobal.data.images import ImageItem
-from superglobal.data.lazy import chained, file_names
+from superglobal.data.lazy import Lazy, chained
 from superglobal.data.sets import EvaluationSet
 from superglobal.engine.common import evaluation_set, make_trainer
 from superglobal.engine.evaluating import search_device
@@ -119,13 +120,14 @@ def _opened(
         statistics, _ = stored_statistics(rows, s.kind, s.dims, Path(config.paths.stores), prints)
         rows = statistics.apply(rows, "database")
     images = chained(dataset.database, distractors)
+    names = partial(_shown_name, dataset.root / "jpg" if config.dataset.kind == "revisited" else dataset.root)
     (fast,) = fast_copies([network], config.extraction.compile)
     values = rerank_parameters(config.rerank)
     search = PhotoSearch(
         network=fast.to(device),
         database=rows,
         images=images,
-        names=file_names(images, dataset.root),
+        names=Lazy(len(images), lambda number: names(images[number])),
         max_side=config.dataset.max_side,
         device=device,
         kind=config.rerank.kind,
@@ -138,7 +140,12 @@ def _opened(
     themselves = dataset.leave_one_out or (d.kind == "folder" and d.query == d.database)
     queries: Sequence[ImageItem] = [] if themselves else dataset.queries
     name = dataset.root.resolve().name if d.kind == "folder" and d.name == "folder" else dataset.name
-    return Opened(name, search, queries, file_names(queries, dataset.root))
+    return Opened(name, search, queries, Lazy(len(queries), lambda number: names(queries[number])))
+
+
+def _shown_name(root: Path, item: ImageItem) -> str:
+    """Below `root`, or else the file's name alone: where a data set lies is nobody's business."""
+    return item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else item.path.name
 
 
 def _indexed(config: DemoConfig, rows: Rows, device: str) -> FirstStage | None:

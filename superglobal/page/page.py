@@ -86,7 +86,8 @@ def _lay_out(config: DemoConfig, opened: Opened, answers: Answers) -> None:
     if config.page.samples:
         samples.pick(answers.pick, settings, shown, **busy)
         others.click(lambda n: (n + 1, "", answers.samples("", n + 1)), turn, [turn, text, samples], **quiet)
-        gr.on([text.input], answers.samples, [text, turn], samples, trigger_mode="always_last", **quiet)
+        # Not `input`, which says nothing of a text that was emptied.
+        gr.on([text.change], answers.samples, [text, turn], samples, trigger_mode="always_last", **quiet)
 
 
 def _facts(opened: Opened) -> list[str]:

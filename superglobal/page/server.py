@@ -67,6 +67,7 @@ def run_server(config: DemoConfig, opened: Opened, sock: socket.socket) -> None:
         # An open page holds a connection, which is not waited for.
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
         server = uvicorn.Server(uvicorn.Config(app, **options))
+        logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
         # uvicorn hands the signal on when it has ended; what was uploaded is to be removed first.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         host, port = sock.getsockname()[:2]

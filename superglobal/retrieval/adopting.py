@@ -45,21 +45,6 @@ def adopt_from(folder: Path, store: DescriptorStore) -> int:
     return copied
 
 
-def adopt(store: DescriptorStore, other: DescriptorStore) -> int:
-    """Copy what another store has of this one's images.
-
-    Returns:
-        How many rows were copied: none where the other store is float16 and this one is not.
-
-    Raises:
-        InputError: the other store's descriptors are of other weights or settings, or it is damaged.
-    """
-    if other.manifest["identity"] != store.manifest["identity"]:
-        raise InputError(f"{other.folder}: descriptors of other weights or settings than {store.folder}")
-    rows, sources = _common_rows(other, store)
-    return _copy(other, sources, store, rows)
-
-
 def _common_rows(other: DescriptorStore, store: DescriptorStore) -> tuple[np.ndarray, np.ndarray]:
     """(n,) missing rows, and the (n,) written rows of the other store with the same images."""
     if other.dtype.itemsize < store.dtype.itemsize:

@@ -11,6 +11,7 @@ from superglobal.retrieval.index_plan import IndexSettings, faiss_module
 from superglobal.retrieval.vectors import Rows, as_exclude, as_queries, pair_scores
 
 _GPU_LIMIT = 2048  # results a query that FAISS gives on a GPU
+_GPU_LISTS = 2048  # and lists that it searches there
 
 
 class ApproximateIndex:
@@ -22,6 +23,12 @@ class ApproximateIndex:
         self.settings = settings
         self._kept = kept_rows(rows)
         self._on_gpu = on_gpu
+        self._most_probes = min(settings.nlist or 0, _GPU_LISTS if on_gpu else 2**31)
+        if (settings.nprobe or 0) > self._most_probes:
+            raise InputError(
+                f"index.nprobe={settings.nprobe}: FAISS searches at most {_GPU_LISTS} lists on a GPU; lower it, or "
+                "trainer.accelerator=cpu"
+            )
 
     def search(self, Q: Any, k: int = 400, *, exclude: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """The best k among the candidates that the index finds, by exact scores, in the order (-score, id).
@@ -59,12 +66,12 @@ class ApproximateIndex:
             todo = todo[(found >= 0).sum(axis=1) < k]
             if not len(todo):
                 return ids
-            if probes is None or probes >= int(self.settings.nlist or 0):
+            if probes is None or probes >= self._most_probes:
                 raise InputError(
                     f"index={self.settings.kind}: only {(ids[todo[0]] >= 0).sum()} of k={k} results of query "
                     f"{todo[0]} were reached; raise index.ef_search or use index=flat"
                 )
-            probes = min(2 * probes, int(self.settings.nlist or 0))
+            probes = min(2 * probes, self._most_probes)
 
     def _ask(self, queries: np.ndarray, count: int, probes: int | None) -> np.ndarray:
         faiss = faiss_module()

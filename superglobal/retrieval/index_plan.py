@@ -69,7 +69,12 @@ def with_defaults(settings: IndexSettings, n_rows: int, dim: int) -> IndexSettin
     kind = settings.kind
     if kind not in KINDS:
         raise InputError(f"index.kind={kind}: expected one of flat, {', '.join(KINDS)}")
-    require_taken(kind, settings_in_use(settings), ("kind", *TAKEN[kind]))
+    given = settings_in_use(settings)
+    require_taken(kind, given, ("kind", *TAKEN[kind]))
+    for name in given.keys() - {"kind"}:
+        least = 2 if name == "M" else 1  # FAISS ends the process for a graph of one link
+        if given[name] < least:
+            raise InputError(f"index.{name}={given[name]}: expected at least {least}")
     found: dict[str, Any] = {"candidates": settings.candidates or (4 if kind == "ivf_pq" else 1)}
     if kind.startswith("ivf"):
         nlist = settings.nlist or max(1, min(_lists(n_rows), n_rows // _TRAINED_ROWS))

@@ -18,6 +18,7 @@ from superglobal.retrieval.vectors import (
     as_queries,
     as_rows,
     block_pair_scores,
+    flat_array,
     pair_scores,
     where,
 )
@@ -221,10 +222,10 @@ def check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded: 
         raise InputError(f"targets: expected one list of ids per query, {n_queries}, got {len(targets)}")
     ids = []
     for query, one in enumerate(targets):
-        array = np.asarray(one)
+        array = flat_array(one, f"targets of query {query}")
         if array.size and array.dtype.kind not in "iu":
             raise InputError(f"targets of query {query}: expected integer ids, got {array.dtype}")
-        array = array.astype(np.int64).ravel()
+        array = array.astype(np.int64)
         outside = array[(array < 0) | (array >= len(rows))]
         if outside.size:
             raise InputError(f"targets of query {query}: id {outside[0]} is outside the database, 0..{len(rows) - 1}")

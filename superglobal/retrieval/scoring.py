@@ -10,7 +10,7 @@ from superglobal.errors import InputError
 from superglobal.retrieval.metrics import REVISITED, Protocol, RetrievalResult, Sets, concatenated, score_ranks
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.shortlists import check_ids
-from superglobal.retrieval.vectors import as_exclude, as_queries, as_rows, pair_scores
+from superglobal.retrieval.vectors import as_exclude, as_queries, as_rows, flat_array, pair_scores
 
 _SAME_LANDMARK = 0.25
 
@@ -183,7 +183,7 @@ def parse_ground_truth(ground_truth: Any, protocols: Mapping[str, Protocol]) -> 
 
 
 def _ids(values: Any, query: int, name: str) -> np.ndarray:
-    array = np.asarray(values).ravel()
+    array = flat_array(values, f"ground truth of query {query}: {name}")
     if array.size and array.dtype.kind not in "iu":
         raise InputError(f"ground truth of query {query}: {name} holds {array.dtype}, expected integer ids")
     return array.astype(np.int64)

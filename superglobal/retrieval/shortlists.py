@@ -108,7 +108,8 @@ def require_whole(values: dict[str, Any], least: int = 1) -> None:
 def require_between(values: dict[str, Any], least: float, most: float) -> None:
     """Raise InputError for a value that is no number in least..most."""
     for name, value in values.items():
-        if not (least <= value <= most and np.isfinite(value)):
+        number = isinstance(value, int | float | np.integer | np.floating)
+        if not (number and least <= value <= most and np.isfinite(value)):
             raise InputError(f"{name}: expected a finite number of {least:g} to {most:g}, got {value}")
 
 

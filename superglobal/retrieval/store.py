@@ -21,7 +21,7 @@ from superglobal.retrieval.store_files import (
     shard_path,
     shard_sizes,
 )
-from superglobal.retrieval.store_lists import add_skipped, read_names
+from superglobal.retrieval.store_lists import NAMES, NO_REASON, add_skipped, read_names
 from superglobal.retrieval.vectors import to_float32
 
 _WRITTEN, _SKIPPED = 1, 2  # what done.npy holds for a row; 0 is still to be written
@@ -133,8 +133,13 @@ class DescriptorStore:
 
     @property
     def names(self) -> list[str]:
-        """The image list given at creation. Raises InputError if it is missing or damaged."""
-        return read_names(self.folder, len(self))
+        """The image list given at creation. Raises InputError if it is missing or not that of the fingerprint."""
+        found = read_names(self.folder, len(self))
+        if fingerprint(self.manifest["identity"], found, self.manifest["dtype"]) != self.manifest["fingerprint"]:
+            raise InputError(
+                f"{self.folder / NAMES} or the manifest was changed; delete {self.folder} to extract again"
+            )
+        return found
 
     def write(self, row: int, descriptor: np.ndarray) -> None:
         """`write_rows` of one row."""
@@ -178,7 +183,7 @@ class DescriptorStore:
         """
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         self._require_inside(rows)
-        told = dict(zip(rows.tolist(), notes or ["\tno reason given"] * len(rows), strict=True))
+        told = dict(zip(rows.tolist(), notes or [NO_REASON] * len(rows), strict=True))
         new = np.setdiff1d(rows, self.skipped).tolist()
         if new:
             add_skipped(self.folder, {row: told[row] for row in new})

@@ -10,7 +10,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from superglobal.errors import InputError
 from superglobal.files import umask, write_atomically
 from superglobal.retrieval.store_lists import NAMES
+from superglobal.retrieval.vectors import NPY_FAULTS
 
 FORMAT = "superglobal-store-1"
 SHARD_ROWS = 16384
@@ -122,7 +122,7 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
         array = np.lib.format.open_memmap(path, "r")
         if os.access(path, os.W_OK):  # only now: NumPy fills up a file that is too short if it may write to it
             array = np.lib.format.open_memmap(path, "r+")
-    except (OSError, ValueError, TokenError) as error:  # the last is NumPy's for some damaged headers
+    except NPY_FAULTS as error:
         raise InputError(f"{path}: missing or damaged ({error}); delete {path.parent} to extract again") from error
     if array.shape != shape or array.dtype != dtype:
         raise InputError(f"{path}: {array.shape} {array.dtype}, expected {shape} {dtype}; delete {path.parent}")

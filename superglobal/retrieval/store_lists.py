@@ -10,6 +10,7 @@ from superglobal.errors import InputError
 from superglobal.files import write_atomically
 
 NAMES, PATHS, SKIPPED = "names.json", "paths.json", "skipped.txt"
+NO_REASON = "\tno reason given"
 
 
 def read_names(folder: Path, rows: int) -> list[str]:

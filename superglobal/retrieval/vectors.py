@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from superglobal.errors import InputError
 # How far a float32 inner product of unit vectors may lie from the float64 one. Anything decided by less
 # than this is decided again in float64.
 TOLERANCE = 1e-6
+NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError)
+"""What NumPy raises for a damaged `.npy`."""
 _UNIT_TOLERANCE = 1e-3
 _PAIR_ELEMENTS = 1 << 17  # elements of one chunk of pair scores: 1 MB of float64, which stays in the cache
 _FEW_PAIRS = 2048  # that are scored without looking for equal rows
@@ -213,6 +216,14 @@ def as_queries(Q: Any, dim: int) -> np.ndarray:
     block = np.ascontiguousarray(rows.block(0, len(rows)))
     validate_block(block, 0, "queries", unit=True)
     return block
+
+
+def flat_array(values: Any, name: str) -> np.ndarray:
+    """A list of ids as one array. Raises InputError for lists of several lengths in it."""
+    try:
+        return np.asarray(values).ravel()
+    except ValueError as error:
+        raise InputError(f"{name}: expected a flat list of integer ids ({error})") from error
 
 
 def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:

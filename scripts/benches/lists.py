@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benches.common import measured
+from benches.common import Measured, measured
 from superglobal.data.gldv2 import TrainList, read_train
 from superglobal.data.samplers import EpochBatches
 
@@ -91,25 +91,31 @@ def _workers(root: Path, table: str) -> Callable[[], Any]:
     return run
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> list[Measured]:
     """read_train against the csv module, the memory that workers add, and the first draw of an epoch's order."""
-    parser = argparse.ArgumentParser("bench.py index", description=__doc__)
+    parser = argparse.ArgumentParser("bench.py lists", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="runs of read_train; the median is shown")
     parser.add_argument("--share", type=float, default=1.0, help="of GLDv2's size, for a quick try")
     args = parser.parse_args(argv)
+    rows: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for table, (photos, landmarks) in LISTS.items():
             photos, landmarks = int(photos * args.share), int(landmarks * args.share)
             write_list(root, table, photos, landmarks)
             print(f"{table}: {photos} photos of {landmarks} landmarks, {(root / table).stat().st_size / 1e6:.0f} MB")
-            own, megabytes, count = measured(partial(_ours, root, table), args.repeats)
+            own, own_megabytes, count = measured(partial(_ours, root, table), args.repeats)
             assert count == photos
-            print(f"  {'read_train':32}{own:8.2f} s{1:8.1f} x{megabytes:8.0f} MB above the imports")
+            print(f"  {'read_train':32}{own:8.2f} s{1:8.1f} x{own_megabytes:8.0f} MB above the imports")
             seconds, megabytes, _ = measured(partial(_baseline, root, table), 1)
             print(f"  {'csv module, Python lists':32}{seconds:8.2f} s{seconds / own:8.1f} x{megabytes:8.0f} MB")
             _, _, added = measured(partial(_workers, root, table), 1)
             print("  a worker adds: " + ", ".join(f"{value:.0f} MB ({name})" for name, value in added.items()))
             start = time.perf_counter()
             next(iter(EpochBatches(photos, 256, 0)))
-            print(f"  first draw of an epoch's order: {time.perf_counter() - start:.2f} s")
+            drawn = time.perf_counter() - start
+            print(f"  first draw of an epoch's order: {drawn:.2f} s")
+            row = {"list": table, "photos": photos, "landmarks": landmarks, "seconds": own, "megabytes": own_megabytes}
+            row |= {"baseline_seconds": seconds, "baseline_megabytes": megabytes, "ratio": seconds / own}
+            rows.append(row | {"worker_megabytes": added, "first_draw_seconds": drawn})
+    return rows
