@@ -294,6 +294,8 @@ def test_what_the_page_does_not_use_of_gradio_is_not_there(page):
     for way in [*(f"gradio_api/{way}" for way in ways), "monitoring", "monitoring/summary", "docs", "openapi.json"]:
         assert asked(f"{page.address}/{way}") == (404, b""), way
     assert asked(page.address, Host="evil.example")[0] == 400
+    assert asked(page.address, Origin="http://evil.example")[0] == 403
+    assert asked(page.address, Origin=page.address.rstrip("/"))[0] == 200
 
 
 def test_an_upload_is_limited_whatever_the_browser_says(page):

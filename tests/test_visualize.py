@@ -261,7 +261,7 @@ def test_folders_without_a_result_and_results_without_numbers(mini, tmp_path):
 def test_two_results_are_compared_with_pictures_and_without_photos_too(mini, root, tmp_path, caplog):
     other = evaluated(tmp_path / "other", root, *MINI, "rerank=none", "pooling=gem")
     paths = compare_runs(mini, other, ranks=4)
-    place = mini / "against" / "other"
+    place = mini / "against" / f"{tmp_path.name}-other"
     assert {path.parent for path in paths} <= {place}
     looked_at(paths)
     table = (place / "queries.csv").read_text().splitlines()

@@ -19,7 +19,7 @@ _NAME = 90  # characters of a folder's path over its ranking
 
 
 def compare_runs(folder: Path, other: Path, queries: int = PAGE, ranks: int = 10) -> list[Path]:
-    """Compare a result with another query by query, into `<folder>/against/<other's name>/` and on the console.
+    """Compare a result with another query by query, into `<folder>/against/<other's place>/` and on the console.
 
     `queries.csv` and `queries.md` have every query, most won first; `won-01.png` and `lost-01.png` show the rankings of
     the most won and the most lost ones side by side. Without photos the tables alone are written, and it is said.
@@ -39,8 +39,11 @@ def compare_runs(folder: Path, other: Path, queries: int = PAGE, ranks: int = 10
     if mine.folder.resolve() == theirs.folder.resolve():
         raise InputError(f"{mine.folder}: the same result twice; give another one to compare it with")
     found = read_against(mine.folder, mine.summary, theirs.folder, theirs.summary)
-    place = mine.folder / "against" / theirs.folder.resolve().name
+    # Jobs of two sweeps have the same names: with that of the sweep they are told apart.
+    place = mine.folder / "against" / "-".join(theirs.folder.resolve().parts[-2:])
     write_against(place, found, mine.folder, theirs.folder)
+    for run in (mine, theirs):
+        run.config, run.stages  # noqa: B018  what is damaged in a result is no lack of photos
     try:
         return _sheets(mine, theirs, found, place, queries, ranks)
     except InputError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from superglobal.config import DemoConfig
 from superglobal.errors import InputError
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NAMES = ("127.0.0.1", "localhost")
 # Gradio also serves what was uploaded, fetches addresses for whoever asks, and more that this page has no use for.
 _NEEDED = re.compile(
     r"/|/(photos|assets|static|svelte)/.*|/(theme\.css|favicon\.ico|manifest\.json|config|robots\.txt)/?|"
@@ -72,7 +73,7 @@ def run_server(config: DemoConfig, opened: Opened, sock: socket.socket) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        if config.page.host not in (*_NAMES, "::1"):
+        if _own_names(config.page.host) is None:
             log.warning("page.host=%s: whoever reaches this machine can search, and sees these photos", host)
         print(f"the page: http://{shown}:{port}    (Ctrl-C ends it)", flush=True)
         try:
@@ -89,7 +90,6 @@ def make_app(config: DemoConfig, opened: Opened, uploads: Path) -> Any:
     """
     import gradio as gr
     from fastapi import FastAPI, Response
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from superglobal.page.page import make_page
     from superglobal.page.thumbnails import Thumbnails
@@ -122,22 +122,41 @@ def make_app(config: DemoConfig, opened: Opened, uploads: Path) -> Any:
         footer_links=[],
         **look,
     )
-    app.add_middleware(_Doors)
-    if config.page.host in _NAMES:
-        # A page elsewhere may have its own name resolve to this machine.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(_NAMES))
+    app.add_middleware(_Doors, own_names=_own_names(config.page.host))
     return app
 
 
-class _Doors:
-    """ASGI middleware: of Gradio's interface only what the page itself calls is answered."""
+def _own_names(host: str) -> frozenset[str] | None:
+    """How a page for this machine alone is called; None for one that others reach by names unknown here."""
+    try:
+        alone = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        alone = False
+    return frozenset({host, "localhost", "127.0.0.1"}) if alone else None
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+
+class _Doors:
+    """ASGI middleware: of Gradio's interface only what the page itself calls is answered, to nobody else."""
+
+    def __init__(self, app: Any, own_names: frozenset[str] | None) -> None:
+        self.app, self.own_names = app, own_names
+
+    def _refusal(self, scope: Any) -> int | None:
+        """The status that a request ends with here."""
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self.own_names is not None:
+            # A page elsewhere may have its own name resolve to this machine, or send something unasked.
+            if urlsplit(f"//{host}").hostname not in self.own_names:
+                return 400
+            origin = headers.get(b"origin")
+            if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
+                return 403
+        return None if _NEEDED.fullmatch(scope["path"]) else 404
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not _NEEDED.fullmatch(scope["path"]):
-            await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
+        if scope["type"] == "http" and (status := self._refusal(scope)) is not None:
+            await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
             return
 
