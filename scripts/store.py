@@ -41,7 +41,10 @@ def run(arguments: argparse.Namespace) -> str:
         return json.dumps(upkeep.describe(store), indent=1)
     if arguments.command == "verify":
         rows = upkeep.verify(store, arguments.record)
-        return f"{store.folder}: {rows} rows are sound, {len(store.skipped)} skipped, {len(store.missing)} missing"
+        told = f"{rows} rows are sound, {len(store.skipped)} skipped, {len(store.missing)} missing"
+        if upkeep.recorded_checksums(store) is None:
+            told += "; nothing to compare their bytes with (--record keeps checksums for the next time)"
+        return f"{store.folder}: {told}"
     return f"{arguments.file}: {upkeep.export(store, arguments.file)} rows"
 
 

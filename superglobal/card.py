@@ -96,7 +96,8 @@ def read_results(paths: Sequence[str | Path], network: RetrievalNetwork) -> list
         for summary in _read(path):
             where = summary["place"]
             if summary["status"] != "ok" or not summary["metrics"]:
-                raise InputError(f"{where}: has no numbers ({summary['status']}); leave it out")
+                why = "made without labels" if summary["status"] == "ok" else summary["status"]
+                raise InputError(f"{where}: has no numbers ({why}); leave it out")
             of = summary["about"].get("network", {}).get("weights")
             if of != digest:
                 whose = f"weights {of[:12]}..." if of else "no network (own descriptors)"

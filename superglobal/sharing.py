@@ -6,6 +6,7 @@ The same folder is a repository on Hugging Face's hub. Whoever loads it gets the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -143,6 +144,8 @@ def _public(provenance: Any) -> Any:
         return {str(k): _public(v) for k, v in provenance.items() if k not in _PRIVATE}
     if isinstance(provenance, list | tuple):
         return [_public(v) for v in provenance]
+    if isinstance(provenance, float) and not math.isfinite(provenance):
+        return str(provenance)  # JSON has no infinity
     return Path(provenance).name if isinstance(provenance, str) and Path(provenance).is_absolute() else provenance
 
 

@@ -99,6 +99,7 @@ def test_a_changed_photo_is_described_anew_and_the_others_are_not(tmp_path):
     Image.fromarray(pixels[::-1]).save(photos / "new.png")
     changed = run(tmp_path, *folder)
     assert changed["about"]["extracted"] == {"database": 1, "queries": 0}
+    assert changed["dataset"] == "photos"  # another folder's results are of another set
     fresh = run(tmp_path / "other", *folder)
     assert fresh["about"]["extracted"] == {"database": 11, "queries": 1}
     assert fingerprints(changed) == fingerprints(fresh)

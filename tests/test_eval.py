@@ -99,7 +99,8 @@ def test_a_second_run_extracts_nothing_and_changed_settings_extract_anew(data, t
     assert extracted("d", "pooling.regional=off") == {"database": 24, "queries": 6}
 
 
-def test_sigterm_ends_a_run_and_keeps_its_rows(tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_and_keeps_its_rows(tmp_path, number, status):
     write_revisited(tmp_path, landmarks=40, views=12)
     process = start(tmp_path / "o", *revisited(tmp_path, "scales=5"))
     deadline = time.monotonic() + 120
@@ -107,9 +108,10 @@ def test_sigterm_ends_a_run_and_keeps_its_rows(tmp_path):
     while process.poll() is None and rows == 0 and time.monotonic() < deadline:
         time.sleep(0.05)
         rows = sum(np.load(p).sum() for p in (tmp_path / "o" / "stores").glob("mini-database-*/done.npy"))
-    process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode == 143
+    process.send_signal(number)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == status, text
+    assert ("the same command goes on with what is missing" in text) == (number == signal.SIGINT)
     (store,) = (tmp_path / "o" / "stores").glob("mini-database-*")
     assert rows <= len(DescriptorStore.open(store)) - len(DescriptorStore.open(store).missing) < 440
 

@@ -196,7 +196,7 @@ def _report(config: CompareConfig, inputs: Inputs, rows: list[dict[str, Any]], f
         table.add_row(*map(escape, line))
     out = console()
     out.print(table)
-    out.print("adba's time is mostly that of averaging the database, once; MB: peak above what was there before")
+    out.print("MB: peak above what was there before; adba's time is mostly that of averaging the database, once")
     out.print(f"results in {folder}", soft_wrap=True, highlight=False, markup=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,6 +110,11 @@ def _describe(
             for store in stores:
                 store.flush()
         trainer.strategy.barrier()
+    except SystemExit as end:
+        if end.code == 1:  # Lightning's answer to Ctrl-C
+            log.error("interrupted; the same command goes on with what is missing")
+            sys.exit(130)
+        raise
     except RuntimeError as error:
         told = process_failure(error, trainer.world_size, "evaluation", "with what is missing")
         if told is None:

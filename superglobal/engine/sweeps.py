@@ -69,7 +69,10 @@ class EvaluationSweep(Callback):
         if not any(Path(config.hydra.sweep.dir).rglob("results.json")):
             log.info("no job has results: there is no table")
             return
-        if any(row["status"] == "failed" for row in merge(Path(config.hydra.sweep.dir))):
+        folder = Path(config.hydra.sweep.dir)
+        rows = merge(folder)
+        log.info("table.csv (all runs), table-*.md, .csv, .tex (by data set) and chart.png: %s", folder)
+        if any(row["status"] == "failed" for row in rows):
             sys.exit(2)
 
 

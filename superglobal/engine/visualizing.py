@@ -57,7 +57,7 @@ def visualize(folder: Path, kinds: Sequence[str], options: PictureOptions) -> tu
         except InputError as error:
             if kinds:
                 raise
-            left_out.append(f"{kind}: {error}")
+            left_out.append(f"{kind}: {str(error).removeprefix(f'{kind}: ')}")
     if not paths:
         raise InputError("nothing could be drawn:\n" + "\n".join(left_out))
     _write_index(run, target)

@@ -94,7 +94,10 @@ def summarise(
 
 def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     dataset, distractors = config["dataset"], config["distractors"]
-    name = dataset["name"] + (f"+{distractors['name']}" if distractors["name"] else "")
+    name = dataset["name"]
+    if dataset["kind"] == name == "folder" and dataset["database"]:
+        name = Path(dataset["database"]).resolve().name or name  # folders of photos are told apart by their own names
+    name += f"+{distractors['name']}" if distractors["name"] else ""
     if dataset["kind"] == "revisited" and not dataset["crop_query"]:
         name += " (uncropped)"
     if config["index"]["kind"] != "flat":

@@ -41,7 +41,7 @@ _UNTOLD = (
     "rerank.tuned_on",
 )
 # What a set of photos is, as far as its name does not say.
-_OF_THE_SET = ("max_side", "solution", "table", "landmarks", "seed", "neighbours", "votes")
+_OF_THE_SET = ("database", "max_side", "solution", "table", "landmarks", "seed", "neighbours", "votes")
 _ALWAYS = ("label", "dataset", "weights", "status", "metrics", "config")
 """What every result has, also one without numbers."""
 ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled", "rerank")
@@ -138,7 +138,8 @@ def compared(results: Sequence[dict[str, Any]]) -> list[Compared]:
         values = {key: str(setting.get(key, "")) for key in differing}
         others = [value for name, value in values.items() if name not in ABLATED]
         # Of an ablation each set of other settings has its own baseline; of a plain sweep the first row is it.
-        key = (result["dataset"], str(result["weights"]), *others) if named else (result["dataset"],)
+        place = values.get("dataset.database", "")
+        key = (result["dataset"], str(result["weights"]), *others) if named else (result["dataset"], place)
         baseline = baselines.setdefault(key, result) if result["metrics"] else None
         rows.append(Compared(result, shown[str(result["weights"])], run, values, baseline))
     return rows

@@ -45,7 +45,7 @@ def open_sound(folder: Path) -> DescriptorStore:
                 f"{folder / SKIPPED}: expected a line for each of {len(store.skipped)} skipped rows, row {untold[0]} "
                 "has none; remove the file: the rows stay skipped"
             )
-    _recorded(store)
+    recorded_checksums(store)
     return store
 
 
@@ -86,7 +86,7 @@ def verify(store: DescriptorStore, record: bool = False) -> int:
         except InputError:
             _name_bad_row(block, ids, store)
     sums = {path.name: digest(path) for path in sorted(store.folder.glob("shard-*.npy"))}
-    recorded = None if record else _recorded(store)
+    recorded = None if record else recorded_checksums(store)
     other = [] if recorded is None else [name for name, value in sums.items() if recorded.get(name) != value]
     if other:
         raise InputError(f"{store.folder / other[0]}: other bytes than were recorded; delete the folder, or --record")
@@ -97,7 +97,7 @@ def verify(store: DescriptorStore, record: bool = False) -> int:
     return len(written)
 
 
-def _recorded(store: DescriptorStore) -> dict[str, str] | None:
+def recorded_checksums(store: DescriptorStore) -> dict[str, str] | None:
     """The shards' checksums as they were recorded; None if they were not."""
     path = store.folder / _CHECKSUMS
     if not path.exists():
