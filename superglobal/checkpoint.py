@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, first_line
 from superglobal.files import EXPORT, write_atomically
-from superglobal.models.hub import first_line
 from superglobal.models.network import RetrievalNetwork, weights_digest
 
 FORMAT = "superglobal-1"

@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     `train.py` and `eval.py` print it without a traceback and exit with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in short."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -18,10 +18,9 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from superglobal.checkpoint import Weights, plain_pooling, pooling_from, read_tensors, require_fit
-from superglobal.errors import InputError
+from superglobal.errors import InputError, first_line
 from superglobal.files import EXPORT, write_atomically
 from superglobal.models.backbone import Backbone
-from superglobal.models.hub import first_line
 from superglobal.models.network import RetrievalNetwork, make_scales, weights_digest
 from superglobal.models.pooling import PoolingConfig
 

@@ -22,11 +22,11 @@ from test_engine import BASE, QUIET, mini, run
 
 from superglobal.config import register
 from superglobal.data.images import ImageItem
-from superglobal.engine.serving import Opened, configured, open_database
+from superglobal.engine.serving import configured, open_database
 from superglobal.errors import InputError
 from superglobal.page import markup
 from superglobal.page.answers import Answers
-from superglobal.page.photo_search import Found, Hit, Photo
+from superglobal.page.photo_search import Found, Hit, Opened, Photo
 from superglobal.page.server import listening
 from superglobal.page.thumbnails import Thumbnails
 

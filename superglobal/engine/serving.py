@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,22 +26,12 @@ from superglobal.errors import InputError
 from superglobal.evaluation import ExtractionList
 from superglobal.models.fast import fast_copies
 from superglobal.models.network import RetrievalNetwork
-from superglobal.page.photo_search import FirstStage, PhotoSearch
+from superglobal.page.photo_search import FirstStage, Opened, PhotoSearch
 from superglobal.retrieval.statistics import stored_statistics
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.vectors import Rows, concat
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A database that can be searched, and queries of its own that the data set has."""
-
-    name: str
-    search: PhotoSearch
-    queries: Sequence[ImageItem]
-    query_names: Sequence[str]
 
 
 def serve(cfg: DictConfig) -> None:

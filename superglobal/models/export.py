@@ -26,9 +26,8 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, first_line
 from superglobal.models.backbone import replace_module
-from superglobal.models.hub import first_line
 from superglobal.models.network import RetrievalNetwork
 from superglobal.precision import full_precision
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from superglobal.models.network import RetrievalNetwork
@@ -106,8 +106,3 @@ class HubModel(PyTorchModelHubMixin):
         from superglobal.sharing import write_folder
 
         write_folder(self, save_directory)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in short."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -18,7 +18,7 @@ from superglobal.page import markup
 from superglobal.page.photo_search import Described, Photo
 
 if TYPE_CHECKING:
-    from superglobal.engine.serving import Opened
+    from superglobal.page.photo_search import Opened
 
 
 def told(answer: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

@@ -12,7 +12,7 @@ from superglobal.page import markup
 from superglobal.page.answers import Answers
 
 if TYPE_CHECKING:
-    from superglobal.engine.serving import Opened
+    from superglobal.page.photo_search import Opened
 
 _HERE = Path(__file__).parent
 _KEPT = 3600  # seconds that an upload and its descriptor are kept

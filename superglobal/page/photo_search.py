@@ -205,3 +205,13 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A database that can be searched, and queries of its own that the data set has."""
+
+    name: str
+    search: PhotoSearch
+    queries: Sequence[ImageItem]
+    query_names: Sequence[str]

@@ -20,7 +20,7 @@ from superglobal.config import DemoConfig
 from superglobal.errors import InputError
 
 if TYPE_CHECKING:
-    from superglobal.engine.serving import Opened
+    from superglobal.page.photo_search import Opened
 
 log = logging.getLogger(__name__)
 
