@@ -20,7 +20,7 @@ _UNIT_TOLERANCE = 1e-3
 _PAIR_ELEMENTS = 1 << 17  # elements of one chunk of pair scores: 1 MB of float64, which stays in the cache
 _FEW_PAIRS = 2048  # that are scored without looking for equal rows
 _SCORE_ELEMENTS = 1 << 24  # elements of one block of scores: 64 MB of float32
-_BLOCK_ELEMENTS = 1 << 23  # elements of one block of rows: 32 MB of float32
+_BLOCK_ELEMENTS = 1 << 24  # elements of one block of rows: 64 MB of float32
 
 
 class Rows:
@@ -237,7 +237,7 @@ def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
 
 
 def block_size(block_rows: int, n_queries: int, dim: int) -> int:
-    """Rows per block such that it stays near 32 MB of float32, and its scores for all queries near 64 MB."""
+    """Rows per block such that it stays near 64 MB of float32, and its scores for all queries near 64 MB."""
     if block_rows < 1:
         raise InputError(f"block_rows: expected at least 1, got {block_rows}")
     return min(block_rows, max(1024, min(_SCORE_ELEMENTS // n_queries, _BLOCK_ELEMENTS // dim)))
