@@ -291,3 +291,27 @@ def test_settings_are_checked(toy_data, tmp_path):
         validated(composed(toy_data, tmp_path, "logger.pictures=-1"), EvalConfig)
     config = validated(composed(toy_data, tmp_path, "logger=tensorboard"), EvalConfig)
     assert (config.logger.wandb, config.logger.tensorboard) == (False, True)
+
+
+WITHOUT = "import runpy, sys; sys.modules.update(dict.fromkeys(('wandb', 'faiss')))\n"
+
+
+@pytest.mark.parametrize("script", ["eval.py", "train.py"])
+def test_wandb_and_faiss_are_optional(script):
+    code = f"{WITHOUT}import superglobal.engine\nrunpy.run_path({script!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_evaluation_runs_without_wandb_unless_it_is_enabled(toy_data, tmp_path):
+    code = f"{WITHOUT}sys.argv[0] = 'eval.py'; runpy.run_path('eval.py', run_name='__main__')"
+    places = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}", f"hydra.run.dir={tmp_path}/run"]
+    command = [sys.executable, "-c", code, "dataset=toy", *FAST, *places]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: logger.wandb=true: the package wandb is not installed; pip install wandb, or use logger=csv" in (
+        done.stderr
+    )
+    done = subprocess.run([*command, "logger=csv"], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/results.json").is_file()

@@ -17,3 +17,12 @@ def check_logger(logger: LoggerConfig) -> None:
         raise InputError(
             "logger.tensorboard=true: TensorBoard is not installed; pip install -e '.[tensorboard]', or logger=csv"
         )
+
+
+def require_wandb(logger: LoggerConfig) -> None:
+    """Raise InputError if W&B is enabled and not installed.
+
+    Only runs that log to W&B call this: a finished run opens without it.
+    """
+    if logger.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("logger.wandb=true: the package wandb is not installed; pip install wandb, or use logger=csv")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from superglobal.checks.limits import TABLES, require_choice, require_within
-from superglobal.checks.trackers import check_logger
+from superglobal.checks.trackers import check_logger, require_wandb
 from superglobal.config import HeadConfig, TrainConfig
 from superglobal.errors import InputError
 from superglobal.models.heads import require_kind
@@ -70,6 +70,7 @@ def check_training(config: TrainConfig) -> None:
         raise InputError(f"optim.batch_size={o.batch_size} is no multiple of trainer.accumulate={t.accumulate}")
     _check_head(config.head)
     check_logger(config.logger)
+    require_wandb(config.logger)
 
 
 def _check_head(head: HeadConfig) -> None:

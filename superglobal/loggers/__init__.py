@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from pytorch_lightning.loggers import CSVLogger, Logger
 
+from superglobal.checks.trackers import require_wandb
 from superglobal.config import EvalConfig, TrainConfig
 from superglobal.files import EXPORT
 from superglobal.loggers.curve_file import CurveFile
@@ -88,7 +89,11 @@ def evaluation_loggers(config: EvalConfig, folder: Path, sweep: str | None) -> I
         config: of the run.
         folder: of the run; `csv/`, `wandb/` and `tensorboard/` lie there.
         sweep: name of the sweep that it is a job of; None for none.
+
+    Raises:
+        InputError: W&B is enabled and not installed.
     """
+    require_wandb(config.logger)
     trackers: list[_Careful] = []
     if first_process():
         trackers = [
