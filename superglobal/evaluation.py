@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 
 _NEWS_EVERY = 30.0  # seconds
+# Devices that compute asynchronously: their descriptors are written while they compute the next batch.
+_ASYNCHRONOUS = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,27 @@ class ExtractionList:
         return [shrunk_size(size, self.max_side) for size in self.checked.sizes]
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """Descriptors of one batch by one group of networks, perhaps still on their way to the host.
+
+    Attributes:
+        number: of the image list.
+        rows: (B,) of the images in it.
+        descriptors: per network (B, D) on the host, valid once `copied` has happened.
+        stores: of the group.
+        has_own: whether the first of them is this run's.
+        copied: CUDA event behind the copies; None where they are complete.
+    """
+
+    number: int
+    rows: list[int]
+    descriptors: list[Tensor]
+    stores: Sequence[Sequence[DescriptorStore]]
+    has_own: bool
+    copied: torch.cuda.Event | None
+
+
 class EvaluationModule(pl.LightningModule):
     """Describes batches of images by one or several networks and writes each descriptor into its row of its store.
 
@@ -108,13 +131,16 @@ class EvaluationModule(pl.LightningModule):
         self.stores = stores
         self.lists = lists
         self.failures: list[str] = []
+        self.computed: list[_Computed] = []  # not written yet
         self.most = math.inf  # pixels that memory has room for at once
         self.pixels = sum(len(batch.rows) * batch.size[0] * batch.size[1] for batch in batches)
         self.done, self.images = 0, 0
         self.began = self.told = time.monotonic()
 
     def predict_step(self, batch: list[LoadedBatch], batch_idx: int) -> int:
-        """Write the descriptors of one batch; returns how many images are done.
+        """Compute the descriptors of one batch and write them; return how many images are done.
+
+        On a GPU the descriptors of the batch before are written instead, while the GPU computes these.
 
         An image that fails is told at the end, to all processes: one that stopped alone would leave the others
         waiting. Alone, a process stops at once. Finished rows stay either way.
@@ -128,13 +154,21 @@ class EvaluationModule(pl.LightningModule):
             with full_precision():
                 for place, (group, stores) in enumerate(zip(self.groups, self.stores, strict=True)):
                     if rows:
-                        self._write(number, rows, self._described(group, images), stores, place == 0)
+                        descriptors, copied = _to_host(self._described(group, images))
+                        self.computed.append(_Computed(number, rows, descriptors, stores, place == 0, copied))
+                        self.drain(keep=int(images.device.type in _ASYNCHRONOUS))
             self._tell(len(rows), images.shape[-2:].numel() * len(rows))
         if self.failures and self.trainer.world_size == 1:
             self.raise_failures()
         return self.images
 
-    def _described(self, group: Sequence[RetrievalNetwork], images: Tensor) -> list[np.ndarray]:
+    def drain(self, keep: int = 0) -> None:
+        """Write all descriptors that were computed, except those of the last `keep` launches."""
+        while len(self.computed) > keep:
+            self._write(self.computed[0])
+            del self.computed[0]  # only now: an interrupted write is repeated
+
+    def _described(self, group: Sequence[RetrievalNetwork], images: Tensor) -> list[Tensor]:
         """(B, D) per network, in as many parts as memory asks for.
 
         Raises:
@@ -144,7 +178,7 @@ class EvaluationModule(pl.LightningModule):
         step = max(1, min(count, int(min(self.most, count * area) // area)))
         try:
             parts = [describe_all(group, images[i : i + step]) for i in range(0, count, step)]
-            return [torch.cat(found).cpu().numpy() for found in zip(*parts, strict=True)]
+            return [torch.cat(found) for found in zip(*parts, strict=True)]
         except torch.OutOfMemoryError as error:
             if step == 1:
                 size = f"{images.shape[-1]} x {images.shape[-2]}"
@@ -156,24 +190,20 @@ class EvaluationModule(pl.LightningModule):
         torch.cuda.empty_cache()
         return self._described(group, images)
 
-    def _write(
-        self,
-        number: int,
-        rows: list[int],
-        descriptors: list[np.ndarray],
-        stores: Sequence[Sequence[DescriptorStore]],
-        has_own: bool,
-    ) -> None:
-        """Into the stores of a group, the first of which is this run's if the group `has_own`; a fault of any other is
-        that run's to tell, which will find the rows missing.
+    def _write(self, batch: _Computed) -> None:
+        """Write the descriptors of a batch into the stores of its group.
+
+        Only a failure in the store of this run is recorded: the run of another store finds its rows missing.
         """
-        for place, (found, own) in enumerate(zip(descriptors, stores, strict=True)):
+        if batch.copied is not None:
+            batch.copied.synchronize()
+        for place, (found, own) in enumerate(zip(batch.descriptors, batch.stores, strict=True)):
             try:
-                own[number].write_rows(np.array(rows), found)
+                own[batch.number].write_rows(np.array(batch.rows), found.numpy())
             except InputError as error:
-                if place or not has_own:
+                if place or not batch.has_own:
                     continue
-                self.failures.append(f"{self.lists[number].items[rows[0]].path} or of its batch: {error}")
+                self.failures.append(f"{self.lists[batch.number].items[batch.rows[0]].path} or of its batch: {error}")
 
     def _stores_of(self, number: int) -> list[DescriptorStore]:
         return [own[number] for group in self.stores for own in group]
@@ -194,6 +224,7 @@ class EvaluationModule(pl.LightningModule):
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def on_predict_end(self) -> None:
+        self.drain()
         self.raise_failures()
 
     def raise_failures(self) -> None:
@@ -208,6 +239,16 @@ class EvaluationModule(pl.LightningModule):
             failures = [failure for part in gathered for failure in part]
         if failures:
             raise InputError("\n".join(dict.fromkeys(failures)))
+
+
+def _to_host(descriptors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
+    """Return host copies of descriptors, and for CUDA tensors the event that tells when the copies are complete."""
+    if descriptors[0].device.type != "cuda":
+        return [x.cpu() for x in descriptors], None
+    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in descriptors]
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(descriptors[0].device))
+    return copies, copied
 
 
 def skip_rows(stores: Sequence[DescriptorStore], part: ExtractionList, faults: Sequence[tuple[int, str]]) -> None:

@@ -107,8 +107,11 @@ def _describe(
         try:
             trainer.predict(module, images, return_predictions=False)
         finally:
-            for store in stores:
-                store.flush()
+            try:
+                module.drain()
+            finally:  # a GPU that failed cannot deliver its last batch
+                for store in stores:
+                    store.flush()
         trainer.strategy.barrier()
     except SystemExit as end:
         if end.code == 1:  # Lightning's answer to Ctrl-C
