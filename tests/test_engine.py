@@ -18,6 +18,7 @@ from PIL import Image
 from sets import break_scan, write_folders, write_revisited
 
 import superglobal
+from superglobal import evaluation
 from superglobal.checkpoint import save_weights
 from superglobal.config import register
 from superglobal.engine import evaluate
@@ -158,7 +159,17 @@ def test_statistics_of_the_weights_are_used(tmp_path):
     assert not np.allclose(superglobal.extract(loaded, image), superglobal.extract(model, image), atol=1e-4)
 
 
-def test_finished_rows_stay_when_an_image_fails(tmp_path):
+def test_results_and_stores_record_the_resolved_precision(data, tmp_path):
+    first = run(tmp_path, *mini(data))
+    assert first["config"]["extraction"]["precision"] == first["about"]["network"]["precision"] == "float32"
+    again = run(tmp_path, *mini(data), "extraction.precision=float32")
+    assert again["about"]["extracted"] == {"database": 0, "queries": 0}
+    assert fingerprints(again) == fingerprints(first)
+
+
+@pytest.mark.parametrize("asynchronous", [(), ("cpu",)])
+def test_finished_rows_stay_when_an_image_fails(tmp_path, monkeypatch, asynchronous):
+    monkeypatch.setattr(evaluation, "_ASYNCHRONOUS", asynchronous)
     photos = write_folders(tmp_path / "photos")
     break_scan(photos / "label2/2.jpg")
     folder = ["dataset=folder", f"dataset.database={photos}", f"dataset.query={photos / 'label0/0.jpg'}"]
@@ -166,6 +177,29 @@ def test_finished_rows_stay_when_an_image_fails(tmp_path):
         run(tmp_path, *folder)
     (store,) = (tmp_path / "stores").glob("folder-database-*")
     assert DescriptorStore.open(store).missing.tolist() == [8]
+
+
+def test_rows_are_written_while_the_next_batch_is_computed(tmp_path, monkeypatch):
+    photos = write_folders(tmp_path / "photos")
+    folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "extraction.batch_size=2"]
+    steps: list[str] = []
+
+    def noted(name, function):
+        return lambda *args: (steps.append(name), function(*args))[1]
+
+    monkeypatch.setattr(evaluation, "describe_all", noted("compute", evaluation.describe_all))
+    monkeypatch.setattr(DescriptorStore, "write_rows", noted("write", DescriptorStore.write_rows))
+    at_once = run(tmp_path / "at once", *folder)
+    count = len(steps) // 2
+    assert steps == ["compute", "write"] * count
+    steps.clear()
+    monkeypatch.setattr(evaluation, "_ASYNCHRONOUS", ("cpu",))
+    later = run(tmp_path / "later", *folder)
+    assert steps == ["compute", *["compute", "write"] * (count - 1), "write"]
+    assert later["metrics"] == at_once["metrics"]
+    stores = [next((tmp_path / name / "stores").glob("folder-database-*")) for name in ("at once", "later")]
+    first, second = (DescriptorStore.open(store) for store in stores)
+    assert np.array_equal(first.block(0, len(first)), second.block(0, len(second)))
 
 
 def test_matrix_products_are_float32_inside_and_as_before_outside():

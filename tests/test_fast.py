@@ -19,7 +19,8 @@ from superglobal import evaluation
 from superglobal.engine.extracting import _describe
 from superglobal.errors import InputError
 from superglobal.evaluation import EvaluationModule
-from superglobal.models.fast import fast_copies, folded
+from superglobal.models import fast as fast_module
+from superglobal.models.fast import fast_copies, folded, resolve_precision
 from superglobal.models.network import describe_all
 from superglobal.models.pooling import PoolingConfig
 
@@ -93,6 +94,15 @@ def test_half_precision_is_near_and_pooling_stays_in_float32(precision, least):
     assert plain.identity()["precision"] == precision
 
 
+def test_auto_precision_depends_on_the_accelerator(monkeypatch):
+    monkeypatch.setattr(fast_module, "AUTO_ON_CUDA", "bfloat16")
+    for available, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert {resolve_precision("auto", accelerator) for accelerator in ("auto", "gpu", "cuda")} == {expected}
+        assert resolve_precision("auto", "cpu") == "float32"
+        assert resolve_precision("float16", "gpu") == "float16"
+
+
 @pytest.mark.parametrize("side", [64, 97])  # 64 px is enlarged where RegionalGeM is on
 def test_all_switches_at_once_equal_each_alone(side):
     first = network("resnet18", dim=16, pooling="gem")
@@ -134,7 +144,7 @@ def test_what_memory_has_no_room_for_goes_in_smaller_parts():
     plain.backbone.__class__ = Small
     module = EvaluationModule([[plain]], [], [], [])
     (found,) = module._described([plain], images(8))
-    assert (torch.from_numpy(found) - expected).abs().max() < 1e-6
+    assert (found - expected).abs().max() < 1e-6
     assert seen == [8, 4, 2, 2, 2, 2]
     module._described([plain], images(4))
     assert seen[6:] == [2, 2]  # what was learnt stays
@@ -164,5 +174,5 @@ def test_a_process_lost_while_others_wait_is_no_traceback(place):
     setattr(trainer if place == "predict" else trainer.strategy, place, lost)
     store = SimpleNamespace(flush=lambda: flushed.append(True))
     with pytest.raises(InputError, match="another process of this evaluation has ended"):
-        _describe(trainer, None, None, [store])
+        _describe(trainer, EvaluationModule([], [], [], []), None, [store])
     assert flushed == [True]

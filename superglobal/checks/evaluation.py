@@ -16,7 +16,7 @@ from superglobal.config import (
     rerank_parameters,
 )
 from superglobal.errors import InputError
-from superglobal.models.fast import PRECISIONS
+from superglobal.models.fast import PRECISIONS, resolve_precision
 from superglobal.models.network import make_scales
 from superglobal.models.pooling import relup_mode
 from superglobal.reporting.runs import LADDER, SWITCHES
@@ -48,7 +48,7 @@ def check_evaluation(config: EvalConfig) -> None:
         raise InputError(f"{d.name}: distractors={config.distractors.name}: GLDv2's sets have none; distractors=none")
     require_choice("distractors.unreadable", config.distractors.unreadable, ("error", "skip"))
     require_within({"distractors.skip_budget": (config.distractors.skip_budget, 0, 1)})
-    _check_extraction(config.extraction)
+    _check_extraction(config.extraction, config.trainer.accelerator)
     _check_evaluation_ranges(config)
     _check_reranking(config)
     _check_ablation(config)
@@ -79,8 +79,10 @@ def _check_reranking(config: EvalConfig) -> None:
         )
 
 
-def _check_extraction(how: ExtractionConfig) -> None:
-    require_choice("extraction.precision", how.precision, tuple(PRECISIONS))
+def _check_extraction(how: ExtractionConfig, accelerator: str) -> None:
+    """Check choices and ranges; replace the precision "auto" by what it stands for, which results and stores record."""
+    require_choice("extraction.precision", how.precision, ("auto", *PRECISIONS))
+    how.precision = resolve_precision(how.precision, accelerator)
     require_within(
         {
             "extraction.batch_size": (how.batch_size, 1, math.inf),

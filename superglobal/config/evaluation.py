@@ -87,18 +87,19 @@ class DescriptorsConfig:
 
 @dataclass
 class ExtractionConfig:
-    """How images are described; of these settings `precision` alone changes a descriptor by more than rounding.
+    """How descriptors are extracted; only `precision` changes them by more than rounding.
 
     Args:
-        precision: of the backbone's weights and maps: "float32", "bfloat16" or "float16"; pooling is in float32 always.
-        batch_size: most images, all of one size, that are described at once.
-        batch_pixels: most pixels of them; null for what memory has room for.
+        precision: of the backbone's weights and maps: "float32", "bfloat16", "float16", or "auto", which is resolved
+            by the device (float32 on CPUs) before anything is computed; pooling is in float32 always.
+        batch_size: maximum number of images, all of one size, in a batch.
+        batch_pixels: maximum number of pixels in a batch; null for what memory has room for.
         compile: compile the backbone with torch.compile: minutes at the start.
-        part: "3/16" describes the third of 16 parts of the images and ends there, so that as many jobs can share the
+        part: "3/16" extracts the third of 16 parts of the images and ends there, so that as many jobs can share the
             work; null for all images.
     """
 
-    precision: str = "float32"
+    precision: str = "auto"
     batch_size: int = 16
     batch_pixels: int | None = None
     compile: bool = False
