@@ -2,55 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
+from goldens import DATA, FILES, by_settings, goldens, settings
 
 import superglobal
 from superglobal.data.images import read_image
 
-DATA = Path(__file__).parent / "data"
 TOLERANCE = 1e-5
-
-
-def goldens(name: str) -> dict[str, np.ndarray]:
-    with np.load(DATA / name) as file:
-        return {key: file[key] for key in file.files}
-
-
-def settings(key: str) -> tuple[str, dict]:
-    """`IMAGE|scales=3|gemp=1|...` -> image name and arguments of `load_model`."""
-    image, *fields = key.split("|")
-    values = dict(f.split("=") for f in fields if "=" in f)
-    if "cvnet_global" in fields:
-        return image, {"scales": int(values["scales"]), "pooling": "cvnet_global"}
-    relup = {"1": "on", "0": "off"}.get(values["relup"], values["relup"])
-    switches = {name: values[flag] == "1" for name, flag in FLAGS.items()}
-    return image, {
-        "scales": int(values["scales"]),
-        "antialias": values["antialias"] == "1",
-        "pooling": {**switches, "relup": relup},
-    }
-
-
-FLAGS = {"gem_plus": "gemp", "regional": "rgem", "scale": "sgem"}
-FILES = {
-    "superglobal_r50_seed7.npz": 50,
-    "superglobal_r101_seed7.npz": 101,
-    "cvnet_global_r50_seed7.npz": 50,
-}
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_descriptors_equal_the_reference(file, cvnet_checkpoint):
     expected = goldens(file)
     weights = cvnet_checkpoint(FILES[file])
-    groups: dict[str, list[str]] = {}
-    for key in expected:
-        groups.setdefault(key.split("|", 1)[1], []).append(key)
     worst = 0.0
-    for keys in groups.values():
+    for keys in by_settings(file):
         model = superglobal.load_model(weights, **settings(keys[0])[1])
         for key in keys:
             image = read_image(DATA / "images" / settings(key)[0])

@@ -1,0 +1,1 @@
+"""The sections of scripts/gpu_report.py, one module each with `main(report)`."""

@@ -1,0 +1,308 @@
+"""The GPU computes what the CPU computes: descriptors, orders, training, resuming, and running out of memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from benches.rerank import clustered
+
+from gpu_sections.common import ROOT, Report, command, finish, sizes, write_jpegs
+from gpu_sections.pipeline import extract_all
+from superglobal import load_model
+from superglobal.data.images import image_tensor, read_image
+from superglobal.models.fast import fast_copies
+from superglobal.precision import full_precision
+from superglobal.reporting.against import read_against
+from superglobal.retrieval.ranks import search_and_rank
+from superglobal.retrieval.rerankers import apply_reranker, completed
+from superglobal.retrieval.store import DescriptorStore
+
+DATA = ROOT / "tests" / "data"
+TOY_PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+def main(report: Report) -> None:
+    """Run the slow programs in the background, and the rest beside them."""
+    photos = write_jpegs(report.work / "memory", sizes(report.pick(48, 48, 4)))
+    toy = _toy_data(report)
+    try:
+        report.run("goldens of the reference implementation", lambda: _goldens(report), need=15)
+        report.run("orders of search, ranks and rerankers", lambda: _orders(report), need=10)
+        report.run("out-of-memory halving", lambda: _out_of_memory(report, photos), need=10)
+        finish(toy, report.left())
+        training = report.run("training on the toy set", lambda: _start_training(report), need=40)
+        report.run("resuming a killed training", lambda: _resume(report), need=20)
+        report.run("training loss of 20 steps", lambda: _losses(report), need=10)
+        if training is not None:
+            report.run("precision on the toy set", lambda: _precisions(report, training), need=20)
+    finally:
+        toy.kill()
+
+
+def _toy_data(report: Report) -> subprocess.Popen[str]:
+    size = report.pick("small", "small", "tiny")
+    return command(["scripts/make_toy_data.py", "--size", size, "--out", report.work / "data" / "toy"])
+
+
+def _goldens(report: Report) -> None:
+    """Descriptors of the reference (tests/data) by the plain network and by the one that extraction uses."""
+    sys.path[:0] = [str(ROOT / "tests"), str(DATA)]
+    from goldens import FILES, by_settings, goldens, settings
+    from synth_ckpt import synth_state
+
+    for file, depth in itertools.islice(FILES.items(), report.pick(3, 3, 1)):
+        weights = report.work / f"r{depth}.pyth"
+        if not weights.exists():
+            manifest = json.loads((DATA / f"manifest_cvnet_r{depth}.json").read_text())
+            torch.save({"epoch": 0, "model_state": synth_state(manifest, 7)}, weights)
+        expected = goldens(file)
+        chosen = by_settings(file)[:: report.pick(1, 6, 30)]
+        worst = {"float32": 0.0, "float32, folded": 0.0}
+        cosines = {"float16": [1.0], "bfloat16": [1.0]} if report.cuda else {}
+        for keys in chosen:
+            network = load_model(weights, **settings(keys[0])[1])
+            images = [image_tensor(read_image(DATA / "images" / settings(key)[0])) for key in keys]
+            truth = torch.from_numpy(np.stack([expected[key] for key in keys]))
+            # Folding costs a pass on the CPU, half precision another: not for every switch.
+            folds = keys is chosen[0]
+            for name in ("float32", "float32, folded", *cosines) if folds else ("float32",):
+                network.precision = name.split(",")[0]
+                model = (fast_copies([network])[0] if name != "float32" else network).to(report.device)
+                with torch.inference_mode(), full_precision():
+                    got = torch.cat([model(image[None].to(report.device)) for image in images]).cpu()
+                if name in worst:
+                    worst[name] = max(worst[name], float((got - truth).abs().max()))
+                else:
+                    cosines[name] += (got * truth).sum(1).tolist()
+        count = sum(map(len, chosen))
+        for name, value in worst.items():
+            what = f"{file}: {name}, {count if name == 'float32' else len(chosen[0])} descriptors, largest difference"
+            report.add(what, value, passed=value < 1e-5, expected="< 1e-5")
+        for name, values in cosines.items():
+            report.add(f"{file}: {name}, smallest cosine to the reference", min(values))
+
+
+def _orders(report: Report) -> None:
+    """Ids of search, exact ranks and rerankers on both devices, with duplicates among the rows."""
+    rows, dim, depth = report.pick((100_000, 2048, 400), (20_000, 1024, 400), (2_000, 64, 100))
+    Q, X = clustered(70, rows, dim)
+    X[rows // 2 : rows // 2 + 500] = X[:500]  # copies of images: equal scores, ordered by id
+    half = X.astype(np.float16)
+    half_tensor = torch.from_numpy(half).to(report.device)
+    rng = np.random.default_rng(1)
+    targets = [rng.choice(rows, 200, replace=False) for _ in Q]
+    expected = {}
+    for name, database in {"float32": X, "float16": half}.items():
+        expected[name] = search_and_rank(Q, database, depth, targets)
+        found = search_and_rank(Q, database, depth, targets, device=report.device)
+        _compare_orders(report, f"search and exact ranks, {name} array", expected[name], found)
+    found = search_and_rank(Q, half_tensor, depth, targets, device=report.device)
+    _compare_orders(report, "search and exact ranks, float16 on the device", expected["float16"], found)
+    (_, ids), _ = expected["float32"]
+    for kind in ("superglobal", "mutual", "kreciprocal", "diffusion", "aqe", "adba"):
+        report.run(f"reranker {kind}", lambda kind=kind: _compare_reranker(report, kind, Q, X, ids))  # type: ignore[misc]
+
+
+def _compare_orders(report: Report, name: str, expected: Any, found: Any) -> None:
+    ((_, ids), ranks), ((_, other_ids), other_ranks) = expected, found
+    different = int((ids != other_ids).sum()) + sum(
+        int((a != b).sum()) for a, b in zip(ranks, other_ranks, strict=True)
+    )
+    report.add(f"{name}: ids and ranks that differ from the CPU's", different, passed=different == 0, expected="0")
+
+
+def _compare_reranker(report: Report, kind: str, Q: np.ndarray, X: np.ndarray, ids: np.ndarray) -> None:
+    small = X[:2000] if kind == "adba" else X
+    lists = np.tile(np.arange(ids.shape[1]), (len(Q), 1)) if kind == "adba" else ids
+    M = min(completed(kind, {}).get("M") or lists.shape[1], lists.shape[1])
+    values = completed(kind, {"M": M} if "M" in completed(kind, {}) else {})
+    one, other = (
+        apply_reranker(kind, values, Q, small, lists, device=device) for device in ("cpu", str(report.device))
+    )
+    swapped = one.ids != other.ids
+    # Two orders of rows whose scores differ by rounding are both right.
+    finite = np.isfinite(one.scores)
+    gap = float(np.abs(np.where(finite, one.scores, 0) - np.where(finite, other.scores, 0)).max())
+    note = f"{int(swapped.sum())} of {swapped.size} places differ"
+    report.add(
+        f"reranker {kind}: largest difference of scores to the CPU",
+        gap,
+        passed=gap < 2e-6,
+        expected="< 2e-6",
+        note=note,
+    )
+
+
+def _out_of_memory(report: Report, photos: list[Path]) -> None:
+    """Extraction under a limit that one batch passes: batches are halved and the descriptors are the same."""
+    report.require_gpu("a memory limit")
+    network = load_model("random", backbone="resnet50", dim=128, scales=3)
+    whole, _ = extract_all(report, network, photos, "memory_whole", batch_size=2)
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("superglobal.evaluation")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(6e9 / total)
+    try:
+        capped, _ = extract_all(report, network, photos, "memory_capped", batch_size=64, batch_pixels=10**9)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        log.removeHandler(handler)
+    halved = [message for message in messages if "out of GPU memory" in message]
+    difference = float(np.abs(whole - capped).max())
+    report.add(
+        "out-of-memory halving: batches halved under a limit of 6 GB", len(halved), passed=bool(halved), expected=">= 1"
+    )
+    text = "out-of-memory halving: largest difference of the descriptors"
+    report.add(text, difference, passed=difference < 1e-5, expected="< 1e-5", note="; ".join(halved)[:200])
+
+
+class _Losses(pl.Callback):
+    def __init__(self) -> None:
+        self.values: list[torch.Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.values.append(outputs["value"].detach())
+
+
+def _losses(report: Report) -> None:
+    """Losses of 20 steps in strict float32, on both devices, through the Trainer."""
+    from benches.train import CLASSES, Noise
+
+    from superglobal.config import FitConfig, OptimConfig
+    from superglobal.data.datamodules import TrainingDataModule
+    from superglobal.engine.running import make_fit_trainer
+    from superglobal.models.heads import make_head
+    from superglobal.training import TrainingModule
+
+    backbone, side, batch = report.pick(("resnet50", 128, 16), ("resnet50", 128, 16), ("test_resnet", 96, 8))
+    losses = {}
+    for accelerator in ("cpu", "gpu" if report.cuda else "cpu"):
+        torch.manual_seed(0)
+        network = load_model("random", backbone=backbone, scales=1, dim=128, trainable=True)
+        head = make_head("arcface", 128, [1] * CLASSES, scale=16, margin=0.1)
+        optim = OptimConfig(name="sgd", lr=1e-3, batch_size=batch, epochs=1)
+        fit = FitConfig(accelerator=accelerator, devices=1, num_workers=0, progress=False, precision="32-true")
+        watch = _Losses()
+        data = TrainingDataModule(Noise(20 * batch, side), batch, 1, 0, 0)  # type: ignore[arg-type]
+        trainer = make_fit_trainer(fit, optim, [watch], [])
+        trainer.logger = None
+        with full_precision():
+            trainer.fit(TrainingModule(network, head, optim, 20, np.arange(CLASSES), fit), data)
+        losses.setdefault(f"{accelerator}{len(losses)}", torch.stack(watch.values).double().cpu())
+    one, other = losses.values()
+    difference = float(((one - other).abs() / one.abs()).max())
+    name = f"training loss of {len(one)} steps, {backbone}, float32: largest relative difference to the CPU"
+    report.add(
+        name, difference, passed=difference < 1e-3, expected="< 1e-3", note=f"loss {one[0]:.3f} to {one[-1]:.3f}"
+    )
+
+
+def _training_words(report: Report, name: str, *overrides: str) -> list[str]:
+    places = [f"paths.data={report.work / 'data'}", f"paths.outputs={report.work / 'outputs'}", f"name={name}"]
+    accelerator = "gpu" if report.cuda else "cpu"
+    words = ["experiment=quickstart", "logger=csv", f"trainer.accelerator={accelerator}", "trainer.devices=1"]
+    return [*words, "trainer.progress=false", *places, *overrides]
+
+
+def _start_training(report: Report) -> tuple[subprocess.Popen[str], float]:
+    """Start the quickstart's training in the background."""
+    tiny = ["optim.epochs=2", "data.image_size=64", "validation.fraction=0.25", "trainer.num_workers=0"]
+    more = report.pick(["trainer.num_workers=6"], ["trainer.num_workers=6", "optim.epochs=12"], tiny)
+    return command(["train.py", *_training_words(report, "toy", *more)]), time.monotonic()
+
+
+def _resume(report: Report) -> None:
+    """A training that is killed and resumed ends with the bits of an undisturbed one, on a GPU too."""
+    settings = ["optim.epochs=3", "optim.batch_size=12", "data.image_size=96", "validation.fraction=0.25", "dim=32"]
+    settings += ["data.table=train.csv"] if report.size == "tiny" else []
+    settings += ["pooling.regional=true", "head=subcenter", "head.negatives=0.5", "optim.ema=0.9"]
+    settings += [
+        "trainer.log_every=1",
+        "trainer.save_every_steps=2",
+        "trainer.deterministic=true",
+        "trainer.num_workers=0",
+    ]
+    settings += ["validation.images=40", "data.min_images=" + report.pick("12", "12", "2")]
+    whole = command(["train.py", *_training_words(report, "whole", *settings)])
+    killed = command(["tests/killed.py", *_training_words(report, "killed", *settings)], {"KILL_AT": "7"})
+    finish(killed, report.left(), -signal.SIGKILL)
+    finish(command(["train.py", *_training_words(report, "killed", *settings)]), report.left())
+    finish(whole, report.left())
+    ends = [
+        torch.load(
+            report.work / "outputs" / "train" / name / "checkpoints" / "last.ckpt",
+            weights_only=True,
+            map_location="cpu",
+        )
+        for name in ("whole", "killed")
+    ]
+    steps = [end["global_step"] for end in ends]
+    states = [end["state_dict"] for end in ends]
+    different = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
+    equal = steps[0] == steps[1] and not different
+    report.add(
+        f"a training killed at step 7 of {steps[0]} and resumed: tensors that differ from an undisturbed one's",
+        len(different),
+        passed=equal,
+        expected="0, bit for bit, with trainer.deterministic=true",
+    )
+
+
+def _precisions(report: Report, training: tuple[subprocess.Popen[str], float]) -> None:
+    """What each precision changes of the toy set's mAP, with the toy-trained network."""
+    process, began = training
+    finish(process, report.left() - 15)
+    report.add("training the toy network (experiment=quickstart)", time.monotonic() - began, "s")
+    runs = {"cpu float32": ("cpu", "float32")}
+    kinds = report.pick(TOY_PRECISIONS, TOY_PRECISIONS, ("bfloat16",))
+    runs |= {f"{report.device.type} {kind}": (report.device.type, kind) for kind in kinds}
+    started = {}
+    for name, (device, kind) in runs.items():
+        folder = report.work / "eval" / name.replace(" ", "_")
+        words = ["dataset=toy", "name=toy", "logger=csv", f"extraction.precision={kind}", "trainer.progress=false"]
+        words += [f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}", f"hydra.run.dir={folder}"]
+        words += [f"paths.data={report.work / 'data'}", f"paths.outputs={report.work / 'outputs'}"]
+        words += [f"paths.stores={folder / 'stores'}", "pictures.queries=0"]
+        started[name] = folder, command(["eval.py", *words])
+    for _, running in started.values():
+        finish(running, report.left())
+    base = started["cpu float32"][0]
+    truth = _descriptors(base)
+    for name, (folder, _) in itertools.islice(started.items(), 1, None):
+        ours, theirs = (json.loads((place / "results.json").read_text()) for place in (folder, base))
+        paired = read_against(folder, ours, base, theirs)
+        cosine = float((_descriptors(folder) * truth).sum(1).min())
+        # Float32 on another device is the same to rounding, which may swap two images of equal score.
+        is_check = "float32" in name
+        for protocol in paired.ours:
+            mean, (low, high) = paired.mean(protocol)
+            report.add(
+                f"toy set, {protocol}: mAP on {name} less that on cpu float32",
+                100 * mean,
+                "points",
+                passed=abs(100 * mean) < 0.02 if is_check else None,
+                expected="within 0.02" if is_check else "",
+                note=f"95 % interval {100 * low:.3f} to {100 * high:.3f}; smallest cosine {cosine:.7f}",
+            )
+
+
+def _descriptors(folder: Path) -> np.ndarray:
+    (place,) = (folder / "stores").glob("*-database-*")
+    store = DescriptorStore.open(place)
+    return store.block(0, len(store))

@@ -1,0 +1,330 @@
+"""Images per second of extraction against two baselines, where the time goes, and the whole pipeline on JPEGs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpu_sections.common import Report, Skip, sizes, write_jpegs
+from gpu_sections.pipeline import extract_all
+from superglobal import load_model
+from superglobal.data.images import decode_image, read_image
+from superglobal.models.backbone import Backbone
+from superglobal.models.fast import fast_copies
+from superglobal.models.network import RetrievalNetwork, describe_all
+from superglobal.models.pooling import gem
+from superglobal.precision import full_precision
+
+DIM, SCALES = 2048, 3
+# Kernels by what they belong to; the first that fits counts.
+KERNELS = {
+    "copies": ("memcpy", "memset"),
+    "resize": ("upsample",),
+    "pooling": ("avg_pool", "reflection", "pow", "reduce"),
+    "max pooling of the stem": ("max_pool",),
+    "network": ("conv", "gemm", "cutlass", "xmma", "nvjet", "sm90", "sm80", "implicit", "cudnn", "winograd"),
+    "elementwise": ("elementwise", "clamp", "relu"),
+}
+
+
+def main(report: Report) -> None:
+    """Measure the ceilings, then ResNet-50, the pipeline, and ResNet-101."""
+    photos = write_jpegs(report.work / "photos", sizes(report.pick(768, 384, 6)))
+    peaks = report.run("ceilings", lambda: _ceilings(report)) or {}
+    backbones = report.pick(["resnet50", "resnet101"], ["resnet50"], ["test_resnet"])
+    report.run(backbones[0], lambda: _rates(report, backbones[0], peaks))
+    report.run("pipeline", lambda: _pipeline(report, backbones[0], photos), need=20)
+    for backbone in backbones[1:]:
+        report.run(backbone, lambda backbone=backbone: _rates(report, backbone, peaks), need=20)  # type: ignore[misc]
+    report.run("compiled", lambda: _compiled(report, backbones[0], "float16" if report.cuda else "float32"), need=40)
+
+
+def _ceilings(report: Report) -> dict[str, float]:
+    """FLOP/s of a large matrix product per precision on random data, and bytes/s of a copy on the device."""
+    side = report.pick(8192, 8192, 512)
+    peaks = {}
+    for name, dtype, setting in (
+        ("float32", torch.float32, "ieee"),
+        ("tf32", torch.float32, "tf32"),
+        ("float16", torch.float16, "ieee"),
+        ("bfloat16", torch.bfloat16, "ieee"),
+    ):
+        if name in ("tf32", "float16") and not report.cuda:
+            continue
+        a, b = (torch.randn(side, side, device=report.device).to(dtype) for _ in range(2))
+        with full_precision(), _precision(matmul=setting):
+            seconds = report.seconds(lambda a=a, b=b: a @ b, repeats=report.pick(5, 5, 1))  # type: ignore[misc]
+        peaks[name] = 2 * side**3 / seconds
+        report.add(f"ceiling: matrix product of {side} x {side}, {name}", peaks[name] / 1e12, "TFLOP/s")
+    x = torch.empty(report.pick(2**30, 2**30, 2**22), dtype=torch.float32, device=report.device)
+    seconds = report.seconds(lambda: torch.empty_like(x).copy_(x))
+    report.add("ceiling: copy on the device, bytes read and written", 2 * x.numel() * 4 / seconds / 1e12, "TB/s")
+    return peaks
+
+
+@contextmanager
+def _precision(**settings: str) -> Iterator[None]:
+    """Set float32 precision of CUDA's `matmul` or cuDNN's `conv` for a while."""
+    library: Any = torch.backends
+    backends = {"matmul": library.cuda.matmul, "conv": library.cudnn.conv}
+    before = {name: backends[name].fp32_precision for name in settings}
+    try:
+        for name, value in settings.items():
+            backends[name].fp32_precision = value
+        yield
+    finally:
+        for name, value in before.items():
+            backends[name].fp32_precision = value
+
+
+@contextmanager
+def _benchmark() -> Iterator[None]:
+    """Let cuDNN search for the fastest algorithm."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _shape(report: Report) -> tuple[int, int, int]:
+    """Return height, width and number of the images."""
+    return report.pick((768, 1024, 16), (768, 1024, 16), (96, 128, 2))
+
+
+def _images(report: Report) -> Tensor:
+    height, width, batch = _shape(report)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator).to(report.device)
+
+
+def _flops(network: RetrievalNetwork, height: int, width: int) -> int:
+    """FLOPs of the backbone on one image at all scales, a multiplication and an addition counted as two."""
+    backbone = Backbone(network.backbone.name).eval().to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for scale in network.scales:
+            backbone(torch.empty(1, 3, int(height * scale), int(width * scale), device="meta"))
+    return counter.get_total_flops()
+
+
+def _timm_batched(backbone: str, device: torch.device, half: bool) -> Callable[[Tensor], Tensor]:
+    """Return timm's network with GeM, a linear layer and three scales: batched, NHWC, autocast if `half`."""
+    net: Any = timm.create_model(backbone, num_classes=0).eval().to(device, memory_format=torch.channels_last)
+    layer = torch.nn.Linear(net.num_features, DIM).to(device)
+    mean, std = (
+        torch.tensor(v, device=device).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+
+    def describe(images: Tensor) -> Tensor:
+        x = (images.float() / 255 - mean) / std
+        vectors = []
+        for scale in (0.7071, 1.0, 1.4142):
+            resized = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+            resized = resized.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                feature_map = net.forward_features(resized)
+            vectors.append(F.normalize(layer(gem(feature_map))))
+        return F.normalize(torch.stack(vectors).mean(0))
+
+    return describe
+
+
+def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
+    height, width, batch = _shape(report)
+    repeats = report.pick(5, 3, 1)
+    images = _images(report)
+    plain = load_model("random", backbone=backbone, dim=DIM, scales=SCALES)
+    flops = _flops(plain, height, width)
+    what = f"{backbone}, {width} x {height}, {SCALES} scales"
+    report.add(f"{what}: FLOPs of an image", flops / 1e9, "GFLOP")
+    copies = {}
+    for name in report.pick(
+        ("float32", "float16", "bfloat16"), ("float32", "float16", "bfloat16"), ("float32", "bfloat16")
+    ):
+        plain.precision = name
+        copies[name] = fast_copies([plain])[0].to(report.device)
+    plain.precision = "float32"
+    plain.to(report.device)
+
+    def one_at_a_time() -> Tensor:
+        return torch.cat([plain(image[None]) for image in images])
+
+    base = "the reference's way"
+
+    def add(name: str, function: Callable[[], Tensor], peak: str, truth: Tensor | None = None, **more: Any) -> float:
+        seconds = report.seconds(function, repeats)
+        note = f"{flops * batch / seconds / peaks[peak]:.0%} of the {peak} ceiling" if peak in peaks else ""
+        if truth is not None:
+            note += f"; smallest cosine to strict float32 {float((function() * truth).sum(1).min()):.7f}"
+        rate = batch / seconds
+        more.setdefault("ratio", rate / rates[base] if base in rates else None)
+        report.add(f"{what}: {name}", rate, "images/s", baseline=base, note=note, **more)
+        return rate
+
+    rates: dict[str, float] = {}
+    tf32 = "tf32" if report.cuda else "float32"
+    with torch.inference_mode():
+        # What the reference's loop runs at with PyTorch's own settings, which let convolutions use TF32.
+        rates[base] = add(f"{base} (one image at a time, NCHW, unfolded, TF32 convolutions)", one_at_a_time, tf32)
+        timm_rates = {}
+        for half in (False, True):
+            name = f"plain timm batched, {'bfloat16 autocast' if half else 'TF32 convolutions'}"
+            describe = _timm_batched(backbone, report.device, half)
+            timm_rates[half] = add(name, lambda describe=describe: describe(images), "bfloat16" if half else tf32)
+        with full_precision():
+            add("one image at a time, strict float32", one_at_a_time, "float32")
+            truth = describe_all([copies["float32"]], images)[0]
+            ours = {}
+            for name, network in copies.items():
+                run = lambda network=network: describe_all([network], images)[0]  # noqa: E731
+                ours[name] = add(f"superglobal {name}", run, name, truth)
+            network = copies["float32"]
+            half = copies["float16" if report.cuda else "bfloat16"]
+            if report.cuda:
+                with _precision(conv="tf32"):
+                    run = lambda: describe_all([network], images)[0]  # noqa: E731
+                    add("superglobal, TF32 in the network only", run, "tf32", truth, predicted="6 x float32")
+                with _benchmark():
+                    for name in ("float32", "float16"):
+                        run = lambda name=name: describe_all([copies[name]], images)[0]  # noqa: E731
+                        gain = {"predicted": "1.1 x without", "ratio": None}
+                        rate = add(f"superglobal {name}, cudnn.benchmark", run, name, truth, **gain)
+                        report.add(f"{what}: gain of cudnn.benchmark, {name}", rate / ours[name], "x")
+            report.add(
+                f"{what}: superglobal bfloat16 over plain timm in bfloat16", ours["bfloat16"] / timm_rates[True], "x"
+            )
+            for size in report.pick((1, 4, 32), (1,), ()):
+                some = images.repeat(2, 1, 1, 1)[:size]
+                seconds = report.seconds(lambda some=some: describe_all([half], some), repeats)  # type: ignore[misc]
+                report.add(f"{what}: superglobal float16, batch {size}", size / seconds, "images/s")
+            report.run("where the time goes", lambda: _profile(report, what, half, images))
+            report.run("fused pooling", lambda: _fused_pooling(report, what, half, images), need=20)
+
+
+def _compiled(report: Report, backbone: str, precision: str) -> None:
+    """Extraction with and without `extraction.compile`; sizes are dynamic, as an evaluation needs them."""
+    images = _images(report)
+    network = load_model("random", backbone=backbone, dim=DIM, scales=SCALES)
+    network.precision = precision
+    eager, compiled = (fast_copies([network], compiled=on)[0].to(report.device) for on in (False, True))
+    with torch.inference_mode(), full_precision():
+        start = time.perf_counter()
+        found = describe_all([compiled], images)[0]
+        report.synchronize()
+        note = f"first batch after {time.perf_counter() - start:.0f} s"
+        note += f"; smallest cosine to eager {float((describe_all([eager], images)[0] * found).sum(1).min()):.7f}"
+        base, seconds = (report.seconds(lambda n=n: describe_all([n], images)) for n in (eager, compiled))
+    what = f"{backbone}, {images.shape[3]} x {images.shape[2]}, {SCALES} scales"
+    what += f": superglobal {precision}, extraction.compile=true"
+    report.add(
+        what, len(images) / seconds, "images/s", ratio=base / seconds, baseline="eager", note=note, predicted="1.2 x"
+    )
+
+
+def _fused_pooling(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
+    """Pooling of the largest map, as it is and compiled into few kernels."""
+    x = images.repeat(1, 1, 2, 2)[:, :, : int(images.shape[-2] * 1.4142), : int(images.shape[-1] * 1.4142)]
+    feature_map = network.backbone(network.normalize(x)).clone()
+    eager = report.seconds(lambda: network.pooling(feature_map))
+    compiled = torch.compile(network.pooling, dynamic=True)
+    expected, found = network.pooling(feature_map), compiled(feature_map)
+    fused = report.seconds(lambda: compiled(feature_map))
+    difference = float((F.normalize(expected) - F.normalize(found)).abs().max())
+    bytes_read = feature_map.numel() * feature_map.element_size()
+    report.add(
+        f"{what}: pooling of a map {tuple(feature_map.shape)}", eager * 1e3, "ms", note=f"{bytes_read / 1e6:.0f} MB"
+    )
+    gain = {"predicted": "3 x: a map read once or twice instead of twelve times"}
+    note = f"largest difference of unit vectors {difference:.1e}"
+    report.add(f"{what}: gain of compiled pooling", eager / fused, "x", note=note, **gain)
+
+
+def _profile(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
+    """Share of the device's time by kind of kernel, from torch.profiler."""
+    report.require_gpu("the profile")
+    from torch.profiler import ProfilerActivity, profile
+
+    host = images.cpu().pin_memory()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            describe_all([network], host.to(report.device, non_blocking=True))[0].cpu()
+    spent: dict[str, float] = defaultdict(float)
+    kernels: dict[str, float] = {}
+    for event in profiler.key_averages():
+        own = event.self_device_time_total
+        if own <= 0 or event.device_type == torch.autograd.DeviceType.CPU:
+            continue
+        kernels[event.key] = own
+        name = event.key.lower()
+        kind = next((kind for kind, words in KERNELS.items() if any(word in name for word in words)), "other")
+        spent[kind] += own
+    total = sum(spent.values())
+    for kind, own in sorted(spent.items(), key=lambda pair: -pair[1]):
+        report.add(f"{what}, float16: share of the GPU's time, {kind}", 100 * own / total, "%")
+    for name, own in sorted(kernels.items(), key=lambda pair: -pair[1])[:15]:
+        print(f"  {100 * own / total:5.1f} % {name[:150]}", flush=True)
+
+
+def _pipeline(report: Report, backbone: str, photos: list[Path]) -> None:
+    """From JPEG files in ROxford5k's sizes to a complete store: decoding, transfer, network and writing together."""
+    cores = os.cpu_count() or 1
+    workers = report.pick(cores - 2, cores - 2, 0)
+    start = time.perf_counter()
+    for photo in photos[: report.pick(32, 32, 2)]:
+        read_image(photo)
+    seconds = (time.perf_counter() - start) / report.pick(32, 32, 2)
+    size = sum(photo.stat().st_size for photo in photos) / len(photos) / 1e3
+    report.add("decoding a JPEG on one core", 1 / seconds, "images/s", note=f"{size:.0f} KB on average")
+    report.run("GPU decoder", lambda: _decoder(report, photos))
+    network = load_model("random", backbone=backbone, dim=DIM, scales=SCALES)
+    variants: list[dict[str, Any]] = [{"precision": "float32"}]
+    variants += [{"precision": "float16"}, {"precision": "float16", "decoder": "gpu"}] if report.cuda else []
+    for how in variants:
+        title = ", ".join(how.values())
+        report.run(title, lambda how=how, title=title: _whole(report, network, photos, workers, how, title), need=10)  # type: ignore[misc]
+
+
+def _whole(
+    report: Report, network: RetrievalNetwork, photos: list[Path], workers: int, how: dict[str, Any], title: str
+) -> None:
+    # The start of workers and the first batch are part of every run: their share shrinks with the number of images.
+    times = [
+        extract_all(report, network, part, f"{title}-{len(part)}".replace(", ", "-"), workers, **how)[1]
+        for part in (photos[: len(photos) // 2], photos)
+    ]
+    rate = (len(photos) - len(photos) // 2) / max(1e-9, times[1] - times[0])
+    note = f"{len(photos)} images in {times[1]:.1f} s with the start-up; {workers} workers"
+    report.add(f"files to store, {network.backbone.name}, ROxford5k's sizes: {title}", rate, "images/s", note=note)
+
+
+def _decoder(report: Report, photos: list[Path]) -> None:
+    """Speed of nvJPEG, and how far its pixels are from the CPU decoder's."""
+    report.require_gpu("nvJPEG")
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    files = [torch.frombuffer(bytearray(photo.read_bytes()), dtype=torch.uint8) for photo in photos[:64]]
+    try:
+        decoded = decode_jpeg(files, ImageReadMode.RGB, device=report.device)
+    except RuntimeError as error:
+        raise Skip(f"torchvision cannot decode on this GPU: {error}") from error
+    seconds = report.seconds(lambda: decode_jpeg(files, ImageReadMode.RGB, device=report.device))
+    report.add("decoding JPEGs on the GPU, 64 at once", len(files) / seconds, "images/s")
+    pairs = [
+        (one.cpu().numpy().astype(int), decode_image(f.numpy().tobytes()))
+        for one, f in zip(decoded, files, strict=True)
+    ]
+    differences = [np.abs(one.transpose(1, 2, 0) - other) for one, other in pairs]
+    mean, largest = np.mean([d.mean() for d in differences]), max(int(d.max()) for d in differences)
+    report.add("pixels of the GPU decoder: mean difference to the CPU's", mean, "of 255", note=f"largest {largest}")

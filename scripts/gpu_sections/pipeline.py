@@ -1,0 +1,38 @@
+"""Extraction as an evaluation does it, without its command."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpu_sections.common import Report
+from superglobal.config import ExtractionConfig, TrainerConfig
+from superglobal.data.image_checks import check_images
+from superglobal.data.images import ImageItem
+from superglobal.engine.common import make_trainer
+from superglobal.engine.extracting import extract_lists
+from superglobal.evaluation import ExtractionList
+from superglobal.models.network import RetrievalNetwork
+
+
+def extract_all(
+    report: Report, network: RetrievalNetwork, photos: list[Path], name: str, workers: int = 2, **how: Any
+) -> tuple[np.ndarray, float]:
+    """Extract images into a new store; `how` are settings of `ExtractionConfig`.
+
+    Returns:
+        (N, D) float32 descriptors, and the seconds from the first to the last image, start-up of workers included.
+    """
+    items = [ImageItem(path) for path in photos]
+    images = ExtractionList("database", name, items, check_images(items), None)
+    fit = TrainerConfig(accelerator="gpu" if report.cuda else "cpu", devices=1, num_workers=workers, progress=False)
+    trainer = make_trainer(fit, logger=False, enable_checkpointing=False, inference_mode=True)
+    config = ExtractionConfig(**how)
+    if config.precision != "auto":
+        network.precision = config.precision
+    start = time.perf_counter()
+    stores, _ = extract_lists([network], [images], report.work / "stores" / name, trainer, config, workers, "float32")
+    return stores[0].block(0, len(items)), time.perf_counter() - start

@@ -1,0 +1,83 @@
+"""Several processes: DistributedDataParallel starts, steps and ends with NCCL and gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from gpu_sections.common import Report, Skip, command, finish
+
+
+def main(report: Report) -> None:
+    """NCCL with one process, gloo and NCCL with two on the same device."""
+    cases = [("nccl", 1), ("gloo", 2), ("nccl", 2)] if report.cuda else [("gloo", 2)]
+    weights = {}
+    for backend, world in cases:
+        name = f"DDP, {backend}, {world} process{'es' if world > 1 else ''} on one device"
+        weights[backend, world] = report.run(name, lambda b=backend, w=world, n=name: _run(report, b, w, n), need=15)  # type: ignore[misc]
+
+
+def _run(report: Report, backend: str, world: int, name: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(world):
+        # Each process believes to be a machine with one device: on one machine Lightning asks for a device for each.
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        env |= {"NODE_RANK": str(rank), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+        started.append(command([Path(__file__), backend, world, report.device.type], env))
+    try:
+        texts = [finish(process, min(60, report.left())) for process in started]
+    except RuntimeError as error:
+        text = str(error)
+        if "Duplicate GPU" in text or "duplicate" in text.lower():
+            raise Skip("NCCL refuses two processes on one GPU") from error
+        raise
+    finally:
+        for process in started:
+            process.kill()
+    losses = [next(line for line in text.splitlines() if line.startswith("losses")) for text in texts]
+    report.add(f"{name}: 8 steps, the processes' weights agree", passed=len(set(losses)) == 1, note=losses[0][:120])
+
+
+def _train(backend: str, world: int, device: str) -> None:
+    """Train for 8 steps in this process and print the mean losses and the norm of the weights."""
+    import numpy as np
+    from benches.train import CLASSES, Noise
+    from pytorch_lightning.strategies import DDPStrategy
+
+    from superglobal import callbacks, load_model
+    from superglobal.config import FitConfig, OptimConfig
+    from superglobal.data.datamodules import TrainingDataModule
+    from superglobal.engine.running import make_fit_trainer
+    from superglobal.models.heads import make_head
+    from superglobal.training import TrainingModule
+
+    torch.manual_seed(0)
+    network = load_model("random", backbone="test_resnet", scales=1, dim=64, trainable=True)
+    head = make_head("curricularface", 64, [1] * CLASSES, scale=16, margin=0.1)
+    optim = OptimConfig(name="sgd", lr=1e-3, batch_size=8, epochs=1, ema=0.9, clip=1.0)
+    strategy: Any = DDPStrategy(process_group_backend=backend)
+    accelerator = "gpu" if device == "cuda" else "cpu"
+    fit = FitConfig(
+        accelerator=accelerator, devices=1, num_nodes=world, num_workers=0, progress=False, strategy=strategy
+    )
+    curves = callbacks.Curves(4, 8)
+    guard = callbacks.NonFiniteGuard(4, Path(os.devnull), str)
+    trainer = make_fit_trainer(fit, optim, [callbacks.StepSeed(0), curves, guard], [])
+    module = TrainingModule(network, head, optim, 8, np.arange(CLASSES), fit)
+    trainer.fit(module, TrainingDataModule(Noise(64, 96), 8, 1, 0, 0))  # type: ignore[arg-type]
+    norm = sum(float(p.detach().double().square().sum()) for p in module.parameters())
+    print(f"losses {module.loss!r}, squared norm of the weights {norm!r}", flush=True)
+
+
+if __name__ == "__main__":
+    _train(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,192 @@
+"""Exact search and ranks of a million rows, and the latency of reranking."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benches.rerank import BETA, K, clustered
+from benches.search import random_units, targets
+
+from gpu_sections.common import Report, Skip
+from superglobal.precision import full_precision
+from superglobal.retrieval.ranks import search_and_rank
+from superglobal.retrieval.rerank import rerank
+from superglobal.retrieval.search import search
+from superglobal.retrieval.store import DescriptorStore
+
+DEPTH = 400
+
+
+def main(report: Report) -> None:
+    """Fill a store with random unit vectors, made on the device, and measure."""
+    report.run("a million rows", lambda: _million(report), need=20)
+    report.run("reranking", lambda: _reranking(report), need=10)
+
+
+def _million(report: Report) -> None:
+    rows, dim, queries = report.pick((1_000_000, 2048, 70), (1_000_000, 2048, 70), (20_000, 64, 10))
+    store, X = _store(report, rows, dim)
+    Q = random_units(1, queries, dim)
+    _search(report, store, X, Q)
+    report.run("FAISS", lambda: _faiss(report, X, Q))
+
+
+def _store(report: Report, rows: int, dim: int) -> tuple[DescriptorStore, torch.Tensor]:
+    """Return the store, and the same rows on the device."""
+    generator = torch.Generator(report.device).manual_seed(0)
+    X = torch.empty(rows, dim, dtype=torch.float16, device=report.device)
+    lines = [f"{i:08d}.jpg" for i in range(rows)]
+    store = DescriptorStore.open_or_create(
+        report.work / "million", {"made_by": "gpu_report"}, lines, dim, dtype="float16"
+    )
+    for start in range(0, rows, 65536):
+        block = torch.randn(min(65536, rows - start), dim, device=report.device, generator=generator)
+        X[start : start + len(block)] = torch.nn.functional.normalize(block).half()
+    for start in range(0, rows, 65536):
+        store.write_rows(np.arange(start, min(start + 65536, rows)), X[start : start + 65536].float().cpu().numpy())
+    store.flush()
+    return DescriptorStore.open(Path(report.work / "million")), X
+
+
+def _search(report: Report, store: DescriptorStore, X: torch.Tensor, Q: np.ndarray) -> None:
+    ids = [np.concatenate([one[name] for name in ("easy", "hard", "junk")]) for one in targets(len(Q), len(X), None)]
+    q = torch.from_numpy(Q).to(report.device)
+    repeats = report.pick(3, 2, 1)
+    what = f"{len(X):,} x {X.shape[1]} float16, {len(Q)} queries"
+
+    def bare() -> float:
+        total = 0.0
+        with full_precision():
+            for start in range(0, len(X), 65536):
+                total += float((q @ X[start : start + 65536].float().T).sum())
+        return total
+
+    def chunked_topk() -> torch.Tensor:
+        best = torch.full((len(q), DEPTH), -2.0, device=q.device)
+        places = torch.zeros(len(q), DEPTH, dtype=torch.int64, device=q.device)
+        with full_precision():
+            for start in range(0, len(X), 65536):
+                scores = torch.cat([best, q @ X[start : start + 65536].float().T], dim=1)
+                best, order = scores.topk(DEPTH, dim=1)
+                new = torch.arange(start, start + scores.shape[1] - DEPTH, device=q.device).expand(len(q), -1)
+                places = torch.cat([places, new], dim=1).gather(1, order)
+        return places
+
+    base = report.seconds(bare, repeats, 1)
+    report.add(f"{what}: bare product, rows on the device", base, "s")
+    variants = {
+        "plain chunked topk in torch, rows on the device (near-ties unsettled)": chunked_topk,
+        "search, rows on the device": lambda: search(Q, X, DEPTH, device=report.device),
+        "search and exact ranks, rows on the device": lambda: search_and_rank(Q, X, DEPTH, ids, device=report.device),
+        "search, rows in a store": lambda: search(Q, store, DEPTH, device=report.device),
+        "search and exact ranks, rows in a store": lambda: search_and_rank(Q, store, DEPTH, ids, device=report.device),
+        "search, one query, rows on the device": lambda: search(Q[:1], X, DEPTH, device=report.device),
+    }
+    results: dict[str, Any] = {}
+    for name, function in variants.items():
+
+        def timed(name: str = name, function: Any = function) -> None:
+            results[name] = function()
+            seconds = report.seconds(function, repeats, 0)
+            report.add(f"{what}: {name}", seconds, "s", ratio=seconds / base, baseline="the bare product")
+
+        report.run(name, timed)
+    if report.left() > 15 or not report.cuda:
+
+        def on_cpu() -> None:
+            # One run: the CPU's is only there to compare the results and the order of magnitude.
+            start_ids = None
+
+            def run() -> None:
+                nonlocal start_ids
+                start_ids = search_and_rank(Q, store, DEPTH, ids)
+
+            seconds = report.seconds(run, 1, 0)
+            report.add(
+                f"{what}: search and exact ranks on the CPU",
+                seconds,
+                "s",
+                ratio=seconds / base,
+                baseline="the bare product",
+            )
+            (_, expected), ranks = start_ids  # type: ignore[misc]
+            for name in ("search and exact ranks, rows on the device", "search and exact ranks, rows in a store"):
+                if name not in results:
+                    continue
+                (_, found), other = results[name]
+                different = int((found != expected).sum()) + sum(
+                    int((a != b).sum()) for a, b in zip(ranks, other, strict=True)
+                )
+                report.add(
+                    f"{name}: ids and ranks that differ from the CPU's", different, passed=different == 0, expected="0"
+                )
+
+        report.run("search on the CPU", on_cpu)
+
+
+def _faiss(report: Report, X: torch.Tensor, Q: np.ndarray) -> None:
+    """Exact search by FAISS on the same device."""
+    try:
+        import faiss
+    except ImportError:
+        raise Skip("faiss is not installed") from None
+    if report.cuda and not hasattr(faiss, "StandardGpuResources"):
+        raise Skip("this faiss has no GPU support")
+    if not report.cuda:
+        rows = X.float().numpy()
+        seconds = report.seconds(lambda: faiss.knn(Q, rows, DEPTH, metric=faiss.METRIC_INNER_PRODUCT), 1, 0)
+    else:
+        resources = faiss.StandardGpuResources()
+        options = faiss.GpuIndexFlatConfig()
+        options.useFloat16 = True
+        index = faiss.GpuIndexFlatIP(resources, X.shape[1], options)
+        for start in range(0, len(X), 65536):
+            index.add(X[start : start + 65536].float().cpu().numpy())
+        seconds = report.seconds(lambda: index.search(Q, DEPTH), 3, 1)
+    report.add(f"{len(X):,} x {X.shape[1]}, {len(Q)} queries: FAISS flat", seconds, "s")
+
+
+def _plain_rerank(Q: torch.Tensor, X: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rerank as the formula is written, on tensors of any device; 16 queries at a time."""
+    orders = []
+    for start in range(0, len(Q), 16):
+        q, own = Q[start : start + 16], ids[start : start + 16]
+        T = X[own].float()
+        values, near = torch.bmm(T, T.transpose(1, 2)).topk(K + 1, dim=-1)
+        weights = values * BETA
+        weights[..., 0] = 1
+        batch = torch.arange(len(q), device=q.device)[:, None, None]
+        refined = (weights[..., None] * T[batch, near]).sum(dim=2) / weights.sum(dim=2)[..., None]
+        s1 = (refined * q[:, None]).sum(dim=-1)
+        best = s1.topk(K + 1, dim=1).indices
+        expanded = refined[batch[..., 0], best].amax(dim=1)
+        final = (s1 + (refined * expanded[:, None]).sum(dim=-1)) / 2
+        orders.append(own.gather(1, final.argsort(dim=1, descending=True)))
+    return torch.cat(orders)
+
+
+def _reranking(report: Report) -> None:
+    """Milliseconds per query at M = 400 for 1, 70 and 1,000 queries."""
+    rows, dim, depth = report.pick((20_000, 2048, DEPTH), (20_000, 2048, DEPTH), (1_000, 64, 50))
+    counts = report.pick((1, 70, 1000), (1, 70, 1000), (1, 10))
+    Q, X = clustered(max(counts), rows, dim)
+    ids = search(Q, X, depth, device=report.device)[1]
+    half = X.astype(np.float16)
+    X_device, Q_device, ids_device = (torch.from_numpy(a).to(report.device) for a in (half, Q, ids))
+    for count in counts:
+        plain = report.seconds(lambda count=count: _plain_rerank(Q_device[:count], X_device, ids_device[:count]), 3, 1)  # type: ignore[misc]
+        name = f"reranking, M={depth}, {count} queries"
+        report.add(f"{name}: the formula in plain torch, rows on the device", 1e3 * plain / count, "ms a query")
+        for title, database in {"rows on the device": X_device, "rows in memory": half}.items():
+            run = partial(rerank, Q[:count], database, ids[:count], depth, device=report.device)
+            seconds = report.seconds(run, 3, 1)
+            more: dict[str, Any] = {"ratio": seconds / plain, "baseline": "plain torch"}
+            report.add(f"{name}: superglobal, {title}", 1e3 * seconds / count, "ms a query", **more)
+    cpu = report.seconds(lambda: rerank(Q[:70], half, ids[:70], depth), 1, 0)
+    report.add(
+        f"reranking, M={depth}, 70 queries: superglobal on the CPU", 1e3 * cpu / min(70, max(counts)), "ms a query"
+    )

@@ -1,0 +1,305 @@
+"""A training step of ResNet-50 with GLDv2-clean's classes, against a bare PyTorch loop; the pipeline that feeds it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from benches.train import Clock
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpu_sections.common import Report, write_jpegs
+from superglobal import callbacks, load_model
+from superglobal.config import FitConfig, OptimConfig
+from superglobal.data.augment import Augment
+from superglobal.data.datamodules import TrainingDataModule
+from superglobal.data.photos import Photo
+from superglobal.engine.running import make_fit_trainer
+from superglobal.models.backbone import Backbone
+from superglobal.models.heads import make_head
+from superglobal.training import TrainingModule, parameter_groups, warmup_cosine
+
+CLASSES, DIM = 81_313, 2048
+
+
+class _Setting:
+    """Sizes of the step."""
+
+    def __init__(self, report: Report) -> None:
+        self.backbone, self.side, self.batch, self.classes, self.dim, self.steps = report.pick(
+            ("resnet50", 512, 128, CLASSES, DIM, 40),
+            ("resnet50", 512, 128, CLASSES, DIM, 20),
+            ("test_resnet", 96, 8, 500, 64, 6),
+        )
+        self.kind = torch.bfloat16
+        self.precision = "bf16-mixed"
+
+    def parts(self) -> tuple[Any, Any, OptimConfig]:
+        """Return network, head and optimizer settings."""
+        torch.manual_seed(0)
+        network = load_model("random", backbone=self.backbone, scales=1, dim=self.dim, trainable=True)
+        head = make_head("arcface", self.dim, [20] * self.classes, scale=45.25, margin=0.15)
+        return network, head, OptimConfig(name="sgd", lr=1e-3, batch_size=self.batch, epochs=1)
+
+
+def main(report: Report) -> None:
+    """Measure the bare loop, the framework, both compiled, the shares, and the data pipeline."""
+    photos = write_jpegs(report.work / "training", [(800, 600), (1024, 768)] * report.pick(128, 64, 2))
+    setting = _Setting(report)
+    peak = report.run("ceiling", lambda: _peak(report))
+    flops = _flops(setting)
+    bare = report.run("bare loop", lambda: _bare(report, setting, peak, flops), need=15)
+    report.run("framework", lambda: _framework(report, setting, False, bare), need=20)
+    report.run("shares", lambda: _shares(report, setting, bare), need=10)
+    report.run("data pipeline", lambda: _data(report, setting, photos, bare), need=15)
+    report.run("framework, compiled", lambda: _framework(report, setting, True, bare), need=60)
+    report.run("variants of the bare loop", lambda: _variants(report, setting, peak, flops, bare), need=20)
+
+
+def _peak(report: Report) -> float:
+    side = report.pick(8192, 8192, 256)
+    a, b = (torch.randn(side, side, device=report.device).bfloat16() for _ in range(2))
+    return 2 * side**3 / report.seconds(lambda: a @ b)
+
+
+def _flops(setting: _Setting) -> float:
+    """FLOPs of a step on one image: three times those of the forward pass."""
+    backbone = Backbone(setting.backbone).eval().to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(torch.empty(1, 3, setting.side, setting.side, device="meta"))
+    return 3 * (counter.get_total_flops() + 2 * setting.dim * setting.classes)
+
+
+def _bare(
+    report: Report, setting: _Setting, peak: float | None, flops: float, title: str = "bare PyTorch loop", **how: Any
+) -> float:
+    """Return images/s of a loop without the framework, its images on the device already."""
+    network, head, o = setting.parts()
+    network.to(report.device, memory_format=how.get("layout", torch.channels_last))
+    head.to(report.device)
+    if how.get("cast_head"):
+        head = _Tf32(head)
+    groups = parameter_groups("network", network, o.lr, o.weight_decay) + parameter_groups(
+        "head", head, o.lr, o.weight_decay
+    )
+    optimizer = torch.optim.SGD(groups, momentum=o.momentum, nesterov=True, fused=how.get("fused"))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, 1, 100))
+    shape = (setting.batch, 3, setting.side, setting.side)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=report.device)
+    labels = torch.randint(setting.classes, (setting.batch,), device=report.device)
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+
+    def step() -> None:
+        with torch.autocast(report.device.type, setting.kind):
+            x = network.normalize(images).contiguous(memory_format=how.get("layout", torch.channels_last))
+            loss = head(network.whitened(x), labels).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    if report.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    together = report.pick(5, 5, 1)  # steps between two synchronizations, so that the host runs ahead as in a training
+
+    def steps() -> None:
+        for _ in range(together):
+            step()
+
+    try:
+        seconds = report.seconds(steps, repeats=report.pick(4, 2, 2), warmup=1) / together
+    finally:
+        torch.backends.cudnn.benchmark = before
+    rate = setting.batch / seconds
+    note = f"{1e3 * seconds:.1f} ms a step"
+    if report.cuda:
+        note += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    if peak:
+        note += f", {flops * rate / peak:.0%} of the bfloat16 ceiling"
+    what = f"{setting.backbone}, {setting.side} px, batch {setting.batch}, {setting.classes:,} classes, bfloat16"
+    report.add(f"{what}: {title}", rate, "images/s", note=note, **how.get("row", {}))
+    return rate
+
+
+class _Tf32(torch.nn.Module):
+    """A head whose float32 matrix products use TF32."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        return self.head(x, labels)
+
+
+class _Noise(Dataset):
+    """Random images in memory."""
+
+    def __init__(self, count: int, side: int, classes: int) -> None:
+        self.image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
+        self.count, self.classes = count, classes
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: tuple[int, int]) -> Photo:
+        return Photo(self.image, place[1] % self.classes, place[1], [])
+
+
+def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | None) -> None:
+    """Measure the Trainer with the callbacks of a training."""
+    network, head, o = setting.parts()
+    accelerator = "gpu" if report.cuda else "cpu"
+    workers = report.pick(8, 8, 0)
+    fit = FitConfig(
+        accelerator=accelerator, devices=1, num_workers=workers, progress=False, precision=setting.precision
+    )
+    fit.compile = compiled
+    guard = callbacks.NonFiniteGuard(50, report.work, str)
+    clock = Clock()
+    watchers: list[pl.Callback] = [clock, callbacks.StepSeed(0), callbacks.Curves(50, setting.batch), guard]
+    data = TrainingDataModule(
+        _Noise(setting.steps * setting.batch, setting.side, setting.classes), setting.batch, 1, workers, 0
+    )  # type: ignore[arg-type]
+    module = TrainingModule(network, head, o, setting.steps, np.arange(setting.classes), fit)
+    trainer = make_fit_trainer(fit, o, watchers, [])
+    if report.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    trainer.fit(module, data)
+    # The host runs ahead of the GPU: only the mean over many steps is the GPU's speed.
+    first = setting.steps // 3
+    waits = [after - before for before, after in itertools.pairwise(clock.begun)]
+    seconds = statistics.mean(waits[first:])
+    rate = setting.batch / seconds
+    note = f"{1e3 * seconds:.1f} ms a step, waited {data.waited:.1f} s of {time.perf_counter() - start:.1f} s for data"
+    if report.cuda:
+        note += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+    if compiled:
+        note += f"; first step {waits[0]:.0f} s"
+    name = f"superglobal's Trainer{', trainer.compile=true' if compiled else ''}"
+    more: dict[str, Any] = {"predicted": "1.2 x"} if compiled else {}
+    report.add(name, rate, "images/s", ratio=rate / bare if bare else None, baseline="bare loop", note=note, **more)
+
+
+def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
+    """Share of the step that pooling and whitening, head, and optimizer take, each run alone."""
+    network, head, _ = setting.parts()
+    network.to(report.device, memory_format=torch.channels_last)
+    head.to(report.device)
+    side = network.backbone(torch.zeros(1, 3, setting.side, setting.side, device=report.device)).shape[-1]
+    shape = (setting.batch, network.backbone.channels, side, side)
+    feature_map = torch.rand(shape, device=report.device, dtype=setting.kind).to(memory_format=torch.channels_last)
+    feature_map.requires_grad_()
+    descriptors = torch.randn(setting.batch, setting.dim, device=report.device, dtype=setting.kind, requires_grad=True)
+    labels = torch.randint(setting.classes, (setting.batch,), device=report.device)
+
+    def pooling() -> None:
+        with torch.autocast(report.device.type, setting.kind):
+            out = network._pooled(feature_map)
+        out.sum().backward()
+
+    def margin() -> None:
+        head.weight.grad = None
+        head(descriptors, labels).loss.backward()
+
+    fused = torch.compile(network.pooling)
+
+    def compiled_pooling() -> None:
+        fused(feature_map).sum().backward()
+
+    margin()
+    optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], lr=1e-9, momentum=0.9, nesterov=True)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    times: dict[str, Callable[[], Any]] = {
+        "pooling and whitening": pooling,
+        "ArcFace head": margin,
+        "SGD step": optimizer.step,
+    }
+    step = setting.batch / bare if bare else None
+    for name, function in times.items():
+        seconds = report.seconds(function)
+        note = f"{seconds / step:.1%} of the bare step" if step else ""
+        report.add(f"share of the step: {name}", 1e3 * seconds, "ms", note=note)
+    if report.left() > 30:
+        eager = report.seconds(lambda: network.pooling(feature_map).sum().backward())
+        seconds = report.seconds(compiled_pooling)
+        report.add("gain of compiled pooling, forward and backward", eager / seconds, "x", predicted="3 x")
+
+
+class _Photos(Dataset):
+    """Augmented JPEGs, as a training reads them."""
+
+    def __init__(self, files: list[bytes], count: int, side: int) -> None:
+        self.files, self.count, self.side = files, count, side
+        self.augment = Augment(0.3, True, 0.2)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.augment(self.files[index % len(self.files)], self.side)
+
+
+def _data(report: Report, setting: _Setting, photos: list[Any], bare: float | None) -> None:
+    """Images/s that the cores decode and augment, against what the step takes."""
+    cores = os.cpu_count() or 1
+    batches = report.pick(24, 12, 2)
+    files = [photo.read_bytes() for photo in photos]
+    loader = DataLoader(
+        _Photos(files, batches * setting.batch, setting.side),
+        setting.batch,
+        num_workers=report.pick(cores, cores, 0),
+        pin_memory=report.cuda,
+    )
+    times = []
+    for _ in loader:
+        times.append(time.perf_counter())
+    rate = setting.batch * (len(times) - 1) / (times[-1] - times[0])
+    note = f"{cores} cores; 800 x 600 and 1024 x 768 photos"
+    name = f"decoding and augmenting to {setting.side} px"
+    report.add(
+        name, rate, "images/s", ratio=rate / bare if bare else None, baseline="what the bare step takes", note=note
+    )
+
+
+def _variants(report: Report, setting: _Setting, peak: float | None, flops: float, bare: float | None) -> None:
+    """Changes that only a GPU can judge."""
+    report.require_gpu("the comparison of layouts and optimizers")
+    for title, how, predicted in (
+        ("fused SGD", {"fused": True}, "1.02 x"),
+        ("TF32 in the head", {"cast_head": True}, "1.03 x"),
+        ("NCHW", {"layout": torch.contiguous_format}, "0.7 x"),
+    ):
+        row = {"predicted": predicted}
+        report.run(
+            title,
+            lambda title=title, how=how, row=row: _variant(report, setting, peak, flops, title, bare, row, how),
+            need=10,
+        )  # type: ignore[misc]
+
+
+def _variant(
+    report: Report,
+    setting: _Setting,
+    peak: float | None,
+    flops: float,
+    title: str,
+    bare: float | None,
+    row: dict[str, Any],
+    how: dict[str, Any],
+) -> None:
+    rate = _bare(report, setting, peak, flops, f"bare loop, {title}", **how)
+    if bare:
+        report.add(f"gain of {title}", rate / bare, "x", **row)
