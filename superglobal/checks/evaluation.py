@@ -82,6 +82,7 @@ def _check_reranking(config: EvalConfig) -> None:
 def _check_extraction(how: ExtractionConfig, accelerator: str) -> None:
     """Check choices and ranges; replace the precision "auto" by what it stands for, which results and stores record."""
     require_choice("extraction.precision", how.precision, ("auto", *PRECISIONS))
+    require_choice("extraction.decoder", how.decoder, ("cpu", "gpu"))
     how.precision = resolve_precision(how.precision, accelerator)
     require_within(
         {

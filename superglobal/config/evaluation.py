@@ -87,11 +87,14 @@ class DescriptorsConfig:
 
 @dataclass
 class ExtractionConfig:
-    """How descriptors are extracted; only `precision` changes them by more than rounding.
+    """How descriptors are extracted; only `precision` and `decoder` change them by more than rounding.
 
     Args:
         precision: of the backbone's weights and maps: "float32", "bfloat16", "float16", or "auto", which is resolved
             by the device (float32 on CPUs) before anything is computed; pooling is in float32 always.
+        decoder: of JPEG files: "cpu", or "gpu" to decode them on the CUDA device (nvJPEG), whose pixels differ a
+            little; such descriptors have stores of their own. Other formats, and files that are rotated or shrunk, are
+            decoded on the CPU.
         batch_size: maximum number of images, all of one size, in a batch.
         batch_pixels: maximum number of pixels in a batch; null for what memory has room for.
         compile: compile the backbone with torch.compile: minutes at the start.
@@ -100,6 +103,7 @@ class ExtractionConfig:
     """
 
     precision: str = "auto"
+    decoder: str = "cpu"
     batch_size: int = 16
     batch_pixels: int | None = None
     compile: bool = False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 from superglobal.data.batches import ImageBatch
 from superglobal.data.gldv2 import TrainList
 from superglobal.data.images import FaultyImageError, ImageItem, decode_image, image_tensor, read_image, shrink
+from superglobal.data.jpeg_decoding import EncodedImage, decode_batch, read_encoded
 from superglobal.data.photos import TrainingPhotos, collate
 from superglobal.data.samplers import EpochBatches
 from superglobal.errors import InputError
 from superglobal.processes import end_with_parent, in_main_thread
+
+log = logging.getLogger(__name__)
 
 Task = tuple[int, int]
 """Number of an image list and row in it."""
@@ -67,34 +71,77 @@ class LoadedBatch(NamedTuple):
     faults: list[tuple[int, str, bool]]
 
 
-class BatchedImages(Dataset):
-    """Image batches, each as `LoadedBatch`es: one, or several where a header does not tell the size of its image."""
+class EncodedBatch(NamedTuple):
+    """JPEG files of one list, to be decoded on the device.
 
-    def __init__(self, lists: Sequence[ImageList], batches: Sequence[ImageBatch]) -> None:
+    Attributes:
+        number: of the list.
+        rows: (B,) of the images in it.
+        data: (n,) uint8, the bytes of all files, one behind the other.
+        sizes: (B,) bytes of each file.
+        bounds: (B,) (x1, y1, x2, y2) of each crop, in pixels.
+    """
+
+    number: int
+    rows: list[int]
+    data: Tensor
+    sizes: list[int]
+    bounds: list[tuple[int, int, int, int]]
+
+
+class BatchedImages(Dataset):
+    """Image batches, each as `LoadedBatch`es: one, or several where a header does not tell the size of its image.
+
+    Args:
+        lists: images and their `max_side` each.
+        batches: of these images.
+        decoder: "cpu", or "gpu" to leave an `EncodedBatch` of the files that `read_encoded` leaves encoded.
+    """
+
+    def __init__(self, lists: Sequence[ImageList], batches: Sequence[ImageBatch], decoder: str = "cpu") -> None:
         self.lists = lists
         self.batches = batches
+        self.decoder = decoder
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __getitem__(self, position: int) -> list[LoadedBatch]:
-        batch = self.batches[position]
-        by_size: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
-        faults = []
-        for row in batch.rows:
-            image = _read(self.lists, (batch.number, row))
-            if isinstance(image, InputError):
-                # Of a disk that fails, any image may be unreadable for a while.
-                cause = image.__cause__
-                lasting = not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)
-                faults.append((row, str(image), lasting))
+    def __getitem__(self, position: int) -> list[LoadedBatch | EncodedBatch]:
+        number, rows, _ = self.batches[position]
+        read = _read_encoded if self.decoder == "gpu" else _read
+        encoded: list[tuple[int, EncodedImage]] = []
+        decoded: list[tuple[int, Tensor | InputError]] = []
+        for row in rows:
+            image = read(self.lists, (number, row))
+            if isinstance(image, EncodedImage):
+                encoded.append((row, image))
             else:
-                by_size.setdefault(tuple(image.shape), []).append((row, image))
-        loaded = [
-            LoadedBatch(batch.number, [row for row, _ in same], torch.stack([image for _, image in same]), [])
-            for same in by_size.values()
-        ]
-        return [*loaded, LoadedBatch(batch.number, [], torch.empty(0, 3, 0, 0), faults)] if faults else loaded
+                decoded.append((row, image))
+        batches: list[LoadedBatch | EncodedBatch] = [*_by_size(number, decoded)]
+        if encoded:
+            files = [image.data for _, image in encoded]  # as one tensor: each would cost a file descriptor
+            left, bounds = [row for row, _ in encoded], [image.bounds for _, image in encoded]
+            batches.append(EncodedBatch(number, left, torch.cat(files), [len(file) for file in files], bounds))
+        return batches
+
+
+def _by_size(number: int, images: Iterable[tuple[int, Tensor | InputError]]) -> list[LoadedBatch]:
+    """Return the images of one size together, (row, image) each, and the faults in a batch of their own."""
+    by_size: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    faults = []
+    for row, image in images:
+        if isinstance(image, InputError):
+            # Of a disk that fails, any image may be unreadable for a while.
+            cause = image.__cause__
+            lasting = not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)
+            faults.append((row, str(image), lasting))
+        else:
+            by_size.setdefault(tuple(image.shape), []).append((row, image))
+    loaded = [
+        LoadedBatch(number, [row for row, _ in same], torch.stack([image for _, image in same]), [])
+        for same in by_size.values()
+    ]
+    return [*loaded, LoadedBatch(number, [], torch.empty(0, 3, 0, 0), faults)] if faults else loaded
 
 
 def _read(lists: Sequence[ImageList], task: Task) -> Tensor | InputError:
@@ -106,13 +153,36 @@ def _read(lists: Sequence[ImageList], task: Task) -> Tensor | InputError:
         return error
 
 
-class ExtractionDataModule(pl.LightningDataModule):
-    """Batches of images, decoded ahead of the network by `num_workers` processes."""
+def _read_encoded(lists: Sequence[ImageList], task: Task) -> EncodedImage | Tensor | InputError:
+    items, max_side = lists[task[0]]
+    item = items[task[1]]
+    try:
+        image = read_encoded(item.path, item.box, max_side)
+    except InputError as error:
+        return error
+    return image if isinstance(image, EncodedImage) else image_tensor(image)
 
-    def __init__(self, lists: Sequence[ImageList], batches: Sequence[ImageBatch], num_workers: int) -> None:
+
+class ExtractionDataModule(pl.LightningDataModule):
+    """Batches of images, read ahead of the network by `num_workers` processes.
+
+    Args:
+        lists: images and their `max_side` each.
+        batches: of these images.
+        num_workers: processes that read, and decode what `decoder` does not.
+        decoder: "cpu", or "gpu" to decode JPEGs on the device that the batches go to.
+
+    Attributes:
+        undecodable: number of files that the GPU decoder did not support and the CPU decoded.
+    """
+
+    def __init__(
+        self, lists: Sequence[ImageList], batches: Sequence[ImageBatch], num_workers: int, decoder: str = "cpu"
+    ) -> None:
         super().__init__()
-        self.images = BatchedImages(lists, batches)
+        self.images = BatchedImages(lists, batches, decoder)
         self.num_workers = num_workers
+        self.undecodable = 0
 
     def predict_dataloader(self) -> DataLoader:
         assert self.trainer is not None
@@ -122,6 +192,30 @@ class ExtractionDataModule(pl.LightningDataModule):
             collate_fn=only,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
+
+    def transfer_batch_to_device(
+        self, batch: list[LoadedBatch | EncodedBatch], device: torch.device, dataloader_idx: int
+    ) -> list[LoadedBatch]:
+        """Decode encoded images on the device and move the others there."""
+        loaded: list[LoadedBatch] = []
+        for part in batch:
+            loaded += self._decoded(part, device) if isinstance(part, EncodedBatch) else [part]
+        return super().transfer_batch_to_device(loaded, device, dataloader_idx)
+
+    def _decoded(self, batch: EncodedBatch, device: torch.device) -> list[LoadedBatch]:
+        images: list[tuple[int, Tensor | InputError]] = []
+        decoded = decode_batch(batch.data.split(batch.sizes), device)
+        for row, image, (x1, y1, x2, y2) in zip(batch.rows, decoded, batch.bounds, strict=True):
+            if image is not None:
+                images.append((row, image[:, y1:y2, x1:x2]))
+                continue
+            if not self.undecodable:
+                path = self.images.lists[batch.number][0][row].path
+                log.warning("%s: the GPU decoder does not support this JPEG; such files are decoded on the CPU", path)
+            self.undecodable += 1
+            found = _read(self.images.lists, (batch.number, row))
+            images.append((row, found if isinstance(found, InputError) else found.to(device)))
+        return _by_size(batch.number, images)
 
 
 def only(batch: list[Any]) -> Any:

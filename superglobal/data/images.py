@@ -11,7 +11,8 @@ What no decoder here reports is damage inside a JPEG's scan that leaves its stru
 import io
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,14 +74,25 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
             crop is empty.
     """
     path = Path(path)
+    with faults_named(path):
+        return cropped_and_shrunk(decode_image(path.read_bytes()), box, max_side)
+
+
+@contextmanager
+def faults_named(path: Path) -> Iterator[None]:
+    """Raise what is wrong with a file as an InputError that names it."""
     try:
-        pixels = decode_image(path.read_bytes())
-        if box is not None:
-            pixels = cropped(pixels, box)
+        yield
     except FileNotFoundError as error:
         raise InputError(f"image not found: {path}") from error
     except (OSError, FaultyImageError) as error:
         raise InputError(f"image cannot be read: {path}: {reason_of(error)}") from error
+
+
+def cropped_and_shrunk(pixels: np.ndarray, box: Box | None, max_side: int | None) -> np.ndarray:
+    """Crop (H, W, 3) to a box, then shrink it: a contiguous and writable copy. Arguments as of `read_image`."""
+    if box is not None:
+        pixels = cropped(pixels, box)
     # A decoder's buffer is read-only and a crop holds on to the whole picture: give the caller an own array.
     return np.array(shrink(pixels, max_side), order="C")
 
@@ -250,6 +262,16 @@ def _same_as_cv2(image: Image.Image) -> bool:
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE_TAG, (1,))
         return image.mode in ("1", "L", "P", "RGB") and max(bits) <= 8
     return image.format in _SAME_AS_CV2 and image.mode in _EIGHT_BIT_MODES
+
+
+def is_plain_jpeg(image: Image.Image) -> bool:
+    """Return whether an open image is a gray or YCbCr JPEG without an EXIF rotation, which any decoder reads alike."""
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB") or _orientation(image) != 1:
+        return False
+    # libjpeg takes these components for RGB, which other decoders may not.
+    components = bytes(component[0] for component in getattr(image, "layer", ()))
+    is_rgb = image.info.get("adobe_transform") == 0 or components == b"RGB"
+    return image.mode == "L" or not is_rgb
 
 
 def _orientation(image: Image.Image) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,6 +16,7 @@ import torch
 from superglobal.config import ExtractionConfig
 from superglobal.data.batches import missing_in, plan_batches
 from superglobal.data.datamodules import ExtractionDataModule
+from superglobal.data.jpeg_decoding import check_gpu_decoder
 from superglobal.engine.common import process_failure, started_together
 from superglobal.errors import InputError
 from superglobal.evaluation import EvaluationModule, ExtractionList, skip_rows
@@ -61,7 +64,11 @@ def extract_lists(
             the next run.
     """
     device = trainer.strategy.root_device
-    stores = [[_open_store(network, part, folder, str(device), dtype) for part in lists] for network in networks]
+    image_lists = [(part.items, part.max_side) for part in lists]
+    gpu_decoder = cache(partial(check_gpu_decoder, image_lists, device)) if how.decoder == "gpu" else None
+    stores = [
+        [_open_store(network, part, folder, str(device), dtype, gpu_decoder) for part in lists] for network in networks
+    ]
     for i, part in enumerate(lists):
         for own in stores:
             _settle_unreadable(own[i], part, trainer.is_global_zero)
@@ -79,6 +86,8 @@ def extract_lists(
         log.info("%s: %d images, %d in store, %d to describe", part.title, total, total - todo, todo)
     # Processes that were started together may not agree on what is missing, and have to wait for one another.
     if any(missing) or started_together():
+        if gpu_decoder is not None:
+            gpu_decoder()
         if len(networks) > 1:
             log.info("one pass over the images serves %d networks of the sweep", len(networks))
         pixels = how.batch_pixels or _pixels_at_once(networks[0], device)
@@ -87,9 +96,11 @@ def extract_lists(
         plan = plan_batches(sizes, pixels, how.batch_size, how.share(), rank)
         # Lightning stops on a process without data; a row described twice is the same row.
         batches = missing_in(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
-        images = ExtractionDataModule([(part.items, part.max_side) for part in lists], batches, num_workers)
+        images = ExtractionDataModule(image_lists, batches, num_workers, how.decoder)
         module = EvaluationModule(*_grouped(fast_copies(networks, how.compile), stores), lists, batches)
         _describe(trainer, module, images, [store for own in stores for store in own])
+        if images.undecodable:
+            log.warning("GPU JPEG decoder: %d images were decoded on the CPU instead", images.undecodable)
     for part, store in zip(lists, stores[0], strict=True):
         _require_budget(store, part)
     return stores[0], lacked
@@ -172,18 +183,31 @@ def _pixels_at_once(network: RetrievalNetwork, device: torch.device) -> int:
     return int(room / (_BYTES_PER_PIXEL * width / 4 * max(network.scales) ** 2))
 
 
+def store_identity(network: RetrievalNetwork, max_side: int | None, decoder: str) -> dict[str, Any]:
+    """Return everything but the images that changes a stored descriptor; the CPU decoder is not mentioned."""
+    return {**network.identity(), "max_side": max_side, **({} if decoder == "cpu" else {"decoder": decoder})}
+
+
 def _open_store(
-    network: RetrievalNetwork, part: ExtractionList, folder: Path, device: str, dtype: str
+    network: RetrievalNetwork,
+    part: ExtractionList,
+    folder: Path,
+    device: str,
+    dtype: str,
+    gpu_decoder: Callable[[], dict[str, Any]] | None,
 ) -> DescriptorStore:
-    identity = {**network.identity(), "max_side": part.max_side}
+    """Open or create the store of a list; a new one records what `gpu_decoder` returns, if that is given."""
+    identity = store_identity(network, part.max_side, "cpu" if gpu_decoder is None else "gpu")
     lines = part.lines()
     place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines, dtype)[:16]}"
     fresh = not place.exists()
     # Enough to find the weights and the photos again, from the store alone.
     weights = Path(network.weights_label)
     found = str(weights.resolve()) if weights.is_file() else network.weights_label
-    origin = {"weights": found, "dataset": part.source, "images": part.title}
+    origin: dict[str, Any] = {"weights": found, "dataset": part.source, "images": part.title}
     provenance = {"device": device, "versions": versions(), **origin}
+    if gpu_decoder is not None and fresh:
+        provenance["decoder"] = gpu_decoder()
     store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance, dtype=dtype)
     if fresh:
         adopt_from(folder, store)

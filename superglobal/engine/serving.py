@@ -19,7 +19,7 @@ from superglobal.data.lazy import Lazy, chained
 from superglobal.data.sets import EvaluationSet
 from superglobal.engine.common import evaluation_set, make_trainer
 from superglobal.engine.evaluating import search_device
-from superglobal.engine.extracting import extract_lists
+from superglobal.engine.extracting import extract_lists, store_identity
 from superglobal.engine.gathering import Clock, attempt, checked_lists, distractor_items, evaluated_network
 from superglobal.engine.searching import configured_index
 from superglobal.errors import InputError
@@ -84,7 +84,7 @@ def open_database(config: DemoConfig, folder: Path | None = None) -> Opened:
         place, workers = Path(config.paths.stores), config.trainer.num_workers
         stores, _ = extract_lists([network], lists, place, trainer, config.extraction, workers, config.store.dtype)
     else:
-        stores = [_same_store(folder, network, lists)]
+        stores = [_same_store(folder, network, lists, config.extraction.decoder)]
     return _opened(config, dataset, distractors, network, stores)
 
 
@@ -181,19 +181,19 @@ def _as_stored(cfg: DictConfig, folder: Path) -> DictConfig:
             "pooling": pooling,
             "scales": identity["scales"],
             "antialias": identity["antialias"],
-            "extraction": {"precision": identity["precision"]},
+            "extraction": {"precision": identity["precision"], "decoder": identity.get("decoder", "cpu")},
         },
         {"store": OmegaConf.structured(StoreConfig(store.manifest["dtype"]))},
     )  # type: ignore[return-value]
 
 
-def _same_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionList]) -> DescriptorStore:
+def _same_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionList], decoder: str) -> DescriptorStore:
     """The complete store in `folder`, of these weights, settings and photos."""
     store = DescriptorStore.open(folder)
     stored = store.manifest["identity"]
     if network.config.p != stored["pooling"]["p"]:  # it was given beside the weights
         network.set_p(stored["pooling"]["p"])
-    own = json.loads(json.dumps({**network.identity(), "max_side": lists[0].max_side}))
+    own = json.loads(json.dumps(store_identity(network, lists[0].max_side, decoder)))
     differ = [key for key in stored if own.get(key) != stored[key]]
     if differ:
         raise InputError(

@@ -1,0 +1,192 @@
+"""JPEG files decoded in batches on the device that extracts descriptors, by torchvision (nvJPEG on a GPU)."""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from superglobal.data.images import (
+    Box,
+    ImageItem,
+    box_bounds,
+    cropped_and_shrunk,
+    decode_image,
+    faults_named,
+    image_tensor,
+    is_plain_jpeg,
+    open_image,
+    require_end,
+    shrunk_size,
+)
+from superglobal.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_COMPARED = 16
+_CANDIDATES = 64  # images that are opened to find those to compare
+
+
+class EncodedImage(NamedTuple):
+    """A JPEG file that is decoded later.
+
+    Attributes:
+        data: (n,) uint8, the bytes of the file.
+        bounds: (x1, y1, x2, y2) of the crop, in pixels.
+    """
+
+    data: Tensor
+    bounds: tuple[int, int, int, int]
+
+
+def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None = None) -> EncodedImage | np.ndarray:
+    """Read an image for `decode_batch` if that gives the same image up to rounding; decode any other as `read_image`.
+
+    Left encoded are JPEGs in gray or YCbCr without an EXIF rotation that need not be shrunk. Header and end of the
+    file are checked here in either case.
+
+    Raises:
+        InputError: as of `read_image`.
+    """
+    path = Path(path)
+    with faults_named(path):
+        data = path.read_bytes()
+        bounds = _bounds(data, box, max_side)
+        if bounds is None:
+            return cropped_and_shrunk(decode_image(data), box, max_side)
+    return EncodedImage(_as_tensor(data), bounds)
+
+
+def _bounds(data: bytes, box: Box | None, max_side: int | None) -> tuple[int, int, int, int] | None:
+    """Return the crop of a file that can stay encoded, None for any other."""
+    with open_image(data) as image:
+        require_end(image.format, data, data)
+        if not is_plain_jpeg(image):
+            return None
+        width, height = image.size
+    x1, y1, x2, y2 = (0, 0, width, height) if box is None else box_bounds(box, width, height)
+    size = (y2 - y1, x2 - x1)
+    return (x1, y1, x2, y2) if shrunk_size(size, max_side) == size else None
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+
+def decode_batch(files: Sequence[Tensor], device: torch.device) -> list[Tensor | None]:
+    """Decode JPEG files on a device.
+
+    Args:
+        files: (n,) uint8 each, on the CPU.
+        device: a CUDA device, or the CPU.
+
+    Returns:
+        (3, H, W) uint8 RGB each, None for a file that this decoder does not support.
+    """
+    try:
+        return list(_decode(files, device))
+    except RuntimeError:  # without saying which file is the cause
+        if len(files) == 1:
+            return [None]
+    torch.cuda.empty_cache()  # nvJPEG allocates memory outside of PyTorch's pool
+    return [image for file in files for image in decode_batch([file], device)]
+
+
+def _decode(files: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    from torchvision.io import ImageReadMode, decode_jpeg  # a second, which a run without it need not wait for
+
+    if device.type != "cuda":
+        return decode_jpeg(list(files), ImageReadMode.RGB, device)
+    # nvJPEG writes on a stream of its own, which does not wait for the current one. Allocated on the current stream,
+    # an image could get memory that a kernel of the batch before still uses.
+    stream, current = _decoding_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        images = decode_jpeg(list(files), ImageReadMode.RGB, device)
+    current.wait_stream(stream)
+    for image in images:
+        image.record_stream(current)
+    return images
+
+
+@functools.cache
+def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], device: torch.device) -> dict[str, Any]:
+    """Make sure that a device decodes JPEGs, and compare the first images with the CPU decoder.
+
+    Args:
+        lists: images and their `max_side`.
+        device: of the extraction.
+
+    Returns:
+        The comparison, as of `compare_decoders`.
+
+    Raises:
+        InputError: there is no CUDA device, or torchvision cannot decode on it.
+    """
+    if device.type != "cuda":
+        raise InputError(
+            f"extraction.decoder=gpu: it needs a CUDA device, but the extraction runs on {device}; use "
+            "extraction.decoder=cpu, or trainer.accelerator=gpu on a machine with a GPU"
+        )
+    tiny = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(tiny, "JPEG")
+    try:
+        _decode([_as_tensor(tiny.getvalue())], device)
+    except (AttributeError, ImportError, RuntimeError) as error:
+        raise InputError(
+            f"extraction.decoder=gpu: torchvision cannot decode JPEGs on {device} ({str(error).splitlines()[0]}); "
+            "install a torchvision that was built with nvJPEG, or use extraction.decoder=cpu"
+        ) from error
+    compared = compare_decoders(lists, device)
+    text = (
+        "GPU JPEG decoder: %d images compared with the CPU decoder, mean absolute difference %.4g, largest %d (of 255)"
+    )
+    log.info(text, compared["images"], compared["mean_difference"], compared["max_difference"])
+    return compared
+
+
+def compare_decoders(lists: Sequence[tuple[Sequence[ImageItem], int | None]], device: torch.device) -> dict[str, Any]:
+    """Decode the first images that `read_encoded` leaves encoded with both decoders, at most 16.
+
+    Returns:
+        "images" compared, and the "mean_difference" and "max_difference" of their pixels, absolute, of 255.
+    """
+    means, largest = [], [0]
+    for encoded in islice(_encoded(lists), _COMPARED):
+        (image,) = decode_batch([encoded.data], device)
+        try:
+            pixels = image_tensor(decode_image(encoded.data.numpy().tobytes()))
+        except InputError:  # reported where its descriptor is extracted
+            continue
+        if image is not None:
+            difference = (image.cpu().int() - pixels.int()).abs()
+            means.append(difference.double().mean().item())
+            largest.append(int(difference.max()))
+    return {
+        "images": len(means),
+        "mean_difference": sum(means) / max(1, len(means)),
+        "max_difference": max(largest),
+    }
+
+
+def _encoded(lists: Sequence[tuple[Sequence[ImageItem], int | None]]) -> Iterator[EncodedImage]:
+    items = chain.from_iterable(((item, max_side) for item in items) for items, max_side in lists)
+    for item, max_side in islice(items, _CANDIDATES):
+        try:
+            image = read_encoded(item.path, item.box, max_side)
+        except InputError:  # as above
+            continue
+        if isinstance(image, EncodedImage):
+            yield image
