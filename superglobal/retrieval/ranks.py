@@ -18,9 +18,11 @@ from superglobal.retrieval.vectors import (
     as_queries,
     as_rows,
     block_pair_scores,
+    download_scored,
     flat_array,
+    is_host,
     pair_scores,
-    where,
+    scored_where,
 )
 
 _CELLS = 8192  # of the table that tells from a score, without searching, how many targets it beats
@@ -132,8 +134,11 @@ class Counter:
         # Per query: rows not placed yet, then rows that beat 0, 1, 2 ... of its targets.
         self._width = 2 + (int(self._counts.max()) if n_queries else 0)
         self._beaten = np.zeros(n_queries * self._width, np.int64)
+        # The same of the pairs that are placed on the device, read once in the end.
+        self._beaten_on_device = torch.zeros(len(self._beaten), dtype=torch.int64, device=torch.device(device or "cpu"))
         # Kept from block to block: fresh memory costs more than what is done in it.
         self._buffers: tuple[torch.Tensor, ...] | None = None
+        self._keys: tuple[torch.Tensor, ...] | None = None
         self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         # Of many queries each has fewer: the table stays at 2^24 cells.
         self._cells = max(64, min(_CELLS, _ALL_CELLS // max(1, n_queries)))
@@ -184,16 +189,44 @@ class Counter:
         cells.copy_(place).add_(self._offset)
         torch.index_select(self._table, 0, cells.view(-1), out=places.view(-1))
         slots = torch.add(places, self._slot, out=cells)
-        self._beaten += torch.bincount(slots.ravel(), minlength=len(self._beaten)).cpu().numpy()
-        query_of, row_of = where(places == 0)
-        rough = 4.0 * query_of + scores[query_of, row_of].double().cpu().numpy()
+        if is_host(scores.device):
+            self._beaten_on_device += torch.bincount(slots.ravel(), minlength=len(self._beaten))
+            query_of, row_of = self._compare_on_host(places == 0, scores)
+        else:
+            # Neighbors in memory then belong to different queries, so that they seldom add to the same counter.
+            self._beaten_on_device += torch.bincount(slots.T.reshape(-1), minlength=len(self._beaten))
+            query_of, row_of = self._compare_on_device(places == 0, scores)
+        exact = block_pair_scores(self._queries, block.rows, query_of, row_of)
+        self._waiting.append((query_of, exact, row_of + block.start + self._start))
+        if sum(len(one[0]) for one in self._waiting) > _WAITING:
+            self._place_waiting()
+
+    def _compare_on_host(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Count which targets the pairs of a mask (Q, n) beat; return query and row of those that float64 decides."""
+        query_of, row_of, values = scored_where(mask, scores)
+        rough = 4.0 * query_of + values
         surely = np.searchsorted(self._above, rough)  # targets beaten beyond doubt, those of earlier queries with them
         near = self._below[surely] <= rough
         self._count(query_of[~near], np.maximum(surely - self._first[query_of], 0)[~near])
-        exact = block_pair_scores(self._queries, block.rows, query_of[near], row_of[near])
-        self._waiting.append((query_of[near], exact, row_of[near] + block.start + self._start))
-        if sum(len(one[0]) for one in self._waiting) > _WAITING:
-            self._place_waiting()
+        return query_of[near], row_of[near]
+
+    def _compare_on_device(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Do the same as `_compare_on_host` on the device, which sends back only the pairs that float64 decides."""
+        if self._keys is None:
+            self._keys = tuple(
+                torch.from_numpy(keys).to(mask.device) for keys in (self._above, self._below, self._first)
+            )
+        above, below, first = self._keys
+        flat = mask.ravel().nonzero()[:, 0]
+        query_of = torch.div(flat, mask.shape[1], rounding_mode="floor")
+        rough = 4.0 * query_of.double() + scores.ravel()[flat].double()
+        surely = torch.searchsorted(above, rough)
+        near = below[surely] <= rough
+        slots = query_of * self._width
+        # Slot 0 of a query is for pairs without a place.
+        slots += torch.where(near, 0, 1 + (surely - first[query_of]).clamp_(min=0))
+        self._beaten_on_device += torch.bincount(slots, minlength=len(self._beaten))
+        return download_scored(flat[near], scores)[:2]
 
     def _place_waiting(self) -> None:
         if self._waiting:
@@ -208,7 +241,7 @@ class Counter:
     def ranks(self) -> list[np.ndarray]:
         """Per query the ranks, in the order of its targets."""
         self._place_waiting()
-        beaten = self._beaten.reshape(-1, self._width)[:, 1:]
+        beaten = (self._beaten + self._beaten_on_device.cpu().numpy()).reshape(-1, self._width)[:, 1:]
         better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)  # rows that beat target j
         query_of = self._targets[0]
         ranks = np.empty(len(query_of), np.int64)

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 
 from superglobal.errors import InputError
-from superglobal.retrieval.shortlists import dots, require_between, require_whole, rerank_shortlists, score_batch
+from superglobal.retrieval.shortlists import (
+    dots,
+    indexed,
+    require_between,
+    require_whole,
+    rerank_shortlists,
+    score_batch,
+)
 from superglobal.retrieval.vectors import Rows, as_queries, as_rows
 
 SECOND = ("refined", "original")
@@ -83,19 +90,20 @@ def rerank_candidates(
     require_whole({"batch_size": batch_size})
     scores = np.empty((n_queries, depth), np.float32)
     out = np.empty((n_queries, depth), np.int64)
+    place = indexed(device)
     number = np.tile(np.arange(depth), (n_queries, 1))
     for start in range(0, n_queries, batch_size):
         part = slice(start, start + batch_size)
-        lists = _shortlists(flat, part, depth)
-        final = score_batch(queries[part], lists, options.scores, device, number[part], "candidate")
+        lists = _shortlists(flat, part, depth, place)
+        final = score_batch(queries[part], lists, options.scores, number[part], "candidate")
         out[part] = np.argsort(-final, axis=1, kind="stable")
         scores[part] = np.take_along_axis(final, out[part], axis=1)
     return (scores[0], out[0]) if single else (scores, out)
 
 
-def _shortlists(flat: Rows, part: slice, depth: int) -> np.ndarray:
-    """The candidates (B, M, D) of a slice of queries out of all of them (Q M, D)."""
-    return flat.block(part.start * depth, part.stop * depth).reshape(-1, depth, flat.dim)
+def _shortlists(flat: Rows, part: slice, depth: int, device: torch.device) -> torch.Tensor:
+    """Return the candidates (B, M, D) of a slice of queries out of all of them (Q M, D), on `device`."""
+    return flat.block_on(part.start * depth, part.stop * depth, device).view(-1, depth, flat.dim)
 
 
 @dataclass(frozen=True)

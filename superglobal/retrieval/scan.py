@@ -1,27 +1,43 @@
 """One pass over the database: each block is read, multiplied with the queries once, and shown to whoever counts."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from superglobal.precision import full_precision
-from superglobal.retrieval.vectors import Rows, block_size, to_tensor, validate_block
+from superglobal.retrieval.staging import device_blocks
+from superglobal.retrieval.vectors import Rows, block_size, is_host, to_tensor, validate_block
+
+# On an accelerator products are summed over so many dimensions at a time: sums of 2048 products one after the other,
+# as its matrix products form them, can be off by more than the tolerance that exactness rests on.
+_SUMMED_DIMS = 256
 
 
 class Block:
     """Consecutive rows of the database, valid until the next block, and their approximate scores.
 
-    `start`: number of the first. `rows`: (n, D) float32. What must not count: `excluded` (Q,) row of the block for
-    each query, -1 for none, and `skipped` (s,) rows for all queries.
+    `start`: number of the first. `rows`: the block's own rows on the host, (n, D) float32, or on an accelerator Rows,
+    which read only what is asked for. What must not count: `excluded` (Q,) row of the block for each query, -1 for
+    none, and `skipped` (s,) rows for all queries.
     """
 
     def __init__(
-        self, start: int, rows: np.ndarray, queries: torch.Tensor, excluded: np.ndarray, skipped: np.ndarray, name: str
+        self,
+        start: int,
+        rows: np.ndarray | Rows,
+        vectors: torch.Tensor,
+        queries: torch.Tensor,
+        excluded: np.ndarray,
+        skipped: np.ndarray,
+        name: str,
     ) -> None:
+        """`vectors`: the rows (n, D) float32 on the device of the queries (Q, D)."""
         self.start = start
-        self.rows = rows
+        self.rows: Any = rows
+        self._vectors = vectors
         self.excluded = np.where((excluded >= start) & (excluded < start + len(rows)), excluded - start, -1)
         self.skipped = skipped[(skipped >= start) & (skipped < start + len(rows))] - start
         self._queries = queries
@@ -36,14 +52,29 @@ class Block:
         """
         if self._scores is None:
             with full_precision():
-                scores = self._queries @ to_tensor(self.rows, self._queries.device).T
+                scores = inner_products(self._queries, self._vectors)
             if not bool(torch.isfinite(scores.sum())):
-                validate_block(self.rows, self.start, self._name, unit=True)
+                rows = self.rows.block(0, len(self.rows)) if isinstance(self.rows, Rows) else self.rows
+                validate_block(rows, self.start, self._name, unit=True)
             some = np.flatnonzero(self.excluded >= 0)
-            scores[some, self.excluded[some]] = -torch.inf
-            scores[:, self.skipped] = -torch.inf
+            if some.size:
+                query_of, row_of = (torch.from_numpy(ids).to(scores.device) for ids in (some, self.excluded[some]))
+                scores[query_of, row_of] = -torch.inf
+            if self.skipped.size:
+                scores[:, torch.from_numpy(self.skipped).to(scores.device)] = -torch.inf
             self._scores = scores
         return self._scores
+
+
+def inner_products(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return the inner products (Q, n) float32 of queries (Q, D) and vectors (n, D)."""
+    if is_host(queries.device):
+        return queries @ vectors.T
+    scores = queries[:, :_SUMMED_DIMS] @ vectors[:, :_SUMMED_DIMS].T
+    for start in range(_SUMMED_DIMS, queries.shape[1], _SUMMED_DIMS):
+        part = slice(start, start + _SUMMED_DIMS)
+        scores.addmm_(queries[:, part], vectors[:, part].T)
+    return scores
 
 
 class Consumer(Protocol):
@@ -69,9 +100,24 @@ def scan(
     """
     on_device = to_tensor(queries, torch.device(device or "cpu"))
     own = np.full(len(queries), -1) if excluded is None else excluded
-    for start, block in rows.blocks(block_size(block_rows, len(queries), rows.dim)):
-        if check and not np.isfinite(block.sum()):
-            validate_block(block, start, rows.name, unit=True)
-        seen = Block(start, block, on_device, own, rows.skipped, rows.name)
-        for consumer in consumers:
-            consumer.add(seen)
+    # Closed at once when a consumer raises: the traceback would keep the reading thread alive.
+    with closing(_blocks(rows, block_rows, len(queries), on_device.device, check)) as blocks:
+        for start, block, vectors in blocks:
+            seen = Block(start, block, vectors, on_device, own, rows.skipped, rows.name)
+            for consumer in consumers:
+                consumer.add(seen)
+
+
+def _blocks(
+    rows: Rows, block_rows: int, n_queries: int, device: torch.device, check: bool
+) -> Generator[tuple[int, np.ndarray | Rows, torch.Tensor], None, None]:
+    """Yield the first row, the rows and the vectors on the device of each `Block`."""
+    if is_host(device):
+        for start, block in rows.blocks(block_size(block_rows, n_queries, rows.dim)):
+            if check and not np.isfinite(block.sum()):
+                validate_block(block, start, rows.name, unit=True)
+            yield start, block, to_tensor(block, device)
+        return
+    with closing(device_blocks(rows, block_rows, n_queries, device)) as blocks:
+        for start, vectors in blocks:
+            yield start, rows.window(start, start + len(vectors)), vectors

@@ -17,7 +17,7 @@ from superglobal.retrieval.vectors import (
     as_rows,
     block_pair_scores,
     pair_scores,
-    where,
+    scored_where,
 )
 
 BACKENDS = ("auto", "faiss", "torch")
@@ -158,16 +158,23 @@ class Shortlist:
         if self._faiss and (found := self._by_faiss(block)) is not None:
             return found
         scores = block.scores
-        query_of, row_of = self._above_floor(scores)
         # At first everything is above the floor; the block's own k-th best are a better one.
-        if len(query_of) > 2 * len(scores) * self._k:
-            self._raise_floor(scores.topk(self._k, dim=1).values[:, -1].cpu().numpy())
-            query_of, row_of = self._above_floor(scores)
-        return query_of, row_of, scores[query_of, row_of].double().cpu().numpy()
+        if scores.shape[1] > 2 * self._k and (self._floor == _UNDER_ALL).all():
+            self._raise_to_kth(scores)
+            return self._above_floor(scores)
+        candidates = self._above_floor(scores)
+        if len(candidates[0]) > 2 * len(scores) * self._k:
+            self._raise_to_kth(scores)
+            candidates = self._above_floor(scores)
+        return candidates
 
-    def _above_floor(self, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Queries and rows of the block."""
-        return where(scores >= torch.from_numpy(self._floor).to(scores.device)[:, None])
+    def _above_floor(self, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return queries, rows of the block and float64 scores."""
+        return scored_where(scores >= torch.from_numpy(self._floor).to(scores.device)[:, None], scores)
+
+    def _raise_to_kth(self, scores: torch.Tensor) -> None:
+        """Raise the floors to each query's k-th best score (Q, n) of a block of at least k rows."""
+        self._raise_floor(scores.topk(self._k, dim=1).values[:, -1].cpu().numpy())
 
     def _by_faiss(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """FAISS's best of a block; None if more of it than it was asked for may be above the floor."""

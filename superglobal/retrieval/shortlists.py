@@ -42,11 +42,13 @@ def rerank_shortlists(
     if listed.size:
         raise InputError(f"ids: row {listed[0]} was skipped when descriptors were made; leave it out")
     head = first[:, :M]
+    place = indexed(device)
     scores = np.full(first.shape, -np.inf, np.float32)
     out = first.copy()
     for start in range(0, len(queries), batch_size):
         part = slice(start, start + batch_size)
-        final = score_batch(queries[part], rows.take(head[part]), score, device, head[part], "database row", dtype)
+        shortlists = rows.take_on(head[part], place)
+        final = score_batch(queries[part], shortlists, score, head[part], "database row", dtype)
         second = head[part] if ties == "id" else np.broadcast_to(np.arange(head.shape[1]), final.shape)
         order = np.lexsort((second, -final), axis=1)
         scores[part, : head.shape[1]] = np.take_along_axis(final, order, axis=1)
@@ -56,23 +58,27 @@ def rerank_shortlists(
 
 def score_batch(
     queries: np.ndarray,
-    shortlists: np.ndarray,
+    shortlists: torch.Tensor,
     score: ScoreBatch,
-    device: str | torch.device | None,
     numbers: np.ndarray,
     name: str,
     dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """Scores (B, M) of queries (B, D) and shortlists (B, M, D) float32; `name` and `numbers` (B, M) name a bad row.
+    """Return the scores (B, M) of queries (B, D) and shortlists (B, M, D) float32, on the device of the shortlists.
 
-    As float32: scores that are given back as equal are equal to whoever sorts by them.
+    `name` and `numbers` (B, M) name a bad row. As float32: scores that are given back as equal are equal to whoever
+    sorts by them.
     """
-    place = torch.device(device or "cpu")
-    q, T = (to_tensor(vectors, place).to(dtype) for vectors in (queries, shortlists))
+    q, T = to_tensor(queries, shortlists.device).to(dtype), shortlists.to(dtype)
     with full_precision():
         gram = gram_of(T)
         check_norms(gram, numbers, name)
         return score(q, T, gram).cpu().numpy().astype(np.float32)
+
+
+def indexed(device: str | torch.device | None) -> torch.device:
+    """Return the device with its index, as tensors have it; None is the CPU."""
+    return torch.empty(0, device=device or "cpu").device
 
 
 def check_ids(ids: Any, n_queries: int, n_rows: int) -> np.ndarray:

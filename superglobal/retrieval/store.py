@@ -22,7 +22,7 @@ from superglobal.retrieval.store_files import (
     shard_sizes,
 )
 from superglobal.retrieval.store_lists import NAMES, NO_REASON, add_skipped, read_names
-from superglobal.retrieval.vectors import to_float32
+from superglobal.retrieval.vectors import copy_into
 
 _WRITTEN, _SKIPPED = 1, 2  # what done.npy holds for a row; 0 is still to be written
 # Rows are marked as done only after their bytes are flushed; so many, or so many seconds, share one flush.
@@ -45,6 +45,9 @@ class DescriptorStore:
 
     validated = True
     """`write` checks every row, so that readers need not."""
+
+    concurrent = True
+    """Several threads may read at once."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
@@ -233,10 +236,10 @@ class DescriptorStore:
         return self._read(start, stop)
 
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Rows start..stop into `out` (n, D) float32."""
+        """Read rows start..stop into `out` (n, D), float32 or the store's dtype."""
         self._require_complete()
         for piece, at in self._pieces(start, stop):
-            to_float32(piece, out[at : at + len(piece)])
+            copy_into(piece, out[at : at + len(piece)])
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         pieces = [piece for piece, _ in self._pieces(start, stop)]
@@ -244,7 +247,7 @@ class DescriptorStore:
             return pieces[0]
         out = np.empty((stop - start, self.shape[1]), np.float32)
         for piece, at in self._pieces(start, stop):
-            to_float32(piece, out[at : at + len(piece)])
+            copy_into(piece, out[at : at + len(piece)])
         return out
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -263,8 +266,16 @@ class DescriptorStore:
 
     def read_rows(self, ids: np.ndarray) -> np.ndarray:
         """`take` of a store that need not be complete: rows that were not written hold anything."""
+        return self._gather(ids, np.dtype(np.float32))
+
+    def take_stored(self, ids: np.ndarray) -> np.ndarray:
+        """Return the rows `ids`, of any shape (...,), as (..., D) of the store's dtype."""
+        self._require_complete()
+        return self._gather(ids, self.dtype)
+
+    def _gather(self, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
         flat = np.asarray(ids).reshape(-1)
-        out = np.empty((len(flat), self.shape[1]), np.float32)
+        out = np.empty((len(flat), self.shape[1]), dtype)
         shards, within = np.divmod(flat, self._rows_per_shard)
         for shard in np.unique(shards):
             here = shards == shard

@@ -2,7 +2,8 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from tokenize import TokenError
 from typing import Any
 
@@ -19,6 +20,8 @@ NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError)
 _UNIT_TOLERANCE = 1e-3
 _PAIR_ELEMENTS = 1 << 17  # elements of one chunk of pair scores: 1 MB of float64, which stays in the cache
 _FEW_PAIRS = 2048  # that are scored without looking for equal rows
+_TAKEN_PAIRS = 4096  # rows that are brought from an accelerator at once to be scored: 32 MB of float32 at D = 2048
+_CHUNKS_PER_THREAD = 4  # fewer chunks of pair scores than this are not worth another thread
 _SCORE_ELEMENTS = 1 << 24  # elements of one block of scores: 64 MB of float32
 _BLOCK_ELEMENTS = 1 << 24  # elements of one block of rows: 64 MB of float32
 
@@ -27,9 +30,14 @@ class Rows:
     """Descriptors (N, D) read by block or by row as float32, over one source or several laid end to end.
 
     Nothing is copied until it is read. A source is a numpy array or memmap, a torch tensor, or any object
-    with `shape`, `block(start, stop)` and `take(ids)`, such as a DescriptorStore. Optional are `skipped` (ids that
-    are never ranked), `validated` (its rows need no check), `fingerprint()` (of its rows) and `converts` with
-    `read_into(start, stop, out)` (its rows are not float32 and are converted into a buffer).
+    with `shape`, `block(start, stop)` and `take(ids)`, such as a DescriptorStore. A source may also have:
+
+    - `skipped`: ids that are never ranked.
+    - `validated`: its rows need no check.
+    - `fingerprint()`: a digest of its rows.
+    - `converts` with `read_into(start, stop, out)`: its rows are not float32 and are converted into a buffer.
+    - `dtype` with `take_stored(ids)`: the NumPy dtype of its rows, in which `read_into` can write them as well.
+    - `concurrent`: its methods may be called by several threads at once.
     """
 
     def __init__(self, parts: Sequence[Any], name: str = "descriptors") -> None:
@@ -46,6 +54,11 @@ class Rows:
             )
         self.shape: tuple[int, int] = (int(self._starts[-1]), dims[0])
         self.name = name
+        self.concurrent = all(getattr(part, "concurrent", False) for part in parts)
+        """Whether several threads may read at once."""
+        half = [getattr(part, "converts", False) and getattr(part, "dtype", None) == np.float16 for part in parts]
+        self.stored_dtype = np.dtype(np.float16 if parts and all(half) else np.float32)
+        """Smallest dtype, float16 or float32, that represents all rows as exactly as float32."""
         skipped = [low + getattr(part, "skipped", []) for part, low in zip(parts, self._starts[:-1], strict=True)]
         self.skipped: np.ndarray = np.concatenate([np.asarray(ids, np.int64) for ids in skipped])
         """(n,) ids that search, ranks and reranking leave out, ascending."""
@@ -65,15 +78,68 @@ class Rows:
             part, low, high = pieces[0]
             return np.asarray(part.block(low, high), dtype=np.float32)
         out = np.empty((max(0, stop - start), self.dim), np.float32) if buffer is None else buffer[: stop - start]
+        self.read_into(start, stop, out)
+        return out
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Read rows start..stop-1 into `out` (n, D), float32 or `stored_dtype`."""
         at = 0
-        for part, low, high in pieces:
+        for part, low, high in self._pieces(start, stop):
             here = out[at : at + high - low]
             if getattr(part, "converts", False):
                 part.read_into(low, high, here)
             else:
-                here[:] = part.block(low, high)
+                copy_into(np.ascontiguousarray(part.block(low, high), np.float32), here)
             at += high - low
-        return out
+
+    @property
+    def on_accelerator(self) -> bool:
+        """Whether some rows are on an accelerator."""
+        return any(getattr(part, "on_accelerator", False) for part in self._parts)
+
+    def is_on(self, device: torch.device) -> bool:
+        """Return whether all rows are tensors on `device`, an accelerator."""
+        return all(_tensor(part) is not None and _tensor(part).device == device for part in self._parts)
+
+    def block_on(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
+        """Return rows start..stop-1, cut off at N, as (n, D) float32 on `device`, converted there."""
+        if is_host(device):
+            return to_tensor(self.block(start, stop), device)
+        stop = min(stop, len(self))
+        if self.is_on(device):
+            pieces = [_tensor(part)[low:high].float() for part, low, high in self._pieces(start, stop)]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        staged = self.host_buffer(max(0, stop - start), device)
+        self.read_into(start, stop, staged.numpy())
+        return staged.to(device, non_blocking=True).float()
+
+    def take_on(self, ids: np.ndarray, device: torch.device) -> torch.Tensor:
+        """Return the rows with these ids, any shape S, as (*S, D) float32 on `device`, converted there."""
+        if is_host(device):
+            return to_tensor(self.take(ids), device)
+        if len(self._parts) == 1 and self.is_on(device):
+            return _tensor(self._parts[0])[torch.from_numpy(np.asarray(ids, np.int64)).to(device)].float()
+        flat = np.asarray(ids, np.int64).ravel()
+        staged = self.host_buffer(flat.size, device)
+        values = staged.numpy()
+        # In the order of the rows, so that a chunk reads from few shards.
+        order = np.argsort(flat, kind="stable")
+
+        def gather(chunks: Iterable[slice]) -> None:
+            for chunk in chunks:
+                values[order[chunk]] = self._gather(flat[order[chunk]], self.stored_dtype)
+
+        _run(gather, flat.size, max(1, _PAIR_ELEMENTS // self.dim), self.concurrent)
+        return staged.to(device, non_blocking=True).float().view(*np.shape(ids), self.dim)
+
+    def host_buffer(self, rows: int, device: torch.device) -> torch.Tensor:
+        """Return an empty host tensor (rows, D) of `stored_dtype`, from which copies to `device` are fast."""
+        dtype = torch.float16 if self.stored_dtype == np.float16 else torch.float32
+        return torch.empty((rows, self.dim), dtype=dtype, pin_memory=device.type == "cuda")
+
+    def window(self, start: int, stop: int) -> "Rows":
+        """Return rows start..stop-1 as Rows of their own, read when they are asked for."""
+        return Rows([_Window(self, start, stop)], self.name)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
         """The sources that rows start..stop-1 lie in, with the rows of each."""
@@ -95,15 +161,19 @@ class Rows:
     def take(self, ids: np.ndarray) -> np.ndarray:
         """The rows with these ids, any shape S of integers in 0..N-1: (*S, D) float32."""
         flat = np.asarray(ids, dtype=np.int64).ravel()
+        return self._gather(flat, np.dtype(np.float32)).reshape(*np.shape(ids), self.dim)
+
+    def _gather(self, flat: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """The rows with the ids `flat` (n,): (n, D) of `dtype`, float32 or `stored_dtype`."""
+        method = "take" if dtype == np.float32 else "take_stored"
         if len(self._parts) == 1:
-            rows = np.asarray(self._parts[0].take(flat), dtype=np.float32)
-        else:
-            rows = np.empty((flat.size, self.dim), np.float32)
-            owner = np.searchsorted(self._starts, flat, side="right") - 1
-            for number in np.unique(owner):
-                mine = owner == number
-                rows[mine] = self._parts[number].take(flat[mine] - self._starts[number])
-        return rows.reshape(*np.shape(ids), self.dim)
+            return np.asarray(getattr(self._parts[0], method)(flat), dtype=dtype)
+        rows = np.empty((flat.size, self.dim), dtype)
+        owner = np.searchsorted(self._starts, flat, side="right") - 1
+        for number in np.unique(owner):
+            selected = owner == number
+            rows[selected] = getattr(self._parts[number], method)(flat[selected] - self._starts[number])
+        return rows
 
     def blocks(self, rows: int, check: bool = True) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, block) from the first row to the last, each block valid until the next is asked for.
@@ -114,29 +184,63 @@ class Rows:
         buffer = np.empty((min(rows, len(self)), self.dim), np.float32) if needs_buffer else None
         for start in range(0, len(self), rows):
             block = self.block(start, start + rows, buffer)
-            at = 0
-            for part, low, high in self._pieces(start, start + len(block)) if check else ():
-                if not getattr(part, "validated", False):
-                    validate_block(block[at : at + high - low], start + at, self.name, unit=True)
-                at += high - low
+            for low, high in self.unvalidated(start, start + len(block)) if check else ():
+                validate_block(block[low - start : high - start], low, self.name, unit=True)
             yield start, block
+
+    def unvalidated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield the ranges (low, high) of rows in start..stop-1 whose source does not vouch for them."""
+        low = start
+        for part, first, last in self._pieces(start, stop):
+            high = low + last - first
+            if not getattr(part, "validated", False):
+                yield low, high
+            low = high
+
+
+class _Window:
+    """Some consecutive rows of others, as a source of Rows."""
+
+    def __init__(self, rows: Rows, start: int, stop: int) -> None:
+        self._rows, self._start = rows, start
+        self.shape = (stop - start, rows.dim)
+        self.concurrent, self.on_accelerator = rows.concurrent, rows.on_accelerator
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        return self._rows.block(self._start + start, self._start + stop)
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        return self._rows.take(self._start + ids)
 
 
 class _Array:
     """A numpy array or torch tensor (N, D) as a source of Rows."""
 
     def __init__(self, array: Any, name: str) -> None:
-        self._array = array
         self.shape: tuple[int, ...] = tuple(array.shape)
         kind = str(array.dtype).removeprefix("torch.")
         if kind not in ("float16", "float32", "float64"):
             raise InputError(f"{name}: expected float16, float32 or float64 descriptors, got {kind}; convert them")
         if len(self.shape) != 2 or not self.shape[1]:
             raise InputError(f"{name}: expected a 2-D array (N, D), got shape {self.shape}")
+        if isinstance(array, torch.Tensor):
+            array = array.detach().numpy() if is_host(array.device) else array.detach()
+        self._array = array
+        self.concurrent = isinstance(array, np.ndarray)
+        self.on_accelerator = not self.concurrent
         self.converts = kind == "float16" and isinstance(array, np.ndarray)
+        self.dtype = np.dtype(kind)
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The rows, where they are on an accelerator."""
+        return self._array if self.on_accelerator else None
 
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        to_float32(self._array[start:stop], out)
+        copy_into(self._array[start:stop], out)
+
+    def take_stored(self, ids: np.ndarray) -> np.ndarray:
+        return self._array[ids]
 
     def block(self, start: int, stop: int) -> np.ndarray:
         return self._numpy(self._array[start:stop])
@@ -149,7 +253,7 @@ class _Array:
     @staticmethod
     def _numpy(rows: Any) -> np.ndarray:
         if isinstance(rows, torch.Tensor):
-            rows = rows.detach().cpu().numpy()
+            rows = rows.cpu().numpy()
         return np.ascontiguousarray(rows, dtype=np.float32)
 
 
@@ -236,11 +340,20 @@ def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
     return ids.astype(np.int64)
 
 
-def block_size(block_rows: int, n_queries: int, dim: int) -> int:
-    """Rows per block such that it stays near 64 MB of float32, and its scores for all queries near 64 MB."""
+def block_size(
+    block_rows: int,
+    n_queries: int,
+    dim: int,
+    max_elements: int = _BLOCK_ELEMENTS,
+    max_scores: int = _SCORE_ELEMENTS,
+) -> int:
+    """Return the rows per block: at most `block_rows`, and 1024 or what the limits allow.
+
+    By default a block stays near 64 MB of float32, and its scores for all queries near 64 MB.
+    """
     if block_rows < 1:
         raise InputError(f"block_rows: expected at least 1, got {block_rows}")
-    return min(block_rows, max(1024, min(_SCORE_ELEMENTS // n_queries, _BLOCK_ELEMENTS // dim)))
+    return min(block_rows, max(1024, min(max_scores // n_queries, max_elements // dim)))
 
 
 def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
@@ -252,43 +365,109 @@ def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray)
     """
     rows = X if isinstance(X, Rows) else as_rows(X)
     scores = np.empty(len(query_of), np.float64)
+    if rows.on_accelerator:
+        # Few large transfers instead of one for each chunk.
+        for start in range(0, len(scores), _TAKEN_PAIRS):
+            part = slice(start, start + _TAKEN_PAIRS)
+            taken = rows.take(row_of[part])
+            scores[part] = pair_scores(Q, taken, query_of[part], np.arange(len(taken)))
+        return scores
     step = max(1, _PAIR_ELEMENTS // rows.dim)
-    for start in range(0, len(scores), step):
-        part = slice(start, start + step)
-        products = rows.take(row_of[part]).astype(np.float64)  # converted apart: NumPy multiplies mixed types slowly
-        products *= Q[query_of[part]].astype(np.float64)
-        scores[part] = products.sum(axis=-1)
+    # In the order of their rows, so that a chunk reads from few shards and from few pages.
+    order = np.argsort(row_of, kind="stable")
+
+    def score(chunks: Iterable[slice]) -> None:
+        for chunk in chunks:
+            pairs = order[chunk]
+            products = rows.take(row_of[pairs]).astype(np.float64)  # NumPy multiplies mixed types slowly
+            products *= Q[query_of[pairs]].astype(np.float64)
+            scores[pairs] = products.sum(axis=-1)
+
+    _run(score, len(scores), step, rows.concurrent)
     return scores
 
 
-def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-    """`pair_scores` for a block in memory, scoring bitwise equal rows once: collections repeat images."""
+def block_pair_scores(Q: np.ndarray, block: Any, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+    """Compute `pair_scores` of a block, an array or Rows, scoring bitwise equal rows once: collections repeat images.
+
+    Only the rows of the pairs are read.
+    """
     if len(row_of) <= _FEW_PAIRS:
         return pair_scores(Q, block, query_of, row_of)
     used, row_of = np.unique(row_of, return_inverse=True)
-    digests = [hashlib.blake2b(block[row].data, digest_size=16).digest() for row in used]
+    rows = block if isinstance(block, Rows) else as_rows(block)
+    digests = []
+    for start in range(0, len(used), _TAKEN_PAIRS):
+        taken = rows.take(used[start : start + _TAKEN_PAIRS])
+        digests += [hashlib.blake2b(row.data, digest_size=16).digest() for row in taken]
     first = {digest: number for number, digest in reversed(list(enumerate(digests)))}
     twin = np.array([first[digest] for digest in digests], dtype=np.int64)
     pairs, back = np.unique(query_of * len(used) + twin[row_of], return_inverse=True)
-    return pair_scores(Q, block, pairs // len(used), used[pairs % len(used)])[back]
+    return pair_scores(Q, rows, pairs // len(used), used[pairs % len(used)])[back]
 
 
-def where(mask: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns where a 2-D mask is true; on the CPU NumPy finds them faster than torch."""
-    on_cpu = mask.device.type == "cpu"
-    flat = np.flatnonzero(mask.numpy()) if on_cpu else mask.ravel().nonzero()[:, 0].cpu().numpy()
-    rows, columns = np.divmod(flat, mask.shape[1])
-    return rows, columns
+def _run(work: Callable[[Iterable[slice]], None], count: int, step: int, concurrent: bool) -> None:
+    """Call `work` with slices of `step` items out of `count`, in several threads where that is allowed and pays."""
+    chunks = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    threads = min(torch.get_num_threads(), len(chunks) // _CHUNKS_PER_THREAD) if concurrent else 1
+    if threads < 2:
+        work(chunks)
+        return
+    share = -(-len(chunks) // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, [chunks[start : start + share] for start in range(0, len(chunks), share)]):
+            pass
+
+
+def _tensor(part: Any) -> Any:
+    """The tensor on an accelerator that a source of Rows consists of, or None."""
+    return part.tensor if isinstance(part, _Array) else None
+
+
+def is_host(device: torch.device) -> bool:
+    """Return whether NumPy reads what is on `device`; anything else is an accelerator."""
+    return device.type == "cpu"
+
+
+def scored_where(mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return row, column and score, as float64, of every true entry of a mask (R, C) over scores (R, C)."""
+    if is_host(mask.device):
+        # NumPy finds them faster than torch.
+        rows, columns = np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])
+        return rows, columns, scores[rows, columns].double().numpy()
+    flat = mask.ravel().nonzero()[:, 0]
+    return download_scored(flat, scores)
+
+
+def download_scored(flat: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return row, column and float64 score of the entries `flat` (n,) of scores (R, C) in one transfer."""
+    # An index is exact in float64 up to 2^53.
+    packed = torch.stack((flat.double(), scores.ravel()[flat].double())).cpu().numpy()
+    rows, columns = np.divmod(packed[0].astype(np.int64), scores.shape[1])
+    return rows, columns, packed[1]
 
 
 def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """A numpy array as a tensor on `device`, sharing memory on the CPU. It must not be written to."""
+    return torch.from_numpy(array).to(device)
+
+
+def copy_into(array: np.ndarray, out: np.ndarray) -> None:
+    """Copy into `out`, converting to its dtype, by torch: NumPy takes several times as long for float16."""
+    torch.from_numpy(out).copy_(torch.from_numpy(array))
+
+
+to_float32 = copy_into  # the name that scripts/benches/search.py imports
+
+
+def _silence_read_only() -> None:
+    """Use up torch's warning about read-only arrays, which it gives once: memory maps are, and nothing here writes.
+
+    Filters are not changed when an array is read, since `warnings.catch_warnings` is not safe among threads.
+    """
     with warnings.catch_warnings():
-        # A memory-mapped file is read-only; nothing here writes.
         warnings.filterwarnings("ignore", message=".*not writable.*")
-        return torch.from_numpy(array).to(device)
+        torch.from_numpy(np.frombuffer(bytes(4), np.float32))
 
 
-def to_float32(array: np.ndarray, out: np.ndarray) -> None:
-    """Convert into `out`, by torch: NumPy takes several times as long for float16."""
-    torch.from_numpy(out).copy_(to_tensor(array, torch.device("cpu")))
+_silence_read_only()

@@ -1,0 +1,313 @@
+"""The path of accelerators, run on the CPU: the same ids, ranks and messages as the path of the CPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from test_ranks import sorted_ranks
+from test_scale import store_of, without
+from test_search import brute_force, unit, with_duplicates
+
+from superglobal.errors import InputError
+from superglobal.reporting.similarities import similarity_counts
+from superglobal.retrieval import ranks, scan, staging, vectors
+from superglobal.retrieval.diffusion import diffuse
+from superglobal.retrieval.kreciprocal import kreciprocal
+from superglobal.retrieval.mutual import rerank_mutual
+from superglobal.retrieval.rank_parts import count_better, target_scores
+from superglobal.retrieval.ranks import exact_ranks, search_and_rank
+from superglobal.retrieval.rerank import rerank, rerank_candidates
+from superglobal.retrieval.search import search
+from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.vectors import as_rows, block_pair_scores, concat, pair_scores
+
+N, D = 160, 16
+KINDS = [
+    "float16 map", "float32", "float64", "half store", "store", "half tensor", "tensor", "double tensor", "custom",
+    "half stores", "stores", "mixed", "tensors", "tensor and store",
+]  # fmt: skip
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the CPU as an accelerator, in everything but pinned memory and streams."""
+    for module in (vectors, scan, ranks):
+        monkeypatch.setattr(module, "is_host", lambda device: False)
+
+
+class Custom:
+    """A source with nothing but what is required, which remembers the threads that read it."""
+
+    def __init__(self, x: np.ndarray, bad: int | None = None) -> None:
+        self._x, self._bad = x, bad
+        self.shape = x.shape
+        self.threads: set[int] = set()
+
+    def block(self, start: int, stop: int) -> np.ndarray:
+        self.threads.add(threading.get_ident())
+        if self._bad is not None and start <= self._bad < stop:
+            raise InputError(f"row {self._bad} cannot be read")
+        return self._x[start:stop]
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        return self._x[ids]
+
+
+class Concurrent(Custom):
+    concurrent = True
+
+
+def made(kind: str, X: np.ndarray, folder) -> tuple[object, np.ndarray, np.ndarray]:
+    """A source of rows near X, their float32 values, and the rows that it skips."""
+    half = X.astype(np.float16)
+    if kind == "float16 map":
+        np.save(folder / "x.npy", half)
+        source = np.load(folder / "x.npy", mmap_mode="r")
+    elif kind == "custom":
+        source = Custom(X)
+    elif kind == "float64":
+        source = X.astype(np.float64)
+    elif kind == "half store":
+        source = store_of(folder / "s", X, "float16", skipped=[3, 77])
+    elif kind == "store":
+        source = store_of(folder / "s", X, skipped=[5, 70])
+    elif kind == "half stores":
+        source = concat(store_of(folder / "s", X[:90], "float16", skipped=[2]), half[90:])
+    elif kind == "stores":
+        source = concat(store_of(folder / "s", X[:90], skipped=[2]), X[90:140], Custom(X[140:]))
+    elif kind == "mixed":
+        source = concat(half[:50], store_of(folder / "s", X[50:120]), half[120:])
+    elif kind == "tensors":
+        source = concat(torch.from_numpy(half[:50]), torch.from_numpy(X[50:]))
+    elif kind == "tensor and store":
+        source = concat(torch.from_numpy(half[:50]), store_of(folder / "s", X[50:], "float16", skipped=[1]))
+    else:
+        source = {
+            "float32": X,
+            "half tensor": torch.from_numpy(half),
+            "tensor": torch.from_numpy(X),
+            "double tensor": torch.from_numpy(X.astype(np.float64)),
+        }[kind]
+    rows = as_rows(source)
+    return source, rows.block(0, len(rows)).copy(), rows.skipped
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block_rows", [37, 1000])
+def test_ids_and_ranks_equal_brute_force(tmp_path, accelerator, kind: str, block_rows: int) -> None:
+    rng = np.random.default_rng(KINDS.index(kind))
+    X = with_duplicates(rng, N, D, 70)
+    X[100:120] = X[0]
+    X[np.arange(100, 120), rng.integers(D, size=20)] *= np.float32(1 + 2e-7)
+    source, X, skipped = made(kind, X, tmp_path)
+    Q = np.concatenate([unit(rng, 3, D), X[:1] / np.linalg.norm(X[:1])])
+    kept = np.setdiff1d(np.arange(N), skipped)
+    exclude = rng.choice(kept, 4)
+    for excluded in (None, exclude):
+        options = {"block_rows": block_rows, "exclude": excluded}
+        lists = [without(X, skipped, Q[q : q + 1], N, None if excluded is None else excluded[q : q + 1])[0]
+                 for q in range(4)]  # fmt: skip
+        targets = [rng.permutation(one)[:count] for one, count in zip(lists, (0, 5, 60, 150), strict=True)]
+        (scores, ids), found = search_and_rank(Q, source, 40, targets, **options)
+        np.testing.assert_array_equal(ids, [one[:40] for one in lists])
+        for one, wanted, whole in zip(found, targets, lists, strict=True):
+            np.testing.assert_array_equal(one, [np.flatnonzero(whole == i)[0] for i in wanted])
+        alone = search(Q, source, 40, **options, dtype=np.float64)
+        np.testing.assert_array_equal(alone[1], ids)
+        np.testing.assert_array_equal(alone[0].astype(np.float32), scores)
+        for one, other in zip(exact_ranks(Q, source, targets, **options), found, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_results_equal_those_of_the_cpu(tmp_path, monkeypatch, kind: str) -> None:
+    rng = np.random.default_rng(KINDS.index(kind))
+    source, X, skipped = made(kind, unit(rng, N, D), tmp_path)
+    Q = unit(rng, 6, D)
+    kept = np.setdiff1d(np.arange(N), skipped)
+    targets = [rng.choice(kept, 20, replace=False) for _ in range(6)]
+    candidates = torch.from_numpy(X[kept[:60]].reshape(6, 10, D))
+
+    def results() -> Iterator[np.ndarray]:
+        scores, ids = search(Q, source, 100, dtype=np.float64, block_rows=64)
+        yield from (scores, ids)
+        yield from exact_ranks(Q, source, targets, block_rows=64)
+        yield from target_scores(Q, source, targets)
+        yield from count_better(Q, source, target_scores(Q, source, targets), targets, block_rows=64)
+        for reranker in (rerank, rerank_mutual, kreciprocal, diffuse):
+            yield from reranker(Q, source, ids, 50, batch_size=4)
+        yield from rerank_candidates(Q, candidates, batch_size=4)
+        sets = [{"easy": one[:3]} for one in targets]
+        yield from similarity_counts(Q, source, sets, block_rows=64).values()
+
+    expected = list(results())
+    for module in (vectors, scan, ranks):
+        monkeypatch.setattr(module, "is_host", lambda device: False)
+    # The tensors of the source were read as arrays of the CPU; they have to be wrapped again.
+    if "tensor" in kind:
+        source = made(kind, X, tmp_path / "again")[0] if "store" not in kind else source
+    for one, other in zip(results(), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "store" not in kind and kind != "mixed"])
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "has NaN"), (np.inf, "has NaN or infinite"), (3, "has norm")])
+def test_a_bad_row_is_named(tmp_path, accelerator, kind: str, value: float, message: str) -> None:
+    rng = np.random.default_rng(0)
+    X, Q = unit(rng, N, D), unit(rng, 3, D)
+    X[131] *= value
+    source = made(kind, X, tmp_path)[0]
+    for run in (lambda: search(Q, source, 5, block_rows=50), lambda: exact_ranks(Q, source, [[0]] * 3)):
+        with pytest.raises(InputError, match=f": row 131 {message}"):
+            run()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_damage_to_a_store_is_seen(tmp_path, accelerator, dtype: str, value: float) -> None:
+    rng = np.random.default_rng(0)
+    X, Q = unit(rng, N, D), unit(rng, 3, D)
+    store_of(tmp_path / "s", X, dtype)
+    shard = np.load(tmp_path / "s" / "shard-00002.npy", mmap_mode="r+")
+    shard[5, 2] = value
+    shard.flush()
+    store = DescriptorStore.open(tmp_path / "s")
+    for source, row in ((store, 85), (concat(X[:10], store), 95), (concat(torch.from_numpy(X[:10]), store), 95)):
+        for run in (lambda x: search(Q, x, 5, block_rows=50), lambda x: exact_ranks(Q, x, [[0]] * 3)):
+            with pytest.raises(InputError, match=f": row {row} has NaN or infinite"):
+                run(source)
+
+
+def readers() -> list[str]:
+    return [one.name for one in threading.enumerate() if one.name.startswith("descriptor-reader")]
+
+
+def test_an_error_while_reading_ahead_surfaces_and_ends_the_thread(accelerator) -> None:
+    rng = np.random.default_rng(1)
+    X, Q = unit(rng, N, D), unit(rng, 3, D)
+    with pytest.raises(InputError, match="row 120 cannot be read"):
+        search(Q, Concurrent(X, bad=120), 5, block_rows=20)
+    assert not readers()
+
+
+def test_the_thread_ends_when_a_consumer_raises(accelerator) -> None:
+    rng = np.random.default_rng(2)
+    X, Q = unit(rng, N, D), unit(rng, 3, D)
+
+    class Failing:
+        blocks = 0
+
+        def add(self, block: scan.Block) -> None:
+            assert readers()
+            self.blocks += 1
+            if self.blocks == 3:
+                raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough") as caught:
+        scan.scan(Q, as_rows(X), [Failing()], None, None, 20)
+    assert caught.value.__traceback__ is not None  # the frames are still alive
+    assert not readers()
+
+
+def test_only_sources_that_allow_it_are_read_by_another_thread(accelerator) -> None:
+    rng = np.random.default_rng(3)
+    X, Q = unit(rng, N, D), unit(rng, 3, D)
+    own, shared = Custom(X), Concurrent(X)
+    for source in (own, shared):
+        np.testing.assert_array_equal(search(Q, source, 20, block_rows=20)[1], brute_force(Q, X, 20))
+    assert own.threads == {threading.get_ident()}
+    assert threading.get_ident() not in shared.threads
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_the_callers_gradient_mode_does_not_matter(accelerator, mode) -> None:
+    rng = np.random.default_rng(9)
+    X, Q = unit(rng, N, D), unit(rng, 3, D)
+    expected = brute_force(Q, X, 20)
+    with mode():
+        for source in (
+            X,
+            X.astype(np.float32),
+            torch.from_numpy(X).requires_grad_(),
+            concat(torch.from_numpy(X), X[:0]),
+        ):
+            np.testing.assert_array_equal(search(Q, source, 20, block_rows=20)[1], expected)
+            assert rerank(Q, source, expected, 10)[1].shape == (3, 20)
+
+
+def test_blocks_are_copied_as_they_are_stored(accelerator, monkeypatch, tmp_path) -> None:
+    X = unit(np.random.default_rng(4), N, D)
+    store = store_of(tmp_path / "s", X, "float16")
+    rows, mixed = as_rows(store), concat(store, X)
+    assert rows.stored_dtype == np.float16
+    assert mixed.stored_dtype == np.float32
+    assert rows.host_buffer(3, torch.device("cpu")).dtype == torch.float16
+    seen = []
+    for start, block in staging.device_blocks(rows, 70, 2, torch.device("cpu")):
+        np.testing.assert_array_equal(block.numpy(), store.block(start, min(start + 70, N)))
+        seen.append(len(block))
+    assert seen == [70, 70, 20]
+    monkeypatch.setattr(staging, "STAGED_BYTES", 1100 * D * 2)
+    large = as_rows(np.repeat(X.astype(np.float16), 10, axis=0))
+    lengths = [len(block) for _, block in staging.device_blocks(large, 65536, 2, torch.device("cpu"))]
+    assert lengths == [1100, 500]
+    assert list(staging.device_blocks(as_rows(X[:0]), 70, 2, torch.device("cpu"))) == []
+
+
+def test_tensors_on_the_device_are_not_copied(accelerator) -> None:
+    X = torch.from_numpy(unit(np.random.default_rng(5), N, D))
+    rows = as_rows(X)
+    assert rows.is_on(X.device)
+    blocks = [block for _, block in staging.device_blocks(rows, 100, 2, X.device)]
+    assert [block.data_ptr() for block in blocks] == [X[start:].data_ptr() for start in (0, 100)]
+    assert not concat(X, X.numpy()).is_on(X.device)
+    ids = np.array([[5, 3], [159, 0]])
+    np.testing.assert_array_equal(rows.take_on(ids, X.device).numpy(), X.numpy()[ids])
+
+
+def test_thousands_of_near_ties_on_the_device(accelerator) -> None:
+    """Crowds of copies are scored once in float64, whole blocks tie with targets, and scores rise with the row."""
+    rng = np.random.default_rng(6)
+    X = unit(rng, 6000, 32)
+    X[rng.permutation(6000)[:4000]] = X[0]
+    Q = np.concatenate([X[:1], unit(rng, 2, 32)])
+    X = X[np.argsort(X @ Q[1], kind="stable")]
+    targets = [rng.choice(6000, 300, replace=False) for _ in range(3)]
+    order = sorted_ranks(Q, X)
+    for source in (X, torch.from_numpy(X)):
+        (_, ids), found = search_and_rank(Q, source, 100, targets, block_rows=500)
+        np.testing.assert_array_equal(ids, brute_force(Q, X, 100))
+        for query, one in enumerate(found):
+            np.testing.assert_array_equal(one, order[query, targets[query]])
+
+
+def test_products_on_an_accelerator_stay_within_the_tolerance(accelerator) -> None:
+    rng = np.random.default_rng(7)
+    X = np.abs(unit(rng, 500, 2048)) + np.float32(0.05)
+    X /= np.linalg.norm(X, axis=1, keepdims=True)
+    scores = scan.inner_products(torch.from_numpy(X[:9]), torch.from_numpy(X)).numpy()
+    assert np.abs(scores - X[:9].astype(np.float64) @ X.T.astype(np.float64)).max() < vectors.TOLERANCE
+
+
+def test_pairs_are_scored_alike_by_any_number_of_threads(monkeypatch, tmp_path) -> None:
+    rng = np.random.default_rng(8)
+    X, Q = unit(rng, N, 512), unit(rng, 5, 512)
+    store = DescriptorStore.open_or_create(tmp_path / "s", {}, [str(i) for i in range(N)], 512, 40, dtype="float16")
+    store.write_rows(np.arange(N), X)
+    store.flush()
+    query_of, row_of = rng.integers(5, size=9000), rng.integers(N, size=9000)
+    expected = (Q[query_of].astype(np.float64) * store.block(0, N)[row_of].astype(np.float64)).sum(axis=1)
+    rows = as_rows(store)
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        np.testing.assert_array_equal(pair_scores(Q, rows, query_of, row_of), expected)
+        np.testing.assert_array_equal(block_pair_scores(Q, rows.window(0, N), query_of, row_of), expected)
+        np.testing.assert_array_equal(block_pair_scores(Q, store.block(0, N), query_of, row_of), expected)
+        monkeypatch.setattr(vectors, "is_host", lambda device: False)
+        taken = rows.take_on(row_of.reshape(3, -1), torch.device("cpu"))
+        np.testing.assert_array_equal(taken.numpy(), store.block(0, N)[row_of.reshape(3, -1)])
+        monkeypatch.undo()
