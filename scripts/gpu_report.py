@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -49,10 +50,8 @@ def main() -> int:
         print("error: nvidia-smi finds no GPU; use --device cpu --size tiny to try the script", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    lines, work = args.out / "rows.jsonl", (args.out / "work").resolve()
+    lines, work = args.out / "rows.jsonl", Path(tempfile.mkdtemp(prefix="gpu_report_"))
     lines.unlink(missing_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
     start, end = time.monotonic(), time.monotonic() + 60 * args.minutes
     seconds: dict[str, float] = {}
     for number, name in enumerate(args.sections):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 
@@ -23,7 +24,7 @@ from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rerank import rerank, rerank_candidates
 from superglobal.retrieval.search import search
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.vectors import as_rows, block_pair_scores, concat, pair_scores
+from superglobal.retrieval.vectors import as_rows, block_pair_scores, concat, pair_scores, pair_scores_on
 
 N, D = 160, 16
 KINDS = [
@@ -300,8 +301,11 @@ def test_pairs_are_scored_alike_by_any_number_of_threads(monkeypatch, tmp_path) 
     store.write_rows(np.arange(N), X)
     store.flush()
     query_of, row_of = rng.integers(5, size=9000), rng.integers(N, size=9000)
-    expected = (Q[query_of].astype(np.float64) * store.block(0, N)[row_of].astype(np.float64)).sum(axis=1)
     rows = as_rows(store)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    expected = pair_scores(Q, rows, query_of, row_of)
+    plain = (Q[query_of].astype(np.float64) * store.block(0, N)[row_of].astype(np.float64)).sum(axis=1)
+    np.testing.assert_allclose(expected, plain, atol=1e-15, rtol=0)
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         np.testing.assert_array_equal(pair_scores(Q, rows, query_of, row_of), expected)
@@ -311,3 +315,24 @@ def test_pairs_are_scored_alike_by_any_number_of_threads(monkeypatch, tmp_path) 
         taken = rows.take_on(row_of.reshape(3, -1), torch.device("cpu"))
         np.testing.assert_array_equal(taken.numpy(), store.block(0, N)[row_of.reshape(3, -1)])
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("dim", [1, 63, 64, 65, 200, 2048])
+def test_pair_scores_have_the_same_bits_on_every_path(dim):
+    rng = np.random.default_rng(dim)
+    Q, X = rng.standard_normal((5, dim), np.float32), rng.standard_normal((40, dim), np.float32).astype(np.float16)
+    query_of, row_of = rng.integers(5, size=300), rng.integers(40, size=300)
+    expected = []
+    for query, row in zip(query_of, row_of, strict=True):
+        products = Q[query].astype(np.float64) * X[row].astype(np.float64)
+        lanes = np.zeros(64)
+        for start in range(0, dim, 64):
+            part = products[start : start + 64]
+            lanes[: len(part)] += part
+        while len(lanes) > 1:
+            lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+        expected.append(lanes[0])
+        assert lanes[0] == pytest.approx(math.fsum(products), abs=1e-12)
+    assert pair_scores(Q, X, query_of, row_of).tolist() == expected
+    vectors = torch.from_numpy(X)
+    assert pair_scores_on(torch.from_numpy(Q), vectors, query_of, row_of).tolist() == expected

@@ -39,20 +39,26 @@ def main(report: Report) -> None:
     try:
         report.run("goldens of the reference implementation", lambda: _goldens(report), need=15)
         report.run("orders of search, ranks and rerankers", lambda: _orders(report), need=10)
-        report.run("out-of-memory halving", lambda: _out_of_memory(report, photos), need=10)
-        finish(toy, report.left())
+        for rendering in toy:
+            finish(rendering, report.left())
         training = report.run("training on the toy set", lambda: _start_training(report), need=40)
         report.run("resuming a killed training", lambda: _resume(report), need=20)
+        report.run("out-of-memory halving", lambda: _out_of_memory(report, photos), need=10)
         report.run("training loss of 20 steps", lambda: _losses(report), need=10)
         if training is not None:
             report.run("precision on the toy set", lambda: _precisions(report, training), need=20)
     finally:
-        toy.kill()
+        for rendering in toy:
+            rendering.kill()
 
 
-def _toy_data(report: Report) -> subprocess.Popen[str]:
-    size = report.pick("small", "small", "tiny")
-    return command(["scripts/make_toy_data.py", "--size", size, "--out", report.work / "data" / "toy"])
+def _toy_data(report: Report) -> list[subprocess.Popen[str]]:
+    """Start rendering the toy set of the precisions and the tiny one of the resumed training."""
+    sizes = {"data": report.pick("small", "small", "tiny"), "data_tiny": "tiny"}
+    return [
+        command(["scripts/make_toy_data.py", "--size", size, "--out", report.work / name / "toy"])
+        for name, size in sizes.items()
+    ]
 
 
 def _goldens(report: Report) -> None:
@@ -76,7 +82,8 @@ def _goldens(report: Report) -> None:
             truth = torch.from_numpy(np.stack([expected[key] for key in keys]))
             # Folding costs a pass on the CPU, half precision another: not for every switch.
             folds = keys is chosen[0]
-            for name in ("float32", "float32, folded", *cosines) if folds else ("float32",):
+            # The plain network last: fast copies are made on the CPU.
+            for name in ("float32, folded", *cosines, "float32") if folds else ("float32",):
                 network.precision = name.split(",")[0]
                 model = (fast_copies([network])[0] if name != "float32" else network).to(report.device)
                 with torch.inference_mode(), full_precision():
@@ -95,7 +102,7 @@ def _goldens(report: Report) -> None:
 
 def _orders(report: Report) -> None:
     """Ids of search, exact ranks and rerankers on both devices, with duplicates among the rows."""
-    rows, dim, depth = report.pick((100_000, 2048, 400), (20_000, 1024, 400), (2_000, 64, 100))
+    rows, dim, depth = report.pick((20_000, 2048, 400), (20_000, 1024, 400), (2_000, 64, 100))
     Q, X = clustered(70, rows, dim)
     X[rows // 2 : rows // 2 + 500] = X[:500]  # copies of images: equal scores, ordered by id
     half = X.astype(np.float16)
@@ -213,8 +220,8 @@ def _losses(report: Report) -> None:
     )
 
 
-def _training_words(report: Report, name: str, *overrides: str) -> list[str]:
-    places = [f"paths.data={report.work / 'data'}", f"paths.outputs={report.work / 'outputs'}", f"name={name}"]
+def _training_words(report: Report, name: str, *overrides: str, data: str = "data") -> list[str]:
+    places = [f"paths.data={report.work / data}", f"paths.outputs={report.work / 'outputs'}", f"name={name}"]
     accelerator = "gpu" if report.cuda else "cpu"
     words = ["experiment=quickstart", "logger=csv", f"trainer.accelerator={accelerator}", "trainer.devices=1"]
     return [*words, "trainer.progress=false", *places, *overrides]
@@ -229,21 +236,20 @@ def _start_training(report: Report) -> tuple[subprocess.Popen[str], float]:
 
 def _resume(report: Report) -> None:
     """A training that is killed and resumed ends with the bits of an undisturbed one, on a GPU too."""
-    settings = ["optim.epochs=3", "optim.batch_size=12", "data.image_size=96", "validation.fraction=0.25", "dim=32"]
-    settings += ["data.table=train.csv"] if report.size == "tiny" else []
+    settings = ["optim.epochs=3", "optim.batch_size=12", "data.image_size=96", "data.table=train.csv", "dim=32"]
     settings += ["pooling.regional=true", "head=subcenter", "head.negatives=0.5", "optim.ema=0.9"]
     settings += [
+        "validation.fraction=0.25",
         "trainer.log_every=1",
         "trainer.save_every_steps=2",
         "trainer.deterministic=true",
         "trainer.num_workers=0",
     ]
-    settings += ["validation.images=40", "data.min_images=" + report.pick("12", "12", "2")]
-    whole = command(["train.py", *_training_words(report, "whole", *settings)])
-    killed = command(["tests/killed.py", *_training_words(report, "killed", *settings)], {"KILL_AT": "7"})
-    finish(killed, report.left(), -signal.SIGKILL)
-    finish(command(["train.py", *_training_words(report, "killed", *settings)]), report.left())
-    finish(whole, report.left())
+    whole, killed = (_training_words(report, name, *settings, data="data_tiny") for name in ("whole", "killed"))
+    undisturbed = command(["train.py", *whole])
+    finish(command(["tests/killed.py", *killed], {"KILL_AT": "7"}), report.left(), -signal.SIGKILL)
+    finish(command(["train.py", *killed]), report.left())
+    finish(undisturbed, report.left())
     ends = [
         torch.load(
             report.work / "outputs" / "train" / name / "checkpoints" / "last.ckpt",

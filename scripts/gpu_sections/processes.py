@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,12 @@ from gpu_sections.common import Report, Skip, command, finish
 
 
 def main(report: Report) -> None:
-    """NCCL with one process, gloo and NCCL with two on the same device."""
+    """NCCL with one process, gloo and NCCL with two on the same device, all at a time."""
     cases = [("nccl", 1), ("gloo", 2), ("nccl", 2)] if report.cuda else [("gloo", 2)]
-    weights = {}
-    for backend, world in cases:
-        name = f"DDP, {backend}, {world} process{'es' if world > 1 else ''} on one device"
-        weights[backend, world] = report.run(name, lambda b=backend, w=world, n=name: _run(report, b, w, n), need=15)  # type: ignore[misc]
+    with ThreadPoolExecutor() as pool:
+        for backend, world in cases:
+            name = f"DDP, {backend}, {world} process{'es' if world > 1 else ''} on one device"
+            pool.submit(report.run, name, partial(_run, report, backend, world, name), need=15)
 
 
 def _run(report: Report, backend: str, world: int, name: str) -> None:

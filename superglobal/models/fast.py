@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -38,7 +39,7 @@ def fast_copies(networks: Sequence[RetrievalNetwork], compiled: bool = False) ->
 
     Args:
         networks: on the CPU; they stay as they are.
-        compiled: compile the backbone and the pooling with torch.compile, which takes minutes at the start.
+        compiled: compile the backbone with torch.compile, which takes minutes at the start.
     """
     made: dict[int, Backbone] = {}
     copies = []
@@ -46,17 +47,39 @@ def fast_copies(networks: Sequence[RetrievalNetwork], compiled: bool = False) ->
         key = id(network.backbone)
         if key not in made:
             dtype = PRECISIONS[network.precision]
-            fast = folded(network.backbone).to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            fast = folded(network.backbone)
+            _use_matrix_products(fast.net)
+            fast = fast.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
             fast.dtype = dtype
             if compiled:
                 # The module that is called: timm's own `forward`, which `net.compile` would replace, is not.
                 fast.compile(dynamic=True)
             made[key] = fast
-        copy_ = network.sharing(made[key], network.config).eval()
-        if compiled:
-            copy_.pooling.compile(dynamic=True)
-        copies.append(copy_)
+        copies.append(network.sharing(made[key], network.config).eval())
     return copies
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1 x 1 convolution that is a matrix product on CUDA, where cuDNN adds the bias in a pass of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W), channels last -> (B, C', H', W'), channels last."""
+        if not x.is_cuda:
+            return super().forward(x)
+        cells = x[..., :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
+        out = F.linear(cells.reshape(-1, self.in_channels), self.weight.flatten(1), self.bias)
+        return out.view(*cells.shape[:3], self.out_channels).permute(0, 3, 1, 2)
+
+
+def _use_matrix_products(net: nn.Module) -> None:
+    """Replace the 1 x 1 convolutions of a network."""
+    for name, module in list(net.named_modules()):
+        plain = type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
+        if plain and module.padding == (0, 0):
+            with torch.device("meta"):
+                new = PointwiseConv2d(module.in_channels, module.out_channels, 1, module.stride, bias=False)
+            new.weight, new.bias = module.weight, module.bias
+            replace_module(net, name, new)
 
 
 def folded(backbone: Backbone) -> Backbone:

@@ -262,5 +262,8 @@ class MapPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.config
+        if x.is_cuda:
+            # Convolutions leave the channels last; windows and means read whole planes faster.
+            x = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
         x = self.regional(x)
         return gem(x, c.gem_plus_p, c.gem_plus_eps) if c.gem_plus else gem(x, self.p, c.eps)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from superglobal.retrieval.scan import Block, scan
-from superglobal.retrieval.vectors import TOLERANCE, Rows, as_queries, as_rows, block_pair_scores, pair_scores
+from superglobal.retrieval.vectors import TOLERANCE, Rows, as_queries, as_rows, pair_scores
 
 BINS = 200
 EDGES = np.linspace(-1, 1, BINS + 1)
@@ -73,5 +73,5 @@ class _Counter:
         sure = place[counted & ~near].floor().clamp(0, BINS - 1).long()
         self.counts += torch.bincount(sure, minlength=BINS).cpu().numpy()
         query_of, row_of = (one.cpu().numpy() for one in near.nonzero(as_tuple=True))
-        scores = block_pair_scores(self._queries, block.rows, query_of, row_of)
+        scores = block.pair_scores(query_of, row_of)
         self.counts += np.bincount(bin_of(scores), minlength=BINS)

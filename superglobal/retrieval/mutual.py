@@ -17,8 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from superglobal.retrieval.rerank import combine, neighbours, normalised, refined
-from superglobal.retrieval.shortlists import dots, require_between, require_whole, rerank_shortlists
+from superglobal.retrieval.rerank import combine, normalised, refined
+from superglobal.retrieval.shortlists import (
+    dots,
+    first_columns,
+    in_steps,
+    nearest,
+    require_between,
+    require_whole,
+    rerank_shortlists,
+)
 
 
 def rerank_mutual(
@@ -50,15 +58,17 @@ def rerank_mutual(
 
 def _scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, K: int, beta: float, k_query: int) -> torch.Tensor:
     """Final scores (B, M) float64 of shortlists (B, M, D) for queries (B, D)."""
-    near, weights = neighbours(gram, K, beta)
+    near = nearest(gram, K + 1)
+    weights = gram.gather(2, near).double() * beta
+    weights[..., 0] = 1.0
     weights = normalised(weights * _mutual(near), beta)
     first = dots(T, q)
     s1 = combine(weights, near, first)
-    best = s1.topk(near.shape[-1], dim=1).indices
+    best = first_columns(s1, near.shape[-1])
     batch = torch.arange(len(T), device=T.device)[:, None]
-    # `neighbours` left the diagonal infinite: an image always counts as nearer to itself than the query.
-    nearer = (gram[batch, best] > first[batch, best][..., None]).sum(dim=-1) - 1
-    joins = nearer < k_query
+    nearer = in_steps(gram[batch, best]) > in_steps(first[batch, best])[..., None]
+    nearer.scatter_(2, best[..., None], False)  # an image is no neighbor of its own
+    joins = nearer.sum(dim=-1) < k_query
     members = refined(T, near, weights, best) * joins[..., None]
     count = joins.sum(dim=1, keepdim=True)
     e = (members.sum(dim=1) + q) / (count + 1)

@@ -17,7 +17,6 @@ from superglobal.retrieval.vectors import (
     as_exclude,
     as_queries,
     as_rows,
-    block_pair_scores,
     download_scored,
     flat_array,
     is_host,
@@ -196,7 +195,7 @@ class Counter:
             # Neighbors in memory then belong to different queries, so that they seldom add to the same counter.
             self._beaten_on_device += torch.bincount(slots.T.reshape(-1), minlength=len(self._beaten))
             query_of, row_of = self._compare_on_device(places == 0, scores)
-        exact = block_pair_scores(self._queries, block.rows, query_of, row_of)
+        exact = block.pair_scores(query_of, row_of)
         self._waiting.append((query_of, exact, row_of + block.start + self._start))
         if sum(len(one[0]) for one in self._waiting) > _WAITING:
             self._place_waiting()

@@ -9,7 +9,15 @@ import torch
 
 from superglobal.precision import full_precision
 from superglobal.retrieval.staging import device_blocks
-from superglobal.retrieval.vectors import Rows, block_size, is_host, to_tensor, validate_block
+from superglobal.retrieval.vectors import (
+    Rows,
+    block_pair_scores,
+    block_size,
+    is_host,
+    pair_scores_on,
+    to_tensor,
+    validate_block,
+)
 
 # On an accelerator products are summed over so many dimensions at a time: sums of 2048 products one after the other,
 # as its matrix products form them, can be off by more than the tolerance that exactness rests on.
@@ -64,6 +72,12 @@ class Block:
                 scores[:, torch.from_numpy(self.skipped).to(scores.device)] = -torch.inf
             self._scores = scores
         return self._scores
+
+    def pair_scores(self, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+        """Compute the float64 scores (P,) of queries `query_of` (P,) and rows `row_of` (P,) of the block."""
+        if is_host(self._queries.device):
+            return block_pair_scores(self._queries.numpy(), self.rows, query_of, row_of)
+        return pair_scores_on(self._queries, self._vectors, query_of, row_of)
 
 
 def inner_products(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:

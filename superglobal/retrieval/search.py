@@ -15,7 +15,6 @@ from superglobal.retrieval.vectors import (
     as_exclude,
     as_queries,
     as_rows,
-    block_pair_scores,
     pair_scores,
     scored_where,
 )
@@ -133,7 +132,7 @@ class Shortlist:
         crowded = np.flatnonzero(np.bincount(query_of, minlength=len(self._queries)) > self._k + _CROWD)
         if len(crowded):
             many = np.isin(query_of, crowded)
-            scores[many] = block_pair_scores(self._queries, block.rows, query_of[many], row_of[many])
+            scores[many] = block.pair_scores(query_of[many], row_of[many])
             exact[many] = True
             keep = ~many
             keep[np.flatnonzero(many)[_first(query_of[many], scores[many], row_of[many], self._k)]] = True

@@ -146,15 +146,35 @@ def check_norms(gram: torch.Tensor, numbers: np.ndarray, name: str) -> None:
 
 
 def nearest(similarity: torch.Tensor, count: int) -> torch.Tensor:
-    """Per row its `count` most similar columns, itself first, ties by the lower column: (B, N, min(count, N)) int64.
+    """Return per row its `count` most similar columns, itself first: (B, N, min(count, N)) int64.
 
-    similarity: (B, N, N) float64; its diagonal is not read. Compared in steps of about 1e-6, so that of two
-    copies of an image it is not rounding that decides which one is the neighbour.
+    similarity: (B, N, N); its diagonal is not read. The order is that of `first_columns`.
     """
-    ranked = torch.round(similarity * 2**20)
+    keys = _order_keys(similarity)
     # A duplicate may score above the row itself by rounding; infinity keeps the row in slot 0.
-    ranked.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    return ranked.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    keys.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    return keys.topk(min(count, keys.shape[-1]), dim=-1).indices
+
+
+def first_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the columns of the `count` largest scores (B, N), best first, equal ones by the lower column: (B, count).
+
+    Scores are compared in steps of about 1e-6, so that rounding, which differs from device to device, does not decide
+    between two copies of an image.
+    """
+    return _order_keys(scores).topk(count, dim=-1).indices
+
+
+def in_steps(scores: torch.Tensor) -> torch.Tensor:
+    """Return scores as whole numbers of steps of about 1e-6, float64."""
+    return torch.round(scores.double() * 2**20)
+
+
+def _order_keys(scores: torch.Tensor) -> torch.Tensor:
+    """Return numbers (..., N), no two of a row equal, that sort as `in_steps` does, then by the lower column."""
+    columns = torch.arange(scores.shape[-1], dtype=torch.float64, device=scores.device)
+    # Whole numbers below 2^53 are exact in float64.
+    return in_steps(scores) * 2**24 - columns
 
 
 def mask_of(near: torch.Tensor, columns: int) -> torch.Tensor:

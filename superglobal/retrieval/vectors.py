@@ -20,7 +20,9 @@ NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError)
 _UNIT_TOLERANCE = 1e-3
 _PAIR_ELEMENTS = 1 << 17  # elements of one chunk of pair scores: 1 MB of float64, which stays in the cache
 _FEW_PAIRS = 2048  # that are scored without looking for equal rows
-_TAKEN_PAIRS = 4096  # rows that are brought from an accelerator at once to be scored: 32 MB of float32 at D = 2048
+_TAKEN_PAIRS = 4096  # rows that are read at once to look for equal ones: 32 MB of float32 at D = 2048
+_DEVICE_PAIR_ELEMENTS = 1 << 25  # elements of one chunk of pair scores on an accelerator: 256 MB of float64
+_LANES = 64  # partial sums of a pair score
 _CHUNKS_PER_THREAD = 4  # fewer chunks of pair scores than this are not worth another thread
 _SCORE_ELEMENTS = 1 << 24  # elements of one block of scores: 64 MB of float32
 _BLOCK_ELEMENTS = 1 << 24  # elements of one block of rows: 64 MB of float32
@@ -93,9 +95,9 @@ class Rows:
             at += high - low
 
     @property
-    def on_accelerator(self) -> bool:
-        """Whether some rows are on an accelerator."""
-        return any(getattr(part, "on_accelerator", False) for part in self._parts)
+    def single_tensor(self) -> torch.Tensor | None:
+        """All rows, where they are one tensor on an accelerator."""
+        return _tensor(self._parts[0]) if len(self._parts) == 1 else None
 
     def is_on(self, device: torch.device) -> bool:
         """Return whether all rows are tensors on `device`, an accelerator."""
@@ -204,7 +206,7 @@ class _Window:
     def __init__(self, rows: Rows, start: int, stop: int) -> None:
         self._rows, self._start = rows, start
         self.shape = (stop - start, rows.dim)
-        self.concurrent, self.on_accelerator = rows.concurrent, rows.on_accelerator
+        self.concurrent = rows.concurrent
 
     def block(self, start: int, stop: int) -> np.ndarray:
         return self._rows.block(self._start + start, self._start + stop)
@@ -360,18 +362,14 @@ def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray)
     """Inner products of P pairs in float64: (P,) for queries `query_of` (P,) and rows `row_of` (P,) of X.
 
     X is anything with `take`: Rows, or a (n, D) array. float32 products are exact in float64, and each pair is
-    summed on its own, so equal vectors get equal scores wherever they stand. That makes (-score, id) a total
-    order which every backend shares.
+    summed on its own in an order that depends on D alone, so equal vectors get equal scores wherever they stand, on
+    every device. That makes (-score, id) a total order which every backend shares.
     """
     rows = X if isinstance(X, Rows) else as_rows(X)
     scores = np.empty(len(query_of), np.float64)
-    if rows.on_accelerator:
-        # Few large transfers instead of one for each chunk.
-        for start in range(0, len(scores), _TAKEN_PAIRS):
-            part = slice(start, start + _TAKEN_PAIRS)
-            taken = rows.take(row_of[part])
-            scores[part] = pair_scores(Q, taken, query_of[part], np.arange(len(taken)))
-        return scores
+    tensor = rows.single_tensor
+    if tensor is not None:
+        return pair_scores_on(torch.from_numpy(Q).to(tensor.device), tensor, query_of, row_of)
     step = max(1, _PAIR_ELEMENTS // rows.dim)
     # In the order of their rows, so that a chunk reads from few shards and from few pages.
     order = np.argsort(row_of, kind="stable")
@@ -381,10 +379,45 @@ def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray)
             pairs = order[chunk]
             products = rows.take(row_of[pairs]).astype(np.float64)  # NumPy multiplies mixed types slowly
             products *= Q[query_of[pairs]].astype(np.float64)
-            scores[pairs] = products.sum(axis=-1)
+            scores[pairs] = _sum_rows(products)
 
     _run(score, len(scores), step, rows.concurrent)
     return scores
+
+
+def pair_scores_on(
+    queries: torch.Tensor, vectors: torch.Tensor, query_of: np.ndarray, row_of: np.ndarray
+) -> np.ndarray:
+    """Compute `pair_scores` of queries (Q, D) and vectors (n, D) on their device, with the same bits."""
+    scores = np.empty(len(query_of), np.float64)
+    pairs = torch.from_numpy(np.stack([query_of, row_of])).to(vectors.device)
+    step = max(1, _DEVICE_PAIR_ELEMENTS // vectors.shape[1])
+    for start in range(0, len(scores), step):
+        chunk = slice(start, start + step)
+        products = vectors[pairs[1, chunk]].float().double() * queries[pairs[0, chunk]].double()
+        scores[chunk] = _sum_rows(products).cpu().numpy()
+    return scores
+
+
+def _sum_rows(products: Any) -> Any:
+    """Sum an array or tensor (P, D) float64 along D: every 64th element in turn, then halves of the 64 sums: (P,).
+
+    Additions alone, one after the other, give the same bits on every device.
+    """
+    count, dim = products.shape
+    rounds = dim // _LANES
+    parts = products[:, : rounds * _LANES].reshape(count, rounds, _LANES)
+    if isinstance(parts, np.ndarray):
+        sums = parts.sum(axis=1)  # not the last axis, whose elements NumPy would add in pairs
+    else:
+        sums = parts.new_zeros(count, _LANES)
+        for number in range(rounds):
+            sums += parts[:, number]
+    sums[:, : dim % _LANES] += products[:, rounds * _LANES :]
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return sums[:, 0]
 
 
 def block_pair_scores(Q: np.ndarray, block: Any, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
