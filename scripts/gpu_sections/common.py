@@ -23,6 +23,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
+Program = subprocess.Popen[str]
 
 # Width, height and count of the commonest images of ROxford5k and RParis6k together (9,335 of 11,315).
 REVISITED_SIZES = (
@@ -117,7 +118,7 @@ class Report:
         Returns:
             The result, or None if there is none.
         """
-        if self.left() < need:
+        if self.left() < need and self.size != "tiny":
             note = f"needs about {need:.0f} s, {max(0.0, self.left()):.0f} s left"
             self.add(name, status="skipped", note=note)
             return None
@@ -167,7 +168,26 @@ def format_row(row: Row) -> str:
     return text + "".join(f" [{part}]" for part in (row.expected, row.predicted, row.note) if part)
 
 
-def command(words: Sequence[object], env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+class Background:
+    """Programs that run beside other work; leaving the context ends those that still run."""
+
+    def __init__(self) -> None:
+        self._programs: list[Program] = []
+
+    def start(self, words: Sequence[object], env: dict[str, str] | None = None) -> Program:
+        """Start one of the project's programs as `command` does."""
+        self._programs.append(command(words, env))
+        return self._programs[-1]
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for program in self._programs:
+            program.kill()
+
+
+def command(words: Sequence[object], env: dict[str, str] | None = None) -> Program:
     """Start one of the project's programs with this interpreter."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     # Several programs run at a time.
@@ -177,7 +197,7 @@ def command(words: Sequence[object], env: dict[str, str] | None = None) -> subpr
     return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=environment, **pipes)
 
 
-def finish(process: subprocess.Popen[str], timeout: float, status: int = 0) -> str:
+def finish(process: Program, timeout: float, status: int = 0) -> str:
     """Return the output of a program from `command`.
 
     Raises:

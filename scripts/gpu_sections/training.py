@@ -158,6 +158,8 @@ class _Noise(Dataset):
 
 def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | None) -> None:
     """Measure the Trainer with the callbacks of a training."""
+    if compiled:
+        report.require_gpu("compiling the step in the time of a report")
     network, head, o = setting.parts()
     accelerator = "gpu" if report.cuda else "cpu"
     workers = report.pick(8, 8, 0)
@@ -213,11 +215,6 @@ def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
         head.weight.grad = None
         head(descriptors, labels).loss.backward()
 
-    fused = torch.compile(network.pooling)
-
-    def compiled_pooling() -> None:
-        fused(feature_map).sum().backward()
-
     margin()
     optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], lr=1e-9, momentum=0.9, nesterov=True)
     for parameter in network.parameters():
@@ -232,10 +229,6 @@ def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
         seconds = report.seconds(function)
         note = f"{seconds / step:.1%} of the bare step" if step else ""
         report.add(f"share of the step: {name}", 1e3 * seconds, "ms", note=note)
-    if report.left() > 30:
-        eager = report.seconds(lambda: network.pooling(feature_map).sum().backward())
-        seconds = report.seconds(compiled_pooling)
-        report.add("gain of compiled pooling, forward and backward", eager / seconds, "x", predicted="3 x")
 
 
 class _Photos(Dataset):
