@@ -176,17 +176,3 @@ def test_a_process_lost_while_others_wait_is_no_traceback(place):
     with pytest.raises(InputError, match="another process of this evaluation has ended"):
         _describe(trainer, EvaluationModule([], [], [], []), None, [store])
     assert flushed == [True]
-
-
-def test_extraction_compile_compiles_what_is_called(monkeypatch):
-    # Without Inductor's C++ compiler, which takes half a minute.
-    whole = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: whole(self, backend="eager", **options))
-    plain = network("test_resnet", dim=16, scales=1)
-    torch._dynamo.utils.counters.clear()
-    (compiled,), (eager,) = fast_copies([plain], compiled=True), fast_copies([plain])
-    with torch.inference_mode():
-        found, expected = (describe_all([one], images())[0] for one in (compiled, eager))
-    assert (found - expected).abs().max() < 1e-6
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]

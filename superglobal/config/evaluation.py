@@ -97,7 +97,6 @@ class ExtractionConfig:
             decoded on the CPU.
         batch_size: maximum number of images, all of one size, in a batch.
         batch_pixels: maximum number of pixels in a batch; null for what memory has room for.
-        compile: compile the backbone with torch.compile: minutes at the start.
         part: "3/16" extracts the third of 16 parts of the images and ends there, so that as many jobs can share the
             work; null for all images.
     """
@@ -106,7 +105,6 @@ class ExtractionConfig:
     decoder: str = "cpu"
     batch_size: int = 16
     batch_pixels: int | None = None
-    compile: bool = False
     part: str | None = None
 
     def share(self) -> tuple[int, int]:

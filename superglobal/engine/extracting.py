@@ -97,7 +97,7 @@ def extract_lists(
         # Lightning stops on a process without data; a row described twice is the same row.
         batches = missing_in(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
         images = ExtractionDataModule(image_lists, batches, num_workers, how.decoder)
-        module = EvaluationModule(*_grouped(fast_copies(networks, how.compile), stores), lists, batches)
+        module = EvaluationModule(*_grouped(fast_copies(networks), stores), lists, batches)
         _describe(trainer, module, images, [store for own in stores for store in own])
         if images.undecodable:
             log.warning("GPU JPEG decoder: %d images were decoded on the CPU instead", images.undecodable)

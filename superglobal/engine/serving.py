@@ -111,7 +111,7 @@ def _opened(
         rows = statistics.apply(rows, "database")
     images = chained(dataset.database, distractors)
     names = partial(_shown_name, dataset.root / "jpg" if config.dataset.kind == "revisited" else dataset.root)
-    (fast,) = fast_copies([network], config.extraction.compile)
+    (fast,) = fast_copies([network])
     values = rerank_parameters(config.rerank)
     search = PhotoSearch(
         network=fast.to(device),

@@ -31,7 +31,7 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     return AUTO_ON_CUDA if cuda else "float32"
 
 
-def fast_copies(networks: Sequence[RetrievalNetwork], compiled: bool = False) -> list[RetrievalNetwork]:
+def fast_copies(networks: Sequence[RetrievalNetwork]) -> list[RetrievalNetwork]:
     """Networks that give the same descriptors sooner, in evaluation mode; those that share a backbone share it again.
 
     Batch norms are folded into convolutions, the memory layout is the one that convolutions like, and the backbone
@@ -39,7 +39,6 @@ def fast_copies(networks: Sequence[RetrievalNetwork], compiled: bool = False) ->
 
     Args:
         networks: on the CPU; they stay as they are.
-        compiled: compile the backbone with torch.compile, which takes minutes at the start.
     """
     made: dict[int, Backbone] = {}
     copies = []
@@ -51,9 +50,6 @@ def fast_copies(networks: Sequence[RetrievalNetwork], compiled: bool = False) ->
             _use_matrix_products(fast.net)
             fast = fast.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
             fast.dtype = dtype
-            if compiled:
-                # The module that is called: timm's own `forward`, which `net.compile` would replace, is not.
-                fast.compile(dynamic=True)
             made[key] = fast
         copies.append(network.sharing(made[key], network.config).eval())
     return copies
