@@ -173,11 +173,12 @@ class RetrievalValidation(StepCallback):
         best: float = trainer.strategy.broadcast(values.get("val/map", 0.0))
         return best
 
-    def _loader(self, share: Subset, processes: int) -> PhotoLoader:
+    def _loader(self, share: Subset, processes: int, device: torch.device) -> PhotoLoader:
         return PhotoLoader(
             share,
             num_workers=self.num_workers,
             collate_fn=only,
+            pin_memory=device.type == "cuda",
             worker_init_fn=begin_worker,
             multiprocessing_context=how_workers_start(processes, self.num_workers),
         )
@@ -203,13 +204,13 @@ class RetrievalValidation(StepCallback):
         X = torch.zeros(len(images), network.dim, device=device)
         faults: list[tuple[int, InputError]] = []
         with torch.inference_mode(), full_precision(), _any_size():
-            for (_, row), image in self._loader(share, trainer.world_size):
+            for (_, row), image in self._loader(share, trainer.world_size, device):
                 if self.asked_to_stop():
                     break
                 if isinstance(image, InputError):
                     faults.append((row, image))
                 else:
-                    X[row] = network(image[None].to(device))[0]
+                    X[row] = network(image[None].to(device, non_blocking=True))[0]
         if any_rank(self.group, self.asked_to_stop())[0]:
             return None, []
         if trainer.world_size > 1:

@@ -1,0 +1,92 @@
+"""The GPU report: every section runs on a CPU at a reduced size, and what fails is a row and not the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from gpu_sections.common import Report, Skip  # noqa: E402
+
+SECTIONS = ["correctness", "extraction", "training", "search", "processes"]
+# What a CPU cannot show.
+ON_A_GPU = {
+    "out-of-memory halving",
+    "where the time goes",
+    "GPU decoder",
+    "framework, compiled",
+    "variants of the bare loop",
+}
+
+
+def run(out: Path, *words: object, status: int = 0) -> str:
+    line = [sys.executable, str(ROOT / "scripts" / "gpu_report.py"), "--out", str(out), *map(str, words)]
+    done = subprocess.run(line, cwd=out.parent, capture_output=True, text=True, timeout=580)
+    assert done.returncode == status, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.timeout(600)
+def test_every_section_runs_on_a_cpu(tmp_path):
+    said = run(tmp_path / "report", "--device", "cpu", "--size", "tiny", "--minutes", 9)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["format"] == "superglobal-gpu-report-1"
+    assert list(report["seconds"]) == SECTIONS
+    rows = report["rows"]
+    assert {row["section"] for row in rows} == set(SECTIONS)
+    skipped = {row["name"] for row in rows if row["status"] == "skipped"}
+    assert skipped - {"FAISS"} == ON_A_GPU
+    checks = [row for row in rows if row["status"] == "passed"]
+    assert len(checks) >= 15
+    assert all(row["expected"] for row in checks)
+    assert all(row["value"] is not None and row["unit"] for row in rows if row["status"] == "measured")
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert [line[4:].lower() for line in page.splitlines() if line.startswith("### ")] == [*SECTIONS, "plan"]
+    assert f"{len(checks)} passed" in said.splitlines()[-1]
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_told_how_to_try_the_script(tmp_path):
+    assert "nvidia-smi finds no GPU; use --device cpu" in run(tmp_path / "report", status=2)
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_section_that_outlives_its_time_is_a_row(tmp_path):
+    words = ["--device", "cpu", "--size", "tiny", "--minutes", 0.01, "--sections", "training", "processes"]
+    run(tmp_path / "report", *words, status=1)
+    rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
+    ended = [row["section"] for row in rows if row["name"] == "the whole section"]
+    assert "training" in ended
+    assert {row["section"] for row in rows} == {"training", "processes"}
+
+
+def report_of(tmp_path, seconds: float) -> Report:
+    return Report("search", tmp_path / "rows.jsonl", "cpu", "small", time.monotonic() + seconds, tmp_path)
+
+
+def test_an_exception_and_a_skip_become_rows(tmp_path):
+    report = report_of(tmp_path, 100)
+
+    def fails() -> None:
+        raise ValueError("no such thing")
+
+    def skips() -> None:
+        raise Skip("no FAISS")
+
+    assert report.run("fails", fails) is None
+    assert report.run("skips", skips) is None
+    assert report.run("late", lambda: 3, need=200) is None
+    assert report.run("runs", lambda: 3) == 3
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    found = [(row["name"], row["status"], row["note"]) for row in rows]
+    assert found[:2] == [("fails", "failed", "ValueError: no such thing"), ("skips", "skipped", "no FAISS")]
+    assert found[2][:2] == ("late", "skipped")
+    assert len(found) == 3
