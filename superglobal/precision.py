@@ -1,4 +1,4 @@
-"""Float32 that is float32: what decides an order is never computed in TF32 or bfloat16."""
+"""Strict float32: what decides an order is never computed in TF32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within it, matrix products and convolutions run in true float32, whatever was set before; restored after."""
+    """Compute matrix products and convolutions in strict float32 (TF32 disabled), and half-precision ones with float32
+    sums, whatever was set before; restore that afterwards.
+    """
     library: Any = torch.backends  # its typing lacks these
-    backends = (
-        library.cuda.matmul,
-        library.cudnn.conv,
-        library.mkldnn.matmul,
-        library.mkldnn.conv,
-    )
-    before = [backend.fp32_precision for backend in backends]
+    matmul = library.cuda.matmul
+    wanted: list[tuple[Any, str, Any]] = [(one, "fp32_precision", "ieee") for one in (matmul, library.cudnn.conv)]
+    wanted += [(one, "fp32_precision", "ieee") for one in (library.mkldnn.matmul, library.mkldnn.conv)]
+    wanted += [(matmul, f"allow_{kind}_reduced_precision_reduction", False) for kind in ("fp16", "bf16")]
+    before = [getattr(one, name) for one, name, _ in wanted]
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
+        for one, name, value in wanted:
+            setattr(one, name, value)
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+        for (one, name, _), value in zip(wanted, before, strict=True):
+            setattr(one, name, value)

@@ -94,6 +94,24 @@ def test_half_precision_is_near_and_pooling_stays_in_float32(precision, least):
     assert plain.identity()["precision"] == precision
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("stride", "bias"), [(1, True), (2, True), (1, False), (2, False)])
+def test_a_pointwise_convolution_is_a_matrix_product(stride, bias, layout):
+    plain = nn.Sequential(
+        nn.Conv2d(5, 7, 1, stride, bias=bias), nn.Conv2d(7, 7, 1, groups=7), nn.Conv2d(7, 3, 1, padding=1)
+    )
+    fast = copy.deepcopy(plain)
+    fast_module._use_matrix_products(fast)
+    assert [type(one).__name__ for one in fast] == ["PointwiseConv2d", "Conv2d", "Conv2d"]
+    x = torch.randn(2, 5, 9, 12).to(memory_format=layout)
+    with torch.inference_mode():
+        expected = plain[0](x)
+        for found in (fast[0].product(x), fast[0](x)):
+            assert found.shape == expected.shape
+            assert (found - expected).abs().max() < 1e-6
+        assert fast[0].product(x).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_auto_precision_depends_on_the_accelerator(monkeypatch):
     monkeypatch.setattr(fast_module, "AUTO_ON_CUDA", "bfloat16")
     for available, expected in ((True, "bfloat16"), (False, "float32")):

@@ -20,7 +20,7 @@ from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.scoring import evaluate
 from superglobal.retrieval.search import search
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.vectors import to_float32
+from superglobal.retrieval.vectors import copy_into
 
 K, STEP = 400, 16384
 
@@ -60,7 +60,7 @@ def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
     for shard in shards:
         for start in range(0, len(shard), rows):
             part = shard[start : start + rows]
-            to_float32(part, buffer[: len(part)])
+            copy_into(part, buffer[: len(part)])
             total += float((q @ torch.from_numpy(buffer[: len(part)]).T).sum())
     return total
 

@@ -215,6 +215,12 @@ def finish(process: Program, timeout: float, status: int = 0) -> str:
     return text
 
 
+def differences(expected: Any, found: Any) -> int:
+    """Return how many ids and ranks differ."""
+    ((_, ids), ranks), ((_, other_ids), other_ranks) = expected, found
+    return int((ids != other_ids).sum()) + sum(int((a != b).sum()) for a, b in zip(ranks, other_ranks, strict=True))
+
+
 def sizes(count: int) -> list[tuple[int, int]]:
     """Return `count` (width, height) pairs in the proportions of `REVISITED_SIZES`."""
     weights = np.array([number for _, _, number in REVISITED_SIZES], float)

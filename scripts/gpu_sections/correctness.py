@@ -16,7 +16,17 @@ import pytorch_lightning as pl
 import torch
 from benches.rerank import clustered
 
-from gpu_sections.common import ROOT, Background, Program, Report, command, finish, sizes, write_jpegs
+from gpu_sections.common import (
+    ROOT,
+    Background,
+    Program,
+    Report,
+    command,
+    differences,
+    finish,
+    sizes,
+    write_jpegs,
+)
 from gpu_sections.pipeline import extract_all
 from superglobal import load_model
 from superglobal.data.images import image_tensor, read_image
@@ -25,7 +35,9 @@ from superglobal.precision import full_precision
 from superglobal.reporting.against import read_against
 from superglobal.retrieval.ranks import search_and_rank
 from superglobal.retrieval.rerankers import apply_reranker, completed
+from superglobal.retrieval.scan import inner_products
 from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.vectors import TOLERANCE
 
 DATA = ROOT / "tests" / "data"
 TOY_PRECISIONS = ("float32", "float16", "bfloat16")
@@ -106,6 +118,7 @@ def _orders(report: Report) -> None:
     X[rows // 2 : rows // 2 + 500] = X[:500]  # copies of images: equal scores, ordered by id
     half = X.astype(np.float16)
     half_tensor = torch.from_numpy(half).to(report.device)
+    _products(report)
     rng = np.random.default_rng(1)
     targets = [rng.choice(rows, 200, replace=False) for _ in Q]
     expected = {}
@@ -121,11 +134,26 @@ def _orders(report: Report) -> None:
         report.run(f"reranker {kind}", lambda kind=kind: _compare_reranker(report, kind, Q, X, ids))  # type: ignore[misc]
 
 
+def _products(report: Report) -> None:
+    """Rough scores of descriptors without negative values, with copies: exact orders rest on their error."""
+    rng = np.random.default_rng(2)
+    worst = 0.0
+    for dim in (64, 256, 512, 2048):
+        X = np.maximum(rng.standard_normal((report.pick(16384, 16384, 500), dim), dtype=np.float32), 0) + np.float32(
+            0.01
+        )
+        X /= np.linalg.norm(X, axis=1, keepdims=True)
+        vectors = torch.from_numpy(X).to(report.device)
+        with full_precision():
+            rough = inner_products(vectors[:70], vectors)
+        worst = max(worst, float((rough.double() - vectors[:70].double() @ vectors.double().T).abs().max()))
+    # On a CPU it depends on the library's matrix product.
+    passed = worst < TOLERANCE if report.cuda else None
+    report.add("largest error of the rough scores", worst, "of 1", passed=passed, expected=f"< {TOLERANCE:g}")
+
+
 def _compare_orders(report: Report, name: str, expected: Any, found: Any) -> None:
-    ((_, ids), ranks), ((_, other_ids), other_ranks) = expected, found
-    different = int((ids != other_ids).sum()) + sum(
-        int((a != b).sum()) for a, b in zip(ranks, other_ranks, strict=True)
-    )
+    different = differences(expected, found)
     report.add(f"{name}: ids and ranks that differ from the CPU's", different, passed=different == 0, expected="0")
 
 

@@ -11,7 +11,7 @@ import torch
 from benches.rerank import BETA, K, clustered
 from benches.search import random_units, targets
 
-from gpu_sections.common import Report, Skip
+from gpu_sections.common import Report, Skip, differences
 from superglobal.precision import full_precision
 from superglobal.retrieval.ranks import search_and_rank
 from superglobal.retrieval.rerank import rerank
@@ -114,12 +114,6 @@ def _chunked_topk(report: Report, Q: np.ndarray, X: torch.Tensor) -> np.ndarray:
             new = torch.arange(start, start + scores.shape[1] - DEPTH, device=q.device).expand(len(q), -1)
             places = torch.cat([places, new], dim=1).gather(1, order)
     return places.cpu().numpy()
-
-
-def differences(expected: Any, found: Any) -> int:
-    """Return how many ids and ranks differ."""
-    ((_, ids), ranks), ((_, other_ids), other_ranks) = expected, found
-    return int((ids != other_ids).sum()) + sum(int((a != b).sum()) for a, b in zip(ranks, other_ranks, strict=True))
 
 
 def _faiss(report: Report, X: torch.Tensor, Q: np.ndarray) -> None:

@@ -59,9 +59,11 @@ class PointwiseConv2d(nn.Conv2d):
     """A 1 x 1 convolution that is a matrix product on CUDA, where cuDNN adds the bias in a pass of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W), channels last -> (B, C', H', W'), channels last."""
-        if not x.is_cuda:
-            return super().forward(x)
+        """(B, C, H, W) -> (B, C', H', W')."""
+        return self.product(x) if x.is_cuda else super().forward(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Compute `forward` as a matrix product; the result has its channels last."""
         cells = x[..., :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
         out = F.linear(cells.reshape(-1, self.in_channels), self.weight.flatten(1), self.bias)
         return out.view(*cells.shape[:3], self.out_channels).permute(0, 3, 1, 2)

@@ -17,7 +17,6 @@ from superglobal.retrieval.vectors import (
     as_exclude,
     as_queries,
     as_rows,
-    download_scored,
     flat_array,
     is_host,
     pair_scores,
@@ -132,9 +131,7 @@ class Counter:
         self._first = np.cumsum(self._counts) - self._counts
         # Per query: rows not placed yet, then rows that beat 0, 1, 2 ... of its targets.
         self._width = 2 + (int(self._counts.max()) if n_queries else 0)
-        self._beaten = np.zeros(n_queries * self._width, np.int64)
-        # The same of the pairs that are placed on the device, read once in the end.
-        self._beaten_on_device = torch.zeros(len(self._beaten), dtype=torch.int64, device=torch.device(device or "cpu"))
+        self._beaten = torch.zeros(n_queries * self._width, dtype=torch.int64, device=torch.device(device or "cpu"))
         # Kept from block to block: fresh memory costs more than what is done in it.
         self._buffers: tuple[torch.Tensor, ...] | None = None
         self._keys: tuple[torch.Tensor, ...] | None = None
@@ -189,11 +186,11 @@ class Counter:
         torch.index_select(self._table, 0, cells.view(-1), out=places.view(-1))
         slots = torch.add(places, self._slot, out=cells)
         if is_host(scores.device):
-            self._beaten_on_device += torch.bincount(slots.ravel(), minlength=len(self._beaten))
+            self._beaten += torch.bincount(slots.ravel(), minlength=len(self._beaten))
             query_of, row_of = self._compare_on_host(places == 0, scores)
         else:
             # Neighbors in memory then belong to different queries, so that they seldom add to the same counter.
-            self._beaten_on_device += torch.bincount(slots.T.reshape(-1), minlength=len(self._beaten))
+            self._beaten += torch.bincount(slots.T.reshape(-1), minlength=len(self._beaten))
             query_of, row_of = self._compare_on_device(places == 0, scores)
         exact = block.pair_scores(query_of, row_of)
         self._waiting.append((query_of, exact, row_of + block.start + self._start))
@@ -210,7 +207,7 @@ class Counter:
         return query_of[near], row_of[near]
 
     def _compare_on_device(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Do the same as `_compare_on_host` on the device, which sends back only the pairs that float64 decides."""
+        """Compare as `_compare_on_host` does, on the device; only the pairs that float64 decides come down."""
         if self._keys is None:
             self._keys = tuple(
                 torch.from_numpy(keys).to(mask.device) for keys in (self._above, self._below, self._first)
@@ -224,8 +221,8 @@ class Counter:
         slots = query_of * self._width
         # Slot 0 of a query is for pairs without a place.
         slots += torch.where(near, 0, 1 + (surely - first[query_of]).clamp_(min=0))
-        self._beaten_on_device += torch.bincount(slots, minlength=len(self._beaten))
-        return download_scored(flat[near], scores)[:2]
+        self._beaten += torch.bincount(slots, minlength=len(self._beaten))
+        return np.divmod(flat[near].cpu().numpy(), mask.shape[1])
 
     def _place_waiting(self) -> None:
         if self._waiting:
@@ -235,12 +232,13 @@ class Counter:
 
     def _count(self, query_of: np.ndarray, targets: np.ndarray) -> None:
         """Rows and how many targets of their queries they beat."""
-        self._beaten += np.bincount(query_of * self._width + 1 + targets, minlength=len(self._beaten))
+        counts = np.bincount(query_of * self._width + 1 + targets, minlength=len(self._beaten))
+        self._beaten += torch.from_numpy(counts).to(self._beaten.device)
 
     def ranks(self) -> list[np.ndarray]:
         """Per query the ranks, in the order of its targets."""
         self._place_waiting()
-        beaten = (self._beaten + self._beaten_on_device.cpu().numpy()).reshape(-1, self._width)[:, 1:]
+        beaten = self._beaten.cpu().numpy().reshape(-1, self._width)[:, 1:]
         better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)  # rows that beat target j
         query_of = self._targets[0]
         ranks = np.empty(len(query_of), np.int64)

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,23 +19,21 @@ from superglobal.retrieval.vectors import (
     validate_block,
 )
 
-# On an accelerator products are summed over so many dimensions at a time: sums of 2048 products one after the other,
-# as its matrix products form them, can be off by more than the tolerance that exactness rests on.
-_SUMMED_DIMS = 256
+# Dimensions that a matrix product on an accelerator sums at once. It adds products one after the other, so that a sum
+# of 2048 can be off by more than the tolerance that exactness rests on; sums of 64, added up, stay below it.
+_SUMMED_DIMS = 64
 
 
 class Block:
     """Consecutive rows of the database, valid until the next block, and their approximate scores.
 
-    `start`: number of the first. `rows`: the block's own rows on the host, (n, D) float32, or on an accelerator Rows,
-    which read only what is asked for. What must not count: `excluded` (Q,) row of the block for each query, -1 for
-    none, and `skipped` (s,) rows for all queries.
+    `start`: number of the first. `rows`: (n, D) float32, on the CPU only. What must not count: `excluded` (Q,) row of
+    the block for each query, -1 for none, and `skipped` (s,) rows for all queries.
     """
 
     def __init__(
         self,
         start: int,
-        rows: np.ndarray | Rows,
         vectors: torch.Tensor,
         queries: torch.Tensor,
         excluded: np.ndarray,
@@ -44,13 +42,17 @@ class Block:
     ) -> None:
         """`vectors`: the rows (n, D) float32 on the device of the queries (Q, D)."""
         self.start = start
-        self.rows: Any = rows
         self._vectors = vectors
-        self.excluded = np.where((excluded >= start) & (excluded < start + len(rows)), excluded - start, -1)
-        self.skipped = skipped[(skipped >= start) & (skipped < start + len(rows))] - start
+        stop = start + len(vectors)
+        self.excluded = np.where((excluded >= start) & (excluded < stop), excluded - start, -1)
+        self.skipped = skipped[(skipped >= start) & (skipped < stop)] - start
         self._queries = queries
         self._name = name
         self._scores: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self._vectors.numpy()
 
     @property
     def scores(self) -> torch.Tensor:
@@ -62,8 +64,7 @@ class Block:
             with full_precision():
                 scores = inner_products(self._queries, self._vectors)
             if not bool(torch.isfinite(scores.sum())):
-                rows = self.rows.block(0, len(self.rows)) if isinstance(self.rows, Rows) else self.rows
-                validate_block(rows, self.start, self._name, unit=True)
+                validate_block(self._vectors.cpu().numpy(), self.start, self._name, unit=True)
             some = np.flatnonzero(self.excluded >= 0)
             if some.size:
                 query_of, row_of = (torch.from_numpy(ids).to(scores.device) for ids in (some, self.excluded[some]))
@@ -116,22 +117,21 @@ def scan(
     own = np.full(len(queries), -1) if excluded is None else excluded
     # Closed at once when a consumer raises: the traceback would keep the reading thread alive.
     with closing(_blocks(rows, block_rows, len(queries), on_device.device, check)) as blocks:
-        for start, block, vectors in blocks:
-            seen = Block(start, block, vectors, on_device, own, rows.skipped, rows.name)
+        for start, vectors in blocks:
+            seen = Block(start, vectors, on_device, own, rows.skipped, rows.name)
             for consumer in consumers:
                 consumer.add(seen)
 
 
 def _blocks(
     rows: Rows, block_rows: int, n_queries: int, device: torch.device, check: bool
-) -> Generator[tuple[int, np.ndarray | Rows, torch.Tensor], None, None]:
-    """Yield the first row, the rows and the vectors on the device of each `Block`."""
+) -> Generator[tuple[int, torch.Tensor], None, None]:
+    """Yield the first row and the vectors of each `Block`."""
     if is_host(device):
         for start, block in rows.blocks(block_size(block_rows, n_queries, rows.dim)):
             if check and not np.isfinite(block.sum()):
                 validate_block(block, start, rows.name, unit=True)
-            yield start, block, to_tensor(block, device)
+            yield start, to_tensor(block, device)
         return
     with closing(device_blocks(rows, block_rows, n_queries, device)) as blocks:
-        for start, vectors in blocks:
-            yield start, rows.window(start, start + len(vectors)), vectors
+        yield from blocks

@@ -159,15 +159,15 @@ def nearest(similarity: torch.Tensor, count: int) -> torch.Tensor:
 def first_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Return the columns of the `count` largest scores (B, N), best first, equal ones by the lower column: (B, count).
 
-    Scores are compared in steps of about 1e-6, so that rounding, which differs from device to device, does not decide
+    Scores are compared in steps of about 1e-6, so that rounding, which differs from device to device, seldom decides
     between two copies of an image.
     """
     return _order_keys(scores).topk(count, dim=-1).indices
 
 
 def in_steps(scores: torch.Tensor) -> torch.Tensor:
-    """Return scores as whole numbers of steps of about 1e-6, float64."""
-    return torch.round(scores.double() * 2**20)
+    """Return scores as whole numbers of steps of about 1e-6, float64; scores beyond -256..256 are one step."""
+    return torch.round(scores.double() * 2**20).clamp(-(2.0**28), 2.0**28)
 
 
 def _order_keys(scores: torch.Tensor) -> torch.Tensor:

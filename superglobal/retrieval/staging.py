@@ -13,11 +13,11 @@ from superglobal.retrieval.vectors import Rows, block_size, validate_block
 # synchronizations per row than the copy takes.
 STAGED_BYTES = 1 << 26
 _BUFFERS = 2  # one is filled while the other is copied
-# Blocks of rows that are on the device already cost nothing to read: they are as large as their float32 values and
-# their scores for all queries, each 512 MB, allow.
+# Blocks of rows that are on the device already cost nothing to read. Their float32 values take 512 MB; their scores for
+# all queries take 256 MB, and what exact ranks compute from the scores about five times as much.
 _BLOCK_ELEMENTS = 1 << 27
-_SCORE_ELEMENTS = 1 << 27
-_NORM_TOLERANCE = 0.9e-3  # under that of `validate_block`, which decides what is not clearly a unit vector
+_SCORE_ELEMENTS = 1 << 26
+_NORM_TOLERANCE = 0.9e-3  # stricter than `validate_block`, which makes the decision
 
 
 def device_blocks(

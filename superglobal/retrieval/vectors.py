@@ -20,8 +20,7 @@ NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError)
 _UNIT_TOLERANCE = 1e-3
 _PAIR_ELEMENTS = 1 << 17  # elements of one chunk of pair scores: 1 MB of float64, which stays in the cache
 _FEW_PAIRS = 2048  # that are scored without looking for equal rows
-_TAKEN_PAIRS = 4096  # rows that are read at once to look for equal ones: 32 MB of float32 at D = 2048
-_DEVICE_PAIR_ELEMENTS = 1 << 25  # elements of one chunk of pair scores on an accelerator: 256 MB of float64
+_DEVICE_PAIR_ELEMENTS = 1 << 23  # elements of one chunk of pair scores on an accelerator: 64 MB of float64
 _LANES = 64  # partial sums of a pair score
 _CHUNKS_PER_THREAD = 4  # fewer chunks of pair scores than this are not worth another thread
 _SCORE_ELEMENTS = 1 << 24  # elements of one block of scores: 64 MB of float32
@@ -58,7 +57,7 @@ class Rows:
         self.name = name
         self.concurrent = all(getattr(part, "concurrent", False) for part in parts)
         """Whether several threads may read at once."""
-        half = [getattr(part, "converts", False) and getattr(part, "dtype", None) == np.float16 for part in parts]
+        half = [getattr(part, "dtype", None) == np.float16 and hasattr(part, "take_stored") for part in parts]
         self.stored_dtype = np.dtype(np.float16 if parts and all(half) else np.float32)
         """Smallest dtype, float16 or float32, that represents all rows as exactly as float32."""
         skipped = [low + getattr(part, "skipped", []) for part, low in zip(parts, self._starts[:-1], strict=True)]
@@ -93,11 +92,6 @@ class Rows:
             else:
                 copy_into(np.ascontiguousarray(part.block(low, high), np.float32), here)
             at += high - low
-
-    @property
-    def single_tensor(self) -> torch.Tensor | None:
-        """All rows, where they are one tensor on an accelerator."""
-        return _tensor(self._parts[0]) if len(self._parts) == 1 else None
 
     def is_on(self, device: torch.device) -> bool:
         """Return whether all rows are tensors on `device`, an accelerator."""
@@ -138,10 +132,6 @@ class Rows:
         """Return an empty host tensor (rows, D) of `stored_dtype`, from which copies to `device` are fast."""
         dtype = torch.float16 if self.stored_dtype == np.float16 else torch.float32
         return torch.empty((rows, self.dim), dtype=dtype, pin_memory=device.type == "cuda")
-
-    def window(self, start: int, stop: int) -> "Rows":
-        """Return rows start..stop-1 as Rows of their own, read when they are asked for."""
-        return Rows([_Window(self, start, stop)], self.name)
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
         """The sources that rows start..stop-1 lie in, with the rows of each."""
@@ -200,21 +190,6 @@ class Rows:
             low = high
 
 
-class _Window:
-    """Some consecutive rows of others, as a source of Rows."""
-
-    def __init__(self, rows: Rows, start: int, stop: int) -> None:
-        self._rows, self._start = rows, start
-        self.shape = (stop - start, rows.dim)
-        self.concurrent = rows.concurrent
-
-    def block(self, start: int, stop: int) -> np.ndarray:
-        return self._rows.block(self._start + start, self._start + stop)
-
-    def take(self, ids: np.ndarray) -> np.ndarray:
-        return self._rows.take(self._start + ids)
-
-
 class _Array:
     """A numpy array or torch tensor (N, D) as a source of Rows."""
 
@@ -229,14 +204,10 @@ class _Array:
             array = array.detach().numpy() if is_host(array.device) else array.detach()
         self._array = array
         self.concurrent = isinstance(array, np.ndarray)
-        self.on_accelerator = not self.concurrent
+        self.tensor: torch.Tensor | None = None if self.concurrent else array
+        """The rows, where they are on an accelerator."""
         self.converts = kind == "float16" and isinstance(array, np.ndarray)
         self.dtype = np.dtype(kind)
-
-    @property
-    def tensor(self) -> torch.Tensor | None:
-        """The rows, where they are on an accelerator."""
-        return self._array if self.on_accelerator else None
 
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
         copy_into(self._array[start:stop], out)
@@ -367,7 +338,7 @@ def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray)
     """
     rows = X if isinstance(X, Rows) else as_rows(X)
     scores = np.empty(len(query_of), np.float64)
-    tensor = rows.single_tensor
+    tensor = _tensor(rows._parts[0]) if len(rows._parts) == 1 else None
     if tensor is not None:
         return pair_scores_on(torch.from_numpy(Q).to(tensor.device), tensor, query_of, row_of)
     step = max(1, _PAIR_ELEMENTS // rows.dim)
@@ -394,7 +365,8 @@ def pair_scores_on(
     step = max(1, _DEVICE_PAIR_ELEMENTS // vectors.shape[1])
     for start in range(0, len(scores), step):
         chunk = slice(start, start + step)
-        products = vectors[pairs[1, chunk]].float().double() * queries[pairs[0, chunk]].double()
+        products = vectors[pairs[1, chunk]].float().double()
+        products *= queries[pairs[0, chunk]]  # a product of float32 numbers is exact in float64
         scores[chunk] = _sum_rows(products).cpu().numpy()
     return scores
 
@@ -420,23 +392,16 @@ def _sum_rows(products: Any) -> Any:
     return sums[:, 0]
 
 
-def block_pair_scores(Q: np.ndarray, block: Any, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-    """Compute `pair_scores` of a block, an array or Rows, scoring bitwise equal rows once: collections repeat images.
-
-    Only the rows of the pairs are read.
-    """
+def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+    """`pair_scores` for a block in memory, scoring bitwise equal rows once: collections repeat images."""
     if len(row_of) <= _FEW_PAIRS:
         return pair_scores(Q, block, query_of, row_of)
     used, row_of = np.unique(row_of, return_inverse=True)
-    rows = block if isinstance(block, Rows) else as_rows(block)
-    digests = []
-    for start in range(0, len(used), _TAKEN_PAIRS):
-        taken = rows.take(used[start : start + _TAKEN_PAIRS])
-        digests += [hashlib.blake2b(row.data, digest_size=16).digest() for row in taken]
+    digests = [hashlib.blake2b(block[row].data, digest_size=16).digest() for row in used]
     first = {digest: number for number, digest in reversed(list(enumerate(digests)))}
     twin = np.array([first[digest] for digest in digests], dtype=np.int64)
     pairs, back = np.unique(query_of * len(used) + twin[row_of], return_inverse=True)
-    return pair_scores(Q, rows, pairs // len(used), used[pairs % len(used)])[back]
+    return pair_scores(Q, block, pairs // len(used), used[pairs % len(used)])[back]
 
 
 def _run(work: Callable[[Iterable[slice]], None], count: int, step: int, concurrent: bool) -> None:
@@ -488,9 +453,6 @@ def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def copy_into(array: np.ndarray, out: np.ndarray) -> None:
     """Copy into `out`, converting to its dtype, by torch: NumPy takes several times as long for float16."""
     torch.from_numpy(out).copy_(torch.from_numpy(array))
-
-
-to_float32 = copy_into  # the name that scripts/benches/search.py imports
 
 
 def _silence_read_only() -> None:
