@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superglobal.errors import InputError
-from superglobal.retrieval import ranks
+from superglobal.retrieval import ranks, vectors
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.scoring import evaluate
 from superglobal.retrieval.search import search
@@ -93,7 +93,7 @@ def test_many_queries_share_the_cells_of_one_table(monkeypatch: pytest.MonkeyPat
     X, Q = unit(rng, 150, 8), unit(rng, 150, 8)
     few = np.flatnonzero(rng.random(150) < (0 if none else 0.3))
     targets = [rng.permutation(150)[:20] if query in few else np.empty(0, np.int64) for query in range(150)]
-    made = ranks._counter(Q, as_rows(X), targets, None, None)
+    made = ranks._counters(Q, as_rows(X), targets, None, None)(vectors.TOLERANCE)
     assert made._table.numel() <= 1 << 14
     assert made._table.numel() >= 64 * 150  # but never so few that every row has to be compared
     order = sorted_ranks(Q, X)
@@ -104,7 +104,7 @@ def test_many_queries_share_the_cells_of_one_table(monkeypatch: pytest.MonkeyPat
 def test_few_queries_have_tables_of_full_size() -> None:
     rng = np.random.default_rng(7)
     X, Q = unit(rng, 40, 8), unit(rng, 3, 8)
-    made = ranks._counter(Q, as_rows(X), [[1, 2], [], [3]], None, None)
+    made = ranks._counters(Q, as_rows(X), [[1, 2], [], [3]], None, None)(vectors.TOLERANCE)
     assert made._table.numel() == 3 * ranks._CELLS
 
 

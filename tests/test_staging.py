@@ -209,7 +209,7 @@ def test_the_thread_ends_when_a_consumer_raises(accelerator) -> None:
                 raise ValueError("enough")
 
     with pytest.raises(ValueError, match="enough") as caught:
-        scan.scan(Q, as_rows(X), [Failing()], None, None, 20)
+        scan.scan(Q, as_rows(X), lambda tolerance: [Failing()], None, None, 20)
     assert caught.value.__traceback__ is not None  # the frames are still alive
     assert not readers()
 

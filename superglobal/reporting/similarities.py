@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from superglobal.retrieval.scan import Block, scan
-from superglobal.retrieval.vectors import TOLERANCE, Rows, as_queries, as_rows, pair_scores
+from superglobal.retrieval.vectors import Rows, as_queries, as_rows, pair_scores
 
 BINS = 200
 EDGES = np.linspace(-1, 1, BINS + 1)
 """Of the bins, [low, high), the last one closed."""
 _PER_UNIT = BINS / 2
-_GUARD = _PER_UNIT * TOLERANCE + 1e-4  # how near an edge, in bins, a float32 place does not say which side it is on
 
 
 def bin_of(scores: np.ndarray) -> np.ndarray:
@@ -41,8 +40,7 @@ def similarity_counts(
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
-    counter = _Counter(queries)
-    scan(queries, rows, [counter], exclude, device, block_rows)
+    (counter,) = scan(queries, rows, lambda tolerance: [_Counter(tolerance)], exclude, device, block_rows)
     names = list(dict.fromkeys(name for one in sets for name in one))
     found = {name: _counts_of(queries, rows, [one.get(name, ()) for one in sets], exclude) for name in names}
     return {**found, "negative": counter.counts - sum(found.values(), np.zeros(BINS, np.int64))}
@@ -62,14 +60,18 @@ def _counts_of(queries: np.ndarray, rows: Rows, ids: Sequence[Any], exclude: np.
 class _Counter:
     """Counts the pairs of every block (a consumer of `scan`); float64 decides what lies near an edge."""
 
-    def __init__(self, queries: np.ndarray) -> None:
+    def __init__(self, tolerance: float) -> None:
         self.counts = np.zeros(BINS, np.int64)
-        self._queries = queries
+        # How near an edge, in bins, a float32 place does not say which side it is on.
+        self._guard = _PER_UNIT * tolerance + 1e-4
+
+    def finish(self) -> float:
+        return 0.0
 
     def add(self, block: Block) -> None:
         place = (block.scores + 1) * _PER_UNIT
         counted = torch.isfinite(place)
-        near = counted & ((place - place.round()).abs() < _GUARD)
+        near = counted & ((place - place.round()).abs() < self._guard)
         sure = place[counted & ~near].floor().clamp(0, BINS - 1).long()
         self.counts += torch.bincount(sure, minlength=BINS).cpu().numpy()
         query_of, row_of = (one.cpu().numpy() for one in near.nonzero(as_tuple=True))

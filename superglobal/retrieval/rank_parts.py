@@ -67,9 +67,12 @@ def count_better(
     skipped = np.isin(places, rows.skipped + start)
     if skipped.any():
         raise InputError(f"targets: image {places[skipped][0]} was skipped when descriptors were made: it has no rank")
-    counter = Counter(queries, flat, places, counts, device, start)
     local = None if excluded is None else np.maximum(excluded - start, -1)
-    scan(queries, rows, [counter], local, device, block_rows)
+
+    def make(tolerance: float) -> list[Counter]:
+        return [Counter(queries, flat, places, counts, device, tolerance, start)]
+
+    (counter,) = scan(queries, rows, make, local, device, block_rows)
     return counter.ranks()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,6 @@ from superglobal.errors import InputError
 from superglobal.retrieval.scan import Block, scan
 from superglobal.retrieval.search import Shortlist
 from superglobal.retrieval.vectors import (
-    TOLERANCE,
     Rows,
     as_exclude,
     as_queries,
@@ -25,6 +24,7 @@ from superglobal.retrieval.vectors import (
 
 _CELLS = 8192  # of the table that tells from a score, without searching, how many targets it beats
 _ALL_CELLS = 1 << 24
+_SPREAD = 20.0  # between the scores of two queries on one line of numbers
 _WAITING = 1 << 16  # pairs that were scored again and wait for their place among the targets
 # The float32 place of a score in the table is off by less than a tolerance, for its offset, and this share of a cell.
 _GUARD = 0.01
@@ -51,9 +51,9 @@ def exact_ranks(
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     excluded = as_exclude(exclude, len(queries))
-    counter = _counter(queries, rows, targets, excluded, device)
-    scan(queries, rows, [counter], excluded, device, block_rows)
-    return counter.ranks()
+    make = _counters(queries, rows, targets, excluded, device)
+    (counter,) = scan(queries, rows, lambda tolerance: [make(tolerance)], excluded, device, block_rows)
+    return _distinct(counter.ranks(), targets)
 
 
 def search_and_rank(
@@ -70,26 +70,40 @@ def search_and_rank(
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     excluded = as_exclude(exclude, len(queries))
-    shortlist = Shortlist(queries, rows, k, excluded, faiss=False)
-    counter = _counter(queries, rows, targets, excluded, device)
-    scan(queries, rows, [shortlist, counter], excluded, device, block_rows)
+    make = _counters(queries, rows, targets, excluded, device)
+
+    def both(tolerance: float) -> tuple[Shortlist, Counter]:
+        return Shortlist(queries, rows, k, excluded, False, tolerance), make(tolerance)
+
+    shortlist, counter = scan(queries, rows, both, excluded, device, block_rows)
     scores, ids = shortlist.result()
-    return (scores.astype(np.float32), ids), counter.ranks()
+    return (scores.astype(np.float32), ids), _distinct(counter.ranks(), targets)
 
 
-def _counter(
+def _distinct(ranks: list[np.ndarray], targets: Sequence[Any]) -> list[np.ndarray]:
+    """Return the ranks. Raises RuntimeError if two targets of a query share one: an average precision could pass 1."""
+    for query, (one, ids) in enumerate(zip(ranks, targets, strict=True)):
+        if len(np.unique(one)) != len(np.unique(np.asarray(ids))):
+            raise RuntimeError(
+                f"two targets of query {query} have the same rank: the float32 scores of these descriptors are off by "
+                "more than was seen; please report it"
+            )
+    return ranks
+
+
+def _counters(
     queries: np.ndarray,
     rows: Rows,
     targets: Sequence[Any],
     excluded: np.ndarray | None,
     device: str | torch.device | None,
-) -> Counter:
-    """That of targets among the rows. Raises InputError for targets that have no rank."""
+) -> Callable[[float], Counter]:
+    """Return what makes a counter of the targets for a tolerance. Raises InputError for targets that have no rank."""
     ids = check_targets(targets, len(queries), rows, excluded)
     counts = np.array([len(one) for one in ids])
     flat = np.concatenate(ids)
     scores = pair_scores(queries, rows, np.repeat(np.arange(len(queries)), counts), flat)
-    return Counter(queries, scores, flat, counts, device)
+    return lambda tolerance: Counter(queries, scores, flat, counts, device, tolerance)
 
 
 class Counter:
@@ -107,6 +121,7 @@ class Counter:
         flat: np.ndarray,
         counts: np.ndarray,
         device: str | torch.device | None,
+        tolerance: float,
         start: int = 0,
     ) -> None:
         """
@@ -115,19 +130,20 @@ class Counter:
             scores, flat: (T,) float64 and int64, `pair_scores` and ids of the targets, query by query.
             counts: (Q,) how many each has.
             device: of the scores of blocks.
+            tolerance: of the approximate scores of blocks.
             start: id of the database's first row.
         """
         n_queries = len(queries)
-        self._counts = counts
+        self._counts, self._tolerance = counts, tolerance
         query_of = np.repeat(np.arange(n_queries), counts)
         self._queries = queries
         self._start = start
         self._targets = (query_of, scores, flat)
         # Targets worst first, so that a row's place among them is the number of targets that it beats.
         self._order = np.lexsort((-flat, scores, query_of))
-        # Numbers that sort by query, then score: inner products lie within -1..1.
-        keys = 4.0 * query_of + scores[self._order]
-        self._above, self._below = keys + TOLERANCE, np.append(keys - TOLERANCE, np.inf)
+        # Numbers that sort by query, then score: inner products and twice a tolerance lie within -10..10.
+        keys = _SPREAD * query_of + scores[self._order]
+        self._above, self._below = keys + tolerance, np.append(keys - tolerance, np.inf)
         self._first = np.cumsum(self._counts) - self._counts
         # Per query: rows not placed yet, then rows that beat 0, 1, 2 ... of its targets.
         self._width = 2 + (int(self._counts.max()) if n_queries else 0)
@@ -148,8 +164,8 @@ class Counter:
         n_queries, scores = len(self._queries), self._targets[1][self._order]
         low, high = np.zeros(n_queries), np.ones(n_queries)
         some = np.flatnonzero(self._counts)
-        low[some] = scores[self._first[some]] - 3 * TOLERANCE
-        high[some] = scores[self._first[some] + self._counts[some] - 1] + 3 * TOLERANCE
+        low[some] = scores[self._first[some]] - 3 * self._tolerance
+        high[some] = scores[self._first[some] + self._counts[some] - 1] + 3 * self._tolerance
         scale = (self._cells - 4) / np.maximum(high - low, 1e-4)
         low -= 2 / scale
         self._low, self._scale = (
@@ -157,7 +173,7 @@ class Counter:
         )
         query_of = self._targets[0]
         place = (scores - low[query_of]) * scale[query_of]
-        margin = 2 * TOLERANCE * scale[query_of] + _GUARD
+        margin = 2 * self._tolerance * scale[query_of] + _GUARD
         first, last = (
             np.clip(np.floor(one), 0, self._cells - 1).astype(np.int64) for one in (place - margin, place + margin)
         )
@@ -200,7 +216,7 @@ class Counter:
     def _compare_on_host(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Count which targets the pairs of a mask (Q, n) beat; return query and row of those that float64 decides."""
         query_of, row_of, values = scored_where(mask, scores)
-        rough = 4.0 * query_of + values
+        rough = _SPREAD * query_of + values
         surely = np.searchsorted(self._above, rough)  # targets beaten beyond doubt, those of earlier queries with them
         near = self._below[surely] <= rough
         self._count(query_of[~near], np.maximum(surely - self._first[query_of], 0)[~near])
@@ -215,7 +231,7 @@ class Counter:
         above, below, first = self._keys
         flat = mask.ravel().nonzero()[:, 0]
         query_of = torch.div(flat, mask.shape[1], rounding_mode="floor")
-        rough = 4.0 * query_of.double() + scores.ravel()[flat].double()
+        rough = _SPREAD * query_of.double() + scores.ravel()[flat].double()
         surely = torch.searchsorted(above, rough)
         near = below[surely] <= rough
         slots = query_of * self._width
@@ -235,9 +251,12 @@ class Counter:
         counts = np.bincount(query_of * self._width + 1 + targets, minlength=len(self._beaten))
         self._beaten += torch.from_numpy(counts).to(self._beaten.device)
 
-    def ranks(self) -> list[np.ndarray]:
-        """Per query the ranks, in the order of its targets."""
+    def finish(self) -> float:
         self._place_waiting()
+        return 0.0
+
+    def ranks(self) -> list[np.ndarray]:
+        """Per query the ranks, in the order of its targets, after `finish`."""
         beaten = self._beaten.cpu().numpy().reshape(-1, self._width)[:, 1:]
         better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)  # rows that beat target j
         query_of = self._targets[0]

@@ -1,8 +1,9 @@
 """One pass over the database: each block is read, multiplied with the queries once, and shown to whoever counts."""
 
-from collections.abc import Generator, Sequence
+import logging
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from superglobal.precision import full_precision
 from superglobal.retrieval.staging import device_blocks
 from superglobal.retrieval.vectors import (
+    TOLERANCE,
     Rows,
     block_pair_scores,
     block_size,
@@ -19,9 +21,14 @@ from superglobal.retrieval.vectors import (
     validate_block,
 )
 
+log = logging.getLogger(__name__)
+
 # Dimensions that a matrix product on an accelerator sums at once. It adds products one after the other, so that a sum
 # of 2048 can be off by more than the tolerance that exactness rests on; sums of 64, added up, stay below it.
 _SUMMED_DIMS = 64
+_MARGIN = 2  # of the tolerance over the errors that were seen: those of other pairs may be larger
+_WIDENED = 16  # times an error that was too large
+_ALL = 4.0  # a tolerance over which no two scores of unit vectors differ
 
 
 class Block:
@@ -49,6 +56,8 @@ class Block:
         self._queries = queries
         self._name = name
         self._scores: torch.Tensor | None = None
+        self.error = 0.0
+        """Largest difference seen between an approximate and a float64 score."""
 
     @property
     def rows(self) -> np.ndarray:
@@ -74,11 +83,27 @@ class Block:
             self._scores = scores
         return self._scores
 
-    def pair_scores(self, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-        """Compute the float64 scores (P,) of queries `query_of` (P,) and rows `row_of` (P,) of the block."""
+    def pair_scores(self, query_of: np.ndarray, row_of: np.ndarray, rough: np.ndarray | None = None) -> np.ndarray:
+        """Compute the float64 scores (P,) of queries `query_of` (P,) and rows `row_of` (P,) of the block.
+
+        How far `rough` (P,), by default `scores`, lies from them at most is kept in `error`.
+        """
         if is_host(self._queries.device):
-            return block_pair_scores(self._queries.numpy(), self.rows, query_of, row_of)
-        return pair_scores_on(self._queries, self._vectors, query_of, row_of)
+            exact = block_pair_scores(self._queries.numpy(), self._vectors.numpy(), query_of, row_of)
+        else:
+            exact = pair_scores_on(self._queries, self._vectors, query_of, row_of)
+        if rough is None:
+            places = (torch.from_numpy(ids).to(self.scores.device) for ids in (query_of, row_of))
+            rough = self.scores[tuple(places)].cpu().numpy()
+        self.error = max(self.error, float(np.abs(exact - rough).max(initial=0)))
+        return exact
+
+    def probe(self) -> None:
+        """Score the best row of each query in float64, if `scores` were asked for, to learn how far they are off."""
+        if self._scores is not None:
+            best, row_of = (one.cpu().numpy() for one in self._scores.max(dim=1))
+            query_of = np.flatnonzero(np.isfinite(best))
+            self.pair_scores(query_of, row_of[query_of], best[query_of])
 
 
 def inner_products(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
@@ -98,29 +123,67 @@ class Consumer(Protocol):
     def add(self, block: Block) -> None:
         """Take from a block what is needed; nothing of it may be kept."""
 
+    def finish(self) -> float:
+        """Do what is left after the last block; return the error of approximate scores that this showed, or 0."""
+
+
+C = TypeVar("C", bound=Sequence[Consumer])
+
 
 def scan(
     queries: np.ndarray,
     rows: Rows,
-    consumers: Sequence[Consumer],
+    make: Callable[[float], C],
     excluded: np.ndarray | None,
     device: str | torch.device | None,
     block_rows: int,
     check: bool = False,
-) -> None:
-    """Show all blocks of the database to all consumers.
+) -> C:
+    """Show all blocks of the database to consumers, and return these.
 
-    queries: (Q, D) float32, validated. excluded: (Q,) ids, one per query, that must not count; nor do those that the
-    rows skip. check: look for rows that are not finite also where no consumer asks for the scores.
+    How far float32 scores may be off depends on the descriptors and on the library that multiplies them. Some scores of
+    every block are computed in float64. If they show a larger error than the tolerance allows, the pass is repeated
+    with a wider tolerance, under which more scores are computed in float64.
+
+    queries: (Q, D) float32, validated. make: a tolerance -> new consumers. excluded: (Q,) ids, one per query, that must
+    not count; nor do those that the rows skip. check: look for rows that are not finite also where no consumer asks for
+    the scores.
     """
     on_device = to_tensor(queries, torch.device(device or "cpu"))
     own = np.full(len(queries), -1) if excluded is None else excluded
+    tolerance = TOLERANCE
+    while True:
+        consumers = make(tolerance)
+        error = _pass(on_device, rows, consumers, own, block_rows, check, tolerance)
+        if error <= tolerance / _MARGIN or tolerance >= _ALL:
+            return consumers
+        tolerance = min(_ALL, _WIDENED * error)
+        text = "float32 scores of the %s are off by up to %.1e: the pass is repeated with a tolerance of %.1e"
+        log.info(text, rows.name, error, tolerance)
+
+
+def _pass(
+    queries: torch.Tensor,
+    rows: Rows,
+    consumers: Sequence[Consumer],
+    excluded: np.ndarray,
+    block_rows: int,
+    check: bool,
+    tolerance: float,
+) -> float:
+    """Show the blocks, until the error of approximate scores is too large for the tolerance; return the error."""
+    error = 0.0
     # Closed at once when a consumer raises: the traceback would keep the reading thread alive.
-    with closing(_blocks(rows, block_rows, len(queries), on_device.device, check)) as blocks:
+    with closing(_blocks(rows, block_rows, len(queries), queries.device, check)) as blocks:
         for start, vectors in blocks:
-            seen = Block(start, vectors, on_device, own, rows.skipped, rows.name)
+            block = Block(start, vectors, queries, excluded, rows.skipped, rows.name)
             for consumer in consumers:
-                consumer.add(seen)
+                consumer.add(block)
+            block.probe()
+            error = max(error, block.error)
+            if error > tolerance / _MARGIN and tolerance < _ALL:
+                return error
+    return max([error, *(consumer.finish() for consumer in consumers)])
 
 
 def _blocks(

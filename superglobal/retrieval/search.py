@@ -10,7 +10,6 @@ import torch
 from superglobal.errors import InputError
 from superglobal.retrieval.scan import Block, scan
 from superglobal.retrieval.vectors import (
-    TOLERANCE,
     Rows,
     as_exclude,
     as_queries,
@@ -50,8 +49,12 @@ def search(
     queries = as_queries(Q, rows.dim)
     excluded = as_exclude(exclude, len(queries))
     target = torch.device(device or "cpu")
-    found = Shortlist(queries, rows, k, excluded, _uses_faiss(backend, target))
-    scan(queries, rows, [found], excluded, target, block_rows, check=backend == "faiss")
+    faiss = _uses_faiss(backend, target)
+
+    def make(tolerance: float) -> list[Shortlist]:
+        return [Shortlist(queries, rows, k, excluded, faiss, tolerance)]
+
+    (found,) = scan(queries, rows, make, excluded, target, block_rows, check=faiss)
     scores, ids = found.result()
     return scores.astype(dtype), ids
 
@@ -115,12 +118,21 @@ class Shortlist:
     make them many, they are scored as they come, equal rows once.
     """
 
-    def __init__(self, queries: np.ndarray, rows: Rows, k: int, excluded: np.ndarray | None, faiss: bool) -> None:
-        """Raises InputError for k outside the rows that can be returned."""
+    def __init__(
+        self,
+        queries: np.ndarray,
+        rows: Rows,
+        k: int,
+        excluded: np.ndarray | None,
+        faiss: bool,
+        tolerance: float,
+    ) -> None:
+        """`tolerance`: of the approximate scores. Raises InputError for k outside the rows that can be returned."""
         available = len(rows) - len(rows.skipped) - (excluded is not None)
         if not isinstance(k, int | np.integer) or not 1 <= k <= available:
             raise InputError(f"k: expected 1..{available} for a database of {len(rows)} rows, got {k}")
         self._queries, self._rows, self._k, self._faiss = queries, rows, int(k), faiss
+        self._tolerance, self._error = tolerance, 0.0
         self._floor = np.full(len(queries), _UNDER_ALL)
         self._kept = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0, bool))
         self._unsorted = 0
@@ -132,7 +144,7 @@ class Shortlist:
         crowded = np.flatnonzero(np.bincount(query_of, minlength=len(self._queries)) > self._k + _CROWD)
         if len(crowded):
             many = np.isin(query_of, crowded)
-            scores[many] = block.pair_scores(query_of[many], row_of[many])
+            scores[many] = block.pair_scores(query_of[many], row_of[many], scores[many])
             exact[many] = True
             keep = ~many
             keep[np.flatnonzero(many)[_first(query_of[many], scores[many], row_of[many], self._k)]] = True
@@ -143,10 +155,13 @@ class Shortlist:
         if self._unsorted > len(self._queries) * self._k // 2:
             self._cut()
 
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (Q, k) float64 and ids (Q, k), best first."""
+    def finish(self) -> float:
         self._cut()
         self._settle(np.ones(len(self._kept[0]), bool))
+        return self._error
+
+    def result(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (Q, k) float64 and ids (Q, k), best first, after `finish`."""
         query_of, ids, scores, _ = self._kept
         best = _first(query_of, scores, ids, self._k)
         shape = (len(self._queries), self._k)
@@ -181,6 +196,7 @@ class Shortlist:
 
         count = min(self._k + _EXTRA, len(block.rows))
         scores, row_of = faiss.knn(self._queries, block.rows, count, metric=faiss.METRIC_INNER_PRODUCT)
+        block.pair_scores(np.arange(len(scores)), row_of[:, 0].astype(np.int64), scores[:, 0])
         last = scores.min(axis=1)
         scores[(row_of == block.excluded[:, None]) | np.isin(row_of, block.skipped)] = -np.inf
         if count >= self._k:
@@ -192,7 +208,7 @@ class Shortlist:
 
     def _raise_floor(self, least: np.ndarray) -> None:
         """`least`: (Q,) a score that k rows of each query are known to reach, to within the tolerance."""
-        floor = np.nextafter((least - 2 * TOLERANCE).astype(np.float32), np.float32(-np.inf))
+        floor = np.nextafter((least - 2 * self._tolerance).astype(np.float32), np.float32(-np.inf))
         self._floor = np.maximum(self._floor, floor)
 
     def _cut(self) -> None:
@@ -218,7 +234,9 @@ class Shortlist:
         """Score the chosen of what is kept in float64, unless that was done."""
         query_of, ids, scores, exact = self._kept
         todo = np.flatnonzero(which & ~exact)
-        scores[todo] = pair_scores(self._queries, self._rows, query_of[todo], ids[todo])
+        settled = pair_scores(self._queries, self._rows, query_of[todo], ids[todo])
+        self._error = max(self._error, float(np.abs(settled - scores[todo]).max(initial=0)))
+        scores[todo] = settled
         exact[todo] = True
 
     def _keep(self, keep: np.ndarray) -> None:

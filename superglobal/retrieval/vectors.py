@@ -12,8 +12,8 @@ import torch
 
 from superglobal.errors import InputError
 
-# How far a float32 inner product of unit vectors may lie from the float64 one. Anything decided by less
-# than this is decided again in float64.
+# How far a float32 inner product of usual unit vectors lies from the float64 one. Anything decided by less than this is
+# decided again in float64; `scan` widens it for descriptors whose scores are off by more.
 TOLERANCE = 1e-6
 NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError)
 """What NumPy raises for a damaged `.npy`."""

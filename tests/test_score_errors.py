@@ -1,0 +1,110 @@
+"""Exact orders in spaces whose float32 scores are off by far more than those of usual descriptors."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from superglobal.reporting.similarities import bin_of, similarity_counts
+from superglobal.retrieval import ranks, scan, vectors
+from superglobal.retrieval.rank_parts import count_better, target_scores
+from superglobal.retrieval.ranks import exact_ranks, search_and_rank
+from superglobal.retrieval.search import search
+from superglobal.retrieval.vectors import pair_scores
+
+ROWS, QUERIES, K = 600, 12, 40
+
+
+def dominant(rng, dim):
+    X = np.full((ROWS, dim), 1e-4) + 1e-6 * rng.standard_normal((ROWS, dim))
+    X[:, 0] = 1
+    return X
+
+
+def softmax(rng, dim):
+    X = np.exp(3 * rng.standard_normal((ROWS, dim)))
+    return X / X.sum(axis=1, keepdims=True)
+
+
+SPACES = {
+    "one dominant component": dominant,
+    "softmax": softmax,
+    "nearly constant": lambda rng, dim: 1 + 1e-5 * rng.standard_normal((ROWS, dim)),
+    "no negative values": lambda rng, dim: np.maximum(rng.standard_normal((ROWS, dim)), 0) + 0.01,
+    "usual": lambda rng, dim: rng.standard_normal((ROWS, dim)),
+}
+
+
+def space(name: str, dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries, some of them copies of rows, and rows, some of them copies of others, as float32 unit vectors."""
+    rng = np.random.default_rng(dim)
+    X = SPACES[name](rng, dim)
+    X[-50:] = X[:50]
+    X = (X / np.linalg.norm(X, axis=1, keepdims=True)).astype(np.float32)
+    return np.concatenate([X[: QUERIES // 2], X[100 : 100 + QUERIES // 2] + np.float32(0)]), X
+
+
+def order(Q: np.ndarray, X: np.ndarray) -> np.ndarray:
+    """(Q, N) ids by (-score, id)."""
+    query_of, row_of = (one.ravel() for one in np.indices((len(Q), len(X))))
+    scores = pair_scores(Q, X, query_of, row_of).reshape(len(Q), len(X))
+    return np.lexsort((np.broadcast_to(np.arange(len(X)), scores.shape), -scores), axis=1)
+
+
+@pytest.fixture(params=["cpu", "accelerator"])
+def device(request, monkeypatch) -> None:
+    """The path of the CPU, and that of accelerators run on the CPU."""
+    if request.param == "accelerator":
+        for module in (vectors, scan, ranks):
+            monkeypatch.setattr(module, "is_host", lambda device: False)
+
+
+@pytest.mark.parametrize("dim", [512, 2048, 8192])
+@pytest.mark.parametrize("name", SPACES)
+def test_ids_and_ranks_are_exact(name, dim, device):
+    Q, X = space(name, dim)
+    expected = order(Q, X)
+    rank_of = np.argsort(expected, axis=1)
+    targets = [np.random.default_rng(1).choice(ROWS, 100, replace=False) for _ in Q]
+    own = [rank_of[query, one].tolist() for query, one in enumerate(targets)]
+    (_, ids), found = search_and_rank(Q, X, K, targets, block_rows=150)
+    np.testing.assert_array_equal(ids, expected[:, :K])
+    assert [one.tolist() for one in found] == own
+    assert [one.tolist() for one in exact_ranks(Q, X, targets)] == own
+    np.testing.assert_array_equal(search(Q, X, K, block_rows=200)[1], expected[:, :K])
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_faiss_is_exact(name):
+    pytest.importorskip("faiss")
+    Q, X = space(name, 2048)
+    np.testing.assert_array_equal(search(Q, X, K, backend="faiss", block_rows=150)[1], order(Q, X)[:, :K])
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_parts_and_bins_are_exact(name):
+    Q, X = space(name, 2048)
+    rank_of = np.argsort(order(Q, X), axis=1)
+    targets = [np.arange(0, 300, 7) for _ in Q]
+    scores = target_scores(Q, X[:300], targets)
+    parts = [count_better(Q, X[low : low + 300], scores, targets, low) for low in (0, 300)]
+    for query, one in enumerate(targets):
+        np.testing.assert_array_equal(sum(part[query] for part in parts), rank_of[query, one])
+    query_of, row_of = (one.ravel() for one in np.indices((len(Q), len(X))))
+    counts = np.bincount(bin_of(pair_scores(Q, X, query_of, row_of)))
+    found = similarity_counts(Q, X, [{} for _ in Q])["negative"]
+    np.testing.assert_array_equal(found[: len(counts)], counts)
+
+
+def test_usual_descriptors_take_one_pass(caplog):
+    Q, X = space("usual", 2048)
+    with caplog.at_level(logging.INFO):
+        search(Q, X, K)
+    assert not caplog.records
+    Q, X = space("one dominant component", 2048)
+    with caplog.at_level(logging.INFO):
+        search(torch.from_numpy(Q), torch.from_numpy(X), K)
+    assert "the pass is repeated" in caplog.text
