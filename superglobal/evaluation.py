@@ -237,6 +237,7 @@ class EvaluationModule(pl.LightningModule):
             gathered: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
             torch.distributed.all_gather_object(gathered, self.failures)
             failures = [failure for part in gathered for failure in part]
+        self.failures = []
         if failures:
             raise InputError("\n".join(dict.fromkeys(failures)))
 

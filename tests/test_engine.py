@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import pickle
@@ -200,6 +201,67 @@ def test_rows_are_written_while_the_next_batch_is_computed(tmp_path, monkeypatch
     stores = [next((tmp_path / name / "stores").glob("folder-database-*")) for name in ("at once", "later")]
     first, second = (DescriptorStore.open(store) for store in stores)
     assert np.array_equal(first.block(0, len(first)), second.block(0, len(second)))
+
+
+def fail_at(monkeypatch, row: int, error: BaseException, times: int = 1) -> None:
+    """Let writing a row fail the first `times`, its values half written."""
+    write, failures = DescriptorStore.write_rows, [error] * times
+
+    def failing(store, rows, descriptors):
+        if row in rows and failures:
+            store._shards[0][rows] = 7
+            raise failures.pop()
+        write(store, rows, descriptors)
+
+    monkeypatch.setattr(DescriptorStore, "write_rows", failing)
+
+
+def one_by_one(photos: Path) -> list[str]:
+    return ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "extraction.batch_size=1"]
+
+
+def test_a_failure_of_the_last_write_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "_ASYNCHRONOUS", ("cpu",))
+    photos = write_folders(tmp_path / "photos")
+    fail_at(monkeypatch, 8, InputError("the disk is full"))
+    with pytest.raises(InputError, match=r"label2/2\.jpg or of its batch: the disk is full"):
+        run(tmp_path, *one_by_one(photos))
+    (store,) = (tmp_path / "stores").glob("folder-database-*")
+    assert DescriptorStore.open(store).missing.tolist() == [8]
+
+
+def test_a_failed_write_after_another_error_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(evaluation, "_ASYNCHRONOUS", ("cpu",))
+    photos = write_folders(tmp_path / "photos")
+    break_scan(photos / "label2/2.jpg")
+    fail_at(monkeypatch, 7, InputError("the disk is full"))
+    with pytest.raises(InputError, match=r"label2/2\.jpg") as raised, caplog.at_level(logging.WARNING):
+        run(tmp_path, *one_by_one(photos))
+    assert "the disk is full" not in str(raised.value)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "superglobal.engine.extracting"]
+    assert warnings == [f"{photos / 'label2/1.jpg'} or of its batch: the disk is full"]
+
+
+@pytest.mark.parametrize("asynchronous", [(), ("cpu",)])
+@pytest.mark.parametrize("row", [3, 8])
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupted_write_is_repeated_and_no_row_is_lost(tmp_path, monkeypatch, asynchronous, row, times):
+    photos = write_folders(tmp_path / "photos")
+    run(tmp_path / "whole", *one_by_one(photos))
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "_ASYNCHRONOUS", asynchronous)
+        fail_at(patched, row, SystemExit(143), times)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "cut", *one_by_one(photos))
+    folders = [next((tmp_path / name / "stores").glob("folder-database-*")) for name in ("whole", "cut")]
+    whole, cut = (DescriptorStore.open(folder) for folder in folders)
+    missing = cut.missing.tolist()
+    assert (row in missing) == (times == 2)
+    written = np.flatnonzero(cut.done)
+    assert set(range(row)) <= set(written.tolist())
+    assert np.array_equal(cut.read_rows(written), whole.read_rows(written))
+    assert run(tmp_path / "cut", *one_by_one(photos))["about"]["extracted"] == {"database": len(missing)}
+    assert np.array_equal(cut.block(0, len(cut)), whole.block(0, len(whole)))
 
 
 def test_matrix_products_are_float32_inside_and_as_before_outside():

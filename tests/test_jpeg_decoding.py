@@ -12,10 +12,13 @@ import torch
 from PIL import Image
 from sets import break_scan, texture, write_folders
 from test_engine import fingerprints, run
+from test_page_search import composed, opened
 
+from superglobal.data import jpeg_decoding
 from superglobal.data.images import image_tensor, read_image
 from superglobal.data.jpeg_decoding import EncodedImage, check_gpu_decoder, compare_decoders, decode_batch, read_encoded
 from superglobal.engine import extracting
+from superglobal.engine.serving import configured
 from superglobal.errors import InputError
 from superglobal.retrieval.store import DescriptorStore
 
@@ -48,12 +51,12 @@ def oriented(value: int) -> Image.Exif:
 @pytest.mark.parametrize("box", [None, (10.7, 5.2, 90.0, 300.0)])
 def test_plain_jpegs_stay_encoded_and_give_the_same_pixels(tmp_path, image, options, box):
     path = saved(tmp_path / "a.jpg", image, **options)
-    encoded = read_encoded(path, box, max_side=120)
-    assert isinstance(encoded, EncodedImage)
-    assert encoded.data.numpy().tobytes() == path.read_bytes()
-    (decoded,) = decode_batch([encoded.data], CPU)
+    image = read_encoded(path, box, max_side=120)
+    assert isinstance(image, EncodedImage)
+    assert image.data.numpy().tobytes() == path.read_bytes()
+    (decoded,) = decode_batch([image.data], CPU)
     assert decoded is not None
-    x1, y1, x2, y2 = encoded.bounds
+    x1, y1, x2, y2 = image.bounds
     expected = image_tensor(read_image(path, box))
     assert torch.equal(decoded[:, y1:y2, x1:x2], expected)
 
@@ -96,11 +99,79 @@ def test_faults_are_those_of_the_cpu_decoder(tmp_path):
 def test_a_file_that_the_decoder_refuses_does_not_take_its_batch_along(tmp_path):
     paths = [saved(tmp_path / f"{i}.jpg", texture(i, 0)) for i in range(3)]
     break_scan(paths[1])
-    files = [torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy()) for path in paths]
-    first, second, third = decode_batch(files, CPU)
+    first, second, third = decode_batch(encoded(paths), CPU)
     assert second is None
     for decoded, path in ((first, paths[0]), (third, paths[2])):
         assert torch.equal(decoded, image_tensor(read_image(path)))
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12.00 GiB"),
+    RuntimeError("Error while decoding JPEG images: CUDA out of memory. Tried to allocate 12.00 GiB"),
+    RuntimeError("Error while decoding JPEG images: Failed to decode batch: 5"),
+]
+
+
+def encoded(paths: list[Path]) -> list[torch.Tensor]:
+    return [torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy()) for path in paths]
+
+
+def fail_above(monkeypatch, count: int, error: Exception) -> None:
+    """Let the decoder fail with more files than `count` at once."""
+    decode = jpeg_decoding._decode
+
+    def failing(files, device):
+        if len(files) > count:
+            raise error
+        return decode(files, device)
+
+    monkeypatch.setattr(jpeg_decoding, "_decode", failing)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_a_batch_that_runs_out_of_memory_is_decoded_one_by_one(tmp_path, monkeypatch, error):
+    paths = [saved(tmp_path / f"{i}.jpg", texture(i, 0)) for i in range(3)]
+    fail_above(monkeypatch, 1, error)
+    for image, path in zip(decode_batch(encoded(paths), CPU), paths, strict=True):
+        assert torch.equal(image, image_tensor(read_image(path)))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_too_little_memory_for_one_file_is_an_input_error(tmp_path, monkeypatch, error, count):
+    fail_above(monkeypatch, 0, error)
+    with pytest.raises(InputError, match=r"out of memory on cpu .*lower extraction\.batch_size, or .*decoder=cpu"):
+        decode_batch(encoded([saved(tmp_path / "a.jpg")] * count), CPU)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("unspecified launch failure", 719),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Error while decoding JPEG images: Failed to synchronize CUDA stream: 700"),
+    ],
+)
+def test_a_cuda_fault_is_not_taken_for_an_unsupported_file(tmp_path, monkeypatch, error):
+    fail_above(monkeypatch, 0, error)
+    with pytest.raises(type(error)) as raised:
+        decode_batch(encoded([saved(tmp_path / "a.jpg")]), CPU)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "text", ["Failed to decode jpeg stream: 4", "Failed to get image info: 3", "Unknown chroma", ""]
+)
+def test_an_unsupported_file_is_none(tmp_path, monkeypatch, text):
+    fail_above(monkeypatch, 0, RuntimeError(text))
+    assert decode_batch(encoded([saved(tmp_path / "a.jpg")] * 2), CPU) == [None, None]
+
+
+@pytest.mark.parametrize(("text", "reason"), [("", "RuntimeError"), ("\nno nvJPEG\nframe #0", "no nvJPEG")])
+def test_a_device_that_cannot_decode_is_an_input_error(monkeypatch, text, reason):
+    fail_above(monkeypatch, 0, RuntimeError(text))
+    with pytest.raises(InputError, match=rf"torchvision cannot decode JPEGs on cuda:0 \({reason}\); install"):
+        check_gpu_decoder([], torch.device("cuda:0"))
 
 
 def test_decoders_are_compared_on_the_first_jpegs(tmp_path):
@@ -161,6 +232,28 @@ def test_an_evaluation_with_it_has_stores_of_its_own_and_the_same_result(tmp_pat
     assert third["about"]["extracted"] == {"database": 0}
 
 
+def test_the_page_opens_a_store_with_its_own_decoder(tmp_path, photos, on_the_cpu):
+    folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
+    for decoder in ("cpu", "gpu"):
+        run(tmp_path / decoder, *folder, f"extraction.decoder={decoder}")
+    ((by_cpu,), (by_gpu,)) = (stored(tmp_path / name) for name in ("cpu", "gpu"))
+    for store in (by_cpu, by_gpu):
+        assert len(opened(tmp_path / "page", f"store={store.folder}").search) == 12
+    config, _ = configured(composed(f"store={by_gpu.folder}", "extraction.decoder=gpu"))
+    assert config.extraction.decoder == "gpu"
+    with pytest.raises(
+        InputError, match=r"extraction\.decoder=gpu: .* was extracted with extraction\.decoder=cpu; leave"
+    ):
+        configured(composed(f"store={by_cpu.folder}", "extraction.decoder=gpu"))
+
+
+def test_too_little_memory_ends_the_run_instead_of_decoding_on_the_cpu(tmp_path, photos, on_the_cpu, monkeypatch):
+    monkeypatch.setattr(extracting, "check_gpu_decoder", lambda *_: {})
+    fail_above(monkeypatch, 0, OUT_OF_MEMORY[1])
+    with pytest.raises(InputError, match=r"out of memory .*lower extraction\.batch_size"):
+        run(tmp_path, "dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "extraction.decoder=gpu")
+
+
 def test_a_corrupt_image_is_reported_as_by_the_cpu_decoder(tmp_path, photos, on_the_cpu, caplog):
     break_scan(photos / "label2/2.jpg")
     folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
@@ -190,7 +283,7 @@ def test_decoders_agree_on_every_device(tmp_path, device):
     assert compared["images"] == 16
     assert compared["mean_difference"] < 2
     assert json.loads(json.dumps(compared)) == compared
-    file = torch.from_numpy(np.frombuffer((tmp_path / "5.jpg").read_bytes(), np.uint8).copy())
+    (file,) = encoded([tmp_path / "5.jpg"])
     first, second = decode_batch([file, torch.full((100,), 7, dtype=torch.uint8)], device)
     assert first is not None
     assert first.device == device

@@ -93,8 +93,8 @@ class ExtractionConfig:
         precision: of the backbone's weights and maps: "float32", "bfloat16", "float16", or "auto", which is resolved
             by the device (float32 on CPUs) before anything is computed; pooling is in float32 always.
         decoder: of JPEG files: "cpu", or "gpu" to decode them on the CUDA device (nvJPEG), whose pixels differ a
-            little; such descriptors have stores of their own. Other formats, and files that are rotated or shrunk, are
-            decoded on the CPU.
+            little, so that the descriptors are stored separately. Other formats, and files that are rotated or shrunk,
+            are decoded on the CPU.
         batch_size: maximum number of images, all of one size, in a batch.
         batch_pixels: maximum number of pixels in a batch; null for what memory has room for.
         part: "3/16" extracts the third of 16 parts of the images and ends there, so that as many jobs can share the

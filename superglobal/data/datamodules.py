@@ -77,7 +77,7 @@ class EncodedBatch(NamedTuple):
     Attributes:
         number: of the list.
         rows: (B,) of the images in it.
-        data: (n,) uint8, the bytes of all files, one behind the other.
+        data: (n,) uint8, the bytes of all files, concatenated.
         sizes: (B,) bytes of each file.
         bounds: (B,) (x1, y1, x2, y2) of each crop, in pixels.
     """
@@ -173,7 +173,7 @@ class ExtractionDataModule(pl.LightningDataModule):
         decoder: "cpu", or "gpu" to decode JPEGs on the device that the batches go to.
 
     Attributes:
-        undecodable: number of files that the GPU decoder did not support and the CPU decoded.
+        decoded_on_cpu: number of JPEGs that the GPU decoder did not support.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class ExtractionDataModule(pl.LightningDataModule):
         super().__init__()
         self.images = BatchedImages(lists, batches, decoder)
         self.num_workers = num_workers
-        self.undecodable = 0
+        self.decoded_on_cpu = 0
 
     def predict_dataloader(self) -> DataLoader:
         assert self.trainer is not None
@@ -205,16 +205,16 @@ class ExtractionDataModule(pl.LightningDataModule):
     def _decoded(self, batch: EncodedBatch, device: torch.device) -> list[LoadedBatch]:
         images: list[tuple[int, Tensor | InputError]] = []
         decoded = decode_batch(batch.data.split(batch.sizes), device)
-        for row, image, (x1, y1, x2, y2) in zip(batch.rows, decoded, batch.bounds, strict=True):
-            if image is not None:
-                images.append((row, image[:, y1:y2, x1:x2]))
+        for row, pixels, (x1, y1, x2, y2) in zip(batch.rows, decoded, batch.bounds, strict=True):
+            if pixels is not None:
+                images.append((row, pixels[:, y1:y2, x1:x2]))
                 continue
-            if not self.undecodable:
+            if not self.decoded_on_cpu:
                 path = self.images.lists[batch.number][0][row].path
                 log.warning("%s: the GPU decoder does not support this JPEG; such files are decoded on the CPU", path)
-            self.undecodable += 1
-            found = _read(self.images.lists, (batch.number, row))
-            images.append((row, found if isinstance(found, InputError) else found.to(device)))
+            self.decoded_on_cpu += 1
+            image = _read(self.images.lists, (batch.number, row))
+            images.append((row, image if isinstance(image, InputError) else image.to(device)))
         return _by_size(batch.number, images)
 
 

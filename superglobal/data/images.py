@@ -265,7 +265,10 @@ def _same_as_cv2(image: Image.Image) -> bool:
 
 
 def is_plain_jpeg(image: Image.Image) -> bool:
-    """Return whether an open image is a gray or YCbCr JPEG without an EXIF rotation, which any decoder reads alike."""
+    """Return whether an open image is a JPEG that is not rotated and whose color space is unambiguous.
+
+    That is gray or YCbCr, whose color space every decoder interprets the same way.
+    """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB") or _orientation(image) != 1:
         return False
     # libjpeg takes these components for RGB, which other decoders may not.

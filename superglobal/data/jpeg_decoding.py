@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -28,12 +29,16 @@ from superglobal.data.images import (
     require_end,
     shrunk_size,
 )
-from superglobal.errors import InputError
+from superglobal.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
 _COMPARED = 16
 _CANDIDATES = 64  # images that are opened to find those to compare
+# torchvision raises every failure on a GPU as a RuntimeError, so only the message tells them apart. Status 5 of nvJPEG
+# is NVJPEG_STATUS_ALLOCATOR_FAILURE.
+_OUT_OF_MEMORY = re.compile(r"out of memory|Failed to [\w ]+: 5\b")
+_CUDA_FAULT = re.compile(r"CUDA error|Failed to synchronize CUDA stream")
 
 
 class EncodedImage(NamedTuple):
@@ -55,7 +60,7 @@ def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None 
     file are checked here in either case.
 
     Raises:
-        InputError: as of `read_image`.
+        InputError: See `read_image`.
     """
     path = Path(path)
     with faults_named(path):
@@ -91,18 +96,29 @@ def decode_batch(files: Sequence[Tensor], device: torch.device) -> list[Tensor |
 
     Returns:
         (3, H, W) uint8 RGB each, None for a file that this decoder does not support.
+
+    Raises:
+        InputError: there is not enough GPU memory, even for one file at a time.
     """
     try:
         return list(_decode(files, device))
-    except RuntimeError:  # without saying which file is the cause
+    except RuntimeError as error:  # The error does not name the file.
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error))
+        if not out_of_memory and (isinstance(error, torch.AcceleratorError) or _CUDA_FAULT.search(str(error))):
+            raise
         if len(files) == 1:
+            if out_of_memory:
+                raise InputError(
+                    f"extraction.decoder=gpu: out of memory on {device} while decoding a JPEG ({first_line(error)}); "
+                    "lower extraction.batch_size, or use extraction.decoder=cpu"
+                ) from error
             return [None]
     torch.cuda.empty_cache()  # nvJPEG allocates memory outside of PyTorch's pool
     return [image for file in files for image in decode_batch([file], device)]
 
 
 def _decode(files: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    from torchvision.io import ImageReadMode, decode_jpeg  # a second, which a run without it need not wait for
+    from torchvision.io import ImageReadMode, decode_jpeg  # Importing torchvision.io takes a second.
 
     if device.type != "cuda":
         return decode_jpeg(list(files), ImageReadMode.RGB, device)
@@ -146,7 +162,7 @@ def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], d
         _decode([_as_tensor(tiny.getvalue())], device)
     except (AttributeError, ImportError, RuntimeError) as error:
         raise InputError(
-            f"extraction.decoder=gpu: torchvision cannot decode JPEGs on {device} ({str(error).splitlines()[0]}); "
+            f"extraction.decoder=gpu: torchvision cannot decode JPEGs on {device} ({first_line(error)}); "
             "install a torchvision that was built with nvJPEG, or use extraction.decoder=cpu"
         ) from error
     compared = compare_decoders(lists, device)
@@ -186,7 +202,7 @@ def _encoded(lists: Sequence[tuple[Sequence[ImageItem], int | None]]) -> Iterato
     for item, max_side in islice(items, _CANDIDATES):
         try:
             image = read_encoded(item.path, item.box, max_side)
-        except InputError:  # as above
+        except InputError:  # reported where its descriptor is extracted
             continue
         if isinstance(image, EncodedImage):
             yield image

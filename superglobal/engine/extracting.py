@@ -65,9 +65,10 @@ def extract_lists(
     """
     device = trainer.strategy.root_device
     image_lists = [(part.items, part.max_side) for part in lists]
-    gpu_decoder = cache(partial(check_gpu_decoder, image_lists, device)) if how.decoder == "gpu" else None
+    check_decoder = cache(partial(check_gpu_decoder, image_lists, device)) if how.decoder == "gpu" else None
     stores = [
-        [_open_store(network, part, folder, str(device), dtype, gpu_decoder) for part in lists] for network in networks
+        [_open_store(network, part, folder, str(device), dtype, check_decoder) for part in lists]
+        for network in networks
     ]
     for i, part in enumerate(lists):
         for own in stores:
@@ -86,8 +87,8 @@ def extract_lists(
         log.info("%s: %d images, %d in store, %d to describe", part.title, total, total - todo, todo)
     # Processes that were started together may not agree on what is missing, and have to wait for one another.
     if any(missing) or started_together():
-        if gpu_decoder is not None:
-            gpu_decoder()
+        if check_decoder is not None:
+            check_decoder()
         if len(networks) > 1:
             log.info("one pass over the images serves %d networks of the sweep", len(networks))
         pixels = how.batch_pixels or _pixels_at_once(networks[0], device)
@@ -99,8 +100,8 @@ def extract_lists(
         images = ExtractionDataModule(image_lists, batches, num_workers, how.decoder)
         module = EvaluationModule(*_grouped(fast_copies(networks), stores), lists, batches)
         _describe(trainer, module, images, [store for own in stores for store in own])
-        if images.undecodable:
-            log.warning("GPU JPEG decoder: %d images were decoded on the CPU instead", images.undecodable)
+        if images.decoded_on_cpu:
+            log.warning("GPU JPEG decoder: %d images were decoded on the CPU instead", images.decoded_on_cpu)
     for part, store in zip(lists, stores[0], strict=True):
         _require_budget(store, part)
     return stores[0], lacked
@@ -121,6 +122,8 @@ def _describe(
             try:
                 module.drain()
             finally:  # a GPU that failed cannot deliver its last batch
+                for failure in dict.fromkeys(module.failures):  # not part of the error that ended the run
+                    log.warning("%s", failure)
                 for store in stores:
                     store.flush()
         trainer.strategy.barrier()
@@ -194,10 +197,10 @@ def _open_store(
     folder: Path,
     device: str,
     dtype: str,
-    gpu_decoder: Callable[[], dict[str, Any]] | None,
+    check_decoder: Callable[[], dict[str, Any]] | None,
 ) -> DescriptorStore:
-    """Open or create the store of a list; a new one records what `gpu_decoder` returns, if that is given."""
-    identity = store_identity(network, part.max_side, "cpu" if gpu_decoder is None else "gpu")
+    """Open or create the store of a list; a new one records what `check_decoder` returns, if that is given."""
+    identity = store_identity(network, part.max_side, "cpu" if check_decoder is None else "gpu")
     lines = part.lines()
     place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines, dtype)[:16]}"
     fresh = not place.exists()
@@ -206,8 +209,8 @@ def _open_store(
     found = str(weights.resolve()) if weights.is_file() else network.weights_label
     origin: dict[str, Any] = {"weights": found, "dataset": part.source, "images": part.title}
     provenance = {"device": device, "versions": versions(), **origin}
-    if gpu_decoder is not None and fresh:
-        provenance["decoder"] = gpu_decoder()
+    if check_decoder is not None and fresh:
+        provenance["decoder"] = check_decoder()
     store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance, dtype=dtype)
     if fresh:
         adopt_from(folder, store)

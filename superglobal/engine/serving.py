@@ -84,7 +84,7 @@ def open_database(config: DemoConfig, folder: Path | None = None) -> Opened:
         place, workers = Path(config.paths.stores), config.trainer.num_workers
         stores, _ = extract_lists([network], lists, place, trainer, config.extraction, workers, config.store.dtype)
     else:
-        stores = [_same_store(folder, network, lists, config.extraction.decoder)]
+        stores = [_same_store(folder, network, lists)]
     return _opened(config, dataset, distractors, network, stores)
 
 
@@ -170,6 +170,12 @@ def _as_stored(cfg: DictConfig, folder: Path) -> DictConfig:
     known = {key: value for key, value in (record.get("dataset") or {}).items() if key in given}
     # The queries of an own folder may be anywhere, or gone; the page needs none.
     dataset = given if chosen else {**known, **({"query": None, "labels": False} if known["kind"] == "folder" else {})}
+    decoder = identity.get("decoder", "cpu")
+    if cfg.extraction.decoder not in ("cpu", decoder):  # "cpu" is the default: it need not be a request
+        raise InputError(
+            f"extraction.decoder={cfg.extraction.decoder}: {folder} was extracted with extraction.decoder={decoder}; "
+            "leave out extraction.decoder or store="
+        )
     # GeM's p comes with the weights; `_same_store` looks whether it is the same.
     pooling = {key: value for key, value in identity["pooling"].items() if key != "p"}
     return OmegaConf.merge(
@@ -181,19 +187,19 @@ def _as_stored(cfg: DictConfig, folder: Path) -> DictConfig:
             "pooling": pooling,
             "scales": identity["scales"],
             "antialias": identity["antialias"],
-            "extraction": {"precision": identity["precision"], "decoder": identity.get("decoder", "cpu")},
+            "extraction": {"precision": identity["precision"], "decoder": decoder},
         },
         {"store": OmegaConf.structured(StoreConfig(store.manifest["dtype"]))},
     )  # type: ignore[return-value]
 
 
-def _same_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionList], decoder: str) -> DescriptorStore:
+def _same_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionList]) -> DescriptorStore:
     """The complete store in `folder`, of these weights, settings and photos."""
     store = DescriptorStore.open(folder)
     stored = store.manifest["identity"]
     if network.config.p != stored["pooling"]["p"]:  # it was given beside the weights
         network.set_p(stored["pooling"]["p"])
-    own = json.loads(json.dumps(store_identity(network, lists[0].max_side, decoder)))
+    own = json.loads(json.dumps(store_identity(network, lists[0].max_side, stored.get("decoder", "cpu"))))
     differ = [key for key in stored if own.get(key) != stored[key]]
     if differ:
         raise InputError(
