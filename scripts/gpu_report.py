@@ -1,7 +1,8 @@
-"""Prove the GPU path and measure it: python scripts/gpu_report.py [--minutes 8] [--out outputs/gpu_report]
+"""Prove the GPU path and measure it: python scripts/gpu_report.py [--minutes 8] [--out FOLDER]
 
 Runs on one GPU without network or data. Each section runs in a process of its own; an exception becomes a row. Writes
-report.json, report.md and one log per section. `--device cpu --size tiny` runs every section on a CPU in a minute.
+report.json, report.md and one log per section. `--device cpu` runs every section on a CPU at a reduced size, in one to
+four minutes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from superglobal.files import write_atomically
 from superglobal.reporting.report import git_state, versions
 
 FORMAT = "superglobal-gpu-report-1"
+STATUSES = ("passed", "measured", "failed", "timeout", "skipped", "interrupted")
 # In the order of their value, with the share of the time that each may take.
 SECTIONS = {"correctness": 0.3, "extraction": 0.26, "training": 0.22, "search": 0.15, "processes": 0.07}
 
@@ -39,28 +42,37 @@ SECTIONS = {"correctness": 0.3, "extraction": 0.26, "training": 0.22, "search": 
 def main() -> int:
     """Run the chosen sections; exit status 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8, help="time for everything (default: 8)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/gpu_report"), help="folder of the report")
+    parser.add_argument("--minutes", type=float, default=8, help="for everything; 15 allow compiling (default: 8)")
+    parser.add_argument("--out", type=Path, help="folder of the report (default: outputs/gpu_report/<date>)")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
-    parser.add_argument("--size", choices=("full", "small", "tiny"), default="full", help="tiny is for a CPU")
+    sizes = "small repeats less than full, tiny is for a CPU"
+    parser.add_argument("--size", choices=("full", "small", "tiny"), help=f"{sizes} (default: full, on a CPU tiny)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
     card = _card() if args.device == "cuda" else {}
-    if args.device == "cuda" and not card:
-        print("error: nvidia-smi finds no GPU; use --device cpu --size tiny to try the script", file=sys.stderr)
+    args.out = args.out or Path(f"outputs/gpu_report/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    args.size = args.size or ("full" if args.device == "cuda" else "tiny")
+    if problem := _problem(args, card):
+        print(f"error: {problem}", file=sys.stderr)
         return 2
+    # An interrupt ends the section in progress; what was measured is reported.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)
     lines, work = args.out / "rows.jsonl", Path(tempfile.mkdtemp(prefix="gpu_report_"))
     lines.unlink(missing_ok=True)
     start, end = time.monotonic(), time.monotonic() + 60 * args.minutes
     seconds: dict[str, float] = {}
+    interrupted = False
     for number, name in enumerate(args.sections):
         rest = sum(SECTIONS[other] for other in args.sections[number:])
         began = time.monotonic()
         deadline = began + (end - began) * SECTIONS[name] / rest
-        _run_section(Report(name, lines.resolve(), args.device, args.size, deadline, work), args.out / f"{name}.log")
+        report = Report(name, lines.resolve(), args.device, args.size, deadline, work)
+        interrupted = not _run_section(report, args.out / f"{name}.log")
         seconds[name] = time.monotonic() - began
         print(f"{name}: {seconds[name]:.0f} s, {time.monotonic() - start:.0f} s in all", flush=True)
+        if interrupted:
+            break
     shutil.rmtree(work, ignore_errors=True)
     rows = [Row(**json.loads(line)) for line in lines.read_text().splitlines()]
     about = {
@@ -79,11 +91,22 @@ def main() -> int:
     failed = [row for row in rows if row.status == "failed"]
     for row in failed:
         print(f"[{row.section}] {format_row(row)}")
-    counts = {
-        status: sum(row.status == status for row in rows) for status in ("passed", "measured", "failed", "skipped")
-    }
+    counts = {status: sum(row.status == status for row in rows) for status in STATUSES}
     print(", ".join(f"{count} {status}" for status, count in counts.items()), "in", args.out / "report.md")
-    return 1 if failed else 0
+    return 130 if interrupted else 1 if failed else 0
+
+
+def _problem(args: argparse.Namespace, card: dict[str, Any]) -> str | None:
+    """Return what is wrong with the arguments."""
+    if args.device == "cuda" and not card:
+        return "nvidia-smi finds no GPU; use --device cpu to try the script"
+    if not 0 < args.minutes < 1e6:
+        return f"--minutes {args.minutes}: expected a positive number"
+    if len(set(args.sections)) < len(args.sections):
+        return f"--sections {' '.join(args.sections)}: name each section once"
+    if args.out.exists() and (not args.out.is_dir() or (args.out / "report.json").exists()):
+        return f"--out {args.out}: expected a folder without a report"
+    return None
 
 
 def _card() -> dict[str, Any]:
@@ -97,25 +120,36 @@ def _card() -> dict[str, Any]:
     return {"gpu": name, "driver": driver, "gpu_memory_mib": int(memory)}
 
 
-def _run_section(report: Report, log: Path) -> None:
-    """Run a section in a forked process, which has everything imported already, and end it at its deadline."""
+def _run_section(report: Report, log: Path) -> bool:
+    """Run a section in a forked process, which has everything imported already, and end it at its deadline.
+
+    Returns:
+        Whether the report goes on: False after an interrupt.
+    """
     process = multiprocessing.get_context("fork").Process(target=_section, args=(report, log))
     process.start()
-    process.join(max(1.0, report.left()) + 5)
-    note = ""
+    status, note = "failed", ""
+    try:
+        process.join(max(1.0, report.left()) + 5)
+        if process.is_alive():
+            status, note = "timeout", "the time of the section was over"
+        elif process.exitcode:
+            note = f"the process ended with {process.exitcode}; see {log}"
+    except KeyboardInterrupt:
+        status, note = "interrupted", "the report was interrupted"
     if process.is_alive():
-        note = "the section was still running at the end of its time"
-        os.killpg(process.pid or 0, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may end by itself at this moment
+            os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
-    elif process.exitcode:
-        note = f"the process ended with {process.exitcode}; see {log}"
     if note:
-        report.add("the whole section", status="failed", note=note)
+        report.add(report.current(), status=status, note=note)
+    return status != "interrupted"
 
 
 def _section(report: Report, log: Path) -> None:
     """Run one section, its output in a log file as well as on the console."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     tee = subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE)
     assert tee.stdin is not None
     os.dup2(tee.stdin.fileno(), 1)
@@ -131,6 +165,12 @@ def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
         + ", ".join(f"{name} {version}" for name, version in packages.items() if version)
         + f". `python scripts/gpu_report.py {' '.join(about['arguments'])}`, {sum(about['seconds'].values()):.0f} s.",
     ]
+    text += [
+        "",
+        "`passed` and `failed` are checks of the condition in the last column; `measured` rows are figures. `skipped` "
+        "rows say why; `timeout` rows were running when the time of their section was over. `against` is the result "
+        "over that of the baseline: more is faster for rates, less is faster for times.",
+    ]
     for section in dict.fromkeys(row.section for row in rows):
         text += [
             "",
@@ -142,18 +182,21 @@ def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
         text += [_line(row) for row in rows if row.section == section]
     plan = [row for row in rows if row.predicted]
     if plan:
-        text += ["", "### Plan", "", "| change | predicted | measured |", "|---|---|---|"]
+        text += ["", "### Plan", "", "What changes were expected to bring before they were measured.", ""]
+        text += ["| change | predicted | measured |", "|---|---|---|"]
         text += [f"| {row.name} | {row.predicted} | {_result(row)} {_against(row)} |" for row in plan]
     return "\n".join(text) + "\n"
 
 
 def _line(row: Row) -> str:
-    note = "; ".join(part for part in (row.expected, row.note) if part).replace("|", "/").replace("\n", " ")
+    expected = f"expected {row.expected}" if row.expected else ""
+    note = "; ".join(part for part in (expected, row.note) if part).replace("|", "/").replace("\n", " ")
     return f"| {row.name} | {row.status} | {_result(row)} | {_against(row)} | {note} |"
 
 
 def _result(row: Row) -> str:
-    return "" if row.value is None else f"{row.value:.4g} {row.unit}"
+    digits = ".7f" if row.unit == "cosine" else ".4g"
+    return "" if row.value is None else f"{row.value:{digits}} {row.unit}"
 
 
 def _against(row: Row) -> str:

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--queries", type=int, help="how many; 24 on sheets, 2 of activation")
     made.add_argument("--numbers", type=int, nargs="+", default=[], help="these queries (number in rankings.csv)")
     made.add_argument("--ranks", type=int, help="results of each; 10 on sheets, 4 of activation")
-    made.add_argument("--map", choices=("pca", "tsne"), default="pca", dest="method", help="tsne needs '.[plots]'")
+    made.add_argument("--map", choices=("pca", "tsne"), default="pca", dest="method", help="tsne needs scikit-learn")
     made.add_argument("--images", type=int, default=1000, help="on the map, at most")
     made.add_argument("--seed", type=int, default=0, help="of what is drawn by lot")
     return made

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,8 @@ def test_every_section_runs_on_a_cpu(tmp_path):
     assert len(checks) >= 15
     assert all(row["expected"] for row in checks)
     assert all(row["value"] is not None and row["unit"] for row in rows if row["status"] == "measured")
+    assert "expected a positive number" in run(tmp_path / "other", "--device", "cpu", "--minutes", -1, status=2)
+    assert "without a report" in run(tmp_path / "report", "--device", "cpu", status=2)
     page = (tmp_path / "report" / "report.md").read_text()
     assert [line[4:].lower() for line in page.splitlines() if line.startswith("### ")] == [*SECTIONS, "plan"]
     assert f"{len(checks)} passed" in said.splitlines()[-1]
@@ -60,12 +64,30 @@ def test_a_machine_without_a_gpu_is_told_how_to_try_the_script(tmp_path):
 
 
 def test_a_section_that_outlives_its_time_is_a_row(tmp_path):
-    words = ["--device", "cpu", "--size", "tiny", "--minutes", 0.01, "--sections", "training", "processes"]
-    run(tmp_path / "report", *words, status=1)
+    words = ["--device", "cpu", "--minutes", 0.01, "--sections", "training", "processes"]
+    run(tmp_path / "report", *words)
     rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
-    ended = [row["section"] for row in rows if row["name"] == "the whole section"]
-    assert "training" in ended
+    assert [row["status"] for row in rows if row["section"] == "training"][-1] == "timeout"
     assert {row["section"] for row in rows} == {"training", "processes"}
+
+
+def test_an_interrupted_report_leaves_its_rows_and_nothing_that_runs(tmp_path):
+    line = [sys.executable, str(ROOT / "scripts" / "gpu_report.py"), "--device", "cpu", "--sections", "correctness"]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    with (tmp_path / "log").open("w") as output:
+        process = subprocess.Popen([*line, "--out", str(tmp_path / "report")], stdout=output, stderr=output, env=env)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("gpu_report_*/data/toy")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, (tmp_path / "log").read_text()
+    rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
+    assert rows[-1]["status"] == "interrupted"
+    assert not list(tmp_path.glob("gpu_report_*"))
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            assert f"TMPDIR={tmp_path}".encode() not in place.read_bytes().split(b"\0"), place
 
 
 def report_of(tmp_path, seconds: float) -> Report:

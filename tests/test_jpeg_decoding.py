@@ -269,7 +269,7 @@ def test_a_corrupt_image_is_reported_as_by_the_cpu_decoder(tmp_path, photos, on_
 
 def test_without_a_gpu_it_is_an_input_error_and_leaves_no_store(tmp_path, photos):
     folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
-    with pytest.raises(InputError, match=r"extraction\.decoder=gpu: it needs a CUDA device.*runs on cpu; use"):
+    with pytest.raises(InputError, match=r"extraction\.decoder=gpu needs a CUDA device.*runs on cpu; use"):
         run(tmp_path, *folder, "extraction.decoder=gpu")
     assert not stored(tmp_path)
     with pytest.raises(InputError, match=r"extraction\.decoder=nvjpeg: expected one of cpu, gpu"):

@@ -51,13 +51,17 @@ class Skip(Exception):
     """Raised for a row that this machine cannot run; the message is the reason."""
 
 
+class OutOfTime(Exception):
+    """Raised for a row that is not done in its time."""
+
+
 @dataclass
 class Row:
     """One line of the report.
 
     Attributes:
         section, name: what was run.
-        status: "measured", "passed", "failed" or "skipped".
+        status: "measured", "passed", "failed", "timeout", "skipped" or "interrupted".
         value, unit: the result.
         ratio, baseline: value over the baseline's value, and the name of the baseline.
         expected: the condition that decides between "passed" and "failed".
@@ -94,6 +98,14 @@ class Report:
         self.device = torch.device(device)
         self.cuda = device == "cuda"
 
+    def current(self) -> str:
+        """Return the name of the row that was begun last."""
+        return self._current.read_text() if self._current.exists() else "start of the section"
+
+    @property
+    def _current(self) -> Path:
+        return self.work / f"{self.section}.current"
+
     def pick(self, full: T, small: T, tiny: T) -> T:
         """Return the value for the size of this report."""
         return {"full": full, "small": small, "tiny": tiny}[self.size]
@@ -119,13 +131,17 @@ class Report:
             The result, or None if there is none.
         """
         if self.left() < need and self.size != "tiny":
-            note = f"needs about {need:.0f} s, {max(0.0, self.left()):.0f} s left"
+            left = max(0.0, self.left())
+            note = f"needs about {need:.0f} s, {left:.0f} s left" if left else "the time of the section was over"
             self.add(name, status="skipped", note=note)
             return None
+        self._current.write_text(name)
         try:
             return function()
         except Skip as reason:
             self.add(name, status="skipped", note=str(reason))
+        except OutOfTime as reason:
+            self.add(name, status="timeout", note=str(reason)[:600])
         except Exception as error:
             traceback.print_exc()
             self.add(name, status="failed", note=f"{type(error).__name__}: {error}"[:600])
@@ -201,14 +217,15 @@ def finish(process: Program, timeout: float, status: int = 0) -> str:
     """Return the output of a program from `command`.
 
     Raises:
-        RuntimeError: it ends with another status, or not in `timeout` seconds.
+        RuntimeError: it ends with another status.
+        OutOfTime: it does not end in `timeout` seconds.
     """
     try:
         text, _ = process.communicate(timeout=max(1.0, timeout))
     except subprocess.TimeoutExpired:
         process.kill()
         text, _ = process.communicate()
-        raise RuntimeError(f"{process.args[1]} ran longer than {timeout:.0f} s: {text[-500:]}") from None  # type: ignore[index]
+        raise OutOfTime(f"{process.args[1]} ran longer than {timeout:.0f} s: {text[-500:]}") from None  # type: ignore[index]
     print(text, flush=True)
     if process.returncode != status:
         raise RuntimeError(f"{process.args[1]} ended with {process.returncode}: {text[-500:]}")  # type: ignore[index]

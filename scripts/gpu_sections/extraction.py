@@ -49,7 +49,7 @@ def main(report: Report) -> None:
     report.run("pipeline", lambda: _pipeline(report, backbones[0], photos), need=20)
     for backbone in backbones[1:]:
         report.run(backbone, lambda backbone=backbone: _rates(report, backbone, peaks), need=20)  # type: ignore[misc]
-    report.run("compiled", lambda: _compiled(report, backbones[0], "float16" if report.cuda else "float32"), need=120)
+    report.run("compiled", lambda: _compiled(report, backbones[0], "float16" if report.cuda else "float32"), need=240)
 
 
 def _ceilings(report: Report) -> dict[str, float]:

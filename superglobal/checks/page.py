@@ -21,7 +21,7 @@ def check_page(config: DemoConfig) -> None:
     if config.extraction.part is not None:
         raise InputError(f"extraction.part={config.extraction.part}: a page searches all of the database; leave it out")
     if importlib.util.find_spec("gradio") is None:
-        raise InputError("the page needs Gradio, which is not installed: pip install -c constraints.txt -e '.[demo]'")
+        raise InputError("the page needs Gradio, which is not installed: pip install gradio")
     devices = config.trainer.devices
     if not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)):
         raise InputError(

@@ -22,7 +22,7 @@ def check_tuning(config: TuneConfig) -> None:
         check_dataset(d)
         _check_tuned_set(d, config.allow_test)
     if importlib.util.find_spec("optuna") is None:
-        raise InputError("tuning searches with Optuna, which is not installed: pip install -e '.[tune]'")
+        raise InputError("tuning searches with Optuna, which is not installed: pip install optuna")
     for count in space.scales:
         require_choice("space.scales", str(count), [str(n) for n in SCALES])
     for window in space.windows:

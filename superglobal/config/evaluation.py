@@ -90,8 +90,8 @@ class ExtractionConfig:
     """How descriptors are extracted; only `precision` and `decoder` change them by more than rounding.
 
     Args:
-        precision: of the backbone's weights and maps: "float32", "bfloat16", "float16", or "auto", which is resolved
-            by the device (float32 on CPUs) before anything is computed; pooling is in float32 always.
+        precision: of the backbone's weights and maps: "float32", "bfloat16", "float16", or "auto", which is float32 on
+            every device until a measurement of mAP allows another; pooling is always in float32.
         decoder: of JPEG files: "cpu", or "gpu" to decode them on the CUDA device (nvJPEG), whose pixels differ a
             little, so that the descriptors are stored separately. Other formats, and files that are rotated or shrunk,
             are decoded on the CPU.

@@ -153,8 +153,8 @@ def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], d
     """
     if device.type != "cuda":
         raise InputError(
-            f"extraction.decoder=gpu: it needs a CUDA device, but the extraction runs on {device}; use "
-            "extraction.decoder=cpu, or trainer.accelerator=gpu on a machine with a GPU"
+            f"extraction.decoder=gpu needs a CUDA device, but the extraction runs on {device}; use "
+            "extraction.decoder=cpu, or a machine with an NVIDIA GPU"
         )
     tiny = io.BytesIO()
     Image.new("RGB", (64, 64)).save(tiny, "JPEG")

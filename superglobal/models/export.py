@@ -105,7 +105,7 @@ def export_network(
         raise InputError(f"{path}: expected a name that ends with {' or '.join(SUFFIXES)}")
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None] if path.suffix == ".onnx" else []
     if missing:
-        raise InputError(f"{path}: ONNX needs {', '.join(missing)}; pip install -e '.[export]', or give a .pt2 name")
+        raise InputError(f"{path}: ONNX needs packages: pip install {' '.join(missing)}, or give a .pt2 name")
     sizes = _sizes(network, size, batch)
     graph = _Graph(network, sizes).eval()
     write = _write_onnx if path.suffix == ".onnx" else _write_pt2

@@ -16,8 +16,9 @@ from superglobal.models.backbone import Backbone, replace_module
 from superglobal.models.network import RetrievalNetwork
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What `extraction.precision=auto` means on CUDA devices: the fastest precision that changes mAP by at most 0.05 points
-# (Medium and Hard of roxford5k and rparis6k); `eval.py -m extraction.precision=float32,bfloat16,float16` measures it.
+# What `extraction.precision=auto` means on CUDA devices: the fastest precision that changes mAP by at most 0.05 points.
+# It stays float32 until that is measured on a GPU: scripts/gpu_report.py does so on the toy set, and
+# `eval.py -m extraction.precision=float32,bfloat16,float16` on yours.
 AUTO_ON_CUDA = "float32"
 # What folding may change in a map, as a share of its largest value, in float64.
 _FOLDING_TOLERANCE = 1e-9

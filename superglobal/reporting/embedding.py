@@ -42,7 +42,7 @@ def tsne(X: np.ndarray, others: np.ndarray, seed: int) -> tuple[np.ndarray, np.n
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise InputError("t-SNE needs scikit-learn: pip install -e '.[plots]', or --map pca") from error
+        raise InputError("t-SNE needs scikit-learn: pip install scikit-learn, or use --map pca") from error
     both = np.concatenate([X, others])
     perplexity = min(30.0, (len(both) - 1) / 3)
     points = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(both)

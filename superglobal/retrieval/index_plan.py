@@ -176,6 +176,5 @@ def faiss_module() -> Any:
         return importlib.import_module("faiss")
     except ImportError as error:
         raise InputError(
-            "an index needs FAISS, which is not installed: pip install 'superglobal[cpu]' or 'superglobal[gpu]', or "
-            "index=flat"
+            "an index needs FAISS, which is not installed: pip install faiss-cpu (or faiss-gpu), or use index=flat"
         ) from error

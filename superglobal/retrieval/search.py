@@ -98,8 +98,8 @@ def _uses_faiss(backend: str, device: torch.device) -> bool:
         raise InputError(f"backend faiss runs on the CPU, got device {device}; use backend torch")
     if importlib.util.find_spec("faiss") is None:
         raise InputError(
-            "backend faiss: FAISS is not installed; pip install 'superglobal[cpu]' or 'superglobal[gpu]', "
-            "or use backend torch, which gives the same result"
+            "backend faiss: FAISS is not installed; pip install faiss-cpu (or faiss-gpu), or use backend torch, which "
+            "gives the same result"
         )
     return True
 

@@ -18,7 +18,7 @@ def load_folder(source: Source, root: Path, way: Way) -> None:
     try:
         import gdown
     except ImportError as error:
-        raise InputError("CVNet's weights need gdown: pip install -e '.[download]'") from error
+        raise InputError("CVNet's weights need gdown: pip install gdown") from error
     try:
         gdown.download_folder(
             url=DRIVE, output=str(root), use_cookies=False, resume=True, timeout=way.timeout, retries=way.tries - 1

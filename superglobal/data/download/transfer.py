@@ -25,7 +25,7 @@ try:
     import pooch
     import requests
 except ImportError as error:
-    raise InputError(f"downloads need {error.name}: pip install -e '.[download]'") from error
+    raise InputError(f"downloads need {error.name}: pip install pooch requests") from error
 
 Report = Callable[[int, int | None], None]
 """Told how many bytes of how many (None: not said) are there; may raise to end the transfer."""
