@@ -156,7 +156,9 @@ def test_all_results_equal_those_of_the_cpu(tmp_path, monkeypatch, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "store" not in kind and kind != "mixed"])
-@pytest.mark.parametrize(("value", "message"), [(np.nan, "has NaN"), (np.inf, "has NaN or infinite"), (3, "has norm")])
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "has NaN"), (np.inf, "has NaN or infinite"), (3, "has norm"), (1.002, "has norm")]
+)
 def test_a_bad_row_is_named(tmp_path, accelerator, kind: str, value: float, message: str) -> None:
     rng = np.random.default_rng(0)
     X, Q = unit(rng, N, D), unit(rng, 3, D)
