@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from superglobal.config import register
 from superglobal.errors import InputError
-from superglobal.reporting.report import write_without_numbers
+from superglobal.reporting.results import write_without_numbers
 
 register()
 
@@ -21,7 +21,8 @@ register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 def main(cfg: DictConfig) -> float:
     """Run one evaluation; a sweeper reads the returned mAP."""
-    from superglobal.engine import evaluate, sweeping  # seconds, which --help and a mistyped setting need not wait for
+    from superglobal.evaluation.pipeline import evaluate
+    from superglobal.training.trainer import sweeping
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:

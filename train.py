@@ -11,8 +11,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from superglobal.config import register
-from superglobal.engine import sweeping, train
 from superglobal.errors import InputError
+from superglobal.training.train import train
+from superglobal.training.trainer import sweeping
 
 register()
 

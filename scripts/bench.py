@@ -19,7 +19,7 @@ import benches
 from benches.common import Measured
 
 from superglobal.errors import InputError
-from superglobal.files import write_atomically
+from superglobal.utils.io import write_atomically
 
 FORMAT = "superglobal-benchmark-1"
 
@@ -46,7 +46,7 @@ def main() -> int:
 def _write(path: Path, name: str, arguments: list[str], rows: list[Measured]) -> None:
     import torch
 
-    from superglobal.reporting.report import versions
+    from superglobal.utils.provenance import versions
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = {"processor": platform.machine(), "system": platform.system(), "cores": os.cpu_count(), "gpu": gpu}

@@ -15,8 +15,8 @@ import numpy as np
 
 from superglobal.data.revisited import load_ground_truth
 from superglobal.errors import InputError
-from superglobal.retrieval.metrics import RetrievalResult
-from superglobal.retrieval.scoring import revisited_map
+from superglobal.metrics.evaluate import revisited_map
+from superglobal.metrics.revisited import RetrievalResult
 
 KS = (1, 5, 10)
 # Published with the features (filipradenovic/revisitop, README): mAP and mP@1, 5, 10 in percent.

@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from superglobal.config import register
-from superglobal.engine import compare
 from superglobal.errors import InputError
+from superglobal.evaluation.compare_rerankers import compare
 
 register()
 

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from superglobal.config import ENTRIES
-from superglobal.config.reference import page
-from superglobal.files import write_atomically
+from superglobal.config.help import page
+from superglobal.utils.io import write_atomically
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from superglobal import __version__
-from superglobal.api import load_model
-from superglobal.checkpoint import read_weights, save_weights
 from superglobal.errors import InputError
+from superglobal.models.factory import load_model
+from superglobal.models.weights import read_weights, save_weights
 
 
 def main() -> int:

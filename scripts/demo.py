@@ -20,7 +20,7 @@ register()
 @hydra.main(version_base="1.3", config_path="../conf", config_name="demo")
 def main(cfg: DictConfig) -> None:
     """Open, describe what is missing, and serve until Ctrl-C."""
-    from superglobal.engine import serve  # seconds, which --help and a mistyped setting need not wait for
+    from superglobal.search_page.serve import serve
 
     try:
         serve(cfg)

@@ -12,7 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
-from superglobal.data.download.catalogue import NAMES, chosen
+from superglobal.data.catalogue import NAMES, chosen
 from superglobal.errors import InputError
 
 
@@ -56,7 +56,7 @@ def main() -> int:
     options = parser()
     args = options.parse_args()
     if args.list:
-        from superglobal.data.download.overview import overview
+        from superglobal.download.overview import overview
 
         print(overview(args.data))
         return 0
@@ -66,7 +66,8 @@ def main() -> int:
         options.error("--jobs and --tries are 1 or more, --timeout is above 0")
     signal.signal(signal.SIGINT, _end_at_once)
     try:
-        from superglobal.data.download.getting import Options, Way, get
+        from superglobal.download.fetch import Options, get
+        from superglobal.download.transfer import Way
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from superglobal.arguments import add_network_arguments, network_of
+from superglobal.cli.arguments import add_network_arguments, network_of
 from superglobal.errors import InputError
 from superglobal.models.export import export_network
 

@@ -30,8 +30,8 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from gpu_sections.common import Report, Row, format_row
 
-from superglobal.files import write_atomically
-from superglobal.reporting.report import git_state, versions
+from superglobal.utils.io import write_atomically
+from superglobal.utils.provenance import git_state, versions
 
 FORMAT = "superglobal-gpu-report-1"
 STATUSES = ("passed", "measured", "failed", "timeout", "skipped", "interrupted")

@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from superglobal.data.toy import SIZES, make_toy
-from superglobal.data.toy.sheet import write_sheet
 from superglobal.errors import InputError
-from superglobal.progress import Progress
+from superglobal.toy.make import make_toy
+from superglobal.toy.plan import SIZES
+from superglobal.toy.sheet import write_sheet
+from superglobal.utils.progress import Progress
 
 
 def main() -> int:

@@ -9,9 +9,9 @@ import signal
 import sys
 from pathlib import Path
 
-from superglobal.data.prepare import prepare
+from superglobal.data.prepare_gldv2 import prepare
 from superglobal.errors import InputError
-from superglobal.progress import Progress
+from superglobal.utils.progress import Progress
 
 
 def _end_at_once(number: int, frame: object) -> None:

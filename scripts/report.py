@@ -25,7 +25,7 @@ def main() -> int:
         if args.against is None:
             merge(*args.folder)
         else:
-            from superglobal.engine.against import compare_runs  # seconds, which a table need not wait for
+            from superglobal.evaluation.ranking_sheets import compare_runs
 
             for path in compare_runs(args.folder[0], args.against):
                 print(path)

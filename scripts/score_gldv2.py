@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from superglobal.errors import InputError
-from superglobal.reporting.report import print_metrics
-from superglobal.retrieval.landmark_scoring import score_submission
+from superglobal.metrics.gldv2 import score_submission
+from superglobal.reporting.results import print_metrics
 
 
 def main() -> int:

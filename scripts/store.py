@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from superglobal.errors import InputError
-from superglobal.retrieval import upkeep
+from superglobal.retrieval import store_tools as upkeep
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,8 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from superglobal.config import register
-from superglobal.engine import tune
 from superglobal.errors import InputError
+from superglobal.tuning.tune import tune
 
 register()
 

@@ -43,9 +43,9 @@ def main() -> int:
     if unknown:
         command.error(f"no kind {unknown[0]}; there are {', '.join(KINDS)}")
     # Seconds, which --help and a mistyped option need not wait for.
-    from superglobal.engine.ranked_sheets import PictureOptions
-    from superglobal.engine.visualizing import visualize
     from superglobal.errors import InputError
+    from superglobal.evaluation.ranking_sheets import PictureOptions
+    from superglobal.evaluation.visualize import visualize
 
     try:
         paths, left_out = visualize(folder, kinds, PictureOptions(**options | {"numbers": tuple(options["numbers"])}))

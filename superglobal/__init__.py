@@ -12,20 +12,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from superglobal.api import extract, load_model
     from superglobal.data.images import ImageItem
     from superglobal.data.revisited import load_ground_truth, revisited_set
     from superglobal.errors import InputError
+    from superglobal.metrics.evaluate import revisited_map
     from superglobal.models.attach import attach
+    from superglobal.models.extract import extract
+    from superglobal.models.factory import load_model
     from superglobal.models.network import RetrievalNetwork
-    from superglobal.retrieval.diffusion import diffuse
-    from superglobal.retrieval.expansion import augment_database, expand_queries
-    from superglobal.retrieval.kreciprocal import kreciprocal
-    from superglobal.retrieval.mutual import rerank_mutual
-    from superglobal.retrieval.rerank import rerank, rerank_candidates
-    from superglobal.retrieval.scoring import revisited_map
+    from superglobal.reranking.diffusion import diffuse
+    from superglobal.reranking.kreciprocal import kreciprocal
+    from superglobal.reranking.mutual import rerank_mutual
+    from superglobal.reranking.query_expansion import augment_database, expand_queries
+    from superglobal.reranking.superglobal import rerank, rerank_candidates
     from superglobal.retrieval.search import merge_shortlists, search
-    from superglobal.retrieval.statistics import database_statistics
+    from superglobal.retrieval.whitening import database_statistics
 
 # Loaded when they are asked for: timm and torchvision take seconds, and not every command needs them.
 _HOMES = {
@@ -33,19 +34,19 @@ _HOMES = {
     "InputError": "errors",
     "RetrievalNetwork": "models.network",
     "attach": "models.attach",
-    "augment_database": "retrieval.expansion",
-    "database_statistics": "retrieval.statistics",
-    "diffuse": "retrieval.diffusion",
-    "expand_queries": "retrieval.expansion",
-    "extract": "api",
-    "kreciprocal": "retrieval.kreciprocal",
+    "augment_database": "reranking.query_expansion",
+    "database_statistics": "retrieval.whitening",
+    "diffuse": "reranking.diffusion",
+    "expand_queries": "reranking.query_expansion",
+    "extract": "models.extract",
+    "kreciprocal": "reranking.kreciprocal",
     "load_ground_truth": "data.revisited",
-    "load_model": "api",
+    "load_model": "models.factory",
     "merge_shortlists": "retrieval.search",
-    "rerank": "retrieval.rerank",
-    "rerank_candidates": "retrieval.rerank",
-    "rerank_mutual": "retrieval.mutual",
-    "revisited_map": "retrieval.scoring",
+    "rerank": "reranking.superglobal",
+    "rerank_candidates": "reranking.superglobal",
+    "rerank_mutual": "reranking.mutual",
+    "revisited_map": "metrics.evaluate",
     "revisited_set": "data.revisited",
     "search": "retrieval.search",
 }

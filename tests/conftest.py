@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 from sets import write_distractors, write_revisited
 
-from superglobal.data.toy import make_toy
+from superglobal.toy.make import make_toy
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"

@@ -15,8 +15,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from superglobal.checks import validated
-from superglobal.config import ENTRIES, EvalConfig, register
+from superglobal.config import ENTRIES, register
+from superglobal.config.evaluation import EvalConfig
+from superglobal.config.validation import validated
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

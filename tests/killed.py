@@ -15,7 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from superglobal.callbacks import AtomicCheckpoints, Checkpoints, RetrievalValidation  # noqa: E402
+from superglobal.training.checkpointing import AtomicCheckpoints, Checkpoints  # noqa: E402
+from superglobal.training.validation import RetrievalValidation  # noqa: E402
 
 AT, SAVING, VALIDATING = (int(os.environ.get(key, -1)) for key in ("KILL_AT", "KILL_SAVING", "TERM_VALIDATING"))
 save, describe = AtomicCheckpoints.save_checkpoint, RetrievalValidation._described

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from superglobal.data.download.catalogue import SOURCES, Remote
+from superglobal.data.catalogue import SOURCES, Remote
 
 Member = tuple[str, bytes]
 

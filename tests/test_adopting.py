@@ -10,9 +10,9 @@ import pytest
 from test_engine import mini, run
 from test_search import unit
 
-from superglobal.retrieval import adopting
-from superglobal.retrieval.adopting import adopt_from
+from superglobal.retrieval import store_tools as adopting
 from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.store_tools import adopt_from
 
 ABOUT = {"weights": "w"}
 X = unit(np.random.default_rng(0), 60, 8)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from superglobal.errors import InputError
-from superglobal.reporting.against import lost_first, read_against, write_against
-from superglobal.retrieval.metrics import cluster_interval
+from superglobal.metrics.revisited import cluster_interval
+from superglobal.reporting.paired_comparison import lost_first, read_against, write_against
 
 LANDMARKS = [f"place{i // 2}" for i in range(8)]
 

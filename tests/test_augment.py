@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from superglobal.data.augment import Augment
 from superglobal.data.images import FaultyImageError, decode_image, image_size, image_tensor
+from superglobal.data.train_dataset import Augment
 
 
 def jpeg(width: int, height: int, seed: int = 0, orientation: int = 1, **options) -> bytes:

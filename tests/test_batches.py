@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from superglobal.data.batches import missing_in, plan_batches
+from superglobal.data.datamodules import missing_in, plan_batches
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import ImageItem, read_image, shrunk_size
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import superglobal
-from superglobal.checkpoint import read_weights, save_weights
 from superglobal.errors import InputError
+from superglobal.models.weights import read_weights, save_weights
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,17 +16,17 @@ from sets import write_folders
 from test_engine import BASE, QUIET, ROOT, mini, run
 
 import superglobal
-from superglobal import engine
 from superglobal.config import register
 from superglobal.data.revisited import revisited_set
 from superglobal.errors import InputError
+from superglobal.evaluation import compare_rerankers
 from superglobal.reporting.tables import merge
-from superglobal.retrieval.diffusion import diffuse
-from superglobal.retrieval.expansion import augment_database, expand_queries
-from superglobal.retrieval.kreciprocal import kreciprocal
-from superglobal.retrieval.mutual import rerank_mutual
-from superglobal.retrieval.statistics import database_statistics
+from superglobal.reranking.diffusion import diffuse
+from superglobal.reranking.kreciprocal import kreciprocal
+from superglobal.reranking.mutual import rerank_mutual
+from superglobal.reranking.query_expansion import augment_database, expand_queries
 from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.whitening import database_statistics
 
 SHORT = {"mutual": rerank_mutual, "kreciprocal": kreciprocal, "diffusion": diffuse}
 
@@ -227,7 +227,7 @@ def test_an_approximate_first_search_compares_nothing(data, tmp_path):
         words = [*base, *QUIET, *mini(data), "index=flat_fp16", f"paths.outputs={tmp_path}"]
         config = compose("compare", overrides=words)
     with pytest.raises(InputError, match="index=flat_fp16: rerankers are compared on an exact first search"):
-        engine.compare(config, tmp_path, [ROOT / "conf"])
+        compare_rerankers.compare(config, tmp_path, [ROOT / "conf"])
     assert not (tmp_path / "stores").exists()
 
 

@@ -17,11 +17,14 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
 import superglobal
-from superglobal.checks import validated
-from superglobal.config import EvalConfig, TrainConfig, pooling_overrides, register
+from superglobal.config import register
+from superglobal.config.common import pooling_overrides
+from superglobal.config.evaluation import EvalConfig
+from superglobal.config.training import TrainConfig
+from superglobal.config.validation import validated
 from superglobal.errors import InputError
 from superglobal.models.pooling import PRESETS, PoolingConfig, make_pooling
-from superglobal.reporting.report import plain_types
+from superglobal.reporting.results import plain_types
 
 CONF = Path(__file__).parents[1] / "conf"
 

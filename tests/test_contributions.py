@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from superglobal.api import load_model
 from superglobal.errors import InputError
-from superglobal.models.contributions import contributions
+from superglobal.models.attribution import contributions
+from superglobal.models.factory import load_model
 
 GEM = {"gem_plus": False, "regional": False, "scale": False, "relup": "off"}
 IMAGE = torch.randint(0, 256, (3, 120, 150), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -29,8 +29,9 @@ from documents import (
 from sets import texture, write_folders, write_revisited
 
 import superglobal
-from superglobal.checkpoint import read_weights
-from superglobal.engine import evaluate, train
+from superglobal.evaluation.pipeline import evaluate
+from superglobal.models.weights import read_weights
+from superglobal.training.train import train
 
 PAGES = [document for document in DOCUMENTS if document != "README.md"]
 QUIET = ["logger=csv", "trainer=cpu", "trainer.num_workers=0", "trainer.progress=false", "pictures.queries=0"]

@@ -21,19 +21,18 @@ import pytest
 import torch
 from official import Office, key, packed, serving, toy_files
 
-from superglobal.checkpoint import read_weights
-from superglobal.data.download.catalogue import GROUPS, NAMES, SOURCES, chosen
-from superglobal.data.download.drive import load_folder
-from superglobal.data.download.getting import Options, get
-from superglobal.data.download.overview import overview
-from superglobal.data.download.space import Load, needed, require_space
-from superglobal.data.download.transfer import Way, fetch, part_of
-from superglobal.data.gldv2 import read_train
-from superglobal.data.gldv2_sets import recognition_set, retrieval_set
-from superglobal.data.prepare import prepare
+from superglobal.data.catalogue import GROUPS, NAMES, SOURCES, chosen
+from superglobal.data.evaluation_set import load_distractors, require_images
+from superglobal.data.gldv2 import read_train, recognition_set, retrieval_set
+from superglobal.data.prepare_gldv2 import prepare
 from superglobal.data.revisited import revisited_set
-from superglobal.data.sets import load_distractors, require_images
+from superglobal.download.drive import load_folder
+from superglobal.download.fetch import Options, get
+from superglobal.download.overview import overview
+from superglobal.download.space import Load, needed, require_space
+from superglobal.download.transfer import Way, fetch, part_of
 from superglobal.errors import InputError
+from superglobal.models.weights import read_weights
 
 ROOT = Path(__file__).parents[1]
 OXFORD = SOURCES["roxford5k"]

@@ -19,14 +19,14 @@ from PIL import Image
 from sets import break_scan, write_folders, write_revisited
 
 import superglobal
-from superglobal import evaluation
-from superglobal.checkpoint import save_weights
 from superglobal.config import register
-from superglobal.engine import evaluate
 from superglobal.errors import InputError
-from superglobal.precision import full_precision
-from superglobal.retrieval.metrics import REVISITED, average_precision
+from superglobal.evaluation import module as evaluation
+from superglobal.evaluation.pipeline import evaluate
+from superglobal.metrics.revisited import REVISITED, average_precision
+from superglobal.models.weights import save_weights
 from superglobal.retrieval.store import DescriptorStore
+from superglobal.utils.precision import full_precision
 
 ROOT = Path(__file__).parents[1]
 BASE = ["backbone=resnet18", "weights=random", "scales=1", "logger=csv", "pictures.queries=0"]
@@ -238,7 +238,7 @@ def test_a_failed_write_after_another_error_is_a_warning(tmp_path, monkeypatch, 
     with pytest.raises(InputError, match=r"label2/2\.jpg") as raised, caplog.at_level(logging.WARNING):
         run(tmp_path, *one_by_one(photos))
     assert "the disk is full" not in str(raised.value)
-    warnings = [record.getMessage() for record in caplog.records if record.name == "superglobal.engine.extracting"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "superglobal.evaluation.extraction"]
     assert warnings == [f"{photos / 'label2/1.jpg'} or of its batch: the disk is full"]
 
 

@@ -18,7 +18,7 @@ from sets import break_scan, write_distractors, write_folders, write_revisited
 
 import superglobal
 from superglobal.data.revisited import revisited_set
-from superglobal.reporting.pictures import COLOURS
+from superglobal.reporting.ranking_figures import COLOURS
 from superglobal.retrieval.store import DescriptorStore
 
 ROOT = Path(__file__).parents[1]

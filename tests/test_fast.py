@@ -15,12 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import superglobal
 import superglobal.models.backbone
-from superglobal import evaluation
-from superglobal.engine.extracting import _describe
 from superglobal.errors import InputError
-from superglobal.evaluation import EvaluationModule
-from superglobal.models import fast as fast_module
-from superglobal.models.fast import fast_copies, folded, resolve_precision
+from superglobal.evaluation import module as evaluation
+from superglobal.evaluation.extraction import _describe
+from superglobal.evaluation.module import EvaluationModule
+from superglobal.models import inference as fast_module
+from superglobal.models.inference import fast_copies, folded, resolve_precision
 from superglobal.models.network import describe_all
 from superglobal.models.pooling import PoolingConfig
 

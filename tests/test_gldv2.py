@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superglobal.checks import validated
-from superglobal.config import TrainConfig, register
+from superglobal.config import register
+from superglobal.config.training import TrainConfig
+from superglobal.config.validation import validated
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
 from superglobal.data.images import FaultyImageError
 from superglobal.errors import InputError

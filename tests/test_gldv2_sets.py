@@ -15,16 +15,17 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import superglobal
-from superglobal.checks import validated
-from superglobal.config import EvalConfig, TuneConfig, register
-from superglobal.data.gldv2 import read_train, split_landmarks
-from superglobal.data.gldv2_sets import recognition_set, retrieval_set, validation_set
+from superglobal.config import register
+from superglobal.config.evaluation import EvalConfig
+from superglobal.config.tuning import TuneConfig
+from superglobal.config.validation import validated
+from superglobal.data.evaluation_set import Lazy, chained, tree_items
+from superglobal.data.gldv2 import read_train, recognition_set, retrieval_set, split_landmarks, validation_set
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import ImageItem
-from superglobal.data.lazy import Lazy, chained, tree_items
-from superglobal.engine import evaluate
 from superglobal.errors import InputError
-from superglobal.retrieval.landmark_scoring import score_submission
+from superglobal.evaluation.pipeline import evaluate
+from superglobal.metrics.gldv2 import score_submission
 
 ROOT = Path(__file__).parents[1]
 FAST = ["backbone=test_resnet", "weights=random", "scales=1", "logger=csv"]

@@ -11,9 +11,15 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 from superglobal.errors import InputError
-from superglobal.models.class_sizes import dynamic_margins, log_weights
-from superglobal.models.cosines import with_margin
-from superglobal.models.heads import ArcFace, CosFace, CurricularFace, make_head
+from superglobal.models.heads import (
+    ArcFace,
+    CosFace,
+    CurricularFace,
+    dynamic_margins,
+    log_weights,
+    make_head,
+    with_margin,
+)
 
 KINDS = ["arcface", "easy", "cosface", "curricularface"]
 

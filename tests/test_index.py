@@ -16,10 +16,8 @@ from test_engine import mini, run
 from test_search import brute_force, unit
 
 from superglobal.errors import InputError
-from superglobal.retrieval import index
-from superglobal.retrieval.index import recall
-from superglobal.retrieval.index_building import open_index
-from superglobal.retrieval.index_plan import KINDS, IndexSettings, memory, with_defaults
+from superglobal.retrieval import ann_index as index
+from superglobal.retrieval.ann_index import KINDS, IndexSettings, memory, open_index, recall, with_defaults
 from superglobal.retrieval.store import DescriptorStore
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="FAISS is not installed")

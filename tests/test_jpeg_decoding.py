@@ -17,10 +17,10 @@ from test_page_search import composed, opened
 from superglobal.data import jpeg_decoding
 from superglobal.data.images import image_tensor, read_image
 from superglobal.data.jpeg_decoding import EncodedImage, check_gpu_decoder, compare_decoders, decode_batch, read_encoded
-from superglobal.engine import extracting
-from superglobal.engine.serving import configured
 from superglobal.errors import InputError
+from superglobal.evaluation import extraction as extracting
 from superglobal.retrieval.store import DescriptorStore
+from superglobal.search_page.serve import configured
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]

@@ -10,13 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superglobal.errors import InputError
-from superglobal.retrieval.landmark_metrics import (
-    average_precision_at,
-    first_hits,
-    score_rankings,
-    score_recognition,
-)
-from superglobal.retrieval.landmark_scoring import vote
+from superglobal.metrics.gldv2 import average_precision_at, first_hits, score_rankings, score_recognition, vote
 
 # Last two digits of the index images fedcba98765432xx of the organisers' cases; the first query has no prediction.
 RELEVANT = [[10, 20], [10], [30, 40, 50], [30]]

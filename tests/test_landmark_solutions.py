@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from superglobal.data.landmark_solutions import (
+from superglobal.data.gldv2_solutions import (
     ranked_submission,
     read_ranked,
     read_recognised,
@@ -17,7 +17,7 @@ from superglobal.data.landmark_solutions import (
     recognised_submission,
 )
 from superglobal.errors import InputError
-from superglobal.retrieval.landmark_scoring import score_submission
+from superglobal.metrics.gldv2 import score_submission
 
 ROOT = Path(__file__).parents[1]
 A, B, C, D, E = (f"0{i}23456789abcdef" for i in range(1, 6))

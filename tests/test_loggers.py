@@ -18,14 +18,15 @@ from hydra import compose, initialize_config_dir
 from PIL import Image, ImageColor
 from trackers import events, recorded, references, table
 
-from superglobal.checks import validated
-from superglobal.config import EvalConfig, register
-from superglobal.engine import evaluate
+from superglobal.config import register
+from superglobal.config.evaluation import EvalConfig
+from superglobal.config.validation import validated
 from superglobal.errors import InputError
+from superglobal.evaluation.pipeline import evaluate
 from superglobal.loggers import evaluation_loggers
-from superglobal.loggers.tensorboards import TensorBoardCurves
-from superglobal.loggers.wandb_runs import TrackedRun
-from superglobal.reporting.pictures import COLOURS
+from superglobal.loggers.csv_tensorboard import TensorBoardCurves
+from superglobal.loggers.wandb import TrackedRun
+from superglobal.reporting.ranking_figures import COLOURS
 
 ROOT = Path(__file__).parents[1]
 FAST = ["backbone=test_resnet", "weights=random", "scales=1", "trainer.accelerator=cpu", "trainer.num_workers=0"]
@@ -48,7 +49,7 @@ def composed(data: Path, outputs: Path, *overrides: str):
 def evaluated(toy_data, tmp_path_factory) -> Path:
     """The folder of an evaluation of a weights file, with all trackers."""
     import superglobal
-    from superglobal.checkpoint import save_weights
+    from superglobal.models.weights import save_weights
 
     outputs = tmp_path_factory.mktemp("outputs")
     model = superglobal.load_model("random", backbone="test_resnet", scales=1)
@@ -273,7 +274,7 @@ def test_without_an_answer_from_the_server_the_run_is_kept_offline(tmp_path):
 
 
 def test_what_w_and_b_would_refuse_is_cut(tmp_path):
-    from superglobal.config import LoggerConfig
+    from superglobal.config.common import LoggerConfig
 
     run = TrackedRun(
         LoggerConfig(tags=["t" * 90]), tmp_path, name="n" * 300, job_type="eval", group="g" * 300, tags=[""], config={}
@@ -298,7 +299,7 @@ WITHOUT = "import runpy, sys; sys.modules.update(dict.fromkeys(('wandb', 'faiss'
 
 @pytest.mark.parametrize("script", ["eval.py", "train.py"])
 def test_wandb_and_faiss_are_optional(script):
-    code = f"{WITHOUT}import superglobal.engine\nrunpy.run_path({script!r})"
+    code = f"{WITHOUT}import superglobal.evaluation.pipeline\nrunpy.run_path({script!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from superglobal.data.evaluation_set import landmarks
 from superglobal.errors import InputError
-from superglobal.retrieval.metrics import (
+from superglobal.metrics.evaluate import evaluate, ranks_from_rankings, revisited_map
+from superglobal.metrics.revisited import (
     LABELS,
     REVISITED,
     RetrievalResult,
@@ -19,10 +21,9 @@ from superglobal.retrieval.metrics import (
     precision_at,
     score_ranks,
 )
-from superglobal.retrieval.rerank import rerank
-from superglobal.retrieval.scoring import evaluate, landmarks, ranks_from_rankings, revisited_map
+from superglobal.reranking.superglobal import rerank
+from superglobal.retrieval.rows import concat
 from superglobal.retrieval.search import search
-from superglobal.retrieval.vectors import concat
 
 DATA = Path(__file__).parent / "data"
 GND = Path(__file__).parents[2] / "shared" / "data" / "gnd"

@@ -22,13 +22,13 @@ from test_engine import BASE, QUIET, mini, run
 
 from superglobal.config import register
 from superglobal.data.images import ImageItem
-from superglobal.engine.serving import configured, open_database
 from superglobal.errors import InputError
-from superglobal.page import markup
-from superglobal.page.answers import Answers
-from superglobal.page.photo_search import Found, Hit, Opened, Photo
-from superglobal.page.server import listening
-from superglobal.page.thumbnails import Thumbnails
+from superglobal.search_page import html as markup
+from superglobal.search_page.image_search import Found, Hit, Opened, Photo
+from superglobal.search_page.page import Answers
+from superglobal.search_page.serve import configured, open_database
+from superglobal.search_page.server import listening
+from superglobal.search_page.thumbnails import Thumbnails
 
 ROOT = Path(__file__).parents[1]
 PLAIN = [o for o in BASE if not o.startswith(("logger", "pictures"))]

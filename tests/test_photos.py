@@ -21,12 +21,10 @@ from sets import break_scan
 from test_prepare import ENVIRONMENT, make_tars
 from torch.utils.data import DataLoader, Dataset
 
-from superglobal.data.augment import Augment
-from superglobal.data.bad_photos import BadPhotos, require_photos
 from superglobal.data.datamodules import PhotoLoader
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
-from superglobal.data.photos import Batch, Photo, TrainingPhotos, collate
-from superglobal.data.prepare import prepare
+from superglobal.data.prepare_gldv2 import prepare
+from superglobal.data.train_dataset import Augment, BadPhotos, Batch, Photo, TrainingPhotos, collate, require_photos
 from superglobal.errors import InputError
 
 TABLE = "train_clean.csv"

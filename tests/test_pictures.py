@@ -7,16 +7,16 @@ import pytest
 from PIL import Image, ImageColor
 from sets import texture
 
+from superglobal.data.evaluation_set import EvaluationSet
 from superglobal.data.images import ImageItem
-from superglobal.data.sets import EvaluationSet
 from superglobal.errors import InputError
-from superglobal.reporting import plots
-from superglobal.reporting.embedding import place, principal_plane, sample, spread
-from superglobal.reporting.pictures import COLOURS, Comparison, Ranking, draw_comparisons, moved_from
+from superglobal.metrics.gldv2 import average_precision_at, first_hits
+from superglobal.metrics.revisited import average_precision
+from superglobal.reporting import figures as plots
 from superglobal.reporting.precision_recall import curves, over_recall, rectangular_steps, trapezoidal_steps
+from superglobal.reporting.projections import place, principal_plane, sample, spread
+from superglobal.reporting.ranking_figures import COLOURS, Comparison, Ranking, draw_comparisons, moved_from
 from superglobal.reporting.similarities import BINS, EDGES, bin_of, similarity_counts
-from superglobal.retrieval.landmark_metrics import average_precision_at, first_hits
-from superglobal.retrieval.metrics import average_precision
 
 
 def unit(rng, *shape):

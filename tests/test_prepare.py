@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from sets import break_scan
 
-from superglobal.data import prepare as module
+from superglobal.data import prepare_gldv2 as module
 from superglobal.data.gldv2 import TrainList, read_train
+from superglobal.data.image_index import load_index
 from superglobal.data.images import FaultyImageError
-from superglobal.data.photo_index import load_index
-from superglobal.data.prepare import prepare
+from superglobal.data.prepare_gldv2 import prepare
 from superglobal.errors import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,7 @@ from test_ranks import sorted_ranks
 from test_search import unit, with_duplicates
 
 from superglobal.errors import InputError
-from superglobal.retrieval.rank_parts import count_better, target_scores
-from superglobal.retrieval.ranks import exact_ranks
+from superglobal.retrieval.ranks import count_better, exact_ranks, target_scores
 from superglobal.retrieval.store import DescriptorStore
 
 

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superglobal.errors import InputError
-from superglobal.retrieval import ranks, vectors
+from superglobal.metrics.evaluate import evaluate
+from superglobal.retrieval import ranks
+from superglobal.retrieval import rows as vectors
 from superglobal.retrieval.ranks import exact_ranks
-from superglobal.retrieval.scoring import evaluate
+from superglobal.retrieval.rows import as_rows
 from superglobal.retrieval.search import search
-from superglobal.retrieval.vectors import as_rows
 
 
 def unit(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:

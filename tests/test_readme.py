@@ -13,7 +13,7 @@ from documents import ROOT, blocks, commands, composed, text_of
 from sets import texture, write_folders, write_revisited
 
 import superglobal
-from superglobal.data.download.catalogue import NAMES, chosen
+from superglobal.data.catalogue import NAMES, chosen
 
 README = text_of("README.md")
 

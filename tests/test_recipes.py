@@ -8,10 +8,11 @@ from hydra import compose, initialize_config_dir
 from runs import ROOT, last, numbers
 
 from superglobal import load_model
-from superglobal.checks import validated
-from superglobal.config import TrainConfig, register
-from superglobal.engine import train as fit
-from superglobal.engine.fitting import side_in_epoch
+from superglobal.config import register
+from superglobal.config.training import TrainConfig
+from superglobal.config.validation import validated
+from superglobal.training.train import side_in_epoch
+from superglobal.training.train import train as fit
 
 RECIPES = sorted(
     path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if path.stem not in ("full_factorial",)

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from superglobal.config import ENTRIES, register
-from superglobal.config.reference import page, sections
+from superglobal.config.help import page, sections
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,10 +10,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from superglobal.errors import InputError
-from superglobal.retrieval import shortlists
-from superglobal.retrieval.rerank import rerank, rerank_candidates
+from superglobal.reranking import base as shortlists
+from superglobal.reranking.superglobal import rerank, rerank_candidates
+from superglobal.retrieval.rows import concat
 from superglobal.retrieval.search import search
-from superglobal.retrieval.vectors import concat
 
 DATA = Path(__file__).parent / "data"
 CASES = json.loads((DATA / "rerank.json").read_text())

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superglobal.errors import InputError
-from superglobal.retrieval import rerankers
-from superglobal.retrieval.diffusion import diffuse
-from superglobal.retrieval.expansion import augment_database, expand_queries
-from superglobal.retrieval.kreciprocal import kreciprocal
-from superglobal.retrieval.mutual import rerank_mutual
-from superglobal.retrieval.rerank import rerank, rerank_candidates
-from superglobal.retrieval.rerankers import KINDS, apply_reranker, completed, describe, parameters
+from superglobal.reranking import registry as rerankers
+from superglobal.reranking.diffusion import diffuse
+from superglobal.reranking.kreciprocal import kreciprocal
+from superglobal.reranking.mutual import rerank_mutual
+from superglobal.reranking.query_expansion import augment_database, expand_queries
+from superglobal.reranking.registry import KINDS, apply_reranker, completed, describe, parameters
+from superglobal.reranking.superglobal import rerank, rerank_candidates
+from superglobal.retrieval.rows import as_rows, concat
 from superglobal.retrieval.search import search
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.vectors import as_rows, concat
 
 SHORTLIST = (rerank, rerank_mutual, kreciprocal, diffuse)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from runs import command, finished, last, numbers, train, values
 
-from superglobal.checkpoint import read_weights
 from superglobal.models.network import weights_digest
+from superglobal.models.weights import read_weights
 
 # Saved after steps 2, 4, 5 (the end of the first epoch), 6, 8, ...
 KILLED_BEFORE = {"mid-epoch": 7, "end of epoch": 5}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from superglobal.data.evaluation_set import load_distractors, require_images
 from superglobal.data.images import ImageItem
 from superglobal.data.revisited import load_ground_truth, query_landmarks, revisited_set
-from superglobal.data.sets import load_distractors, require_images
 from superglobal.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -15,14 +15,14 @@ from test_search import brute_force, unit, with_duplicates
 
 from superglobal.data.revisited import load_ground_truth
 from superglobal.errors import InputError
-from superglobal.retrieval.adopting import adopt_from
+from superglobal.metrics.evaluate import evaluate
+from superglobal.reranking.superglobal import rerank
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
-from superglobal.retrieval.rerank import rerank
-from superglobal.retrieval.scoring import evaluate
+from superglobal.retrieval.rows import concat
 from superglobal.retrieval.search import merge_shortlists, search
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.store_files import fingerprint
-from superglobal.retrieval.vectors import concat
+from superglobal.retrieval.store_tools import adopt_from
 
 ABOUT = {"weights": "w"}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from superglobal.reporting.similarities import bin_of, similarity_counts
-from superglobal.retrieval import ranks, scan, vectors
-from superglobal.retrieval.rank_parts import count_better, target_scores
-from superglobal.retrieval.ranks import exact_ranks, search_and_rank
+from superglobal.retrieval import ranks, scan
+from superglobal.retrieval import rows as vectors
+from superglobal.retrieval.ranks import count_better, exact_ranks, search_and_rank, target_scores
+from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.search import search
-from superglobal.retrieval.vectors import pair_scores
 
 ROWS, QUERIES, K = 600, 12, 40
 

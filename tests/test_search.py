@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superglobal.errors import InputError
-from superglobal.precision import full_precision
+from superglobal.retrieval.rows import as_rows, concat, validate_block
 from superglobal.retrieval.search import search
-from superglobal.retrieval.vectors import as_rows, concat, validate_block
+from superglobal.utils.precision import full_precision
 
 BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(
     importlib.util.find_spec("faiss") is None, reason="FAISS is not installed"

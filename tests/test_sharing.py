@@ -21,10 +21,10 @@ from runs import environment
 from safetensors.torch import load_file, save_file
 
 import superglobal
-from superglobal.checkpoint import save_weights
 from superglobal.errors import InputError
-from superglobal.models.fast import fast_copies
-from superglobal.sharing import CONFIG, WEIGHTS
+from superglobal.models.inference import fast_copies
+from superglobal.models.shared_folder import CONFIG, WEIGHTS
+from superglobal.models.weights import save_weights
 
 ROOT = Path(__file__).parents[1]
 IMAGE = np.random.default_rng(0).integers(0, 255, (100, 130, 3), dtype=np.uint8)

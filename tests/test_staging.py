@@ -15,16 +15,17 @@ from test_search import brute_force, unit, with_duplicates
 
 from superglobal.errors import InputError
 from superglobal.reporting.similarities import similarity_counts
-from superglobal.retrieval import ranks, scan, staging, vectors
-from superglobal.retrieval.diffusion import diffuse
-from superglobal.retrieval.kreciprocal import kreciprocal
-from superglobal.retrieval.mutual import rerank_mutual
-from superglobal.retrieval.rank_parts import count_better, target_scores
-from superglobal.retrieval.ranks import exact_ranks, search_and_rank
-from superglobal.retrieval.rerank import rerank, rerank_candidates
+from superglobal.reranking.diffusion import diffuse
+from superglobal.reranking.kreciprocal import kreciprocal
+from superglobal.reranking.mutual import rerank_mutual
+from superglobal.reranking.superglobal import rerank, rerank_candidates
+from superglobal.retrieval import ranks, scan, staging
+from superglobal.retrieval import rows as vectors
+from superglobal.retrieval.ranks import count_better, exact_ranks, search_and_rank, target_scores
+from superglobal.retrieval.rows import as_rows, concat
+from superglobal.retrieval.scores import block_pair_scores, pair_scores, pair_scores_on
 from superglobal.retrieval.search import search
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.vectors import as_rows, block_pair_scores, concat, pair_scores, pair_scores_on
 
 N, D = 160, 16
 KINDS = [

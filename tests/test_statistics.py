@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from superglobal.errors import InputError
-from superglobal.retrieval import statistics as module
+from superglobal.retrieval import whitening as module
 from superglobal.retrieval.ranks import exact_ranks
+from superglobal.retrieval.rows import concat
 from superglobal.retrieval.search import search
-from superglobal.retrieval.statistics import database_statistics, stored_statistics
-from superglobal.retrieval.vectors import concat
+from superglobal.retrieval.whitening import database_statistics, stored_statistics
 
 
 def unit(x: np.ndarray) -> np.ndarray:

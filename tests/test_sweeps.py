@@ -16,9 +16,9 @@ from sets import write_revisited
 from test_engine import mini
 from test_eval import ROOT, revisited, run
 
-from superglobal.engine.common import started_together
 from superglobal.reporting.tables import merge
 from superglobal.retrieval.store import DescriptorStore
+from superglobal.training.trainer import started_together
 
 
 def table(outputs: Path) -> list[dict[str, str]]:

@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 
 from superglobal.errors import InputError
+from superglobal.metrics.revisited import cluster_interval
 from superglobal.models.pooling import PoolingConfig
-from superglobal.reporting.published import published_for
-from superglobal.reporting.report import FORMAT
+from superglobal.reporting.paper_numbers import published_for
+from superglobal.reporting.results import FORMAT
 from superglobal.reporting.runs import read_results
 from superglobal.reporting.tables import merge
-from superglobal.retrieval.metrics import cluster_interval
-from superglobal.retrieval.rerankers import parameters
+from superglobal.reranking.registry import parameters
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from superglobal.data import toy
+from superglobal import toy
+from superglobal.data.evaluation_set import load_distractors, require_images
 from superglobal.data.images import read_image
 from superglobal.data.revisited import load_ground_truth, revisited_set
-from superglobal.data.sets import load_distractors, require_images
-from superglobal.data.toy import make
-from superglobal.data.toy.draws import Draws
-from superglobal.data.toy.photo import frame
-from superglobal.data.toy.plan import SIZES, Shot, Size, plan
-from superglobal.data.toy.trace import cast, landmark_mask
 from superglobal.errors import InputError
+from superglobal.toy import make
+from superglobal.toy.draws import Draws
+from superglobal.toy.photo import frame
+from superglobal.toy.plan import SIZES, Shot, Size, plan
+from superglobal.toy.trace import cast, landmark_mask
 
 ROOT = Path(__file__).parents[1]
 SEED = 3

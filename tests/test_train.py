@@ -18,19 +18,19 @@ from sets import break_scan
 from trackers import events, recorded, references
 
 import superglobal
-from superglobal import callbacks
-from superglobal.callbacks import Checkpoints
-from superglobal.checkpoint import read_weights
-from superglobal.checks import validated
-from superglobal.config import TrainConfig
+from superglobal.config.training import TrainConfig
+from superglobal.config.validation import validated
 from superglobal.data.datamodules import HeldOutPhotos
+from superglobal.data.evaluation_set import leave_one_out_truth
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
-from superglobal.data.sets import leave_one_out_truth
-from superglobal.engine import train as fit
-from superglobal.engine.fitting import _data
 from superglobal.errors import InputError
 from superglobal.models.network import weights_digest
-from superglobal.training import parameter_groups
+from superglobal.models.weights import read_weights
+from superglobal.training import train as training
+from superglobal.training.checkpointing import Checkpoints
+from superglobal.training.module import parameter_groups
+from superglobal.training.train import _data
+from superglobal.training.train import train as fit
 
 
 def run(script: str, *overrides: str, status: int = 0) -> str:
@@ -357,11 +357,11 @@ def test_the_moving_average_is_what_is_validated_and_exported(toy_data, tmp_path
             super().on_step(trainer, module, epoch_ends)
 
     folder = tmp_path / "run"
-    original, callbacks.Checkpoints = callbacks.Checkpoints, Keep
+    original, training.Checkpoints = training.Checkpoints, Keep
     try:
         fit(configured(toy_data, tmp_path, f"optim.ema={decay}", "optim.epochs=1"), folder)
     finally:
-        callbacks.Checkpoints = original
+        training.Checkpoints = original
     average = seen[0]
     for weights in seen[1:]:
         average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}

@@ -13,11 +13,11 @@ import torch
 from runs import children, command, configured, finished, last, numbers, started, told, train, values
 from sets import break_scan
 
-from superglobal.callbacks import newest_good
 from superglobal.data.gldv2 import read_train, split_landmarks
-from superglobal.engine import train as fit
-from superglobal.engine.run_folder import locked
 from superglobal.errors import InputError
+from superglobal.training.checkpointing import newest_good
+from superglobal.training.run_dir import locked
+from superglobal.training.train import train as fit
 
 SAVED = ["trainer.save_every_steps=2"]
 

@@ -19,24 +19,26 @@ from safetensors.torch import save_file
 from sets import texture, write_folders
 
 import superglobal
-from superglobal.checkpoint import read_weights, save_weights
-from superglobal.checks import validated
-from superglobal.config import EvalConfig, SpaceConfig, TuneConfig, register
+from superglobal.config import register
+from superglobal.config.evaluation import EvalConfig
+from superglobal.config.tuning import SpaceConfig, TuneConfig
+from superglobal.config.validation import validated
+from superglobal.data.evaluation_set import EvaluationSet, require_images
 from superglobal.data.folder import folder_set
 from superglobal.data.image_checks import CheckReport
 from superglobal.data.images import ImageItem
-from superglobal.data.sets import EvaluationSet, require_images
-from superglobal.engine import evaluate, train, tune
-from superglobal.engine.evaluating import score_set
-from superglobal.engine.tuning import Scorer
 from superglobal.errors import InputError
-from superglobal.evaluation import ExtractionList
+from superglobal.evaluation.module import ExtractionList
+from superglobal.evaluation.pipeline import evaluate, score_set
+from superglobal.models.weights import read_weights, save_weights
 from superglobal.reporting.tables import merge
-from superglobal.retrieval.vectors import as_rows
-from superglobal.tuning.maps import MapStore, require_room
-from superglobal.tuning.outcome import compare, how_to_use, write_outcome
-from superglobal.tuning.photos import bounded, held_out, searched_half
-from superglobal.tuning.space import Settings, Trial, choices, search
+from superglobal.retrieval.rows import as_rows
+from superglobal.training.train import train
+from superglobal.tuning.feature_maps import MapStore, require_room
+from superglobal.tuning.results import compare, how_to_use, write_outcome
+from superglobal.tuning.search_space import Settings, Trial, choices, search
+from superglobal.tuning.tune import Scorer, tune
+from superglobal.tuning.validation_set import bounded, held_out, searched_half
 
 ROOT = Path(__file__).parents[1]
 QUIET = ["trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false"]

@@ -18,10 +18,10 @@ from test_search import unit
 from superglobal.data.image_checks import CheckReport
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
-from superglobal.evaluation import ExtractionList
-from superglobal.retrieval import upkeep
+from superglobal.evaluation.module import ExtractionList
+from superglobal.retrieval import store_tools as upkeep
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.store_lists import read_skipped, record_paths
+from superglobal.retrieval.store_files import read_skipped, record_paths
 
 ROOT = Path(__file__).parents[1]
 ABOUT = {"weights": "w"}

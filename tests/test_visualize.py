@@ -15,13 +15,11 @@ from PIL import Image
 from sets import write_distractors, write_folders, write_revisited
 
 from superglobal.config import register
-from superglobal.engine import evaluate
-from superglobal.engine.against import compare_runs
-from superglobal.engine.ranked_sheets import PictureOptions, ordered
-from superglobal.engine.reopening import FinishedRun
-from superglobal.engine.stored_ranks import precision
-from superglobal.engine.visualizing import DRAWN, landmarks_of, visualize
 from superglobal.errors import InputError
+from superglobal.evaluation.pipeline import evaluate
+from superglobal.evaluation.ranking_sheets import PictureOptions, compare_runs, ordered
+from superglobal.evaluation.saved_run import FinishedRun, precision
+from superglobal.evaluation.visualize import DRAWN, landmarks_of, visualize
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from benches.common import Measured
-from superglobal.data.augment import Augment
 from superglobal.data.images import decode_image, image_size
+from superglobal.data.train_dataset import Augment
 
 SIZES, SIDES = ((800, 600), (1600, 1200)), (256, 512)
 CROP, JITTER = 0.3, 0.2  # conf/data

@@ -16,11 +16,11 @@ import torch
 
 from benches.common import Measured
 from superglobal.data.revisited import load_ground_truth
+from superglobal.metrics.evaluate import evaluate
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
-from superglobal.retrieval.scoring import evaluate
+from superglobal.retrieval.rows import copy_into
 from superglobal.retrieval.search import search
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.vectors import copy_into
 
 K, STEP = 400, 16384
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "import torch": ["-c", "import torch"],
     "eval.py --help": ["eval.py", "--help"],
     "scripts/store.py --help": ["scripts/store.py", "--help"],
-    "all that an evaluation imports": ["-c", "import superglobal.engine"],
+    "all that an evaluation imports": ["-c", "import superglobal.evaluation.pipeline"],
 }
 
 

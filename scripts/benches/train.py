@@ -26,15 +26,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 
 from benches.common import Measured
-from superglobal import callbacks, load_model
-from superglobal.config import FitConfig, OptimConfig
+from superglobal import load_model
+from superglobal.config.training import FitConfig, OptimConfig
 from superglobal.data.datamodules import TrainingDataModule
-from superglobal.data.photos import Photo, collate
 from superglobal.data.samplers import EpochBatches
-from superglobal.engine.running import make_fit_trainer, precision
-from superglobal.loggers import CurveFile
+from superglobal.data.train_dataset import Photo, collate
+from superglobal.loggers.csv_tensorboard import CurveFile
 from superglobal.models.heads import make_head
-from superglobal.training import TrainingModule, parameter_groups, warmup_cosine
+from superglobal.training.callbacks import Curves, NonFiniteGuard, StepSeed
+from superglobal.training.checkpointing import Checkpoints
+from superglobal.training.module import TrainingModule, parameter_groups, warmup_cosine
+from superglobal.training.trainer import make_fit_trainer, precision
 
 CLASSES, FIRST = 100, 10  # steps at the beginning of a block that do not count
 
@@ -116,14 +118,14 @@ def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[floa
     network, head, o = parts(args)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        guard = callbacks.NonFiniteGuard(args.log_every, place, str)
+        guard = NonFiniteGuard(args.log_every, place, str)
         clock = Clock()
         watchers = [
             clock,
-            callbacks.StepSeed(0),
-            callbacks.Curves(args.log_every, args.batch),
+            StepSeed(0),
+            Curves(args.log_every, args.batch),
             guard,
-            callbacks.Checkpoints(place, None, None, guard),
+            Checkpoints(place, None, None, guard),
         ]
         data = TrainingDataModule(Noise(args.steps * args.batch, args.side), args.batch, 1, 0, 0)  # type: ignore[arg-type]
         module = TrainingModule(network, head, o, args.steps, np.arange(CLASSES), args.fit)

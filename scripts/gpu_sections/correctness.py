@@ -30,14 +30,14 @@ from gpu_sections.common import (
 from gpu_sections.pipeline import extract_all
 from superglobal import load_model
 from superglobal.data.images import image_tensor, read_image
-from superglobal.models.fast import fast_copies
-from superglobal.precision import full_precision
-from superglobal.reporting.against import read_against
+from superglobal.models.inference import fast_copies
+from superglobal.reporting.paired_comparison import read_against
+from superglobal.reranking.registry import apply_reranker, completed
 from superglobal.retrieval.ranks import search_and_rank
-from superglobal.retrieval.rerankers import apply_reranker, completed
+from superglobal.retrieval.rows import TOLERANCE
 from superglobal.retrieval.scan import inner_products
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.vectors import TOLERANCE
+from superglobal.utils.precision import full_precision
 
 DATA = ROOT / "tests" / "data"
 TOY_PRECISIONS = ("float32", "float16", "bfloat16")
@@ -219,11 +219,11 @@ def _losses(report: Report) -> None:
     """Losses of 20 steps in strict float32, on both devices, through the Trainer."""
     from benches.train import CLASSES, Noise
 
-    from superglobal.config import FitConfig, OptimConfig
+    from superglobal.config.training import FitConfig, OptimConfig
     from superglobal.data.datamodules import TrainingDataModule
-    from superglobal.engine.running import make_fit_trainer
     from superglobal.models.heads import make_head
-    from superglobal.training import TrainingModule
+    from superglobal.training.module import TrainingModule
+    from superglobal.training.trainer import make_fit_trainer
 
     backbone, side, batch = report.pick(("resnet50", 128, 16), ("resnet50", 128, 16), ("test_resnet", 96, 8))
     losses = {}

@@ -23,10 +23,10 @@ from gpu_sections.pipeline import extract_all
 from superglobal import load_model
 from superglobal.data.images import decode_image, read_image
 from superglobal.models.backbone import Backbone
-from superglobal.models.fast import fast_copies
+from superglobal.models.inference import fast_copies
 from superglobal.models.network import RetrievalNetwork, describe_all
 from superglobal.models.pooling import gem
-from superglobal.precision import full_precision
+from superglobal.utils.precision import full_precision
 
 DIM, SCALES = 2048, 3
 # Kernels by what they belong to; the first that fits counts.

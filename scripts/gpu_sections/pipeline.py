@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from gpu_sections.common import Report
-from superglobal.config import ExtractionConfig, TrainerConfig
+from superglobal.config.common import TrainerConfig
+from superglobal.config.evaluation import ExtractionConfig
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import ImageItem
-from superglobal.engine.common import make_trainer
-from superglobal.engine.extracting import extract_lists
-from superglobal.evaluation import ExtractionList
+from superglobal.evaluation.extraction import extract_lists
+from superglobal.evaluation.module import ExtractionList
 from superglobal.models.network import RetrievalNetwork
+from superglobal.training.trainer import make_trainer
 
 
 def extract_all(

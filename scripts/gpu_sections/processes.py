@@ -58,12 +58,13 @@ def _train(backend: str, world: int, device: str) -> None:
     from benches.train import CLASSES, Noise
     from pytorch_lightning.strategies import DDPStrategy
 
-    from superglobal import callbacks, load_model
-    from superglobal.config import FitConfig, OptimConfig
+    from superglobal import load_model
+    from superglobal.config.training import FitConfig, OptimConfig
     from superglobal.data.datamodules import TrainingDataModule
-    from superglobal.engine.running import make_fit_trainer
     from superglobal.models.heads import make_head
-    from superglobal.training import TrainingModule
+    from superglobal.training.callbacks import Curves, NonFiniteGuard, StepSeed
+    from superglobal.training.module import TrainingModule
+    from superglobal.training.trainer import make_fit_trainer
 
     torch.manual_seed(0)
     network = load_model("random", backbone="test_resnet", scales=1, dim=64, trainable=True)
@@ -74,9 +75,9 @@ def _train(backend: str, world: int, device: str) -> None:
     fit = FitConfig(
         accelerator=accelerator, devices=1, num_nodes=world, num_workers=0, progress=False, strategy=strategy
     )
-    curves = callbacks.Curves(4, 8)
-    guard = callbacks.NonFiniteGuard(4, Path(os.devnull), str)
-    trainer = make_fit_trainer(fit, optim, [callbacks.StepSeed(0), curves, guard], [])
+    curves = Curves(4, 8)
+    guard = NonFiniteGuard(4, Path(os.devnull), str)
+    trainer = make_fit_trainer(fit, optim, [StepSeed(0), curves, guard], [])
     module = TrainingModule(network, head, optim, 8, np.arange(CLASSES), fit)
     trainer.fit(module, TrainingDataModule(Noise(64, 96), 8, 1, 0, 0))  # type: ignore[arg-type]
     norm = sum(float(p.detach().double().square().sum()) for p in module.parameters())

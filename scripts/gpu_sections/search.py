@@ -12,11 +12,11 @@ from benches.rerank import BETA, K, clustered
 from benches.search import random_units, targets
 
 from gpu_sections.common import Report, Skip, differences
-from superglobal.precision import full_precision
+from superglobal.reranking.superglobal import rerank
 from superglobal.retrieval.ranks import search_and_rank
-from superglobal.retrieval.rerank import rerank
 from superglobal.retrieval.search import search
 from superglobal.retrieval.store import DescriptorStore
+from superglobal.utils.precision import full_precision
 
 DEPTH, BLOCK = 400, 65536
 

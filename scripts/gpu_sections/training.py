@@ -18,15 +18,15 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpu_sections.common import Report, write_jpegs
-from superglobal import callbacks, load_model
-from superglobal.config import FitConfig, OptimConfig
-from superglobal.data.augment import Augment
+from superglobal import load_model
+from superglobal.config.training import FitConfig, OptimConfig
 from superglobal.data.datamodules import TrainingDataModule
-from superglobal.data.photos import Photo
-from superglobal.engine.running import make_fit_trainer
+from superglobal.data.train_dataset import Augment, Photo
 from superglobal.models.backbone import Backbone
 from superglobal.models.heads import make_head
-from superglobal.training import TrainingModule, parameter_groups, warmup_cosine
+from superglobal.training.callbacks import Curves, NonFiniteGuard, StepSeed
+from superglobal.training.module import TrainingModule, parameter_groups, warmup_cosine
+from superglobal.training.trainer import make_fit_trainer
 
 CLASSES, DIM = 81_313, 2048
 
@@ -167,9 +167,9 @@ def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | 
         accelerator=accelerator, devices=1, num_workers=workers, progress=False, precision=setting.precision
     )
     fit.compile = compiled
-    guard = callbacks.NonFiniteGuard(50, report.work, str)
+    guard = NonFiniteGuard(50, report.work, str)
     clock = Clock()
-    watchers: list[pl.Callback] = [clock, callbacks.StepSeed(0), callbacks.Curves(50, setting.batch), guard]
+    watchers: list[pl.Callback] = [clock, StepSeed(0), Curves(50, setting.batch), guard]
     data = TrainingDataModule(
         _Noise(setting.steps * setting.batch, setting.side, setting.classes), setting.batch, 1, workers, 0
     )  # type: ignore[arg-type]

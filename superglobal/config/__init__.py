@@ -31,8 +31,8 @@ from superglobal.config.evaluation import (
     StoreConfig,
     rerank_parameters,
 )
+from superglobal.config.help import Entry, help_text
 from superglobal.config.page import DemoConfig, PageConfig
-from superglobal.config.reference import Entry, help_text
 from superglobal.config.training import DataConfig, FitConfig, HeadConfig, OptimConfig, TrainConfig, ValidationConfig
 from superglobal.config.tuning import SpaceConfig, TuneConfig
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING
 
+from superglobal.errors import InputError
 from superglobal.models.pooling import PoolingConfig
 
 _POOLING = """`PoolingConfig` (`conf/pooling`) with every setting optional: null is what the weights file says.
@@ -94,3 +98,40 @@ class PathsConfig:
 def pooling_overrides(settings: Any) -> dict[str, Any]:
     """The pooling settings that were given."""
     return {name: value for name, value in vars(settings).items() if value is not None and name != "tuned_on"}
+
+
+TABLES = ("train_clean.csv", "train.csv")
+"""GLDv2's training lists."""
+
+
+def require_choice(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise InputError for a value that is none of those allowed."""
+    if value not in allowed:
+        raise InputError(f"{key}={value}: expected one of {', '.join(allowed)}")
+
+
+def require_within(limits: Mapping[str, tuple[Any, float, float]]) -> None:
+    """Raise InputError for a number, unless it is None, that is not between its limits, both included, or NaN."""
+    for key, (value, least, most) in limits.items():
+        if value is not None and not value >= least:
+            raise InputError(f"{key}={value}: expected at least {least:g}")
+        if value is not None and not value <= most:
+            raise InputError(f"{key}={value}: expected at most {most:g}")
+
+
+def check_logger(logger: LoggerConfig) -> None:
+    """Raise InputError for a tracker that is not installed."""
+    require_within({"logger.pictures": (logger.pictures, 0, math.inf)})
+    if logger.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError(
+            "logger.tensorboard=true: TensorBoard is not installed; pip install -e '.[tensorboard]', or logger=csv"
+        )
+
+
+def require_wandb(logger: LoggerConfig) -> None:
+    """Raise InputError if W&B is enabled and not installed.
+
+    Only runs that log to W&B call this: a finished run opens without it.
+    """
+    if logger.wandb and importlib.util.find_spec("wandb") is None:
+        raise InputError("logger.wandb=true: the package wandb is not installed; pip install wandb, or use logger=csv")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
+from superglobal.config.common import require_within
 from superglobal.config.evaluation import EvalConfig, StoreConfig
+from superglobal.data.images import MAX_PIXELS
+from superglobal.errors import InputError
+from superglobal.reranking.registry import parameters
 
 
 @dataclass
@@ -40,3 +45,32 @@ class DemoConfig(EvalConfig):
 
     store: Any = field(default_factory=StoreConfig)
     page: PageConfig = field(default_factory=PageConfig)
+
+
+def check_page(config: DemoConfig) -> None:
+    """Raise InputError for what `scripts/demo.py` could not show."""
+    d, page, kind = config.dataset, config.page, config.rerank.kind
+    if d.kind == "descriptors" or config.descriptors.query is not None:
+        raise InputError("the page describes what is searched for, so it needs the photos and the weights; dataset=...")
+    if config.rerank.enabled and not {"M", "K", "beta"} <= set(parameters(kind)):
+        raise InputError(f"rerank={kind}: the page has M, K and beta to set; rerank=superglobal, mutual or none")
+    if config.extraction.part is not None:
+        raise InputError(f"extraction.part={config.extraction.part}: a page searches all of the database; leave it out")
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the page needs Gradio, which is not installed: pip install gradio")
+    devices = config.trainer.devices
+    if not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)):
+        raise InputError(
+            f"trainer.devices={devices}: a page is one process; describe with eval.py, then trainer.devices=1"
+        )
+    if not page.host:
+        raise InputError("page.host is empty: 127.0.0.1 is this machine alone, 0.0.0.0 whoever reaches it")
+    require_within(
+        {
+            "page.port": (page.port, 0, 65535),
+            "page.results": (page.results, 1, 500),
+            "page.samples": (page.samples, 0, 100),
+            "page.max_upload": (page.max_upload, 1, 2000),
+            "page.max_megapixels": (page.max_megapixels, 1, MAX_PIXELS // 10**6),
+        }
+    )

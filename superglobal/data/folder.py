@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from superglobal.data.evaluation_set import EvaluationSet
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
-from superglobal.data.sets import EvaluationSet
 from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.download.catalogue import GLDV2_PAGE, download_command
-from superglobal.data.landmark_lists import hex_values, read_landmarks, read_list
-from superglobal.data.photo_index import load_index
-from superglobal.data.sets import TOY
-from superglobal.data.sources import PhotoSource, PhotoTree, relative_path
+from superglobal.data.catalogue import GLDV2_PAGE, download_command
+from superglobal.data.evaluation_set import TOY, EvaluationSet, RecognitionTruth, RetrievalTruth, landmarks, tree_items
+from superglobal.data.gldv2_csv import hex_values, read_ids, read_landmarks, read_list
+from superglobal.data.gldv2_solutions import (
+    Solution,
+    Task,
+    read_solution,
+)
+from superglobal.data.image_index import load_index
+from superglobal.data.image_sources import PhotoSource, PhotoTree, relative_path
 from superglobal.errors import InputError
+from superglobal.utils.io import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +76,7 @@ class TrainList:
         return self.source or PhotoTree(self.root)
 
 
-def how_to_get(root: Path) -> str:
+def how_to_get_train(root: Path) -> str:
     """Layout, the command that gets it, and what does without."""
     return (
         f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; this gets "
@@ -132,7 +139,7 @@ def _read(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         ids, landmarks = read_list(path)
     except FileNotFoundError as error:
-        raise InputError(f"training list not found: {path}\n{how_to_get(root)}") from error
+        raise InputError(f"training list not found: {path}\n{how_to_get_train(root)}") from error
     values = require_unique(path, ids)
     order = np.lexsort((values, landmarks))
     del values
@@ -176,3 +183,219 @@ def _subset(photos: TrainList, keep: np.ndarray) -> TrainList:
     label_of = (np.cumsum(keep) - 1).astype(np.int32)
     labels = label_of[photos.labels[chosen]]
     return replace(photos, ids=photos.ids[chosen], labels=labels, landmarks=photos.landmarks[keep])
+
+
+_PARTS = {
+    "test": "queries and solutions",
+    "index": "database of gldv2_test",
+    "train": "that of gldv2_recognition and gldv2_val",
+}
+_NONE = np.empty(0, np.int64)
+
+
+def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v2.1") -> EvaluationSet:
+    """Test images with a place in the retrieval solution, searched for in the index of 761,757 images.
+
+    Args:
+        root: folder of `index.csv`, the solution, `index/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
+        name: of the set.
+        solution: a version, "v2.1" for `retrieval_solution_v2.1.csv`, or the path of a file.
+
+    Raises:
+        InputError: a list that is missing or faulty, or ground truth that the index does not have.
+    """
+    root = Path(root)
+    hint = how_to_get(root)
+    truth = _solution(root, "retrieval", solution, hint)
+    path = root / "index.csv"
+    try:
+        index = read_ids(path)
+    except FileNotFoundError as error:
+        raise InputError(f"list of the index not found: {path}\n{hint}") from error
+    relevant = _rows_in(path, index, truth)
+    landmark = [truth.ids[i].decode() for i in query_landmarks(truth.truth)]
+    return EvaluationSet(
+        name=name,
+        queries=tree_items(root / "test", truth.ids),
+        database=tree_items(root / "index", index),
+        gnd=[{"positive": one} for one in relevant],
+        clusters=landmark,
+        protocols="landmarks",
+        leave_one_out=False,
+        root=root,
+        how_to_get=hint,
+        landmark_truth=RetrievalTruth(truth.ids, index, relevant, truth.parts, landmark),
+        about={"solution": truth.about()},
+    )
+
+
+def recognition_set(
+    root: str | Path,
+    name: str = "gldv2_recognition",
+    table: str = "train_clean.csv",
+    solution: str = "v2.1",
+    neighbours: int = 3,
+    votes: str = "similarity",
+) -> EvaluationSet:
+    """All test images that count, recognised by their nearest training photos.
+
+    Landmarks of training, not those of the index, which are numbered differently. A landmark of the solution that the
+    training list does not have cannot be recognised and counts all the same.
+
+    Args:
+        root, name, solution: as `retrieval_set`, with `recognition_solution_v2.1.csv` and the training list.
+        table: the training list, "train_clean.csv" or "train.csv"; its photos are the database.
+        neighbours, votes: see `superglobal.metrics.gldv2.vote`.
+
+    Raises:
+        InputError: a list that is missing or faulty.
+    """
+    root = Path(root)
+    hint = how_to_get(root)
+    truth = _solution(root, "recognition", solution, hint)
+    photos = read_train(root, table, min_images=1)
+    labels = photos.landmarks[photos.labels]
+    known = set(photos.landmarks.tolist())
+    unknown = sum(len(one) > 0 and known.isdisjoint(one.tolist()) for one in truth.truth)
+    if unknown:
+        log.warning("%d test images show landmarks that %s does not have; they count as not recognised", unknown, table)
+    return EvaluationSet(
+        name=name,
+        queries=tree_items(root / "test", truth.ids),
+        database=tree_items(photos.root, photos.ids),
+        gnd=[{"positive": _rows_of(labels, one)} for one in truth.truth],
+        clusters=[str(one[0]) if len(one) else "" for one in truth.truth],
+        protocols="landmarks",
+        leave_one_out=False,
+        root=root,
+        how_to_get=hint,
+        landmark_truth=RecognitionTruth(truth.ids, truth.truth, labels, truth.parts, neighbours, votes),
+        about={"solution": truth.about(), "landmarks_not_in_database": unknown},
+    )
+
+
+def validation_set(
+    root: str | Path, name: str = "gldv2_val", table: str = "train_clean.csv", landmarks: int = 800, seed: int = 0
+) -> EvaluationSet:
+    """Training photos of landmarks that a training holds out: one photo of each is a query, the others are the index.
+
+    The landmarks are the first that `split_landmarks` draws by `seed`: every training on the same list and seed, with
+    nothing left out, that holds out as many or more has not seen them. The split is written down beside the list, as
+    `<name>_<landmarks>_seed<seed>.csv` with id, landmark_id and split (query or index).
+
+    Args:
+        root: folder of the training list and of `train/a/b/c/<id>.jpg`.
+        name: of the set.
+        table: the training list.
+        landmarks: how many.
+        seed: of the training.
+
+    Raises:
+        InputError: no such list, fewer landmarks than wanted, or a split written down that is another one.
+    """
+    root = Path(root)
+    listed = read_train(root, table)
+    if landmarks >= len(listed.landmarks):
+        raise InputError(
+            f"dataset.landmarks={landmarks}: {root / table} has {len(listed.landmarks)} of two photos or more, and "
+            "training needs some too"
+        )
+    photos = split_landmarks(listed, landmarks / len(listed.landmarks), seed)[1]
+    query = _drawn_queries(photos, seed)
+    _write_down(root / f"{name}_{landmarks}_seed{seed}.csv", root / table, photos, query)
+    index, labels = photos.ids[~query], photos.landmarks[photos.labels]
+    relevant = [_rows_of(labels[~query], one) for one in labels[query, None]]
+    landmark = [str(one) for one in labels[query]]
+    return EvaluationSet(
+        name=name,
+        queries=tree_items(photos.root, photos.ids[query]),
+        database=tree_items(photos.root, index),
+        gnd=[{"positive": one} for one in relevant],
+        clusters=landmark,
+        protocols="landmarks",
+        leave_one_out=False,
+        root=root,
+        how_to_get=how_to_get(root),
+        landmark_truth=RetrievalTruth(
+            photos.ids[query], index, relevant, {"all": np.ones(len(landmark), bool)}, landmark
+        ),
+        about={"landmarks": landmarks, "drawn_from": table, "seed": seed},
+    )
+
+
+def how_to_get(root: Path) -> str:
+    """Layout, the commands that get it, and what does without."""
+    parts = (f"{download_command(f'gldv2-{part}', root)} ({what})" for part, what in _PARTS.items())
+    return (
+        f"GLDv2 is expected as {root}/{{index,test,train}}/a/b/c/<id>.jpg with its lists and solutions in {root}; this "
+        f"gets it from {GLDV2_PAGE}: {', '.join(parts)}\n{TOY}; the toy set is in this layout too: "
+        "dataset.root=data/toy/gldv2"
+    )
+
+
+def _solution(root: Path, task: Task, solution: str, hint: str) -> Solution:
+    version = root / f"{task}_solution_{solution}.csv"
+    path = version if "/" not in solution and not solution.endswith(".csv") else Path(solution)
+    if not path.is_file():
+        raise InputError(f"solution not found: {path} (dataset.solution={solution}: a version or a path)\n{hint}")
+    return read_solution(path, task)
+
+
+def _rows_in(path: Path, index: np.ndarray, truth: Solution) -> list[np.ndarray]:
+    """Per query the rows of its relevant images in the index."""
+    known, wanted = require_unique(path, index), hex_values(np.concatenate(truth.truth))
+    assert wanted is not None
+    order = np.argsort(known)
+    rows = order[np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)]
+    counts = np.array([len(one) for one in truth.truth])
+    absent = np.flatnonzero(known[rows] != wanted)
+    if len(absent):
+        line = truth.lines[np.repeat(np.arange(len(counts)), counts)[absent[0]]]
+        raise InputError(
+            f"{truth.path}, line {line}: image {wanted[absent[0]]:016x} is not in {path} ({len(absent)} such); do they "
+            "belong together?"
+        )
+    return np.split(rows, np.cumsum(counts))[:-1]
+
+
+def _rows_of(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Rows with one of the wanted labels; `labels` (N,) are sorted."""
+    if not len(wanted):
+        return _NONE
+    low, high = (np.searchsorted(labels, wanted, side=side) for side in ("left", "right"))
+    return np.concatenate([np.arange(*ends) for ends in zip(low, high, strict=True)])
+
+
+def _drawn_queries(photos: TrainList, seed: int) -> np.ndarray:
+    """(N,) bool: one photo of each landmark; photos are sorted by landmark."""
+    counts = np.bincount(photos.labels)
+    chosen = np.cumsum(counts) - counts + np.random.default_rng([seed, 1]).integers(counts)
+    query = np.zeros(len(photos), bool)
+    query[chosen] = True
+    return query
+
+
+def _write_down(path: Path, table: Path, photos: TrainList, query: np.ndarray) -> None:
+    """Write the split, or check that it is the one that is there."""
+    columns = photos.ids.tolist(), photos.landmarks[photos.labels].tolist(), query.tolist()
+    lines = ["id,landmark_id,split"]
+    lines += [f"{i.decode()},{n},{'query' if q else 'index'}" for i, n, q in zip(*columns, strict=True)]
+    if path.is_file():
+        if path.read_text(errors="replace").splitlines() != lines:
+            raise InputError(
+                f"{path}: not the split that {table} gives; one of the two was changed. Remove {path.name} to write it "
+                "anew, or take another dataset.name"
+            )
+        return
+    try:
+        write_atomically(path, ("\n".join(lines) + "\n").encode())
+    except InputError as error:
+        log.warning("the split is not written down: %s", error)
+
+
+def query_landmarks(truth: Sequence[np.ndarray]) -> list[int]:
+    """`landmarks` of queries from the S16 ids of their relevant images."""
+    numbers = hex_values(np.concatenate(truth))
+    assert numbers is not None
+    ends = np.cumsum([len(one) for one in truth])
+    return landmarks([one.tolist() for one in np.split(numbers, ends)[:-1]])

@@ -1,5 +1,7 @@
 """The Revisited benchmarks, and any set in their layout: `<root>/<name>/{jpg/,gnd_<name>.pkl}`."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.data.download.catalogue import SOURCES, download_command
+from superglobal.data.catalogue import SOURCES, download_command
+from superglobal.data.evaluation_set import TOY, EvaluationSet, image_path, landmarks
 from superglobal.data.images import Box, ImageItem
-from superglobal.data.pickles import BlockedGlobalError, load_plain_pickle
-from superglobal.data.sets import TOY, EvaluationSet, image_path
+from superglobal.data.safe_pickle import BlockedGlobalError, load_plain_pickle
 from superglobal.errors import InputError
-from superglobal.retrieval.scoring import landmarks
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import Any, Protocol
 
 from pytorch_lightning.loggers import CSVLogger, Logger
 
-from superglobal.checks.trackers import require_wandb
-from superglobal.config import EvalConfig, TrainConfig
-from superglobal.files import EXPORT
-from superglobal.loggers.curve_file import CurveFile
-from superglobal.loggers.evaluated import Evaluated
-from superglobal.processes import first_process
+from superglobal.config.common import require_wandb
+from superglobal.config.evaluation import EvalConfig
+from superglobal.config.training import TrainConfig
+from superglobal.loggers.csv_tensorboard import CurveFile
+from superglobal.loggers.record import Evaluated
+from superglobal.utils.distributed import first_process
+from superglobal.utils.io import EXPORT
 
 __all__ = ["CurveFile", "Evaluated", "evaluation_loggers", "training_loggers"]
 
@@ -112,7 +113,7 @@ def evaluation_loggers(config: EvalConfig, folder: Path, sweep: str | None) -> I
 
 def _tensorboard(config: EvalConfig, folder: Path) -> Callable[[], Tracker]:
     def start() -> Tracker:
-        from superglobal.loggers.tensorboards import TensorBoardEvaluation
+        from superglobal.loggers.csv_tensorboard import TensorBoardEvaluation
 
         return TensorBoardEvaluation(config, folder)
 
@@ -121,7 +122,7 @@ def _tensorboard(config: EvalConfig, folder: Path) -> Callable[[], Tracker]:
 
 def _wandb(config: EvalConfig, folder: Path, sweep: str | None) -> Callable[[], Tracker]:
     def start() -> Tracker:
-        from superglobal.loggers.wandb_evaluation import WandbEvaluation
+        from superglobal.loggers.wandb import WandbEvaluation
 
         return WandbEvaluation(config, folder, sweep)
 
@@ -161,7 +162,7 @@ def training_loggers(
     settings = {**asdict(config), **about}
 
     def tensorboard() -> Tracker:
-        from superglobal.loggers.tensorboards import TensorBoardCurves
+        from superglobal.loggers.csv_tensorboard import TensorBoardCurves
 
         curves = TensorBoardCurves(folder, step)
         curves.log_hyperparams(settings)
@@ -169,7 +170,7 @@ def training_loggers(
         return curves
 
     def wandb() -> Tracker:
-        from superglobal.loggers.wandb_runs import WandbTraining
+        from superglobal.loggers.wandb import WandbTraining
 
         training = WandbTraining(config, settings, folder, folder / EXPORT, sweep)
         loggers.append(training.curves)

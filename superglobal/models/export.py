@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from superglobal.errors import InputError, first_line
 from superglobal.models.backbone import replace_module
 from superglobal.models.network import RetrievalNetwork
-from superglobal.precision import full_precision
+from superglobal.utils.precision import full_precision
 
 SUFFIXES = (".onnx", ".pt2")
 METADATA = "superglobal"

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from superglobal.errors import InputError
-from superglobal.models.class_sizes import dynamic_margins, log_weights
-from superglobal.models.cosines import class_cosines, with_margin
 
 
 class MarginOutput(NamedTuple):
@@ -268,3 +267,114 @@ def _mean_over_processes(values: Tensor) -> Tensor:
         torch.distributed.all_reduce(mean)
         mean /= torch.distributed.get_world_size()
     return mean
+
+
+def dynamic_margins(counts: np.ndarray | Tensor, least: float = 0.05, most: float = 0.5) -> Tensor:
+    """Margins by class size, after haqishen's solution (3rd in Google Landmark Recognition 2020).
+
+    n^(-1/4) of the n photos of a class, brought to `least` for the largest class and `most` for the smallest one.
+    Where all classes are equally large, each is the largest and has `least`.
+
+    Args:
+        counts: (classes,) integers, photos of each class.
+
+    Returns:
+        (classes,) float32.
+
+    Raises:
+        InputError: a class without photos.
+    """
+    rarity = _photo_counts(counts) ** -0.25
+    low, high = rarity.min(), rarity.max()
+    share = (rarity - low) / (high - low) if high > low else torch.zeros_like(rarity)
+    return (least + (most - least) * share).float()
+
+
+def log_weights(counts: np.ndarray | Tensor) -> Tensor:
+    """Class weights 1 / log(1 + n) for n photos, after psinger's solution (1st in Google Landmark Recognition 2020).
+
+    Scaled so that their mean over all photos is 1. psinger divides by the weights of each batch instead; then a
+    photo's part depends on its neighbours, and several processes differ from one with the whole batch.
+
+    Args:
+        counts: (classes,) integers, photos of each class.
+
+    Returns:
+        (classes,) float32.
+
+    Raises:
+        InputError: a class without photos.
+    """
+    photos = _photo_counts(counts)
+    weights = 1 / torch.log1p(photos)
+    return (weights * photos.sum() / (weights * photos).sum()).float()
+
+
+def _photo_counts(counts: np.ndarray | Tensor) -> Tensor:
+    """(classes,) float64."""
+    values = torch.as_tensor(counts).double()
+    if not (values >= 1).all():
+        empty = int((values < 1).nonzero()[0])
+        raise InputError(f"counts: class {empty} has no photos; leave it out")
+    return values
+
+
+# Keeps the slope of sin = sqrt(1 - cos^2) finite at cos = +-1.
+_EPS = 1e-6
+# A shorter vector has no direction.
+_TINY = 1e-12
+
+
+def with_margin(cosine: Tensor, margin: Tensor, easy: bool = False) -> Tensor:
+    """cos(arccos(x) + margin) for x in -1..1, both (B,).
+
+    Beyond pi it is continued straight; with `easy` x itself is taken where x <= 0.
+    """
+    sine = (1 - cosine.square()).clamp(min=_EPS).sqrt()
+    moved = cosine * margin.cos() - sine * margin.sin()
+    if easy:
+        return torch.where(cosine > 0, moved, cosine)
+    return torch.where(cosine > -margin.cos(), moved, cosine - margin * margin.sin())
+
+
+def class_cosines(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, D) against the (S, K, D) centres of S classes -> (B, S) cosine with each class's nearest centre.
+
+    A zero vector has cosine 0 with everything, and no gradient.
+    """
+    centers = weight.flatten(0, 1)
+    cosines: Tensor = _Cosines.apply(x * _inverse_norms(x), centers)
+    if weight.shape[1] == 1:
+        return cosines
+    return cosines.unflatten(1, weight.shape[:2]).max(dim=2).values
+
+
+def _inverse_norms(x: Tensor) -> Tensor:
+    """(n, D) -> (n, 1): 1 / norm, 0 where there is no direction."""
+    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return 1 / norms.masked_fill(norms <= _TINY, math.inf)
+
+
+class _Cosines(torch.autograd.Function):
+    """Unit vectors (B, D) times the directions of w (N, D): (B, N).
+
+    Normalising w first would hold a second and a third copy of it, forward and backward, and w is by far the largest
+    thing here: 5 GB for 203,094 classes with three centres. This needs w's gradient and nothing else of its size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        inverse = _inverse_norms(w)
+        cosines = (x @ w.T).mul_(inverse.T)
+        ctx.save_for_backward(x, w, inverse, cosines)
+        return cosines
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, w, inverse, cosines = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = grad * inverse.T
+            # Of each row of w only the part across its direction moves a cosine.
+            along = torch.einsum("bn,bn->n", grad, cosines)[:, None] * inverse
+            return grad @ w, (grad.T @ x).addcmul_(w, along, value=-1)

@@ -60,8 +60,8 @@ class HubModel(PyTorchModelHubMixin):
         Raises:
             InputError: no such folder or repository; unknown or missing fields, keys or shapes, by name.
         """
-        from superglobal.api import load_model
-        from superglobal.sharing import fetch, hub_name
+        from superglobal.models.factory import load_model
+        from superglobal.models.shared_folder import fetch, hub_name
 
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir():
@@ -98,11 +98,11 @@ class HubModel(PyTorchModelHubMixin):
 
     def generate_model_card(self: Any, **about: Any) -> ModelCard:
         """See `superglobal.card.model_card`."""
-        from superglobal.card import model_card
+        from superglobal.reporting.model_card import model_card
 
         return model_card(self, **about)
 
     def _save_pretrained(self: Any, save_directory: Path) -> None:
-        from superglobal.sharing import write_folder
+        from superglobal.models.shared_folder import write_folder
 
         write_folder(self, save_directory)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.retrieval.landmark_metrics import DEPTH, first_hits
+from superglobal.metrics.gldv2 import DEPTH, first_hits
 
 BINS = 100
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from superglobal.errors import InputError
-from superglobal.files import EXPORT
-from superglobal.reporting.report import FORMAT, METRICS, TEST_MARK, main_protocol, main_scores, metric_key
-from superglobal.retrieval.metrics import cluster_interval
-from superglobal.retrieval.rerankers import describe
+from superglobal.metrics.revisited import cluster_interval
+from superglobal.reporting.results import FORMAT, METRICS, TEST_MARK, main_protocol, main_scores, metric_key
+from superglobal.reranking.registry import describe
+from superglobal.utils.io import EXPORT
 
 SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")
 LADDER: dict[str, tuple[bool, ...]] = {

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from superglobal.retrieval.rows import Rows, as_queries, as_rows
 from superglobal.retrieval.scan import Block, scan
-from superglobal.retrieval.vectors import Rows, as_queries, as_rows, pair_scores
+from superglobal.retrieval.scores import pair_scores
 
 BINS = 200
 EDGES = np.linspace(-1, 1, BINS + 1)

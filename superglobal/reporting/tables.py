@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from superglobal.files import write_atomically
 from superglobal.reporting import table_formats as formats
-from superglobal.reporting.per_dataset import SetTable, tables_of
-from superglobal.reporting.report import main_metric, main_protocol, main_scores, percent, percent_range
+from superglobal.reporting.chart import draw_chart
+from superglobal.reporting.results import main_metric, main_protocol, main_scores, percent, percent_range
 from superglobal.reporting.runs import Compared, compared, gain_interval, milliseconds, no_number, read_all, scores_of
-from superglobal.reporting.table_chart import draw_chart
-from superglobal.reporting.table_latex import as_latex
+from superglobal.reporting.table_formats import as_latex
+from superglobal.reporting.table_rows import SetTable, tables_of
+from superglobal.utils.io import write_atomically
 
 
 def merge(folder: Path, *others: Path) -> list[dict[str, Any]]:

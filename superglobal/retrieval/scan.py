@@ -8,18 +8,10 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 
-from superglobal.precision import full_precision
+from superglobal.retrieval.rows import TOLERANCE, Rows, block_size, is_host, to_tensor, validate_block
+from superglobal.retrieval.scores import block_pair_scores, pair_scores_on
 from superglobal.retrieval.staging import device_blocks
-from superglobal.retrieval.vectors import (
-    TOLERANCE,
-    Rows,
-    block_pair_scores,
-    block_size,
-    is_host,
-    pair_scores_on,
-    to_tensor,
-    validate_block,
-)
+from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)
 

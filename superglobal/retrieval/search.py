@@ -8,15 +8,9 @@ import numpy as np
 import torch
 
 from superglobal.errors import InputError
+from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows
 from superglobal.retrieval.scan import Block, scan
-from superglobal.retrieval.vectors import (
-    Rows,
-    as_exclude,
-    as_queries,
-    as_rows,
-    pair_scores,
-    scored_where,
-)
+from superglobal.retrieval.scores import pair_scores, scored_where
 
 BACKENDS = ("auto", "faiss", "torch")
 _EXTRA = 32  # candidates that FAISS is asked for beyond k, so that the edge of a list is mostly settled by them

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import torch
 
-from superglobal.retrieval.vectors import Rows, block_size, validate_block
+from superglobal.retrieval.rows import Rows, block_size, validate_block
 
 # Bytes of one staging buffer. A larger one takes longer to pin than it saves; a smaller one costs more launches and
 # synchronizations per row than the copy takes.

@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 
 from superglobal.errors import InputError
+from superglobal.retrieval.rows import copy_into
 from superglobal.retrieval.store_files import (
+    NAMES,
+    NO_REASON,
     SHARD_ROWS,
+    add_skipped,
     create_store,
     fingerprint,
     map_array,
     read_manifest,
+    read_names,
     shard_path,
     shard_sizes,
 )
-from superglobal.retrieval.store_lists import NAMES, NO_REASON, add_skipped, read_names
-from superglobal.retrieval.vectors import copy_into
 
 _WRITTEN, _SKIPPED = 1, 2  # what done.npy holds for a row; 0 is still to be written
 # Rows are marked as done only after their bytes are flushed; so many, or so many seconds, share one flush.

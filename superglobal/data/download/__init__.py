@@ -1,1 +1,0 @@
-"""Data sets by one command: loaded, gone on with, checked, unpacked into the layouts that the loaders read."""

@@ -1,0 +1,1 @@
+"""Metrics of the retrieval benchmarks. Nothing here imports Lightning or Hydra."""

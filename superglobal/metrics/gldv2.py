@@ -1,0 +1,292 @@
+"""GLDv2's metrics: mAP@100 of retrieval; GAP (micro average precision) and top-1 accuracy of recognition.
+
+Definitions: Weyand et al., CVPR 2020, and the organisers' code (tensorflow/models, delf, google_landmarks_dataset/
+metrics.py). Average precision is rectangular here; that of the Revisited sets (metrics.py) is trapezoidal.
+
+Every number but a position is a fraction in 0..1; tables multiply by 100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from superglobal.data.evaluation_set import RecognitionTruth, RetrievalTruth
+from superglobal.data.gldv2 import query_landmarks
+from superglobal.data.gldv2_solutions import (
+    ranked_submission,
+    read_ranked,
+    read_recognised,
+    read_solution,
+    recognised_submission,
+)
+from superglobal.errors import InputError
+from superglobal.metrics.revisited import cluster_interval, plain
+
+DEPTH = 100
+"""Predictions of a query that count."""
+Parts = Mapping[str, np.ndarray]
+"""Name -> (Q,) bool, which queries it has: "public", "private", "all"."""
+
+
+@dataclass(frozen=True)
+class RankedResult:
+    """Scores of ranked lists by part; NaN for a part without queries."""
+
+    definition: ClassVar[dict[str, str]] = {
+        "average_precision": "rectangular, over the first 100 ranks, divided by min(relevant images, 100)",
+        "mean": "over the queries of the solution; one without a prediction counts 0",
+    }
+
+    map: dict[str, float]
+    """mAP@100"""
+    precision: dict[str, dict[int, float]]
+    """Mean share of relevant images among the first k."""
+    position: dict[str, dict[str, float]]
+    """"mean" and "median" rank, from 1, of the first relevant image; 101 where none of the first 100 is."""
+    interval: dict[str, tuple[float, float]]
+    """95 % bootstrap interval of mAP@100."""
+    queries: dict[str, int]
+    ap: dict[str, np.ndarray]
+    """"all": (Q,) float64."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON, NaN as None."""
+        return {
+            f"mAP@{DEPTH}": {name: plain(value) for name, value in self.map.items()},
+            "interval": {name: [plain(value) for value in one] for name, one in self.interval.items()},
+            "precision": {name: {str(k): plain(v) for k, v in one.items()} for name, one in self.precision.items()},
+            "position": {name: {k: plain(v) for k, v in one.items()} for name, one in self.position.items()},
+            "queries": dict(self.queries),
+        }
+
+    def per_query(self) -> dict[str, list[Any]]:
+        """Column -> a value per query."""
+        return {"all AP": self.ap["all"].tolist()}
+
+
+@dataclass(frozen=True)
+class RecognitionResult:
+    """Scores of one predicted landmark per image, by part; NaN for a part without images that show a landmark."""
+
+    definition: ClassVar[dict[str, str]] = {
+        "average_precision": "GAP: all predictions in one list by score, divided by the images that show a landmark",
+        "non_landmarks": "a prediction for an image without a landmark is wrong; left out in GAP_landmarks_only",
+    }
+
+    gap: dict[str, float]
+    gap_landmarks_only: dict[str, float]
+    top1: dict[str, float]
+    queries: dict[str, int]
+    with_landmark: dict[str, int]
+    """How many of the queries show a landmark."""
+    classes: np.ndarray
+    """(Q,) int64, predicted landmark ids."""
+    scores: np.ndarray
+    """(Q,) float64, NaN where nothing was predicted."""
+    correct: np.ndarray
+    """(Q,) bool."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON, NaN as None."""
+        return {
+            "GAP": {name: plain(value) for name, value in self.gap.items()},
+            "GAP_landmarks_only": {name: plain(value) for name, value in self.gap_landmarks_only.items()},
+            "top1": {name: plain(value) for name, value in self.top1.items()},
+            "queries": dict(self.queries),
+            "with_landmark": dict(self.with_landmark),
+        }
+
+    def per_query(self) -> dict[str, list[Any]]:
+        """Column -> a value per query."""
+        found = ~np.isnan(self.scores)
+        classes = [int(c) if there else "" for c, there in zip(self.classes, found, strict=True)]
+        return {"class": classes, "score": self.scores.tolist(), "correct": self.correct.astype(int).tolist()}
+
+
+def first_hits(predicted: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) -> np.ndarray:
+    """(n,) bool, n at most `depth`: which predictions name a relevant image that was not named before.
+
+    predicted: (m,) ids, best first; relevant: ids of the same kind. An id that comes again is no hit, but has its rank.
+    """
+    head = np.asarray(predicted)[:depth]
+    first = np.zeros(len(head), bool)
+    first[np.unique(head, return_index=True)[1]] = True
+    return first & np.isin(head, relevant)
+
+
+def average_precision_at(hits: np.ndarray, n_relevant: int, depth: int = DEPTH) -> float:
+    """sum over hits of the precision at their ranks / min(n_relevant, depth); NaN if nothing is relevant."""
+    ranks = np.flatnonzero(hits[:depth]) + 1
+    return float((np.arange(1, len(ranks) + 1) / ranks).sum() / min(n_relevant, depth)) if n_relevant else float("nan")
+
+
+def score_rankings(
+    predicted: Sequence[np.ndarray],
+    relevant: Sequence[np.ndarray],
+    parts: Parts | None = None,
+    clusters: Sequence[Any] | None = None,
+    depth: int = DEPTH,
+    ks: Sequence[int] = (1, 5, 10, 100),
+    seed: int = 0,
+    samples: int = 2000,
+) -> RankedResult:
+    """Score ranked lists.
+
+    predicted: per query of the solution its ids, best first; none where there is no prediction, which counts 0.
+    relevant: per query its relevant ids, one at least, each once. parts: {"all": every query} by default.
+    clusters: (Q,) labels, e.g. landmarks, the units that the bootstrap draws; each query its own by default.
+    ks: depths of the precisions, at most `depth`.
+    Raises InputError for a query without a relevant image, or lists that are not as many as the queries.
+    """
+    if len(predicted) != len(relevant):
+        raise InputError(
+            f"predictions: expected one list per query of the solution, {len(relevant)}, got {len(predicted)}"
+        )
+    empty = [query for query, one in enumerate(relevant) if not len(one)]
+    if empty:
+        raise InputError(f"solution: query {empty[0]} has no relevant image; leave it out")
+    hits = np.zeros((len(relevant), depth), bool)
+    for query, (one, truth) in enumerate(zip(predicted, relevant, strict=True)):
+        found = first_hits(one, truth, depth)
+        hits[query, : len(found)] = found
+    ap = np.array([average_precision_at(one, len(truth), depth) for one, truth in zip(hits, relevant, strict=True)])
+    position = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, depth + 1)
+    labels = np.arange(len(ap)) if clusters is None else np.asarray(clusters)
+    result = RankedResult({}, {}, {}, {}, {}, {"all": ap})
+    for name, part in (parts or {"all": np.ones(len(ap), bool)}).items():
+        there = part.any()
+        result.queries[name] = int(part.sum())
+        result.map[name] = float(ap[part].mean()) if there else float("nan")
+        means = hits[part].mean(axis=0) if there else np.full(depth, np.nan)
+        result.precision[name] = {k: float(means[:k].mean()) for k in ks if k <= depth}
+        ranks = position[part] if there else np.array([np.nan])
+        result.position[name] = {"mean": float(ranks.mean()), "median": float(np.median(ranks))}
+        result.interval[name] = cluster_interval(ap[part], labels[part], seed, samples)
+    return result
+
+
+def score_recognition(
+    classes: np.ndarray, scores: np.ndarray, truth: Sequence[np.ndarray], keys: np.ndarray, parts: Parts | None = None
+) -> RecognitionResult:
+    """Score one predicted landmark per image.
+
+    classes: (Q,) landmark ids; scores: (Q,) how sure, NaN for no prediction. truth: per image its landmark ids, none
+    for one that shows no landmark. keys: (Q,) image ids, by which equal scores are ordered.
+    """
+    correct = np.array([bool((one == label).any()) for one, label in zip(truth, classes, strict=True)], bool)
+    predicted = ~np.isnan(scores)
+    correct &= predicted
+    landmark = np.array([len(one) > 0 for one in truth], bool)
+    result = RecognitionResult({}, {}, {}, {}, {}, classes, scores, correct)
+    for name, part in (parts or {"all": np.ones(len(truth), bool)}).items():
+        shown = part & landmark
+        result.queries[name], result.with_landmark[name] = int(part.sum()), int(shown.sum())
+        for gaps, counted in ((result.gap, part), (result.gap_landmarks_only, shown)):
+            rows = np.flatnonzero(counted & predicted)
+            right = correct[rows[np.lexsort((keys[rows], -scores[rows]))]]
+            gaps[name] = _global_average_precision(right, int(shown.sum()))
+        result.top1[name] = float(correct[shown].mean()) if shown.any() else float("nan")
+    return result
+
+
+def _global_average_precision(right: np.ndarray, n_positives: int) -> float:
+    """Which predictions, surest first, are right: (n,) bool."""
+    precision = np.cumsum(right) / np.arange(1, len(right) + 1)
+    return float(precision[right].sum() / n_positives) if n_positives else float("nan")
+
+
+VOTES = ("similarity", "distance", "nearest")
+_PAIRS = 1 << 24  # pairs of neighbours that are compared at a time
+
+
+def required_depth(truth: RetrievalTruth | RecognitionTruth) -> int:
+    """Return the number of results per query that `score_truth` needs, if the database has that many."""
+    return DEPTH if isinstance(truth, RetrievalTruth) else truth.neighbours
+
+
+def subset(truth: RetrievalTruth | RecognitionTruth, queries: np.ndarray) -> RetrievalTruth | None:
+    """Return the ground truth of some queries (n,) int64.
+
+    None for recognition: GAP puts the predictions for all queries into one list, and few queries of a sample show a
+    landmark at all.
+    """
+    if isinstance(truth, RecognitionTruth):
+        return None
+    return RetrievalTruth(
+        truth.queries[queries],
+        truth.database,
+        [truth.relevant[i] for i in queries],
+        {name: part[queries] for name, part in truth.parts.items()},
+        [truth.clusters[i] for i in queries],
+    )
+
+
+def score_truth(
+    truth: RetrievalTruth | RecognitionTruth, scores: np.ndarray, ids: np.ndarray, seed: int = 0
+) -> RankedResult | RecognitionResult:
+    """Score (Q, k) scores and database rows, best first; `seed` is the bootstrap's."""
+    if isinstance(truth, RetrievalTruth):
+        return score_rankings(list(ids), truth.relevant, truth.parts, truth.clusters, seed=seed)
+    return score_recognition(*predictions(truth, scores, ids), truth.truth, truth.queries, truth.parts)
+
+
+def submission(truth: RetrievalTruth | RecognitionTruth, scores: np.ndarray, ids: np.ndarray) -> bytes:
+    """Return the submission file of (Q, k) scores and database rows: the 100 best ids, or a landmark and its score."""
+    if isinstance(truth, RetrievalTruth):
+        return ranked_submission(truth.queries, (truth.database[row] for row in ids[:, :DEPTH]))
+    return recognised_submission(truth.queries, *predictions(truth, scores, ids))
+
+
+def predictions(truth: RecognitionTruth, scores: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the predicted landmark (Q,) int64 of each query and its score (Q,) float64."""
+    return vote(truth.labels[ids[:, : truth.neighbours]], scores[:, : truth.neighbours], truth.votes)
+
+
+def vote(labels: np.ndarray, scores: np.ndarray, votes: str = "similarity") -> tuple[np.ndarray, np.ndarray]:
+    """The class of each query by its k nearest neighbours; of equal sums that of the nearer neighbour.
+
+    Args:
+        labels: (Q, k) classes of the neighbours, nearest first.
+        scores: (Q, k) their similarities: cosines, or scores of reranking.
+        votes: "similarity" sums s over a class's neighbours, "distance" sums 2 s - 1, which of a cosine is 1 minus the
+            squared distance, "nearest" takes the nearest neighbour alone.
+
+    Returns:
+        (Q,) classes and (Q,) float64 sums.
+    """
+    weights = np.asarray(scores, np.float64)
+    if votes == "nearest":
+        return labels[:, 0], weights[:, 0]
+    if votes == "distance":
+        weights = 2 * weights - 1
+    classes, sums = np.empty(len(labels), labels.dtype), np.empty(len(labels))
+    step = max(1, _PAIRS // labels.shape[1] ** 2)
+    for start in range(0, len(labels), step):
+        mine, weight = labels[start : start + step], weights[start : start + step]
+        totals = np.where(mine[:, :, None] == mine[:, None, :], weight[:, None, :], 0).sum(axis=2)
+        best, row = totals.argmax(axis=1), np.arange(len(mine))
+        classes[start : start + step], sums[start : start + step] = mine[row, best], totals[row, best]
+    return classes, sums
+
+
+def score_submission(solution: str | Path, submission: str | Path, seed: int = 0) -> RankedResult | RecognitionResult:
+    """Score anybody's submission.
+
+    Args:
+        solution: retrieval_solution_v2.1.csv or recognition_solution_v2.1.csv, which says the task.
+        submission: CSV with id and images, or id and landmarks.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: a file that is not there, cannot be read or contradicts itself or the other.
+    """
+    truth = read_solution(solution)
+    if truth.task == "retrieval":
+        found = read_ranked(submission, truth)
+        return score_rankings(found, truth.truth, truth.parts, query_landmarks(truth.truth), seed=seed)
+    return score_recognition(*read_recognised(submission, truth), truth.truth, truth.ids, truth.parts)

@@ -1,0 +1,177 @@
+"""The Revisited metric: average precision and precision at k from exact ranks.
+
+Source: Radenovic et al., CVPR 2018, and revisitop's evaluate.py.
+
+Every number is a fraction in 0..1; tables multiply by 100.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from superglobal.data.evaluation_set import concatenated
+from superglobal.errors import InputError
+
+
+class Result(typing.Protocol):
+    """Scores of one ranking of all queries."""
+
+    definition: ClassVar[dict[str, str]]
+    """How its numbers are defined, in words."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON, NaN as None: the metric by protocol or part first, under its name."""
+
+    def per_query(self) -> dict[str, list[Any]]:
+        """Column -> a value per query, NaN where it does not count."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which of a query's sets count as positive; `ignored` sets are removed from the ranking first."""
+
+    positive: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+
+
+REVISITED: Mapping[str, Protocol] = {
+    "easy": Protocol(("easy",), ("junk", "hard")),
+    "medium": Protocol(("easy", "hard"), ("junk",)),
+    "hard": Protocol(("hard",), ("junk", "easy")),
+}
+LABELS: Mapping[str, Protocol] = {"all": Protocol(("positive",), ("junk",))}
+
+
+@dataclass(frozen=True)
+class RetrievalResult:
+    """Scores per protocol, all fractions in 0..1. A protocol that counts no query has NaN and queries = 0."""
+
+    definition: ClassVar[dict[str, str]] = {
+        "average_precision": "trapezoidal, as Revisited Oxford and Paris",
+        "junk": "stays in the list that is reranked, removed before ranks are counted",
+    }
+
+    map: dict[str, float]  # mean AP
+    mp: dict[str, dict[int, float]]  # mean precision at each k
+    ap: dict[str, np.ndarray]  # (Q,) float64, NaN for a query without a positive
+    interval: dict[str, tuple[float, float]]  # 95 % bootstrap interval of mAP; NaN with fewer than two clusters
+    queries: dict[str, int]  # how many queries count
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers for JSON, NaN as None and the k of `mp` as strings."""
+        return {
+            "map": {name: plain(value) for name, value in self.map.items()},
+            "mp": {name: {str(k): plain(v) for k, v in one.items()} for name, one in self.mp.items()},
+            "ap": {name: [plain(value) for value in one] for name, one in self.ap.items()},
+            "interval": {name: [plain(value) for value in one] for name, one in self.interval.items()},
+            "queries": dict(self.queries),
+        }
+
+    def per_query(self) -> dict[str, list[Any]]:
+        """Column -> a value per query."""
+        return {f"{protocol} AP": ap.tolist() for protocol, ap in self.ap.items()}
+
+
+def plain(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return None if np.isnan(value) else float(value)
+
+
+def average_precision(ranks: Any, n_positives: int | None = None) -> float:
+    """Trapezoidal average precision of positives at these 0-based ranks, ignored images already removed.
+
+    AP = sum_j (1/n) (j/r_j + (j+1)/(r_j+1)) / 2, with j/r_j = 1 where r_j = 0 (revisitop's compute_ap).
+    ranks: (P,) distinct integers in any order. n_positives: n, where some positives were not retrieved at all
+    and add nothing; P by default. NaN if n is 0. Raises InputError for negative ranks or n < P.
+    """
+    r = np.sort(np.asarray(ranks, dtype=np.int64))
+    n = len(r) if n_positives is None else n_positives
+    if n < len(r) or (len(r) and r[0] < 0):
+        raise InputError(f"average_precision: expected ranks >= 0, at most n_positives = {n} of them, got {r}")
+    if n == 0:
+        return float("nan")
+    j = np.arange(len(r))
+    before = np.where(r == 0, 1.0, j / np.maximum(r, 1))
+    return float(((before + (j + 1) / (r + 1)) / 2).sum() / n)
+
+
+def precision_at(ranks: np.ndarray, k: int) -> float:
+    """Precision among the first k' = min(k, 1-based rank of the last retrieved positive); 0 if none is retrieved.
+
+    ranks: (P,) 0-based ranks of the retrieved positives, ignored images already removed.
+    """
+    if not len(ranks):
+        return 0.0
+    depth = min(k, int(ranks.max()) + 1)
+    return float((ranks < depth).sum() / depth)
+
+
+def score_ranks(
+    ranks: Sequence[Mapping[str, Any]],
+    protocols: Mapping[str, Protocol] = REVISITED,
+    ks: Sequence[int] = (1, 5, 10),
+    clusters: Sequence[Any] | None = None,
+    seed: int = 0,
+    samples: int = 2000,
+) -> RetrievalResult:
+    """Score ranks: per query a dict of set name -> 0-based ranks, -1 for an image missing from a truncated list.
+
+    A missing positive adds nothing to AP but counts in n, and is not retrieved for mP@k. Queries without a
+    positive are left out of every mean. `clusters`: (Q,) labels, e.g. landmarks, the units that the bootstrap
+    draws (`samples` times, from `seed`); each query its own by default.
+    Raises InputError for a query without a set that a protocol calls positive.
+    """
+    labels = np.arange(len(ranks)) if clusters is None else np.asarray(clusters)
+    if labels.shape != (len(ranks),):
+        raise InputError(f"clusters: expected one label per query, {len(ranks)}, got shape {labels.shape}")
+    if any(k < 1 for k in ks):
+        raise InputError(f"ks: expected depths of at least 1, got {list(ks)}")
+    result = RetrievalResult({}, {}, {}, {}, {})
+    for name, protocol in protocols.items():
+        ap = np.full(len(ranks), np.nan)
+        precisions = np.full((len(ranks), len(ks)), np.nan)
+        for query, sets in enumerate(ranks):
+            kept, total = kept_ranks(sets, protocol, query)
+            if total:
+                ap[query] = average_precision(kept, total)
+                precisions[query] = [precision_at(kept, k) for k in ks]
+        counted = ~np.isnan(ap)
+        result.ap[name] = ap
+        result.queries[name] = int(counted.sum())
+        result.map[name] = float(ap[counted].mean()) if counted.any() else float("nan")
+        means = precisions[counted].mean(axis=0) if counted.any() else np.full(len(ks), np.nan)
+        result.mp[name] = {int(k): float(value) for k, value in zip(ks, means, strict=True)}
+        result.interval[name] = cluster_interval(ap[counted], labels[counted], seed, samples)
+    return result
+
+
+def kept_ranks(sets: Mapping[str, Any], protocol: Protocol, query: int) -> tuple[np.ndarray, int]:
+    """Sorted ranks of the retrieved positives with ignored images removed, and the number of all positives."""
+    absent = [name for name in protocol.positive if name not in sets]
+    if absent:
+        raise InputError(f"query {query}: no set {absent[0]!r}, which the protocol counts; it has {sorted(sets)}")
+    positive = concatenated(sets[name] for name in protocol.positive)
+    ignored = concatenated(sets.get(name, ()) for name in protocol.ignored)
+    retrieved = np.sort(positive[positive >= 0])
+    above = np.searchsorted(np.sort(ignored[ignored >= 0]), retrieved)
+    return retrieved - above, len(positive)
+
+
+def cluster_interval(values: np.ndarray, labels: np.ndarray, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values` when whole clusters are drawn with replacement.
+
+    Queries of one landmark share their positives, so they are not independent; clusters are. Of differences of AP,
+    query by query, it is the interval of a gain. values: (Q,) without NaN, labels: (Q,). NaN for under two clusters.
+    """
+    _, cluster = np.unique(labels, return_inverse=True)
+    sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster)
+    if len(sums) < 2:
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(samples, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,84 @@
+"""The public functions that need no configuration: `load_model` and `extract`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from superglobal.data.images import ImageItem, image_tensor, pil_pixels, read_image, shrink
+from superglobal.errors import InputError
+from superglobal.models.network import RetrievalNetwork
+from superglobal.utils.precision import full_precision
+
+ImageLike = str | os.PathLike | ImageItem | Image.Image | np.ndarray | Tensor
+
+
+def extract(
+    model: RetrievalNetwork,
+    images: Iterable[ImageLike] | ImageLike,
+    *,
+    max_side: int | None = None,
+    device: str | torch.device | None = None,
+) -> np.ndarray:
+    """Describe images, one after the other, each at its own size.
+
+    Args:
+        model: from `load_model`.
+        images: paths, `ImageItem`s (a path and a box), PIL images, arrays (H, W, 3) or (H, W) uint8 RGB, tensors
+            (3, H, W) uint8 or float in 0..1; any sizes, any mixture. One image alone counts as a list of one.
+        max_side: shrink larger images to this longer side, in pixels.
+        device: where to compute, the model is moved there; None for where it is.
+
+    Returns:
+        (N, D) float32, unit norm.
+
+    Raises:
+        InputError: an image that cannot be read or has another shape or type, naming it.
+    """
+    single = isinstance(images, str | os.PathLike | ImageItem | Image.Image) or getattr(images, "ndim", 4) < 4
+    several: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
+    if model.training:
+        raise InputError(
+            "extract: the model is in training mode, where batch norm changes with every image; model.eval()"
+        )
+    if device is not None:
+        model.to(device)
+    where = model.mean.device
+    rows = []
+    with torch.inference_mode(), full_precision():
+        for i, image in enumerate(several):
+            rows.append(model(_as_tensor(image, i, max_side)[None].to(where))[0].cpu().numpy())
+            if not np.isfinite(rows[-1]).all():
+                raise InputError(f"image {i}: its descriptor is not finite; are the weights sound?")
+    return np.stack(rows) if rows else np.zeros((0, model.dim), np.float32)
+
+
+def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
+    """One image as (3, H, W), uint8 or float in 0..1."""
+    if isinstance(image, str | os.PathLike):
+        image = ImageItem(Path(image))
+    if isinstance(image, ImageItem):
+        return image_tensor(read_image(image.path, image.box, max_side))
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
+            raise InputError(f"image {position}: tensor {tuple(image.shape)}, expected (3, H, W)")
+        if image.dtype == torch.uint8:
+            return image_tensor(shrink(image.permute(1, 2, 0).cpu().numpy(), max_side))
+        if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
+            raise InputError(f"image {position}: a tensor must be uint8, or float in 0..1 (not standardised)")
+        if max_side is not None and max(image.shape) > max_side:
+            raise InputError(f"image {position}: max_side works on uint8; give the float tensor resized")
+        return image
+    array = pil_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
+    if array.ndim == 2:
+        array = np.repeat(array[..., None], 3, axis=2)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or min(array.shape) < 1:
+        raise InputError(f"image {position}: array {array.shape} {array.dtype}, expected (H, W, 3) uint8 RGB")
+    return image_tensor(shrink(array, max_side))

@@ -1,0 +1,1 @@
+"""Reranking of shortlists. Nothing here imports Lightning or Hydra."""

@@ -1,0 +1,101 @@
+"""Descriptors as rows, wherever they live, and the exact score that every order in this package rests on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from superglobal.retrieval.rows import _PAIR_ELEMENTS, Rows, _run, _tensor, as_rows, download_scored, is_host
+
+_FEW_PAIRS = 2048  # that are scored without looking for equal rows
+_DEVICE_PAIR_ELEMENTS = 1 << 23  # elements of one chunk of pair scores on an accelerator: 64 MB of float64
+_LANES = 64  # partial sums of a pair score
+
+
+def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+    """Inner products of P pairs in float64: (P,) for queries `query_of` (P,) and rows `row_of` (P,) of X.
+
+    X is anything with `take`: Rows, or a (n, D) array. float32 products are exact in float64, and each pair is
+    summed on its own in an order that depends on D alone, so equal vectors get equal scores wherever they stand, on
+    every device. That makes (-score, id) a total order which every backend shares.
+    """
+    rows = X if isinstance(X, Rows) else as_rows(X)
+    scores = np.empty(len(query_of), np.float64)
+    tensor = _tensor(rows._parts[0]) if len(rows._parts) == 1 else None
+    if tensor is not None:
+        return pair_scores_on(torch.from_numpy(Q).to(tensor.device), tensor, query_of, row_of)
+    step = max(1, _PAIR_ELEMENTS // rows.dim)
+    # In the order of their rows, so that a chunk reads from few shards and from few pages.
+    order = np.argsort(row_of, kind="stable")
+
+    def score(chunks: Iterable[slice]) -> None:
+        for chunk in chunks:
+            pairs = order[chunk]
+            products = rows.take(row_of[pairs]).astype(np.float64)  # NumPy multiplies mixed types slowly
+            products *= Q[query_of[pairs]].astype(np.float64)
+            scores[pairs] = _sum_rows(products)
+
+    _run(score, len(scores), step, rows.concurrent)
+    return scores
+
+
+def pair_scores_on(
+    queries: torch.Tensor, vectors: torch.Tensor, query_of: np.ndarray, row_of: np.ndarray
+) -> np.ndarray:
+    """Compute `pair_scores` of queries (Q, D) and vectors (n, D) on their device, with the same bits."""
+    scores = np.empty(len(query_of), np.float64)
+    pairs = torch.from_numpy(np.stack([query_of, row_of])).to(vectors.device)
+    step = max(1, _DEVICE_PAIR_ELEMENTS // vectors.shape[1])
+    for start in range(0, len(scores), step):
+        chunk = slice(start, start + step)
+        products = vectors[pairs[1, chunk]].float().double()
+        products *= queries[pairs[0, chunk]]  # a product of float32 numbers is exact in float64
+        scores[chunk] = _sum_rows(products).cpu().numpy()
+    return scores
+
+
+def _sum_rows(products: Any) -> Any:
+    """Sum an array or tensor (P, D) float64 along D: every 64th element in turn, then halves of the 64 sums: (P,).
+
+    Additions alone, one after the other, give the same bits on every device.
+    """
+    count, dim = products.shape
+    rounds = dim // _LANES
+    parts = products[:, : rounds * _LANES].reshape(count, rounds, _LANES)
+    if isinstance(parts, np.ndarray):
+        sums = parts.sum(axis=1)  # not the last axis, whose elements NumPy would add in pairs
+    else:
+        sums = parts.new_zeros(count, _LANES)
+        for number in range(rounds):
+            sums += parts[:, number]
+    sums[:, : dim % _LANES] += products[:, rounds * _LANES :]
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return sums[:, 0]
+
+
+def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+    """`pair_scores` for a block in memory, scoring bitwise equal rows once: collections repeat images."""
+    if len(row_of) <= _FEW_PAIRS:
+        return pair_scores(Q, block, query_of, row_of)
+    used, row_of = np.unique(row_of, return_inverse=True)
+    digests = [hashlib.blake2b(block[row].data, digest_size=16).digest() for row in used]
+    first = {digest: number for number, digest in reversed(list(enumerate(digests)))}
+    twin = np.array([first[digest] for digest in digests], dtype=np.int64)
+    pairs, back = np.unique(query_of * len(used) + twin[row_of], return_inverse=True)
+    return pair_scores(Q, block, pairs // len(used), used[pairs % len(used)])[back]
+
+
+def scored_where(mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return row, column and score, as float64, of every true entry of a mask (R, C) over scores (R, C)."""
+    if is_host(mask.device):
+        # NumPy finds them faster than torch.
+        rows, columns = np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])
+        return rows, columns, scores[rows, columns].double().numpy()
+    flat = mask.ravel().nonzero()[:, 0]
+    return download_scored(flat, scores)

@@ -1,0 +1,1 @@
+"""A search page in the browser."""

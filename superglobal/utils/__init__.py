@@ -1,0 +1,1 @@
+"""Files, processes, precision, progress and provenance."""
