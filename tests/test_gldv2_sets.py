@@ -103,7 +103,7 @@ def test_retrieval_is_the_definition(toy_data, tmp_path):
 
 def test_recognition_is_the_definition(toy_data, tmp_path):
     root = toy_data / "toy/gldv2"
-    overrides = ["dataset=gldv2_recognition", f"dataset.root={root}", "dataset.neighbours=4", "dataset.votes=distance"]
+    overrides = ["dataset=gldv2_recognition", f"dataset.root={root}", "dataset.neighbors=4", "dataset.votes=distance"]
     text, folder = run(tmp_path, *overrides)
     solution = rows(root / "recognition_solution_v2.1.csv")
     photos = [(i, r["landmark_id"]) for r in rows(root / "train_clean.csv") for i in sorted(r["images"].split())]
@@ -346,7 +346,7 @@ def test_photos_of_a_million_ids_are_made_when_they_are_asked_for(tmp_path):
     ("schema", "overrides", "message"),
     [
         (EvalConfig, ["dataset=gldv2_test", "distractors=revisitop1m"], "distractors=none"),
-        (EvalConfig, ["dataset=gldv2_recognition", "dataset.neighbours=500"], r"rerank\.M=400"),
+        (EvalConfig, ["dataset=gldv2_recognition", "dataset.neighbors=500"], r"rerank\.M=400"),
         (EvalConfig, ["dataset=gldv2_recognition", "dataset.votes=all"], "similarity, distance, nearest"),
         (EvalConfig, ["dataset=gldv2_val", "dataset.table=index.csv"], r"train_clean\.csv, train\.csv"),
         (EvalConfig, ["dataset=gldv2_val", "dataset.landmarks=0"], r"dataset\.landmarks=0"),

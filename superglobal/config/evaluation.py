@@ -55,7 +55,7 @@ class DatasetConfig:
         table: gldv2_val and gldv2_recognition: the training list, "train_clean.csv" or "train.csv".
         landmarks: gldv2_val: how many; a training that holds out as many (`validation.fraction`) saw none of them.
         seed: gldv2_val: that of the training.
-        neighbours: gldv2_recognition: how many nearest training photos vote.
+        neighbors: gldv2_recognition: how many nearest training photos vote.
         votes: gldv2_recognition: "similarity" (a landmark's score is the sum of s over its photos among them),
             "distance" (of 2 s - 1) or "nearest" (the nearest photo alone); after reranking its scores take the place of
             the cosine s.
@@ -75,7 +75,7 @@ class DatasetConfig:
     table: str = "train_clean.csv"
     landmarks: int = 800
     seed: int = 0
-    neighbours: int = 3
+    neighbors: int = 3
     votes: str = "similarity"
 
 
@@ -341,9 +341,9 @@ def _check_reranking(config: EvalConfig) -> None:
     if config.rerank.junk == "drop" and d.kind != "revisited":
         raise InputError(f"rerank.junk=drop: {d.name} has no junk; only Revisited sets have")
     M = config.rerank.M
-    if d.kind == "gldv2_recognition" and config.rerank.enabled and M is not None and d.neighbours > M:
+    if d.kind == "gldv2_recognition" and config.rerank.enabled and M is not None and d.neighbors > M:
         raise InputError(
-            f"dataset.neighbours={d.neighbours}, but reranking scores rerank.M={M} only; raise that, or rerank=none"
+            f"dataset.neighbors={d.neighbors}, but reranking scores rerank.M={M} only; raise that, or rerank=none"
         )
     distances = config.rerank.enabled and config.rerank.kind == "kreciprocal"
     if d.kind == "gldv2_recognition" and distances and d.votes != "nearest":
@@ -407,7 +407,7 @@ def check_dataset(d: DatasetConfig) -> None:
             "dataset.max_side": (d.max_side, 1, math.inf),
             "dataset.landmarks": (d.landmarks, 1, math.inf),
             "dataset.seed": (d.seed, 0, 2**32 - 1),
-            "dataset.neighbours": (d.neighbours, 1, math.inf),
+            "dataset.neighbors": (d.neighbors, 1, math.inf),
         }
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +13,7 @@ from typing import Any, Generic, Literal, SupportsIndex, TypeVar, overload
 
 import numpy as np
 
+import superglobal.data
 from superglobal.data.catalogue import SOURCES, download_command
 from superglobal.data.image_checks import CheckReport, check_images
 from superglobal.data.image_sources import relative_path
@@ -52,7 +56,7 @@ class RecognitionTruth:
         truth: per query its landmarks, (n,) int64; empty if it shows no landmark.
         labels: (N,) int64, the landmark of each database row.
         parts: name ("public", "private", "all") -> (Q,) bool, the queries of that part.
-        neighbours: number of nearest neighbours that vote.
+        neighbors: number of nearest neighbors that vote.
         votes: weight of a vote, see `superglobal.metrics.gldv2.vote`.
     """
 
@@ -60,7 +64,7 @@ class RecognitionTruth:
     truth: Sequence[np.ndarray]
     labels: np.ndarray
     parts: Mapping[str, np.ndarray]
-    neighbours: int
+    neighbors: int
     votes: str
 
 
@@ -89,6 +93,53 @@ class EvaluationSet:
     """Ground truth of GLDv2's metrics, where they take the place of average precision by `gnd`."""
     about: dict[str, Any] = field(default_factory=dict)
     """Plain facts for the record of a result."""
+
+
+Loader = Callable[..., EvaluationSet]
+"""Load an evaluation set from keyword arguments, which are settings of `conf/dataset`."""
+_LOADERS: dict[str, Loader] = {}
+# These modules register no loaders, and importing Lightning and torchvision takes seconds.
+_WITHOUT_LOADERS = {"datamodules", "train_dataset"}
+LoaderT = TypeVar("LoaderT", bound=Loader)
+
+
+def loader(kind: str) -> Callable[[LoaderT], LoaderT]:
+    """Register a function as the loader of `dataset.kind=<kind>`.
+
+    The parameters of the function become settings of `dataset`: their names, types and defaults come from its
+    signature, their descriptions from the "Args" section of its docstring. A parameter without a default is required.
+    """
+
+    def register(function: LoaderT) -> LoaderT:
+        _LOADERS[kind] = function
+        return function
+
+    return register
+
+
+def loaders() -> dict[str, Loader]:
+    """Import the modules of this package and return the loader of each `dataset.kind`."""
+    for module in pkgutil.iter_modules(superglobal.data.__path__):
+        if module.name not in _WITHOUT_LOADERS:
+            importlib.import_module(f"superglobal.data.{module.name}")
+    return dict(_LOADERS)
+
+
+def load_evaluation_set(kind: str, **settings: Any) -> EvaluationSet:
+    """Load the lists and the ground truth of an evaluation set; its images are not read.
+
+    Args:
+        kind: a key of `loaders()`.
+        settings: of `conf/dataset`; those that the loader has no parameter for are ignored.
+
+    Raises:
+        InputError: the kind is unknown, or the lists or the ground truth are missing or invalid.
+    """
+    available = loaders()
+    if kind not in available:
+        raise InputError(f"dataset.kind={kind}: expected one of {', '.join(sorted(available))}")
+    parameters = inspect.signature(available[kind]).parameters
+    return available[kind](**{name: value for name, value in settings.items() if name in parameters})
 
 
 def leave_one_out_truth(labels: np.ndarray) -> list[dict[str, Any]]:

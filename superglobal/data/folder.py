@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.data.evaluation_set import EvaluationSet
+from superglobal.data.evaluation_set import EvaluationSet, loader
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)
 
 
+@loader("folder")
 def folder_set(
     database: str | Path, query: str | Path | None = None, labels: bool = False, name: str = "folder"
 ) -> EvaluationSet:
@@ -26,7 +27,13 @@ def folder_set(
       same names, the positives are the database photos of the query's label; the query's own file, should
       the database have it, is junk.
 
-    The photos of a query folder inside the database folder stay part of the database.
+    The images of a query folder inside the database folder stay part of the database.
+
+    Args:
+        database: folder of the database images.
+        query: query image, or folder of query images.
+        labels: use the first-level sub-folder of an image as its label, so that results can be scored.
+        name: name of the set.
 
     Raises:
         InputError: no such folder, no photos in it, photos without a label, labels that match nothing, or

@@ -14,7 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from superglobal.data.catalogue import GLDV2_PAGE, download_command
-from superglobal.data.evaluation_set import TOY, EvaluationSet, RecognitionTruth, RetrievalTruth, landmarks, tree_items
+from superglobal.data.evaluation_set import (
+    TOY,
+    EvaluationSet,
+    RecognitionTruth,
+    RetrievalTruth,
+    landmarks,
+    loader,
+    tree_items,
+)
 from superglobal.data.gldv2_csv import hex_values, read_ids, read_landmarks, read_list
 from superglobal.data.gldv2_solutions import (
     Solution,
@@ -193,13 +201,14 @@ _PARTS = {
 _NONE = np.empty(0, np.int64)
 
 
+@loader("gldv2")
 def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v2.1") -> EvaluationSet:
     """Test images with a place in the retrieval solution, searched for in the index of 761,757 images.
 
     Args:
         root: folder of `index.csv`, the solution, `index/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
-        name: of the set.
-        solution: a version, "v2.1" for `retrieval_solution_v2.1.csv`, or the path of a file.
+        name: name of the set.
+        solution: version of the ground truth, "v2.1" for `retrieval_solution_v2.1.csv`, or the path of its file.
 
     Raises:
         InputError: a list that is missing or faulty, or ground truth that the index does not have.
@@ -229,12 +238,13 @@ def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v
     )
 
 
+@loader("gldv2_recognition")
 def recognition_set(
     root: str | Path,
     name: str = "gldv2_recognition",
     table: str = "train_clean.csv",
     solution: str = "v2.1",
-    neighbours: int = 3,
+    neighbors: int = 3,
     votes: str = "similarity",
 ) -> EvaluationSet:
     """All test images that count, recognised by their nearest training photos.
@@ -243,9 +253,14 @@ def recognition_set(
     training list does not have cannot be recognised and counts all the same.
 
     Args:
-        root, name, solution: as `retrieval_set`, with `recognition_solution_v2.1.csv` and the training list.
-        table: the training list, "train_clean.csv" or "train.csv"; its photos are the database.
-        neighbours, votes: see `superglobal.metrics.gldv2.vote`.
+        root: folder of the training list, the solution, `train/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
+        name: name of the set.
+        table: training list, "train_clean.csv" or "train.csv"; its images are the database.
+        solution: version of the ground truth, "v2.1" for `recognition_solution_v2.1.csv`, or the path of its file.
+        neighbors: number of nearest database images that vote.
+        votes: "similarity" (the score of a landmark is the sum of s over its images among the neighbors), "distance"
+            (the sum of 2 s - 1) or "nearest" (the nearest image alone). After reranking, its scores take the place of
+            the cosine s.
 
     Raises:
         InputError: a list that is missing or faulty.
@@ -269,11 +284,12 @@ def recognition_set(
         leave_one_out=False,
         root=root,
         how_to_get=hint,
-        landmark_truth=RecognitionTruth(truth.ids, truth.truth, labels, truth.parts, neighbours, votes),
+        landmark_truth=RecognitionTruth(truth.ids, truth.truth, labels, truth.parts, neighbors, votes),
         about={"solution": truth.about(), "landmarks_not_in_database": unknown},
     )
 
 
+@loader("gldv2_val")
 def validation_set(
     root: str | Path, name: str = "gldv2_val", table: str = "train_clean.csv", landmarks: int = 800, seed: int = 0
 ) -> EvaluationSet:
@@ -285,10 +301,11 @@ def validation_set(
 
     Args:
         root: folder of the training list and of `train/a/b/c/<id>.jpg`.
-        name: of the set.
-        table: the training list.
-        landmarks: how many.
-        seed: of the training.
+        name: name of the set.
+        table: training list, "train_clean.csv" or "train.csv".
+        landmarks: number of held-out landmarks; a training that holds out as many (`validation.fraction`) saw none of
+            them.
+        seed: seed of the training.
 
     Raises:
         InputError: no such list, fewer landmarks than wanted, or a split written down that is another one.

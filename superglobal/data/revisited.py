@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from superglobal.data.catalogue import SOURCES, download_command
-from superglobal.data.evaluation_set import TOY, EvaluationSet, image_path, landmarks
+from superglobal.data.evaluation_set import TOY, EvaluationSet, image_path, landmarks, loader
 from superglobal.data.images import Box, ImageItem
 from superglobal.data.safe_pickle import BlockedGlobalError, load_plain_pickle
 from superglobal.errors import InputError
@@ -62,11 +62,17 @@ def load_ground_truth(path: str | Path) -> GroundTruth:
     return GroundTruth(path.stem.removeprefix("gnd_"), imlist, qimlist, gnd)
 
 
+@loader("revisited")
 def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> EvaluationSet:
     """The evaluation set in `<root>/<name>`; images are not touched here (see `require_images`).
 
     Names in the lists mostly have no extension and mean `jpg/<name>.jpg`. Queries are cropped to their box
     unless `crop_query` is False (the un-cropped protocol).
+
+    Args:
+        root: folder that contains the folder of the set.
+        name: name of the set and of its folder.
+        crop_query: crop each query to its box, as the reference does; false is the un-cropped protocol.
 
     Raises:
         InputError: the ground truth is missing (with layout and command) or refused by `load_ground_truth`.

@@ -15,12 +15,15 @@ import pytorch_lightning as pl
 
 from superglobal.config.common import PoolingSettings, pooling_overrides
 from superglobal.config.evaluation import DatasetConfig, EvalConfig
-from superglobal.data.evaluation_set import EvaluationSet, how_to_get_distractors, load_distractors, require_images
-from superglobal.data.folder import folder_set
-from superglobal.data.gldv2 import recognition_set, retrieval_set, validation_set
+from superglobal.data.evaluation_set import (
+    EvaluationSet,
+    how_to_get_distractors,
+    load_distractors,
+    load_evaluation_set,
+    require_images,
+)
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import ImageItem
-from superglobal.data.revisited import revisited_set
 from superglobal.errors import InputError
 from superglobal.evaluation.extraction import extract_lists
 from superglobal.evaluation.module import ExtractionList
@@ -310,14 +313,4 @@ def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
     Raises:
         InputError: its lists or its ground truth are missing or faulty.
     """
-    if d.kind == "revisited":
-        return revisited_set(d.root, d.name, d.crop_query)
-    if d.kind == "folder":
-        return folder_set(str(d.database), d.query, d.labels, d.name)
-    if d.kind == "gldv2":
-        return retrieval_set(d.root, d.name, d.solution)
-    if d.kind == "gldv2_val":
-        return validation_set(d.root, d.name, d.table, d.landmarks, d.seed)
-    if d.kind == "gldv2_recognition":
-        return recognition_set(d.root, d.name, d.table, d.solution, d.neighbours, d.votes)
-    return None
+    return None if d.kind == "descriptors" else load_evaluation_set(**asdict(d))

@@ -206,7 +206,7 @@ _PAIRS = 1 << 24  # pairs of neighbours that are compared at a time
 
 def required_depth(truth: RetrievalTruth | RecognitionTruth) -> int:
     """Return the number of results per query that `score_truth` needs, if the database has that many."""
-    return DEPTH if isinstance(truth, RetrievalTruth) else truth.neighbours
+    return DEPTH if isinstance(truth, RetrievalTruth) else truth.neighbors
 
 
 def subset(truth: RetrievalTruth | RecognitionTruth, queries: np.ndarray) -> RetrievalTruth | None:
@@ -244,7 +244,7 @@ def submission(truth: RetrievalTruth | RecognitionTruth, scores: np.ndarray, ids
 
 def predictions(truth: RecognitionTruth, scores: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the predicted landmark (Q,) int64 of each query and its score (Q,) float64."""
-    return vote(truth.labels[ids[:, : truth.neighbours]], scores[:, : truth.neighbours], truth.votes)
+    return vote(truth.labels[ids[:, : truth.neighbors]], scores[:, : truth.neighbors], truth.votes)
 
 
 def vote(labels: np.ndarray, scores: np.ndarray, votes: str = "similarity") -> tuple[np.ndarray, np.ndarray]:

@@ -41,7 +41,7 @@ _UNTOLD = (
     "rerank.tuned_on",
 )
 # What a set of photos is, as far as its name does not say.
-_OF_THE_SET = ("database", "max_side", "solution", "table", "landmarks", "seed", "neighbours", "votes")
+_OF_THE_SET = ("database", "max_side", "solution", "table", "landmarks", "seed", "neighbors", "votes")
 _ALWAYS = ("label", "dataset", "weights", "status", "metrics", "config")
 """What every result has, also one without numbers."""
 ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled", "rerank")
