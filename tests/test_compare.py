@@ -111,9 +111,9 @@ def test_no_neighbours_leave_the_first_search(data, tmp_path):
         ("rerank=diffusion rerank.alpha=1.0", "at most 0.9999"),
         ("rerank=adba rerank.n=-1", r"rerank\.n=-1: expected at least 0"),
         ("rerank.second=third", "rerank.second=third: expected one of refined, original"),
-        ("statistics.kind=median", "expected one of none, mean, whiten"),
-        ("statistics=mean statistics.dims=3", "only statistics=whiten has axes"),
-        ("statistics=whiten statistics.dims=0", "at least 1"),
+        ("whitening.kind=median", "expected one of none, center, pca"),
+        ("whitening=center whitening.dims=3", "only whitening=pca has axes"),
+        ("whitening=pca whitening.dims=0", "at least 1"),
     ],
 )
 def test_a_wrong_setting_is_told_before_anything_is_computed(data, tmp_path, override, message):
@@ -143,7 +143,7 @@ def test_a_table_of_several_kinds_says_each_in_one_column(data, tmp_path):
 def test_statistics_are_those_of_all_that_is_searched(data, tmp_path):
     with_noise = ["distractors=list", "distractors.name=noise"]
     plain = run(tmp_path, *mini(data), *with_noise, "rerank=none")
-    got = run(tmp_path, *mini(data), *with_noise, "statistics=mean", "rerank.M=9")
+    got = run(tmp_path, *mini(data), *with_noise, "whitening=center", "rerank.M=9")
     Q = described(got, "queries").block(0, plain["counts"]["queries"]).astype(np.float64)
     X = np.concatenate(
         [described(got, title).block(0, len(described(got, title))) for title in ("database", "distractors")]
@@ -155,11 +155,11 @@ def test_statistics_are_those_of_all_that_is_searched(data, tmp_path):
     for stage, order in (("search", None), ("rerank", ids)):
         expected = superglobal.revisited_map(Q, X, revisited_set(data, "mini"), order)
         assert got["metrics"][stage]["map"] == pytest.approx(expected.map)
-    about = got["about"]["statistics"]
-    assert (about["kind"], about["rows"]) == ("mean", len(X))
+    about = got["about"]["whitening"]
+    assert (about["kind"], about["rows"]) == ("center", len(X))
     assert len(list((tmp_path / "stores").glob("statistics-*.npz"))) == 1
-    without = run(tmp_path, *mini(data), "statistics=mean")
-    assert without["about"]["statistics"]["fingerprint"] != about["fingerprint"]
+    without = run(tmp_path, *mini(data), "whitening=center")
+    assert without["about"]["whitening"]["fingerprint"] != about["fingerprint"]
     assert got["metrics"]["search"]["map"] != plain["metrics"]["search"]["map"]
 
 
@@ -170,11 +170,11 @@ def test_own_descriptors_are_whitened_too(tmp_path):
     for name, rows in (("q", X[:5]), ("x", X)):
         np.save(tmp_path / f"{name}.npy", rows)
     own = [f"descriptors.query={tmp_path}/q.npy", f"descriptors.database={tmp_path}/x.npy"]
-    got = run(tmp_path, "dataset=descriptors", *own, "statistics=whiten", "statistics.dims=4", "rerank=none")
-    found = database_statistics(X, "whiten", 4)
+    got = run(tmp_path, "dataset=descriptors", *own, "whitening=pca", "whitening.dims=4", "rerank=none")
+    found = database_statistics(X, "pca", 4)
     expected = superglobal.search(found.apply(X[:5]), found.apply(X), 60)[1]
     np.testing.assert_array_equal(np.load(got["folder"] / "rankings.npz")["search_ids"], expected)
-    assert got["about"]["statistics"]["fingerprint"] is None
+    assert got["about"]["whitening"]["fingerprint"] is None
 
 
 def compare(outputs: Path, *overrides: str, status: int = 0) -> str:

@@ -159,14 +159,14 @@ def test_two_jobs_one_of_them_killed_leave_the_store_of_one(tmp_path):
     # 160 images are dealt out by twenties, the 32 queries by fours: of fives the database's batches are the same.
     overrides = revisited(tmp_path, "extraction.batch_size=5")
     together = tmp_path / "together"
-    other = start(together, *overrides, "extraction.part=2/2")
-    words = [str(ROOT / "eval.py"), *overrides, "extraction.part=1/2", f"paths.outputs={together}"]
+    other = start(together, *overrides, "extraction.shard=2/2")
+    words = [str(ROOT / "eval.py"), *overrides, "extraction.shard=1/2", f"paths.outputs={together}"]
     assert subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, capture_output=True).returncode == -9
     assert other.wait(timeout=240) == 0
     (left,) = (DescriptorStore.open(place) for place in (together / "stores").glob("mini-database-*"))
     missing = len(left.missing)
     assert 0 < missing < 80
-    run(together, *overrides, "extraction.part=1/2")
+    run(together, *overrides, "extraction.shard=1/2")
     run(tmp_path / "whole", *overrides)
     assert results(together)["metrics"] == results(tmp_path / "whole")["metrics"]
     assert results(together)["about"]["extracted"]["database"] == missing
@@ -298,15 +298,15 @@ def test_the_first_job_of_a_sweep_describes_for_all_that_see_the_same_images(dat
 
 def test_parts_of_the_images_can_be_described_by_independent_jobs(data, tmp_path):
     stores = f"paths.stores={tmp_path / 'stores'}"
-    text = run(tmp_path / "a", *revisited(data, stores, "extraction.part=2/3"))
-    assert "part 2/3 is described; " in text
+    text = run(tmp_path / "a", *revisited(data, stores, "extraction.shard=2/3"))
+    assert "Extracted shard 2/3; " in text
     assert not list((tmp_path / "a").rglob("results.json"))
-    run(tmp_path / "b", *revisited(data, stores, "extraction.part=1/3"))
-    run(tmp_path / "c", *revisited(data, stores, "extraction.part=3/3"))
+    run(tmp_path / "b", *revisited(data, stores, "extraction.shard=1/3"))
+    run(tmp_path / "c", *revisited(data, stores, "extraction.shard=3/3"))
     run(tmp_path / "whole", *revisited(data))
     assert results(tmp_path / "c")["metrics"] == results(tmp_path / "whole")["metrics"]
     assert results(tmp_path / "c")["about"]["extracted"]["database"] in range(5, 12)
-    assert "expected which part of how many" in run(tmp_path / "d", *revisited(data, "extraction.part=4/3"), status=2)
+    assert "expected k/n with 1 <= k <= n" in run(tmp_path / "d", *revisited(data, "extraction.shard=4/3"), status=2)
 
 
 def test_own_photos_without_labels_give_ranked_lists(tmp_path):

@@ -20,9 +20,11 @@ from superglobal.evaluation import module as evaluation
 from superglobal.evaluation.extraction import _describe
 from superglobal.evaluation.module import EvaluationModule
 from superglobal.models import inference as fast_module
-from superglobal.models.inference import fast_copies, folded, resolve_precision
+from superglobal.models.inference import fast_copies, folded
 from superglobal.models.network import describe_all
 from superglobal.models.pooling import PoolingConfig
+from superglobal.utils import precision
+from superglobal.utils.precision import resolve_precision
 
 
 def network(name: str, **options):
@@ -113,7 +115,7 @@ def test_a_pointwise_convolution_is_a_matrix_product(stride, bias, layout):
 
 
 def test_auto_precision_depends_on_the_accelerator(monkeypatch):
-    monkeypatch.setattr(fast_module, "AUTO_ON_CUDA", "bfloat16")
+    monkeypatch.setattr(precision, "AUTO_ON_CUDA", "bfloat16")
     for available, expected in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         assert {resolve_precision("auto", accelerator) for accelerator in ("auto", "gpu", "cuda")} == {expected}

@@ -115,7 +115,7 @@ def test_several_threads_get_what_each_gets_alone(evaluated):
         assert list(pool.map(answer, range(8))) == alone
 
 
-@pytest.mark.parametrize("override", ["statistics=mean", "index=hnsw", "rerank=mutual", "distractors.name=noise"])
+@pytest.mark.parametrize("override", ["whitening=center", "index=hnsw", "rerank=mutual", "distractors.name=noise"])
 def test_other_settings_of_eval_hold_on_the_page_too(evaluated, override):
     result = run(evaluated.outputs, *mini(evaluated.data), "rerank.M=6", override)
     made = opened(evaluated.outputs, *PLAIN, *mini(evaluated.data), override)
@@ -201,7 +201,7 @@ def test_what_a_store_does_not_say_is_asked_for(evaluated, tmp_path):
         ("page.port=70000", "page.port=70000"),
         ("page.max_upload=0", "page.max_upload=0"),
         ("page.host=''", "page.host"),
-        ("extraction.part=1/2", "extraction.part"),
+        ("extraction.shard=1/2", "extraction.shard"),
         ("trainer.devices=2", "one process"),
         ("dataset=descriptors", "descriptors"),
     ],

@@ -24,7 +24,7 @@ def X():
 
 
 def test_the_mean_is_taken_out_and_the_norm_restored(X):
-    found = database_statistics(X, "mean")
+    found = database_statistics(X, "center")
     wide = X.astype(np.float64)
     expected = unit(wide - wide.mean(axis=0))
     rows = found.apply(X)
@@ -36,7 +36,7 @@ def test_the_mean_is_taken_out_and_the_norm_restored(X):
 
 @pytest.mark.parametrize("dims", [None, 5])
 def test_whitened_rows_have_equal_variance_in_every_axis(X, dims):
-    found = database_statistics(X, "whiten", dims)
+    found = database_statistics(X, "pca", dims)
     wide = X.astype(np.float64)
     centred = wide - wide.mean(axis=0)
     projected = centred @ found.axes
@@ -49,16 +49,16 @@ def test_whitened_rows_have_equal_variance_in_every_axis(X, dims):
 
 
 def test_blocks_and_half_precision_and_joined_sources(X, monkeypatch):
-    whole = database_statistics(X, "whiten")
+    whole = database_statistics(X, "pca")
     monkeypatch.setattr(module, "_BLOCK_ROWS", 64)
-    parts = database_statistics(concat(X[:100], X[100:]), "whiten")
+    parts = database_statistics(concat(X[:100], X[100:]), "pca")
     np.testing.assert_allclose(parts.mean, whole.mean, atol=1e-12)
     np.testing.assert_allclose(np.abs(parts.axes), np.abs(whole.axes), rtol=1e-6)
-    half = database_statistics(X.astype(np.float16), "mean")
+    half = database_statistics(X.astype(np.float16), "center")
     np.testing.assert_allclose(half.mean, X.astype(np.float16).astype(np.float64).mean(axis=0), atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["mean", "whiten"])
+@pytest.mark.parametrize("kind", ["center", "pca"])
 def test_a_row_has_the_same_bits_wherever_it_is_read(X, kind, monkeypatch):
     """Exact ranks compare a row read on its own with itself in a block: search and ranks agree to the last place."""
     monkeypatch.setattr(module, "_PRODUCT_ROWS", 32)
@@ -77,41 +77,41 @@ def test_a_row_has_the_same_bits_wherever_it_is_read(X, kind, monkeypatch):
 
 
 def test_stored_once_and_read_back(X, tmp_path, monkeypatch):
-    first, name = stored_statistics(X, "whiten", 7, tmp_path, ["a", "b"])
+    first, name = stored_statistics(X, "pca", 7, tmp_path, ["a", "b"])
     monkeypatch.setattr(module, "database_statistics", None)
-    again, same = stored_statistics(X, "whiten", 7, tmp_path, ["a", "b"])
+    again, same = stored_statistics(X, "pca", 7, tmp_path, ["a", "b"])
     assert name == same
     assert (again.rows, again.axes.shape) == (700, (24, 7))
     np.testing.assert_array_equal(again.mean, first.mean)
     np.testing.assert_array_equal(again.axes, first.axes)
     monkeypatch.undo()
-    others = [("whiten", 6, ["a", "b"]), ("whiten", 7, ["b", "a"]), ("mean", None, ["a", "b"]), ("mean", None, ["a"])]
+    others = [("pca", 6, ["a", "b"]), ("pca", 7, ["b", "a"]), ("center", None, ["a", "b"]), ("center", None, ["a"])]
     names = {stored_statistics(X, kind, dims, tmp_path, stores)[1] for kind, dims, stores in others}
     assert len(names | {name}) == 5
 
 
 def test_a_damaged_file_is_told(X, tmp_path):
-    stored_statistics(X, "mean", None, tmp_path, ["a"])
+    stored_statistics(X, "center", None, tmp_path, ["a"])
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(InputError, match=f"{path.name}: damaged .* remove the file"):
-        stored_statistics(X, "mean", None, tmp_path, ["a"])
+        stored_statistics(X, "center", None, tmp_path, ["a"])
 
 
 def test_what_cannot_be_is_told(X):
-    with pytest.raises(InputError, match=r"20 database images are too few for 24 axes; give statistics\.dims="):
-        database_statistics(X[:20], "whiten")
+    with pytest.raises(InputError, match=r"20 database images are too few for 24 axes; give whitening\.dims="):
+        database_statistics(X[:20], "pca")
     with pytest.raises(InputError, match=r"dims=25: expected 1\.\.24"):
-        database_statistics(X, "whiten", 25)
-    with pytest.raises(InputError, match="expected one of mean, whiten"):
+        database_statistics(X, "pca", 25)
+    with pytest.raises(InputError, match="expected one of center, pca"):
         database_statistics(X, "median")
     flat = np.zeros((40, 24), np.float32)
     flat[:, :3] = unit(np.random.default_rng(2).standard_normal((40, 3)))
-    with pytest.raises(InputError, match=r"only 3 of 24 axes have any variance; statistics\.dims=3"):
-        database_statistics(flat, "whiten")
+    with pytest.raises(InputError, match=r"only 3 of 24 axes have any variance; whitening\.dims=3"):
+        database_statistics(flat, "pca")
     with pytest.raises(InputError, match="row 0 is a zero vector"):
-        search(X[:1], database_statistics(X[:1], "mean").apply(X[:1]), 1)
+        search(X[:1], database_statistics(X[:1], "center").apply(X[:1]), 1)
     with pytest.raises(InputError, match="D = 5, but the statistics have D = 24"):
-        database_statistics(X, "mean").apply(X[:, :5])
+        database_statistics(X, "center").apply(X[:, :5])
     with pytest.raises(InputError, match="row 3 has norm"):
-        database_statistics(np.concatenate([X[:3], 2 * X[3:9]]), "mean")
+        database_statistics(np.concatenate([X[:3], 2 * X[3:9]]), "center")

@@ -58,9 +58,9 @@ def test_a_job_that_fails_takes_none_of_its_siblings_with_it(data, tmp_path):
 
 def test_parts_and_poolings_in_one_sweep(data, tmp_path):
     """Of each part the first job describes for both poolings; with the last part both go on to their results."""
-    switches = ["extraction.part=1/2,2/2", "pooling.regional=true,false"]
+    switches = ["extraction.shard=1/2,2/2", "pooling.regional=true,false"]
     text = run(tmp_path, "-m", *revisited(data, "rerank=none", *switches))
-    assert text.count("part 1/2 is described; ") == 2
+    assert text.count("Extracted shard 1/2; ") == 2
     found = jobs(tmp_path)
     assert [job["config"]["pooling"]["regional"] for job in found] == [True, False]
     assert found[0]["about"]["extracted"]["database"] == 12

@@ -307,7 +307,7 @@ def test_half_a_factorial_says_no_effects(tmp_path):
 
 PAPER = {
     "dataset__kind": "revisited", "dataset__crop_query": True, "dataset__max_side": None, "index__kind": "flat",
-    "statistics__kind": "none",
+    "whitening__kind": "none",
 }  # fmt: skip
 RERANKED = {"enabled": True, "kind": "superglobal", "junk": "keep", **parameters("superglobal")}
 
@@ -365,7 +365,7 @@ def test_the_papers_numbers_stand_beside_their_own_configuration_and_are_marked(
         {"dataset__crop_query": False},
         {"dataset__max_side": 1024},
         {"index__kind": "ivf_pq"},
-        {"statistics__kind": "whiten"},
+        {"whitening__kind": "pca"},
         {"rerank__K": 8},
         {"rerank__junk": "drop"},
         {"rerank__kind": "aqe"},

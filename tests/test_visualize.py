@@ -88,7 +88,7 @@ def recorded(run: FinishedRun, stage: str, protocol: str) -> np.ndarray:
         (*MINI, "distractors=list", "distractors.name=noise"),
         (*MINI, "rerank.junk=drop", "rerank.M=9"),
         (*MINI, "rerank=aqe"),
-        (*MINI, "rerank=adba", "statistics=mean"),
+        (*MINI, "rerank=adba", "whitening=center"),
         (*MINI, "rerank=none", "store.dtype=float16"),
         (*MINI, "index=hnsw", "k=20", "rerank.M=12"),
         (*FOLDER, "dataset.labels=true"),

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from benches.common import Measured
 from superglobal import load_model
-from superglobal.models.inference import PRECISIONS, fast_copies
+from superglobal.models.inference import fast_copies
 from superglobal.models.network import RetrievalNetwork, describe_all
-from superglobal.utils.precision import full_precision
+from superglobal.utils.precision import PRECISIONS, full_precision
 
 Call = tuple[nn.Conv2d, Tensor]
 

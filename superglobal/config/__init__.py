@@ -15,6 +15,7 @@ from superglobal.config.common import (
     PathsConfig,
     PoolingSettings,
     TrainerConfig,
+    conf_dir,
     pooling_overrides,
 )
 from superglobal.config.evaluation import (
@@ -27,8 +28,8 @@ from superglobal.config.evaluation import (
     IndexConfig,
     PicturesConfig,
     RerankConfig,
-    StatisticsConfig,
     StoreConfig,
+    WhiteningConfig,
     rerank_parameters,
 )
 from superglobal.config.help import Entry, help_text
@@ -107,12 +108,13 @@ __all__ = [
     "PoolingSettings",
     "RerankConfig",
     "SpaceConfig",
-    "StatisticsConfig",
     "StoreConfig",
     "TrainConfig",
     "TrainerConfig",
     "TuneConfig",
     "ValidationConfig",
+    "WhiteningConfig",
+    "conf_dir",
     "pooling_overrides",
     "register",
     "rerank_parameters",

@@ -6,6 +6,7 @@ import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from omegaconf import MISSING
@@ -98,6 +99,19 @@ class PathsConfig:
 def pooling_overrides(settings: Any) -> dict[str, Any]:
     """The pooling settings that were given."""
     return {name: value for name, value in vars(settings).items() if value is not None and name != "tuned_on"}
+
+
+def conf_dir() -> Path:
+    """Return the folder of the Hydra configurations: the installed one, or `conf/` of the checkout.
+
+    Raises:
+        InputError: neither exists.
+    """
+    package = Path(__file__).parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "eval.yaml").is_file():
+            return folder
+    raise InputError(f"{package / 'conf'}: the configurations are missing; reinstall superglobal")
 
 
 TABLES = ("train_clean.csv", "train.csv")

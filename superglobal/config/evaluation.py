@@ -22,8 +22,6 @@ from superglobal.config.common import (
 )
 from superglobal.errors import InputError
 from superglobal.metrics.gldv2 import VOTES
-from superglobal.models.inference import PRECISIONS, resolve_precision
-from superglobal.models.network import make_scales
 from superglobal.models.pooling import relup_mode
 from superglobal.reporting.runs import LADDER, SWITCHES
 from superglobal.reranking.registry import JUNK, SEARCH_AGAIN, completed
@@ -31,7 +29,8 @@ from superglobal.reranking.superglobal import SECOND
 from superglobal.retrieval.ann_index import KINDS, TAKEN, require_taken
 from superglobal.retrieval.search import BACKENDS
 from superglobal.retrieval.store_files import DTYPES
-from superglobal.retrieval.whitening import KINDS as STATISTICS
+from superglobal.retrieval.whitening import KINDS as WHITENING_KINDS
+from superglobal.utils.precision import PRECISIONS, resolve_precision
 
 
 @dataclass
@@ -121,21 +120,25 @@ class ExtractionConfig:
             are decoded on the CPU.
         batch_size: maximum number of images, all of one size, in a batch.
         batch_pixels: maximum number of pixels in a batch; null for what memory has room for.
-        part: "3/16" extracts the third of 16 parts of the images and ends there, so that as many jobs can share the
-            work; null for all images.
+        shard: "3/16" extracts the third of 16 shards of the images and stops, so that 16 jobs can split the work;
+            null extracts all images.
     """
 
     precision: str = "auto"
     decoder: str = "cpu"
     batch_size: int = 16
     batch_pixels: int | None = None
-    part: str | None = None
+    shard: str | None = None
 
-    def share(self) -> tuple[int, int]:
-        """(k, n), counted from 0, of `part`; ValueError if it is none."""
-        k, n = map(int, (self.part or "1/1").split("/"))
+    def parse_shard(self) -> tuple[int, int]:
+        """Return (index, count) of `shard`, the index counted from 0.
+
+        Raises:
+            ValueError: `shard` is not of the form k/n with 1 <= k <= n.
+        """
+        k, n = map(int, (self.shard or "1/1").split("/"))
         if not 1 <= k <= n:
-            raise ValueError(self.part)
+            raise ValueError(self.shard)
         return k - 1, n
 
 
@@ -191,12 +194,12 @@ def rerank_parameters(rerank: RerankConfig) -> dict[str, Any]:
 
 
 @dataclass
-class StatisticsConfig:
-    """What the searched database itself, without labels, takes out of all descriptors (`conf/statistics`).
+class WhiteningConfig:
+    """Transformation of all descriptors, fitted without labels on the searched database (`conf/whitening`).
 
     Args:
-        kind: "none", "mean" (its mean is subtracted) or "whiten" (PCA whitening), before the search.
-        dims: whiten: axes kept; null for all.
+        kind: "none", "center" (subtract the mean of the database) or "pca" (PCA whitening), applied before the search.
+        dims: pca: number of axes kept; null for all.
     """
 
     kind: str = "none"
@@ -284,7 +287,7 @@ class EvalConfig:
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
-    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    whitening: WhiteningConfig = field(default_factory=WhiteningConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     k: int = 400
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -332,6 +335,8 @@ def check_evaluation(config: EvalConfig) -> None:
     _check_reranking(config)
     _check_ablation(config)
     if config.scales is not None:
+        from superglobal.models.network import make_scales  # imports timm, which takes seconds
+
         make_scales(config.scales)
 
 
@@ -370,9 +375,9 @@ def _check_extraction(how: ExtractionConfig, accelerator: str) -> None:
         }
     )
     try:
-        how.share()
+        how.parse_shard()
     except ValueError as error:
-        raise InputError(f"extraction.part={how.part}: expected which part of how many, such as 3/16") from error
+        raise InputError(f"extraction.shard={how.shard}: expected k/n with 1 <= k <= n, such as 3/16") from error
 
 
 def _check_index(index: IndexConfig) -> None:
@@ -416,7 +421,7 @@ def _check_evaluation_ranges(config: EvalConfig) -> None:
     require_within(
         {
             "k": (config.k, 1, math.inf),
-            "statistics.dims": (config.statistics.dims, 1, math.inf),
+            "statistics.dims": (config.whitening.dims, 1, math.inf),
             "trainer.num_workers": (config.trainer.num_workers, 0, math.inf),
             "pictures.queries": (config.pictures.queries, 0, math.inf),
             "pictures.ranks": (config.pictures.ranks, 1, math.inf),
@@ -424,9 +429,9 @@ def _check_evaluation_ranges(config: EvalConfig) -> None:
         }
     )
     check_logger(config.logger)
-    require_choice("statistics.kind", config.statistics.kind, STATISTICS)
-    if config.statistics.dims is not None and config.statistics.kind != "whiten":
-        raise InputError(f"statistics.dims={config.statistics.dims}: only statistics=whiten has axes")
+    require_choice("statistics.kind", config.whitening.kind, WHITENING_KINDS)
+    if config.whitening.dims is not None and config.whitening.kind != "pca":
+        raise InputError(f"whitening.dims={config.whitening.dims}: only whitening=pca has axes")
     complete_rerank(config.rerank)
 
 

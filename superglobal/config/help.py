@@ -13,10 +13,9 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 
-from superglobal.config.common import PoolingSettings
+from superglobal.config.common import PoolingSettings, conf_dir
 from superglobal.models.pooling import PoolingConfig
 
-CONF = Path(__file__).parents[2] / "conf"
 _WIDTH, _NAMES = 120, 32
 _PREFACE = (
     "Made by `python scripts/config_reference.py` from the schemas in superglobal/config/ and the options in conf/;",
@@ -130,12 +129,12 @@ def groups(script: str) -> dict[str, list[tuple[str, str, bool]]]:
     Args:
         script: name of a file in conf/, without its ending.
     """
-    lines = OmegaConf.select(OmegaConf.load(CONF / f"{script}.yaml"), "defaults")
+    lines = OmegaConf.select(OmegaConf.load(conf_dir() / f"{script}.yaml"), "defaults")
     chosen = {str(group): option for line in lines if not isinstance(line, str) for group, option in line.items()}
     found = {}
     for group, option in chosen.items():
         if not group.startswith("override "):
-            files = {path.stem: _comments(path) for path in sorted((CONF / group).glob("*.yaml"))}
+            files = {path.stem: _comments(path) for path in sorted((conf_dir() / group).glob("*.yaml"))}
             # An experiment belongs to the script that its comments call.
             mine = {name: words for name, words in files.items() if group != "experiment" or f"{script}.py" in words}
             found[group] = [(name, words, name == option) for name, words in mine.items()]

@@ -54,8 +54,10 @@ def check_page(config: DemoConfig) -> None:
         raise InputError("the page describes what is searched for, so it needs the photos and the weights; dataset=...")
     if config.rerank.enabled and not {"M", "K", "beta"} <= set(parameters(kind)):
         raise InputError(f"rerank={kind}: the page has M, K and beta to set; rerank=superglobal, mutual or none")
-    if config.extraction.part is not None:
-        raise InputError(f"extraction.part={config.extraction.part}: a page searches all of the database; leave it out")
+    if config.extraction.shard is not None:
+        raise InputError(
+            f"extraction.shard={config.extraction.shard}: a page searches all of the database; leave it out"
+        )
     if importlib.util.find_spec("gradio") is None:
         raise InputError("the page needs Gradio, which is not installed: pip install gradio")
     devices = config.trainer.devices

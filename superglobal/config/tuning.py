@@ -10,7 +10,6 @@ from typing import Any
 from superglobal.config.common import BackboneConfig, PathsConfig, TrainerConfig, require_choice, require_within
 from superglobal.config.evaluation import DatasetConfig, check_dataset
 from superglobal.errors import InputError
-from superglobal.models.network import SCALES
 
 
 @dataclass
@@ -77,7 +76,7 @@ def check_tuning(config: TuneConfig) -> None:
     if importlib.util.find_spec("optuna") is None:
         raise InputError("tuning searches with Optuna, which is not installed: pip install optuna")
     for count in space.scales:
-        require_choice("space.scales", str(count), [str(n) for n in SCALES])
+        require_choice("space.scales", str(count), ["1", "3", "5"])
     for window in space.windows:
         require_choice("space.windows", str(window), ["1", "3", "5", "7", "9", "11"])
     limits: dict[str, tuple[Any, float, float]] = {

@@ -53,7 +53,7 @@ def extract_lists(
         dtype: of the stores.
 
     Returns:
-        The stores of the first network, complete unless `how.part` is one of several, and how many rows each title
+        The stores of the first network, complete unless `how.shard` is one of several, and how many rows each title
         lacked.
 
     Raises:
@@ -91,7 +91,7 @@ def extract_lists(
         pixels = how.batch_pixels or _pixels_at_once(networks[0], device)
         sizes = [part.sizes() for part in lists]
         rank = trainer.global_rank, trainer.world_size
-        plan = plan_batches(sizes, pixels, how.batch_size, how.share(), rank)
+        plan = plan_batches(sizes, pixels, how.batch_size, how.parse_shard(), rank)
         # Lightning stops on a process without data; a row described twice is the same row.
         batches = missing_in(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
         images = ExtractionDataModule(image_lists, batches, num_workers, how.decoder)

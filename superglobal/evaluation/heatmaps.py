@@ -40,7 +40,7 @@ def draw_activations(run: FinishedRun, target: Path, queries: Sequence[int] | np
     for query in map(int, queries):
         ids = list(run.stages.values())[-1][1][query][:ranks]
         path = target / f"activation-{query:04d}-{re.sub(r'[^A-Za-z0-9_.-]+', '_', Path(names[query]).stem)[:60]}.png"
-        how = "" if run.config.statistics.kind == "none" else f", before statistics={run.config.statistics.kind}"
+        how = "" if run.config.whitening.kind == "none" else f", before whitening={run.config.whitening.kind}"
         scales = f"{len(network.scales)} scales together" if len(network.scales) > 1 else "one scale"
         title = f"query {query}: {names[query]}. What makes the similarity of two descriptors{how}, {scales}"
         draw_activation(path, title, _columns(run, network, query, [int(image) for image in ids if image >= 0]))

@@ -65,7 +65,7 @@ class Inputs:
 
 
 def gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
-    """The descriptors to search, extracted where they are missing, under `statistics`.
+    """The descriptors to search, extracted where they are missing, under `whitening`.
 
     Returns the reason for a row of the ablation that does not apply, and None in all processes but the first.
     Raises InputError for anything missing, all of it in one message.
@@ -216,9 +216,9 @@ def _extracted(
         place, dtype = Path(config.paths.stores), config.store.dtype
         stores, computed = extract_lists(networks, lists, place, trainer, how, config.trainer.num_workers, dtype)
     left = sum(len(store.missing) for store in stores)
-    if how.part is not None and left:
-        text = "part %s is described; %d images are left to the others, after which any of them goes on to the results"
-        log.info(text, how.part, left)
+    if how.shard is not None and left:
+        text = "Extracted shard %s; %d images remain for the other shards; the last shard computes the metrics"
+        log.info(text, how.shard, left)
         return None
     found = {part.title: store for part, store in zip(lists, stores, strict=True)}
     parts = [found[title] for title in ("database", "distractors") if title in found]
@@ -272,11 +272,11 @@ def _siblings(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNe
 
 
 def less_statistics(config: EvalConfig, inputs: Inputs, clock: Clock) -> Inputs:
-    """All descriptors without the searched database's mean, or whitened, as `statistics` says."""
-    s = config.statistics
+    """All descriptors without the searched database's mean, or whitened, as `whitening` says."""
+    s = config.whitening
     if s.kind == "none":
         return inputs
-    with clock.time("statistics"):
+    with clock.time("whitening"):
         stores = inputs.about.get("stores")
         if stores is None:
             # Own descriptors have no fingerprint to know them by.
@@ -290,7 +290,7 @@ def less_statistics(config: EvalConfig, inputs: Inputs, clock: Clock) -> Inputs:
         inputs,
         queries=found.apply(inputs.queries, "queries"),
         database=found.apply(inputs.database, "database"),
-        about={**inputs.about, "statistics": about},
+        about={**inputs.about, "whitening": about},
     )
 
 

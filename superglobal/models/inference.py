@@ -14,22 +14,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from superglobal.models.backbone import Backbone, replace_module
 from superglobal.models.network import RetrievalNetwork
+from superglobal.utils.precision import PRECISIONS
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What `extraction.precision=auto` means on CUDA devices: the fastest precision that changes mAP by at most 0.05 points.
-# It stays float32 until that is measured on a GPU: scripts/gpu_report.py does so on the toy set, and
-# `eval.py -m extraction.precision=float32,bfloat16,float16` on yours.
-AUTO_ON_CUDA = "float32"
 # What folding may change in a map, as a share of its largest value, in float64.
 _FOLDING_TOLERANCE = 1e-9
-
-
-def resolve_precision(precision: str, accelerator: str) -> str:
-    """Return the precision that "auto" stands for on the devices of a Lightning accelerator; any other as it is."""
-    if precision != "auto":
-        return precision
-    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return AUTO_ON_CUDA if cuda else "float32"
 
 
 def fast_copies(networks: Sequence[RetrievalNetwork]) -> list[RetrievalNetwork]:

@@ -79,6 +79,6 @@ def _paper_protocol(config: Mapping[str, Any]) -> bool:
         and dataset["crop_query"]
         and dataset["max_side"] is None
         and not config["distractors"]["name"]
-        and config["statistics"]["kind"] == "none"
+        and config["whitening"]["kind"] == "none"
         and config["index"]["kind"] == "flat"
     )

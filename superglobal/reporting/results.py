@@ -33,7 +33,7 @@ METRICS = {"map": "mAP", "mAP@100": "mAP@100", "GAP": "GAP"}
 """Key of a stage's main numbers in `results.json`, and what tables call them."""
 _LISTED, _ROWS = 100, 500_000  # results per query that are listed by name, and results of all queries together
 _DROPPED = "of reranking: removed beforehand, a list for each protocol"
-_STATISTICS = {"mean": "less the mean", "whiten": "whitened by the covariance"}
+_WHITENING = {"center": "less the mean", "pca": "whitened by the covariance"}
 Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -173,9 +173,9 @@ def modules_text(summary: Mapping[str, Any]) -> str:
     """Which modules made these numbers: the default is what the weights were trained with, and hard to guess."""
     rerank = summary["config"]["rerank"]
     after = f"rerank {describe(rerank)}" if rerank["enabled"] else "no rerank"
-    statistics = summary["about"].get("statistics")
-    if statistics is not None:
-        after = f"{_STATISTICS[statistics['kind']]} of {statistics['rows']} searched images; {after}"
+    whitening = summary["about"].get("whitening")
+    if whitening is not None:
+        after = f"{_WHITENING[whitening['kind']]} of {whitening['rows']} searched images; {after}"
     network = summary["about"].get("network")
     if network is None:
         return after

@@ -1,7 +1,7 @@
 """Statistics of the searched database, without labels: its mean, or its principal axes, taken out of all descriptors.
 
-mean:   x <- x - m, normalised                                 m, C: mean and covariance of the database's rows
-whiten: x <- L^-1/2 U^T (x - m), normalised                    C = U L U^T, its `dims` largest eigenvalues
+center: x <- x - m, normalised                                 m, C: mean and covariance of the database's rows
+pca:    x <- L^-1/2 U^T (x - m), normalised                    C = U L U^T, its `dims` largest eigenvalues
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from superglobal.retrieval.rows import Rows, as_rows
 from superglobal.utils.io import replacing
 
 FORMAT = "superglobal-statistics-1"
-KINDS = ("none", "mean", "whiten")
+KINDS = ("none", "center", "pca")
 _BLOCK_ROWS = 8192
 # A product of always the same shape gives a row the same bits wherever it stands; exact ranks rest on that.
 _PRODUCT_ROWS = 256
@@ -38,10 +38,10 @@ class Statistics:
         return Rows([_Transformed(as_rows(x, name), self)], name)
 
 
-def database_statistics(X: Any, kind: str = "mean", dims: int | None = None) -> Statistics:
+def database_statistics(X: Any, kind: str = "center", dims: int | None = None) -> Statistics:
     """Statistics of X (N, D), anything `as_rows` takes, in one pass by blocks, in float64; skipped rows do not count.
 
-    kind: "mean" or "whiten". dims: axes kept when whitening, D by default; there must be more rows than axes, since
+    kind: "center" or "pca". dims: axes kept when whitening, D by default; there must be more rows than axes, since
     with as many of each any rows become orthogonal, and equally far from one another.
     Raises InputError for bad rows, and dims that are out of range or more than the rows can give.
     """
@@ -63,23 +63,23 @@ def database_statistics(X: Any, kind: str = "mean", dims: int | None = None) -> 
     values, vectors = values[::-1][:wanted], vectors[:, ::-1][:, :wanted]
     if values[-1] <= 1e-12 * max(values[0], 1e-12):
         flat = int((values > 1e-12 * max(values[0], 1e-12)).sum())
-        raise InputError(f"{rows.name}: only {flat} of {wanted} axes have any variance; statistics.dims={max(flat, 1)}")
+        raise InputError(f"{rows.name}: only {flat} of {wanted} axes have any variance; whitening.dims={max(flat, 1)}")
     return Statistics(mean, vectors / np.sqrt(values), count)
 
 
 def _checked(kind: str, dims: int | None, rows: Rows) -> int:
     """How many axes are wanted; 0 for the mean alone."""
     if kind not in KINDS[1:]:
-        raise InputError(f"statistics.kind={kind}: expected one of {', '.join(KINDS[1:])}")
-    if kind == "mean":
+        raise InputError(f"whitening.kind={kind}: expected one of {', '.join(KINDS[1:])}")
+    if kind == "center":
         return 0
     wanted = rows.dim if dims is None else dims
     if not 1 <= wanted <= rows.dim:
-        raise InputError(f"statistics.dims={dims}: expected 1..{rows.dim}, the descriptors' dimension")
+        raise InputError(f"whitening.dims={dims}: expected 1..{rows.dim}, the descriptors' dimension")
     if wanted >= len(rows) - len(rows.skipped):
         raise InputError(
-            f"statistics.kind=whiten: {len(rows)} database images are too few for {wanted} axes; give "
-            f"statistics.dims=, well below {len(rows)}, or statistics=mean"
+            f"whitening.kind=pca: {len(rows)} database images are too few for {wanted} axes; give "
+            f"whitening.dims=, well below {len(rows)}, or whitening=center"
         )
     return wanted
 

@@ -111,7 +111,7 @@ def _opened(
 ) -> Opened:
     device = search_device(config)
     rows = concat(*stores, name="database")
-    s, statistics = config.statistics, None
+    s, statistics = config.whitening, None
     if s.kind != "none":
         prints = [store.fingerprint() for store in stores]
         statistics, _ = stored_statistics(rows, s.kind, s.dims, Path(config.paths.stores), prints)

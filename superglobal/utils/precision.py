@@ -1,4 +1,4 @@
-"""Strict float32: what decides an order is never computed in TF32 or bfloat16."""
+"""Precision of the backbone, and strict float32 (TF32 disabled) for what decides an order."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What `extraction.precision=auto` means on CUDA devices: the fastest precision that changes mAP by at most 0.05 points.
+# It stays float32 until that is measured on a GPU: scripts/gpu_report.py does so on the toy set, and
+# `eval.py -m extraction.precision=float32,bfloat16,float16` on yours.
+AUTO_ON_CUDA = "float32"
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """Return the precision that "auto" stands for on the devices of a Lightning accelerator; any other as it is."""
+    if precision != "auto":
+        return precision
+    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return AUTO_ON_CUDA if cuda else "float32"
 
 
 @contextmanager
