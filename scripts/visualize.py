@@ -1,6 +1,6 @@
-"""Pictures of finished results: python scripts/visualize.py FOLDER [sheets activation curves similarities map]
+"""Figures of finished results: python scripts/visualize.py FOLDER [sheets activation curves similarities map]
 
-FOLDER is what eval.py printed; the pictures go into its pictures/, with an index.html. All come from what is stored:
+FOLDER is what eval.py printed; the figures go into its figures/, with an index.html. All come from what is stored:
 only activation runs the network, on the photos that it shows.
 
 sheets        ranked results before and after reranking, side by side; the worst and the most improved queries first
@@ -44,11 +44,11 @@ def main() -> int:
         command.error(f"no kind {unknown[0]}; there are {', '.join(KINDS)}")
     # Seconds, which --help and a mistyped option need not wait for.
     from superglobal.errors import InputError
-    from superglobal.evaluation.ranking_sheets import PictureOptions
+    from superglobal.evaluation.ranking_sheets import FigureOptions
     from superglobal.evaluation.visualize import visualize
 
     try:
-        paths, left_out = visualize(folder, kinds, PictureOptions(**options | {"numbers": tuple(options["numbers"])}))
+        paths, left_out = visualize(folder, kinds, FigureOptions(**options | {"numbers": tuple(options["numbers"])}))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -178,7 +178,7 @@ def test_own_descriptors_are_whitened_too(tmp_path):
 
 
 def compare(outputs: Path, *overrides: str, status: int = 0) -> str:
-    base = [o for o in BASE if not o.startswith(("logger", "pictures"))]
+    base = [o for o in BASE if not o.startswith(("logger", "figures"))]
     words = [sys.executable, str(ROOT / "scripts/compare_rerankers.py"), *base, *QUIET, f"paths.outputs={outputs}"]
     done = subprocess.run(
         [*words[:2], *overrides, *words[2:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
@@ -223,7 +223,7 @@ def test_settings_stand_behind_a_name_and_own_options_are_found(data, tmp_path):
 def test_an_approximate_first_search_compares_nothing(data, tmp_path):
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        base = [one for one in BASE if not one.startswith(("logger", "pictures"))]
+        base = [one for one in BASE if not one.startswith(("logger", "figures"))]
         words = [*base, *QUIET, *mini(data), "index=flat_fp16", f"paths.outputs={tmp_path}"]
         config = compose("compare", overrides=words)
     with pytest.raises(InputError, match="index=flat_fp16: rerankers are compared on an exact first search"):

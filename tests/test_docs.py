@@ -34,7 +34,7 @@ from superglobal.models.weights import read_weights
 from superglobal.training.train import train
 
 PAGES = [document for document in DOCUMENTS if document != "README.md"]
-QUIET = ["logger=csv", "trainer=cpu", "trainer.num_workers=0", "trainer.progress=false", "pictures.queries=0"]
+QUIET = ["logger=csv", "trainer=cpu", "trainer.num_workers=0", "trainer.progress=false", "figures.queries=0"]
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from superglobal.retrieval.store import DescriptorStore
 from superglobal.utils.precision import full_precision
 
 ROOT = Path(__file__).parents[1]
-BASE = ["backbone=resnet18", "weights=random", "scales=1", "logger=csv", "pictures.queries=0"]
+BASE = ["backbone=resnet18", "weights=random", "scales=1", "logger=csv", "figures.queries=0"]
 QUIET = ["trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false"]
 
 
@@ -282,7 +282,7 @@ def test_own_descriptors_need_the_ground_truth_and_no_photo(tmp_path):
         x = rng.standard_normal((count, 16)).astype(np.float32)
         np.save(tmp_path / f"{name}.npy", x / np.linalg.norm(x, axis=1, keepdims=True))
     own = [f"descriptors.query={tmp_path / 'q.npy'}", f"descriptors.database={tmp_path / 'x.npy'}"]
-    result = run(tmp_path, *mini(tmp_path), *own, "pictures.queries=3")
+    result = run(tmp_path, *mini(tmp_path), *own, "figures.queries=3")
     assert result["protocol"]["crop_query"] is None
     assert result["metrics"]["search"]["queries"] == {"easy": 6, "medium": 6, "hard": 6}
 
@@ -315,7 +315,7 @@ def test_a_damaged_file_of_descriptors_is_told_as_such(tmp_path, header):
         ("trainer.accelerator=foo", "trainer"),
         ("trainer.strategy=foo", "trainer"),
         ("trainer.num_workers=-1", "num_workers"),
-        ("pictures.ranks=-3", "ranks"),
+        ("figures.ranks=-3", "ranks"),
         ("seed=-1", "seed"),
         ("rerank.K=0", r"rerank\.K"),
         ("rerank.beta=nan", "beta"),

@@ -77,7 +77,7 @@ def test_scores_are_those_of_the_public_functions(data, tmp_path):
 
 
 def test_the_sheet_shows_relevance_by_colour(data, tmp_path):
-    run(tmp_path, *revisited(data, "pictures.queries=2", "pictures.ranks=4"))
+    run(tmp_path, *revisited(data, "figures.queries=2", "figures.ranks=4"))
     folder = next((tmp_path / "eval").rglob("results.json")).parent
     sheet = np.asarray(Image.open(folder / "sheet.png").convert("RGB"))
     with np.load(folder / "rankings.npz") as rankings:

@@ -39,7 +39,7 @@ def offline(monkeypatch):
 
 
 def composed(data: Path, outputs: Path, *overrides: str):
-    places = [f"paths.data={data}", f"paths.outputs={outputs}", "trainer.progress=false", "pictures.queries=2"]
+    places = [f"paths.data={data}", f"paths.outputs={outputs}", "trainer.progress=false", "figures.queries=2"]
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("eval", overrides=["dataset=toy", *FAST, *places, *overrides])
@@ -56,8 +56,8 @@ def evaluated(toy_data, tmp_path_factory) -> Path:
     save_weights(model, outputs / "some weights.safetensors", {})
     folder = outputs / "run"
     folder.mkdir()
-    settings = ["logger.tensorboard=true", "logger.project=mine", "logger.tags=[tried]", "logger.pictures=3"]
-    weights = [f"weights='{outputs / 'some weights.safetensors'}'", "pictures.ranks=4"]
+    settings = ["logger.tensorboard=true", "logger.project=mine", "logger.tags=[tried]", "logger.images=3"]
+    weights = [f"weights='{outputs / 'some weights.safetensors'}'", "figures.ranks=4"]
     with pytest.MonkeyPatch.context() as patch:
         for key in [key for key in os.environ if key.startswith("WANDB")]:
             patch.delenv(key)
@@ -288,8 +288,8 @@ def test_what_w_and_b_would_refuse_is_cut(tmp_path):
 
 
 def test_settings_are_checked(toy_data, tmp_path):
-    with pytest.raises(InputError, match=r"logger\.pictures=-1"):
-        validated(composed(toy_data, tmp_path, "logger.pictures=-1"), EvalConfig)
+    with pytest.raises(InputError, match=r"logger\.images=-1"):
+        validated(composed(toy_data, tmp_path, "logger.images=-1"), EvalConfig)
     config = validated(composed(toy_data, tmp_path, "logger=tensorboard"), EvalConfig)
     assert (config.logger.wandb, config.logger.tensorboard) == (False, True)
 

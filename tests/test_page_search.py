@@ -31,7 +31,7 @@ from superglobal.search_page.server import listening
 from superglobal.search_page.thumbnails import Thumbnails
 
 ROOT = Path(__file__).parents[1]
-PLAIN = [o for o in BASE if not o.startswith(("logger", "pictures"))]
+PLAIN = [o for o in BASE if not o.startswith(("logger", "figures"))]
 
 
 def composed(*overrides: str) -> Any:

@@ -55,7 +55,7 @@ def test_the_commands_for_pictures_are_parsed(monkeypatch):
         parsed = visualize.parser().parse_args(words)
         assert str(parsed.folder) == "FOLDER"
         assert set(parsed.kinds) <= set(visualize.KINDS), words
-    assert ["scripts/report.py", "FOLDER", "--against", "OTHER"] in commands(README, inline=False)
+    assert ["scripts/report.py", "FOLDER", "--baseline", "OTHER"] in commands(README, inline=False)
     for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", README):
         assert (ROOT / picture).stat().st_size < 400_000, picture
 

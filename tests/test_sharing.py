@@ -199,7 +199,7 @@ def evaluated(shared, data, tmp_path_factory) -> Path:
     """Results of eval.py on the shared model as it is, with settings that say they were tuned."""
     outputs = tmp_path_factory.mktemp("outputs")
     settings = ["dataset=revisited", "dataset.name=mini", f"weights={shared}", "rerank.tuned_on='mini (test set)'"]
-    places = [f"paths.data={data}", f"paths.outputs={outputs}", "logger=csv", "pictures.queries=0"]
+    places = [f"paths.data={data}", f"paths.outputs={outputs}", "logger=csv", "figures.queries=0"]
     run("eval.py", *settings, *places, "trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false")
     return outputs
 

@@ -105,7 +105,7 @@ def test_stored_maps_give_the_scores_of_eval(photos, export, tmp_path, settings)
     overrides = [f"pooling.{key}={value}" for key, value in values.items()] + [f"scales={settings.scales}"]
     overrides += [f"rerank.M={settings.M}", f"rerank.K={settings.K}", f"rerank.beta={settings.beta}"]
     own = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", f"weights={export}"]
-    rest = ["logger=csv", "pictures.queries=0", f"paths.outputs={tmp_path}", *QUIET]
+    rest = ["logger=csv", "figures.queries=0", f"paths.outputs={tmp_path}", *QUIET]
     result = tmp_path / "result"
     result.mkdir()
     score = evaluate(config("eval", *own, *overrides, *rest), result)
@@ -295,7 +295,7 @@ def test_the_written_configuration_gives_the_score_that_was_found_and_marks_a_te
 
     script, *printed = shlex.split(use.partition("python ")[2])
     printed = [part for part in printed if part != "dataset=..."]
-    text = run(script, *printed, *own, "logger=csv", "pictures.queries=0", outputs, *QUIET)
+    text = run(script, *printed, *own, "logger=csv", "figures.queries=0", outputs, *QUIET)
     assert "tuned on mini (test set)" in text
     (result,) = (tmp_path / "eval").rglob("results.json")
     got, found = json.loads(result.read_text()), json.loads((folder / "result.json").read_text())

@@ -17,20 +17,20 @@ from sets import write_distractors, write_folders, write_revisited
 from superglobal.config import register
 from superglobal.errors import InputError
 from superglobal.evaluation.pipeline import evaluate
-from superglobal.evaluation.ranking_sheets import PictureOptions, compare_runs, ordered
+from superglobal.evaluation.ranking_sheets import FigureOptions, compare_runs, ordered
 from superglobal.evaluation.saved_run import FinishedRun, precision
 from superglobal.evaluation.visualize import DRAWN, landmarks_of, visualize
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 SEEN = ("sheets", "activation", "precision", "similarities.png")
-FEW = PictureOptions(queries=1, ranks=2)
+FEW = FigureOptions(queries=1, ranks=2)
 
 
 def evaluated(folder: Path, root: Path, *overrides: str) -> Path:
     """A result in `folder`, of data in `root`."""
     register()
-    base = ["backbone=resnet18", "weights=random", "scales=1", "logger=csv", "pictures.queries=0"]
+    base = ["backbone=resnet18", "weights=random", "scales=1", "logger=csv", "figures.queries=0"]
     base += ["trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false", f"paths.data={root}"]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("eval", overrides=[*base, f"paths.outputs={root / 'out'}", *overrides])
@@ -116,16 +116,16 @@ def test_all_kinds_of_a_revisited_set_and_a_page_that_shows_them(mini):
     assert {"precision-recall.png", "similarities.png", "map-pca.png", "sheets-worst-01.png"} <= names
     assert sum(name.startswith("activation-") for name in names) == 1
     looked_at(paths)
-    page = (mini / "pictures" / "index.html").read_text()
+    page = (mini / "figures" / "index.html").read_text()
     assert all(f'src="{name}"' in page for name in names)
     assert "://" not in page
     assert json.loads((mini / "results.json").read_text()) == before
 
 
 def test_many_queries_are_paged_and_old_pages_go(mini):
-    first, _ = visualize(mini, ["sheets"], PictureOptions(order="given", numbers=(0, 1, 2, 3, 4, 5, 0, 1, 2), ranks=1))
+    first, _ = visualize(mini, ["sheets"], FigureOptions(order="given", numbers=(0, 1, 2, 3, 4, 5, 0, 1, 2), ranks=1))
     assert [path.name for path in first] == ["sheets-chosen-01.png", "sheets-chosen-02.png"]
-    second, _ = visualize(mini, ["sheets"], PictureOptions(numbers=(4,), ranks=6))
+    second, _ = visualize(mini, ["sheets"], FigureOptions(numbers=(4,), ranks=6))
     assert [path.name for path in second] == ["sheets-chosen-01.png"]
     assert not first[1].exists()
 
@@ -253,13 +253,13 @@ def test_folders_without_a_result_and_results_without_numbers(mini, tmp_path):
     with pytest.raises(InputError, match=r"2 results in it; give the folder of one, such as .*/a"):
         visualize(tmp_path, [], FEW)
     with pytest.raises(InputError, match="query 6: the result has 6 queries, 0 to 5"):
-        visualize(mini, [], PictureOptions(numbers=(6,)))
+        visualize(mini, [], FigureOptions(numbers=(6,)))
 
 
 def test_two_results_are_compared_with_pictures_and_without_photos_too(mini, root, tmp_path, caplog):
     other = evaluated(tmp_path / "other", root, *MINI, "rerank=none", "pooling=gem")
     paths = compare_runs(mini, other, ranks=4)
-    place = mini / "against" / f"{tmp_path.name}-other"
+    place = mini / "comparison" / f"{tmp_path.name}-other"
     assert {path.parent for path in paths} <= {place}
     looked_at(paths)
     table = (place / "queries.csv").read_text().splitlines()
@@ -275,7 +275,7 @@ def test_two_results_are_compared_with_pictures_and_without_photos_too(mini, roo
     spoilt["config"]["dataset"]["root"] = str(tmp_path / "nowhere")
     (other / "results.json").write_text(json.dumps(spoilt))
     assert compare_runs(mini, other) == []
-    assert "without pictures" in caplog.text
+    assert "without figures" in caplog.text
 
 
 def test_the_command_says_what_it_made(mini):
@@ -296,7 +296,7 @@ def test_the_commands_say_what_is_wrong(mini, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["x", *map(str, words)])
         return module.main()
 
-    for module, words in ((script, (tmp_path, "map")), (report, (mini, "--against", tmp_path))):
+    for module, words in ((script, (tmp_path, "map")), (report, (mini, "--baseline", tmp_path))):
         assert status(module, *words) == 2
         said = capsys.readouterr()
         assert said.out == ""

@@ -31,7 +31,7 @@ from gpu_sections.pipeline import extract_all
 from superglobal import load_model
 from superglobal.data.images import image_tensor, read_image
 from superglobal.models.inference import fast_copies
-from superglobal.reporting.paired_comparison import read_against
+from superglobal.reporting.paired_comparison import read_comparison
 from superglobal.reranking.registry import apply_reranker, completed
 from superglobal.retrieval.ranks import search_and_rank
 from superglobal.retrieval.rows import TOLERANCE
@@ -307,7 +307,7 @@ def _precisions(report: Report, process: Program, began: float) -> None:
         words = ["dataset=toy", "name=toy", "logger=csv", f"extraction.precision={kind}", "trainer.progress=false"]
         words += [f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}", f"hydra.run.dir={folder}"]
         words += [f"paths.data={report.work / 'data'}", f"paths.outputs={report.work / 'outputs'}"]
-        words += [f"paths.stores={folder / 'stores'}", "pictures.queries=0"]
+        words += [f"paths.stores={folder / 'stores'}", "figures.queries=0"]
         started[name] = folder, command(["eval.py", *words])
     for _, running in started.values():
         finish(running, report.left())
@@ -315,11 +315,11 @@ def _precisions(report: Report, process: Program, began: float) -> None:
     truth = _descriptors(base)
     for name, (folder, _) in itertools.islice(started.items(), 1, None):
         ours, theirs = (json.loads((place / "results.json").read_text()) for place in (folder, base))
-        paired = read_against(folder, ours, base, theirs)
+        paired = read_comparison(folder, ours, base, theirs)
         cosine = float((_descriptors(folder) * truth).sum(1).min())
         # Float32 on another device is the same to rounding, which may swap two images of equal score.
         is_check = "float32" in name
-        for protocol in paired.ours:
+        for protocol in paired.scores:
             mean, (low, high) = paired.mean(protocol)
             report.add(
                 f"toy set, {protocol}: mAP on {name} less that on cpu float32",

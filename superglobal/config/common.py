@@ -69,7 +69,7 @@ class LoggerConfig:
         wandb: Weights & Biases: offline without a key, unless WANDB_MODE says otherwise, and never a question.
         tensorboard: event files in the run's folder.
         project, entity, tags: of W&B; the names of the data set and of the ablation's row are tags, too.
-        pictures: queries that an evaluation shows with their first results (`pictures.ranks`), evenly from the list;
+        images: queries that an evaluation shows with their first results (`figures.ranks`), evenly from the list;
             0 for none.
     """
 
@@ -78,7 +78,7 @@ class LoggerConfig:
     project: str = "superglobal"
     entity: str | None = None
     tags: list[str] = field(default_factory=list)
-    pictures: int = 8
+    images: int = 8
 
 
 @dataclass
@@ -135,7 +135,7 @@ def require_within(limits: Mapping[str, tuple[Any, float, float]]) -> None:
 
 def check_logger(logger: LoggerConfig) -> None:
     """Raise InputError for a tracker that is not installed."""
-    require_within({"logger.pictures": (logger.pictures, 0, math.inf)})
+    require_within({"logger.images": (logger.images, 0, math.inf)})
     if logger.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError(
             "logger.tensorboard=true: TensorBoard is not installed; pip install -e '.[tensorboard]', or logger=csv"

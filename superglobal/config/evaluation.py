@@ -247,7 +247,7 @@ class StoreConfig:
 
 
 @dataclass
-class PicturesConfig:
+class FiguresConfig:
     """The sheet of queries with their ranked results.
 
     Args:
@@ -292,7 +292,7 @@ class EvalConfig:
     k: int = 400
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    pictures: PicturesConfig = field(default_factory=PicturesConfig)
+    figures: FiguresConfig = field(default_factory=FiguresConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     ablation: str | None = None
     seed: int = 0
@@ -423,8 +423,8 @@ def _check_evaluation_ranges(config: EvalConfig) -> None:
             "k": (config.k, 1, math.inf),
             "statistics.dims": (config.whitening.dims, 1, math.inf),
             "trainer.num_workers": (config.trainer.num_workers, 0, math.inf),
-            "pictures.queries": (config.pictures.queries, 0, math.inf),
-            "pictures.ranks": (config.pictures.ranks, 1, math.inf),
+            "figures.queries": (config.figures.queries, 0, math.inf),
+            "figures.ranks": (config.figures.ranks, 1, math.inf),
             "seed": (config.seed, 0, 2**63 - 1),
         }
     )

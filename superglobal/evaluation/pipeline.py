@@ -135,8 +135,8 @@ def _retrieve(
     report.print_result(summary, folder)
     database = chained(dataset.database, inputs.distractors) if dataset is not None else []
     # Own descriptors need no photos, so there may be none to show.
-    if dataset is not None and config.pictures.queries and config.descriptors.query is None:
-        draw_sheet(folder / "sheet.png", dataset, database, stages, config.pictures.queries, config.pictures.ranks)
+    if dataset is not None and config.figures.queries and config.descriptors.query is None:
+        draw_sheet(folder / "sheet.png", dataset, database, stages, config.figures.queries, config.figures.ranks)
     track(Evaluated(summary, results, stages, names, Q, X, dataset, database))
     return report.main_metric(summary)
 

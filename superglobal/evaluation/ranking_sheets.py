@@ -13,7 +13,7 @@ import numpy as np
 from superglobal.data.evaluation_set import file_names
 from superglobal.errors import InputError
 from superglobal.evaluation.saved_run import FinishedRun
-from superglobal.reporting.paired_comparison import Against, lost_first, read_against, write_against
+from superglobal.reporting.paired_comparison import PairedComparison, lost_first, read_comparison, write_comparison
 from superglobal.reporting.ranking_figures import Comparison, Ranking, draw_comparisons
 from superglobal.reporting.results import main_protocol
 
@@ -22,7 +22,7 @@ PAGE = 8  # queries on a sheet
 
 
 @dataclass(frozen=True)
-class PictureOptions:
+class FigureOptions:
     """What is drawn.
 
     Args:
@@ -83,7 +83,7 @@ def ordered(scores: dict[str, np.ndarray], order: str, count: int) -> np.ndarray
     return found[gain[found] > 0]
 
 
-def chosen(run: FinishedRun, options: PictureOptions, count: int) -> dict[str, np.ndarray]:
+def chosen(run: FinishedRun, options: FigureOptions, count: int) -> dict[str, np.ndarray]:
     """Name of an order -> numbers of the queries that are shown in it, at most `count` where no number is given.
 
     Raises:
@@ -113,7 +113,7 @@ def require_photos(run: FinishedRun, what: str) -> None:
         raise InputError(f"{what}: the result was made from descriptors and knows no photos; map applies")
 
 
-def draw_sheets(run: FinishedRun, target: Path, options: PictureOptions) -> list[Path]:
+def draw_sheets(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
     require_photos(run, "sheets")
     assert run.dataset is not None
     scores = quality(run)
@@ -177,7 +177,7 @@ _NAME = 90  # characters of a folder's path over its ranking
 
 
 def compare_runs(folder: Path, other: Path, queries: int = PAGE, ranks: int = 10) -> list[Path]:
-    """Compare a result with another query by query, into `<folder>/against/<other's place>/` and on the console.
+    """Compare a result with another query by query, into `comparison/` of its folder and on the console.
 
     `queries.csv` and `queries.md` have every query, most won first; `won-01.png` and `lost-01.png` show the rankings of
     the most won and the most lost ones side by side. Without photos the tables alone are written, and it is said.
@@ -196,21 +196,21 @@ def compare_runs(folder: Path, other: Path, queries: int = PAGE, ranks: int = 10
     mine, theirs = FinishedRun(folder), FinishedRun(other)
     if mine.folder.resolve() == theirs.folder.resolve():
         raise InputError(f"{mine.folder}: the same result twice; give another one to compare it with")
-    found = read_against(mine.folder, mine.summary, theirs.folder, theirs.summary)
+    found = read_comparison(mine.folder, mine.summary, theirs.folder, theirs.summary)
     # Jobs of two sweeps have the same names: with that of the sweep they are told apart.
-    place = mine.folder / "against" / "-".join(theirs.folder.resolve().parts[-2:])
-    write_against(place, found, mine.folder, theirs.folder)
+    place = mine.folder / "comparison" / "-".join(theirs.folder.resolve().parts[-2:])
+    write_comparison(place, found, mine.folder, theirs.folder)
     for run in (mine, theirs):
         run.config, run.stages  # noqa: B018  what is damaged in a result is no lack of photos
     try:
         return _sheets(mine, theirs, found, place, queries, ranks)
     except InputError as error:
-        log.warning("without pictures: %s", error)
+        log.warning("without figures: %s", error)
         return []
 
 
 def _sheets(
-    mine: FinishedRun, theirs: FinishedRun, found: Against, place: Path, queries: int, ranks: int
+    mine: FinishedRun, theirs: FinishedRun, found: PairedComparison, place: Path, queries: int, ranks: int
 ) -> list[Path]:
     for run in (mine, theirs):
         require_photos(run, "sheets")
@@ -228,12 +228,14 @@ def _sheets(
     return paths
 
 
-def _comparison_pages(query: int, mine: FinishedRun, theirs: FinishedRun, found: Against, ranks: int) -> Comparison:
+def _comparison_pages(
+    query: int, mine: FinishedRun, theirs: FinishedRun, found: PairedComparison, ranks: int
+) -> Comparison:
     rankings, full = [], []
     for run in (theirs, mine):
         scores, ids = (one[query] for one in list(run.stages.values())[-1])
         rankings.append(Ranking(str(run.folder)[-_NAME:], scores[:ranks], ids[:ranks]))
         full.append(ids)
-    scores = np.array([one[found.main][query] for one in (found.theirs, found.ours)])
+    scores = np.array([one[found.main][query] for one in (found.baseline_scores, found.scores)])
     title = f"query {query}: {found.queries[query]}   {found.main} {found.measure} {percents(list(scores))}"
     return Comparison(query, title, rankings, full)

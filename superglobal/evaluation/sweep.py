@@ -31,7 +31,7 @@ from superglobal.utils.io import write_atomically
 log = logging.getLogger(__name__)
 _JOBS = "jobs.json"
 # Settings that change nothing about how an image is described.
-_AFTERWARDS = ("rerank", "index", "k", "whitening", "logger", "pictures", "trainer")
+_AFTERWARDS = ("rerank", "index", "k", "whitening", "logger", "figures", "trainer")
 # Jobs that agree in these describe the same images with the same network, but for its pooling.
 _SHARED = (
     "dataset",

@@ -14,7 +14,7 @@ from superglobal.data.images import ImageItem, read_image
 from superglobal.errors import InputError
 from superglobal.evaluation.heatmaps import draw_activations
 from superglobal.evaluation.pipeline import search_device
-from superglobal.evaluation.ranking_sheets import PictureOptions, chosen, draw_sheets, require_photos, with_photos
+from superglobal.evaluation.ranking_sheets import FigureOptions, chosen, draw_sheets, require_photos, with_photos
 from superglobal.evaluation.saved_run import FinishedRun, mean_precision, relevance_sets
 from superglobal.reporting import figures as plots
 from superglobal.reporting.projections import METHODS, place, sample
@@ -29,8 +29,8 @@ _GRID = (9, 8)  # thumbnails beside the map
 _THUMBNAIL = 96  # pixels
 
 
-def visualize(folder: Path, kinds: Sequence[str], options: PictureOptions) -> tuple[list[Path], list[str]]:
-    """Draw pictures of the result in `folder` into its `pictures/`, and `index.html` that shows them.
+def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tuple[list[Path], list[str]]:
+    """Draw pictures of the result in `folder` into its `figures/`, and `index.html` that shows them.
 
     Args:
         folder: of one result.
@@ -45,7 +45,7 @@ def visualize(folder: Path, kinds: Sequence[str], options: PictureOptions) -> tu
     """
     run = FinishedRun(folder)
     _check(run, options)
-    target = run.folder / "pictures"
+    target = run.folder / "figures"
     paths: list[Path] = []
     left_out: list[str] = []
     for kind in kinds or DRAWN:
@@ -61,7 +61,7 @@ def visualize(folder: Path, kinds: Sequence[str], options: PictureOptions) -> tu
     return paths, left_out
 
 
-def _check(run: FinishedRun, options: PictureOptions) -> None:
+def _check(run: FinishedRun, options: FigureOptions) -> None:
     count = run.summary["counts"]["queries"]
     for number in options.numbers:
         if not 0 <= number < count:
@@ -73,7 +73,7 @@ def _check(run: FinishedRun, options: PictureOptions) -> None:
         raise InputError(f"map={options.method}: expected one of {', '.join(METHODS)}")
 
 
-def _activation(run: FinishedRun, target: Path, options: PictureOptions) -> list[Path]:
+def _activation(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
     if run.own_descriptors:
         raise InputError("activation: own descriptors have no network here to look into; curves, similarities, map")
     require_photos(run, "activation")
@@ -83,7 +83,7 @@ def _activation(run: FinishedRun, target: Path, options: PictureOptions) -> list
     return paths
 
 
-def _curves(run: FinishedRun, target: Path, options: PictureOptions) -> list[Path]:
+def _curves(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
     if not run.summary["metrics"]:
         raise InputError("curves: precision needs to know what is right, and this result has no labels")
     curves, counts = mean_precision(run)
@@ -93,7 +93,7 @@ def _curves(run: FinishedRun, target: Path, options: PictureOptions) -> list[Pat
     return [path]
 
 
-def _similarities(run: FinishedRun, target: Path, options: PictureOptions) -> list[Path]:
+def _similarities(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
     dataset = run.dataset
     if dataset is None or dataset.gnd is None:
         raise InputError("similarities: which pairs are positive is not known, this result has no labels")
@@ -130,7 +130,7 @@ def _rescored(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.concatenate(parts) for name, parts in found.items() if any(len(part) for part in parts)}
 
 
-def _map(run: FinishedRun, target: Path, options: PictureOptions) -> list[Path]:
+def _map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
     inputs, dataset = run.inputs, run.dataset
     total = len(inputs.database)
     groups = [None] * total if dataset is None else landmarks_of(dataset, total)
@@ -207,7 +207,7 @@ def _write_index(run: FinishedRun, target: Path) -> None:
     write_atomically(target / "index.html", f"{page}<h1>{title}</h1>\n<p>{links}</p>\n{body}</html>\n".encode())
 
 
-DRAWN: dict[str, Callable[[FinishedRun, Path, PictureOptions], list[Path]]] = {
+DRAWN: dict[str, Callable[[FinishedRun, Path, FigureOptions], list[Path]]] = {
     "sheets": draw_sheets,
     "activation": _activation,
     "curves": _curves,

@@ -97,11 +97,11 @@ class TensorBoardEvaluation:
                 counted = np.array([value for value in values if isinstance(value, float) and value == value])
                 if name.endswith(" AP") and len(counted):
                     writer.add_histogram(f"{stage}/{name}", counted, 0)
-        for query in spread(len(found.names.queries), self.config.logger.pictures if found.has_photos else 0):
+        for query in spread(len(found.names.queries), self.config.logger.images if found.has_photos else 0):
             name = f"{query:04d} {found.names.queries[query]}"
             writer.add_image(f"{name}/query", np.asarray(found.picture(query)), 0, dataformats="HWC")
             for stage in found.stages:
-                strip = found.ranked(query, stage, self.config.pictures.ranks)
+                strip = found.ranked(query, stage, self.config.figures.ranks)
                 writer.add_image(f"{name}/{stage}", np.asarray(strip), 0, dataformats="HWC")
 
     def close(self, error: BaseException | None) -> None:

@@ -232,7 +232,7 @@ class WandbEvaluation:
         logged: dict[str, Any] = found.numbers()
         if found.results:
             logged["per_query"] = _table(*found.per_query(_ROWS))
-        if shown := spread(len(found.names.queries), self.config.logger.pictures):
+        if shown := spread(len(found.names.queries), self.config.logger.images):
             logged["rankings"] = _table(*self._rankings(found, shown))
             logged["descriptors"] = _table(*self._descriptors(found, shown))
         if (sheet := self.folder / "sheet.png").exists():
@@ -247,7 +247,7 @@ class WandbEvaluation:
 
     def _rankings(self, found: Evaluated, shown: list[int]) -> tuple[list[str], list[list[Any]]]:
         """A row per query: its picture, AP before and after, and its first results as pictures, or as names."""
-        ranks = self.config.pictures.ranks
+        ranks = self.config.figures.ranks
         columns, values = found.per_query(len(found.names.queries))
         rows = []
         for query in shown:
@@ -263,7 +263,7 @@ class WandbEvaluation:
 
     def _descriptors(self, found: Evaluated, shown: list[int]) -> tuple[list[str], list[list[Any]]]:
         """Queries and their first results by the principal axes of these descriptors, for W&B's projections."""
-        ranks = self.config.pictures.ranks
+        ranks = self.config.figures.ranks
         ids = list(found.stages.values())[-1][1][shown, :ranks]
         vectors = np.concatenate([found.queries[shown], found.database.take(ids.ravel())]).astype(np.float64)
         axes = _principal(vectors)

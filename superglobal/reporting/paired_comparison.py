@@ -25,14 +25,14 @@ _ON_CONSOLE = 10  # queries of either kind
 
 
 @dataclass(frozen=True)
-class Against:
+class PairedComparison:
     """Scores per query of a result and of the other that it is compared with; by protocol, NaN where not counted.
 
     Attributes:
         queries, landmarks: (Q,) names; a query without a known landmark is its own.
         measure: what is compared, "AP", or "correct" (1 or 0) in recognition.
         main: the protocol that queries are ordered by.
-        ours, theirs: protocol -> (Q,) in 0..1.
+        scores, baseline_scores: protocol -> (Q,) in 0..1.
         seed: of the bootstrap.
     """
 
@@ -40,14 +40,14 @@ class Against:
     landmarks: Sequence[str]
     measure: str
     main: str
-    ours: Mapping[str, np.ndarray]
-    theirs: Mapping[str, np.ndarray]
+    scores: Mapping[str, np.ndarray]
+    baseline_scores: Mapping[str, np.ndarray]
     seed: int
 
     def difference(self, protocol: str | None = None) -> np.ndarray:
-        """(Q,) ours less theirs, of the main protocol by default."""
+        """(Q,) `scores` minus `baseline_scores`, of the main protocol by default."""
         protocol = protocol or self.main
-        return self.ours[protocol] - self.theirs[protocol]
+        return self.scores[protocol] - self.baseline_scores[protocol]
 
     def order(self) -> np.ndarray:
         """(Q,) numbers of the queries, most won first, not counted last; equal ones in the set's order."""
@@ -69,7 +69,7 @@ class Against:
         return float(difference[counted].mean()), cluster_interval(difference[counted], labels, self.seed)
 
 
-def read_against(folder: Path, ours: Mapping[str, Any], other: Path, theirs: Mapping[str, Any]) -> Against:
+def read_comparison(folder: Path, ours: Mapping[str, Any], other: Path, theirs: Mapping[str, Any]) -> PairedComparison:
     """Compare the last stages of two results.
 
     folder, other: of the results; ours, theirs: their `results.json`.
@@ -94,7 +94,7 @@ def read_against(folder: Path, ours: Mapping[str, Any], other: Path, theirs: Map
     if main not in common:
         raise InputError(f"{folder} is scored on {', '.join(scores)}, {other} on {', '.join(others)}: not comparable")
     measure = _CORRECT if f"{stage} {_CORRECT}" in mine else "AP"
-    return Against(
+    return PairedComparison(
         mine["query"],
         [name or f"query {i}" for i, name in enumerate(mine["landmark"])],
         measure,
@@ -132,7 +132,7 @@ def _scores(folder: Path, columns: Mapping[str, Sequence[str]], stage: str) -> d
     return found
 
 
-def write_against(place: Path, found: Against, folder: Path, other: Path) -> None:
+def write_comparison(place: Path, found: PairedComparison, folder: Path, other: Path) -> None:
     """Write `queries.csv` and `queries.md` into `place` and print both ends of the table.
 
     In percent: per query what the other has, what the result has and the difference, most won first; behind it the
@@ -146,13 +146,13 @@ def write_against(place: Path, found: Against, folder: Path, other: Path) -> Non
     _print(found, folder, other, columns, rows)
 
 
-def _table(found: Against, order: np.ndarray) -> tuple[list[str], list[list[str]]]:
-    more = [name for name in found.ours if name != found.main]
+def _table(found: PairedComparison, order: np.ndarray) -> tuple[list[str], list[list[str]]]:
+    more = [name for name in found.scores if name != found.main]
     what = f"{found.main} {found.measure}"
     columns = ["number", "query", "landmark", f"{what} of the other", what, "difference", *(f"{m} diff." for m in more)]
     rows = []
     for query in order:
-        values = [_cell(one[found.main][query], "") for one in (found.theirs, found.ours)]
+        values = [_cell(one[found.main][query], "") for one in (found.baseline_scores, found.scores)]
         differences = [_cell(found.difference(name)[query], "+") for name in (found.main, *more)]
         rows.append([str(query), found.queries[query], found.landmarks[query], *values, *differences])
     return columns, rows
@@ -162,17 +162,17 @@ def _cell(value: float, sign: str) -> str:
     return "-" if np.isnan(value) else f"{100 * value:{sign}.2f}"
 
 
-def _summary(found: Against) -> list[list[str]]:
+def _summary(found: PairedComparison) -> list[list[str]]:
     """Per protocol: how many queries count, are won, lost, equal; mean difference and interval. The main one first."""
     rows = []
-    for name in (found.main, *(name for name in found.ours if name != found.main)):
+    for name in (found.main, *(name for name in found.scores if name != found.main)):
         counts, (mean, (low, high)) = found.counts(name), found.mean(name)
         interval = "" if np.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
         rows.append([name, str(sum(counts.values())), *map(str, counts.values()), _cell(mean, "+"), interval])
     return rows
 
 
-def _print(found: Against, folder: Path, other: Path, columns: list[str], rows: list[list[str]]) -> None:
+def _print(found: PairedComparison, folder: Path, other: Path, columns: list[str], rows: list[list[str]]) -> None:
     out = console()
     summary = Table(title=escape(f"{folder} against {other}: {found.measure} per query"))
     for column in _SUMMARY:
@@ -195,7 +195,7 @@ def _print(found: Against, folder: Path, other: Path, columns: list[str], rows: 
             out.print(table)
 
 
-def lost_first(found: Against, ordered: Sequence[Any]) -> list[Any]:
-    """What stands in `Against.order`, most lost first; what does not count is left out."""
+def lost_first(found: PairedComparison, ordered: Sequence[Any]) -> list[Any]:
+    """What stands in `PairedComparison.order`, most lost first; what does not count is left out."""
     counted = int((~np.isnan(found.difference())).sum())
     return list(ordered[:counted])[::-1]

@@ -30,7 +30,7 @@ _UNTOLD = (
     "paths.",
     "trainer.",
     "logger.",
-    "pictures.",
+    "figures.",
     "index.backend",
     "index.compare",
     "dataset.",

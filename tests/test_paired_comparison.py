@@ -10,7 +10,7 @@ import pytest
 
 from superglobal.errors import InputError
 from superglobal.metrics.revisited import cluster_interval
-from superglobal.reporting.paired_comparison import lost_first, read_against, write_against
+from superglobal.reporting.paired_comparison import lost_first, read_comparison, write_comparison
 
 LANDMARKS = [f"place{i // 2}" for i in range(8)]
 
@@ -37,7 +37,7 @@ def pair(tmp_path):
 
 def test_differences_counts_order_mean_and_interval(pair):
     folder, (a, b), ours, theirs = pair
-    found = read_against(folder / "a", a, folder / "b", b)
+    found = read_comparison(folder / "a", a, folder / "b", b)
     difference = ours - theirs
     np.testing.assert_array_equal(found.difference(), difference)
     assert found.counts() == {"won": 2, "lost": 2, "equal": 3}
@@ -54,8 +54,8 @@ def test_differences_counts_order_mean_and_interval(pair):
 
 def test_the_table_has_every_query_most_won_first(pair, capsys):
     folder, (a, b), *_ = pair
-    found = read_against(folder / "a", a, folder / "b", b)
-    write_against(folder / "out", found, folder / "a", folder / "b")
+    found = read_comparison(folder / "a", a, folder / "b", b)
+    write_comparison(folder / "out", found, folder / "a", folder / "b")
     with (folder / "out" / "queries.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["number"] for row in rows][:2] == ["1", "3"]
@@ -80,7 +80,7 @@ def test_the_table_has_every_query_most_won_first(pair, capsys):
 
 def test_swapped_it_is_the_opposite(pair):
     folder, (a, b), *_ = pair
-    one, other = read_against(folder / "a", a, folder / "b", b), read_against(folder / "b", b, folder / "a", a)
+    one, other = read_comparison(folder / "a", a, folder / "b", b), read_comparison(folder / "b", b, folder / "a", a)
     np.testing.assert_array_equal(one.difference(), -other.difference())
     assert (one.counts()["won"], one.counts()["lost"]) == (other.counts()["lost"], other.counts()["won"])
 
@@ -93,7 +93,7 @@ def test_recognition_is_compared_by_what_is_right(tmp_path):
         lines += [f"q{i},l{i},7,0.5,{v}" for i, v in enumerate(right)]
         (tmp_path / name / "per_query.csv").write_text("\n".join(lines) + "\n")
         rows.append(row)
-    found = read_against(tmp_path / "a", rows[0], tmp_path / "b", rows[1])
+    found = read_comparison(tmp_path / "a", rows[0], tmp_path / "b", rows[1])
     assert found.measure == "correct"
     assert found.counts() == {"won": 1, "lost": 1, "equal": 2}
 
@@ -103,17 +103,17 @@ def test_what_cannot_be_compared_is_named(pair):
     short = write(folder / "short", [0.5] * 8, queries=5)
     other = write(folder / "gap", [0.5] * 8, kind="GAP")
     with pytest.raises(InputError, match="other queries"):
-        read_against(folder / "a", a, folder / "short", short)
+        read_comparison(folder / "a", a, folder / "short", short)
     with pytest.raises(InputError, match=r"scored by mAP, .*gap by GAP"):
-        read_against(folder / "a", a, folder / "gap", other)
+        read_comparison(folder / "a", a, folder / "gap", other)
     labels = write(folder / "labels", [0.5] * 8)
     labels["metrics"] = {"search": {"map": {"all": 0.5}}}
     path = folder / "labels" / "per_query.csv"
     path.write_text(path.read_text().replace("search medium AP,search hard AP", "search all AP,search some AP"))
     with pytest.raises(InputError, match=r"scored on medium, hard, .*labels on all, some: not comparable"):
-        read_against(folder / "a", a, folder / "labels", labels)
+        read_comparison(folder / "a", a, folder / "labels", labels)
     with pytest.raises(InputError, match="no scores per query"):
-        read_against(folder / "a", a, folder / "short", short | {"metrics": {}})
+        read_comparison(folder / "a", a, folder / "short", short | {"metrics": {}})
     (folder / "short" / "per_query.csv").write_text("nonsense")
     with pytest.raises(InputError, match=r"short/per_query\.csv: missing or damaged"):
-        read_against(folder / "a", a, folder / "short", short)
+        read_comparison(folder / "a", a, folder / "short", short)
