@@ -12,14 +12,14 @@ import signal
 import sys
 from pathlib import Path
 
-from superglobal.data.catalogue import NAMES, chosen
+from superglobal.data.catalogue import SOURCE_NAMES, select_sources
 from superglobal.errors import InputError
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("names", nargs="*", metavar="NAME", type=_name, help=", ".join(NAMES))
+    found.add_argument("names", nargs="*", metavar="NAME", type=_name, help=", ".join(SOURCE_NAMES))
     found.add_argument("--data", type=Path, default=Path("data"), help="folder of all data sets (paths.data)")
     found.add_argument("--list", action="store_true", help="say what there is, how large, and what is there")
     found.add_argument("--jobs", type=int, default=4, help="archives at once")
@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _name(text: str) -> str:
-    if text not in NAMES:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(NAMES)}")
+    if text not in SOURCE_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(SOURCE_NAMES)}")
     return text
 
 
@@ -56,26 +56,26 @@ def main() -> int:
     options = parser()
     args = options.parse_args()
     if args.list:
-        from superglobal.download.overview import overview
+        from superglobal.download import overview
 
         print(overview(args.data))
         return 0
     if not args.names:
-        options.error(f"name one or more of {', '.join(NAMES)}; --list says what they are")
+        options.error(f"name one or more of {', '.join(SOURCE_NAMES)}; --list says what they are")
     if args.jobs < 1 or args.tries < 1 or not args.timeout > 0:
         options.error("--jobs and --tries are 1 or more, --timeout is above 0")
     signal.signal(signal.SIGINT, _end_at_once)
     try:
-        from superglobal.download.fetch import Options, get
-        from superglobal.download.transfer import Way
+        from superglobal.download.fetch import DownloadOptions
+        from superglobal.download.sources import download_source
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    wanted = Options(Way(tuple(args.base_url), args.timeout, args.tries), args.jobs, args.keep, args.packed)
+    wanted = DownloadOptions(tuple(args.base_url), args.timeout, args.tries, args.jobs, args.keep, args.packed)
     status = 0
-    for source in chosen(args.names):
+    for source in select_sources(args.names):
         try:
-            print(f"{source.name}: {get(source, args.data, wanted)}", flush=True)
+            print(f"{source.name}: {download_source(source, args.data, wanted)}", flush=True)
         except InputError as error:
             status = 2
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from documents import ROOT, blocks, commands, composed, text_of
 from sets import texture, write_folders, write_revisited
 
 import superglobal
-from superglobal.data.catalogue import NAMES, chosen
+from superglobal.data.catalogue import SOURCE_NAMES, select_sources
 
 README = text_of("README.md")
 
@@ -39,10 +39,10 @@ def test_every_download_command_names_what_there_is():
     parser = runpy.run_path(str(ROOT / "scripts" / "download.py"))["parser"]()
     found = [parser.parse_args(words[1:]) for words in commands(README) if words[0] == "scripts/download.py"]
     assert len(found) >= 5
-    assert all(args.list or chosen(args.names) for args in found)
+    assert all(args.list or select_sources(args.names) for args in found)
     mentioned = re.findall(r"download\.py ((?:[a-z0-9]+(?:-[a-z]+)? ?)+)", README.replace("\n   ", " "))
     assert len(mentioned) >= 8
-    assert {name for names in mentioned for name in names.split()} <= set(NAMES)
+    assert {name for names in mentioned for name in names.split()} <= set(SOURCE_NAMES)
 
 
 def test_the_commands_for_pictures_are_parsed(monkeypatch):

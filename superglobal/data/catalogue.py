@@ -1,41 +1,46 @@
-"""What is had where: addresses, about how large, and below which folder it goes. Nothing is loaded here.
+"""Download addresses, sizes and target folders of all data sets and weights, and the hints that name them.
 
 Addresses: filipradenovic/revisitop (README, python/download.py), cvdfoundation/google-landmark (README), sungonce/CVNet
-(README). None of these hosts could be reached from where this was written.
+(README). They have not been tested against the original hosts.
 """
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 GLDV2_PAGE = "https://github.com/cvdfoundation/google-landmark"
-GLDV2 = "https://s3.amazonaws.com/google-landmark"
-GROUND_TRUTH = "http://cmp.felk.cvut.cz/revisitop/data/datasets/{name}/gnd_{name}.pkl"
-FEATURES = "http://cmp.felk.cvut.cz/revisitop/data/features/{name}_resnet_rsfm120k_gem.mat"
-R1M = "http://ptak.felk.cvut.cz/revisitop/revisitop1m"
-DRIVE = "https://drive.google.com/drive/folders/1gMbZ8JlTyPlH2-6HW5NHRe58LmKfJybx"
+GOOGLE_DRIVE_FOLDER = "https://drive.google.com/drive/folders/1gMbZ8JlTyPlH2-6HW5NHRe58LmKfJybx"
+TOY_DATA_HINT = (
+    "without a download: superglobal toy-data renders toy landmarks (a minute), then "
+    "python train.py experiment=quickstart and python eval.py dataset=toy"
+)
+"""Ends every message about missing data."""
+_REVISITOP_PAGE = "https://github.com/filipradenovic/revisitop"
+_REVISITOP = "http://cmp.felk.cvut.cz/revisitop/data"
+_R1M = "http://ptak.felk.cvut.cz/revisitop/revisitop1m"
+_GLDV2 = "https://s3.amazonaws.com/google-landmark"
 _OXFORD = "https://www.robots.ox.ac.uk/~vgg/data"
 _THOR = "https://thor.robots.ox.ac.uk"
-Lists = Literal["revisited", "distractors", "index", "test", "train"]
-"""Which kind of list says what photos there are."""
+ImageList = Literal["revisited", "distractors", "index", "test", "train"]
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """One file.
 
     Attributes:
-        urls: where it is had; the first that has it serves.
-        path: where it goes, below the folder of its source.
-        md5: address of a text with its md5, where one is published.
+        urls: addresses of the same file, tried in order.
+        path: target, relative to the folder of its source.
+        md5_url: address of a text that starts with the MD5 of the file, where one is published.
     """
 
     urls: tuple[str, ...]
     path: str
-    md5: str | None = None
+    md5_url: str | None = None
 
     @property
     def name(self) -> str:
@@ -44,100 +49,125 @@ class Remote:
 
 @dataclass(frozen=True)
 class Source:
-    """What one name of the command stands for.
+    """Everything that one name of `superglobal download` stands for.
 
     Attributes:
-        name: on the command line.
-        about: in a line.
-        folder: below `--data`.
-        page: where its owners describe it.
+        name: name on the command line.
+        description: one line.
+        folder: target folder, relative to `--data`.
+        page: web page of the data set.
         files: lists, ground truths, weights.
-        archives: of photos.
-        images: folder of the photos, below `folder`.
-        lists: the kind of list that says what photos there are.
-        photos: how many.
-        size: of the archives together in bytes, about; None where no source says.
-        corrupt: photos in the archives that are none, by file name; they are in no list.
-        drive: whether the files are in a folder of Google Drive, which gives none by its address.
+        archives: tar files of images.
+        image_folder: folder of the images, relative to `folder`.
+        image_list: kind of list that names the images, None without images.
+        n_images: number of images.
+        size: approximate size of all archives in bytes, None if unknown.
+        corrupt: names of files in the archives that are known not to be images; no list contains them.
+        google_drive: whether the files are in a Google Drive folder, which has no address per file.
     """
 
     name: str
-    about: str
+    description: str
     folder: str
     page: str
-    files: tuple[Remote, ...] = ()
-    archives: tuple[Remote, ...] = ()
-    images: str = "jpg"
-    lists: Lists | None = None
-    photos: int | None = None
+    files: tuple[RemoteFile, ...] = ()
+    archives: tuple[RemoteFile, ...] = ()
+    image_folder: str = "jpg"
+    image_list: ImageList | None = None
+    n_images: int | None = None
     size: float | None = None
     corrupt: frozenset[str] = frozenset()
-    drive: bool = False
+    google_drive: bool = False
 
 
-def chosen(names: list[str]) -> list[Source]:
-    """The sources that names of the command mean, each once, in order; "gldv2" is all of its parts."""
-    parts = [part for name in names for part in GROUPS.get(name, (name,))]
-    return [SOURCES[part] for part in dict.fromkeys(parts)]
+def select_sources(names: Iterable[str]) -> list[Source]:
+    """Return the sources of names on the command line, each once, in order; "gldv2" is expanded to its sources."""
+    expanded = [member for name in names for member in GROUPS.get(name, (name,))]
+    return [SOURCES[name] for name in dict.fromkeys(expanded)]
 
 
 def download_command(name: str, folder: Path) -> str:
-    """The command that gets a source into `folder`, for messages."""
-    if folder.name != folder_of(name):
-        return f"python scripts/download.py {name}"  # of a folder that has another name
-    return f"python scripts/download.py {name} --data {shlex.quote(str(folder.parent))}"
+    """Return the command that downloads a source to `folder`, for messages."""
+    command = f"superglobal download {name}"
+    if folder.name != SOURCES[name].folder:  # a folder with another name than `superglobal download` creates
+        return command
+    return f"{command} --data {shlex.quote(str(folder.parent))}"
 
 
-def folder_of(name: str) -> str:
-    """The folder of a source or a group, below `--data`."""
-    return chosen([name])[0].folder
+def how_to_get_gldv2_train(root: Path) -> str:
+    """Return the expected layout of GLDv2's training images and the command that downloads them."""
+    return (
+        f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; this gets "
+        f"it from {GLDV2_PAGE}: {download_command('gldv2-train', root)} (with --packed the tar files stay packed, for "
+        f"data.tars={root}/archives/train)\n{TOY_DATA_HINT}"
+    )
 
 
-def _mirrored(url: str) -> tuple[str, ...]:
-    """The address, and the same by https."""
-    return url, url.replace("http://", "https://", 1)
+def how_to_get_gldv2(root: Path) -> str:
+    """Return the expected layout of GLDv2's evaluation sets and the commands that download them."""
+    contents = {
+        "test": "queries and solutions",
+        "index": "database of gldv2_test",
+        "train": "that of gldv2_recognition and gldv2_val",
+    }
+    commands = ", ".join(
+        f"{download_command(f'gldv2-{split}', root)} ({content})" for split, content in contents.items()
+    )
+    return (
+        f"GLDv2 is expected as {root}/{{index,test,train}}/a/b/c/<id>.jpg with its lists and solutions in {root}; this "
+        f"gets it from {GLDV2_PAGE}: {commands}\n{TOY_DATA_HINT}; the toy set is in this layout too: "
+        "dataset.root=data/toy/gldv2"
+    )
 
 
-def _ground_truth(name: str, folder: str = "") -> Remote:
-    return Remote(_mirrored(GROUND_TRUTH.format(name=name)), f"{folder}gnd_{name}.pkl")
+def tree_path(image: bytes) -> str:
+    """Return the path of a GLDv2 image below its split's folder, `a/b/c/abc....jpg`, for its id."""
+    name = image.decode()
+    return f"{name[0]}/{name[1]}/{name[2]}/{name}.jpg"
 
 
-def _features(name: str) -> Remote:
-    url = FEATURES.format(name=name)
-    return Remote(_mirrored(url), url.rpartition("/")[2])
+def _revisitop(path: str) -> RemoteFile:
+    url = f"{_REVISITOP}/{path}"
+    return RemoteFile((url, url.replace("http://", "https://", 1)), path.rpartition("/")[2])
 
 
-def _csv(*names: str) -> tuple[Remote, ...]:
-    return tuple(Remote((f"{GLDV2}/metadata/{name}.csv",), f"{name}.csv") for name in names)
+def _ground_truth(name: str) -> RemoteFile:
+    return _revisitop(f"datasets/{name}/gnd_{name}.pkl")
 
 
-def _gldv2(split: Lists, tars: int, photos: int, each: float, about: str, *lists: Remote) -> Source:
-    def tar(number: int) -> Remote:
+def _lists(*names: str) -> tuple[RemoteFile, ...]:
+    return tuple(RemoteFile((f"{_GLDV2}/metadata/{name}.csv",), f"{name}.csv") for name in names)
+
+
+def _gldv2(
+    split: ImageList, n_archives: int, n_images: int, archive_size: float, description: str, *lists: RemoteFile
+) -> Source:
+    def archive(number: int) -> RemoteFile:
         name = f"images_{number:03d}"
-        md5 = f"{GLDV2}/md5sum/{split}/md5.{name}.txt"
-        return Remote((f"{GLDV2}/{split}/{name}.tar",), f"archives/{split}/{name}.tar", md5)
+        md5_url = f"{_GLDV2}/md5sum/{split}/md5.{name}.txt"
+        return RemoteFile((f"{_GLDV2}/{split}/{name}.tar",), f"archives/{split}/{name}.tar", md5_url)
 
+    archives = tuple(archive(number) for number in range(n_archives))
     return Source(
         f"gldv2-{split}",
-        about,
+        description,
         "gldv2",
         GLDV2_PAGE,
         lists,
-        tuple(tar(number) for number in range(tars)),
-        split,
-        split,
-        photos,
-        tars * each,
+        archives,
+        image_folder=split,
+        image_list=split,
+        n_images=n_images,
+        size=n_archives * archive_size,
     )
 
 
 _SOLUTIONS = tuple(
-    Remote((f"{GLDV2}/ground_truth/{task}_solution_v2.1.csv",), f"{task}_solution_v2.1.csv")
+    RemoteFile((f"{_GLDV2}/ground_truth/{task}_solution_v2.1.csv",), f"{task}_solution_v2.1.csv")
     for task in ("retrieval", "recognition")
 )
-_REVISITOP = "https://github.com/filipradenovic/revisitop"
-# HTML pages in place of JPEGs; the authors of Paris6k list them as corrupt.txt, Revisited Paris does without them.
-_CORRUPT = {
+# HTML pages instead of JPEGs; the authors of Paris6k list them in corrupt.txt, Revisited Paris does not use them.
+_CORRUPT_PARIS = {
     "louvre": (136, 146),
     "moulinrouge": (422,),
     "museedorsay": (1059,),
@@ -150,73 +180,83 @@ _CORRUPT = {
 _ALL = (
     Source(
         "roxford5k",
-        "Revisited Oxford, faces blurred as it is given out since 2022",
+        "Revisited Oxford; faces are blurred, as in all copies since 2022",
         "roxford5k",
-        _REVISITOP,
+        _REVISITOP_PAGE,
         (_ground_truth("roxford5k"),),
         (
-            Remote(
+            RemoteFile(
                 (f"{_OXFORD}/oxbuildings/oxbuild_images-v1.tgz", f"{_THOR}/oxbuildings/oxbuild_images-v1.tgz"),
                 "archives/oxbuild_images-v1.tgz",
             ),
         ),
-        lists="revisited",
-        photos=4993 + 70,
+        image_list="revisited",
+        n_images=4993 + 70,
         size=1.94e9,
     ),
     Source(
         "rparis6k",
-        "Revisited Paris, faces blurred as it is given out since 2022",
+        "Revisited Paris; faces are blurred, as in all copies since 2022",
         "rparis6k",
-        _REVISITOP,
+        _REVISITOP_PAGE,
         (_ground_truth("rparis6k"),),
         tuple(
-            Remote((f"{_OXFORD}/parisbuildings/{name}", f"{_THOR}/datasets/paris-buildings/{name}"), f"archives/{name}")
+            RemoteFile(
+                (f"{_OXFORD}/parisbuildings/{name}", f"{_THOR}/datasets/paris-buildings/{name}"), f"archives/{name}"
+            )
             for name in ("paris_1-v1.tgz", "paris_2-v1.tgz")
         ),
-        lists="revisited",
-        photos=6322 + 70,
-        corrupt=frozenset(f"paris_{place}_{n:06d}.jpg" for place, numbers in _CORRUPT.items() for n in numbers),
+        image_list="revisited",
+        n_images=6322 + 70,
+        corrupt=frozenset(f"paris_{place}_{n:06d}.jpg" for place, ns in _CORRUPT_PARIS.items() for n in ns),
     ),
     Source(
         "revisitop1m",
-        "a million distractors for the two",
+        "a million distractors for both",
         "revisitop1m",
-        _REVISITOP,
-        (Remote((f"{R1M}/revisitop1m.txt",), "revisitop1m.txt"),),
+        _REVISITOP_PAGE,
+        (RemoteFile((f"{_R1M}/revisitop1m.txt",), "revisitop1m.txt"),),
         tuple(
-            Remote((f"{R1M}/jpg/revisitop1m.{n}.tar.gz",), f"archives/revisitop1m.{n}.tar.gz") for n in range(1, 101)
+            RemoteFile((f"{_R1M}/jpg/revisitop1m.{n}.tar.gz",), f"archives/revisitop1m.{n}.tar.gz")
+            for n in range(1, 101)
         ),
-        lists="distractors",
+        image_list="distractors",
     ),
     Source(
         "gldv2-csv",
         "all lists and solutions of Google Landmarks v2",
         "gldv2",
         GLDV2_PAGE,
-        _csv("train", "train_clean", "train_attribution", "train_label_to_category", "train_label_to_hierarchical")
-        + _csv("index", "index_image_to_landmark", "index_label_to_category", "index_label_to_hierarchical", "test")
+        _lists("train", "train_clean", "train_attribution", "train_label_to_category", "train_label_to_hierarchical")
+        + _lists("index", "index_image_to_landmark", "index_label_to_category", "index_label_to_hierarchical", "test")
         + _SOLUTIONS,
     ),
-    _gldv2("test", 20, 117_577, 500e6, "queries of GLDv2, with the solutions", *_csv("test"), *_SOLUTIONS),
-    _gldv2("index", 100, 761_757, 850e6, "database of GLDv2's retrieval task", *_csv("index")),
-    _gldv2("train", 500, 4_132_914, 1e9, "training photos of GLDv2", *_csv("train", "train_clean")),
+    _gldv2("test", 20, 117_577, 500e6, "queries of GLDv2, with the solutions", *_lists("test"), *_SOLUTIONS),
+    _gldv2("index", 100, 761_757, 850e6, "database of GLDv2's retrieval task", *_lists("index")),
+    _gldv2("train", 500, 4_132_914, 1e9, "training images of GLDv2", *_lists("train", "train_clean")),
     Source(
         "cvnet",
         "CVNet's weights, which the reference evaluates (Google Drive)",
         "cvnet",
         "https://github.com/sungonce/CVNet",
-        tuple(Remote((f"{DRIVE}/{name}",), name) for name in ("CVPR2022_CVNet_R50.pyth", "CVPR2022_CVNet_R101.pyth")),
-        drive=True,
+        tuple(
+            RemoteFile((f"{GOOGLE_DRIVE_FOLDER}/{name}",), name)
+            for name in ("CVPR2022_CVNet_R50.pyth", "CVPR2022_CVNet_R101.pyth")
+        ),
+        google_drive=True,
     ),
     Source(
         "revisited-features",
-        "the Revisited authors' example features, for scripts/check_metrics.py",
+        "example features of the Revisited authors, for scripts/check_metrics.py",
         "revisited-features",
-        _REVISITOP,
-        tuple(one(name) for name in ("roxford5k", "rparis6k") for one in (_ground_truth, _features)),
+        _REVISITOP_PAGE,
+        tuple(
+            file
+            for name in ("roxford5k", "rparis6k")
+            for file in (_ground_truth(name), _revisitop(f"features/{name}_resnet_rsfm120k_gem.mat"))
+        ),
     ),
 )
 SOURCES = {source.name: source for source in _ALL}
 GROUPS = {"gldv2": ("gldv2-csv", "gldv2-test", "gldv2-index", "gldv2-train")}
-NAMES = [*SOURCES, *GROUPS]
+SOURCE_NAMES = [*SOURCES, *GROUPS]

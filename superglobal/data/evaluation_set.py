@@ -14,19 +14,13 @@ from typing import Any, Generic, Literal, SupportsIndex, TypeVar, overload
 import numpy as np
 
 import superglobal.data
-from superglobal.data.catalogue import SOURCES, download_command
+from superglobal.data.catalogue import SOURCES, download_command, tree_path
 from superglobal.data.image_checks import CheckReport, check_images
-from superglobal.data.image_sources import relative_path
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
 
 _SHOWN = 5
 NOTHING_COMPUTED = "nothing was computed, because input is missing or unreadable:"
-TOY = (
-    "without a download: python scripts/make_toy_data.py renders toy landmarks (a minute), then "
-    "python train.py experiment=quickstart and python eval.py dataset=toy"
-)
-"""What every message about missing data ends with."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +291,7 @@ def file_names(items: Sequence[ImageItem], root: Path) -> Lazy[str]:
 
 
 def _tree_item(root: Path, ids: np.ndarray, place: int) -> ImageItem:
-    return ImageItem(root / relative_path(ids[place]))
+    return ImageItem(root / tree_path(ids[place]))
 
 
 def _either(first: Sequence[T], second: Sequence[T], place: int) -> T:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.catalogue import GLDV2_PAGE, download_command
+from superglobal.data.catalogue import how_to_get_gldv2, how_to_get_gldv2_train, tree_path
 from superglobal.data.evaluation_set import (
-    TOY,
     EvaluationSet,
     RecognitionTruth,
     RetrievalTruth,
@@ -30,7 +29,7 @@ from superglobal.data.gldv2_solutions import (
     read_solution,
 )
 from superglobal.data.image_index import load_index
-from superglobal.data.image_sources import PhotoSource, PhotoTree, relative_path
+from superglobal.data.image_sources import PhotoSource, PhotoTree
 from superglobal.errors import InputError
 from superglobal.utils.io import write_atomically
 
@@ -60,7 +59,7 @@ class TrainList:
 
     def path(self, index: int) -> Path:
         """`a/b/c/abc....jpg` below the root: the first three digits are folders."""
-        return self.root / relative_path(self.ids[index])
+        return self.root / tree_path(self.ids[index])
 
     def read(self, index: int) -> bytes:
         """The photo's file.
@@ -82,15 +81,6 @@ class TrainList:
 
     def _source(self) -> PhotoSource:
         return self.source or PhotoTree(self.root)
-
-
-def how_to_get_train(root: Path) -> str:
-    """Layout, the command that gets it, and what does without."""
-    return (
-        f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; this gets "
-        f"it from {GLDV2_PAGE}: {download_command('gldv2-train', root)} (with --packed the tar files stay packed, for "
-        f"data.tars={root}/archives/train)\n{TOY}"
-    )
 
 
 def read_train(
@@ -147,7 +137,7 @@ def _read(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         ids, landmarks = read_list(path)
     except FileNotFoundError as error:
-        raise InputError(f"training list not found: {path}\n{how_to_get_train(root)}") from error
+        raise InputError(f"training list not found: {path}\n{how_to_get_gldv2_train(root)}") from error
     values = require_unique(path, ids)
     order = np.lexsort((values, landmarks))
     del values
@@ -193,11 +183,6 @@ def _subset(photos: TrainList, keep: np.ndarray) -> TrainList:
     return replace(photos, ids=photos.ids[chosen], labels=labels, landmarks=photos.landmarks[keep])
 
 
-_PARTS = {
-    "test": "queries and solutions",
-    "index": "database of gldv2_test",
-    "train": "that of gldv2_recognition and gldv2_val",
-}
 _NONE = np.empty(0, np.int64)
 
 
@@ -214,7 +199,7 @@ def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v
         InputError: a list that is missing or faulty, or ground truth that the index does not have.
     """
     root = Path(root)
-    hint = how_to_get(root)
+    hint = how_to_get_gldv2(root)
     truth = _solution(root, "retrieval", solution, hint)
     path = root / "index.csv"
     try:
@@ -266,7 +251,7 @@ def recognition_set(
         InputError: a list that is missing or faulty.
     """
     root = Path(root)
-    hint = how_to_get(root)
+    hint = how_to_get_gldv2(root)
     truth = _solution(root, "recognition", solution, hint)
     photos = read_train(root, table, min_images=1)
     labels = photos.landmarks[photos.labels]
@@ -332,21 +317,11 @@ def validation_set(
         protocols="landmarks",
         leave_one_out=False,
         root=root,
-        how_to_get=how_to_get(root),
+        how_to_get=how_to_get_gldv2(root),
         landmark_truth=RetrievalTruth(
             photos.ids[query], index, relevant, {"all": np.ones(len(landmark), bool)}, landmark
         ),
         about={"landmarks": landmarks, "drawn_from": table, "seed": seed},
-    )
-
-
-def how_to_get(root: Path) -> str:
-    """Layout, the commands that get it, and what does without."""
-    parts = (f"{download_command(f'gldv2-{part}', root)} ({what})" for part, what in _PARTS.items())
-    return (
-        f"GLDv2 is expected as {root}/{{index,test,train}}/a/b/c/<id>.jpg with its lists and solutions in {root}; this "
-        f"gets it from {GLDV2_PAGE}: {', '.join(parts)}\n{TOY}; the toy set is in this layout too: "
-        "dataset.root=data/toy/gldv2"
     )
 
 

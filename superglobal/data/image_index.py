@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from superglobal.data.catalogue import tree_path
 from superglobal.data.image_checks import check_image, check_images
-from superglobal.data.image_sources import PhotoTars, relative_path, tar_members
+from superglobal.data.image_sources import PhotoTars, tar_members
 from superglobal.data.images import FaultyImageError
 from superglobal.errors import InputError
 from superglobal.utils.io import write_atomically
@@ -150,7 +151,7 @@ def check_tree(ids_file: Path, tree: Path, part: slice, decode: bool) -> Part:
         decode: decode each photo as well.
     """
     ids = np.load(ids_file, mmap_mode="r")[part]
-    paths = [tree / relative_path(image) for image in ids]
+    paths = [tree / tree_path(image) for image in ids]
     report = check_images(paths, _THREADS, decode)
     reasons = dict(report.problems)
     found = [

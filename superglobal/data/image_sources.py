@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from superglobal.data.catalogue import tree_path
 from superglobal.data.images import FaultyImageError
 
 _MEMBER = re.compile(r"(?:.*/)?([0-9a-f]{16})\.jpg")
@@ -28,12 +29,6 @@ class PhotoSource(Protocol):
         """Where it is, for messages."""
 
 
-def relative_path(image: bytes) -> str:
-    """`a/b/c/abc....jpg`: the first three digits are folders."""
-    name = image.decode()
-    return f"{name[0]}/{name[1]}/{name[2]}/{name}.jpg"
-
-
 @dataclass(frozen=True)
 class PhotoTree:
     """`<root>/a/b/c/<id>.jpg`."""
@@ -42,14 +37,14 @@ class PhotoTree:
 
     def read(self, image: bytes) -> bytes:
         try:
-            return (self.root / relative_path(image)).read_bytes()
+            return (self.root / tree_path(image)).read_bytes()
         except FileNotFoundError:
             raise FaultyImageError("missing") from None
         except OSError as error:
             raise FaultyImageError(error.strerror or str(error)) from error
 
     def place(self, image: bytes) -> str:
-        return str(self.root / relative_path(image))
+        return str(self.root / tree_path(image))
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ class PhotoTars:
 
     def place(self, image: bytes) -> str:
         number = self.tars[self._row(image)]
-        return f"{self.folder / (self.names[number] if number >= 0 else 'images_*.tar')}:{relative_path(image)}"
+        return f"{self.folder / (self.names[number] if number >= 0 else 'images_*.tar')}:{tree_path(image)}"
 
     def _row(self, image: bytes) -> int:
         return int(np.searchsorted(self.ids, np.array(image, "S16")))

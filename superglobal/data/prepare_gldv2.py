@@ -23,10 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.gldv2 import how_to_get_train as how_to_get
+from superglobal.data.catalogue import how_to_get_gldv2_train, tree_path
 from superglobal.data.gldv2 import read_train
 from superglobal.data.image_index import VERSION, Part, PhotoIndex, check_tar, check_tree, index_path, list_digest
-from superglobal.data.image_sources import relative_path
 from superglobal.errors import InputError
 from superglobal.utils.distributed import end_with_parent
 from superglobal.utils.io import only_process, write_atomically
@@ -91,7 +90,7 @@ def prepare(
     ids = np.sort(read_train(root, table, min_images=1).ids)
     files = _tar_files(tars, root) if tars else []
     if not tars and not (root / "train").is_dir():
-        raise InputError(f"photos not found: {root / 'train'}\n{how_to_get(root)}")
+        raise InputError(f"photos not found: {root / 'train'}\n{how_to_get_gldv2_train(root)}")
     digest = list_digest(root, table)
     lock, name = root / f".{Path(table).stem}.index.lock", index_path(root, table)
     with only_process(lock, f"{name}: another process is making it", "or give another --root"):
@@ -116,7 +115,7 @@ def prepare(
 def _tar_files(tars: Path, root: Path) -> list[Path]:
     files = sorted(tars.glob("*.tar"))
     if not files:
-        raise InputError(f"no tar files (images_000.tar, ...) in {tars}\n{how_to_get(root)}")
+        raise InputError(f"no tar files (images_000.tar, ...) in {tars}\n{how_to_get_gldv2_train(root)}")
     return files
 
 
@@ -219,7 +218,7 @@ def _assemble(ids: np.ndarray, files: list[Path], parts: list[Path]) -> tuple[Ph
 
 def _result(root: Path, table: str, tars: Path | None, index: PhotoIndex, notes: list[str]) -> Prepared:
     def place(row: int) -> str:
-        member = relative_path(index.ids[row])
+        member = tree_path(index.ids[row])
         if tars is None:
             return str(root / "train" / member)
         return index.tars(tars).place(index.ids[row])

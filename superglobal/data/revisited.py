@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.data.catalogue import SOURCES, download_command
-from superglobal.data.evaluation_set import TOY, EvaluationSet, image_path, landmarks, loader
+from superglobal.data.catalogue import SOURCES, TOY_DATA_HINT, download_command
+from superglobal.data.evaluation_set import EvaluationSet, image_path, landmarks, loader
 from superglobal.data.images import Box, ImageItem
 from superglobal.data.safe_pickle import BlockedGlobalError, load_plain_pickle
 from superglobal.errors import InputError
@@ -110,7 +110,7 @@ def _how_to_get(folder: Path, name: str) -> str:
     text = f"{name} is expected as {folder}/gnd_{name}.pkl and {folder}/jpg/<image>.jpg, without sub-folders"
     if name in SOURCES:
         text += f"; this gets it from {SOURCES[name].page}: {download_command(name, folder)}"
-    return f"{text}\n{TOY}"
+    return f"{text}\n{TOY_DATA_HINT}"
 
 
 def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:

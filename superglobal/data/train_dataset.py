@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from superglobal.data.catalogue import how_to_get_gldv2_train
 from superglobal.data.evaluation_set import NOTHING_COMPUTED, describe_problems
 from superglobal.data.gldv2 import TrainList
-from superglobal.data.gldv2 import how_to_get_train as how_to_get
 from superglobal.data.image_checks import check_images
 from superglobal.data.image_index import index_path, load_index, prepare_command, signature_codes
 from superglobal.data.images import FaultyImageError, decode_image, image_size
@@ -269,7 +269,7 @@ def require_photos(
         require_budget(len(problems), total, budget, where)
     except InputError as error:
         lines = describe_problems("training photos", total, problems)
-        hint = [how_to_get(root)] if 2 * len(problems) > total else []
+        hint = [how_to_get_gldv2_train(root)] if 2 * len(problems) > total else []
         raise InputError("\n".join([NOTHING_COMPUTED, *lines, str(error), *hint])) from None
     return bad, np.concatenate(contents)
 

@@ -1,232 +1,263 @@
-"""One source from nothing, or from where an earlier run was interrupted, to photos in place that were checked.
+"""Download files by HTTP: partial downloads are resumed, several addresses are tried, checksums are compared.
 
-Everything that is done is on disk: `<archive>.part` (what has come), `<archive>` (whole, its checksum right),
-`<archive>.files` (unpacked: what it has put in place). A killed run therefore loads nothing again.
+`<file>.part` is a partial download and `<file>.part.json` says which file on which server it belongs to.
+`<file>.md5` or `<file>.sha256` is the checksum of a verified file, in the format of md5sum and sha256sum.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from superglobal.data.catalogue import Remote, Source
-from superglobal.download.checksums import confirm, is_confirmed, mismatch, published, record, recorded
-from superglobal.download.drive import by_hand, load_folder
-from superglobal.download.lists import listed, placing, require_kind
-from superglobal.download.news import News, StoppedError
-from superglobal.download.presence import Present, list_beside
-from superglobal.download.space import Load, needed, require_space
-from superglobal.download.transfer import DiskFullError, Report, Way, fetch, part_of, size_at, text_at
-from superglobal.download.unpack import Place, unpack
+from superglobal.download.archives import disk_error
 from superglobal.errors import InputError
-from superglobal.utils.io import only_process, write_atomically
+from superglobal.utils.io import write_atomically
 
-_SHOWN = 5
+try:
+    import requests
+except ImportError as error:
+    raise InputError("downloads need the package requests: pip install requests") from error
+
+_CHUNK = 1 << 16
+Report = Callable[[int, int | None], None]
+"""Called with the bytes of a file that are there and its size, None if unknown; may raise to stop the transfer."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a source is got.
+class DownloadOptions:
+    """Options of `superglobal download`.
 
     Attributes:
-        way: see `Way`.
-        jobs: archives at once.
-        keep: archives stay after they were unpacked.
-        packed: archives are not unpacked at all (of GLDv2, for `data.tars`).
+        base_urls: servers to use instead of the official ones: https://host/path is loaded from <base_url>/host/path.
+        timeout: seconds without a byte after which a connection is given up.
+        tries: attempts without a new byte after which an address is given up.
+        jobs: archives downloaded at once.
+        keep: keep archives after they have been unpacked.
+        packed: do not unpack archives (GLDv2, for `data.tars`).
+        pause: seconds before the second attempt, doubled for each further one.
     """
 
-    way: Way = field(default_factory=Way)
+    base_urls: tuple[str, ...] = ()
+    timeout: float = 60.0
+    tries: int = 5
     jobs: int = 4
     keep: bool = False
     packed: bool = False
+    pause: float = 1.0
+
+    def addresses(self, urls: Sequence[str]) -> list[str]:
+        """Return the addresses to try, in order."""
+        if not self.base_urls:
+            return list(urls)
+        paths = [url.split("://", 1)[1] for url in urls]
+        return list(dict.fromkeys(f"{base.rstrip('/')}/{path}" for path in paths for base in self.base_urls))
 
 
-def get(source: Source, data: Path, options: Options) -> str:
-    """Everything of a source in its place below `data`; what came of it in a line.
+def part_path(target: Path) -> Path:
+    """Return the path of a partial download."""
+    return target.with_name(f"{target.name}.part")
+
+
+def download_file(
+    urls: Sequence[str], target: Path, options: DownloadOptions, report: Report, checksum: str | None = None
+) -> None:
+    """Download a file, or the rest of a partial download; `target` appears only when it is complete.
+
+    Args:
+        urls: official addresses of the same file.
+        target: path of the file; its folder is created.
+        options: see `DownloadOptions`.
+        report: see `Report`.
+        checksum: "<algorithm>:<digest>" that the file must have.
 
     Raises:
-        InputError: another process is at it, there is no room, something could not be had or is not what it must be,
-            or photos of the lists are missing in the end. Calling again goes on.
+        InputError: no address gave the file.
+        DiskFullError: the disk is full.
     """
-    if options.packed and not source.name.startswith("gldv2-"):
-        raise InputError(f"--packed: {source.name} is not read from its archives; only GLDv2 is (data.tars)")
-    root = data / source.folder
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{root}: cannot be made ({error.strerror}); choose another place with --data") from error
-    lock = root / ".download.lock"
-    with only_process(lock, f"{root}: another process is loading into it", "or choose another --data"):
-        there = all((root / file.path).is_file() for file in source.files)
-        if source.drive and not options.way.bases and not there:
-            load_folder(source, root, options.way)
-        with News(source.name) as news:
-            for file in source.files:
-                _file(file, root / file.path, source, options.way, news)
-        said = _photos(source, root, options) if source.archives else f"{len(source.files)} files in {root}"
-        lock.unlink()
-        return said
-
-
-def _file(file: Remote, target: Path, source: Source, way: Way, news: News) -> None:
-    """A list, a ground truth or weights, in place and sound."""
-    known, fresh = recorded(target), not target.is_file()
-    if fresh and source.drive and not way.bases:
-        raise InputError(f"{target.name} is not in CVNet's folder any more\n{by_hand(source, target.parent)}")
-    if fresh:
-        fetch(file.urls, target, way, news.of(file.name), known)
-    elif known and (wrong := mismatch(target, known)):
-        raise InputError(f"{target} was changed since it was loaded: {wrong}; or remove the file to load it again")
-    if known:
-        return
-    try:
-        require_kind(target)
-    except InputError as error:
-        if fresh:
-            target.unlink()
-            raise InputError(f"{file.urls[0]} gave something else, now removed: {error}\ncall again later") from error
-        raise
-    record(target)
-
-
-def _photos(source: Source, root: Path, options: Options) -> str:
-    names = listed(source, root)
-    images = root / source.images
-    there = Present(images)
-    complete = bool(there.has(names).all())
-    if complete and not options.packed:
-        return f"{len(names)} of {len(names)} photos in {images}"
-    todo = [a for a in source.archives if options.packed or not _is_unpacked(root / a.path, there)]
-    with News(source.name, _require_space(source, root, todo, options)) as news:
-        work = _Work(source, root, images, placing(source, names), options, news)
-        work.run(todo)
-    if options.packed:
-        folder = (root / source.archives[0].path).parent
-        return f"{len(todo)} archives in {folder}, their md5 right (data.tars={folder})"
-    return _verified(source, root, names, work.left_out)
-
-
-def _require_space(source: Source, root: Path, todo: Sequence[Remote], options: Options) -> int | None:
-    """Bytes that are to come, None if a server does not say it; `InputError` if there is no room."""
-    with ThreadPoolExecutor(options.jobs) as pool:
-        loads = list(pool.map(lambda archive: _load(root / archive.path, archive, options.way), todo))
-    require_space(root, source.name, needed(loads, options.jobs, options.keep, not options.packed))
-    sizes = [load.size for load in loads if load.size is not None]
-    return sum(sizes) if len(sizes) == len(loads) else None
-
-
-def _load(target: Path, archive: Remote, way: Way) -> Load:
-    if target.is_file():
-        size = target.stat().st_size
-        return Load(size, size)
-    part = part_of(target)
-    return Load(size_at(archive.urls, way), part.stat().st_size if part.is_file() else 0)
-
-
-class _Work:
-    """Archives, several at once."""
-
-    def __init__(self, source: Source, root: Path, images: Path, place: Place, options: Options, news: News) -> None:
-        self.source, self.root, self.images, self.place = source, root, images, place
-        self.options, self.news = options, news
-        self.left_out: list[str] = []
-        self.lock = threading.Lock()
-
-    def run(self, todo: Sequence[Remote]) -> None:
-        """All of them; one that fails does not keep the others from coming, but a full disk does."""
-        with ThreadPoolExecutor(self.options.jobs) as pool:
-            futures = {pool.submit(self._one, archive): archive for archive in todo}
-            try:
-                failures = self._failures(futures)
-            except BaseException:  # Ctrl-C
-                self.news.stopped.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        if failures:
-            lines = [str(failure) for failure in failures[:_SHOWN]]
-            lines += [f"... and {len(failures) - _SHOWN} more"] if len(failures) > _SHOWN else []
-            others = "what was under way was stopped" if self.news.stopped.is_set() else "the others are done"
-            done = f"{self.source.name}: {len(failures)} of {len(todo)} archives failed; {others}"
-            raise InputError("\n".join([done, *lines]))
-
-    def _failures(self, futures: dict[Future[None], Remote]) -> list[InputError]:
-        failures: list[InputError] = []
-        for future in as_completed(futures):
-            try:
-                future.result()
-            except StoppedError:
-                pass
-            except InputError as error:
-                failures.append(error)
-                if isinstance(error, DiskFullError):
-                    self.news.stopped.set()
-        return failures
-
-    def _one(self, archive: Remote) -> None:
-        report = self.news.of(archive.name)
-        target = self.root / archive.path
-        self._load(archive, target, report)
-        report(target.stat().st_size, target.stat().st_size)
-        if not self.options.packed:
-            self._unpack(archive, target)
-
-    def _load(self, archive: Remote, target: Path, report: Report) -> None:
-        """Until the whole archive is there and has the checksum that it must have."""
-        if archive.md5 and target.is_file() and is_confirmed(target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for url in options.addresses(urls):
+        reason = _download_from(url, target, options, report, checksum)
+        if reason is None:
             return
-        known = published(archive.md5, self._text) if archive.md5 else recorded(target)
-        if not target.is_file():
-            fetch(archive.urls, target, self.options.way, report, known)
-        elif known and (wrong := mismatch(target, known)):
-            raise InputError(f"{target}: {wrong}; remove the file to load it again")
-        if archive.md5 and known:
-            confirm(target, known)
+        failures.append(f"  {url}: {reason}")
+    size = file_size(part_path(target))
+    partial = f" ({size} bytes of it are there)" if size else ""
+    raise InputError(
+        "\n".join([f"{target.name} could not be downloaded{partial}:", *failures])
+        + f"\nrun the command again to resume, save the file as {target}, or name a server that has it with --base-url"
+    )
 
-    def _unpack(self, archive: Remote, target: Path) -> None:
+
+def _download_from(
+    url: str, target: Path, options: DownloadOptions, report: Report, checksum: str | None
+) -> str | None:
+    """Download from one address, in several attempts; return the reason if it fails."""
+    part, state, reason, failures, largest = part_path(target), _state_path(target), "", 0, 0
+    while failures < options.tries:
+        if failures:
+            time.sleep(min(60.0, options.pause * 2 ** (failures - 1)))
         try:
-            found = unpack(target, self.images, self.place)
-        except DiskFullError:
-            raise
-        except InputError as error:
-            raise InputError(f"{error} (loaded from {archive.urls[0]})") from error
-        with self.lock:
-            self.left_out += found.left_out
-        if not archive.md5 and recorded(target) is None:
-            record(target)
-        write_atomically(list_beside(target), "".join(f"{name}\n" for name in found.files).encode())
-        if not self.options.keep:
-            target.unlink()
-
-    def _text(self, address: str) -> str:
-        return text_at(address, self.options.way)
-
-
-def _is_unpacked(target: Path, there: Present) -> bool:
-    """Whether all that an archive has put in place is still there."""
-    try:
-        names = list_beside(target).read_bytes().split(b"\n")[:-1]
-    except OSError:
-        return False
-    return not names or bool(there.has(np.array(names)).all())
+            resumed = _transfer(url, part, state, options.timeout, report)
+        except requests.RequestException as error:
+            reason = _reason(error)
+            status = error.response.status_code if error.response is not None else 500
+            if isinstance(error, ValueError) or (status < 500 and status not in (408, 425, 429)):
+                return reason  # an invalid address, or a status that another attempt does not change
+        except OSError as error:
+            raise disk_error(f"{part}: cannot be written", part.parent, error) from error
+        else:
+            state.unlink(missing_ok=True)
+            problem = checksum_problem(part, checksum)
+            if problem is None:
+                os.replace(part, target)
+                return None
+            part.unlink()
+            if not resumed:
+                return problem
+            reason = problem  # the earlier part may have been damaged: start over
+        size = file_size(part)
+        failures, largest = (1, size) if size > largest else (failures + 1, largest)
+    return reason
 
 
-def _verified(source: Source, root: Path, names: np.ndarray, left_out: list[str]) -> str:
-    """The end, in a line; `InputError` with the photos that are in no archive."""
-    missing = names[~Present(root / source.images).has(names)]
-    if len(missing):
-        some = [f"  {root / source.images / name.decode()}" for name in missing[:_SHOWN].tolist()]
-        more = [f"  ... and {len(missing) - _SHOWN} more"] if len(missing) > _SHOWN else []
-        raise InputError(
-            "\n".join([f"{source.name}: {len(missing)} of {len(names)} photos of the lists are missing:", *some, *more])
-            + f"\nevery archive is unpacked and has none of them; compare lists and archives with {source.page}"
-        )
-    said = f"{len(names)} of {len(names)} photos in {root / source.images}"
-    corrupt = sum(name.rpartition("/")[2] in source.corrupt for name in left_out)
-    others = len(left_out) - corrupt
-    said += f"; {corrupt} left out that are known to be no images" if corrupt else ""
-    return said + (f"; {others} files left out that no list has" if others else "")
+def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Report) -> bool:
+    """Download the rest of a file to `part`; return whether an earlier download was resumed.
+
+    Bytes are appended only if the server confirms, by If-Range and Content-Range, that it still has the same file.
+    """
+    state = _read_state(state_path, url)
+    with part.open("ab") as file:
+        offset, length = file.tell(), state["length"]
+        if length is None or offset > length:
+            offset = 0
+        if offset == 0 or offset < length:
+            headers = {"Accept-Encoding": "identity"}
+            if offset:
+                headers |= {"Range": f"bytes={offset}-", "If-Range": state["validator"]}  # None is not sent
+            with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
+                if url.endswith("gz"):  # some servers send a .tgz as if it were compressed for the transfer
+                    response.raw.headers.pop("Content-Encoding", None)
+                if response.status_code in (206, 416):
+                    content_range = response.headers.get("Content-Range")
+                    if content_range != f"bytes {offset}-{(length or 0) - 1}/{length}":
+                        state_path.unlink(missing_ok=True)
+                        file.truncate(0)
+                        raise requests.ConnectionError(f"the file on the server changed ({content_range})")
+                else:
+                    response.raise_for_status()
+                    state = _new_state(url, response)
+                    offset, length = 0, state["length"]
+                    file.truncate(0)
+                    write_atomically(state_path, json.dumps(state).encode())
+                for chunk in response.iter_content(_CHUNK):
+                    file.write(chunk)
+                    report(file.tell(), length)
+        file.flush()
+        os.fsync(file.fileno())
+    if length is not None and file_size(part) != length:
+        raise requests.ConnectionError(f"the connection ended after {file_size(part)} of {length} bytes")
+    return offset > 0
+
+
+def _new_state(url: str, response: requests.Response) -> dict[str, Any]:
+    """Return what identifies the file of a response: its address, length and validator for If-Range."""
+    encoded = response.raw.headers.get("Content-Encoding", "identity") != "identity"
+    size = response.headers.get("Content-Length", "")
+    etag = response.headers.get("ETag", "W/")
+    return {
+        "url": url,
+        "length": int(size) if size.isdecimal() and not encoded else None,
+        "validator": response.headers.get("Last-Modified") if etag.startswith("W/") else etag,
+    }
+
+
+def _read_state(path: Path, url: str) -> dict[str, Any]:
+    """Return the `_new_state` of a partial download if it comes from this address."""
+    with suppress(OSError, ValueError, AttributeError):
+        state = json.loads(path.read_text())
+        if state.get("url") == url:
+            return {"length": state.get("length"), "validator": state.get("validator")}
+    return {"length": None, "validator": None}
+
+
+def _state_path(target: Path) -> Path:
+    return target.with_name(f"{target.name}.part.json")
+
+
+def _reason(error: requests.RequestException) -> str:
+    if error.response is not None:
+        return f"status {error.response.status_code} ({error.response.reason}), expected 200"
+    if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
+        return "the server was silent for longer than --timeout"
+    return f"{type(error).__name__}: {error}"
+
+
+def remote_size(urls: Sequence[str], options: DownloadOptions) -> int | None:
+    """Return the size of a file in bytes from the first server that gives it, None if none does."""
+    for url in options.addresses(urls):
+        with suppress(requests.RequestException, ValueError, KeyError):
+            headers = {"Accept-Encoding": "identity"}
+            response = requests.head(url, timeout=options.timeout, allow_redirects=True, headers=headers)
+            if response.status_code == 200:
+                return int(response.headers["Content-Length"])
+    return None
+
+
+def file_size(path: Path) -> int:
+    """Return the size of a file in bytes, 0 if there is none."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
+    """Download the published MD5 of `target`; return "md5:<digest>"."""
+    path = target.with_name(f"{target.name}.published")
+    download_file([url], path, options, lambda *_: None)
+    text = path.read_text(errors="replace")
+    path.unlink()
+    match = re.search(r"\b[0-9a-f]{32}\b", text.lower())
+    if match is None:
+        raise InputError(f"{url}: starts with {text[:40]!r}; expected an MD5 of 32 hexadecimal digits. Try again later")
+    return f"md5:{match[0]}"
+
+
+def recorded_sha256(target: Path) -> str | None:
+    """Return "sha256:<digest>" as recorded when a file was first downloaded, None if it never was."""
+    path = checksum_file(target, "sha256")
+    digest = path.read_text(errors="replace")[:64] if path.is_file() else ""
+    return f"sha256:{digest}" if re.fullmatch("[0-9a-f]{64}", digest) else None
+
+
+def record_checksum(target: Path, algorithm: str) -> None:
+    """Write the checksum of a verified file beside it."""
+    write_atomically(checksum_file(target, algorithm), f"{_digest(target, algorithm)}  {target.name}\n".encode())
+
+
+def checksum_file(target: Path, algorithm: str) -> Path:
+    """Return the path of the file that has the checksum of `target`."""
+    return target.with_name(f"{target.name}.{algorithm}")
+
+
+def checksum_problem(path: Path, checksum: str | None) -> str | None:
+    """Return what is wrong with a file that must have the checksum "<algorithm>:<digest>", None if nothing is."""
+    algorithm, _, expected = (checksum or "").partition(":")
+    if not expected or (digest := _digest(path, algorithm)) == expected:
+        return None
+    origin = {
+        "md5": "as published",
+        "sha256": "as at the first download (remove the .sha256 file beside it to accept another version)",
+    }
+    return f"its {algorithm} is {digest}, expected {expected} {origin[algorithm]}"
+
+
+def _digest(path: Path, algorithm: str) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()

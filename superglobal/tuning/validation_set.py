@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from superglobal.data.catalogue import how_to_get_gldv2_train
 from superglobal.data.evaluation_set import EvaluationSet, leave_one_out_truth
-from superglobal.data.gldv2 import how_to_get_train as how_to_get
 from superglobal.data.gldv2 import read_train, split_landmarks
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
@@ -71,7 +71,7 @@ def held_out(run: Path, data_root: str | None) -> HeldOut:
         protocols="labels",
         leave_one_out=True,
         root=root,
-        how_to_get=how_to_get(root),
+        how_to_get=how_to_get_gldv2_train(root),
     )
     return HeldOut(dataset, v["max_side"])
 

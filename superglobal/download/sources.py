@@ -1,0 +1,280 @@
+"""Download the sources of the catalogue: lists, ground truths and weights, then archives of images, several at once.
+
+All progress is on disk, so that an interrupted run downloads nothing twice: see fetch.py for the files beside a
+download; `<archive>.files` lists the images extracted from an archive.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+from superglobal.data.catalogue import GOOGLE_DRIVE_FOLDER, RemoteFile, Source
+from superglobal.download import extracted_record
+from superglobal.download.archives import (
+    DiskFullError,
+    TargetOf,
+    listed_images,
+    present_images,
+    require_format,
+    target_paths,
+    unpack,
+)
+from superglobal.download.fetch import (
+    DownloadOptions,
+    Report,
+    checksum_file,
+    checksum_problem,
+    download_file,
+    file_size,
+    part_path,
+    published_md5,
+    record_checksum,
+    recorded_sha256,
+    remote_size,
+)
+from superglobal.errors import InputError
+from superglobal.utils.io import only_process, write_atomically
+
+_MAX_SHOWN = 5
+_IMAGE_GROWTH = 1.05  # size of images on disk, with partly filled blocks, relative to their archive
+
+
+def download_source(source: Source, data: Path, options: DownloadOptions) -> str:
+    """Download a source to its folder below `data`, and return a summary in one line.
+
+    Raises:
+        InputError: another process downloads it, the disk is too small, a file cannot be downloaded or is not what it
+            should be, or listed images are in no archive. Another call resumes.
+    """
+    if options.packed and not source.name.startswith("gldv2-"):
+        raise InputError(f"--packed: {source.name} cannot be read from its archives; only GLDv2 can (data.tars)")
+    root = data / source.folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{root}: cannot be created ({error.strerror}); choose another folder with --data") from error
+    lock = root / ".download.lock"
+    with only_process(lock, f"{root}: another process is downloading to it", "or choose another --data"):
+        if source.google_drive and not options.base_urls:
+            download_google_drive(source, root, options)
+        for file in source.files:
+            _download_and_check(file, root / file.path, options)
+        summary = _download_images(source, root, options) if source.archives else f"{len(source.files)} files in {root}"
+        lock.unlink()
+        return summary
+
+
+def download_google_drive(source: Source, root: Path, options: DownloadOptions) -> None:
+    """Download the missing files of CVNet's Google Drive folder to `root`.
+
+    Raises:
+        InputError: gdown is missing, or Google Drive did not give them; says what to do by hand.
+    """
+    if all((root / file.path).is_file() for file in source.files):
+        return
+    names = " and ".join(file.name for file in source.files)
+    hint = (
+        f"Google limits downloads. Open {GOOGLE_DRIVE_FOLDER} in a browser, save {names} to {root} and run the command "
+        "again to check them, or name a server that has them with --base-url"
+    )
+    try:
+        import gdown
+    except ImportError as error:
+        raise InputError(f"CVNet's weights need the package gdown: pip install gdown\n{hint}") from error
+    timeout, retries = options.timeout, options.tries - 1
+    try:
+        gdown.download_folder(
+            url=GOOGLE_DRIVE_FOLDER, output=str(root), use_cookies=False, resume=True, timeout=timeout, retries=retries
+        )
+    except Exception as error:  # gdown raises its own errors, those of requests and those of its parser
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"CVNet's weights could not be downloaded from Google Drive ({reason})\n{hint}") from error
+    if missing := [file.name for file in source.files if not (root / file.path).is_file()]:
+        raise InputError(f"CVNet's Google Drive folder does not contain {', '.join(missing)}\n{hint}")
+
+
+def _download_and_check(file: RemoteFile, target: Path, options: DownloadOptions) -> None:
+    """Download a list, a ground truth or weights, and check that it is what its name says."""
+    checksum, is_new = recorded_sha256(target), not target.is_file()
+    if is_new:
+        with _ProgressBar(file.name) as bar:
+            download_file(file.urls, target, options, bar.reporter(), checksum)
+    elif problem := checksum_problem(target, checksum):
+        raise InputError(f"{target} has changed: {problem}; remove {target.name} to download it again")
+    if checksum:
+        return
+    try:
+        require_format(target)
+    except InputError as error:
+        if not is_new:
+            raise
+        target.unlink()
+        raise InputError(f"{file.urls[0]} gave another file, now removed: {error}\ntry again later") from error
+    record_checksum(target, "sha256")
+
+
+def _download_images(source: Source, root: Path, options: DownloadOptions) -> str:
+    """Download and unpack the archives of a source whose images are not all there."""
+    names, folder = listed_images(source, root), root / source.image_folder
+    if not options.packed and present_images(folder, names).all():
+        return f"{len(names)} of {len(names)} images in {folder}"
+    archives = [a for a in source.archives if options.packed or not _is_unpacked(root / a.path, folder)]
+    total = _require_space(source.name, root, archives, options)
+    target_of, skipped = target_paths(source, names), list[str]()
+
+    def work(archive: RemoteFile, report: Report) -> None:
+        target = root / archive.path
+        _download_archive(archive, target, options, report)
+        if not options.packed:
+            skipped.extend(_unpack_archive(archive, target, folder, target_of, options.keep))
+
+    with _ProgressBar(source.name, total) as bar:
+        _run_parallel(work, archives, bar, options.jobs, source.name)
+    if options.packed:
+        tars = (root / source.archives[0].path).parent
+        return f"{len(archives)} archives with the right MD5 in {tars} (data.tars={tars})"
+    missing = names[~present_images(folder, names)].tolist()
+    if missing:
+        lines = [f"{source.name}: {len(missing)} of {len(names)} listed images are missing:"]
+        lines += [f"  {folder / os.fsdecode(name)}" for name in missing[:_MAX_SHOWN]]
+        lines += [f"  ... and {len(missing) - _MAX_SHOWN} more"] if len(missing) > _MAX_SHOWN else []
+        lines.append(f"all archives are unpacked, none contains them; compare lists and archives with {source.page}")
+        raise InputError("\n".join(lines))
+    n_corrupt = sum(name.rpartition("/")[2] in source.corrupt for name in skipped)
+    summary = f"{len(names)} of {len(names)} images in {folder}"
+    summary += f"; skipped {n_corrupt} files that are known not to be images" if n_corrupt else ""
+    return summary + (f"; skipped {len(skipped) - n_corrupt} files in no list" if len(skipped) > n_corrupt else "")
+
+
+def _is_unpacked(archive: Path, folder: Path) -> bool:
+    """Return whether all images that were extracted from an archive are still there."""
+    record = extracted_record(archive)
+    return record.is_file() and bool(present_images(folder, record.read_bytes().split(b"\n")[:-1]).all())
+
+
+def _require_space(name: str, root: Path, archives: Sequence[RemoteFile], options: DownloadOptions) -> int | None:
+    """Check before a download that archives and images fit; return the size of all archives, None if unknown."""
+    targets = [root / archive.path for archive in archives]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        remote_sizes = pool.map(lambda archive: remote_size(archive.urls, options), archives)
+        sizes = [file_size(target) or size for target, size in zip(targets, remote_sizes, strict=True)]
+    present = [file_size(target) or file_size(part_path(target)) for target in targets]
+    needed, free = required_space(sizes, present, options), shutil.disk_usage(root).free
+    if needed > free:
+        raise InputError(
+            f"{name} needs {needed / 1e9:.2f} GB more in {root}, {free / 1e9:.2f} GB are free: nothing was downloaded. "
+            "Free space, or choose another folder with --data"
+        )
+    return None if None in sizes else sum(size or 0 for size in sizes)
+
+
+def required_space(sizes: Sequence[int | None], present: Sequence[int], options: DownloadOptions) -> int:
+    """Return the bytes that must be free for archives and images.
+
+    Args:
+        sizes: sizes of the archives in bytes; those of unknown size (None) do not count.
+        present: bytes of each archive that are on disk already.
+        options: unless archives are kept, `jobs` of them exist at once.
+    """
+    known = sorted((size for size in sizes if size is not None), reverse=True)
+    archives = sum(known if options.keep or options.packed else known[: options.jobs])
+    images = 0 if options.packed else int(_IMAGE_GROWTH * sum(known))
+    return archives + images - sum(min(size or 0, here) for size, here in zip(sizes, present, strict=True))
+
+
+def _download_archive(archive: RemoteFile, target: Path, options: DownloadOptions, report: Report) -> None:
+    """Download an archive until it is complete and has the right checksum."""
+    if not (archive.md5_url and target.is_file() and checksum_file(target, "md5").is_file()):
+        checksum = published_md5(archive.md5_url, target, options) if archive.md5_url else recorded_sha256(target)
+        if not target.is_file():
+            download_file(archive.urls, target, options, report, checksum)
+        elif problem := checksum_problem(target, checksum):
+            raise InputError(f"{target}: {problem}; remove it to download it again")
+        if archive.md5_url:
+            record_checksum(target, "md5")
+    report(file_size(target), file_size(target))
+
+
+def _unpack_archive(archive: RemoteFile, target: Path, folder: Path, target_of: TargetOf, keep: bool) -> list[str]:
+    """Unpack an archive and record what it contained; return the names of the files that no list contains."""
+    try:
+        paths, skipped = unpack(target, folder, target_of)
+    except DiskFullError:
+        raise
+    except InputError as error:
+        raise InputError(f"{error} (downloaded from {archive.urls[0]})") from error
+    if not archive.md5_url and recorded_sha256(target) is None:
+        record_checksum(target, "sha256")
+    write_atomically(extracted_record(target), "".join(f"{path}\n" for path in paths).encode())
+    if not keep:
+        target.unlink()
+    return skipped
+
+
+class _StoppedError(Exception):
+    """Another transfer failed in a way that stops all of them."""
+
+
+class _ProgressBar:
+    """A progress bar in bytes that several threads update and that can stop them."""
+
+    def __init__(self, title: str, total: int | None = None) -> None:
+        interval = 0.1 if sys.stderr.isatty() else 30
+        self.bar = tqdm(desc=title, total=total, unit="B", unit_scale=True, mininterval=interval, file=sys.stderr)
+        self.total, self.stopped, self.lock = total, threading.Event(), threading.Lock()
+
+    def __enter__(self) -> _ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def reporter(self) -> Report:
+        """Return the `Report` of one file."""
+        shown = 0
+
+        def report(size: int, length: int | None) -> None:
+            nonlocal shown
+            if self.stopped.is_set():
+                raise _StoppedError
+            with self.lock:
+                self.bar.total = self.total or length
+                self.bar.update(size - shown)
+            shown = size
+
+        return report
+
+
+def _run_parallel(
+    work: Callable[[RemoteFile, Report], None], archives: Sequence[RemoteFile], bar: _ProgressBar, jobs: int, name: str
+) -> None:
+    """Run `work` on all archives; a failure does not stop the others, except for a full disk."""
+    failures = []
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in as_completed([pool.submit(work, archive, bar.reporter()) for archive in archives]):
+                try:
+                    future.result()
+                except _StoppedError:
+                    continue
+                except InputError as error:
+                    failures.append(error)
+                    if isinstance(error, DiskFullError):
+                        bar.stopped.set()
+        except BaseException:  # Ctrl-C
+            bar.stopped.set()
+            raise
+    if failures:
+        others = "the others were stopped" if bar.stopped.is_set() else "the others are complete"
+        lines = [f"{name}: {len(failures)} of {len(archives)} archives failed; {others}"]
+        lines += [str(failure) for failure in failures[:_MAX_SHOWN]]
+        lines += [f"... and {len(failures) - _MAX_SHOWN} more"] if len(failures) > _MAX_SHOWN else []
+        raise InputError("\n".join(lines))
