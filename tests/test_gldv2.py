@@ -73,7 +73,7 @@ def test_bad_lists_are_named(tmp_path, text, words):
 def test_a_missing_list_tells_layout_address_and_the_toy_set(tmp_path):
     with pytest.raises(InputError) as caught:
         read_train(tmp_path)
-    for word in (str(tmp_path / "train_clean.csv"), "a/b/c/<id>.jpg", "https://", "scripts/make_toy_data.py"):
+    for word in (str(tmp_path / "train_clean.csv"), "a/b/c/<id>.jpg", "https://", "superglobal toy-data"):
         assert word in str(caught.value)
 
 

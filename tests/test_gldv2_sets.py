@@ -283,7 +283,7 @@ def test_another_solution_by_version_or_path(root):
     assert len(retrieval_set(root, solution=str(other)).queries) == 8
     with pytest.raises(InputError) as caught:
         retrieval_set(root)
-    for word in (str(root / "retrieval_solution_v2.1.csv"), "https://", "scripts/make_toy_data.py", "a/b/c/<id>.jpg"):
+    for word in (str(root / "retrieval_solution_v2.1.csv"), "https://", "superglobal toy-data", "a/b/c/<id>.jpg"):
         assert word in str(caught.value)
 
 

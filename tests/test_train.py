@@ -238,7 +238,7 @@ def test_superglobal_pooling_trains_and_is_what_eval_then_uses(toy_data, tmp_pat
 )
 def test_without_data_one_message_says_all(tmp_path, script, words):
     text = run(script, f"paths.data={tmp_path}", f"paths.outputs={tmp_path / 'out'}", status=2)
-    for word in [*words, "scripts/make_toy_data.py", "train.py experiment=quickstart"]:
+    for word in [*words, "superglobal toy-data", "train.py experiment=quickstart"]:
         assert word in text
     assert "Traceback" not in text
 
