@@ -5,7 +5,7 @@ from typing import Any
 from superglobal.models.factory import load_model as _load_model
 from superglobal.models.network import RetrievalNetwork as _RetrievalNetwork
 
-dependencies = ["PIL", "cv2", "huggingface_hub", "numpy", "safetensors", "timm", "torch"]
+dependencies = ["cv2", "huggingface_hub", "numpy", "safetensors", "timm", "torch"]
 
 
 def superglobal(weights: str = "package", **settings: Any) -> _RetrievalNetwork:

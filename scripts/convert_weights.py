@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from superglobal import __version__
 from superglobal.errors import InputError
 from superglobal.models.factory import load_model
 from superglobal.models.weights import read_weights, save_weights
+from superglobal.utils.provenance import versions
 
 
 def main() -> int:
@@ -23,7 +23,8 @@ def main() -> int:
         if source.kind != "cvnet":
             raise InputError(f"{args.source}: no CVNet checkpoint (no keys encoder_q.* or globalmodel.*)")
         network = load_model(args.source, pooling="gem", scales=1)
-        save_weights(network, args.target, {**source.provenance, "converter": f"superglobal {__version__}"}, False)
+        converter = f"superglobal {versions().get('superglobal', 'unknown')}"
+        save_weights(network, args.target, {**source.provenance, "converter": converter}, False)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from superglobal import __version__
 from superglobal.errors import InputError
 from superglobal.models.network import weights_digest
 from superglobal.reporting import results as report
 from superglobal.reporting.runs import flat, read_result
 from superglobal.reporting.runs import read_results as read_folder
+from superglobal.utils.provenance import versions
 
 if TYPE_CHECKING:
     from superglobal.models.network import RetrievalNetwork
@@ -78,7 +78,7 @@ def model_card(
         _licence(license, network.provenance),
         "## Citation",
         f"```bibtex\n{_CITATION}\n```",
-        f"Made by superglobal {__version__}.",
+        f"Made by superglobal {versions().get('superglobal', UNKNOWN)}.",
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
