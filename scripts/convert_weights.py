@@ -13,7 +13,7 @@ from superglobal.utils.provenance import versions
 
 
 def main() -> int:
-    """Read strictly, write with provenance, and say what was left aside."""
+    """Read strictly, write with provenance, and list the ignored tensors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path, help="CVNet file (model_state with encoder_q.* or globalmodel.*)")
     parser.add_argument("target", type=Path, help="safetensors file to write")
@@ -29,9 +29,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.target}: {source.backbone}, whitening {source.dim}, {len(source.state)} tensors")
-    if source.left_aside:
-        some = ", ".join(source.left_aside[:3])
-        print(f"left aside, CVNet-Rerank's own: {len(source.left_aside)} tensors ({some}, ...)")
+    if source.ignored:
+        some = ", ".join(source.ignored[:3])
+        print(f"ignored {len(source.ignored)} tensors of CVNet-Rerank ({some}, ...)")
     return 0
 
 

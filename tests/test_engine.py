@@ -188,7 +188,7 @@ def test_rows_are_written_while_the_next_batch_is_computed(tmp_path, monkeypatch
     def noted(name, function):
         return lambda *args: (steps.append(name), function(*args))[1]
 
-    monkeypatch.setattr(evaluation, "describe_all", noted("compute", evaluation.describe_all))
+    monkeypatch.setattr(evaluation, "forward_variants", noted("compute", evaluation.forward_variants))
     monkeypatch.setattr(DescriptorStore, "write_rows", noted("write", DescriptorStore.write_rows))
     at_once = run(tmp_path / "at once", *folder)
     count = len(steps) // 2

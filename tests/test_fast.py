@@ -20,8 +20,8 @@ from superglobal.evaluation import module as evaluation
 from superglobal.evaluation.extraction import _describe
 from superglobal.evaluation.module import EvaluationModule
 from superglobal.models import inference as fast_module
-from superglobal.models.inference import fast_copies, folded
-from superglobal.models.network import describe_all
+from superglobal.models.inference import fold_batch_norms, optimize_for_inference
+from superglobal.models.network import forward_variants
 from superglobal.models.pooling import PoolingConfig
 from superglobal.utils import precision
 from superglobal.utils.precision import resolve_precision
@@ -53,7 +53,7 @@ def images(count: int = 2, height: int = 97, width: int = 130) -> torch.Tensor:
 def test_folding_changes_no_descriptor_and_leaves_the_network_alone(name):
     plain = network(name, scales=3, dim=32)
     before = copy.deepcopy(plain.state_dict())
-    (fast,) = fast_copies([plain])
+    (fast,) = optimize_for_inference([plain])
     with torch.inference_mode():
         assert (fast(images()) - plain(images())).abs().max() < 1e-6
     assert all(torch.equal(tensor, before[key]) for key, tensor in plain.state_dict().items())
@@ -76,7 +76,7 @@ def test_a_network_that_does_more_with_a_convolution_keeps_its_batch_norm():
     plain.backbone.net.conv1 = nn.Sequential(Both(nn.BatchNorm2d(3).eval()), plain.backbone.net.conv1)
     plain.backbone.net.conv1[0].bn.running_var.fill_(2.0)
     plain.eval()
-    kept = folded(plain.backbone)
+    kept = fold_batch_norms(plain.backbone)
     assert any(isinstance(module, _BatchNorm) for module in kept.modules())
     x = torch.rand(1, 3, 97, 97)
     with torch.inference_mode():
@@ -88,7 +88,7 @@ def test_half_precision_is_near_and_pooling_stays_in_float32(precision, least):
     plain = network("resnet18", scales=3)
     expected = plain(images())
     plain.precision = precision
-    (fast,) = fast_copies([plain])
+    (fast,) = optimize_for_inference([plain])
     found = fast(images())
     assert found.dtype == torch.float32
     assert (found * expected).sum(1).min() > least
@@ -131,10 +131,10 @@ def test_all_switches_at_once_equal_each_alone(side):
     ]
     wanted = [PoolingConfig(relup="off", **one) for one in switches]
     wanted += [PoolingConfig(relup="off", regional_window=3), PoolingConfig(relup="off", gem_plus_p=2.0)]
-    together = fast_copies([first.variant(one) for one in wanted])
+    together = optimize_for_inference([first.variant(one) for one in wanted])
     assert len({id(one.backbone) for one in together}) == 1
     with torch.inference_mode():
-        found = describe_all(together, images(2, side, 120))
+        found = forward_variants(together, images(2, side, 120))
         for config, descriptors in zip(wanted, found, strict=True):
             alone = superglobal.load_model("random", backbone="resnet18", dim=16, pooling=config)
             alone.load_state_dict(first.state_dict())
@@ -143,8 +143,8 @@ def test_all_switches_at_once_equal_each_alone(side):
 
 def test_relup_is_another_backbone():
     first = network("resnet18", pooling="gem")
-    assert not first.shares_maps(PoolingConfig(relup="on"))
-    assert not first.shares_maps(PoolingConfig(relup="auto"))
+    assert not first.shares_feature_maps(PoolingConfig(relup="on"))
+    assert not first.shares_feature_maps(PoolingConfig(relup="auto"))
     with pytest.raises(InputError, match="load_model"):
         first.variant(PoolingConfig(relup="on"))
 

@@ -100,9 +100,9 @@ def test_every_command_of_a_script_is_one_that_it_takes(script):
 
 
 def test_the_example_of_sharing_runs(tmp_path, monkeypatch):
-    (code,) = (block.text for block in blocks(README, "python") if "from_pretrained" in block.text)
+    (code,) = (block.text for block in blocks(README, "python") if "save_pretrained" in block.text)
     monkeypatch.chdir(tmp_path)
-    superglobal.load_model("random", backbone="test_resnet").save_pretrained("shared")
+    superglobal.save_pretrained(superglobal.load_model("random", backbone="test_resnet"), "shared")
     exec(compile(code, "README.md", "exec"), {})
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()

@@ -169,7 +169,7 @@ def test_an_export_that_is_gone_is_not_said_to_be_there(toy_data, trained, tmp_p
     with pytest.raises(InputError, match=r"best\.safetensors: .* gone; resume=anew"):
         fit(configured(toy_data, tmp_path), folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    with pytest.raises(InputError, match=r"a checkpoint to go on training from; give .*best\.safetensors"):
+    with pytest.raises(InputError, match=r"a checkpoint for resuming a training; give .*best\.safetensors"):
         superglobal.load_model(checkpoint)
     assert 0 < fit(configured(toy_data, tmp_path, "resume=anew"), folder) <= 1
     assert (folder / "best.safetensors").is_file()
@@ -420,20 +420,20 @@ def test_the_side_of_the_photos_follows_the_stages(toy_data, tmp_path):
 def test_the_export_tells_its_training_in_a_model_card(toy_data, trained, tmp_path):
     folder = trained / "train" / "quickstart"
     model = superglobal.load_model(folder / "best.safetensors")
-    model.save_pretrained(tmp_path)
+    superglobal.save_pretrained(model, tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.datasets == ["toy"]
     best = max(values(folder, "val/map")[1:])
     assert f"held-out landmarks of the same list: {best:.4f}" in card.text
     for words in (
-        "On toy (`train_clean.csv`), photos of 64 px",
+        "on toy (`train_clean.csv`) at 64 px",
         "| optim.epochs | 3 |",
         "| head.kind | arcface |",
-        "GeM, no",
+        "Pooling during training: GeM.",
     ):
         assert words in card.text, words
     # What is shared names no place on this machine.
     for name in ("README.md", "config.json"):
         assert str(toy_data) not in (tmp_path / name).read_text()
-    again = superglobal.RetrievalNetwork.from_pretrained(tmp_path)
-    assert again.generate_model_card().text == card.text
+    again = superglobal.load_model(tmp_path)
+    assert superglobal.model_card(again).text == card.text

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from benches.common import Measured
 from superglobal import load_model
-from superglobal.models.inference import fast_copies
-from superglobal.models.network import RetrievalNetwork, describe_all
+from superglobal.models.inference import optimize_for_inference
+from superglobal.models.network import RetrievalNetwork, forward_variants
 from superglobal.utils.precision import PRECISIONS, full_precision
 
 Call = tuple[nn.Conv2d, Tensor]
@@ -81,20 +81,20 @@ def main(argv: list[str]) -> list[Measured]:
     fast: dict[str, RetrievalNetwork] = {}
     for precision in args.precisions:
         plain.precision = precision
-        fast[precision] = fast_copies([plain])[0].to(device)
+        fast[precision] = optimize_for_inference([plain])[0].to(device)
     plain.precision = "float32"
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, args.height, args.width), dtype=torch.uint8, generator=generator)
     with torch.inference_mode(), full_precision():
         images = images.to(device)
-        floor = _floor(_calls(fast_copies([plain])[0].to(device), images[:1]), batch, sync)
+        floor = _floor(_calls(optimize_for_inference([plain])[0].to(device), images[:1]), batch, sync)
         plain.to(device)
 
         def one_by_one() -> Tensor:
             return torch.cat([plain(images[i : i + 1]) for i in range(batch)])
 
         runs: dict[str, Callable[[], Tensor]] = {"plain, one at a time": one_by_one}
-        runs |= {f"ours, {name}": lambda net=net: describe_all([net], images)[0] for name, net in fast.items()}
+        runs |= {f"ours, {name}": lambda net=net: forward_variants([net], images)[0] for name, net in fast.items()}
         seconds: dict[str, list[float]] = {name: [] for name in (*runs, "floor")}
         found = {name: run() for name, run in runs.items()}
         for _ in range(args.rounds):

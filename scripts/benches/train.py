@@ -100,7 +100,7 @@ def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], f
             begun.append(time.perf_counter())
             with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
                 x = network.normalize(images).contiguous(memory_format=torch.channels_last)
-                out = head(network.whitened(x), labels)
+                out = head(network.single_scale_descriptors(x), labels)
             optimizer.zero_grad(set_to_none=True)
             out.loss.backward()
             torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], o.clip)

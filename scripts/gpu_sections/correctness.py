@@ -30,7 +30,7 @@ from gpu_sections.common import (
 from gpu_sections.pipeline import extract_all
 from superglobal import load_model
 from superglobal.data.images import image_tensor, read_image
-from superglobal.models.inference import fast_copies
+from superglobal.models.inference import optimize_for_inference
 from superglobal.reporting.paired_comparison import read_comparison
 from superglobal.reranking.registry import apply_reranker, completed
 from superglobal.retrieval.ranks import search_and_rank
@@ -96,7 +96,7 @@ def _goldens(report: Report) -> None:
             # The plain network last: fast copies are made on the CPU.
             for name in ("float32, folded", *cosines, "float32") if folds else ("float32",):
                 network.precision = name.split(",")[0]
-                model = (fast_copies([network])[0] if name != "float32" else network).to(report.device)
+                model = (optimize_for_inference([network])[0] if name != "float32" else network).to(report.device)
                 with torch.inference_mode(), full_precision():
                     got = torch.cat([model(image[None].to(report.device)) for image in images]).cpu()
                 if name in worst:

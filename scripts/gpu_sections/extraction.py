@@ -23,8 +23,8 @@ from gpu_sections.pipeline import extract_all
 from superglobal import load_model
 from superglobal.data.images import decode_image, read_image
 from superglobal.models.backbone import Backbone
-from superglobal.models.inference import fast_copies
-from superglobal.models.network import RetrievalNetwork, describe_all
+from superglobal.models.inference import optimize_for_inference
+from superglobal.models.network import RetrievalNetwork, forward_variants
 from superglobal.models.pooling import gem
 from superglobal.utils.precision import full_precision
 
@@ -155,7 +155,7 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
         ("float32", "float16", "bfloat16"), ("float32", "float16", "bfloat16"), ("float32", "bfloat16")
     ):
         plain.precision = name
-        copies[name] = fast_copies([plain])[0].to(report.device)
+        copies[name] = optimize_for_inference([plain])[0].to(report.device)
     plain.precision = "float32"
     plain.to(report.device)
 
@@ -186,20 +186,20 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
             timm_rates[half] = add(name, lambda describe=describe: describe(images), "bfloat16" if half else tf32)
         with full_precision():
             add("one image at a time, strict float32", one_at_a_time, "float32")
-            truth = describe_all([copies["float32"]], images)[0]
+            truth = forward_variants([copies["float32"]], images)[0]
             ours = {}
             for name, network in copies.items():
-                run = lambda network=network: describe_all([network], images)[0]  # noqa: E731
+                run = lambda network=network: forward_variants([network], images)[0]  # noqa: E731
                 ours[name] = add(f"superglobal {name}", run, name, truth)
             network = copies["float32"]
             half = copies["float16" if report.cuda else "bfloat16"]
             if report.cuda:
                 with _precision(conv="tf32"):
-                    run = lambda: describe_all([network], images)[0]  # noqa: E731
+                    run = lambda: forward_variants([network], images)[0]  # noqa: E731
                     add("superglobal, TF32 in the network only", run, "tf32", truth, predicted="6 x float32")
                 with _benchmark():
                     for name in ("float32", "float16"):
-                        run = lambda name=name: describe_all([copies[name]], images)[0]  # noqa: E731
+                        run = lambda name=name: forward_variants([copies[name]], images)[0]  # noqa: E731
                         gain = {"predicted": "1.1 x without", "ratio": None}
                         rate = add(f"superglobal {name}, cudnn.benchmark", run, name, truth, **gain)
                         report.add(f"{what}: gain of cudnn.benchmark, {name}", rate / ours[name], "x")
@@ -208,7 +208,7 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
             )
             for size in report.pick((1, 4, 32), (1,), ()):
                 some = images.repeat(2, 1, 1, 1)[:size]
-                seconds = report.seconds(lambda some=some: describe_all([half], some), repeats)  # type: ignore[misc]
+                seconds = report.seconds(lambda some=some: forward_variants([half], some), repeats)  # type: ignore[misc]
                 report.add(f"{what}: superglobal float16, batch {size}", size / seconds, "images/s")
             report.run("new sizes", lambda: _new_sizes(report, what, half, images))
             report.run("where the time goes", lambda: _profile(report, what, half, images))
@@ -220,15 +220,15 @@ def _compiled(report: Report, backbone: str, precision: str) -> None:
     images = _images(report)
     network = load_model("random", backbone=backbone, dim=DIM, scales=SCALES)
     network.precision = precision
-    eager, compiled = (fast_copies([network])[0].to(report.device) for _ in range(2))
+    eager, compiled = (optimize_for_inference([network])[0].to(report.device) for _ in range(2))
     compiled.backbone.compile(dynamic=True)
     with torch.inference_mode(), full_precision():
         start = time.perf_counter()
-        found = describe_all([compiled], images)[0]
+        found = forward_variants([compiled], images)[0]
         report.synchronize()
         note = f"first batch after {time.perf_counter() - start:.0f} s"
-        note += f"; smallest cosine to eager {float((describe_all([eager], images)[0] * found).sum(1).min()):.7f}"
-        base, seconds = (report.seconds(lambda n=n: describe_all([n], images)) for n in (eager, compiled))
+        note += f"; smallest cosine to eager {float((forward_variants([eager], images)[0] * found).sum(1).min()):.7f}"
+        base, seconds = (report.seconds(lambda n=n: forward_variants([n], images)) for n in (eager, compiled))
     what = f"{backbone}, {images.shape[3]} x {images.shape[2]}, {SCALES} scales"
     what += f": superglobal {precision}, backbone compiled"
     report.add(
@@ -243,7 +243,7 @@ def _new_sizes(report: Report, what: str, network: RetrievalNetwork, images: Ten
     for less in range(1, report.pick(9, 5, 3)):
         some = images[:, :, : height - less]
         for times in (first, again):
-            times.append(report.seconds(lambda some=some: describe_all([network], some), 1, 0))  # type: ignore[misc]
+            times.append(report.seconds(lambda some=some: forward_variants([network], some), 1, 0))  # type: ignore[misc]
     extra = 1e3 * (statistics.median(first) - statistics.median(again))
     report.add(f"{what}: the first batch of a size takes longer by", extra, "ms")
 
@@ -266,7 +266,7 @@ def _profile(report: Report, what: str, network: RetrievalNetwork, images: Tenso
     host = images.cpu().pin_memory()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         for _ in range(3):
-            describe_all([network], host.to(report.device, non_blocking=True))[0].cpu()
+            forward_variants([network], host.to(report.device, non_blocking=True))[0].cpu()
     spent: dict[str, float] = defaultdict(float)
     kernels: dict[str, float] = {}
     for event in profiler.key_averages():

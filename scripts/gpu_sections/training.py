@@ -101,7 +101,7 @@ def _bare(
     def step() -> None:
         with torch.autocast(report.device.type, setting.kind):
             x = network.normalize(images).contiguous(memory_format=how.get("layout", torch.channels_last))
-            loss = head(network.whitened(x), labels).loss
+            loss = head(network.single_scale_descriptors(x), labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -22,7 +22,7 @@ from superglobal.config.common import (
     require_within,
 )
 from superglobal.errors import InputError
-from superglobal.models.heads import require_kind
+from superglobal.models.heads import validate_kind
 
 
 @dataclass
@@ -270,7 +270,7 @@ def check_training(config: TrainConfig) -> None:
 
 
 def _check_head(head: HeadConfig) -> None:
-    require_kind(head.kind, head.dynamic_margin, head.easy_margin)
+    validate_kind(head.kind, head.dynamic_margin, head.easy_margin)
     require_within(
         {
             "head.scale": (head.scale, 1, 1e4),

@@ -18,7 +18,7 @@ from superglobal.data.datamodules import ExtractionDataModule, missing_in, plan_
 from superglobal.data.jpeg_decoding import check_gpu_decoder
 from superglobal.errors import InputError
 from superglobal.evaluation.module import EvaluationModule, ExtractionList, skip_rows
-from superglobal.models.inference import fast_copies
+from superglobal.models.inference import optimize_for_inference
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.store_files import fingerprint, record_paths
@@ -95,7 +95,7 @@ def extract_lists(
         # Lightning stops on a process without data; a row described twice is the same row.
         batches = missing_in(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
         images = ExtractionDataModule(image_lists, batches, num_workers, how.decoder)
-        module = EvaluationModule(*_grouped(fast_copies(networks), stores), lists, batches)
+        module = EvaluationModule(*_grouped(optimize_for_inference(networks), stores), lists, batches)
         _describe(trainer, module, images, [store for own in stores for store in own])
         if images.decoded_on_cpu:
             log.warning("GPU JPEG decoder: %d images were decoded on the CPU instead", images.decoded_on_cpu)

@@ -61,7 +61,7 @@ def _columns(
 
     def panel(which: int, other: int, what: str, kind: str) -> HeatPanel:
         found = contributions(network, image_tensor(described[which]), vectors[other])
-        return HeatPanel(shown[which], found.over(*shown[which].shape[:2]), f"{what}\n{_sum(found)}", kind)
+        return HeatPanel(shown[which], found.heatmap(*shown[which].shape[:2]), f"{what}\n{_sum(found)}", kind)
 
     own = panel(0, 0, "query with itself", "query")
     columns: list[list[HeatPanel | None]] = [[HeatPanel(shown[0], None, "query", "query"), own, None]]

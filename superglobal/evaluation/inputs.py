@@ -261,7 +261,7 @@ def _siblings(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNe
         try:
             wanted = make_pooling(pooling, network.trained_pooling)
             same_p = "p" not in pooling and config.pooling.p is None
-            alike = [one for one in networks if same_p and one.shares_maps(wanted)]
+            alike = [one for one in networks if same_p and one.shares_feature_maps(wanted)]
             if alike:
                 networks.append(alike[0].variant(wanted))
             else:

@@ -23,7 +23,7 @@ from superglobal.data.datamodules import ImageBatch, LoadedBatch
 from superglobal.data.image_checks import CheckReport
 from superglobal.data.images import ImageItem, shrunk_size
 from superglobal.errors import InputError
-from superglobal.models.network import RetrievalNetwork, describe_all
+from superglobal.models.network import RetrievalNetwork, forward_variants
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.utils.distributed import in_main_thread
 from superglobal.utils.precision import full_precision
@@ -109,7 +109,7 @@ class EvaluationModule(pl.LightningModule):
     """Describes batches of images by one or several networks and writes each descriptor into its row of its store.
 
     Args:
-        networks: in evaluation mode, in groups that share their maps (`describe_all`).
+        networks: in evaluation mode, in groups that share their maps (`forward_variants`).
         stores: by group and network, one per image list.
         lists: the image lists, to name an image that fails.
         batches: all that this process will see, for the news of how far it is.
@@ -174,7 +174,7 @@ class EvaluationModule(pl.LightningModule):
         count, area = len(images), images.shape[-2:].numel()
         step = max(1, min(count, int(min(self.most, count * area) // area)))
         try:
-            parts = [describe_all(group, images[i : i + step]) for i in range(0, count, step)]
+            parts = [forward_variants(group, images[i : i + step]) for i in range(0, count, step)]
             return [torch.cat(found) for found in zip(*parts, strict=True)]
         except torch.OutOfMemoryError as error:
             if step == 1:

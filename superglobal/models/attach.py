@@ -1,4 +1,4 @@
-"""SuperGlobal's modules on a network that somebody else trained."""
+"""Put SuperGlobal's pooling and ReLUP into a network that was trained elsewhere."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from superglobal.errors import InputError
 from superglobal.models.backbone import relup_positions, replace_module
-from superglobal.models.network import make_scales, resized
+from superglobal.models.network import make_scales, resize
 from superglobal.models.pooling import MapPooling, PoolingConfig, ReLUP, make_pooling, scale_gem
 
 
 class AttachedPooling(nn.Module):
-    """SuperGlobal's pooling in the place of another, giving the shape that one gave.
+    """SuperGlobal's pooling in place of another, with an output of the same shape.
 
-    With `gem_plus` off the network's own pooling follows Regional-GeM, with whatever it has learnt.
+    With `gem_plus` off, the network's own pooling (with its learned parameters) follows Regional-GeM.
     """
 
     def __init__(self, original: nn.Module, config: PoolingConfig) -> None:
@@ -30,8 +30,7 @@ class AttachedPooling(nn.Module):
         self._ndim: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        config = self.pooling.config
-        if not config.gem_plus:
+        if not self.pooling.config.gem_plus:
             return self.original(self.pooling.regional(x))
         if self._ndim is None:
             with torch.no_grad():
@@ -41,14 +40,14 @@ class AttachedPooling(nn.Module):
 
 
 class Attachment:
-    """What `attach` changed; `undo()` restores the network, as does leaving a `with` block."""
+    """Record of what `attach` changed; `undo()` or leaving a `with` block restores the network."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self._undo: list[Callable[[], Any]] = []
 
     def undo(self) -> nn.Module:
-        """Put everything back, newest change first, and return the network."""
+        """Revert all changes, newest first, and return the network."""
         while self._undo:
             self._undo.pop()()
         return self.network
@@ -60,10 +59,12 @@ class Attachment:
         self.undo()
 
     def replace(self, name: str, new: nn.Module) -> None:
+        """Replace a submodule, given by its dotted name, until `undo`."""
         old = replace_module(self.network, name, new)
-        self._undo.append(lambda: replace_module(self.network, name, old))
+        self.on_undo(lambda: replace_module(self.network, name, old))
 
     def on_undo(self, action: Callable[[], Any]) -> None:
+        """Register an action for `undo`."""
         self._undo.append(action)
 
 
@@ -75,38 +76,38 @@ def attach(
     antialias: bool = False,
     pool: str | None = None,
 ) -> Attachment:
-    """Swap pooling and ReLUs of a trained network for SuperGlobal's, without touching its weights.
+    """Replace pooling and ReLUs of a trained network by SuperGlobal's, without changing its weights.
 
-    The network maps (B, 3, H, W) to (B, D) and holds one pooling layer and one torchvision or timm ResNet, itself
-    or as a submodule, when ReLUP is wanted. GeM+ and Regional-GeM go into the pooling layer's place, ReLUP into the
-    ResNet's activations; with several scales its `forward` resizes the batch, describes every size and combines
-    the vectors (Scale-GeM, or their mean with `scale` off). Nothing else changes: normalisation, whitening and
-    classifier layers stay as they are.
+    GeM+ and Regional-GeM replace the pooling layer, ReLUP replaces activations of the ResNet. With several scales,
+    `forward` resizes the batch to each of them and combines the vectors by Scale-GeM (by their mean with `scale` off).
+    Normalization, whitening and classifier layers stay as they are.
 
     Args:
-        network: any `nn.Module`, changed in place.
-        pooling: as for `load_model`; `relup` is "on" unless switched off.
+        network: maps (B, 3, H, W) to (B, D); changed in place. It contains one pooling layer and, for ReLUP, is or
+            contains one torchvision or timm ResNet.
+        pooling: as for `load_model`; `relup` is "on" unless you switch it off.
         scales: 1, 3, 5 or a list of factors.
         antialias: filter when a scale shrinks the batch.
-        pool: dotted name of the pooling layer; None finds it.
+        pool: dotted name of the pooling layer; None to find it.
 
     Returns:
-        An `Attachment`: its `network`, and `undo()`.
+        An `Attachment` with the `network` and `undo()`.
 
     Raises:
-        InputError: the pooling layer or the ResNet cannot be told; the network is then unchanged.
+        InputError: the pooling layer or the ResNet is missing or ambiguous; the network is then unchanged.
     """
     config = make_pooling(pooling)
     factors = make_scales(scales)
     if config.relup == "reference_off":
-        raise InputError("attach: relup=reference_off is a quirk of the reference's own network; use on or off")
+        raise InputError("attach: relup=reference_off applies to the reference's own network only; use on or off")
     attachment = Attachment(network)
     try:
         if config.relup in ("on", "auto"):
             _attach_relup(attachment, config.relup_alpha)
         if config.gem_plus or config.regional:
             name = pool or _find_pool(network)
-            attachment.replace(name, AttachedPooling(network.get_submodule(name), config).to(_device(network)))
+            device = next((p.device for p in network.parameters()), torch.device("cpu"))
+            attachment.replace(name, AttachedPooling(network.get_submodule(name), config).to(device))
     except (InputError, AttributeError) as error:
         attachment.undo()
         raise InputError(f"attach: {error}") from error
@@ -117,24 +118,29 @@ def attach(
 
 def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequence[float], antialias: bool) -> None:
     network = attachment.network
-    one_scale = network.forward
+    single_scale = network.forward
 
     def forward(images: Tensor) -> Tensor:
-        vectors = [one_scale(resized(images, s, antialias)) for s in scales]
+        vectors = [single_scale(resize(images, s, antialias)) for s in scales]
         return scale_gem(vectors, config.scale_p) if config.scale else torch.stack(vectors).mean(0)
 
-    before = vars(network).get("forward")
+    # A `forward` that was set on the instance is restored; otherwise the class's own becomes visible again.
+    previous = vars(network).get("forward")
     network.forward = forward
-    attachment.on_undo(lambda: setattr(network, "forward", before) if before else delattr(network, "forward"))
+    attachment.on_undo(lambda: setattr(network, "forward", previous) if previous else delattr(network, "forward"))
 
 
 def _attach_relup(attachment: Attachment, alpha: float) -> None:
-    prefix, resnet = _find_resnet(attachment.network)
+    resnets = [(n, m) for n, m in attachment.network.named_modules() if isinstance(m, TimmResNet | TorchvisionResNet)]
+    if len(resnets) != 1:
+        raise InputError(f"ReLUP needs one timm or torchvision ResNet, found {len(resnets)}; set relup=off without one")
+    name, resnet = resnets[0]
+    prefix = f"{name}." if name else ""
     if isinstance(resnet, TimmResNet):
         for name in relup_positions(resnet, "on"):
             attachment.replace(prefix + name, ReLUP(alpha, inplace=bool(resnet.get_submodule(name).inplace)))
         return
-    # torchvision's blocks share one ReLU among all their activations, the output's included.
+    # A torchvision block uses one ReLU module for all its activations, including the output's.
     for stage in (1, 2, 3):
         for i, block in enumerate(getattr(resnet, f"layer{stage}")):
             if not isinstance(block.relu, nn.ReLU):
@@ -147,29 +153,17 @@ def _attach_relup(attachment: Attachment, alpha: float) -> None:
                 attachment.on_undo(hook.remove)
 
 
-def _find_resnet(network: nn.Module) -> tuple[str, nn.Module]:
-    found = [(n, m) for n, m in network.named_modules() if isinstance(m, TimmResNet | TorchvisionResNet)]
-    if len(found) != 1:
-        raise InputError(f"ReLUP needs one timm or torchvision ResNet, found {len(found)}; set relup=off without one")
-    name, resnet = found[0]
-    return (f"{name}." if name else ""), resnet
-
-
 def _find_pool(network: nn.Module) -> str:
-    """Dotted name of the one layer that pools a map to a vector: known classes, or a name that contains "gem"."""
-    found = [
+    """Return the dotted name of the only layer that pools a map to a vector: a known class, or "gem" in its name."""
+    candidates = [
         name
         for name, module in network.named_modules()
         if (isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)))
         or (isinstance(module, SelectAdaptivePool2d) and not module.is_identity())
         or "gem" in type(module).__name__.lower()
     ]
-    # A pooling layer's own parts are not further candidates.
-    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
-    if len(outer) != 1:
-        raise InputError(f"cannot tell the pooling layer (candidates: {outer or 'none'}); give pool='its.name'")
-    return outer[0]
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next((p.device for p in network.parameters()), torch.device("cpu"))
+    # Submodules of a pooling layer are not candidates of their own.
+    outermost = [n for n in candidates if not any(n.startswith(f"{parent}.") for parent in candidates)]
+    if len(outermost) != 1:
+        raise InputError(f"the pooling layer is ambiguous (candidates: {outermost or 'none'}); give pool='NAME'")
+    return outermost[0]

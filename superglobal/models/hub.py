@@ -1,108 +1,317 @@
-"""How a network is shared: a folder of weights and `config.json`, on disk or on Hugging Face's hub."""
+"""Sharing of networks: a folder with weights, `config.json` and a model card, on disk or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
+from safetensors.torch import save as safetensors_bytes
 
 from superglobal.errors import InputError, first_line
+from superglobal.models.backbone import Backbone
+from superglobal.models.network import RetrievalNetwork, make_scales, weights_digest
+from superglobal.models.pooling import PoolingConfig
+from superglobal.models.weights import (
+    Weights,
+    architecture,
+    cpu_state,
+    pooling_from_json,
+    pooling_to_json,
+    read_tensors,
+    require_same_shapes,
+)
+from superglobal.utils.io import EXPORT, write_atomically
+from superglobal.utils.provenance import versions
 
-if TYPE_CHECKING:
-    from superglobal.models.network import RetrievalNetwork
+FORMAT = "superglobal-model-1"
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+HUB = "hf:"
+UNKNOWN = "unknown"
+_TEMPLATE = Path(__file__).with_name("model_card.md")
+_TAGS = ["image-retrieval", "landmark-retrieval", "instance-retrieval", "superglobal"]
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "format": (str,),
+    "backbone": (str,),
+    "dim": (int, type(None)),
+    "pooling": (dict,),
+    "scales": (list,),
+    "antialias": (bool,),
+    "mean": (list,),
+    "std": (list,),
+    "digest": (str,),
+    "provenance": (dict,),
+}
+# Fields of the provenance that are folders on the training machine. They are not shared; other paths keep their name.
+_PRIVATE = ("root", "tars")
 
 
-class HubModel(PyTorchModelHubMixin):
-    """`save_pretrained`, `from_pretrained` and `push_to_hub`, strict: a network comes back as it was, or not at all.
+@dataclass(frozen=True)
+class CardResult:
+    """Results of one evaluation for a model card.
 
-    The folder's format is that of superglobal/sharing.py, its card that of superglobal/card.py.
+    Attributes:
+        dataset: name of the data set.
+        warning: sentences about tuned settings; empty for none.
+        rows: of the table, column name to text; all rows have the same columns.
+        notes: the settings that the numbers depend on, one line each.
+        entries: the numbers in the card's metadata.
     """
 
-    # What leads to files imports this module, so it is imported where it is used.
+    dataset: str
+    warning: str
+    rows: list[dict[str, str]]
+    notes: list[str]
+    entries: list[EvalResult]
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write `model.safetensors`, `config.json` and, if there is none, the model card `README.md` into a folder.
 
-        Args:
-            save_directory: made if it is not there.
-            options: of `ModelHubMixin.save_pretrained`; `model_card_kwargs` goes to `superglobal.card.model_card`.
+def save_pretrained(network: RetrievalNetwork, folder: str | Path, card: ModelCard | None = None) -> None:
+    """Write a network into a folder that `load_model` reads.
 
-        Raises:
-            InputError: a network that could not be loaded again, or a place that cannot be written.
-        """
+    Args:
+        network: with float32 weights and unchanged layers.
+        folder: created if missing; gets `model.safetensors`, `config.json` and `README.md`, the model card.
+        card: see `model_card`; by default an existing `README.md` is kept, or a card without results is written.
+
+    Raises:
+        InputError: the network could not be loaded again (changed layers, half precision), or the folder cannot be
+            written.
+    """
+    folder = Path(folder)
+    state = cpu_state(network)
+    _require_reloadable(network)
+    provenance = _remove_paths(network.provenance)
+    if network.trained_pooling not in (None, asdict(network.config)):
+        provenance["trained_pooling"] = pooling_to_json(network.trained_pooling)
+    config = {
+        "format": FORMAT,
+        **architecture(network),
+        "scales": list(network.scales),
+        "antialias": network.antialias,
+        "provenance": provenance,
+    }
+    write_atomically(folder / WEIGHTS, safetensors_bytes(state, {"format": "pt"}))
+    if card is not None or not (folder / CARD).exists():
+        write_atomically(folder / CARD, str(card or model_card(network)).encode())
+    # Last, because a folder without it is not a model.
+    write_atomically(folder / CONFIG, f"{json.dumps(config, indent=1)}\n".encode())
+
+
+def push_to_hub(
+    network: RetrievalNetwork,
+    repo_id: str,
+    card: ModelCard | None = None,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    **options: Any,
+) -> str:
+    """Upload what `save_pretrained` writes to a repository on the Hugging Face Hub.
+
+    Args:
+        network: see `save_pretrained`.
+        repo_id: "owner/name"; the repository is created if missing. Run `hf auth login` first, or give `token`.
+        card: see `model_card`; by default a card without results.
+        private: visibility of a new repository.
+        token: access token.
+        options: of `huggingface_hub.HfApi.upload_folder`, such as commit_message, revision and create_pr.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        InputError: the network could not be loaded again, or the hub refuses the upload.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(network, folder, card or model_card(network, repo_id=repo_id))
         try:
-            return super().save_pretrained(save_directory, **options)
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"{save_directory}: cannot be written ({reason}); choose another place") from error
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        force_download: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
-        **settings: Any,
-    ) -> RetrievalNetwork:
-        """The network of a folder that `save_pretrained` wrote, or of a repository of the hub, in evaluation mode.
-
-        Args:
-            pretrained_model_name_or_path: the folder, or "owner/name".
-            revision: branch, tag or commit of the repository.
-            force_download, token, cache_dir, local_files_only: of the download, as huggingface_hub has them.
-            settings: of `superglobal.load_model` (pooling, scales, antialias, trainable), over the stored ones.
-
-        Raises:
-            InputError: no such folder or repository; unknown or missing fields, keys or shapes, by name.
-        """
-        from superglobal.models.factory import load_model
-        from superglobal.models.shared_folder import fetch, hub_name
-
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            return load_model(folder, **settings)
-        name, options = str(pretrained_model_name_or_path), {"token": token, "cache_dir": cache_dir}
-        options |= {"force_download": force_download, "local_files_only": local_files_only}
-        network = load_model(fetch(name, revision, **options), **settings)
-        network.weights_label = hub_name(name, revision)
-        return network
-
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes to a repository of the hub, made if it is not there.
-
-        Args:
-            repo_id: "owner/name"; `hf auth login` beforehand.
-            options: of `ModelHubMixin.push_to_hub` (private, token, branch, commit_message, model_card_kwargs, ...).
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            InputError: a network that could not be loaded again, or what the hub refuses.
-        """
-        card = {"repo_id": repo_id, **(options.pop("model_card_kwargs", None) or {})}
-        try:
-            return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
-        except InputError:
-            raise
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
         except Exception as error:  # hub, http and file errors share no base class
             raise InputError(
-                f"{repo_id}: could not be pushed ({type(error).__name__}: {first_line(error)}); `hf auth login` "
-                "with a token that may write there, and give owner/name"
+                f"{repo_id}: cannot push ({type(error).__name__}: {first_line(error)}); give owner/name of a "
+                "repository that you may write, and run `hf auth login`"
             ) from error
 
-    def generate_model_card(self: Any, **about: Any) -> ModelCard:
-        """See `superglobal.card.model_card`."""
-        from superglobal.reporting.model_card import model_card
 
-        return model_card(self, **about)
+def download(name: str) -> Path:
+    """Download a repository into huggingface_hub's cache, where it is not there yet, and return its folder.
 
-    def _save_pretrained(self: Any, save_directory: Path) -> None:
-        from superglobal.models.shared_folder import write_folder
+    Args:
+        name: "hf:owner/name", or "hf:owner/name@revision" for a branch, tag or commit.
 
-        write_folder(self, save_directory)
+    Raises:
+        InputError: no such repository, no access, or no connection.
+    """
+    repo_id, _, revision = name.removeprefix(HUB).partition("@")
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # hub, http and file errors share no base class
+        raise InputError(
+            f"{name}: cannot download ({type(error).__name__}: {first_line(error)}); give hf:owner/name of a "
+            "repository that you may read (`hf auth login` if it is private), or the folder of a shared model"
+        ) from error
+
+
+def read_folder(folder: Path) -> Weights:
+    """Read a folder that `save_pretrained` wrote.
+
+    Raises:
+        InputError: a file is missing or damaged, a field of `config.json` is missing, unknown or of another type, or
+            the tensors have changed.
+    """
+    config = _read_config(folder / CONFIG)
+    tensors, _ = read_tensors(folder / WEIGHTS)
+    if weights_digest(tensors) != config["digest"]:
+        raise InputError(f"{folder / WEIGHTS}: the tensors have changed since they were written; get the folder again")
+    return Weights(
+        tensors,
+        "superglobal",
+        backbone=config["backbone"],
+        dim=config["dim"],
+        pooling=pooling_from_json(config["pooling"]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        scales=make_scales(config["scales"]),
+        antialias=config["antialias"],
+        provenance=config["provenance"],
+    )
+
+
+def model_card(
+    network: RetrievalNetwork,
+    *,
+    results: Sequence[CardResult] = (),
+    license: str = UNKNOWN,
+    name: str | None = None,
+    repo_id: str | None = None,
+) -> ModelCard:
+    """Make a model card with architecture, training, results and license.
+
+    Args:
+        network: its settings and `provenance` (an export of `train.py` includes that of the training).
+        results: see `superglobal.reporting.model_card.read_card_results`.
+        license: of the weights, as the hub names licenses; independent of the code's license.
+        name: title of the card; by default the repository's name, or the backbone's.
+        repo_id: "owner/name" of the repository.
+    """
+    training = _training(network.provenance)
+    source = network.provenance.get("origin", network.provenance)
+    title = name or (repo_id or "").rpartition("/")[2] or f"superglobal-{network.backbone.name}"
+    data = ModelCardData(
+        library_name="superglobal",
+        license=license,
+        pipeline_tag="image-feature-extraction",
+        tags=_TAGS,
+        datasets=[training["identity"]["settings"]["data"]["name"]] if training else None,
+        model_name=title if results else None,
+        eval_results=[entry for result in results for entry in result.entries] or None,
+    )
+    settings = {
+        "backbone": network.backbone.name,
+        "whitening": f"to {network.dim}" if network.whitening is not None else "none",
+        **{f"pooling.{key}": value for key, value in asdict(network.config).items()},
+        "scales": ", ".join(f"{scale:g}" for scale in network.scales),
+        "antialias": network.antialias,
+        "mean, std (RGB, 0..1)": f"{list(network.backbone.mean)}, {list(network.backbone.std)}",
+        "smallest side": f"{network.min_side()} px; smaller images are enlarged to it",
+        "SHA-256 of the weights": weights_digest(network.state_dict()),
+    }
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        title=title,
+        dim=network.dim,
+        weights=f"{HUB}{repo_id}" if repo_id else "FOLDER",
+        settings=settings,
+        training=training,
+        training_settings=_flatten(training["identity"]["settings"]) if training else {},
+        provenance={k: v for k, v in _flatten(network.provenance).items() if isinstance(v, str | int | float)},
+        cvnet=source if source.get("format") == "CVNet" else None,
+        results=results,
+        license=license,
+        version=versions().get("superglobal", UNKNOWN),
+    )
+
+
+def _training(provenance: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the provenance that `train.py` wrote, from any number of conversions ago."""
+    if "identity" in provenance:
+        return provenance
+    return _training(provenance["origin"]) if "origin" in provenance else None
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _require_reloadable(network: RetrievalNetwork) -> None:
+    """Raise an InputError if name and settings do not describe the network."""
+    state = network.state_dict()
+    dtypes = sorted({str(t.dtype) for t in state.values() if t.is_floating_point() and t.dtype != torch.float32})
+    if dtypes:
+        raise InputError(f"save: the weights are {', '.join(dtypes)}, expected float32; call model.float() first")
+    dim = network.dim if network.whitening is not None else None
+    with torch.device("meta"):
+        original = RetrievalNetwork(Backbone(network.backbone.name), network.config, dim, network.scales)
+    require_same_shapes(original.state_dict(), state, "save: the network has changed layers")
+
+
+def _remove_paths(value: Any) -> Any:
+    """Replace absolute paths by their names, leave out private fields, and convert to types for JSON."""
+    if isinstance(value, Mapping):
+        return {str(k): _remove_paths(v) for k, v in value.items() if k not in _PRIVATE}
+    if isinstance(value, list | tuple):
+        return [_remove_paths(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        export = path.parent / EXPORT
+        hint = f"; the network of this training is {export}" if export.is_file() else ""
+        raise InputError(
+            f"{path}: no such file; expected the folder of a shared model, with {CONFIG} and {WEIGHTS}{hint}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); get the folder again") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        value = config.get("format") if isinstance(config, dict) else config
+        raise InputError(
+            f"{path}: format {value!r}, expected {FORMAT!r}; not a model of superglobal, or of another version"
+        )
+    _require_fields(path, "", config, _FIELDS)
+    kinds = {name: type(field.default) for name, field in PoolingConfig.__dataclass_fields__.items()}
+    _require_fields(path, "pooling.", config["pooling"], dict.fromkeys(kinds, (bool, int, float, str)))
+    for name in ("mean", "std"):
+        if len(config[name]) != 3 or not all(isinstance(v, int | float) for v in config[name]):
+            raise InputError(f"{path}: {name}={config[name]}: expected three numbers")
+    return config
+
+
+def _require_fields(path: Path, prefix: str, values: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> None:
+    """Raise an InputError unless `values` has exactly these fields with these types."""
+    unknown, missing = sorted(set(values) - set(fields)), sorted(set(fields) - set(values))
+    errors = [f"unknown fields {', '.join(prefix + name for name in unknown)}"] if unknown else []
+    errors += [f"missing fields {', '.join(prefix + name for name in missing)}"] if missing else []
+    if errors:
+        raise InputError(f"{path}: {'; '.join(errors)}; written by another version of superglobal, or edited")
+    for name, types in fields.items():
+        if not isinstance(values[name], types) or (isinstance(values[name], bool) and bool not in types):
+            expected = " or ".join(t.__name__ for t in types)
+            raise InputError(f"{path}: {prefix}{name}={values[name]!r}: expected {expected}")

@@ -1,4 +1,4 @@
-"""The retrieval network: uint8 image in, unit descriptor out, through any list of scales."""
+"""The retrieval network: from images to unit-norm descriptors, over one or several scales."""
 
 from __future__ import annotations
 
@@ -15,56 +15,56 @@ from torch import Tensor, nn
 
 from superglobal.errors import InputError
 from superglobal.models.backbone import Backbone, has_relup, install_relup
-from superglobal.models.hub import HubModel
-from superglobal.models.pooling import MapPooling, PoolingConfig, scale_gem, wide
+from superglobal.models.pooling import MapPooling, PoolingConfig, at_least_float32, scale_gem
 
-# The reference's lists (model/resnet.py:269-281); its default is the one of three.
+# The reference's lists of scales (model/resnet.py:269-281); its default is 3.
 SCALES: dict[int, tuple[float, ...]] = {
     1: (1.0,),
     3: (0.7071, 1.0, 1.4142),
     5: (0.5, 0.7071, 1.0, 1.4142, 2.0),
 }
-# Raised whenever the same weights and settings begin to give other descriptors: stored ones are then not reused.
+# Increase this when the same weights and settings give other descriptors than before: stored ones are then not reused.
 DESCRIPTOR_VERSION = 1
-# A thread-like crop is stretched rather than grown to a picture of this many pixels a side.
+# A very elongated image is stretched rather than enlarged beyond this many pixels a side.
 _MAX_ENLARGED_SIDE = 4096
 
 
 def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
-    """Expand 1, 3 or 5 to the reference's list; check any other list.
+    """Expand 1, 3 or 5 to the reference's list of scales; validate any other list.
 
     Raises:
         InputError: unknown count, empty list, or a scale outside 0.1..4.
     """
-    wish = "expected 1, 3, 5 or a list such as [0.7071,1.0,1.4142]"
+    expected = "expected 1, 3, 5 or a list such as [0.7071,1.0,1.4142]"
     if isinstance(scales, int | str):
         if scales not in SCALES or isinstance(scales, bool):
-            raise InputError(f"scales={scales}: {wish}")
+            raise InputError(f"scales={scales}: {expected}")
         return SCALES[int(scales)]
     try:
         values = tuple(float(s) for s in scales)
     except (TypeError, ValueError) as error:
-        raise InputError(f"scales={scales}: {wish}") from error
+        raise InputError(f"scales={scales}: {expected}") from error
     if not values or not all(0.1 <= s <= 4 for s in values):
-        raise InputError(f"scales={scales}: {wish}, of numbers in 0.1..4")
+        raise InputError(f"scales={scales}: {expected}, of numbers in 0.1..4")
     return values
 
 
-class RetrievalNetwork(nn.Module, HubModel):
+class RetrievalNetwork(nn.Module):
     """Backbone, pooling, whitening layer and scales (method of the reference's model/resnet.py:248-288).
 
     Args:
-        backbone: image to feature map.
+        backbone: from image to feature map.
         pooling: switches and constants; ReLUP is installed into the backbone here.
         dim: outputs of the whitening layer; None for no whitening (D = the backbone's channels).
         scales: 1, 3, 5 or a list of factors.
-        antialias: filter when a scale shrinks the image; off is what the paper's runs had.
+        antialias: filter when a scale shrinks the image; the paper's results are without.
 
     Attributes:
-        provenance: where the weights come from, as plain types; what `save_pretrained` tells of them.
+        dim: D of the descriptors.
+        provenance: origin of the weights, as plain types.
 
     Raises:
-        InputError: ReLUP on a backbone that has no place for it; a bad list of scales.
+        InputError: ReLUP on a backbone that does not support it; invalid scales.
     """
 
     mean: Tensor
@@ -80,7 +80,7 @@ class RetrievalNetwork(nn.Module, HubModel):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        pooling = self._resolved(pooling)
+        pooling = self._resolve_relup(pooling)
         self.pooling = MapPooling(pooling)
         self.whitening = nn.Linear(backbone.channels, dim) if dim else None
         self.dim = dim or backbone.channels
@@ -88,7 +88,7 @@ class RetrievalNetwork(nn.Module, HubModel):
         self.antialias = antialias
         self.precision = "float32"
         self.weights_label = "random"
-        self.weights_format: str | None = None  # "CVNet" for the reference's
+        self.weights_format: str | None = None  # "CVNet" for the reference's weights
         self.trained_pooling: dict[str, Any] | None = None
         self.provenance: dict[str, Any] = {}
         install_relup(backbone.net, pooling.relup, pooling.relup_alpha)
@@ -100,22 +100,22 @@ class RetrievalNetwork(nn.Module, HubModel):
         return self.pooling.config
 
     def set_p(self, p: float | None) -> None:
-        """Set GeM's exponent, or with None keep the loaded one; either way `config` says it afterwards."""
+        """Set GeM's exponent, or keep the loaded one with None, and store it in `config`."""
         if p is not None:
             self.pooling.p.data.fill_(p)
-        # Single-precision weights hold 2.7 as 2.70000005; say the number that was meant.
+        # A float32 weight holds 2.7 as 2.70000005; store the number that was meant.
         self.pooling.config = replace(self.config, p=float(f"{self.pooling.p.item():.6g}"))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8, or float in 0..1, RGB -> standardised with the weights' statistics, in their dtype."""
+        """Standardize (B, 3, H, W) RGB, uint8 or float in 0..1, with the weights' mean and std, in their dtype."""
         images = images.to(self.mean.dtype) / (255 if images.dtype == torch.uint8 else 1)
         return (images - self.mean) / self.std
 
-    def whitened(self, x: Tensor) -> Tensor:
-        """Descriptor at one scale before its last normalisation: (B, 3, H, W) standardised -> (B, D)."""
-        return self._pooled(self.backbone(x))
+    def single_scale_descriptors(self, x: Tensor) -> Tensor:
+        """Compute descriptors at one scale, before L2 normalization: (B, 3, H, W) standardized -> (B, D)."""
+        return self._pool(self.backbone(x))
 
-    def _pooled(self, feature_map: Tensor) -> Tensor:
+    def _pool(self, feature_map: Tensor) -> Tensor:
         return self._whiten(self.pooling(feature_map))
 
     def _whiten(self, pooled: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class RetrievalNetwork(nn.Module, HubModel):
         return self.whitening(F.normalize(pooled) if self.config.l2_before_whitening else pooled)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Descriptors of images of one size.
+        """Compute the descriptors of a batch of images.
 
         Args:
             images: (B, 3, H, W) RGB, uint8 or float in 0..1.
@@ -135,84 +135,84 @@ class RetrievalNetwork(nn.Module, HubModel):
         return self.descriptors(self.feature_maps(images))
 
     def feature_maps(self, images: Tensor) -> Iterator[Tensor]:
-        """What is pooled: one map (B, C, h, w) per scale, one after the other, of images as `forward` takes them."""
+        """Compute one feature map (B, C, h, w) per scale, lazily, of images as `forward` takes them."""
         images = self._enlarge(images)
         x = images if self.config.opencv_resize else self.normalize(images)
         return (self.backbone(self._at_scale(x, scale)) for scale in self.scales)
 
     def descriptors(self, feature_maps: Iterable[Tensor]) -> Tensor:
-        """Pool, whiten and combine: one map (B, C, h, w) per scale -> (B, D) float32, unit norm."""
-        return self._combined([wide(self._pooled(x)) for x in feature_maps])
+        """Pool, whiten and combine one map (B, C, h, w) per scale into (B, D) float32, unit norm."""
+        return self._combine([at_least_float32(self._pool(x)) for x in feature_maps])
 
-    def _combined(self, vectors: list[Tensor]) -> Tensor:
+    def _combine(self, vectors: list[Tensor]) -> Tensor:
         if self.config.scale:
             combined = scale_gem(vectors, self.config.scale_p)
         else:
             combined = torch.stack([F.normalize(v) for v in vectors] if self.config.unit_scales else vectors).mean(0)
         return F.normalize(combined)
 
-    def shares_maps(self, pooling: PoolingConfig) -> bool:
-        """Whether a network with these switches has the same feature maps: ReLUP is in the backbone."""
-        return _backbone_pass(self._resolved(pooling)) == _backbone_pass(self.config)
+    def shares_feature_maps(self, pooling: PoolingConfig) -> bool:
+        """Return whether a network with these settings computes the same feature maps (ReLUP is in the backbone)."""
+        return _backbone_settings(self._resolve_relup(pooling)) == _backbone_settings(self.config)
 
     def variant(self, pooling: PoolingConfig) -> RetrievalNetwork:
-        """The same network with other switches of the pooling, sharing its weights; p stays.
+        """Return a network with other pooling settings that shares this one's weights and p.
 
         Raises:
-            InputError: `pooling` has another ReLUP.
+            InputError: `pooling` needs other feature maps.
         """
-        if not self.shares_maps(pooling):
-            raise InputError("variant: ReLUP is in the backbone; load_model makes a network with another")
-        return self.sharing(self.backbone, replace(self._resolved(pooling), p=self.config.p))
+        if not self.shares_feature_maps(pooling):
+            raise InputError("variant: these settings need other feature maps (ReLUP, resizing); use load_model")
+        return self.with_backbone(self.backbone, replace(self._resolve_relup(pooling), p=self.config.p))
 
-    def sharing(self, backbone: Backbone, pooling: PoolingConfig) -> RetrievalNetwork:
-        """A network of this one's whitening layer, p, scales and labels around another backbone of the same kind."""
-        other = RetrievalNetwork(backbone, pooling, None, self.scales, self.antialias)
-        other.whitening, other.dim, other.pooling.p = self.whitening, self.dim, self.pooling.p
-        other.mean, other.std = self.mean, self.std
-        other.weights_label, other.weights_format = self.weights_label, self.weights_format
-        other.trained_pooling = self.trained_pooling
-        other.precision, other.provenance = self.precision, self.provenance
-        return other.train(self.training)
+    def with_backbone(self, backbone: Backbone, pooling: PoolingConfig) -> RetrievalNetwork:
+        """Return a network around another backbone of the same kind that shares everything else with this one."""
+        network = RetrievalNetwork(backbone, pooling, None, self.scales, self.antialias)
+        network.whitening, network.dim, network.pooling.p = self.whitening, self.dim, self.pooling.p
+        network.mean, network.std = self.mean, self.std
+        network.weights_label, network.weights_format = self.weights_label, self.weights_format
+        network.trained_pooling = self.trained_pooling
+        network.precision, network.provenance = self.precision, self.provenance
+        return network.train(self.training)
 
-    def _resolved(self, pooling: PoolingConfig) -> PoolingConfig:
-        """With ReLUP on or off where it is "auto"."""
+    def _resolve_relup(self, pooling: PoolingConfig) -> PoolingConfig:
+        """Replace ReLUP "auto" by "on" or "off"."""
         if pooling.relup != "auto":
             return pooling
         return replace(pooling, relup="on" if has_relup(self.backbone.net) else "off")
 
     def _at_scale(self, x: Tensor, scale: float) -> Tensor:
         if self.config.opencv_resize:
-            return self.normalize(_opencv_scaled(x, scale))
-        return resized(x, scale, self.antialias)
+            return self.normalize(_opencv_resize(x, scale))
+        return resize(x, scale, self.antialias)
 
     def min_side(self) -> int:
-        """Shorter image side, in pixels, below which `forward` first enlarges the image.
+        """Return the shorter image side, in pixels, below which `forward` first enlarges the image.
 
-        RegionalGeM's reflect padding needs 3 cells at the smallest scale (ResNet: 92 px at three scales, 130 at
-        five, 65 at one), where the reference crashes; without RegionalGeM one cell is enough.
+        Regional-GeM's reflect padding needs 3 cells at the smallest scale (ResNet: 92 px at three scales, 130 at five,
+        65 at one), where the reference crashes; without Regional-GeM one cell is enough.
         """
-        need = self.backbone.min_side(self.pooling.min_cells)
+        required = self.backbone.min_side(self.pooling.min_cells)
         smallest = min(self.scales)
-        side = int(need / smallest)
-        while int(side * smallest) < need:
+        side = int(required / smallest)
+        while int(side * smallest) < required:
             side += 1
         return side
 
     def _enlarge(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        need = self.min_side()
-        if min(height, width) >= need:
+        min_side = self.min_side()
+        if min(height, width) >= min_side:
             return images
-        factor = need / min(height, width)
+        factor = min_side / min(height, width)
         limit = max(height, width, _MAX_ENLARGED_SIDE)
-        size = [max(need, min(round(side * factor), limit)) for side in (height, width)]
+        size = [max(min_side, min(round(side * factor), limit)) for side in (height, width)]
         values = images.float() / 255 if images.dtype == torch.uint8 else images
-        enlarged = _resize(values, size[0], size[1], antialias=False)
+        enlarged = _interpolate(values, size[0], size[1], antialias=False)
         return (enlarged * 255).round().to(torch.uint8) if self.config.opencv_resize else enlarged
 
     def identity(self) -> dict[str, Any]:
-        """Everything about the network that changes a descriptor, as plain types for a fingerprint."""
+        """Return everything about the network that affects a descriptor, as plain types for a fingerprint."""
         return {
             "descriptor_version": DESCRIPTOR_VERSION,
             "weights": weights_digest(self.state_dict()),
@@ -228,41 +228,43 @@ class RetrievalNetwork(nn.Module, HubModel):
         }
 
 
-def describe_all(networks: Sequence[RetrievalNetwork], images: Tensor) -> list[Tensor]:
-    """Descriptors of the same images by several variants of one network, each map and each pooling computed once.
+def forward_variants(networks: Sequence[RetrievalNetwork], images: Tensor) -> list[Tensor]:
+    """Compute the descriptors of the same images by several variants of one network.
+
+    Each feature map and each different pooling is computed once.
 
     Args:
-        networks: sharing weights, scales and ReLUP: see `RetrievalNetwork.variant`.
+        networks: sharing weights, scales and ReLUP (see `RetrievalNetwork.variant`).
         images: as `RetrievalNetwork.forward` takes them.
 
     Returns:
-        Per network what it gives itself: (B, D) float32, unit norm.
+        Per network the result of its `forward`: (B, D) float32, unit norm.
     """
-    found: list[Tensor] = [images] * len(networks)
+    descriptors: list[Tensor] = [images] * len(networks)
     side = min(images.shape[-2:])
-    # A small image is enlarged for the one that pools by regions and not for the other.
-    for need in {max(side, network.min_side()) for network in networks}:
-        alike = [i for i, network in enumerate(networks) if max(side, network.min_side()) == need]
-        vectors: dict[int, list[Tensor]] = {i: [] for i in alike}
-        for x in networks[alike[0]].feature_maps(images):
+    # A small image is enlarged for variants with Regional-GeM only, so the others do not share its feature maps.
+    for min_side in {max(side, network.min_side()) for network in networks}:
+        group = [i for i, network in enumerate(networks) if max(side, network.min_side()) == min_side]
+        vectors: dict[int, list[Tensor]] = {i: [] for i in group}
+        for x in networks[group[0]].feature_maps(images):
             pooled: dict[Any, Tensor] = {}
-            for i in alike:
+            for i in group:
                 network, key = networks[i], networks[i].pooling.key()
                 if key not in pooled:
                     pooled[key] = network.pooling(x)
-                vectors[i].append(wide(network._whiten(pooled[key])))
-        for i in alike:
-            found[i] = networks[i]._combined(vectors[i])
-    return found
+                vectors[i].append(at_least_float32(network._whiten(pooled[key])))
+        for i in group:
+            descriptors[i] = networks[i]._combine(vectors[i])
+    return descriptors
 
 
-def _backbone_pass(pooling: PoolingConfig) -> tuple[Any, ...]:
-    """What of the pooling settings changes feature maps."""
+def _backbone_settings(pooling: PoolingConfig) -> tuple[Any, ...]:
+    """Return the pooling settings that affect feature maps."""
     return pooling.relup, pooling.relup_alpha if pooling.relup != "off" else None, pooling.opencv_resize
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes: the same for one set of weights in any file format."""
+    """Return the SHA-256 of a state dict's names, shapes, dtypes and bytes, independent of the file format."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -271,26 +273,26 @@ def weights_digest(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def resized(x: Tensor, scale: float, antialias: bool = False) -> Tensor:
-    """Resize (B, C, H, W) bilinearly to int(H * scale) x int(W * scale), as the reference truncates."""
+def resize(x: Tensor, scale: float, antialias: bool = False) -> Tensor:
+    """Resize (B, C, H, W) bilinearly to int(H * scale) x int(W * scale), truncating like the reference."""
     if scale == 1.0:
         return x
-    return _resize(x, int(x.shape[-2] * scale), int(x.shape[-1] * scale), antialias)
+    return _interpolate(x, int(x.shape[-2] * scale), int(x.shape[-1] * scale), antialias)
 
 
-def _resize(x: Tensor, height: int, width: int, antialias: bool) -> Tensor:
+def _interpolate(x: Tensor, height: int, width: int, antialias: bool) -> Tensor:
     return F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=antialias)
 
 
-def _opencv_scaled(images: Tensor, scale: float) -> Tensor:
-    """CVNet's resize: OpenCV on uint8, area below 1 and linear above (its test/dataset.py)."""
+def _opencv_resize(images: Tensor, scale: float) -> Tensor:
+    """Resize uint8 images with OpenCV like CVNet (its test/dataset.py): area below scale 1, linear above."""
     if images.dtype != torch.uint8:
-        raise InputError("pooling.opencv_resize works on uint8 images: give (B, 3, H, W) uint8")
+        raise InputError(f"pooling.opencv_resize=true: images are {images.dtype}, expected (B, 3, H, W) uint8")
     if scale == 1.0:
         return images
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    scaled = [
+    resized = [
         cv2.resize(im, None, fx=scale, fy=scale, interpolation=method)
         for im in images.permute(0, 2, 3, 1).cpu().numpy()
     ]
-    return torch.from_numpy(np.stack(scaled)).permute(0, 3, 1, 2).to(images.device)
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(images.device)

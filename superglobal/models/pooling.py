@@ -1,8 +1,8 @@
-"""SuperGlobal's pooling modules: GeM and GeM+, Regional-GeM, Scale-GeM, ReLUP.
+"""SuperGlobal's pooling: GeM and GeM+, Regional-GeM, Scale-GeM and ReLUP, as functions and as modules.
 
-Sources: "Global Features are All You Need for Image Retrieval and Reranking" (ICCV 2023, arXiv 2308.06954),
-section 3, and its reference code (modules/coarse_retrieval/{gemp,rgem,sgem,relup}.py). Every power runs in
-float32 whatever autocast says: x^4.6 overflows float16 beyond x = 11 and 1e-8 underflows it.
+Sources: "Global Features are All You Need for Image Retrieval and Reranking" (ICCV 2023, arXiv 2308.06954), section 3,
+and its reference code (modules/coarse_retrieval/{gemp,rgem,sgem,relup}.py). Every power is computed in float32, also
+under autocast: in float16, x^4.6 overflows beyond x = 11 and 1e-8 underflows.
 """
 
 from __future__ import annotations
@@ -19,30 +19,33 @@ from torch import Tensor, nn
 from superglobal.errors import InputError
 
 RELUP_MODES = ("on", "off", "reference_off", "auto")
-# Below this a mean of powers counts as zero: its root keeps a finite slope, and the map a difference < 1e-14.
+# Lower bound of a mean of powers before its root: it keeps the gradient finite and changes the map by less than 1e-14.
 _TINY = 1e-36
 
 
 @dataclass
 class PoolingConfig:
-    """Every switch and constant between the feature map and the descriptor.
+    """Switches and constants between the feature map and the descriptor.
 
     Args:
-        gem_plus: pool with GeM+ (`gem_plus_p`, fixed); off: with GeM (`p`, from the weights file if it has one).
+        gem_plus: pool with GeM+ (`gem_plus_p`, fixed) instead of GeM (`p`, from the weights file if it has one).
         regional: mix the map with its windowed GeM before pooling.
-        scale: combine the scales by Scale-GeM; off: by their mean (see `unit_scales`).
-        relup: "on", "off" (everywhere), "reference_off" (what the reference computes with its flag off: the
-            inner activations of stage 1 stay clamped), or "auto" (on for backbones that have a place for it, and
-            named as what it became); booleans are accepted.
-        p, eps, learn_p: GeM's exponent, lower clamp, and whether training may move p.
-        gem_plus_p, gem_plus_eps: the same for GeM+.
-        regional_p, regional_window, regional_weight: exponent, odd window (cells), share of the windowed map.
-        scale_p: exponent of Scale-GeM; infinity is the maximum over unit vectors.
-        relup_alpha: floor of ReLUP.
-        l2_before_whitening: unit-normalise the pooled vector before the whitening layer (SuperGlobal yes, CVNet no).
+        scale: combine the scales by Scale-GeM instead of their mean (see `unit_scales`).
+        relup: "on"; "off" (no ReLUP); "reference_off" (what the reference computes with its flag off: the inner
+            activations of stage 1 stay clamped); or "auto" ("on" for backbones that support it, else "off").
+            Booleans are accepted.
+        p, eps, learn_p: exponent and lower clamp of GeM, and whether training updates p.
+        gem_plus_p, gem_plus_eps: exponent and lower clamp of GeM+.
+        regional_p, regional_window, regional_weight: exponent, odd window size (cells), weight of the windowed map.
+        scale_p: exponent of Scale-GeM; infinity takes the maximum over unit vectors.
+        relup_alpha: lower bound of ReLUP.
+        l2_before_whitening: L2-normalize the pooled vector before the whitening layer (SuperGlobal yes, CVNet no).
         unit_scales: with `scale` off, average unit vectors (CVNet) instead of raw ones (SuperGlobal).
-        opencv_resize: make the scales by OpenCV on uint8 (CVNet: area below 1, linear above) instead of
-            bilinearly on the normalised tensor.
+        opencv_resize: resize to the scales with OpenCV on uint8 (CVNet: area below 1, linear above) instead of
+            bilinearly on the normalized tensor.
+
+    Raises:
+        InputError: a value has the wrong type or is out of range.
     """
 
     gem_plus: bool = True
@@ -75,11 +78,11 @@ class PoolingConfig:
                 )
         for name in ("p", "gem_plus_p", "regional_p", "scale_p", "eps", "gem_plus_eps"):
             if not getattr(self, name) > 0:
-                raise InputError(f"pooling.{name} must be positive, not {getattr(self, name)}")
+                raise InputError(f"pooling.{name}={getattr(self, name)}: expected a positive number")
         if self.regional_window < 1 or self.regional_window % 2 == 0:
-            raise InputError(f"pooling.regional_window must be odd, not {self.regional_window}")
+            raise InputError(f"pooling.regional_window={self.regional_window}: expected an odd number >= 1")
         if not 0 <= self.regional_weight <= 1:
-            raise InputError(f"pooling.regional_weight must be in 0..1, not {self.regional_weight}")
+            raise InputError(f"pooling.regional_weight={self.regional_weight}: expected a number in 0..1")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -98,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def relup_mode(value: Any) -> str:
-    """Return the canonical ReLUP mode of a switch value.
+    """Return the canonical ReLUP mode of a setting's value.
 
     Raises:
         InputError: the value is neither a boolean nor one of the modes.
@@ -117,17 +120,17 @@ def make_pooling(
     """Build a `PoolingConfig`.
 
     Args:
-        pooling: a preset's name; a dict of switches over what is stored; or None for what is stored.
-        stored: switches that came with the weights; None for the SuperGlobal preset.
+        pooling: name of a preset; dict of settings that override `stored`; or None for `stored` as it is.
+        stored: settings that came with the weights; None for the SuperGlobal preset.
 
     Raises:
-        InputError: unknown preset or key; the message lists the choices.
+        InputError: unknown preset or setting; the message lists the choices.
     """
     if isinstance(pooling, PoolingConfig):
         return pooling
     if isinstance(pooling, str):
         if pooling not in PRESETS:
-            raise InputError(f"pooling={pooling}: expected one of {', '.join(PRESETS)} or a dict of switches")
+            raise InputError(f"pooling={pooling}: expected one of {', '.join(PRESETS)} or a dict of settings")
         return PoolingConfig(**PRESETS[pooling])
     pooling = {**(stored or PRESETS["superglobal"]), **(pooling or {})}
     unknown = sorted(set(pooling) - set(PoolingConfig.__dataclass_fields__))
@@ -137,37 +140,42 @@ def make_pooling(
     return PoolingConfig(**pooling)
 
 
-def wide(x: Tensor) -> Tensor:
-    """At least float32: half precision is widened, float64 stays."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32; float32 and float64 stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gem(x: Tensor, p: float | Tensor = 3.0, eps: float = 1e-6) -> Tensor:
-    """Generalised mean over all positions of a map, (mean of max(x, eps)^p)^(1/p).
+    """Compute the generalized mean over all positions of a map: (mean of max(x, eps)^p)^(1/p).
 
-    GeM+ is the same with p = 4.6 and eps = 1e-8 (paper, section 3.1; gemp.py).
+    GeM+ is the same function with p = 4.6 and eps = 1e-8 (paper, section 3.1; gemp.py).
 
     Args:
-        x: (B, C, h, w), any float dtype; negative values count as eps.
+        x: (B, C, H, W), any float dtype; values below eps count as eps.
+        p: exponent.
+        eps: lower clamp.
 
     Returns:
         (B, C) float32 (float64 for float64 maps).
     """
     with torch.autocast(x.device.type, enabled=False):
-        return wide(x).clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1.0 / p)
+        return at_least_float32(x).clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1.0 / p)
 
 
 def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5) -> Tensor:
-    """Mix a map with its windowed generalised mean: weight * GeM_window(x) + (1 - weight) * x (rgem.py).
+    """Mix a map with its windowed generalized mean: weight * GeM_window(x) + (1 - weight) * x (rgem.py).
 
-    The window has stride 1 and reflect padding, so the size stays. Negative values count as 0 inside the window:
-    a fractional power of them is not a number.
+    The window has stride 1 and reflect padding, so the size does not change. Negative values count as 0 inside the
+    window, because a fractional power of them is not a number.
 
     Args:
-        x: (B, C, h, w) with h, w > window // 2.
+        x: (B, C, H, W), any float dtype, with H, W > window // 2.
+        p: exponent.
+        window: side of the window in cells, odd.
+        weight: of the windowed mean, in 0..1.
 
     Returns:
-        (B, C, h, w) float32.
+        (B, C, H, W) float32 (float64 for float64 maps).
 
     Raises:
         InputError: the map is too small for the reflect padding.
@@ -175,43 +183,44 @@ def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5
     pad = window // 2
     if min(x.shape[-2:]) <= pad:
         raise InputError(
-            f"RegionalGeM with window {window} needs a feature map of at least {pad + 1} cells a side, "
-            f"got {x.shape[-2]} x {x.shape[-1]}: enlarge the image or switch pooling.regional off"
+            f"Regional-GeM with window {window}: feature map of {x.shape[-2]} x {x.shape[-1]} cells, expected at least "
+            f"{pad + 1} cells a side; enlarge the image or turn Regional-GeM off (pooling.regional=false)"
         )
     with torch.autocast(x.device.type, enabled=False):
-        x = wide(x)
-        powers = _reflected(x.clamp(min=0).pow(p), pad)
-        regional = F.avg_pool2d(powers, window, stride=1).clamp(min=_TINY).pow(1.0 / p)
-        return weight * regional + (1.0 - weight) * x
+        x = at_least_float32(x)
+        powers = _reflection_pad(x.clamp(min=0).pow(p), pad)
+        windowed = F.avg_pool2d(powers, window, stride=1).clamp(min=_TINY).pow(1.0 / p)
+        return weight * windowed + (1.0 - weight) * x
 
 
-def _reflected(x: Tensor, pad: int) -> Tensor:
-    """Reflect padding on all four sides; with a deterministic gradient where that is asked for."""
+def _reflection_pad(x: Tensor, pad: int) -> Tensor:
+    """Pad the last two dimensions by reflection, with a deterministic gradient if torch is set to require it."""
     if not (x.requires_grad and torch.are_deterministic_algorithms_enabled()):
         return F.pad(x, (pad, pad, pad, pad), mode="reflect")
     for dim in (-2, -1):
-        places = torch.arange(x.shape[dim], device=x.device)
-        places = torch.cat([places[1 : pad + 1].flip(0), places, places[-pad - 1 : -1].flip(0)])
-        x = x.index_select(dim, places)
+        index = torch.arange(x.shape[dim], device=x.device)
+        index = torch.cat([index[1 : pad + 1].flip(0), index, index[-pad - 1 : -1].flip(0)])
+        x = x.index_select(dim, index)
     return x
 
 
 def scale_gem(descriptors: Tensor | Sequence[Tensor], p: float = math.inf) -> Tensor:
-    """Combine the descriptors of one image at several scales (sgem.py).
+    """Combine the descriptors of an image at several scales (sgem.py).
 
     With p = infinity: the elementwise maximum of the unit vectors. With a finite p: gamma + (mean of
-    (x - gamma)^p)^(1/p) of the vectors as they are, gamma being their smallest component. The reference takes
-    gamma over the whole batch; here it is each image's own, which is the same for one image at a time.
+    (x - gamma)^p)^(1/p) of the unnormalized vectors, where gamma is the smallest component of the image's vectors.
+    (The reference takes gamma over the whole batch, which is the same for one image at a time.)
 
     Args:
-        descriptors: S tensors of shape (B, D), or one (S, B, D).
+        descriptors: S tensors of shape (B, D), or one of shape (S, B, D), any float dtype.
+        p: exponent.
 
     Returns:
-        (B, D) float32, not normalised.
+        (B, D) float32 (float64 for float64 descriptors), not normalized.
     """
     stack = descriptors if isinstance(descriptors, Tensor) else torch.stack(list(descriptors))
     with torch.autocast(stack.device.type, enabled=False):
-        stack = wide(stack)
+        stack = at_least_float32(stack)
         if math.isinf(p):
             return F.normalize(stack, dim=-1).amax(dim=0)
         gamma = stack.amin(dim=(0, 2), keepdim=True)
@@ -219,8 +228,80 @@ def scale_gem(descriptors: Tensor | Sequence[Tensor], p: float = math.inf) -> Te
         return mean.pow(1.0 / p) + gamma[0]
 
 
+class GeM(nn.Module):
+    """Generalized-mean pooling, (B, C, H, W) -> (B, C): (mean of max(x, eps)^p)^(1/p) over all positions.
+
+    `GeM(4.6, eps=1e-8)` is the paper's GeM+ (section 3.1). See `gem` for dtypes.
+
+    Args:
+        p: exponent.
+        eps: lower clamp; values below it count as eps.
+        learnable: make p a parameter of shape (1,), stored in the state dict as "p".
+    """
+
+    def __init__(self, p: float = 3.0, eps: float = 1e-6, learnable: bool = False) -> None:
+        super().__init__()
+        self.p: float | nn.Parameter = nn.Parameter(torch.tensor([float(p)])) if learnable else p
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gem(x, self.p, self.eps)
+
+    def extra_repr(self) -> str:
+        if isinstance(self.p, nn.Parameter):
+            return f"p={self.p.item():g}, eps={self.eps:g}, learnable=True"
+        return f"p={self.p:g}, eps={self.eps:g}"
+
+
+class RegionalGeM(nn.Module):
+    """Regional-GeM, (B, C, H, W) -> (B, C, H, W): weight * GeM_window(x) + (1 - weight) * x (rgem.py).
+
+    See `regional_gem` for dtypes and the smallest map.
+
+    Args:
+        p: exponent.
+        window: side of the window in cells, odd.
+        weight: of the windowed mean, in 0..1.
+    """
+
+    def __init__(self, p: float = 2.5, window: int = 5, weight: float = 0.5) -> None:
+        super().__init__()
+        self.p, self.window, self.weight = p, window, weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return regional_gem(x, self.p, self.window, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:g}, window={self.window}, weight={self.weight:g}"
+
+
+class ScaleGeM(nn.Module):
+    """Scale-GeM, S descriptors of shape (B, D) or one tensor (S, B, D) -> (B, D), not normalized.
+
+    The maximum of the unit vectors for p = infinity, a generalized mean for a finite p. See `scale_gem`.
+
+    Args:
+        p: exponent.
+    """
+
+    def __init__(self, p: float = math.inf) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, descriptors: Tensor | Sequence[Tensor]) -> Tensor:
+        return scale_gem(descriptors, self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:g}"
+
+
 class ReLUP(nn.Module):
-    """max(x, alpha): activations below alpha become alpha, not 0 (relup.py; alpha = 0.014)."""
+    """ReLU with a positive lower bound, max(x, alpha), any shape and dtype (relup.py).
+
+    Args:
+        alpha: lower bound; smaller activations become alpha, not 0.
+        inplace: overwrite the input.
+    """
 
     def __init__(self, alpha: float = 0.014, inplace: bool = False) -> None:
         super().__init__()
@@ -231,17 +312,17 @@ class ReLUP(nn.Module):
         return x.clamp_(min=self.alpha) if self.inplace else x.clamp(min=self.alpha)
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}"
+        return f"alpha={self.alpha}" + (", inplace=True" if self.inplace else "")
 
 
 class MapPooling(nn.Module):
-    """Feature map (B, C, h, w) to vector (B, C): Regional-GeM if on, then GeM+ or GeM."""
+    """Pool a feature map (B, C, H, W) to a vector (B, C): Regional-GeM if it is on, then GeM+ or GeM."""
 
     def __init__(self, config: PoolingConfig) -> None:
         super().__init__()
         self.config = config
-        # Kept beside GeM+ too, so that one weights file serves every switch; without a gradient there, because
-        # DistributedDataParallel rejects parameters that take no part in the loss.
+        # p is kept next to GeM+ too, so that one weights file serves all settings. It has no gradient then, because
+        # DistributedDataParallel rejects parameters that do not contribute to the loss.
         self.p = nn.Parameter(torch.tensor([config.p]), requires_grad=config.learn_p and not config.gem_plus)
 
     @property
@@ -250,20 +331,20 @@ class MapPooling(nn.Module):
         return self.config.regional_window // 2 + 1 if self.config.regional else 1
 
     def key(self) -> tuple[Any, ...]:
-        """The same for all that pool alike."""
+        """Return a key that is equal for all poolings that compute the same."""
         c = self.config
         region = (c.regional_p, c.regional_window, c.regional_weight) if c.regional else None
         return region, c.gem_plus, (c.gem_plus_p, c.gem_plus_eps) if c.gem_plus else (c.p, c.eps)
 
     def regional(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same shape: Regional-GeM if it is on."""
+        """Apply Regional-GeM if it is on: (B, C, H, W) -> the same shape."""
         c = self.config
         return regional_gem(x, c.regional_p, c.regional_window, c.regional_weight) if c.regional else x
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.config
         if x.is_cuda:
-            # Convolutions leave the channels last; windows and means read whole planes faster.
+            # Convolutions return channels-last maps, but windows and means read contiguous planes faster.
             x = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
         x = self.regional(x)
         return gem(x, c.gem_plus_p, c.gem_plus_eps) if c.gem_plus else gem(x, self.p, c.eps)

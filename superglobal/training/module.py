@@ -67,7 +67,8 @@ class TrainingModule(pl.LightningModule):
         if optim.ema is not None:
             average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True)
             self.average = average.eval().requires_grad_(False)
-        self.describe = torch.compile(network.whitened) if how.compile else network.whitened
+        extract = network.single_scale_descriptors
+        self.describe = torch.compile(extract) if how.compile else extract
         self.loss = math.nan
         self.paused = 0.0
 

@@ -53,7 +53,7 @@ def test_shares_sum_to_the_similarity(scales, dim, pooling):
         truth = 1.0 if vector is None else float(descriptor @ vector)
         assert found.similarity == pytest.approx(truth, abs=1e-5)
         assert sum(one.sum() for one in found.maps) + found.bias == pytest.approx(truth, abs=1e-4)
-        assert abs(found.rest) < 1e-4
+        assert abs(found.remainder) < 1e-4
         assert len(found.maps) == len(model.scales)
         if dim == 0:
             assert found.bias == 0
@@ -97,22 +97,22 @@ def test_what_clamping_adds_is_told_and_not_dealt_out():
     found = contributions(model, IMAGE)
     share = 1 / (1 + 95 * 0.25)
     assert found.maps[0].sum() == pytest.approx(share, abs=1e-5)
-    assert found.rest == pytest.approx(1 - share, abs=1e-5)
+    assert found.remainder == pytest.approx(1 - share, abs=1e-5)
 
 
 def test_spread_over_a_picture_the_shares_keep_place_and_sum():
     model = network(3)
     found = contributions(model, IMAGE)
-    picture = found.over(120, 150)
+    picture = found.heatmap(120, 150)
     total = sum(one.sum() for one in found.maps)
     assert picture.shape == (120, 150)
     assert picture.sum() == pytest.approx(total, rel=0.1)
-    corner = type(found)([np.pad(np.ones((1, 1)), ((0, 3), (0, 3)))], 0.0, 0.0, 1.0).over(40, 40)
+    corner = type(found)([np.pad(np.ones((1, 1)), ((0, 3), (0, 3)))], 0.0, 0.0, 1.0).heatmap(40, 40)
     assert np.unravel_index(corner.argmax(), corner.shape) < (10, 10)
     assert corner.sum() == pytest.approx(1, rel=0.2)
     assert math.isclose(corner[30:, 30:].sum(), 0, abs_tol=1e-12)
 
 
 def test_a_vector_of_another_network_is_refused():
-    with pytest.raises(InputError, match=r"a vector \(7,\), but descriptors are \(24,\)"):
+    with pytest.raises(InputError, match=r"shape \(7,\), expected \(24,\)"):
         contributions(network(), IMAGE, other(7))

@@ -1,0 +1,36 @@
+"""The public names of the package `superglobal`."""
+
+from superglobal.data.folder import folder_set as folder_set
+from superglobal.data.images import ImageItem as ImageItem
+from superglobal.data.revisited import load_ground_truth as load_ground_truth
+from superglobal.data.revisited import revisited_set as revisited_set
+from superglobal.errors import InputError as InputError
+from superglobal.metrics.evaluate import revisited_map as revisited_map
+from superglobal.metrics.revisited import average_precision as average_precision
+from superglobal.models.attach import attach as attach
+from superglobal.models.extract import extract as extract
+from superglobal.models.factory import load_model as load_model
+from superglobal.models.heads import ArcFace as ArcFace
+from superglobal.models.heads import CosFace as CosFace
+from superglobal.models.heads import CurricularFace as CurricularFace
+from superglobal.models.heads import SubCenterArcFace as SubCenterArcFace
+from superglobal.models.heads import make_head as make_head
+from superglobal.models.hub import model_card as model_card
+from superglobal.models.hub import push_to_hub as push_to_hub
+from superglobal.models.hub import save_pretrained as save_pretrained
+from superglobal.models.network import RetrievalNetwork as RetrievalNetwork
+from superglobal.models.pooling import GeM as GeM
+from superglobal.models.pooling import RegionalGeM as RegionalGeM
+from superglobal.models.pooling import ReLUP as ReLUP
+from superglobal.models.pooling import ScaleGeM as ScaleGeM
+from superglobal.reranking.diffusion import diffuse as diffuse
+from superglobal.reranking.kreciprocal import kreciprocal as kreciprocal
+from superglobal.reranking.mutual import rerank_mutual as rerank_mutual
+from superglobal.reranking.query_expansion import augment_database as augment_database
+from superglobal.reranking.query_expansion import expand_queries as expand_queries
+from superglobal.reranking.superglobal import rerank as rerank
+from superglobal.reranking.superglobal import rerank_candidates as rerank_candidates
+from superglobal.retrieval.search import merge_shortlists as merge_shortlists
+from superglobal.retrieval.search import search as search
+from superglobal.retrieval.store import DescriptorStore as DescriptorStore
+from superglobal.retrieval.whitening import database_statistics as database_statistics
