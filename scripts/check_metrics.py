@@ -64,7 +64,7 @@ def missing_message(folder: Path) -> str:
     """Where the files are had, for a folder that holds no complete pair."""
     return (
         f"no pair of gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat in {folder.resolve()}; "
-        "python scripts/download.py revisited-features gets them into data/revisited-features"
+        "superglobal download revisited-features gets them into data/revisited-features"
     )
 
 

@@ -48,11 +48,11 @@ def _stages(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     untrained = ["ablation=gem", "backbone=test_resnet", "weights=random", f"hydra.run.dir={folder}/untrained"]
     trained = ["ablation=glob(*)", f"name={args.name}", f"hydra.sweep.dir={folder}/trained"]
     return {
-        "render landmarks": ["scripts/make_toy_data.py", *toy],
+        "render landmarks": ["-m", "superglobal", "toy-data", *toy],
         "train": ["train.py", "experiment=quickstart", f"name={args.name}", *places, *args.overrides],
         "evaluate the untrained network": ["eval.py", *evaluate, *untrained],
         "evaluate module by module": ["eval.py", "-m", *evaluate, *trained],
-        "one table": ["scripts/report.py", str(folder)],
+        "one table": ["-m", "superglobal", "report", str(folder)],
     }
 
 

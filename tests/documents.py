@@ -15,6 +15,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from superglobal import cli
 from superglobal.config import ENTRIES, register
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.validation import validated
@@ -25,7 +26,7 @@ CONFIGURED: dict[str, tuple[str, Any]] = {
     **{entry.script: (entry.name, entry.schema) for entry in ENTRIES},
     "my_eval.py": ("eval", EvalConfig),  # the cookbook's
 }
-"""Script -> its configuration's name and schema; any other takes its arguments by argparse."""
+"""Program -> its configuration's name and schema; the others parse their arguments by argparse."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,26 @@ def without_blocks(text: str) -> str:
 
 
 def commands(text: str, inline: bool = True) -> list[list[str]]:
-    """Words from the script on of every command that starts one of this project's scripts: ["eval.py", "k=10"].
+    """Return the program and the arguments of every command: ["eval.py", "k=10"], ["superglobal tune", "name=x"].
 
-    inline: also of those between backticks in running text.
+    inline: include those between backticks in running text.
     """
     lines = "\n".join(block.text for block in blocks(text, "bash")).replace("\\\n", " ").splitlines()
     if inline:
         spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_blocks(text))]
-        lines += [span for span in spans if re.match(r"(\w+=\S+ )*(python|torchrun|srun) ", span)]
+        lines += [span for span in spans if re.match(r"(\w+=\S+ )*(python|torchrun|srun|superglobal [a-z-]+) ", span)]
     found = []
     for line in lines:
         words = shlex.split(re.sub(r"\[(--[^\]]+)\]", r"\1", line), comments=True)
-        starts = [i for i, word in enumerate(words) if word.endswith(".py")]
-        if starts and {"python", "torchrun"} & set(words[: starts[0]]):
-            # What the shell fills in is left out, as is the end of a shell function.
-            found.append([word for word in words[starts[0] :] if "$" not in word and word != "}"])
+        if "superglobal" in words[:-1]:
+            start = words.index("superglobal") + 1
+            words[start] = f"superglobal {words[start]}"
+        else:
+            start = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)
+            if not {"python", "torchrun"} & set(words[:start]):
+                continue
+        # Leave out shell variables and the end of a shell function.
+        found.append([word for word in words[start:] if "$" not in word and word != "}"])
     return found
 
 
@@ -109,16 +115,21 @@ class _ParsedError(Exception):
 
 
 def require_arguments(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start a script that takes its arguments by argparse, and end it once they are taken."""
-    source = (ROOT / words[0]).read_text()
-    assert "argparse" in source, f"{words[0]} would run: name its configuration in CONFIGURED"
+    """Start a program that parses its arguments by argparse, and stop it once they are parsed."""
     parse = argparse.ArgumentParser.parse_args
 
     def parsed(self: Any, *args: Any, **options: Any) -> Any:
-        parse(self, *args, **options)
+        result = parse(self, *args, **options)
+        if self.prog == "superglobal":  # The command's own parser is next.
+            return result
         raise _ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+    if words[0].startswith("superglobal "):
+        with pytest.raises(_ParsedError):
+            cli.main([words[0].removeprefix("superglobal "), *words[1:]])
+        return
+    assert "argparse" in (ROOT / words[0]).read_text(), f"{words[0]} would run: name its configuration in CONFIGURED"
     monkeypatch.setattr("sys.argv", words)
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     with pytest.raises(_ParsedError):

@@ -35,7 +35,7 @@ def resave(source: Path, target: Path, change) -> Path:
 
 def test_conversion_keeps_descriptors_and_names_what_it_left_aside(cvnet_checkpoint, tmp_path, image):
     target = tmp_path / "r50.safetensors"
-    command = [sys.executable, str(ROOT / "scripts/convert_weights.py"), str(cvnet_checkpoint(50)), str(target)]
+    command = [sys.executable, "-m", "superglobal", "convert-weights", str(cvnet_checkpoint(50)), str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "conv2ds" in done.stdout

@@ -179,7 +179,7 @@ def test_own_descriptors_are_whitened_too(tmp_path):
 
 def compare(outputs: Path, *overrides: str, status: int = 0) -> str:
     base = [o for o in BASE if not o.startswith(("logger", "figures"))]
-    words = [sys.executable, str(ROOT / "scripts/compare_rerankers.py"), *base, *QUIET, f"paths.outputs={outputs}"]
+    words = [sys.executable, "-m", "superglobal", "compare-rerankers", *base, *QUIET, f"paths.outputs={outputs}"]
     done = subprocess.run(
         [*words[:2], *overrides, *words[2:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
     )

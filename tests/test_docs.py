@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import is_dataclass
@@ -29,6 +30,9 @@ from documents import (
 from sets import texture, write_folders, write_revisited
 
 import superglobal
+from superglobal import cli
+from superglobal.cli import COMMANDS
+from superglobal.data.folder import folder_set
 from superglobal.evaluation.pipeline import evaluate
 from superglobal.models.weights import read_weights
 from superglobal.training.train import train
@@ -46,6 +50,10 @@ def place(tmp_path_factory) -> Path:
     texture(0, 0).save(root / "photos" / "label0" / "0.png")
     texture(2, 7).save(root / "query.jpg")
     write_revisited(root / "data")
+    for option in ("pooling/gem", "rerank/superglobal"):  # what a tuning writes
+        tuned = root / "outputs/tune/quickstart/conf" / Path(option).parent / "quickstart_tuned.yaml"
+        tuned.parent.mkdir(parents=True)
+        shutil.copy(ROOT / "conf" / f"{option}.yaml", tuned)
     (root / "pictures").mkdir()
     with (root / "judged.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -96,14 +104,17 @@ def test_the_code_of_the_pages_runs(ran):
 
 
 def test_commands_are_found():
-    assert sum(len(commands(text_of(page))) for page in PAGES) > 30
-    line = "`OMP_NUM_THREADS=1 python\nscripts/bench.py heads` `python` `eval.py`"
-    assert commands(line) == [["scripts/bench.py", "heads"]]
+    line = "`OMP_NUM_THREADS=1 python\nscripts/bench.py heads` `python` `eval.py` `superglobal share a b`"
+    assert commands(line) == [["scripts/bench.py", "heads"], ["superglobal share", "a", "b"]]
+    assert commands("```bash\nOMP_NUM_THREADS=1 superglobal toy-data  # note\n```") == [["superglobal toy-data"]]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_command_of_the_pages_is_one(page, place, ran, monkeypatch):
-    for words in commands(text_of(page)):
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_is_accepted(document, place, ran, monkeypatch):
+    text = text_of(document)
+    named = re.findall(r"`superglobal ([a-z][a-z0-9-]*)`", text)
+    assert set(named) <= set(COMMANDS)
+    for words in commands(text):
         if words[0] in CONFIGURED:
             composed(words, place)
         else:
@@ -112,13 +123,16 @@ def test_every_command_of_the_pages_is_one(page, place, ran, monkeypatch):
 
 def test_photos_brought_into_the_layout_are_trained_on(place, ran, monkeypatch):
     monkeypatch.chdir(place)
+    images = {link.stem: link.resolve() for link in Path("data/mine/train").rglob("*.jpg")}
+    assert set(images.values()) == {path for path in (place / "photos").rglob("*") if path.is_file()}
+    with Path("data/mine/train_clean.csv").open() as file:
+        places = [{images[image].parent.name for image in row["images"].split()} for row in csv.DictReader(file)]
+    assert sorted(places, key=str) == sorted(({f"label{i}"} for i in range(10)), key=str)
     words = in_place(place, "docs/own_photos.md", "train.py", "name=mine")
     less = ["optim.epochs=1", "optim.batch_size=8", "data.image_size=64", *QUIET[:-1]]
-    score = train(composed([*words, *less], place), place / "outputs" / "train" / "mine")
-    assert score > 0.5
+    train(composed([*words, *less], place), place / "outputs" / "train" / "mine")
     about = read_weights("outputs/train/mine/best.safetensors")
     assert about.backbone == "tf_efficientnet_lite0"
-    assert len(list((place / "data" / "mine" / "train").rglob("*.jpg"))) == 40
 
 
 def test_the_whitening_layer_alone_is_trained(place, ran, monkeypatch):
@@ -137,9 +151,22 @@ def test_the_whitening_layer_alone_is_trained(place, ran, monkeypatch):
 def test_own_options_and_own_descriptors_are_evaluated(place, ran, monkeypatch):
     monkeypatch.chdir(place)
     spoc = in_place(place, "docs/cookbook.md", "eval.py", "pooling=spoc")
-    config = composed([*spoc, *QUIET, "scales=1"], place)
-    assert config.pooling.p == 1
-    assert evaluate(config, place / "spoc") > 0.5
+    stores = ["scales=1", "store.dtype=float32", "paths.stores=spoc/stores"]
+    evaluate(composed([*spoc, *QUIET, *stores], place), place / "spoc")
+    (store,) = Path("spoc/stores").glob("*database*")
+    assert cli.main(["store", "export", str(store), "spoc.npy"]) == 0
+    pooling = {"gem_plus": False, "regional": False, "scale": False, "relup": "off"}
+    items = folder_set("photos", labels=True).database
+    mean, gem = (
+        superglobal.extract(
+            superglobal.load_model("package", backbone="efficientnet_lite0", pooling=pooling | {"p": p}, scales=1),
+            items,
+            max_side=1024,
+        )
+        for p in (1.0, 3.0)
+    )
+    np.testing.assert_allclose(np.load("spoc.npy"), mean, atol=1e-5)
+    assert not np.allclose(gem, mean, atol=1e-2)
     own = in_place(place, "docs/cookbook.md", "eval.py", "descriptors.query=Q.npy")
     score = evaluate(composed([*own, *QUIET], place), place / "own")
     Q, X, data = np.load("Q.npy"), np.load("X.npy"), superglobal.revisited_set("data", "mini")

@@ -46,7 +46,7 @@ def server(toy):
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, str(ROOT / "scripts" / "download.py"), *arguments]
+    return [sys.executable, "-m", "superglobal", "download", *arguments]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -243,7 +243,8 @@ def test_a_killed_command_resumes(server, tmp_path):
 def test_a_command_killed_while_it_unpacks_downloads_nothing_again(server, tmp_path):
     """SIGKILL when the tenth image is about to be moved to its folder."""
     code = (
-        "import os, runpy, signal, sys\n"
+        "import os, signal, sys\n"
+        "import superglobal.cli\n"
         "import superglobal.download.archives as archives\n"
         "class Killer:\n"
         "    moved = 0\n"
@@ -252,14 +253,13 @@ def test_a_command_killed_while_it_unpacks_downloads_nothing_again(server, tmp_p
         "        self.moved += 1\n"
         "        os.kill(os.getpid(), signal.SIGKILL) if self.moved == 10 else os.replace(*names)\n"
         "archives.os = Killer()\n"
-        "sys.argv = sys.argv[1:]\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "sys.exit(superglobal.cli.main(sys.argv[1:]))\n"
     )
     arguments = [
         sys.executable,
         "-c",
         code,
-        *command("roxford5k", "--data", str(tmp_path), "--base-url", server.url)[1:],
+        *command("roxford5k", "--data", str(tmp_path), "--base-url", server.url)[3:],
     ]
     assert subprocess.run(arguments, capture_output=True).returncode == -signal.SIGKILL
     jpg = tmp_path / "roxford5k" / "jpg"

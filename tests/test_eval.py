@@ -262,7 +262,7 @@ def test_a_sweep_ends_with_one_table_whatever_becomes_of_its_jobs(data, tmp_path
     assert rows["gem"]["95 % gain"] == ""
     assert rows["gem"]["95 % medium"].count("-") == 1
     assert table.with_suffix(".md").read_text().count("\n") == 6
-    again = [sys.executable, str(ROOT / "scripts/report.py"), str(table.parent)]
+    again = [sys.executable, "-m", "superglobal", "report", str(table.parent)]
     before = table.read_text()
     assert subprocess.run(again, capture_output=True).returncode == 0
     assert table.read_text() == before

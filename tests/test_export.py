@@ -37,7 +37,7 @@ def test_an_onnx_file_of_free_sizes_is_the_network_at_all_of_them(tmp_path):
     """By the script; sizes that the script itself does not look at, and sides that float32 would round otherwise."""
     path = tmp_path / "made" / "x.onnx"
     settings = ["--backbone", "test_resnet", "--scales", "0.53,1"]
-    words = [sys.executable, "scripts/export.py", "random", str(path), *settings]
+    words = [sys.executable, "-m", "superglobal", "export", "random", str(path), *settings]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("largest difference") == 4

@@ -148,7 +148,7 @@ def test_the_command_scores_any_submission(tmp_path):
     mine = write(tmp_path, f"id,images\n{B},{x(0)} {x(50)} {x(10)}\n{C},{x(50)}\n", "mine.csv")
     expected = (1 + 2 / 3) / 2 / 3
     assert score_submission(solution, mine).map["all"] == pytest.approx(expected)
-    command = [sys.executable, str(ROOT / "scripts/score_gldv2.py"), str(solution), str(mine)]
+    command = [sys.executable, "-m", "superglobal", "score-gldv2", str(solution), str(mine)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mAP@100" in done.stdout

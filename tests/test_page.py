@@ -42,7 +42,7 @@ def page(tmp_path_factory) -> Iterator[SimpleNamespace]:
     (place / "secret.jpg").write_bytes((photos / "label0" / "0.jpg").read_bytes())
     words = ["dataset=folder", f"dataset.database={photos}", "backbone=efficientnet_lite0", "scales=1", "page.port=0"]
     words += ["page.max_upload=1", "rerank.K=3", f"paths.outputs={place}", *QUIET]
-    command = [sys.executable, str(ROOT / "scripts/demo.py"), *words]
+    command = [sys.executable, "-m", "superglobal", "serve", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     temporary = place / "temporary"
     temporary.mkdir()

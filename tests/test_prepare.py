@@ -1,10 +1,9 @@
-"""scripts/prepare_gldv2.py as a user runs it: what it finds in a tree and in tar files, and the index it leaves."""
+"""superglobal prepare-gldv2 as a user runs it: what it finds in a tree and in tar files, and the index it leaves."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import runpy
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from sets import break_scan
 
+from superglobal import cli
 from superglobal.data import prepare_gldv2 as module
 from superglobal.data.gldv2 import TrainList, read_train
 from superglobal.data.image_index import load_index
@@ -25,20 +25,21 @@ from superglobal.data.prepare_gldv2 import prepare
 from superglobal.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "prepare_gldv2.py"
+COMMAND = [sys.executable, "-m", "superglobal", "prepare-gldv2"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
-    """The script in this process, which spares the imports; `test_a_sound_tree` and Ctrl-C run it for real."""
+def run(capfd):
+    """Run the command in this process, which saves the imports; two tests run it in a process of its own."""
 
     def call(*arguments: object, status: int) -> str:
-        monkeypatch.setattr(sys, "argv", ["prepare_gldv2.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+        try:
+            code = cli.main(["prepare-gldv2", *map(str, arguments)])
+        except SystemExit as end:
+            code = end.code
         text = "".join(capfd.readouterr())
-        assert caught.value.code == status, text
+        assert code == status, text
         return text
 
     return call
@@ -77,7 +78,7 @@ def damage(photos: TrainList) -> dict[Path, str]:
 
 
 def test_a_sound_tree(root):
-    command = [sys.executable, str(SCRIPT), "--root", str(root), "--workers", "1"]
+    command = [*COMMAND, "--root", str(root), "--workers", "1"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     photos = read_train(root, min_images=1)
     assert done.returncode == 0, done.stderr
@@ -170,7 +171,7 @@ def test_a_tar_file_that_is_cut_off_or_lacks_a_photo(root, tmp_path):
 def test_an_index_that_does_not_fit_is_refused_with_the_command_that_renews_it(root, tmp_path):
     folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
     table = "train_clean.csv"
-    command = f"scripts/prepare_gldv2.py --root {root} --table {table}"
+    command = f"superglobal prepare-gldv2 --root {root} --table {table}"
     with pytest.raises(InputError, match="not found") as caught:
         load_index(root, table, None)
     assert command in str(caught.value)
@@ -225,7 +226,7 @@ def test_ctrl_c_says_how_to_go_on(root):
     stuck = next((root / "train").rglob("*.jpg"))
     stuck.unlink()
     os.mkfifo(stuck)  # opening it waits for ever, so that the run cannot be over too soon
-    command = [sys.executable, str(SCRIPT), "--root", str(root), "--decode", "--workers", "2", "--table", "train.csv"]
+    command = [*COMMAND, "--root", str(root), "--decode", "--workers", "2", "--table", "train.csv"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (root / ".train.index.parts" / "parts.json").exists() and time.monotonic() < deadline:

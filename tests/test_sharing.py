@@ -6,7 +6,6 @@ import ast
 import json
 import math
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from runs import environment
 from safetensors.torch import load_file, save_file
 
 import superglobal
+from superglobal import cli
 from superglobal.errors import InputError
 from superglobal.models.hub import CONFIG, WEIGHTS, model_card, save_pretrained
 from superglobal.models.inference import optimize_for_inference
@@ -211,14 +211,12 @@ def test_a_shared_model_is_evaluated_as_it_was_shared(shared, evaluated):
     assert about["network"] == json.loads(json.dumps(wanted).replace("Infinity", '"inf"'))
 
 
-def test_share_makes_the_folder_with_a_card_that_tells_the_results(shared, evaluated, tmp_path, monkeypatch, capsys):
+def test_share_makes_the_folder_with_a_card_that_tells_the_results(shared, evaluated, tmp_path, capsys):
     (path,) = evaluated.rglob("results.json")
     result = json.loads(path.read_text())
     folder = tmp_path / "m"
-    words = ["share.py", shared, folder, "--results", evaluated, "--license", "cc-by-4.0", "--name", "Mini"]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    main = runpy.run_path(str(ROOT / "scripts" / "share.py"))["main"]
-    assert main() == 0
+    command = ["share", shared, folder, "--results", evaluated, "--license", "cc-by-4.0", "--name", "Mini"]
+    assert cli.main([str(word) for word in command]) == 0
     assert f'load_model("{folder}")' in capsys.readouterr().out
     assert superglobal.load_model(folder).identity() == superglobal.load_model(shared).identity()
     card = ModelCard.load(folder / "README.md")
@@ -241,7 +239,7 @@ def test_share_makes_the_folder_with_a_card_that_tells_the_results(shared, evalu
     ):
         assert words in text, words
     assert str(evaluated) not in text
-    assert main() == 2
+    assert cli.main([str(word) for word in command]) == 2
     assert "already exists" in capsys.readouterr().err
 
 

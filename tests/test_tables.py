@@ -386,7 +386,7 @@ def test_several_folders_are_one_comparison_and_twins_keep_their_rows(tmp_path):
     for name in ("one", "two"):
         job(tmp_path / name / "deep" / "run", np.full((3, 12), 0.4 if name == "one" else 0.6), rerank__K=3)
     done = subprocess.run(
-        [sys.executable, "scripts/report.py", str(tmp_path / "one"), str(tmp_path / "two")],
+        [sys.executable, "-m", "superglobal", "report", str(tmp_path / "one"), str(tmp_path / "two")],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -6,14 +6,12 @@ import csv
 import hashlib
 import json
 import math
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from superglobal import toy
+from superglobal import cli, toy
 from superglobal.data.evaluation_set import load_distractors, require_images
 from superglobal.data.images import read_image
 from superglobal.data.revisited import load_ground_truth, revisited_set
@@ -24,7 +22,6 @@ from superglobal.toy.photo import frame
 from superglobal.toy.plan import SIZES, Shot, Size, plan
 from superglobal.toy.trace import cast, landmark_mask
 
-ROOT = Path(__file__).parents[1]
 SEED = 3
 # A set of a few dozen photos, for what has to be rendered more than once.
 MICRO = Size(96, (2, 3), 2, (1, 2), 3, 2, 1, 2, (1, 2), (1, 1))
@@ -280,12 +277,9 @@ def test_errors_name_the_place_and_the_mend(tmp_path, micro):
     assert not (tmp_path / "new").exists()
 
 
-def test_script_reuses_the_set_and_draws_the_sheet(tiny, tmp_path, monkeypatch, capsys):
+def test_the_command_reuses_the_set_and_draws_the_sheet(tiny, tmp_path, capsys):
     def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["make_toy_data.py", "--size", "tiny", "--out", str(tiny), *arguments])
-        with pytest.raises(SystemExit) as done:
-            runpy.run_path(str(ROOT / "scripts" / "make_toy_data.py"), run_name="__main__")
-        return done.value.code
+        return cli.main(["toy-data", "--size", "tiny", "--out", str(tiny), *arguments])
 
     sheet = tmp_path / "docs" / "sheet.jpg"
     assert run("--seed", str(SEED), "--sheet", str(sheet)) == 0

@@ -51,10 +51,10 @@ def config(script: str, *overrides: str):
         return compose(script, overrides=list(overrides))
 
 
-def run(script: str, *arguments: str, status: int = 0) -> str:
+def run(*words: str, status: int = 0) -> str:
+    """Return the output of `python WORDS`, which must end with this status."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200"}
-    command = [sys.executable, str(ROOT / script), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -339,8 +339,8 @@ def test_the_held_out_landmarks_are_those_of_the_training(trained):
 
 def test_a_run_on_the_held_out_landmarks_from_the_command_line(trained, toy_data, caplog):
     places = [f"paths.data={toy_data}", f"paths.outputs={trained}"]
-    command = ["scripts/tune_pooling.py", "name=quickstart", "trials=4", *SMALL, *places, *QUIET]
-    text = run(*command)
+    command = ["name=quickstart", "trials=4", *SMALL, *places, *QUIET]
+    text = run("-m", "superglobal", "tune", *command)
     folder = trained / "tune/quickstart"
     before = (folder / "trials.csv").read_bytes()
     rows = list(csv.DictReader(before.decode().splitlines()))
@@ -358,7 +358,7 @@ def test_a_run_on_the_held_out_landmarks_from_the_command_line(trained, toy_data
     )
 
     caplog.set_level("INFO")
-    tune(config("tune", *command[1:]), folder)
+    tune(config("tune", *command), folder)
     assert ": 0 to compute" in caplog.text
     assert (folder / "trials.csv").read_bytes() == before
-    assert "worthless" in run("scripts/tune_pooling.py", "dataset=toy", *places, status=2)
+    assert "worthless" in run("-m", "superglobal", "tune", "dataset=toy", *places, status=2)

@@ -1,8 +1,7 @@
-"""scripts/store.py: parts merged, names for a database, and a damaged file named whatever is asked for."""
+"""superglobal store: parts merged, names for a database, and a damaged file named whatever is asked for."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from sets import write_folders
 from test_engine import mini, run
 from test_search import unit
 
+from superglobal import cli
 from superglobal.data.image_checks import CheckReport
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
@@ -23,7 +23,6 @@ from superglobal.retrieval import store_tools as upkeep
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.store_files import read_skipped, record_paths
 
-ROOT = Path(__file__).parents[1]
 ABOUT = {"weights": "w"}
 
 
@@ -48,22 +47,18 @@ def part_of(folder: Path, X: np.ndarray, rows, skipped=(), dtype: str = "float32
 
 def command(*words: object, status: int = 0) -> str:
     """As a user runs it."""
-    line = [sys.executable, str(ROOT / "scripts" / "store.py"), *map(str, words)]
+    line = [sys.executable, "-m", "superglobal", "store", *map(str, words)]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def script(capsys):
     """The same without the seconds that a process takes to start."""
-    spec = importlib.util.spec_from_file_location("store_script", ROOT / "scripts" / "store.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
     def run(*words: object, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["store.py", *map(str, words)])
-        found, said = module.main(), capsys.readouterr()
+        found, said = cli.main(["store", *map(str, words)]), capsys.readouterr()
         assert found == status, said
         return said.out + said.err
 

@@ -14,6 +14,8 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from sets import write_distractors, write_folders, write_revisited
 
+from superglobal import cli
+from superglobal.cli.visualize import KINDS
 from superglobal.config import register
 from superglobal.errors import InputError
 from superglobal.evaluation.pipeline import evaluate
@@ -22,7 +24,6 @@ from superglobal.evaluation.saved_run import FinishedRun, precision
 from superglobal.evaluation.visualize import DRAWN, landmarks_of, visualize
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
 SEEN = ("sheets", "activation", "precision", "similarities.png")
 FEW = FigureOptions(queries=1, ranks=2)
 
@@ -279,29 +280,21 @@ def test_two_results_are_compared_with_pictures_and_without_photos_too(mini, roo
 
 
 def test_the_command_says_what_it_made(mini):
-    words = [sys.executable, "scripts/visualize.py", str(mini), "map", "--images", "10"]
+    words = [sys.executable, "-m", "superglobal", "visualize", str(mini), "map", "--images", "10"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.splitlines()[0]).name == "map-pca.png"
     assert done.stdout.strip().endswith("index.html")
 
 
-def test_the_commands_say_what_is_wrong(mini, tmp_path, monkeypatch, capsys):
-    import report
-    import visualize as script
-
-    assert tuple(DRAWN) == script.KINDS
-
-    def status(module, *words):
-        monkeypatch.setattr(sys, "argv", ["x", *map(str, words)])
-        return module.main()
-
-    for module, words in ((script, (tmp_path, "map")), (report, (mini, "--baseline", tmp_path))):
-        assert status(module, *words) == 2
+def test_the_commands_say_what_is_wrong(mini, tmp_path, capsys):
+    assert tuple(DRAWN) == KINDS
+    for words in (("visualize", tmp_path, "map"), ("report", mini, "--baseline", tmp_path)):
+        assert cli.main([str(word) for word in words]) == 2
         said = capsys.readouterr()
         assert said.out == ""
         assert said.err.startswith(f"error: {tmp_path}: no results.json in it")
     with pytest.raises(SystemExit) as stop:
-        status(script, mini, "mpa")
+        cli.main(["visualize", str(mini), "mpa"])
     assert stop.value.code == 2
-    assert "no kind mpa; there are sheets" in capsys.readouterr().err
+    assert "'mpa': expected sheets" in capsys.readouterr().err

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "import torch": ["-c", "import torch"],
     "eval.py --help": ["eval.py", "--help"],
-    "scripts/store.py --help": ["scripts/store.py", "--help"],
+    "superglobal store --help": ["-m", "superglobal", "store", "--help"],
     "all that an evaluation imports": ["-c", "import superglobal.evaluation.pipeline"],
 }
 

@@ -67,7 +67,7 @@ def _toy_data(report: Report, running: Background) -> list[Program]:
     """Start rendering the toy set of the precisions and the tiny one of the resumed training."""
     sizes = {"data": report.pick("small", "small", "tiny"), "data_tiny": "tiny"}
     return [
-        running.start(["scripts/make_toy_data.py", "--size", size, "--out", report.work / name / "toy"])
+        running.start(["-m", "superglobal", "toy-data", "--size", size, "--out", report.work / name / "toy"])
         for name, size in sizes.items()
     ]
 

@@ -1,1 +1,61 @@
-"""Commands of `superglobal <command>`."""
+"""Command line: `superglobal COMMAND ...`, one function per command.
+
+Every command takes its arguments as a list and returns the exit status: 0 done, 2 a mistake that the user can fix.
+Commands import what they need when they run, so that `superglobal --help` starts at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from superglobal import __version__
+from superglobal.errors import InputError
+
+# Command -> (module in this folder, function, line of `superglobal --help`).
+COMMANDS = {
+    "evaluate": ("hydra_commands", "evaluate", "evaluate retrieval on a data set or on your own photos"),
+    "train": ("hydra_commands", "train", "train a network on landmarks"),
+    "tune": ("hydra_commands", "tune", "choose pooling and reranking settings without the test set"),
+    "compare-rerankers": ("hydra_commands", "compare_rerankers", "compare all rerankers on one first search"),
+    "serve": ("hydra_commands", "serve", "search by photo in the browser"),
+    "download": ("download", "main", "download data sets and weights"),
+    "prepare-gldv2": ("prepare_gldv2", "main", "check the GLDv2 images and write the index for training"),
+    "toy-data": ("toy_data", "main", "render a small data set of toy landmarks"),
+    "store": ("store", "main", "inspect, verify, merge or export descriptor stores"),
+    "report": ("report", "main", "compare results in tables and a chart, or two results query by query"),
+    "visualize": ("visualize", "main", "draw figures of one result"),
+    "score-gldv2": ("score_gldv2", "main", "score a GLDv2 submission file"),
+    "convert-weights": ("models", "convert_weights", "convert a CVNet checkpoint to safetensors"),
+    "export": ("models", "export", "export a network to ONNX or torch.export"),
+    "share": ("models", "share", "write a model folder with a model card, or upload it to the Hugging Face Hub"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    Args:
+        arguments: command and its arguments; those of the process by default.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        "superglobal",
+        description="Image retrieval with SuperGlobal (ICCV 2023).",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=24, width=110),
+    )
+    parser.add_argument("--version", action="version", version=f"superglobal {__version__}")
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, help="`superglobal COMMAND --help` lists its options"
+    )
+    for name, (_, _, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    command = parser.parse_args(words[:1] or ["--help"]).command
+    module, function, _ = COMMANDS[command]
+    try:
+        return getattr(import_module(f"superglobal.cli.{module}"), function)(words[1:])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

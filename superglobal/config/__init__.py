@@ -61,26 +61,26 @@ ENTRIES = (
     ),
     Entry(
         "tune",
-        "scripts/tune_pooling.py",
+        "superglobal tune",
         TuneConfig,
         "Choose pooling and reranking for a trained network, on what its training held out or on labelled photos.",
-        ("python scripts/tune_pooling.py name=quickstart trials=200",),
+        ("superglobal tune name=quickstart trials=200",),
     ),
     Entry(
         "compare",
-        "scripts/compare_rerankers.py",
+        "superglobal compare-rerankers",
         CompareConfig,
         "Compare rerankings on one set of stored descriptors and one first search.",
-        ("python scripts/compare_rerankers.py dataset=toy name=quickstart 'rerankers=[none,superglobal,mutual]'",),
+        ("superglobal compare-rerankers dataset=toy name=quickstart 'rerankers=[none,superglobal,mutual]'",),
     ),
     Entry(
         "demo",
-        "scripts/demo.py",
+        "superglobal serve",
         DemoConfig,
         "A page that searches: upload a photo, see what is found and what reranking moves.",
         (
-            "python scripts/demo.py dataset=folder dataset.database=photos backbone=efficientnet_lite0",
-            "python scripts/demo.py store=outputs/stores/...",
+            "superglobal serve dataset=folder dataset.database=photos backbone=efficientnet_lite0",
+            "superglobal serve store=outputs/stores/...",
         ),
     ),
 )

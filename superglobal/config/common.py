@@ -17,7 +17,7 @@ from superglobal.models.pooling import PoolingConfig
 _POOLING = """`PoolingConfig` (`conf/pooling`) with every setting optional: null is what the weights file says.
 
 Args:
-    tuned_on: on which photos the settings were chosen (written by scripts/tune_pooling.py); it changes no number.
+    tuned_on: on which photos the settings were chosen (written by superglobal tune); it changes no number.
 """
 PoolingSettings: Any = make_dataclass(
     "PoolingSettings",

@@ -300,7 +300,7 @@ class EvalConfig:
 
 @dataclass
 class CompareConfig(EvalConfig):
-    """Everything `scripts/compare_rerankers.py` takes: what `eval.py` takes, and `rerankers` in place of `rerank`.
+    """Everything `superglobal compare-rerankers` takes: what `eval.py` takes, and `rerankers` in place of `rerank`.
 
     Args:
         rerankers: options of `conf/rerank`, each with settings of its own behind it, such as "superglobal K=1"; the

@@ -1,4 +1,4 @@
-"""Settings of `scripts/demo.py`."""
+"""Settings of `superglobal serve`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PageConfig:
 
 @dataclass
 class DemoConfig(EvalConfig):
-    """Everything `scripts/demo.py` takes: what `eval.py` takes, without what scores results, and `page`.
+    """Everything `superglobal serve` takes: what `eval.py` takes, without what scores results, and `page`.
 
     Args:
         store: the folder of a store, which says what its photos are and what described them; or the settings that
@@ -48,7 +48,7 @@ class DemoConfig(EvalConfig):
 
 
 def check_page(config: DemoConfig) -> None:
-    """Raise InputError for what `scripts/demo.py` could not show."""
+    """Raise InputError for what `superglobal serve` could not show."""
     d, page, kind = config.dataset, config.page, config.rerank.kind
     if d.kind == "descriptors" or config.descriptors.query is not None:
         raise InputError("the page describes what is searched for, so it needs the photos and the weights; dataset=...")

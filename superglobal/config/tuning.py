@@ -1,4 +1,4 @@
-"""Settings of `scripts/tune_pooling.py`."""
+"""Settings of `superglobal tune`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from superglobal.errors import InputError
 
 @dataclass
 class SpaceConfig:
-    """What `scripts/tune_pooling.py` chooses from; the paper's value is always among the choices.
+    """What `superglobal tune` chooses from; the paper's value is always among the choices.
 
     Each window needs no maps of its own, each list of scales some, each alpha all of them once more.
 
@@ -33,7 +33,7 @@ class SpaceConfig:
 
 @dataclass
 class TuneConfig:
-    """Everything `scripts/tune_pooling.py` takes.
+    """Everything `superglobal tune` takes.
 
     Args:
         name: of the tuning, and by default of the training whose network is tuned.

@@ -90,7 +90,7 @@ def list_digest(root: Path, table: str) -> str:
 
 def prepare_command(root: Path, table: str, tars: str | Path | None) -> str:
     """What makes the index, or makes it anew."""
-    command = f"python scripts/prepare_gldv2.py --root {root} --table {table}"
+    command = f"superglobal prepare-gldv2 --root {root} --table {table}"
     return command if tars is None else f"{command} --tars {tars}"
 
 

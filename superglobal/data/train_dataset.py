@@ -94,7 +94,7 @@ class TrainingPhotos(Dataset):
         first = f"{self.photos.place(asked)}: {bad[0][1]}"
         return InputError(
             f"image cannot be read: {first}; nor could {_STAND_INS} others in its stead: most photos are missing or "
-            "damaged, scripts/prepare_gldv2.py lists them"
+            "damaged, superglobal prepare-gldv2 lists them"
         )
 
     def _augmented(self, epoch: int, asked: int, data: bytes) -> Tensor:
@@ -230,7 +230,7 @@ def require_budget(bad: int, total: int, budget: float, where: str = "") -> None
     if bad > budget * total:
         raise InputError(
             f"{bad} of {total} photos ({bad / total:.3%}) are missing or cannot be read, more than data.bad_budget="
-            f"{budget:g} allows{where}; mend them (scripts/prepare_gldv2.py checks all), or raise data.bad_budget"
+            f"{budget:g} allows{where}; mend them (superglobal prepare-gldv2 checks all), or raise data.bad_budget"
         )
 
 

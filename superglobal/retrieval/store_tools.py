@@ -104,7 +104,7 @@ def recorded_checksums(store: DescriptorStore) -> dict[str, str] | None:
     path = store.folder / _CHECKSUMS
     if not path.exists():
         return None
-    mend = "remove the file, and record them again: scripts/store.py verify --record"
+    mend = "remove the file, and record them again: superglobal store verify --record"
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,0 +1,8 @@
+"""`python -m superglobal COMMAND ...`."""
+
+import sys
+
+from superglobal.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

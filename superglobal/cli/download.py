@@ -1,0 +1,83 @@
+"""Download data sets and weights, e.g. superglobal download roxford5k rparis6k
+
+Partial downloads are resumed, files are verified (checksums, lists) and archives are unpacked to the folders that
+evaluation and training read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from superglobal.data.catalogue import SOURCE_NAMES, select_sources
+from superglobal.errors import InputError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "superglobal download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", type=_name, help=", ".join(SOURCE_NAMES))
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of all data sets (paths.data)")
+    parser.add_argument("--list", action="store_true", help="list the data sets, their sizes and what is present")
+    parser.add_argument("--jobs", type=int, default=4, help="number of archives downloaded at once")
+    parser.add_argument("--keep", action="store_true", help="keep archives after unpacking")
+    parser.add_argument("--packed", action="store_true", help="GLDv2: do not unpack; train.py reads it by data.tars=")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for a silent server")
+    parser.add_argument(
+        "--tries", type=int, default=5, help="attempts without a new byte before the next mirror is used"
+    )
+    parser.add_argument(
+        "--base-url",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="download https://host/path from URL/host/path; several are tried in turn",
+    )
+    return parser
+
+
+def _name(text: str) -> str:
+    if text not in SOURCE_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {', '.join(SOURCE_NAMES)}")
+    return text
+
+
+def _exit_on_interrupt(number: int, frame: object) -> None:
+    """Exit without waiting for transfers: every file on disk is complete or a partial download that is resumed."""
+    if os.isatty(2):
+        os.write(2, b"\x1b[?25h")  # Show the cursor, which the progress bar hides.
+    os.write(2, b"\ninterrupted: run the same command again to resume\n")
+    os._exit(130)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Download what was named; a failure of one name does not stop the others. Ctrl-C exits with status 130."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.list:
+        from superglobal.download import overview
+
+        print(overview(args.data))
+        return 0
+    if not args.names:
+        parser.error(f"name one or more of {', '.join(SOURCE_NAMES)}; --list describes them")
+    if args.jobs < 1 or args.tries < 1 or not args.timeout > 0:
+        parser.error("--jobs and --tries must be at least 1, and --timeout above 0")
+    signal.signal(signal.SIGINT, _exit_on_interrupt)
+    from superglobal.download.fetch import DownloadOptions
+    from superglobal.download.sources import download_source
+
+    options = DownloadOptions(tuple(args.base_url), args.timeout, args.tries, args.jobs, args.keep, args.packed)
+    status = 0
+    for source in select_sources(args.names):
+        try:
+            print(f"{source.name}: {download_source(source, args.data, options)}", flush=True)
+        except InputError as error:
+            status = 2
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    return status

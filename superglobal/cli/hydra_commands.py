@@ -1,0 +1,146 @@
+"""Commands configured by Hydra: evaluate (eval.py), train (train.py), tune, compare-rerankers and serve."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from superglobal.config import register
+from superglobal.errors import InputError
+
+_process_arguments: list[str] | None = None
+
+
+def evaluate(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate; `python eval.py` passes no arguments, and Hydra reads those of the process."""
+    return _run("eval", _evaluate, arguments)
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """Train; `python train.py` passes no arguments, and Hydra reads those of the process."""
+    return _run("train", _train, arguments)
+
+
+def tune(arguments: Sequence[str] | None = None) -> int:
+    """Tune pooling and reranking."""
+    return _run("tune", _tune, arguments)
+
+
+def compare_rerankers(arguments: Sequence[str] | None = None) -> int:
+    """Compare rerankers."""
+    return _run("compare", _compare_rerankers, arguments)
+
+
+def serve(arguments: Sequence[str] | None = None) -> int:
+    """Serve the search page until Ctrl-C."""
+    return _run("demo", _serve, arguments)
+
+
+def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequence[str] | None) -> int:
+    """Compose the configuration and run the task once, or once per job of a sweep.
+
+    Hydra reads `sys.argv`, where the command's name would be an override. Lightning starts the other processes of a
+    run with the `sys.argv` that the task sees, so the task restores it.
+    """
+    global _process_arguments
+    register()
+    _process_arguments = sys.argv
+    if arguments is not None:
+        sys.argv = [sys.argv[0], *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(_conf_dir()), config_name=config_name)(task)()
+    finally:
+        sys.argv = _process_arguments
+    return 0
+
+
+def _conf_dir() -> Path:
+    package = Path(__file__).parents[1]
+    return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
+
+
+def _output_dir() -> Path:
+    """Restore `sys.argv`, and return the folder of this job's results."""
+    if _process_arguments is not None:  # None in a process that a cluster launcher started
+        sys.argv = _process_arguments
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def _print_error(error: InputError, every_process: bool = False) -> None:
+    if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _evaluate(cfg: DictConfig) -> float:
+    """Run one evaluation; a sweeper reads the returned mAP."""
+    from superglobal.evaluation.pipeline import evaluate
+    from superglobal.reporting.results import write_without_numbers
+    from superglobal.training.trainer import sweeping
+
+    folder = _output_dir()
+    try:
+        return evaluate(cfg, folder)
+    except InputError as error:
+        _print_error(error)
+        if not sweeping():
+            sys.exit(2)
+        write_without_numbers(folder, OmegaConf.to_container(cfg, resolve=True), "failed", str(error))
+        return math.nan
+
+
+def _train(cfg: DictConfig) -> float:
+    """Run one training; a sweeper reads the returned validation mAP."""
+    from superglobal.training.train import train
+    from superglobal.training.trainer import sweeping
+
+    folder = _output_dir()
+    try:
+        return train(cfg, folder)
+    except InputError as error:
+        # The error may be that of one process alone, such as a corrupt image among its own.
+        _print_error(error, every_process=True)
+        if not sweeping():
+            sys.exit(2)
+        return math.nan
+
+
+def _tune(cfg: DictConfig) -> float:
+    """Run one tuning; a sweeper reads the returned gain."""
+    from superglobal.tuning.tune import tune
+
+    folder = _output_dir()
+    try:
+        return tune(cfg, folder)
+    except InputError as error:
+        _print_error(error)
+        sys.exit(2)
+
+
+def _compare_rerankers(cfg: DictConfig) -> None:
+    from superglobal.evaluation.compare_rerankers import compare
+
+    folder = _output_dir()
+    sources = [Path(source.path) for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]
+    try:
+        compare(cfg, folder, sources)
+    except InputError as error:
+        _print_error(error)
+        sys.exit(2)
+
+
+def _serve(cfg: DictConfig) -> None:
+    from superglobal.search_page.serve import serve
+
+    try:
+        serve(cfg)
+    except InputError as error:
+        _print_error(error)
+        sys.exit(2)

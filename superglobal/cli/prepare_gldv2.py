@@ -1,0 +1,45 @@
+"""Check the images of GLDv2 and write the index that training uses, e.g. superglobal prepare-gldv2 --root data/gldv2"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _exit_on_interrupt(number: int, frame: object) -> None:
+    """Exit without waiting for the shard in progress: results are written atomically."""
+    os.write(2, b"\ninterrupted: run the same command again to resume\n")
+    os._exit(130)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check the images, write index and report; status 1 for corrupt images, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser("superglobal prepare-gldv2", description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path("data/gldv2"), help="folder of the list and of train/")
+    parser.add_argument("--table", default="train_clean.csv", help="the list; train.csv for data=gldv2 and gldv2x")
+    parser.add_argument("--tars", type=Path, help="folder of images_000.tar, ... to read instead of train/")
+    parser.add_argument("--workers", type=int, help="number of processes; one per CPU by default")
+    parser.add_argument("--decode", action="store_true", help="decode each image, to find damage inside the file too")
+    args = parser.parse_args(arguments)
+    from superglobal.data.prepare_gldv2 import prepare
+    from superglobal.utils.progress import Progress
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    signal.signal(signal.SIGINT, _exit_on_interrupt)
+    prepared = prepare(args.root, args.table, args.tars, args.workers, args.decode, Progress("checked"))
+    print(f"index: {prepared.index}\nreport: {prepared.report}")
+    for note in prepared.tars:
+        print(note)
+    if not prepared.bad:
+        print(f"all {prepared.photos} images are readable")
+        return 0
+    share = len(prepared.bad) / prepared.photos
+    print(
+        f"{len(prepared.bad)} of {prepared.photos} images are corrupt ({share:.4%}); download them again and repeat "
+        "this command, or train without them: data.bad_budget is the largest share that training accepts"
+    )
+    return 1

@@ -1,0 +1,32 @@
+"""Compare the results of several runs in tables and a chart, e.g. superglobal report outputs/eval/sweep/...
+
+With --baseline OTHER, compare two results query by query: which queries FOLDER improves and worsens, with figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print one table per data set; write the tables, a list of all runs and a chart to the first folder."""
+    parser = argparse.ArgumentParser(
+        "superglobal report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, nargs="+", help="folder of a sweep, or folders of results")
+    parser.add_argument("--baseline", type=Path, metavar="OTHER", help="one result to compare one FOLDER with")
+    args = parser.parse_args(arguments)
+    if args.baseline is not None and len(args.folder) > 1:
+        parser.error("--baseline compares one FOLDER with one OTHER")
+    if args.baseline is None:
+        from superglobal.reporting.tables import merge
+
+        merge(*args.folder)
+    else:
+        from superglobal.evaluation.ranking_sheets import compare_runs
+
+        for path in compare_runs(args.folder[0], args.baseline):
+            print(path)
+    return 0
