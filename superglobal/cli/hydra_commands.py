@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from superglobal.config import register
+from superglobal.config import conf_dir, register
 from superglobal.errors import InputError
 
 _process_arguments: list[str] | None = None
@@ -56,15 +56,10 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
     if arguments is not None:
         sys.argv = [sys.argv[0], *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(_conf_dir()), config_name=config_name)(task)()
+        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
     finally:
         sys.argv = _process_arguments
     return 0
-
-
-def _conf_dir() -> Path:
-    package = Path(__file__).parents[1]
-    return next(folder for folder in (package / "conf", package.parent / "conf") if folder.is_dir())
 
 
 def _output_dir() -> Path:
