@@ -82,7 +82,7 @@ def test_a_sound_tree(root):
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     photos = read_train(root, min_images=1)
     assert done.returncode == 0, done.stderr
-    assert f"all {len(photos)} photos are sound" in done.stdout
+    assert f"all {len(photos)} images are readable" in done.stdout
     assert f"checked {len(photos)} of {len(photos)} photos" in done.stderr
     index = load_index(root, "train_clean.csv", None)
     assert np.array_equal(index.ids, np.sort(photos.ids))
@@ -96,7 +96,7 @@ def test_every_kind_of_damage_is_found_counted_and_listed(run, root):
     photos = read_train(root, min_images=1)
     damaged = damage(photos)
     text = run("--root", root, "--workers", 1, status=1)
-    assert f"5 of {len(photos)} photos are bad ({5 / len(photos):.4%})" in text
+    assert f"5 of {len(photos)} images are corrupt ({5 / len(photos):.4%})" in text
     assert "data.bad_budget" in text
     report = (root / "train_clean.report.txt").read_text()
     listed = dict(line.split("\t") for line in report.splitlines() if "\t" in line)
@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on_where_it_was(root, tmp_path, monkeypatch):
     order = np.argsort(photos.ids)
     code = """
 import os, signal, sys
-from superglobal.data import prepare
+from superglobal.data import prepare_gldv2 as prepare
 prepare._PART = 16
 prepare.prepare(sys.argv[1], workers=1, progress=lambda done, total: done and os.kill(os.getpid(), signal.SIGKILL))
 """
@@ -234,7 +234,7 @@ def test_ctrl_c_says_how_to_go_on(root):
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=60)[1]
     assert process.returncode == 130, text
-    assert "goes on where it was" in text
+    assert "run the same command again to resume" in text
     assert "Traceback" not in text
 
 
