@@ -21,9 +21,9 @@ every batch size. It is compared with the network on several sizes and kept only
 """
 _SHARE = """Write a model folder that others load with one line, e.g. superglobal share WEIGHTS FOLDER
 
-FOLDER receives the weights, config.json and a model card with the training settings and results. Load it with
-superglobal.RetrievalNetwork.from_pretrained("FOLDER"), or evaluate it with eval.py weights=FOLDER; from the Hugging
-Face Hub with weights=hf:owner/name.
+FOLDER contains the weights, config.json and a model card with the settings of the training and the results. Load it
+with superglobal.load_model("FOLDER") or evaluate it with `python eval.py weights=FOLDER`. If you push it to the Hugging
+Face Hub, the name is "hf:owner/name".
 """
 
 
