@@ -174,7 +174,7 @@ def test_a_dead_worker_is_told_where_a_batch_is_waited_for_and_nowhere_else():
 
 @pytest.fixture
 def bad_photos(tmp_path) -> Callable[..., BadPhotos]:
-    return partial(BadPhotos, tmp_path / "run" / "bad_photos.txt", place="photo {}".format)
+    return partial(BadPhotos, tmp_path / "run" / "corrupt_images.txt", place="photo {}".format)
 
 
 def test_bad_photos_are_listed_once_over_restarts(bad_photos, caplog):
@@ -194,7 +194,7 @@ def test_one_photo_more_than_the_budget_ends_the_run(bad_photos):
     listed.add([(1, "missing"), (2, "missing")])
     with pytest.raises(InputError) as caught:
         bad_photos(total=1000, budget=0.002).add([(3, "missing")])
-    for word in ("3 of 1000", "0.300%", "0.002", str(listed.file), "prepare_gldv2.py", "data.bad_budget"):
+    for word in ("3 of 1000", "0.300%", "0.002", str(listed.file), "prepare_gldv2.py", "data.max_corrupt"):
         assert word in str(caught.value)
     with pytest.raises(InputError):
         listed.add([(1, "missing")])
@@ -205,7 +205,7 @@ def test_one_photo_more_than_the_budget_ends_the_run(bad_photos):
 def test_processes_that_add_at_the_same_time_lose_nothing_and_list_nothing_twice(bad_photos):
     listed = bad_photos(total=1000, budget=1)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom superglobal.data.bad_photos import BadPhotos\n"
+        "import sys\nfrom pathlib import Path\nfrom superglobal.data.train_dataset import BadPhotos\n"
         "bad = BadPhotos(Path(sys.argv[1]), 1000, 1, 'photo {}'.format)\n"
         "for i in range(int(sys.argv[2]), 300): bad.add([(i, 'missing')])"
     )
@@ -262,7 +262,7 @@ def test_more_than_the_budget_ends_it_before_anything_is_computed(root, required
     assert required(9 / total)
     with pytest.raises(InputError) as caught:
         required(8.5 / total)
-    for word in (f"of {total} images 8 missing, 1 unreadable", "... and 4 more", "data.bad_budget"):
+    for word in (f"of {total} images 8 missing, 1 unreadable", "... and 4 more", "data.max_corrupt"):
         assert word in str(caught.value)
 
 

@@ -166,12 +166,12 @@ def test_an_export_that_is_gone_is_not_said_to_be_there(toy_data, trained, tmp_p
     folder = tmp_path / "train" / "quickstart"
     shutil.copytree(trained / "train" / "quickstart", folder)
     (folder / "best.safetensors").unlink()
-    with pytest.raises(InputError, match=r"best\.safetensors: .* gone; resume=anew"):
+    with pytest.raises(InputError, match=r"best\.safetensors: .* gone; resume=restart"):
         fit(configured(toy_data, tmp_path), folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     with pytest.raises(InputError, match=r"a checkpoint for resuming a training; give .*best\.safetensors"):
         superglobal.load_model(checkpoint)
-    assert 0 < fit(configured(toy_data, tmp_path, "resume=anew"), folder) <= 1
+    assert 0 < fit(configured(toy_data, tmp_path, "resume=restart"), folder) <= 1
     assert (folder / "best.safetensors").is_file()
 
 
@@ -263,13 +263,13 @@ def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed
     break_scan(bad)
     gone.unlink()
     places = [f"data.root={root}", "trainer.num_workers=2"]
-    text = train(tmp_path, tmp_path, *places, "data.bad_budget=0.1")
+    text = train(tmp_path, tmp_path, *places, "data.max_corrupt=0.1")
     assert "another one stands in" in text
-    listed = (tmp_path / "train" / "quickstart" / "bad_photos.txt").read_text().splitlines()
+    listed = (tmp_path / "train" / "quickstart" / "corrupt_images.txt").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in listed) == sorted(map(str, (bad, gone)))
-    text = train(tmp_path, tmp_path, *places, "name=strict", "data.bad_budget=0.013", status=2)
+    text = train(tmp_path, tmp_path, *places, "name=strict", "data.max_corrupt=0.013", status=2)
     assert "2 of 90 photos" in text
-    assert "more than data.bad_budget=0.013 allows" in text
+    assert "more than data.max_corrupt=0.013 allows" in text
     assert "Traceback" not in text
 
 
@@ -291,7 +291,7 @@ def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed
         ("optim.ema=1", "optim.ema"),
         ("data.stages=[[3,96]]", "leaves no epoch"),
         ("data.stages=[[1,32]] pooling=superglobal data.image_size=96", r"data\.stages=.*at least 65 px"),
-        ("resume=yes", "expected one of auto, anew"),
+        ("resume=yes", "expected one of auto, restart"),
         ("trainer.precision=bf16-true", "expected one of auto, 32-true"),
         ("trainer.accelerator=gpu", "Lightning refuses"),
         ("dim=64 weights=FILE backbone=test_resnet", "dim=64 contradicts"),

@@ -40,6 +40,6 @@ def main(arguments: Sequence[str]) -> int:
     share = len(prepared.bad) / prepared.photos
     print(
         f"{len(prepared.bad)} of {prepared.photos} images are corrupt ({share:.4%}); download them again and repeat "
-        "this command, or train without them: data.bad_budget is the largest share that training accepts"
+        "this command, or train without them: data.max_corrupt is the largest share that training accepts"
     )
     return 1

@@ -69,7 +69,7 @@ class DataConfig:
         leave_out: file of landmark ids, one a line, that do not count.
         tars: folder of the official tar files to read the photos from, in place of the tree.
         min_images: landmarks with fewer photos are left out.
-        bad_budget: share of the photos that may be missing or unreadable; others stand in for them.
+        max_corrupt: maximum fraction of images that may be missing or unreadable; others replace them.
         image_size: side of the square that the network is trained on, in pixels.
         stages: other sides for first epochs, as [epochs, side] pairs: [[8, 256], [4, 384]] is 256 px for eight epochs,
             384 px for four, and then image_size.
@@ -87,7 +87,7 @@ class DataConfig:
     leave_out: str | None = None
     tars: str | None = None
     min_images: int = 2
-    bad_budget: float = 0.001
+    max_corrupt: float = 0.001
     image_size: int = 512
     stages: list[list[int]] = field(default_factory=list)
     crop: float = 0.3
@@ -127,7 +127,7 @@ class ValidationConfig:
 
     Args:
         fraction: share of the landmarks that is held out.
-        images: most photos of them to validate on, in whole landmarks.
+        max_images: maximum number of images to validate on, in whole landmarks.
         max_side: larger photos are shrunk to this longer side, in pixels; null leaves them.
         every_epochs: epochs between two validations; the end of training always has one.
         every_steps: steps between two validations within an epoch; null for none.
@@ -136,7 +136,7 @@ class ValidationConfig:
     """
 
     fraction: float = 0.01
-    images: int = 2000
+    max_images: int = 2000
     max_side: int | None = 1024
     every_epochs: int = 1
     every_steps: int | None = None
@@ -187,7 +187,7 @@ class TrainConfig:
         weights: where training starts: "random", "timm", "package" or a path; null takes the backbone's own setting, or
             else "timm".
         dim: outputs of the whitening layer, that of the weights or a new one; 0 for none, null for that of the weights.
-        resume: "auto" (from the newest checkpoint that loads) or "anew" (its checkpoints are removed).
+        resume: "auto" (from the newest checkpoint that loads) or "restart" (its checkpoints are removed).
         seed: of weights, order, augmentation and the choice of held-out landmarks.
     """
 
@@ -222,13 +222,13 @@ def check_training(config: TrainConfig) -> None:
     require_choice("optim.name", o.name, _OPTIMISERS)
     require_choice("optim.batch_norm", o.batch_norm, _BATCH_NORMS)
     require_choice("trainer.precision", t.precision, _PRECISIONS)
-    require_choice("resume", config.resume, ("auto", "anew"))
+    require_choice("resume", config.resume, ("auto", "restart"))
     if not config.name or Path(config.name).is_absolute() or ".." in Path(config.name).parts:
         raise InputError(f"name={config.name}: expected the name of a folder inside paths.outputs")
     require_within(
         {
             "data.min_images": (d.min_images, 2, math.inf),
-            "data.bad_budget": (d.bad_budget, 0, 0.1),
+            "data.max_corrupt": (d.max_corrupt, 0, 0.1),
             "data.image_size": (d.image_size, 1, math.inf),
             "data.crop": (d.crop, 0.001, 1),
             "data.jitter": (d.jitter, 0, 1),
@@ -243,7 +243,7 @@ def check_training(config: TrainConfig) -> None:
             "optim.clip": (o.clip, 1e-9, 1e9),
             "optim.ema": (o.ema, 0, 0.999999),
             "validation.fraction": (v.fraction, 0, 0.5),
-            "validation.images": (v.images, 2, math.inf),
+            "validation.max_images": (v.max_images, 2, math.inf),
             "validation.max_side": (v.max_side, 1, math.inf),
             "validation.every_epochs": (v.every_epochs, 1, math.inf),
             "validation.every_steps": (v.every_steps, 1, math.inf),

@@ -229,8 +229,8 @@ def require_budget(bad: int, total: int, budget: float, where: str = "") -> None
     """InputError if more than `budget * total` photos are bad; `where` goes into the message."""
     if bad > budget * total:
         raise InputError(
-            f"{bad} of {total} photos ({bad / total:.3%}) are missing or cannot be read, more than data.bad_budget="
-            f"{budget:g} allows{where}; mend them (superglobal prepare-gldv2 checks all), or raise data.bad_budget"
+            f"{bad} of {total} photos ({bad / total:.3%}) are missing or cannot be read, more than data.max_corrupt="
+            f"{budget:g} allows{where}; mend them (superglobal prepare-gldv2 checks all), or raise data.max_corrupt"
         )
 
 

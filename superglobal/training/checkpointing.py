@@ -151,7 +151,7 @@ def newest_good(folder: Path) -> tuple[Path, int] | None:
             (folder / LAST).replace(folder / f"{LAST}.damaged")
         return path, step
     if bad:
-        raise InputError("\n".join([*bad, "no checkpoint is left to go on from; resume=anew begins again"]))
+        raise InputError("\n".join([*bad, "no checkpoint is left to go on from; resume=restart begins again"]))
     return None
 
 

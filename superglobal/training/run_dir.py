@@ -14,7 +14,7 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.reporting.runs import flat
-from superglobal.utils.io import BAD_PHOTOS, EXPORT, only_process, write_atomically
+from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, only_process, write_atomically
 
 
 def export_path(outputs: str, name: str) -> Path:
@@ -116,11 +116,11 @@ def _forget(folder: Path) -> None:
     try:
         shutil.rmtree(folder / CHECKPOINTS)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        for name in (BAD_PHOTOS, "nonfinite.txt", "wandb_id", "curves.csv", EXPORT):
+        for name in (CORRUPT_IMAGES, "nonfinite.txt", "wandb_id", "curves.csv", EXPORT):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
-            f"resume=anew: {error.filename} cannot be removed ({error.strerror}); remove {folder}"
+            f"resume=restart: {error.filename} cannot be removed ({error.strerror}); remove {folder}"
         ) from error
 
 

@@ -39,7 +39,7 @@ from superglobal.training.run_dir import CHECKPOINTS, claim, finish, finished, l
 from superglobal.training.trainer import make_fit_trainer, run_fit, sweep_name
 from superglobal.training.validation import RetrievalValidation
 from superglobal.utils.distributed import first_process
-from superglobal.utils.io import BAD_PHOTOS, EXPORT
+from superglobal.utils.io import CORRUPT_IMAGES, EXPORT
 from superglobal.utils.provenance import git_state, versions
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
     codes = np.zeros(0, np.uint64)
     if first:
         d = config.data
-        bad, codes = require_photos([photos, held_out], d.root, d.table, d.tars, d.bad_budget)
+        bad, codes = require_photos([photos, held_out], d.root, d.table, d.tars, d.max_corrupt)
         identity = _identity(config, network, photos, held_out)
         about = {
             "identity": identity,
@@ -87,7 +87,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
             "git": git_state(),
         }
     with locked(folder) if first else nullcontext():
-        done = claim(folder, about, codes, config.resume == "anew") if first else finished(folder)
+        done = claim(folder, about, codes, config.resume == "restart") if first else finished(folder)
         if done is not None:
             log.info("trained already, validation mAP %.4f: %s (remove the folder to train again)", done, folder)
             return done
@@ -95,7 +95,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
         if first and not (folder / EXPORT).is_file():
             raise InputError(
                 f"{folder / EXPORT}: the best network was exported before the training was interrupted, and is gone; "
-                "resume=anew trains again"
+                "resume=restart trains again"
             )
         if first:
             finish(folder, score)
@@ -148,7 +148,7 @@ def _identity(config: TrainConfig, network: RetrievalNetwork, photos: TrainList,
     # Where it runs, and what the network says of itself: `pooling.relup=true` is `pooling.relup=on`.
     for where in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim", "resume"):
         del settings[where]
-    for where in ("role", "root", "tars", "bad_budget"):
+    for where in ("role", "root", "tars", "max_corrupt"):
         del settings["data"][where]
     del settings["validation"]["sets"]
     lists = [photos.digest(), held_out.digest()]
@@ -195,14 +195,16 @@ def _fit(
     head = make_head(dim=network.dim, counts=counts, **asdict(config.head))
     module = TrainingModule(network, head, o, o.epochs * steps, photos.landmarks, t)
     missed, missed_held_out = (
-        BadPhotos(folder / BAD_PHOTOS, len(photos) + len(held_out), d.bad_budget, part.place)
+        BadPhotos(folder / CORRUPT_IMAGES, len(photos) + len(held_out), d.max_corrupt, part.place)
         for part in (photos, held_out)
     )
     missed.add(bad[0])
     missed_held_out.add(bad[1])
     guard = NonFiniteGuard(every, folder, photos.place)
     checkpoints = Checkpoints(folder / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, guard)
-    photos_held_out = HeldOutPhotos(held_out, v.images, v.max_side, config.seed, without=[index for index, _ in bad[1]])
+    photos_held_out = HeldOutPhotos(
+        held_out, v.max_images, v.max_side, config.seed, without=[index for index, _ in bad[1]]
+    )
     validation = RetrievalValidation(
         photos_held_out,
         missed_held_out,
@@ -223,7 +225,7 @@ def _fit(
         checkpoints,
     ]
     # Where a run begins anew, the other processes may still see what the first one has removed.
-    anew = config.resume == "anew" and not first_process()
+    anew = config.resume == "restart" and not first_process()
     checkpoint, step = (None if anew else newest_good(folder / CHECKPOINTS)) or (None, 0)
     if checkpoint is not None:
         log.info("going on from %s: step %d of %d", checkpoint, step, module.total_steps)

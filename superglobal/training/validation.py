@@ -146,7 +146,7 @@ class RetrievalValidation(StepCallback):
                 if score is None or not np.isfinite(score):
                     raise InputError(
                         "no held-out landmark has two photos that can be read; raise validation.fraction or "
-                        "validation.images, or mend the photos (superglobal prepare-gldv2 lists them)"
+                        "validation.max_images, or mend the photos (superglobal prepare-gldv2 lists them)"
                     )
                 values["val/map"] = score
             for one in self.sets:

@@ -15,7 +15,7 @@ from superglobal.data.evaluation_set import EvaluationSet, leave_one_out_truth
 from superglobal.data.gldv2 import read_train, split_landmarks
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
-from superglobal.utils.io import BAD_PHOTOS
+from superglobal.utils.io import CORRUPT_IMAGES
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def held_out(run: Path, data_root: str | None) -> HeldOut:
         )
     listed = read_train(root, d["table"], d["min_images"], d["classes_of"], d["leave_out"])
     photos = split_landmarks(listed, v["fraction"], seed)[1]
-    bad = run / BAD_PHOTOS
+    bad = run / CORRUPT_IMAGES
     known = {line.partition("\t")[0] for line in bad.read_text().splitlines()} if bad.is_file() else set()
     kept = [i for i in range(len(photos)) if photos.place(i) not in known]
     labels = photos.labels[kept]

@@ -18,7 +18,7 @@ from typing import BinaryIO, TextIO
 from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)
-EXPORT, BAD_PHOTOS = "best.safetensors", "bad_photos.txt"
+EXPORT, CORRUPT_IMAGES = "best.safetensors", "corrupt_images.txt"
 
 
 @contextmanager
