@@ -148,7 +148,7 @@ def test_two_processes_build_an_index_once(tmp_path):
     assert all("found [0, 1, 2, 3, 4]" in text for text in said), said
     assert "built in" in said[0]
     assert "built in" not in said[1]
-    assert "another process is at it (process " in said[1]
+    assert "another process is building it (process " in said[1]
     assert "loaded" in said[1]
 
 
@@ -156,8 +156,8 @@ def test_one_that_waits_goes_on_when_the_first_dies(tmp_path, vectors, caplog):
     """Nothing of a killed process is in the way: its lock goes with it, and half a file has another name."""
     caplog.set_level(logging.INFO)
     Q, X = vectors
-    holder = "import fcntl, os, sys, time; from pathlib import Path; from superglobal.files import one_at_a_time\n"
-    holder += "with one_at_a_time(Path(sys.argv[1]), 'index'):\n    print('mine', flush=True)\n    time.sleep(3)\n"
+    holder = "import os, sys, time; from pathlib import Path; from superglobal.utils.io import file_lock\n"
+    holder += "with file_lock(Path(sys.argv[1]), 'busy'):\n    print('mine', flush=True)\n    time.sleep(3)\n"
     holder += "    os._exit(9)\n"
     open_index(X, IndexSettings("flat_fp16"), tmp_path)
     (path,) = tmp_path.glob("*.faiss")
@@ -168,7 +168,7 @@ def test_one_that_waits_goes_on_when_the_first_dies(tmp_path, vectors, caplog):
         assert process.stdout.readline() == "mine\n"
         found = open_index(X, IndexSettings("flat_fp16"), tmp_path).search(Q, 5)[1]
     np.testing.assert_array_equal(found, brute_force(Q, X, 5))
-    assert f"another process is at it (process {process.pid}" in caplog.text
+    assert f"another process is building it (process {process.pid}" in caplog.text
     assert "built in" in caplog.text.split("waiting for it")[1]
 
 

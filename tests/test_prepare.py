@@ -83,7 +83,7 @@ def test_a_sound_tree(root):
     photos = read_train(root, min_images=1)
     assert done.returncode == 0, done.stderr
     assert f"all {len(photos)} images are readable" in done.stdout
-    assert f"checked {len(photos)} of {len(photos)} photos" in done.stderr
+    assert f"checked {len(photos)}/{len(photos)} images" in done.stderr
     index = load_index(root, "train_clean.csv", None)
     assert np.array_equal(index.ids, np.sort(photos.ids))
     for i in range(0, len(photos), 7):

@@ -28,7 +28,7 @@ from superglobal.data.gldv2 import read_train
 from superglobal.data.image_index import VERSION, Part, PhotoIndex, check_tar, check_tree, index_path, list_digest
 from superglobal.errors import InputError
 from superglobal.utils.distributed import end_with_parent
-from superglobal.utils.io import only_process, write_atomically
+from superglobal.utils.io import file_lock, write_atomically
 
 log = logging.getLogger(__name__)
 _PART = 2048  # photos of the tree
@@ -93,7 +93,7 @@ def prepare(
         raise InputError(f"photos not found: {root / 'train'}\n{how_to_get_gldv2_train(root)}")
     digest = list_digest(root, table)
     lock, name = root / f".{Path(table).stem}.index.lock", index_path(root, table)
-    with only_process(lock, f"{name}: another process is making it", "or give another --root"):
+    with file_lock(lock, f"{name}: another process is making it", "or give another --root"):
         folder = root / f".{Path(table).stem}.index.parts"
         place = str(tars and tars.resolve())
         _claim(folder, {"version": VERSION, "list": digest, "tars": place, "decode": decode}, ids)

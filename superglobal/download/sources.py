@@ -41,7 +41,7 @@ from superglobal.download.fetch import (
     remote_size,
 )
 from superglobal.errors import InputError
-from superglobal.utils.io import only_process, write_atomically
+from superglobal.utils.io import file_lock, write_atomically
 
 _MAX_SHOWN = 5
 _IMAGE_GROWTH = 1.05  # size of images on disk, with partly filled blocks, relative to their archive
@@ -62,7 +62,7 @@ def download_source(source: Source, data: Path, options: DownloadOptions) -> str
     except OSError as error:
         raise InputError(f"{root}: cannot be created ({error.strerror}); choose another folder with --data") from error
     lock = root / ".download.lock"
-    with only_process(lock, f"{root}: another process is downloading to it", "or choose another --data"):
+    with file_lock(lock, f"{root}: another process is downloading to it", "or choose another --data"):
         if source.google_drive and not options.base_urls:
             download_google_drive(source, root, options)
         for file in source.files:

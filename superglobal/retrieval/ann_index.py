@@ -26,7 +26,7 @@ import torch
 from superglobal.errors import InputError
 from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows, block_size
 from superglobal.retrieval.scores import pair_scores
-from superglobal.utils.io import digest, one_at_a_time, write_atomically
+from superglobal.utils.io import digest, file_lock, write_atomically
 
 TAKEN = {
     "flat_fp16": ("candidates",),
@@ -327,7 +327,7 @@ def _stored_or_built(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another paths.stores") from error
-    with one_at_a_time(path.with_suffix(".lock"), f"index {s.kind}"):
+    with file_lock(path.with_suffix(".lock"), f"index {s.kind}: another process is building it", wait=True):
         if _stamp(path) != before:  # another process was first
             index = _load(path, identity)
         if index is None:

@@ -23,7 +23,7 @@ from superglobal.retrieval.store_files import (
     record_paths,
     write_skipped,
 )
-from superglobal.utils.io import digest, replacing, write_atomically
+from superglobal.utils.io import atomic_file, digest, write_atomically
 
 _BLOCK = 8192  # rows at a time
 _CHECKSUMS = "checksums.json"
@@ -198,7 +198,7 @@ def export(store: DescriptorStore, path: Path) -> int:
         broken = [line for line in lines if len(line.splitlines()) != 1]
         if broken:
             raise InputError(f"{path}: the name {broken[0]!r} is no single line of a .txt; export to .parquet")
-        with replacing(path) as file:
+        with atomic_file(path) as file:
             header = {"descr": store.dtype.str, "fortran_order": False, "shape": (len(rows), store.shape[1])}
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, len(rows), _BLOCK):
@@ -214,7 +214,7 @@ def _export_parquet(store: DescriptorStore, rows: np.ndarray, names: list[str], 
     kind = pa.list_(pa.from_numpy_dtype(store.dtype), store.shape[1])
     schema = pa.schema({"name": pa.string(), "descriptor": kind})
     schema = schema.with_metadata({"fingerprint": store.manifest["fingerprint"]})
-    with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
+    with atomic_file(path) as file, pq.ParquetWriter(file, schema) as writer:
         for start in range(0, len(rows), _BLOCK):
             ids = rows[start : start + _BLOCK]
             flat = pa.array(store.read_rows(ids).astype(store.dtype).ravel())

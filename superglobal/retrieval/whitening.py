@@ -16,7 +16,7 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.retrieval.rows import Rows, as_rows
-from superglobal.utils.io import replacing
+from superglobal.utils.io import atomic_file
 
 FORMAT = "superglobal-statistics-1"
 KINDS = ("none", "center", "pca")
@@ -101,7 +101,7 @@ def stored_statistics(
     arrays: dict[str, Any] = {"identity": np.array(identity), "rows": np.array(found.rows), "mean": found.mean}
     if found.axes is not None:
         arrays["axes"] = found.axes
-    with replacing(path) as file:
+    with atomic_file(path) as file:
         np.savez(file, **arrays)
     return found, fingerprint
 

@@ -20,7 +20,7 @@ from superglobal.errors import InputError
 from superglobal.training.callbacks import NonFiniteGuard, StepCallback, any_rank, side_group
 from superglobal.training.module import TrainingModule
 from superglobal.utils.distributed import first_process, in_main_thread
-from superglobal.utils.io import replacing
+from superglobal.utils.io import atomic_file
 
 log = logging.getLogger(__name__)
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -46,7 +46,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         path = Path(path)
-        with replacing(path, path.with_name(PREVIOUS)) as file:
+        with atomic_file(path, path.with_name(PREVIOUS)) as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # torch's writer hides the error of the file beneath

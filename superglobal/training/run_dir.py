@@ -14,7 +14,7 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.reporting.runs import flat
-from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, only_process, write_atomically
+from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, file_lock, write_atomically
 
 
 def export_path(outputs: str, name: str) -> Path:
@@ -39,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
         raise InputError(
             f"{error.filename}: cannot be written ({error.strerror}); choose another paths.outputs="
         ) from error
-    with only_process(folder / "lock", f"{folder}: another training is running there", "or give a new name="):
+    with file_lock(folder / "lock", f"{folder}: another training is running there", "or give a new name="):
         yield
 
 

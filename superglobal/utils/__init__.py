@@ -1,1 +1,1 @@
-"""Files, processes, precision, progress and provenance."""
+"""File access, processes, precision, progress and versions."""

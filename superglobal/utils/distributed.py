@@ -1,4 +1,4 @@
-"""Which of a run's processes this is, before Lightning has joined them, and how those that it starts end with it."""
+"""Ranks before Lightning connects the processes, and child processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ import threading
 
 
 def first_process() -> bool:
-    """Whether this is the process that writes, by what torchrun, Lightning or SLURM has set (in Lightning's order)."""
+    """Return whether this is the process that writes files, by the variables of torchrun, Lightning or SLURM."""
     if int(os.environ.get("NODE_RANK", 0)) > 0:
         return False
-    ranks = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    ranks = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))  # in Lightning's order
     return int(next((rank for rank in ranks if rank is not None), 0)) == 0
 
 
 def in_main_thread() -> bool:
-    """Whether this is the thread that may handle signals."""
+    """Return whether this is the thread that may install signal handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
 def end_with_parent() -> None:
-    """Make this process, started by `multiprocessing`, end as soon as the one that started it, even if that is killed.
+    """End this process, started by `multiprocessing`, as soon as its parent ends, even if that is killed.
 
-    Not by the number of the parent process: that of a process from a fork server is the server, which lives as long
-    as the processes that it forked.
+    The parent process ID does not tell: for a process from a fork server it is the server, which outlives the parent.
     """
     parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
     if parent is not None:
-        threading.Thread(target=_end_after, args=[parent], daemon=True).start()
-
-
-def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+        threading.Thread(target=watch, daemon=True).start()

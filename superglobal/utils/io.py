@@ -1,9 +1,7 @@
-"""Files that are whole or not there, locks, and the names of what a training leaves for others."""
+"""Atomic file writes, lock files, and the names of files that several modules use."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import logging
 import os
@@ -13,7 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
 
 from superglobal.errors import InputError
 
@@ -22,15 +22,17 @@ EXPORT, CORRUPT_IMAGES = "best.safetensors", "corrupt_images.txt"
 
 
 @contextmanager
-def replacing(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
-    """A file beside `path` to write to; at the end it is flushed to disk and renamed: readers see the old or the new.
+def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a temporary file that replaces `path` when the block ends: readers see the old file or the whole new one.
+
+    The data are flushed to disk before the replacement.
 
     Args:
-        path: of the file.
-        before: where the old file is moved to, if there is one.
+        path: file to write; its folder is created if necessary.
+        backup: path that an existing file is moved to.
 
     Raises:
-        InputError: the place cannot be written, or is full; what was there is untouched.
+        InputError: the folder cannot be written or is full; an existing file is left unchanged.
     """
     temporary = None
     try:
@@ -41,8 +43,8 @@ def replacing(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~umask())
-        if before is not None and path.exists():
-            os.replace(path, before)
+        if backup is not None and path.exists():
+            os.replace(path, backup)
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}){_space(path, temporary)}") from error
@@ -52,109 +54,68 @@ def replacing(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all.
+    """Write a file by `atomic_file`.
 
     Raises:
-        InputError: the place cannot be written; what was there before is untouched.
+        InputError: the folder cannot be written or is full; an existing file is left unchanged.
     """
-    with replacing(path) as file:
+    with atomic_file(path) as file:
         file.write(data)
 
 
 @contextmanager
-def only_process(path: Path, taken: str, way_out: str) -> Iterator[None]:
-    """Meanwhile no other process gets this far with the same lock file; the lock dies with its process.
+def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iterator[None]:
+    """Hold a lock file in the block, so that one process at a time runs it; a lock ends with its process.
 
     Args:
-        path: of the file; its folder exists.
-        taken, way_out: beginning and end of the message when another process has it.
+        path: lock file; its folder exists.
+        busy: start of the message if another process holds the lock.
+        hint: end of the error message, after "wait for it, stop it, ".
+        wait: wait for the other process instead of raising an error.
 
     Raises:
-        InputError: another process has it, or the place cannot be written.
+        InputError: another process holds the lock, or the file cannot be locked.
     """
-    with _lock_file(path) as file:
-        if not _taken(path, file):
-            raise InputError(f"{taken} ({_holder(file)}); wait for it, stop it, {way_out}")
-        _sign(path, file)
+    lock, holder = FileLock(path), path.with_name(f"{path.name}.holder")
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            name = holder.read_text() if holder.is_file() else "unknown process"
+            if not wait:
+                raise InputError(f"{busy} ({name}); wait for it, stop it, {hint}") from None
+            log.info("%s (%s); waiting for it", busy, name)
+            lock.acquire()
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter where the file system has no locks
+        lock.release()
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be locked ({reason}); choose a folder on another file system") from error
+    try:
         yield
-
-
-@contextmanager
-def one_at_a_time(path: Path, what: str) -> Iterator[None]:
-    """Meanwhile other processes that get here with the same lock file wait; the lock dies with its process.
-
-    Args:
-        path: of the file; its folder exists.
-        what: the process does, for the message of one that waits.
-
-    Raises:
-        InputError: the place cannot be written.
-    """
-    with _lock_file(path) as file:
-        if not _taken(path, file):
-            log.info("%s: another process is at it (%s); waiting for it", what, _holder(file))
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be locked ({error.strerror}); choose another place") from error
-        _sign(path, file)
-        yield
-
-
-def _lock_file(path: Path) -> TextIO:
-    try:
-        return path.open("a+")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
-
-
-def _taken(path: Path, file: TextIO) -> bool:
-    """Take the lock, if no other process has it; whether it was taken."""
-    try:
-        # Unlike flock's, these locks are not inherited by the processes that decode photos.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        raise InputError(f"{path}: cannot be locked ({error.strerror}); choose another place") from error
-    return True
-
-
-def _holder(file: TextIO) -> str:
-    file.seek(0)
-    return file.read().strip() or "unknown process"
-
-
-def _sign(path: Path, file: TextIO) -> None:
-    """Say in a lock file who has it."""
-    try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); free space") from error
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 def digest(path: Path) -> str:
-    """BLAKE2 of a file's bytes, to know them by."""
+    """Return the BLAKE2b hash of a file, 32 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def umask() -> int:
-    """The process's file mode mask."""
+    """Return the file mode mask of this process."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def _space(path: Path, temporary: str | None) -> str:
-    """What there is, and what was written of the file when it failed."""
+    """Return the end of a message about a failed write: how much was written and how much space is free."""
     try:
         free = shutil.disk_usage(path.parent).free
         written = os.path.getsize(temporary) if temporary else 0
     except OSError:
-        return "; choose another place"
-    return (
-        f"; {written / 1e6:.1f} MB of it were written, {free / 1e6:.1f} MB are free: make room or choose another place"
-    )
+        return "; choose another folder"
+    return f"; wrote {written / 1e6:.1f} MB, {free / 1e6:.1f} MB are free: free space, or choose another folder"

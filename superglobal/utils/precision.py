@@ -25,19 +25,20 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute matrix products and convolutions in strict float32 (TF32 disabled), and half-precision ones with float32
-    sums, whatever was set before; restore that afterwards.
+    """Compute in strict float32 (TF32 disabled), and half-precision matrix products with float32 sums.
+
+    The settings from before are restored at the end.
     """
-    library: Any = torch.backends  # its typing lacks these
-    matmul = library.cuda.matmul
-    wanted: list[tuple[Any, str, Any]] = [(one, "fp32_precision", "ieee") for one in (matmul, library.cudnn.conv)]
-    wanted += [(one, "fp32_precision", "ieee") for one in (library.mkldnn.matmul, library.mkldnn.conv)]
-    wanted += [(matmul, f"allow_{kind}_reduced_precision_reduction", False) for kind in ("fp16", "bf16")]
-    before = [getattr(one, name) for one, name, _ in wanted]
+    backends: Any = torch.backends  # The type stubs lack these attributes.
+    matmul = backends.cuda.matmul
+    modules = (matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    settings: list[tuple[Any, str, Any]] = [(module, "fp32_precision", "ieee") for module in modules]
+    settings += [(matmul, f"allow_{kind}_reduced_precision_reduction", False) for kind in ("fp16", "bf16")]
+    before = [getattr(module, name) for module, name, _ in settings]
     try:
-        for one, name, value in wanted:
-            setattr(one, name, value)
+        for module, name, value in settings:
+            setattr(module, name, value)
         yield
     finally:
-        for (one, name, _), value in zip(wanted, before, strict=True):
-            setattr(one, name, value)
+        for (module, name, _), value in zip(settings, before, strict=True):
+            setattr(module, name, value)

@@ -1,4 +1,4 @@
-"""How far a long command is."""
+"""Progress of a long command."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ import time
 
 
 class Progress:
-    """One line that is kept up to date on a terminal; elsewhere a line per tenth, and at least one in 30 seconds.
+    """Print how many images are done: one line that is updated on a terminal, elsewhere new lines.
+
+    Elsewhere a line is printed after each tenth, and after 30 seconds without one.
 
     Args:
-        verb: what was done with the photos: "rendered".
+        verb: past participle that starts the line, such as "rendered".
     """
 
     def __init__(self, verb: str) -> None:
         self.verb = verb
-        self.start, self.tenth = time.monotonic(), 0
-        self.said = self.start
+        self.start = self.last_print = time.monotonic()
+        self.tenths = 0
 
     def __call__(self, done: int, total: int) -> None:
-        text = f"{self.verb} {done} of {total} photos, {time.monotonic() - self.start:.0f} s"
+        """Print that `done` of `total` images are done, if it is time."""
+        text = f"{self.verb} {done}/{total} images, {time.monotonic() - self.start:.0f} s"
         if sys.stderr.isatty():
             print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        elif done * 10 // total > self.tenth or time.monotonic() > self.said + 30:
-            self.tenth, self.said = done * 10 // total, time.monotonic()
+        elif done * 10 // total > self.tenths or time.monotonic() > self.last_print + 30:
+            self.tenths, self.last_print = done * 10 // total, time.monotonic()
             print(text, file=sys.stderr, flush=True)

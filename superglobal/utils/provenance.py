@@ -1,9 +1,4 @@
-"""Results of one run as files and a console table (of many runs: tables.py).
-
-A run's folder holds `results.json` (numbers, settings, fingerprints, versions, seconds), `per_query.csv` (AP per
-query and stage), `rankings.npz` (ids and scores), `rankings.csv` and `rankings.json` (names and scores of the
-first results of the last stage).
-"""
+"""Versions of the code and of the packages that results depend on."""
 
 from __future__ import annotations
 
@@ -16,21 +11,21 @@ _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-h
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the installed packages that results depend on."""
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git_state() -> dict[str, str] | None:
-    """Commit of the code, and whether it was changed since; None outside a checkout."""
+    """Return the commit of the code and whether it has local changes; None outside a checkout."""
 
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
