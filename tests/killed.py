@@ -15,11 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from superglobal.training.checkpointing import AtomicCheckpoints, Checkpoints  # noqa: E402
+from superglobal.training.checkpointing import AtomicCheckpointIO, CheckpointCallback  # noqa: E402
 from superglobal.training.validation import RetrievalValidation  # noqa: E402
 
 AT, SAVING, VALIDATING = (int(os.environ.get(key, -1)) for key in ("KILL_AT", "KILL_SAVING", "TERM_VALIDATING"))
-save, describe = AtomicCheckpoints.save_checkpoint, RetrievalValidation._described
+save, describe = AtomicCheckpointIO.save_checkpoint, RetrievalValidation._described
 
 
 def kill() -> None:
@@ -44,7 +44,7 @@ def describing(self, trainer, network, images):
 
 
 RetrievalValidation._described = describing
-Checkpoints.on_train_batch_start = before_batch
-AtomicCheckpoints.save_checkpoint = saving
+CheckpointCallback.on_train_batch_start = before_batch
+AtomicCheckpointIO.save_checkpoint = saving
 if __name__ == "__main__":
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

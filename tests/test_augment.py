@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from superglobal.data.images import FaultyImageError, decode_image, image_size, image_tensor
+from superglobal.data.images import CorruptImageError, decode_image, image_size, image_tensor
 from superglobal.data.train_dataset import Augment
 
 
@@ -110,5 +110,5 @@ def test_grey_and_progressive_photos_are_read_smaller_too():
     ],
 )
 def test_a_damaged_photo_is_refused_as_everywhere(reduced, damage, reason):
-    with pytest.raises(FaultyImageError, match=reason):
+    with pytest.raises(CorruptImageError, match=reason):
         Augment(0.5, True, 0.1, reduced=reduced)(damage(jpeg(800, 600)), 64)

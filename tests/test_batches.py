@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from superglobal.data.datamodules import missing_in, plan_batches
+from superglobal.data.datamodules import plan_batches, select_missing
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import ImageItem, read_image, shrunk_size
 
@@ -15,7 +15,7 @@ SIZES = [tuple(map(int, size)) for size in np.random.default_rng(0).choice([90, 
 
 def test_every_image_is_in_one_batch_of_its_own_size():
     lists = [SIZES, SIZES[:30], []]
-    plan = plan_batches(lists, pixels=5 * 100 * 100, most=4)
+    plan = plan_batches(lists, max_pixels=5 * 100 * 100, max_images=4)
     found = sorted((batch.number, row) for batch in plan for row in batch.rows)
     assert found == [(number, row) for number, sizes in enumerate(lists) for row in range(len(sizes))]
     for number, rows, size in plan:
@@ -49,9 +49,9 @@ def test_parts_with_different_numbers_of_devices_cover_every_image_once():
 def test_what_is_left_of_a_plan_is_whole_batches_but_for_rows_found_elsewhere():
     plan = plan_batches([SIZES], 10**6, 8)
     done = {row for batch in plan[:3] for row in batch.rows}
-    assert missing_in(plan, [set(range(200)) - done]) == plan[3:]
+    assert select_missing(plan, [set(range(200)) - done]) == plan[3:]
     first, second = plan[3].rows[:2]
-    left = missing_in(plan, [{first, second}])
+    left = select_missing(plan, [{first, second}])
     assert left == [plan[3]._replace(rows=(first, second))]
 
 

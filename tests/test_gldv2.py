@@ -17,7 +17,7 @@ from superglobal.config import register
 from superglobal.config.training import TrainConfig
 from superglobal.config.validation import validated
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
-from superglobal.data.images import FaultyImageError
+from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
 
 A, B, C, D, E = (f"{digit}0123456789abcde"[:16] for digit in "abcde")
@@ -192,7 +192,7 @@ def test_photos_are_read_from_the_tree_and_a_missing_one_is_said_to_be(tmp_path)
     photos.path(0).write_bytes(b"bytes")
     assert photos.read(0) == b"bytes"
     assert photos.place(1) == str(photos.path(1))
-    with pytest.raises(FaultyImageError, match="missing"):
+    with pytest.raises(CorruptImageError, match="missing"):
         photos.read(1)
     assert pickle.loads(pickle.dumps(photos)).read(0) == b"bytes"
 

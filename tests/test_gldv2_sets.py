@@ -19,7 +19,7 @@ from superglobal.config import register
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.tuning import TuneConfig
 from superglobal.config.validation import validated
-from superglobal.data.evaluation_set import Lazy, chained, tree_items
+from superglobal.data.evaluation_set import LazySequence, chain_sequences, tree_items
 from superglobal.data.gldv2 import read_train, recognition_set, retrieval_set, split_landmarks, validation_set
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import ImageItem
@@ -336,9 +336,9 @@ def test_photos_of_a_million_ids_are_made_when_they_are_asked_for(tmp_path):
     assert [item.path.stem for item in items[3:5]] == ["0000000000000003", "0000000000000004"]
     with pytest.raises(IndexError):
         items[1500]
-    both = chained(items, [ImageItem(tmp_path / "x.jpg")])
+    both = chain_sequences(items, [ImageItem(tmp_path / "x.jpg")])
     assert (len(both), both[0], both[1500].path.name) == (1501, items[0], "x.jpg")
-    assert list(Lazy(3, str)) == ["0", "1", "2"]
+    assert list(LazySequence(3, str)) == ["0", "1", "2"]
     assert check_images(both).missing == [item.path for item in both]
 
 

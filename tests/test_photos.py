@@ -21,10 +21,18 @@ from sets import break_scan
 from test_prepare import ENVIRONMENT, make_tars
 from torch.utils.data import DataLoader, Dataset
 
-from superglobal.data.datamodules import PhotoLoader
+from superglobal.data.datamodules import ImageLoader
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
 from superglobal.data.prepare_gldv2 import prepare
-from superglobal.data.train_dataset import Augment, BadPhotos, Batch, Photo, TrainingPhotos, collate, require_photos
+from superglobal.data.train_dataset import (
+    Augment,
+    Batch,
+    CorruptImageList,
+    TrainingDataset,
+    TrainingImage,
+    check_training_images,
+    collate,
+)
 from superglobal.errors import InputError
 
 TABLE = "train_clean.csv"
@@ -42,11 +50,11 @@ def side(epoch: int) -> int:
     return 32 + 16 * epoch
 
 
-def dataset(photos: TrainList, seed: int = 0) -> TrainingPhotos:
-    return TrainingPhotos(photos, Augment(0.3, True, 0.2), side, seed)
+def dataset(photos: TrainList, seed: int = 0) -> TrainingDataset:
+    return TrainingDataset(photos, Augment(0.3, True, 0.2), side, seed)
 
 
-def same(one: Photo, other: Photo) -> bool:
+def same(one: TrainingImage, other: TrainingImage) -> bool:
     return torch.equal(one.image, other.image) and one[1:] == other[1:]
 
 
@@ -74,7 +82,7 @@ def test_tree_and_tar_files_give_the_same_photos_to_any_workers(root, tmp_path):
     for workers in (0, 2):
         batches = DataLoader(packed, 8, sampler=places, num_workers=workers, collate_fn=collate)
         assert all(
-            same(Photo(x, y, i, []), dataset(photos)[(0, i)])
+            same(TrainingImage(x, y, i, []), dataset(photos)[(0, i)])
             for b in batches
             for x, y, i in zip(b.images, b.labels.tolist(), b.indices.tolist(), strict=True)
         )
@@ -160,7 +168,7 @@ class Slow(Dataset):
 
 def test_a_dead_worker_is_told_where_a_batch_is_waited_for_and_nowhere_else():
     before = set(multiprocessing.active_children())
-    batches = iter(PhotoLoader(Slow(), batch_size=None, num_workers=1))
+    batches = iter(ImageLoader(Slow(), batch_size=None, num_workers=1))
     assert next(batches) == 0
     (worker,) = set(multiprocessing.active_children()) - before
     worker.kill()
@@ -173,8 +181,8 @@ def test_a_dead_worker_is_told_where_a_batch_is_waited_for_and_nowhere_else():
 
 
 @pytest.fixture
-def bad_photos(tmp_path) -> Callable[..., BadPhotos]:
-    return partial(BadPhotos, tmp_path / "run" / "corrupt_images.txt", place="photo {}".format)
+def bad_photos(tmp_path) -> Callable[..., CorruptImageList]:
+    return partial(CorruptImageList, tmp_path / "run" / "corrupt_images.txt", place="photo {}".format)
 
 
 def test_bad_photos_are_listed_once_over_restarts(bad_photos, caplog):
@@ -205,8 +213,8 @@ def test_one_photo_more_than_the_budget_ends_the_run(bad_photos):
 def test_processes_that_add_at_the_same_time_lose_nothing_and_list_nothing_twice(bad_photos):
     listed = bad_photos(total=1000, budget=1)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom superglobal.data.train_dataset import BadPhotos\n"
-        "bad = BadPhotos(Path(sys.argv[1]), 1000, 1, 'photo {}'.format)\n"
+        "import sys\nfrom pathlib import Path\nfrom superglobal.data.train_dataset import CorruptImageList\n"
+        "bad = CorruptImageList(Path(sys.argv[1]), 1000, 1, 'photo {}'.format)\n"
         "for i in range(int(sys.argv[2]), 300): bad.add([(i, 'missing')])"
     )
     command = [sys.executable, "-c", code, str(listed.file)]
@@ -220,7 +228,7 @@ def test_processes_that_add_at_the_same_time_lose_nothing_and_list_nothing_twice
 def required(root):
     def call(budget: float = 0.1, tars: Path | None = None):
         lists = split_landmarks(read_train(root, tars=tars), 0.25, seed=0)
-        return lists, *require_photos(lists, root, TABLE, tars, budget)
+        return lists, *check_training_images(lists, root, TABLE, tars, budget)
 
     return call
 

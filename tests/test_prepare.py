@@ -20,7 +20,7 @@ from superglobal import cli
 from superglobal.data import prepare_gldv2 as module
 from superglobal.data.gldv2 import TrainList, read_train
 from superglobal.data.image_index import load_index
-from superglobal.data.images import FaultyImageError
+from superglobal.data.images import CorruptImageError
 from superglobal.data.prepare_gldv2 import prepare
 from superglobal.errors import InputError
 
@@ -140,11 +140,11 @@ def test_tar_files_that_change_during_a_run_give_no_other_photos(root, tmp_path)
     photos = read_train(root, tars=folder)
     for path in folder.iterdir():
         path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(FaultyImageError, match="not where the index has it"):
+    with pytest.raises(CorruptImageError, match="not where the index has it"):
         photos.read(0)
     for path in folder.iterdir():
         path.unlink()
-    with pytest.raises(FaultyImageError, match=r"missing \(no images_00"):
+    with pytest.raises(CorruptImageError, match=r"missing \(no images_00"):
         read_train(root).read(0) and pickle.loads(pickle.dumps(photos)).read(0)
 
 

@@ -11,7 +11,7 @@ from superglobal import load_model
 from superglobal.config import register
 from superglobal.config.training import TrainConfig
 from superglobal.config.validation import validated
-from superglobal.training.train import side_in_epoch
+from superglobal.training.train import image_size_in_epoch
 from superglobal.training.train import train as fit
 
 RECIPES = sorted(
@@ -67,9 +67,11 @@ def test_a_recipe_is_valid_and_its_run_has_its_name(recipe):
 
 def test_stages_of_size():
     config = validated(composed("experiment=subcenter_dynamic"), TrainConfig)
-    sides = [side_in_epoch(config.data.image_size, config.data.stages, epoch) for epoch in range(config.optim.epochs)]
+    sides = [
+        image_size_in_epoch(config.data.image_size, config.data.stages, epoch) for epoch in range(config.optim.epochs)
+    ]
     assert sides == [256] * 7 + [512] * 3
-    assert [side_in_epoch(3, [[2, 1], [1, 2]], epoch) for epoch in range(5)] == [1, 1, 2, 3, 3]
+    assert [image_size_in_epoch(3, [[2, 1], [1, 2]], epoch) for epoch in range(5)] == [1, 1, 2, 3, 3]
 
 
 def test_a_frozen_backbone_stays_as_it_is(toy_data, tmp_path):

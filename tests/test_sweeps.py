@@ -18,7 +18,7 @@ from test_eval import ROOT, revisited, run
 
 from superglobal.reporting.tables import merge
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.training.trainer import started_together
+from superglobal.training.trainer import launched_externally
 
 
 def table(outputs: Path) -> list[dict[str, str]]:
@@ -163,4 +163,4 @@ def test_who_is_started_together(monkeypatch, variables, together):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert started_together() is together
+    assert launched_externally() is together

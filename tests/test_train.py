@@ -20,14 +20,14 @@ from trackers import events, recorded, references
 import superglobal
 from superglobal.config.training import TrainConfig
 from superglobal.config.validation import validated
-from superglobal.data.datamodules import HeldOutPhotos
+from superglobal.data.datamodules import HeldOutDataset
 from superglobal.data.evaluation_set import leave_one_out_truth
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
 from superglobal.errors import InputError
 from superglobal.models.network import weights_digest
 from superglobal.models.weights import read_weights
 from superglobal.training import train as training
-from superglobal.training.checkpointing import Checkpoints
+from superglobal.training.checkpointing import CheckpointCallback
 from superglobal.training.module import parameter_groups
 from superglobal.training.train import _data
 from superglobal.training.train import train as fit
@@ -320,11 +320,11 @@ def test_validation_takes_whole_landmarks(images, landmarks):
     photos = TrainList(
         Path("x"), np.array([f"{i:016x}".encode() for i in range(15)]), np.repeat(range(5), 3), np.arange(5)
     )
-    chosen = HeldOutPhotos(photos, images, None, seed=0)
+    chosen = HeldOutDataset(photos, images, None, seed=0)
     assert len(chosen) == 3 * landmarks
     truth = leave_one_out_truth(chosen.labels)
     assert all(len(entry["positive"]) == 2 and i not in entry["positive"] for i, entry in enumerate(truth))
-    without = HeldOutPhotos(photos, images, None, seed=0, without=[int(chosen.indices[0])])
+    without = HeldOutDataset(photos, images, None, seed=0, without=[int(chosen.indices[0])])
     assert np.array_equal(without.indices, chosen.indices[1:])
 
 
@@ -351,17 +351,17 @@ def test_the_moving_average_is_what_is_validated_and_exported(toy_data, tmp_path
     """Against the average over the checkpoints of every step."""
     decay, seen = 0.5, []
 
-    class Keep(Checkpoints):
+    class Keep(CheckpointCallback):
         def on_step(self, trainer, module, epoch_ends):
             seen.append({name: p.detach().clone() for name, p in module.network.named_parameters()})
             super().on_step(trainer, module, epoch_ends)
 
     folder = tmp_path / "run"
-    original, training.Checkpoints = training.Checkpoints, Keep
+    original, training.CheckpointCallback = training.CheckpointCallback, Keep
     try:
         fit(configured(toy_data, tmp_path, f"optim.ema={decay}", "optim.epochs=1"), folder)
     finally:
-        training.Checkpoints = original
+        training.CheckpointCallback = original
     average = seen[0]
     for weights in seen[1:]:
         average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}

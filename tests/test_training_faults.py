@@ -15,7 +15,7 @@ from sets import break_scan
 
 from superglobal.data.gldv2 import read_train, split_landmarks
 from superglobal.errors import InputError
-from superglobal.training.checkpointing import newest_good
+from superglobal.training.checkpointing import newest_checkpoint
 from superglobal.training.run_dir import locked
 from superglobal.training.train import train as fit
 
@@ -83,14 +83,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(checkpoin
     flipped = whole[:middle] + bytes(255 - byte for byte in whole[middle : middle + 100]) + whole[middle + 100 :]
     damaged = {"truncated": whole[:-1000], "empty": b"", "text": b"no checkpoint", "flipped": flipped}
     (tmp_path / "last.ckpt").write_bytes(damaged[damage])
-    assert newest_good(tmp_path) == (tmp_path / "previous.ckpt", 15)
+    assert newest_checkpoint(tmp_path) == (tmp_path / "previous.ckpt", 15)
     assert "last.ckpt" in caplog.text
     assert f"({len((tmp_path / 'last.ckpt.damaged').read_bytes())} bytes)" in caplog.text
     assert "going on from" in caplog.text
     (tmp_path / "previous.ckpt").write_bytes(whole[:1000])
     with pytest.raises(InputError, match="resume=restart"):
-        newest_good(tmp_path)
-    assert newest_good(tmp_path / "nothing here") is None
+        newest_checkpoint(tmp_path)
+    assert newest_checkpoint(tmp_path / "nothing here") is None
 
 
 def test_resuming_from_the_one_before_is_exact_too(toy_data, checkpoint, tmp_path):
@@ -113,7 +113,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     torch.save({"global_step": 3, "state_dict": Evil()}, tmp_path / "last.ckpt")
     (tmp_path / "previous.ckpt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(InputError, match="no checkpoint is left"):
-        newest_good(tmp_path)
+        newest_checkpoint(tmp_path)
     assert not canary.exists()
 
 

@@ -30,11 +30,11 @@ from superglobal import load_model
 from superglobal.config.training import FitConfig, OptimConfig
 from superglobal.data.datamodules import TrainingDataModule
 from superglobal.data.samplers import EpochBatches
-from superglobal.data.train_dataset import Photo, collate
+from superglobal.data.train_dataset import TrainingImage, collate
 from superglobal.loggers.csv_tensorboard import CurveFile
 from superglobal.models.heads import make_head
-from superglobal.training.callbacks import Curves, NonFiniteGuard, StepSeed
-from superglobal.training.checkpointing import Checkpoints
+from superglobal.training.callbacks import CurveLogger, NonFiniteGuard, StepSeed
+from superglobal.training.checkpointing import CheckpointCallback
 from superglobal.training.module import TrainingModule, parameter_groups, warmup_cosine
 from superglobal.training.trainer import make_fit_trainer, precision
 
@@ -52,9 +52,9 @@ class Noise(Dataset):
     def __len__(self) -> int:
         return self.photos
 
-    def __getitem__(self, place: tuple[int, int]) -> Photo:
+    def __getitem__(self, place: tuple[int, int]) -> TrainingImage:
         index = place[1]
-        return Photo(self.pool[index % len(self.pool)], index % CLASSES, index, [])
+        return TrainingImage(self.pool[index % len(self.pool)], index % CLASSES, index, [])
 
 
 class Clock(pl.Callback):
@@ -123,9 +123,9 @@ def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[floa
         watchers = [
             clock,
             StepSeed(0),
-            Curves(args.log_every, args.batch),
+            CurveLogger(args.log_every, args.batch),
             guard,
-            Checkpoints(place, None, None, guard),
+            CheckpointCallback(place, None, None, guard),
         ]
         data = TrainingDataModule(Noise(args.steps * args.batch, args.side), args.batch, 1, 0, 0)  # type: ignore[arg-type]
         module = TrainingModule(network, head, o, args.steps, np.arange(CLASSES), args.fit)

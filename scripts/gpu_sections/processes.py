@@ -62,7 +62,7 @@ def _train(backend: str, world: int, device: str) -> None:
     from superglobal.config.training import FitConfig, OptimConfig
     from superglobal.data.datamodules import TrainingDataModule
     from superglobal.models.heads import make_head
-    from superglobal.training.callbacks import Curves, NonFiniteGuard, StepSeed
+    from superglobal.training.callbacks import CurveLogger, NonFiniteGuard, StepSeed
     from superglobal.training.module import TrainingModule
     from superglobal.training.trainer import make_fit_trainer
 
@@ -75,7 +75,7 @@ def _train(backend: str, world: int, device: str) -> None:
     fit = FitConfig(
         accelerator=accelerator, devices=1, num_nodes=world, num_workers=0, progress=False, strategy=strategy
     )
-    curves = Curves(4, 8)
+    curves = CurveLogger(4, 8)
     guard = NonFiniteGuard(4, Path(os.devnull), str)
     trainer = make_fit_trainer(fit, optim, [StepSeed(0), curves, guard], [])
     module = TrainingModule(network, head, optim, 8, np.arange(CLASSES), fit)

@@ -21,10 +21,10 @@ from gpu_sections.common import Report, write_jpegs
 from superglobal import load_model
 from superglobal.config.training import FitConfig, OptimConfig
 from superglobal.data.datamodules import TrainingDataModule
-from superglobal.data.train_dataset import Augment, Photo
+from superglobal.data.train_dataset import Augment, TrainingImage
 from superglobal.models.backbone import Backbone
 from superglobal.models.heads import make_head
-from superglobal.training.callbacks import Curves, NonFiniteGuard, StepSeed
+from superglobal.training.callbacks import CurveLogger, NonFiniteGuard, StepSeed
 from superglobal.training.module import TrainingModule, parameter_groups, warmup_cosine
 from superglobal.training.trainer import make_fit_trainer
 
@@ -152,8 +152,8 @@ class _Noise(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, place: tuple[int, int]) -> Photo:
-        return Photo(self.image, place[1] % self.classes, place[1], [])
+    def __getitem__(self, place: tuple[int, int]) -> TrainingImage:
+        return TrainingImage(self.image, place[1] % self.classes, place[1], [])
 
 
 def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | None) -> None:
@@ -169,7 +169,7 @@ def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | 
     fit.compile = compiled
     guard = NonFiniteGuard(50, report.work, str)
     clock = Clock()
-    watchers: list[pl.Callback] = [clock, StepSeed(0), Curves(50, setting.batch), guard]
+    watchers: list[pl.Callback] = [clock, StepSeed(0), CurveLogger(50, setting.batch), guard]
     data = TrainingDataModule(
         _Noise(setting.steps * setting.batch, setting.side, setting.classes), setting.batch, 1, workers, 0
     )  # type: ignore[arg-type]

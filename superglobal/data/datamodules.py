@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from superglobal.data.gldv2 import TrainList
-from superglobal.data.images import FaultyImageError, ImageItem, decode_image, image_tensor, read_image, shrink
+from superglobal.data.images import CorruptImageError, ImageItem, decode_image, image_tensor, read_image, shrink
 from superglobal.data.jpeg_decoding import EncodedImage, decode_batch, read_encoded
 from superglobal.data.samplers import EpochBatches
-from superglobal.data.train_dataset import TrainingPhotos, collate
+from superglobal.data.train_dataset import TrainingDataset, collate
 from superglobal.errors import InputError
 from superglobal.utils.distributed import end_with_parent, in_main_thread
 
@@ -38,9 +38,9 @@ class ImageBatch(NamedTuple):
 
 def plan_batches(
     lists: Sequence[Sequence[Size]],
-    pixels: int,
-    most: int,
-    share: tuple[int, int] = (0, 1),
+    max_pixels: int,
+    max_images: int,
+    shard: tuple[int, int] = (0, 1),
     rank: tuple[int, int] = (0, 1),
 ) -> list[ImageBatch]:
     """Batches of the images of several lists, the largest images first, so that memory runs out at the start if at all.
@@ -51,18 +51,18 @@ def plan_batches(
 
     Args:
         lists: (height, width) of every image that is described, in pixels.
-        pixels: most of a batch; one image may have more.
-        most: images of a batch.
-        share: (k, n): part k of n, counted from 0.
+        max_pixels: maximum number of pixels in a batch; a single image may have more.
+        max_images: maximum number of images in a batch.
+        shard: (k, n): shard k of n, counted from 0.
         rank: (k, n): process k of the n that share this part.
     """
     found: list[ImageBatch] = []
     for number, sizes in enumerate(lists):
         rows = sorted(range(len(sizes)), key=lambda row: (-_area(sizes[row]), sizes[row], row))
-        mine = _dealt(_dealt(rows, share), rank)
+        mine = _dealt(_dealt(rows, shard), rank)
         for size, group in groupby(mine, key=lambda row: sizes[row]):
             same = list(group)
-            count = max(1, min(most, pixels // max(1, _area(size))))
+            count = max(1, min(max_images, max_pixels // max(1, _area(size))))
             found += [ImageBatch(number, tuple(same[i : i + count]), size) for i in range(0, len(same), count)]
     return sorted(found, key=lambda batch: -_area(batch.size))
 
@@ -74,7 +74,7 @@ def _dealt(rows: list[int], share: tuple[int, int]) -> list[int]:
     return [row for place, row in enumerate(rows) if place // together % n == k]
 
 
-def missing_in(batches: Iterable[ImageBatch], missing: Sequence[set[int]]) -> list[ImageBatch]:
+def select_missing(batches: Iterable[ImageBatch], missing: Sequence[set[int]]) -> list[ImageBatch]:
     """What is left to do of a plan, given the missing rows of each list: whole batches but for rows found elsewhere."""
     left = []
     for batch in batches:
@@ -95,7 +95,7 @@ ImageList = tuple[Sequence[ImageItem], int | None]
 """Images and the `max_side` that they are shrunk to."""
 
 
-class Images(Dataset):
+class ImageDataset(Dataset):
     """Chosen rows of several image lists, each as (task, (3, H, W) uint8), at its own size.
 
     An unreadable image comes as (task, InputError): raised inside a worker it would arrive wrapped in the worker's
@@ -152,7 +152,7 @@ class EncodedBatch(NamedTuple):
     bounds: list[tuple[int, int, int, int]]
 
 
-class BatchedImages(Dataset):
+class BatchedImageDataset(Dataset):
     """Image batches, each as `LoadedBatch`es: one, or several where a header does not tell the size of its image.
 
     Args:
@@ -243,13 +243,13 @@ class ExtractionDataModule(pl.LightningDataModule):
         self, lists: Sequence[ImageList], batches: Sequence[ImageBatch], num_workers: int, decoder: str = "cpu"
     ) -> None:
         super().__init__()
-        self.images = BatchedImages(lists, batches, decoder)
+        self.images = BatchedImageDataset(lists, batches, decoder)
         self.num_workers = num_workers
         self.decoded_on_cpu = 0
 
     def predict_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        return PhotoLoader(
+        return ImageLoader(
             self.images,
             num_workers=self.num_workers,
             collate_fn=only,
@@ -286,10 +286,10 @@ def only(batch: list[Any]) -> Any:
     return batch[0]
 
 
-class HeldOutPhotos(Dataset):
+class HeldOutDataset(Dataset):
     """Whole landmarks of a training list, drawn by `seed` until one more would pass `most` photos; two at least.
 
-    Photos come as `Images` gives them, whole and shrunk to `max_side`.
+    Photos come as `ImageDataset` gives them, whole and shrunk to `max_side`.
 
     Args:
         photos: of landmarks that are not trained on.
@@ -327,7 +327,7 @@ class HeldOutPhotos(Dataset):
     def __getitem__(self, row: int) -> tuple[Task, Tensor | InputError]:
         try:
             pixels = shrink(decode_image(self.photos.read(int(self.indices[row]))), self.max_side)
-        except FaultyImageError as error:  # the caller knows the place
+        except CorruptImageError as error:  # the caller knows the place
             return (0, row), error
         return (0, row), image_tensor(pixels)
 
@@ -345,7 +345,7 @@ class TrainingDataModule(pl.LightningDataModule):
         seed: of the order.
     """
 
-    def __init__(self, photos: TrainingPhotos, batch_size: int, accumulate: int, num_workers: int, seed: int) -> None:
+    def __init__(self, photos: TrainingDataset, batch_size: int, accumulate: int, num_workers: int, seed: int) -> None:
         super().__init__()
         self.photos = photos
         self.batch_size = batch_size
@@ -373,13 +373,13 @@ class TrainingDataModule(pl.LightningDataModule):
             collate_fn=collate,
             pin_memory=trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=begin_worker,
-            multiprocessing_context=how_workers_start(trainer.world_size, self.num_workers),
+            worker_init_fn=init_worker,
+            multiprocessing_context=worker_start_method(trainer.world_size, self.num_workers),
         )
         return self.loader
 
 
-class PhotoLoader(DataLoader):
+class ImageLoader(DataLoader):
     """A DataLoader whose dead workers are an error where a batch is waited for, at most five seconds later.
 
     torch's own handler of SIGCHLD raises at once, wherever the run is: in the middle of saving a checkpoint, or where
@@ -404,8 +404,8 @@ class PhotoLoader(DataLoader):
             yield batch
 
 
-class TimedLoader(PhotoLoader):
-    """A PhotoLoader that knows how long it was waited for: `waited`, in seconds."""
+class TimedLoader(ImageLoader):
+    """A ImageLoader that knows how long it was waited for: `waited`, in seconds."""
 
     waited = 0.0
 
@@ -422,7 +422,7 @@ class TimedLoader(PhotoLoader):
             yield batch
 
 
-def how_workers_start(processes: int, num_workers: int) -> str | None:
+def worker_start_method(processes: int, num_workers: int) -> str | None:
     """Argument of a DataLoader: its workers are forked, but not beside other processes of a training.
 
     There threads communicate all the time, and a fork in the wrong moment leaves a worker that waits for ever.
@@ -434,7 +434,7 @@ def how_workers_start(processes: int, num_workers: int) -> str | None:
     return "forkserver"
 
 
-def begin_worker(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """What a process that decodes for a training does first: leave signals to the training, and end with it.
 
     A signal to the whole process group must not take the photos away before the step is done and saved.

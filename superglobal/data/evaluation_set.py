@@ -227,7 +227,7 @@ def require_images(
     hints: list[str] = []
     for title, items, how_to_get in sets:
         if reports[title].problems:
-            lines += describe_problems(title, len(items), reports[title].problems)
+            lines += problem_lines(title, len(items), reports[title].problems)
             if how_to_get not in hints:  # queries and database mostly share theirs
                 hints.append(how_to_get)
     lines += [*hints, *also]
@@ -236,7 +236,7 @@ def require_images(
     return reports
 
 
-def describe_problems(title: str, total: int, problems: Sequence[tuple[Path | str, str]]) -> list[str]:
+def problem_lines(title: str, total: int, problems: Sequence[tuple[Path | str, str]]) -> list[str]:
     """Lines for a message: how many of `total` images are missing or unreadable, and the first five with reasons.
 
     Args:
@@ -254,7 +254,7 @@ def describe_problems(title: str, total: int, problems: Sequence[tuple[Path | st
 T = TypeVar("T")
 
 
-class Lazy(Sequence[T], Generic[T]):
+class LazySequence(Sequence[T], Generic[T]):
     """`make(0)`, ..., `make(count - 1)`; a slice is a list. Goes to other processes if `make` does."""
 
     def __init__(self, count: int, make: Callable[[int], T]) -> None:
@@ -275,19 +275,19 @@ class Lazy(Sequence[T], Generic[T]):
         return self._make(chosen) if isinstance(chosen, int) else [self._make(i) for i in chosen]
 
 
-def tree_items(root: Path, ids: np.ndarray) -> Lazy[ImageItem]:
+def tree_items(root: Path, ids: np.ndarray) -> LazySequence[ImageItem]:
     """The photos `<root>/a/b/c/<id>.jpg` of (N,) S16 ids."""
-    return Lazy(len(ids), partial(_tree_item, root, ids))
+    return LazySequence(len(ids), partial(_tree_item, root, ids))
 
 
-def chained(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
+def chain_sequences(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
     """One sequence behind the other, neither copied."""
-    return Lazy(len(first) + len(second), partial(_either, first, second)) if len(second) else first
+    return LazySequence(len(first) + len(second), partial(_either, first, second)) if len(second) else first
 
 
-def file_names(items: Sequence[ImageItem], root: Path) -> Lazy[str]:
+def file_names(items: Sequence[ImageItem], root: Path) -> LazySequence[str]:
     """Each image's path below `root`, or the whole path of one that lies elsewhere."""
-    return Lazy(len(items), partial(_file_name, items, root))
+    return LazySequence(len(items), partial(_file_name, items, root))
 
 
 def _tree_item(root: Path, ids: np.ndarray, place: int) -> ImageItem:

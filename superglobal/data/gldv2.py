@@ -65,7 +65,7 @@ class TrainList:
         """The photo's file.
 
         Raises:
-            FaultyImageError: it is missing or cannot be read; the message is the reason, `place` says where.
+            CorruptImageError: it is missing or cannot be read; the message is the reason, `place` says where.
         """
         return self._source().read(self.ids[index])
 

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from superglobal.data.images import (
     Box,
-    FaultyImageError,
+    CorruptImageError,
     ImageItem,
     box_bounds,
     decode_image,
@@ -98,7 +98,7 @@ def check_image(read: Callable[[int, int], bytes], size: int, box: Box | None = 
         decode: decode it too.
 
     Raises:
-        FaultyImageError: it is not a whole image, or the box cuts nothing out of it.
+        CorruptImageError: it is not a whole image, or the box cuts nothing out of it.
     """
     if size <= _HEAD + _EDGE:
         head = tail = read(0, size)
@@ -107,7 +107,7 @@ def check_image(read: Callable[[int, int], bytes], size: int, box: Box | None = 
         head, tail = read(0, _HEAD), read(size - _EDGE, _EDGE)
         try:
             width, height, compressed = _inspect(head, tail)
-        except FaultyImageError:  # a long header, or much behind the end: only the whole file can tell
+        except CorruptImageError:  # a long header, or much behind the end: only the whole file can tell
             whole = read(0, size)
             width, height, compressed = _inspect(whole, whole)
     if not compressed:
@@ -129,7 +129,7 @@ def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bo
         try:
             with path.open("rb") as file:
                 outcomes.append(check_image(partial(_read_at, file), os.fstat(file.fileno()).st_size, box, decode))
-        except (OSError, FaultyImageError) as error:
+        except (OSError, CorruptImageError) as error:
             outcomes.append(error)
     return outcomes
 

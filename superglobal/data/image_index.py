@@ -16,7 +16,7 @@ import numpy as np
 from superglobal.data.catalogue import tree_path
 from superglobal.data.image_checks import check_image, check_images
 from superglobal.data.image_sources import PhotoTars, tar_members
-from superglobal.data.images import FaultyImageError
+from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
 from superglobal.utils.io import write_atomically
 
@@ -177,7 +177,7 @@ def check_tar(ids_file: Path, path: Path, decode: bool) -> Part:
         signature = reason = ""
         try:
             signature = check_image(partial(_read_tar, descriptor, offset, size), size, decode=decode).signature
-        except (OSError, FaultyImageError) as error:
+        except (OSError, CorruptImageError) as error:
             reason = str(error)
         found.append((row, size, offset, signature, reason))
     os.close(descriptor)

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from superglobal.data.catalogue import tree_path
-from superglobal.data.images import FaultyImageError
+from superglobal.data.images import CorruptImageError
 
 _MEMBER = re.compile(r"(?:.*/)?([0-9a-f]{16})\.jpg")
 _HEADER = 512  # bytes of a tar file's block that names the member behind it
@@ -23,7 +23,7 @@ class PhotoSource(Protocol):
     """Photos by their id; goes to worker processes."""
 
     def read(self, image: bytes) -> bytes:
-        """The photo's file; FaultyImageError with the reason if it is not there."""
+        """The photo's file; CorruptImageError with the reason if it is not there."""
 
     def place(self, image: bytes) -> str:
         """Where it is, for messages."""
@@ -39,9 +39,9 @@ class PhotoTree:
         try:
             return (self.root / tree_path(image)).read_bytes()
         except FileNotFoundError:
-            raise FaultyImageError("missing") from None
+            raise CorruptImageError("missing") from None
         except OSError as error:
-            raise FaultyImageError(error.strerror or str(error)) from error
+            raise CorruptImageError(error.strerror or str(error)) from error
 
     def place(self, image: bytes) -> str:
         return str(self.root / tree_path(image))
@@ -74,16 +74,16 @@ class PhotoTars:
     def read(self, image: bytes) -> bytes:
         row = self._row(image)
         if self.tars[row] < 0:
-            raise FaultyImageError("missing")
+            raise CorruptImageError("missing")
         try:
             offset, size = int(self.offsets[row]), int(self.sizes[row])
             data = os.pread(self._descriptor(int(self.tars[row])), _HEADER + size, offset - _HEADER)
         except FileNotFoundError:
-            raise FaultyImageError(f"missing (no {self.names[self.tars[row]]})") from None
+            raise CorruptImageError(f"missing (no {self.names[self.tars[row]]})") from None
         except OSError as error:
-            raise FaultyImageError(error.strerror or str(error)) from error
+            raise CorruptImageError(error.strerror or str(error)) from error
         if image not in data[:_HEADER]:
-            raise FaultyImageError("not where the index has it (another tar file since); run prepare_gldv2.py again")
+            raise CorruptImageError("not where the index has it (another tar file since); run prepare_gldv2.py again")
         return data[_HEADER:]
 
     def place(self, image: bytes) -> str:

@@ -51,7 +51,7 @@ class ImageItem:
     box: Box | None = None
 
 
-class FaultyImageError(InputError):
+class CorruptImageError(InputError):
     """A photo's bytes are not there or are not a whole image; the message is the reason, the caller knows the place."""
 
 
@@ -85,14 +85,14 @@ def faults_named(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise InputError(f"image not found: {path}") from error
-    except (OSError, FaultyImageError) as error:
+    except (OSError, CorruptImageError) as error:
         raise InputError(f"image cannot be read: {path}: {reason_of(error)}") from error
 
 
 def cropped_and_shrunk(pixels: np.ndarray, box: Box | None, max_side: int | None) -> np.ndarray:
     """Crop (H, W, 3) to a box, then shrink it: a contiguous and writable copy. Arguments as of `read_image`."""
     if box is not None:
-        pixels = cropped(pixels, box)
+        pixels = crop(pixels, box)
     # A decoder's buffer is read-only and a crop holds on to the whole picture: give the caller an own array.
     return np.array(shrink(pixels, max_side), order="C")
 
@@ -113,8 +113,8 @@ def pil_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(rgb if upright is None else rgb.transpose(upright))
 
 
-def cropped(pixels: np.ndarray, box: Box) -> np.ndarray:
-    """What `box`, (x1, y1, x2, y2) as in `read_image`, cuts out of (H, W, 3): a view; FaultyImageError if nothing."""
+def crop(pixels: np.ndarray, box: Box) -> np.ndarray:
+    """What `box`, (x1, y1, x2, y2) as in `read_image`, cuts out of (H, W, 3): a view; CorruptImageError if nothing."""
     x1, y1, x2, y2 = box_bounds(box, *pixels.shape[1::-1])
     return pixels[y1:y2, x1:x2]
 
@@ -162,14 +162,14 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
-    """Raise FaultyImageError for a JPEG or PNG without its end; `tail` is `head` itself or lies wholly behind it."""
+    """Raise CorruptImageError for a JPEG or PNG without its end; `tail` is `head` itself or lies wholly behind it."""
     if file_format in ("JPEG", "MPO"):
         # A thumbnail in the EXIF block has an end marker of its own: only one behind the scan's start counts.
         scan = _scan_start(head)
         if scan < 0 or tail.rfind(b"\xff\xd9", scan if tail is head else 0) < 0:
-            raise FaultyImageError("truncated JPEG (no end-of-image marker)")
+            raise CorruptImageError("truncated JPEG (no end-of-image marker)")
     elif file_format == "PNG" and tail.rfind(b"IEND\xaeB`\x82") < 0:
-        raise FaultyImageError("truncated PNG (no IEND chunk)")
+        raise CorruptImageError("truncated PNG (no IEND chunk)")
 
 
 def _scan_start(data: bytes) -> int:
@@ -189,28 +189,28 @@ def _scan_start(data: bytes) -> int:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open lazily: the header is parsed, nothing is decoded. FaultyImageError unless it opens."""
+    """Open lazily: the header is parsed, nothing is decoded. CorruptImageError unless it opens."""
     if not data:
-        raise FaultyImageError("empty file (0 bytes)")
+        raise CorruptImageError("empty file (0 bytes)")
     # Pillow's guard against decompression bombs is a global that warns from 89 megapixels; ours is below.
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(io.BytesIO(data))
         except Image.UnidentifiedImageError as error:
-            raise FaultyImageError(f"not an image, or cut off in its header (begins with {data[:12]!r})") from error
+            raise CorruptImageError(f"not an image, or cut off in its header (begins with {data[:12]!r})") from error
         except Exception as error:  # plugins raise SyntaxError, struct.error, ValueError, ... on damaged headers
-            raise FaultyImageError(f"damaged header ({error})") from error
+            raise CorruptImageError(f"damaged header ({error})") from error
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height}"
-        raise FaultyImageError(f"{size} pixels, more than the limit of {MAX_PIXELS // 10**6} megapixels: shrink it")
+        raise CorruptImageError(f"{size} pixels, more than the limit of {MAX_PIXELS // 10**6} megapixels: shrink it")
     return image
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of the upright image, from its header alone; FaultyImageError if that does not open."""
+    """(width, height) of the upright image, from its header alone; CorruptImageError if that does not open."""
     with open_image(data) as image:
         return upright_size(image)
 
@@ -227,20 +227,20 @@ def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
         (H, W, 3) uint8 RGB, upright, perhaps read-only; reduced, H and W are rounded up.
 
     Raises:
-        FaultyImageError: unless the whole image is there.
+        CorruptImageError: unless the whole image is there.
     """
     with open_image(data) as image:
         # Checked here as well because other code may have set Pillow's global LOAD_TRUNCATED_IMAGES.
         require_end(image.format, data, data)
         if image.mode in ("I", "F"):
-            raise FaultyImageError("32-bit pixels have no defined 8-bit form: convert the file to 8 or 16 bits")
+            raise CorruptImageError("32-bit pixels have no defined 8-bit form: convert the file to 8 or 16 bits")
         same = _same_as_cv2(image)
         if same and reduction > 1 and image.format in ("JPEG", "MPO"):
             image.draft(None, (max(1, image.width // reduction), max(1, image.height // reduction)))
         try:
             image.load()
         except Exception as error:  # as in open_image; MemoryError is one too
-            raise FaultyImageError(f"truncated or damaged ({error})") from error
+            raise CorruptImageError(f"truncated or damaged ({error})") from error
         if same:
             upright = _UNDO_ORIENTATION.get(0 if image.format == "TIFF" else _orientation(image))
             image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn about palettes with it
@@ -250,9 +250,9 @@ def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
-        raise FaultyImageError(f"OpenCV refuses it ({error})") from error
+        raise CorruptImageError(f"OpenCV refuses it ({error})") from error
     if pixels is None:
-        raise FaultyImageError(f"OpenCV cannot read this kind of {file_format} ({mode}): convert it to PNG or JPEG")
+        raise CorruptImageError(f"OpenCV cannot read this kind of {file_format} ({mode}): convert it to PNG or JPEG")
     return pixels[..., ::-1]
 
 
@@ -291,11 +291,11 @@ def _orientation(image: Image.Image) -> int:
 def box_bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     """Pixel bounds of the reference's crop `im[int(y1):int(y2), int(x1):int(x2)]`, clipped to the image."""
     if not all(math.isfinite(value) for value in box):
-        raise FaultyImageError(f"box {tuple(box)} is not finite")
+        raise CorruptImageError(f"box {tuple(box)} is not finite")
     x1, y1, x2, y2 = (max(0, int(value)) for value in box)  # below 0 numpy would count from the far end
     x2, y2 = min(x2, width), min(y2, height)
     if x1 >= x2 or y1 >= y2:
-        raise FaultyImageError(f"box {tuple(box)} cuts nothing out of its {width} x {height} pixels")
+        raise CorruptImageError(f"box {tuple(box)} cuts nothing out of its {width} x {height} pixels")
     return x1, y1, x2, y2
 
 

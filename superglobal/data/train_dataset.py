@@ -16,11 +16,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from superglobal.data.catalogue import how_to_get_gldv2_train
-from superglobal.data.evaluation_set import NOTHING_COMPUTED, describe_problems
+from superglobal.data.evaluation_set import NOTHING_COMPUTED, problem_lines
 from superglobal.data.gldv2 import TrainList
 from superglobal.data.image_checks import check_images
 from superglobal.data.image_index import index_path, load_index, prepare_command, signature_codes
-from superglobal.data.images import FaultyImageError, decode_image, image_size
+from superglobal.data.images import CorruptImageError, decode_image, image_size
 from superglobal.errors import InputError
 
 _STAND_INS = 10
@@ -28,7 +28,7 @@ Bad = list[tuple[int, str]]
 """Photos that cannot be read: index and reason each."""
 
 
-class Photo(NamedTuple):
+class TrainingImage(NamedTuple):
     """A photo as the network sees it.
 
     Attributes:
@@ -45,7 +45,7 @@ class Photo(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Photos of a step: images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64, and `Photo.bad` of all."""
+    """Training images: images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64, `TrainingImage.bad` of all."""
 
     images: Tensor
     labels: Tensor
@@ -53,7 +53,7 @@ class Batch(NamedTuple):
     bad: Bad
 
 
-class TrainingPhotos(Dataset):
+class TrainingDataset(Dataset):
     """Photos by (epoch, index), augmented; every random draw depends on (seed, epoch, index) alone.
 
     In the place of a photo that cannot be read comes one drawn among all, so that a step has its full batch and a run
@@ -78,7 +78,7 @@ class TrainingPhotos(Dataset):
     def __len__(self) -> int:
         return len(self.photos)
 
-    def __getitem__(self, place: tuple[int, int]) -> Photo | InputError:
+    def __getitem__(self, place: tuple[int, int]) -> TrainingImage | InputError:
         epoch, asked = place
         bad: Bad = []
         index = asked
@@ -87,10 +87,10 @@ class TrainingPhotos(Dataset):
                 index = int(np.random.default_rng([self.seed, epoch, asked, attempt]).integers(len(self)))
             try:
                 image = self._augmented(epoch, asked, self.photos.read(index))
-            except FaultyImageError as error:
+            except CorruptImageError as error:
                 bad.append((index, str(error)))
             else:
-                return Photo(image, int(self.photos.labels[index]), index, bad)
+                return TrainingImage(image, int(self.photos.labels[index]), index, bad)
         first = f"{self.photos.place(asked)}: {bad[0][1]}"
         return InputError(
             f"image cannot be read: {first}; nor could {_STAND_INS} others in its stead: most photos are missing or "
@@ -103,9 +103,9 @@ class TrainingPhotos(Dataset):
             return self.augment(data, self.side(epoch))
 
 
-def collate(photos: list[Photo | InputError]) -> Batch | InputError:
+def collate(photos: list[TrainingImage | InputError]) -> Batch | InputError:
     """A batch, or what makes it impossible."""
-    sound: list[Photo] = []
+    sound: list[TrainingImage] = []
     for photo in photos:
         if isinstance(photo, InputError):
             return photo
@@ -144,7 +144,7 @@ class Augment:
         """(3, side, side) uint8 from an image file's bytes.
 
         Raises:
-            FaultyImageError: they are not a whole image.
+            CorruptImageError: they are not a whole image.
         """
         width, height = image_size(data)
         top, left, rows, columns = self.box(width, height)
@@ -174,7 +174,7 @@ log = logging.getLogger(__name__)
 _MANY = 50_000  # photos that take minutes to check on a disk that turns
 
 
-class BadPhotos:
+class CorruptImageList:
     """The file of a run's bad photos, `place<TAB>reason` a line, each photo once, whatever the processes and restarts.
 
     Args:
@@ -234,7 +234,7 @@ def require_budget(bad: int, total: int, budget: float, where: str = "") -> None
         )
 
 
-def require_photos(
+def check_training_images(
     lists: Sequence[TrainList], root: str | Path, table: str, tars: str | Path | None, budget: float
 ) -> tuple[list[Bad], np.ndarray]:
     """Check every photo before anything is computed: by the index where there is one, else by looking at each file.
@@ -268,7 +268,7 @@ def require_photos(
     try:
         require_budget(len(problems), total, budget, where)
     except InputError as error:
-        lines = describe_problems("training photos", total, problems)
+        lines = problem_lines("training photos", total, problems)
         hint = [how_to_get_gldv2_train(root)] if 2 * len(problems) > total else []
         raise InputError("\n".join([NOTHING_COMPUTED, *lines, str(error), *hint])) from None
     return bad, np.concatenate(contents)

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 
 from superglobal.config.evaluation import ExtractionConfig
-from superglobal.data.datamodules import ExtractionDataModule, missing_in, plan_batches
+from superglobal.data.datamodules import ExtractionDataModule, plan_batches, select_missing
 from superglobal.data.jpeg_decoding import check_gpu_decoder
 from superglobal.errors import InputError
 from superglobal.evaluation.module import EvaluationModule, ExtractionList, skip_rows
@@ -23,7 +23,7 @@ from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.store_files import fingerprint, record_paths
 from superglobal.retrieval.store_tools import adopt_from
-from superglobal.training.trainer import process_failure, started_together
+from superglobal.training.trainer import launched_externally, translate_process_error
 from superglobal.utils.provenance import versions
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def extract_lists(
         total, todo = len(part.items), lacked[part.title]
         log.info("%s: %d images, %d in store, %d to describe", part.title, total, total - todo, todo)
     # Processes that were started together may not agree on what is missing, and have to wait for one another.
-    if any(missing) or started_together():
+    if any(missing) or launched_externally():
         if check_decoder is not None:
             check_decoder()
         if len(networks) > 1:
@@ -93,7 +93,7 @@ def extract_lists(
         rank = trainer.global_rank, trainer.world_size
         plan = plan_batches(sizes, pixels, how.batch_size, how.parse_shard(), rank)
         # Lightning stops on a process without data; a row described twice is the same row.
-        batches = missing_in(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
+        batches = select_missing(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
         images = ExtractionDataModule(image_lists, batches, num_workers, how.decoder)
         module = EvaluationModule(*_grouped(optimize_for_inference(networks), stores), lists, batches)
         _describe(trainer, module, images, [store for own in stores for store in own])
@@ -130,7 +130,7 @@ def _describe(
             sys.exit(130)
         raise
     except RuntimeError as error:
-        told = process_failure(error, trainer.world_size, "evaluation", "with what is missing")
+        told = translate_process_error(error, trainer.world_size, "evaluation", "with what is missing")
         if told is None:
             raise
         raise told from error

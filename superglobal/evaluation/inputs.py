@@ -34,7 +34,7 @@ from superglobal.models.network import RetrievalNetwork
 from superglobal.models.pooling import make_pooling
 from superglobal.retrieval.rows import NPY_FAULTS, Rows, as_rows, concat
 from superglobal.retrieval.whitening import database_statistics, stored_statistics
-from superglobal.training.run_dir import export_path, unfinished
+from superglobal.training.run_dir import export_path, is_unfinished
 from superglobal.training.trainer import make_trainer
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _trained(config: EvalConfig) -> str:
     """The export of the training run `name`."""
     path = export_path(config.paths.outputs, config.name)
     if path.is_file():
-        if unfinished(path.parent):
+        if is_unfinished(path.parent):
             log.warning("%s: that training is not finished; this is its best network so far", path.parent)
         return str(path)
     others = sorted(other.parent.name for other in path.parent.parent.glob(f"*/{path.name}"))

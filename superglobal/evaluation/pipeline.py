@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from superglobal.config.evaluation import EvalConfig, RerankConfig, rerank_parameters
 from superglobal.config.validation import validated
-from superglobal.data.evaluation_set import EvaluationSet, chained, file_names
+from superglobal.data.evaluation_set import EvaluationSet, chain_sequences, file_names
 from superglobal.errors import InputError
 from superglobal.evaluation.first_stage import FirstStage, first_stage
 from superglobal.evaluation.inputs import Clock, Inputs, gathered
@@ -133,7 +133,7 @@ def _retrieve(
         write_atomically(folder / "submission.csv", submission(truth, *list(stages.values())[-1]))
     report.write_result(folder, summary, results, stages, names)
     report.print_result(summary, folder)
-    database = chained(dataset.database, inputs.distractors) if dataset is not None else []
+    database = chain_sequences(dataset.database, inputs.distractors) if dataset is not None else []
     # Own descriptors need no photos, so there may be none to show.
     if dataset is not None and config.figures.queries and config.descriptors.query is None:
         draw_sheet(folder / "sheet.png", dataset, database, stages, config.figures.queries, config.figures.ranks)
@@ -181,5 +181,5 @@ def _names(inputs: Inputs) -> report.Names:
     if dataset is None:
         queries = [f"query {i}" for i in range(len(inputs.queries))]
         return report.Names(queries, [str(i) for i in range(len(inputs.database))], None)
-    images = chained(dataset.database, inputs.distractors)
+    images = chain_sequences(dataset.database, inputs.distractors)
     return report.Names(file_names(dataset.queries, dataset.root), file_names(images, dataset.root), dataset.clusters)

@@ -104,7 +104,7 @@ def percents(scores: Sequence[float]) -> str:
     return " -> ".join("-" if np.isnan(value) else f"{100 * value:.1f}" for value in scores)
 
 
-def require_photos(run: FinishedRun, what: str) -> None:
+def check_training_images(run: FinishedRun, what: str) -> None:
     """
     Raises:
         InputError: the result has descriptors alone.
@@ -114,7 +114,7 @@ def require_photos(run: FinishedRun, what: str) -> None:
 
 
 def draw_sheets(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    require_photos(run, "sheets")
+    check_training_images(run, "sheets")
     assert run.dataset is not None
     scores = quality(run)
     paths = []
@@ -213,7 +213,7 @@ def _sheets(
     mine: FinishedRun, theirs: FinishedRun, found: PairedComparison, place: Path, queries: int, ranks: int
 ) -> list[Path]:
     for run in (mine, theirs):
-        require_photos(run, "sheets")
+        check_training_images(run, "sheets")
     names = {run.config.distractors.name for run in (mine, theirs)} - {None}
     if len(names) > 1:
         raise InputError(f"the two searched other distractors ({', '.join(sorted(map(str, names)))})")

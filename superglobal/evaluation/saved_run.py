@@ -20,7 +20,7 @@ from superglobal.data.evaluation_set import (
     RecognitionTruth,
     RetrievalTruth,
     Sets,
-    chained,
+    chain_sequences,
     file_names,
     load_distractors,
 )
@@ -107,7 +107,7 @@ class FinishedRun:
     def images(self) -> Sequence[ImageItem]:
         """The database by id, distractors included."""
         assert self.dataset is not None
-        return chained(self.dataset.database, self.distractors)
+        return chain_sequences(self.dataset.database, self.distractors)
 
     @cached_property
     def stages(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -170,7 +170,7 @@ class FinishedRun:
 
     def _require_same_lists(self, dataset: EvaluationSet) -> None:
         """A photo more in a folder moves all ids behind it: names tell."""
-        images = chained(dataset.database, self.distractors)
+        images = chain_sequences(dataset.database, self.distractors)
         counts = self.summary["counts"]
         listed = counts["queries"], counts["database"] + self.summary["about"].get("skipped", 0)
         problem = None

@@ -14,7 +14,7 @@ from superglobal.data.images import ImageItem, read_image
 from superglobal.errors import InputError
 from superglobal.evaluation.heatmaps import draw_activations
 from superglobal.evaluation.pipeline import search_device
-from superglobal.evaluation.ranking_sheets import FigureOptions, chosen, draw_sheets, require_photos, with_photos
+from superglobal.evaluation.ranking_sheets import FigureOptions, check_training_images, chosen, draw_sheets, with_photos
 from superglobal.evaluation.saved_run import FinishedRun, mean_precision, relevance_sets
 from superglobal.reporting import figures as plots
 from superglobal.reporting.projections import METHODS, place, sample
@@ -76,7 +76,7 @@ def _check(run: FinishedRun, options: FigureOptions) -> None:
 def _activation(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
     if run.own_descriptors:
         raise InputError("activation: own descriptors have no network here to look into; curves, similarities, map")
-    require_photos(run, "activation")
+    check_training_images(run, "activation")
     paths: list[Path] = []
     numbers = next(iter(chosen(run, options, 2).values()))
     with_photos(run, lambda: paths.extend(draw_activations(run, target, numbers, options.ranks or 4)))

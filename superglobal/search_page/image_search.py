@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.data.images import Box, FaultyImageError, ImageItem, cropped, decode_image, image_size, shrink
+from superglobal.data.images import Box, CorruptImageError, ImageItem, crop, decode_image, image_size, shrink
 from superglobal.errors import InputError
 from superglobal.models.extract import extract
 from superglobal.models.network import RetrievalNetwork
@@ -172,10 +172,10 @@ class PhotoSearch:
         try:
             with _timed(seconds, "decode"):
                 whole = self._decoded(photo.path)
-                part = shrink(whole if box is None else cropped(whole, box), self.max_side)
+                part = shrink(whole if box is None else crop(whole, box), self.max_side)
         except OSError as error:
             raise InputError(f"{photo.name} cannot be read any more ({error.strerror}); upload it again") from error
-        except FaultyImageError as error:
+        except CorruptImageError as error:
             raise InputError(f"{photo.name} cannot be searched for: {error}") from error
         with self._turn, _timed(seconds, "describe"):
             descriptor = extract(self.network, np.array(part, order="C"))
@@ -193,7 +193,7 @@ class PhotoSearch:
         width, height = image_size(data)
         if width * height > self.max_pixels:
             limit = self.max_pixels / 1e6
-            raise FaultyImageError(
+            raise CorruptImageError(
                 f"{width} x {height} pixels are more than the {limit:g} megapixels allowed: shrink it"
             )
         return decode_image(data)

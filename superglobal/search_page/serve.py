@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from superglobal.config.evaluation import DatasetConfig, StoreConfig, rerank_parameters
 from superglobal.config.page import DemoConfig
 from superglobal.config.validation import validated
-from superglobal.data.evaluation_set import EvaluationSet, Lazy, chained
+from superglobal.data.evaluation_set import EvaluationSet, LazySequence, chain_sequences
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.evaluation.extraction import extract_lists, store_identity
@@ -116,7 +116,7 @@ def _opened(
         prints = [store.fingerprint() for store in stores]
         statistics, _ = stored_statistics(rows, s.kind, s.dims, Path(config.paths.stores), prints)
         rows = statistics.apply(rows, "database")
-    images = chained(dataset.database, distractors)
+    images = chain_sequences(dataset.database, distractors)
     names = partial(_shown_name, dataset.root / "jpg" if config.dataset.kind == "revisited" else dataset.root)
     (fast,) = optimize_for_inference([network])
     values = rerank_parameters(config.rerank)
@@ -124,7 +124,7 @@ def _opened(
         network=fast.to(device),
         database=rows,
         images=images,
-        names=Lazy(len(images), lambda number: names(images[number])),
+        names=LazySequence(len(images), lambda number: names(images[number])),
         max_side=config.dataset.max_side,
         device=device,
         kind=config.rerank.kind,
@@ -137,7 +137,7 @@ def _opened(
     themselves = dataset.leave_one_out or (d.kind == "folder" and d.query == d.database)
     queries: Sequence[ImageItem] = [] if themselves else dataset.queries
     name = dataset.root.resolve().name if d.kind == "folder" and d.name == "folder" else dataset.name
-    return Opened(name, search, queries, Lazy(len(queries), lambda number: names(queries[number])))
+    return Opened(name, search, queries, LazySequence(len(queries), lambda number: names(queries[number])))
 
 
 def _shown_name(root: Path, item: ImageItem) -> str:

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from superglobal.data.images import FaultyImageError, ImageItem, decode_image, image_size, shrink
+from superglobal.data.images import CorruptImageError, ImageItem, decode_image, image_size, shrink
 
 SIDES = {"small": 240, "large": 1280}
 _KEPT = 4096  # small ones, some 15 KB each
@@ -38,7 +38,7 @@ class Thumbnails:
             return None
         try:
             return self._small(title, number) if size == "small" else self._made(title, number, SIDES[size])
-        except (OSError, FaultyImageError):
+        except (OSError, CorruptImageError):
             return None
 
     def _made(self, title: str, number: int, side: int) -> bytes:

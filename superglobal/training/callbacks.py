@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from superglobal.data.train_dataset import BadPhotos
+from superglobal.data.train_dataset import CorruptImageList
 from superglobal.errors import InputError
 from superglobal.training.module import TrainingModule
 from superglobal.utils.io import write_atomically
@@ -88,7 +88,7 @@ log = logging.getLogger(__name__)
 _TOLD_EVERY = 60.0
 
 
-class Curves(StepCallback):
+class CurveLogger(StepCallback):
     """Every `every` steps, of the step itself: loss, accuracy, cosine with the true landmark, over all processes;
     learning rates, GeM's p; and since the last time: images/s, share of the time that was spent waiting for data, and
     the peak of GPU memory so far in GB. Validation and saving do not count as time.
@@ -164,10 +164,10 @@ class Curves(StepCallback):
 _SHOWN = 8
 
 
-class BadPhotoGuard(pl.Callback):
+class CorruptImageCallback(pl.Callback):
     """Enters the photos that stand-ins took the place of into the list of bad ones."""
 
-    def __init__(self, bad: BadPhotos) -> None:
+    def __init__(self, bad: CorruptImageList) -> None:
         self.bad = bad
 
     def on_train_batch_start(

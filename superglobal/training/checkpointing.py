@@ -37,7 +37,7 @@ _DAMAGED = (
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
-class AtomicCheckpoints(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target and renames; the checkpoint before becomes `previous.ckpt`.
 
     Lightning's own goes through the folder for temporary files, which may be another file system: there a full disk
@@ -54,7 +54,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
 
 
-class Checkpoints(StepCallback):
+class CheckpointCallback(StepCallback):
     """Saves at the end of every epoch, every so many steps or minutes, and when a signal asks to stop.
 
     SIGTERM, Ctrl-C, and SIGUSR1 and SIGUSR2 (SLURM and submitit send them before the end of a job) end the run after
@@ -124,7 +124,7 @@ class Checkpoints(StepCallback):
             sys.stderr.write(f"\n{signal.Signals(number).name}: saving after this step\n")
 
 
-def newest_good(folder: Path) -> tuple[Path, int] | None:
+def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """The newest checkpoint that loads and its step; None if there is none at all. A damaged one is put aside.
 
     Raises:

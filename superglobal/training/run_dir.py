@@ -124,7 +124,7 @@ def _forget(folder: Path) -> None:
         ) from error
 
 
-def unfinished(folder: Path) -> bool:
+def is_unfinished(folder: Path) -> bool:
     """Whether a training is recorded there that has not come to its end."""
     return (folder / _RECORD).is_file() and finished(folder) is None
 

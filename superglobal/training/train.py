@@ -20,20 +20,20 @@ from pytorch_lightning.callbacks import Callback
 from superglobal.config.common import pooling_overrides
 from superglobal.config.training import TrainConfig
 from superglobal.config.validation import validated
-from superglobal.data.datamodules import HeldOutPhotos, TrainingDataModule
+from superglobal.data.datamodules import HeldOutDataset, TrainingDataModule
 from superglobal.data.evaluation_set import EvaluationSet, require_images
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
 from superglobal.data.revisited import revisited_set
 from superglobal.data.samplers import EpochBatches
-from superglobal.data.train_dataset import Augment, Bad, BadPhotos, TrainingPhotos, require_photos
+from superglobal.data.train_dataset import Augment, Bad, CorruptImageList, TrainingDataset, check_training_images
 from superglobal.errors import InputError
 from superglobal.loggers import training_loggers
 from superglobal.models.factory import load_model
 from superglobal.models.heads import make_head
 from superglobal.models.network import RetrievalNetwork
 from superglobal.models.weights import save_weights
-from superglobal.training.callbacks import BadPhotoGuard, Curves, NonFiniteGuard, StepSeed
-from superglobal.training.checkpointing import Checkpoints, newest_good
+from superglobal.training.callbacks import CorruptImageCallback, CurveLogger, NonFiniteGuard, StepSeed
+from superglobal.training.checkpointing import CheckpointCallback, newest_checkpoint
 from superglobal.training.module import TrainingModule
 from superglobal.training.run_dir import CHECKPOINTS, claim, finish, finished, locked
 from superglobal.training.trainer import make_fit_trainer, run_fit, sweep_name
@@ -76,7 +76,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
     codes = np.zeros(0, np.uint64)
     if first:
         d = config.data
-        bad, codes = require_photos([photos, held_out], d.root, d.table, d.tars, d.max_corrupt)
+        bad, codes = check_training_images([photos, held_out], d.root, d.table, d.tars, d.max_corrupt)
         identity = _identity(config, network, photos, held_out)
         about = {
             "identity": identity,
@@ -195,14 +195,14 @@ def _fit(
     head = make_head(dim=network.dim, counts=counts, **asdict(config.head))
     module = TrainingModule(network, head, o, o.epochs * steps, photos.landmarks, t)
     missed, missed_held_out = (
-        BadPhotos(folder / CORRUPT_IMAGES, len(photos) + len(held_out), d.max_corrupt, part.place)
+        CorruptImageList(folder / CORRUPT_IMAGES, len(photos) + len(held_out), d.max_corrupt, part.place)
         for part in (photos, held_out)
     )
     missed.add(bad[0])
     missed_held_out.add(bad[1])
     guard = NonFiniteGuard(every, folder, photos.place)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, guard)
-    photos_held_out = HeldOutPhotos(
+    checkpoints = CheckpointCallback(folder / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, guard)
+    photos_held_out = HeldOutDataset(
         held_out, v.max_images, v.max_side, config.seed, without=[index for index, _ in bad[1]]
     )
     validation = RetrievalValidation(
@@ -218,15 +218,15 @@ def _fit(
     )
     watchers: list[Callback] = [
         StepSeed(config.seed),
-        BadPhotoGuard(missed),
-        Curves(every, o.batch_size),
+        CorruptImageCallback(missed),
+        CurveLogger(every, o.batch_size),
         guard,
         validation,
         checkpoints,
     ]
     # Where a run begins anew, the other processes may still see what the first one has removed.
     anew = config.resume == "restart" and not first_process()
-    checkpoint, step = (None if anew else newest_good(folder / CHECKPOINTS)) or (None, 0)
+    checkpoint, step = (None if anew else newest_checkpoint(folder / CHECKPOINTS)) or (None, 0)
     if checkpoint is not None:
         log.info("going on from %s: step %d of %d", checkpoint, step, module.total_steps)
     with training_loggers(config, folder, step, about, sweep_name()) as loggers:
@@ -244,9 +244,9 @@ def _export(folder: Path, about: dict[str, Any], best: RetrievalNetwork, score: 
 def _data(config: TrainConfig, photos: TrainList) -> TrainingDataModule:
     d = config.data
     augment = Augment(d.crop, d.flip, d.jitter, reduced=d.reduced_decode)
-    side = partial(side_in_epoch, d.image_size, d.stages)
+    side = partial(image_size_in_epoch, d.image_size, d.stages)
     return TrainingDataModule(
-        TrainingPhotos(photos, augment, side, config.seed),
+        TrainingDataset(photos, augment, side, config.seed),
         config.optim.batch_size,
         config.trainer.accumulate,
         config.trainer.num_workers,
@@ -254,7 +254,7 @@ def _data(config: TrainConfig, photos: TrainList) -> TrainingDataModule:
     )
 
 
-def side_in_epoch(image_size: int, stages: list[list[int]], epoch: int) -> int:
+def image_size_in_epoch(image_size: int, stages: list[list[int]], epoch: int) -> int:
     """Side of the training photos in an epoch, counted from 0: the stages one after the other, then `image_size`."""
     for epochs, side in stages:
         if epoch < epochs:

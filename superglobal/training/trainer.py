@@ -29,7 +29,7 @@ from superglobal.config.common import TrainerConfig
 from superglobal.config.training import FitConfig, OptimConfig
 from superglobal.data.datamodules import TrainingDataModule
 from superglobal.errors import InputError
-from superglobal.training.checkpointing import AtomicCheckpoints
+from superglobal.training.checkpointing import AtomicCheckpointIO
 from superglobal.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
             devices = 1
     try:
         if SLURMEnvironment.detect():
-            # Lightning's way to go on saves from within a signal handler; ours is in `Checkpoints`.
+            # Lightning's way to go on saves from within a signal handler; ours is in `CheckpointCallback`.
             options["plugins"] = [*options.get("plugins", ()), SLURMEnvironment(auto_requeue=False)]
         trainer = pl.Trainer(
             accelerator=t.accelerator,
@@ -105,7 +105,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
     return trainer
 
 
-def started_together() -> bool:
+def launched_externally() -> bool:
     """Whether torchrun or SLURM has started this process beside others, before any of them knows the others."""
     return (_started()[1] or 1) > 1
 
@@ -119,7 +119,7 @@ def _started() -> tuple[str, int | None]:
     return "", None
 
 
-def process_failure(error: RuntimeError, processes: int, run: str, goes_on: str) -> InputError | None:
+def translate_process_error(error: RuntimeError, processes: int, run: str, goes_on: str) -> InputError | None:
     """What a failure of somebody else's process is called; None for any other.
 
     Args:
@@ -187,7 +187,7 @@ def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], lo
         benchmark=not t.deterministic,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[AtomicCheckpoints()],
+        plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,
         num_sanity_val_steps=0,
     )
@@ -232,7 +232,7 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
             "once), or lower optim.batch_size or data.image_size"
         ) from error
     except RuntimeError as error:
-        told = process_failure(error, trainer.world_size, "training", "from the last checkpoint")
+        told = translate_process_error(error, trainer.world_size, "training", "from the last checkpoint")
         if told is None:
             raise
         raise told from error

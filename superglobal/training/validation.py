@@ -13,10 +13,17 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import Subset
 
-from superglobal.data.datamodules import HeldOutPhotos, Images, PhotoLoader, begin_worker, how_workers_start, only
+from superglobal.data.datamodules import (
+    HeldOutDataset,
+    ImageDataset,
+    ImageLoader,
+    init_worker,
+    only,
+    worker_start_method,
+)
 from superglobal.data.evaluation_set import EvaluationSet, leave_one_out_truth
 from superglobal.data.images import ImageItem
-from superglobal.data.train_dataset import BadPhotos
+from superglobal.data.train_dataset import CorruptImageList
 from superglobal.errors import InputError
 from superglobal.metrics.evaluate import evaluate
 from superglobal.metrics.revisited import LABELS, REVISITED
@@ -50,8 +57,8 @@ class RetrievalValidation(StepCallback):
 
     def __init__(
         self,
-        photos: HeldOutPhotos,
-        bad: BadPhotos,
+        photos: HeldOutDataset,
+        bad: CorruptImageList,
         *,
         every_epochs: int,
         every_steps: int | None,
@@ -166,14 +173,14 @@ class RetrievalValidation(StepCallback):
         best: float = trainer.strategy.broadcast(values.get("val/map", 0.0))
         return best
 
-    def _loader(self, share: Subset, processes: int, device: torch.device) -> PhotoLoader:
-        return PhotoLoader(
+    def _loader(self, share: Subset, processes: int, device: torch.device) -> ImageLoader:
+        return ImageLoader(
             share,
             num_workers=self.num_workers,
             collate_fn=only,
             pin_memory=device.type == "cuda",
-            worker_init_fn=begin_worker,
-            multiprocessing_context=how_workers_start(processes, self.num_workers),
+            worker_init_fn=init_worker,
+            multiprocessing_context=worker_start_method(processes, self.num_workers),
         )
 
     def _tell(self, trainer: pl.Trainer, module: TrainingModule, values: dict[str, float]) -> None:
@@ -187,7 +194,7 @@ class RetrievalValidation(StepCallback):
         log.info("%s: %svalidation mAP %.4f%s", place, loss, values["val/map"], others)
 
     def _described(
-        self, trainer: pl.Trainer, network: RetrievalNetwork, images: Images | HeldOutPhotos
+        self, trainer: pl.Trainer, network: RetrievalNetwork, images: ImageDataset | HeldOutDataset
     ) -> tuple[np.ndarray | None, list[tuple[int, InputError]]]:
         """In every process, each of which describes its share: (n, D) float32 descriptors, zero for those that cannot
         be read, and why they cannot; None if the run is asked to stop meanwhile.
@@ -225,6 +232,6 @@ def _any_size() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def listed(items: Sequence[ImageItem]) -> Images:
+def listed(items: Sequence[ImageItem]) -> ImageDataset:
     """All images of a list, at their own size."""
-    return Images([(items, None)], [(0, row) for row in range(len(items))])
+    return ImageDataset([(items, None)], [(0, row) for row in range(len(items))])

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from superglobal.data.datamodules import Images, PhotoLoader
+from superglobal.data.datamodules import ImageDataset, ImageLoader
 from superglobal.errors import InputError
 from superglobal.evaluation.module import ExtractionList
 from superglobal.models.network import DESCRIPTOR_VERSION, RetrievalNetwork, weights_digest
@@ -94,8 +94,10 @@ class MapStore:
         """
         write_atomically(self.folder / "maps.json", json.dumps(self.identity, indent=1).encode())
         lines = images.lines()
-        loader = PhotoLoader(
-            Images([(images.items, self.max_side)], [(0, row) for row in rows]), batch_size=None, num_workers=workers
+        loader = ImageLoader(
+            ImageDataset([(images.items, self.max_side)], [(0, row) for row in rows]),
+            batch_size=None,
+            num_workers=workers,
         )
         self.network.to(device)
         news = time.monotonic()
