@@ -23,13 +23,10 @@ from superglobal.models.pooling import GeM as GeM
 from superglobal.models.pooling import RegionalGeM as RegionalGeM
 from superglobal.models.pooling import ReLUP as ReLUP
 from superglobal.models.pooling import ScaleGeM as ScaleGeM
-from superglobal.reranking.diffusion import diffuse as diffuse
-from superglobal.reranking.kreciprocal import kreciprocal as kreciprocal
-from superglobal.reranking.mutual import rerank_mutual as rerank_mutual
 from superglobal.reranking.query_expansion import augment_database as augment_database
 from superglobal.reranking.query_expansion import expand_queries as expand_queries
-from superglobal.reranking.superglobal import rerank as rerank
-from superglobal.reranking.superglobal import rerank_candidates as rerank_candidates
+from superglobal.reranking.registry import rerank as rerank
+from superglobal.reranking.registry import rerank_candidates as rerank_candidates
 from superglobal.retrieval.search import merge_shortlists as merge_shortlists
 from superglobal.retrieval.search import search as search
 from superglobal.retrieval.store import DescriptorStore as DescriptorStore

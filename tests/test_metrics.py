@@ -21,7 +21,7 @@ from superglobal.metrics.revisited import (
     precision_at,
     score_ranks,
 )
-from superglobal.reranking.superglobal import rerank
+from superglobal.reranking.registry import rerank
 from superglobal.retrieval.rows import concat
 from superglobal.retrieval.search import search
 

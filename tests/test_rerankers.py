@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,16 +12,22 @@ from hypothesis import strategies as st
 
 from superglobal.errors import InputError
 from superglobal.reranking import registry as rerankers
-from superglobal.reranking.diffusion import diffuse
-from superglobal.reranking.kreciprocal import kreciprocal
-from superglobal.reranking.mutual import rerank_mutual
 from superglobal.reranking.query_expansion import augment_database, expand_queries
-from superglobal.reranking.registry import KINDS, apply_reranker, completed, describe, parameters
-from superglobal.reranking.superglobal import rerank, rerank_candidates
+from superglobal.reranking.registry import (
+    RERANKERS,
+    apply_reranker,
+    get_reranker,
+    rerank,
+    rerank_candidates,
+    rerank_label,
+)
 from superglobal.retrieval.rows import as_rows, concat
 from superglobal.retrieval.search import search
 from superglobal.retrieval.store import DescriptorStore
 
+rerank_mutual = partial(rerank, method="mutual")
+kreciprocal = partial(rerank, method="kreciprocal")
+diffuse = partial(rerank, method="diffusion")
 SHORTLIST = (rerank, rerank_mutual, kreciprocal, diffuse)
 
 
@@ -235,17 +241,24 @@ def test_candidates_take_the_same_options():
 @pytest.mark.parametrize(
     ("function", "values", "message"),
     [
-        (rerank, {"second": "third"}, "second: expected one of refined, original"),
-        (rerank_mutual, {"k_query": -1}, "k_query"),
-        (rerank_mutual, {"beta": np.inf}, "beta"),
-        (kreciprocal, {"k1": 0}, "k1: expected a whole number of at least 1"),
-        (kreciprocal, {"lambda_": 1.5}, "lambda_: expected a finite number of 0 to 1"),
-        (kreciprocal, {"lambda_": np.nan}, "lambda_"),
-        (diffuse, {"alpha": 1.0}, "alpha"),
-        (diffuse, {"gamma": 0.0}, "gamma"),
-        (diffuse, {"kd": 2.5}, "kd"),
-        (rerank, {"beta": None}, "beta: expected a finite number of -1e\\+06 to 1e\\+06, got None"),
-        (diffuse, {"alpha": "0.9"}, "alpha: expected a finite number"),
+        (rerank, {"second": "third"}, "second=third: expected one of refined, original"),
+        (rerank, {"include_query": 2}, "include_query=2: expected true or false"),
+        (rerank, {"M": 0}, "M=0: expected an integer >= 1"),
+        (rerank, {"batch_size": 0}, "batch_size=0: expected an integer >= 1"),
+        (rerank_mutual, {"k_query": -1}, "k_query=-1"),
+        (rerank_mutual, {"beta": np.inf}, "beta=inf"),
+        (kreciprocal, {"k1": 0}, "k1=0: expected an integer >= 1"),
+        (kreciprocal, {"lambda_": 1.5}, r"lambda_=1.5: expected a finite number in 0\.\.1"),
+        (kreciprocal, {"lambda_": np.nan}, "lambda_=nan"),
+        (kreciprocal, {"lambda_": None}, "lambda_=None: expected a finite number"),
+        (diffuse, {"alpha": 1.0}, "alpha=1.0"),
+        (diffuse, {"gamma": 0.0}, "gamma=0.0"),
+        (diffuse, {"kd": 2.5}, "kd=2.5"),
+        (diffuse, {"alpha": "0.9"}, "alpha=0.9: expected a finite number"),
+        (diffuse, {"K": 9}, "K=9: diffusion has no parameter K; it has M, kq, kd, alpha, gamma"),
+        (partial(rerank, method="magic"), {}, "method=magic: expected one of superglobal, diffusion"),
+        (partial(rerank, method="aqe"), {}, r"method=aqe: .* call superglobal\.expand_queries"),
+        (partial(rerank, method="adba"), {}, r"method=adba: .* call superglobal\.augment_database"),
     ],
 )
 def test_parameters_out_of_range_are_told(function, values, message):
@@ -313,7 +326,7 @@ def test_skipped_rows_expand_nothing_and_cannot_be_augmented(tmp_path):
         own = kept[:4]
         expected = expand_queries(Q, X[kept], n, exclude=np.arange(4))
         np.testing.assert_allclose(expand_queries(Q, store, n, exclude=own), expected, atol=1e-6)
-    with pytest.raises(InputError, match=f"{len(skipped)} rows were skipped when .* cannot be averaged"):
+    with pytest.raises(InputError, match=f"{len(skipped)} rows were skipped .* cannot be averaged"):
         augment_database(store, 5)
     again = apply_reranker("aqe", {"n": 5, "alpha": 3.0}, Q, as_rows(store), search(Q, store, 20)[1])
     assert not np.isin(again.ids, skipped).any()
@@ -359,7 +372,7 @@ def test_the_database_is_searched_by_blocks():
 
 def test_expansion_refuses_what_it_cannot_use():
     X = clustered(np.random.default_rng(14), 10)
-    for values, message in (({"n": -1}, "n: expected"), ({"alpha": -1.0}, "alpha"), ({"alpha": np.nan}, "alpha")):
+    for values, message in (({"n": -1}, "n=-1: expected"), ({"alpha": -1.0}, "alpha"), ({"alpha": np.nan}, "alpha")):
         with pytest.raises(InputError, match=message):
             expand_queries(X[:2], X, **values)
         with pytest.raises(InputError, match=message):
@@ -377,7 +390,7 @@ def test_a_second_search_ranks_the_whole_database_anew():
     adba = apply_reranker("adba", {"n": 5, "alpha": 3.0}, Q, X, ids)
     assert adba.queries is Q
     np.testing.assert_array_equal(adba.ids, search(Q, augment_database(X, 5, 3.0), 20)[1])
-    own = apply_reranker("kreciprocal", completed("kreciprocal", {"M": 10}), Q, X, ids)
+    own = apply_reranker("kreciprocal", {"M": 10}, Q, X, ids)
     np.testing.assert_array_equal(own.shortlist, kreciprocal(Q, X, ids, 10)[1])
 
 
@@ -391,17 +404,18 @@ def test_a_database_too_large_for_memory_leaves_no_file(tmp_path, monkeypatch):
     np.testing.assert_array_equal(got.database.block(0, 60), augment_database(X, 5).block(0, 60))
 
 
-def test_every_kind_says_its_parameters():
-    assert parameters("superglobal") == {"M": 400, "K": 9, "beta": 0.15, "second": "refined", "include_query": False}
-    for kind in KINDS:
-        values = completed(kind, {})
-        assert values == parameters(kind)
-        assert inspect.Parameter.empty not in values.values()
-        assert describe({"enabled": True, "kind": kind, **values}).startswith(f"{kind} ")
-    assert describe({"enabled": False, "kind": "aqe"}) == "none"
-    assert describe({"enabled": True, "M": 12, "K": 9, "beta": 0.15}) == "superglobal M=12 K=9 beta=0.15"
-    assert "second=original" in describe({"enabled": True, **parameters("superglobal"), "second": "original"})
-    with pytest.raises(InputError, match=r"rerank.K=3: aqe has no K; it takes n, alpha"):
-        completed("aqe", {"K": 3})
-    with pytest.raises(InputError, match="expected one of superglobal, "):
-        parameters("magic")
+def test_every_kind_declares_its_parameters():
+    defaults = {"M": 400, "K": 9, "beta": 0.15, "second": "refined", "include_query": False}
+    assert get_reranker("superglobal").complete({}) == defaults
+    for kind, reranker in RERANKERS.items():
+        values = reranker.complete({})
+        assert None not in values.values()
+        assert all(parameter.help for parameter in reranker.parameters.values())
+        assert rerank_label({"enabled": True, "kind": kind, **values}).startswith(f"{kind} ")
+    assert rerank_label({"enabled": False, "kind": "aqe"}) == "none"
+    assert rerank_label({"enabled": True, "M": 12, "K": 9, "beta": 0.15}) == "superglobal M=12 K=9 beta=0.15"
+    assert "second=original" in rerank_label({"enabled": True, **defaults, "second": "original"})
+    with pytest.raises(InputError, match=r"rerank.K=3: aqe has no parameter K; it has n, alpha"):
+        get_reranker("aqe").complete({"K": 3}, "rerank.")
+    with pytest.raises(InputError, match=r"rerank.kind=magic: expected one of superglobal, "):
+        get_reranker("magic")

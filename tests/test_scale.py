@@ -16,7 +16,7 @@ from test_search import brute_force, unit, with_duplicates
 from superglobal.data.revisited import load_ground_truth
 from superglobal.errors import InputError
 from superglobal.metrics.evaluate import evaluate
-from superglobal.reranking.superglobal import rerank
+from superglobal.reranking.registry import rerank
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rows import concat
 from superglobal.retrieval.search import merge_shortlists, search

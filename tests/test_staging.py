@@ -15,10 +15,7 @@ from test_search import brute_force, unit, with_duplicates
 
 from superglobal.errors import InputError
 from superglobal.reporting.similarities import similarity_counts
-from superglobal.reranking.diffusion import diffuse
-from superglobal.reranking.kreciprocal import kreciprocal
-from superglobal.reranking.mutual import rerank_mutual
-from superglobal.reranking.superglobal import rerank, rerank_candidates
+from superglobal.reranking.registry import rerank, rerank_candidates
 from superglobal.retrieval import ranks, scan, staging
 from superglobal.retrieval import rows as vectors
 from superglobal.retrieval.ranks import count_better, exact_ranks, search_and_rank, target_scores
@@ -140,8 +137,8 @@ def test_all_results_equal_those_of_the_cpu(tmp_path, monkeypatch, kind: str) ->
         yield from exact_ranks(Q, source, targets, block_rows=64)
         yield from target_scores(Q, source, targets)
         yield from count_better(Q, source, target_scores(Q, source, targets), targets, block_rows=64)
-        for reranker in (rerank, rerank_mutual, kreciprocal, diffuse):
-            yield from reranker(Q, source, ids, 50, batch_size=4)
+        for method in ("superglobal", "mutual", "kreciprocal", "diffusion"):
+            yield from rerank(Q, source, ids, 50, method=method, batch_size=4)
         yield from rerank_candidates(Q, candidates, batch_size=4)
         sets = [{"easy": one[:3]} for one in targets]
         yield from similarity_counts(Q, source, sets, block_rows=64).values()

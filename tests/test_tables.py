@@ -23,7 +23,7 @@ from superglobal.reporting.paper_numbers import published_for
 from superglobal.reporting.results import FORMAT
 from superglobal.reporting.runs import read_results
 from superglobal.reporting.tables import merge
-from superglobal.reranking.registry import parameters
+from superglobal.reranking.registry import get_reranker
 
 ROOT = Path(__file__).parents[1]
 
@@ -309,7 +309,7 @@ PAPER = {
     "dataset__kind": "revisited", "dataset__crop_query": True, "dataset__max_side": None, "index__kind": "flat",
     "whitening__kind": "none",
 }  # fmt: skip
-RERANKED = {"enabled": True, "kind": "superglobal", "junk": "keep", **parameters("superglobal")}
+RERANKED = {"enabled": True, "kind": "superglobal", "junk": "keep", **get_reranker("superglobal").complete({})}
 
 
 def paper_about(backbone="resnet101", weights_format="CVNet", **pooling):

@@ -54,7 +54,7 @@ def _inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _ours() -> Callable[[], Any]:
-    from superglobal.reranking.superglobal import rerank
+    from superglobal.reranking.registry import rerank
 
     Q, X, ids = _inputs()
     return lambda: rerank(Q, X, ids, DEPTH, K, BETA)[1]

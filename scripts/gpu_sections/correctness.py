@@ -32,7 +32,7 @@ from superglobal import load_model
 from superglobal.data.images import image_tensor, read_image
 from superglobal.models.inference import optimize_for_inference
 from superglobal.reporting.paired_comparison import read_comparison
-from superglobal.reranking.registry import apply_reranker, completed
+from superglobal.reranking.registry import apply_reranker, get_reranker
 from superglobal.retrieval.ranks import search_and_rank
 from superglobal.retrieval.rows import TOLERANCE
 from superglobal.retrieval.scan import inner_products
@@ -160,8 +160,8 @@ def _compare_orders(report: Report, name: str, expected: Any, found: Any) -> Non
 def _compare_reranker(report: Report, kind: str, Q: np.ndarray, X: np.ndarray, ids: np.ndarray) -> None:
     small = X[:2000] if kind == "adba" else X
     lists = np.tile(np.arange(ids.shape[1]), (len(Q), 1)) if kind == "adba" else ids
-    M = min(completed(kind, {}).get("M") or lists.shape[1], lists.shape[1])
-    values = completed(kind, {"M": M} if "M" in completed(kind, {}) else {})
+    M = min(get_reranker(kind).complete({}).get("M") or lists.shape[1], lists.shape[1])
+    values = get_reranker(kind).complete({"M": M} if "M" in get_reranker(kind).parameters else {})
     one, other = (
         apply_reranker(kind, values, Q, small, lists, device=device) for device in ("cpu", str(report.device))
     )

@@ -12,7 +12,7 @@ from benches.rerank import BETA, K, clustered
 from benches.search import random_units, targets
 
 from gpu_sections.common import Report, Skip, differences
-from superglobal.reranking.superglobal import rerank
+from superglobal.reranking.registry import rerank
 from superglobal.retrieval.ranks import search_and_rank
 from superglobal.retrieval.search import search
 from superglobal.retrieval.store import DescriptorStore

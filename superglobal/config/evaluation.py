@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -24,10 +23,8 @@ from superglobal.errors import InputError
 from superglobal.metrics.gldv2 import VOTES
 from superglobal.models.pooling import relup_mode
 from superglobal.reporting.runs import LADDER, SWITCHES
-from superglobal.reranking.registry import JUNK, SEARCH_AGAIN, completed
-from superglobal.reranking.superglobal import SECOND
-from superglobal.retrieval.ann_index import KINDS, TAKEN, require_taken
-from superglobal.retrieval.search import BACKENDS
+from superglobal.reranking.registry import RERANKERS, get_reranker
+from superglobal.retrieval.ann_index import COMPARED, IndexConfig, validate_index
 from superglobal.retrieval.store_files import DTYPES
 from superglobal.retrieval.whitening import KINDS as WHITENING_KINDS
 from superglobal.utils.precision import PRECISIONS, resolve_precision
@@ -142,53 +139,54 @@ class ExtractionConfig:
         return k - 1, n
 
 
-@dataclass
-class RerankConfig:
-    """Reranking (`conf/rerank`), of one kind. null is the kind's default; what a kind does not take is refused.
+_RERANK = """Reranking (`conf/rerank`) by one kind of reranker. null is the kind's default, in parentheses below. A
+parameter that the kind does not have raises an error.
 
-    Args:
-        enabled: false is no reranking.
-        kind: "superglobal" (the paper's), "mutual", "kreciprocal" or "diffusion", which reorder a shortlist; "aqe"
-            (query expansion) or "adba" (database augmentation), which search again.
-        M: images in the shortlist.
-        K, beta: superglobal, mutual: neighbours that refine a descriptor, and their weight per unit of similarity.
-        second, include_query: superglobal: what the expanded query is compared with, "refined" (the authors' code) or
-            "original" (the paper's text); whether the query joins the max.
-        k_query: mutual: how near the query must be to an image that joins its expansion.
-        k1, k2, lambda_: kreciprocal: mutual neighbours, neighbours averaged over, share of the first distance.
-        kq, kd, gamma: diffusion: where the query starts, neighbours in the graph, power of a similarity.
-        n: aqe, adba: neighbours that a descriptor is averaged with.
-        alpha: diffusion: share that is passed on; aqe, adba: power of a similarity.
-        junk: "keep" reranks one list with junk in it, as SuperGlobal's code; "drop" a list for each protocol from which
-            the images that it ignores are gone, as CVNet's. Scores tell the difference; lists and pictures do not.
-        tuned_on: on which photos they were chosen, as in `PoolingSettings`.
-    """
-
-    enabled: bool = True
-    kind: str = "superglobal"
-    junk: str = "keep"
-    M: int | None = None
-    K: int | None = None
-    beta: float | None = None
-    second: str | None = None
-    include_query: bool | None = None
-    k_query: int | None = None
-    k1: int | None = None
-    k2: int | None = None
-    lambda_: float | None = None
-    kq: int | None = None
-    kd: int | None = None
-    gamma: float | None = None
-    n: int | None = None
-    alpha: float | None = None
-    tuned_on: str | None = None
-
-
+Args:
+    enabled: false is no reranking.
+    kind: {kinds}.
+    junk: "keep" reranks one list with junk in it, as SuperGlobal's code does; "drop" reranks a list for each protocol
+        from which the images that it ignores are removed, as CVNet's does. Only scores differ, not lists and figures.
+{parameters}
+    tuned_on: images on which the parameters were chosen, as in `PoolingSettings`.
+"""
+JUNK = ("keep", "drop")
 _NO_PARAMETERS = ("enabled", "kind", "junk", "tuned_on")
 
 
+def _make_rerank_config() -> Any:
+    """Make `RerankConfig` from the parameters of all rerankers."""
+    types: dict[str, set[type]] = {}
+    words: dict[str, dict[str, list[str]]] = {}
+    for reranker in RERANKERS.values():
+        for name, parameter in reranker.parameters.items():
+            types.setdefault(name, set()).add(type(parameter.default))
+            users = words.setdefault(name, {}).setdefault(parameter.help, [])
+            users.append(f"{reranker.name} ({str(parameter.default).lower()})")
+    lines = [
+        f"    {name}: " + "; ".join(f"{', '.join(users)}: {text}" for text, users in of_name.items())
+        for name, of_name in words.items()
+    ]
+    kinds = "; ".join(f'"{reranker.name}": {reranker.help}' for reranker in RERANKERS.values())
+    hints = {name: next(iter(of_name)) | None if len(of_name) == 1 else Any for name, of_name in types.items()}
+    return make_dataclass(
+        "RerankConfig",
+        [
+            ("enabled", bool, True),
+            ("kind", str, "superglobal"),
+            ("junk", str, "keep"),
+            *((name, hint, None) for name, hint in hints.items()),
+            ("tuned_on", str | None, None),
+        ],
+        namespace={"__doc__": _RERANK.format(kinds=kinds, parameters="\n".join(lines)), "__module__": __name__},
+    )
+
+
+RerankConfig: Any = _make_rerank_config()
+
+
 def rerank_parameters(rerank: RerankConfig) -> dict[str, Any]:
-    """The parameters that are given, of whatever kind."""
+    """Return the parameters that are set, of any kind."""
     values = {f.name: getattr(rerank, f.name) for f in fields(rerank) if f.name not in _NO_PARAMETERS}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -204,35 +202,6 @@ class WhiteningConfig:
 
     kind: str = "none"
     dims: int | None = None
-
-
-@dataclass
-class IndexConfig:
-    """How the database is searched (`conf/index`); null is the kind's default, mostly by the database's size
-    (retrieval/index_plan.py). What a kind does not take is refused.
-
-    Args:
-        kind: "flat" is exact; "flat_fp16", "ivf_flat", "ivf_pq" and "hnsw" are FAISS's indexes, built once and kept
-            under `paths.stores`, whose candidates are scored exactly.
-        backend: flat: "auto", "faiss" or "torch", with the same result.
-        nlist, nprobe: lists of ivf_flat and ivf_pq, and how many are searched.
-        pq_m: bytes a row of ivf_pq.
-        M, ef_construction, ef_search: links of a row of hnsw, and the width of its searches.
-        candidates: all but flat: rows fetched from the index for each one wanted.
-        compare: all but flat: queries that are also searched exactly, for recall and the difference in mAP or mAP@100;
-            100 by default, 0 for none.
-    """
-
-    kind: str = "flat"
-    backend: str = "auto"
-    nlist: int | None = None
-    nprobe: int | None = None
-    pq_m: int | None = None
-    M: int | None = None
-    ef_construction: int | None = None
-    ef_search: int | None = None
-    candidates: int | None = None
-    compare: int | None = None
 
 
 @dataclass
@@ -350,16 +319,17 @@ def _check_reranking(config: EvalConfig) -> None:
         raise InputError(
             f"dataset.neighbors={d.neighbors}, but reranking scores rerank.M={M} only; raise that, or rerank=none"
         )
-    distances = config.rerank.enabled and config.rerank.kind == "kreciprocal"
+    reranker = get_reranker(config.rerank.kind)
+    distances = config.rerank.enabled and reranker.distances
     if d.kind == "gldv2_recognition" and distances and d.votes != "nearest":
         raise InputError(
-            f"dataset.votes={d.votes}: k-reciprocal reranking gives distances, whose sums say nothing; "
-            "dataset.votes=nearest, or another rerank="
+            f"dataset.votes={d.votes}: rerank.kind={reranker.name} returns distances, of which sums have no meaning; "
+            "use dataset.votes=nearest or another rerank="
         )
-    if config.rerank.enabled and config.rerank.kind in SEARCH_AGAIN and config.index.kind != "flat":
+    if config.rerank.enabled and reranker.searches_again is not None and config.index.kind != "flat":
         raise InputError(
-            f"rerank.kind={config.rerank.kind} searches the whole database again, and exactly: beside the cut lists of "
-            f"index={config.index.kind} its numbers would mean something else; index=flat"
+            f"rerank.kind={reranker.name} searches the whole database again, exactly, which cannot be compared with "
+            f"the approximate lists of index={config.index.kind}; use index=flat"
         )
 
 
@@ -381,22 +351,9 @@ def _check_extraction(how: ExtractionConfig, accelerator: str) -> None:
 
 
 def _check_index(index: IndexConfig) -> None:
-    """Choices and ranges; puts the kind's default of compare where nothing is given."""
-    require_choice("index.kind", index.kind, ("flat", *KINDS))
-    given = {key: value for key, value in vars(index).items() if key != "kind" and value not in (None, "auto")}
-    if index.compare == 0:  # as a result has it, which is checked again where it is opened
-        del given["compare"]
-    require_taken(index.kind, given, ("backend",) if index.kind == "flat" else (*TAKEN[index.kind], "compare"))
-    index.compare = (0 if index.kind == "flat" else 100) if index.compare is None else index.compare
-    require_choice("index.backend", index.backend, BACKENDS)
-    if (index.kind != "flat" or index.backend == "faiss") and importlib.util.find_spec("faiss") is None:
-        raise InputError(
-            f"index.kind={index.kind} index.backend={index.backend}: FAISS is not installed; pip install faiss-cpu (or "
-            "faiss-gpu), or index=flat"
-        )
-    numbers = ("nlist", "nprobe", "pq_m", "ef_construction", "ef_search", "candidates")
-    require_within({f"index.{name}": (getattr(index, name), 1, 2**31 - 1) for name in numbers})
-    require_within({"index.M": (index.M, 2, 2048), "index.compare": (index.compare, 0, math.inf)})
+    """Check choices and ranges; put the kind's default of `compare` where it is null."""
+    validate_index(index)
+    index.compare = (0 if index.kind == "flat" else COMPARED) if index.compare is None else index.compare
 
 
 def check_dataset(d: DatasetConfig) -> None:
@@ -436,28 +393,20 @@ def _check_evaluation_ranges(config: EvalConfig) -> None:
 
 
 def complete_rerank(rerank: RerankConfig) -> None:
-    """Put the kind's defaults where nothing is given.
+    """Put the kind's defaults where parameters are null.
 
     Raises:
-        InputError: a parameter that the kind does not take, or one out of range.
+        InputError: a parameter that the kind does not have, or one out of range.
     """
-    for key, value in completed(rerank.kind, rerank_parameters(rerank)).items():
+    reranker = get_reranker(rerank.kind)
+    for key, value in reranker.complete(rerank_parameters(rerank), "rerank.").items():
         setattr(rerank, key, value)
-    require_within(
-        {
-            **{f"rerank.{key}": (getattr(rerank, key), 1, math.inf) for key in ("M", "K", "k1", "k2", "kq", "kd")},
-            **{f"rerank.{key}": (getattr(rerank, key), 0, math.inf) for key in ("k_query", "n")},
-            "rerank.beta": (rerank.beta, -1e6, 1e6),
-            "rerank.lambda_": (rerank.lambda_, 0, 1),
-            "rerank.alpha": (rerank.alpha, 0, 0.9999 if rerank.kind == "diffusion" else 1e3),
-            "rerank.gamma": (rerank.gamma, 1e-3, 1e3),
-        }
-    )
     require_choice("rerank.junk", rerank.junk, JUNK)
-    if rerank.junk == "drop" and rerank.kind in SEARCH_AGAIN:
-        raise InputError(f"rerank.junk=drop: {rerank.kind} searches the whole database again and has no shortlist")
-    if rerank.second is not None:
-        require_choice("rerank.second", rerank.second, SECOND)
+    if rerank.junk == "drop" and reranker.searches_again is not None:
+        raise InputError(
+            f"rerank.junk=drop: {rerank.kind} searches the whole database again and has no shortlist; use "
+            "rerank.junk=keep"
+        )
 
 
 def _check_ablation(config: EvalConfig) -> None:

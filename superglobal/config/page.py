@@ -10,7 +10,7 @@ from superglobal.config.common import require_within
 from superglobal.config.evaluation import EvalConfig, StoreConfig
 from superglobal.data.images import MAX_PIXELS
 from superglobal.errors import InputError
-from superglobal.reranking.registry import parameters
+from superglobal.reranking.registry import get_reranker
 
 
 @dataclass
@@ -52,7 +52,7 @@ def check_page(config: DemoConfig) -> None:
     d, page, kind = config.dataset, config.page, config.rerank.kind
     if d.kind == "descriptors" or config.descriptors.query is not None:
         raise InputError("the page describes what is searched for, so it needs the photos and the weights; dataset=...")
-    if config.rerank.enabled and not {"M", "K", "beta"} <= set(parameters(kind)):
+    if config.rerank.enabled and not {"M", "K", "beta"} <= get_reranker(kind).parameters.keys():
         raise InputError(f"rerank={kind}: the page has M, K and beta to set; rerank=superglobal, mutual or none")
     if config.extraction.shard is not None:
         raise InputError(

@@ -28,7 +28,7 @@ from superglobal.evaluation.inputs import Clock, Inputs, gathered
 from superglobal.evaluation.pipeline import score_set, search_device, shortlist_size
 from superglobal.metrics.revisited import RetrievalResult, cluster_interval
 from superglobal.reporting.results import console, percent
-from superglobal.reranking.registry import apply_reranker, describe
+from superglobal.reranking.registry import apply_reranker, rerank_label
 from superglobal.retrieval.search import search
 from superglobal.utils.io import write_atomically
 from superglobal.utils.provenance import versions
@@ -120,7 +120,7 @@ def _compared(
         result = score_set(dataset, queries, database, shortlist, exclude, device, config.seed)
         baseline = baseline or result
         settings = {"enabled": one.enabled, "kind": one.kind, **rerank_parameters(one)}
-        row = {"name": name, "rerank": describe(settings), "settings": settings, "tuned_on": one.tuned_on}
+        row = {"name": name, "rerank": rerank_label(settings), "settings": settings, "tuned_on": one.tuned_on}
         rows.append(row | _numbers(result, baseline, dataset, config.seed) | _per_query(cost, len(Q)))
     return rows
 

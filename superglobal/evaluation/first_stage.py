@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from superglobal.metrics.evaluate import Scorer
 from superglobal.metrics.gldv2 import score_truth, subset
 from superglobal.metrics.revisited import Result
 from superglobal.reporting.results import main_scores, metric_key
-from superglobal.retrieval.ann_index import ApproximateIndex, IndexSettings, open_index, recall, settings_in_use
+from superglobal.retrieval.ann_index import ApproximateIndex, open_index, recall
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rows import Rows
 from superglobal.retrieval.search import search
@@ -64,8 +64,7 @@ def first_stage(
 
 def configured_index(config: EvalConfig, X: Rows, device: str) -> ApproximateIndex:
     """The index of `config.index` over X, built or found in `paths.stores`."""
-    settings = IndexSettings(**{one.name: getattr(config.index, one.name) for one in fields(IndexSettings)})
-    return open_index(X, settings, Path(config.paths.stores), device=device)
+    return open_index(X, config.index, Path(config.paths.stores), device=device)
 
 
 def _approximate(
@@ -81,7 +80,7 @@ def _approximate(
     index = configured_index(config, X, device)
     scores, ids = index.search(Q, k, exclude=exclude)
     ranks = [] if scorer is None else scorer.listed(ids)
-    about: dict[str, Any] = {"settings": settings_in_use(index.settings), "exact": False}
+    about: dict[str, Any] = {"settings": index.config.index_settings(), "exact": False}
     if config.index.compare:
         count = config.index.compare
         about["compared"] = _compared(Q, X, (scores, ids), scorer, truth, exclude, device, count, config.seed)

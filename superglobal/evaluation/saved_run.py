@@ -41,7 +41,7 @@ from superglobal.models.network import RetrievalNetwork
 from superglobal.reporting.precision_recall import curves, rectangular_steps, trapezoidal_steps
 from superglobal.reporting.results import main_scores
 from superglobal.reporting.runs import read_results
-from superglobal.reranking.registry import SEARCH_AGAIN, apply_reranker
+from superglobal.reranking.registry import apply_reranker, get_reranker
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.rows import as_rows, concat
 from superglobal.retrieval.scores import pair_scores
@@ -320,7 +320,7 @@ def _ranks(
             return apply_reranker(kind, values, Q[queries], X, some, device=device).ids
 
         stages["rerank"] = ranks_without_junk(scorer, first, ids, reorder), True
-    elif kind in SEARCH_AGAIN:
+    elif get_reranker(kind).searches_again is not None:
         backend = config.index.backend
         second = apply_reranker(
             kind, values, Q, X, ids, exclude=exclude, backend=backend, device=device, folder=run.folder

@@ -11,9 +11,8 @@ import numpy as np
 from superglobal.data.evaluation_set import Sets, _joined, concatenated, landmarks
 from superglobal.errors import InputError
 from superglobal.metrics.revisited import REVISITED, Protocol, RetrievalResult, score_ranks
-from superglobal.reranking.base import check_ids
 from superglobal.retrieval.ranks import exact_ranks
-from superglobal.retrieval.rows import as_exclude, as_queries, as_rows, flat_array
+from superglobal.retrieval.rows import as_exclude, as_queries, as_rows, as_shortlists, flat_array
 from superglobal.retrieval.scores import pair_scores
 
 
@@ -48,7 +47,7 @@ def evaluate(
     options = {"device": device, "block_rows": block_rows, "exclude": as_exclude(exclude, len(queries))}
     if ids is None:
         return scorer.score(exact_ranks(queries, rows, scorer.targets, **options))
-    shortlist = check_ids(ids, len(queries), len(rows))
+    shortlist = as_shortlists(ids, len(queries), len(rows))
     worst = _worst(queries, rows, shortlist)
     targets = [np.append(one, last) for one, last in zip(scorer.targets, worst, strict=True)]
     found = exact_ranks(queries, rows, targets, **options)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from superglobal.models.pooling import PoolingConfig
-from superglobal.reranking.registry import parameters
+from superglobal.reranking.registry import get_reranker
 
 CITATION = "Shao et al., ICCV 2023, arXiv:2308.06954"
 
@@ -67,7 +67,7 @@ def published_for(result: Mapping[str, Any]) -> Published | None:
 def _paper_protocol(config: Mapping[str, Any]) -> bool:
     """Whether data set, search and reranking are as the paper's."""
     dataset, rerank = config["dataset"], config["rerank"]
-    settings = parameters("superglobal")
+    settings = get_reranker("superglobal").complete({})
     as_published = not rerank["enabled"] or (
         rerank["kind"] == "superglobal"
         and rerank["junk"] == "keep"

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from superglobal.metrics.revisited import Result, RetrievalResult
-from superglobal.reranking.registry import describe
+from superglobal.reranking.registry import rerank_label
 from superglobal.utils.io import write_atomically
 from superglobal.utils.provenance import versions
 
@@ -172,7 +172,7 @@ def write_without_numbers(folder: Path, config: Any, status: str, reason: str) -
 def modules_text(summary: Mapping[str, Any]) -> str:
     """Which modules made these numbers: the default is what the weights were trained with, and hard to guess."""
     rerank = summary["config"]["rerank"]
-    after = f"rerank {describe(rerank)}" if rerank["enabled"] else "no rerank"
+    after = f"rerank {rerank_label(rerank)}" if rerank["enabled"] else "no rerank"
     whitening = summary["about"].get("whitening")
     if whitening is not None:
         after = f"{_WHITENING[whitening['kind']]} of {whitening['rows']} searched images; {after}"

@@ -15,7 +15,7 @@ import numpy as np
 from superglobal.errors import InputError
 from superglobal.metrics.revisited import cluster_interval
 from superglobal.reporting.results import FORMAT, METRICS, TEST_MARK, main_protocol, main_scores, metric_key
-from superglobal.reranking.registry import describe
+from superglobal.reranking.registry import rerank_label
 from superglobal.utils.io import EXPORT
 
 SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")
@@ -174,7 +174,7 @@ def _join_kinds(settings: list[dict[str, Any]], results: Sequence[Mapping[str, A
         for setting, result in zip(settings, results, strict=True):
             for key in [key for key in setting if key.startswith("rerank.")]:
                 del setting[key]
-            setting["rerank"] = describe(result["config"]["rerank"])
+            setting["rerank"] = rerank_label(result["config"]["rerank"])
 
 
 def _short_names(networks: Sequence[str]) -> dict[str, str]:

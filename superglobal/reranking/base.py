@@ -1,128 +1,160 @@
-"""What all reranking of shortlists has in common: checks, batches, sorting, the similarities inside a shortlist."""
+"""Declare rerankers and compute the similarities inside a shortlist, which they share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from superglobal.errors import InputError
-from superglobal.retrieval.rows import as_queries, as_rows, fault, is_unit, to_tensor
+from superglobal.retrieval.rows import is_unit, norm_fault, to_tensor
 from superglobal.utils.precision import full_precision
 
-# Final scores (B, M) of queries (B, D) and shortlists T (B, M, D), given T T^T (B, M, M), which it may overwrite.
-ScoreBatch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a reranker.
+
+    Args:
+        help: what it sets, in a few words.
+        minimum, maximum: range of a number, both included.
+        choices: values of a text.
+        default: filled in by `register_reranker`, from the function's signature; its type is the parameter's.
+    """
+
+    help: str
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    choices: tuple[str, ...] = ()
+    default: Any = None
+
+    def validate(self, name: str, value: Any) -> None:
+        """Raise InputError for a value of another type, outside the range, or not among the choices."""
+        kind = type(self.default)
+        if kind is str:
+            valid, expected = value in self.choices, f"one of {', '.join(self.choices)}"
+        elif kind is bool:
+            valid, expected = isinstance(value, bool | np.bool_), "true or false"
+        else:
+            types = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
+            number = isinstance(value, types) and not isinstance(value, bool)
+            valid = number and math.isfinite(value) and self.minimum <= value <= self.maximum
+            expected = "an integer" if kind is int else "a finite number"
+            expected += (
+                f" >= {self.minimum:g}" if self.maximum == math.inf else f" in {self.minimum:g}..{self.maximum:g}"
+            )
+        if not valid:
+            raise InputError(f"{name}={value}: expected {expected}")
 
 
-def rerank_shortlists(
-    Q: Any,
-    X: Any,
-    ids: Any,
-    M: int,
-    score: ScoreBatch,
-    batch_size: int,
-    device: str | torch.device | None,
+@dataclass(frozen=True)
+class Reranker:
+    """A reranking method, from `register_reranker`."""
+
+    name: str
+    help: str
+    function: Callable[..., Any]
+    parameters: Mapping[str, Parameter]
+    searches_again: str | None
+    distances: bool
+    dtype: torch.dtype
+    ties: str
+
+    def complete(self, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """Return the value of every parameter: the given one, or its default.
+
+        `prefix` precedes a parameter's name in messages. Raises InputError for an unknown parameter or a bad value.
+        """
+        for name, value in values.items():
+            if name not in self.parameters:
+                known = ", ".join(self.parameters)
+                raise InputError(f"{prefix}{name}={value}: {self.name} has no parameter {name}; it has {known}")
+        result = {name: values.get(name, parameter.default) for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.validate(prefix + name, result[name])
+        return result
+
+
+RERANKERS: dict[str, Reranker] = {}
+"""Every registered reranker by name; `superglobal.reranking.registry` imports those of this folder."""
+_SHORTLIST_SIZE = Parameter("images in the shortlist", minimum=1, default=400)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def register_reranker(
+    name: str,
+    help: str,
+    parameters: Mapping[str, Parameter],
     *,
+    searches_again: str | None = None,
+    distances: bool = False,
     dtype: torch.dtype = torch.float32,
     ties: str = "id",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sort the first min(M, k) of each shortlist by `score`; what comes after keeps its place, with score -inf.
+) -> Callable[[F], F]:
+    """Return a decorator that registers a function as a reranker.
 
-    Q: (Q, D), X: (N, D) or anything `as_rows` takes, unit L2 norm. ids: (Q, k) integers, best first, as `search`
-    gives them. dtype: of what `score` is given. ties: equal scores by the lower "id", or as they stood, "first".
+    Without `searches_again` the function scores shortlists: it gets queries (B, D), shortlists T (B, M, D), their Gram
+    matrices T T^T (B, M, M), which it may overwrite, and its parameters by name; it returns scores (B, M).
 
-    Returns scores (Q, k) float32 and ids (Q, k) int64, best first.
-    Raises InputError for ids outside 0..N-1 or repeated, and rows that are no unit vectors.
+    Args:
+        name: what `rerank.kind` and `superglobal.rerank(method=...)` call it.
+        help: a line of documentation.
+        parameters: those of the function that users set; each has its default in the function's signature.
+        searches_again: "queries" if the function returns new queries (Q, D) for a second search, "database" if it
+            returns a new database.
+        distances: scores are negative distances, of which sums have no meaning.
+        dtype: of the tensors that the function gets.
+        ties: order of equal scores: by the lower "id", or as in the shortlist, "first".
     """
-    require_whole({"M": M, "batch_size": batch_size})
-    rows = as_rows(X, "database")
-    queries = as_queries(Q, rows.dim)
-    first = check_ids(ids, len(queries), len(rows))
-    listed = first[np.isin(first, rows.skipped)]
-    if listed.size:
-        raise InputError(f"ids: row {listed[0]} was skipped when descriptors were made; leave it out")
-    head = first[:, :M]
-    place = indexed(device)
-    scores = np.full(first.shape, -np.inf, np.float32)
-    out = first.copy()
-    for start in range(0, len(queries), batch_size):
-        part = slice(start, start + batch_size)
-        shortlists = rows.take_on(head[part], place)
-        final = score_batch(queries[part], shortlists, score, head[part], "database row", dtype)
-        second = head[part] if ties == "id" else np.broadcast_to(np.arange(head.shape[1]), final.shape)
-        order = np.lexsort((second, -final), axis=1)
-        scores[part, : head.shape[1]] = np.take_along_axis(final, order, axis=1)
-        out[part, : head.shape[1]] = np.take_along_axis(head[part], order, axis=1)
-    return scores, out
+
+    def register(function: F) -> F:
+        arguments = inspect.signature(function).parameters
+        declared = {key: replace(value, default=arguments[key].default) for key, value in parameters.items()}
+        if searches_again is None:
+            declared = {"M": _SHORTLIST_SIZE, **declared}
+        RERANKERS[name] = Reranker(name, help, function, declared, searches_again, distances, dtype, ties)
+        return function
+
+    return register
 
 
 def score_batch(
+    reranker: Reranker,
+    values: Mapping[str, Any],
     queries: np.ndarray,
     shortlists: torch.Tensor,
-    score: ScoreBatch,
     numbers: np.ndarray,
     name: str,
-    dtype: torch.dtype = torch.float32,
 ) -> np.ndarray:
-    """Return the scores (B, M) of queries (B, D) and shortlists (B, M, D) float32, on the device of the shortlists.
+    """Return the scores (B, M) float32 of queries (B, D) and shortlists (B, M, D), computed on the latter's device.
 
-    `name` and `numbers` (B, M) name a bad row. As float32: scores that are given back as equal are equal to whoever
-    sorts by them.
+    `name` and `numbers` (B, M) identify a row in the message about a bad one.
     """
-    q, T = to_tensor(queries, shortlists.device).to(dtype), shortlists.to(dtype)
+    q, T = to_tensor(queries, shortlists.device).to(reranker.dtype), shortlists.to(reranker.dtype)
     with full_precision():
         gram = gram_of(T)
-        check_norms(gram, numbers, name)
-        return score(q, T, gram).cpu().numpy().astype(np.float32)
+        _check_norms(gram, numbers, name)
+        scores = reranker.function(q, T, gram, **{key: value for key, value in values.items() if key != "M"})
+        # float32 before sorting: scores that are returned as equal are sorted as equal.
+        return scores.cpu().numpy().astype(np.float32)
 
 
-def indexed(device: str | torch.device | None) -> torch.device:
-    """Return the device with its index, as tensors have it; None is the CPU."""
-    return torch.empty(0, device=device or "cpu").device
-
-
-def check_ids(ids: Any, n_queries: int, n_rows: int) -> np.ndarray:
-    """Shortlists as (Q, k) int64. Raises InputError for a wrong shape, an id out of range or repeated."""
-    array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
-    if array.ndim != 2 or len(array) != n_queries or not array.shape[1] or array.dtype.kind not in "iu":
-        raise InputError(
-            f"ids: expected integers ({n_queries}, k), one list per query as search gives them, "
-            f"got {array.dtype} {array.shape}"
-        )
-    array = array.astype(np.int64)
-    bad = (array < 0) | (array >= n_rows)
-    if bad.any():
-        query, column = np.argwhere(bad)[0]
-        raise InputError(
-            f"ids: query {query} lists {array[query, column]}, outside the database's 0..{n_rows - 1}; "
-            "were they searched in another database?"
-        )
-    ordered = np.sort(array, axis=1)
-    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-    if repeated.any():
-        raise InputError(f"ids: query {int(repeated.argmax())} lists an id twice; each may stand once")
-    return array
-
-
-def require_whole(values: dict[str, Any], least: int = 1) -> None:
-    """Raise InputError for a value that is no whole number of at least `least`."""
-    for name, value in values.items():
-        if not isinstance(value, int | np.integer) or value < least:
-            raise InputError(f"{name}: expected a whole number of at least {least}, got {value}")
-
-
-def require_between(values: dict[str, Any], least: float, most: float) -> None:
-    """Raise InputError for a value that is no number in least..most."""
-    for name, value in values.items():
-        number = isinstance(value, int | float | np.integer | np.floating)
-        if not (number and least <= value <= most and np.isfinite(value)):
-            raise InputError(f"{name}: expected a finite number of {least:g} to {most:g}, got {value}")
+def _check_norms(gram: torch.Tensor, numbers: np.ndarray, name: str) -> None:
+    """Raise InputError for a row that is not a unit vector; the diagonal of `gram` holds the squared norms."""
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt().cpu().numpy()
+    valid = is_unit(norms)
+    if not valid.all():
+        query, row = np.argwhere(~valid)[0]
+        raise InputError(f"{name} {numbers[query, row]} {norm_fault(float(norms[query, row]))}")
 
 
 def gram_of(T: torch.Tensor) -> torch.Tensor:
-    """T T^T (B, M, M), by four strips of the upper triangle: 5/8 of the whole product, then mirrored."""
+    """Return T T^T (B, M, M), by four strips of the upper triangle: 5/8 of the whole product, then mirrored."""
     depth = T.shape[1]
     step = -(-depth // 4)
     gram = T.new_empty(len(T), depth, depth)
@@ -134,17 +166,9 @@ def gram_of(T: torch.Tensor) -> torch.Tensor:
 
 
 def dots(T: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """T v (B, M) for vectors v (B, D). As v^T T^T, which the CPU's matrix library does several times faster."""
+    """Return T v (B, M) for vectors v (B, D)."""
+    # v^T T^T: the CPU's matrix library computes it several times faster.
     return torch.bmm(v[:, None, :], T.transpose(1, 2))[:, 0]
-
-
-def check_norms(gram: torch.Tensor, numbers: np.ndarray, name: str) -> None:
-    """Raise InputError for a row that is not a unit vector; the diagonal of `gram` holds the squared norms."""
-    norms = gram.diagonal(dim1=1, dim2=2).sqrt().cpu().numpy()
-    good = is_unit(norms)
-    if not good.all():
-        query, row = np.argwhere(~good)[0]
-        raise InputError(f"{name} {numbers[query, row]} {fault(float(norms[query, row]))}")
 
 
 def nearest(similarity: torch.Tensor, count: int) -> torch.Tensor:
@@ -161,14 +185,14 @@ def nearest(similarity: torch.Tensor, count: int) -> torch.Tensor:
 def first_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Return the columns of the `count` largest scores (B, N), best first, equal ones by the lower column: (B, count).
 
-    Scores are compared in steps of about 1e-6, so that rounding, which differs from device to device, seldom decides
+    Scores are compared in steps of about 1e-6, so that rounding, which differs between devices, seldom decides
     between two copies of an image.
     """
     return _order_keys(scores).topk(count, dim=-1).indices
 
 
 def in_steps(scores: torch.Tensor) -> torch.Tensor:
-    """Return scores as whole numbers of steps of about 1e-6, float64; scores beyond -256..256 are one step."""
+    """Return scores as whole numbers of steps of about 1e-6, float64; scores beyond -256..256 are clamped."""
     return torch.round(scores.double() * 2**20).clamp(-(2.0**28), 2.0**28)
 
 
@@ -180,6 +204,6 @@ def _order_keys(scores: torch.Tensor) -> torch.Tensor:
 
 
 def mask_of(near: torch.Tensor, columns: int) -> torch.Tensor:
-    """Lists of columns (B, N, k) as a bool matrix (B, N, columns)."""
+    """Return lists of columns (B, N, k) as a bool matrix (B, N, columns)."""
     mask = torch.zeros(*near.shape[:2], columns, dtype=torch.bool, device=near.device)
     return mask.scatter_(2, near, True)

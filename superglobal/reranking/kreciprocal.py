@@ -6,62 +6,50 @@
     final    = (1 - lambda) Jaccard distance of V(query) and V(g) + lambda d(query, g)
 
 The images are the query and its shortlist; d is the squared Euclidean distance over the largest of its row, and an
-image counts among its own nearest beside its k, all as in the authors' code, whose k1, k2 and lambda are the defaults.
+image counts among its own nearest in addition to k others, all as in the authors' code
+(github.com/zhunzhong07/person-re-ranking, python-version/re_ranking_ranklist.py), which also has the defaults.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
-from superglobal.reranking.base import dots, mask_of, nearest, require_between, require_whole, rerank_shortlists
+from superglobal.reranking.base import Parameter, dots, mask_of, nearest, register_reranker
 
 
-def kreciprocal(
-    Q: Any,
-    X: Any,
-    ids: Any,
-    M: int = 400,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_: float = 0.3,
-    *,
-    device: str | torch.device | None = None,
-    batch_size: int = 16,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rerank the first min(M, k) of each shortlist by the k-reciprocal distance; the rest stays, with score -inf.
-
-    Q, X, ids: as `rerank` takes them. k1: neighbours that must be mutual. k2: neighbours that V is averaged over,
-    itself among them. lambda_: share of the first stage's distance, 0..1; 1 is the first stage's order.
-    Memory is that of `batch_size` matrices (M + 1, M + 1) float64, a few times over.
-
-    Returns scores (Q, k) float32, the negative of the final distance, and ids (Q, k) int64, best first, equal
-    scores as they stood. Raises InputError for bad ids, bad rows, and parameters out of range.
-    """
-    require_whole({"k1": k1, "k2": k2})
-    require_between({"lambda_": lambda_}, 0, 1)
-
-    def score(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-        return -_distances(_with_query(dots(T, q), gram), k1, k2, lambda_)
-
-    return rerank_shortlists(Q, X, ids, M, score, batch_size, device, dtype=torch.float64, ties="first")
+@register_reranker(
+    "kreciprocal",
+    "k-reciprocal encoding (Zhong et al., CVPR 2017)",
+    {
+        "k1": Parameter("neighbors that must be mutual", minimum=1),
+        "k2": Parameter("neighbors that an encoding is averaged over, itself included", minimum=1),
+        "lambda_": Parameter("share of the first stage's distance; 1 is the first stage's order", 0, 1),
+    },
+    distances=True,
+    dtype=torch.float64,
+    ties="first",
+)
+def kreciprocal_scores(
+    q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, k1: int = 20, k2: int = 6, lambda_: float = 0.3
+) -> torch.Tensor:
+    """Return the negative final distances (B, M) float64."""
+    return -_distances(_with_query(dots(T, q), gram), k1, k2, lambda_)
 
 
 def _with_query(first: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Cosines (B, M+1, M+1) of the query, number 0, and its shortlist: `first` (B, M) those of the query."""
+    """Return the cosines (B, M+1, M+1) of the query, number 0, and its shortlist; `first` (B, M) are the query's."""
     column = first[..., None]
     top = torch.cat([torch.ones_like(column[:, :1]), column], dim=1)
     return torch.cat([top, torch.cat([column.transpose(1, 2), gram], dim=1)], dim=2)
 
 
 def _distances(similarity: torch.Tensor, k1: int, k2: int, lambda_: float) -> torch.Tensor:
-    """Final distances (B, M) float64 of the shortlist, smallest best."""
+    """Return the final distances (B, M) float64 of the shortlist, smallest best."""
     size = similarity.shape[-1]
     distance = (2 - 2 * similarity).clamp(min=0)
     distance.diagonal(dim1=1, dim2=2).zero_()
-    # Of images that are all equal the largest distance is 0.
+    # The largest distance is 0 where all images are equal.
     distance = distance / distance.amax(dim=-1, keepdim=True).clamp(min=1e-12)
     near = nearest(similarity, max(k1 + 1, k2))
     V = _reciprocal(near, k1, size).double() * torch.exp(-distance)
@@ -75,13 +63,13 @@ def _distances(similarity: torch.Tensor, k1: int, k2: int, lambda_: float) -> to
 
 
 def _reciprocal(near: torch.Tensor, k1: int, size: int) -> torch.Tensor:
-    """R* of every image as a bool matrix (B, size, size); its own column is always set."""
+    """Return R* of every image as a bool matrix (B, size, size); its own column is always set."""
 
     def mutual(k: int) -> torch.Tensor:
         among = mask_of(near[..., : k + 1], size)
         return among & among.transpose(1, 2)
 
-    # numpy's rounding, as the authors' code has it: halves to the even number.
+    # NumPy rounds halves to the even number, as the authors' code does.
     wide, narrow = mutual(k1), mutual(int(np.around(k1 / 2)))
     # Counts of at most M + 1 are exact in float32.
     shared = torch.bmm(wide.float(), narrow.float().transpose(1, 2))

@@ -1,10 +1,11 @@
-"""Descriptors averaged with their neighbours, to search again: query expansion and database augmentation.
+"""Descriptors averaged with their neighbors for a second search: query expansion and database augmentation.
 
-    v' = v + sum over v's n nearest x of max(v x, 0)^alpha x,  normalised
+    v' = v + sum over v's n nearest x of max(v x, 0)^alpha x,  normalized
 
-For queries this is alpha query expansion (Radenovic et al., TPAMI 2018); for the database's own rows, each with its
-neighbours in the database, augmentation (Turcot and Lowe 2009) with the same weights. n and alpha of queries are those
-that the paper is cited for; for augmentation there are no others' in this form: alpha is the same, n ours.
+For queries this is alpha query expansion (Radenovic et al., TPAMI 2018), with the n and alpha that the paper is cited
+for; the authors' code has no query expansion to compare with. For database rows, each with its neighbors in the
+database, it is augmentation (Turcot and Lowe 2009) with the same weights, in the form of
+github.com/naver/deep-image-retrieval (dirtorch/test_dir.py), which names no n or alpha; n is our choice.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ import numpy as np
 import torch
 
 from superglobal.errors import InputError
-from superglobal.reranking.base import require_between, require_whole
+from superglobal.reranking.base import RERANKERS, Parameter, register_reranker
 from superglobal.retrieval.rows import Rows, as_queries, as_rows
 from superglobal.retrieval.search import search
 
-_GATHERED = 1 << 24  # elements of the neighbours gathered at once: 64 MB of float32
+_MAX_ELEMENTS = 1 << 24  # elements of the neighbors that are read at once: 64 MB of float32
+_PARAMETERS = {
+    "n": Parameter("neighbors that a descriptor is averaged with; 0 changes nothing", minimum=0),
+    "alpha": Parameter("power of a similarity; a negative similarity has weight 0", 0, 1e3),
+}
 
 
+@register_reranker("aqe", "alpha query expansion (Radenovic et al., TPAMI 2018)", _PARAMETERS, searches_again="queries")
 def expand_queries(
     Q: Any,
     X: Any,
@@ -33,23 +39,24 @@ def expand_queries(
     backend: str = "auto",
     device: str | torch.device | None = None,
 ) -> np.ndarray:
-    """Each query averaged with its n nearest database rows, (Q, D) float32, unit norm, for a second search.
+    """Average each query with its n nearest database rows, for a second search.
 
-    Q, X, exclude, backend, device: as `search` takes them. n: 0 leaves the queries as they are; more than there are
-    is all of them. alpha: power of a similarity, at least 0; a negative similarity weighs nothing.
-    Raises InputError for parameters out of range and what `search` refuses.
+    Q, X, exclude, backend, device: as in `search`. n: at most all rows are used; 0 leaves the queries as they are.
+    alpha: power of a similarity, 0..1000; a negative similarity has weight 0.
+
+    Returns (Q, D) float32, unit norm. Raises InputError for parameters out of range and as `search` does.
     """
-    require_whole({"n": n}, least=0)
-    require_between({"alpha": alpha}, 0, 1e3)
+    RERANKERS["aqe"].complete({"n": n, "alpha": alpha})
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     count = min(n, len(rows) - len(rows.skipped) - (exclude is not None))
     if count < 1:
         return queries
     scores, ids = search(queries, rows, count, exclude=exclude, backend=backend, device=device)
-    return _averaged(queries, rows, scores, ids, alpha)
+    return _average(queries, rows, scores, ids, alpha)
 
 
+@register_reranker("adba", "database augmentation (Turcot and Lowe 2009)", _PARAMETERS, searches_again="database")
 def augment_database(
     X: Any,
     n: int = 20,
@@ -60,37 +67,39 @@ def augment_database(
     device: str | torch.device | None = None,
     block_rows: int = 4096,
 ) -> Rows:
-    """Each database row averaged with its n nearest other rows, unit norm, in place of the database.
+    """Average each database row with its n nearest other rows, unit norm, to be searched in place of the database.
 
-    X, backend, device: as `search` takes them. n, alpha: as in `expand_queries`. path: of an .npy file for the result,
+    X, backend, device: as in `search`. n, alpha: as in `expand_queries`. path: of an .npy file for the result,
     float32, which is then memory-mapped; without it the result is in memory, 4 N D bytes. block_rows: rows that are
     searched for at once, each time through the whole database: N^2 D products in all, never an N x N matrix.
-    Raises InputError for parameters out of range, a file that cannot be written, and what `search` refuses.
+
+    Raises InputError for parameters out of range, a file that cannot be written, and as `search` does.
     """
-    require_whole({"n": n}, least=0)
-    require_whole({"block_rows": block_rows})
-    require_between({"alpha": alpha}, 0, 1e3)
+    RERANKERS["adba"].complete({"n": n, "alpha": alpha})
+    if not isinstance(block_rows, int | np.integer) or block_rows < 1:
+        raise InputError(f"block_rows={block_rows}: expected an integer >= 1")
     rows = as_rows(X, "database")
     if len(rows.skipped):
         raise InputError(
-            f"{rows.name}: {len(rows.skipped)} rows were skipped when descriptors were made and cannot be averaged; "
-            "take their images from the list, or rerank another way"
+            f"{rows.name}: {len(rows.skipped)} rows were skipped during extraction and cannot be averaged; remove "
+            "their images from the list, or use another reranker"
         )
     count = min(n, len(rows) - 1)
     if count < 1:
         return rows
-    out = _empty(path, rows.shape)
+    out = _empty_array(path, rows.shape)
     for start, block in rows.blocks(block_rows):
-        # A row is not its own neighbour: it stands in the sum as itself.
+        # A row is not its own neighbor; it is in the sum already.
         own = np.arange(start, start + len(block))
         scores, ids = search(block, rows, count, exclude=own, backend=backend, device=device)
-        out[start : start + len(block)] = _averaged(block, rows, scores, ids, alpha)
+        out[start : start + len(block)] = _average(block, rows, scores, ids, alpha)
     if isinstance(out, np.memmap):
         out.flush()
     return as_rows(out, "augmented database")
 
 
-def _empty(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
+def _empty_array(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
+    """Return an array in memory, or in a new file at `path`."""
     if path is None:
         return np.empty(shape, np.float32)
     try:
@@ -102,14 +111,14 @@ def _empty(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
         ) from error
 
 
-def _averaged(vectors: np.ndarray, rows: Rows, scores: np.ndarray, ids: np.ndarray, alpha: float) -> np.ndarray:
-    """(B, D) float32: vectors (B, D) and their neighbours `ids` (B, n) by their `scores`, summed in float64."""
+def _average(vectors: np.ndarray, rows: Rows, scores: np.ndarray, ids: np.ndarray, alpha: float) -> np.ndarray:
+    """Average vectors (B, D) with their neighbors `ids` (B, n), weighted by `scores`, in float64: (B, D) float32."""
     weights = np.maximum(scores, 0, dtype=np.float64) ** alpha
-    weights[scores <= 0] = 0  # also where alpha is 0
+    weights[scores <= 0] = 0  # 0 ** 0 is 1
     out = np.empty(vectors.shape, np.float32)
-    step = max(1, _GATHERED // (ids.shape[1] * rows.dim))
+    step = max(1, _MAX_ELEMENTS // (ids.shape[1] * rows.dim))
     for start in range(0, len(vectors), step):
-        part = slice(start, start + step)
-        total = vectors[part] + np.einsum("bn,bnd->bd", weights[part], rows.take(ids[part]))
-        out[part] = total / np.linalg.norm(total, axis=1, keepdims=True)
+        batch = slice(start, start + step)
+        total = vectors[batch] + np.einsum("bn,bnd->bd", weights[batch], rows.take(ids[batch]))
+        out[batch] = total / np.linalg.norm(total, axis=1, keepdims=True)
     return out

@@ -1,81 +1,189 @@
-"""Every reranking by name, with the parameters it takes: those of shortlists, and those that search again."""
+"""Rerank by method name: every reranker of this folder, and those registered elsewhere by `register_reranker`."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+import importlib
+import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+import superglobal.reranking
 from superglobal.errors import InputError
-from superglobal.reranking.diffusion import diffuse
-from superglobal.reranking.kreciprocal import kreciprocal
-from superglobal.reranking.mutual import rerank_mutual
-from superglobal.reranking.query_expansion import augment_database, expand_queries
-from superglobal.reranking.superglobal import rerank
-from superglobal.retrieval.rows import Rows
+from superglobal.reranking.base import RERANKERS, Reranker, score_batch
+from superglobal.retrieval.rows import Rows, as_queries, as_rows, as_shortlists
 from superglobal.retrieval.search import search
 
-_OF_SHORTLISTS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
-    "superglobal": rerank,
-    "mutual": rerank_mutual,
-    "kreciprocal": kreciprocal,
-    "diffusion": diffuse,
-}
-_OF_VECTORS: dict[str, Callable[..., Any]] = {"aqe": expand_queries, "adba": augment_database}
-SEARCH_AGAIN = tuple(_OF_VECTORS)
-KINDS = (*_OF_SHORTLISTS, *_OF_VECTORS)
-JUNK = ("keep", "drop")
-_PLUMBING = ("Q", "X", "ids", "exclude", "backend", "device", "batch_size", "block_rows", "path")
+__all__ = ["RERANKERS", "Reranked", "apply_reranker", "get_reranker", "rerank", "rerank_candidates", "rerank_label"]
 _IN_MEMORY = 1 << 30  # bytes of an augmented database; a larger one is a file while the run lasts
 
+# SuperGlobal's comes first in help texts and messages, the others by file name.
+for _name in sorted((m.name for m in pkgutil.iter_modules(superglobal.reranking.__path__)), key="superglobal".__ne__):
+    if _name != "registry":
+        importlib.import_module(f"superglobal.reranking.{_name}")
 
-def parameters(kind: str) -> dict[str, Any]:
-    """What a kind of reranking takes, with its defaults.
 
-    Raises InputError for a kind that does not exist.
+def get_reranker(name: str, label: str = "rerank.kind") -> Reranker:
+    """Return the reranker of this name. Raises InputError naming the choices; `label` names the setting in it."""
+    if name not in RERANKERS:
+        raise InputError(f"{label}={name}: expected one of {', '.join(RERANKERS)}")
+    return RERANKERS[name]
+
+
+def _shortlist_reranker(name: str) -> Reranker:
+    reranker = get_reranker(name, "method")
+    if reranker.searches_again is not None:
+        raise InputError(
+            f"method={name}: it searches again instead of reordering a shortlist; call "
+            f"superglobal.{reranker.function.__name__}, then superglobal.search"
+        )
+    return reranker
+
+
+def rerank(
+    Q: Any,
+    X: Any,
+    ids: Any,
+    M: int | None = None,
+    K: int | None = None,
+    beta: float | None = None,
+    *,
+    method: str = "superglobal",
+    device: str | torch.device | None = None,
+    batch_size: int = 16,
+    **parameters: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rerank the first min(M, k) of each shortlist; the rest keeps its order, with score -inf.
+
+    Args:
+        Q: (Q, D) queries, unit L2 norm.
+        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm.
+        ids: (Q, k) integers, best first, as `search` returns them.
+        M: images that are reranked.
+        K, beta: SuperGlobal's number of neighbors that refine a descriptor, and their weight per unit of similarity.
+        method: "superglobal", "mutual", "kreciprocal", "diffusion", or a registered one.
+        device: where to compute; the CPU by default.
+        batch_size: shortlists at a time; memory is a few times (batch_size, M, D + M) float32, float64 for kreciprocal
+            and diffusion.
+        parameters: others of the method (`RERANKERS[method].parameters`); what is not given has the method's default.
+
+    Returns:
+        Scores (Q, k) float32 and ids (Q, k) int64, best first, equal scores by the lower id (kreciprocal and
+        diffusion: in the order of the shortlist).
+
+    Raises:
+        InputError: an unknown method or parameter, a value out of range, ids outside 0..N-1 or repeated, or bad rows.
     """
-    if kind not in KINDS:
-        raise InputError(f"rerank.kind={kind}: expected one of {', '.join(KINDS)}")
-    signature = inspect.signature((_OF_SHORTLISTS | _OF_VECTORS)[kind])
-    return {name: one.default for name, one in signature.parameters.items() if name not in _PLUMBING}
+    reranker = _shortlist_reranker(method)
+    given = {name: value for name, value in (("M", M), ("K", K), ("beta", beta)) if value is not None}
+    values = reranker.complete({**given, **parameters})
+    _check_batch_size(batch_size)
+    rows = as_rows(X, "database")
+    queries = as_queries(Q, rows.dim)
+    shortlist = as_shortlists(ids, len(queries), len(rows))
+    skipped = shortlist[np.isin(shortlist, rows.skipped)]
+    if skipped.size:
+        raise InputError(f"ids: row {skipped[0]} was skipped during extraction; remove it from the shortlist")
+    head = shortlist[:, : values["M"]]
+    target = _indexed(device)
+    scores = np.full(shortlist.shape, -np.inf, np.float32)
+    out = shortlist.copy()
+    for start in range(0, len(queries), batch_size):
+        batch = slice(start, start + batch_size)
+        vectors = rows.take_on(head[batch], target)
+        final = score_batch(reranker, values, queries[batch], vectors, head[batch], "database row")
+        second_key = head[batch] if reranker.ties == "id" else np.broadcast_to(np.arange(head.shape[1]), final.shape)
+        order = np.lexsort((second_key, -final), axis=1)
+        scores[batch, : head.shape[1]] = np.take_along_axis(final, order, axis=1)
+        out[batch, : head.shape[1]] = np.take_along_axis(head[batch], order, axis=1)
+    return scores, out
 
 
-def completed(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a kind: what is given, and its defaults for what is not.
+def rerank_candidates(
+    Q: Any,
+    candidates: Any,
+    K: int | None = None,
+    beta: float | None = None,
+    *,
+    method: str = "superglobal",
+    device: str | torch.device | None = None,
+    batch_size: int = 16,
+    **parameters: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rerank candidates given as vectors, best first, such as the answer of a vector database.
 
-    Raises InputError for one that the kind does not take.
+    Q: (Q, D) with candidates (Q, M, D), or (D,) with (M, D); unit L2 norm. Other arguments: as in `rerank`.
+
+    Returns scores (Q, M) float32 and order (Q, M) int64, positions in `candidates` best first, equal scores by
+    the lower position; both (M,) for a single query. Raises InputError as `rerank` does.
     """
-    defaults = parameters(kind)
-    for name, value in given.items():
-        if name not in defaults:
-            raise InputError(f"rerank.{name}={value}: {kind} has no {name}; it takes {', '.join(defaults)}")
-    return defaults | dict(given)
+    reranker = _shortlist_reranker(method)
+    given = {name: value for name, value in (("K", K), ("beta", beta)) if value is not None}
+    values = reranker.complete({**given, **parameters})
+    _check_batch_size(batch_size)
+    single = np.ndim(Q) == 1
+    vectors = candidates if isinstance(candidates, np.ndarray | torch.Tensor) else np.asarray(candidates)
+    if vectors.ndim != 3 - single or 0 in vectors.shape:
+        raise InputError(
+            f"candidates: expected (Q, M, D) for queries (Q, D), or (M, D) for one query (D,), got shape "
+            f"{tuple(vectors.shape)} for queries {tuple(np.shape(Q))}"
+        )
+    n_queries, depth = (1, len(vectors)) if single else vectors.shape[:2]
+    flat = as_rows(vectors.reshape(n_queries * depth, -1), "candidates")
+    queries = as_queries(Q[None] if single else Q, flat.dim)
+    if len(queries) != n_queries:
+        raise InputError(f"candidates: expected those of {len(queries)} queries, got {n_queries}")
+    scores = np.empty((n_queries, depth), np.float32)
+    out = np.empty((n_queries, depth), np.int64)
+    target = _indexed(device)
+    numbers = np.tile(np.arange(depth), (n_queries, 1))
+    for start in range(0, n_queries, batch_size):
+        batch = slice(start, start + batch_size)
+        shortlists = flat.block_on(start * depth, (start + batch_size) * depth, target).view(-1, depth, flat.dim)
+        final = score_batch(reranker, values, queries[batch], shortlists, numbers[batch], "candidate")
+        out[batch] = np.argsort(-final, axis=1, kind="stable")
+        scores[batch] = np.take_along_axis(final, out[batch], axis=1)
+    return (scores[0], out[0]) if single else (scores, out)
 
 
-def describe(settings: Mapping[str, Any]) -> str:
-    """A `RerankConfig` as plain types in words: the kind and its parameters, or none."""
+def _check_batch_size(batch_size: Any) -> None:
+    if not isinstance(batch_size, int | np.integer) or batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: expected an integer >= 1")
+
+
+def _indexed(device: str | torch.device | None) -> torch.device:
+    """Return the device with its index, as tensors have it; None is the CPU."""
+    return torch.empty(0, device=device or "cpu").device
+
+
+def rerank_label(settings: Mapping[str, Any]) -> str:
+    """Return a `RerankConfig` as plain types in words: the kind and its parameters, or "none"."""
     if not settings["enabled"]:
         return "none"
     kind = settings.get("kind", "superglobal")
-    # A table also has the runs that failed for it.
-    defaults = parameters(kind) if kind in KINDS else {}
-    # Words and switches are told where they are not what the kind is known for.
-    told = {n: settings[n] for n, d in defaults.items() if settings.get(n) is not None}
-    shown = {n: v for n, v in told.items() if not isinstance(v, str | bool) or v != defaults[n]}
-    dropped = ["junk=drop"] if settings.get("junk") == "drop" else []
-    return " ".join([kind, *(f"{n}={v}" for n, v in shown.items()), *dropped])
+    # Tables also list runs that failed because there is no such kind.
+    declared = RERANKERS[kind].parameters if kind in RERANKERS else {}
+    words = [kind]
+    for name, parameter in declared.items():
+        value = settings.get(name)
+        # Texts and switches are shown where they are not the default.
+        if value is not None and not (isinstance(value, str | bool) and value == parameter.default):
+            words.append(f"{name}={value}")
+    return " ".join([*words, "junk=drop"] if settings.get("junk") == "drop" else words)
 
 
 @dataclass(frozen=True)
 class Reranked:
-    """A ranking, scores (Q, k) and ids (Q, k), and what its exact ranks are counted with.
+    """A ranking after reranking, and the vectors that its exact ranks are counted with.
 
-    Where a shortlist was reordered, `shortlist` is `ids` and the vectors are the first stage's; where vectors were
-    changed and searched again, it is None and the vectors are the new ones.
+    Attributes:
+        scores, ids: (Q, k), best first.
+        queries, database: the first stage's vectors, or the new ones where the database was searched again.
+        shortlist: `ids` where a shortlist was reordered; None where the database was searched again.
     """
 
     scores: np.ndarray
@@ -97,28 +205,33 @@ def apply_reranker(
     device: str = "cpu",
     folder: Path | None = None,
 ) -> Reranked:
-    """Rerank, by any kind, what `search` found.
+    """Rerank the result of `search` by any kind of reranker.
 
-    values: as `completed` gives them. Q (Q, D), X: unit L2 norm. ids: (Q, k) of the first stage, which `exclude` was
-    left out of. folder: for a database too large for memory; nothing stays there.
+    Args:
+        kind: name of the reranker.
+        values: its parameters; missing ones have their defaults.
+        Q: (Q, D), unit L2 norm.
+        X: (N, D), unit L2 norm.
+        ids: (Q, k) of the first stage.
+        exclude: (Q,) ids that the first stage left out.
+        backend, device: of a second search.
+        folder: for a database too large for memory; no file is left there.
     """
-    if kind in _OF_SHORTLISTS:
-        scores, order = _OF_SHORTLISTS[kind](Q, X, ids, **values, device=device)
+    reranker = get_reranker(kind)
+    if reranker.searches_again is None:
+        scores, order = rerank(Q, X, ids, method=kind, device=device, **values)
         return Reranked(scores, order, Q, X, order)
-    if kind == "aqe":
-        Q = expand_queries(Q, X, **values, exclude=exclude, backend=backend, device=device)
+    values = reranker.complete(values)
+    if reranker.searches_again == "queries":
+        Q = reranker.function(Q, X, **values, exclude=exclude, backend=backend, device=device)
     else:
-        X = _augmented(X, values, backend, device, folder)
+        large = folder is not None and 4 * X.shape[0] * X.shape[1] > _IN_MEMORY
+        path = folder / "augmented.npy" if folder is not None and large else None
+        try:
+            X = reranker.function(X, **values, path=path, backend=backend, device=device)
+        finally:
+            if path is not None:
+                # The memory map keeps the file's contents until it is released.
+                path.unlink(missing_ok=True)
     scores, order = search(Q, X, ids.shape[1], exclude=exclude, backend=backend, device=device)
     return Reranked(scores, order, Q, X, None)
-
-
-def _augmented(X: Rows, values: Mapping[str, Any], backend: str, device: str, folder: Path | None) -> Rows:
-    large = folder is not None and 4 * X.shape[0] * X.shape[1] > _IN_MEMORY
-    path = folder / "augmented.npy" if folder is not None and large else None
-    try:
-        return augment_database(X, **values, path=path, backend=backend, device=device)
-    finally:
-        if path is not None:
-            # The map keeps the file's contents until it is let go.
-            path.unlink(missing_ok=True)

@@ -264,7 +264,7 @@ def validate_block(block: np.ndarray, first_row: int, name: str, unit: bool = Fa
     if good.all():
         return
     row = int(np.argmin(good))
-    raise InputError(f"{name}: row {first_row + row} {fault(float(norms[row]))}")
+    raise InputError(f"{name}: row {first_row + row} {norm_fault(float(norms[row]))}")
 
 
 def is_unit(norms: np.ndarray) -> np.ndarray:
@@ -272,8 +272,8 @@ def is_unit(norms: np.ndarray) -> np.ndarray:
     return np.abs(norms - 1) <= _UNIT_TOLERANCE
 
 
-def fault(norm: float) -> str:
-    """What is wrong with a descriptor of this norm, and the mend."""
+def norm_fault(norm: float) -> str:
+    """Return what is wrong with a descriptor of this norm, and how to fix it."""
     if not np.isfinite(norm):
         return "has NaN or infinite values; extract it again"
     if norm < 1e-6:
@@ -310,6 +310,29 @@ def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
     if ids.shape != (n_queries,) or ids.dtype.kind not in "iu":
         raise InputError(f"exclude: expected {n_queries} integer ids, one per query, got {ids.dtype} {ids.shape}")
     return ids.astype(np.int64)
+
+
+def as_shortlists(ids: Any, n_queries: int, n_rows: int) -> np.ndarray:
+    """Return shortlists as (Q, k) int64. Raises InputError for a wrong shape, an id out of range or repeated."""
+    array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    if array.ndim != 2 or len(array) != n_queries or not array.shape[1] or array.dtype.kind not in "iu":
+        raise InputError(
+            f"ids: expected integers ({n_queries}, k), one list per query as returned by search, "
+            f"got {array.dtype} {array.shape}"
+        )
+    array = array.astype(np.int64)
+    outside = (array < 0) | (array >= n_rows)
+    if outside.any():
+        query, column = np.argwhere(outside)[0]
+        raise InputError(
+            f"ids: query {query} lists {array[query, column]}, outside the database's 0..{n_rows - 1}; "
+            "are they results of another database?"
+        )
+    ordered = np.sort(array, axis=1)
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
+    if repeated.any():
+        raise InputError(f"ids: query {int(repeated.argmax())} lists an id twice; remove the duplicate")
+    return array
 
 
 def block_size(

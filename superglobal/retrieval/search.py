@@ -1,6 +1,6 @@
 """Exact nearest neighbours by inner product, the same ids from every backend."""
 
-import importlib.util
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,6 +83,17 @@ def merge_shortlists(
     return _best(scores, ids, k or max(s.shape[1] for s, _ in pairs))
 
 
+def faiss_module(label: str = "") -> Any:
+    """Return the module `faiss`. Raises InputError, which begins with `label`, if it is not installed."""
+    try:
+        return importlib.import_module("faiss")  # by name: its type stubs are incomplete
+    except ImportError as error:
+        raise InputError(
+            f"{label}FAISS is not installed: pip install faiss-cpu (or faiss-gpu), or use index=flat, which gives the "
+            "exact result without it"
+        ) from error
+
+
 def _uses_faiss(backend: str, device: torch.device) -> bool:
     if backend not in BACKENDS:
         raise InputError(f"backend: expected auto, faiss or torch, got {backend!r}")
@@ -90,11 +101,7 @@ def _uses_faiss(backend: str, device: torch.device) -> bool:
         return False
     if device.type != "cpu":
         raise InputError(f"backend faiss runs on the CPU, got device {device}; use backend torch")
-    if importlib.util.find_spec("faiss") is None:
-        raise InputError(
-            "backend faiss: FAISS is not installed; pip install faiss-cpu (or faiss-gpu), or use backend torch, which "
-            "gives the same result"
-        )
+    faiss_module("backend faiss: ")
     return True
 
 

@@ -27,7 +27,7 @@ from superglobal.models.factory import load_model
 from superglobal.models.network import RetrievalNetwork
 from superglobal.reporting.results import TEST_MARK, percent
 from superglobal.reporting.runs import flat
-from superglobal.reranking.superglobal import rerank
+from superglobal.reranking.registry import rerank
 from superglobal.retrieval.rows import as_rows
 from superglobal.retrieval.search import search as nearest
 from superglobal.tuning.feature_maps import MapStore, require_room
