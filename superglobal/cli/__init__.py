@@ -44,14 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "superglobal",
         description="Image retrieval with SuperGlobal (ICCV 2023).",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=24, width=110),
+        epilog="commands:\n" + "\n".join(f"  {name:18} {summary}" for name, (_, _, summary) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"superglobal {__version__}")
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, help="`superglobal COMMAND --help` lists its options"
+    parser.add_argument(
+        "command", metavar="COMMAND", choices=COMMANDS, help="`superglobal COMMAND --help` lists its options"
     )
-    for name, (_, _, summary) in COMMANDS.items():
-        commands.add_parser(name, help=summary, add_help=False)
     command = parser.parse_args(words[:1] or ["--help"]).command
     module, function, _ = COMMANDS[command]
     try:

@@ -51,11 +51,11 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
     run with the `sys.argv` that the task sees, so the task restores it.
     """
     global _process_arguments
-    register()
     _process_arguments = sys.argv
     if arguments is not None:
         sys.argv = [sys.argv[0], *arguments]
     try:
+        register()
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
     finally:
         sys.argv = _process_arguments

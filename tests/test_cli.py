@@ -1,0 +1,54 @@
+"""The command `superglobal`: its help, its version, its exit status, and that it fits the programs of a checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import superglobal
+from superglobal import cli
+
+
+def test_help_lists_every_command_in_a_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, (_, _, summary) in cli.COMMANDS.items():
+        assert any(line.split() == [name, *summary.split()] for line in lines), name
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        sys.exit(cli.main([command, "--help"]))
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert f"superglobal {command} " in text or f"python {command.replace('evaluate', 'eval')}.py " in text
+    assert len(text.splitlines()) > 5
+
+
+def test_version_and_module():
+    for words in (["--version"], ["store", "--help"]):
+        done = subprocess.run([sys.executable, "-m", "superglobal", *words], capture_output=True, text=True, check=True)
+        assert f"superglobal {superglobal.__version__}" in done.stdout or "usage: superglobal store" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["describe"], "invalid choice: 'describe'"),
+        (["store", "info", "nowhere"], "error: nowhere"),
+        (["visualize", "."], "error: .: "),
+        (["export", "nowhere.safetensors", "x.onnx"], "error: weights=nowhere.safetensors: no such file"),
+        (["evaluate", "dataset=roxford5k", "weights=random", "backbone=test_resnet", "hydra.run.dir=."], "error: "),
+    ],
+)
+def test_a_mistake_ends_with_a_message_and_status_2(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        sys.exit(cli.main(words))
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
