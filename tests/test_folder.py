@@ -69,7 +69,7 @@ def test_labelled_queries(tmp_path: Path) -> None:
     assert found.clusters == ["elsewhere", "tower"]
     assert not found.leave_one_out
     assert [entry(found.gnd, i) for i in range(2)] == [([], []), ([1, 2], [])]
-    with pytest.raises(InputError, match="no query has another photo of its label"):
+    with pytest.raises(InputError, match="no query has another image of its label"):
         folder_set(root, fill(tmp_path / "other", "castle/q.jpg"), labels=True)
 
 
@@ -90,7 +90,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     root = fill(tmp_path / "db", "a/1.jpg", "a/2.jpg", "stray.jpg")
-    with pytest.raises(InputError, match=r"dataset\.query=.*dataset\.labels=true"):
+    with pytest.raises(InputError, match=r"dataset\.query .*dataset\.labels=true"):
         folder_set(root)
     with pytest.raises(InputError, match=r"stray\.jpg has no label"):
         folder_set(root, labels=True)
@@ -100,10 +100,10 @@ def test_refusals(tmp_path: Path) -> None:
         folder_set(root / "stray.jpg", root)
     with pytest.raises(InputError, match="query folder not found"):
         folder_set(root, tmp_path / "nowhere")
-    with pytest.raises(InputError, match="single file and has no label"):
+    with pytest.raises(InputError, match="is a file and has no label"):
         folder_set(root, root / "stray.jpg", labels=True)
     (tmp_path / "empty" / "deep").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"no photos under database folder .*jpg jpeg png webp bmp tif tiff gif"):
+    with pytest.raises(InputError, match=r"no images under database folder .*jpg jpeg png webp bmp tif tiff gif"):
         folder_set(tmp_path / "empty", root)
-    with pytest.raises(InputError, match="no query has another photo"):
+    with pytest.raises(InputError, match="no query has another image"):
         folder_set(fill(tmp_path / "single", "a/1.jpg", "b/1.jpg"), labels=True)

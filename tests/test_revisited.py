@@ -104,7 +104,7 @@ class Call:
 def test_hostile_pickle_runs_nothing(attack: Any, named: str, protocol: int, tmp_path: Path) -> None:
     canary = tmp_path / "canary.npy"
     path = write(tmp_path / "gnd_evil.pkl", truth(easy=attack(canary)), protocol)
-    with pytest.raises(InputError, match=rf"gnd_evil\.pkl asks for [\w.]*({named})"):
+    with pytest.raises(InputError, match=rf"gnd_evil\.pkl: .* asks for [\w.]*({named})"):
         load_ground_truth(path)
     assert not canary.exists()
     pickle.loads(path.read_bytes())  # the attack is a real one: an ordinary load runs it
@@ -143,17 +143,17 @@ def test_damaged_pickles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"easy": [4]}, r"query 0 \(old_hall_000013\), easy: index 4 is outside 0\.\.3"),
-        ({"junk": [-1]}, r"junk: index -1 is outside"),
-        ({"hard": [0]}, r"hard: index 0 was in easy already"),
-        ({"easy": [3, 3]}, r"easy: index 3 was in easy already"),
-        ({"easy": [0.5]}, r"easy: 0\.5 is not an image index"),
-        ({"easy": [float("nan")]}, r"easy: nan is not"),
-        ({"easy": ["0"]}, r"easy: '0' is not"),
-        ({"easy": range(10**12)}, r"easy: 1000000000000 ids for 4"),
-        ({"easy": 3}, r"easy: expected a list, found int"),
-        ({"bbx": [1, 2, 3]}, r"query 0 \(old_hall_000013\), bbx: expected four numbers"),
-        ({"bbx": [1, 2, 3, float("inf")]}, r"bbx: expected four numbers"),
+        ({"easy": [4]}, r"query 0 \(old_hall_000013\), easy: index 4, expected 0 to 3"),
+        ({"junk": [-1]}, r"junk: index -1, expected"),
+        ({"hard": [0]}, r"hard: index 0 is also in easy"),
+        ({"easy": [3, 3]}, r"easy: index 3 is also in easy"),
+        ({"easy": [0.5]}, r"easy: 0\.5, expected an index"),
+        ({"easy": [float("nan")]}, r"easy: nan, expected"),
+        ({"easy": ["0"]}, r"easy: '0', expected"),
+        ({"easy": range(10**12)}, r"easy: 1000000000000 indices, expected at most 4"),
+        ({"easy": 3}, r"easy: int, expected a list"),
+        ({"bbx": [1, 2, 3]}, r"query 0 \(old_hall_000013\), bbx: \[1, 2, 3\], expected four numbers"),
+        ({"bbx": [1, 2, 3, float("inf")]}, r"bbx: .*expected four numbers"),
     ],
 )
 def test_contradictory_ground_truth(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_missing_fields(tmp_path: Path) -> None:
     del data["gnd"][1]["hard"]
     with pytest.raises(InputError, match=r"query 1 \(gate\), hard is missing"):
         load_ground_truth(write(tmp_path / "gnd.pkl", data))
-    with pytest.raises(InputError, match="gnd has 1 entries for the 2 queries"):
+    with pytest.raises(InputError, match="gnd has 1 entries, expected 2"):
         load_ground_truth(write(tmp_path / "gnd.pkl", truth() | {"gnd": truth()["gnd"][:1]}))
     with pytest.raises(InputError, match="expected a dict"):
         load_ground_truth(write(tmp_path / "gnd.pkl", [1, 2]))
@@ -191,7 +191,7 @@ def test_revisited_set(tmp_path: Path) -> None:
     assert [item.box for item in revisited_set(tmp_path, "mine", crop_query=False).queries] == [None, None]
     data["imlist"][1] = "../../etc/passwd"
     write(tmp_path / "mine" / "gnd_mine.pkl", data)
-    with pytest.raises(InputError, match="not a plain name"):
+    with pytest.raises(InputError, match="not a relative path"):
         revisited_set(tmp_path, "mine")
 
 
@@ -203,10 +203,10 @@ def test_landmarks_follow_the_positives(tmp_path: Path) -> None:
     assert landmarks == ["a", "b", "a", "a", "e", "f"]  # c joins a and d (2 of 6); e shares 1 of 7 with d
 
 
-def test_missing_set_says_where_it_is_had(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gnd_roxford5k\.pkl(.|\n)*https://(.|\n)*download\.py roxford5k"):
+def test_missing_set_names_the_download_command(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gnd_roxford5k\.pkl(.|\n)*https://(.|\n)*superglobal download roxford5k"):
         revisited_set(tmp_path, "roxford5k")
-    with pytest.raises(InputError, match=r"download\.py rparis6k"):
+    with pytest.raises(InputError, match=r"superglobal download rparis6k"):
         revisited_set(tmp_path, "rparis6k")
     with pytest.raises(InputError, match=r"mine is expected as .*mine/gnd_mine\.pkl"):
         revisited_set(tmp_path, "mine")
@@ -245,10 +245,10 @@ def test_distractors(tmp_path: Path) -> None:
     names = ["a b.JPG", "sub/c.png", "d.jpg"]
     assert [item.path for item in load_distractors(tmp_path, "extra")] == [folder / "jpg" / n for n in names]
     for lines, message in [
-        ("a.jpg\nb.jpg\na\n", r"lists a\.jpg twice"),
-        ("/etc/passwd\n", "not a plain name"),
-        ("x/../../y.jpg\n", "not a plain name"),
-        ("\n\n", "lists no images"),
+        ("a.jpg\nb.jpg\na\n", r"a\.jpg is listed twice"),
+        ("/etc/passwd\n", "not a relative path"),
+        ("x/../../y.jpg\n", "not a relative path"),
+        ("\n\n", "extra.txt: empty"),
     ]:
         (folder / "extra.txt").write_text(lines)
         with pytest.raises(InputError, match=message):
@@ -256,7 +256,7 @@ def test_distractors(tmp_path: Path) -> None:
     (folder / "extra.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="UTF-8"):
         load_distractors(tmp_path, "extra")
-    with pytest.raises(InputError, match=r"revisitop1m\.txt(.|\n)*download\.py revisitop1m"):
+    with pytest.raises(InputError, match=r"revisitop1m\.txt(.|\n)*superglobal download revisitop1m"):
         load_distractors(tmp_path, "revisitop1m")
 
 
@@ -272,8 +272,8 @@ def test_one_message_lists_everything_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         require_images(sets, also=["weights not found: w.pth"])
     text = str(error.value)
-    assert "database: of 9 images 7 missing, 1 unreadable" in text
-    assert "queries: of 1 images 0 missing, 1 unreadable" in text
+    assert "database: 7 of 9 images missing, 1 corrupt" in text
+    assert "queries: 0 of 1 images missing, 1 corrupt" in text
     assert f"{cut}: truncated JPEG" in text
     assert text.count("gone_") == 5
     assert "and 3 more" in text

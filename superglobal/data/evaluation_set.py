@@ -1,4 +1,4 @@
-"""What an evaluation runs on: queries, database, distractors, and the check that every file is there."""
+"""Evaluation sets: queries, database, ground truth and distractors, their loaders, and the check of their images."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from superglobal.data.image_checks import CheckReport, check_images
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
 
-_SHOWN = 5
-NOTHING_COMPUTED = "nothing was computed, because input is missing or unreadable:"
+_MAX_LISTED = 5
+NOTHING_COMPUTED = "nothing was computed, because images are missing or corrupt:"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RetrievalTruth:
-    """Which images of a database are relevant to which queries, in GLDv2's retrieval task.
+    """Ground truth of the retrieval task of GLDv2: the relevant database images of each query.
 
     Attributes:
-        queries, database: (Q,) and (N,) S16 image ids.
-        relevant: per query its relevant rows of the database, (n,) int64.
-        parts: name ("public", "private", "all") -> (Q,) bool, the queries of that part.
-        clusters: (Q,) the landmark of each query.
+        queries: (Q,) S16 image ids.
+        database: (N,) S16 image ids.
+        relevant: for each query its relevant rows of the database, (n,) int64.
+        parts: (Q,) bool masks of the queries of "public", "private" and "all".
+        clusters: (Q,) landmark of each query.
     """
 
     queries: np.ndarray
@@ -43,13 +45,13 @@ class RetrievalTruth:
 
 @dataclass(frozen=True)
 class RecognitionTruth:
-    """Which landmarks the queries of GLDv2's recognition task show, and those of the database that vote for them.
+    """Ground truth of the recognition task of GLDv2: the landmarks of the queries and of the database images.
 
     Attributes:
         queries: (Q,) S16 image ids.
-        truth: per query its landmarks, (n,) int64; empty if it shows no landmark.
-        labels: (N,) int64, the landmark of each database row.
-        parts: name ("public", "private", "all") -> (Q,) bool, the queries of that part.
+        truth: for each query its landmarks, (n,) int64; empty if it shows none.
+        labels: (N,) int64 landmark of each database row.
+        parts: (Q,) bool masks of the queries of "public", "private" and "all".
         neighbors: number of nearest neighbors that vote.
         votes: weight of a vote, see `superglobal.metrics.gldv2.vote`.
     """
@@ -64,11 +66,20 @@ class RecognitionTruth:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Queries, database and, where there is one, the ground truth.
+    """Queries, database and, if it is known, the ground truth.
 
-    `protocols` says what a gnd entry holds: "revisited" has int64 arrays `easy`, `hard`, `junk` (and `bbx`),
-    "labels" has int64 arrays `positive`, `junk`, "landmarks" has `positive` and a `landmark_truth`;
-    with "none", `gnd` is None.
+    Attributes:
+        name: name of the set.
+        queries, database: images, in the order of their descriptors.
+        gnd: for each query a dict of id arrays, (n,) int64, see `protocols`; None without ground truth.
+        clusters: landmark or label of each query, the unit that the bootstrap resamples.
+        protocols: keys of the dicts in `gnd`: "revisited" has `easy`, `hard`, `junk` (and `bbx`), "labels" has
+            `positive` and `junk`, "landmarks" has `positive`, and the set a `landmark_truth`; "none" has no `gnd`.
+        leave_one_out: the queries are the database images, and each ranking excludes its query.
+        root: folder of the set; image names are relative to it.
+        how_to_get: expected layout and download command, the end of the message about missing images.
+        landmark_truth: ground truth of the metrics of GLDv2, which replace average precision by `gnd`.
+        about: further facts that the results record, JSON types.
     """
 
     name: str
@@ -76,21 +87,16 @@ class EvaluationSet:
     database: Sequence[ImageItem]
     gnd: list[dict[str, Any]] | None
     clusters: Sequence[str] | None
-    """The landmark or label of each query: the unit that the bootstrap draws."""
     protocols: Literal["revisited", "labels", "landmarks", "none"]
     leave_one_out: bool
-    """Whether the queries are the database itself, each with its own id as junk."""
     root: Path
     how_to_get: str
-    """Expected layout and where the files are had; ends the message about missing ones."""
     landmark_truth: RetrievalTruth | RecognitionTruth | None = None
-    """Ground truth of GLDv2's metrics, where they take the place of average precision by `gnd`."""
     about: dict[str, Any] = field(default_factory=dict)
-    """Plain facts for the record of a result."""
 
 
 Loader = Callable[..., EvaluationSet]
-"""Load an evaluation set from keyword arguments, which are settings of `conf/dataset`."""
+"""Function that loads an evaluation set; its keyword arguments are settings of `conf/dataset`."""
 _LOADERS: dict[str, Loader] = {}
 # These modules register no loaders, and importing Lightning and torchvision takes seconds.
 _WITHOUT_LOADERS = {"datamodules", "train_dataset"}
@@ -137,52 +143,57 @@ def load_evaluation_set(kind: str, **settings: Any) -> EvaluationSet:
 
 
 def leave_one_out_truth(labels: np.ndarray) -> list[dict[str, Any]]:
-    """Ground truth of images that are searched for among one another, each excluded from its own ranking.
+    """Return the ground truth of images that are all queries and all database images.
 
     Args:
-        labels: (n,) of the images.
+        labels: (n,) label of each image.
 
     Returns:
-        Per image {"positive": int64 ids of the others with its label}.
+        For each image {"positive": (m,) int64 ids of the other images with its label}.
     """
     order = np.argsort(labels, kind="stable")
-    _, start, count = np.unique(labels[order], return_index=True, return_counts=True)
-    found: list[dict[str, Any]] = [{} for _ in labels]
-    for first, members in zip(start, count, strict=True):
-        same = order[first : first + members]
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    truth: list[dict[str, Any]] = [{} for _ in labels]
+    for start, count in zip(starts, counts, strict=True):
+        same = order[start : start + count]
         for image in same:
-            found[image] = {"positive": same[same != image]}
-    return found
+            truth[image] = {"positive": same[same != image]}
+    return truth
 
 
 def image_path(folder: Path, name: str, source: Path) -> Path:
-    """The file that a list's line means: `name` inside `folder`, with ".jpg" if it names no image extension.
+    """Return the path of an image in a list: `name` inside `folder`, with ".jpg" if it has no image extension.
+
+    Args:
+        folder: folder of the images.
+        name: line or entry of the list.
+        source: the list, for the error message.
 
     Raises:
-        InputError: `name` is empty, absolute or leads out of `folder`; `source` is the list that has it.
+        InputError: the name is empty, absolute, or leads out of the folder.
     """
     relative = PurePosixPath(name)
     if not name.strip() or relative.is_absolute() or ".." in relative.parts or "\0" in name:
-        raise InputError(f"{source}: image name {name!r} is not a plain name inside {folder}; correct the list")
+        raise InputError(f"{source}: image name {name!r} is not a relative path inside {folder}; correct the list")
     return folder / (name if relative.suffix.lower() in IMAGE_EXTENSIONS else f"{name}.jpg")
 
 
 def how_to_get_distractors(root: Path, name: str) -> str:
-    """Layout of a distractor set and, for revisitop1m, the command that gets it."""
+    """Return the layout of a distractor set and, for revisitop1m, the download command."""
     base = Path(root) / name
-    text = f"{name} is expected as {base}/{name}.txt (one file name a line) and {base}/jpg/<line>"
+    text = f"{name} is expected as {base}/{name}.txt (one file name per line) and {base}/jpg/<line>"
     if name in SOURCES:
-        text += f"; this gets it from {SOURCES[name].page}: {download_command(name, base)}"
+        text += f"; download it from {SOURCES[name].page}: {download_command(name, base)}"
     return text
 
 
 def load_distractors(root: str | Path, name: str) -> list[ImageItem]:
-    """Images of `<root>/<name>/jpg/` in the order of the list file `<root>/<name>/<name>.txt`.
+    """Load the images `<root>/<name>/jpg/<line>` of the list `<root>/<name>/<name>.txt`, in its order.
 
-    One file name a line, blank lines ignored, ".jpg" added where the extension is missing.
+    The list has one file name per line. Blank lines are ignored; ".jpg" is appended to names without an extension.
 
     Raises:
-        InputError: no list file, an empty one, a name that comes twice or leads out of the folder.
+        InputError: the list is missing, empty or not UTF-8, or a name is repeated or leads out of the folder.
     """
     folder = Path(root) / name
     source = folder / f"{name}.txt"
@@ -192,44 +203,41 @@ def load_distractors(root: str | Path, name: str) -> list[ImageItem]:
         hint = how_to_get_distractors(Path(root), name)
         raise InputError(f"list of distractors not found: {source}\n{hint}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{source} is not UTF-8 text; expected one file name a line") from error
+        raise InputError(f"{source}: not UTF-8 text; expected one file name per line") from error
     paths = [image_path(folder / "jpg", line, source) for line in lines if line]
     if not paths:
-        raise InputError(f"{source} lists no images; expected one file name a line")
-    if len(set(paths)) < len(paths):
-        seen: set[Path] = set()
-        twice = next(path for path in paths if path in seen or seen.add(path))  # type: ignore[func-returns-value]
-        raise InputError(f"{source} lists {twice.name} twice; remove the duplicate")
+        raise InputError(f"{source}: empty; expected one file name per line")
+    seen: set[Path] = set()
+    for path in paths:
+        if path in seen:
+            raise InputError(f"{source}: {path.name} is listed twice; remove the duplicate")
+        seen.add(path)
     return [ImageItem(path) for path in paths]
 
 
 def require_images(
-    sets: Sequence[tuple[str, Sequence[ImageItem], str]],
-    also: Sequence[str] = (),
-    workers: int | None = None,
+    sets: Sequence[tuple[str, Sequence[ImageItem], str]], also: Sequence[str] = (), workers: int | None = None
 ) -> dict[str, CheckReport]:
-    """Check every image of every set before anything is computed.
+    """Check the images of all sets before anything is computed.
 
     Args:
-        sets: (title, images, how_to_get) each; titles differ.
-        also: other things found missing (weights, ...), to be told in the same message.
-        workers: threads of `check_images`.
+        sets: (title, images, hint) of each set: a unique title, and how to get the images, for the error message.
+        also: messages about other missing input, such as weights, to add to the error message.
+        workers: number of threads of `check_images`.
 
     Returns:
-        title -> report without problems.
+        The report of each title, without problems.
 
     Raises:
-        InputError: anything is missing or unreadable: one message with, per title, the counts, the first five
-            files with their reasons, the layout and where it is had, and then `also`.
+        InputError: images are missing or corrupt. The message has the counts and the first five files of each set.
     """
     reports = {title: check_images(items, workers) for title, items, _ in sets}
     lines: list[str] = []
     hints: list[str] = []
-    for title, items, how_to_get in sets:
+    for title, items, hint in sets:
         if reports[title].problems:
             lines += problem_lines(title, len(items), reports[title].problems)
-            if how_to_get not in hints:  # queries and database mostly share theirs
-                hints.append(how_to_get)
+            hints += [] if hint in hints else [hint]
     lines += [*hints, *also]
     if lines:
         raise InputError("\n".join([NOTHING_COMPUTED, *lines]))
@@ -237,111 +245,91 @@ def require_images(
 
 
 def problem_lines(title: str, total: int, problems: Sequence[tuple[Path | str, str]]) -> list[str]:
-    """Lines for a message: how many of `total` images are missing or unreadable, and the first five with reasons.
+    """Return lines for a message: the number of missing and corrupt images, and the first five with their reasons.
 
     Args:
-        title: what the images are.
-        problems: place and reason of each; of a missing one the reason begins with "missing".
+        title: description of the images.
+        total: number of images.
+        problems: (path, reason) of each image with a problem; the reason of a missing one starts with "missing".
     """
     missing = sum(reason.startswith("missing") for _, reason in problems)
-    lines = [f"{title}: of {total} images {missing} missing, {len(problems) - missing} unreadable"]
-    lines += [f"  {place}: {reason}" for place, reason in problems[:_SHOWN]]
-    if len(problems) > _SHOWN:
-        lines.append(f"  ... and {len(problems) - _SHOWN} more")
+    lines = [f"{title}: {missing} of {total} images missing, {len(problems) - missing} corrupt"]
+    lines += [f"  {path}: {reason}" for path, reason in problems[:_MAX_LISTED]]
+    if len(problems) > _MAX_LISTED:
+        lines.append(f"  ... and {len(problems) - _MAX_LISTED} more")
     return lines
 
 
-T = TypeVar("T")
-
-
 class LazySequence(Sequence[T], Generic[T]):
-    """`make(0)`, ..., `make(count - 1)`; a slice is a list. Goes to other processes if `make` does."""
+    """Sequence of `make(0)`, ..., `make(count - 1)`, computed on access. A slice is a list."""
 
     def __init__(self, count: int, make: Callable[[int], T]) -> None:
-        self._places = range(count)
+        self._indices = range(count)
         self._make = make
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     @overload
-    def __getitem__(self, place: SupportsIndex) -> T: ...
+    def __getitem__(self, index: SupportsIndex) -> T: ...
 
     @overload
-    def __getitem__(self, place: slice) -> list[T]: ...
+    def __getitem__(self, index: slice) -> list[T]: ...
 
-    def __getitem__(self, place: SupportsIndex | slice) -> T | list[T]:
-        chosen = self._places[place]
-        return self._make(chosen) if isinstance(chosen, int) else [self._make(i) for i in chosen]
+    def __getitem__(self, index: SupportsIndex | slice) -> T | list[T]:
+        selected = self._indices[index]
+        return self._make(selected) if isinstance(selected, int) else [self._make(i) for i in selected]
 
 
+# The functions of these sequences are module-level functions, so that worker processes can unpickle them.
 def tree_items(root: Path, ids: np.ndarray) -> LazySequence[ImageItem]:
-    """The photos `<root>/a/b/c/<id>.jpg` of (N,) S16 ids."""
+    """Return the images `<root>/a/b/c/<id>.jpg` of (N,) S16 ids."""
     return LazySequence(len(ids), partial(_tree_item, root, ids))
 
 
 def chain_sequences(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
-    """One sequence behind the other, neither copied."""
-    return LazySequence(len(first) + len(second), partial(_either, first, second)) if len(second) else first
+    """Return the concatenation of two sequences without copying them."""
+    return LazySequence(len(first) + len(second), partial(_chained_item, first, second)) if len(second) else first
 
 
 def file_names(items: Sequence[ImageItem], root: Path) -> LazySequence[str]:
-    """Each image's path below `root`, or the whole path of one that lies elsewhere."""
+    """Return the path of each image relative to `root`, or its whole path if it is elsewhere."""
     return LazySequence(len(items), partial(_file_name, items, root))
 
 
-def _tree_item(root: Path, ids: np.ndarray, place: int) -> ImageItem:
-    return ImageItem(root / tree_path(ids[place]))
+def _tree_item(root: Path, ids: np.ndarray, index: int) -> ImageItem:
+    return ImageItem(root / tree_path(ids[index]))
 
 
-def _either(first: Sequence[T], second: Sequence[T], place: int) -> T:
-    return first[place] if place < len(first) else second[place - len(first)]
+def _chained_item(first: Sequence[T], second: Sequence[T], index: int) -> T:
+    return first[index] if index < len(first) else second[index - len(first)]
 
 
-def _file_name(items: Sequence[ImageItem], root: Path, place: int) -> str:
-    path = items[place].path
+def _file_name(items: Sequence[ImageItem], root: Path, index: int) -> str:
+    path = items[index].path
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
-Sets = dict[str, np.ndarray]  # of one query: set name -> ids, or -> ranks
-
-
-def concatenated(arrays: Iterable[Any]) -> np.ndarray:
-    return np.concatenate([np.empty(0, np.int64), *(np.asarray(one, np.int64) for one in arrays)])
-
-
-_SAME_LANDMARK = 0.25
+_MIN_OVERLAP = 0.25
 
 
 def landmarks(positives: Sequence[Iterable[int]]) -> list[int]:
-    """The landmark of each query, as the number of the first query that shows the same one.
+    """Group queries by landmark and return for each query the index of the first query of its landmark.
 
-    Two queries show the same landmark if their positives have an intersection over union of at least 0.25,
-    directly or through others. File names do not tell: `oxford_*` queries of ROxford5k belong to eight landmarks.
-    The rule finds 12 there (its 11 buildings, one Balliol query on its own) and the 11 of RParis6k, for any
-    threshold between 0.1 and 0.5.
+    Two queries show the same landmark if the intersection over union of their positives is at least 0.25, or if other
+    queries link them. File names do not tell: `oxford_*` queries of ROxford5k show eight landmarks. The rule finds 12
+    landmarks there (its 11 buildings; one Balliol query is alone) and the 11 of RParis6k, for any threshold between 0.1
+    and 0.5.
+
+    Args:
+        positives: ids of the positives of each query.
     """
-    sets = [set(map(int, one)) for one in positives]
+    sets = [set(map(int, ids)) for ids in positives]
     first = list(range(len(sets)))
-    for i, mine in enumerate(sets):
-        for j, theirs in enumerate(sets[:i]):
-            common = len(mine & theirs)
-            if common and common >= _SAME_LANDMARK * (len(mine) + len(theirs) - common):
+    for i, current in enumerate(sets):
+        for j, earlier in enumerate(sets[:i]):
+            common = len(current & earlier)
+            if common and common >= _MIN_OVERLAP * (len(current) + len(earlier) - common):
                 low, high = sorted((first[i], first[j]))
                 first = [low if f == high else f for f in first]
     return first
-
-
-def _joined(sets: Sets, query: int, n_rows: int | None) -> np.ndarray:
-    """All ids of a query's sets, which must be disjoint and inside the database."""
-    ids = concatenated(sets.values())
-    unique, counts = np.unique(ids, return_counts=True)
-    if (counts > 1).any():
-        raise InputError(f"ground truth of query {query}: image {unique[counts > 1][0]} is listed more than once")
-    if len(unique) and (unique[0] < 0 or (n_rows is not None and unique[-1] >= n_rows)):
-        bad = unique[0] if unique[0] < 0 else unique[-1]
-        raise InputError(
-            f"ground truth of query {query}: image {bad} is outside the database of {n_rows} descriptors; "
-            "do they belong to the same data set?"
-        )
-    return ids

@@ -1,8 +1,11 @@
-"""Your own photos: a folder as database, queries beside it, and labels, if wanted, by sub-folder."""
+"""Load your own images: a database folder, query images, and optional labels by sub-folder."""
+
+from __future__ import annotations
 
 import logging
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +22,11 @@ log = logging.getLogger(__name__)
 def folder_set(
     database: str | Path, query: str | Path | None = None, labels: bool = False, name: str = "folder"
 ) -> EvaluationSet:
-    """An evaluation set of the photos under `database`, in the order of their relative paths.
+    """Load an evaluation set of the images under a folder, in the order of their relative paths.
 
-    - `query` given, no labels: ranked lists only.
-    - `labels`: a photo's label is its first-level sub-folder. Without `query` each database photo is a query
-      against all others (leave-one-out, its own id is junk). With `query`, a folder with sub-folders of the
-      same names, the positives are the database photos of the query's label; the query's own file, should
-      the database have it, is junk.
-
-    The images of a query folder inside the database folder stay part of the database.
+    With `query` and without labels there is no ground truth. With labels, the positives of a query are the database
+    images of its label, and its own file in the database is junk. Without `query`, each database image is a query
+    against all others. The images of a query folder inside the database folder stay part of the database.
 
     Args:
         database: folder of the database images.
@@ -36,26 +35,26 @@ def folder_set(
         name: name of the set.
 
     Raises:
-        InputError: no such folder, no photos in it, photos without a label, labels that match nothing, or
-            neither `query` nor `labels`.
+        InputError: a folder is missing or has no images, images have no label, no label occurs twice, or neither
+            `query` nor `labels` is given.
     """
     database = Path(database)
     if query is None and not labels:
         raise InputError(
-            f"nothing to search for in {database}: give queries by dataset.query=FILE_OR_FOLDER, or "
-            "dataset.labels=true for leave-one-out over sub-folders"
+            f"{database}: no queries; set dataset.query to an image or a folder, or dataset.labels=true to use each "
+            "image as a query"
         )
-    paths = _photos(database, "database")
-    queries = paths if query is None else _query_photos(Path(query), labels)
+    paths = _list_images(database, "database")
+    queries = paths if query is None else _query_images(Path(query), labels)
     gnd, clusters = None, None
     if labels:
         clusters = [_label(path, database if query is None else Path(query)) for path in queries]
-        gnd = _label_gnd(queries, clusters, paths, [_label(path, database) for path in paths])
+        gnd = _ground_truth(queries, clusters, paths, [_label(path, database) for path in paths])
         if not any(len(entry["positive"]) for entry in gnd):
-            place = database if query is None else f"{query} and {database}"
+            folders = database if query is None else f"{query} and {database}"
             raise InputError(
-                f"no query has another photo of its label in the database ({place}); expected sub-folders "
-                "of the same names, or several photos in one. Rename them or set dataset.labels=false"
+                f"no query has another image of its label in the database ({folders}); expected several images in a "
+                "sub-folder, or sub-folders of the same names. Rename them, or set dataset.labels=false"
             )
     return EvaluationSet(
         name=name,
@@ -66,68 +65,66 @@ def folder_set(
         protocols="labels" if labels else "none",
         leave_one_out=query is None,
         root=database,
-        how_to_get=f"{name}: photos anywhere under {database}; remove or replace the files named above",
+        how_to_get=f"{name} has all images under {database}; remove or replace the files listed above",
     )
 
 
-def _query_photos(query: Path, labels: bool) -> list[Path]:
+def _query_images(query: Path, labels: bool) -> list[Path]:
     if not query.is_file():
-        return _photos(query, "query")
+        return _list_images(query, "query")
     if labels:
         raise InputError(
-            f"query {query} is a single file and has no label; give a folder with sub-folders named as the "
-            "database's, or set dataset.labels=false"
+            f"query {query} is a file and has no label; expected a folder with sub-folders named as in the database. "
+            "Set dataset.query to a folder, or dataset.labels=false"
         )
     return [query]
 
 
-def _photos(folder: Path, role: str) -> list[Path]:
-    """All photos under `folder`, links followed, hidden ones left out, by relative POSIX path."""
+def _list_images(folder: Path, role: str) -> list[Path]:
+    """Return all images under a folder, sorted by relative path; links are followed, hidden files are ignored."""
     if not folder.is_dir():
-        raise InputError(f"{role} folder not found: {folder}; set dataset.{role}= to a folder of photos")
-    found: list[Path] = []
+        raise InputError(f"{role} folder not found: {folder}; set dataset.{role} to a folder of images")
+    images: list[Path] = []
     others: list[str] = []
-    seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
-        if real not in seen:
-            found += [Path(place, f) for f in files if _is_photo(f)]
-            others += [f for f in sorted(files) if not f.startswith(".") and not _is_photo(f)]
-        seen.add(real)
+    visited: set[str] = set()
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        folders[:] = [] if real in visited else sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(files) if real not in visited else ():
+            if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith("."):
+                images.append(Path(directory, name))
+            elif not name.startswith("."):
+                others.append(name)
+        visited.add(real)
     if others:
-        log.warning("%s: %d files left out that are no photos by their names, e.g. %s", folder, len(others), others[0])
-    if not found:
+        log.warning("%s: ignored %d files without an image extension, e.g. %s", folder, len(others), others[0])
+    if not images:
         extensions = " ".join(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
-        raise InputError(f"no photos under {role} folder {folder}; looked for files ending in {extensions}")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _is_photo(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_EXTENSIONS)
+        raise InputError(f"no images under {role} folder {folder}; expected files ending in {extensions}")
+    return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def _label(path: Path, root: Path) -> str:
     parts = path.relative_to(root).parts
     if len(parts) < 2:
         raise InputError(
-            f"{path} has no label: with dataset.labels=true each photo lies in a sub-folder of {root} "
-            "that names its label. Move it, or set dataset.labels=false"
+            f"{path} has no label: with dataset.labels=true, expected images in sub-folders of {root} named by their "
+            "labels. Move the image, or set dataset.labels=false"
         )
     return parts[0]
 
 
-def _label_gnd(
-    queries: list[Path], query_labels: list[str], database: list[Path], labels: list[str]
+def _ground_truth(
+    queries: Sequence[Path], query_labels: Sequence[str], database: Sequence[Path], labels: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Per query {"positive": ids, "junk": ids}, int64; junk is the query's own file."""
+    """Return for each query {"positive": ids, "junk": ids}, (n,) int64; junk is the file of the query itself."""
     members: dict[str, list[int]] = defaultdict(list)
     for i, label in enumerate(labels):
         members[label].append(i)
-    own = {os.path.realpath(path): i for i, path in enumerate(database)}
+    index_of = {os.path.realpath(path): i for i, path in enumerate(database)}
     gnd = []
     for path, label in zip(queries, query_labels, strict=True):
-        same = own.get(os.path.realpath(path), -1)
+        same = index_of.get(os.path.realpath(path), -1)
         positive = np.array(members.get(label, []), dtype=np.int64)
         junk = [] if same < 0 else [same]
         gnd.append({"positive": positive[positive != same], "junk": np.array(junk, dtype=np.int64)})

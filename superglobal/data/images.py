@@ -1,11 +1,11 @@
-"""Photos as arrays: read strictly, with the reference's pixels.
+"""Read images strictly, with the pixels of the reference implementation.
 
-The reference reads with `cv2.imread(path, cv2.IMREAD_COLOR)` (its test/dataset.py). cv2 answers a truncated file
-with a half-grey picture and no error, so Pillow, which refuses it, decodes here. Both bundle libjpeg-turbo;
-for 8-bit JPEG, PNG, WebP, BMP and TIFF their pixels were measured identical. Where the two differ (CMYK,
-16 bits, TIFF with alpha, rare formats) Pillow vouches for the file and cv2 gives the pixels.
+The reference reads with `cv2.imread(path, cv2.IMREAD_COLOR)` (its test/dataset.py). OpenCV returns a half-gray image
+for a truncated file, without an error. Pillow raises one, so it decodes here. Both use libjpeg-turbo, and their pixels
+are identical for 8-bit JPEG, PNG, WebP, BMP and TIFF. Where they differ (CMYK, 16 bits, TIFF with alpha, rare formats),
+Pillow validates the file and OpenCV decodes it.
 
-What no decoder here reports is damage inside a JPEG's scan that leaves its structure whole: libjpeg paints on.
+Neither decoder reports damage inside the scan of a JPEG that leaves its structure valid.
 """
 
 import io
@@ -45,42 +45,42 @@ _open_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class ImageItem:
-    """One image of a set; `box` is (x1, y1, x2, y2) in pixels of the upright image."""
+    """An image of a set; `box` is the crop (x1, y1, x2, y2), in pixels of the upright image."""
 
     path: Path
     box: Box | None = None
 
 
 class CorruptImageError(InputError):
-    """A photo's bytes are not there or are not a whole image; the message is the reason, the caller knows the place."""
+    """An image file is missing, truncated or damaged. The message is the reason; callers add the path."""
 
 
 def read_image(path: str | Path, box: Box | None = None, max_side: int | None = None) -> np.ndarray:
-    """Read one photo whole, upright and in RGB, bit for bit as `cv2.imread(path)[..., ::-1]` gives it.
+    """Read an image upright and in RGB, bit for bit as `cv2.imread(path)[..., ::-1]`.
 
-    Alpha is dropped (as cv2 does), 16-bit files become 8-bit by cv2's rule, the first frame of a GIF or of a
-    multi-page file counts. TIFFs with EXIF orientations 5-8, which cv2 5.0 cannot read, are turned upright.
+    Alpha is dropped, 16-bit files are converted to 8 bits by the rule of OpenCV, and of a GIF or a multi-page file the
+    first frame is read. TIFFs with EXIF orientations 5-8, which OpenCV 5.0 cannot read, are rotated upright.
 
     Args:
-        path: the file.
-        box: (x1, y1, x2, y2) in pixels; truncated to integers as the reference does and clipped to the image.
-        max_side: the longer side, after the crop, is brought down to this by `shrink`.
+        path: image file.
+        box: crop (x1, y1, x2, y2) in pixels, truncated to integers as in the reference and clipped to the image.
+        max_side: maximum longer side in pixels after the crop; a larger image is shrunk by `shrink`.
 
     Returns:
         (H, W, 3) uint8, contiguous and writable.
 
     Raises:
-        InputError: the file is missing, empty, truncated or no image, is larger than `MAX_PIXELS`, or the
-            crop is empty.
+        InputError: the file is missing, empty, truncated, not an image or larger than `MAX_PIXELS`, or the crop is
+            empty.
     """
     path = Path(path)
-    with faults_named(path):
-        return cropped_and_shrunk(decode_image(path.read_bytes()), box, max_side)
+    with add_path_to_errors(path):
+        return crop_and_shrink(decode_image(path.read_bytes()), box, max_side)
 
 
 @contextmanager
-def faults_named(path: Path) -> Iterator[None]:
-    """Raise what is wrong with a file as an InputError that names it."""
+def add_path_to_errors(path: Path) -> Iterator[None]:
+    """Raise an error about an image file as an InputError that names the file."""
     try:
         yield
     except FileNotFoundError as error:
@@ -89,49 +89,53 @@ def faults_named(path: Path) -> Iterator[None]:
         raise InputError(f"image cannot be read: {path}: {reason_of(error)}") from error
 
 
-def cropped_and_shrunk(pixels: np.ndarray, box: Box | None, max_side: int | None) -> np.ndarray:
-    """Crop (H, W, 3) to a box, then shrink it: a contiguous and writable copy. Arguments as of `read_image`."""
+def crop_and_shrink(pixels: np.ndarray, box: Box | None, max_side: int | None) -> np.ndarray:
+    """Crop (H, W, 3) to a box, then shrink it, see `read_image`. Return a contiguous and writable copy."""
     if box is not None:
         pixels = crop(pixels, box)
-    # A decoder's buffer is read-only and a crop holds on to the whole picture: give the caller an own array.
+    # The buffer of a decoder is read-only, and a view keeps the whole image in memory.
     return np.array(shrink(pixels, max_side), order="C")
 
 
 def pil_pixels(image: Image.Image) -> np.ndarray:
-    """An open Pillow image as `read_image` would give its file: upright, alpha dropped.
+    """Return an open 8-bit Pillow image as `read_image` would read its file: upright, without alpha.
 
     Returns:
-        (H, W, 3) uint8.
+        (H, W, 3) uint8, perhaps read-only.
 
     Raises:
-        InputError: not an 8-bit image; how OpenCV would read it can only be told from the file.
+        InputError: the image does not have 8 bits; OpenCV can decode it from its file alone.
     """
     if image.mode not in _EIGHT_BIT_MODES:
-        raise InputError(f"a Pillow image of mode {image.mode} has no defined 8-bit form; give the path of its file")
+        raise InputError(f"Pillow image of mode {image.mode}: expected 8 bits per channel; pass the path of its file")
     upright = _UNDO_ORIENTATION.get(0 if image.format == "TIFF" else _orientation(image))
     rgb = image.convert("RGB")
     return np.asarray(rgb if upright is None else rgb.transpose(upright))
 
 
 def crop(pixels: np.ndarray, box: Box) -> np.ndarray:
-    """What `box`, (x1, y1, x2, y2) as in `read_image`, cuts out of (H, W, 3): a view; CorruptImageError if nothing."""
+    """Return the view of (H, W, 3) inside a box, see `read_image`; CorruptImageError if it is empty."""
     x1, y1, x2, y2 = box_bounds(box, *pixels.shape[1::-1])
     return pixels[y1:y2, x1:x2]
 
 
 def image_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) uint8 tensor."""
+    """Convert (H, W, 3) uint8 to a (3, H, W) uint8 tensor."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
-    """`pixels`, (H, W, 3) uint8, with its longer side at most `max_side` (None: no limit).
+    """Shrink an image to a longer side of at most `max_side` pixels; None is no limit.
 
-    Antialiased (Pillow's bicubic); the aspect ratio is kept and no side falls under 1. An image that fits is
-    returned as it is, not copied.
+    The filter is the antialiased bicubic of Pillow, and the aspect ratio is kept. An image that is small enough is
+    returned without a copy.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        max_side: in pixels.
 
     Raises:
-        InputError: `max_side` is under 1.
+        InputError: `max_side` is less than 1.
     """
     height, width = shrunk_size(pixels.shape[:2], max_side)
     if (height, width) == pixels.shape[:2]:
@@ -140,13 +144,13 @@ def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
 
 
 def shrunk_size(size: Sequence[int], max_side: int | None) -> tuple[int, int]:
-    """(height, width) of what `shrink` makes of an image of that size.
+    """Return the (height, width) after `shrink` of an image of that size, in pixels.
 
     Raises:
-        InputError: `max_side` is under 1.
+        InputError: `max_side` is less than 1.
     """
     if max_side is not None and max_side < 1:
-        raise InputError(f"max_side is {max_side}; expected at least 1 pixel, or none for no limit")
+        raise InputError(f"max_side={max_side}: expected an integer >= 1, or None for no limit")
     height, width = size
     if max_side is None or max(height, width) <= max_side:
         return height, width
@@ -155,16 +159,22 @@ def shrunk_size(size: Sequence[int], max_side: int | None) -> tuple[int, int]:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of an image as it is shown."""
-    # A TIFF is turned by Pillow itself and shows its upright size already.
-    turned = image.format != "TIFF" and _orientation(image) >= 5
-    return (image.height, image.width) if turned else image.size
+    """Return the (width, height) of the upright image, in pixels."""
+    # Pillow rotates a TIFF itself, so that its size is that of the upright image.
+    transposed = image.format != "TIFF" and _orientation(image) >= 5
+    return (image.height, image.width) if transposed else image.size
 
 
 def require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
-    """Raise CorruptImageError for a JPEG or PNG without its end; `tail` is `head` itself or lies wholly behind it."""
+    """Raise CorruptImageError for a JPEG or PNG without its end.
+
+    Args:
+        file_format: that Pillow detected.
+        head: start of the file, or the whole file.
+        tail: `head` itself if that is the whole file, else the end of the file, which does not overlap `head`.
+    """
     if file_format in ("JPEG", "MPO"):
-        # A thumbnail in the EXIF block has an end marker of its own: only one behind the scan's start counts.
+        # A thumbnail in the EXIF block has an end marker too; that of the image comes after the start of the scan.
         scan = _scan_start(head)
         if scan < 0 or tail.rfind(b"\xff\xd9", scan if tail is head else 0) < 0:
             raise CorruptImageError("truncated JPEG (no end-of-image marker)")
@@ -173,15 +183,15 @@ def require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
 
 
 def _scan_start(data: bytes) -> int:
-    """Offset behind the first start-of-scan marker of a JPEG, -1 if `data` ends before it."""
+    """Return the offset after the first start-of-scan marker of a JPEG, -1 if `data` ends before it."""
     position = 2
     while position + 4 <= len(data):
         marker = data[position + 1]
-        if data[position] != 0xFF:  # stray bytes between segments: decoders skip them
+        if data[position] != 0xFF:  # Decoders skip stray bytes between segments.
             position += 1
         elif marker == 0xDA:
             return position + 2
-        elif marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill bytes and markers without a length
+        elif marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill bytes, markers without a length
             position += 1 if marker in (0x00, 0xFF) else 2
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
@@ -189,76 +199,74 @@ def _scan_start(data: bytes) -> int:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open lazily: the header is parsed, nothing is decoded. CorruptImageError unless it opens."""
+    """Parse the header of an image file without decoding it; CorruptImageError if that fails."""
     if not data:
         raise CorruptImageError("empty file (0 bytes)")
-    # Pillow's guard against decompression bombs is a global that warns from 89 megapixels; ours is below.
+    # Pillow's limit against decompression bombs is global and warns above 89 megapixels; the limit here is MAX_PIXELS.
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(io.BytesIO(data))
         except Image.UnidentifiedImageError as error:
-            raise CorruptImageError(f"not an image, or cut off in its header (begins with {data[:12]!r})") from error
-        except Exception as error:  # plugins raise SyntaxError, struct.error, ValueError, ... on damaged headers
+            raise CorruptImageError(f"not an image, or truncated in its header (starts with {data[:12]!r})") from error
+        except Exception as error:  # Plugins raise SyntaxError, struct.error, ValueError and others.
             raise CorruptImageError(f"damaged header ({error})") from error
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     if image.width * image.height > MAX_PIXELS:
         size = f"{image.width} x {image.height}"
-        raise CorruptImageError(f"{size} pixels, more than the limit of {MAX_PIXELS // 10**6} megapixels: shrink it")
+        raise CorruptImageError(f"{size} pixels, expected at most {MAX_PIXELS // 10**6} megapixels; shrink the image")
     return image
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of the upright image, from its header alone; CorruptImageError if that does not open."""
+    """Return the (width, height) of the upright image from its header; CorruptImageError if that is damaged."""
     with open_image(data) as image:
         return upright_size(image)
 
 
 def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
-    """The pixels of an image file's bytes; everything else as `read_image`.
+    """Decode an image file, see `read_image`.
 
     Args:
-        data: the whole file.
-        reduction: 2, 4 or 8 let a JPEG decoder make an image of that fraction of the size, for a fraction of the
-            time; a format or colour space without such a way is decoded in full.
+        data: bytes of the whole file.
+        reduction: 2, 4 or 8 decodes a JPEG at 1/2, 1/4 or 1/8 of its size, which is faster; formats and color spaces
+            that do not support this are decoded at full size.
 
     Returns:
-        (H, W, 3) uint8 RGB, upright, perhaps read-only; reduced, H and W are rounded up.
+        (H, W, 3) uint8 RGB, upright, perhaps read-only. Reduced sizes are rounded up.
 
     Raises:
-        CorruptImageError: unless the whole image is there.
+        CorruptImageError: the image is truncated or damaged.
     """
     with open_image(data) as image:
-        # Checked here as well because other code may have set Pillow's global LOAD_TRUNCATED_IMAGES.
+        # Other code may have set Pillow's global LOAD_TRUNCATED_IMAGES.
         require_end(image.format, data, data)
         if image.mode in ("I", "F"):
-            raise CorruptImageError("32-bit pixels have no defined 8-bit form: convert the file to 8 or 16 bits")
+            raise CorruptImageError("32-bit pixels, expected 8 or 16 bits; convert the file")
         same = _same_as_cv2(image)
         if same and reduction > 1 and image.format in ("JPEG", "MPO"):
             image.draft(None, (max(1, image.width // reduction), max(1, image.height // reduction)))
         try:
             image.load()
-        except Exception as error:  # as in open_image; MemoryError is one too
+        except Exception as error:  # Plugins raise errors of any type.
             raise CorruptImageError(f"truncated or damaged ({error})") from error
         if same:
-            upright = _UNDO_ORIENTATION.get(0 if image.format == "TIFF" else _orientation(image))
-            image.info.pop("transparency", None)  # alpha is dropped; Pillow would warn about palettes with it
-            rgb = image.convert("RGB")
-            return np.asarray(rgb if upright is None else rgb.transpose(upright))
+            image.info.pop("transparency", None)  # Pillow would warn that a palette loses it.
+            return pil_pixels(image)
         file_format, mode = image.format, image.mode
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
-        raise CorruptImageError(f"OpenCV refuses it ({error})") from error
+        raise CorruptImageError(f"OpenCV cannot decode it ({error})") from error
     if pixels is None:
-        raise CorruptImageError(f"OpenCV cannot read this kind of {file_format} ({mode}): convert it to PNG or JPEG")
+        raise CorruptImageError(f"OpenCV cannot decode this kind of {file_format} ({mode}); convert it to PNG or JPEG")
     return pixels[..., ::-1]
 
 
 def _same_as_cv2(image: Image.Image) -> bool:
-    """Whether Pillow's 8-bit RGB is cv2's, as measured by tests/test_images.py; asked before `load`."""
-    if image.format == "TIFF":  # cv2 premultiplies alpha and rounds 16 bits otherwise than Pillow
+    """Return whether Pillow decodes an image, not loaded yet, to the pixels of OpenCV (see tests/test_images.py)."""
+    if image.format == "TIFF":  # OpenCV premultiplies alpha and rounds 16 bits differently.
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE_TAG, (1,))
         return image.mode in ("1", "L", "P", "RGB") and max(bits) <= 8
     return image.format in _SAME_AS_CV2 and image.mode in _EIGHT_BIT_MODES
@@ -278,29 +286,33 @@ def is_plain_jpeg(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1-8 from the EXIF block alone: Pillow's getexif would also heed XMP, cv2 does not."""
+    """Return the EXIF orientation, 1-8. Pillow's getexif would read XMP too, which OpenCV ignores."""
     exif = Image.Exif()
     try:
         exif.load(image.info.get("exif", b""))
         value = exif.get(_ORIENTATION_TAG, 1)
-    except Exception:  # a damaged EXIF block turns nothing, in cv2 neither
+    except Exception:  # OpenCV ignores a damaged EXIF block too.
         return 1
     return value if value in _UNDO_ORIENTATION else 1
 
 
 def box_bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
-    """Pixel bounds of the reference's crop `im[int(y1):int(y2), int(x1):int(x2)]`, clipped to the image."""
+    """Return the crop (x1, y1, x2, y2) of the reference, `im[int(y1):int(y2), int(x1):int(x2)]`, clipped to the image.
+
+    Raises:
+        CorruptImageError: the box is not finite, or the crop is empty.
+    """
     if not all(math.isfinite(value) for value in box):
         raise CorruptImageError(f"box {tuple(box)} is not finite")
-    x1, y1, x2, y2 = (max(0, int(value)) for value in box)  # below 0 numpy would count from the far end
+    x1, y1, x2, y2 = (max(0, int(value)) for value in box)  # NumPy counts negative indices from the end.
     x2, y2 = min(x2, width), min(y2, height)
     if x1 >= x2 or y1 >= y2:
-        raise CorruptImageError(f"box {tuple(box)} cuts nothing out of its {width} x {height} pixels")
+        raise CorruptImageError(f"box {tuple(box)} does not overlap the image of {width} x {height} pixels")
     return x1, y1, x2, y2
 
 
 def reason_of(error: Exception) -> str:
-    """Why a file cannot be read, without its path."""
+    """Return why a file cannot be read, without its path."""
     if isinstance(error, IsADirectoryError):
         return "a folder, not a file"
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

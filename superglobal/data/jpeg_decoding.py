@@ -1,4 +1,4 @@
-"""JPEG files decoded in batches on the device that extracts descriptors, by torchvision (nvJPEG on a GPU)."""
+"""Decode JPEG files in batches on the device that extracts descriptors, by torchvision (nvJPEG on a GPU)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch import Tensor
 from superglobal.data.images import (
     Box,
     ImageItem,
+    add_path_to_errors,
     box_bounds,
-    cropped_and_shrunk,
+    crop_and_shrink,
     decode_image,
-    faults_named,
     image_tensor,
     is_plain_jpeg,
     open_image,
@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 
 _COMPARED = 16
 _CANDIDATES = 64  # images that are opened to find those to compare
-# torchvision raises every failure on a GPU as a RuntimeError, so only the message tells them apart. Status 5 of nvJPEG
-# is NVJPEG_STATUS_ALLOCATOR_FAILURE.
+# torchvision raises a RuntimeError for every failure on a GPU. Status 5 of nvJPEG is NVJPEG_STATUS_ALLOCATOR_FAILURE.
 _OUT_OF_MEMORY = re.compile(r"out of memory|Failed to [\w ]+: 5\b")
 _CUDA_FAULT = re.compile(r"CUDA error|Failed to synchronize CUDA stream")
 
@@ -63,11 +62,11 @@ def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None 
         InputError: See `read_image`.
     """
     path = Path(path)
-    with faults_named(path):
+    with add_path_to_errors(path):
         data = path.read_bytes()
         bounds = _bounds(data, box, max_side)
         if bounds is None:
-            return cropped_and_shrunk(decode_image(data), box, max_side)
+            return crop_and_shrink(decode_image(data), box, max_side)
     return EncodedImage(_as_tensor(data), bounds)
 
 
@@ -165,12 +164,12 @@ def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], d
             f"extraction.decoder=gpu: torchvision cannot decode JPEGs on {device} ({first_line(error)}); "
             "install a torchvision that was built with nvJPEG, or use extraction.decoder=cpu"
         ) from error
-    compared = compare_decoders(lists, device)
+    comparison = compare_decoders(lists, device)
     text = (
-        "GPU JPEG decoder: %d images compared with the CPU decoder, mean absolute difference %.4g, largest %d (of 255)"
+        "GPU JPEG decoder: compared %d images with the CPU decoder, absolute difference mean %.4g, maximum %d (of 255)"
     )
-    log.info(text, compared["images"], compared["mean_difference"], compared["max_difference"])
-    return compared
+    log.info(text, *comparison.values())
+    return comparison
 
 
 def compare_decoders(lists: Sequence[tuple[Sequence[ImageItem], int | None]], device: torch.device) -> dict[str, Any]:

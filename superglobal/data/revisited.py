@@ -1,4 +1,4 @@
-"""The Revisited benchmarks, and any set in their layout: `<root>/<name>/{jpg/,gnd_<name>.pkl}`."""
+"""Load the Revisited benchmarks and other sets in their layout, `<root>/<name>/{jpg/,gnd_<name>.pkl}`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from superglobal.errors import InputError
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Contents of a `gnd_<name>.pkl`, checked.
+    """Validated contents of a `gnd_<name>.pkl`.
 
-    Each entry of `gnd` has "bbx", (x1, y1, x2, y2) or None, and "easy", "hard", "junk", (n,) int64 each:
-    0-based indices into `imlist`, disjoint.
+    Attributes:
+        name: name of the set.
+        imlist: names of the database images.
+        qimlist: names of the query images.
+        gnd: for each query a dict with "bbx", (x1, y1, x2, y2) in pixels or None, and "easy", "hard" and "junk",
+            disjoint (n,) int64 arrays of 0-based indices into `imlist`.
     """
 
     name: str
@@ -32,11 +36,11 @@ class GroundTruth:
 
 
 def load_ground_truth(path: str | Path) -> GroundTruth:
-    """Read and check a Revisited ground truth; nothing in the file can run code.
+    """Load and validate a Revisited ground truth, without running any code that the pickle file may contain.
 
     Raises:
-        InputError: missing, damaged or hostile file, or contents that contradict themselves: names the file,
-            the query and the field.
+        InputError: the file is missing, damaged or contains code, or its contents are invalid; the message has the
+            file, the query and the field.
     """
     path = Path(path)
     try:
@@ -44,17 +48,17 @@ def load_ground_truth(path: str | Path) -> GroundTruth:
     except OSError as error:
         raise InputError(f"ground truth not found: {path} ({error.strerror})") from error
     except BlockedGlobalError as error:
-        message = f"{path} asks for {error}, which no ground truth needs; it was refused and nothing was run"
-        raise InputError(f"{message}. Get the file from its official address") from error
-    except Exception as error:  # a damaged pickle fails in any way: EOFError, KeyError, ValueError, RecursionError
+        message = f"{path}: the pickle file asks for {error}, expected plain data; nothing was run"
+        raise InputError(f"{message}. Download the file from its official address") from error
+    except Exception as error:  # A damaged pickle raises errors of any type.
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} is not a whole pickle file ({reason}); download it again") from error
+        raise InputError(f"{path}: damaged pickle file ({reason}); download it again") from error
     if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a dict with imlist, qimlist and gnd, found {type(data).__name__}")
+        raise InputError(f"{path}: {type(data).__name__}, expected a dict with imlist, qimlist and gnd")
     imlist, qimlist = (_names(path, data, key) for key in ("imlist", "qimlist"))
     entries = _field(path, data, "gnd", "")
     if len(entries) != len(qimlist):
-        raise InputError(f"{path}: gnd has {len(entries)} entries for the {len(qimlist)} queries of qimlist")
+        raise InputError(f"{path}: gnd has {len(entries)} entries, expected {len(qimlist)}, one per query of qimlist")
     gnd = [
         _entry(path, entry, f"query {i} ({name})", len(imlist))
         for i, (entry, name) in enumerate(zip(entries, qimlist, strict=True))
@@ -64,10 +68,9 @@ def load_ground_truth(path: str | Path) -> GroundTruth:
 
 @loader("revisited")
 def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> EvaluationSet:
-    """The evaluation set in `<root>/<name>`; images are not touched here (see `require_images`).
+    """Load the evaluation set in `<root>/<name>`; its images are not read.
 
-    Names in the lists mostly have no extension and mean `jpg/<name>.jpg`. Queries are cropped to their box
-    unless `crop_query` is False (the un-cropped protocol).
+    Image names without an extension mean `jpg/<name>.jpg`.
 
     Args:
         root: folder that contains the folder of the set.
@@ -75,13 +78,13 @@ def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> Evalu
         crop_query: crop each query to its box, as the reference does; false is the un-cropped protocol.
 
     Raises:
-        InputError: the ground truth is missing (with layout and command) or refused by `load_ground_truth`.
+        InputError: the ground truth is missing or invalid.
     """
     folder = Path(root) / name
     source = folder / f"gnd_{name}.pkl"
     how_to_get = _how_to_get(folder, name)
     if not source.is_file():
-        raise InputError(f"ground truth of {name} not found: looked for {source}\n{how_to_get}")
+        raise InputError(f"ground truth of {name} not found: {source}\n{how_to_get}")
     truth = load_ground_truth(source)
 
     def item(image: str, box: Box | None = None) -> ImageItem:
@@ -102,27 +105,27 @@ def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> Evalu
 
 
 def query_landmarks(truth: GroundTruth) -> list[str]:
-    """The landmark of each query, as the name of the first query that shows the same one (see `landmarks`)."""
+    """Return the landmark of each query, named by its first query (see `landmarks`)."""
     return [truth.qimlist[i] for i in landmarks([{*entry["easy"], *entry["hard"]} for entry in truth.gnd])]
 
 
 def _how_to_get(folder: Path, name: str) -> str:
     text = f"{name} is expected as {folder}/gnd_{name}.pkl and {folder}/jpg/<image>.jpg, without sub-folders"
     if name in SOURCES:
-        text += f"; this gets it from {SOURCES[name].page}: {download_command(name, folder)}"
+        text += f"; download it from {SOURCES[name].page}: {download_command(name, folder)}"
     return f"{text}\n{TOY_DATA_HINT}"
 
 
 def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:
-    """`entry[key]` as a sequence (a list, tuple, set, range or what was an array)."""
+    """Return `entry[key]`, a list, tuple, set, range or (unpickled as a list) array, as a sequence."""
     place = f"{path}: {where}, {key}" if where else f"{path}: {key}"
     if not isinstance(entry, dict) or key not in entry:
-        raise InputError(f"{place} is missing; a Revisited ground truth has it")
+        raise InputError(f"{place} is missing; expected the format of a Revisited ground truth")
     value = entry[key]
     if isinstance(value, (set, frozenset)):
         value = sorted(value)
     if not isinstance(value, (list, tuple, range)):
-        raise InputError(f"{place}: expected a list, found {type(value).__name__}")
+        raise InputError(f"{place}: {type(value).__name__}, expected a list")
     return value
 
 
@@ -130,32 +133,33 @@ def _names(path: Path, data: dict[str, Any], key: str) -> list[str]:
     names = _field(path, data, key, "")
     for i, name in enumerate(names):
         if not isinstance(name, str):
-            raise InputError(f"{path}: {key}[{i}] is {type(name).__name__}; expected an image name")
+            raise InputError(f"{path}: {key}[{i}]: {type(name).__name__}, expected an image name")
     if not names:
-        raise InputError(f"{path}: {key} is empty; expected image names")
+        raise InputError(f"{path}: {key}: empty, expected image names")
     return list(names)
 
 
 def _entry(path: Path, entry: Any, where: str, database: int) -> dict[str, Any]:
+    """Validate the ground truth of a query."""
     checked: dict[str, Any] = {"bbx": None}
-    taken: dict[int, str] = {}
+    key_of: dict[int, str] = {}
     for key in ("easy", "hard", "junk"):
         ids = _field(path, entry, key, where)
         if len(ids) > database:
-            raise InputError(f"{path}: {where}, {key}: {len(ids)} ids for {database} database images")
+            raise InputError(f"{path}: {where}, {key}: {len(ids)} indices, expected at most {database}")
         for value in ids:
             if not isinstance(value, int | float) or isinstance(value, bool) or not float(value).is_integer():
-                raise InputError(f"{path}: {where}, {key}: {value!r} is not an image index")
+                raise InputError(f"{path}: {where}, {key}: {value!r}, expected an index into imlist")
             if not 0 <= value < database:
-                raise InputError(f"{path}: {where}, {key}: index {value} is outside 0..{database - 1} of imlist")
-            if int(value) in taken:
-                earlier = taken[int(value)]
-                raise InputError(f"{path}: {where}, {key}: index {value} was in {earlier} already; expected once")
-            taken[int(value)] = key
+                raise InputError(f"{path}: {where}, {key}: index {value}, expected 0 to {database - 1}")
+            if int(value) in key_of:
+                earlier = key_of[int(value)]
+                raise InputError(f"{path}: {where}, {key}: index {value} is also in {earlier}, expected once")
+            key_of[int(value)] = key
         checked[key] = np.array([int(value) for value in ids], dtype=np.int64)
     if entry.get("bbx") is not None:
         box = _field(path, entry, "bbx", where)
         if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
-            raise InputError(f"{path}: {where}, bbx: expected four numbers x1, y1, x2, y2, found {list(box)[:6]}")
+            raise InputError(f"{path}: {where}, bbx: {list(box)[:6]}, expected four numbers x1, y1, x2, y2")
         checked["bbx"] = tuple(float(v) for v in box)
     return checked

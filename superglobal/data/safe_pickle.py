@@ -1,8 +1,8 @@
-"""Pickle files of plain data, read without running anything that they contain.
+"""Read pickle files of plain data without running code that they contain.
 
-A pickle may name any callable. Here only the few names that lists, numbers, strings and numpy arrays need are
-known, and numpy's are answered by stand-ins: numpy's own `__setstate__` trusts the item size and flags that
-the file states, which a crafted file could use to forge object pointers.
+A pickle may name any callable. Only the names that lists, numbers, strings and NumPy arrays need are allowed, and those
+of NumPy are replaced by classes of this module: the `__setstate__` of NumPy trusts the item size and the flags in the
+file, which a crafted file could use to forge object pointers.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import numpy as np
 
 
 class BlockedGlobalError(pickle.UnpicklingError):
-    """The pickle names something outside the allowed few; the message is `module.name`."""
+    """The pickle names a global that is not allowed; the message is `module.name`."""
 
 
 def load_plain_pickle(data: bytes) -> Any:
-    """Unpickle containers, numbers, strings and numpy arrays of these; an array arrives as a (nested) list.
+    """Unpickle containers, numbers, strings and NumPy arrays of these; arrays become (nested) lists.
 
-    Pickles of Python 2 and of any numpy version are read.
+    Pickles of Python 2 and of any version of NumPy are supported.
 
     Raises:
-        BlockedGlobalError: the data asks for anything else. Nothing was run.
-        Exception: of any type, if the data is damaged.
+        BlockedGlobalError: the data name anything else; no code was run.
+        Exception: of any type, if the data are damaged.
     """
     return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
 
@@ -42,7 +42,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _Dtype:
-    """Stands for numpy.dtype: keeps the type code and the byte order, and only of numbers and strings."""
+    """Replacement for numpy.dtype: type code and byte order of numbers and strings."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
         self.code, self.big_endian = code, False
@@ -51,19 +51,19 @@ class _Dtype:
         self.big_endian = state[1] == ">"
 
     def values(self, raw: bytes | str) -> np.ndarray:
-        """The flat array in `raw` (which Python 2 pickled as a str)."""
+        """Return the flat array in `raw`, which is a str in pickles of Python 2."""
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU][1-9]\d{0,4}", self.code):
-            raise pickle.UnpicklingError(f"array of type {self.code!r}; expected numbers or strings")
+            raise pickle.UnpicklingError(f"array of type {self.code!r}, expected numbers or strings")
         data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
         return np.frombuffer(data, np.dtype((">" if self.big_endian else "<") + self.code))
 
 
 class _Array(list):
-    """Stands for numpy.ndarray: filled with the array's (nested) values when its state arrives."""
+    """Replacement for numpy.ndarray: a list that `__setstate__` fills with the (nested) values."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, raw = state
-        # An object array carries its elements as a list, which this unpickler has already let through.
+        # The elements of an object array are a list, which this unpickler has read already.
         self[:] = raw if isinstance(raw, list) else _from_buffer(raw, dtype, shape, "F" if fortran else "C")
 
 
@@ -74,7 +74,7 @@ def _reconstruct(cls: type, shape: tuple[int, ...], code: bytes) -> _Array:
 def _from_buffer(raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: str) -> list[Any]:
     values = dtype.values(raw)
     if len(shape) != 1 and math.prod(shape) != values.size:
-        raise pickle.UnpicklingError(f"array of shape {shape} with {values.size} values")
+        raise pickle.UnpicklingError(f"array of shape {shape} with {values.size} values, expected {math.prod(shape)}")
     return values.reshape(shape, order="F" if order == "F" else "C").tolist() if shape else [values[0].item()]
 
 
@@ -83,9 +83,9 @@ def _scalar(dtype: _Dtype, raw: bytes | str) -> Any:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Stands for _codecs.encode, by which protocols 0-2 write bytes."""
+    """Replacement for _codecs.encode, which protocols 0-2 use for bytes."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}; expected latin1")
+        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}, expected latin1")
     return text.encode("latin1")
 
 

@@ -19,7 +19,6 @@ from superglobal.data.evaluation_set import (
     EvaluationSet,
     RecognitionTruth,
     RetrievalTruth,
-    Sets,
     chain_sequences,
     file_names,
     load_distractors,
@@ -36,7 +35,7 @@ from superglobal.evaluation.inputs import (
 )
 from superglobal.evaluation.pipeline import ground_truth, search_device
 from superglobal.metrics.evaluate import Scorer, make_scorer, ranks_without_junk, split_by_set
-from superglobal.metrics.revisited import Protocol, kept_ranks
+from superglobal.metrics.revisited import Protocol, Sets, kept_ranks
 from superglobal.models.network import RetrievalNetwork
 from superglobal.reporting.precision_recall import curves, rectangular_steps, trapezoidal_steps
 from superglobal.reporting.results import main_scores

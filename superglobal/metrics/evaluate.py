@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.data.evaluation_set import Sets, _joined, concatenated, landmarks
+from superglobal.data.evaluation_set import landmarks
 from superglobal.errors import InputError
-from superglobal.metrics.revisited import REVISITED, Protocol, RetrievalResult, score_ranks
+from superglobal.metrics.revisited import REVISITED, Protocol, RetrievalResult, Sets, concatenated, score_ranks
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.rows import as_exclude, as_queries, as_rows, as_shortlists, flat_array
 from superglobal.retrieval.scores import pair_scores
@@ -275,3 +275,18 @@ def _reordered(
         for query, row in zip(queries, reorder(queries, np.stack([kept[i] for i in queries])), strict=True):
             kept[query] = row
     return kept
+
+
+def _joined(sets: Sets, query: int, n_rows: int | None) -> np.ndarray:
+    """Return all ids of the sets of a query, which must be disjoint and inside the database."""
+    ids = concatenated(sets.values())
+    unique, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        raise InputError(f"ground truth of query {query}: image {unique[counts > 1][0]} is listed more than once")
+    if len(unique) and (unique[0] < 0 or (n_rows is not None and unique[-1] >= n_rows)):
+        bad = unique[0] if unique[0] < 0 else unique[-1]
+        raise InputError(
+            f"ground truth of query {query}: image {bad} is outside the database of {n_rows} descriptors; "
+            "do they belong to the same data set?"
+        )
+    return ids

@@ -8,14 +8,21 @@ Every number is a fraction in 0..1; tables multiply by 100.
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from superglobal.data.evaluation_set import concatenated
 from superglobal.errors import InputError
+
+Sets = dict[str, np.ndarray]
+"""Ids or ranks of a query by the name of their set, such as "easy"."""
+
+
+def concatenated(arrays: Iterable[Any]) -> np.ndarray:
+    """Return the concatenation of any number of integer arrays, (n,) int64."""
+    return np.concatenate([np.empty(0, np.int64), *(np.asarray(array, np.int64) for array in arrays)])
 
 
 class Result(typing.Protocol):
