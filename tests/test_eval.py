@@ -238,7 +238,7 @@ def test_everything_missing_is_told_in_one_message_before_anything_runs(tmp_path
     overrides = [o for o in revisited(tmp_path) if not o.startswith(("weights", "backbone"))]
     text = run(tmp_path / "o", *overrides, "weights=nowhere.pyth", status=2)
     assert "Traceback" not in text
-    for part in ("1 missing, 1 unreadable", "l0_000001.jpg", str(cut), "nowhere.pyth", "gnd_mini.pkl"):
+    for part in ("images missing, 1 corrupt", "l0_000001.jpg", str(cut), "nowhere.pyth", "gnd_mini.pkl"):
         assert part in text
     assert not (tmp_path / "o" / "stores").exists()
 

@@ -270,7 +270,7 @@ def test_more_than_the_budget_ends_it_before_anything_is_computed(root, required
     assert required(9 / total)
     with pytest.raises(InputError) as caught:
         required(8.5 / total)
-    for word in (f"of {total} images 8 missing, 1 unreadable", "... and 4 more", "data.max_corrupt"):
+    for word in (f"8 of {total} images missing, 1 corrupt", "... and 4 more", "data.max_corrupt"):
         assert word in str(caught.value)
 
 
