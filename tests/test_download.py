@@ -109,8 +109,8 @@ def test_gldv2_stays_packed_for_training_from_tar_files(toy, tmp_path):
     assert f"data.tars={tars}" in summary
     assert not (tmp_path / "gldv2" / "train").exists()
     prepared = prepare(tmp_path / "gldv2", tars=tars, workers=1)
-    assert not prepared.tars
-    assert len(prepared.bad) < prepared.photos  # those of the other 497 archives
+    assert not prepared.tar_problems
+    assert len(prepared.corrupt) < prepared.n_images  # those of the other 497 archives
     assert read_train(tmp_path / "gldv2", tars=tars).source is not None
     with pytest.raises(InputError, match="--packed: roxford5k"):
         download_source(OXFORD, tmp_path, server.options(packed=True))

@@ -57,7 +57,7 @@ def test_a_list_saved_by_a_spreadsheet_and_a_very_long_line(tmp_path):
         ("landmark_id,images\n7,../../etc/passwd\n", ["line 2", "16 hexadecimal"]),
         (f"landmark_id,images\n7,{A} {B}\n8,{A} {C}\n", [A, "twice"]),
         (f"landmark_id,images\n7,{A}\n", ["no landmark has 2", "data.min_images"]),
-        ("landmark_id,images\n", ["lists no photos"]),
+        ("landmark_id,images\n", ["lists no images"]),
         (f"landmark_id,images\n99999999999999999999,{A}\n", ["line 2", "number"]),
         ("", ["columns"]),
     ],
@@ -96,7 +96,7 @@ def test_quoted_fields_blanks_and_line_ends_of_other_systems(tmp_path):
         (f"{B[1:]} ,u,7", ["line 3", "16 hexadecimal"]),
         (",u,7", ["line 3", "''", "16 hexadecimal"]),
         (f"{B},u", ["line 3", "''", "number"]),
-        (f"{B},u,7,more", ["not a list of photos", "columns"]),
+        (f"{B},u,7,more", ["not a list of images", "columns"]),
         (f"{A},u,9", [A, "twice"]),
     ],
 )
@@ -191,7 +191,7 @@ def test_photos_are_read_from_the_tree_and_a_missing_one_is_said_to_be(tmp_path)
     photos.path(0).parent.mkdir(parents=True)
     photos.path(0).write_bytes(b"bytes")
     assert photos.read(0) == b"bytes"
-    assert photos.place(1) == str(photos.path(1))
+    assert photos.location(1) == str(photos.path(1))
     with pytest.raises(CorruptImageError, match="missing"):
         photos.read(1)
     assert pickle.loads(pickle.dumps(photos)).read(0) == b"bytes"

@@ -261,7 +261,7 @@ def test_the_split_is_written_down_once_and_checked(root, caplog):
         validation_set(root, landmarks=11)
     (root / "gldv2_val_2_seed0.csv").mkdir()
     validation_set(root, landmarks=2)
-    assert "the split is not written down" in caplog.text
+    assert "the split was not written" in caplog.text
 
 
 def test_queries_of_one_landmark_are_one_cluster(root):
@@ -302,9 +302,9 @@ def test_ground_truth_that_the_index_does_not_have_is_named_with_its_line(root):
     ("text", "words"),
     [
         ("image\n0123456789abcdef\n", ["columns ['image']", "expected id"]),
-        ("id\n0123456789abcdef\n0123456789abcdeg\n", ["line 3", "no image id"]),
+        ("id\n0123456789abcdef\n0123456789abcdeg\n", ["line 3", "expected an image id"]),
         ("id\n0123456789abcdef\n1123456789abcdef\n0123456789abcdef\n", ["0123456789abcdef", "twice"]),
-        ("id\n", ["lists no photos"]),
+        ("id\n", ["lists no images"]),
     ],
 )
 def test_a_bad_index_is_named(root, text, words):
@@ -325,7 +325,7 @@ def test_landmarks_that_training_does_not_have_count_and_are_told(root, caplog):
     listed = (root / "train_clean.csv").read_text().splitlines()
     (root / "train_clean.csv").write_text("\n".join(line for line in listed if not line.startswith("108,")) + "\n")
     assert recognition_set(root).about["landmarks_not_in_database"] == 1
-    assert "1 test images show landmarks that train_clean.csv does not have" in caplog.text
+    assert "1 test images show landmarks that train_clean.csv lacks" in caplog.text
     assert len(recognition_set(root, table="train.csv").database) == 96
 
 

@@ -1,4 +1,4 @@
-"""GLDv2's solutions and submissions: the organisers' reading rules (delf, dataset_file_io_test.py), and refusals."""
+"""GLDv2's solutions and submissions: the organizers' reading rules (delf, dataset_file_io_test.py), and errors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from superglobal.data.gldv2_solutions import (
-    ranked_submission,
-    read_ranked,
-    read_recognised,
+    read_recognition_submission,
+    read_retrieval_submission,
     read_solution,
-    recognised_submission,
+    recognition_submission,
+    retrieval_submission,
 )
 from superglobal.errors import InputError
 from superglobal.metrics.gldv2 import score_submission
@@ -39,7 +39,7 @@ def write(folder: Path, text: str, name: str = "solution.csv") -> Path:
     return folder / name
 
 
-def test_the_organisers_retrieval_solution(tmp_path):
+def test_the_organizers_retrieval_solution(tmp_path):
     found = read_solution(write(tmp_path, RETRIEVAL))
     assert (found.task, found.ids.tolist()) == ("retrieval", [B.encode(), C.encode(), D.encode()])
     assert [one.tolist() for one in found.truth] == [[x(10).encode(), x(0).encode()], [x(0).encode()], [x(20).encode()]]
@@ -51,7 +51,7 @@ def test_the_organisers_retrieval_solution(tmp_path):
     assert found.ignored == {A.encode(), E.encode()}
 
 
-def test_the_organisers_recognition_solution(tmp_path):
+def test_the_organizers_recognition_solution(tmp_path):
     found = read_solution(write(tmp_path, RECOGNITION))
     assert (found.task, found.ids.tolist()) == ("recognition", [A.encode(), B.encode(), D.encode()])
     assert [one.tolist() for one in found.truth] == [[0, 12], [], [1]]
@@ -60,15 +60,17 @@ def test_the_organisers_recognition_solution(tmp_path):
     assert found.ignored == {C.encode(), E.encode()}
 
 
-def test_the_organisers_retrieval_predictions(tmp_path):
+def test_the_organizers_retrieval_predictions(tmp_path):
     text = f"id,images\n{A},{x(50)} \n{D},{x(60)}\n{B},{x(10)} {x(0)} {x(20)}\n\n{E},\n"
-    found = read_ranked(write(tmp_path, text, "mine.csv"), read_solution(write(tmp_path, RETRIEVAL)))
+    found = read_retrieval_submission(write(tmp_path, text, "mine.csv"), read_solution(write(tmp_path, RETRIEVAL)))
     assert [one.tolist() for one in found] == [[x(i).encode() for i in (10, 0, 20)], [], [x(60).encode()]]
 
 
-def test_the_organisers_recognition_predictions(tmp_path):
+def test_the_organizers_recognition_predictions(tmp_path):
     text = f"id,landmarks\n{A},12 0.1 \n{D},0 19.0\n{B},\n\n{E},14 0.01\n"
-    classes, scores = read_recognised(write(tmp_path, text, "mine.csv"), read_solution(write(tmp_path, RECOGNITION)))
+    classes, scores = read_recognition_submission(
+        write(tmp_path, text, "mine.csv"), read_solution(write(tmp_path, RECOGNITION))
+    )
     assert classes.tolist() == [12, -1, 0]
     assert scores[[0, 2]].tolist() == [0.1, 19.0]
     assert np.isnan(scores[1])
@@ -83,11 +85,11 @@ def test_the_organisers_recognition_predictions(tmp_path):
         (f"id,images,Usage\n{A},None,Ignored\n", ["all 1 test images are Ignored"]),
         (f"id,images,Usage\n\n{A},{x(1)},Hidden\n", ["line 3", "Usage 'Hidden'", "Public, Private, Ignored"]),
         (f"id,images,Usage\n{A},{x(1)},Public\n{A},{x(2)},Private\n", ["line 3", A, "line 2"]),
-        (f"id,images,Usage\n{A},None,Public\n", ["line 2", "'None' is no image id"]),
+        (f"id,images,Usage\n{A},None,Public\n", ["line 2", "'None'; expected an image id"]),
         (f"id,images,Usage\n{A},,Public\n", ["line 2", "no relevant image"]),
         (f"id,images,Usage\n{A},{x(1)} {x(1)},Public\n", ["line 2", x(1), "twice"]),
         (f"id,images,Usage\n{A},{x(1)}\n", ["line 2", "2 fields, expected 3"]),
-        (f"id,images,Usage\n../{A},{x(1)},Public\n", ["line 2", "no image id"]),
+        (f"id,images,Usage\n../{A},{x(1)},Public\n", ["line 2", "expected an image id"]),
         (f"id,landmarks,Usage\n{A},1 -2,Public\n", ["line 2", "'-2' is not a landmark_id"]),
         (f"id,landmarks,Usage\n{A},7 7,Public\n", ["line 2", "7 is listed twice"]),
     ],
@@ -105,11 +107,11 @@ def test_bad_solutions_are_named(tmp_path, text, words):
         (RETRIEVAL, f"id,landmarks\n{A},1 0.5\n", ["columns", "images"]),
         (RETRIEVAL, f"id,images\n{B},{x(1)}\n{B},\n", ["line 3", B, "line 2 already"]),
         (RETRIEVAL, f"id,images\n{'f' * 16},{x(1)}\n", ["line 2", "f" * 16, "solution.csv"]),
-        (RETRIEVAL, f"id,images\n{B},{x(1)}  {x(2)}\n", ["line 2", "'' is no image id"]),
-        (RECOGNITION, f"id,landmarks\n{A},12\n", ["line 2", "'12' is no prediction"]),
-        (RECOGNITION, f"id,landmarks\n{A},12 0.5 13 0.4\n", ["line 2", "no prediction"]),
-        (RECOGNITION, f"id,landmarks\n{A},tower 0.5\n", ["line 2", "no prediction"]),
-        (RECOGNITION, f"id,landmarks\n{A},12 nan\n", ["line 2", "no prediction"]),
+        (RETRIEVAL, f"id,images\n{B},{x(1)}  {x(2)}\n", ["line 2", "''; expected an image id"]),
+        (RECOGNITION, f"id,landmarks\n{A},12\n", ["line 2", "prediction '12'"]),
+        (RECOGNITION, f"id,landmarks\n{A},12 0.5 13 0.4\n", ["line 2", "expected a landmark_id, a space"]),
+        (RECOGNITION, f"id,landmarks\n{A},tower 0.5\n", ["line 2", "expected a landmark_id, a space"]),
+        (RECOGNITION, f"id,landmarks\n{A},12 nan\n", ["line 2", "expected a landmark_id, a space"]),
     ],
 )
 def test_bad_submissions_are_named(tmp_path, solution, text, words):
@@ -132,13 +134,15 @@ def test_files_that_are_none(tmp_path):
 def test_what_is_written_is_read_back(tmp_path):
     solution = read_solution(write(tmp_path, RETRIEVAL))
     lists = [np.array([x(i).encode() for i in one], "S16") for one in ([3, 1], [], [2])]
-    (tmp_path / "mine.csv").write_bytes(ranked_submission(solution.ids, lists))
-    assert [one.tolist() for one in read_ranked(tmp_path / "mine.csv", solution)] == [one.tolist() for one in lists]
+    (tmp_path / "mine.csv").write_bytes(retrieval_submission(solution.ids, lists))
+    assert [one.tolist() for one in read_retrieval_submission(tmp_path / "mine.csv", solution)] == [
+        one.tolist() for one in lists
+    ]
 
     solution = read_solution(write(tmp_path, RECOGNITION))
     scores = np.array([0.1 + 0.2, 1e-9, -2.0])
-    (tmp_path / "mine.csv").write_bytes(recognised_submission(solution.ids, np.array([5, 0, 7]), scores))
-    classes, read = read_recognised(tmp_path / "mine.csv", solution)
+    (tmp_path / "mine.csv").write_bytes(recognition_submission(solution.ids, np.array([5, 0, 7]), scores))
+    classes, read = read_recognition_submission(tmp_path / "mine.csv", solution)
     assert (classes.tolist(), read.tolist()) == ([5, 0, 7], scores.tolist())
 
 

@@ -1,4 +1,4 @@
-"""superglobal prepare-gldv2 as a user runs it: what it finds in a tree and in tar files, and the index it leaves."""
+"""The check of GLDv2's images as a user runs it, in a folder tree and in tar files, and the index that it writes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def root(toy_data, tmp_path) -> Path:
 
 
 def make_tars(photos: TrainList, folder: Path, count: int = 3) -> Path:
-    """The photos as images_000.tar, ...: dealt out by turns, beside a file that is no photo."""
+    """Write the images to images_000.tar, ... in turn, with a file that is not an image in each."""
     folder.mkdir()
     for number in range(count):
         with tarfile.open(folder / f"images_{number:03d}.tar", "w") as tar:
@@ -67,7 +67,7 @@ def make_tars(photos: TrainList, folder: Path, count: int = 3) -> Path:
 
 
 def damage(photos: TrainList) -> dict[Path, str]:
-    """One photo of each kind of damage, with a word of the reason."""
+    """Damage one image in each way; return a word of the reason for each."""
     paths = [photos.path(index) for index in range(5)]
     paths[0].unlink()
     paths[1].write_bytes(b"")
@@ -77,7 +77,7 @@ def damage(photos: TrainList) -> dict[Path, str]:
     return dict(zip(paths, ["missing", "empty", "truncated", "not an image", "not an image"], strict=True))
 
 
-def test_a_sound_tree(root):
+def test_an_undamaged_tree(root):
     command = [*COMMAND, "--root", str(root), "--workers", "1"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     photos = read_train(root, min_images=1)
@@ -92,7 +92,7 @@ def test_a_sound_tree(root):
     assert not list(root.glob(".*"))
 
 
-def test_every_kind_of_damage_is_found_counted_and_listed(run, root):
+def test_every_kind_of_damage_is_detected_counted_and_listed(run, root):
     photos = read_train(root, min_images=1)
     damaged = damage(photos)
     text = run("--root", root, "--workers", 1, status=1)
@@ -103,21 +103,21 @@ def test_every_kind_of_damage_is_found_counted_and_listed(run, root):
     assert set(listed) == {str(path) for path in damaged}
     assert all(reason in listed[str(path)] for path, reason in damaged.items())
     assert "2 not an image" in report
-    assert load_index(root, "train_clean.csv", None).bad_among(photos.ids) == [
+    assert load_index(root, "train_clean.csv", None).corrupt_among(photos.ids) == [
         (i, listed[str(photos.path(i))]) for i in range(5)
     ]
 
 
-def test_damage_within_a_photo_shows_when_it_is_decoded(root):
-    bad = read_train(root).path(3)
-    break_scan(bad)
-    assert prepare(root, workers=1).bad == []
-    ((place, reason),) = prepare(root, workers=1, decode=True).bad
-    assert place == str(bad)
+def test_damage_inside_a_file_is_detected_by_decoding(root):
+    damaged = read_train(root).path(3)
+    break_scan(damaged)
+    assert prepare(root, workers=1).corrupt == []
+    ((location, reason),) = prepare(root, workers=1, decode=True).corrupt
+    assert location == str(damaged)
     assert "damaged" in reason
 
 
-def test_tar_files_give_the_photos_of_the_tree(run, root, tmp_path):
+def test_tar_files_give_the_images_of_the_tree(run, root, tmp_path):
     tree = read_train(root)
     folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
     prepare(root, workers=1)
@@ -127,14 +127,14 @@ def test_tar_files_give_the_photos_of_the_tree(run, root, tmp_path):
     shutil.rmtree(root / "train")
     photos = read_train(root, tars=folder)
     assert photos.digest() == tree.digest()
-    assert photos.place(1).endswith(f".tar:{tree.path(1).relative_to(tree.root)}")
-    assert str(folder / "images_") in photos.place(1)
+    assert photos.location(1).endswith(f".tar:{tree.path(1).relative_to(tree.root)}")
+    assert str(folder / "images_") in photos.location(1)
     for i in range(len(photos)):
-        with tarfile.open(photos.place(i).split(":")[0]) as tar:
-            assert photos.read(i) == tar.extractfile(photos.place(i).split(":")[1]).read()
+        with tarfile.open(photos.location(i).split(":")[0]) as tar:
+            assert photos.read(i) == tar.extractfile(photos.location(i).split(":")[1]).read()
 
 
-def test_tar_files_that_change_during_a_run_give_no_other_photos(root, tmp_path):
+def test_tar_files_that_change_during_a_run_give_no_other_images(root, tmp_path):
     folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
     prepare(root, tars=folder, workers=1)
     photos = read_train(root, tars=folder)
@@ -148,7 +148,7 @@ def test_tar_files_that_change_during_a_run_give_no_other_photos(root, tmp_path)
         read_train(root).read(0) and pickle.loads(pickle.dumps(photos)).read(0)
 
 
-def test_a_tar_file_that_is_cut_off_or_lacks_a_photo(root, tmp_path):
+def test_a_tar_file_that_is_cut_off_or_lacks_an_image(root, tmp_path):
     everything = read_train(root, min_images=1)
     total = len(everything)
     lacking = TrainList(everything.root, everything.ids[1:], everything.labels[1:], everything.landmarks)
@@ -157,18 +157,18 @@ def test_a_tar_file_that_is_cut_off_or_lacks_a_photo(root, tmp_path):
     with tarfile.open(last) as tar:
         members = tar.getmembers()
     os.truncate(last, members[-2].offset_data + members[-2].size - 100)
-    found = prepare(root, tars=folder, workers=1)
-    reasons = {Path(place.split(":")[1]).name: reason for place, reason in found.bad}
+    prepared = prepare(root, tars=folder, workers=1)
+    reasons = {Path(location.split(":")[1]).name: reason for location, reason in prepared.corrupt}
     assert reasons.pop(everything.path(0).name) == "missing"
     assert reasons.pop(Path(members[-1].name).name) == "missing"
     assert "truncated" in reasons.pop(Path(members[-2].name).name)
     assert not reasons
-    assert "cut off" in found.report.read_text()
-    assert str(last) in found.tars[0]
-    assert f"{total} photos, 3 bad" in found.report.read_text()
+    assert "cut off" in prepared.report.read_text()
+    assert str(last) in prepared.tar_problems[0]
+    assert f"{total} images, 3 missing or corrupt" in prepared.report.read_text()
 
 
-def test_an_index_that_does_not_fit_is_refused_with_the_command_that_renews_it(root, tmp_path):
+def test_an_index_that_does_not_fit_is_an_error_that_names_the_command(root, tmp_path):
     folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
     table = "train_clean.csv"
     command = f"superglobal prepare-gldv2 --root {root} --table {table}"
@@ -185,47 +185,48 @@ def test_an_index_that_does_not_fit_is_refused_with_the_command_that_renews_it(r
     with tarfile.open(folder / "images_000.tar", "a") as tar:
         tar.add(__file__, "one_more.txt")
         tar.add(__file__, "and_more.txt")
-    with pytest.raises(InputError, match=r"images_000.tar has changed since"):
+    with pytest.raises(InputError, match=r"images_000.tar has changed"):
         load_index(root, table, folder)
     prepare(root, workers=1)
     lines = (root / table).read_text().splitlines()
     (root / table).write_text("\n".join(lines[:-1]) + "\n")
-    with pytest.raises(InputError, match=r"train_clean.csv has changed since"):
+    with pytest.raises(InputError, match=r"train_clean.csv has changed"):
         load_index(root, table, None)
     (root / "train_clean.index.npz").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(InputError, match="damaged"):
         load_index(root, table, None)
 
 
-def test_a_killed_run_goes_on_where_it_was(root, tmp_path, monkeypatch):
-    """Parts that are there are not checked again: a photo lost meanwhile in one of them is not noticed."""
-    monkeypatch.setattr(module, "_PART", 16)
+def test_a_killed_run_resumes(root, tmp_path, monkeypatch):
+    """Finished shards are not checked again: an image that was lost from one in the meantime is not noticed."""
+    monkeypatch.setattr(module, "_SHARD", 16)
     photos = read_train(root, min_images=1)
     order = np.argsort(photos.ids)
     code = """
 import os, signal, sys
-from superglobal.data import prepare_gldv2 as prepare
-prepare._PART = 16
-prepare.prepare(sys.argv[1], workers=1, progress=lambda done, total: done and os.kill(os.getpid(), signal.SIGKILL))
+from superglobal.data import prepare_gldv2
+prepare_gldv2._SHARD = 16
+kill = lambda done, total: done and os.kill(os.getpid(), signal.SIGKILL)
+prepare_gldv2.prepare(sys.argv[1], workers=1, progress=kill)
 """
     killed = subprocess.run([sys.executable, "-c", code, str(root)], env=ENVIRONMENT)
     assert killed.returncode == -signal.SIGKILL
     assert not (root / "train_clean.index.npz").exists()
     parts = sorted((root / ".train_clean.index.parts").glob("*.npz"))
     assert parts
-    parts.append(parts[0].with_name(f"{16 * len(parts):08d}.npz"))  # the first that is not there
+    parts.append(parts[0].with_name(f"{16 * len(parts):08d}.npz"))  # the first missing one
     lost = [photos.path(int(order[0])), photos.path(int(order[16 * (len(parts) - 1)]))]
     for path in lost:
         path.unlink()
-    assert [place for place, _ in prepare(root, workers=1).bad] == [str(lost[1])]
-    # A finished run leaves no parts: the next one looks at every photo again.
-    assert [place for place, _ in prepare(root, workers=1).bad] == sorted(str(path) for path in lost)
+    assert [location for location, _ in prepare(root, workers=1).corrupt] == [str(lost[1])]
+    # A finished run leaves no shards: the next one checks every image again.
+    assert [location for location, _ in prepare(root, workers=1).corrupt] == sorted(str(path) for path in lost)
 
 
-def test_ctrl_c_says_how_to_go_on(root):
+def test_ctrl_c_says_how_to_resume(root):
     stuck = next((root / "train").rglob("*.jpg"))
     stuck.unlink()
-    os.mkfifo(stuck)  # opening it waits for ever, so that the run cannot be over too soon
+    os.mkfifo(stuck)  # opening it waits for ever, so that the run cannot end too soon
     command = [*COMMAND, "--root", str(root), "--decode", "--workers", "2", "--table", "train.csv"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -243,18 +244,18 @@ def test_ctrl_c_says_how_to_go_on(root):
     [
         (["--root", "ROOT/nowhere"], ["training list not found"]),
         (["--root", "ROOT", "--tars", "ROOT/train"], ["no tar files", "images_000.tar"]),
-        (["--root", "ROOT", "--workers", "0"], ["workers is 0"]),
+        (["--root", "ROOT", "--workers", "0"], ["workers=0"]),
         (["--root", "ROOT", "--table", "train.txt"], ["training list not found"]),
     ],
 )
-def test_mistakes_are_named(run, root, arguments, words):
+def test_wrong_arguments_are_named(run, root, arguments, words):
     text = run(*(word.replace("ROOT", str(root)) for word in arguments), status=2)
     assert all(word in text for word in words)
 
 
-def test_a_list_without_its_tree_is_no_list_of_missing_photos(root):
+def test_a_list_without_its_tree_is_an_error(root):
     shutil.rmtree(root / "train")
-    with pytest.raises(InputError, match="photos not found") as caught:
+    with pytest.raises(InputError, match="images not found") as caught:
         prepare(root, workers=1)
     assert "https://" in str(caught.value)
 

@@ -233,7 +233,10 @@ def test_superglobal_pooling_trains_and_is_what_eval_then_uses(toy_data, tmp_pat
     ("script", "words"),
     [
         ("train.py", ["gldv2/train_clean.csv", "superglobal download gldv2-train --data"]),
-        ("eval.py", ["roxford5k/gnd_roxford5k.pkl", "superglobal download roxford5k", "train/superglobal/best.safetensors"]),
+        (
+            "eval.py",
+            ["roxford5k/gnd_roxford5k.pkl", "superglobal download roxford5k", "train/superglobal/best.safetensors"],
+        ),
     ],
 )
 def test_without_data_one_message_says_all(tmp_path, script, words):

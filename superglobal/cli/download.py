@@ -49,8 +49,6 @@ def _name(text: str) -> str:
 
 def _exit_on_interrupt(number: int, frame: object) -> None:
     """Exit without waiting for transfers: every file on disk is complete or a partial download that is resumed."""
-    if os.isatty(2):
-        os.write(2, b"\x1b[?25h")  # Show the cursor, which the progress bar hides.
     os.write(2, b"\ninterrupted: run the same command again to resume\n")
     os._exit(130)
 

@@ -32,14 +32,14 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, _exit_on_interrupt)
     prepared = prepare(args.root, args.table, args.tars, args.workers, args.decode, Progress("checked"))
     print(f"index: {prepared.index}\nreport: {prepared.report}")
-    for note in prepared.tars:
-        print(note)
-    if not prepared.bad:
-        print(f"all {prepared.photos} images are readable")
+    for problem in prepared.tar_problems:
+        print(problem)
+    if not prepared.corrupt:
+        print(f"all {prepared.n_images} images are readable")
         return 0
-    share = len(prepared.bad) / prepared.photos
+    share = len(prepared.corrupt) / prepared.n_images
     print(
-        f"{len(prepared.bad)} of {prepared.photos} images are corrupt ({share:.4%}); download them again and repeat "
+        f"{len(prepared.corrupt)} of {prepared.n_images} images are corrupt ({share:.4%}); download them again and repeat "
         "this command, or train without them: data.max_corrupt is the largest share that training accepts"
     )
     return 1

@@ -1,4 +1,4 @@
-"""Google Landmarks v2 as it is: its lists, beside them `train/a/b/c/<id>.jpg` or elsewhere its tar files.
+"""Google Landmarks v2: its training list and evaluation sets, from its lists and `train/a/b/c/<id>.jpg` or tar files.
 
 Layout and formats: github.com/cvdfoundation/google-landmark.
 """
@@ -22,14 +22,9 @@ from superglobal.data.evaluation_set import (
     loader,
     tree_items,
 )
-from superglobal.data.gldv2_csv import hex_values, read_ids, read_landmarks, read_list
-from superglobal.data.gldv2_solutions import (
-    Solution,
-    Task,
-    read_solution,
-)
-from superglobal.data.image_index import load_index
-from superglobal.data.image_sources import PhotoSource, PhotoTree
+from superglobal.data.gldv2_csv import read_ids, read_landmark_ids, read_list
+from superglobal.data.gldv2_solutions import Solution, Task, read_solution
+from superglobal.data.image_index import ImageSource, ImageTree, load_index
 from superglobal.errors import InputError
 from superglobal.utils.io import write_atomically
 
@@ -38,49 +33,49 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainList:
-    """Training photos of chosen landmarks.
+    """Training images of selected landmarks, sorted by landmark and id.
 
     Attributes:
         root: the `train` folder, above a/b/c/<id>.jpg.
-        ids: (N,) image ids, bytes of 16 hexadecimal digits.
+        ids: (N,) S16 image ids of 16 hexadecimal digits.
         labels: (N,) int32, 0..classes-1.
-        landmarks: (classes,) int64, the landmark_id behind each label.
-        source: where the photos' bytes come from; None is the tree below `root`.
+        landmarks: (classes,) int64, the landmark_id of each label.
+        source: where image files are read from; None for the tree below `root`.
     """
 
     root: Path
     ids: np.ndarray
     labels: np.ndarray
     landmarks: np.ndarray
-    source: PhotoSource | None = None
+    source: ImageSource | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def path(self, index: int) -> Path:
-        """`a/b/c/abc....jpg` below the root: the first three digits are folders."""
+        """Return the path of an image in the folder tree."""
         return self.root / tree_path(self.ids[index])
 
     def read(self, index: int) -> bytes:
-        """The photo's file.
+        """Return the bytes of an image file.
 
         Raises:
-            CorruptImageError: it is missing or cannot be read; the message is the reason, `place` says where.
+            CorruptImageError: the file is missing or cannot be read; the message is the reason without the location.
         """
         return self._source().read(self.ids[index])
 
-    def place(self, index: int) -> str:
-        """Its path, or tar file and member ("images_012.tar:a/b/c/abc....jpg"), for messages."""
-        return self._source().place(self.ids[index])
+    def location(self, index: int) -> str:
+        """Return the path, or tar file and member ("images_012.tar:a/b/c/abc....jpg"), for messages."""
+        return self._source().location(self.ids[index])
 
     def digest(self) -> str:
-        """SHA-256 over which photos show which landmarks."""
+        """Return the SHA-256 of the image ids and their landmarks."""
         digest = hashlib.sha256(self.ids.tobytes())
         digest.update(self.landmarks[self.labels].tobytes())
         return digest.hexdigest()
 
-    def _source(self) -> PhotoSource:
-        return self.source or PhotoTree(self.root)
+    def _source(self) -> ImageSource:
+        return self.source or ImageTree(self.root)
 
 
 def read_train(
@@ -91,104 +86,81 @@ def read_train(
     leave_out: str | Path | None = None,
     tars: str | Path | None = None,
 ) -> TrainList:
-    """Photos of every landmark with at least `min_images` of them, sorted by landmark and id.
+    """Read the training images of every landmark with at least `min_images` images.
 
     Args:
-        root: folder with the lists and the `train` folder.
+        root: folder of the lists and the `train` folder.
         table: "train_clean.csv" or "train.csv".
-        min_images: landmarks with fewer are left out: one photo teaches no likeness.
-        classes_of: another list in `root`; only landmarks that it has too count. `train.csv` with the classes of
-            `train_clean.csv` is what the Kaggle teams call GLDv2x.
-        leave_out: a file of landmark ids, one a line (# begins a comment), that do not count: those of the evaluation
-            sets, for training without overlap. Ids that no list has are counted in a warning.
-        tars: folder of the official tar files, to read the photos from; needs the index of `prepare`.
-
-    A clean landmark without photos counts as not there.
+        min_images: smaller landmarks are left out; a single image gives no positive pair.
+        classes_of: another list in `root`; only its landmarks are used. `train.csv` with the landmarks of
+            `train_clean.csv` is called GLDv2x by the Kaggle teams.
+        leave_out: file of landmark ids, one per line (# starts a comment), that are left out: those of the evaluation
+            sets, for training without overlap. Ids that are not in the list are counted in a warning.
+        tars: folder of the official tar files to read images from; needs the index of `prepare`.
 
     Raises:
-        InputError: no such list, another format, an id that is none or comes twice, no landmark left, or `tars`
-            without an index that fits.
+        InputError: a list is missing or invalid, no landmark remains, or the index of the tar files does not fit.
     """
     root = Path(root)
     path = root / table
-    ids, landmarks = _read(root, table)
+    ids, landmarks = _read_sorted(root, table)
+    keep = np.ones(len(ids), bool)
     if classes_of is not None:
-        _, others = _read(root, classes_of)
-        ids, landmarks = _where(np.isin(landmarks, others), ids, landmarks)
+        keep &= np.isin(landmarks, _read_sorted(root, classes_of)[1])
     if leave_out is not None:
-        excluded = read_landmarks(leave_out)
-        unknown = np.setdiff1d(excluded, landmarks)
+        excluded = read_landmark_ids(leave_out)
+        unknown = np.setdiff1d(excluded, landmarks[keep])
         if len(unknown):
             log.warning("%s: %d of %d landmarks are not in %s", leave_out, len(unknown), len(excluded), path)
-        kept = ~np.isin(landmarks, excluded)
-        log.info("%s: left out %d landmarks, %d photos", leave_out, len(excluded) - len(unknown), int((~kept).sum()))
-        ids, landmarks = _where(kept, ids, landmarks)
+        excluded_rows = keep & np.isin(landmarks, excluded)
+        n_landmarks = len(excluded) - len(unknown)
+        log.info("%s: left out %d landmarks with %d images", leave_out, n_landmarks, int(excluded_rows.sum()))
+        keep &= ~excluded_rows
+    if not keep.all():
+        ids, landmarks = ids[keep], landmarks[keep]
     values, labels, counts = np.unique(landmarks, return_inverse=True, return_counts=True)
-    keep = counts >= min_images
-    if not keep.any():
+    large = counts >= min_images
+    if not large.any():
         raise InputError(f"{path}: no landmark has {min_images} images; lower data.min_images")
     source = None if tars is None else load_index(root, table, tars).tars(Path(tars))
-    return _subset(TrainList(root / "train", ids, labels.astype(np.int32), values, source), keep)
+    return _select(TrainList(root / "train", ids, labels.astype(np.int32), values, source), large)
 
 
-def _read(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, landmarks) of a list, sorted by landmark and id."""
+def _read_sorted(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read (ids, landmarks) of a training list, sorted by landmark and id."""
     path = root / table
     try:
         ids, landmarks = read_list(path)
     except FileNotFoundError as error:
         raise InputError(f"training list not found: {path}\n{how_to_get_gldv2_train(root)}") from error
-    values = require_unique(path, ids)
-    order = np.lexsort((values, landmarks))
-    del values
+    order = np.lexsort((ids, landmarks))
     return ids[order], landmarks[order]
 
 
-def require_unique(path: Path, ids: np.ndarray) -> np.ndarray:
-    """(N,) S16 ids of a list as (N,) uint64.
+def split_landmarks(images: TrainList, fraction: float, seed: int) -> tuple[TrainList, TrainList]:
+    """Split off whole landmarks, drawn by `seed`, for retrieval validation; return (training, validation).
 
-    Raises:
-        InputError: one is listed twice.
+    Retrieval is evaluated on landmarks that training has not seen, so validation uses such landmarks too.
     """
-    values = hex_values(ids)
-    assert values is not None
-    ordered = np.sort(values)
-    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
-    if len(twice):
-        raise InputError(f"{path}: image {ordered[twice[0]]:016x} is listed twice; remove one line")
-    return values
+    n_landmarks = len(images.landmarks)
+    held_out = np.zeros(n_landmarks, bool)
+    held_out[np.random.default_rng(seed).permutation(n_landmarks)[: round(fraction * n_landmarks)]] = True
+    return _select(images, ~held_out), _select(images, held_out)
 
 
-def _where(keep: np.ndarray, ids: np.ndarray, landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ids[keep], landmarks[keep]
-
-
-def split_landmarks(photos: TrainList, fraction: float, seed: int) -> tuple[TrainList, TrainList]:
-    """Hold out whole landmarks, drawn by `seed`, for retrieval validation: (training, validation).
-
-    Retrieval is asked about places never seen in training, so the validation's places are not either.
-    """
-    classes = len(photos.landmarks)
-    held = np.zeros(classes, bool)
-    held[np.random.default_rng(seed).permutation(classes)[: round(fraction * classes)]] = True
-    return _subset(photos, ~held), _subset(photos, held)
-
-
-def _subset(photos: TrainList, keep: np.ndarray) -> TrainList:
+def _select(images: TrainList, keep: np.ndarray) -> TrainList:
+    """Return the images of the landmarks in the mask `keep`, (classes,) bool."""
     if keep.all():
-        return photos
-    chosen = keep[photos.labels]
-    label_of = (np.cumsum(keep) - 1).astype(np.int32)
-    labels = label_of[photos.labels[chosen]]
-    return replace(photos, ids=photos.ids[chosen], labels=labels, landmarks=photos.landmarks[keep])
-
-
-_NONE = np.empty(0, np.int64)
+        return images
+    rows = keep[images.labels]
+    new_label = (np.cumsum(keep) - 1).astype(np.int32)
+    labels = new_label[images.labels[rows]]
+    return replace(images, ids=images.ids[rows], labels=labels, landmarks=images.landmarks[keep])
 
 
 @loader("gldv2")
 def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v2.1") -> EvaluationSet:
-    """Test images with a place in the retrieval solution, searched for in the index of 761,757 images.
+    """Load the retrieval benchmark: the test images of the solution, searched for in the index of 761,757 images.
 
     Args:
         root: folder of `index.csv`, the solution, `index/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
@@ -196,7 +168,7 @@ def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v
         solution: version of the ground truth, "v2.1" for `retrieval_solution_v2.1.csv`, or the path of its file.
 
     Raises:
-        InputError: a list that is missing or faulty, or ground truth that the index does not have.
+        InputError: a list is missing or invalid, or the index lacks an image of the ground truth.
     """
     root = Path(root)
     hint = how_to_get_gldv2(root)
@@ -207,19 +179,19 @@ def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v
     except FileNotFoundError as error:
         raise InputError(f"list of the index not found: {path}\n{hint}") from error
     relevant = _rows_in(path, index, truth)
-    landmark = [truth.ids[i].decode() for i in query_landmarks(truth.truth)]
+    clusters = [truth.ids[i].decode() for i in query_landmarks(truth.truth)]
     return EvaluationSet(
         name=name,
         queries=tree_items(root / "test", truth.ids),
         database=tree_items(root / "index", index),
-        gnd=[{"positive": one} for one in relevant],
-        clusters=landmark,
+        gnd=[{"positive": rows} for rows in relevant],
+        clusters=clusters,
         protocols="landmarks",
         leave_one_out=False,
         root=root,
         how_to_get=hint,
-        landmark_truth=RetrievalTruth(truth.ids, index, relevant, truth.parts, landmark),
-        about={"solution": truth.about()},
+        landmark_truth=RetrievalTruth(truth.ids, index, relevant, truth.parts, clusters),
+        about={"solution": truth.provenance()},
     )
 
 
@@ -232,10 +204,10 @@ def recognition_set(
     neighbors: int = 3,
     votes: str = "similarity",
 ) -> EvaluationSet:
-    """All test images that count, recognised by their nearest training photos.
+    """Load the recognition benchmark: the landmark of each test image, by its nearest training images.
 
-    Landmarks of training, not those of the index, which are numbered differently. A landmark of the solution that the
-    training list does not have cannot be recognised and counts all the same.
+    Landmark ids are those of the training list; the index numbers them differently. A landmark that the training list
+    lacks cannot be recognized, and counts as an error.
 
     Args:
         root: folder of the training list, the solution, `train/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
@@ -248,29 +220,29 @@ def recognition_set(
             the cosine s.
 
     Raises:
-        InputError: a list that is missing or faulty.
+        InputError: a list is missing or invalid.
     """
     root = Path(root)
     hint = how_to_get_gldv2(root)
     truth = _solution(root, "recognition", solution, hint)
-    photos = read_train(root, table, min_images=1)
-    labels = photos.landmarks[photos.labels]
-    known = set(photos.landmarks.tolist())
-    unknown = sum(len(one) > 0 and known.isdisjoint(one.tolist()) for one in truth.truth)
+    images = read_train(root, table, min_images=1)
+    labels = images.landmarks[images.labels]
+    known = set(images.landmarks.tolist())
+    unknown = sum(len(shown) > 0 and known.isdisjoint(shown.tolist()) for shown in truth.truth)
     if unknown:
-        log.warning("%d test images show landmarks that %s does not have; they count as not recognised", unknown, table)
+        log.warning("%d test images show landmarks that %s lacks; they count as not recognized", unknown, table)
     return EvaluationSet(
         name=name,
         queries=tree_items(root / "test", truth.ids),
-        database=tree_items(photos.root, photos.ids),
-        gnd=[{"positive": _rows_of(labels, one)} for one in truth.truth],
-        clusters=[str(one[0]) if len(one) else "" for one in truth.truth],
+        database=tree_items(images.root, images.ids),
+        gnd=[{"positive": _rows_of(labels, shown)} for shown in truth.truth],
+        clusters=[str(shown[0]) if len(shown) else "" for shown in truth.truth],
         protocols="landmarks",
         leave_one_out=False,
         root=root,
         how_to_get=hint,
         landmark_truth=RecognitionTruth(truth.ids, truth.truth, labels, truth.parts, neighbors, votes),
-        about={"solution": truth.about(), "landmarks_not_in_database": unknown},
+        about={"solution": truth.provenance(), "landmarks_not_in_database": unknown},
     )
 
 
@@ -278,10 +250,10 @@ def recognition_set(
 def validation_set(
     root: str | Path, name: str = "gldv2_val", table: str = "train_clean.csv", landmarks: int = 800, seed: int = 0
 ) -> EvaluationSet:
-    """Training photos of landmarks that a training holds out: one photo of each is a query, the others are the index.
+    """Load a validation set: training images of held-out landmarks, one image of each as query, the others as index.
 
-    The landmarks are the first that `split_landmarks` draws by `seed`: every training on the same list and seed, with
-    nothing left out, that holds out as many or more has not seen them. The split is written down beside the list, as
+    The landmarks are the first that `split_landmarks` draws by `seed`: no training on the same list with the same seed
+    and without `leave_out` has seen them if it holds out at least as many. The split is written beside the list, to
     `<name>_<landmarks>_seed<seed>.csv` with id, landmark_id and split (query or index).
 
     Args:
@@ -293,34 +265,33 @@ def validation_set(
         seed: seed of the training.
 
     Raises:
-        InputError: no such list, fewer landmarks than wanted, or a split written down that is another one.
+        InputError: the list is missing, has too few landmarks, or gives another split than the file beside it.
     """
     root = Path(root)
-    listed = read_train(root, table)
-    if landmarks >= len(listed.landmarks):
+    train = read_train(root, table)
+    if landmarks >= len(train.landmarks):
         raise InputError(
-            f"dataset.landmarks={landmarks}: {root / table} has {len(listed.landmarks)} of two photos or more, and "
-            "training needs some too"
+            f"dataset.landmarks={landmarks}: {root / table} has {len(train.landmarks)} landmarks with two images or "
+            "more, and training needs some of them"
         )
-    photos = split_landmarks(listed, landmarks / len(listed.landmarks), seed)[1]
-    query = _drawn_queries(photos, seed)
-    _write_down(root / f"{name}_{landmarks}_seed{seed}.csv", root / table, photos, query)
-    index, labels = photos.ids[~query], photos.landmarks[photos.labels]
-    relevant = [_rows_of(labels[~query], one) for one in labels[query, None]]
-    landmark = [str(one) for one in labels[query]]
+    images = split_landmarks(train, landmarks / len(train.landmarks), seed)[1]
+    is_query = _draw_queries(images, seed)
+    _write_split(root / f"{name}_{landmarks}_seed{seed}.csv", root / table, images, is_query)
+    index, labels = images.ids[~is_query], images.landmarks[images.labels]
+    relevant = [_rows_of(labels[~is_query], label) for label in labels[is_query, None]]
+    clusters = [str(label) for label in labels[is_query]]
+    subsets = {"all": np.ones(len(clusters), bool)}
     return EvaluationSet(
         name=name,
-        queries=tree_items(photos.root, photos.ids[query]),
-        database=tree_items(photos.root, index),
-        gnd=[{"positive": one} for one in relevant],
-        clusters=landmark,
+        queries=tree_items(images.root, images.ids[is_query]),
+        database=tree_items(images.root, index),
+        gnd=[{"positive": rows} for rows in relevant],
+        clusters=clusters,
         protocols="landmarks",
         leave_one_out=False,
         root=root,
         how_to_get=how_to_get_gldv2(root),
-        landmark_truth=RetrievalTruth(
-            photos.ids[query], index, relevant, {"all": np.ones(len(landmark), bool)}, landmark
-        ),
+        landmark_truth=RetrievalTruth(images.ids[is_query], index, relevant, subsets, clusters),
         about={"landmarks": landmarks, "drawn_from": table, "seed": seed},
     )
 
@@ -333,61 +304,56 @@ def _solution(root: Path, task: Task, solution: str, hint: str) -> Solution:
     return read_solution(path, task)
 
 
-def _rows_in(path: Path, index: np.ndarray, truth: Solution) -> list[np.ndarray]:
-    """Per query the rows of its relevant images in the index."""
-    known, wanted = require_unique(path, index), hex_values(np.concatenate(truth.truth))
-    assert wanted is not None
-    order = np.argsort(known)
-    rows = order[np.minimum(np.searchsorted(known, wanted, sorter=order), len(known) - 1)]
-    counts = np.array([len(one) for one in truth.truth])
-    absent = np.flatnonzero(known[rows] != wanted)
+def _rows_in(path: Path, index: np.ndarray, solution: Solution) -> list[np.ndarray]:
+    """Return the rows in the index of the relevant images of each query."""
+    order, relevant = np.argsort(index), np.concatenate(solution.truth)
+    rows = order[np.minimum(np.searchsorted(index, relevant, sorter=order), len(index) - 1)]
+    counts = np.array([len(ids) for ids in solution.truth])
+    absent = np.flatnonzero(index[rows] != relevant)
     if len(absent):
-        line = truth.lines[np.repeat(np.arange(len(counts)), counts)[absent[0]]]
+        line = solution.lines[np.repeat(np.arange(len(counts)), counts)[absent[0]]]
         raise InputError(
-            f"{truth.path}, line {line}: image {wanted[absent[0]]:016x} is not in {path} ({len(absent)} such); do they "
-            "belong together?"
+            f"{solution.path}, line {line}: image {relevant[absent[0]].decode()} is not in {path} ({len(absent)} such "
+            "images); use a list and a solution of the same version"
         )
     return np.split(rows, np.cumsum(counts))[:-1]
 
 
 def _rows_of(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Rows with one of the wanted labels; `labels` (N,) are sorted."""
-    if not len(wanted):
-        return _NONE
+    """Return the rows with one of the wanted labels; `labels`, (N,), are sorted."""
     low, high = (np.searchsorted(labels, wanted, side=side) for side in ("left", "right"))
-    return np.concatenate([np.arange(*ends) for ends in zip(low, high, strict=True)])
+    return np.concatenate([np.empty(0, np.int64), *(np.arange(*ends) for ends in zip(low, high, strict=True))])
 
 
-def _drawn_queries(photos: TrainList, seed: int) -> np.ndarray:
-    """(N,) bool: one photo of each landmark; photos are sorted by landmark."""
-    counts = np.bincount(photos.labels)
-    chosen = np.cumsum(counts) - counts + np.random.default_rng([seed, 1]).integers(counts)
-    query = np.zeros(len(photos), bool)
-    query[chosen] = True
-    return query
+def _draw_queries(images: TrainList, seed: int) -> np.ndarray:
+    """Return (N,) bool with one image of each landmark."""
+    counts = np.bincount(images.labels)
+    rows = np.cumsum(counts) - counts + np.random.default_rng([seed, 1]).integers(counts)
+    is_query = np.zeros(len(images), bool)
+    is_query[rows] = True
+    return is_query
 
 
-def _write_down(path: Path, table: Path, photos: TrainList, query: np.ndarray) -> None:
-    """Write the split, or check that it is the one that is there."""
-    columns = photos.ids.tolist(), photos.landmarks[photos.labels].tolist(), query.tolist()
+def _write_split(path: Path, table: Path, images: TrainList, is_query: np.ndarray) -> None:
+    """Write a split, or check that the file has the same one."""
+    columns = images.ids.tolist(), images.landmarks[images.labels].tolist(), is_query.tolist()
     lines = ["id,landmark_id,split"]
     lines += [f"{i.decode()},{n},{'query' if q else 'index'}" for i, n, q in zip(*columns, strict=True)]
     if path.is_file():
         if path.read_text(errors="replace").splitlines() != lines:
             raise InputError(
-                f"{path}: not the split that {table} gives; one of the two was changed. Remove {path.name} to write it "
-                "anew, or take another dataset.name"
+                f"{path}: not the split that {table} gives; one of them has changed. Remove {path.name} to write it "
+                "again, or set another dataset.name"
             )
         return
     try:
         write_atomically(path, ("\n".join(lines) + "\n").encode())
     except InputError as error:
-        log.warning("the split is not written down: %s", error)
+        log.warning("the split was not written: %s", error)
 
 
-def query_landmarks(truth: Sequence[np.ndarray]) -> list[int]:
-    """`landmarks` of queries from the S16 ids of their relevant images."""
-    numbers = hex_values(np.concatenate(truth))
-    assert numbers is not None
-    ends = np.cumsum([len(one) for one in truth])
-    return landmarks([one.tolist() for one in np.split(numbers, ends)[:-1]])
+def query_landmarks(relevant: Sequence[np.ndarray]) -> list[int]:
+    """Return `landmarks` of queries from the S16 ids of their relevant images."""
+    _, numbers = np.unique(np.concatenate(relevant), return_inverse=True)
+    ends = np.cumsum([len(ids) for ids in relevant])
+    return landmarks([ids.tolist() for ids in np.split(numbers, ends)[:-1]])

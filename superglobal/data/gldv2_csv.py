@@ -1,16 +1,16 @@
-"""GLDv2's lists of millions of photos as arrays, read by Arrow: no Python object per photo.
+"""Read GLDv2's lists of millions of images into arrays with Arrow, without a Python object per image.
 
 Formats (github.com/cvdfoundation/google-landmark): train.csv has id, url, landmark_id; train_clean.csv has landmark_id
-and images, the ids of a landmark separated by spaces.
+and images, the ids of a landmark separated by spaces; index.csv and test.csv have id.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,81 +19,85 @@ import pyarrow.csv
 
 from superglobal.errors import InputError
 
-T = TypeVar("T")
-_BLOCK = 1 << 23  # bytes that Arrow parses at a time; a row must fit, and a landmark of 10,000 photos has 170 KB
-_PORTION = 1 << 19  # ids that are looked at as text at a time
-_NUMBER, _ID = re.compile(r"[0-9]{1,18}"), re.compile(r"[0-9a-f]{16}")
+IMAGE_ID, LANDMARK_ID = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9]{1,18}")
+_BLOCK = 1 << 23  # bytes that Arrow parses at a time; one row must fit, and 10,000 images of a landmark take 170 KB
 
 
 def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Every photo of a list, in its order.
+    """Read a training list, in its order.
 
     Returns:
-        (N,) S16 image ids of 16 hexadecimal digits; (N,) int64 landmark ids, 0 or more.
+        (N,) S16 image ids of 16 hexadecimal digits, each once; (N,) int64 landmark ids, 0 or more.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it cannot be read, has other columns, names no photo, or has a landmark or an image id that is none.
+        InputError: the file cannot be read, has other columns, names no image, has an invalid landmark or image id, or
+            lists an image twice.
     """
-    return _read(path, _parsed)
+    with _input_errors(path):
+        columns = _column_names(path)
+        clean = {"landmark_id", "images"} <= columns  # a row has a landmark and all its images
+        if not clean and not {"landmark_id", "id"} <= columns:
+            expected = "landmark_id with images (clean list) or id (full list)"
+            raise InputError(f"{path}: columns {sorted(columns)}, expected {expected}")
+        numbers, texts = _read_columns(path, ["landmark_id", "images" if clean else "id"])
+        if not pc.all(pc.match_substring_regex(numbers, "^[0-9]{1,18}$"), min_count=0).as_py():
+            raise _first_error(path, "a landmark_id is not a number")
+        landmarks = pc.cast(numbers, pa.int64()).to_numpy()
+        if clean:
+            words = pc.utf8_split_whitespace(texts)
+            landmarks = landmarks[pc.list_parent_indices(words).to_numpy()]
+            texts = pc.list_flatten(words)
+            nonempty = pc.greater(pc.binary_length(texts), 0)  # a landmark without images has one empty word
+            texts, landmarks = texts.filter(nonempty), landmarks[nonempty.to_numpy()]
+        return _image_ids(path, texts), landmarks
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Every photo of a list without landmarks (index.csv, test.csv: one column, id), in its order.
+    """Read a list without landmarks (index.csv, test.csv), in its order.
 
     Returns:
-        (N,) S16 image ids of 16 hexadecimal digits.
+        (N,) S16 image ids of 16 hexadecimal digits, each once.
 
     Raises:
         FileNotFoundError: there is no such file.
         InputError: as `read_list`.
     """
-    return _read(path, _parsed_ids)
+    with _input_errors(path):
+        columns = _column_names(path)
+        if "id" not in columns:
+            raise InputError(f"{path}: columns {sorted(columns)}, expected id")
+        return _image_ids(path, _read_columns(path, ["id"])[0])
 
 
-def hex_values(ids: np.ndarray) -> np.ndarray | None:
-    """(N,) S16 of 16 lower-case hexadecimal digits each -> (N,) uint64, in the same order; None if one is not."""
-    values = np.empty(len(ids), np.uint64)
-    for start in range(0, len(ids), _PORTION):
-        text = ids[start : start + _PORTION].tobytes().decode("latin-1")
-        try:
-            packed = bytes.fromhex(text)
-        except ValueError:
-            return None
-        if packed.hex() != text:  # Python also takes capitals and skips blanks
-            return None
-        values[start : start + _PORTION] = np.frombuffer(packed, ">u8")
-    return values
-
-
-def read_landmarks(path: str | Path) -> np.ndarray:
-    """Landmark ids of a text file, one a line; blank lines and what follows a # do not count.
+def read_landmark_ids(path: str | Path) -> np.ndarray:
+    """Read landmark ids from a text file, one per line; blank lines and comments after # are ignored.
 
     Returns:
         (n,) int64, sorted, each once.
 
     Raises:
-        InputError: no such file, or a line that is no number.
+        InputError: there is no such file, or a line is not a number.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"list of landmarks cannot be read: {path} ({error}); expected one landmark_id a line"
-        ) from error
-    found = []
+        raise InputError(f"{path}: cannot be read ({error}); expected one landmark_id per line") from error
+    landmarks = []
     for number, line in enumerate(lines, 1):
         word = line.partition("#")[0].strip()
-        if word and not _NUMBER.fullmatch(word):
-            raise InputError(f"{path}, line {number}: {word!r} is not a landmark_id; expected one number a line")
+        if word and not LANDMARK_ID.fullmatch(word):
+            raise InputError(f"{path}, line {number}: {word!r} is not a landmark_id; expected one number per line")
         if word:
-            found.append(int(word))
-    return np.unique(np.array(found, np.int64))
+            landmarks.append(int(word))
+    return np.unique(np.array(landmarks, np.int64))
 
 
-def _read(path: Path, parsed: Callable[[Path], T]) -> T:
+@contextmanager
+def _input_errors(path: Path) -> Iterator[None]:
+    """Raise an InputError that names the file for everything but a missing file."""
     try:
-        return parsed(path)
+        yield
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -101,81 +105,52 @@ def _read(path: Path, parsed: Callable[[Path], T]) -> T:
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a CSV file ({error}); download it again") from error
     except pa.ArrowInvalid as error:
-        raise _fault(path, str(error)) from error
+        raise _first_error(path, str(error)) from error
     finally:
-        pa.default_memory_pool().release_unused()  # what Arrow would keep for the next list
+        pa.default_memory_pool().release_unused()  # Arrow would keep it for the next list
 
 
-def _parsed_ids(path: Path) -> np.ndarray:
-    columns = _header(path)
-    if "id" not in columns:
-        raise InputError(f"{path}: columns {sorted(columns)}, expected id")
-    return _ids(path, _columns(path, ["id"]).column(0))
-
-
-def _parsed(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    clean = _is_clean(path)
-    table = _columns(path, ["landmark_id", "images" if clean else "id"])
-    numbers, texts = table.column(0), table.column(1)
-    if not pc.all(pc.match_substring_regex(numbers, "^[0-9]{1,18}$"), min_count=0).as_py():
-        raise _fault(path, "a landmark_id is not a number")
-    landmarks = pc.cast(numbers, pa.int64()).to_numpy()
-    if clean:
-        words = pc.utf8_split_whitespace(texts)
-        landmarks = landmarks[pc.list_parent_indices(words).to_numpy()]
-        texts = pc.list_flatten(words)
-        there = pc.greater(pc.binary_length(texts), 0)  # a landmark without photos has one empty word
-        texts, landmarks = texts.filter(there), landmarks[there.to_numpy()]
-    return _ids(path, texts), landmarks
-
-
-def _is_clean(path: Path) -> bool:
-    """Whether a line has a landmark and all its photos, rather than one photo."""
-    columns = _header(path)
-    clean = {"landmark_id", "images"} <= columns
-    if not clean and not {"landmark_id", "id"} <= columns:
-        raise InputError(f"{path}: columns {sorted(columns)}, expected landmark_id with images (clean) or id (full)")
-    return clean
-
-
-def _header(path: Path) -> set[str]:
+def _column_names(path: Path) -> set[str]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         return set(next(csv.reader(file), ()))
 
 
-def _columns(path: Path, names: list[str]) -> pa.Table:
-    return pyarrow.csv.read_csv(
+def _read_columns(path: Path, names: list[str]) -> list[pa.ChunkedArray]:
+    table = pyarrow.csv.read_csv(
         str(path),
         pyarrow.csv.ReadOptions(block_size=_BLOCK),
         pyarrow.csv.ParseOptions(newlines_in_values=True),
         pyarrow.csv.ConvertOptions(include_columns=names, column_types=dict.fromkeys(names, pa.string())),
     )
+    return table.columns
 
 
-def _ids(path: Path, texts: pa.ChunkedArray) -> np.ndarray:
+def _image_ids(path: Path, texts: pa.ChunkedArray) -> np.ndarray:
     if not len(texts):
-        raise InputError(f"{path}: lists no photos; download it again")
-    if not pc.all(pc.equal(pc.binary_length(texts), 16)).as_py():
-        raise _fault(path, "an image id has not 16 digits")
+        raise InputError(f"{path}: lists no images; download it again")
+    if not pc.all(pc.match_substring_regex(texts, "^[0-9a-f]{16}$"), min_count=0).as_py():
+        raise _first_error(path, "an image id does not have 16 hexadecimal digits")
     fixed = texts.cast(pa.binary(16)).combine_chunks()
     ids = np.frombuffer(fixed.buffers()[1], "S16", len(fixed), 16 * fixed.offset)
-    if hex_values(ids) is None:
-        raise _fault(path, "an image id has other characters than hexadecimal digits")
+    ordered = np.sort(ids)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise InputError(f"{path}: image {twice[0].decode()} is listed twice; remove one line")
     return ids
 
 
-def _fault(path: Path, otherwise: str) -> InputError:
-    """The first line at fault, looked for row by row once it is known that there is one."""
-    # A landmark of thousands of photos has them all in one field.
-    csv.field_size_limit(2**31 - 1)
+def _first_error(path: Path, otherwise: str) -> InputError:
+    """Return the error for the first invalid row, found by reading the list again row by row."""
+    csv.field_size_limit(2**31 - 1)  # a landmark of thousands of images has them all in one field
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         clean = "images" in (rows.fieldnames or ())
         for row in rows:
             number = row.get("landmark_id", "0") or ""  # index.csv and test.csv have none
-            if not _NUMBER.fullmatch(number):
+            if not LANDMARK_ID.fullmatch(number):
                 return InputError(f"{path}, line {rows.line_num}: landmark_id {number!r} is not a number")
             for image in (row["images"] or "").split() if clean else [row["id"] or ""]:
-                if not _ID.fullmatch(image):
-                    return InputError(f"{path}, line {rows.line_num}: {image!r} is no image id (16 hexadecimal digits)")
-    return InputError(f"{path}: not a list of photos ({otherwise}); download it again")
+                if not IMAGE_ID.fullmatch(image):
+                    expected = "expected an image id of 16 hexadecimal digits"
+                    return InputError(f"{path}, line {rows.line_num}: {image!r}; {expected}")
+    return InputError(f"{path}: not a list of images ({otherwise}); download it again")

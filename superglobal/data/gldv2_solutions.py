@@ -1,7 +1,7 @@
-"""GLDv2's solutions (ground truth of the test images) and submissions (predictions for them) as CSV files.
+"""Read and write GLDv2's solutions (ground truth of the test images) and submissions (predictions) as CSV files.
 
-Formats: github.com/cvdfoundation/google-landmark; what counts as a prediction as the organisers' reader has it
-(tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), but that contradictions are refused.
+Formats: github.com/cvdfoundation/google-landmark. Predictions are read by the rules of the organizers' reader
+(tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), except that contradictions are errors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from superglobal.data.gldv2_csv import IMAGE_ID, LANDMARK_ID
 from superglobal.errors import InputError
 
 Task = Literal["retrieval", "recognition"]
-_ANSWERS: dict[Task, str] = {"retrieval": "images", "recognition": "landmarks"}
-_ID, _NUMBER = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9]{1,18}")
+_COLUMN: dict[Task, str] = {"retrieval": "images", "recognition": "landmarks"}
 _USAGES = ("Public", "Private", "Ignored")
 
 
@@ -31,13 +30,13 @@ class Solution:
     """Ground truth of the Q test images that count, in the order of the file.
 
     Attributes:
-        path: of the file.
+        path: the file.
         task: "retrieval" or "recognition".
         ids: (Q,) S16 image ids.
-        truth: per image its relevant index images, (n,) S16, one at least; or its landmarks, (n,) int64, none for an
-            image that shows no landmark.
-        lines: (Q,) int64, where each stands in the file.
-        public: (Q,) bool; the others are private.
+        truth: per image the ids of its relevant index images, (n,) S16 with n >= 1; or its landmarks, (n,) int64, empty
+            for an image without a landmark.
+        lines: (Q,) int64 line numbers in the file.
+        public: (Q,) bool; the other images are private.
         ignored: ids of the test images that do not count.
     """
 
@@ -51,181 +50,178 @@ class Solution:
 
     @property
     def parts(self) -> dict[str, np.ndarray]:
-        """(Q,) bool each."""
+        """Masks (Q,) bool of the public, private and all images."""
         return {"public": self.public, "private": ~self.public, "all": np.ones(len(self.ids), bool)}
 
-    def about(self) -> dict[str, str]:
-        """Which file it was, for the record."""
+    def provenance(self) -> dict[str, str]:
+        """Return the name and SHA-256 of the file, for the record of a result."""
         return {"file": self.path.name, "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
 
 
 def read_solution(path: str | Path, task: Task | None = None) -> Solution:
-    """Read a solution: columns id, Usage (Public, Private or Ignored) and images or landmarks, which is the task.
+    """Read a solution: columns id, Usage (Public, Private or Ignored) and images or landmarks.
+
+    Args:
+        path: the file.
+        task: expected task; by default the columns decide.
 
     Raises:
-        InputError: no such file, another task, or a line that is none: with its number.
+        InputError: there is no such file, it is of another task, or a line is invalid.
     """
     path = Path(path)
-    rows = _Rows(path, {"id", "Usage"})
-    found = task or next((name for name, column in _ANSWERS.items() if column in rows.columns), None)
-    if found is None or _ANSWERS[found] not in rows.columns:
-        wanted = _ANSWERS[task] if task else " or ".join(_ANSWERS.values())
-        raise InputError(f"{path}: columns {', '.join(rows.columns)}; expected id, {wanted}, Usage")
-    read = _images if found == "retrieval" else _landmarks
+    columns, rows = _read_rows(path, {"id", "Usage"})
+    file_task = task or next((name for name, column in _COLUMN.items() if column in columns), None)
+    if file_task is None or _COLUMN[file_task] not in columns:
+        expected = _COLUMN[task] if task else " or ".join(_COLUMN.values())
+        raise InputError(f"{path}: columns {', '.join(columns)}; expected id, {expected}, Usage")
+    read = _image_ids if file_task == "retrieval" else _landmark_ids
     ids, truth, lines, public, ignored = [], [], [], [], set()
-    for place, row in rows.unique():
+    for line, row in rows:
+        place = f"{path}, line {line}"
         if row["Usage"] not in _USAGES:
             raise InputError(f"{place}: Usage {row['Usage']!r}, expected one of {', '.join(_USAGES)}")
         if row["Usage"] == "Ignored":
             ignored.add(row["id"].encode())
             continue
         ids.append(row["id"].encode())
-        truth.append(read(row[_ANSWERS[found]], place))
-        lines.append(rows.line)
+        truth.append(read(row[_COLUMN[file_task]], place))
+        lines.append(line)
         public.append(row["Usage"] == "Public")
     if not ids:
         raise InputError(f"{path}: all {len(ignored)} test images are Ignored; expected some Public or Private")
     arrays = np.array(ids, "S16"), truth, np.array(lines, np.int64), np.array(public, bool)
-    return Solution(path, found, *arrays, frozenset(ignored))
+    return Solution(path, file_task, *arrays, frozenset(ignored))
 
 
-def read_ranked(path: str | Path, solution: Solution) -> list[np.ndarray]:
-    """A retrieval submission: columns id and images, the ids of index images separated by spaces, best first.
+def read_retrieval_submission(path: str | Path, solution: Solution) -> list[np.ndarray]:
+    """Read a retrieval submission: columns id and images, the ids of index images separated by spaces, best first.
 
-    Blank lines, empty predictions, spaces at an end and predictions for ignored test images do not count.
+    Blank lines, empty predictions, surrounding spaces and predictions for ignored test images are skipped.
 
     Returns:
-        Per image of the solution (n,) S16; none where there is no prediction.
+        (n,) S16 per image of the solution; empty without a prediction.
 
     Raises:
-        InputError: no such file, other columns, or a line that repeats or does not know its id or holds what is none.
+        InputError: there is no such file, it has other columns, or a line has an unknown, repeated or invalid id.
     """
-    found = [np.empty(0, "S16") for _ in solution.ids]
+    ranked = [np.empty(0, "S16") for _ in solution.ids]
     for row, place, cell in _predictions(Path(path), solution):
-        found[row] = np.array([_image(word, place) for word in cell.split(" ")], "S16")
-    return found
+        ranked[row] = np.array([_image_id(word, place) for word in cell.split(" ")], "S16")
+    return ranked
 
 
-def read_recognised(path: str | Path, solution: Solution) -> tuple[np.ndarray, np.ndarray]:
-    """A recognition submission: columns id and landmarks, which is a landmark id, a space and a score.
+def read_recognition_submission(path: str | Path, solution: Solution) -> tuple[np.ndarray, np.ndarray]:
+    """Read a recognition submission: columns id and landmarks, which is a landmark id, a space and a score.
 
-    What does not count: see `read_ranked`.
+    Lines are skipped as in `read_retrieval_submission`.
 
     Returns:
-        (Q,) int64 landmark ids, -1 where there is no prediction; (Q,) float64 scores, NaN there.
+        (Q,) int64 landmark ids, -1 without a prediction; (Q,) float64 scores, NaN without a prediction.
 
     Raises:
-        InputError: as `read_ranked`, or a prediction that is not a landmark and a number.
+        InputError: as `read_retrieval_submission`, or a prediction is not a landmark id and a number.
     """
-    classes, scores = np.full(len(solution.ids), -1), np.full(len(solution.ids), np.nan)
+    landmarks, scores = np.full(len(solution.ids), -1), np.full(len(solution.ids), np.nan)
     for row, place, cell in _predictions(Path(path), solution):
         words = cell.split(" ")
         try:
             score = float(words[1])
         except (IndexError, ValueError):
             score = math.nan
-        if len(words) != 2 or not _NUMBER.fullmatch(words[0]) or math.isnan(score):
-            raise InputError(f"{place}: {cell!r} is no prediction; expected a landmark_id, a space and a score")
-        classes[row], scores[row] = int(words[0]), score
-    return classes, scores
+        if len(words) != 2 or not LANDMARK_ID.fullmatch(words[0]) or math.isnan(score):
+            raise InputError(f"{place}: prediction {cell!r}; expected a landmark_id, a space and a score")
+        landmarks[row], scores[row] = int(words[0]), score
+    return landmarks, scores
 
 
-def ranked_submission(ids: np.ndarray, images: Iterable[np.ndarray]) -> bytes:
-    """The file for (Q,) S16 test ids and per image (n,) S16 index ids, best first."""
-    return _submission("images", ids, (b" ".join(one.tolist()).decode() for one in images))
+def retrieval_submission(ids: np.ndarray, images: Iterable[np.ndarray]) -> bytes:
+    """Return the submission file of (Q,) S16 test ids and per image (n,) S16 index ids, best first."""
+    return _submission("images", ids, (b" ".join(ranked.tolist()).decode() for ranked in images))
 
 
-def recognised_submission(ids: np.ndarray, classes: np.ndarray, scores: np.ndarray) -> bytes:
-    """The file for (Q,) S16 test ids, landmark ids and float64 scores."""
-    return _submission("landmarks", ids, (f"{c} {s!r}" for c, s in zip(classes.tolist(), scores.tolist(), strict=True)))
+def recognition_submission(ids: np.ndarray, landmarks: np.ndarray, scores: np.ndarray) -> bytes:
+    """Return the submission file of (Q,) S16 test ids, their landmark ids and float64 scores."""
+    predictions = zip(landmarks.tolist(), scores.tolist(), strict=True)
+    return _submission("landmarks", ids, (f"{landmark} {score!r}" for landmark, score in predictions))
 
 
-def _submission(column: str, ids: np.ndarray, answers: Iterable[str]) -> bytes:
+def _submission(column: str, ids: np.ndarray, cells: Iterable[str]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", column])
-    writer.writerows(zip((one.decode() for one in ids.tolist()), answers, strict=True))
+    writer.writerows(zip((image.decode() for image in ids.tolist()), cells, strict=True))
     return text.getvalue().encode()
 
 
-class _Rows:
-    """Lines of a CSV file with a header, blank ones left out, by column.
+def _read_rows(path: Path, required: set[str]) -> tuple[Sequence[str], Iterator[tuple[int, dict[str, str]]]]:
+    """Return the columns of a CSV file, and an iterator over (line number, column -> cell) of its rows.
 
-    Raises InputError if it cannot be read, lacks one of `needed`, or has a line of another length.
+    Raises:
+        InputError: the file cannot be read or lacks a required column, a row has another length, or an id is invalid
+            or comes twice.
     """
+    csv.field_size_limit(2**31 - 1)  # a field may hold thousands of ids
+    try:
+        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+    except FileNotFoundError as error:
+        raise InputError(f"file not found: {path}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    columns: Sequence[str] = next(reader, [])
+    if not required <= set(columns):
+        raise InputError(f"{path}: columns {', '.join(columns) or 'none'}; expected {', '.join(sorted(required))}")
 
-    def __init__(self, path: Path, needed: set[str]) -> None:
-        self.path = path
-        self.line = 0
-        csv.field_size_limit(2**31 - 1)  # thousands of ids may be in one field
+    def rows() -> Iterator[tuple[int, dict[str, str]]]:
+        line_of: dict[str, int] = {}
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except FileNotFoundError as error:
-            raise InputError(f"file not found: {path}") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read ({error})") from error
-        self._reader = csv.reader(io.StringIO(text, newline=""))
-        self.columns: Sequence[str] = next(self._reader, [])
-        if not needed <= set(self.columns):
-            found = ", ".join(self.columns) or "none"
-            raise InputError(f"{path}: columns {found}; expected {', '.join(sorted(needed))} among them")
-
-    def unique(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """(place for messages, column -> cell) of each line, of which no two have the same id."""
-        seen: dict[str, int] = {}
-        try:
-            for cells in self._reader:
-                self.line = self._reader.line_num
-                place = f"{self.path}, line {self.line}"
-                if not cells:
-                    continue
-                if len(cells) != len(self.columns):
-                    raise InputError(f"{place}: {len(cells)} fields, expected {len(self.columns)}")
-                row = dict(zip(self.columns, cells, strict=True))
-                _image(row["id"], place)
-                if row["id"] in seen:
-                    raise InputError(f"{place}: image {row['id']} is in line {seen[row['id']]} already; remove one")
-                seen[row["id"]] = self.line
-                yield place, row
+            for cells in filter(None, reader):
+                line, place = reader.line_num, f"{path}, line {reader.line_num}"
+                if len(cells) != len(columns):
+                    raise InputError(f"{place}: {len(cells)} fields, expected {len(columns)}")
+                row = dict(zip(columns, cells, strict=True))
+                _image_id(row["id"], place)
+                if (first := line_of.setdefault(row["id"], line)) != line:
+                    raise InputError(f"{place}: image {row['id']} is in line {first} already; remove one")
+                yield line, row
         except csv.Error as error:
-            raise InputError(f"{self.path}, line {self._reader.line_num}: not CSV ({error})") from error
+            raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
+
+    return columns, rows()
 
 
 def _predictions(path: Path, solution: Solution) -> Iterator[tuple[int, str, str]]:
-    """(row in the solution, place for messages, prediction without spaces at its ends) of each that counts."""
-    column = _ANSWERS[solution.task]
+    """Yield (row in the solution, place for messages, prediction) of each prediction that counts."""
+    column = _COLUMN[solution.task]
     row_of = {image: row for row, image in enumerate(solution.ids.tolist())}
-    for place, row in _Rows(path, {"id", column}).unique():
+    for line, row in _read_rows(path, {"id", column})[1]:
         image, cell = row["id"].encode(), row[column].strip(" ")
         if not cell or image in solution.ignored:
             continue
         if image not in row_of:
-            raise InputError(f"{place}: image {row['id']} is not in {solution.path}")
-        yield row_of[image], place, cell
+            raise InputError(f"{path}, line {line}: image {row['id']} is not in {solution.path}")
+        yield row_of[image], f"{path}, line {line}", cell
 
 
-def _images(cell: str, place: str) -> np.ndarray:
-    words = cell.split()
-    if not words:
+def _image_ids(cell: str, place: str) -> np.ndarray:
+    if not cell.split():
         raise InputError(f"{place}: no relevant image for a query that counts; expected ids, or Usage Ignored")
-    return _each_once(np.array([_image(word, place) for word in words], "S16"), place)
+    return _require_unique(np.array([_image_id(word, place) for word in cell.split()], "S16"), place)
 
 
-def _landmarks(cell: str, place: str) -> np.ndarray:
-    words = cell.split()
-    wrong = [word for word in words if not _NUMBER.fullmatch(word)]
-    if wrong:
-        raise InputError(f"{place}: {wrong[0]!r} is not a landmark_id, which is a number")
-    return _each_once(np.array(words, "S18").astype(np.int64), place)
+def _landmark_ids(cell: str, place: str) -> np.ndarray:
+    for word in cell.split():
+        if not LANDMARK_ID.fullmatch(word):
+            raise InputError(f"{place}: {word!r} is not a landmark_id; expected a number")
+    return _require_unique(np.array(cell.split(), "S18").astype(np.int64), place)
 
 
-def _image(word: str, place: str) -> bytes:
-    if not _ID.fullmatch(word):
-        raise InputError(f"{place}: {word!r} is no image id (16 hexadecimal digits)")
+def _image_id(word: str, place: str) -> bytes:
+    if not IMAGE_ID.fullmatch(word):
+        raise InputError(f"{place}: {word!r}; expected an image id of 16 hexadecimal digits")
     return word.encode()
 
 
-def _each_once(values: np.ndarray, place: str) -> np.ndarray:
+def _require_unique(values: np.ndarray, place: str) -> np.ndarray:
     unique, counts = np.unique(values, return_counts=True)
     if len(unique) < len(values):
         twice: Any = unique[counts > 1][0]

@@ -1,4 +1,4 @@
-"""Photos checked before anything is computed: each is there, opens, has its end, and is known by its bytes."""
+"""Check image files before anything is computed: each exists, opens, is complete, and has a content signature."""
 
 import os
 import zlib
@@ -21,19 +21,18 @@ from superglobal.data.images import (
     upright_size,
 )
 
-_HEAD, _EDGE = 65_536, 4_096  # bytes: enough for nearly every header; what a signature covers at either end
+_HEAD, _TAIL = 65_536, 4_096  # bytes read at the start, enough for nearly every header, and at the end
 _BATCH = 512  # images that a thread checks at a time
 _COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "JPEG2000")
 
 
-class Checked(NamedTuple):
-    """One sound image.
+class CheckedImage(NamedTuple):
+    """A complete image.
 
     Attributes:
-        signature: file size and CRC-32 for fingerprints. Of a large compressed file the first 64 and the last 4 KB
-            count: an edit that keeps both and the size does not happen by itself there. Of any other file every byte
-            counts.
-        size: (height, width) of the upright image, of its box if it has one, in pixels.
+        signature: file size and CRC-32, for fingerprints. Of a large compressed file the first 64 and the last 4 KB
+            count, since its other bytes do not change alone; of any other file every byte counts.
+        size: (height, width) of the upright image, or of its box, in pixels.
     """
 
     signature: str
@@ -42,96 +41,108 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check_images` found, one entry per image in the order given."""
+    """Result of `check_images`.
+
+    Attributes:
+        signatures: signature per image, see `CheckedImage`; empty for a missing or corrupt one.
+        sizes: (height, width) per image, (0, 0) for a missing or corrupt one.
+        missing: paths of missing files.
+        unreadable: path and reason of each empty, truncated or otherwise corrupt file.
+    """
 
     signatures: list[str]
-    """Of `Checked`, empty where there is a problem."""
     sizes: list[tuple[int, int]]
-    """Of `Checked`, (0, 0) where there is a problem."""
     missing: list[Path]
     unreadable: list[tuple[Path, str]]
-    """Empty, truncated, not an image, ...: the path and the reason."""
 
     @property
     def problems(self) -> list[tuple[Path, str]]:
-        """Everything wrong, the missing files first."""
+        """Path and reason of each missing or unreadable file, the missing ones first."""
         return [(path, "missing") for path in self.missing] + self.unreadable
 
 
 def check_images(
     items: Sequence[ImageItem | str | Path], workers: int | None = None, decode: bool = False
 ) -> CheckReport:
-    """Look at every file without decoding it, fast enough for a million files.
+    """Check image files without decoding them, fast enough for a million files.
 
-    Found are files that are missing or empty, that do not begin as an image, JPEGs without their end marker,
-    PNGs without their last chunk, images over `MAX_PIXELS` and boxes that cut out nothing. Trailing bytes
-    after the end are accepted, as every decoder does. Damage in the middle of a file shows only on reading.
+    Detects files that are missing or empty, that do not start as an image, JPEGs without their end marker, PNGs
+    without their last chunk, images over `MAX_PIXELS` and empty boxes. Bytes after the end of an image are accepted,
+    as in every decoder. Damage inside a file is only found by decoding it.
 
     Args:
         items: images or plain paths.
-        workers: threads; by default 4 per CPU, at most 32, since the time goes into waiting for the disk.
-        decode: decode every image as well, so that damage in the middle shows; as slow as reading them all.
+        workers: number of threads; by default 4 per CPU, at most 32, since most of the time is spent on disk access.
+        decode: decode every image as well, which finds damage inside files and is as slow as reading them.
     """
-    starts = range(0, len(items), _BATCH)
     report = CheckReport([], [], [], [])
+    starts = range(0, len(items), _BATCH)
     check = partial(_check_batch, items, decode=decode)
     with ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool:
-        for start, outcomes in zip(starts, pool.map(check, starts), strict=True):
-            for number, outcome in enumerate(outcomes, start):
-                sound = outcome if isinstance(outcome, Checked) else Checked("", (0, 0))
-                report.signatures.append(sound.signature)
-                report.sizes.append(sound.size)
-                if isinstance(outcome, FileNotFoundError):
-                    report.missing.append(_place(items[number])[0])
-                elif isinstance(outcome, Exception):
-                    report.unreadable.append((_place(items[number])[0], reason_of(outcome)))
+        for start, results in zip(starts, pool.map(check, starts), strict=True):
+            for row, result in enumerate(results, start):
+                image = result if isinstance(result, CheckedImage) else CheckedImage("", (0, 0))
+                report.signatures.append(image.signature)
+                report.sizes.append(image.size)
+                if isinstance(result, FileNotFoundError):
+                    report.missing.append(_path_and_box(items[row])[0])
+                elif isinstance(result, Exception):
+                    report.unreadable.append((_path_and_box(items[row])[0], reason_of(result)))
     return report
 
 
-def check_image(read: Callable[[int, int], bytes], size: int, box: Box | None = None, decode: bool = False) -> Checked:
-    """Check one image wherever its bytes are, as `check_images` does.
+def check_image(
+    read: Callable[[int, int], bytes], size: int, box: Box | None = None, decode: bool = False
+) -> CheckedImage:
+    """Check one image as `check_images` does.
 
     Args:
-        read: (start, count) -> those bytes of it.
-        size: of the whole, in bytes.
+        read: function of (start, count) that returns these bytes of the image file.
+        size: size of the file in bytes.
         box: as in `ImageItem`.
-        decode: decode it too.
+        decode: decode the image as well.
 
     Raises:
-        CorruptImageError: it is not a whole image, or the box cuts nothing out of it.
+        CorruptImageError: the image is incomplete or damaged, or the box is empty.
     """
-    if size <= _HEAD + _EDGE:
+    if size <= _HEAD + _TAIL:
         head = tail = read(0, size)
         width, height, compressed = _inspect(head, tail)
     else:
-        head, tail = read(0, _HEAD), read(size - _EDGE, _EDGE)
+        head, tail = read(0, _HEAD), read(size - _TAIL, _TAIL)
         try:
             width, height, compressed = _inspect(head, tail)
-        except CorruptImageError:  # a long header, or much behind the end: only the whole file can tell
-            whole = read(0, size)
-            width, height, compressed = _inspect(whole, whole)
+        except CorruptImageError:  # a long header, or many bytes after the end: only the complete file can tell
+            data = read(0, size)
+            width, height, compressed = _inspect(data, data)
     if not compressed:
         head = tail = read(0, size)
     if decode:
         decode_image(read(0, size))
     left, top, right, bottom = (0, 0, width, height) if box is None else box_bounds(box, width, height)
     signature = f"{size}-{zlib.crc32(head):08x}" + ("" if head is tail else f"{zlib.crc32(tail):08x}")
-    return Checked(signature, (bottom - top, right - left))
+    return CheckedImage(signature, (bottom - top, right - left))
 
 
-def _place(item: ImageItem | str | Path) -> tuple[Path, Box | None]:
-    return (item.path, item.box) if isinstance(item, ImageItem) else (Path(item), None)
+def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
+    """Return (width, height, compressed) of an upright image from its header, after checking its end.
+
+    `tail` is `head` itself if that is the complete file; otherwise the two do not overlap.
+    """
+    with open_image(head) as image:
+        require_end(image.format, head, tail)
+        return *upright_size(image), image.format in _COMPRESSED
 
 
-def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bool) -> list[Checked | Exception]:
-    outcomes: list[Checked | Exception] = []
-    for path, box in map(_place, items[start : start + _BATCH]):
+def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bool) -> list[CheckedImage | Exception]:
+    results: list[CheckedImage | Exception] = []
+    for path, box in map(_path_and_box, items[start : start + _BATCH]):
         try:
             with path.open("rb") as file:
-                outcomes.append(check_image(partial(_read_at, file), os.fstat(file.fileno()).st_size, box, decode))
+                results.append(check_image(partial(_read_at, file), os.fstat(file.fileno()).st_size, box, decode))
         except (OSError, CorruptImageError) as error:
-            outcomes.append(error)
-    return outcomes
+            results.append(error)
+    return results
 
 
 def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
@@ -139,11 +150,5 @@ def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
     return file.read(count)
 
 
-def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
-    """(width, height, compressed) of the upright image if its header opens and its end is there.
-
-    `tail` is either `head` itself, when that is the whole file, or lies wholly behind it.
-    """
-    with open_image(head) as image:
-        require_end(image.format, head, tail)
-        return *upright_size(image), image.format in _COMPRESSED
+def _path_and_box(item: ImageItem | str | Path) -> tuple[Path, Box | None]:
+    return (item.path, item.box) if isinstance(item, ImageItem) else (Path(item), None)

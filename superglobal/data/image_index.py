@@ -1,4 +1,7 @@
-"""What is known of every photo of a list once `prepare` has looked at it: `<root>/<list>.index.npz`."""
+"""The index of a GLDv2 image list, `<root>/<list>.index.npz`, and reading images from the folder tree or tar files.
+
+`superglobal.data.prepare_gldv2` checks every image of a list and writes the index.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +9,116 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from superglobal.data.catalogue import tree_path
-from superglobal.data.image_checks import check_image, check_images
-from superglobal.data.image_sources import PhotoTars, tar_members
 from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
 from superglobal.utils.io import write_atomically
 
 VERSION = 1
+_TAR_HEADER = 512  # bytes of the block before a member, which contains its name
+
+
+class ImageSource(Protocol):
+    """Image files by id; can be sent to worker processes."""
+
+    def read(self, image: bytes) -> bytes:
+        """Return the bytes of an image file; CorruptImageError with the reason if it cannot be read."""
+
+    def location(self, image: bytes) -> str:
+        """Return where an image is, for messages."""
 
 
 @dataclass(frozen=True)
-class PhotoIndex:
-    """Every photo of a list, sound or not.
+class ImageTree:
+    """Image files at `<root>/a/b/c/<id>.jpg`."""
+
+    root: Path
+
+    def read(self, image: bytes) -> bytes:
+        try:
+            return (self.root / tree_path(image)).read_bytes()
+        except FileNotFoundError:
+            raise CorruptImageError("missing") from None
+        except OSError as error:
+            raise CorruptImageError(error.strerror or str(error)) from error
+
+    def location(self, image: bytes) -> str:
+        return str(self.root / tree_path(image))
+
+
+@dataclass(frozen=True)
+class ImageTars:
+    """Image files in tar files, which are not unpacked.
+
+    Each process opens a tar file when it first needs it, and reads by `os.pread`, so that forked workers do not move
+    one another's position in a file.
+
+    Args:
+        folder: folder of the tar files.
+        names: names of the tar files.
+        ids: (N,) S16, sorted.
+        tars: (N,) int16 index of the tar file in `names`, -1 for an image that is in none.
+        offsets: (N,) int64 position of the image in its tar file, in bytes.
+        sizes: (N,) int64, in bytes.
+    """
+
+    folder: Path
+    names: Sequence[str]
+    ids: np.ndarray
+    tars: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    _open: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
+
+    def read(self, image: bytes) -> bytes:
+        row = self._row(image)
+        tar, offset, size = int(self.tars[row]), int(self.offsets[row]), int(self.sizes[row])
+        if tar < 0:
+            raise CorruptImageError("missing")
+        try:
+            if tar not in self._open:
+                self._open[tar] = os.open(self.folder / self.names[tar], os.O_RDONLY)
+            data = os.pread(self._open[tar], _TAR_HEADER + size, offset - _TAR_HEADER)
+        except FileNotFoundError:
+            raise CorruptImageError(f"missing (no {self.names[tar]})") from None
+        except OSError as error:
+            raise CorruptImageError(error.strerror or str(error)) from error
+        if image not in data[:_TAR_HEADER]:
+            raise CorruptImageError("not where the index has it: the tar file changed; run superglobal prepare-gldv2")
+        return data[_TAR_HEADER:]
+
+    def location(self, image: bytes) -> str:
+        tar = self.tars[self._row(image)]
+        return f"{self.folder / (self.names[tar] if tar >= 0 else 'images_*.tar')}:{tree_path(image)}"
+
+    def _row(self, image: bytes) -> int:
+        return int(np.searchsorted(self.ids, np.array(image, "S16")))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}}  # another process opens its own
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """Every image of a list, readable or not; the attributes are the arrays of the file.
 
     Attributes:
         ids: (N,) S16, sorted.
-        sizes: (N,) int64, in bytes; 0 for a bad photo of the tree, and for a missing one.
-        codes: (N,) uint64, `signature_codes` of their contents; 0 for a bad photo.
-        numbers: (N,) int16, which of `tar_names` has it; -1 in the tree, or where none has it.
-        offsets: (N,) int64, in bytes, where it begins in its tar file; 0 in the tree.
-        bad: (K,) int64, rows of the bad photos, ascending.
-        reasons: (K,) str, of each.
-        tar_names: (T,) str, the tar files; none for the tree.
-        tar_sizes: (T,) int64, their sizes in bytes.
+        sizes: (N,) int64, in bytes; 0 for a missing image and for a corrupt image of the tree.
+        codes: (N,) uint64 `signature_codes` of the contents; 0 for a missing or corrupt image.
+        numbers: (N,) int16 index of the tar file in `tar_names`; -1 for the tree, or if no tar file has the image.
+        offsets: (N,) int64 position of the image in its tar file, in bytes; 0 for the tree.
+        bad: (K,) int64 rows of the missing and corrupt images, ascending.
+        reasons: (K,) str, the reason for each.
+        tar_names: (T,) str names of the tar files; empty for the tree.
+        tar_sizes: (T,) int64, in bytes.
     """
 
     ids: np.ndarray
@@ -50,21 +132,21 @@ class PhotoIndex:
     tar_sizes: np.ndarray
 
     def codes_of(self, ids: np.ndarray) -> np.ndarray:
-        """(n,) uint64 for (n,) S16 ids of the list."""
+        """Return (n,) uint64 codes for (n,) S16 ids of the list."""
         return self.codes[np.searchsorted(self.ids, ids)]
 
-    def bad_among(self, ids: np.ndarray) -> list[tuple[int, str]]:
-        """(place in `ids`, reason) of the bad photos among (n,) S16 ids of the list, in order."""
+    def corrupt_among(self, ids: np.ndarray) -> list[tuple[int, str]]:
+        """Return (position in `ids`, reason) of the missing and corrupt images among (n,) S16 ids of the list."""
         rows = np.searchsorted(self.ids, ids)
         reasons = dict(zip(self.bad.tolist(), self.reasons.tolist(), strict=True))
-        return [(int(place), reasons[int(rows[place])]) for place in np.flatnonzero(np.isin(rows, self.bad))]
+        return [(int(i), reasons[int(rows[i])]) for i in np.flatnonzero(np.isin(rows, self.bad))]
 
-    def tars(self, folder: Path) -> PhotoTars:
-        """The photos in the tar files of `folder`."""
-        return PhotoTars(folder, self.tar_names.tolist(), self.ids, self.numbers, self.offsets, self.sizes)
+    def tars(self, folder: Path) -> ImageTars:
+        """Return the images in the tar files of `folder`."""
+        return ImageTars(folder, self.tar_names.tolist(), self.ids, self.numbers, self.offsets, self.sizes)
 
     def save(self, path: Path, list_digest: str) -> None:
-        """Write it, with what makes it stale."""
+        """Write the index, with the digest of the list that it belongs to."""
         file = io.BytesIO()
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         np.savez(file, version=VERSION, list_digest=list_digest, **arrays)
@@ -72,130 +154,64 @@ class PhotoIndex:
 
 
 def signature_codes(signatures: Iterable[str]) -> np.ndarray:
-    """(N,) uint64: 64 bits of a hash of each of the signatures of `check_images`, 0 for an empty one."""
+    """Return (N,) uint64: a 64-bit hash of each signature of `check_images`, 0 for an empty one."""
     packed = (hashlib.blake2b(text.encode(), digest_size=8).digest() if text else bytes(8) for text in signatures)
     return np.frombuffer(b"".join(packed), "<u8").astype(np.uint64)
 
 
 def index_path(root: Path, table: str) -> Path:
-    """Beside the list."""
+    """Return the path of the index of a list, beside the list."""
     return root / f"{Path(table).stem}.index.npz"
 
 
 def list_digest(root: Path, table: str) -> str:
-    """SHA-256 of the list's bytes."""
+    """Return the SHA-256 of a list file."""
     with (root / table).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def prepare_command(root: Path, table: str, tars: str | Path | None) -> str:
-    """What makes the index, or makes it anew."""
+    """Return the command that writes the index of a list, for messages."""
     command = f"superglobal prepare-gldv2 --root {root} --table {table}"
     return command if tars is None else f"{command} --tars {tars}"
 
 
-def load_index(root: Path, table: str, tars: str | Path | None) -> PhotoIndex:
-    """The index of a list.
+def load_index(root: Path, table: str, tars: str | Path | None) -> ImageIndex:
+    """Load the index of a list.
 
     Args:
-        root, table: folder and name of the list.
-        tars: folder of the tar files if the photos are read from them.
+        root: folder of the list.
+        table: name of the list.
+        tars: folder of the tar files if the images are read from them.
 
     Raises:
-        InputError: there is none, it is damaged, or it does not fit the list, the tar files or the tree: with the
-            command that makes it.
+        InputError: there is no index, it is damaged, or it does not fit the list, the tar files or the tree.
     """
     path, command = index_path(root, table), prepare_command(root, table, tars)
     try:
         with np.load(path, allow_pickle=False) as stored:
-            about = int(stored["version"]), str(stored["list_digest"])
-            index = PhotoIndex(**{field.name: stored[field.name] for field in fields(PhotoIndex)})
+            identity = int(stored["version"]), str(stored["list_digest"])
+            index = ImageIndex(**{field.name: stored[field.name] for field in fields(ImageIndex)})
     except FileNotFoundError as error:
-        raise InputError(f"index of the photos not found: {path}; make it: {command}") from error
+        raise InputError(f"index of the images not found: {path}; create it by {command}") from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: damaged ({error}); make it anew: {command}") from error
-    stale = _stale(index, tars)
-    if about != (VERSION, list_digest(root, table)):
-        stale = f"{root / table} has changed since"
-    if stale:
-        raise InputError(f"{path}: does not fit any more, {stale}; make it anew: {command}")
+        raise InputError(f"{path}: damaged ({error}); create it again by {command}") from error
+    mismatch = _tar_mismatch(index, tars)
+    if identity != (VERSION, list_digest(root, table)):
+        mismatch = f"{root / table} has changed"
+    if mismatch:
+        raise InputError(f"{path} is out of date: {mismatch}; create it again by {command}")
     return index
 
 
-def _stale(index: PhotoIndex, tars: str | Path | None) -> str | None:
+def _tar_mismatch(index: ImageIndex, tars: str | Path | None) -> str | None:
+    """Return how the tar files differ from those of an index, None if they do not."""
     if (tars is None) != (len(index.tar_names) == 0):
-        return "it is of tar files" if tars is None else "it is of the folder tree"
+        return "it is an index of tar files" if tars is None else "it is an index of the folder tree"
     for name, size in zip(index.tar_names.tolist(), index.tar_sizes.tolist(), strict=True):
         path = Path(str(tars)) / name
-        try:
-            found = path.stat().st_size
-        except OSError:
-            return f"{path} is not there"
-        if found != size:
-            return f"{path} has changed since"
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has changed"
     return None
-
-
-_THREADS = 4  # in each process: much of the time goes into waiting for the disk
-Part = dict[str, np.ndarray]
-"""rows (n,) int64 in the list, sizes, offsets (n,) int64 in bytes, codes (n,) uint64, reasons (n,) str, note () str."""
-
-
-def check_tree(ids_file: Path, tree: Path, part: slice, decode: bool) -> Part:
-    """Photos of the tree.
-
-    Args:
-        ids_file: (N,) S16, sorted, as .npy.
-        tree: the folder above a/b/c/<id>.jpg.
-        part: which rows.
-        decode: decode each photo as well.
-    """
-    ids = np.load(ids_file, mmap_mode="r")[part]
-    paths = [tree / tree_path(image) for image in ids]
-    report = check_images(paths, _THREADS, decode)
-    reasons = dict(report.problems)
-    found = [
-        (part.start + i, int(signature.partition("-")[0] or 0), 0, signature, reasons.get(path, ""))
-        for i, (path, signature) in enumerate(zip(paths, report.signatures, strict=True))
-    ]
-    return _part(found)
-
-
-def check_tar(ids_file: Path, path: Path, decode: bool) -> Part:
-    """Photos of the list in one tar file; arguments as of `check_tree`."""
-    ids = np.load(ids_file, mmap_mode="r")
-    try:
-        members, note = tar_members(path)
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        return _part([], f"{path}: {error.strerror or error}")
-    found = []
-    for image, offset, size in members:
-        row = int(np.searchsorted(ids, np.array(image, "S16")))
-        if row == len(ids) or ids[row] != image:
-            continue
-        signature = reason = ""
-        try:
-            signature = check_image(partial(_read_tar, descriptor, offset, size), size, decode=decode).signature
-        except (OSError, CorruptImageError) as error:
-            reason = str(error)
-        found.append((row, size, offset, signature, reason))
-    os.close(descriptor)
-    return _part(found, f"{path}: {note}" if note else "")
-
-
-def _read_tar(descriptor: int, offset: int, size: int, start: int, count: int) -> bytes:
-    return os.pread(descriptor, min(count, size - start), offset + start)
-
-
-def _part(found: list[tuple[int, int, int, str, str]], note: str = "") -> Part:
-    """(row in the list, size, offset, signature, reason) of photos, and what is wrong with a tar file, as arrays."""
-    rows, sizes, offsets, signatures, reasons = zip(*found, strict=True) if found else [()] * 5
-    return {
-        "rows": np.array(rows, np.int64),
-        "sizes": np.array(sizes, np.int64),
-        "codes": signature_codes(signatures),
-        "offsets": np.array(offsets, np.int64),
-        "reasons": np.array(reasons, np.str_),
-        "note": np.array(note),
-    }

@@ -1,7 +1,7 @@
-"""Look at every photo of a GLDv2 list once and for all: which are bad, and where in its tar file each lies.
+"""Check every image of a GLDv2 list once, and write the index and a report.
 
-The work is cut into parts (2048 photos of the tree, or one tar file); a part's result is a file in
-`<root>/.<list>.index.parts`, whole or not there, so that a killed run goes on where it was.
+The work is split into shards (2048 images of the folder tree, or one tar file). The result of a shard is a file in
+`<root>/.<list>.index.parts`, written atomically, so that an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -25,41 +27,59 @@ import numpy as np
 
 from superglobal.data.catalogue import how_to_get_gldv2_train, tree_path
 from superglobal.data.gldv2 import read_train
-from superglobal.data.image_index import VERSION, Part, PhotoIndex, check_tar, check_tree, index_path, list_digest
+from superglobal.data.image_checks import check_image, check_images
+from superglobal.data.image_index import (
+    VERSION,
+    ImageIndex,
+    ImageSource,
+    ImageTree,
+    index_path,
+    list_digest,
+    signature_codes,
+)
+from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
 from superglobal.utils.distributed import end_with_parent
 from superglobal.utils.io import file_lock, write_atomically
 
 log = logging.getLogger(__name__)
-_PART = 2048  # photos of the tree
-_IDS = "ids.npy"  # beside the parts: workers map it in place of a copy each
-Task = tuple[Path, Callable[[], Part]]
-"""Where a part's result goes, and what computes it."""
+_SHARD = 2048  # images of the folder tree
+_THREADS = 4  # per process: much of the time is spent on disk access
+_IDS = "ids.npy"  # beside the shards: workers map it into memory instead of copying it
+_MEMBER = re.compile(r"(?:.*/)?([0-9a-f]{16})\.jpg")
+Shard = dict[str, np.ndarray]
+"""Arrays rows (n,) int64 in the list, sizes, offsets (n,) int64 in bytes, codes (n,) uint64, reasons (n,) str, and
+note () str, what is wrong with a tar file."""
+Task = tuple[Path, Callable[[], Shard]]
+"""Path of the result of a shard, and the function that computes it."""
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What came of it.
+class PreparedIndex:
+    """Result of `prepare`.
 
     Attributes:
-        photos: of the list.
-        bad: (place, reason) of each photo that is missing or cannot be read.
-        tars: what is wrong with tar files as a whole.
-        index, report: files written.
+        n_images: number of images in the list.
+        corrupt: (location, reason) of each missing or corrupt image.
+        tar_problems: what is wrong with tar files as a whole.
+        index: path of the index.
+        report: path of the report.
     """
 
-    photos: int
-    bad: list[tuple[str, str]]
-    tars: list[str]
+    n_images: int
+    corrupt: list[tuple[str, str]]
+    tar_problems: list[str]
     index: Path
     report: Path
 
     def text(self) -> str:
-        """Counts by kind, the share, every bad tar file and photo with its reason."""
-        kinds = Counter(reason.partition(" (")[0] for _, reason in self.bad)
-        lines = [f"{self.photos} photos, {len(self.bad)} bad ({len(self.bad) / self.photos:.4%})"]
+        """Return the report: counts by reason, then every incomplete tar file and every corrupt image."""
+        kinds = Counter(reason.partition(" (")[0] for _, reason in self.corrupt)
+        share = len(self.corrupt) / self.n_images
+        lines = [f"{self.n_images} images, {len(self.corrupt)} missing or corrupt ({share:.4%})"]
         lines += [f"{count:>10} {kind}" for kind, count in kinds.most_common()]
-        return "\n".join([*lines, *self.tars, *(f"{place}\t{reason}" for place, reason in self.bad), ""])
+        lines += [*self.tar_problems, *(f"{location}\t{reason}" for location, reason in self.corrupt)]
+        return "\n".join([*lines, ""])
 
 
 def prepare(
@@ -69,64 +89,67 @@ def prepare(
     workers: int | None = None,
     decode: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Prepared:
-    """Check every photo of a list; write `<root>/<list>.index.npz` and `<root>/<list>.report.txt`.
+) -> PreparedIndex:
+    """Check every image of a list; write `<root>/<list>.index.npz` and `<root>/<list>.report.txt`.
 
     Args:
-        root: folder with the list and, unless `tars` is given, the tree `train/a/b/c/<id>.jpg`.
-        table: the list.
+        root: folder of the list and, unless `tars` is given, of the tree `train/a/b/c/<id>.jpg`.
+        table: name of the list.
         tars: folder of the official tar files.
-        workers: processes, by default one per CPU of this process.
-        decode: decode every photo, so that damage in its middle shows too.
-        progress: called with the photos done and all photos, at least every ten seconds.
+        workers: number of processes, by default one per CPU of this process.
+        decode: decode every image, which also finds damage inside files.
+        progress: called with the number of checked images and of all images, at least every ten seconds.
 
     Raises:
-        InputError: no list, no tree, no tar files, the root cannot be written, another process is at it, or a worker
-            died.
+        InputError: the list, the tree or the tar files are missing, `root` cannot be written, another process prepares
+            the same list, or a worker died.
     """
     root, tars = Path(root), None if tars is None else Path(tars)
     if workers is not None and workers < 1:
-        raise InputError(f"workers is {workers}; expected 1 or more")
+        raise InputError(f"workers={workers}: expected an integer >= 1")
     ids = np.sort(read_train(root, table, min_images=1).ids)
-    files = _tar_files(tars, root) if tars else []
-    if not tars and not (root / "train").is_dir():
-        raise InputError(f"photos not found: {root / 'train'}\n{how_to_get_gldv2_train(root)}")
-    digest = list_digest(root, table)
-    lock, name = root / f".{Path(table).stem}.index.lock", index_path(root, table)
-    with file_lock(lock, f"{name}: another process is making it", "or give another --root"):
-        folder = root / f".{Path(table).stem}.index.parts"
-        place = str(tars and tars.resolve())
-        _claim(folder, {"version": VERSION, "list": digest, "tars": place, "decode": decode}, ids)
+    files = _tar_files(root, tars)
+    lock, index_file = root / f".{Path(table).stem}.index.lock", index_path(root, table)
+    with file_lock(lock, f"{index_file}: another process is writing it", "or choose another --root"):
+        folder, digest = root / f".{Path(table).stem}.index.parts", list_digest(root, table)
+        tar_folder = str(tars.resolve()) if tars else "None"
+        _open_shards(folder, {"version": VERSION, "list": digest, "tars": tar_folder, "decode": decode}, ids)
         tasks = _tar_tasks(folder, files, decode) if tars else _tree_tasks(folder, root / "train", ids, decode)
         done = 0
-        for photos in _run(tasks, workers or _cpus()):
-            done += photos
+        for n_images in _run(tasks, workers or _cpus()):
+            done += n_images
             if progress:
                 progress(min(done, len(ids)), len(ids))
-        index, notes = _assemble(ids, files, [path for path, _ in tasks])
-        result = _result(root, table, tars, index, notes)
-        write_atomically(result.report, result.text().encode())
-        index.save(result.index, digest)
+        index, problems = _merge(ids, files, [path for path, _ in tasks])
+        source: ImageSource = index.tars(tars) if tars else ImageTree(root / "train")
+        corrupt = zip((source.location(index.ids[row]) for row in index.bad), index.reasons.tolist(), strict=True)
+        report = root / f"{Path(table).stem}.report.txt"
+        prepared = PreparedIndex(len(ids), list(corrupt), problems, index_file, report)
+        write_atomically(report, prepared.text().encode())
+        index.save(index_file, digest)
         shutil.rmtree(folder)
         lock.unlink()
-        return result
+        return prepared
 
 
-def _tar_files(tars: Path, root: Path) -> list[Path]:
-    files = sorted(tars.glob("*.tar"))
-    if not files:
+def _tar_files(root: Path, tars: Path | None) -> list[Path]:
+    """Return the tar files, none for the folder tree, after checking that there are images to read."""
+    files = sorted(tars.glob("*.tar")) if tars else []
+    if tars and not files:
         raise InputError(f"no tar files (images_000.tar, ...) in {tars}\n{how_to_get_gldv2_train(root)}")
+    if not tars and not (root / "train").is_dir():
+        raise InputError(f"images not found: {root / 'train'}\n{how_to_get_gldv2_train(root)}")
     return files
 
 
-def _claim(folder: Path, identity: dict[str, object], ids: np.ndarray) -> None:
-    """Make `folder` the place of this run's parts; those of another list or other settings go."""
+def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> None:
+    """Create the folder of the shards, or keep it if it belongs to the same list and settings."""
     record = folder / "parts.json"
     try:
         if json.loads(record.read_text()) == identity:
-            log.info("going on with the %d parts in %s", len(list(folder.glob("*.npz"))), folder)
+            log.info("resuming with the %d shards in %s", len(list(folder.glob("*.npz"))), folder)
             return
-    except (OSError, ValueError):  # nothing there, or cut off: begin anew
+    except (OSError, ValueError):  # missing or incomplete: start over
         pass
     shutil.rmtree(folder, ignore_errors=True)
     file = io.BytesIO()
@@ -136,95 +159,152 @@ def _claim(folder: Path, identity: dict[str, object], ids: np.ndarray) -> None:
 
 
 def _tree_tasks(folder: Path, tree: Path, ids: np.ndarray, decode: bool) -> list[Task]:
-    parts = [slice(start, start + _PART) for start in range(0, len(ids), _PART)]
-    return [(folder / f"{p.start:08d}.npz", partial(check_tree, folder / _IDS, tree, p, decode)) for p in parts]
+    return [
+        (folder / f"{start:08d}.npz", partial(_check_tree, folder / _IDS, tree, slice(start, start + _SHARD), decode))
+        for start in range(0, len(ids), _SHARD)
+    ]
 
 
 def _tar_tasks(folder: Path, files: list[Path], decode: bool) -> list[Task]:
     tasks: list[Task] = []
     for path in files:
-        about = path.stat()  # in the name: a part of a tar file that was downloaded again does not count
-        part = folder / f"{path.stem}-{about.st_size}-{about.st_mtime_ns}.npz"
-        tasks.append((part, partial(check_tar, folder / _IDS, path, decode)))
+        status = path.stat()  # in the name, so that the shard of a tar file that was downloaded again does not count
+        shard = folder / f"{path.stem}-{status.st_size}-{status.st_mtime_ns}.npz"
+        tasks.append((shard, partial(_check_tar, folder / _IDS, path, decode)))
     return tasks
 
 
 def _run(tasks: list[Task], workers: int) -> Iterator[int]:
-    """Do what is left to do; yields photos done, and 0 now and then. An interrupt does not wait for running parts."""
-    left = []
+    """Compute the missing shards; yield the number of images of each shard, and 0 at least every ten seconds."""
+    remaining = []
     for task in tasks:
         if task[0].is_file():
-            yield _photos_in(task[0])
+            with np.load(task[0]) as shard:
+                yield len(shard["rows"])
         else:
-            left.append(task)
+            remaining.append(task)
     pool: Executor = ThreadPoolExecutor(1)
-    if workers > 1 and len(left) > 1:
-        # Not forked: Arrow's threads run here.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker)
-    pending = {pool.submit(_do, *task) for task in left}
+    if workers > 1 and len(remaining) > 1:
+        # Not forked, since Arrow's threads run in this process.
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialize_worker)
+    pending = {pool.submit(_compute, *task) for task in remaining}
     try:
         while pending:
             finished, pending = wait(pending, timeout=10, return_when=FIRST_COMPLETED)
             yield sum(future.result() for future in finished)
     except BrokenProcessPool as error:
-        message = f"a worker process of {workers} died, perhaps for want of memory"
-        raise InputError(f"{message}; call again with fewer --workers, it goes on where it was") from error
+        raise InputError(
+            f"one of {workers} worker processes died, perhaps out of memory; run the command again with fewer "
+            "--workers, it resumes"
+        ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for running shards
 
 
-def _begin_worker() -> None:
-    """A worker ends with the program, even a killed one, and at once; parts are whole or not there."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a word
+def _initialize_worker() -> None:
+    """Let a worker end with the program, even a killed one, and without a traceback on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_parent()
 
 
-def _do(path: Path, check: Callable[[], Part]) -> int:
-    part = check()
+def _compute(path: Path, check: Callable[[], Shard]) -> int:
+    shard = check()
     file = io.BytesIO()
-    np.savez(file, **part)  # type: ignore[arg-type]
+    np.savez(file, **shard)  # type: ignore[arg-type]
     write_atomically(path, file.getvalue())
-    return len(part["rows"])
+    return len(shard["rows"])
 
 
-def _photos_in(path: Path) -> int:
-    with np.load(path) as part:
-        return len(part["rows"])
+def _check_tree(ids_file: Path, tree: Path, rows: slice, decode: bool) -> Shard:
+    """Check the images of the tree in some rows of the ids file, (N,) S16 and sorted."""
+    ids = np.load(ids_file, mmap_mode="r")[rows]
+    paths = [tree / tree_path(image) for image in ids]
+    report = check_images(paths, _THREADS, decode)
+    reasons = dict(report.problems)
+    results = [
+        (row, int(signature.partition("-")[0] or 0), 0, signature, reasons.get(path, ""))
+        for row, (path, signature) in enumerate(zip(paths, report.signatures, strict=True), rows.start)
+    ]
+    return _shard(results)
 
 
-def _assemble(ids: np.ndarray, files: list[Path], parts: list[Path]) -> tuple[PhotoIndex, list[str]]:
-    """All parts in one index, and what is wrong with tar files. Of a photo in two tar files the first counts."""
+def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
+    """Check the listed images in one tar file."""
+    ids = np.load(ids_file, mmap_mode="r")
+    results = []
+    try:
+        members, problem = _tar_members(path)
+        with path.open("rb") as file:
+            for image, offset, size in members:
+                row = int(np.searchsorted(ids, np.array(image, "S16")))
+                if row == len(ids) or ids[row] != image:
+                    continue
+                signature = reason = ""
+                try:
+                    read = partial(_read_tar, file.fileno(), offset, size)
+                    signature = check_image(read, size, decode=decode).signature
+                except (OSError, CorruptImageError) as error:
+                    reason = str(error)
+                results.append((row, size, offset, signature, reason))
+    except OSError as error:
+        return _shard([], f"{path}: {error.strerror or error}")
+    return _shard(results, f"{path}: {problem}" if problem else "")
+
+
+def _read_tar(descriptor: int, offset: int, size: int, start: int, count: int) -> bytes:
+    return os.pread(descriptor, min(count, size - start), offset + start)
+
+
+def _tar_members(path: Path) -> tuple[list[tuple[bytes, int, int]], str | None]:
+    """Return (id, offset, size) in bytes of each image of a tar file, and what is wrong with the file as a whole."""
+    members: list[tuple[bytes, int, int]] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = _MEMBER.fullmatch(member.name)
+                if name and member.isreg():
+                    members.append((name[1].encode(), member.offset_data, member.size))
+    except tarfile.TarError as error:
+        return members, f"cut off or not a tar file ({error})"
+    complete = not members or members[-1][1] + members[-1][2] < path.stat().st_size
+    return members, None if complete else "cut off (ends without an end-of-archive block)"
+
+
+def _shard(results: list[tuple[int, int, int, str, str]], note: str = "") -> Shard:
+    """Return the shard of (row in the list, size, offset, signature, reason) per image."""
+    rows, sizes, offsets, signatures, reasons = zip(*results, strict=True) if results else [()] * 5
+    return {
+        "rows": np.array(rows, np.int64),
+        "sizes": np.array(sizes, np.int64),
+        "codes": signature_codes(signatures),
+        "offsets": np.array(offsets, np.int64),
+        "reasons": np.array(reasons, np.str_),
+        "note": np.array(note),
+    }
+
+
+def _merge(ids: np.ndarray, files: list[Path], shards: list[Path]) -> tuple[ImageIndex, list[str]]:
+    """Merge all shards to an index; of an image in two tar files the first counts. Also return the tar problems."""
     sizes, offsets = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
     codes, numbers = np.zeros(len(ids), np.uint64), np.full(len(ids), -1, np.int16)
     seen = np.zeros(len(ids), bool)
-    bad: dict[int, str] = {}
-    notes = []
-    for number, path in enumerate(parts):
-        with np.load(path) as part:
-            rows, first = np.unique(part["rows"], return_index=True)
+    corrupt: dict[int, str] = {}
+    problems = []
+    for number, path in enumerate(shards):
+        with np.load(path) as shard:
+            rows, first = np.unique(shard["rows"], return_index=True)
             rows, first = rows[~seen[rows]], first[~seen[rows]]
-            sizes[rows], codes[rows], offsets[rows] = (part[key][first] for key in ("sizes", "codes", "offsets"))
+            sizes[rows], codes[rows], offsets[rows] = (shard[key][first] for key in ("sizes", "codes", "offsets"))
             numbers[rows], seen[rows] = number if files else -1, True
-            reasons = part["reasons"][first]
-            bad |= {int(row): str(reason) for row, reason in zip(rows, reasons, strict=True) if reason}
-            notes += [str(part["note"])] if part["note"] else []
-    bad |= {int(row): "missing" for row in np.flatnonzero(~seen)}
-    rows = np.array(sorted(bad), np.int64)
-    reasons = np.array([bad[row] for row in rows.tolist()], np.str_)
+            reasons = shard["reasons"][first]
+            corrupt |= {int(row): str(reason) for row, reason in zip(rows, reasons, strict=True) if reason}
+            problems += [str(shard["note"])] if shard["note"] else []
+    corrupt |= {int(row): "missing" for row in np.flatnonzero(~seen)}
+    rows = np.array(sorted(corrupt), np.int64)
+    reasons = np.array([corrupt[row] for row in rows.tolist()], np.str_)
     names = np.array([path.name for path in files], np.str_)
     tar_sizes = np.array([path.stat().st_size for path in files], np.int64)
-    return PhotoIndex(ids, sizes, codes, numbers, offsets, rows, reasons, names, tar_sizes), notes
-
-
-def _result(root: Path, table: str, tars: Path | None, index: PhotoIndex, notes: list[str]) -> Prepared:
-    def place(row: int) -> str:
-        member = tree_path(index.ids[row])
-        if tars is None:
-            return str(root / "train" / member)
-        return index.tars(tars).place(index.ids[row])
-
-    bad = [(place(row), reason) for row, reason in zip(index.bad.tolist(), index.reasons.tolist(), strict=True)]
-    return Prepared(len(index.ids), bad, notes, index_path(root, table), root / f"{Path(table).stem}.report.txt")
+    return ImageIndex(ids, sizes, codes, numbers, offsets, rows, reasons, names, tar_sizes), problems
 
 
 def _cpus() -> int:

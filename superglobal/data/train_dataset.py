@@ -91,7 +91,7 @@ class TrainingDataset(Dataset):
                 bad.append((index, str(error)))
             else:
                 return TrainingImage(image, int(self.photos.labels[index]), index, bad)
-        first = f"{self.photos.place(asked)}: {bad[0][1]}"
+        first = f"{self.photos.location(asked)}: {bad[0][1]}"
         return InputError(
             f"image cannot be read: {first}; nor could {_STAND_INS} others in its stead: most photos are missing or "
             "damaged, superglobal prepare-gldv2 lists them"
@@ -258,12 +258,12 @@ def check_training_images(
         where = (
             f", by {index_path(root, table)} (when they are mended, once more: {prepare_command(root, table, tars)})"
         )
-        bad = [index.bad_among(photos.ids) for photos in lists]
+        bad = [index.corrupt_among(photos.ids) for photos in lists]
         contents = [index.codes_of(photos.ids) for photos in lists]
     else:
         checked = [_check(photos, prepare_command(root, table, tars)) for photos in lists]
         bad, contents = [found for found, _ in checked], [codes for _, codes in checked]
-    problems = [(photos.place(i), reason) for photos, found in zip(lists, bad, strict=True) for i, reason in found]
+    problems = [(photos.location(i), reason) for photos, found in zip(lists, bad, strict=True) for i, reason in found]
     total = sum(len(photos) for photos in lists)
     try:
         require_budget(len(problems), total, budget, where)

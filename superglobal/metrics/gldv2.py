@@ -18,11 +18,11 @@ import numpy as np
 from superglobal.data.evaluation_set import RecognitionTruth, RetrievalTruth
 from superglobal.data.gldv2 import query_landmarks
 from superglobal.data.gldv2_solutions import (
-    ranked_submission,
-    read_ranked,
-    read_recognised,
+    read_recognition_submission,
+    read_retrieval_submission,
     read_solution,
-    recognised_submission,
+    recognition_submission,
+    retrieval_submission,
 )
 from superglobal.errors import InputError
 from superglobal.metrics.revisited import cluster_interval, plain
@@ -238,8 +238,8 @@ def score_truth(
 def submission(truth: RetrievalTruth | RecognitionTruth, scores: np.ndarray, ids: np.ndarray) -> bytes:
     """Return the submission file of (Q, k) scores and database rows: the 100 best ids, or a landmark and its score."""
     if isinstance(truth, RetrievalTruth):
-        return ranked_submission(truth.queries, (truth.database[row] for row in ids[:, :DEPTH]))
-    return recognised_submission(truth.queries, *predictions(truth, scores, ids))
+        return retrieval_submission(truth.queries, (truth.database[row] for row in ids[:, :DEPTH]))
+    return recognition_submission(truth.queries, *predictions(truth, scores, ids))
 
 
 def predictions(truth: RecognitionTruth, scores: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -287,6 +287,6 @@ def score_submission(solution: str | Path, submission: str | Path, seed: int = 0
     """
     truth = read_solution(solution)
     if truth.task == "retrieval":
-        found = read_ranked(submission, truth)
+        found = read_retrieval_submission(submission, truth)
         return score_rankings(found, truth.truth, truth.parts, query_landmarks(truth.truth), seed=seed)
-    return score_recognition(*read_recognised(submission, truth), truth.truth, truth.ids, truth.parts)
+    return score_recognition(*read_recognition_submission(submission, truth), truth.truth, truth.ids, truth.parts)

@@ -195,12 +195,12 @@ def _fit(
     head = make_head(dim=network.dim, counts=counts, **asdict(config.head))
     module = TrainingModule(network, head, o, o.epochs * steps, photos.landmarks, t)
     missed, missed_held_out = (
-        CorruptImageList(folder / CORRUPT_IMAGES, len(photos) + len(held_out), d.max_corrupt, part.place)
+        CorruptImageList(folder / CORRUPT_IMAGES, len(photos) + len(held_out), d.max_corrupt, part.location)
         for part in (photos, held_out)
     )
     missed.add(bad[0])
     missed_held_out.add(bad[1])
-    guard = NonFiniteGuard(every, folder, photos.place)
+    guard = NonFiniteGuard(every, folder, photos.location)
     checkpoints = CheckpointCallback(folder / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, guard)
     photos_held_out = HeldOutDataset(
         held_out, v.max_images, v.max_side, config.seed, without=[index for index, _ in bad[1]]

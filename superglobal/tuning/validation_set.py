@@ -60,7 +60,7 @@ def held_out(run: Path, data_root: str | None) -> HeldOut:
     photos = split_landmarks(listed, v["fraction"], seed)[1]
     bad = run / CORRUPT_IMAGES
     known = {line.partition("\t")[0] for line in bad.read_text().splitlines()} if bad.is_file() else set()
-    kept = [i for i in range(len(photos)) if photos.place(i) not in known]
+    kept = [i for i in range(len(photos)) if photos.location(i) not in known]
     labels = photos.labels[kept]
     dataset = EvaluationSet(
         name=f"held-out landmarks of {d['name']}",
