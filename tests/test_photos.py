@@ -134,7 +134,7 @@ def test_bad_stand_ins_are_reported_too_and_only_then_is_there_an_end(root):
     error = dataset(photos)[(0, 3)]
     assert isinstance(error, InputError)
     assert f"image cannot be read: {photos.path(3)}: missing" in str(error)
-    assert "prepare_gldv2.py" in str(error)
+    assert "superglobal prepare-gldv2" in str(error)
     assert collate([shown[0], error]) is error
 
 
@@ -202,7 +202,7 @@ def test_one_photo_more_than_the_budget_ends_the_run(bad_photos):
     listed.add([(1, "missing"), (2, "missing")])
     with pytest.raises(InputError) as caught:
         bad_photos(total=1000, budget=0.002).add([(3, "missing")])
-    for word in ("3 of 1000", "0.300%", "0.002", str(listed.file), "prepare_gldv2.py", "data.max_corrupt"):
+    for word in ("3 of 1000", "0.300%", "0.002", str(listed.file), "superglobal prepare-gldv2", "data.max_corrupt"):
         assert word in str(caught.value)
     with pytest.raises(InputError):
         listed.add([(1, "missing")])
