@@ -1,4 +1,4 @@
-"""Pooling modules: the reference's values, and what must hold beyond them."""
+"""Pooling functions and modules: values of the reference, gradients, dtypes, and use in other networks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch.nn.functional as F
 
 from superglobal.errors import InputError
 from superglobal.models.pooling import (
+    GeM,
     MapPooling,
     PoolingConfig,
+    RegionalGeM,
     ReLUP,
+    ScaleGeM,
     gem,
     make_pooling,
     regional_gem,
@@ -41,7 +44,7 @@ def test_regional_gem_is_a_windowed_gem():
 
 
 @pytest.mark.parametrize("config", [PoolingConfig(), PoolingConfig(gem_plus=False), PoolingConfig(regional=False)])
-def test_signed_and_empty_maps_give_finite_values_and_gradients(config):
+def test_signed_and_zero_maps_give_finite_values_and_gradients(config):
     pooling = MapPooling(config)
     signed = torch.randn(2, 8, 7, 7)
     mostly_zero = torch.zeros(2, 8, 7, 7)
@@ -63,11 +66,11 @@ def test_powers_run_in_float32_under_autocast():
     torch.testing.assert_close(half, torch.full((1, 2), 50.0))
 
 
-def test_learnt_p_gets_a_gradient_only_where_it_is_used():
+def test_learned_p_has_a_gradient_only_if_it_is_used():
     x = torch.rand(1, 4, 5, 5)
-    learnt = MapPooling(PoolingConfig(gem_plus=False))
-    learnt(x).sum().backward()
-    assert learnt.p.grad.abs().item() > 0
+    learned = MapPooling(PoolingConfig(gem_plus=False))
+    learned(x).sum().backward()
+    assert learned.p.grad.abs().item() > 0
     assert not MapPooling(PoolingConfig(gem_plus=True)).p.requires_grad
     assert not MapPooling(PoolingConfig(gem_plus=False, learn_p=False)).p.requires_grad
 
@@ -87,7 +90,7 @@ def test_scale_gem_takes_the_maximum_of_unit_vectors():
     torch.testing.assert_close(scale_gem(vectors, p=math.inf), expected)
 
 
-def test_a_map_too_small_for_the_window_is_refused():
+def test_a_map_too_small_for_the_window_is_an_error():
     with pytest.raises(InputError, match="at least 3 cells"):
         regional_gem(torch.rand(1, 1, 2, 9))
 
@@ -108,6 +111,9 @@ def test_relup_switch_values(value, mode):
         ({"relup": "maybe"}, "on, off, reference_off"),
         ({"regional_window": 4}, "odd"),
         ({"p": 0}, "positive"),
+        ({"regional_weight": 1.5}, r"0\.\.1"),
+        ({"regional": 1}, "true or false"),
+        ({"eps": "small"}, "a number"),
     ],
 )
 def test_a_wrong_setting_lists_the_choices(pooling, message):
@@ -115,8 +121,8 @@ def test_a_wrong_setting_lists_the_choices(pooling, message):
         make_pooling(pooling)
 
 
-def test_the_deterministic_padding_is_the_same():
-    """torch's own has no deterministic gradient on a GPU."""
+def test_deterministic_padding_has_the_same_values_and_gradients():
+    """torch's own padding has no deterministic gradient on a GPU."""
     results = []
     for deterministic in (False, True):
         x = torch.rand(2, 3, 6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
@@ -130,3 +136,81 @@ def test_the_deterministic_padding_is_the_same():
         results.append((y.detach(), x.grad))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.allclose(results[0][1], results[1][1], atol=1e-12)
+
+
+GRID = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])[None, None]
+MODULES = [
+    (GeM(), lambda x: gem(x, 3.0, 1e-6)),
+    (GeM(4.6, eps=1e-8), lambda x: gem(x, 4.6, 1e-8)),
+    (GeM(2.5, learnable=True), lambda x: gem(x, torch.tensor([2.5]), 1e-6)),
+    (RegionalGeM(), regional_gem),
+    (RegionalGeM(3.0, window=3, weight=0.2), lambda x: regional_gem(x, 3.0, 3, 0.2)),
+    (ScaleGeM(), scale_gem),
+    (ScaleGeM(10.0), lambda x: scale_gem(x, 10.0)),
+    (ReLUP(0.1), lambda x: x.clamp(min=0.1)),
+]
+
+
+def example(module):
+    shape = (3, 2, 16) if isinstance(module, ScaleGeM) else (2, 3, 6, 7)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_modules_have_the_values_of_the_reference():
+    expected = [0.37239, 0.412465, 0.45436, 0.487479, 0.527425, 0.569434, 0.620697, 0.661148, 0.703719]
+    torch.testing.assert_close(RegionalGeM()(GRID).flatten(), torch.tensor(expected), atol=1e-6, rtol=0)
+    assert GeM(4.6, eps=1e-8)(torch.tensor([1.0, 2, 3]).view(1, 1, 1, 3)).item() == pytest.approx(2.4407001, abs=1e-6)
+    vectors = [torch.tensor([[3.0, 4, 0]]), torch.tensor([[0, 0, 2.0]])]
+    torch.testing.assert_close(ScaleGeM()(vectors), torch.tensor([[0.6, 0.8, 1.0]]))
+
+
+@pytest.mark.parametrize(("module", "function"), MODULES, ids=lambda value: repr(value)[:40])
+def test_a_module_is_its_function(module, function):
+    x = example(module)
+    assert torch.equal(module(x), function(x))
+    if isinstance(module, ScaleGeM):
+        assert torch.equal(module(list(x)), module(x))
+
+
+@pytest.mark.parametrize("module", [module for module, _ in MODULES], ids=repr)
+def test_a_module_has_the_gradients_of_finite_differences(module):
+    x = example(module).double().abs().add(0.2).requires_grad_()
+    assert torch.autograd.gradcheck(module, (x,))
+
+
+@pytest.mark.parametrize("module", [module for module, _ in MODULES if not isinstance(module, ReLUP)], ids=repr)
+def test_a_module_computes_in_float32_under_autocast(module):
+    x = example(module).abs().half()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = module(x)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, module(x.float()))
+
+
+def test_a_learnable_exponent_is_trained_and_saved():
+    pool = torch.nn.Sequential(RegionalGeM(), GeM(learnable=True))
+    assert set(pool.state_dict()) == {"1.p"}
+    optimizer = torch.optim.SGD(pool.parameters(), lr=0.1)
+    pool(example(pool).abs()).sum().backward()
+    optimizer.step()
+    assert pool[1].p.item() != 3.0
+    restored = torch.nn.Sequential(RegionalGeM(), GeM(learnable=True))
+    restored.load_state_dict(pool.state_dict())
+    x = example(pool)
+    assert torch.equal(restored(x), pool(x))
+    assert not list(torch.nn.Sequential(RegionalGeM(), GeM(), ScaleGeM(), ReLUP()).parameters())
+
+
+def test_modules_show_their_settings():
+    assert repr(GeM(4.6, eps=1e-8)) == "GeM(p=4.6, eps=1e-08)"
+    assert repr(GeM(learnable=True)) == "GeM(p=3, eps=1e-06, learnable=True)"
+    assert repr(RegionalGeM()) == "RegionalGeM(p=2.5, window=5, weight=0.5)"
+    assert repr(ScaleGeM()) == "ScaleGeM(p=inf)"
+    assert repr(ReLUP()) == "ReLUP(alpha=0.014)"
+
+
+@pytest.mark.parametrize("gem_plus", [True, False])
+def test_modules_compute_what_the_network_computes(gem_plus):
+    x = example(RegionalGeM())
+    pool = GeM(4.6, eps=1e-8) if gem_plus else GeM(3.0, learnable=True)
+    assert torch.equal(MapPooling(PoolingConfig(gem_plus=gem_plus))(x), pool(RegionalGeM()(x)))

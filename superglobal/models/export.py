@@ -1,7 +1,7 @@
-"""A network as one file that needs none of this package: ONNX or torch.export, from image to descriptor.
+"""Export of a network to one file that does not need this package: ONNX or torch.export, from image to descriptor.
 
-Input: `images` (B, 3, H, W) float32 RGB in 0..1; normalisation and all scales are inside. Output: `descriptors` (B, D)
-float32, unit norm. A file is compared with the network before it is left, and says what it takes in its metadata.
+Input: `images` (B, 3, H, W) float32 RGB in 0..1; normalization and all scales are inside. Output: `descriptors` (B, D)
+float32, unit norm. The file is compared with the network before it is kept, and its metadata state its input sizes.
 """
 
 from __future__ import annotations
@@ -29,53 +29,65 @@ from torch import Tensor, nn
 from superglobal.errors import InputError, first_line
 from superglobal.models.backbone import replace_module
 from superglobal.models.network import RetrievalNetwork
+from superglobal.models.weights import pooling_to_json
 from superglobal.utils.precision import full_precision
 
 SUFFIXES = (".onnx", ".pt2")
 METADATA = "superglobal"
-"""Key of an ONNX file's metadata, and with `.json` behind it the extra file of a .pt2: JSON."""
+"""Key of the JSON metadata in an ONNX file; with `.json` the name of the extra file in a .pt2 file."""
 _MAX_SIDE, _MAX_BATCH = 4096, 1024
-_INPUT = "images: (B, 3, H, W) float32 RGB in 0..1; normalisation and all scales are inside"
+_INPUT = "images: (B, 3, H, W) float32 RGB in 0..1; normalization and all scales are inside"
 _OUTPUT = "descriptors: (B, D) float32, unit L2 norm, compared by inner product"
-_EXTRA = ("onnx", "onnxscript", "onnxruntime")
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What a file takes: H x W px and `batch` images, or with None any."""
+class InputSizes:
+    """Input sizes that a file accepts, in pixels.
+
+    Attributes:
+        size: (H, W), or None for any sides from `min_side` to `max_side` that are multiples of `multiple`.
+        batch: number of images, or None for any.
+    """
 
     size: tuple[int, int] | None
     batch: int | None
-    least: int  # of a side
-    most: int
-    step: int  # sides are multiples of it
+    min_side: int
+    max_side: int
+    multiple: int
 
-    def shapes(self) -> list[tuple[int, int, int]]:
-        """(B, H, W) to compare at, the first one that is traced: with free sizes the least and the longest side too."""
-        several = self.batch or 3
+    def comparison_shapes(self) -> list[tuple[int, int, int]]:
+        """Return the (B, H, W) to compare at; the first is traced. With free sizes they include both extremes."""
+        batch = self.batch or 3
         if self.size is not None:
-            return [(several, *self.size)] + ([] if self.batch else [(1, *self.size)])
-        least, step = self.least, self.step
-        sides = [(least + 3 * step, least + 8 * step), (least, least)]
-        sides += [(2 * least // step * step + step, least + 5 * step), (least, self.most)]
-        return [(self.batch or (several, 1, 2, 1)[i], *pair) for i, pair in enumerate(sides)]
+            return [(batch, *self.size)] + ([] if self.batch else [(1, *self.size)])
+        side, step = self.min_side, self.multiple
+        sizes = [(side + 3 * step, side + 8 * step), (side, side)]
+        sizes += [(2 * side // step * step + step, side + 5 * step), (side, self.max_side)]
+        return [(self.batch or (batch, 1, 2, 1)[i], *size) for i, size in enumerate(sizes)]
 
-    def dynamic(self) -> dict[int, Any]:
-        """Dimension of the input -> what it may be, in torch.export's terms."""
-        found: dict[int, Any] = {} if self.batch else {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
-        for place, name in () if self.size else ((2, "height"), (3, "width")):
-            many = torch.export.Dim(name, min=self.least // self.step, max=self.most // self.step)
-            found[place] = many if self.step == 1 else self.step * many
-        return found
+    def dynamic_dims(self) -> dict[int, Any]:
+        """Return the free dimensions of the input for torch.export."""
+        dims: dict[int, Any] = {} if self.batch else {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
+        for index, name in () if self.size else ((2, "height"), (3, "width")):
+            dim = torch.export.Dim(name, min=self.min_side // self.multiple, max=self.max_side // self.multiple)
+            dims[index] = dim if self.multiple == 1 else self.multiple * dim
+        return dims
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """File against network on images of one shape."""
+    """Comparison of a file with the network on images of one shape.
 
-    shape: tuple[int, int, int]  # B, H, W
-    cosine: float  # least of the batch
-    difference: float  # largest of a component
+    Attributes:
+        shape: (B, H, W).
+        min_cosine: smallest cosine of two descriptors.
+        max_difference: largest absolute difference of a component.
+    """
+
+    shape: tuple[int, int, int]
+    min_cosine: float
+    max_difference: float
 
 
 def export_network(
@@ -85,72 +97,73 @@ def export_network(
     batch: int | None = None,
     tolerance: float = 1e-4,
 ) -> list[Comparison]:
-    """Write `network` to `path` as ONNX (.onnx) or torch.export (.pt2), if the file computes the same.
+    """Write `network` to `path` as ONNX (.onnx) or torch.export (.pt2), if the file gives the same descriptors.
 
     Args:
         network: on the CPU, in evaluation mode.
         path: of the file.
         size: H and W in pixels; None for all sizes from the network's smallest side to 4096 px.
-        batch: images at once; None for any number.
-        tolerance: most that a component of a descriptor may differ.
+        batch: number of images; None for any.
+        tolerance: largest difference of a component of a descriptor.
 
     Returns:
-        What was compared.
+        The comparisons that were made.
 
     Raises:
-        InputError: another suffix, a missing package, what a graph cannot express, or a difference above `tolerance`,
-            with the mend; what was at `path` is then untouched.
+        InputError: unknown suffix, missing package, an operation that the format does not support, or a difference
+            above `tolerance`; a previous file at `path` is unchanged.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a name that ends with {' or '.join(SUFFIXES)}")
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None] if path.suffix == ".onnx" else []
+    onnx = path.suffix == ".onnx"
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None] if onnx else []
     if missing:
         raise InputError(f"{path}: ONNX needs packages: pip install {' '.join(missing)}, or give a .pt2 name")
-    sizes = _sizes(network, size, batch)
+    sizes = _input_sizes(network, size, batch)
     graph = _Graph(network, sizes).eval()
-    write = _write_onnx if path.suffix == ".onnx" else _write_pt2
+    write = _write_onnx if onnx else _write_pt2
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            draft = Path(folder) / path.name
-            with _quiet(), torch.no_grad():
-                run = write(_program(graph, sizes), sizes, draft, _about(network, sizes))
-                compared = [_compare(network, run, shape) for shape in sizes.shapes()]
-            for one in compared:
-                if not one.difference <= tolerance:
+            temporary = Path(folder) / path.name
+            with _silence_exporters(), torch.no_grad():
+                run = write(_trace(graph, sizes), sizes, temporary, _metadata(network, sizes))
+                comparisons = [_compare(network, run, shape) for shape in sizes.comparison_shapes()]
+            for c in comparisons:
+                if not c.max_difference <= tolerance:
                     raise InputError(
-                        f"{path}: not written: at {' x '.join(map(str, one.shape))} its descriptors differ by "
-                        f"{one.difference:.1e} (least cosine {one.cosine:.7f}), more than {tolerance:g}"
+                        f"{path}: not written: at {' x '.join(map(str, c.shape))} descriptors differ by up to "
+                        f"{c.max_difference:.1e} (smallest cosine {c.min_cosine:.7f}), more than {tolerance:g}"
                     )
-            os.replace(draft, path)
+            os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
-    return compared
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another path") from error
+    return comparisons
 
 
 class _Graph(nn.Module):
-    """`RetrievalNetwork.forward` in operations that a graph of free sizes can hold."""
+    """`RetrievalNetwork.forward` with operations that a graph of free sizes supports."""
 
-    def __init__(self, network: RetrievalNetwork, sizes: Sizes) -> None:
+    def __init__(self, network: RetrievalNetwork, sizes: InputSizes) -> None:
         super().__init__()
         self.network = _traceable(network)
-        self.factors = [_factor(scale, sizes) for scale in network.scales]
+        self.factors = [_fraction(scale, sizes) for scale in network.scales]
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.network.normalize(images)
-        return self.network.descriptors(self.network.backbone(self._scaled(x, factor)) for factor in self.factors)
+        return self.network.descriptors(self.network.backbone(self._resize(x, factor)) for factor in self.factors)
 
-    def _scaled(self, x: Tensor, factor: Fraction) -> Tensor:
+    def _resize(self, x: Tensor, factor: Fraction) -> Tensor:
         if factor == 1:
             return x
-        # In whole numbers: ONNX would multiply in float32, and be a pixel off at some sizes of some scales.
+        # Integer arithmetic: ONNX would multiply in float32, which differs by a pixel at some sizes and scales.
         height, width = (side * factor.numerator // factor.denominator for side in x.shape[-2:])
         antialias = self.network.antialias
         return F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=antialias)
 
 
-class _WholePadding(nn.Module):
-    """TensorFlow's "same" padding in whole numbers: timm rounds floats, which a graph of free sizes cannot say."""
+class _IntegerSamePadding(nn.Module):
+    """TensorFlow's "same" padding in integers: timm rounds floats, which a graph of free sizes does not support."""
 
     def __init__(self, convolution: Conv2dSame) -> None:
         super().__init__()
@@ -160,91 +173,91 @@ class _WholePadding(nn.Module):
         c: Any = self.convolution
         pads: list[Any] = []
         for side, kernel, stride, dilation in zip(x.shape[-2:], c.kernel_size, c.stride, c.dilation, strict=True):
-            needed = (kernel - 1) * dilation + 1 - stride + (side + stride - 1) // stride * stride - side
-            pads = [needed // 2, needed - needed // 2, *pads]
+            padding = (kernel - 1) * dilation + 1 - stride + (side + stride - 1) // stride * stride - side
+            pads = [padding // 2, padding - padding // 2, *pads]
         return F.conv2d(F.pad(x, pads), c.weight, c.bias, c.stride, 0, c.dilation, c.groups)
 
 
 def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
-    """A copy without what no graph holds."""
+    """Return a copy without operations that a graph does not support."""
     if network.config.opencv_resize and network.scales != (1.0,):
         raise InputError(
-            "export: pooling.opencv_resize makes the scales by OpenCV, outside of any graph; export at one scale "
+            "export: pooling.opencv_resize resizes with OpenCV, which a graph does not support; export at one scale "
             "(--scales 1), or with another pooling"
         )
     backbone = copy.deepcopy(network.backbone)
     for name, module in list(backbone.net.named_modules()):
-        # Where a stride leaves pixels out, the padding would have to be cut at 0.
+        # With a stride larger than the kernel, the padding could be negative.
         if isinstance(module, Conv2dSame) and all(
             k >= s for k, s in zip(module.kernel_size, module.stride, strict=True)
         ):
-            replace_module(backbone.net, name, _WholePadding(module))
+            replace_module(backbone.net, name, _IntegerSamePadding(module))
     return network.with_backbone(backbone, replace(network.config, opencv_resize=False)).eval()
 
 
-def _factor(scale: float, sizes: Sizes) -> Fraction:
-    """A fraction of which every side that can come makes what the network makes of it."""
+def _fraction(scale: float, sizes: InputSizes) -> Fraction:
+    """Return the scale as a fraction that rounds every possible side like the network."""
     factor = Fraction(str(scale))
-    sides = sizes.size or range(sizes.least, sizes.most + 1)
+    sides = sizes.size or range(sizes.min_side, sizes.max_side + 1)
     if any(int(side * scale) != side * factor.numerator // factor.denominator for side in sides):
         raise InputError(
-            f"export: at scale {scale} the network rounds exact sides now up and now down, as floats come out, which a "
-            f"graph does not; take one like {scale + 0.0001:.4f}, or give --size H W"
+            f"export: scale {scale}: the network's floating-point rounding of some sides cannot be reproduced in a "
+            f"graph; use a scale such as {scale + 0.0001:.4f}, or give --size H W"
         )
     return factor
 
 
-def _sizes(network: RetrievalNetwork, size: tuple[int, int] | None, batch: int | None) -> Sizes:
-    least = network.min_side()
+def _input_sizes(network: RetrievalNetwork, size: tuple[int, int] | None, batch: int | None) -> InputSizes:
+    min_side = network.min_side()
     if batch is not None and batch < 1:
-        raise InputError(f"export: batch={batch}: expected at least 1")
+        raise InputError(f"export: batch={batch}: expected an integer >= 1")
     if size is not None:
-        if min(size) < least:
+        if min(size) < min_side:
             raise InputError(
-                f"export: size {size[0]} x {size[1]}: this network enlarges images to a side of {least} px, which "
-                "is no part of the graph; give at least that, and enlarge smaller images beforehand"
+                f"export: size {size[0]} x {size[1]}: expected sides of at least {min_side} px, because the graph does "
+                "not enlarge small images; enlarge them before the graph"
             )
-        return Sizes(size, batch, min(size), max(size), 1)
-    # A dimension of 1 is another graph: free sizes begin with maps of three cells, whatever the pooling.
-    least = max(least, math.ceil(network.backbone.min_side(3) / min(network.scales)))
-    step = network.backbone.multiple
-    if step > 1 and network.scales != (1.0,):
+        return InputSizes(size, batch, min(size), max(size), 1)
+    # torch.export specializes dimensions of size 1, so free sizes start at feature maps of three cells.
+    min_side = max(min_side, math.ceil(network.backbone.min_side(3) / min(network.scales)))
+    multiple = network.backbone.multiple
+    if multiple > 1 and network.scales != (1.0,):
         raise InputError(
-            f"export: {network.backbone.name} pads images to multiples of {step} px, which a graph of free sizes can "
-            "leave to its user at one scale, but not at several; give --size H W, or --scales 1"
+            f"export: {network.backbone.name} pads images to multiples of {multiple} px, which a graph of free sizes "
+            "does not support at several scales; give --size H W, or --scales 1"
         )
-    return Sizes(None, batch, -(-least // step) * step, _MAX_SIDE // step * step, step)
+    return InputSizes(None, batch, -(-min_side // multiple) * multiple, _MAX_SIDE // multiple * multiple, multiple)
 
 
-def _about(network: RetrievalNetwork, sizes: Sizes) -> str:
-    pooling = {k: str(v) if v == float("inf") else v for k, v in vars(network.config).items()}
-    free = f"{sizes.least} to {sizes.most} px" + (f", multiples of {sizes.step}" if sizes.step > 1 else "")
-    about = {
+def _metadata(network: RetrievalNetwork, sizes: InputSizes) -> str:
+    sides = f"{sizes.min_side} to {sizes.max_side} px"
+    sides += f", multiples of {sizes.multiple}" if sizes.multiple > 1 else ""
+    metadata = {
         "input": _INPUT,
         "output": _OUTPUT,
         "batch": sizes.batch or "any",
-        "height, width": list(sizes.size) if sizes.size else f"{free}; enlarge smaller images to that beforehand",
-        "network": {**network.identity(), "pooling": pooling, "precision": "float32"},
+        "height, width": list(sizes.size) if sizes.size else f"{sides}; enlarge smaller images first",
+        "network": {**network.identity(), "pooling": pooling_to_json(vars(network.config)), "precision": "float32"},
     }
-    return json.dumps(about)
+    return json.dumps(metadata)
 
 
-def _program(graph: nn.Module, sizes: Sizes) -> Any:
-    batch, height, width = sizes.shapes()[0]
+def _trace(graph: nn.Module, sizes: InputSizes) -> Any:
+    batch, height, width = sizes.comparison_shapes()[0]
     try:
         return torch.export.export(
             graph,
             (torch.rand(batch, 3, height, width),),
-            dynamic_shapes={"images": sizes.dynamic() or None},
+            dynamic_shapes={"images": sizes.dynamic_dims() or None},
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
     except Exception as error:  # tracing raises whatever the traced code raises
-        mend = "give --size H W" if sizes.size is None else "another backbone does"
-        raise InputError(f"export: torch.export cannot express this network ({first_line(error)}); {mend}") from error
+        hint = "give --size H W" if sizes.size is None else "use another backbone"
+        raise InputError(f"export: torch.export does not support this network ({first_line(error)}); {hint}") from error
 
 
-def _write_onnx(program: Any, sizes: Sizes, path: Path, about: str) -> Callable[[Tensor], Tensor]:
+def _write_onnx(program: Any, sizes: InputSizes, path: Path, metadata: str) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     try:
@@ -253,28 +266,28 @@ def _write_onnx(program: Any, sizes: Sizes, path: Path, about: str) -> Callable[
         )
         assert onnx is not None
         _name_dimensions(onnx.model.graph, sizes)
-        onnx.model.metadata_props.update({METADATA: about, "input": _INPUT, "output": _OUTPUT})
+        onnx.model.metadata_props.update({METADATA: metadata, "input": _INPUT, "output": _OUTPUT})
         onnx.save(path, external_data=False)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # torch, onnxscript and onnxruntime share no base class
         raise InputError(
-            f"{path.name}: ONNX cannot express this network ({first_line(error)}); give a .pt2 name"
+            f"{path.name}: ONNX does not support this network ({first_line(error)}); give a .pt2 name"
         ) from error
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _name_dimensions(graph: Any, sizes: Sizes) -> None:
-    """Names in place of the tracer's symbols, for whoever looks into the file."""
+def _name_dimensions(graph: Any, sizes: InputSizes) -> None:
+    """Replace the tracer's symbols by readable names of the free dimensions."""
     inputs, outputs = graph.inputs[0].shape, graph.outputs[0].shape
-    for place, name in ((0, "batch"), (2, "height"), (3, "width")):
-        if place in sizes.dynamic():
-            inputs[place] = name
+    for index, name in ((0, "batch"), (2, "height"), (3, "width")):
+        if index in sizes.dynamic_dims():
+            inputs[index] = name
     if sizes.batch is None:
         outputs[0] = "batch"
 
 
-def _write_pt2(program: Any, sizes: Sizes, path: Path, about: str) -> Callable[[Tensor], Tensor]:
-    torch.export.save(program, path, extra_files={f"{METADATA}.json": about})
+def _write_pt2(program: Any, sizes: InputSizes, path: Path, metadata: str) -> Callable[[Tensor], Tensor]:
+    torch.export.save(program, path, extra_files={f"{METADATA}.json": metadata})
     return torch.export.load(path).module()
 
 
@@ -283,19 +296,22 @@ def _compare(network: RetrievalNetwork, run: Callable[[Tensor], Tensor], shape: 
     generator = torch.Generator().manual_seed(height * width)
     coarse, fine = (torch.rand(batch, 3, *size, generator=generator) for size in ((8, 8), (height, width)))
     images = 0.7 * F.interpolate(coarse, (height, width), mode="bilinear") + 0.3 * fine
-    given = (images * 255).round().to(torch.uint8) if network.config.opencv_resize else images
-    images = given / 255 if network.config.opencv_resize else images
+    network_input = images
+    if network.config.opencv_resize:  # the network takes uint8
+        network_input = (images * 255).round().to(torch.uint8)
+        images = network_input / 255
     with full_precision():
-        wanted = network(given).double()
-    found = run(images).double()
-    if found.shape != wanted.shape:
-        return Comparison(shape, float("nan"), float("nan"))
-    return Comparison(shape, float(F.cosine_similarity(wanted, found).min()), float((wanted - found).abs().max()))
+        expected = network(network_input).double()
+    actual = run(images).double()
+    if actual.shape != expected.shape:
+        return Comparison(shape, math.nan, math.nan)
+    cosines = F.cosine_similarity(expected, actual)
+    return Comparison(shape, float(cosines.min()), float((expected - actual).abs().max()))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' news, which concern their authors."""
+def _silence_exporters() -> Iterator[None]:
+    """Suppress warnings and log messages of the exporters."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -310,7 +326,7 @@ def _quiet() -> Iterator[None]:
 
 
 def read_metadata(path: Path) -> Mapping[str, Any]:
-    """What a file says of itself: input, output, sizes, network."""
+    """Read the metadata of an exported file: input, output, sizes and network."""
     if path.suffix == ".pt2":
         extra = {f"{METADATA}.json": ""}
         torch.export.load(path, extra_files=extra)
