@@ -66,12 +66,10 @@ def export(arguments: Sequence[str]) -> int:
     from superglobal.models.export import export_network
 
     size = (args.size[0], args.size[1]) if args.size else None
-    for comparison in export_network(_load_network(args), args.file, size, args.batch, args.tolerance):
-        batch, height, width = comparison.shape
+    for c in export_network(_load_network(args), args.file, size, args.batch, args.tolerance):
+        batch, height, width = c.shape
         shape = f"{batch} x {height} x {width} px"
-        print(
-            f"{shape:>22}: lowest cosine {comparison.min_cosine:.7f}, largest difference {comparison.max_difference:.1e}"
-        )
+        print(f"{shape:>22}: lowest cosine {c.min_cosine:.7f}, largest difference {c.max_difference:.1e}")
     megabytes = args.file.stat().st_size / 1e6
     print(f"{args.file}: {megabytes:.1f} MB; images (B, 3, H, W) float32 RGB in 0..1 -> descriptors")
     return 0
