@@ -20,7 +20,7 @@ from superglobal.config import register
 from superglobal.data.revisited import revisited_set
 from superglobal.errors import InputError
 from superglobal.evaluation import compare_rerankers
-from superglobal.reporting.tables import merge
+from superglobal.reporting.tables import write_tables
 from superglobal.reranking.query_expansion import augment_database, expand_queries
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.whitening import database_statistics
@@ -130,7 +130,7 @@ def test_a_setting_that_is_the_default_is_not_another_setting(data, tmp_path):
 def test_a_table_of_several_kinds_says_each_in_one_column(data, tmp_path):
     for option in ("none", "superglobal", "aqe"):
         run(tmp_path, *mini(data), f"rerank={option}")
-    merge(tmp_path)
+    write_tables(tmp_path)
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["rerank"] for row in rows] == ["none", "superglobal M=400 K=9 beta=0.15", "aqe n=50 alpha=3.0"]

@@ -331,21 +331,30 @@ def test_a_wrong_setting_is_an_input_error_before_anything_is_computed(data, tmp
     assert not (tmp_path / "stores").exists()
 
 
-def test_a_single_photo_and_a_broken_tracker_are_told(tmp_path, monkeypatch):
+def test_a_single_image_without_a_query_is_an_error(tmp_path):
     photos = write_folders(tmp_path / "photos", landmarks=1, views=1)
-    one = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
-    with pytest.raises(InputError):
-        run(tmp_path, *one)
+    with pytest.raises(InputError, match="no query has another image of its label"):
+        run(tmp_path, "dataset=folder", f"dataset.database={photos}", "dataset.labels=true")
+
+
+def test_a_tracker_that_fails_is_a_warning_that_names_it(tmp_path, monkeypatch, caplog):
+    photos = write_folders(tmp_path / "photos", landmarks=1, views=1)
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     query = f"dataset.query={photos / 'label0/0.jpg'}"
     result = run(tmp_path, "dataset=folder", f"dataset.database={photos}", query, "logger=wandb")
     assert result["status"] == "ok"
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert "W&B failed" in warning.getMessage()
+    assert "nonsense" in warning.getMessage()
+    (folder,) = (path.parent for path in tmp_path.rglob("results.json"))
+    assert str(folder) in warning.getMessage()
+    assert (folder / "csv" / "metrics.csv").is_file()  # the other trackers logged
 
 
 def test_the_core_needs_neither_lightning_nor_hydra():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['pytorch_lightning', 'lightning', 'hydra', 'wandb']));"
-        "import superglobal, superglobal.models.pooling, superglobal.reporting.report, superglobal.reporting.pictures"
+        "import superglobal, superglobal.models.pooling, superglobal.reporting.results, superglobal.reporting.figures"
     )
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ from sets import break_scan, write_distractors, write_folders, write_revisited
 
 import superglobal
 from superglobal.data.revisited import revisited_set
-from superglobal.reporting.ranking_figures import COLOURS
+from superglobal.reporting.ranking_figures import COLORS
 from superglobal.retrieval.store import DescriptorStore
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def test_the_sheet_shows_relevance_by_colour(data, tmp_path):
     with np.load(folder / "rankings.npz") as rankings:
         first = rankings["search_ids"][0, 0]
     truth = revisited_set(data, "mini").gnd[0]
-    expected = next((COLOURS[n] for n in ("easy", "hard", "junk") if first in truth[n]), COLOURS["negative"])
+    expected = next((COLORS[n] for n in ("easy", "hard", "junk") if first in truth[n]), COLORS["negative"])
     assert tuple(sheet[40, 6 + 164 + 2]) == ImageColor.getrgb(expected)
     assert (0xFF, 0xE6, 0x00) in {tuple(p) for p in sheet[28:190, 6:170].reshape(-1, 3)}  # the query's box
 

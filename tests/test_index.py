@@ -212,7 +212,7 @@ def test_an_evaluation_says_which_index_it_used_and_how_far_from_exact(data, tmp
     assert found["dataset"] == f"{exact['dataset']} (ivf_flat, approximate)"
     about = found["about"]["index"]
     assert about["settings"] == {"kind": "ivf_flat", "nlist": 6, "nprobe": 1, "candidates": 1}
-    compared = about["compared"]
+    compared = about["compared_to_exact"]
     assert compared["queries"] == 6
     assert 0 < compared["recall"] <= 1
     for name, value in found["metrics"]["search"]["map"].items():
@@ -221,9 +221,9 @@ def test_an_evaluation_says_which_index_it_used_and_how_far_from_exact(data, tmp
         assert difference <= 1e-12  # what is not listed adds nothing
     said = " ".join(capsys.readouterr().out.split())
     assert "approximate search: kind ivf_flat" in said
-    assert "against exact, 6 queries: recall@6" in said
+    assert "compared to exact search, 6 queries: recall@6" in said
     whole = run(tmp_path, *mini(data), "index=flat_fp16")  # all 24 rows are listed
     assert whole["metrics"] == exact["metrics"]
-    assert json.dumps(whole["about"]["index"]["compared"]["map_difference"]) == json.dumps(
+    assert json.dumps(whole["about"]["index"]["compared_to_exact"]["map_difference"]) == json.dumps(
         dict.fromkeys(("easy", "medium", "hard"), 0.0)
     )

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image, ImageColor
+from pytorch_lightning.loggers import TensorBoardLogger
 from trackers import events, recorded, references, table
 
 from superglobal.config import register
@@ -24,9 +25,9 @@ from superglobal.config.validation import validated
 from superglobal.errors import InputError
 from superglobal.evaluation.pipeline import evaluate
 from superglobal.loggers import evaluation_loggers
-from superglobal.loggers.csv_tensorboard import TensorBoardCurves
+from superglobal.loggers.csv_tensorboard import CurveFile, TensorBoardCurves
 from superglobal.loggers.wandb import TrackedRun
-from superglobal.reporting.ranking_figures import COLOURS
+from superglobal.reporting.ranking_figures import COLORS
 
 ROOT = Path(__file__).parents[1]
 FAST = ["backbone=test_resnet", "weights=random", "scales=1", "trainer.accelerator=cpu", "trainer.num_workers=0"]
@@ -110,7 +111,7 @@ def test_its_tables_hold_every_query_and_pictures_with_borders(evaluated):
         strip = Image.open(files[got["first results of rerank"]["path"]])
         assert strip.width == pytest.approx(4 * 164, abs=8)
         corners.append([strip.getpixel((rank * 164 + 2, 2)) for rank in range(4)])
-        assert Image.open(files[got["picture"]["path"]]).width <= 148
+        assert Image.open(files[got["image"]["path"]]).width <= 148
 
     columns, rows, files = table(run, "descriptors")
     assert len(rows) == 3 + 3 * 4
@@ -119,7 +120,7 @@ def test_its_tables_hold_every_query_and_pictures_with_borders(evaluated):
     assert kinds[:3] == ["query"] * 3
     assert set(kinds[3:]) <= {"easy", "hard", "junk", "negative"}
     # The border of a result, at its upper left corner, says what it is.
-    borders = np.array([ImageColor.getrgb(COLOURS[kind]) for kind in kinds[3:]])
+    borders = np.array([ImageColor.getrgb(COLORS[kind]) for kind in kinds[3:]])
     assert np.abs(np.reshape(corners, (-1, 3)) - borders).max() < 40
     with np.load(evaluated / "rankings.npz") as rankings:
         first = rankings["search_scores"][0, :4]
@@ -215,11 +216,44 @@ def test_tensorboard_hides_what_a_lost_part_of_a_training_has_left(tmp_path):
     assert shown == {1: 1, 2: 2, 3: 3, 4: 34, 5: 35, 6: 36, 7: 37, 8: 38}
 
 
+def test_the_curves_of_a_resumed_training_drop_later_and_incomplete_rows(tmp_path):
+    path = tmp_path / "curves.csv"
+    curves = CurveFile(path, 0)
+    for step in range(1, 6):
+        curves.log_metrics({"loss": float(step)}, step=step)
+    with path.open("a") as file:
+        file.write("6,6")
+    curves = CurveFile(path, 3)
+    curves.log_metrics({"loss": 40.0, "val/map": 0.5}, step=4)
+    curves.log_metrics({"loss": 50.0}, step=5)
+    assert path.read_text().splitlines() == ["step,loss,val/map", "1,1.0,", "2,2.0,", "3,3.0,", "4,40.0,0.5", "5,50.0,"]
+    CurveFile(path, 0).log_metrics({"loss": 1.0}, step=1)
+    assert path.read_text().splitlines() == ["step,loss", "1,1.0"]
+
+
+def test_curves_that_fail_stop_with_one_warning_and_the_training_continues(tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise OSError("no space")
+
+    curves = TensorBoardCurves(tmp_path, 0)
+    curves.log_metrics({"loss": 1.0}, step=1)
+    monkeypatch.setattr(TensorBoardLogger, "log_metrics", fail)
+    for step in (2, 3):
+        curves.log_metrics({"loss": 1.0}, step=step)
+    monkeypatch.undo()
+    curves.log_metrics({"loss": 1.0}, step=4)
+    curves.close(None)
+    assert [event.step for event in events(tmp_path / "tensorboard").Scalars("loss")] == [1]
+    assert caplog.text.count("TensorBoard failed (no space); the curves continue in curves.csv") == 1
+
+
 def test_a_tracker_that_fails_is_closed_and_costs_a_warning(toy_data, tmp_path, caplog):
     config = validated(composed(toy_data, tmp_path), EvalConfig)
     with evaluation_loggers(config, tmp_path / "run", None) as track:
         track("no result")  # type: ignore[arg-type]
-    assert "W&B failed" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.split(" (")[0] for text in warnings] == ["CSV failed", "W&B failed"]
+    assert all(str(tmp_path / "run") in text for text in warnings)
     assert recorded(tmp_path / "run").exit_code == 0
 
 
@@ -258,7 +292,7 @@ def test_a_sweep_at_a_terminal_without_a_key_asks_nothing(toy_data, tmp_path):
 def test_without_an_answer_from_the_server_the_run_is_kept_offline(tmp_path):
     code = (
         "import logging, sys; from pathlib import Path; logging.basicConfig();"
-        "from superglobal.config import LoggerConfig; from superglobal.loggers.wandb_runs import TrackedRun\n"
+        "from superglobal.config import LoggerConfig; from superglobal.loggers.wandb import TrackedRun\n"
         "for name in 'ab':\n"
         " folder = Path(sys.argv[1]) / name; folder.mkdir()\n"
         " run = TrackedRun(LoggerConfig(), folder, name='n', job_type='eval', group=None, tags=[], config={})\n"
@@ -269,7 +303,7 @@ def test_without_an_answer_from_the_server_the_run_is_kept_offline(tmp_path):
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("offline from here on") == 1
+    assert done.stderr.count("continues offline") == 1
     assert [recorded(tmp_path / name).exit_code for name in "ab"] == [0, 0]
 
 

@@ -13,10 +13,21 @@ from superglobal.errors import InputError
 from superglobal.metrics.gldv2 import average_precision_at, first_hits
 from superglobal.metrics.revisited import average_precision
 from superglobal.reporting import figures as plots
-from superglobal.reporting.precision_recall import curves, over_recall, rectangular_steps, trapezoidal_steps
-from superglobal.reporting.projections import place, principal_plane, sample, spread
-from superglobal.reporting.ranking_figures import COLOURS, Comparison, Ranking, draw_comparisons, moved_from
-from superglobal.reporting.similarities import BINS, EDGES, bin_of, similarity_counts
+from superglobal.reporting.figures import (
+    BINS,
+    EDGES,
+    bin_of,
+    grid_cells,
+    precision_curves,
+    precision_over_recall,
+    principal_plane,
+    project,
+    rectangular_steps,
+    sample_images,
+    similarity_counts,
+    trapezoidal_steps,
+)
+from superglobal.reporting.ranking_figures import COLORS, Comparison, Ranking, draw_comparisons, find_rank
 
 
 def unit(rng, *shape):
@@ -46,14 +57,14 @@ def test_the_curve_is_the_brute_force_one_and_its_area_is_ap(seed):
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 30))
     ranks = np.sort(rng.choice(200, rng.integers(0, n + 1), replace=False))
-    found = over_recall(trapezoidal_steps(rng.permutation(ranks), n), 10)
+    found = precision_over_recall(trapezoidal_steps(rng.permutation(ranks), n), 10)
     np.testing.assert_allclose(found, brute_curve(ranks, n, 10), atol=2e-3)
     assert found.mean() == pytest.approx(average_precision(ranks, n), abs=1e-12)
 
 
 def test_the_curve_of_a_perfect_ranking_is_one_everywhere():
-    assert np.allclose(over_recall(trapezoidal_steps([0, 1, 2], 3)), 1)
-    assert np.allclose(over_recall(trapezoidal_steps([], 3)), 0)
+    assert np.allclose(precision_over_recall(trapezoidal_steps([0, 1, 2], 3)), 1)
+    assert np.allclose(precision_over_recall(trapezoidal_steps([], 3)), 0)
 
 
 @pytest.mark.parametrize(("n", "depth"), [(3, 100), (40, 25), (7, 5)])
@@ -64,11 +75,11 @@ def test_of_landmarks_the_area_is_ap_at_a_hundred(n, depth):
     assert len(steps) == min(n, depth)
     assert (steps[:, 0] == steps[:, 1]).all()
     truth = average_precision_at(first_hits(predicted, relevant, depth), n, depth)
-    assert over_recall(steps).mean() == pytest.approx(truth, abs=1e-12)
+    assert precision_over_recall(steps).mean() == pytest.approx(truth, abs=1e-12)
 
 
 def test_a_query_without_a_positive_has_no_curve():
-    rows = curves([trapezoidal_steps([0], 1), trapezoidal_steps([], 0)], 10)
+    rows = precision_curves([trapezoidal_steps([0], 1), trapezoidal_steps([], 0)], 10)
     assert np.allclose(rows[0], 1)
     assert np.isnan(rows[1]).all()
 
@@ -118,36 +129,36 @@ def test_the_plane_is_that_of_most_variance():
 def test_tsne_keeps_clusters_together_and_is_the_same_again():
     rng = np.random.default_rng(2)
     X = np.concatenate([rng.normal(size=(20, 6)), rng.normal(size=(20, 6)) + 30]).astype(np.float32)
-    points, marked, _ = place(X, X[:2], "tsne", 0)
+    points, marked, _ = project(X, X[:2], "tsne", 0)
     near, far = (
         np.linalg.norm(points[:20] - points[:20].mean(0), axis=1).max(),
         points[20:].mean(0) - points[:20].mean(0),
     )
     assert near < np.linalg.norm(far)
-    assert np.array_equal(place(X, X[:2], "tsne", 0)[0], points)
+    assert np.array_equal(project(X, X[:2], "tsne", 0)[0], points)
     assert marked.shape == (2, 2)
 
 
 def test_a_map_of_four_images_is_refused():
     with pytest.raises(InputError, match="at least 5"):
-        place(np.eye(4), np.eye(4), "pca", 0)
+        project(np.eye(4), np.eye(4), "pca", 0)
 
 
 def test_a_sample_is_bounded_seeded_without_skipped_and_half_of_known_landmarks():
     groups = ["a"] * 100 + [None] * 1000
-    found = sample(groups, 60, np.array([0, 500]), 0)
+    found = sample_images(groups, 60, np.array([0, 500]), 0)
     assert len(found) == 60 == len(set(found))
     assert (found < 100).sum() == 30
     assert not {0, 500} & set(found.tolist())
-    assert np.array_equal(found, sample(groups, 60, np.array([0, 500]), 0))
-    assert not np.array_equal(found, sample(groups, 60, np.array([0, 500]), 1))
-    assert len(sample(groups, 5000, np.array([], int), 0)) == 1100
-    assert (sample(["a"] * 10 + [None] * 2, 8, np.array([], int), 0) < 10).sum() == 6
+    assert np.array_equal(found, sample_images(groups, 60, np.array([0, 500]), 0))
+    assert not np.array_equal(found, sample_images(groups, 60, np.array([0, 500]), 1))
+    assert len(sample_images(groups, 5000, np.array([], int), 0)) == 1100
+    assert (sample_images(["a"] * 10 + [None] * 2, 8, np.array([], int), 0) < 10).sum() == 6
 
 
 def test_thumbnails_are_spread_one_a_cell_and_nearest_its_middle():
     points = np.array([[0, 0], [1.2, 1.2], [1.0, 1.0], [4, 4], [0.2, 4]], float)
-    assert spread(points, 2, 2) == {(0, 0): 2, (1, 1): 3, (0, 1): 4}
+    assert grid_cells(points, 2, 2) == {(0, 0): 2, (1, 1): 3, (0, 1): 4}
 
 
 @pytest.fixture
@@ -177,22 +188,20 @@ def test_two_rankings_stand_side_by_side_with_their_borders_and_movement(shown, 
     for side, ids in enumerate((before, after)):
         for rank, image in enumerate(ids):
             x = left + side * (5 * cell + 18) + rank % 5 * cell
-            colour = ImageColor.getrgb(COLOURS[kinds.get(int(image), "negative")])
+            colour = ImageColor.getrgb(COLORS[kinds.get(int(image), "negative")])
             assert tuple(sheet[top + rank // 5 * line, x]) == colour, (side, rank)
     assert (0xFF, 0xE6, 0x00) in colours(sheet[top : top + 158, :cell])  # the query's box
     # Under image 1, which came up from place 2, and image 4, which went down.
     under = sheet[top + 160 : top + 174]
     after_left = left + 5 * cell + 18
-    assert ImageColor.getrgb(COLOURS["query"]) in colours(under[:, after_left : after_left + cell - 8])
-    assert ImageColor.getrgb(COLOURS["negative"]) in colours(
-        under[:, after_left + 2 * cell : after_left + 3 * cell - 8]
-    )
-    assert ImageColor.getrgb(COLOURS["query"]) not in colours(under[:, left : left + 5 * cell - 8])
+    assert ImageColor.getrgb(COLORS["query"]) in colours(under[:, after_left : after_left + cell - 8])
+    assert ImageColor.getrgb(COLORS["negative"]) in colours(under[:, after_left + 2 * cell : after_left + 3 * cell - 8])
+    assert ImageColor.getrgb(COLORS["query"]) not in colours(under[:, left : left + 5 * cell - 8])
 
 
 def test_where_an_image_was():
-    assert moved_from(np.array([5, 3, 9]), 9) == 2
-    assert moved_from(np.array([5, 3, 9]), 4) is None
+    assert find_rank(np.array([5, 3, 9]), 9) == 2
+    assert find_rank(np.array([5, 3, 9]), 4) is None
 
 
 def test_heat_is_bright_where_shares_are_and_nowhere_else():
@@ -200,7 +209,7 @@ def test_heat_is_bright_where_shares_are_and_nowhere_else():
     shares = np.zeros((40, 60))
     shares[5:15, 40:50] = 0.01
     shares[30:, :10] = -0.02
-    heat = plots.heated(photo, shares).astype(int).sum(axis=2)
+    heat = plots.heat_overlay(photo, shares).astype(int).sum(axis=2)
     assert heat[10, 45] > 2 * heat[20, 20]
     assert heat[35, 5] == heat[20, 20]
 
@@ -214,15 +223,15 @@ def test_figures_are_written_and_show_what_they_are_given(tmp_path):
     plots.draw_similarities(tmp_path / "similarities.png", "t", counts, scores)
     points = np.random.default_rng(0).normal(size=(20, 2))
     known = ["a", None] * 10
-    photos = {n: np.full((10, 14, 3), (255, 0, 255), np.uint8) for n in plots.map_thumbnails(points, (4, 3))}
+    photos = {n: np.full((10, 14, 3), (255, 0, 255), np.uint8) for n in grid_cells(points, 4, 3).values()}
     plots.draw_map(tmp_path / "map.png", "t", ["x", "y"], (points, known), (points[:2], ["a", "b"]), photos, (4, 3))
     panel = plots.HeatPanel(np.zeros((20, 30, 3), np.uint8), np.ones((20, 30)), "c", "hard")
-    plots.draw_activation(tmp_path / "activation.png", "t", [[panel, None], [panel, panel]])
+    plots.draw_heat_maps(tmp_path / "activation.png", "t", [[panel, None], [panel, panel]])
     wanted = {
         "curves": ["#0072b2", "#d55e00"],
-        "similarities": [COLOURS["easy"], COLOURS["negative"]],
+        "similarities": [COLORS["easy"], COLORS["negative"]],
         "map": ["#0072b2", "#bdbdbd", "#ff00ff"],
-        "activation": [COLOURS["hard"]],
+        "activation": [COLORS["hard"]],
     }
     for name, seen in wanted.items():
         picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from superglobal.reporting.similarities import bin_of, similarity_counts
+from superglobal.reporting.figures import bin_of, similarity_counts
 from superglobal.retrieval import ranks, scan
 from superglobal.retrieval import rows as vectors
 from superglobal.retrieval.ranks import count_better, exact_ranks, search_and_rank, target_scores

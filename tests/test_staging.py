@@ -14,7 +14,7 @@ from test_scale import store_of, without
 from test_search import brute_force, unit, with_duplicates
 
 from superglobal.errors import InputError
-from superglobal.reporting.similarities import similarity_counts
+from superglobal.reporting.figures import similarity_counts
 from superglobal.reranking.registry import rerank, rerank_candidates
 from superglobal.retrieval import ranks, scan, staging
 from superglobal.retrieval import rows as vectors

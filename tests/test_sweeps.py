@@ -16,7 +16,7 @@ from sets import write_revisited
 from test_engine import mini
 from test_eval import ROOT, revisited, run
 
-from superglobal.reporting.tables import merge
+from superglobal.reporting.tables import write_tables
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.training.trainer import launched_externally
 
@@ -81,7 +81,7 @@ def test_a_sweep_of_indexes_says_in_its_table_how_each_searched(data, tmp_path):
         backend = ["index.backend=torch"] if one == ["index=flat"] else []
         scores.append(alone(data, tmp_path, *one, *backend, "k=6")["metrics"]["search"]["map"]["medium"])
     assert len(set(scores)) == 3
-    merge(tmp_path)
+    write_tables(tmp_path)
     rows = table(tmp_path)
     assert [name for name in rows[0] if name.startswith("index.")] == ["index.kind", "index.nlist", "index.nprobe"]
     assert [row["data set"] for row in rows] == ["mini", *["mini (ivf_flat, approximate)"] * 2]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +16,8 @@ from PIL import Image
 
 from superglobal.errors import InputError
 from superglobal.metrics.revisited import cluster_interval
-from superglobal.models.pooling import PoolingConfig
-from superglobal.reporting.paper_numbers import published_for
 from superglobal.reporting.results import FORMAT
-from superglobal.reporting.runs import read_results
-from superglobal.reporting.tables import merge
-from superglobal.reranking.registry import get_reranker
+from superglobal.reporting.tables import write_tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +33,7 @@ def write(folder, weights, label, ap):
         "interval": {"easy": [0.0, 0.2], "medium": [score - 0.1, score + 0.1], "hard": [None, None]},
         "mp": {name: {"1": 0.5, "5": 0.5, "10": 0.25} for name in ("easy", "medium", "hard")},
     }
-    row = {"format": FORMAT, "label": label, "dataset": "d", "weights": weights, "status": "ok"}
+    row = {"format": FORMAT, "ablation": label, "dataset": "d", "weights": weights, "status": "ok"}
     row |= {"metrics": {"search": stage}, "config": {"seed": 0, "ablation": label, "weights": weights}}
     (folder / "results.json").write_text(json.dumps(row))
     lines = ["query,landmark,search medium AP"]
@@ -60,7 +54,7 @@ def runs(tmp_path):
 
 def test_every_network_has_its_own_ladder_and_baseline(runs):
     folder, scores = runs
-    merge(folder)
+    write_tables(folder)
     with (folder / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["weights"], row["run"]) for row in rows] == [
@@ -82,10 +76,10 @@ def test_every_network_has_its_own_ladder_and_baseline(runs):
 def test_a_training_is_called_by_its_name_where_that_tells_it(tmp_path):
     for number, name in enumerate(("one", "two")):
         write(tmp_path / str(number), f"outputs/train/{name}/best.safetensors", "gem", [0.5] * 12)
-    merge(tmp_path)
+    write_tables(tmp_path)
     assert [line.split(",")[1] for line in (tmp_path / "table.csv").read_text().splitlines()[1:]] == ["one", "two"]
     write(tmp_path / "2", "elsewhere/train/two/best.safetensors", "gem", [0.5] * 12)
-    merge(tmp_path)
+    write_tables(tmp_path)
     assert "elsewhere/train/two/best.safetensors" in (tmp_path / "table.csv").read_text()
 
 
@@ -93,7 +87,7 @@ def test_a_run_without_its_queries_is_named(runs):
     folder, _ = runs
     (folder / "9_job" / "per_query.csv").unlink()
     with pytest.raises(InputError, match=r"9_job/per_query\.csv: missing"):
-        merge(folder)
+        write_tables(folder)
 
 
 def test_metrics_of_other_sets_go_by_their_names_and_are_not_mixed(runs):
@@ -117,7 +111,7 @@ def test_metrics_of_other_sets_go_by_their_names_and_are_not_mixed(runs):
         (place / "results.json").write_text(json.dumps(row))
         text = (place / "per_query.csv").read_text()
         (place / "per_query.csv").write_text(text.replace("search medium AP", "search all AP"))
-    merge(folder)
+    write_tables(folder)
     with (folder / "table.csv").open() as file:
         found = {row["data set"]: row for row in csv.DictReader(file)}
     assert found["index"]["mAP@100 all"] == "50.00"
@@ -142,7 +136,7 @@ def job(folder, aps, *, dataset="d", distractors=None, label="", status="ok", mi
     for key, value in settings.items():
         group, _, name = key.rpartition("__")
         (config.setdefault(group, {}) if group else config)[name] = value
-    row = {"format": FORMAT, "label": label, "weights": "w", "status": status, "config": config, "metrics": {}}
+    row = {"format": FORMAT, "ablation": label, "weights": "w", "status": status, "config": config, "metrics": {}}
     row["dataset"] = dataset + (f"+{distractors}" if distractors else "")
     row |= {"counts": {"queries": len(LANDMARKS)}, "about": about or {}}
     if aps is not None:
@@ -178,7 +172,7 @@ def test_a_data_set_has_one_table_with_its_distractors_beside(tmp_path, capsys):
         job(tmp_path / f"{number}_job", aps, distractors=distractors, milliseconds=k, rerank__K=k)
     job(tmp_path / "5_job", None, distractors="big_set", status="failed", rerank__K=7)
     job(tmp_path / "6_job", rng.uniform(0, 1, (3, 12)), dataset="other", rerank__K=3)
-    merge(tmp_path)
+    write_tables(tmp_path)
     assert {path.name for path in tmp_path.glob("table-*")} == {
         f"table-{name}.{kind}" for name in ("d", "other") for kind in ("csv", "md", "tex")
     }
@@ -212,7 +206,7 @@ def test_latex_and_markdown_set_any_name_as_it_is(tmp_path):
     name = r"50% of_a & b|c #1 {x} ~^\ --"
     for number, k in enumerate((3, 5)):
         job(tmp_path / f"{number}_job", np.full((3, 12), 0.5), dataset=name, rerank__K=k, rerank__kind=f"{name}{k}")
-    merge(tmp_path)
+    write_tables(tmp_path)
     (path,) = tmp_path.glob("table-*.tex")
     assert re.fullmatch(r"table-[\w.-]+\.tex", path.name)
     found = next(cell for cell in latex_cells(path)[-1] if "x\\}" in cell)
@@ -233,7 +227,7 @@ def factorial(folder, jobs, **more):
 def test_a_full_factorial_says_what_each_module_is_worth(tmp_path):
     states = list(itertools.product((False, True), repeat=5))
     scores = factorial(tmp_path, states)
-    merge(tmp_path)
+    write_tables(tmp_path)
     rows = rows_of(tmp_path / "table-d.csv")
     assert len(rows) == 32 + 5
     assert [tuple(row[name] == "on" for name in (*SWITCHED, "rerank")) for row in rows[:32]] == states
@@ -260,8 +254,8 @@ def test_a_run_beside_a_full_factorial_is_no_part_of_its_effects(tmp_path):
     states = [(*state, False, False, False) for state in itertools.product((False, True), repeat=2)]
     factorial(tmp_path / "whole", states)
     factorial(tmp_path / "more", [*states, (True, True, False, "reference_off", False)])
-    merge(tmp_path / "whole")
-    merge(tmp_path / "more")
+    write_tables(tmp_path / "whole")
+    write_tables(tmp_path / "more")
     whole, more = (rows_of(tmp_path / name / "table-d.csv") for name in ("whole", "more"))
     assert len(whole) == 4 + 2
     assert [row for row in more if row["effect of"]] == whole[4:]
@@ -276,7 +270,7 @@ def test_where_no_query_counts_there_is_a_dash(tmp_path):
         row["metrics"]["search"]["interval"]["medium"] = [None, None]
         result.write_text(json.dumps(row))
         scores.write_text(scores.read_text().replace(",0.5\n", ",\n"))
-    merge(tmp_path)
+    write_tables(tmp_path)
     for row in rows_of(tmp_path / "table.csv"):
         assert [row[name] for name in ("medium", "95 % medium", "gain", "95 % gain")] == ["-", "-", "-", ""]
     assert "nan" not in (tmp_path / "table-d.md").read_text()
@@ -285,101 +279,24 @@ def test_where_no_query_counts_there_is_a_dash(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (b"[]", "no results.json of eval.py, or damaged"),
-        (b"\xff", "no results.json of eval.py, or damaged"),
+        (b"[]", "missing, damaged, or not a result of eval.py"),
+        (b"\xff", "missing, damaged, or not a result of eval.py"),
         (b'{"format": "other"}', "format 'other', expected"),
-        (b'{"format": "%s", "label": ""}' % FORMAT.encode(), "damaged, without dataset, weights"),
+        (b'{"format": "%s", "ablation": ""}' % FORMAT.encode(), "damaged, without dataset, weights"),
     ],
 )
 def test_a_damaged_result_is_named(runs, text, reason):
     folder, _ = runs
     (folder / "9_job" / "results.json").write_bytes(text)
     with pytest.raises(InputError, match=re.escape(f"9_job/results.json: {reason}")):
-        merge(folder)
+        write_tables(folder)
 
 
 def test_half_a_factorial_says_no_effects(tmp_path):
     factorial(tmp_path, list(itertools.product((False, True), repeat=5))[:-1])
-    merge(tmp_path)
+    write_tables(tmp_path)
     assert len(rows_of(tmp_path / "table-d.csv")) == 31
-    assert "worth" not in (tmp_path / "table-d.md").read_text()
-
-
-PAPER = {
-    "dataset__kind": "revisited", "dataset__crop_query": True, "dataset__max_side": None, "index__kind": "flat",
-    "whitening__kind": "none",
-}  # fmt: skip
-RERANKED = {"enabled": True, "kind": "superglobal", "junk": "keep", **get_reranker("superglobal").complete({})}
-
-
-def paper_about(backbone="resnet101", weights_format="CVNet", **pooling):
-    stored = {k: str(v) if v == float("inf") else v for k, v in asdict(PoolingConfig(relup="on", **pooling)).items()}
-    network = {"backbone": backbone, "pooling": stored, "scales": [0.7071, 1.0, 1.4142], "antialias": False}
-    return {"network": network, "weights_format": weights_format}
-
-
-def test_the_papers_numbers_stand_beside_their_own_configuration_and_are_marked(tmp_path, capsys):
-    runs = [("rerank", RERANKED), ("no_rerank", RERANKED | {"enabled": False})]
-    for number, (label, rerank) in enumerate(runs):
-        more = {f"rerank__{key}": value for key, value in rerank.items()}
-        about = paper_about()
-        job(
-            tmp_path / f"{number}_j",
-            np.full((3, 12), 0.9),
-            dataset="roxford5k",
-            label=label,
-            about=about,
-            **PAPER,
-            **more,
-        )
-    merge(tmp_path)
-    rows = rows_of(tmp_path / "table-roxford5k.csv")
-    assert [row["source"].split(",")[0] for row in rows] == ["measured"] * 2 + ["paper"] * 2
-    assert sorted(row["hard"] for row in rows[2:]) == ["72.10", "80.20"]
-    assert all("2308.06954" in row["source"] and not row["medium"] and not row["gain hard"] for row in rows[2:])
-    for kind in ("md", "tex"):
-        text = (tmp_path / f"table-roxford5k.{kind}").read_text()
-        assert text.count("arXiv:2308.06954") >= 2
-        (line,) = [line for line in text.splitlines() if "80.2" in line]
-        assert ("*80.2*" if kind == "md" else r"\textit{80.2}") in line
-        assert "paper" in line
-    assert "not measured" in capsys.readouterr().out
-    # A mark of its own under the line: a golden pixel is not asked for, but the picture differs by it.
-    with_stars = (tmp_path / "chart.png").read_bytes()
-    for path in tmp_path.glob("*/results.json"):
-        path.write_text(path.read_text().replace('"CVNet"', '"other"'))
-    merge(tmp_path)
-    assert "paper" not in (tmp_path / "table-roxford5k.csv").read_text()
-    assert Image.open(tmp_path / "chart.png").height < Image.open(io.BytesIO(with_stars)).height
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"about": paper_about("resnet50")},
-        {"about": paper_about(weights_format=None)},
-        {"about": paper_about(regional=False)},
-        {"about": paper_about(gem_plus_p=4.0)},
-        {"dataset": "toy"},
-        {"distractors": "revisitop1m"},
-        {"dataset__crop_query": False},
-        {"dataset__max_side": 1024},
-        {"index__kind": "ivf_pq"},
-        {"whitening__kind": "pca"},
-        {"rerank__K": 8},
-        {"rerank__junk": "drop"},
-        {"rerank__kind": "aqe"},
-    ],
-)
-def test_any_other_configuration_has_no_row_of_the_papers(tmp_path, change):
-    same = {f"rerank__{key}": value for key, value in RERANKED.items()} | PAPER
-    settings = {"dataset": "roxford5k", "about": paper_about(), **same}
-    job(tmp_path / "same", np.full((3, 12), 0.5), **settings)
-    job(tmp_path / "other", np.full((3, 12), 0.5), **(settings | change))
-    (same,), (other,) = (read_results(tmp_path / name) for name in ("same", "other"))
-    assert published_for(same) is not None
-    assert dict(published_for(same).scores) == {"hard": 80.2}
-    assert published_for(other) is None
+    assert "main effects" not in (tmp_path / "table-d.md").read_text()
 
 
 def test_several_folders_are_one_comparison_and_twins_keep_their_rows(tmp_path):
@@ -403,7 +320,7 @@ def test_another_metric_goes_by_its_name_in_the_table_of_its_set(tmp_path):
         row = json.loads((place / "results.json").read_text())
         row["metrics"] = {"search": {"GAP": {"all": 0.25 + 0.1 * number}}}
         (place / "results.json").write_text(json.dumps(row))
-    merge(tmp_path)
+    write_tables(tmp_path)
     first, second = rows_of(tmp_path / "table-index.csv")
     assert (first["GAP all"], second["GAP all"], second["gain GAP all"]) == ("25.00", "35.00", "+10.00")
     assert second["95 % gain GAP all"] == ""

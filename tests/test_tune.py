@@ -31,7 +31,7 @@ from superglobal.errors import InputError
 from superglobal.evaluation.module import ExtractionList
 from superglobal.evaluation.pipeline import evaluate, score_set
 from superglobal.models.weights import read_weights, save_weights
-from superglobal.reporting.tables import merge
+from superglobal.reporting.tables import write_tables
 from superglobal.retrieval.rows import as_rows
 from superglobal.training.train import train
 from superglobal.tuning.feature_maps import MapStore, require_room
@@ -303,7 +303,7 @@ def test_the_written_configuration_gives_the_score_that_was_found_and_marks_a_te
     halves = (found["searched"][0] + found["other"][0]) / 2
     assert got["metrics"]["rerank"]["map"]["medium"] == pytest.approx(halves, abs=1e-6)
     assert (got["tuned_on"], got["role"]) == (["mini (test set)"], "test")
-    merge(tmp_path / "eval")
+    write_tables(tmp_path / "eval")
     assert "(tuned on mini (test set))" in (tmp_path / "eval/table.csv").read_text()
 
 

@@ -77,7 +77,7 @@ def _print_error(error: InputError, every_process: bool = False) -> None:
 def _evaluate(cfg: DictConfig) -> float:
     """Run one evaluation; a sweeper reads the returned mAP."""
     from superglobal.evaluation.pipeline import evaluate
-    from superglobal.reporting.results import write_without_numbers
+    from superglobal.reporting.results import write_status
     from superglobal.training.trainer import sweeping
 
     folder = _output_dir()
@@ -87,7 +87,7 @@ def _evaluate(cfg: DictConfig) -> float:
         _print_error(error)
         if not sweeping():
             sys.exit(2)
-        write_without_numbers(folder, OmegaConf.to_container(cfg, resolve=True), "failed", str(error))
+        write_status(folder, OmegaConf.to_container(cfg, resolve=True), "failed", str(error))
         return math.nan
 
 

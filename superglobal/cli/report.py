@@ -21,9 +21,9 @@ def main(arguments: Sequence[str]) -> int:
     if args.baseline is not None and len(args.folder) > 1:
         parser.error("--baseline compares one FOLDER with one OTHER")
     if args.baseline is None:
-        from superglobal.reporting.tables import merge
+        from superglobal.reporting.tables import write_tables
 
-        merge(*args.folder)
+        write_tables(*args.folder)
     else:
         from superglobal.evaluation.ranking_sheets import compare_runs
 

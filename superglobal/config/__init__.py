@@ -36,6 +36,7 @@ from superglobal.config.help import Entry, help_text
 from superglobal.config.page import DemoConfig, PageConfig
 from superglobal.config.training import DataConfig, FitConfig, HeadConfig, OptimConfig, TrainConfig, ValidationConfig
 from superglobal.config.tuning import SpaceConfig, TuneConfig
+from superglobal.reporting.runs import ABLATIONS, MODULES
 
 ENTRIES = (
     Entry(
@@ -129,3 +130,9 @@ def register() -> None:
         words = help_text(entry) if {"--help", "-h"} & set(sys.argv) else ""
         node = {"app_name": entry.name, "header": "", "footer": "", "template": words}
         ConfigStore.instance().store(group="hydra/help", name=f"{entry.name}_help", node=node)
+    for name, states in ABLATIONS.items():
+        on = dict(zip(MODULES, states, strict=True))
+        rerank = "superglobal" if on.pop("rerank") else "none"
+        pooling = {**on, "relup": "auto" if on["relup"] else "off"}
+        options = {"defaults": [{"override /rerank": rerank}], "ablation": name, "pooling": pooling}
+        ConfigStore.instance().store(group="ablation", name=name, package="_global_", node=options)

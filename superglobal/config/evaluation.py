@@ -22,7 +22,7 @@ from superglobal.config.common import (
 from superglobal.errors import InputError
 from superglobal.metrics.gldv2 import VOTES
 from superglobal.models.pooling import relup_mode
-from superglobal.reporting.runs import LADDER, SWITCHES
+from superglobal.reporting.runs import ABLATIONS, MODULES
 from superglobal.reranking.registry import RERANKERS, get_reranker
 from superglobal.retrieval.ann_index import COMPARED, IndexConfig, validate_index
 from superglobal.retrieval.store_files import DTYPES
@@ -240,7 +240,7 @@ class EvalConfig:
         antialias: filter when a scale shrinks the image; false is what the paper's runs had. null for a shared model's
             own, and false elsewhere.
         k: results kept per query (at least `rerank.M` and what the metric counts, at most the database).
-        ablation: name of the row, set by `conf/ablation`.
+        ablation: name of the row, an option of `ablation=`.
         seed: of the bootstrap and of random weights.
     """
 
@@ -413,11 +413,11 @@ def _check_ablation(config: EvalConfig) -> None:
     """A row is what its name says, or its number would stand under a wrong name in every table."""
     if config.ablation is None:
         return
-    if config.ablation not in LADDER:
-        raise InputError(f"ablation={config.ablation}: expected one of {', '.join(LADDER)}")
+    if config.ablation not in ABLATIONS:
+        raise InputError(f"ablation={config.ablation}: expected one of {', '.join(ABLATIONS)}")
     p = config.pooling
     found = (p.gem_plus, p.regional, p.scale, relup_mode(p.relup) != "off", config.rerank.enabled)
-    for switch, wanted, value in zip(SWITCHES, LADDER[config.ablation], found, strict=True):
+    for switch, wanted, value in zip(MODULES, ABLATIONS[config.ablation], found, strict=True):
         if wanted != value:
             state = "on" if wanted else "off"
             raise InputError(f"ablation={config.ablation} means {switch} {state}; drop the ablation or the override")

@@ -15,6 +15,7 @@ from omegaconf import MISSING, OmegaConf
 
 from superglobal.config.common import PoolingSettings, conf_dir
 from superglobal.models.pooling import PoolingConfig
+from superglobal.reporting.runs import ABLATIONS, MODULES
 
 _WIDTH, _NAMES = 120, 32
 _PREFACE = (
@@ -135,6 +136,9 @@ def groups(script: str) -> dict[str, list[tuple[str, str, bool]]]:
     for group, option in chosen.items():
         if not group.startswith("override "):
             files = {path.stem: _comments(path) for path in sorted((conf_dir() / group).glob("*.yaml"))}
+            if group == "ablation":
+                on = {name: [m for m, state in zip(MODULES, s, strict=True) if state] for name, s in ABLATIONS.items()}
+                files = {name: f"On: {', '.join(modules) or 'no module'}" for name, modules in on.items()}
             # An experiment belongs to the script that its comments call.
             mine = {name: words for name, words in files.items() if group != "experiment" or f"{script}.py" in words}
             found[group] = [(name, words, name == option) for name, words in mine.items()]

@@ -83,7 +83,7 @@ def _approximate(
     about: dict[str, Any] = {"settings": index.config.index_settings(), "exact": False}
     if config.index.compare:
         count = config.index.compare
-        about["compared"] = _compared(Q, X, (scores, ids), scorer, truth, exclude, device, count, config.seed)
+        about["compared_to_exact"] = _compared(Q, X, (scores, ids), scorer, truth, exclude, device, count, config.seed)
     return FirstStage(scores, ids, ranks, about)
 
 
@@ -107,7 +107,7 @@ def _compared(
     (best_scores, best_ids), ranks = search_and_rank(Q[drawn], X, ids.shape[1], targets, device=device, exclude=skip)
     found = recall(ids[drawn], best_ids)
     about: dict[str, Any] = {"queries": len(drawn), "k": ids.shape[1]}
-    about |= {"recall": float(found.mean()), "least": float(found.min())}
+    about |= {"recall": float(found.mean()), "min_recall": float(found.min())}
     sample = None if truth is None else subset(truth, drawn)
     if part is not None:
         about |= _difference(part.score(part.listed(ids[drawn])), part.score(ranks))

@@ -15,7 +15,7 @@ from superglobal.evaluation.saved_run import FinishedRun
 from superglobal.models.attribution import Contributions, contributions
 from superglobal.models.extract import extract
 from superglobal.models.network import RetrievalNetwork
-from superglobal.reporting.figures import HeatPanel, draw_activation
+from superglobal.reporting.figures import HeatPanel, draw_heat_maps
 from superglobal.reporting.ranking_figures import relevance
 
 _SHOWN_SIDE = 480  # pixels of a photo in the picture
@@ -43,7 +43,7 @@ def draw_activations(run: FinishedRun, target: Path, queries: Sequence[int] | np
         how = "" if run.config.whitening.kind == "none" else f", before whitening={run.config.whitening.kind}"
         scales = f"{len(network.scales)} scales together" if len(network.scales) > 1 else "one scale"
         title = f"query {query}: {names[query]}. What makes the similarity of two descriptors{how}, {scales}"
-        draw_activation(path, title, _columns(run, network, query, [int(image) for image in ids if image >= 0]))
+        draw_heat_maps(path, title, _columns(run, network, query, [int(image) for image in ids if image >= 0]))
         paths.append(path)
     return paths
 
@@ -67,7 +67,7 @@ def _columns(
     columns: list[list[HeatPanel | None]] = [[HeatPanel(shown[0], None, "query", "query"), own, None]]
     for place, image in enumerate(ids, 1):
         kind = relevance(run.dataset, query, image)
-        named = "" if kind == "unlabelled" else f", {kind}"
+        named = "" if kind == "unlabeled" else f", {kind}"
         caption = f"rank {place}{named}\nsimilarity {float(vectors[0] @ vectors[place]):.3f}"
         photo = HeatPanel(shown[place], None, caption, kind)
         pair = panel(0, place, f"query, with rank {place}", "query"), panel(place, 0, f"rank {place}, with query", kind)

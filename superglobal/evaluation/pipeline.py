@@ -20,7 +20,7 @@ from superglobal.errors import InputError
 from superglobal.evaluation.first_stage import FirstStage, first_stage
 from superglobal.evaluation.inputs import Clock, Inputs, gathered
 from superglobal.loggers import evaluation_loggers
-from superglobal.loggers.record import Evaluated
+from superglobal.loggers.record import EvaluationRecord
 from superglobal.metrics.evaluate import Scorer, make_scorer, most_ignored, score_without_junk
 from superglobal.metrics.evaluate import evaluate as score
 from superglobal.metrics.gldv2 import required_depth, score_truth, submission
@@ -57,7 +57,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
         found = gathered(config, clock)
         if isinstance(found, str):
             log.info("ablation=%s: n/a, %s", config.ablation, found)
-            report.write_without_numbers(folder, asdict(config), "n/a", found)
+            report.write_status(folder, asdict(config), "n/a", found)
         return _retrieve(config, found, folder, clock, track) if isinstance(found, Inputs) else math.nan
 
 
@@ -80,7 +80,7 @@ def search_device(config: EvalConfig) -> str:
 
 
 def _retrieve(
-    config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock, track: Callable[[Evaluated], None]
+    config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock, track: Callable[[EvaluationRecord], None]
 ) -> float:
     X, dataset, device = inputs.database, inputs.dataset, search_device(config)
     Q, exclude = inputs.query_block(), inputs.exclude()
@@ -128,7 +128,7 @@ def _retrieve(
     names = _names(inputs)
     about = {**inputs.about, **({} if dataset is None else dataset.about), "skipped": len(X.skipped)}
     about |= {"index": first.about} if first.about else {}
-    summary = report.summarise(asdict(config), about, names, results, clock.times)
+    summary = report.summarize(asdict(config), about, names, results, clock.times)
     if truth is not None:
         write_atomically(folder / "submission.csv", submission(truth, *list(stages.values())[-1]))
     report.write_result(folder, summary, results, stages, names)
@@ -137,7 +137,7 @@ def _retrieve(
     # Own descriptors need no photos, so there may be none to show.
     if dataset is not None and config.figures.queries and config.descriptors.query is None:
         draw_sheet(folder / "sheet.png", dataset, database, stages, config.figures.queries, config.figures.ranks)
-    track(Evaluated(summary, results, stages, names, Q, X, dataset, database))
+    track(EvaluationRecord(summary, results, stages, names, Q, X, dataset, database))
     return report.main_metric(summary)
 
 

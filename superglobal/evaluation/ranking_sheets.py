@@ -13,7 +13,7 @@ import numpy as np
 from superglobal.data.evaluation_set import file_names
 from superglobal.errors import InputError
 from superglobal.evaluation.saved_run import FinishedRun
-from superglobal.reporting.paired_comparison import PairedComparison, lost_first, read_comparison, write_comparison
+from superglobal.reporting.paired_comparison import PairedComparison, read_comparison, write_comparison
 from superglobal.reporting.ranking_figures import Comparison, Ranking, draw_comparisons
 from superglobal.reporting.results import main_protocol
 
@@ -219,9 +219,7 @@ def _sheets(
         raise InputError(f"the two searched other distractors ({', '.join(sorted(map(str, names)))})")
     # Distractors come after the database, so the larger one has the images of both.
     larger = max((mine, theirs), key=lambda run: len(run.images))
-    order, counts = found.order().tolist(), found.counts()
-    ends = {"won": order[: min(queries, counts["won"])]}
-    ends["lost"] = lost_first(found, order)[: min(queries, counts["lost"])]
+    ends = {"won": found.most_won(queries), "lost": found.most_lost(queries)}
     paths = []
     for kind, numbers in ends.items():
         paths += pages(larger, place, kind, [_comparison_pages(query, mine, theirs, found, ranks) for query in numbers])

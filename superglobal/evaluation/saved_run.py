@@ -37,7 +37,7 @@ from superglobal.evaluation.pipeline import ground_truth, search_device
 from superglobal.metrics.evaluate import Scorer, make_scorer, ranks_without_junk, split_by_set
 from superglobal.metrics.revisited import Protocol, Sets, kept_ranks
 from superglobal.models.network import RetrievalNetwork
-from superglobal.reporting.precision_recall import curves, rectangular_steps, trapezoidal_steps
+from superglobal.reporting.figures import precision_curves, rectangular_steps, trapezoidal_steps
 from superglobal.reporting.results import main_scores
 from superglobal.reporting.runs import read_results
 from superglobal.reranking.registry import apply_reranker, get_reranker
@@ -59,10 +59,10 @@ class FinishedRun:
         """folder: of one result, or with one result below it."""
         rows = read_results(folder)
         if len(rows) > 1:
-            places = ", ".join(str(folder / row["place"]) for row in rows[:3])
+            places = ", ".join(str(folder / row["run"]) for row in rows[:3])
             raise InputError(f"{folder}: {len(rows)} results in it; give the folder of one, such as {places}")
         self.summary = rows[0]
-        self.folder = folder / self.summary["place"]
+        self.folder = folder / self.summary["run"]
         if self.summary.get("status") != "ok":
             reason = self.summary.get("reason", "no reason given")
             raise InputError(f"{self.folder}: no results to show, the run is {self.summary.get('status')}: {reason}")
@@ -261,9 +261,11 @@ def precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
     scorer = make_scorer(gnd, len(run.inputs.queries), len(run.inputs.database), protocols, clusters=dataset.clusters)
     return {
         stage: {
-            name: curves([trapezoidal_steps(*kept_ranks(sets, protocols[name], q)) for q, sets in enumerate(ranks)])
+            name: precision_curves(
+                [trapezoidal_steps(*kept_ranks(sets, protocols[name], q)) for q, sets in enumerate(ranks)]
+            )
             if not dropped
-            else curves([_found(sets["positive"]) for sets in ranks])
+            else precision_curves([_found(sets["positive"]) for sets in ranks])
             for name, ranks in by_protocol.items()
         }
         for stage, (by_protocol, dropped) in _ranks(run, scorer, protocols).items()
@@ -271,7 +273,7 @@ def precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _ranked(truth: RetrievalTruth, ids: np.ndarray) -> dict[str, np.ndarray]:
-    rows = curves([rectangular_steps(row, wanted) for row, wanted in zip(ids, truth.relevant, strict=True)])
+    rows = precision_curves([rectangular_steps(row, wanted) for row, wanted in zip(ids, truth.relevant, strict=True)])
     return {name: np.where(part[:, None], rows, np.nan) for name, part in truth.parts.items()}
 
 
@@ -287,7 +289,7 @@ def _recognised(truth: RecognitionTruth, run: FinishedRun, stage: str) -> dict[s
         precision = np.cumsum(right)[right] / (np.flatnonzero(right) + 1)
         steps = np.zeros((sum(len(t) > 0 for t, there in zip(truth.truth, part, strict=True) if there), 2))
         steps[: len(precision)] = precision[:, None]
-        found[name] = curves([steps])
+        found[name] = precision_curves([steps])
     return found
 
 

@@ -24,7 +24,7 @@ from superglobal.config.common import pooling_overrides
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.validation import validated
 from superglobal.errors import InputError
-from superglobal.reporting.tables import merge
+from superglobal.reporting.tables import write_tables
 from superglobal.training.trainer import sweeping
 from superglobal.utils.io import write_atomically
 
@@ -70,7 +70,7 @@ class EvaluationSweep(Callback):
             log.info("no job has results: there is no table")
             return
         folder = Path(config.hydra.sweep.dir)
-        rows = merge(folder)
+        rows = write_tables(folder)
         log.info("table.csv (all runs), table-*.md, .csv, .tex (by data set) and chart.png: %s", folder)
         if any(row["status"] == "failed" for row in rows):
             sys.exit(2)

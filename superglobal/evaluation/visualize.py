@@ -17,10 +17,8 @@ from superglobal.evaluation.pipeline import search_device
 from superglobal.evaluation.ranking_sheets import FigureOptions, check_training_images, chosen, draw_sheets, with_photos
 from superglobal.evaluation.saved_run import FinishedRun, mean_precision, relevance_sets
 from superglobal.reporting import figures as plots
-from superglobal.reporting.projections import METHODS, place, sample
-from superglobal.reporting.ranking_figures import KINDS
+from superglobal.reporting.ranking_figures import RELEVANCES
 from superglobal.reporting.results import METRICS, metric_key
-from superglobal.reporting.similarities import similarity_counts
 from superglobal.utils.io import write_atomically
 
 log = logging.getLogger(__name__)
@@ -69,8 +67,8 @@ def _check(run: FinishedRun, options: FigureOptions) -> None:
     for name, value in (("queries", options.queries), ("ranks", options.ranks), ("images", options.images)):
         if value is not None and value < 1:
             raise InputError(f"{name}={value}: expected at least 1")
-    if options.method not in METHODS:
-        raise InputError(f"map={options.method}: expected one of {', '.join(METHODS)}")
+    if options.method not in plots.PROJECTIONS:
+        raise InputError(f"map={options.method}: expected one of {', '.join(plots.PROJECTIONS)}")
 
 
 def _activation(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
@@ -105,9 +103,9 @@ def _similarities(run: FinishedRun, target: Path, options: FigureOptions) -> lis
         title += f", {_MOST_QUERIES} queries drawn by lot"
     exclude = inputs.exclude()
     some, own = [sets[i] for i in queries], None if exclude is None else exclude[queries]
-    counts = similarity_counts(inputs.query_block()[queries], inputs.database, some, exclude=own, device=device)
+    counts = plots.similarity_counts(inputs.query_block()[queries], inputs.database, some, exclude=own, device=device)
     path = target / "similarities.png"
-    order = [name for name in KINDS[dataset.protocols] if name in counts]
+    order = [name for name in RELEVANCES[dataset.protocols] if name in counts]
     plots.draw_similarities(path, title, {name: counts[name] for name in order}, _rescored(run, queries))
     return [path]
 
@@ -119,7 +117,7 @@ def _rescored(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndarray]:
     assert run.dataset is not None
     scores, ids = run.stages["rerank"]
     sets = relevance_sets(run.dataset)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in KINDS[run.dataset.protocols]}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in RELEVANCES[run.dataset.protocols]}
     for query in queries:
         left = np.isfinite(scores[query]) & (ids[query] >= 0)
         for name, wanted in sets[query].items():
@@ -134,17 +132,20 @@ def _map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
     inputs, dataset = run.inputs, run.dataset
     total = len(inputs.database)
     groups = [None] * total if dataset is None else landmarks_of(dataset, total)
-    ids = sample(groups, options.images, inputs.database.skipped, options.seed)
+    ids = plots.sample_images(groups, options.images, inputs.database.skipped, options.seed)
     # Where the database is the queries, each is there already.
     alone = dataset is not None and dataset.leave_one_out
     queries = np.empty(0, np.int64) if alone else _some(len(inputs.queries), max(1, options.images // 4), options.seed)
-    points, marked, names = place(inputs.database.take(ids), inputs.queries.take(queries), options.method, options.seed)
+    X, Q = inputs.database.take(ids), inputs.queries.take(queries)
+    points, marked, names = plots.project(X, Q, options.method, options.seed)
     where = points, [groups[i] for i in ids]
     clusters = None if dataset is None else dataset.clusters
     stars = marked, [clusters[int(i)] or None if clusters is not None else None for i in queries]
     thumbnails: dict[int, np.ndarray] = {}
     if dataset is not None and not run.own_descriptors:
-        thumbnails = _thumbnails([(n, run.images[int(ids[n])]) for n in plots.map_thumbnails(points, _GRID)])
+        thumbnails = _thumbnails(
+            [(n, run.images[int(ids[n])]) for n in sorted(plots.grid_cells(points, *_GRID).values())]
+        )
     title = (
         f"{_about(run)}: descriptors by {names[0].split(' ')[0] if options.method == 'tsne' else 'their two main axes'}"
     )

@@ -1,6 +1,6 @@
-"""Where numbers go beside a run's own files: CSV always, Weights & Biases and TensorBoard if configured.
+"""Loggers: CSV always, Weights & Biases and TensorBoard if enabled.
 
-What a run computes is on disk already, so that a tracker that fails costs a warning and not the run.
+A run writes its own files first, so a logger that fails causes a warning and does not end the run.
 """
 
 from __future__ import annotations
@@ -10,177 +10,144 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from pytorch_lightning.loggers import CSVLogger, Logger
+from pytorch_lightning.loggers import Logger
 
 from superglobal.config.common import require_wandb
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.training import TrainConfig
-from superglobal.loggers.csv_tensorboard import CurveFile
-from superglobal.loggers.record import Evaluated
+from superglobal.loggers.record import EvaluationRecord
 from superglobal.utils.distributed import first_process
 from superglobal.utils.io import EXPORT
 
-__all__ = ["CurveFile", "Evaluated", "evaluation_loggers", "training_loggers"]
+__all__ = ["EvaluationRecord", "evaluation_loggers", "training_loggers"]
 
 log = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """One of the places."""
+class _SafeTracker:
+    """A tracker whose failures become warnings.
 
-    def log(self, found: Any) -> None: ...
+    Trackers have `close(error)`, where `error` is what ended the run, if anything, and those of evaluations
+    `log(record)`; trainings log through Lightning.
+    """
 
-    def close(self, error: BaseException | None) -> None:
-        """Finish, whatever became of the run; `error` is what ended it."""
-
-
-class _Careful:
-    """A tracker whose failures are warnings, and that is closed whatever failed; without `start`, none."""
-
-    def __init__(self, name: str, folder: Path, start: Callable[[], Tracker] | None) -> None:
+    def __init__(self, name: str, folder: Path, start: Callable[[], Any]) -> None:
         self.name, self.folder = name, folder
-        self.tracker: Tracker | None = None
-        self._attempt(start)
+        self.tracker = self._call(start)
 
-    def _attempt(self, action: Callable[[], Tracker | None] | None) -> None:
+    def _call(self, action: Callable[..., Any], *args: Any) -> Any:
         try:
-            if action is not None:
-                self.tracker = action()
+            return action(*args)
         except Exception as error:  # of the tracker, its settings or the network
             log.warning("%s failed (%s); everything else is in %s", self.name, error, self.folder)
+            return None
 
-    def log(self, found: Any) -> None:
-        def told(tracker: Tracker) -> Tracker:
-            tracker.log(found)
-            return tracker
-
-        self._with(told)
+    def log(self, record: EvaluationRecord) -> None:
+        if self.tracker is not None:
+            self._call(self.tracker.log, record)
 
     def close(self, error: BaseException | None) -> None:
-        def closed(tracker: Tracker) -> None:
-            tracker.close(error)
-
-        self._with(closed)
-
-    def _with(self, action: Callable[[Tracker], Tracker | None]) -> None:
-        if (tracker := self.tracker) is not None:
-            self._attempt(lambda: action(tracker))
+        if self.tracker is not None:
+            self._call(self.tracker.close, error)
 
 
 @contextmanager
-def _open(trackers: list[_Careful]) -> Iterator[None]:
-    """Close all of them at the end, also after an error, Ctrl-C or SIGTERM."""
+def _trackers(folder: Path, starts: dict[str, Callable[[], Any] | None]) -> Iterator[list[_SafeTracker]]:
+    """Start the trackers in the first process, and close them after the run, also after Ctrl-C or SIGTERM."""
+    names = starts if first_process() else ()
+    trackers = [_SafeTracker(name, folder, start) for name in names if (start := starts[name]) is not None]
+    error: BaseException | None = None
     try:
-        yield
-    except BaseException as error:
+        yield trackers
+    except BaseException as caught:
+        error = caught
+        raise
+    finally:
         for tracker in trackers:
             tracker.close(error)
-        raise
-    for tracker in trackers:
-        tracker.close(None)
 
 
 @contextmanager
-def evaluation_loggers(config: EvalConfig, folder: Path, sweep: str | None) -> Iterator[Callable[[Evaluated], None]]:
-    """What takes the result of an evaluation; to be open while it runs, so that trackers show what fails, too.
+def evaluation_loggers(
+    config: EvalConfig, folder: Path, sweep: str | None
+) -> Iterator[Callable[[EvaluationRecord], None]]:
+    """Yield a function that logs the result of an evaluation; open during the run, to show runs that fail.
 
     Args:
-        config: of the run.
-        folder: of the run; `csv/`, `wandb/` and `tensorboard/` lie there.
-        sweep: name of the sweep that it is a job of; None for none.
+        config: Settings of the run.
+        folder: Folder of the run; `csv/`, `wandb/` and `tensorboard/` are created there.
+        sweep: Name of the sweep that the run belongs to.
 
     Raises:
         InputError: W&B is enabled and not installed.
     """
     require_wandb(config.logger)
-    trackers: list[_Careful] = []
-    if first_process():
-        trackers = [
-            _Careful("CSV", folder, lambda: _Numbers(folder)),
-            _Careful("TensorBoard", folder, _tensorboard(config, folder) if config.logger.tensorboard else None),
-            _Careful("W&B", folder, _wandb(config, folder, sweep) if config.logger.wandb else None),
-        ]
 
-    def track(found: Evaluated) -> None:
-        for tracker in trackers:
-            tracker.log(found)
+    def csv() -> Any:
+        from superglobal.loggers.csv_tensorboard import CsvEvaluation
 
-    with _open(trackers):
-        yield track
+        return CsvEvaluation(folder)
 
-
-def _tensorboard(config: EvalConfig, folder: Path) -> Callable[[], Tracker]:
-    def start() -> Tracker:
+    def tensorboard() -> Any:
         from superglobal.loggers.csv_tensorboard import TensorBoardEvaluation
 
         return TensorBoardEvaluation(config, folder)
 
-    return start
-
-
-def _wandb(config: EvalConfig, folder: Path, sweep: str | None) -> Callable[[], Tracker]:
-    def start() -> Tracker:
+    def wandb() -> Any:
         from superglobal.loggers.wandb import WandbEvaluation
 
         return WandbEvaluation(config, folder, sweep)
 
-    return start
+    starts = {
+        "CSV": csv,
+        "TensorBoard": tensorboard if config.logger.tensorboard else None,
+        "W&B": wandb if config.logger.wandb else None,
+    }
+    with _trackers(folder, starts) as trackers:
 
+        def log_record(record: EvaluationRecord) -> None:
+            for tracker in trackers:
+                tracker.log(record)
 
-class _Numbers:
-    """The numbers as a CSV of one row, and the settings, by Lightning's logger."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def log(self, found: Evaluated) -> None:
-        table = CSVLogger(self.folder, name="csv", version="")
-        table.log_hyperparams(found.summary["config"])
-        table.log_metrics(dict(found.numbers()))
-        table.finalize("success")
-
-    def close(self, error: BaseException | None) -> None:
-        """Nothing is open."""
+        yield log_record
 
 
 @contextmanager
 def training_loggers(
     config: TrainConfig, folder: Path, step: int, about: dict[str, Any], sweep: str | None
 ) -> Iterator[list[Logger]]:
-    """Loggers for the curves of one training.
+    """Yield the Lightning loggers of a training.
 
     Args:
-        config: of the run.
-        folder: of the run; `curves.csv`, `wandb/` and `tensorboard/` lie there.
-        step: where the run goes on; points beyond it are of a part that was lost.
-        about: further plain facts: git state, versions.
-        sweep: name of the sweep that it is a job of; None for none.
+        config: Settings of the run.
+        folder: Folder of the run; `curves.csv`, `wandb/` and `tensorboard/` are created there.
+        step: Step at which the run resumes; later points belong to steps that are repeated.
+        about: Further facts as plain types: git state, versions.
+        sweep: Name of the sweep that the run belongs to.
     """
+    from superglobal.loggers.csv_tensorboard import CurveFile, TensorBoardCurves
+
     loggers: list[Logger] = [CurveFile(folder / "curves.csv", step)]
     settings = {**asdict(config), **about}
 
-    def tensorboard() -> Tracker:
-        from superglobal.loggers.csv_tensorboard import TensorBoardCurves
-
+    def tensorboard() -> Any:
         curves = TensorBoardCurves(folder, step)
         curves.log_hyperparams(settings)
         loggers.append(curves)
         return curves
 
-    def wandb() -> Tracker:
+    def wandb() -> Any:
         from superglobal.loggers.wandb import WandbTraining
 
         training = WandbTraining(config, settings, folder, folder / EXPORT, sweep)
         loggers.append(training.curves)
         return training
 
-    trackers = []
-    if first_process():
-        trackers = [
-            _Careful("TensorBoard", folder, tensorboard if config.logger.tensorboard else None),
-            _Careful("W&B", folder, wandb if config.logger.wandb else None),
-        ]
-    with _open(trackers):
+    starts = {
+        "TensorBoard": tensorboard if config.logger.tensorboard else None,
+        "W&B": wandb if config.logger.wandb else None,
+    }
+    with _trackers(folder, starts):
         yield loggers

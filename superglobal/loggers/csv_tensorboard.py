@@ -1,4 +1,4 @@
-"""The curves of a training as a CSV."""
+"""CSV and TensorBoard: the numbers of an evaluation, and the curves of a training."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from superglobal.config.evaluation import EvalConfig
 from superglobal.errors import InputError
-from superglobal.loggers.record import Evaluated, spread
+from superglobal.loggers.record import EvaluationRecord
+from superglobal.reporting.ranking_figures import spread_evenly
 from superglobal.utils.io import write_atomically
+
+log = logging.getLogger(__name__)
+_TENSORBOARD = "tensorboard"
 
 
 class CurveFile(Logger):
-    """A CSV with a row per step, one column per number, that a resumed run goes on writing.
+    """A CSV with a row per step and a column per number, to which a resumed run appends.
+
+    Lightning's CSVLogger would overwrite the file of the interrupted run.
 
     Args:
-        path: of the file.
-        step: where the run goes on; rows beyond it are dropped.
+        path: The file.
+        step: Step at which the run resumes; later rows are dropped.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -33,11 +39,11 @@ class CurveFile(Logger):
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path.is_file() and step:
-            # A row that was cut off has no end of line.
-            whole = path.read_text().rpartition("\n")[0]
-            self.rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) <= step]
+            # A row that was cut off has no line ending.
+            complete = path.read_text().rpartition("\n")[0]
+            self.rows = [row for row in csv.DictReader(io.StringIO(complete)) if int(row["step"]) <= step]
         self.columns: list[str] = list(dict.fromkeys(key for row in self.rows for key in row)) or ["step"]
-        self.fresh = True
+        self.is_new = True
 
     @property
     def name(self) -> str:
@@ -48,23 +54,23 @@ class CurveFile(Logger):
         return ""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """They are in training.json."""
+        """Do nothing: training.json has the settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         row = {"step": step, **metrics}
         self.rows.append(row)
-        new = [key for key in row if key not in self.columns]
-        self.columns += new
-        if new or self.fresh:
+        new_columns = [key for key in row if key not in self.columns]
+        self.columns += new_columns
+        if new_columns or self.is_new:
             write_atomically(self.path, self._text(self.rows, header=True).encode())
-            self.fresh = False
-        else:
-            try:
-                with self.path.open("a", newline="") as file:
-                    file.write(self._text([row], header=False))
-            except OSError as error:
-                raise InputError(f"{self.path}: cannot be written ({error.strerror}); free space") from error
+            self.is_new = False
+            return
+        try:
+            with self.path.open("a", newline="") as file:
+                file.write(self._text([row], header=False))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); free disk space") from error
 
     def _text(self, rows: list[dict[str, Any]], header: bool) -> str:
         text = io.StringIO()
@@ -75,62 +81,78 @@ class CurveFile(Logger):
         return text.getvalue()
 
 
-log = logging.getLogger(__name__)
-_FOLDER = "tensorboard"
+class CsvEvaluation:
+    """The numbers of an evaluation as a CSV of one row, and its settings, by Lightning's logger."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def log(self, record: EvaluationRecord) -> None:
+        logger = CSVLogger(self.folder, name="csv", version="")
+        logger.log_hyperparams(record.summary["config"])
+        logger.log_metrics(dict(record.numbers()))
+        logger.finalize("success")
+
+    def close(self, error: BaseException | None) -> None:
+        """Do nothing: no file is open."""
 
 
 class TensorBoardEvaluation:
-    """Numbers beside the settings, AP per query as a histogram, and queries with their first results as pictures."""
+    """Numbers, settings, histograms of AP per query, and images of queries with their first results."""
 
     def __init__(self, config: EvalConfig, folder: Path) -> None:
         self.config = config
-        self.logger = TensorBoardLogger(folder, name=_FOLDER, version="")
+        self.logger = TensorBoardLogger(folder, name=_TENSORBOARD, version="")
 
-    def log(self, found: Evaluated) -> None:
+    def log(self, record: EvaluationRecord) -> None:
         writer = self.logger.experiment
         self.logger.log_hyperparams(asdict(self.config))
-        self.logger.log_metrics(found.numbers(), step=0)
-        facts = {key: found.summary[key] for key in ("dataset", "weights", "protocol", "counts", "about", "versions")}
+        self.logger.log_metrics(record.numbers(), step=0)
+        facts = {key: record.summary[key] for key in ("dataset", "weights", "protocol", "counts", "about", "versions")}
         writer.add_text("about", f"```\n{json.dumps(facts, indent=1, default=str)}\n```")
-        for stage, result in found.results.items():
+        for stage, result in record.results.items():
             for name, values in result.per_query().items():
                 counted = np.array([value for value in values if isinstance(value, float) and value == value])
                 if name.endswith(" AP") and len(counted):
                     writer.add_histogram(f"{stage}/{name}", counted, 0)
-        for query in spread(len(found.names.queries), self.config.logger.images if found.has_photos else 0):
-            name = f"{query:04d} {found.names.queries[query]}"
-            writer.add_image(f"{name}/query", np.asarray(found.picture(query)), 0, dataformats="HWC")
-            for stage in found.stages:
-                strip = found.ranked(query, stage, self.config.figures.ranks)
+        for query in spread_evenly(len(record.names.queries), self.config.logger.images if record.has_images else 0):
+            name = f"{query:04d} {record.names.queries[query]}"
+            writer.add_image(f"{name}/query", np.asarray(record.query_image(query)), 0, dataformats="HWC")
+            for stage in record.stages:
+                strip = record.result_images(query, stage, self.config.figures.ranks)
                 writer.add_image(f"{name}/{stage}", np.asarray(strip), 0, dataformats="HWC")
 
     def close(self, error: BaseException | None) -> None:
         self.logger.finalize("success" if error is None else "failed")
 
 
-class TensorBoardCurves(TensorBoardLogger):
-    """A training's curves, given up with a warning at the first failure.
+class StopAfterFailure(Logger):
+    """Mixin for a Lightning logger that stops, with a warning, after its first failure."""
 
-    Args:
-        folder: of the run.
-        step: where the run goes on; TensorBoard hides the points beyond it that it had before.
-    """
-
-    given_up = False
-
-    def __init__(self, folder: Path, step: int) -> None:
-        super().__init__(folder, name=_FOLDER, version="", purge_step=step + 1 if step else None)
-
-    def log(self, found: Any) -> None:
-        """Lightning logs."""
+    title: str
+    has_failed = False
 
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         try:
-            if not self.given_up:
-                super().log_metrics(*args, **kwargs)
+            if not self.has_failed:
+                super().log_metrics(*args, **kwargs)  # type: ignore[safe-super]
         except Exception as error:
-            self.given_up = True
-            log.warning("TensorBoard failed (%s); the curves go on in curves.csv", error)
+            self.has_failed = True
+            log.warning("%s failed (%s); the curves continue in curves.csv", self.title, error)
+
+
+class TensorBoardCurves(StopAfterFailure, TensorBoardLogger):
+    """The curves of a training.
+
+    Args:
+        folder: Folder of the run.
+        step: Step at which the run resumes; TensorBoard hides later points of the interrupted run.
+    """
+
+    title = "TensorBoard"
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(folder, name=_TENSORBOARD, version="", purge_step=step + 1 if step else None)
 
     def close(self, error: BaseException | None) -> None:
         self.finalize("success" if error is None else "failed")

@@ -1,4 +1,4 @@
-"""What trackers are told of an evaluation."""
+"""What an evaluation logs: its numbers, its scores per query, and images of its rankings."""
 
 from __future__ import annotations
 
@@ -12,100 +12,87 @@ from PIL import Image
 from superglobal.data.evaluation_set import EvaluationSet
 from superglobal.data.images import ImageItem
 from superglobal.metrics.revisited import Result
-from superglobal.reporting.ranking_figures import draw_query, draw_results, draw_thumbnail, relevance
+from superglobal.reporting.ranking_figures import query_thumbnail, relevance, result_strip, spread_evenly, thumbnail
 from superglobal.reporting.results import Names, Stages, main_protocol, main_scores, metric_key
-from superglobal.reporting.runs import milliseconds
+from superglobal.reporting.runs import milliseconds_per_query
 from superglobal.retrieval.rows import Rows
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """The result of an evaluation with all that pictures and tables are made of.
+class EvaluationRecord:
+    """The result of an evaluation, with what figures and tables are made from."""
 
-    Args:
-        summary: what results.json holds.
-        results: scores per stage; empty without labels.
-        stages: ranked lists per stage.
-        names: of queries and database images.
-        queries, database: (Q, D) and N descriptors of unit norm.
-        dataset, images: the photos, database images with distractors; None and empty for descriptors alone.
-    """
-
-    summary: Mapping[str, Any]
-    results: Mapping[str, Result]
+    summary: Mapping[str, Any]  # the content of results.json
+    results: Mapping[str, Result]  # per stage; empty without labels
     stages: Stages
     names: Names
-    queries: np.ndarray
-    database: Rows
-    dataset: EvaluationSet | None
-    images: Sequence[ImageItem]
+    queries: np.ndarray  # (Q, D) of unit norm
+    database: Rows  # N descriptors of unit norm
+    dataset: EvaluationSet | None  # None for descriptors without a data set
+    images: Sequence[ImageItem]  # of the database, including distractors
 
     def numbers(self) -> dict[str, float]:
-        """`search/map/medium` and so on, in percent; seconds of each stage and milliseconds a query."""
-        seconds = self.summary["seconds"]
-        numbers = {f"seconds/{stage}": value for stage, value in seconds.items()}
-        if (time := milliseconds(self.summary)) is not None:
+        """Return `search/map/medium` and so on in percent, seconds per stage, and milliseconds per query."""
+        numbers = {f"seconds/{stage}": value for stage, value in self.summary["seconds"].items()}
+        if (time := milliseconds_per_query(self.summary)) is not None:
             numbers["ms_per_query"] = time
-        for stage, result in self.summary["metrics"].items():
-            for protocol, value in main_scores(result).items():
+        for stage, metrics in self.summary["metrics"].items():
+            for protocol, value in main_scores(metrics).items():
                 if value is not None:
-                    numbers[f"{stage}/{metric_key(result)}/{protocol}"] = 100 * value
-            for protocol, row in result.get("mp", {}).items():
-                numbers |= {f"{stage}/mp@{k}/{protocol}": 100 * v for k, v in row.items() if v is not None}
+                    numbers[f"{stage}/{metric_key(metrics)}/{protocol}"] = 100 * value
+            for protocol, precisions in metrics.get("mp", {}).items():
+                numbers |= {f"{stage}/mp@{k}/{protocol}": 100 * v for k, v in precisions.items() if v is not None}
         return numbers
 
-    def per_query(self, most: int) -> tuple[list[str], list[list[Any]]]:
-        """Columns and rows: AP of each query and stage in percent, and what reranking changes of the main one; None
-        where a query does not count. Of more than `most` queries a part, spread evenly.
+    def per_query(self, limit: int) -> tuple[list[str], list[list[Any]]]:
+        """Return columns and rows of AP per query and stage in percent, and its change by reranking.
+
+        Cells of queries that do not count are None. Of more than `limit` queries, a selection is spread evenly.
         """
-        values = {
-            f"{stage} {name}": column for stage, r in self.results.items() for name, column in r.per_query().items()
+        columns = {
+            f"{stage} {name}": [_percent(name, value) for value in values]
+            for stage, result in self.results.items()
+            for name, values in result.per_query().items()
         }
-        columns = {name: [_percent(name, value) for value in column] for name, column in values.items()}
         if len(self.results) > 1 and self.summary["metrics"]:
-            _, protocol = main_protocol(self.summary)
-            pair = [columns.get(f"{stage} {protocol} AP") for stage in self.results]
-            if pair[0] is not None and pair[-1] is not None:
-                columns["change"] = [
-                    None if a is None or b is None else b - a for a, b in zip(pair[0], pair[-1], strict=True)
-                ]
-        shown = spread(len(self.names.queries), most)
+            protocol = main_protocol(self.summary)[1]
+            before, after = (columns.get(f"{stage} {protocol} AP") for stage in self.results)
+            if before is not None and after is not None:
+                pairs = zip(before, after, strict=True)
+                columns["change"] = [None if a is None or b is None else b - a for a, b in pairs]
         rows = [
-            [q, self.names.queries[q], self.landmark(q), *(column[q] for column in columns.values())] for q in shown
+            [query, self.names.queries[query], self.landmark(query), *(values[query] for values in columns.values())]
+            for query in spread_evenly(len(self.names.queries), limit)
         ]
         return ["number", "query", "landmark", *columns], rows
 
     def landmark(self, query: int) -> str:
+        """Return the landmark of a query, "" if unknown."""
         return "" if self.names.clusters is None else str(self.names.clusters[query])
 
     @property
-    def has_photos(self) -> bool:
-        """Own descriptors need none, so there may be none to show."""
+    def has_images(self) -> bool:
+        """Return whether images can be shown: own descriptors may come without images."""
         return self.dataset is not None and self.summary["config"]["descriptors"]["query"] is None
 
-    def picture(self, query: int) -> Image.Image:
-        """The query's photo, its box drawn; only where `has_photos`."""
+    def query_image(self, query: int) -> Image.Image:
+        """Return a query's image with its box; requires `has_images`."""
         assert self.dataset is not None
-        return draw_query(self.dataset.queries[query])
+        return query_thumbnail(self.dataset.queries[query])
 
-    def ranked(self, query: int, stage: str, ranks: int) -> Image.Image:
-        """The first results of a stage in a row, borders by relevance; only where `has_photos`."""
+    def result_images(self, query: int, stage: str, ranks: int) -> Image.Image:
+        """Return the first results of a stage side by side; requires `has_images`."""
         assert self.dataset is not None
         scores, ids = self.stages[stage]
-        return draw_results(self.dataset, self.images, query, scores[query, :ranks], ids[query, :ranks])
+        return result_strip(self.dataset, self.images, query, scores[query, :ranks], ids[query, :ranks])
 
-    def thumbnail(self, image: int) -> Image.Image:
-        """A database photo, small; only where `has_photos`."""
-        return draw_thumbnail(self.images[image])
+    def database_image(self, image: int) -> Image.Image:
+        """Return a reduced database image; requires `has_images`."""
+        return thumbnail(self.images[image])
 
     def relevance(self, query: int, image: int) -> str:
-        """What a database image is to a query."""
-        return "unlabelled" if self.dataset is None else relevance(self.dataset, query, image)
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most `most` of `count` places, evenly."""
-    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist() if count and most else []
+        """Return the relevance of a database image to a query."""
+        return "unlabeled" if self.dataset is None else relevance(self.dataset, query, image)
 
 
 def _percent(name: str, value: Any) -> Any:

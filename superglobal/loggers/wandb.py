@@ -1,4 +1,4 @@
-"""Runs of Weights & Biases: started without ever asking, offline without a key, always finished."""
+"""Runs of Weights & Biases: started without a question, offline without a key, always finished."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,27 @@ from pytorch_lightning.loggers import WandbLogger
 from superglobal.config.common import LoggerConfig
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.training import TrainConfig
-from superglobal.loggers.record import Evaluated, spread
+from superglobal.loggers.csv_tensorboard import StopAfterFailure
+from superglobal.loggers.record import EvaluationRecord
+from superglobal.reporting.ranking_figures import spread_evenly
 from superglobal.reporting.results import plain_types
 from superglobal.utils.io import write_atomically
 from superglobal.utils.provenance import git_state
 
 log = logging.getLogger(__name__)
-_PATIENCE = 30  # seconds for a server to answer; WANDB_INIT_TIMEOUT says otherwise
-_INTERRUPTED = 255  # what W&B shows as killed
+_TIMEOUT = 30  # seconds that a server has to answer, unless WANDB_INIT_TIMEOUT is set
+_INTERRUPTED = 255  # exit code that W&B shows as killed
+_MAX_ROWS = 10_000  # rows of a table that W&B shows
+_MAX_AXES = 64
 
 
 class TrackedRun:
-    """A run in a folder, with the id that a run there had before.
+    """A W&B run in a folder, in whose `wandb/` W&B writes; it keeps its id when the folder's run is resumed.
 
     Args:
-        settings: project, entity, tags.
-        folder: of the run; W&B's files lie in its `wandb/`.
-        name: in W&B's lists.
         job_type: "train" or "eval".
-        group: the sweep that it is a job of; None for none.
-        tags: beside those of the settings.
-        config: plain types.
+        group: The sweep that the run belongs to.
+        tags: In addition to those of the settings.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class TrackedRun:
         tags: Sequence[str],
         config: Mapping[str, Any],
     ) -> None:
-        # W&B would stage the pictures of tables in the home folder, from where an offline run uploads them later.
-        self.staging = None if "WANDB_DATA_DIR" in os.environ else str((folder / "wandb").resolve())
-        if self.staging:
-            os.environ["WANDB_DATA_DIR"] = self.staging
+        # By default W&B stages the images of tables in the home folder, from where an offline run uploads them later.
+        self._staging = None if "WANDB_DATA_DIR" in os.environ else str((folder / "wandb").resolve())
+        if self._staging:
+            os.environ["WANDB_DATA_DIR"] = self._staging
         options = {
             "project": settings.project,
             "entity": settings.entity,
@@ -74,11 +74,11 @@ class TrackedRun:
         try:
             self.run = _start(options, folder)
         except BaseException:
-            self._unstage()
+            self._unset_staging()
             raise
 
     def finish(self, error: BaseException | None) -> None:
-        """End the run as what became of it."""
+        """Finish the run with the status that `error` implies."""
         try:
             code = 0
             if isinstance(error, Exception):
@@ -89,49 +89,45 @@ class TrackedRun:
                 self.run.summary["status"] = "interrupted"
             self.run.finish(exit_code=code)
         finally:
-            self._unstage()
+            self._unset_staging()
 
     def log_reference(self, name: str, kind: str, path: Path, metadata: Mapping[str, Any], checksum: bool) -> None:
-        """An artifact that says where something lies; nothing of it is copied or uploaded.
+        """Log an artifact that refers to a file or folder, of which nothing is copied or uploaded.
 
-        Args:
-            name, kind: of the artifact.
-            path: of a file or folder.
-            metadata: plain types.
-            checksum: whether the contents are read, so that other contents are another version of the artifact.
+        With `checksum`, the contents are read, and different contents are a new version of the artifact.
         """
         artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name)[:128], kind, metadata=plain_types(metadata))
         artifact.add_reference(f"file://{path.resolve()}", name=path.name, checksum=checksum)
         self.run.log_artifact(artifact)
 
-    def _unstage(self) -> None:
-        if self.staging and os.environ.get("WANDB_DATA_DIR") == self.staging:
+    def _unset_staging(self) -> None:
+        if self._staging and os.environ.get("WANDB_DATA_DIR") == self._staging:
             del os.environ["WANDB_DATA_DIR"]
 
 
 def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
     mode: Any = _mode()
-    timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", _PATIENCE))
+    timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", _TIMEOUT))
     settings = wandb.Settings(silent=True, init_timeout=timeout)
     try:
         run = wandb.init(**options, mode=mode, settings=settings)
-    except wandb.Error as error:  # no answer, or a key that is refused
+    except wandb.Error as error:  # no answer, or the key is rejected
         if mode == "offline":
             raise
-        log.warning("W&B online failed (%s); offline from here on", str(error).splitlines()[0])
-        wandb.teardown()  # it still holds the run's id
-        # The other jobs of a sweep need not wait as long again.
+        log.warning("W&B online failed (%s); this process continues offline", str(error).splitlines()[0])
+        wandb.teardown()  # or it would still hold the run's id
+        # The other jobs of a sweep do not wait again.
         os.environ["WANDB_MODE"] = mode = "offline"
         run = wandb.init(**options, mode=mode, settings=settings)
     if mode == "offline":
-        log.info("W&B offline: `wandb sync %s/wandb/offline-run-*` uploads it", folder)
+        log.info("W&B offline: `wandb sync %s/wandb/offline-run-*` uploads the run", folder)
     elif run.url:
         log.info("W&B: %s", run.url)
     return run
 
 
 def _mode() -> str:
-    """What WANDB_MODE or `wandb offline` says; online only with a key, since without one W&B would ask for it."""
+    """Return the mode of WANDB_MODE or `wandb offline`; "offline" without a key, for which W&B would ask."""
     mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
     if mode in ("online", "shared", "run") and not _has_key():
         if "WANDB_MODE" in os.environ:
@@ -141,29 +137,26 @@ def _mode() -> str:
 
 
 def _has_key() -> bool:
-    """A key may come from the environment, a settings file or `wandb login`; looking for it needs no network."""
-    with contextlib.redirect_stderr(io.StringIO()):  # it would say so at every job of a sweep
+    """Look for a key in the environment, the settings and the login file, without the network."""
+    with contextlib.redirect_stderr(io.StringIO()):  # or every job of a sweep would print a line
         return wandb.login(prompt=False, verify=False)
 
 
 def _run_id(folder: Path) -> str:
-    """W&B's id of the run in this folder, the same after it was interrupted."""
     path = folder / "wandb_id"
     if not path.is_file():
         write_atomically(path, uuid.uuid4().hex[:8].encode())
     return path.read_text().strip()
 
 
-class WandbTraining:
-    """A training's curves, and at its end its best network as an artifact.
+class WandbCurves(StopAfterFailure, WandbLogger):
+    """The curves of a training."""
 
-    Args:
-        config: of the run.
-        settings: the same and further facts, as plain types.
-        folder: of the run.
-        export: where its best network will lie.
-        sweep: that it is a job of; None for none.
-    """
+    title = "W&B"
+
+
+class WandbTraining:
+    """A training: its curves, and at its end the best network, at `export`, as an artifact."""
 
     def __init__(
         self, config: TrainConfig, settings: Mapping[str, Any], folder: Path, export: Path, sweep: str | None
@@ -176,139 +169,102 @@ class WandbTraining:
         self.tracked.run.define_metric("val/map", summary="max")
         self.curves = WandbCurves(experiment=self.tracked.run)
 
-    def log(self, found: Any) -> None:
-        """Lightning logs to `curves`."""
-
     def close(self, error: BaseException | None) -> None:
         try:
             if error is None and self.export.is_file():
-                about = {"run": self.config.name, "backbone": self.config.backbone.name}
-                self.tracked.log_reference(f"model-{self.config.name}", "model", self.export, about, checksum=True)
+                metadata = {"run": self.config.name, "backbone": self.config.backbone.name}
+                self.tracked.log_reference(f"model-{self.config.name}", "model", self.export, metadata, checksum=True)
         finally:
             self.tracked.finish(error)
 
 
-class WandbCurves(WandbLogger):
-    """W&B that is given up, with a warning, at its first failure."""
-
-    given_up = False
-
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        try:
-            if not self.given_up:
-                super().log_metrics(*args, **kwargs)
-        except Exception as error:
-            self.given_up = True
-            log.warning("W&B failed (%s); the curves go on in curves.csv", error)
-
-
-_ROWS = 10_000  # as many as W&B shows of a table
-_AXES = 64
-
-
 class WandbEvaluation:
-    """The run is open while the evaluation goes on, so that one that fails is seen to have failed.
-
-    Under Lightning's predict loggers do nothing, so the run is used directly.
-    """
+    """An evaluation; the run is open during the evaluation, to show it if it fails."""
 
     def __init__(self, config: EvalConfig, folder: Path, sweep: str | None) -> None:
         self.config, self.folder = config, folder
         dataset = config.dataset.name + (f"+{config.distractors.name}" if config.distractors.name else "")
         name = folder.name if sweep else f"{dataset} {config.ablation or ''}".strip()
         tags = [config.dataset.name, config.distractors.name or "", config.ablation or ""]
-        settings = asdict(config)
         self.tracked = TrackedRun(
-            config.logger, folder, name=name, job_type="eval", group=sweep, tags=tags, config=settings
+            config.logger, folder, name=name, job_type="eval", group=sweep, tags=tags, config=asdict(config)
         )
         self.tracked.run.summary["status"] = "no result"
 
-    def log(self, found: Evaluated) -> None:
-        """All at once: a run has one point."""
-        run, summary = self.tracked.run, found.summary
-        kept = ("dataset", "role", "tuned_on", "protocol", "counts", "about", "versions")
-        facts = {**{key: summary[key] for key in kept}, "git": git_state()}
+    def log(self, record: EvaluationRecord) -> None:
+        """Log everything as one point."""
+        run, summary = self.tracked.run, record.summary
+        keys = ("dataset", "role", "tuned_on", "protocol", "counts", "about", "versions")
+        facts = {**{key: summary[key] for key in keys}, "git": git_state()}
         run.config.update(plain_types(facts), allow_val_change=True)
-        logged: dict[str, Any] = found.numbers()
-        if found.results:
-            logged["per_query"] = _table(*found.per_query(_ROWS))
-        if shown := spread(len(found.names.queries), self.config.logger.images):
-            logged["rankings"] = _table(*self._rankings(found, shown))
-            logged["descriptors"] = _table(*self._descriptors(found, shown))
+        point: dict[str, Any] = record.numbers()
+        if record.results:
+            point["per_query"] = _table(*record.per_query(_MAX_ROWS))
+        if queries := spread_evenly(len(record.names.queries), self.config.logger.images):
+            point["rankings"] = _table(*self._rankings(record, queries))
+            point["descriptors"] = _table(*self._descriptors(record, queries))
         if (sheet := self.folder / "sheet.png").exists():
-            with Image.open(sheet) as picture:
-                logged["sheet"] = _picture(picture)
-        run.log(logged)
+            with Image.open(sheet) as image:
+                point["sheet"] = _image(image)
+        run.log(point)
         run.summary["status"] = summary["status"]
-        self._log_references(found)
+        self._log_references(record)
 
     def close(self, error: BaseException | None) -> None:
         self.tracked.finish(error)
 
-    def _rankings(self, found: Evaluated, shown: list[int]) -> tuple[list[str], list[list[Any]]]:
-        """A row per query: its picture, AP before and after, and its first results as pictures, or as names."""
+    def _rankings(self, record: EvaluationRecord, queries: list[int]) -> tuple[list[str], list[list[Any]]]:
+        """Return a row per query: its image, AP before and after reranking, and its first results."""
         ranks = self.config.figures.ranks
-        columns, values = found.per_query(len(found.names.queries))
+        columns, values = record.per_query(len(record.names.queries))
         rows = []
-        for query in shown:
-            row = list(values[query]) if found.results else [query, found.names.queries[query], found.landmark(query)]
-            row += [_picture(found.picture(query))] if found.has_photos else []
-            for stage, (_, ids) in found.stages.items():
-                names = ", ".join(found.names.database[i] for i in ids[query, :ranks])
-                row.append(_picture(found.ranked(query, stage, ranks), names) if found.has_photos else names)
+        for query in queries:
+            row = [*values[query], *([_image(record.query_image(query))] if record.has_images else [])]
+            for stage, (_, ids) in record.stages.items():
+                names = ", ".join(record.names.database[i] for i in ids[query, :ranks])
+                row.append(_image(record.result_images(query, stage, ranks), names) if record.has_images else names)
             rows.append(row)
-        photo = ["picture"] if found.has_photos else []
-        first = columns if found.results else columns[:3]
-        return [*first, *photo, *(f"first results of {stage}" for stage in found.stages)], rows
+        image = ["image"] if record.has_images else []
+        return [*columns, *image, *(f"first results of {stage}" for stage in record.stages)], rows
 
-    def _descriptors(self, found: Evaluated, shown: list[int]) -> tuple[list[str], list[list[Any]]]:
-        """Queries and their first results by the principal axes of these descriptors, for W&B's projections."""
-        ranks = self.config.figures.ranks
-        ids = list(found.stages.values())[-1][1][shown, :ranks]
-        vectors = np.concatenate([found.queries[shown], found.database.take(ids.ravel())]).astype(np.float64)
-        axes = _principal(vectors)
-        rows = list(self._described(found, shown, ids))
-        columns = ["query", "image", "kind", *(["picture"] if found.has_photos else [])]
+    def _descriptors(self, record: EvaluationRecord, queries: list[int]) -> tuple[list[str], list[list[Any]]]:
+        """Return queries and their first results by the principal axes of their descriptors, for W&B's projections."""
+        ids = list(record.stages.values())[-1][1][queries, : self.config.figures.ranks]
+        X = np.concatenate([record.queries[queries], record.database.take(ids.ravel())]).astype(np.float64)
+        left, scale, _ = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
+        axes = (left * scale)[:, :_MAX_AXES]
+        images = {i: _image(record.database_image(i)) for i in np.unique(ids).tolist()} if record.has_images else {}
+        rows: list[list[Any]] = []
+        for query in queries:
+            name = record.names.queries[query]
+            rows.append([name, name, "query", *([_image(record.query_image(query))] if record.has_images else [])])
+        for query, results in zip(queries, ids.tolist(), strict=True):
+            name = record.names.queries[query]
+            for i in results:
+                image = [images[i]] if record.has_images else []
+                rows.append([name, record.names.database[i], record.relevance(query, i), *image])
+        columns = ["query", "name", "kind", *(["image"] if record.has_images else [])]
         columns += [f"axis{i}" for i in range(axes.shape[1])]
         return columns, [[*row, *axis] for row, axis in zip(rows, axes.tolist(), strict=True)]
 
-    def _described(self, found: Evaluated, shown: list[int], ids: np.ndarray) -> Iterator[list[Any]]:
-        pictures: dict[int, wandb.Image] = {}  # one image may be found by several queries
-        for query in shown:
-            name = found.names.queries[query]
-            yield [name, name, "query", *([_picture(found.picture(query))] if found.has_photos else [])]
-        for query, row in zip(shown, ids.tolist(), strict=True):
-            for image in row:
-                if found.has_photos and image not in pictures:
-                    pictures[image] = _picture(found.thumbnail(image))
-                photo = [pictures[image]] if found.has_photos else []
-                yield [found.names.queries[query], found.names.database[image], found.relevance(query, image), *photo]
-
-    def _log_references(self, found: Evaluated) -> None:
-        about = found.summary["about"]
+    def _log_references(self, record: EvaluationRecord) -> None:
+        about = record.summary["about"]
         network = about.get("network", {})
         if (weights := Path(about["weights"])).is_file():
-            facts = {key: network.get(key) for key in ("weights", "backbone", "dim")}
-            self.tracked.log_reference(f"model-{weights.parent.name}-{weights.stem}", "model", weights, facts, True)
+            metadata = {key: network.get(key) for key in ("weights", "backbone", "dim")}
+            name = f"model-{weights.parent.name}-{weights.stem}"
+            self.tracked.log_reference(name, "model", weights, metadata, checksum=True)
         for title, store in about.get("stores", {}).items():
-            # The fingerprint in its name says what is in a store, which may be gigabytes.
-            pattern = f"*-{title}-{store['fingerprint'][:16]}"
-            for folder in Path(self.config.paths.stores).glob(pattern):
-                facts = {"fingerprint": store["fingerprint"], "dtype": store["dtype"], "network": network}
-                self.tracked.log_reference(folder.name, "descriptors", folder, facts, checksum=False)
+            # The name of a store contains its fingerprint, so gigabytes need not be read.
+            for folder in Path(self.config.paths.stores).glob(f"*-{title}-{store['fingerprint'][:16]}"):
+                metadata = {"fingerprint": store["fingerprint"], "dtype": store["dtype"], "network": network}
+                self.tracked.log_reference(folder.name, "descriptors", folder, metadata, checksum=False)
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> wandb.Table:
-    # Some columns hold both numbers and nothing.
+    # Some columns contain both numbers and None.
     return wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)
 
 
-def _picture(picture: Image.Image, caption: str | None = None) -> wandb.Image:
-    return wandb.Image(picture, caption=caption, file_type="jpg")
-
-
-def _principal(vectors: np.ndarray) -> np.ndarray:
-    """(n, D) -> (n, at most 64): about their mean, by the axes of most variance first."""
-    centred = vectors - vectors.mean(axis=0)
-    left, scale, _ = np.linalg.svd(centred, full_matrices=False)
-    return (left * scale)[:, :_AXES]
+def _image(image: Image.Image, caption: str | None = None) -> wandb.Image:
+    return wandb.Image(image, caption=caption, file_type="jpg")

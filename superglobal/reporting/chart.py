@@ -1,4 +1,4 @@
-"""The tables of a comparison as one picture: a row per configuration, a mark per score."""
+"""A chart of the tables of a comparison: a row per configuration, a mark per score."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from superglobal.reporting.main_effects import Effect
-from superglobal.reporting.paper_numbers import CITATION
-from superglobal.reporting.table_formats import line_name
-from superglobal.reporting.table_rows import Line, SetTable
+from superglobal.reporting.table_rows import CITATION, DatasetTable, Effect, Row
 from superglobal.utils.io import write_atomically
 
-_COLOURS = ("#4393c3", "#1a9850", "#d6604d", "#762a83", "#b8860b")
-_VARIANTS = ("o", "D", "s", "^")  # marks; the first, of the set itself, is filled
-_ROW, _EDGES, _WIDTH = 0.24, 1.15, 5.2  # inches
-_MATRIX = 0.16  # inches a module
-_MOST_ROWS = 120
+_COLORS = ("#4393c3", "#1a9850", "#d6604d", "#762a83", "#b8860b")  # by protocol
+_MARKERS = ("o", "D", "s", "^")  # by variant; those of the set without distractors are filled
+_ROW_HEIGHT, _MARGINS, _PANEL_WIDTH, _MODULE_WIDTH = 0.24, 1.15, 5.2, 0.16  # inches
+_MAX_ROWS = 120
 
 
-def draw_chart(path: Path, tables: Sequence[SetTable]) -> None:
-    """Write a PNG: a panel for each data set, one above the other, and beside it the effects of a full factorial.
+def draw_chart(path: Path, tables: Sequence[DatasetTable]) -> None:
+    """Write a PNG with a panel per data set, and beside it the main effects of a full factorial.
 
-    Of a full factorial the rows are ordered by the main score, best first, and dots say which modules are on; others
-    stand as in the table. What is published is a star under the measured rows. Tables without a number are left out.
+    The rows of a full factorial are sorted by the main score, and dots show which modules are on; other rows have the
+    order of the table. Published scores are stars below the measured rows. Tables without a score are left out.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -33,143 +29,140 @@ def draw_chart(path: Path, tables: Sequence[SetTable]) -> None:
     if not shown:
         return
     heights = [
-        _EDGES + _names_above(table) + _ROW * max(3, len(_rows(table)) + len(table.published)) for table in shown
+        _MARGINS + _names_height(table) + _ROW_HEIGHT * max(3, len(_rows(table)) + len(table.published))
+        for table in shown
     ]
-    labels = max(len(label) for table in shown for label in _labels(table))
-    left = 0.35 + max(0.068 * min(labels, 60), *(_MATRIX * len(t.modules) if t.effects else 0 for t in shown))
+    label_length = max(len(label) for table in shown for label in _labels(table))
+    dots = [_MODULE_WIDTH * len(table.modules) if table.effects else 0 for table in shown]
+    left = 0.35 + max(0.068 * min(label_length, 60), *dots)
     right = 3.4 if any(table.effects for table in shown) else 0.25
-    width, height = left + _WIDTH + right, sum(heights)
+    width, height = left + _PANEL_WIDTH + right, sum(heights)
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    top = height
-    for table, tall in zip(shown, heights, strict=True):
-        top -= tall
-        inside = tall - _EDGES - _names_above(table)
-        _panel(figure.add_axes((left / width, (top + 0.5) / height, _WIDTH / width, inside / height)), table)
-        groups = {variant: [e for e in table.effects if e.variant == variant] for variant in table.variants}
-        groups = {variant: effects for variant, effects in groups.items() if effects}
-        each = inside / max(1, len(groups))
-        for i, (variant, effects) in enumerate(groups.items()):
-            bars = min(each - 0.75 * bool(i or len(groups) > 1), 0.34 * len(effects) + 0.3)
-            bottom = top + 0.5 + inside - i * each - bars
-            _effects(
-                figure.add_axes(((left + _WIDTH + 1.0) / width, bottom / height, 2.2 / width, bars / height)),
-                table,
-                effects,
-                variant,
-            )
+    bottom = height
+    for table, table_height in zip(shown, heights, strict=True):
+        bottom -= table_height
+        inner = table_height - _MARGINS - _names_height(table)
+        _draw_rows(
+            figure.add_axes((left / width, (bottom + 0.5) / height, _PANEL_WIDTH / width, inner / height)), table
+        )
+        groups = [(variant, [e for e in table.effects if e.variant == variant]) for variant in table.variants]
+        groups = [(variant, effects) for variant, effects in groups if effects]
+        for i, (variant, effects) in enumerate(groups):
+            bars = min(inner / len(groups) - 0.75 * (len(groups) > 1), 0.34 * len(effects) + 0.3)
+            start = bottom + 0.5 + inner - i * inner / len(groups) - bars
+            axes = figure.add_axes(((left + _PANEL_WIDTH + 1) / width, start / height, 2.2 / width, bars / height))
+            _draw_effects(axes, table, effects, variant)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomically(path, buffer.getvalue())
 
 
-def _names_above(table: SetTable) -> float:
-    """Inches for the modules' names."""
+def _names_height(table: DatasetTable) -> float:
+    """Return the space for the names of the modules, in inches."""
     return 0.35 if table.effects else 0.0
 
 
-def _rows(table: SetTable) -> list[Line]:
-    """The lines that have a number, in the chart's order."""
-    lines = [line for line in table.lines if any(cell.scores for cell in line.cells.values())]
+def _rows(table: DatasetTable) -> list[Row]:
+    """Return the rows that have a score, in the order of the chart."""
+    rows = [row for row in table.rows if any(cell.scores for cell in row.cells.values())]
     if table.effects:
-        lines.sort(key=lambda line: -max(cell.scores.get(table.main) or 0 for cell in line.cells.values()))
-    return lines[:_MOST_ROWS]
+        rows.sort(key=lambda row: -max(cell.scores.get(table.main) or 0 for cell in row.cells.values()))
+    return rows[:_MAX_ROWS]
 
 
-def _labels(table: SetTable) -> list[str]:
+def _labels(table: DatasetTable) -> list[str]:
     if table.effects:
-        return [line.weights if table.several_weights else "" for line in _rows(table)]
-    return [line_name(table, line) for line in _rows(table)]
+        return [row.weights if table.several_weights else "" for row in _rows(table)]
+    return [table.label(row) for row in _rows(table)]
 
 
-def _panel(axes: Any, table: SetTable) -> None:
-    lines, labels = _rows(table), _labels(table)
-    for place, line in enumerate(lines):
-        for variant, cell in line.cells.items():
-            mark = _VARIANTS[min(table.variants.index(variant), len(_VARIANTS) - 1)]
-            for number, protocol in enumerate(table.protocols):
+def _draw_rows(axes: Any, table: DatasetTable) -> None:
+    rows, labels = _rows(table), _labels(table)
+    colors = {protocol: _COLORS[i % len(_COLORS)] for i, protocol in enumerate(table.protocols)}
+    for y, row in enumerate(rows):
+        for variant, cell in row.cells.items():
+            marker = _MARKERS[min(table.variants.index(variant), len(_MARKERS) - 1)]
+            for protocol, color in colors.items():
                 if (score := cell.scores.get(protocol)) is not None:
-                    colour = _COLOURS[number % len(_COLOURS)]
-                    face = "white" if variant else colour
-                    axes.plot(score, place, mark, color=colour, markerfacecolor=face, markersize=5.5, zorder=3)
-    first = next(iter(table.lines[0].cells.values()), None)
-    for number, protocol in enumerate(table.protocols):
-        # The baseline, to see at a glance who is on which side of it.
-        if first is not None and not first.gains and (score := first.scores.get(protocol)) is not None:
-            axes.axvline(score, color=_COLOURS[number % len(_COLOURS)], linewidth=0.8, linestyle=":", zorder=1)
-    for place, one in enumerate(table.published, len(lines)):
-        labels.append(one.short)
-        for protocol, score in one.scores:
-            colour = _COLOURS[table.protocols.index(protocol) % len(_COLOURS)]
-            axes.plot(score, place, "*", color=colour, markeredgecolor="black", markersize=10, zorder=3)
+                    face = "white" if variant else color
+                    axes.plot(score, y, marker, color=color, markerfacecolor=face, markersize=5.5, zorder=3)
+    # A line through the baseline shows which rows are better.
+    baseline = next(iter(table.rows[0].cells.values()), None)
+    for protocol, color in colors.items():
+        if baseline is not None and not baseline.gains and (score := baseline.scores.get(protocol)) is not None:
+            axes.axvline(score, color=color, linewidth=0.8, linestyle=":", zorder=1)
+    for y, paper in enumerate(table.published, len(rows)):
+        labels.append(paper.short_name)
+        for protocol, score in paper.scores:
+            axes.plot(score, y, "*", color=colors[protocol], markeredgecolor="black", markersize=10, zorder=3)
     if table.published:
-        axes.axhline(len(lines) - 0.5, color="black", linewidth=0.8)
-    axes.set_ylim(len(lines) + len(table.published) - 0.4, -0.6)
-    axes.set_yticks(range(len(labels)), [_shortened(label) for label in labels], fontsize=8)
+        axes.axhline(len(rows) - 0.5, color="black", linewidth=0.8)
+    axes.set_ylim(len(rows) + len(table.published) - 0.4, -0.6)
+    axes.set_yticks(range(len(labels)), [_shorten(label) for label in labels], fontsize=8)
     axes.set_xlabel(f"{table.metric}, %", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="x", color="#e5e5e5", linewidth=0.6)
     axes.set_axisbelow(True)
     title = table.name + (f" (*: as published, {CITATION})" if table.published else "")
     axes.set_title(title, fontsize=9, loc="left", pad=20)
-    axes.legend(*_keys(table), loc="lower left", bbox_to_anchor=(-0.01, 0.995), ncols=8, frameon=False, fontsize=7.5,
-                handletextpad=0.1, columnspacing=0.9, borderpad=0.2)  # fmt: skip
+    _draw_legend(axes, table, colors)
     if table.effects:
-        _matrix(axes, table, lines)
+        _draw_modules(axes, table, rows)
 
 
-def _keys(table: SetTable) -> tuple[list[Any], list[str]]:
-    """What the marks mean."""
+def _draw_legend(axes: Any, table: DatasetTable, colors: dict[str, str]) -> None:
     from matplotlib.lines import Line2D
 
-    def mark(shape: str, colour: str, filled: bool) -> Any:
-        return Line2D([], [], marker=shape, color=colour, markerfacecolor=colour if filled else "white", linestyle="")
-
-    handles = [mark("o", _COLOURS[i % len(_COLOURS)], True) for i in range(len(table.protocols))]
-    names = list(table.protocols)
+    handles = [Line2D([], [], marker="o", color=color, linestyle="") for color in colors.values()]
+    names = list(colors)
     if table.variants != ("",):
         for i, variant in enumerate(table.variants):
-            handles.append(mark(_VARIANTS[min(i, len(_VARIANTS) - 1)], "black", not variant))
+            face, marker = "white" if variant else "black", _MARKERS[min(i, len(_MARKERS) - 1)]
+            handles.append(Line2D([], [], marker=marker, color="black", markerfacecolor=face, linestyle=""))
             names.append(variant or "without distractors")
     handles.append(Line2D([], [], color="black", linestyle=":", linewidth=0.8))
-    return handles, [*names, "first row"]
+    axes.legend(
+        handles, [*names, "first row"], loc="lower left", bbox_to_anchor=(-0.01, 0.995), ncols=8, frameon=False,
+        fontsize=7.5, handletextpad=0.1, columnspacing=0.9, borderpad=0.2,
+    )  # fmt: skip
 
 
-def _matrix(axes: Any, table: SetTable, lines: Sequence[Line]) -> None:
-    """Dots left of the panel, a column for each module: full where it is on."""
-    step = _MATRIX / _WIDTH
-    places = {name: -step * (len(table.modules) - i) + step * 0.3 for i, name in enumerate(table.modules)}
-    for place, line in enumerate(lines):
-        for x, state in zip(places.values(), line.modules, strict=True):
+def _draw_modules(axes: Any, table: DatasetTable, rows: Sequence[Row]) -> None:
+    """Draw dots left of the panel, a column per module, dark where it is on."""
+    step = _MODULE_WIDTH / _PANEL_WIDTH
+    columns = [-step * (len(table.modules) - i) + step * 0.3 for i in range(len(table.modules))]
+    for y, row in enumerate(rows):
+        for x, state in zip(columns, row.modules, strict=True):
             axes.plot(
-                x, place, "o", transform=axes.get_yaxis_transform(), clip_on=False, markersize=4.5,
+                x, y, "o", transform=axes.get_yaxis_transform(), clip_on=False, markersize=4.5,
                 color="#333333" if state else "#dddddd",
             )  # fmt: skip
-    for name, x in places.items():
+    for name, x in zip(table.modules, columns, strict=True):
         axes.text(x, 1.005, name, transform=axes.transAxes, rotation=90, fontsize=7, ha="center", va="bottom")
-    axes.tick_params(axis="y", length=0, pad=_MATRIX * 72 * len(table.modules) + 4)
+    axes.tick_params(axis="y", length=0, pad=_MODULE_WIDTH * 72 * len(table.modules) + 4)
 
 
-def _effects(axes: Any, table: SetTable, effects: Sequence[Effect], variant: str) -> None:
-    """What each module is worth on average, on one variant of the set."""
-    protocols = list(table.protocols)
-    for place, effect in enumerate(effects):
-        for number, protocol in enumerate(protocols):
+def _draw_effects(axes: Any, table: DatasetTable, effects: Sequence[Effect], variant: str) -> None:
+    """Draw the main effects on one variant of the set as bars, with the interval under the main protocol."""
+    count = len(table.protocols)
+    for i, effect in enumerate(effects):
+        for number, protocol in enumerate(table.protocols):
             gain = effect.gains.get(protocol)
             if gain is not None:
-                y = place + (number - (len(protocols) - 1) / 2) * 0.26
-                axes.barh(y, gain, 0.24, color=_COLOURS[number % len(_COLOURS)])
+                y = i + (number - (count - 1) / 2) * 0.26
+                axes.barh(y, gain, 0.24, color=_COLORS[number % len(_COLORS)])
                 if protocol == table.main and effect.interval is not None:
                     axes.plot(effect.interval, (y, y), color="black", linewidth=0.8)
     names = [f"{e.weights}, {e.module}" if table.several_weights else e.module for e in effects]
-    axes.set_yticks(range(len(names)), [_shortened(name, 18) for name in names], fontsize=8)
+    axes.set_yticks(range(len(names)), [_shorten(name, 18) for name in names], fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel(f"{table.metric} gained, points", fontsize=8)
+    axes.set_xlabel(f"gain in {table.metric}, points", fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
-    where = f"{_shortened(variant, 30)}\n" if variant else ""
-    axes.set_title(f"{where}gain, mean of {effects[0].pairs} pairs", fontsize=9, loc="left")
+    title = f"{_shorten(variant, 30)}\n" if variant else ""
+    axes.set_title(f"{title}gain, mean of {effects[0].pairs} pairs", fontsize=9, loc="left")
 
 
-def _shortened(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+def _shorten(text: str, max_length: int = 60) -> str:
+    return text if len(text) <= max_length else f"{text[: max_length - 1]}…"

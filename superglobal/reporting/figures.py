@@ -1,4 +1,6 @@
-"""Figures by matplotlib: precision over recall, similarities, a map of descriptors, what a descriptor looks at."""
+"""Figures of a result, and the numbers that they show: precision over recall, similarities, a map of descriptors, heat
+maps. Only the functions that draw import matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +11,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from superglobal.reporting.projections import spread
-from superglobal.reporting.ranking_figures import COLOURS
-from superglobal.reporting.similarities import EDGES
+from superglobal.errors import InputError
+from superglobal.metrics.gldv2 import DEPTH, first_hits
+from superglobal.reporting.ranking_figures import COLORS
+from superglobal.retrieval.rows import Rows, as_queries, as_rows
+from superglobal.retrieval.scan import Block, scan
+from superglobal.retrieval.scores import pair_scores
 from superglobal.utils.io import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+RECALL_BINS = 100
+BINS = 200
+EDGES = np.linspace(-1, 1, BINS + 1)
+"""Edges of the bins of similarities: [low, high), the last bin is closed."""
+PROJECTIONS = ("pca", "tsne")
+_MIN_MAP_IMAGES = 5
 _STAGES = {"search": ("#0072b2", "--"), "rerank": ("#d55e00", "-")}
-_GROUPS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
+_LANDMARK_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX"
-_MOST_GROUPS = 28
-_LABEL = 26  # characters of a landmark's name
-_DPI = 120
+_OTHER = "#bdbdbd"
+_MAX_LANDMARKS = 28
+_MAX_LABEL = 26  # characters
 _HEAT = "inferno"
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Without pyplot: no window, no global state, whatever backend is set."""
+    """Create a figure without pyplot: no window and no global state, whatever backend is set."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure((width, height), dpi=_DPI, layout="constrained")
+    figure = Figure((width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -42,226 +55,350 @@ def _save(figure: Figure, path: Path) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def trapezoidal_steps(ranks: Any, n_positives: int) -> np.ndarray:
+    """Return the precision-recall curve whose area is `metrics.revisited.average_precision`.
+
+    Recall rises in n_positives equal steps. Along step j precision goes from j / r_j (1 if r_j = 0) to
+    (j + 1) / (r_j + 1).
+
+    ranks: (P,) 0-based ranks of the retrieved positives, without ignored images.
+    Returns (n_positives, 2) precision at both ends of each step; 0 for positives that were not retrieved.
+    """
+    r = np.sort(np.asarray(ranks, dtype=np.int64))
+    steps, j = np.zeros((n_positives, 2)), np.arange(len(r))
+    steps[: len(r), 0] = np.where(r == 0, 1.0, j / np.maximum(r, 1))
+    steps[: len(r), 1] = (j + 1) / (r + 1)
+    return steps
+
+
+def rectangular_steps(predicted: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) -> np.ndarray:
+    """Return the precision-recall curve whose area is `metrics.gldv2.average_precision_at`.
+
+    predicted: (m,) ids, best first; relevant: ids of the positives.
+    Returns (min(len(relevant), depth), 2) precision at both ends of each step, which are equal.
+    """
+    ranks = np.flatnonzero(first_hits(predicted, relevant, depth)) + 1
+    steps = np.zeros((min(len(relevant), depth), 2))
+    steps[: len(ranks)] = (np.arange(1, len(ranks) + 1) / ranks)[:, None]
+    return steps
+
+
+def precision_over_recall(steps: np.ndarray, bins: int = RECALL_BINS) -> np.ndarray:
+    """Return (bins,) the mean precision over equal parts of recall; their mean is the area under the curve.
+
+    steps: (n, 2), n >= 1, precision at both ends of n equal steps, linear between them.
+    """
+    n = len(steps)
+    area_before = np.concatenate([[0.0], np.cumsum(steps.mean(axis=1))])  # in steps
+    edges = np.linspace(0, n, bins + 1)
+    step = np.minimum(edges.astype(np.int64), n - 1)
+    inside = edges - step
+    low, high = steps[step].T
+    area = area_before[step] + low * inside + (high - low) * inside**2 / 2
+    return np.diff(area) * bins / n
+
+
+def precision_curves(steps: Sequence[np.ndarray], bins: int = RECALL_BINS) -> np.ndarray:
+    """Return (Q, bins) `precision_over_recall` of each query; NaN for a query without a positive."""
+    return np.stack([precision_over_recall(s, bins) if len(s) else np.full(bins, np.nan) for s in steps])
+
+
 def draw_curves(
     path: Path, title: str, curves: Mapping[str, Mapping[str, np.ndarray]], counts: Mapping[str, int], metric: str
 ) -> None:
-    """Precision over recall, one panel per protocol, one line per stage.
+    """Draw precision over recall, a panel per protocol and a line per stage.
 
-    Args:
-        path: of the PNG.
-        title: of the figure.
-        curves: stage -> protocol -> (bins,) mean precision over each part of recall, NaN where there is none.
-        counts: protocol -> how many queries the mean is over.
-        metric: what the area is called.
+    curves: stage -> protocol -> (bins,) mean precision, NaN without queries; counts: protocol -> number of queries;
+    metric: name of the area.
     """
     protocols = list(next(iter(curves.values())))
     figure = _figure(4.2 * len(protocols) + 0.3, 4.4)
     figure.suptitle(title)
     for axes, protocol in zip(figure.subplots(1, len(protocols), squeeze=False)[0], protocols, strict=True):
-        for stage, one in curves.items():
-            colour, style = _STAGES[stage]
-            values = one[protocol]
+        for stage, by_protocol in curves.items():
+            color, style = _STAGES[stage]
+            values = by_protocol[protocol]
             recall = (np.arange(len(values)) + 0.5) / len(values)
             label = f"{stage}: {metric} {100 * values.mean():.2f}" if counts[protocol] else f"{stage}: no queries"
-            axes.plot(recall, values, style, color=colour, label=label, linewidth=1.8)
+            axes.plot(recall, values, style, color=color, label=label, linewidth=1.8)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", title=f"{protocol} ({counts[protocol]} queries)")
         axes.grid(alpha=0.3)
         axes.legend(loc="best", fontsize=9)
-    pooled = "of all predictions, surest first" if metric == "GAP" else "mean over queries"
-    figure.axes[0].set_ylabel(f"precision, {pooled}")
+    average = "of all predictions, most confident first" if metric == "GAP" else "mean over queries"
+    figure.axes[0].set_ylabel(f"precision, {average}")
     _save(figure, path)
+
+
+def bin_of(scores: np.ndarray) -> np.ndarray:
+    """Return the bin of each similarity in -1..1."""
+    return np.clip(np.floor((scores + 1) * (BINS / 2)), 0, BINS - 1).astype(np.int64)
+
+
+def similarity_counts(
+    Q: Any,
+    X: Any,
+    relevant: Sequence[Mapping[str, Any]],
+    *,
+    exclude: np.ndarray | None = None,
+    device: str | torch.device | None = None,
+    block_rows: int = 65536,
+) -> dict[str, np.ndarray]:
+    """Count the similarities of all pairs of a query and a database image per bin, by relevance, exactly.
+
+    Q: (Q, D) queries; X: (N, D) database, or anything that `as_rows` takes, read once; skipped rows are not counted.
+    relevant: per query, relevance -> ids, disjoint; exclude: (Q,) one id per query that is not counted.
+    Returns (BINS,) int64 counts of each relevance, and of "negative", which are all other images.
+    """
+    rows = as_rows(X, "database")
+    queries = as_queries(Q, rows.dim)
+    (counter,) = scan(queries, rows, lambda tolerance: [_BinCounter(tolerance)], exclude, device, block_rows)
+    names = list(dict.fromkeys(name for ids in relevant for name in ids))
+    counts = {name: _count_pairs(queries, rows, [ids.get(name, ()) for ids in relevant], exclude) for name in names}
+    return {**counts, "negative": counter.counts - sum(counts.values(), np.zeros(BINS, np.int64))}
+
+
+def _count_pairs(queries: np.ndarray, rows: Rows, ids: Sequence[Any], exclude: np.ndarray | None) -> np.ndarray:
+    """Return (BINS,) counts of the given ids of each query."""
+    query_of = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
+    row_of = np.concatenate([np.asarray(row, np.int64) for row in ids])
+    counted = ~np.isin(row_of, rows.skipped)
+    if exclude is not None:
+        counted &= row_of != exclude[query_of]
+    scores = pair_scores(queries, rows, query_of[counted], row_of[counted])
+    return np.bincount(bin_of(scores), minlength=BINS)
+
+
+class _BinCounter:
+    """Count the pairs of every block (a consumer of `scan`); float64 decides pairs near an edge."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.counts = np.zeros(BINS, np.int64)
+        # Nearer to an edge than this, in bins, float32 does not determine the side.
+        self._guard = BINS / 2 * tolerance + 1e-4
+
+    def finish(self) -> float:
+        return 0.0
+
+    def add(self, block: Block) -> None:
+        position = (block.scores + 1) * (BINS / 2)
+        counted = torch.isfinite(position)
+        near = counted & ((position - position.round()).abs() < self._guard)
+        certain = position[counted & ~near].floor().clamp(0, BINS - 1).long()
+        self.counts += torch.bincount(certain, minlength=BINS).cpu().numpy()
+        query_of, row_of = (index.cpu().numpy() for index in near.nonzero(as_tuple=True))
+        self.counts += np.bincount(bin_of(block.pair_scores(query_of, row_of)), minlength=BINS)
 
 
 def draw_similarities(
     path: Path, title: str, counts: Mapping[str, np.ndarray], reranked: Mapping[str, np.ndarray]
 ) -> None:
-    """Distributions of similarities by what an image is to a query, each of area 1.
+    """Draw the distribution of similarities by relevance, each of area 1.
 
-    Args:
-        path: of the PNG.
-        title: of the figure.
-        counts: what an image is -> (bins,) pairs, in the bins of `similarities.EDGES`.
-        reranked: the same -> scores after reranking of the listed images; empty for no second panel.
+    counts: relevance -> (BINS,) pairs; reranked: relevance -> scores of the listed images after reranking, empty for no
+    second panel.
     """
     figure = _figure(6.6 if not reranked else 11.6, 4.4)
     figure.suptitle(title)
     panels = figure.subplots(1, 1 + bool(reranked), squeeze=False)[0]
-    # Two bins as one: what is drawn has to be seen, what is counted may be finer.
-    _densities(panels[0], {name: one.reshape(-1, 2).sum(axis=1) for name, one in counts.items()}, EDGES[::2])
+    # Two bins are drawn as one, or the lines would be too noisy.
+    _draw_densities(panels[0], {name: c.reshape(-1, 2).sum(axis=1) for name, c in counts.items()}, EDGES[::2])
     panels[0].set(xlabel="similarity (cosine)", title="search: all pairs of query and image", ylabel="density")
     if reranked:
-        everything = np.concatenate(list(reranked.values()))
-        edges = np.linspace(everything.min(), max(everything.max(), everything.min() + 1e-6), 61)
-        _densities(panels[1], {name: np.histogram(one, edges)[0] for name, one in reranked.items()}, edges)
+        scores = np.concatenate(list(reranked.values()))
+        edges = np.linspace(scores.min(), max(scores.max(), scores.min() + 1e-6), 61)
+        _draw_densities(panels[1], {name: np.histogram(s, edges)[0] for name, s in reranked.items()}, edges)
         panels[1].set(xlabel="score", title="after reranking: the listed images")
     _save(figure, path)
 
 
-def _densities(axes: Any, counts: Mapping[str, np.ndarray], edges: np.ndarray) -> None:
+def _draw_densities(axes: Any, counts: Mapping[str, np.ndarray], edges: np.ndarray) -> None:
     used = np.flatnonzero(sum(counts.values(), np.zeros(len(edges) - 1)))
     width = edges[1] - edges[0]
-    for name, one in counts.items():
-        if one.sum():
-            density = one / one.sum() / width
-            style = {"color": COLOURS[name], "linestyle": "--" if name == "junk" else "-"}
-            label = f"{name} ({one.sum():,} pairs)"
-            axes.stairs(density, edges, label=label, linewidth=1.6, **style)
-            if name != "junk":
-                axes.stairs(density, edges, fill=True, alpha=0.15, color=COLOURS[name])
+    for name, count in counts.items():
+        if count.sum():
+            density, color, is_junk = count / count.sum() / width, COLORS[name], name == "junk"
+            label = f"{name} ({count.sum():,} pairs)"
+            axes.stairs(density, edges, label=label, linewidth=1.6, color=color, linestyle="--" if is_junk else "-")
+            if not is_junk:
+                axes.stairs(density, edges, fill=True, alpha=0.15, color=color)
     if len(used):
         axes.set_xlim(edges[used[0]] - 2 * width, edges[used[-1] + 1] + 2 * width)
     axes.grid(alpha=0.3)
     axes.legend(loc="best", fontsize=9)
 
 
+def sample_images(landmarks: Sequence[str | None], count: int, skipped: np.ndarray, seed: int) -> np.ndarray:
+    """Return (n,) ascending ids of at most `count` images; at most half have no landmark if the others suffice.
+
+    landmarks: of each image, None if unknown; skipped: ids without a descriptor.
+    """
+    rng = np.random.default_rng(seed)
+    known = np.array([landmark is not None for landmark in landmarks])
+    available = np.ones(len(landmarks), bool)
+    available[skipped] = False
+    with_landmark, without = (rng.permutation(np.flatnonzero(available & mask)) for mask in (known, ~known))
+    n = min(len(with_landmark), max(count - len(without), (count + 1) // 2))
+    return np.sort(np.concatenate([with_landmark[:n], without[: count - n]]))
+
+
+def principal_plane(X: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Project onto the two axes of largest variance, by SVD; the largest entry of each axis is positive.
+
+    X: (n, D) rows that define the axes; others: (m, D) further rows to project.
+    Returns (n, 2) and (m, 2) coordinates, and the fraction of the variance on each axis.
+    """
+    mean = X.mean(axis=0, dtype=np.float64)
+    _, lengths, axes = np.linalg.svd(X.astype(np.float64) - mean, full_matrices=False)
+    axes = axes[:2] * np.sign(axes[np.arange(2), np.abs(axes[:2]).argmax(axis=1)])[:, None]
+    return (X - mean) @ axes.T, (others - mean) @ axes.T, lengths[:2] ** 2 / max((lengths**2).sum(), 1e-300)
+
+
+def project(X: np.ndarray, others: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Project onto a plane by `principal_plane`, or by t-SNE (van der Maaten and Hinton, 2008) of all rows together.
+
+    X: (n, D) images; others: (m, D) queries; method: one of `PROJECTIONS`.
+    Returns (n, 2) and (m, 2) coordinates, and the labels of the two axes.
+    Raises InputError if there are fewer than five images, or scikit-learn is missing.
+    """
+    if len(X) < _MIN_MAP_IMAGES:
+        raise InputError(f"map of {len(X)} images: expected at least {_MIN_MAP_IMAGES}")
+    if method == "pca":
+        points, more, fractions = principal_plane(X, others)
+        return points, more, [f"axis {i + 1} ({100 * part:.1f} % of the variance)" for i, part in enumerate(fractions)]
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise InputError("t-SNE needs scikit-learn: pip install scikit-learn, or use --map pca") from error
+    rows = np.concatenate([X, others])
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    points = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(rows)
+    return points[: len(X)], points[len(X) :], ["t-SNE 1", "t-SNE 2"]
+
+
+def grid_cells(points: np.ndarray, columns: int, rows: int) -> dict[tuple[int, int], int]:
+    """Return (column, row from below) -> index of the (n, 2) point nearest to the center of that cell of a grid."""
+    low, size = points.min(axis=0), np.maximum(np.ptp(points, axis=0), 1e-12)
+    position = (points - low) / size * [columns, rows]
+    cell = np.minimum(position.astype(np.int64), [columns - 1, rows - 1])
+    distance = np.abs(position - cell - 0.5).max(axis=1)
+    nearest: dict[tuple[int, int], int] = {}
+    for point in np.argsort(distance, kind="stable"):
+        nearest.setdefault((int(cell[point, 0]), int(cell[point, 1])), int(point))
+    return nearest
+
+
 def draw_map(
     path: Path,
     title: str,
-    axes_names: Sequence[str],
+    axis_labels: Sequence[str],
     images: tuple[np.ndarray, Sequence[str | None]],
     queries: tuple[np.ndarray, Sequence[str | None]],
     thumbnails: Mapping[int, np.ndarray],
     grid: tuple[int, int],
 ) -> None:
-    """Descriptors on a plane, coloured by landmark, queries marked; beside it the images that lie there.
+    """Draw descriptors on a plane, colored by landmark, with the queries as stars, and a second panel of thumbnails.
 
-    Args:
-        path: of the PNG.
-        title: of the figure.
-        axes_names: of the two axes.
-        images, queries: points (n, 2) and the landmark of each, None for no known one.
-        thumbnails: number of an image -> (h, w, 3) uint8; none for no second panel.
-        grid: columns and rows of cells of `embedding.spread`, of which each shows one thumbnail.
+    images, queries: (n, 2) points and the landmark of each, None if unknown; thumbnails: index of an image, one of
+    `grid_cells` -> (h, w, 3) uint8, empty for no second panel; grid: columns and rows of `grid_cells`.
     """
     figure = _figure(17 if thumbnails else 9.5, 7.6)
     figure.suptitle(title)
     panels = figure.subplots(1, 1 + bool(thumbnails), squeeze=False)[0]
-    styles = _styles([*images[1], *queries[1]])
-    _points(panels[0], images, queries, styles)
-    panels[0].set(xlabel=axes_names[0], ylabel=axes_names[1], xticks=[], yticks=[])
+    styles = _landmark_styles([*images[1], *queries[1]])
+    _draw_points(panels[0], images, queries, styles)
+    panels[0].set(xlabel=axis_labels[0], ylabel=axis_labels[1], xticks=[], yticks=[])
     if thumbnails:
-        _photos(panels[1], images, thumbnails, grid, styles)
+        _draw_thumbnails(panels[1], grid_cells(images[0], *grid), images[1], thumbnails, styles)
+        panels[1].set(xlim=(0, grid[0]), ylim=(0, grid[1]))
     _save(figure, path)
 
 
-def map_thumbnails(points: np.ndarray, grid: tuple[int, int]) -> list[int]:
-    """Which images `draw_map` wants to show."""
-    return sorted(spread(points, *grid).values())
+def _landmark_styles(landmarks: Sequence[str | None]) -> dict[str | None, tuple[str, str]]:
+    """Return color and marker of the landmarks with most images; the others have none."""
+    names, counts = np.unique([name for name in landmarks if name is not None] or [""], return_counts=True)
+    largest = [str(name) for name in names[np.argsort(-counts, kind="stable")][:_MAX_LANDMARKS]]
+    count = len(_LANDMARK_COLORS)
+    return {name: (_LANDMARK_COLORS[i % count], _MARKERS[i // count]) for i, name in enumerate(sorted(largest))}
 
 
-def _styles(groups: Sequence[str | None]) -> dict[str | None, tuple[str, str]]:
-    """Colour and marker of each landmark, those of most images first; the rest have none of their own."""
-    names, counts = np.unique([group for group in groups if group is not None] or [""], return_counts=True)
-    first = [str(name) for name in names[np.argsort(-counts, kind="stable")][:_MOST_GROUPS]]
-    return {name: (_GROUPS[i % len(_GROUPS)], _MARKERS[i // len(_GROUPS)]) for i, name in enumerate(sorted(first))}
-
-
-def _points(
-    axes: Any,
-    images: tuple[np.ndarray, Sequence[str | None]],
-    queries: tuple[np.ndarray, Sequence[str | None]],
-    styles: Mapping[str | None, tuple[str, str]],
-) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = []
-    groups = np.array([group if group in styles else None for group in images[1]], object)
-    others = images[0][[group is None for group in groups]]
+def _draw_points(axes: Any, images: Any, queries: Any, styles: Mapping[str | None, tuple[str, str]]) -> None:
+    landmarks = np.array([name if name in styles else None for name in images[1]], object)
+    others = images[0][[name is None for name in landmarks]]
     if len(others):
-        axes.scatter(*others.T, s=10, color="#bdbdbd", linewidths=0)
-        handles.append(Line2D([], [], linestyle="", marker="o", markersize=4, color="#bdbdbd", label="other images"))
-    for name, (colour, marker) in styles.items():
-        mine = images[0][groups == name]
-        if len(mine):
-            axes.scatter(*mine.T, s=24, color=colour, marker=marker, linewidths=0.4, edgecolors="white")
+        axes.scatter(*others.T, s=10, color=_OTHER, linewidths=0, label="other images")
+    for name, (color, marker) in styles.items():
+        points = images[0][landmarks == name]
+        if len(points):
             label = str(name).rsplit("/", 1)[-1]
-            label = label if len(label) <= _LABEL else f"{label[: _LABEL - 3]}..."
-            handles.append(Line2D([], [], linestyle="", marker=marker, markersize=5, color=colour, label=label))
+            label = label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 3]}..."
+            style = {"s": 24, "marker": marker, "linewidths": 0.4, "edgecolors": "white"}
+            axes.scatter(*points.T, color=color, label=label, **style)
     if len(queries[0]):
-        colours = [styles[group][0] if group in styles else "#bdbdbd" for group in queries[1]]
-        axes.scatter(*queries[0].T, s=150, c=colours, marker="*", edgecolors="black", linewidths=0.8, zorder=3)
-        star = Line2D([], [], linestyle="", label="query", marker="*", markersize=11, color="white")
-        star.set_markeredgecolor("black")
-        handles.append(star)
-    axes.legend(handles=handles, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + len(handles) // 25)
+        colors = [styles.get(name, (_OTHER,))[0] for name in queries[1]]
+        style = {"s": 150, "marker": "*", "edgecolors": "black", "linewidths": 0.8, "zorder": 3}
+        axes.scatter(*queries[0].T, c=colors, **style)
+        axes.scatter([], [], color="white", label="query", **style)
+    columns = 1 + len(axes.get_legend_handles_labels()[0]) // 25
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns)
 
 
-def _photos(
-    axes: Any,
-    images: tuple[np.ndarray, Sequence[str | None]],
-    thumbnails: Mapping[int, np.ndarray],
-    grid: tuple[int, int],
-    styles: Mapping[str | None, tuple[str, str]],
-) -> None:
-    """Each thumbnail in the cell that it was chosen for, framed in its landmark's colour."""
+def _draw_thumbnails(axes: Any, cells: Any, landmarks: Any, thumbnails: Any, styles: Any) -> None:
+    """Draw each thumbnail in its cell, with a frame in the color of its landmark."""
     from matplotlib.patches import Rectangle
 
-    for (column, row), image in spread(images[0], *grid).items():
-        picture = thumbnails[image]
-        height, width = np.array(picture.shape[:2]) / max(picture.shape[:2]) * 0.88
-        left, below = column + (1 - width) / 2, row + (1 - height) / 2
-        axes.imshow(picture, extent=(left, left + width, below, below + height), interpolation="antialiased")
-        colour = styles[images[1][image]][0] if images[1][image] in styles else "#bdbdbd"
-        axes.add_patch(Rectangle((left, below), width, height, fill=False, edgecolor=colour, linewidth=2))
-    axes.set(xlim=(0, grid[0]), ylim=(0, grid[1]), xticks=[], yticks=[], aspect="equal")
-    axes.set_title("the image in the middle of each part of the map")
+    for (column, row), index in cells.items():
+        image = thumbnails[index]
+        height, width = np.array(image.shape[:2]) / max(image.shape[:2]) * 0.88
+        left, bottom = column + (1 - width) / 2, row + (1 - height) / 2
+        axes.imshow(image, extent=(left, left + width, bottom, bottom + height), interpolation="antialiased")
+        color = styles.get(landmarks[index], (_OTHER,))[0]
+        axes.add_patch(Rectangle((left, bottom), width, height, fill=False, edgecolor=color, linewidth=2))
+    axes.set(xticks=[], yticks=[], aspect="equal", title="the image in the center of each part of the map")
 
 
 @dataclass(frozen=True)
 class HeatPanel:
-    """One picture of an activation map.
+    """One image of a heat map."""
 
-    Attributes:
-        photo: (H, W, 3) uint8.
-        shares: (H, W), what each pixel adds to a similarity; None for the photo alone.
-        caption: above it.
-        relevance: a key of `COLOURS`, for the frame.
-    """
-
-    photo: np.ndarray
-    shares: np.ndarray | None
+    image: np.ndarray  # (H, W, 3) uint8
+    shares: np.ndarray | None  # (H, W) what each pixel adds to a similarity; None for the image alone
     caption: str
-    relevance: str
+    relevance: str  # a key of `COLORS`, for the frame
 
 
-def draw_activation(path: Path, title: str, columns: Sequence[Sequence[HeatPanel | None]]) -> None:
-    """Heat over photos: each lights up from black (nothing, or less) to yellow (its own largest share).
+def draw_heat_maps(path: Path, title: str, columns: Sequence[Sequence[HeatPanel | None]]) -> None:
+    """Draw heat over images, from black (no share, or a negative one) to yellow (the largest share of the image).
 
-    Args:
-        path: of the PNG.
-        title: of the figure.
-        columns: of panels from top to bottom, all of one length; None leaves a place free.
+    columns: panels from top to bottom, of equal length; None leaves a place empty.
     """
     from matplotlib.cm import ScalarMappable
 
     figure = _figure(2.6 * len(columns) + 0.7, 2.75 * len(columns[0]) + 0.6)
     figure.suptitle(title, fontsize=10)
     grid = figure.subplots(len(columns[0]), len(columns), squeeze=False)
-    for across, column in enumerate(columns):
-        for down, panel in enumerate(column):
-            axes = grid[down, across]
-            axes.set(xticks=[], yticks=[])
-            if panel is None:
-                axes.axis("off")
-                continue
-            axes.imshow(panel.photo if panel.shares is None else heated(panel.photo, panel.shares))
-            axes.set_title(panel.caption, fontsize=8)
-            for spine in axes.spines.values():
-                spine.set(color=COLOURS[panel.relevance], linewidth=3)
+    for axes, panel in zip(grid.T.flat, (panel for column in columns for panel in column), strict=True):
+        axes.set(xticks=[], yticks=[])
+        if panel is None:
+            axes.axis("off")
+            continue
+        axes.imshow(panel.image if panel.shares is None else heat_overlay(panel.image, panel.shares))
+        axes.set_title(panel.caption, fontsize=8)
+        for spine in axes.spines.values():
+            spine.set(color=COLORS[panel.relevance], linewidth=3)
     bar = figure.colorbar(ScalarMappable(cmap=_HEAT), ax=grid, shrink=0.5, aspect=30)
-    bar.set_label("share of the similarity, of the picture's largest", fontsize=8)
+    bar.set_label("share of the similarity, relative to the largest of the image", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     _save(figure, path)
 
 
-def heated(photo: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """The photo in grey, its shares over it in colour: (H, W, 3) uint8. Shares below zero count as zero."""
+def heat_overlay(image: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Return the image in gray with its shares in color: (H, W, 3) uint8. Negative shares count as zero."""
     from matplotlib import colormaps
 
     strength = np.clip(shares, 0, None)
     strength = strength / max(strength.max(), 1e-12)
-    colour = colormaps[_HEAT](strength)[..., :3]
-    grey = np.repeat(photo.mean(axis=2, keepdims=True), 3, axis=2) / 255
-    # Bright photos are dimmed, or their dark heat would look like much.
+    color = colormaps[_HEAT](strength)[..., :3]
+    gray = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) / 255
+    # Bright images are dimmed, or dark heat on them would look strong.
     cover = 0.45 + 0.2 * strength[..., None]
-    return np.clip(255 * ((1 - cover) * 0.8 * grey + cover * colour), 0, 255).astype(np.uint8)
+    return np.clip(255 * ((1 - cover) * 0.8 * gray + cover * color), 0, 255).astype(np.uint8)

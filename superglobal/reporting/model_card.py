@@ -45,7 +45,7 @@ def read_card_results(paths: Sequence[str | Path], network: RetrievalNetwork) ->
 def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     if path.is_dir():
         # An ablation contains rows that do not apply to the backbone.
-        return [(path / row["place"], row) for row in read_results(path) if row["status"] != "n/a"]
+        return [(path / row["run"], row) for row in read_results(path) if row["status"] != "n/a"]
     return [(path, read_result(path))]
 
 
@@ -70,7 +70,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
     notes = [
         f"{counts['queries']} queries, {counts['database']} images; role of the set: {summary['role']}",
         _settings(summary),
-        report.sizes_text(protocol),
+        report.image_sizes_text(protocol),
     ]
     if protocol["crop_query"] is not None:
         notes.append(f"queries {'cropped to their boxes' if protocol['crop_query'] else 'not cropped'}")

@@ -1,4 +1,4 @@
-"""Two results query by query: which queries the one wins and loses against the other."""
+"""Comparisons of runs query by query: the interval of a gain, and the queries that a run wins and loses."""
 
 from __future__ import annotations
 
@@ -9,193 +9,226 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
 from superglobal.errors import InputError
 from superglobal.metrics.revisited import cluster_interval
-from superglobal.reporting.results import METRICS, console, main_protocol, metric_key
-from superglobal.reporting.table_formats import csv_text, markdown_text
+from superglobal.reporting.results import METRICS, csv_text, main_protocol, markdown_text, metric_key, print_table
 from superglobal.utils.io import write_atomically
 
 _CORRECT = "correct"
 _EQUAL = 1e-9
 _SUMMARY = ("protocol", "queries", "won", "lost", "equal", "mean difference", "95 %")
-_ON_CONSOLE = 10  # queries of either kind
+_MAX_PRINTED = 10  # queries won, and queries lost
+
+
+@dataclass(frozen=True)
+class PerQuery:
+    """The scores per query of one stage of a run."""
+
+    queries: list[str]
+    landmarks: list[str]  # a query without a known landmark counts as a landmark of its own
+    measure: str  # "AP", or for recognition "correct" (1 or 0)
+    scores: dict[str, np.ndarray]  # protocol -> (Q,) in 0..1, NaN where the query does not count
+
+
+def read_per_query(folder: Path, stage: str) -> PerQuery:
+    """Read the scores of one stage.
+
+    Raises:
+        InputError: The file is missing, damaged, or without scores of this stage.
+    """
+    path = folder / "per_query.csv"
+    scores, measure = {}, "AP"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            columns = {name: list(values) for name, *values in zip(*csv.reader(file), strict=True)}
+        queries, landmarks = columns["query"], columns["landmark"]
+        for name, values in columns.items():
+            if name == f"{stage} {_CORRECT}":
+                measure, protocol = _CORRECT, "all"
+            elif name.startswith(f"{stage} ") and name.endswith(" AP"):
+                protocol = name.removeprefix(f"{stage} ").removesuffix(" AP")
+            else:
+                continue
+            scores[protocol] = np.array([float(value or "nan") for value in values])
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: missing or damaged ({error!r}); run eval.py again") from error
+    if not scores:
+        raise InputError(f"{path}: no scores of {stage}; run eval.py again")
+    return PerQuery(queries, [name or f"query {i}" for i, name in enumerate(landmarks)], measure, scores)
+
+
+def gain_interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the gain in the main metric, averaged over pairs, in percent.
+
+    Landmarks are drawn with replacement; the queries are the same in all runs.
+
+    Args:
+        pairs: (result, baseline), as `runs.read_results` returns them.
+
+    Returns:
+        None if the queries differ, the metric is not a mean over queries, or a run is its own baseline.
+    """
+    differences, first = [], None
+    for result, baseline in pairs:
+        if result is baseline or "interval" not in result["metrics"][main_protocol(result)[0]]:
+            return None  # GAP is not a mean over queries.
+        runs, aps = [], []
+        for run in (result, baseline):
+            stage, protocol = main_protocol(run)
+            runs.append(read_per_query(run["folder"], stage))
+            aps.append(runs[-1].scores[protocol])
+        first = first or runs[0]
+        if any(run.queries != first.queries for run in runs):
+            return None
+        differences.append(aps[0] - aps[1])
+    assert first is not None
+    _, (low, high) = _mean_and_interval(
+        np.mean(differences, axis=0), first.landmarks, pairs[0][0]["config"].get("seed", 0)
+    )
+    return None if np.isnan(low) else (100 * low, 100 * high)
+
+
+def _mean_and_interval(
+    differences: np.ndarray, landmarks: Sequence[str], seed: int
+) -> tuple[float, tuple[float, float]]:
+    """Return the mean and its 95 % interval by drawing whole landmarks; NaN where they are undefined."""
+    counted = ~np.isnan(differences)
+    if not counted.any():
+        return float("nan"), (float("nan"), float("nan"))
+    low, high = cluster_interval(differences[counted], np.array(landmarks)[counted], seed)
+    return float(differences[counted].mean()), (float(low), float(high))
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Scores per query of a result and of the other that it is compared with; by protocol, NaN where not counted.
-
-    Attributes:
-        queries, landmarks: (Q,) names; a query without a known landmark is its own.
-        measure: what is compared, "AP", or "correct" (1 or 0) in recognition.
-        main: the protocol that queries are ordered by.
-        scores, baseline_scores: protocol -> (Q,) in 0..1.
-        seed: of the bootstrap.
-    """
+    """Scores per query of a result and of its baseline."""
 
     queries: Sequence[str]
     landmarks: Sequence[str]
-    measure: str
-    main: str
-    scores: Mapping[str, np.ndarray]
+    measure: str  # "AP" or "correct"
+    main: str  # the protocol that orders the queries
+    scores: Mapping[str, np.ndarray]  # protocol -> (Q,) in 0..1, NaN where the query does not count
     baseline_scores: Mapping[str, np.ndarray]
-    seed: int
+    seed: int  # of the bootstrap
 
     def difference(self, protocol: str | None = None) -> np.ndarray:
-        """(Q,) `scores` minus `baseline_scores`, of the main protocol by default."""
+        """Return (Q,) `scores` minus `baseline_scores`, by default of the main protocol."""
         protocol = protocol or self.main
         return self.scores[protocol] - self.baseline_scores[protocol]
 
     def order(self) -> np.ndarray:
-        """(Q,) numbers of the queries, most won first, not counted last; equal ones in the set's order."""
+        """Return (Q,) query numbers by descending difference; queries that do not count come last."""
         return np.argsort(-self.difference(), kind="stable")
 
     def counts(self, protocol: str | None = None) -> dict[str, int]:
-        """How many queries are won, lost and equal."""
+        """Return how many queries are won, lost and equal."""
         difference = self.difference(protocol)
-        signs = {"won": difference > _EQUAL, "lost": difference < -_EQUAL, "equal": np.abs(difference) <= _EQUAL}
-        return {name: int(one.sum()) for name, one in signs.items()}
+        kinds = {"won": difference > _EQUAL, "lost": difference < -_EQUAL, "equal": np.abs(difference) <= _EQUAL}
+        return {kind: int(mask.sum()) for kind, mask in kinds.items()}
+
+    def most_won(self, limit: int) -> list[int]:
+        """Return the numbers of at most `limit` won queries, the largest difference first."""
+        return self.order()[: min(limit, self.counts()["won"])].tolist()
+
+    def most_lost(self, limit: int) -> list[int]:
+        """Return the numbers of at most `limit` lost queries, the largest difference first."""
+        counted = int((~np.isnan(self.difference())).sum())
+        return self.order()[:counted][::-1][: min(limit, self.counts()["lost"])].tolist()
 
     def mean(self, protocol: str | None = None) -> tuple[float, tuple[float, float]]:
-        """Mean difference, and its 95 % interval with whole landmarks drawn; NaN for what cannot be said."""
-        difference = self.difference(protocol)
-        counted = ~np.isnan(difference)
-        if not counted.any():
-            return float("nan"), (float("nan"), float("nan"))
-        labels = np.array(self.landmarks)[counted]
-        return float(difference[counted].mean()), cluster_interval(difference[counted], labels, self.seed)
+        """Return the mean difference and its 95 % interval by drawing whole landmarks; NaN where undefined."""
+        return _mean_and_interval(self.difference(protocol), self.landmarks, self.seed)
 
 
-def read_comparison(folder: Path, ours: Mapping[str, Any], other: Path, theirs: Mapping[str, Any]) -> PairedComparison:
+def read_comparison(
+    folder: Path, result: Mapping[str, Any], baseline_folder: Path, baseline: Mapping[str, Any]
+) -> PairedComparison:
     """Compare the last stages of two results.
 
-    folder, other: of the results; ours, theirs: their `results.json`.
-    Raises InputError for results without scores, by other metrics, or of other queries.
+    Args:
+        folder, baseline_folder: Folders of the two results.
+        result, baseline: Their `results.json`.
+
+    Raises:
+        InputError: A result has no scores, or metrics, protocols or queries differ.
     """
-    for place, one in ((folder, ours), (other, theirs)):
-        if not one["metrics"]:
-            raise InputError(f"{place}: no scores per query (no labels, or status {one['status']}), nothing to compare")
-    (stage, main), (stage_2, _) = main_protocol(ours), main_protocol(theirs)
-    keys = [metric_key(one["metrics"][s]) for one, s in ((ours, stage), (theirs, stage_2))]
-    if keys[0] != keys[1]:
-        raise InputError(f"{folder} is scored by {METRICS[keys[0]]}, {other} by {METRICS[keys[1]]}: not comparable")
-    mine, yours = _columns(folder), _columns(other)
-    for name in ("query", "landmark"):
-        if mine[name] != yours[name]:
+    for place, run in ((folder, result), (baseline_folder, baseline)):
+        if not run["metrics"]:
             raise InputError(
-                f"{folder} ({ours['dataset']}, {len(mine['query'])} queries) and {other} ({theirs['dataset']}, "
-                f"{len(yours['query'])}) have other queries; only the same ones can be compared"
+                f"{place}: no scores per query (no labels, or status {run['status']}); compare another result"
             )
-    scores, others = _scores(folder, mine, stage), _scores(other, yours, stage_2)
-    common = [name for name in scores if name in others]
+    (stage, main), (baseline_stage, _) = main_protocol(result), main_protocol(baseline)
+    keys = metric_key(result["metrics"][stage]), metric_key(baseline["metrics"][baseline_stage])
+    if keys[0] != keys[1]:
+        raise InputError(f"{folder} uses {METRICS[keys[0]]}, {baseline_folder} {METRICS[keys[1]]}: not comparable")
+    own, other = read_per_query(folder, stage), read_per_query(baseline_folder, baseline_stage)
+    if (own.queries, own.landmarks) != (other.queries, other.landmarks):
+        raise InputError(
+            f"{folder} ({result['dataset']}, {len(own.queries)} queries) and {baseline_folder} ({baseline['dataset']}, "
+            f"{len(other.queries)}) have different queries; compare results of the same queries"
+        )
+    common = [protocol for protocol in own.scores if protocol in other.scores]
     if main not in common:
-        raise InputError(f"{folder} is scored on {', '.join(scores)}, {other} on {', '.join(others)}: not comparable")
-    measure = _CORRECT if f"{stage} {_CORRECT}" in mine else "AP"
+        protocols = f"{folder} has {', '.join(own.scores)}, {baseline_folder} has {', '.join(other.scores)}"
+        raise InputError(f"different protocols: {protocols}: not comparable")
     return PairedComparison(
-        mine["query"],
-        [name or f"query {i}" for i, name in enumerate(mine["landmark"])],
-        measure,
+        own.queries,
+        own.landmarks,
+        own.measure,
         main,
-        {name: scores[name] for name in common},
-        {name: others[name] for name in common},
-        ours["config"].get("seed", 0),
+        {protocol: own.scores[protocol] for protocol in common},
+        {protocol: other.scores[protocol] for protocol in common},
+        result["config"].get("seed", 0),
     )
 
 
-def _columns(folder: Path) -> dict[str, list[str]]:
-    path = folder / "per_query.csv"
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            columns = {name: list(values) for name, *values in zip(*csv.reader(file), strict=True)}
-        return columns | {name: columns[name] for name in ("query", "landmark")}
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: missing or damaged ({error!r}); run eval.py again") from error
+def write_comparison(target: Path, comparison: PairedComparison, folder: Path, baseline: Path) -> None:
+    """Write `queries.csv` and `queries.md` into `target`, and print the most won and the most lost queries.
 
+    In percent: per query the score of the baseline, that of the result and their difference, sorted by the difference;
+    then the differences under the other protocols.
 
-def _scores(folder: Path, columns: Mapping[str, Sequence[str]], stage: str) -> dict[str, np.ndarray]:
-    """By protocol, of one stage."""
-    names = {f"{stage} {_CORRECT}": "all"}
-    names |= {name: name.removeprefix(f"{stage} ").removesuffix(" AP") for name in columns if name.endswith(" AP")}
-    try:
-        found = {
-            protocol: np.array([float(value or "nan") for value in columns[name]])
-            for name, protocol in names.items()
-            if name in columns and name.startswith(f"{stage} ")
-        }
-    except ValueError as error:
-        raise InputError(f"{folder / 'per_query.csv'}: damaged ({error}); run eval.py again") from error
-    if not found:
-        raise InputError(f"{folder / 'per_query.csv'}: no scores of {stage}; run eval.py again")
-    return found
-
-
-def write_comparison(place: Path, found: PairedComparison, folder: Path, other: Path) -> None:
-    """Write `queries.csv` and `queries.md` into `place` and print both ends of the table.
-
-    In percent: per query what the other has, what the result has and the difference, most won first; behind it the
-    differences under the other protocols.
+    Args:
+        target: Folder to write to.
+        comparison: What is written.
+        folder, baseline: Folders of the two results, for the title.
     """
-    order = found.order()
-    columns, rows = _table(found, order)
-    write_atomically(place / "queries.csv", csv_text([columns, *rows]).encode())
-    parts = f"{folder} against {other}", markdown_text(_SUMMARY, _summary(found)), markdown_text(columns, rows)
-    write_atomically(place / "queries.md", "\n\n".join(part.rstrip("\n") for part in parts).encode() + b"\n")
-    _print(found, folder, other, columns, rows)
+    others = [protocol for protocol in comparison.scores if protocol != comparison.main]
+    score = f"{comparison.main} {comparison.measure}"
+    columns = ["number", "query", "landmark", f"baseline {score}", score, "difference"]
+    columns += [f"{protocol} difference" for protocol in others]
+    rows = [_query_row(comparison, query, others) for query in range(len(comparison.queries))]
+    ordered = [rows[query] for query in comparison.order()]
+    summary = [_summary_row(comparison, protocol) for protocol in (comparison.main, *others)]
+    title = f"{folder} compared with {baseline}"
+    markdown = "\n".join([f"{title}\n", markdown_text(_SUMMARY, summary), markdown_text(columns, ordered)])
+    write_atomically(target / "queries.csv", csv_text([columns, *ordered]).encode())
+    write_atomically(target / "queries.md", markdown.encode())
+    print_table(f"{title}: {comparison.measure} per query", _SUMMARY, summary)
+    ends = {"most won": comparison.most_won(_MAX_PRINTED), "most lost": comparison.most_lost(_MAX_PRINTED)}
+    for name, queries in ends.items():
+        if queries:
+            print_table(name, columns, [rows[query] for query in queries], left=3)
 
 
-def _table(found: PairedComparison, order: np.ndarray) -> tuple[list[str], list[list[str]]]:
-    more = [name for name in found.scores if name != found.main]
-    what = f"{found.main} {found.measure}"
-    columns = ["number", "query", "landmark", f"{what} of the other", what, "difference", *(f"{m} diff." for m in more)]
-    rows = []
-    for query in order:
-        values = [_cell(one[found.main][query], "") for one in (found.baseline_scores, found.scores)]
-        differences = [_cell(found.difference(name)[query], "+") for name in (found.main, *more)]
-        rows.append([str(query), found.queries[query], found.landmarks[query], *values, *differences])
-    return columns, rows
+def _query_row(comparison: PairedComparison, query: int, others: Sequence[str]) -> list[str]:
+    scores = [scores[comparison.main][query] for scores in (comparison.baseline_scores, comparison.scores)]
+    differences = [comparison.difference(protocol)[query] for protocol in (comparison.main, *others)]
+    cells = [
+        str(query),
+        comparison.queries[query],
+        comparison.landmarks[query],
+        *(_cell(value, "") for value in scores),
+    ]
+    return [*cells, *(_cell(value, "+") for value in differences)]
+
+
+def _summary_row(comparison: PairedComparison, protocol: str) -> list[str]:
+    counts, (mean, (low, high)) = comparison.counts(protocol), comparison.mean(protocol)
+    interval = "" if np.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
+    return [protocol, str(sum(counts.values())), *map(str, counts.values()), _cell(mean, "+"), interval]
 
 
 def _cell(value: float, sign: str) -> str:
     return "-" if np.isnan(value) else f"{100 * value:{sign}.2f}"
-
-
-def _summary(found: PairedComparison) -> list[list[str]]:
-    """Per protocol: how many queries count, are won, lost, equal; mean difference and interval. The main one first."""
-    rows = []
-    for name in (found.main, *(name for name in found.scores if name != found.main)):
-        counts, (mean, (low, high)) = found.counts(name), found.mean(name)
-        interval = "" if np.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
-        rows.append([name, str(sum(counts.values())), *map(str, counts.values()), _cell(mean, "+"), interval])
-    return rows
-
-
-def _print(found: PairedComparison, folder: Path, other: Path, columns: list[str], rows: list[list[str]]) -> None:
-    out = console()
-    summary = Table(title=escape(f"{folder} against {other}: {found.measure} per query"))
-    for column in _SUMMARY:
-        summary.add_column(column, justify="left" if column == "protocol" else "right")
-    for line in _summary(found):
-        summary.add_row(*line)
-    out.print(summary)
-    counts = found.counts()
-    ends = {
-        "most won": rows[: min(counts["won"], _ON_CONSOLE)],
-        "most lost": lost_first(found, rows)[: min(counts["lost"], _ON_CONSOLE)],
-    }
-    for title, some in ends.items():
-        if some:
-            table = Table(title=title)
-            for i, column in enumerate(columns):
-                table.add_column(escape(column), justify="left" if i in (1, 2) else "right")
-            for line in some:
-                table.add_row(*map(escape, line))
-            out.print(table)
-
-
-def lost_first(found: PairedComparison, ordered: Sequence[Any]) -> list[Any]:
-    """What stands in `PairedComparison.order`, most lost first; what does not count is left out."""
-    counted = int((~np.isnan(found.difference())).sum())
-    return list(ordered[:counted])[::-1]

@@ -16,213 +16,217 @@ from superglobal.data.images import ImageItem, read_image
 from superglobal.reporting.results import Stages
 from superglobal.utils.io import write_atomically
 
-_SIDE, _BORDER, _GAP, _TEXT = 148, 5, 6, 14
-_CELL, _LINE = _SIDE + 2 * _BORDER + _GAP, _SIDE + 2 * _BORDER + _TEXT + _GAP
-_TITLE, _COLUMNS, _BETWEEN, _BOX = 22, 5, 18, "#ffe600"
-COLOURS = {
+# Pixels: longest side of an image, its border, the gap between cells, the captions, and the titles of a comparison.
+_SIDE, _BORDER, _GAP, _CAPTION, _TITLE, _BETWEEN = 148, 5, 6, 14, 22, 18
+_FRAME = _SIDE + 2 * _BORDER
+_CELL, _LINE = _FRAME + _GAP, _FRAME + _CAPTION + _GAP
+_COLUMNS = 5  # results per line of a comparison
+_BOX = "#ffe600"
+COLORS = {
     "easy": "#009e73",
     "positive": "#009e73",
     "hard": "#e69f00",
     "junk": "#8c8c8c",
     "negative": "#d55e00",
     "query": "#0072b2",
-    "unlabelled": "#bdbdbd",
+    "unlabeled": "#bdbdbd",
 }
-"""Of what an image is to a query: from the palette of Okabe and Ito, which the colour-blind tell apart."""
-KINDS = {
+"""Relevance of an image to a query -> color, of the palette by Okabe and Ito for color-blind readers."""
+RELEVANCES = {
     "revisited": ("easy", "hard", "junk", "negative"),
     "labels": ("positive", "junk", "negative"),
     "landmarks": ("positive", "negative"),
-    "none": ("unlabelled",),
+    "none": ("unlabeled",),
 }
-"""By the protocols of a set, what an image can be to a query."""
+"""`EvaluationSet.protocols` -> possible relevances of an image to a query."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """One ranking of a query: its name, and its best `scores` and `ids` (k,), best first; an id of -1 is none."""
+    """One ranking of a query."""
 
     name: str
-    scores: np.ndarray
-    ids: np.ndarray
+    scores: np.ndarray  # (k,) of the results to show, best first
+    ids: np.ndarray  # (k,) -1 leaves a cell empty
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two rankings of one query, or one alone, under a title. `full`: the ids (n,) of each as far as they are known."""
+    """One or two rankings of a query."""
 
     query: int
     title: str
     rankings: Sequence[Ranking]
-    full: Sequence[np.ndarray]
+    full: Sequence[np.ndarray]  # (n,) all known ids of each, to find the rank of an image in the other ranking
 
 
 def draw_sheet(
     path: Path, dataset: EvaluationSet, database: Sequence[ImageItem], stages: Stages, queries: int, ranks: int
 ) -> None:
-    """Write a PNG: per query one line per stage, borders by relevance, the query's box drawn.
+    """Write a PNG with one line per query and stage; the border of a result shows its relevance.
 
     Args:
-        path: of the PNG.
-        dataset: queries and, where known, ground truth.
-        database: images by id, distractors included.
-        stages: name -> (scores, ids), each (Q, k).
-        queries: how many, spread evenly over the list.
-        ranks: how many results of each.
+        path: The PNG.
+        dataset: Queries and, if known, ground truth.
+        database: Images by id, including distractors.
+        stages: Rankings of each stage.
+        queries: Number of queries, spread evenly over the list.
+        ranks: Number of results per query.
     """
-    shown = np.unique(np.linspace(0, len(dataset.queries) - 1, min(queries, len(dataset.queries))).astype(int))
+    shown = spread_evenly(len(dataset.queries), queries)
     ranks = min(ranks, next(iter(stages.values()))[1].shape[1])
-    sheet = Image.new("RGB", (_CELL * (ranks + 1) + _GAP, _LINE * len(shown) * len(stages) + 2 * _TEXT + _GAP), "white")
-    _legend(sheet, dataset)
-    y = 2 * _TEXT
+    height = _LINE * len(shown) * len(stages) + 2 * _CAPTION + _GAP
+    sheet = Image.new("RGB", (_CELL * (ranks + 1) + _GAP, height), "white")
+    _draw_legend(sheet, dataset)
+    y = 2 * _CAPTION
     for query in shown:
         for stage, (scores, ids) in stages.items():
-            _cell(sheet, _GAP, y, draw_query(dataset.queries[query]), "query", stage)
-            for rank in range(ranks):
-                image = int(ids[query, rank])
-                picture = Image.fromarray(read_image(database[image].path, max_side=_SIDE))
-                caption = f"{rank + 1}  {scores[query, rank]:.3f}"
-                _cell(sheet, _GAP + _CELL * (rank + 1), y, picture, relevance(dataset, query, image), caption)
+            _draw_cell(sheet, _GAP, y, query_thumbnail(dataset.queries[query]), "query", stage)
+            results = result_strip(dataset, database, query, scores[query, :ranks], ids[query, :ranks])
+            sheet.paste(results, (_GAP + _CELL, y))
             y += _LINE
-    _write(path, sheet)
+    _save(path, sheet)
 
 
 def draw_comparisons(
     path: Path, dataset: EvaluationSet, database: Sequence[ImageItem], comparisons: Sequence[Comparison]
 ) -> None:
-    """Write a PNG: per query its picture, then its rankings side by side, five results a line.
+    """Write a PNG with each query followed by its rankings side by side, five results per line.
 
-    Under a result stand rank, score and what it is to the query; and where there are two rankings, its place in the
-    other one: how far it came up or went down is marked by a triangle.
+    Below a result are its rank, score and relevance, and with two rankings its rank in the other one; a triangle marks
+    whether it moved up or down.
 
     Args:
-        path: of the PNG.
-        dataset: queries and, where known, ground truth.
-        database: images by id, distractors included.
-        comparisons: in the order in which they are shown.
+        path: The PNG.
+        dataset: Queries and, if known, ground truth.
+        database: Images by id, including distractors.
+        comparisons: In the order of the sheet.
     """
-    most = max(len(one.rankings) for one in comparisons)
-    width = _CELL + most * (_COLUMNS * _CELL + _BETWEEN) + _GAP
-    heights = [2 * _TITLE + _LINE * max(-(-len(r.ids) // _COLUMNS) for r in one.rankings) for one in comparisons]
-    sheet = Image.new("RGB", (width, 2 * _TEXT + sum(heights) + _GAP), "white")
-    _legend(sheet, dataset)
-    photos: dict[Path, Image.Image] = {}
-    y = 2 * _TEXT
-    for one, height in zip(comparisons, heights, strict=True):
-        _comparison(sheet, y, dataset, database, one, photos)
+    width = _CELL + max(len(c.rankings) for c in comparisons) * (_COLUMNS * _CELL + _BETWEEN) + _GAP
+    heights = [2 * _TITLE + _LINE * max(-(-len(r.ids) // _COLUMNS) for r in c.rankings) for c in comparisons]
+    sheet = Image.new("RGB", (width, 2 * _CAPTION + sum(heights) + _GAP), "white")
+    _draw_legend(sheet, dataset)
+    thumbnails: dict[int, Image.Image] = {}
+    y = 2 * _CAPTION
+    for comparison, height in zip(comparisons, heights, strict=True):
+        _draw_comparison(sheet, y, dataset, database, comparison, thumbnails)
         y += height
-    _write(path, sheet)
+    _save(path, sheet)
 
 
-def _comparison(
+def _draw_comparison(
     sheet: Image.Image,
     y: int,
     dataset: EvaluationSet,
     database: Sequence[ImageItem],
-    one: Comparison,
-    photos: dict[Path, Image.Image],
+    comparison: Comparison,
+    thumbnails: dict[int, Image.Image],
 ) -> None:
-    draw = ImageDraw.Draw(sheet)
+    draw, query = ImageDraw.Draw(sheet), comparison.query
     draw.line((_GAP, y, sheet.width - _GAP, y), fill="#bdbdbd")
-    draw.text((_GAP, y + 3), one.title, fill="black", font=ImageFont.load_default(14))
-    _cell(sheet, _GAP, y + 2 * _TITLE, draw_query(dataset.queries[one.query]), "query", "query")
-    for side, ranking in enumerate(one.rankings):
+    draw.text((_GAP, y + 3), comparison.title, fill="black", font=ImageFont.load_default(14))
+    _draw_cell(sheet, _GAP, y + 2 * _TITLE, query_thumbnail(dataset.queries[query]), "query", "query")
+    for side, ranking in enumerate(comparison.rankings):
         left = _CELL + _GAP + _BETWEEN + side * (_COLUMNS * _CELL + _BETWEEN)
         draw.text((left, y + _TITLE + 3), ranking.name, fill="black", font=ImageFont.load_default(14))
-        for rank, (score, image) in enumerate(zip(ranking.scores, ranking.ids, strict=True)):
+        for rank, (score, image) in enumerate(zip(ranking.scores, ranking.ids.tolist(), strict=True)):
             if image < 0:
                 continue
-            at = left + rank % _COLUMNS * _CELL, y + 2 * _TITLE + rank // _COLUMNS * _LINE
-            what, place = relevance(dataset, one.query, int(image)), database[int(image)].path
-            if place not in photos:
-                photos[place] = Image.fromarray(read_image(place, max_side=_SIDE))
-            named = "" if what == "unlabelled" else f"  {what}"
-            _cell(sheet, *at, photos[place], what, f"{rank + 1}  {score:.3f}{named}")
-            if len(one.full) > 1:
-                _movement(sheet, *at, rank, moved_from(one.full[1 - side], int(image)), later=side == 1)
+            if image not in thumbnails:
+                thumbnails[image] = thumbnail(database[image])
+            kind = relevance(dataset, query, image)
+            caption = f"{rank + 1}  {score:.3f}" + ("" if kind == "unlabeled" else f"  {kind}")
+            position = left + rank % _COLUMNS * _CELL, y + 2 * _TITLE + rank // _COLUMNS * _LINE
+            _draw_cell(sheet, *position, thumbnails[image], kind, caption)
+            if len(comparison.full) > 1:
+                other_rank = find_rank(comparison.full[1 - side], image)
+                _draw_movement(sheet, *position, rank, other_rank, is_later=side == 1)
 
 
-def moved_from(other: np.ndarray, image: int) -> int | None:
-    """The 0-based place of an image in another list of ids; None where that does not have it."""
-    places = np.flatnonzero(other == image)
-    return int(places[0]) if len(places) else None
+def find_rank(ids: np.ndarray, image: int) -> int | None:
+    """Return the 0-based rank of an image in a list of ids; None if it is not listed."""
+    ranks = np.flatnonzero(ids == image)
+    return int(ranks[0]) if len(ranks) else None
 
 
-def _movement(sheet: Image.Image, x: int, y: int, rank: int, other: int | None, later: bool) -> None:
-    """In the right corner under a cell the rank in the other list, with a triangle up or down in the later one."""
-    draw, right = ImageDraw.Draw(sheet), x + _SIDE + 2 * _BORDER - 2
-    text = "not listed" if other is None else f"{'from' if later else 'to'} {other + 1}"
-    middle = y + _SIDE + 2 * _BORDER + _TEXT // 2 + 1
-    if later and other is not None and other != rank:
-        up = 1 if rank < other else -1
-        colour = COLOURS["query"] if up == 1 else COLOURS["negative"]
-        draw.polygon(
-            [(right - 8, middle + 4 * up), (right, middle + 4 * up), (right - 4, middle - 4 * up)], fill=colour
-        )
+def _draw_movement(sheet: Image.Image, x: int, y: int, rank: int, other_rank: int | None, is_later: bool) -> None:
+    """Write the rank in the other list below a cell, in the later list with a triangle up or down."""
+    draw, right = ImageDraw.Draw(sheet), x + _FRAME - 2
+    text = "not listed" if other_rank is None else f"{'from' if is_later else 'to'} {other_rank + 1}"
+    middle = y + _FRAME + _CAPTION // 2 + 1
+    if is_later and other_rank is not None and other_rank != rank:
+        up = 1 if rank < other_rank else -1
+        color = COLORS["query"] if up == 1 else COLORS["negative"]
+        base, top = middle + 4 * up, middle - 4 * up
+        draw.polygon([(right - 8, base), (right, base), (right - 4, top)], fill=color)
         right -= 12
     draw.text((right, middle), text, fill="black", font=ImageFont.load_default(11), anchor="rm")
 
 
 def relevance(dataset: EvaluationSet, query: int, image: int) -> str:
-    """What an image of the database is to a query: a key of `COLOURS`."""
+    """Return the relevance of a database image to a query, a key of `COLORS`."""
     if dataset.gnd is None:
-        return "unlabelled"
+        return "unlabeled"
     entry: dict[str, Any] = dataset.gnd[query]
     return next((name for name in ("easy", "hard", "positive", "junk") if image in entry.get(name, ())), "negative")
 
 
-def draw_query(item: ImageItem) -> Image.Image:
-    """A query's whole photo, small, its box drawn."""
-    picture = Image.fromarray(read_image(item.path))
-    if item.box is not None:
-        width = max(2, round(max(picture.size) / _SIDE * 2))
-        ImageDraw.Draw(picture).rectangle(item.box, outline=_BOX, width=width)
-    picture.thumbnail((_SIDE, _SIDE))
-    return picture
-
-
-def _cell(sheet: Image.Image, x: int, y: int, picture: Image.Image, relevance: str, caption: str) -> None:
-    frame = _SIDE + 2 * _BORDER
-    draw = ImageDraw.Draw(sheet)
-    draw.rectangle((x, y, x + frame - 1, y + frame - 1), fill=COLOURS[relevance])
-    draw.rectangle((x + _BORDER, y + _BORDER, x + frame - 1 - _BORDER, y + frame - 1 - _BORDER), fill="#f4f4f4")
-    sheet.paste(picture, (x + (frame - picture.width) // 2, y + (frame - picture.height) // 2))
-    draw.text((x + 2, y + frame), caption, fill="black", font=ImageFont.load_default(11))
-
-
-def _legend(sheet: Image.Image, dataset: EvaluationSet) -> None:
-    draw, x = ImageDraw.Draw(sheet), _GAP
-    names = KINDS[dataset.protocols] if dataset.gnd is not None else ()
-    for name in ("query", *names):
-        draw.rectangle((x, 6, x + 12, 18), fill=COLOURS[name])
-        draw.text((x + 16, 4), name, fill="black", font=ImageFont.load_default(12))
-        x += 90
-
-
-def draw_results(
+def result_strip(
     dataset: EvaluationSet, database: Sequence[ImageItem], query: int, scores: np.ndarray, ids: np.ndarray
 ) -> Image.Image:
-    """Ranked results of one query side by side, borders by relevance, rank and score under each.
+    """Draw results of a query side by side, with rank and score below each; the border shows the relevance.
 
     Args:
-        dataset: with ground truth where known.
-        database: images by id, distractors included.
-        query: its number.
-        scores, ids: (k,) of its first results.
+        dataset: Ground truth, if known.
+        database: Images by id, including distractors.
+        query: Number of the query.
+        scores, ids: (k,) its first results.
     """
-    strip = Image.new("RGB", (_CELL * max(1, len(ids)), _SIDE + 2 * _BORDER + _TEXT), "white")
+    strip = Image.new("RGB", (_CELL * max(1, len(ids)), _FRAME + _CAPTION), "white")
     for rank, (score, image) in enumerate(zip(scores, ids.tolist(), strict=True)):
-        picture = Image.fromarray(read_image(database[image].path, max_side=_SIDE))
-        _cell(strip, _CELL * rank, 0, picture, relevance(dataset, query, image), f"{rank + 1}  {score:.3f}")
+        kind = relevance(dataset, query, image)
+        _draw_cell(strip, _CELL * rank, 0, thumbnail(database[image]), kind, f"{rank + 1}  {score:.3f}")
     return strip
 
 
-def draw_thumbnail(item: ImageItem) -> Image.Image:
-    """A photo, small."""
+def query_thumbnail(item: ImageItem) -> Image.Image:
+    """Return the whole image of a query, reduced, with its box."""
+    image = Image.fromarray(read_image(item.path))
+    if item.box is not None:
+        width = max(2, round(max(image.size) / _SIDE * 2))
+        ImageDraw.Draw(image).rectangle(item.box, outline=_BOX, width=width)
+    image.thumbnail((_SIDE, _SIDE))
+    return image
+
+
+def thumbnail(item: ImageItem) -> Image.Image:
+    """Return a reduced image."""
     return Image.fromarray(read_image(item.path, max_side=_SIDE))
 
 
-def _write(path: Path, sheet: Image.Image) -> None:
+def spread_evenly(count: int, limit: int) -> list[int]:
+    """Return at most `limit` of the numbers 0..count - 1, spread evenly."""
+    return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int)).tolist() if count and limit else []
+
+
+def _draw_cell(sheet: Image.Image, x: int, y: int, image: Image.Image, kind: str, caption: str) -> None:
+    draw = ImageDraw.Draw(sheet)
+    draw.rectangle((x, y, x + _FRAME - 1, y + _FRAME - 1), fill=COLORS[kind])
+    inner = x + _BORDER, y + _BORDER, x + _FRAME - 1 - _BORDER, y + _FRAME - 1 - _BORDER
+    draw.rectangle(inner, fill="#f4f4f4")
+    sheet.paste(image, (x + (_FRAME - image.width) // 2, y + (_FRAME - image.height) // 2))
+    draw.text((x + 2, y + _FRAME), caption, fill="black", font=ImageFont.load_default(11))
+
+
+def _draw_legend(sheet: Image.Image, dataset: EvaluationSet) -> None:
+    draw, x = ImageDraw.Draw(sheet), _GAP
+    for kind in ("query", *(RELEVANCES[dataset.protocols] if dataset.gnd is not None else ())):
+        draw.rectangle((x, 6, x + 12, 18), fill=COLORS[kind])
+        draw.text((x + 16, 4), kind, fill="black", font=ImageFont.load_default(12))
+        x += 90
+
+
+def _save(path: Path, sheet: Image.Image) -> None:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())

@@ -1,8 +1,7 @@
-"""Results of many runs: read, put into the order of a table, and each with the run that it is compared with."""
+"""Finished runs: read their `results.json`, sort them into the order of a table, and find the baseline of each."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -10,22 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from superglobal.errors import InputError
-from superglobal.metrics.revisited import cluster_interval
 from superglobal.reporting.results import FORMAT, METRICS, TEST_MARK, main_protocol, main_scores, metric_key
 from superglobal.reranking.registry import rerank_label
 from superglobal.utils.io import EXPORT
 
-SWITCHES = ("gem_plus", "regional", "scale", "relup", "rerank")
-LADDER: dict[str, tuple[bool, ...]] = {
-    **{step: tuple(i < n for i in range(len(SWITCHES))) for n, step in enumerate(("gem", *SWITCHES))},
-    **{f"no_{step}": tuple(other != step for other in SWITCHES) for step in SWITCHES},
+MODULES = ("gem_plus", "regional", "scale", "relup", "rerank")
+"""The modules of the method: four of pooling, and reranking."""
+ABLATIONS: dict[str, tuple[bool, ...]] = {
+    **{name: tuple(i < count for i in range(len(MODULES))) for count, name in enumerate(("gem", *MODULES))},
+    **{f"no_{name}": tuple(module != name for module in MODULES) for name in MODULES},
 }
-"""Rows of the ablation in the paper's order, then each module left out: which of `SWITCHES` are on."""
-# Settings that do not change a number, or that a row's own name says.
-_UNTOLD = (
+"""The options of `ablation=`, in the order of the paper, and which of `MODULES` each enables: none, then one more per
+row, then all but one."""
+ABLATION_SETTINGS = (*(f"pooling.{name}" for name in MODULES[:4]), "rerank.enabled", "rerank")
+"""The settings in which the rows of an ablation differ."""
+# Settings that change no number, or that another column or the row's name shows.
+_HIDDEN_SETTINGS = (
     "ablation",
     "paths.",
     "trainer.",
@@ -40,195 +40,162 @@ _UNTOLD = (
     "pooling.tuned_on",
     "rerank.tuned_on",
 )
-# What a set of photos is, as far as its name does not say.
-_OF_THE_SET = ("database", "max_side", "solution", "table", "landmarks", "seed", "neighbors", "votes")
-_ALWAYS = ("label", "dataset", "weights", "status", "metrics", "config")
-"""What every result has, also one without numbers."""
-ABLATED = ("pooling.gem_plus", "pooling.regional", "pooling.scale", "pooling.relup", "rerank.enabled", "rerank")
-"""The settings that an ablation's rows differ in."""
+# Settings of a data set that its name does not show.
+_DATASET_SETTINGS = ("database", "max_side", "solution", "table", "landmarks", "seed", "neighbors", "votes")
+_REQUIRED_KEYS = ("ablation", "dataset", "weights", "status", "metrics", "config")
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All `results.json` below a folder, each with its sub-folder as `place` and the whole of it as `path`.
+    """Read every `results.json` below a folder.
+
+    Returns:
+        The results; each with two more keys, `folder` (absolute) and `run` (its path below `folder`).
 
     Raises:
-        InputError: none there, or a damaged one.
+        InputError: No result was found, or one is damaged.
     """
-    rows = [
-        {**read_result(path), "place": path.parent.relative_to(folder).as_posix(), "path": path.parent.resolve()}
-        for path in sorted(folder.rglob("results.json"), key=_job)
+    results = [
+        {**read_result(path), "run": path.parent.relative_to(folder).as_posix(), "folder": path.parent.resolve()}
+        for path in sorted(folder.rglob("results.json"), key=_job_order)
     ]
-    if not rows:
+    if not results:
         raise InputError(f"{folder}: no results.json in it; give the folder that eval.py printed")
-    return rows
+    return results
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """One `results.json`.
+    """Read one `results.json`.
 
     Raises:
-        InputError: not there, damaged, or of another version.
+        InputError: The file is missing, damaged, or of another version.
     """
     try:
-        row = json.loads(path.read_bytes())
-        found = row["format"]
-        lacking = [name for name in _ALWAYS if name not in row]
+        result = json.loads(path.read_bytes())
+        version = result["format"]
+        missing = [key for key in _REQUIRED_KEYS if key not in result]
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: no results.json of eval.py, or damaged ({error!r}); run eval.py again") from error
-    if found != FORMAT:
-        raise InputError(f"{path}: format {found!r}, expected {FORMAT!r}; run eval.py again")
-    if lacking:
-        raise InputError(f"{path}: damaged, without {', '.join(lacking)}; run eval.py again")
-    return row
+        raise InputError(
+            f"{path}: missing, damaged, or not a result of eval.py ({error!r}); run eval.py again"
+        ) from error
+    if version != FORMAT:
+        raise InputError(f"{path}: format {version!r}, expected {FORMAT!r}; run eval.py again")
+    if missing:
+        raise InputError(f"{path}: damaged, without {', '.join(missing)}; run eval.py again")
+    return result
 
 
-def _job(path: Path) -> tuple[str, int, str]:
-    """Sorts a sweep's jobs by their numbers, so that 10 comes after 9."""
+def _job_order(path: Path) -> tuple[str, int, str]:
+    """Sort the jobs of a sweep by number, so that 10 follows 9."""
     number = path.parent.name.split("_")[0]
     return path.parent.parent.as_posix(), int(number) if number.isdecimal() else -1, path.as_posix()
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A run among others: what tells it from them, and the run that it is compared with."""
-
-    result: dict[str, Any]
-    weights: str
-    """As short as tells them apart."""
-    run: str
-    settings: dict[str, str]
-    """Those that differ among the runs."""
-    baseline: dict[str, Any] | None
-    """None for a run without numbers; the first of its kind is its own."""
-
-
 def read_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The results of several folders, each with its `place` below what the folders have in common.
+    """Read the results of several folders; `run` is then the path below the folder that they have in common.
 
     Raises:
-        InputError: a folder without results, or a damaged one.
+        InputError: A folder has no result, or a result is damaged.
     """
     if len(folders) == 1:
         return read_results(folders[0])
-    rows = [row for folder in dict.fromkeys(folders) for row in read_results(folder)]
-    common = Path(os.path.commonpath([row["path"] for row in rows]))
-    unique = {row["path"]: row | {"place": row["path"].relative_to(common).as_posix()} for row in rows}
+    results = [result for folder in dict.fromkeys(folders) for result in read_results(folder)]
+    common = Path(os.path.commonpath([result["folder"] for result in results]))
+    unique = {r["folder"]: r | {"run": r["folder"].relative_to(common).as_posix()} for r in results}
     return list(unique.values())
 
 
-def compared(results: Sequence[dict[str, Any]]) -> list[Compared]:
-    """Runs in the order of a table: by data set, weights, ladder of the ablation, and as they come."""
-    order = {label: i for i, label in enumerate(LADDER)}
-    networks = list(dict.fromkeys(str(result["weights"]) for result in results))
-    shown = _short_names(networks)
+@dataclass(frozen=True)
+class RunRow:
+    """A run as a row of a table."""
+
+    result: dict[str, Any]
+    weights: str  # the shortest name that distinguishes them from those of the other rows
+    name: str
+    settings: dict[str, str]  # those in which the rows differ
+    baseline: dict[str, Any] | None  # itself for the first run of its kind, None for a run without metrics
+
+
+def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
+    """Return the runs sorted by data set, weights, and row of the ablation; otherwise in the given order."""
+    order = {name: i for i, name in enumerate(ABLATIONS)}
+    weights = list(dict.fromkeys(str(result["weights"]) for result in results))
+    short_names = _short_names(weights)
     results = sorted(
-        results, key=lambda r: (r["dataset"], networks.index(str(r["weights"])), order.get(r["label"], len(order)))
+        results,
+        key=lambda r: (r["dataset"], weights.index(str(r["weights"])), order.get(r["ablation"], len(order))),
     )
-    settings = [flat(result["config"]) for result in results]
-    _join_kinds(settings, results)
-    ladder = [result["label"] in order for result in results]
-    # A row of the ablation says by its name which modules are on.
-    differing = _differing(settings, hidden=ABLATED if all(ladder) else ())
+    settings = [flatten(result["config"]) for result in results]
+    _merge_rerank_settings(settings, results)
+    is_ablation = [result["ablation"] in order for result in results]
+    # The name of an ablation's row says which modules are on.
+    columns = _differing_settings(settings, hidden=ABLATION_SETTINGS if all(is_ablation) else ())
     baselines: dict[tuple[str, ...], dict[str, Any]] = {}
     rows = []
-    for result, setting, named in zip(results, settings, ladder, strict=True):
-        run = result["label"] or result["place"]
-        # A number that was made high by looking at it says so wherever it goes.
-        run += "".join(f" (tuned on {photos})" for photos in result.get("tuned_on", ()) if photos.endswith(TEST_MARK))
-        values = {key: str(setting.get(key, "")) for key in differing}
-        others = [value for name, value in values.items() if name not in ABLATED]
-        # Of an ablation each set of other settings has its own baseline; of a plain sweep the first row is it.
-        place = values.get("dataset.database", "")
-        key = (result["dataset"], str(result["weights"]), *others) if named else (result["dataset"], place)
+    for result, own_settings, in_ablation in zip(results, settings, is_ablation, strict=True):
+        name = result["ablation"] or result["run"]
+        # A number that was maximized on the test set is marked as such in every table.
+        name += "".join(f" (tuned on {images})" for images in result.get("tuned_on", ()) if images.endswith(TEST_MARK))
+        values = {key: str(own_settings.get(key, "")) for key in columns}
+        others = [value for key, value in values.items() if key not in ABLATION_SETTINGS]
+        # In an ablation every combination of the other settings has its own baseline; in a plain sweep it is row one.
+        key = (result["dataset"], values.get("dataset.database", ""))
+        if in_ablation:
+            key = (result["dataset"], str(result["weights"]), *others)
         baseline = baselines.setdefault(key, result) if result["metrics"] else None
-        rows.append(Compared(result, shown[str(result["weights"])], run, values, baseline))
+        rows.append(RunRow(result, short_names[str(result["weights"])], name, values, baseline))
     return rows
 
 
-def scores_of(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """The main metric of the last stage in percent; the usual mAP goes by its protocols alone, no other may be taken
-    for it.
+def scores_in_percent(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the main metric of the last stage in percent.
+
+    The keys are the protocols; metrics other than mAP are named in the key, so that nobody takes them for mAP.
     """
     if not result["metrics"]:
         return {}
-    last = result["metrics"][main_protocol(result)[0]]
-    metric = "" if metric_key(last) == "map" else f"{METRICS[metric_key(last)]} "
-    return {f"{metric}{p}": None if value is None else 100 * value for p, value in main_scores(last).items()}
+    metrics = result["metrics"][main_protocol(result)[0]]
+    prefix = "" if metric_key(metrics) == "map" else f"{METRICS[metric_key(metrics)]} "
+    return {f"{prefix}{p}": None if value is None else 100 * value for p, value in main_scores(metrics).items()}
 
 
-def milliseconds(result: Mapping[str, Any]) -> float | None:
-    """What a query takes: search and reranking; None where nothing was searched."""
+def milliseconds_per_query(result: Mapping[str, Any]) -> float | None:
+    """Return the time of search and reranking per query; None if nothing was searched."""
     seconds, queries = result.get("seconds", {}), result.get("counts", {}).get("queries")
     return 1000 * (seconds["search"] + seconds.get("rerank", 0)) / queries if queries and "search" in seconds else None
 
 
-def no_number(result: Mapping[str, Any]) -> str:
-    """What stands in place of the numbers of a run that has none."""
+def missing_text(result: Mapping[str, Any]) -> str:
+    """Return the text that replaces the numbers of a run without metrics."""
     return "failed" if result["status"] == "failed" else "n/a"
 
 
-def _join_kinds(settings: list[dict[str, Any]], results: Sequence[Mapping[str, Any]]) -> None:
-    """Rerankings of several kinds have no parameters in common: one column says kind and parameters."""
-    kinds = {setting.get("rerank.kind", "superglobal") for setting in settings if setting.get("rerank.enabled")}
+def _merge_rerank_settings(settings: list[dict[str, Any]], results: Sequence[Mapping[str, Any]]) -> None:
+    """Replace `rerank.*` by one setting if several kinds of reranking occur: their parameters differ."""
+    kinds = {values.get("rerank.kind", "superglobal") for values in settings if values.get("rerank.enabled")}
     if len(kinds) > 1:
-        for setting, result in zip(settings, results, strict=True):
-            for key in [key for key in setting if key.startswith("rerank.")]:
-                del setting[key]
-            setting["rerank"] = rerank_label(result["config"]["rerank"])
+        for values, result in zip(settings, results, strict=True):
+            for key in [key for key in values if key.startswith("rerank.")]:
+                del values[key]
+            values["rerank"] = rerank_label(result["config"]["rerank"])
 
 
-def _short_names(networks: Sequence[str]) -> dict[str, str]:
-    """A training's export by the training's name, unless two would then be called the same."""
-    names = {one: Path(one).parent.name if one.endswith(f"/{EXPORT}") else one for one in networks}
-    return names if len(set(names.values())) == len(names) else {one: one for one in networks}
+def _short_names(weights: Sequence[str]) -> dict[str, str]:
+    """Shorten the path of a training's export to the name of the training, if the names remain different."""
+    names = {path: Path(path).parent.name if path.endswith(f"/{EXPORT}") else path for path in weights}
+    return names if len(set(names.values())) == len(names) else {path: path for path in weights}
 
 
-def gain_interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> tuple[float, float] | None:
-    """95 % interval of the main metric's gain, the mean over pairs (run, baseline), in percent; landmarks drawn with
-    replacement, the same queries in all runs. None where the queries are not the same, or the metric is no mean over
-    queries, or a run is its own baseline.
-    """
-    differences, names = [], None
-    for result, baseline in pairs:
-        if result is baseline or "interval" not in result["metrics"][main_protocol(result)[0]]:
-            return None  # GAP is not a mean over queries
-        (queries, landmarks, ap), (others, _, before) = (_per_query(row) for row in (result, baseline))
-        if queries != others or names not in (None, queries):
-            return None
-        names = queries
-        differences.append(ap - before)
-    difference = np.mean(differences, axis=0)
-    counted = ~np.isnan(difference)
-    low, high = cluster_interval(
-        difference[counted], np.array(landmarks)[counted], pairs[0][0]["config"].get("seed", 0)
-    )
-    return None if np.isnan(low) else (100 * float(low), 100 * float(high))
-
-
-def _per_query(result: Mapping[str, Any]) -> tuple[list[str], list[str], np.ndarray]:
-    """Names and landmarks of the queries (each its own where there is none); (Q,) AP, NaN where not counted."""
-    path = result["path"] / "per_query.csv"
-    column = " ".join((*main_protocol(result), "AP"))
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        ap = np.array([float(row[column] or "nan") for row in rows])
-        return [row["query"] for row in rows], [row["landmark"] or f"query {i}" for i, row in enumerate(rows)], ap
-    except (OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: missing or damaged ({error!r}); run eval.py again") from error
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    found: dict[str, Any] = {}
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name."""
+    flat: dict[str, Any] = {}
     for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
-def _differing(settings: Sequence[Mapping[str, Any]], hidden: Sequence[str]) -> list[str]:
-    """Names of the settings that are not the same everywhere and stand in no other column."""
-    keys = dict.fromkeys(key for setting in settings for key in setting)
-    told = [key for key in keys if not key.startswith(_UNTOLD) and key not in hidden]
-    told += [key for name in _OF_THE_SET if (key := f"dataset.{name}") in keys]
-    return [key for key in told if len({str(setting.get(key)) for setting in settings}) > 1]
+def _differing_settings(settings: Sequence[Mapping[str, Any]], hidden: Sequence[str]) -> list[str]:
+    """Return the names of the settings that differ between runs and have no other column."""
+    keys = dict.fromkeys(key for values in settings for key in values)
+    shown = [key for key in keys if not key.startswith(_HIDDEN_SETTINGS) and key not in hidden]
+    shown += [key for name in _DATASET_SETTINGS if (key := f"dataset.{name}") in keys]
+    return [key for key in shown if len({str(values.get(key)) for values in settings}) > 1]

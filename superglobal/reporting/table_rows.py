@@ -1,180 +1,292 @@
-"""One table for each data set, in the paper's layout: a row per configuration, the set without and with distractors
-side by side.
+"""One table per data set in the paper's layout: a row per configuration, the set with and without distractors side by
+side, the published numbers of the same configurations, and the main effects of a full factorial.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from superglobal.reporting.main_effects import Effect, main_effects
-from superglobal.reporting.paper_numbers import Published, published_for
+import numpy as np
+
+from superglobal.models.pooling import PoolingConfig
+from superglobal.reporting.paired_comparison import gain_interval
 from superglobal.reporting.results import METRICS, main_protocol, main_scores, metric_key
 from superglobal.reporting.runs import (
-    ABLATED,
-    LADDER,
-    SWITCHES,
-    Compared,
-    compared,
-    gain_interval,
-    milliseconds,
-    no_number,
-    scores_of,
+    ABLATION_SETTINGS,
+    ABLATIONS,
+    MODULES,
+    RunRow,
+    milliseconds_per_query,
+    missing_text,
+    run_rows,
+    scores_in_percent,
 )
+from superglobal.reranking.registry import get_reranker
+
+CITATION = "Shao et al., ICCV 2023, arXiv:2308.06954"
+States = tuple[bool | str | None, ...]
+"""State of each of `MODULES`: on, off, a variant by name, or None if unknown."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The numbers of one run, in percent; by protocol or part."""
+    """Metrics of one run in percent, by protocol."""
 
-    scores: Mapping[str, float | None]
-    gains: Mapping[str, float | None]
-    """Over the baseline's; empty for a baseline."""
-    interval: tuple[float, float] | None
-    """Of the main metric's gain, 95 %."""
-    milliseconds: float | None
-    missing: str = ""
-    """Why there are no scores: "n/a" or "failed"."""
+    scores: Mapping[str, float | None]  # empty for a run without metrics
+    gains: Mapping[str, float | None]  # over the baseline; empty for a baseline
+    interval: tuple[float, float] | None  # 95 % interval of the gain under the main protocol
+    milliseconds: float | None  # per query
+    missing: str = ""  # "n/a" or "failed" for a run without metrics
 
 
 @dataclass
-class Line:
+class Row:
     """A configuration."""
 
-    run: str
+    name: str  # empty if the columns identify the row
     weights: str
-    modules: tuple[bool | str, ...]
-    """On, off or as what, by `SetTable.modules`."""
-    settings: tuple[str, ...]
-    """By `SetTable.settings`."""
-    cells: dict[str, Cell] = field(default_factory=dict)
-    """By `SetTable.variants`."""
+    modules: tuple[bool | str, ...]  # state of each of `DatasetTable.modules`
+    settings: tuple[str, ...]  # value of each of `DatasetTable.settings`
+    cells: dict[str, Cell] = field(default_factory=dict)  # by variant of the data set
 
 
 @dataclass(frozen=True)
-class SetTable:
-    """What was measured on one data set, and what is published for the same."""
+class Effect:
+    """Main effect of a module: the mean, over all pairs of runs that differ in it alone, of the gain by enabling it."""
+
+    module: str
+    variant: str
+    weights: str
+    pairs: int
+    gains: Mapping[str, float | None]  # in percent, by protocol
+    interval: tuple[float, float] | None  # 95 % interval under the main protocol
+
+
+@dataclass(frozen=True)
+class Published:
+    """Scores of the paper on one data set, in percent by protocol, with CVNet's weights and all modules of pooling."""
+
+    dataset: str
+    backbone: str
+    reranked: bool
+    scores: tuple[tuple[str, float], ...]
+    source: str  # where the scores were read
+
+    @property
+    def short_name(self) -> str:
+        return f"paper, {'reranked' if self.reranked else 'no rerank'}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.short_name}, all modules on ({CITATION})"
+
+
+@dataclass(frozen=True)
+class DatasetTable:
+    """Everything measured on one data set."""
 
     name: str
-    variants: tuple[str, ...]
-    """"" is the set itself, others what its database is joined by, such as "+revisitop1m"."""
-    protocols: tuple[str, ...]
-    """Columns of each variant, in the order of the metric."""
-    main: str
-    """The protocol that gains and intervals are about."""
+    variants: tuple[str, ...]  # "" is the set itself, others are its distractors, such as "+revisitop1m"
+    protocols: tuple[str, ...]  # columns of each variant
+    main: str  # the protocol of intervals
     metric: str
-    modules: tuple[str, ...]
-    """Of `SWITCHES`, if the rows differ in them and in all rows are known; else empty."""
-    settings: tuple[str, ...]
-    """What else the rows differ in."""
-    lines: tuple[Line, ...]
-    published: tuple[Published, ...]
-    """Never measured here; each stands for a line whose data set, network and configuration it is about."""
-    effects: tuple[Effect, ...]
-    """Of a full factorial: what each module is worth on average."""
+    modules: tuple[str, ...]  # `MODULES` if the rows differ in them and all states are known; else empty
+    settings: tuple[str, ...]  # other settings in which the rows differ
+    rows: tuple[Row, ...]
+    published: tuple[Published, ...]  # scores of the paper for configurations in the table, not measured here
+    effects: tuple[Effect, ...]  # of a full factorial; else empty
 
     @property
     def several_weights(self) -> bool:
-        return len({line.weights for line in self.lines}) > 1
+        """Return whether the rows have different weights, so that a column must name them."""
+        return len({row.weights for row in self.rows}) > 1
 
-    @property
-    def named(self) -> bool:
-        """Whether a row has a name beside its columns."""
-        return any(line.run for line in self.lines)
+    def label(self, row: Row) -> str:
+        """Return a configuration as one line: its name, or the list of its modules, and its settings."""
+        words = [row.weights] if self.several_weights else []
+        if row.name:
+            words.append(row.name)
+        elif self.modules:
+            states = zip(self.modules, row.modules, strict=True)
+            on = [name if state is True else f"{name} {state}" for name, state in states if state is not False]
+            words.append(" + ".join(on) or "no modules")
+        words += [f"{name}={value}" for name, value in zip(self.settings, row.settings, strict=True)]
+        return ", ".join(words)
 
 
-def tables_of(results: Sequence[dict[str, Any]]) -> list[SetTable]:
-    """A table for each data set that is searched, in the order of the results."""
+def dataset_tables(results: Sequence[dict[str, Any]]) -> list[DatasetTable]:
+    """Return a table for each data set, in the order of the results."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        groups.setdefault(_split(result)[0], []).append(result)
+        groups.setdefault(_name_and_variant(result)[0], []).append(result)
     return [_table(name, group) for name, group in groups.items()]
 
 
-def _split(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Data set and variant: "roxford5k+revisitop1m (3 unreadable)" is "+revisitop1m (3 unreadable)" of "roxford5k"."""
-    name, joined = result["dataset"], result["config"].get("distractors", {}).get("name")
-    if not joined:
+def _name_and_variant(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Split "roxford5k+revisitop1m (3 unreadable)" into "roxford5k" and "+revisitop1m (3 unreadable)"."""
+    name, distractors = result["dataset"], result["config"].get("distractors", {}).get("name")
+    if not distractors:
         return name, ""
-    unreadable = re.search(r" \(\d+ unreadable\)", name)
-    lost = unreadable[0] if unreadable else ""
-    return name.replace(f"+{joined}", "", 1).replace(lost, "", 1), f"+{joined}{lost}"
+    match = re.search(r" \(\d+ unreadable\)", name)
+    unreadable = match[0] if match else ""
+    return name.replace(f"+{distractors}", "", 1).replace(unreadable, "", 1), f"+{distractors}{unreadable}"
 
 
-def _table(name: str, results: Sequence[dict[str, Any]]) -> SetTable:
-    rows = compared(results)
-    states = [module_states(row.result) for row in rows]
-    shown = all(None not in state for state in states) and len(set(states)) > 1
-    told = [key for key in rows[0].settings if not (shown and _is_told(key, rows)) and not _is_of_weights(key, rows)]
-    variants = sorted(dict.fromkeys(_split(row.result)[1] for row in rows), key=lambda variant: variant != "")
-    lines: dict[tuple[Any, ...], Line] = {}
-    for row, state in zip(rows, states, strict=True):
-        variant = _split(row.result)[1]
-        modules = tuple(one for one in state if one is not None) if shown else ()
-        settings = tuple(row.settings[key] for key in told)
-        # A job's folder names no configuration where columns do; a second run of the same gets a row of its own.
-        run = row.run if row.result["label"] or not (shown or told) else row.run.replace(row.result["place"], "", 1)
-        keys = ((row.weights, run, modules, settings, n) for n in range(len(rows)))
-        key = next(key for key in keys if key not in lines or variant not in lines[key].cells)
-        line = lines.setdefault(key, Line(run.strip(), row.weights, modules, settings))
-        line.cells[variant] = _cell(row)
-    metric, main = next((_measured(row.result) for row in rows if row.result["metrics"]), ("map", ""))
-    return SetTable(
+def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
+    runs = run_rows(results)
+    states = [module_states(run.result) for run in runs]
+    variants = [_name_and_variant(run.result)[1] for run in runs]
+    has_modules = all(None not in state for state in states) and len(set(states)) > 1
+    settings = [
+        key
+        for key in runs[0].settings
+        if not (has_modules and _shown_by_modules(key, runs)) and not _shown_by_weights(key, runs)
+    ]
+    rows: dict[tuple[Any, ...], Row] = {}
+    for run, state, variant in zip(runs, states, variants, strict=True):
+        modules = tuple(value for value in state if value is not None) if has_modules else ()
+        values = tuple(run.settings[key] for key in settings)
+        # The folder of a job is no name if columns identify the row; a second run of the same gets a row of its own.
+        row_name = run.name
+        if not run.result["ablation"] and (has_modules or settings):
+            row_name = run.name.replace(run.result["run"], "", 1)
+        keys = ((run.weights, row_name, modules, values, n) for n in range(len(runs)))
+        key = next(key for key in keys if key not in rows or variant not in rows[key].cells)
+        rows.setdefault(key, Row(row_name.strip(), run.weights, modules, values)).cells[variant] = _cell(run)
+    metric, main = next((_metric_and_main(run.result) for run in runs if run.result["metrics"]), ("map", ""))
+    return DatasetTable(
         name=name,
-        variants=tuple(variants),
-        protocols=tuple(dict.fromkeys(protocol for row in rows for protocol in scores_of(row.result))),
+        variants=tuple(sorted(dict.fromkeys(variants), key=lambda variant: variant != "")),
+        protocols=tuple(dict.fromkeys(protocol for run in runs for protocol in scores_in_percent(run.result))),
         main=main,
         metric=METRICS[metric],
-        modules=SWITCHES if shown else (),
-        settings=tuple(told),
-        lines=tuple(lines.values()),
-        published=tuple(dict.fromkeys(found for row in rows if (found := published_for(row.result)))),
-        effects=tuple(main_effects(rows, states, [_split(row.result)[1] for row in rows]))
-        if shown and not told
-        else (),
+        modules=MODULES if has_modules else (),
+        settings=tuple(settings),
+        rows=tuple(rows.values()),
+        published=tuple(dict.fromkeys(paper for run in runs if (paper := published_for(run.result)))),
+        effects=tuple(_main_effects(runs, states, variants)) if has_modules and not settings else (),
     )
 
 
-def _measured(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Key of the metric, and the name that `scores_of` gives to the main one."""
+def _metric_and_main(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the key of the metric, and the name of the main protocol in `scores_in_percent`."""
     stage, protocol = main_protocol(result)
-    names = dict(zip(main_scores(result["metrics"][stage]), scores_of(result), strict=True))
+    names = dict(zip(main_scores(result["metrics"][stage]), scores_in_percent(result), strict=True))
     return metric_key(result["metrics"][stage]), names[protocol]
 
 
-def _is_told(key: str, rows: Sequence[Compared]) -> bool:
-    """Whether the columns of modules say all that this setting does; the kind of a reranking they do not."""
-    kinds = {row.settings[key] for row in rows} - {"none"}
-    return key in ABLATED and (key != "rerank" or len(kinds) == 1)
+def _shown_by_modules(key: str, runs: Sequence[RunRow]) -> bool:
+    """Return whether the columns of modules determine a setting; they do not determine the kind of reranking."""
+    kinds = {run.settings[key] for run in runs} - {"none"}
+    return key in ABLATION_SETTINGS and (key != "rerank" or len(kinds) == 1)
 
 
-def _is_of_weights(key: str, rows: Sequence[Compared]) -> bool:
-    """Whether the name of the weights says all that this setting does."""
-    values = {(row.weights, row.settings[key]) for row in rows}
-    return 1 < len(values) == len({row.weights for row in rows})
+def _shown_by_weights(key: str, runs: Sequence[RunRow]) -> bool:
+    """Return whether the name of the weights determines a setting."""
+    values = {(run.weights, run.settings[key]) for run in runs}
+    return 1 < len(values) == len({run.weights for run in runs})
 
 
-def module_states(result: Mapping[str, Any]) -> tuple[bool | str | None, ...]:
-    """Of `SWITCHES` each on or off, ReLUP also as what; None where it is not known."""
-    if result["label"] in LADDER:
-        return LADDER[result["label"]]
+def module_states(result: Mapping[str, Any]) -> States:
+    """Return the state of each of `MODULES` in a run."""
+    if result["ablation"] in ABLATIONS:
+        return ABLATIONS[result["ablation"]]
     config = result["config"]
-    given = config.get("pooling", {})
-    pooling = result.get("about", {}).get("network", {}).get("pooling", given)
+    pooling = result.get("about", {}).get("network", {}).get("pooling", config.get("pooling", {}))
     relup = {"on": True, "auto": True, "off": False}.get(pooling.get("relup"), pooling.get("relup"))
-    return (*(pooling.get(name) for name in SWITCHES[:3]), relup, config.get("rerank", {}).get("enabled"))
+    return (*(pooling.get(name) for name in MODULES[:3]), relup, config.get("rerank", {}).get("enabled"))
 
 
-def _cell(row: Compared) -> Cell:
-    scores = scores_of(row.result)
-    if row.baseline is None:
-        return Cell({}, {}, None, None, missing=no_number(row.result))
-    before = {} if row.baseline is row.result else scores_of(row.baseline)
+def _cell(run: RunRow) -> Cell:
+    scores = scores_in_percent(run.result)
+    if run.baseline is None:
+        return Cell({}, {}, None, None, missing=missing_text(run.result))
+    baseline = {} if run.baseline is run.result else scores_in_percent(run.baseline)
     gains = {
-        protocol: None if (now := scores.get(protocol)) is None or value is None else now - value
-        for protocol, value in before.items()
+        protocol: None if (score := scores.get(protocol)) is None or value is None else score - value
+        for protocol, value in baseline.items()
     }
-    interval = gain_interval([(row.result, row.baseline)])
-    return Cell(scores, gains, interval, milliseconds(row.result))
+    return Cell(scores, gains, gain_interval([(run.result, run.baseline)]), milliseconds_per_query(run.result))
+
+
+def _main_effects(runs: Sequence[RunRow], states: Sequence[States], variants: Sequence[str]) -> list[Effect]:
+    """Return the main effects of the weights and variants that have a run for each combination of the modules."""
+    groups: dict[tuple[str, str], dict[States, dict[str, Any]]] = {}
+    for run, state, variant in zip(runs, states, variants, strict=True):
+        # A module that is neither on nor off, such as ReLUP in a variant of its own, has no pair.
+        if run.result["metrics"] and all(isinstance(value, bool) for value in state):
+            groups.setdefault((variant, run.weights), {})[state] = run.result
+    effects = []
+    for (variant, weights), group in groups.items():
+        varied = [i for i in range(len(MODULES)) if len({state[i] for state in group}) > 1]
+        if len(varied) > 1 and _is_full_factorial(group, varied):
+            effects += [_effect(i, variant, weights, group) for i in varied]
+    return effects
+
+
+def _is_full_factorial(runs: Mapping[States, Any], varied: Sequence[int]) -> bool:
+    first = next(iter(runs))
+    choices = [(False, True) if i in varied else (state,) for i, state in enumerate(first)]
+    return all(state in runs for state in itertools.product(*choices))
+
+
+def _effect(i: int, variant: str, weights: str, runs: Mapping[States, dict[str, Any]]) -> Effect:
+    pairs = [(run, runs[(*state[:i], False, *state[i + 1 :])]) for state, run in runs.items() if state[i] is True]
+    scores = [(scores_in_percent(on), scores_in_percent(off)) for on, off in pairs]
+    gains: dict[str, float | None] = {}
+    for protocol in scores[0][0]:
+        values = [(on[protocol], off[protocol]) for on, off in scores]
+        known = [on - off for on, off in values if on is not None and off is not None]
+        gains[protocol] = float(np.mean(known)) if len(known) == len(pairs) else None
+    return Effect(MODULES[i], variant, weights, len(pairs), gains, gain_interval(pairs))
+
+
+_WEBSITE = "paperswithcode.com/paper/global-features-are-all-you-need-for-image"
+_SUMMARIES = "summaries of the paper by others"
+# Only numbers that could be confirmed; none of the paper's table of modules could be.
+_PUBLISHED = (
+    Published("roxford5k", "resnet101", False, (("hard", 72.1),), _SUMMARIES),
+    Published("rparis6k", "resnet101", False, (("hard", 83.5),), _SUMMARIES),
+    Published("roxford5k", "resnet101", True, (("hard", 80.2),), _WEBSITE),
+    Published("rparis6k", "resnet101", True, (("hard", 86.7),), _WEBSITE),
+)
+# The paper's pooling. GeM+ has its own exponent, so that of GeM does not matter.
+_POOLING = {k: v for k, v in asdict(PoolingConfig(relup="on")).items() if k not in ("p", "eps", "learn_p")}
+_SCALES, _WEIGHTS_FORMAT = [0.7071, 1.0, 1.4142], "CVNet"
+
+
+def published_for(result: Mapping[str, Any]) -> Published | None:
+    """Return the paper's scores for exactly the data set, network and configuration of a result; None if unknown."""
+    config, about = result["config"], result.get("about", {})
+    network = about.get("network")
+    if network is None or about.get("weights_format") != _WEIGHTS_FORMAT or not _is_paper_protocol(config):
+        return None
+    pooling = {k: math.inf if network["pooling"].get(k) == "inf" else network["pooling"].get(k) for k in _POOLING}
+    if pooling != _POOLING or network["scales"] != _SCALES or network["antialias"]:
+        return None
+    wanted = (config["dataset"]["name"], network["backbone"], config["rerank"]["enabled"])
+    return next((paper for paper in _PUBLISHED if (paper.dataset, paper.backbone, paper.reranked) == wanted), None)
+
+
+def _is_paper_protocol(config: Mapping[str, Any]) -> bool:
+    """Return whether data set, search and reranking are those of the paper."""
+    dataset, rerank = config["dataset"], config["rerank"]
+    is_paper_rerank = not rerank["enabled"] or (
+        rerank["kind"] == "superglobal"
+        and rerank["junk"] == "keep"
+        and all(rerank.get(name) == value for name, value in get_reranker("superglobal").complete({}).items())
+    )
+    return (
+        is_paper_rerank
+        and dataset["kind"] == "revisited"
+        and dataset["crop_query"]
+        and dataset["max_side"] is None
+        and not config["distractors"]["name"]
+        and config["whitening"]["kind"] == "none"
+        and config["index"]["kind"] == "flat"
+    )

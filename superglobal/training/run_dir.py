@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from superglobal.errors import InputError
-from superglobal.reporting.runs import flat
+from superglobal.reporting.runs import flatten
 from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, file_lock, write_atomically
 
 
@@ -63,7 +63,7 @@ def claim(folder: Path, about: dict[str, Any], codes: np.ndarray, anew: bool) ->
     if found is not None and finished(folder) is None and not _holds_work(folder):
         found = None
     if found is not None:
-        before, now = flat(found.get("identity", {})), flat(about["identity"])
+        before, now = flatten(found.get("identity", {})), flatten(about["identity"])
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if differing:
             told = [f"{key} ({_short(before.get(key))} there)" for key in differing[:6]]

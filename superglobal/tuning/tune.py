@@ -26,7 +26,7 @@ from superglobal.models.backbone import has_relup
 from superglobal.models.factory import load_model
 from superglobal.models.network import RetrievalNetwork
 from superglobal.reporting.results import TEST_MARK, percent
-from superglobal.reporting.runs import flat
+from superglobal.reporting.runs import flatten
 from superglobal.reranking.registry import rerank
 from superglobal.retrieval.rows import as_rows
 from superglobal.retrieval.search import search as nearest
@@ -187,7 +187,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     record = folder / "tuning.json"
     if record.is_file():
         try:
-            before, now = flat(json.loads(record.read_text())), flat(identity)
+            before, now = flatten(json.loads(record.read_text())), flatten(identity)
         except ValueError as error:
             raise InputError(f"{record}: damaged ({error}); remove {folder} to tune again") from error
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
