@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pickle
 import struct
+import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -75,3 +77,14 @@ def png_of(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def make_tars(photos: Any, folder: Path, count: int = 3) -> Path:
+    """Write the images to images_000.tar, ... in turn, with a file that is not an image in each."""
+    folder.mkdir()
+    for number in range(count):
+        with tarfile.open(folder / f"images_{number:03d}.tar", "w") as tar:
+            tar.add(__file__, "README.txt")
+            for index in range(number, len(photos), count):
+                tar.add(photos.path(index), photos.path(index).relative_to(photos.root))
+    return folder

@@ -7,8 +7,8 @@ import logging
 
 import numpy as np
 import pytest
-from test_engine import mini, run
-from test_search import unit
+from evaluations import mini, run
+from vectors import unit
 
 from superglobal.retrieval import store_tools as adopting
 from superglobal.retrieval.store import DescriptorStore

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluations import BASE, QUIET, ROOT, mini, run
 from hydra import compose, initialize_config_dir
 from runs import environment
 from sets import write_folders
-from test_engine import BASE, QUIET, ROOT, mini, run
 
 import superglobal
 from superglobal.config import register
@@ -178,7 +178,7 @@ def compare(outputs: Path, *overrides: str, status: int = 0) -> str:
     base = [o for o in BASE if not o.startswith(("logger", "figures"))]
     words = [sys.executable, "-m", "superglobal", "compare-rerankers", *base, *QUIET, f"paths.outputs={outputs}"]
     done = subprocess.run(
-        [*words[:2], *overrides, *words[2:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
+        [*words[:4], *overrides, *words[4:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
     )
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluations import BASE, QUIET, ROOT, fingerprints, mini, run
 from hydra import compose, initialize_config_dir
 from PIL import Image
 from sets import break_scan, write_folders, write_revisited
@@ -27,28 +27,6 @@ from superglobal.metrics.revisited import REVISITED, average_precision
 from superglobal.models.weights import save_weights
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.utils.precision import full_precision
-
-ROOT = Path(__file__).parents[1]
-BASE = ["backbone=resnet18", "weights=random", "scales=1", "logger=csv", "figures.queries=0"]
-QUIET = ["trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false"]
-
-
-def run(outputs: Path, *overrides: str, base: list[str] = BASE) -> dict:
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("eval", overrides=[*base, *QUIET, *overrides, f"paths.outputs={outputs}"])
-    folder = outputs / f"result{len(list(outputs.glob('result*')))}"
-    folder.mkdir(parents=True)
-    evaluate(cfg, folder)
-    return json.loads((folder / "results.json").read_text()) | {"folder": folder}
-
-
-def mini(root: Path) -> list[str]:
-    return ["dataset=revisited", "dataset.name=mini", f"paths.data={root}"]
-
-
-def fingerprints(result: dict) -> dict:
-    return {title: store["fingerprint"] for title, store in result["about"]["stores"].items()}
 
 
 @pytest.mark.parametrize(

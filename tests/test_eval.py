@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluations import FAST, ROOT, revisited, run_program, start_program
 from PIL import Image, ImageColor
 from sets import break_scan, write_distractors, write_folders, write_revisited
 
@@ -21,27 +21,6 @@ from superglobal.data.revisited import revisited_set
 from superglobal.reporting.ranking_figures import COLORS
 from superglobal.retrieval.store import DescriptorStore
 
-ROOT = Path(__file__).parents[1]
-FAST = ["backbone=resnet18", "weights=random", "scales=1", "trainer.num_workers=0", "trainer.accelerator=cpu"]
-
-
-def start(outputs: Path, *overrides: str, **kwargs) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "eval.py"), *overrides, f"paths.outputs={outputs}"]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes, **kwargs)
-
-
-def run(outputs: Path, *overrides: str, status: int = 0) -> str:
-    process = start(outputs, *overrides)
-    text = process.communicate(timeout=240)[0]
-    assert process.returncode == status, text
-    return text
-
-
-def revisited(root: Path, *overrides: str) -> list[str]:
-    return ["dataset=revisited", "dataset.name=mini", f"paths.data={root}", "logger=csv", *FAST, *overrides]
-
 
 def results(outputs: Path) -> dict:
     (path,) = (outputs / "eval").rglob("results.json")
@@ -49,7 +28,7 @@ def results(outputs: Path) -> dict:
 
 
 def test_scores_are_those_of_the_public_functions(data, tmp_path):
-    text = run(tmp_path, *revisited(data, "rerank.M=12", "distractors=list", "distractors.name=noise"))
+    text = run_program(tmp_path, *revisited(data, "rerank.M=12", "distractors=list", "distractors.name=noise"))
     got = results(tmp_path)
     folder = next((tmp_path / "eval").rglob("results.json")).parent
 
@@ -77,7 +56,7 @@ def test_scores_are_those_of_the_public_functions(data, tmp_path):
 
 
 def test_the_sheet_shows_relevance_by_colour(data, tmp_path):
-    run(tmp_path, *revisited(data, "figures.queries=2", "figures.ranks=4"))
+    run_program(tmp_path, *revisited(data, "figures.queries=2", "figures.ranks=4"))
     folder = next((tmp_path / "eval").rglob("results.json")).parent
     sheet = np.asarray(Image.open(folder / "sheet.png").convert("RGB"))
     with np.load(folder / "rankings.npz") as rankings:
@@ -90,7 +69,7 @@ def test_the_sheet_shows_relevance_by_colour(data, tmp_path):
 
 def test_a_second_run_extracts_nothing_and_changed_settings_extract_anew(data, tmp_path):
     def extracted(name, *overrides):
-        run(tmp_path / name, *revisited(data, f"paths.stores={tmp_path / 'stores'}", *overrides))
+        run_program(tmp_path / name, *revisited(data, f"paths.stores={tmp_path / 'stores'}", *overrides))
         return results(tmp_path / name)["about"]["extracted"]
 
     assert extracted("a") == {"database": 24, "queries": 6}
@@ -102,7 +81,7 @@ def test_a_second_run_extracts_nothing_and_changed_settings_extract_anew(data, t
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_and_keeps_its_rows(tmp_path, number, status):
     write_revisited(tmp_path, landmarks=40, views=12)
-    process = start(tmp_path / "o", *revisited(tmp_path, "scales=5"))
+    process = start_program(tmp_path / "o", *revisited(tmp_path, "scales=5"))
     deadline = time.monotonic() + 120
     rows = 0
     while process.poll() is None and rows == 0 and time.monotonic() < deadline:
@@ -141,8 +120,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     missing = len(DescriptorStore.open(store).missing)
     assert 20 < missing <= 36  # 64 rows share a flush, or 5 seconds
 
-    run(tmp_path / "killed", *overrides)
-    run(tmp_path / "whole", *overrides)
+    run_program(tmp_path / "killed", *overrides)
+    run_program(tmp_path / "whole", *overrides)
     again, whole = results(tmp_path / "killed"), results(tmp_path / "whole")
     assert again["about"]["extracted"] == {"database": missing, "queries": 20}
     assert again["metrics"] == whole["metrics"]
@@ -159,15 +138,15 @@ def test_two_jobs_one_of_them_killed_leave_the_store_of_one(tmp_path):
     # 160 images are dealt out by twenties, the 32 queries by fours: of fives the database's batches are the same.
     overrides = revisited(tmp_path, "extraction.batch_size=5")
     together = tmp_path / "together"
-    other = start(together, *overrides, "extraction.shard=2/2")
+    other = start_program(together, *overrides, "extraction.shard=2/2")
     words = [str(ROOT / "eval.py"), *overrides, "extraction.shard=1/2", f"paths.outputs={together}"]
     assert subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, capture_output=True).returncode == -9
     assert other.wait(timeout=240) == 0
     (left,) = (DescriptorStore.open(place) for place in (together / "stores").glob("mini-database-*"))
     missing = len(left.missing)
     assert 0 < missing < 80
-    run(together, *overrides, "extraction.shard=1/2")
-    run(tmp_path / "whole", *overrides)
+    run_program(together, *overrides, "extraction.shard=1/2")
+    run_program(tmp_path / "whole", *overrides)
     assert results(together)["metrics"] == results(tmp_path / "whole")["metrics"]
     assert results(together)["about"]["extracted"]["database"] == missing
     for title, count, tolerance in (("database", 160, 0), ("queries", 32, 1e-6)):
@@ -179,8 +158,8 @@ def test_two_jobs_one_of_them_killed_leave_the_store_of_one(tmp_path):
 
 
 def test_two_processes_give_the_descriptors_of_one(data, tmp_path):
-    run(tmp_path / "one", *revisited(data))
-    text = run(tmp_path / "two", *revisited(data, "trainer.devices=2", "trainer.strategy=ddp"))
+    run_program(tmp_path / "one", *revisited(data))
+    text = run_program(tmp_path / "two", *revisited(data, "trainer.devices=2", "trainer.strategy=ddp"))
     assert "MEMBER: 2/2" in text
     one, two = results(tmp_path / "one"), results(tmp_path / "two")
     assert one["metrics"] == two["metrics"]
@@ -192,7 +171,7 @@ def test_a_bad_image_ends_all_processes_with_its_path(tmp_path):
     bad = folder / "jpg/l2_000002.jpg"
     break_scan(bad)  # passes the check, not the decoder
     overrides = revisited(tmp_path, "trainer.devices=2", "trainer.strategy=ddp")
-    text = run(tmp_path / "o", *overrides, status=2)
+    text = run_program(tmp_path / "o", *overrides, status=2)
     assert str(bad) in text
     assert "Traceback" not in text
 
@@ -206,17 +185,17 @@ def test_a_distractor_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp
     break_scan(tmp_path / "noise/jpg/d4.jpg")  # passes the check, not the decoder
     extra = revisited(tmp_path, "distractors=list", "distractors.name=noise", "rerank.M=12")
     skip = ["distractors.unreadable=skip", "distractors.skip_budget=0.5"]
-    assert "1 missing" in run(tmp_path / "a", *extra, status=2)
-    assert "skip_budget=0.001 allows" in run(tmp_path / "a", *extra, "distractors.unreadable=skip", status=2)
-    text = run(tmp_path / "b", *extra, *skip)
+    assert "1 missing" in run_program(tmp_path / "a", *extra, status=2)
+    assert "skip_budget=0.001 allows" in run_program(tmp_path / "a", *extra, "distractors.unreadable=skip", status=2)
+    text = run_program(tmp_path / "b", *extra, *skip)
     assert "2 distractors could not be read" in text
     (listed,) = (tmp_path / "b" / "stores").glob("noise-*/skipped.txt")
     assert sorted(Path(line.split("\t")[0]).name for line in listed.read_text().splitlines()) == ["d1.jpg", "d4.jpg"]
     got = results(tmp_path / "b")
     assert (got["dataset"], got["counts"]["database"]) == ("mini+noise (2 unreadable)", 28)
-    run(tmp_path / "c", *revisited(tmp_path, "distractors=list", "distractors.name=less", "rerank.M=12"))
+    run_program(tmp_path / "c", *revisited(tmp_path, "distractors=list", "distractors.name=less", "rerank.M=12"))
     assert got["metrics"] == results(tmp_path / "c")["metrics"]
-    assert "0 to describe" in run(tmp_path / "d", *extra, *skip, f"paths.stores={tmp_path}/b/stores")
+    assert "0 to describe" in run_program(tmp_path / "d", *extra, *skip, f"paths.stores={tmp_path}/b/stores")
     assert len(listed.read_text().splitlines()) == 2
 
 
@@ -225,8 +204,8 @@ def test_what_one_run_skipped_another_that_must_not_skip_refuses(tmp_path):
     write_distractors(tmp_path)
     break_scan(tmp_path / "noise/jpg/d2.jpg")
     extra = revisited(tmp_path, "distractors=list", "distractors.name=noise")
-    run(tmp_path / "a", *extra, "distractors.unreadable=skip", "distractors.skip_budget=0.5")
-    text = run(tmp_path / "a", *extra, status=2)
+    run_program(tmp_path / "a", *extra, "distractors.unreadable=skip", "distractors.skip_budget=0.5")
+    text = run_program(tmp_path / "a", *extra, status=2)
     assert "1 images were skipped by a run with distractors.unreadable=skip" in text
 
 
@@ -236,7 +215,7 @@ def test_everything_missing_is_told_in_one_message_before_anything_runs(tmp_path
     cut = folder / "jpg/l1_000002.jpg"
     cut.write_bytes(cut.read_bytes()[:-200])
     overrides = [o for o in revisited(tmp_path) if not o.startswith(("weights", "backbone"))]
-    text = run(tmp_path / "o", *overrides, "weights=nowhere.pyth", status=2)
+    text = run_program(tmp_path / "o", *overrides, "weights=nowhere.pyth", status=2)
     assert "Traceback" not in text
     for part in ("images missing, 1 corrupt", "l0_000001.jpg", str(cut), "nowhere.pyth", "gnd_mini.pkl"):
         assert part in text
@@ -247,7 +226,7 @@ def test_a_sweep_ends_with_one_table_whatever_becomes_of_its_jobs(data, tmp_path
     """ReLUP does not apply to ConvNeXt, and three neighbours cannot be had of none: both rows say so."""
     overrides = [o for o in revisited(data) if o != "backbone=resnet18"]
     convnext = ["backbone=timm", "backbone.name=convnext_atto", "ablation=gem,relup,no_relup,rerank"]
-    text = run(tmp_path, "-m", *overrides, *convnext)
+    text = run_program(tmp_path, "-m", *overrides, *convnext)
     table = next(tmp_path.rglob("table.csv"))
     with open(table) as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
@@ -267,7 +246,7 @@ def test_a_sweep_ends_with_one_table_whatever_becomes_of_its_jobs(data, tmp_path
     assert subprocess.run(again, capture_output=True).returncode == 0
     assert table.read_text() == before
 
-    text = run(tmp_path / "k", "-m", *revisited(data, "rerank.K=3,0,5"), status=2)
+    text = run_program(tmp_path / "k", "-m", *revisited(data, "rerank.K=3,0,5"), status=2)
     assert "Traceback" not in text
     with open(next((tmp_path / "k").rglob("table.csv"))) as file:
         by_k = {row["rerank.K"]: row["medium"] for row in csv.DictReader(file)}
@@ -279,7 +258,7 @@ def test_a_sweep_ends_with_one_table_whatever_becomes_of_its_jobs(data, tmp_path
 def test_the_first_job_of_a_sweep_describes_for_all_that_see_the_same_images(data, tmp_path):
     """Eight poolings, two of them with other maps, and a second list of scales that shares nothing."""
     switches = [f"pooling.{name}=true,false" for name in ("gem_plus", "regional", "relup")]
-    text = run(tmp_path, "-m", *revisited(data, "rerank=none", *switches), "scales=1,[0.8]")
+    text = run_program(tmp_path, "-m", *revisited(data, "rerank=none", *switches), "scales=1,[0.8]")
     assert text.count("one pass over the images serves 8 networks of the sweep") == 2
     jobs = sorted((tmp_path / "eval").rglob("results.json"), key=lambda path: int(path.parent.name.split("_")[0]))
     found = [json.loads(path.read_text()) for path in jobs]
@@ -287,7 +266,7 @@ def test_the_first_job_of_a_sweep_describes_for_all_that_see_the_same_images(dat
     assert sorted(counts) == [0] * 14 + [24] * 2
     assert counts[0] == 24
     alone = ["pooling.gem_plus=true", "pooling.regional=false", "pooling.relup=false", "scales=[0.8]"]
-    run(tmp_path / "alone", *revisited(data, "rerank=none", *alone))
+    run_program(tmp_path / "alone", *revisited(data, "rerank=none", *alone))
     single = results(tmp_path / "alone")
     (same,) = [job for job in found if job["about"]["network"] == single["about"]["network"]]
     assert same["metrics"] == single["metrics"]
@@ -298,15 +277,17 @@ def test_the_first_job_of_a_sweep_describes_for_all_that_see_the_same_images(dat
 
 def test_parts_of_the_images_can_be_described_by_independent_jobs(data, tmp_path):
     stores = f"paths.stores={tmp_path / 'stores'}"
-    text = run(tmp_path / "a", *revisited(data, stores, "extraction.shard=2/3"))
+    text = run_program(tmp_path / "a", *revisited(data, stores, "extraction.shard=2/3"))
     assert "Extracted shard 2/3; " in text
     assert not list((tmp_path / "a").rglob("results.json"))
-    run(tmp_path / "b", *revisited(data, stores, "extraction.shard=1/3"))
-    run(tmp_path / "c", *revisited(data, stores, "extraction.shard=3/3"))
-    run(tmp_path / "whole", *revisited(data))
+    run_program(tmp_path / "b", *revisited(data, stores, "extraction.shard=1/3"))
+    run_program(tmp_path / "c", *revisited(data, stores, "extraction.shard=3/3"))
+    run_program(tmp_path / "whole", *revisited(data))
     assert results(tmp_path / "c")["metrics"] == results(tmp_path / "whole")["metrics"]
     assert results(tmp_path / "c")["about"]["extracted"]["database"] in range(5, 12)
-    assert "expected k/n with 1 <= k <= n" in run(tmp_path / "d", *revisited(data, "extraction.shard=4/3"), status=2)
+    assert "expected k/n with 1 <= k <= n" in run_program(
+        tmp_path / "d", *revisited(data, "extraction.shard=4/3"), status=2
+    )
 
 
 def test_own_photos_without_labels_give_ranked_lists(tmp_path):
@@ -315,7 +296,7 @@ def test_own_photos_without_labels_give_ranked_lists(tmp_path):
     Image.open(database / "label1/0.jpg").resize((8, 8)).save(query)  # tiny, and of another format
     Image.new("RGB", (5200, 3900), "navy").save(database / "large.jpg")  # 20 megapixels
     folder = ["dataset=folder", f"dataset.database={database}", f"dataset.query={query}", *FAST]
-    text = run(tmp_path / "o", *folder)
+    text = run_program(tmp_path / "o", *folder)
     out = next((tmp_path / "o/eval").rglob("results.json")).parent
     with open(out / "rankings.csv") as file:
         rows = list(csv.DictReader(file))
@@ -332,7 +313,9 @@ def test_own_photos_without_labels_give_ranked_lists(tmp_path):
 
 def test_own_photos_with_labels_are_scored_leaving_each_query_out(tmp_path):
     database = write_folders(tmp_path / "photos", landmarks=4, views=4)
-    run(tmp_path / "o", "dataset=folder", f"dataset.database={database}", "dataset.labels=true", "logger=csv", *FAST)
+    run_program(
+        tmp_path / "o", "dataset=folder", f"dataset.database={database}", "dataset.labels=true", "logger=csv", *FAST
+    )
     got = results(tmp_path / "o")
     assert got["metrics"]["search"]["queries"] == {"all": 16}
     out = next((tmp_path / "o/eval").rglob("rankings.npz"))
@@ -357,12 +340,12 @@ def test_own_descriptors_take_the_place_of_extraction(data, tmp_path):
             "logger=csv",
         ]
 
-    run(tmp_path / "o", "dataset=revisited", "dataset.name=mini", f"paths.data={data}", *own("x"))
+    run_program(tmp_path / "o", "dataset=revisited", "dataset.name=mini", f"paths.data={data}", *own("x"))
     truth = revisited_set(data, "mini")
     expected = superglobal.revisited_map(np.load(tmp_path / "q.npy"), np.load(tmp_path / "x.npy"), truth)
     assert results(tmp_path / "o")["metrics"]["search"]["map"] == pytest.approx(expected.map, abs=1e-12)
-    run(tmp_path / "o2", "dataset=descriptors", *own("x"))
+    run_program(tmp_path / "o2", "dataset=descriptors", *own("x"))
     assert next((tmp_path / "o2").rglob("rankings.csv"))
     for wrong, message in (("short", "23 rows"), ("raw", "normalise"), ("nowhere", "nowhere.npy")):
         common = ["dataset=revisited", "dataset.name=mini", f"paths.data={data}"]
-        assert message in run(tmp_path / wrong, *common, *own(wrong), status=2)
+        assert message in run_program(tmp_path / wrong, *common, *own(wrong), status=2)

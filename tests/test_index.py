@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_engine import mini, run
-from test_search import brute_force, unit
+from evaluations import mini, run
+from vectors import brute_force, unit
 
 from superglobal.errors import InputError
 from superglobal.retrieval import ann_index as index

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluations import fingerprints, run
 from PIL import Image
+from search_pages import composed, opened
 from sets import break_scan, texture, write_folders
-from test_engine import fingerprints, run
-from test_page_search import composed, opened
 
 from superglobal.data import jpeg_decoding
 from superglobal.data.images import image_tensor, read_image

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from evaluations import QUIET
 from PIL import Image
 from runs import environment
 from selenium import webdriver
@@ -23,7 +24,6 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from sets import png_of, texture, write_folders
-from test_engine import QUIET
 
 ROOT = Path(__file__).parents[1]
 LANDMARKS, VIEWS = 6, 4

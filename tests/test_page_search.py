@@ -15,16 +15,15 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from evaluations import BASE, mini, run
 from PIL import Image
+from search_pages import composed, opened
 from sets import png_of, texture, write_folders
-from test_engine import BASE, QUIET, mini, run
 
-from superglobal.config import register
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.search_page import html as markup
-from superglobal.search_page.image_search import Found, Hit, Opened, Photo
+from superglobal.search_page.image_search import Found, Hit, Photo
 from superglobal.search_page.page import Answers
 from superglobal.search_page.serve import configured, open_database
 from superglobal.search_page.server import listening
@@ -32,17 +31,6 @@ from superglobal.search_page.thumbnails import Thumbnails
 
 ROOT = Path(__file__).parents[1]
 PLAIN = [o for o in BASE if not o.startswith(("logger", "figures"))]
-
-
-def composed(*overrides: str) -> Any:
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("demo", overrides=[*QUIET, *overrides])
-
-
-def opened(outputs: Path, *overrides: str) -> Opened:
-    config, folder = configured(composed(f"paths.outputs={outputs}", *overrides))
-    return open_database(config, folder)
 
 
 def stores(outputs: Path) -> list[Path]:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning.utilities import move_data_to_device
-from sets import break_scan
-from test_prepare import ENVIRONMENT, make_tars
+from runs import ROOT, environment
+from sets import break_scan, make_tars
 from torch.utils.data import DataLoader, Dataset
 
 from superglobal.data.datamodules import ImageLoader
@@ -218,7 +218,7 @@ def test_processes_that_add_at_the_same_time_lose_nothing_and_list_nothing_twice
         "for i in range(int(sys.argv[2]), 300): bad.add([(i, 'missing')])"
     )
     command = [sys.executable, "-c", code, str(listed.file)]
-    processes = [subprocess.Popen([*command, str(start)], env=ENVIRONMENT) for start in (0, 100)]
+    processes = [subprocess.Popen([*command, str(start)], env=environment(PYTHONPATH=str(ROOT))) for start in (0, 100)]
     assert [process.wait(timeout=100) for process in processes] == [0, 0]
     lines = listed.file.read_text().splitlines()
     assert sorted(lines) == sorted(f"photo {i}\tmissing" for i in range(300))

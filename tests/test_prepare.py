@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sets import break_scan
+from runs import environment
+from sets import break_scan, make_tars
 
 from superglobal import cli
 from superglobal.data import prepare_gldv2 as module
@@ -26,7 +27,7 @@ from superglobal.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "superglobal", "prepare-gldv2"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+ENVIRONMENT = environment(PYTHONPATH=str(ROOT))
 
 
 @pytest.fixture
@@ -53,17 +54,6 @@ def root(toy_data, tmp_path) -> Path:
     for name in ("train.csv", "train_clean.csv"):
         shutil.copy(toy_data / "toy" / "gldv2" / name, root)
     return root
-
-
-def make_tars(photos: TrainList, folder: Path, count: int = 3) -> Path:
-    """Write the images to images_000.tar, ... in turn, with a file that is not an image in each."""
-    folder.mkdir()
-    for number in range(count):
-        with tarfile.open(folder / f"images_{number:03d}.tar", "w") as tar:
-            tar.add(__file__, "README.txt")
-            for index in range(number, len(photos), count):
-                tar.add(photos.path(index), photos.path(index).relative_to(photos.root))
-    return folder
 
 
 def damage(photos: TrainList) -> dict[Path, str]:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ranks import sorted_ranks
-from test_search import unit, with_duplicates
+from vectors import sorted_ranks, unit, with_duplicates
 
 from superglobal.errors import InputError
 from superglobal.retrieval.ranks import count_better, exact_ranks, target_scores

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vectors import sorted_ranks, unit
 
 from superglobal.errors import InputError
 from superglobal.metrics.evaluate import evaluate
@@ -14,22 +15,6 @@ from superglobal.retrieval import rows as vectors
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.rows import as_rows
 from superglobal.retrieval.search import search
-
-
-def unit(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:
-    x = rng.standard_normal((n, dim)).astype(np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def sorted_ranks(Q: np.ndarray, X: np.ndarray, exclude: np.ndarray | None = None) -> np.ndarray:
-    """(Q, N) rank of every row by a full sort; an excluded row is given -1 and takes no place."""
-    ranks = np.full((len(Q), len(X)), -1)
-    for number, q in enumerate(Q.astype(np.float64)):
-        scores = [float(np.sum(q * x)) for x in X.astype(np.float64)]
-        order = sorted(range(len(X)), key=lambda i, s=scores: (-s[i], i))
-        order = [i for i in order if exclude is None or i != exclude[number]]
-        ranks[number, order] = np.arange(len(order))
-    return ranks
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_search import brute_force, unit, with_duplicates
+from vectors import ABOUT, brute_force, names, store_of, unit, with_duplicates, without
 
 from superglobal.data.revisited import load_ground_truth
 from superglobal.errors import InputError
@@ -23,29 +22,6 @@ from superglobal.retrieval.search import merge_shortlists, search
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.store_files import fingerprint
 from superglobal.retrieval.store_tools import adopt_from
-
-ABOUT = {"weights": "w"}
-
-
-def names(count: int) -> list[str]:
-    return [f"image{i}" for i in range(count)]
-
-
-def store_of(folder: Path, X: np.ndarray, dtype: str = "float32", skipped=(), shard_rows: int = 40) -> DescriptorStore:
-    store = DescriptorStore.open_or_create(folder, ABOUT, names(len(X)), X.shape[1], shard_rows, dtype=dtype)
-    kept = np.setdiff1d(np.arange(len(X)), skipped)
-    store.write_rows(kept, X[kept])
-    store.skip(np.asarray(skipped, np.int64))
-    store.flush()
-    return store
-
-
-def without(X: np.ndarray, skipped: np.ndarray, Q: np.ndarray, k: int, exclude=None) -> np.ndarray:
-    """`brute_force` over the rows that are left."""
-    kept = np.setdiff1d(np.arange(len(X)), skipped)
-    lists = brute_force(Q, X[kept], len(kept))
-    rows = [[i for i in kept[one] if exclude is None or i != exclude[q]][:k] for q, one in enumerate(lists)]
-    return np.array(rows)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vectors import brute_force, unit, with_duplicates
 
 from superglobal.errors import InputError
 from superglobal.retrieval.rows import as_rows, concat, validate_block
@@ -17,25 +18,6 @@ from superglobal.utils.precision import full_precision
 BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(
     importlib.util.find_spec("faiss") is None, reason="FAISS is not installed"
 ))]  # fmt: skip
-
-
-def unit(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:
-    x = rng.standard_normal((n, dim)).astype(np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def with_duplicates(rng: np.random.Generator, n: int, dim: int, distinct: int) -> np.ndarray:
-    return unit(rng, distinct, dim)[rng.integers(distinct, size=n)]
-
-
-def brute_force(Q: np.ndarray, X: np.ndarray, k: int, exclude: np.ndarray | None = None) -> np.ndarray:
-    """Ids by (-score, id), each score summed on its own in float64."""
-    lists = []
-    for number, q in enumerate(Q.astype(np.float64)):
-        scores = [float(np.sum(q * x)) for x in X.astype(np.float64)]
-        order = sorted(range(len(X)), key=lambda i, s=scores: (-s[i], i))
-        lists.append([i for i in order if exclude is None or i != exclude[number]][:k])
-    return np.array(lists)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from test_ranks import sorted_ranks
-from test_scale import store_of, without
-from test_search import brute_force, unit, with_duplicates
+from vectors import brute_force, sorted_ranks, store_of, unit, with_duplicates, without
 
 from superglobal.errors import InputError
 from superglobal.reporting.figures import similarity_counts

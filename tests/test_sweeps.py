@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_engine
+from evaluations import ROOT, mini, revisited, run_program
+from evaluations import run as run_here
 from runs import environment
 from sets import write_revisited
-from test_engine import mini
-from test_eval import ROOT, revisited, run
 
 from superglobal.reporting.tables import write_tables
 from superglobal.retrieval.store import DescriptorStore
@@ -34,12 +33,12 @@ def jobs(outputs: Path) -> list[dict]:
 
 def alone(data: Path, outputs: Path, *overrides: str) -> dict:
     """The same settings in a run of their own."""
-    return test_engine.run(outputs, *mini(data), "rerank=none", *overrides)
+    return run_here(outputs, *mini(data), "rerank=none", *overrides)
 
 
 def test_a_job_that_fails_takes_none_of_its_siblings_with_it(data, tmp_path):
     """x^3000 is 0 in float32: that descriptor has no direction. The jobs around it share their passes with it."""
-    text = run(tmp_path, "-m", *revisited(data, "pooling=gem", "pooling.p=3,3000,4", "rerank=none"), status=2)
+    text = run_program(tmp_path, "-m", *revisited(data, "pooling=gem", "pooling.p=3,3000,4", "rerank=none"), status=2)
     assert "one pass over the images serves 3 networks of the sweep" in text
     assert text.count("has norm 0.0, not 1") == 1
     assert "Traceback" not in text
@@ -59,7 +58,7 @@ def test_a_job_that_fails_takes_none_of_its_siblings_with_it(data, tmp_path):
 def test_parts_and_poolings_in_one_sweep(data, tmp_path):
     """Of each part the first job describes for both poolings; with the last part both go on to their results."""
     switches = ["extraction.shard=1/2,2/2", "pooling.regional=true,false"]
-    text = run(tmp_path, "-m", *revisited(data, "rerank=none", *switches))
+    text = run_program(tmp_path, "-m", *revisited(data, "rerank=none", *switches))
     assert text.count("Extracted shard 1/2; ") == 2
     found = jobs(tmp_path)
     assert [job["config"]["pooling"]["regional"] for job in found] == [True, False]

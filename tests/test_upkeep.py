@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from evaluations import mini, run
 from sets import write_folders
-from test_engine import mini, run
-from test_search import unit
+from vectors import unit
 
 from superglobal import cli
 from superglobal.data.image_checks import CheckReport

@@ -1,0 +1,24 @@
+"""A search page as its command opens it, without the server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from evaluations import QUIET, ROOT
+from hydra import compose, initialize_config_dir
+
+from superglobal.config import register
+from superglobal.search_page.image_search import Opened
+from superglobal.search_page.serve import configured, open_database
+
+
+def composed(*overrides: str) -> Any:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("demo", overrides=[*QUIET, *overrides])
+
+
+def opened(outputs: Path, *overrides: str) -> Opened:
+    config, folder = configured(composed(f"paths.outputs={outputs}", *overrides))
+    return open_database(config, folder)

@@ -1,0 +1,62 @@
+"""Unit vectors, stores of them, and search and ranks by brute force."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from superglobal.retrieval.store import DescriptorStore
+
+ABOUT = {"weights": "w"}
+
+
+def unit(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:
+    x = rng.standard_normal((n, dim)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def with_duplicates(rng: np.random.Generator, n: int, dim: int, distinct: int) -> np.ndarray:
+    return unit(rng, distinct, dim)[rng.integers(distinct, size=n)]
+
+
+def brute_force(Q: np.ndarray, X: np.ndarray, k: int, exclude: np.ndarray | None = None) -> np.ndarray:
+    """Ids by (-score, id), each score summed on its own in float64."""
+    lists = []
+    for number, q in enumerate(Q.astype(np.float64)):
+        scores = [float(np.sum(q * x)) for x in X.astype(np.float64)]
+        order = sorted(range(len(X)), key=lambda i, s=scores: (-s[i], i))
+        lists.append([i for i in order if exclude is None or i != exclude[number]][:k])
+    return np.array(lists)
+
+
+def sorted_ranks(Q: np.ndarray, X: np.ndarray, exclude: np.ndarray | None = None) -> np.ndarray:
+    """(Q, N) rank of every row by a full sort; an excluded row is given -1 and takes no place."""
+    ranks = np.full((len(Q), len(X)), -1)
+    for number, q in enumerate(Q.astype(np.float64)):
+        scores = [float(np.sum(q * x)) for x in X.astype(np.float64)]
+        order = sorted(range(len(X)), key=lambda i, s=scores: (-s[i], i))
+        order = [i for i in order if exclude is None or i != exclude[number]]
+        ranks[number, order] = np.arange(len(order))
+    return ranks
+
+
+def names(count: int) -> list[str]:
+    return [f"image{i}" for i in range(count)]
+
+
+def store_of(folder: Path, X: np.ndarray, dtype: str = "float32", skipped=(), shard_rows: int = 40) -> DescriptorStore:
+    store = DescriptorStore.open_or_create(folder, ABOUT, names(len(X)), X.shape[1], shard_rows, dtype=dtype)
+    kept = np.setdiff1d(np.arange(len(X)), skipped)
+    store.write_rows(kept, X[kept])
+    store.skip(np.asarray(skipped, np.int64))
+    store.flush()
+    return store
+
+
+def without(X: np.ndarray, skipped: np.ndarray, Q: np.ndarray, k: int, exclude=None) -> np.ndarray:
+    """`brute_force` over the rows that are left."""
+    kept = np.setdiff1d(np.arange(len(X)), skipped)
+    lists = brute_force(Q, X[kept], len(kept))
+    rows = [[i for i in kept[one] if exclude is None or i != exclude[q]][:k] for q, one in enumerate(lists)]
+    return np.array(rows)
