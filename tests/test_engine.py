@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -327,15 +324,6 @@ def test_a_tracker_that_fails_is_a_warning_that_names_it(tmp_path, monkeypatch, 
     (folder,) = (path.parent for path in tmp_path.rglob("results.json"))
     assert str(folder) in warning.getMessage()
     assert (folder / "csv" / "metrics.csv").is_file()  # the other trackers logged
-
-
-def test_the_core_needs_neither_lightning_nor_hydra():
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(['pytorch_lightning', 'lightning', 'hydra', 'wandb']));"
-        "import superglobal, superglobal.models.pooling, superglobal.reporting.results, superglobal.reporting.figures"
-    )
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_row_that_does_not_apply_returns_no_number(data, tmp_path):
