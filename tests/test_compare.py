@@ -1,4 +1,4 @@
-"""Every reranking and the database's statistics through eval.py and compare_rerankers.py: what they score is right."""
+"""Every reranker and whitening through eval.py and `superglobal compare-rerankers`: the scores are right."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ _BENCHMARKS = ("roxford5k", "rparis6k", "gldv2_test")
 
 
 def check_tuning(config: TuneConfig) -> None:
-    """Raise InputError for what `tune_pooling.py` could not or must not do as told."""
+    """Raise InputError for what `superglobal tune` could not or must not do as told."""
     d, space = config.dataset, config.space
     if d is not None:
         check_dataset(d)
