@@ -114,7 +114,7 @@ def prepare(
         folder, digest = root / f".{Path(table).stem}.index.parts", list_digest(root, table)
         tar_folder = str(tars.resolve()) if tars else "None"
         _open_shards(folder, {"version": VERSION, "list": digest, "tars": tar_folder, "decode": decode}, ids)
-        tasks = _tar_tasks(folder, files, decode) if tars else _tree_tasks(folder, root / "train", ids, decode)
+        tasks = _tasks(folder, root / "train", files, len(ids), decode)
         done = 0
         for n_images in _run(tasks, workers or _cpus()):
             done += n_images
@@ -158,19 +158,17 @@ def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> 
     write_atomically(record, json.dumps(identity).encode())
 
 
-def _tree_tasks(folder: Path, tree: Path, ids: np.ndarray, decode: bool) -> list[Task]:
-    return [
-        (folder / f"{start:08d}.npz", partial(_check_tree, folder / _IDS, tree, slice(start, start + _SHARD), decode))
-        for start in range(0, len(ids), _SHARD)
-    ]
-
-
-def _tar_tasks(folder: Path, files: list[Path], decode: bool) -> list[Task]:
+def _tasks(folder: Path, tree: Path, files: list[Path], n_images: int, decode: bool) -> list[Task]:
+    """Return a task per tar file, or per `_SHARD` images of the tree if there are none."""
+    ids = folder / _IDS
     tasks: list[Task] = []
     for path in files:
         status = path.stat()  # in the name, so that the shard of a tar file that was downloaded again does not count
         shard = folder / f"{path.stem}-{status.st_size}-{status.st_mtime_ns}.npz"
-        tasks.append((shard, partial(_check_tar, folder / _IDS, path, decode)))
+        tasks.append((shard, partial(_check_tar, ids, path, decode)))
+    for start in range(0, 0 if files else n_images, _SHARD):
+        shard = folder / f"{start:08d}.npz"
+        tasks.append((shard, partial(_check_tree, ids, tree, slice(start, start + _SHARD), decode)))
     return tasks
 
 
