@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from superglobal.data.catalogue import tree_path
 from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
-from superglobal.utils.io import write_atomically
+from superglobal.utils.io import atomic_file
 
 VERSION = 1
 _TAR_HEADER = 512  # bytes of the block before a member, which contains its name
@@ -147,10 +146,9 @@ class ImageIndex:
 
     def save(self, path: Path, list_digest: str) -> None:
         """Write the index, with the digest of the list that it belongs to."""
-        file = io.BytesIO()
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
-        np.savez(file, version=VERSION, list_digest=list_digest, **arrays)
-        write_atomically(path, file.getvalue())
+        with atomic_file(path) as file:
+            np.savez(file, version=VERSION, list_digest=list_digest, **arrays)
 
 
 def signature_codes(signatures: Iterable[str]) -> np.ndarray:

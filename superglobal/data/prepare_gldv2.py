@@ -6,7 +6,6 @@ The work is split into shards (2048 images of the folder tree, or one tar file).
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import multiprocessing
@@ -40,7 +39,7 @@ from superglobal.data.image_index import (
 from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
 from superglobal.utils.distributed import end_with_parent
-from superglobal.utils.io import file_lock, write_atomically
+from superglobal.utils.io import atomic_file, file_lock, write_atomically
 
 log = logging.getLogger(__name__)
 _SHARD = 2048  # images of the folder tree
@@ -152,9 +151,8 @@ def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> 
     except (OSError, ValueError):  # missing or incomplete: start over
         pass
     shutil.rmtree(folder, ignore_errors=True)
-    file = io.BytesIO()
-    np.save(file, ids)
-    write_atomically(folder / _IDS, file.getvalue())
+    with atomic_file(folder / _IDS) as file:
+        np.save(file, ids)
     write_atomically(record, json.dumps(identity).encode())
 
 
@@ -207,9 +205,8 @@ def _initialize_worker() -> None:
 
 def _compute(path: Path, check: Callable[[], Shard]) -> int:
     shard = check()
-    file = io.BytesIO()
-    np.savez(file, **shard)  # type: ignore[arg-type]
-    write_atomically(path, file.getvalue())
+    with atomic_file(path) as file:
+        np.savez(file, **shard)  # type: ignore[arg-type]
     return len(shard["rows"])
 
 
