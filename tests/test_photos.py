@@ -277,5 +277,5 @@ def test_more_than_the_budget_ends_it_before_anything_is_computed(root, required
 def test_a_set_without_photos_is_counted(root, required):
     shutil.rmtree(root / "train")
     total = len(read_train(root))
-    with pytest.raises(InputError, match=f"of {total} images {total} missing"):
+    with pytest.raises(InputError, match=f"{total} of {total} images missing"):
         required()
