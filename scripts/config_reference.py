@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from superglobal.config import ENTRIES
-from superglobal.config.help import page
+from superglobal.config import ENTRIES, register
+from superglobal.config.help import reference_page
 from superglobal.utils.io import write_atomically
 
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
@@ -15,7 +15,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 def main() -> None:
     """Write the page."""
     argparse.ArgumentParser(description=__doc__).parse_args()
-    write_atomically(PAGE, page(ENTRIES).encode())
+    register()
+    write_atomically(PAGE, reference_page(ENTRIES).encode())
     print(PAGE)
 
 

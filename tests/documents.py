@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 
 from superglobal import cli
 from superglobal.config import ENTRIES, register
+from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
-from superglobal.config.validation import validated
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -106,7 +106,7 @@ def composed(words: list[str], folder: Path = ROOT) -> DictConfig:
         config = compose(name, overrides=first)
     # A store alone says what the rest is: tests/test_page_search.py.
     if not isinstance(config.get("store"), str):
-        validated(config, schema)
+        validate_config(config, schema)
     return config
 
 

@@ -110,7 +110,7 @@ def test_no_neighbours_leave_the_first_search(data, tmp_path):
         ("rerank.second=third", "rerank.second=third: expected one of refined, original"),
         ("whitening.kind=median", "expected one of none, center, pca"),
         ("whitening=center whitening.dims=3", "only whitening=pca has axes"),
-        ("whitening=pca whitening.dims=0", "at least 1"),
+        ("whitening=pca whitening.dims=0", "an integer >= 1"),
     ],
 )
 def test_a_wrong_setting_is_told_before_anything_is_computed(data, tmp_path, override, message):

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from superglobal.config import register
+from superglobal.config.common import validate_config
 from superglobal.config.training import TrainConfig
-from superglobal.config.validation import validated
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
 from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
@@ -172,7 +172,7 @@ def test_landmarks_of_the_evaluation_are_left_out(tmp_path, caplog):
     ("override", "message"),
     [
         ("data.classes_of=some.csv", "data.classes_of=some.csv: expected one of train_clean.csv"),
-        ("data.max_corrupt=0.2", "data.max_corrupt=0.2: expected at most 0.1"),
+        ("data.max_corrupt=0.2", "data.max_corrupt=0.2: expected a number from 0 to 0.1"),
         ("data.max_corrupt=-1", "data.max_corrupt"),
     ],
 )
@@ -180,10 +180,10 @@ def test_settings_of_the_training_set(override, message):
     register()
     with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
         good, wrong = (compose("train", overrides=["data=gldv2x", *more]) for more in ([], [override]))
-    settings = validated(good, TrainConfig).data
+    settings = validate_config(good, TrainConfig).data
     assert (settings.table, settings.classes_of) == ("train.csv", "train_clean.csv")
     with pytest.raises(InputError, match=message):
-        validated(wrong, TrainConfig)
+        validate_config(wrong, TrainConfig)
 
 
 def test_photos_are_read_from_the_tree_and_a_missing_one_is_said_to_be(tmp_path):

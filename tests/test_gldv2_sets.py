@@ -16,9 +16,9 @@ from hydra import compose, initialize_config_dir
 
 import superglobal
 from superglobal.config import register
+from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.tuning import TuneConfig
-from superglobal.config.validation import validated
 from superglobal.data.evaluation_set import LazySequence, chain_sequences, tree_items
 from superglobal.data.gldv2 import read_train, recognition_set, retrieval_set, split_landmarks, validation_set
 from superglobal.data.image_checks import check_images
@@ -360,4 +360,4 @@ def test_settings_that_contradict_are_refused(schema, overrides, message):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose(script, overrides=overrides)
     with pytest.raises(InputError, match=message):
-        validated(config, schema)
+        validate_config(config, schema)

@@ -20,8 +20,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from trackers import events, recorded, references, table
 
 from superglobal.config import register
+from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
-from superglobal.config.validation import validated
 from superglobal.errors import InputError
 from superglobal.evaluation.pipeline import evaluate
 from superglobal.loggers import evaluation_loggers
@@ -40,7 +40,7 @@ def offline(monkeypatch):
 
 
 def composed(data: Path, outputs: Path, *overrides: str):
-    places = [f"paths.data={data}", f"paths.outputs={outputs}", "trainer.progress=false", "figures.queries=2"]
+    places = [f"paths.data={data}", f"paths.outputs={outputs}", "trainer.progress=false", "pictures.queries=2"]
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("eval", overrides=["dataset=toy", *FAST, *places, *overrides])
@@ -57,8 +57,8 @@ def evaluated(toy_data, tmp_path_factory) -> Path:
     save_weights(model, outputs / "some weights.safetensors", {})
     folder = outputs / "run"
     folder.mkdir()
-    settings = ["logger.tensorboard=true", "logger.project=mine", "logger.tags=[tried]", "logger.images=3"]
-    weights = [f"weights='{outputs / 'some weights.safetensors'}'", "figures.ranks=4"]
+    settings = ["logger.tensorboard=true", "logger.project=mine", "logger.tags=[tried]", "logger.pictures=3"]
+    weights = [f"weights='{outputs / 'some weights.safetensors'}'", "pictures.ranks=4"]
     with pytest.MonkeyPatch.context() as patch:
         for key in [key for key in os.environ if key.startswith("WANDB")]:
             patch.delenv(key)
@@ -196,7 +196,7 @@ def test_a_run_that_fails_or_is_interrupted_is_finished_as_that(toy_data, tmp_pa
     assert run.summary["status"] == "failed"
     assert "nowhere.pth" in run.summary["error"]
     assert "WANDB_DATA_DIR" not in os.environ
-    config = validated(composed(toy_data, tmp_path), EvalConfig)
+    config = validate_config(composed(toy_data, tmp_path), EvalConfig)
     for error in (KeyboardInterrupt, SystemExit):
         folder = tmp_path / error.__name__
         with pytest.raises(error), evaluation_loggers(config, folder, "a sweep"):
@@ -248,7 +248,7 @@ def test_curves_that_fail_stop_with_one_warning_and_the_training_continues(tmp_p
 
 
 def test_a_tracker_that_fails_is_closed_and_costs_a_warning(toy_data, tmp_path, caplog):
-    config = validated(composed(toy_data, tmp_path), EvalConfig)
+    config = validate_config(composed(toy_data, tmp_path), EvalConfig)
     with evaluation_loggers(config, tmp_path / "run", None) as track:
         track("no result")  # type: ignore[arg-type]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -323,8 +323,8 @@ def test_what_w_and_b_would_refuse_is_cut(tmp_path):
 
 def test_settings_are_checked(toy_data, tmp_path):
     with pytest.raises(InputError, match=r"logger\.images=-1"):
-        validated(composed(toy_data, tmp_path, "logger.images=-1"), EvalConfig)
-    config = validated(composed(toy_data, tmp_path, "logger=tensorboard"), EvalConfig)
+        validate_config(composed(toy_data, tmp_path, "logger.images=-1"), EvalConfig)
+    config = validate_config(composed(toy_data, tmp_path, "logger=tensorboard"), EvalConfig)
     assert (config.logger.wandb, config.logger.tensorboard) == (False, True)
 
 

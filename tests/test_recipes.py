@@ -9,8 +9,8 @@ from runs import ROOT, last, numbers
 
 from superglobal import load_model
 from superglobal.config import register
+from superglobal.config.common import validate_config
 from superglobal.config.training import TrainConfig
-from superglobal.config.validation import validated
 from superglobal.training.train import image_size_in_epoch
 from superglobal.training.train import train as fit
 
@@ -60,13 +60,13 @@ def test_a_recipe_runs_two_steps(toy_data, tmp_path, recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_valid_and_its_run_has_its_name(recipe):
-    config = validated(composed(f"experiment={recipe}"), TrainConfig)
+    config = validate_config(composed(f"experiment={recipe}"), TrainConfig)
     assert config.name == recipe
     assert config.backbone.name == BACKBONES[recipe]
 
 
 def test_stages_of_size():
-    config = validated(composed("experiment=subcenter_dynamic"), TrainConfig)
+    config = validate_config(composed("experiment=subcenter_dynamic"), TrainConfig)
     sides = [
         image_size_in_epoch(config.data.image_size, config.data.stages, epoch) for epoch in range(config.optim.epochs)
     ]

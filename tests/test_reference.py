@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from superglobal.config import ENTRIES, register
-from superglobal.config.help import page, sections
+from superglobal.config.help import reference_page, sections
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,7 +55,7 @@ def test_a_setting_without_words_is_an_error():
         untold: str = "x"
 
     with pytest.raises(LookupError, match="Silent: no docstring describes untold"):
-        sections(Silent)
+        list(sections(Silent))
 
 
 def test_names_words_and_defaults_are_those_of_the_schema():
@@ -93,7 +93,7 @@ def test_names_words_and_defaults_are_those_of_the_schema():
 
 def test_the_page_is_up_to_date():
     text = (ROOT / "docs" / "configuration.md").read_text()
-    assert text == page(ENTRIES), "run: python scripts/config_reference.py"
+    assert text == reference_page(ENTRIES), "run: python scripts/config_reference.py"
 
 
 @pytest.mark.parametrize("script", ["eval.py", "train.py"])
@@ -101,7 +101,7 @@ def test_help_is_a_page_for_users(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"python {script} " in done.stdout
-    for words in ("backbone", "resnet50", "trainer.num_workers", "processes per device that decode photos", "null"):
+    for words in ("backbone", "resnet50", "trainer.num_workers", "processes per device that decode images", "null"):
         assert words in done.stdout
     assert "${" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120

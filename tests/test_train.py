@@ -18,8 +18,8 @@ from sets import break_scan
 from trackers import events, recorded, references
 
 import superglobal
+from superglobal.config.common import validate_config
 from superglobal.config.training import TrainConfig
-from superglobal.config.validation import validated
 from superglobal.data.datamodules import HeldOutDataset
 from superglobal.data.evaluation_set import leave_one_out_truth
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
@@ -281,18 +281,18 @@ def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed
     [
         ("optim.name=lion", "expected one of sgd, adamw"),
         ("data.crop=0", "data.crop=0"),
-        ("data.crop=1.5", "at most 1"),
+        ("data.crop=1.5", "a number from 0.001 to 1"),
         ("optim.lr=nan", "optim.lr"),
         ("optim.batch_size=5000", "only"),
         ("validation.fraction=0.001", "validation.fraction"),
         ("pooling=superglobal data.image_size=64", "at least 65 px"),
         ("validation.fraction=0.08", "both need at least two"),
         ("trainer.log_every=0", "log_every"),
-        ("trainer.accumulate=5", "no multiple"),
+        ("trainer.accumulate=5", "expected a multiple of"),
         ("optim.batch_norm=batch", "expected one of train, frozen, sync"),
         ("optim.batch_norm=sync", "between GPUs"),
         ("optim.ema=1", "optim.ema"),
-        ("data.stages=[[3,96]]", "leaves no epoch"),
+        ("data.stages=[[3,96]]", "expected fewer epochs in all than"),
         ("data.stages=[[1,32]] pooling=superglobal data.image_size=96", r"data\.stages=.*at least 65 px"),
         ("resume=yes", "expected one of auto, restart"),
         ("trainer.precision=bf16-true", "expected one of auto, 32-true"),
@@ -415,7 +415,7 @@ def test_settings_of_the_optimiser_do_what_they_say(toy_data, trained, tmp_path)
 
 
 def test_the_side_of_the_photos_follows_the_stages(toy_data, tmp_path):
-    config = validated(configured(toy_data, tmp_path, "data.stages=[[1,32]]"), TrainConfig)
+    config = validate_config(configured(toy_data, tmp_path, "data.stages=[[1,32]]"), TrainConfig)
     photos = _data(config, read_train(toy_data / "toy" / "gldv2")).photos
     assert [photos[epoch, 3].image.shape[-1] for epoch in range(3)] == [32, 64, 64]
 

@@ -20,9 +20,9 @@ from sets import texture, write_folders
 
 import superglobal
 from superglobal.config import register
+from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.tuning import SpaceConfig, TuneConfig
-from superglobal.config.validation import validated
 from superglobal.data.evaluation_set import EvaluationSet, require_images
 from superglobal.data.folder import folder_set
 from superglobal.data.image_checks import CheckReport
@@ -210,7 +210,7 @@ def test_by_value_the_settings_are_those_of_the_files(tmp_path):
     write_outcome(tmp_path, "mine_tuned", outcome, trials)
     line = how_to_use(tmp_path, "mine_tuned", outcome, "a b.safetensors").splitlines()[1]
     given = [part for part in shlex.split(line.partition("eval.py ")[2]) if part != "dataset=..."]
-    got = validated(config("eval", *given), EvalConfig)
+    got = validate_config(config("eval", *given), EvalConfig)
     written = OmegaConf.load(tmp_path / "conf/pooling/mine_tuned.yaml")
     assert {key: getattr(got.pooling, key) for key in written.pooling} == dict(written.pooling)
     written = OmegaConf.load(tmp_path / "conf/rerank/mine_tuned.yaml")
@@ -256,10 +256,10 @@ def test_the_papers_values_are_always_among_the_choices():
         (["dataset=toy"], "worthless"),
         (["dataset=roxford5k"], "worthless"),
         (["dataset=folder", "dataset.database=x", "dataset.labels=true", "dataset.role=test"], "worthless"),
-        (["dataset=toy", "dataset.role=train"], "saw"),
+        (["dataset=toy", "dataset.role=train"], r"dataset\.role=train: toy: "),
         (["dataset=toy", "dataset.role=exam"], "train, validation, test"),
         (["dataset=folder", "dataset.database=x"], r"dataset\.labels=true"),
-        (["dataset=descriptors"], "photos are needed"),
+        (["dataset=descriptors"], "need images"),
         (["space.windows=[4]"], r"space\.windows=4"),
         (["space.scales=[2]"], r"space\.scales=2"),
         (["trials=0"], "trials=0"),
@@ -267,12 +267,15 @@ def test_the_papers_values_are_always_among_the_choices():
 )
 def test_what_cannot_be_tuned_on_is_refused(overrides, message):
     with pytest.raises(InputError, match=message):
-        validated(config("tune", *overrides), TuneConfig)
+        validate_config(config("tune", *overrides), TuneConfig)
 
 
 def test_roles():
-    assert validated(config("tune", "dataset=toy", "allow_test=true"), TuneConfig).dataset.role == "test"
-    assert validated(config("tune", "dataset=toy", "dataset.role=validation"), TuneConfig).dataset.role == "validation"
+    assert validate_config(config("tune", "dataset=toy", "allow_test=true"), TuneConfig).dataset.role == "test"
+    assert (
+        validate_config(config("tune", "dataset=toy", "dataset.role=validation"), TuneConfig).dataset.role
+        == "validation"
+    )
     for dataset in ("roxford5k", "rparis6k", "toy", "revisited", "descriptors"):
         assert config("eval", f"dataset={dataset}").dataset.role == "test"
     assert config("eval", "dataset=folder").dataset.role == "validation"

@@ -13,7 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from superglobal.config import conf_dir, register
+from superglobal.config import conf_dir, register, reject_old_settings
 from superglobal.errors import InputError
 
 _process_arguments: list[str] | None = None
@@ -51,6 +51,11 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
     run with the `sys.argv` that the task sees, so the task restores it.
     """
     global _process_arguments
+    try:
+        reject_old_settings(sys.argv[1:] if arguments is None else arguments)
+    except InputError as error:
+        _print_error(error)
+        return 2
     _process_arguments = sys.argv
     if arguments is not None:
         sys.argv = [sys.argv[0], *arguments]

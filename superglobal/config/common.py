@@ -1,104 +1,24 @@
-"""What training, evaluation and tuning have in common."""
+"""Settings that training, evaluation and tuning share, and the validation of all settings."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Iterable
+from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from superglobal.errors import InputError
-from superglobal.models.pooling import PoolingConfig
+from superglobal.models.pooling import PoolingConfig, make_pooling
 
-_POOLING = """`PoolingConfig` (`conf/pooling`) with every setting optional: null is what the weights file says.
-
-Args:
-    tuned_on: on which photos the settings were chosen (written by superglobal tune); it changes no number.
-"""
-PoolingSettings: Any = make_dataclass(
-    "PoolingSettings",
-    [
-        *((name, Any if hint is Any else hint | None, None) for name, hint in get_type_hints(PoolingConfig).items()),
-        ("tuned_on", str | None, None),
-    ],
-    namespace={"__doc__": _POOLING},
-)
-
-
-@dataclass
-class BackboneConfig:
-    """A timm model (`conf/backbone`).
-
-    Args:
-        name: timm's.
-        weights: what it takes when `weights` is not given.
-    """
-
-    name: str = MISSING
-    weights: str | None = None
-
-
-@dataclass
-class TrainerConfig:
-    """Where it runs (`conf/trainer`), in Lightning's terms.
-
-    Args:
-        accelerator: "auto" (a GPU where there is one), "cpu", "gpu".
-        devices: how many, or a list of indices.
-        strategy: "auto", or "ddp" for several devices.
-        num_workers: processes per device that decode photos.
-        progress: show how far it is.
-    """
-
-    accelerator: str = "auto"
-    devices: Any = 1
-    strategy: str = "auto"
-    num_workers: int = 2
-    progress: bool = True
-
-
-@dataclass
-class LoggerConfig:
-    """Trackers beside the CSV, which is always written (`conf/logger`).
-
-    Args:
-        wandb: Weights & Biases: offline without a key, unless WANDB_MODE says otherwise, and never a question.
-        tensorboard: event files in the run's folder.
-        project, entity, tags: of W&B; the names of the data set and of the ablation's row are tags, too.
-        images: queries that an evaluation shows with their first results (`figures.ranks`), evenly from the list;
-            0 for none.
-    """
-
-    wandb: bool = True
-    tensorboard: bool = False
-    project: str = "superglobal"
-    entity: str | None = None
-    tags: list[str] = field(default_factory=list)
-    images: int = 8
-
-
-@dataclass
-class PathsConfig:
-    """Folders (`conf/paths`).
-
-    Args:
-        data: of the data sets.
-        outputs: of results and trainings.
-        stores: of descriptors and indexes, for use again.
-    """
-
-    data: str = "data"
-    outputs: str = "outputs"
-    stores: str = "${paths.outputs}/stores"
-
-
-def pooling_overrides(settings: Any) -> dict[str, Any]:
-    """The pooling settings that were given."""
-    return {name: value for name, value in vars(settings).items() if value is not None and name != "tuned_on"}
+C = TypeVar("C")
+TRAIN_LISTS = ("train_clean.csv", "train.csv")
+"""GLDv2's training lists."""
+SEEDS = 2**32
+"""Seeds of training and data sets are smaller than this."""
 
 
 def conf_dir() -> Path:
@@ -114,38 +34,185 @@ def conf_dir() -> Path:
     raise InputError(f"{package / 'conf'}: the configurations are missing; reinstall superglobal")
 
 
-TABLES = ("train_clean.csv", "train.csv")
-"""GLDv2's training lists."""
+def setting(
+    default: Any, *, minimum: float | None = None, maximum: float = math.inf, choices: Iterable[Any] = ()
+) -> Any:
+    """Declare a dataclass field with its choices or its range, for `validate_values` and the reference page.
+
+    Args:
+        default: value.
+        minimum, maximum: range of a number, or of every number of a list; both ends are allowed.
+        choices: allowed values, or allowed elements of a list.
+    """
+    limits = {"choices": tuple(choices)} if minimum is None else {"minimum": minimum, "maximum": maximum}
+    return field(default=default, metadata=limits)
 
 
-def require_choice(key: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise InputError for a value that is none of those allowed."""
-    if value not in allowed:
-        raise InputError(f"{key}={value}: expected one of {', '.join(allowed)}")
+def allowed_values(declared: Field[Any]) -> str:
+    """Return the choices or the range of a field in words, such as "an integer >= 1"; "" if it has neither."""
+    if declared.metadata.get("choices"):
+        return f"one of {', '.join(map(str, declared.metadata['choices']))}"
+    if "minimum" not in declared.metadata:
+        return ""
+    kind = "a number" if "float" in str(declared.type) else "an integer"
+    return range_text(kind, declared.metadata["minimum"], declared.metadata["maximum"])
 
 
-def require_within(limits: Mapping[str, tuple[Any, float, float]]) -> None:
-    """Raise InputError for a number, unless it is None, that is not between its limits, both included, or NaN."""
-    for key, (value, least, most) in limits.items():
-        if value is not None and not value >= least:
-            raise InputError(f"{key}={value}: expected at least {least:g}")
-        if value is not None and not value <= most:
-            raise InputError(f"{key}={value}: expected at most {most:g}")
+def range_text(kind: str, minimum: float, maximum: float = math.inf) -> str:
+    """Return a range in words, such as "a number from 0 to 1"."""
+    low, high = (f"{limit:.6g}" if isinstance(limit, float) else str(limit) for limit in (minimum, maximum))
+    return f"{kind} from {low} to {high}" if math.isfinite(maximum) else f"{kind} >= {low}"
 
 
-def check_logger(logger: LoggerConfig) -> None:
-    """Raise InputError for a tracker that is not installed."""
-    require_within({"logger.images": (logger.images, 0, math.inf)})
-    if logger.tensorboard and importlib.util.find_spec("tensorboard") is None:
+def validate_values(config: Any, prefix: str = "") -> None:
+    """Check the fields of a dataclass, and of the dataclasses in it, against their choices and ranges.
+
+    Args:
+        config: object; fields that are None are not checked.
+        prefix: put before the names of fields in messages, such as "optim.".
+
+    Raises:
+        InputError: a value is not allowed, or not a finite number.
+    """
+    for declared in fields(config):
+        value, limits = getattr(config, declared.name), declared.metadata
+        if is_dataclass(value):
+            validate_values(value, f"{prefix}{declared.name}.")
+            continue
+        for element in value if isinstance(value, list) else [] if value is None else [value]:
+            valid = not limits.get("choices") or element in limits["choices"]
+            if "minimum" in limits:
+                valid = math.isfinite(element) and limits["minimum"] <= element <= limits["maximum"]
+            if not valid:
+                raise InputError(f"{prefix}{declared.name}={element}: expected {allowed_values(declared)}")
+
+
+def validate_config(cfg: DictConfig, schema: type[C]) -> C:
+    """Convert a composed configuration to typed objects and validate them.
+
+    Settings that are null or "auto" and depend on nothing but other settings are filled in.
+
+    Args:
+        cfg: composed configuration.
+        schema: its dataclass, such as `EvalConfig`, which has a method `validate`.
+
+    Raises:
+        InputError: a setting is missing, is not allowed, or contradicts another.
+    """
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(cfg))
+    if missing:
         raise InputError(
-            "logger.tensorboard=true: TensorBoard is not installed; pip install -e '.[tensorboard]', or logger=csv"
+            f"missing settings: {', '.join(missing)}; give them on the command line, e.g. {missing[0]}=..."
         )
+    config: Any = OmegaConf.to_object(cfg)
+    assert isinstance(config, schema)
+    validate_values(config)
+    config.validate()  # type: ignore[attr-defined]
+    return config
+
+
+def _overrides(self: Any) -> dict[str, Any]:
+    """Return the settings that are not null, as `load_model` takes them."""
+    return {name: value for name, value in vars(self).items() if value is not None and name != "tuned_on"}
+
+
+def _validate_pooling(self: Any) -> None:
+    make_pooling(self.overrides())
+
+
+_POOLING = """Pooling (`conf/pooling`): settings that replace those in the weights file; null keeps them.
+
+Args:
+    tuned_on: images on which `superglobal tune` chose the settings; results repeat it. It changes no number.
+"""
+PoolingOverrides: Any = make_dataclass(
+    "PoolingOverrides",
+    [
+        *((name, hint if hint is Any else hint | None, None) for name, hint in get_type_hints(PoolingConfig).items()),
+        ("tuned_on", str | None, None),
+    ],
+    namespace={"__doc__": _POOLING, "overrides": _overrides, "validate": _validate_pooling},
+)
+
+
+@dataclass
+class BackboneConfig:
+    """A timm model (`conf/backbone`).
+
+    Args:
+        name: its name in timm.
+        weights: the weights to load where the top-level `weights` is null.
+    """
+
+    name: str = MISSING
+    weights: str | None = None
+
+
+@dataclass
+class TrainerConfig:
+    """Devices, in Lightning's terms (`conf/trainer`).
+
+    Args:
+        accelerator: "auto" (a GPU if there is one), "cpu" or "gpu".
+        devices: number of devices, or a list of their indices.
+        strategy: "auto", or "ddp" for several devices.
+        num_workers: processes per device that decode images.
+        progress: show progress bars.
+    """
+
+    accelerator: str = "auto"
+    devices: Any = 1
+    strategy: str = "auto"
+    num_workers: int = setting(2, minimum=0)
+    progress: bool = True
+
+
+@dataclass
+class LoggerConfig:
+    """Trackers besides the CSV file, which is always written (`conf/logger`).
+
+    Args:
+        wandb: log to Weights & Biases; without a key it stays offline, unless WANDB_MODE is set.
+        tensorboard: write event files into the folder of the run.
+        project, entity, tags: of the run in Weights & Biases; the data set and the ablation become tags, too.
+        images: number of queries, spread evenly over the list, that an evaluation shows with their first results
+            (`figures.ranks`).
+    """
+
+    wandb: bool = True
+    tensorboard: bool = False
+    project: str = "superglobal"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    images: int = setting(8, minimum=0)
+
+    def validate(self) -> None:
+        """Raise InputError if TensorBoard is enabled and not installed."""
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise InputError(
+                "logger.tensorboard=true: TensorBoard is not installed; pip install tensorboard, or use logger=csv"
+            )
 
 
 def require_wandb(logger: LoggerConfig) -> None:
-    """Raise InputError if W&B is enabled and not installed.
+    """Raise InputError if Weights & Biases is enabled and not installed.
 
-    Only runs that log to W&B call this: a finished run opens without it.
+    Only runs that log to it call this: a finished run can be opened without the package.
     """
     if logger.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError("logger.wandb=true: the package wandb is not installed; pip install wandb, or use logger=csv")
+
+
+@dataclass
+class PathsConfig:
+    """Folders (`conf/paths`).
+
+    Args:
+        data: data sets.
+        outputs: results and trainings.
+        stores: stored descriptors and indexes, which later runs reuse.
+    """
+
+    data: str = "data"
+    outputs: str = "outputs"
+    stores: str = "${paths.outputs}/stores"

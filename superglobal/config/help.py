@@ -1,4 +1,4 @@
-"""Every setting in words, taken from the schemas: what `--help` prints, and docs/configuration.md."""
+"""Text of `--help` and of docs/configuration.md, made from the docstrings and fields of the schemas."""
 
 from __future__ import annotations
 
@@ -8,35 +8,34 @@ import itertools
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from superglobal.config.common import PoolingSettings, conf_dir
+from superglobal.config.common import PoolingOverrides, allowed_values, conf_dir
 from superglobal.models.pooling import PoolingConfig
-from superglobal.reporting.runs import ABLATIONS, MODULES
 
 _WIDTH, _NAMES = 120, 32
 _PREFACE = (
     "Made by `python scripts/config_reference.py` from the schemas in superglobal/config/ and the options in conf/;",
-    "`python eval.py --help` and `python train.py --help` print the same. A setting is given as *name=value*, an",
-    "option of a group, which sets several, as *group=option*. Defaults are those before options; `<other>` is the",
-    "value of another setting, null is none.",
+    "the commands print the same by `--help`. Give a setting as *name=value*, and an option of a group, which sets",
+    "several settings, as *group=option*. Defaults are those before options change them; `<name>` is the value of",
+    "another setting, null is none.",
 )
-# Classes whose words stand elsewhere.
-_DESCRIBED_BY = {PoolingSettings: (PoolingSettings, PoolingConfig)}
+# Classes whose fields are documented by another class.
+_DOCUMENTED_BY = {PoolingOverrides: (PoolingOverrides, PoolingConfig)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A script that Hydra configures.
+    """A command that Hydra configures.
 
     Args:
-        name: of its configuration in conf/.
-        script: as it is called.
-        schema: of its settings.
-        purpose: in a sentence.
+        name: name of its configuration in conf/.
+        script: the command as users type it.
+        schema: dataclass of its settings.
+        purpose: one sentence.
         examples: command lines.
     """
 
@@ -49,7 +48,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Settings that share a line of documentation, with their defaults as texts, "" for what must be given."""
+    """Settings that share a line of documentation.
+
+    Args:
+        names: dotted names.
+        defaults: default values as texts.
+        words: description, with the allowed values.
+    """
 
     names: tuple[str, ...]
     defaults: tuple[str, ...]
@@ -58,124 +63,132 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Settings below one prefix ("" for those of the top), with what their schema says of itself."""
+    """Settings below one prefix, "" for the top level, with the description of their schema."""
 
     prefix: str
     words: str
     settings: tuple[Setting, ...]
 
 
-def sections(schema: type) -> list[Section]:
-    """All settings of a schema, the top's own first, as dotted names.
+def describe_arguments(documented: Any) -> dict[str, str]:
+    """Return the descriptions in the "Args" section of a docstring, by name; "a, b: text" describes both."""
+    return {name: text for names, text in _argument_lines(documented).items() for name in names}
+
+
+def _argument_lines(documented: Any) -> dict[tuple[str, ...], str]:
+    text = inspect.cleandoc(documented.__doc__ or "").partition("\nArgs:\n")[2]
+    lines = re.findall(r"^    ([\w, ]+): (.*(?:\n {8,}.*)*)", text.split("\n\n")[0], re.MULTILINE)
+    return {tuple(names.split(", ")): " ".join(words.split()) for names, words in lines}
+
+
+def sections(schema: type, prefix: str = "") -> Iterator[Section]:
+    """Yield the settings of a schema, those of the top level first.
 
     Args:
-        schema: a dataclass such as `EvalConfig`.
+        schema: dataclass such as `EvalConfig`.
+        prefix: of the names.
 
     Raises:
-        LookupError: a field that no docstring describes.
+        LookupError: no docstring describes a field.
     """
-    return list(_sections(schema, ""))
-
-
-def _sections(schema: type, prefix: str) -> Iterator[Section]:
-    words, described = _described(schema)
-    kinds = {name: _dataclass(hint) for name, hint in get_type_hints(schema).items()}
-    nested = {name: kind for name, kind in kinds.items() if kind is not None}
-    plain = {field.name: field for field in dataclasses.fields(schema) if field.name not in nested}
-    settings, told = [], set()
-    for names, text in described.items():
-        if mine := [name for name in names if name in plain]:
-            defaults = tuple(_default(plain[name]) for name in mine)
-            settings.append(Setting(tuple(prefix + name for name in mine), defaults, text))
-            told.update(mine)
-    if missing := plain.keys() - told:
+    nested = {name: kind for name, hint in get_type_hints(schema).items() if (kind := _dataclass_in(hint))}
+    plain = {f.name: f for f in dataclasses.fields(schema) if f.name not in nested}
+    documented = _DOCUMENTED_BY.get(schema, [kind for kind in schema.__mro__ if dataclasses.is_dataclass(kind)])
+    settings, described = [], set[str]()
+    for names, text in itertools.chain.from_iterable(_argument_lines(kind).items() for kind in documented):
+        if own := [name for name in names if name in plain and name not in described]:
+            texts = dict.fromkeys(allowed_values(plain[name]) for name in own if not _listed(plain[name], text))
+            words = " ".join([text, *(f"({allowed})" for allowed in texts if allowed)])
+            defaults = tuple(_default(plain[name]) for name in own)
+            settings.append(Setting(tuple(prefix + name for name in own), defaults, words))
+            described.update(own)
+    if missing := plain.keys() - described:
         raise LookupError(f"{schema.__name__}: no docstring describes {', '.join(sorted(missing))}")
-    yield Section(prefix.rstrip("."), words, tuple(settings))
+    summary = inspect.cleandoc(schema.__doc__ or "").split("\n\n")[0]
+    yield Section(prefix.rstrip("."), " ".join(summary.split()), tuple(settings))
     for name, kind in nested.items():
-        yield from _sections(kind, f"{prefix}{name}.")
+        yield from sections(kind, f"{prefix}{name}.")
 
 
-def _dataclass(hint: Any) -> type | None:
-    """The dataclass in a type such as `BackboneConfig | None`."""
-    return next((kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)), None)  # type: ignore[return-value]
+def _listed(field: dataclasses.Field[Any], text: str) -> bool:
+    """Return whether a description has all choices of a field."""
+    choices: tuple[Any, ...] = field.metadata.get("choices", ())
+    return bool(choices) and all(f'"{choice}"' in text for choice in choices)
 
 
-def _described(schema: type) -> tuple[str, dict[tuple[str, ...], str]]:
-    """A class's first paragraph, and its "Args:" with those of its bases, names -> words."""
-    words, found = "", dict[tuple[str, ...], str]()
-    for kind in _DESCRIBED_BY.get(schema, [k for k in schema.__mro__ if dataclasses.is_dataclass(k)]):
-        summary, _, listed = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:\n")
-        words = words or " ".join(summary.split("\n\n")[0].split())
-        for names, text in re.findall(r"^    ([\w, ]+): (.*(?:\n {8,}.*)*)", listed, re.MULTILINE):
-            found.setdefault(tuple(names.split(", ")), " ".join(text.split()))
-    return words, found
+def _dataclass_in(hint: Any) -> Any:
+    """Return the dataclass in a type such as `BackboneConfig | None`, or None."""
+    kinds: list[Any] = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
+    return kinds[0] if kinds else None
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
     value: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if value == MISSING:
-        return ""
+        return "required"
     if isinstance(value, list):
         return f"[{', '.join(map(str, value))}]"
     if dataclasses.is_dataclass(value):
         return str(vars(value)).replace("'", "")
-    # As it is written on the command line; a reference to another setting by that one's name.
+    # YAML is the notation of the command line; a reference to another setting becomes its name.
     text = OmegaConf.to_yaml({"_": value}, resolve=False).partition(":")[2].strip()
     return re.sub(r"\$\{([\w.]+)\}", r"<\1>", text.strip("'\""))
 
 
-def groups(script: str) -> dict[str, list[tuple[str, str, bool]]]:
-    """Options of each group that a configuration takes: name, words, whether it is the default.
+def groups(config_name: str) -> dict[str, list[tuple[str, str, bool]]]:
+    """Return the options of each group of a configuration as (name, description, whether it is the default).
 
-    Args:
-        script: name of a file in conf/, without its ending.
+    The options are files in conf/, described by their first comments, and those that `register` adds.
     """
-    lines = OmegaConf.select(OmegaConf.load(conf_dir() / f"{script}.yaml"), "defaults")
-    chosen = {str(group): option for line in lines if not isinstance(line, str) for group, option in line.items()}
+    config: Any = OmegaConf.load(conf_dir() / f"{config_name}.yaml")
+    chosen = {
+        str(group): option for line in config["defaults"] if not isinstance(line, str) for group, option in line.items()
+    }
     found = {}
-    for group, option in chosen.items():
-        if not group.startswith("override "):
-            files = {path.stem: _comments(path) for path in sorted((conf_dir() / group).glob("*.yaml"))}
-            if group == "ablation":
-                on = {name: [m for m, state in zip(MODULES, s, strict=True) if state] for name, s in ABLATIONS.items()}
-                files = {name: f"On: {', '.join(modules) or 'no module'}" for name, modules in on.items()}
-            # An experiment belongs to the script that its comments call.
-            mine = {name: words for name, words in files.items() if group != "experiment" or f"{script}.py" in words}
-            found[group] = [(name, words, name == option) for name, words in mine.items()]
+    for group, default in chosen.items():
+        if group.startswith("override "):
+            continue
+        options = {path.stem: _comments(path.read_text()) for path in (conf_dir() / group).glob("*.yaml")}
+        registered = ConfigStore.instance().repo.get(group, {})
+        for file, node in registered.items():
+            settings = {key: value for key, value in node.node.items() if key != "defaults"}
+            options[file.removesuffix(".yaml")] = re.sub(r"[{}'\"]", "", str(settings))
+        if group == "experiment":  # the comments of an experiment give its command
+            options = {name: words for name, words in options.items() if f"{config_name}.py" in words}
+        found[group] = [(name, words, name == default) for name, words in sorted(options.items())]
     return found
 
 
-def _comments(path: Path) -> str:
-    """The comments that a file begins with."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+def _comments(text: str) -> str:
+    """Return the comments that a file begins with, in one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return " ".join(line[1:].strip() for line in lines if "@package" not in line)
 
 
 def help_text(entry: Entry) -> str:
-    """What `python <script> --help` prints."""
+    """Return what the command prints for `--help`."""
     lines = [entry.purpose, "", *(f"  {example}" for example in entry.examples), ""]
-    lines += ["Options, one of a group (group=option), the default in brackets:", ""]
+    lines += ["Options, one per group (group=option), the default in brackets:", ""]
     for group, options in groups(entry.name).items():
         names = [f"[{name}]" if default else name for name, _, default in options]
-        lines += _entry(group, ", ".join(names))
+        lines += _help_lines(group, ", ".join(names))
     lines += ["", "Settings (name=value), with their defaults before options change them; null is none:"]
     for section in sections(entry.schema):
         title = f"{section.prefix}: {section.words}" if section.prefix else section.words
         lines += ["", *textwrap.wrap(title, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)]
         for setting in section.settings:
-            lines += _entry(", ".join(setting.names), f"{setting.words} [{', '.join(_shown(setting))}]")
+            defaults = ", ".join(_distinct(setting.defaults))
+            lines += _help_lines(", ".join(setting.names), f"{setting.words} [{defaults}]")
     lines += ["", "-m sweeps over comma-separated values. --cfg job prints the composed configuration and ends."]
     lines += ["The same as a page: docs/configuration.md. Hydra's own flags: --hydra-help."]
     return "\n".join(lines)
 
 
-def _shown(setting: Setting) -> list[str]:
-    """The defaults, once where they are all the same."""
-    shown = [default or "must be given" for default in setting.defaults]
-    return shown if len(set(shown)) > 1 else shown[:1]
+def _distinct(defaults: Sequence[str]) -> Sequence[str]:
+    return defaults if len(set(defaults)) > 1 else defaults[:1]
 
 
-def _entry(name: str, words: str) -> list[str]:
+def _help_lines(name: str, words: str) -> list[str]:
     indent = " " * (_NAMES + 2)
     lines = textwrap.wrap(words, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     if len(name) < _NAMES:
@@ -184,25 +197,42 @@ def _entry(name: str, words: str) -> list[str]:
     return [f"  {name}", *lines]
 
 
-def page(entries: Sequence[Entry]) -> str:
-    """docs/configuration.md."""
-    lines = ["# Configuration", "", *_PREFACE, ""]
+def reference_page(entries: Sequence[Entry]) -> str:
+    """Return docs/configuration.md; what an entry shares with an earlier one is not repeated."""
+    lines, printed = ["# Configuration", "", *_PREFACE, ""], dict[Any, str]()
     for entry in entries:
-        lines += [f"## {entry.script}", "", entry.purpose, "", "| group | option | |", "|---|---|---|"]
+        tables: dict[str, tuple[str, list[str]]] = {}
         for group, options in groups(entry.name).items():
-            lines += [
+            rows = [
                 f"| `{group}` | `{name}`{' (default)' if default else ''} | {_cell(words)} |"
                 for name, words, default in options
             ]
+            tables[f"{group}="] = ("", rows)
         for section in sections(entry.schema):
-            lines += ["", f"### {entry.script}: `{section.prefix}`" if section.prefix else "", "", section.words, ""]
-            lines += ["| setting | default | |", "|---|---|---|"]
-            for setting in section.settings:
-                names = ", ".join(f"`{name}`" for name in setting.names)
-                defaults = ", ".join(f"`{default}`" for default in _shown(setting))
-                lines.append(f"| {names} | {defaults} | {_cell(setting.words)} |")
+            rows = [
+                f"| {_code(setting.names)} | {_code(_distinct(setting.defaults))} | {_cell(setting.words)} |"
+                for setting in section.settings
+            ]
+            tables[section.prefix] = (section.words, rows)
+        lines += [f"## {entry.script}", "", entry.purpose, ""]
+        shared = dict[str, list[str]]()
+        for name, (_, rows) in tables.items():
+            if (script := printed.setdefault((name, *rows), entry.script)) != entry.script:
+                shared.setdefault(script, []).append(name)
+        lines += [f"As for {script}: {_code(names)}.\n" for script, names in shared.items()]
+        own = {name: table for name, table in tables.items() if printed[(name, *table[1])] == entry.script}
+        lines += ["| group | option | |", "|---|---|---|"]
+        lines += [row for name, (_, rows) in own.items() if name.endswith("=") for row in rows]
+        for name, (words, rows) in own.items():
+            if not name.endswith("="):
+                lines += ["", f"### {entry.script}: `{name}`" if name else "", "", words, ""]
+                lines += ["| setting | default | |", "|---|---|---|", *rows]
         lines.append("")
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+
+
+def _code(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _cell(words: str) -> str:

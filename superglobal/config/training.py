@@ -10,50 +10,49 @@ from typing import Any
 from omegaconf import MISSING
 
 from superglobal.config.common import (
-    TABLES,
+    SEEDS,
+    TRAIN_LISTS,
     BackboneConfig,
     LoggerConfig,
     PathsConfig,
-    PoolingSettings,
+    PoolingOverrides,
     TrainerConfig,
-    check_logger,
-    require_choice,
+    range_text,
     require_wandb,
-    require_within,
+    setting,
 )
 from superglobal.errors import InputError
-from superglobal.models.heads import validate_kind
+from superglobal.models.heads import HEADS, validate_kind
 
 
 @dataclass
 class FitConfig(TrainerConfig):
-    """Where and how training runs; nothing here is meant to change what is learnt.
+    """Where and how training runs; these settings are not meant to change what is learned.
 
     Args:
-        devices: a number per machine, a list of indices, or "auto" for all GPUs (one process on a CPU).
-        num_nodes: machines.
-        precision: "32-true", "bf16-mixed", "16-mixed", "64-true", or "auto" (bf16-mixed on GPUs that have it, 16-mixed
-            on other GPUs, 32-true on CPUs).
-        accumulate: parts in which a device goes through its share of a batch, to save memory. Batch norm,
-            CurricularFace's moving threshold and sampled classes (`head.negatives`) tell the difference, nothing else.
-        channels_last: memory layout in which convolutions are fastest.
-        compile: compile the network with torch.compile: minutes at the start, faster steps.
-        deterministic: let torch and cuDNN use only what gives the same results bit for bit on a GPU, slower.
-        log_every: steps between two points of a curve; every loss in between is checked for being a number then.
+        devices: number of devices per machine, list of their indices, or "auto" for all GPUs (one process on a CPU).
+        num_nodes: number of machines.
+        precision: "auto" is bf16-mixed on GPUs that support it, 16-mixed on other GPUs, and 32-true on CPUs.
+        accumulate: number of parts in which a device computes its share of a batch, to save memory. It changes batch
+            norm, CurricularFace's moving threshold and sampled classes (`head.negatives`), and nothing else.
+        channels_last: use the memory layout in which convolutions are fastest.
+        compile: compile the network with torch.compile, which takes minutes at the start and makes steps faster.
+        deterministic: use only operations whose results are the same bit for bit on a GPU, which are slower.
+        log_every: steps between two points of a curve; then the losses since the last one are checked to be finite.
         save_every_steps, save_every_minutes: how often a checkpoint is written, besides the end of every epoch; null
             for never.
     """
 
     devices: Any = "auto"
-    num_nodes: int = 1
-    precision: str = "auto"
-    accumulate: int = 1
+    num_nodes: int = setting(1, minimum=1)
+    precision: str = setting("auto", choices=("auto", "32-true", "bf16-mixed", "16-mixed", "64-true"))
+    accumulate: int = setting(1, minimum=1)
     channels_last: bool = True
     compile: bool = False
     deterministic: bool = False
-    log_every: int = 50
-    save_every_steps: int | None = None
-    save_every_minutes: float | None = 15
+    log_every: int = setting(50, minimum=1)
+    save_every_steps: int | None = setting(None, minimum=1)
+    save_every_minutes: float | None = setting(15, minimum=0)
 
 
 @dataclass
@@ -61,120 +60,127 @@ class DataConfig:
     """A training set in GLDv2's layout (`conf/data`).
 
     Args:
-        name: of the set.
-        role: always "train"; its held-out landmarks are the validation set.
+        name: name of the set.
+        role: always "train"; held-out landmarks are the validation set.
         root: folder of `table` and of `train/a/b/c/<id>.jpg`.
-        table: "train_clean.csv" or "train.csv".
-        classes_of: another list; only landmarks that it has too count.
-        leave_out: file of landmark ids, one a line, that do not count.
-        tars: folder of the official tar files to read the photos from, in place of the tree.
-        min_images: landmarks with fewer photos are left out.
+        table: training list.
+        classes_of: use only landmarks that this list contains, too.
+        leave_out: file of landmark ids, one per line, that are not used.
+        tars: folder of the official tar files to read images from, in place of the folder tree.
+        min_images: landmarks with fewer images are not used.
         max_corrupt: maximum fraction of images that may be missing or unreadable; others replace them.
-        image_size: side of the square that the network is trained on, in pixels.
-        stages: other sides for first epochs, as [epochs, side] pairs: [[8, 256], [4, 384]] is 256 px for eight epochs,
-            384 px for four, and then image_size.
-        crop: smallest share of a photo's area that a random crop covers.
-        flip: mirror every other photo.
-        jitter: strength of the changes of brightness, contrast and saturation.
+        image_size: side of the square training images, in pixels.
+        stages: other sides for the first epochs, as [epochs, side] pairs: [[8, 256], [4, 384]] is 256 px for eight
+            epochs, 384 px for four, and then `image_size`.
+        crop: smallest fraction of an image's area that a random crop covers.
+        flip: mirror half of the images at random.
+        jitter: strength of random changes of brightness, contrast and saturation.
         reduced_decode: decode a JPEG at 1/2, 1/4 or 1/8 of its size where its crop still has enough pixels.
     """
 
     name: str = MISSING
-    role: str = "train"
+    role: str = setting("train", choices=("train",))
     root: str = "${paths.data}/gldv2"
-    table: str = "train_clean.csv"
-    classes_of: str | None = None
+    table: str = setting("train_clean.csv", choices=TRAIN_LISTS)
+    classes_of: str | None = setting(None, choices=TRAIN_LISTS)
     leave_out: str | None = None
     tars: str | None = None
-    min_images: int = 2
-    max_corrupt: float = 0.001
-    image_size: int = 512
+    min_images: int = setting(2, minimum=2)
+    max_corrupt: float = setting(0.001, minimum=0, maximum=0.1)
+    image_size: int = setting(512, minimum=1)
     stages: list[list[int]] = field(default_factory=list)
-    crop: float = 0.3
+    crop: float = setting(0.3, minimum=0.001, maximum=1)
     flip: bool = True
-    jitter: float = 0.2
+    jitter: float = setting(0.2, minimum=0, maximum=1)
     reduced_decode: bool = True
 
 
 @dataclass
 class HeadConfig:
-    """Margin head (`conf/head`), the classifier that a network is trained through.
+    """Margin head (`conf/head`): the classifier that the network is trained with.
 
     Args:
-        kind: "arcface", "cosface" or "curricularface".
-        scale: multiplies every cosine.
-        margin: radians; of cosface a difference of cosines.
-        dynamic_margin: margins of 0.05 (largest class) to 0.5 (smallest) instead of `margin`; arcface and cosface only.
-        easy_margin: no margin where the angle is above 90 degrees, instead of a straight continuation; arcface only.
-        centers: of each class, the nearest counts.
-        class_weights: weigh photos by 1 / log(1 + photos of their class).
-        negatives: share of the classes that a step compares with, always those of the batch among them.
+        kind: loss.
+        scale: factor of every cosine.
+        margin: in radians, up to pi/2; cosface: a difference of cosines, up to 1.
+        dynamic_margin: arcface, cosface: margins from 0.05 (largest class) to 0.5 (smallest) in place of `margin`.
+        easy_margin: arcface: no margin where the angle is above 90 degrees, in place of a linear continuation.
+        centers: number of centers per class, of which the nearest counts.
+        class_weights: weight images by 1 / log(1 + number of images of their class).
+        negatives: fraction of the classes that a step compares with; it always includes those of the batch.
     """
 
-    kind: str = "arcface"
-    scale: float = 45.25
-    margin: float = 0.15
+    kind: str = setting("arcface", choices=HEADS)
+    scale: float = setting(45.25, minimum=1, maximum=10000)
+    margin: float = setting(0.15, minimum=0)
     dynamic_margin: bool = False
     easy_margin: bool = False
-    centers: int = 1
+    centers: int = setting(1, minimum=1, maximum=100)
     class_weights: bool = False
-    negatives: float = 1.0
+    negatives: float = setting(1.0, minimum=1e-4, maximum=1)
+
+    def validate(self) -> None:
+        """Raise InputError for a margin that the kind of head does not have."""
+        validate_kind(self.kind, self.dynamic_margin, self.easy_margin)
+        limit = 1 if self.kind == "cosface" else math.pi / 2
+        if self.margin > limit:
+            raise InputError(f"head.margin={self.margin}: expected {range_text('a number', 0, limit)} for {self.kind}")
 
 
 @dataclass
 class ValidationConfig:
-    """Retrieval during training: held-out landmarks decide which network is the best, evaluation sets only watch.
+    """Retrieval during training: held-out landmarks select the best network; evaluation sets are only reported.
 
     Args:
-        fraction: share of the landmarks that is held out.
+        fraction: fraction of the landmarks that is held out.
         max_images: maximum number of images to validate on, in whole landmarks.
-        max_side: larger photos are shrunk to this longer side, in pixels; null leaves them.
-        every_epochs: epochs between two validations; the end of training always has one.
+        max_side: shrink larger images to this longer side in pixels; null keeps their size.
+        every_epochs: epochs between two validations; training always ends with one.
         every_steps: steps between two validations within an epoch; null for none.
-        sets: evaluation sets in Revisited layout, as paths below `paths.data`; those that are not there are left out.
-        patience: validations without a new best after which training stops; null for never.
+        sets: evaluation sets in Revisited layout, as paths below `paths.data`; missing ones are skipped.
+        patience: number of validations without a new best after which training stops; null for never.
     """
 
-    fraction: float = 0.01
-    max_images: int = 2000
-    max_side: int | None = 1024
-    every_epochs: int = 1
-    every_steps: int | None = None
+    fraction: float = setting(0.01, minimum=0, maximum=0.5)
+    max_images: int = setting(2000, minimum=2)
+    max_side: int | None = setting(1024, minimum=1)
+    every_epochs: int = setting(1, minimum=1)
+    every_steps: int | None = setting(None, minimum=1)
     sets: list[str] = field(default_factory=lambda: ["roxford5k", "rparis6k"])
-    patience: int | None = None
+    patience: int | None = setting(None, minimum=1)
 
 
 @dataclass
 class OptimConfig:
-    """Optimiser (`conf/optim`) and its schedule by steps: linear warm-up, then cosine to zero.
+    """Optimizer (`conf/optim`) and its schedule by steps: linear warm-up, then cosine decay to zero.
 
     Args:
-        name: "sgd" (Nesterov) or "adamw".
+        name: "sgd" (with Nesterov momentum) or "adamw".
         lr: peak learning rate of the network.
-        head_lr: factor on it for the head.
+        head_lr: factor of the learning rate for the head.
         weight_decay: of weights; biases, norms and GeM's p have none.
         momentum: of sgd.
-        warmup: share of all steps.
-        batch_size: photos a step, over all devices together.
-        epochs: times that the photos are gone through.
-        clip: gradients longer than this are shortened to it; null for no limit.
-        ema: decay of the moving average of the network's weights, which is then what is validated and exported; null
-            for none. It needs some 5 / (1 - ema) steps to forget the beginning.
-        batch_norm: "train"; "frozen" (statistics, scale and shift stay); "sync" (statistics over all GPUs).
-        freeze_backbone: train pooling, whitening and head alone.
+        warmup: fraction of all steps.
+        batch_size: images per step, over all devices together.
+        epochs: number of passes over the images.
+        clip: maximum norm of the gradient; null for no limit.
+        ema: decay of the moving average of the network's weights, which is then validated and exported; null for none.
+            It needs about 5 / (1 - ema) steps to forget the initial weights.
+        batch_norm: "train"; "frozen" (statistics, scale and shift do not change); "sync" (statistics over all GPUs).
+        freeze_backbone: train only pooling, whitening and head.
     """
 
-    name: str = "sgd"
-    lr: float = 0.01
-    head_lr: float = 1.0
-    weight_decay: float = 1e-4
-    momentum: float = 0.9
-    warmup: float = 0.05
-    batch_size: int = 64
-    epochs: int = 30
-    clip: float | None = None
-    ema: float | None = None
-    batch_norm: str = "train"
+    name: str = setting("sgd", choices=("sgd", "adamw"))
+    lr: float = setting(0.01, minimum=0)
+    head_lr: float = setting(1.0, minimum=0)
+    weight_decay: float = setting(1e-4, minimum=0)
+    momentum: float = setting(0.9, minimum=0, maximum=0.999)
+    warmup: float = setting(0.05, minimum=0, maximum=0.9)
+    batch_size: int = setting(64, minimum=2)
+    epochs: int = setting(30, minimum=1)
+    clip: float | None = setting(None, minimum=1e-9)
+    ema: float | None = setting(None, minimum=0, maximum=0.999999)
+    batch_norm: str = setting("train", choices=("train", "frozen", "sync"))
     freeze_backbone: bool = False
 
 
@@ -183,9 +189,8 @@ class TrainConfig:
     """Everything `train.py` takes.
 
     Args:
-        name: of the run; its folder is `<paths.outputs>/train/<name>`, where `eval.py name=` finds the export.
-        weights: where training starts: "random", "timm", "package" or a path; null takes the backbone's own setting, or
-            else "timm".
+        name: name of the run; its folder is `<paths.outputs>/train/<name>`, where `eval.py name=` finds the export.
+        weights: initial weights: "random", "timm", "package" or a path; null takes `backbone.weights`, or else "timm".
         dim: outputs of the whitening layer, that of the weights or a new one; 0 for none, null for that of the weights.
         resume: "auto" (from the newest checkpoint that loads) or "restart" (its checkpoints are removed).
         seed: of weights, order, augmentation and the choice of held-out landmarks.
@@ -195,87 +200,36 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     weights: str | None = None
-    pooling: PoolingSettings = field(default_factory=PoolingSettings)
-    dim: int | None = 2048
+    pooling: PoolingOverrides = field(default_factory=PoolingOverrides)
+    dim: int | None = setting(2048, minimum=0)
     head: HeadConfig = field(default_factory=HeadConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     trainer: FitConfig = field(default_factory=FitConfig)
-    resume: str = "auto"
+    resume: str = setting("auto", choices=("auto", "restart"))
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
-    seed: int = 0
+    seed: int = setting(0, minimum=0, maximum=SEEDS - 1)
 
+    def validate(self) -> None:
+        """Check what depends on several settings.
 
-_OPTIMISERS = ("sgd", "adamw")
-_PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true")
-_BATCH_NORMS = ("train", "frozen", "sync")
-
-
-def check_training(config: TrainConfig) -> None:
-    """Raise InputError for what `train.py` could not do as told."""
-    d, o, t, v = config.data, config.optim, config.trainer, config.validation
-    require_choice("data.role", d.role, ("train",))
-    require_choice("data.table", d.table, TABLES)
-    if d.classes_of is not None:
-        require_choice("data.classes_of", d.classes_of, TABLES)
-    require_choice("optim.name", o.name, _OPTIMISERS)
-    require_choice("optim.batch_norm", o.batch_norm, _BATCH_NORMS)
-    require_choice("trainer.precision", t.precision, _PRECISIONS)
-    require_choice("resume", config.resume, ("auto", "restart"))
-    if not config.name or Path(config.name).is_absolute() or ".." in Path(config.name).parts:
-        raise InputError(f"name={config.name}: expected the name of a folder inside paths.outputs")
-    require_within(
-        {
-            "data.min_images": (d.min_images, 2, math.inf),
-            "data.max_corrupt": (d.max_corrupt, 0, 0.1),
-            "data.image_size": (d.image_size, 1, math.inf),
-            "data.crop": (d.crop, 0.001, 1),
-            "data.jitter": (d.jitter, 0, 1),
-            "dim": (config.dim, 0, math.inf),
-            "optim.lr": (o.lr, 0, 1e9),
-            "optim.head_lr": (o.head_lr, 0, 1e6),
-            "optim.weight_decay": (o.weight_decay, 0, 1e6),
-            "optim.momentum": (o.momentum, 0, 0.999),
-            "optim.warmup": (o.warmup, 0, 0.9),
-            "optim.batch_size": (o.batch_size, 2, math.inf),
-            "optim.epochs": (o.epochs, 1, math.inf),
-            "optim.clip": (o.clip, 1e-9, 1e9),
-            "optim.ema": (o.ema, 0, 0.999999),
-            "validation.fraction": (v.fraction, 0, 0.5),
-            "validation.max_images": (v.max_images, 2, math.inf),
-            "validation.max_side": (v.max_side, 1, math.inf),
-            "validation.every_epochs": (v.every_epochs, 1, math.inf),
-            "validation.every_steps": (v.every_steps, 1, math.inf),
-            "validation.patience": (v.patience, 1, math.inf),
-            "trainer.num_nodes": (t.num_nodes, 1, math.inf),
-            "trainer.num_workers": (t.num_workers, 0, math.inf),
-            "trainer.accumulate": (t.accumulate, 1, math.inf),
-            "trainer.log_every": (t.log_every, 1, math.inf),
-            "trainer.save_every_steps": (t.save_every_steps, 1, math.inf),
-            "trainer.save_every_minutes": (t.save_every_minutes, 0, math.inf),
-            "seed": (config.seed, 0, 2**32 - 1),
-        }
-    )
-    for stage in d.stages:
-        if len(stage) != 2 or min(stage) < 1:
-            raise InputError(f"data.stages={d.stages}: expected [epochs, side] pairs, e.g. [[8,256],[4,384]]")
-    if d.stages and sum(epochs for epochs, _ in d.stages) >= o.epochs:
-        raise InputError(f"data.stages={d.stages} leaves no epoch of optim.epochs={o.epochs} to data.image_size")
-    if o.batch_size % t.accumulate:
-        raise InputError(f"optim.batch_size={o.batch_size} is no multiple of trainer.accumulate={t.accumulate}")
-    _check_head(config.head)
-    check_logger(config.logger)
-    require_wandb(config.logger)
-
-
-def _check_head(head: HeadConfig) -> None:
-    validate_kind(head.kind, head.dynamic_margin, head.easy_margin)
-    require_within(
-        {
-            "head.scale": (head.scale, 1, 1e4),
-            "head.margin": (head.margin, 0, 1 if head.kind == "cosface" else math.pi / 2),
-            "head.centers": (head.centers, 1, 100),
-            "head.negatives": (head.negatives, 1e-4, 1),
-        }
-    )
+        Raises:
+            InputError: settings contradict each other, or a package is missing.
+        """
+        stages, optim = self.data.stages, self.optim
+        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            raise InputError(f"name={self.name}: expected the name of a folder inside paths.outputs")
+        if any(len(stage) != 2 or min(stage) < 1 for stage in stages):
+            raise InputError(f"data.stages={stages}: expected [epochs, side] pairs, e.g. [[8,256],[4,384]]")
+        if stages and sum(epochs for epochs, _ in stages) >= optim.epochs:
+            raise InputError(f"data.stages={stages}: expected fewer epochs in all than optim.epochs={optim.epochs}")
+        if optim.batch_size % self.trainer.accumulate:
+            raise InputError(
+                f"optim.batch_size={optim.batch_size}: expected a multiple of "
+                f"trainer.accumulate={self.trainer.accumulate}"
+            )
+        self.head.validate()
+        self.pooling.validate()
+        self.logger.validate()
+        require_wandb(self.logger)

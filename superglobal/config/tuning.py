@@ -1,33 +1,38 @@
-"""Settings of `superglobal tune`."""
+"""Settings of `superglobal tune` and of the search page, `superglobal serve`."""
 
 from __future__ import annotations
 
 import importlib.util
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from superglobal.config.common import BackboneConfig, PathsConfig, TrainerConfig, require_choice, require_within
-from superglobal.config.evaluation import DatasetConfig, check_dataset
+from superglobal.config.common import SEEDS, BackboneConfig, PathsConfig, TrainerConfig, setting
+from superglobal.config.evaluation import DatasetConfig, EvalConfig, StoreConfig
+from superglobal.data.images import MAX_PIXELS
 from superglobal.errors import InputError
+from superglobal.reranking.registry import get_reranker
+
+_BENCHMARKS = ("roxford5k", "rparis6k", "gldv2_test")
 
 
 @dataclass
 class SpaceConfig:
-    """What `superglobal tune` chooses from; the paper's value is always among the choices.
+    """Search space of `superglobal tune`; the paper's value is always among the choices.
 
-    Each window needs no maps of its own, each list of scales some, each alpha all of them once more.
+    Windows need no feature maps of their own. Each list of scales needs some, and each alpha all of them once more.
 
     Args:
-        windows: of RegionalGeM, odd, in cells; 1 is off.
-        scales: 1, 3 or 5 of them.
-        relup_alphas: floors of ReLUP, 0 is off; only off where the backbone has no place for it.
-        rerank: whether M, K and beta are searched too; false searches and scores without reranking.
+        windows: of RegionalGeM, in cells; 1 switches it off.
+        scales: numbers of scales.
+        relup_alphas: lower bounds of ReLUP; 0 switches it off, as for backbones that do not support it.
+        rerank: search M, K and beta, too; false searches and scores without reranking.
     """
 
-    windows: list[int] = field(default_factory=lambda: [1, 3, 5, 7])
-    scales: list[int] = field(default_factory=lambda: [1, 3, 5])
-    relup_alphas: list[float] = field(default_factory=lambda: [0.0, 0.007, 0.014, 0.028])
+    windows: list[int] = field(default_factory=lambda: [1, 3, 5, 7], metadata={"choices": (1, 3, 5, 7, 9, 11)})
+    scales: list[int] = field(default_factory=lambda: [1, 3, 5], metadata={"choices": (1, 3, 5)})
+    relup_alphas: list[float] = field(
+        default_factory=lambda: [0.0, 0.007, 0.014, 0.028], metadata={"minimum": 0, "maximum": 1}
+    )
     rerank: bool = True
 
 
@@ -36,16 +41,16 @@ class TuneConfig:
     """Everything `superglobal tune` takes.
 
     Args:
-        name: of the tuning, and by default of the training whose network is tuned.
-        run: folder of that training: its export, and what it held out.
-        data_root: where the training's photos are, if no longer where they were; folder of its list.
+        name: name of the tuning, and by default of the training run whose network is tuned.
+        run: folder of that run, which has its export and its held-out landmarks.
+        data_root: folder of the training list, if the images have moved since the training.
         dataset: validation set in place of the held-out landmarks (`conf/dataset`).
-        allow_test: tune on a set whose role is "test"; everything made with the result is marked so.
-        backbone, weights, antialias: as in `EvalConfig`; without weights the export of `run`.
-        space: what is chosen from.
-        trials: settings tried in all, the paper's among them.
-        max_images: most photos of the validation set, in whole landmarks drawn by `seed`.
-        seed: of the draw, the halves, the search, the bootstrap and of random weights.
+        allow_test: tune on a set whose role is "test"; all results with these settings are marked.
+        backbone, weights, antialias: as in `EvalConfig`; without weights, the export of `run`.
+        space: search space.
+        trials: number of settings that are tried, including the paper's.
+        max_images: maximum number of validation images, in whole landmarks drawn by `seed`.
+        seed: of the draw, the halves, the search, the bootstrap and random weights.
     """
 
     name: str = "superglobal"
@@ -57,58 +62,96 @@ class TuneConfig:
     weights: str | None = None
     antialias: bool | None = None
     space: SpaceConfig = field(default_factory=SpaceConfig)
-    trials: int = 100
-    max_images: int = 400
+    trials: int = setting(100, minimum=1)
+    max_images: int = setting(400, minimum=8)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
-    seed: int = 0
+    seed: int = setting(0, minimum=0, maximum=SEEDS - 1)
+
+    def validate(self) -> None:
+        """Raise InputError for a set that settings cannot or must not be chosen on, or if Optuna is not installed."""
+        if self.dataset is not None:
+            self.dataset.validate()
+            _validate_tuning_set(self.dataset, self.allow_test)
+        if importlib.util.find_spec("optuna") is None:
+            raise InputError("superglobal tune: Optuna is not installed; pip install optuna")
 
 
-_BENCHMARKS = ("roxford5k", "rparis6k", "gldv2_test")
-
-
-def check_tuning(config: TuneConfig) -> None:
-    """Raise InputError for what `superglobal tune` could not or must not do as told."""
-    d, space = config.dataset, config.space
-    if d is not None:
-        check_dataset(d)
-        _check_tuned_set(d, config.allow_test)
-    if importlib.util.find_spec("optuna") is None:
-        raise InputError("tuning searches with Optuna, which is not installed: pip install optuna")
-    for count in space.scales:
-        require_choice("space.scales", str(count), ["1", "3", "5"])
-    for window in space.windows:
-        require_choice("space.windows", str(window), ["1", "3", "5", "7", "9", "11"])
-    limits: dict[str, tuple[Any, float, float]] = {
-        "trials": (config.trials, 1, math.inf),
-        "max_images": (config.max_images, 8, math.inf),
-        "trainer.num_workers": (config.trainer.num_workers, 0, math.inf),
-        "seed": (config.seed, 0, 2**32 - 1),
-    }
-    limits |= {f"space.relup_alphas[{i}]": (alpha, 0, 1) for i, alpha in enumerate(space.relup_alphas)}
-    require_within(limits)
-
-
-def _check_tuned_set(d: DatasetConfig, allow_test: bool) -> None:
-    """Nobody chooses settings on the set that is reported, by accident."""
+def _validate_tuning_set(d: DatasetConfig, allow_test: bool) -> None:
     if d.kind == "descriptors":
-        raise InputError("dataset=descriptors: the pooling is tuned on feature maps, so photos are needed")
+        raise InputError("dataset=descriptors: pooling is tuned on feature maps, which need images")
     if d.kind == "folder" and not d.labels:
         raise InputError(
-            "dataset=folder: tuning needs to know what is right: dataset.labels=true, a sub-folder a place"
+            "dataset=folder: tuning needs ground truth; use dataset.labels=true, with one sub-folder per landmark"
         )
     if d.kind == "gldv2_recognition":
-        raise InputError(f"{d.name}: pooling is tuned by average precision per query, which recognition does not have")
+        raise InputError(f"{d.name}: tuning needs average precision per query, which recognition does not have")
     if d.role == "train":
-        raise InputError(
-            f"{d.name}: its role is train, and settings chosen on photos that the network saw fit no others"
-        )
+        raise InputError(f"dataset.role=train: {d.name}: settings chosen on training images do not fit other images")
     if d.name in _BENCHMARKS and d.role != "test":
-        raise InputError(f"dataset.role={d.role}: {d.name} is what others report their numbers on; its role is test")
+        raise InputError(f"dataset.role={d.role}: {d.name} is a benchmark; its role is test")
     if d.role == "test" and not allow_test:
         raise InputError(
-            f"{d.name}: its role is test. Tuning on a test set makes its numbers worthless, for these settings were "
-            "then chosen to make them high. Tune on a training's held-out landmarks (name=RUN without dataset=) or on "
-            "photos of your own (dataset=folder dataset.labels=true); allow_test=true does it all the same, and marks "
-            "every result"
+            f"{d.name}: its role is test. Settings that are chosen on a test set make its numbers worthless. Tune on "
+            "the held-out landmarks of a training (name=RUN without dataset=) or on your own photos (dataset=folder "
+            "dataset.labels=true). allow_test=true tunes on it all the same, and marks every result"
         )
+
+
+@dataclass
+class PageConfig:
+    """The search page.
+
+    Args:
+        host: address to listen at; "127.0.0.1" is reachable from this machine only, "0.0.0.0" from everywhere.
+        port: 0 for any free port.
+        results: maximum number of results shown.
+        samples: number of images of the data set offered at a time.
+        max_upload: maximum size of an uploaded file, in MB.
+        max_megapixels: maximum size of an uploaded image.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = setting(7860, minimum=0, maximum=65535)
+    results: int = setting(40, minimum=1, maximum=500)
+    samples: int = setting(12, minimum=0, maximum=100)
+    max_upload: int = setting(20, minimum=1, maximum=2000)
+    max_megapixels: int = setting(100, minimum=1, maximum=MAX_PIXELS // 10**6)
+
+
+@dataclass
+class DemoConfig(EvalConfig):
+    """Everything `superglobal serve` takes: what `eval.py` takes, except what scores results, and `page`.
+
+    Args:
+        store: folder of a store, which records its images and its network; or the settings of `eval.py`.
+    """
+
+    store: Any = field(default_factory=StoreConfig)
+    page: PageConfig = field(default_factory=PageConfig)
+
+    def validate(self) -> None:
+        """Check what `EvalConfig` checks, and what a page cannot show.
+
+        Raises:
+            InputError: settings contradict each other, or a package is missing.
+        """
+        super().validate()
+        shard, devices = self.extraction.shard, self.trainer.devices
+        if self.dataset.kind == "descriptors" or self.descriptors.query is not None:
+            raise InputError("descriptors: the page extracts descriptors itself, from images; use another dataset=")
+        if self.rerank.enabled and not {"M", "K", "beta"} <= get_reranker(self.rerank.kind).parameters.keys():
+            raise InputError(
+                f"rerank={self.rerank.kind}: the page has controls for M, K and beta; use rerank=superglobal, "
+                "mutual or none"
+            )
+        if shard is not None:
+            raise InputError(f"extraction.shard={shard}: the page searches the whole database; leave it out")
+        if importlib.util.find_spec("gradio") is None:
+            raise InputError("superglobal serve: Gradio is not installed; pip install gradio")
+        if not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)):
+            raise InputError(
+                f"trainer.devices={devices}: expected 1, because the page is one process; extract with eval.py first"
+            )
+        if not self.page.host:
+            raise InputError("page.host: expected an address, such as 127.0.0.1 (this machine only) or 0.0.0.0")

@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.markup import escape
 from rich.table import Table
 
+from superglobal.config.common import validate_config
 from superglobal.config.evaluation import CompareConfig, RerankConfig, complete_rerank, rerank_parameters
-from superglobal.config.validation import validated
 from superglobal.data.evaluation_set import EvaluationSet
 from superglobal.errors import InputError
 from superglobal.evaluation.inputs import Clock, Inputs, gathered
@@ -51,7 +51,7 @@ def compare(cfg: DictConfig, folder: Path, sources: Sequence[Path]) -> list[dict
     Raises:
         InputError: anything missing, unreadable or contradicting.
     """
-    config = validated(cfg, CompareConfig)
+    config = validate_config(cfg, CompareConfig)
     chosen = [(name, _option(name, sources)) for name in config.rerankers]
     if not chosen:
         raise InputError("rerankers=[]: name at least one, e.g. rerankers=[none,superglobal]")

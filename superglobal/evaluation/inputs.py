@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytorch_lightning as pl
 
-from superglobal.config.common import PoolingSettings, pooling_overrides
+from superglobal.config.common import PoolingOverrides
 from superglobal.config.evaluation import DatasetConfig, EvalConfig
 from superglobal.data.evaluation_set import (
     EvaluationSet,
@@ -245,7 +245,7 @@ def evaluated_network(config: EvalConfig) -> RetrievalNetwork:
     network = load_model(
         weights,
         backbone=name,
-        pooling=pooling_overrides(config.pooling),
+        pooling=config.pooling.overrides(),
         scales=config.scales,
         antialias=config.antialias,
         seed=config.seed,
@@ -265,7 +265,7 @@ def _siblings(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNe
             if alike:
                 networks.append(alike[0].variant(wanted))
             else:
-                networks.append(evaluated_network(replace(config, pooling=PoolingSettings(**pooling))))
+                networks.append(evaluated_network(replace(config, pooling=PoolingOverrides(**pooling))))
         except InputError:  # that job's to say
             continue
     return networks[1:]

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig, RerankConfig, rerank_parameters
-from superglobal.config.validation import validated
 from superglobal.data.evaluation_set import EvaluationSet, chain_sequences, file_names
 from superglobal.errors import InputError
 from superglobal.evaluation.first_stage import FirstStage, first_stage
@@ -51,7 +51,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
     Raises:
         InputError: anything missing, unreadable or contradicting.
     """
-    config = validated(cfg, EvalConfig)
+    config = validate_config(cfg, EvalConfig)
     clock = Clock()
     with evaluation_loggers(config, folder, sweep_name()) as track:
         found = gathered(config, clock)

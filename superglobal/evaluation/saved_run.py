@@ -13,8 +13,8 @@ import numpy as np
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig, rerank_parameters
-from superglobal.config.validation import validated
 from superglobal.data.evaluation_set import (
     EvaluationSet,
     RecognitionTruth,
@@ -75,7 +75,7 @@ class FinishedRun:
             reason = str(error).splitlines()[0]
             raise InputError(f"{self.folder}: settings of another version ({reason}); run eval.py again") from error
         assert OmegaConf.is_dict(merged)
-        return validated(merged, EvalConfig)  # type: ignore[arg-type]
+        return validate_config(merged, EvalConfig)  # type: ignore[arg-type]
 
     @property
     def own_descriptors(self) -> bool:

@@ -20,9 +20,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from superglobal.config.common import pooling_overrides
+from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
-from superglobal.config.validation import validated
 from superglobal.errors import InputError
 from superglobal.reporting.tables import write_tables
 from superglobal.training.trainer import sweeping
@@ -77,14 +76,14 @@ class EvaluationSweep(Callback):
 
 
 def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
-    """Pooling settings (`pooling_overrides`) of the other jobs of the sweep that describe the same images."""
+    """Pooling settings (`PoolingOverrides.overrides`) of the other jobs of the sweep that describe the same images."""
     path = Path(HydraConfig.get().sweep.dir) / _JOBS if sweeping() else None
     if path is None or not path.is_file():
         return []
     mine = _plain(_shared(config))
     found: list[dict[str, Any]] = []
     for job in json.loads(path.read_text()):
-        if job["shared"] == mine and job["pooling"] not in [*found, _plain(pooling_overrides(config.pooling))]:
+        if job["shared"] == mine and job["pooling"] not in [*found, _plain(config.pooling.overrides())]:
             found.append(job["pooling"])
     return found
 
@@ -115,11 +114,11 @@ def _choices(config: DictConfig) -> list[list[str]]:
 def _about(config_name: str, job: list[str]) -> dict[str, Any] | None:
     """What the others need to know of a job; None for one that will end in an error of its own."""
     try:
-        config = validated(compose(config_name, overrides=job), EvalConfig)
+        config = validate_config(compose(config_name, overrides=job), EvalConfig)
     except (HydraException, OmegaConfBaseException, InputError):
         return None
     assert isinstance(config, EvalConfig)
-    return {"shared": _shared(config), "pooling": pooling_overrides(config.pooling)}
+    return {"shared": _shared(config), "pooling": config.pooling.overrides()}
 
 
 def _shared(config: EvalConfig) -> dict[str, Any]:

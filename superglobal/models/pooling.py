@@ -86,7 +86,7 @@ class PoolingConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "superglobal": {},
+    "superglobal": {"gem_plus": True, "regional": True, "scale": True, "relup": "auto"},
     "gem": {"gem_plus": False, "regional": False, "scale": False, "relup": "off"},
     "cvnet_global": {
         "gem_plus": False,

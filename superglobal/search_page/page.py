@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 import numpy as np
 
-from superglobal.config.page import DemoConfig
+from superglobal.config.tuning import DemoConfig
 from superglobal.errors import InputError
 from superglobal.search_page import html as markup
 from superglobal.search_page.image_search import Described, Photo

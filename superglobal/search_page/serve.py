@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
+from superglobal.config.common import validate_config
 from superglobal.config.evaluation import DatasetConfig, StoreConfig, rerank_parameters
-from superglobal.config.page import DemoConfig
-from superglobal.config.validation import validated
+from superglobal.config.tuning import DemoConfig
 from superglobal.data.evaluation_set import EvaluationSet, LazySequence, chain_sequences
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
@@ -65,7 +65,7 @@ def configured(cfg: DictConfig) -> tuple[DemoConfig, Path | None]:
         InputError: a setting that is none, or a store that does not say enough.
     """
     folder = None if OmegaConf.is_config(cfg.store) else Path(str(cfg.store))
-    return validated(cfg if folder is None else _as_stored(cfg, folder), DemoConfig), folder
+    return validate_config(cfg if folder is None else _as_stored(cfg, folder), DemoConfig), folder
 
 
 def open_database(config: DemoConfig, folder: Path | None = None) -> Opened:
@@ -99,7 +99,7 @@ def _searchable(config: DemoConfig) -> DatasetConfig:
     """The data set; a folder of photos alone is its own queries."""
     d = config.dataset
     alone = d.kind == "folder" and d.query is None and not d.labels
-    return replace(d, query=d.database) if alone else d
+    return replace(d, query=d.database) if alone else d  # type: ignore[call-arg]
 
 
 def _opened(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from superglobal.config.page import DemoConfig
+from superglobal.config.tuning import DemoConfig
 from superglobal.errors import InputError
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback
 
-from superglobal.config.common import pooling_overrides
+from superglobal.config.common import validate_config
 from superglobal.config.training import TrainConfig
-from superglobal.config.validation import validated
 from superglobal.data.datamodules import HeldOutDataset, TrainingDataModule
 from superglobal.data.evaluation_set import EvaluationSet, require_images
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
@@ -60,7 +59,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
         InputError: anything missing, unreadable or contradicting, `folder` holds another training, another process
             trains there, or what ended the training.
     """
-    config = validated(cfg, TrainConfig)
+    config = validate_config(cfg, TrainConfig)
     first = first_process()
     if not first:
         logging.getLogger("superglobal").setLevel(logging.WARNING)
@@ -123,7 +122,7 @@ def _network(config: TrainConfig) -> RetrievalNetwork:
     network = load_model(
         config.weights or config.backbone.weights or "timm",
         backbone=config.backbone.name,
-        pooling=pooling_overrides(config.pooling),
+        pooling=config.pooling.overrides(),
         scales=1,
         seed=config.seed,
         dim=config.dim,

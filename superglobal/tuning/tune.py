@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from superglobal.config.common import validate_config
 from superglobal.config.tuning import TuneConfig
-from superglobal.config.validation import validated
 from superglobal.data.evaluation_set import EvaluationSet, require_images
 from superglobal.errors import InputError
 from superglobal.evaluation.inputs import evaluation_set
@@ -53,7 +53,7 @@ def tune(cfg: DictConfig, folder: Path) -> float:
         InputError: anything missing, unreadable or contradicting, a set to be tested on, or `folder` holds another
             tuning.
     """
-    config = validated(cfg, TuneConfig)
+    config = validate_config(cfg, TuneConfig)
     dataset, max_side, tuned_on = _photos(config)
     lists = _checked_lists(dataset, max_side)
     network = _network(config, None)
