@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from superglobal.data.datamodules import plan_batches, select_missing
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import ImageItem, read_image, shrunk_size
+from superglobal.data.samplers import plan_batches, select_missing
 
 SIZES = [tuple(map(int, size)) for size in np.random.default_rng(0).choice([90, 100, 120], (200, 2))]
 

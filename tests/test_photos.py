@@ -66,7 +66,7 @@ def test_a_photo_depends_on_seed_epoch_and_index_alone(root):
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     assert same(first, pickle.loads(pickle.dumps(dataset(photos)))[(1, 5)])
-    assert (first.label, first.index, first.bad) == (int(photos.labels[5]), 5, [])
+    assert (first.label, first.index, first.corrupt) == (int(photos.labels[5]), 5, [])
     assert (first.image.shape, first.image.dtype) == ((3, 48, 48), torch.uint8)
     assert dataset(photos)[(0, 5)].image.shape == (3, 32, 32)
     assert not torch.equal(first.image, dataset(photos, seed=1)[(1, 5)].image)
@@ -114,7 +114,7 @@ def test_another_photo_stands_in_for_a_bad_one_the_same_after_a_restart(root, ha
     shown = dataset(photos)[(0, 7)]
     assert shown.index != 7
     assert shown.label == photos.labels[shown.index]
-    ((index, why),) = shown.bad
+    ((index, why),) = shown.corrupt
     assert index == 7
     assert reason in why
     assert same(shown, dataset(read_train(root))[(0, 7)])
@@ -127,8 +127,8 @@ def test_bad_stand_ins_are_reported_too_and_only_then_is_there_an_end(root):
         photos.path(index).unlink()
     shown = [dataset(photos)[(0, index)] for index in range(len(photos))]
     assert all(photo.index % 2 for photo in shown)
-    assert max(len(photo.bad) for photo in shown) > 1
-    assert all(index % 2 == 0 for photo in shown for index, _ in photo.bad)
+    assert max(len(photo.corrupt) for photo in shown) > 1
+    assert all(index % 2 == 0 for photo in shown for index, _ in photo.corrupt)
     for index in range(1, len(photos), 2):
         photos.path(index).unlink()
     error = dataset(photos)[(0, 3)]
@@ -144,10 +144,10 @@ def test_a_batch_goes_where_lightning_moves_it(root):
     batch = collate([dataset(photos)[(0, index)] for index in range(4)])
     assert batch.images.shape == (4, 3, 32, 32)
     assert (batch.images.dtype, batch.labels.dtype, batch.indices.dtype) == (torch.uint8, torch.int64, torch.int64)
-    assert batch.bad == [(2, "missing")]
+    assert batch.corrupt == [(2, "missing")]
     moved = move_data_to_device(batch, torch.device("cpu"))
     assert isinstance(moved, Batch)
-    assert moved.bad == [(2, "missing")]
+    assert moved.corrupt == [(2, "missing")]
     assert torch.equal(moved.labels, photos_labels(photos, batch))
 
 
@@ -182,7 +182,7 @@ def test_a_dead_worker_is_told_where_a_batch_is_waited_for_and_nowhere_else():
 
 @pytest.fixture
 def bad_photos(tmp_path) -> Callable[..., CorruptImageList]:
-    return partial(CorruptImageList, tmp_path / "run" / "corrupt_images.txt", place="photo {}".format)
+    return partial(CorruptImageList, tmp_path / "run" / "corrupt_images.txt", location="photo {}".format)
 
 
 def test_bad_photos_are_listed_once_over_restarts(bad_photos, caplog):

@@ -327,7 +327,7 @@ def test_validation_takes_whole_landmarks(images, landmarks):
     assert len(chosen) == 3 * landmarks
     truth = leave_one_out_truth(chosen.labels)
     assert all(len(entry["positive"]) == 2 and i not in entry["positive"] for i, entry in enumerate(truth))
-    without = HeldOutDataset(photos, images, None, seed=0, without=[int(chosen.indices[0])])
+    without = HeldOutDataset(photos, images, None, seed=0, exclude=[int(chosen.indices[0])])
     assert np.array_equal(without.indices, chosen.indices[1:])
 
 

@@ -1,8 +1,7 @@
-"""Training photos, with a stand-in for each one that cannot be read."""
+"""Training images with augmentation, and replacements for corrupt ones."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -23,48 +23,50 @@ from superglobal.data.image_index import index_path, load_index, prepare_command
 from superglobal.data.images import CorruptImageError, decode_image, image_size
 from superglobal.errors import InputError
 
-_STAND_INS = 10
-Bad = list[tuple[int, str]]
-"""Photos that cannot be read: index and reason each."""
+log = logging.getLogger(__name__)
+_MAX_REPLACEMENTS = 10
+_SLOW_CHECK = 50_000  # images that take minutes to check on a hard disk
+CorruptImages = list[tuple[int, str]]
+"""Index and reason of each missing or corrupt image."""
 
 
 class TrainingImage(NamedTuple):
-    """A photo as the network sees it.
+    """An augmented training image.
 
     Attributes:
         image: (3, S, S) uint8.
-        label: its class.
-        index: which photo it is, a stand-in perhaps.
-        bad: photos that it stands in for.
+        label: class.
+        index: of the image, or of its replacement.
+        corrupt: images that this one replaces.
     """
 
     image: Tensor
     label: int
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks a photo for
-    bad: Bad
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    corrupt: CorruptImages
 
 
 class Batch(NamedTuple):
-    """Training images: images (B, 3, S, S) uint8, labels (B,) int64, indices (B,) int64, `TrainingImage.bad` of all."""
+    """Training images (B, 3, S, S) uint8, labels and indices (B,) int64, and the corrupt images they replace."""
 
     images: Tensor
     labels: Tensor
     indices: Tensor
-    bad: Bad
+    corrupt: CorruptImages
 
 
 class TrainingDataset(Dataset):
-    """Photos by (epoch, index), augmented; every random draw depends on (seed, epoch, index) alone.
+    """Augmented training images by (epoch, index); each random number depends on (seed, epoch, index) alone.
 
-    In the place of a photo that cannot be read comes one drawn among all, so that a step has its full batch and a run
-    of weeks outlives a damaged file. Where ten in a row cannot be read an InputError comes: raised inside a worker it
-    would arrive wrapped in the worker's traceback.
+    A corrupt image is replaced by a random one, so that batches are complete and a damaged file does not end a long
+    run. If ten replacements are corrupt too, the item is an InputError: raised in a worker, the error would be wrapped
+    in the traceback of the worker.
 
     Args:
-        photos: the training list.
-        augment: (a photo's file, S) -> (3, S, S) uint8, drawing from torch's generator.
+        photos: training list.
+        augment: (bytes of an image file, S) -> (3, S, S) uint8, with random numbers from the generator of torch.
         side: epoch -> S, in pixels.
-        seed: of augmentation and stand-ins.
+        seed: seed of augmentation and replacements.
     """
 
     def __init__(
@@ -78,54 +80,56 @@ class TrainingDataset(Dataset):
     def __len__(self) -> int:
         return len(self.photos)
 
-    def __getitem__(self, place: tuple[int, int]) -> TrainingImage | InputError:
-        epoch, asked = place
-        bad: Bad = []
-        index = asked
-        for attempt in range(1 + _STAND_INS):
+    def __getitem__(self, key: tuple[int, int]) -> TrainingImage | InputError:
+        epoch, requested = key
+        corrupt: CorruptImages = []
+        index = requested
+        for attempt in range(1 + _MAX_REPLACEMENTS):
             if attempt:
-                index = int(np.random.default_rng([self.seed, epoch, asked, attempt]).integers(len(self)))
+                index = int(np.random.default_rng([self.seed, epoch, requested, attempt]).integers(len(self)))
             try:
-                image = self._augmented(epoch, asked, self.photos.read(index))
+                image = self._augmented(epoch, requested, self.photos.read(index))
             except CorruptImageError as error:
-                bad.append((index, str(error)))
+                corrupt.append((index, str(error)))
             else:
-                return TrainingImage(image, int(self.photos.labels[index]), index, bad)
-        first = f"{self.photos.location(asked)}: {bad[0][1]}"
+                return TrainingImage(image, int(self.photos.labels[index]), index, corrupt)
         return InputError(
-            f"image cannot be read: {first}; nor could {_STAND_INS} others in its stead: most photos are missing or "
-            "damaged, superglobal prepare-gldv2 lists them"
+            f"image cannot be read: {self.photos.location(requested)}: {corrupt[0][1]}, and neither can "
+            f"{_MAX_REPLACEMENTS} random replacements; most images are missing or corrupt, superglobal prepare-gldv2 "
+            "lists them"
         )
 
-    def _augmented(self, epoch: int, asked: int, data: bytes) -> Tensor:
+    def _augmented(self, epoch: int, requested: int, data: bytes) -> Tensor:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, asked]).generate_state(1)[0]))
+            torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, requested]).generate_state(1)[0]))
             return self.augment(data, self.side(epoch))
 
 
-def collate(photos: list[TrainingImage | InputError]) -> Batch | InputError:
-    """A batch, or what makes it impossible."""
-    sound: list[TrainingImage] = []
-    for photo in photos:
-        if isinstance(photo, InputError):
-            return photo
-        sound.append(photo)
-    images, labels, indices, bad = zip(*sound, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices), [one for few in bad for one in few])
+def collate(items: list[TrainingImage | InputError]) -> Batch | InputError:
+    """Return the batch of the items, or the first error among them."""
+    images: list[TrainingImage] = []
+    for item in items:
+        if isinstance(item, InputError):
+            return item
+        images.append(item)
+    pixels, labels, indices, corrupt = zip(*images, strict=True)
+    return Batch(
+        torch.stack(pixels), torch.tensor(labels), torch.tensor(indices), [pair for c in corrupt for pair in c]
+    )
 
 
 class Augment:
-    """Random crop of any place, size and shape, resized to a square; mirror image; brightness, contrast, saturation.
+    """Random crop resized to a square, horizontal flip, and jitter of brightness, contrast and saturation.
 
-    The draws are those of torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`, in that order,
-    from torch's generator: without reduced decoding the result is theirs, bit for bit.
+    The random numbers are those of torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`, in that
+    order; without reduced decoding the result is equal, bit for bit.
 
     Args:
-        crop: smallest share of the photo's area that a crop covers.
-        flip: mirror every other photo.
+        crop: minimum fraction of the area that a crop covers.
+        flip: flip half of the images.
         jitter: strength of the changes of brightness, contrast and saturation.
-        ratio: narrowest and widest crop, width over height.
-        reduced: decode a JPEG at 1/2, 1/4 or 1/8 of its size where the crop still has as many pixels as asked for.
+        ratio: minimum and maximum aspect ratio of a crop, width over height.
+        reduced: decode a JPEG at 1/2, 1/4 or 1/8 of its size if the crop then still has at least the requested size.
     """
 
     def __init__(
@@ -137,151 +141,136 @@ class Augment:
         reduced: bool = True,
     ) -> None:
         self.crop, self.ratio, self.reduced = crop, ratio, reduced
-        changes = [v2.RandomHorizontalFlip()] if flip else []
-        self.after = v2.Compose([*changes, v2.ColorJitter(jitter, jitter, jitter)])
+        flips = [v2.RandomHorizontalFlip()] if flip else []
+        self.after = v2.Compose([*flips, v2.ColorJitter(jitter, jitter, jitter)])
 
     def __call__(self, data: bytes, side: int) -> Tensor:
-        """(3, side, side) uint8 from an image file's bytes.
-
-        Raises:
-            CorruptImageError: they are not a whole image.
-        """
+        """Decode and augment an image file, (3, side, side) uint8; CorruptImageError if it is not a whole image."""
         width, height = image_size(data)
         top, left, rows, columns = self.box(width, height)
         pixels = decode_image(data, self.reduction(rows, columns, side))
-        # As it was decoded: a photo that is no JPEG comes in full size.
-        down, across = pixels.shape[0] / height, pixels.shape[1] / width
-        top, bottom = round(top * down), round((top + rows) * down)
-        left, right = round(left * across), round((left + columns) * across)
+        # Only JPEGs are decoded at a reduced size.
+        scale_y, scale_x = pixels.shape[0] / height, pixels.shape[1] / width
+        top, bottom = round(top * scale_y), round((top + rows) * scale_y)
+        left, right = round(left * scale_x), round((left + columns) * scale_x)
         # A view with the channels last, which torch resizes three times as fast as a copy with them first.
         image = torch.from_numpy(np.array(pixels[top:bottom, left:right], order="C")).permute(2, 0, 1)
         return self.after(F.resize(image, [side, side], antialias=True)).contiguous()
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """(top, left, rows, columns) of a random crop, in pixels of the whole photo."""
-        draw = v2.RandomResizedCrop(1, scale=(self.crop, 1.0), ratio=self.ratio)
-        box = draw.make_params([torch.empty((3, height, width), device="meta")])
+        """Return a random crop (top, left, rows, columns), in pixels of the image at full size."""
+        transform = v2.RandomResizedCrop(1, scale=(self.crop, 1.0), ratio=self.ratio)
+        box = transform.make_params([torch.empty((3, height, width), device="meta")])
         return box["top"], box["left"], box["height"], box["width"]
 
     def reduction(self, rows: int, columns: int, side: int) -> int:
-        """The largest of 8, 4, 2, 1 that leaves a crop of (rows, columns) pixels at least `side` a side."""
+        """Return the largest of 8, 4, 2 and 1 that leaves a crop of (rows, columns) at least `side` pixels per side."""
         if not self.reduced:
             return 1
         return next((r for r in (8, 4, 2) if min(rows, columns) >= r * (side + 1)), 1)
 
 
-log = logging.getLogger(__name__)
-_MANY = 50_000  # photos that take minutes to check on a disk that turns
-
-
 class CorruptImageList:
-    """The file of a run's bad photos, `place<TAB>reason` a line, each photo once, whatever the processes and restarts.
+    """File of the corrupt images of a run, a line `location<TAB>reason` each, shared by processes and restarts.
 
     Args:
-        file: made when the first one comes.
-        total: photos of the run.
-        budget: the largest share of them that may be bad.
-        place: index of a photo -> where it is.
+        file: created with the first entry.
+        total: number of images of the run.
+        budget: maximum fraction of corrupt images.
+        location: index of an image -> its location.
     """
 
-    def __init__(self, file: Path, total: int, budget: float, place: Callable[[int], str]) -> None:
+    def __init__(self, file: Path, total: int, budget: float, location: Callable[[int], str]) -> None:
         self.file = file
         self.total = total
         self.budget = budget
-        self.place = place
+        self.location = location
 
-    def add(self, bad: Iterable[Sequence]) -> None:
-        """List the photos that are not listed yet.
-
-        Args:
-            bad: (index, reason) each.
+    def add(self, corrupt: Iterable[Sequence]) -> None:
+        """Add the images, (index, reason) each, that are not listed yet.
 
         Raises:
-            InputError: more than the budget are listed, by this process or another one.
+            InputError: more than `budget` images are listed, by this process or another one.
         """
-        found = {self.place(index): " ".join(reason.split()) for index, reason in bad}
-        if not found:
+        reasons = {self.location(index): " ".join(reason.split()) for index, reason in corrupt}
+        if not reasons:
             return
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a+", encoding="utf-8") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed
+            with (
+                FileLock(self.file.with_name(f".{self.file.name}.lock")),
+                self.file.open("a+", encoding="utf-8") as file,
+            ):
                 file.seek(0)
                 listed = {line.partition("\t")[0] for line in file if line.endswith("\n")}
-                new = {place: reason for place, reason in found.items() if place not in listed}
-                file.write("".join(f"{place}\t{reason}\n" for place, reason in new.items()))
-        except OSError as error:
-            raise InputError(f"{self.file}: cannot be written ({error.strerror}); free space") from error
+                new = {location: reason for location, reason in reasons.items() if location not in listed}
+                file.write("".join(f"{location}\t{reason}\n" for location, reason in new.items()))
+        except (OSError, NotImplementedError) as error:
+            raise InputError(f"{self.file}: cannot be written ({error}); free space") from error
         if new and not listed:
-            place, reason = next(iter(new.items()))
-            log.warning(
-                "a photo cannot be read, another one stands in: %s: %s; all are listed in %s", place, reason, self.file
-            )
-        require_budget(
-            len(listed) + len(new),
-            self.total,
-            self.budget,
-            f"; they are listed in {self.file}: remove it when they are mended",
-        )
+            location, reason = next(iter(new.items()))
+            log.warning("replaced a corrupt image: %s: %s; all are listed in %s", location, reason, self.file)
+        where = f"; they are listed in {self.file}, remove it after repairing them"
+        require_budget(len(listed) + len(new), self.total, self.budget, where)
 
 
-def require_budget(bad: int, total: int, budget: float, where: str = "") -> None:
-    """InputError if more than `budget * total` photos are bad; `where` goes into the message."""
-    if bad > budget * total:
+def require_budget(corrupt: int, total: int, budget: float, where: str = "") -> None:
+    """Raise InputError if more than `budget * total` images are corrupt; `where` becomes part of the message."""
+    if corrupt > budget * total:
         raise InputError(
-            f"{bad} of {total} photos ({bad / total:.3%}) are missing or cannot be read, more than data.max_corrupt="
-            f"{budget:g} allows{where}; mend them (superglobal prepare-gldv2 checks all), or raise data.max_corrupt"
+            f"{corrupt} of {total} images ({corrupt / total:.3%}) are missing or corrupt, more than data.max_corrupt="
+            f"{budget:g} allows{where}; repair them (superglobal prepare-gldv2 checks all), or raise data.max_corrupt"
         )
 
 
 def check_training_images(
     lists: Sequence[TrainList], root: str | Path, table: str, tars: str | Path | None, budget: float
-) -> tuple[list[Bad], np.ndarray]:
-    """Check every photo before anything is computed: by the index where there is one, else by looking at each file.
+) -> tuple[list[CorruptImages], np.ndarray]:
+    """Check all training images before anything is computed, by the index if there is one, else file by file.
 
     Args:
-        lists: photos of one table, training and held-out ones, say.
-        root, table: where the index of the table is.
-        tars: folder of the tar files if the photos are read from them.
-        budget: the largest share that may be missing or unreadable.
+        lists: images of one table, such as training and held-out ones.
+        root: folder of the index.
+        table: name of the training list.
+        tars: folder of the tar files if images are read from them.
+        budget: maximum fraction of missing or corrupt images.
 
     Returns:
-        (index, reason) of the bad photos of each list, and (N,) uint64 codes of the contents of all photos of all
-        lists, 0 for a bad one.
+        The corrupt images of each list, and (N,) uint64 codes of the contents of all images of all lists, 0 for a
+        corrupt one.
 
     Raises:
-        InputError: more than the budget are bad, the index does not fit, or there is none for the tar files.
+        InputError: too many images are corrupt, the index does not fit, or tar files have no index.
     """
     root, where = Path(root), ""
+    command = prepare_command(root, table, tars)
     if tars is not None or index_path(root, table).exists():
         index = load_index(root, table, tars)
-        where = (
-            f", by {index_path(root, table)} (when they are mended, once more: {prepare_command(root, table, tars)})"
-        )
-        bad = [index.corrupt_among(photos.ids) for photos in lists]
+        where = f", by {index_path(root, table)} (after repairing them, update it: {command})"
+        corrupt = [index.corrupt_among(photos.ids) for photos in lists]
         contents = [index.codes_of(photos.ids) for photos in lists]
     else:
-        checked = [_check(photos, prepare_command(root, table, tars)) for photos in lists]
-        bad, contents = [found for found, _ in checked], [codes for _, codes in checked]
-    problems = [(photos.location(i), reason) for photos, found in zip(lists, bad, strict=True) for i, reason in found]
+        checked = [_check_files(photos, command) for photos in lists]
+        corrupt, contents = [pairs for pairs, _ in checked], [codes for _, codes in checked]
+    problems = [(photos.location(i), why) for photos, pairs in zip(lists, corrupt, strict=True) for i, why in pairs]
     total = sum(len(photos) for photos in lists)
     try:
         require_budget(len(problems), total, budget, where)
     except InputError as error:
-        lines = problem_lines("training photos", total, problems)
+        lines = problem_lines("training images", total, problems)
         hint = [how_to_get_gldv2_train(root)] if 2 * len(problems) > total else []
         raise InputError("\n".join([NOTHING_COMPUTED, *lines, str(error), *hint])) from None
-    return bad, np.concatenate(contents)
+    return corrupt, np.concatenate(contents)
 
 
-def _check(photos: TrainList, command: str) -> tuple[Bad, np.ndarray]:
-    """Bad photos and content codes by looking at every file of the tree."""
-    if len(photos) > _MANY:
+def _check_files(photos: TrainList, command: str) -> tuple[CorruptImages, np.ndarray]:
+    """Return the corrupt images and the content codes by checking each file of the folder tree."""
+    if len(photos) > _SLOW_CHECK:
         log.info(
-            "looking at %d photos, which may take a while; this does it once for all runs: %s", len(photos), command
+            "checking %d images, which may take minutes; an index does it once for all runs: %s", len(photos), command
         )
     paths = [photos.path(i) for i in range(len(photos))]
     report = check_images(paths)
     reasons = dict(report.problems)
-    bad = [(i, reasons[path]) for i, path in enumerate(paths) if path in reasons]
-    return bad, signature_codes(report.signatures)
+    corrupt = [(i, reasons[path]) for i, path in enumerate(paths) if path in reasons]
+    return corrupt, signature_codes(report.signatures)

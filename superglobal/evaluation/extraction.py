@@ -14,8 +14,9 @@ import pytorch_lightning as pl
 import torch
 
 from superglobal.config.evaluation import ExtractionConfig
-from superglobal.data.datamodules import ExtractionDataModule, plan_batches, select_missing
+from superglobal.data.datamodules import ExtractionDataModule
 from superglobal.data.jpeg_decoding import check_gpu_decoder
+from superglobal.data.samplers import plan_batches, select_missing
 from superglobal.errors import InputError
 from superglobal.evaluation.module import EvaluationModule, ExtractionList, skip_rows
 from superglobal.models.inference import optimize_for_inference

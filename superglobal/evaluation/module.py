@@ -19,9 +19,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from superglobal.data.datamodules import ImageBatch, LoadedBatch
+from superglobal.data.datamodules import LoadedBatch
 from superglobal.data.image_checks import CheckReport
 from superglobal.data.images import ImageItem, shrunk_size
+from superglobal.data.samplers import ImageBatch
 from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork, forward_variants
 from superglobal.retrieval.store import DescriptorStore

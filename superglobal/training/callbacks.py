@@ -173,8 +173,8 @@ class CorruptImageCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not isinstance(batch, InputError) and batch.bad:
-            self.bad.add(batch.bad)
+        if not isinstance(batch, InputError) and batch.corrupt:
+            self.bad.add(batch.corrupt)
 
 
 class NonFiniteGuard(StepCallback):

@@ -24,7 +24,13 @@ from superglobal.data.evaluation_set import EvaluationSet, require_images
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
 from superglobal.data.revisited import revisited_set
 from superglobal.data.samplers import EpochBatches
-from superglobal.data.train_dataset import Augment, Bad, CorruptImageList, TrainingDataset, check_training_images
+from superglobal.data.train_dataset import (
+    Augment,
+    CorruptImageList,
+    CorruptImages,
+    TrainingDataset,
+    check_training_images,
+)
 from superglobal.errors import InputError
 from superglobal.loggers import training_loggers
 from superglobal.models.factory import load_model
@@ -70,7 +76,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
     world = make_fit_trainer(config.trainer, config.optim, [], []).world_size
     EpochBatches(len(photos), config.optim.batch_size, config.seed, config.trainer.accumulate, world=world)
     # The other processes are children of this one, or wait for it to join them: it checks for all.
-    bad: list[Bad] = [[], []]
+    bad: list[CorruptImages] = [[], []]
     about: dict[str, Any] = {}
     codes = np.zeros(0, np.uint64)
     if first:
@@ -183,7 +189,7 @@ def _fit(
     network: RetrievalNetwork,
     photos: TrainList,
     held_out: TrainList,
-    bad: list[Bad],
+    bad: list[CorruptImages],
     about: dict[str, Any],
 ) -> float:
     """Train `network` in place and export it whenever it is the best; the best validation mAP."""
@@ -202,7 +208,7 @@ def _fit(
     guard = NonFiniteGuard(every, folder, photos.location)
     checkpoints = CheckpointCallback(folder / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, guard)
     photos_held_out = HeldOutDataset(
-        held_out, v.max_images, v.max_side, config.seed, without=[index for index, _ in bad[1]]
+        held_out, v.max_images, v.max_side, config.seed, exclude=[index for index, _ in bad[1]]
     )
     validation = RetrievalValidation(
         photos_held_out,

@@ -17,8 +17,8 @@ from superglobal.data.datamodules import (
     HeldOutDataset,
     ImageDataset,
     ImageLoader,
+    first_item,
     init_worker,
-    only,
     worker_start_method,
 )
 from superglobal.data.evaluation_set import EvaluationSet, leave_one_out_truth
@@ -177,7 +177,7 @@ class RetrievalValidation(StepCallback):
         return ImageLoader(
             share,
             num_workers=self.num_workers,
-            collate_fn=only,
+            collate_fn=first_item,
             pin_memory=device.type == "cuda",
             worker_init_fn=init_worker,
             multiprocessing_context=worker_start_method(processes, self.num_workers),
