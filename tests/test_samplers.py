@@ -41,17 +41,17 @@ def test_processes_and_parts_share_the_same_steps(world, accumulate):
     whole = steps(2)
     ranks = [steps(2, accumulate=accumulate, rank=rank, world=world) for rank in range(world)]
     for k, (step,) in enumerate(whole):
-        dealt = [ranks[rank][k][part] for part in range(accumulate) for rank in range(world)]
-        assert list(itertools.chain(*dealt)) == step
+        parts = [ranks[rank][k][part] for part in range(accumulate) for rank in range(world)]
+        assert list(itertools.chain(*parts)) == step
 
 
 @pytest.mark.parametrize("begin", range(12))
-def test_it_goes_on_from_any_step(begin):
+def test_batches_continue_at_any_step(begin):
     assert steps(3, begin, accumulate=2) == steps(3, accumulate=2)[begin:]
 
 
-def test_what_cannot_be_dealt_out_is_refused():
-    with pytest.raises(InputError, match="dealt out evenly to 5 processes"):
+def test_a_batch_size_that_cannot_be_split_is_an_error():
+    with pytest.raises(InputError, match="divisible by the number of processes .5."):
         EpochBatches(LENGTH, BATCH, SEED, world=5)
-    with pytest.raises(InputError, match="only 53 training photos"):
+    with pytest.raises(InputError, match="at most the 53 training images"):
         EpochBatches(LENGTH, 54, SEED)
