@@ -18,59 +18,26 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset
+from trainings import RandomImages, StepTimes, fit, make_network_and_head
 
 from benches.common import Measured
-from superglobal import load_model
 from superglobal.config.training import FitConfig, OptimConfig
-from superglobal.data.datamodules import TrainingDataModule
 from superglobal.data.samplers import EpochBatches
-from superglobal.data.train_dataset import TrainingImage, collate
+from superglobal.data.train_dataset import collate
 from superglobal.loggers.csv_tensorboard import CurveFile
-from superglobal.models.heads import make_head
 from superglobal.training.callbacks import CurveLogger, NonFiniteGuard, StepSeed
 from superglobal.training.checkpointing import CheckpointCallback
-from superglobal.training.module import TrainingModule, parameter_groups, warmup_cosine
-from superglobal.training.trainer import make_fit_trainer, precision
+from superglobal.training.module import parameter_groups, warmup_cosine
+from superglobal.training.trainer import precision
 
 CLASSES, FIRST = 100, 10  # steps at the beginning of a block that do not count
 
 
-class Noise(Dataset):
-    """Random photos in memory."""
-
-    def __init__(self, photos: int, side: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.pool = torch.randint(0, 256, (64, 3, side, side), dtype=torch.uint8, generator=generator)
-        self.photos = photos
-
-    def __len__(self) -> int:
-        return self.photos
-
-    def __getitem__(self, place: tuple[int, int]) -> TrainingImage:
-        index = place[1]
-        return TrainingImage(self.pool[index % len(self.pool)], index % CLASSES, index, [])
-
-
-class Clock(pl.Callback):
-    """When each step began."""
-
-    def __init__(self) -> None:
-        self.begun: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.begun.append(time.perf_counter())
-
-
 def parts(args: argparse.Namespace) -> tuple[Any, Any, OptimConfig]:
-    torch.manual_seed(0)
-    network = load_model("random", backbone=args.backbone, pooling="gem", scales=1, dim=args.dim, trainable=True)
-    head = make_head("arcface", args.dim, [1] * CLASSES, scale=16, margin=0.1)
+    network, head = make_network_and_head(args.backbone, args.dim, CLASSES, pooling="gem")
     return network, head, OptimConfig(name="sgd", lr=1e-4, clip=10, ema=0.99, batch_size=args.batch, epochs=1)
 
 
@@ -84,7 +51,7 @@ def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], f
     groups += parameter_groups("head", head, o.lr, o.weight_decay)
     optimizer = torch.optim.SGD(groups, momentum=o.momentum, nesterov=True)
     schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, 1, args.steps))
-    data = Noise(args.steps * args.batch, args.side)
+    data = RandomImages(args.steps * args.batch, args.side, CLASSES)
     loader = iter(
         torch.utils.data.DataLoader(data, batch_sampler=EpochBatches(len(data), args.batch, 0), collate_fn=collate)
     )
@@ -119,19 +86,12 @@ def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[floa
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         guard = NonFiniteGuard(args.log_every, place, str)
-        clock = Clock()
-        watchers = [
-            clock,
-            StepSeed(0),
-            CurveLogger(args.log_every, args.batch),
-            guard,
-            CheckpointCallback(place, None, None, guard),
-        ]
-        data = TrainingDataModule(Noise(args.steps * args.batch, args.side), args.batch, 1, 0, 0)  # type: ignore[arg-type]
-        module = TrainingModule(network, head, o, args.steps, np.arange(CLASSES), args.fit)
-        trainer = make_fit_trainer(args.fit, o, watchers, [CurveFile(place / "curves.csv", 0)])
-        trainer.fit(module, data)
-    return clock.begun, data.waited
+        times = StepTimes()
+        callbacks = [times, StepSeed(0), CurveLogger(args.log_every, args.batch), guard]
+        callbacks.append(CheckpointCallback(place, None, None, guard))
+        images = RandomImages(args.steps * args.batch, args.side, CLASSES)
+        _, data = fit(network, head, o, args.fit, images, callbacks, [CurveFile(place / "curves.csv", 0)])
+    return times.begins, data.waited
 
 
 def main(argv: list[str]) -> list[Measured]:

@@ -217,30 +217,21 @@ class _Losses(pl.Callback):
 
 def _losses(report: Report) -> None:
     """Losses of 20 steps in strict float32, on both devices, through the Trainer."""
-    from benches.train import CLASSES, Noise
+    from trainings import RandomImages, fit, make_network_and_head
 
     from superglobal.config.training import FitConfig, OptimConfig
-    from superglobal.data.datamodules import TrainingDataModule
-    from superglobal.models.heads import make_head
-    from superglobal.training.module import TrainingModule
-    from superglobal.training.trainer import make_fit_trainer
 
     backbone, side, batch = report.pick(("resnet50", 128, 16), ("resnet50", 128, 16), ("test_resnet", 96, 8))
-    losses = {}
+    losses = []
     for accelerator in ("cpu", "gpu" if report.cuda else "cpu"):
-        torch.manual_seed(0)
-        network = load_model("random", backbone=backbone, scales=1, dim=128, trainable=True)
-        head = make_head("arcface", 128, [1] * CLASSES, scale=16, margin=0.1)
+        network, head = make_network_and_head(backbone, 128, 100)
         optim = OptimConfig(name="sgd", lr=1e-3, batch_size=batch, epochs=1)
-        fit = FitConfig(accelerator=accelerator, devices=1, num_workers=0, progress=False, precision="32-true")
+        config = FitConfig(accelerator=accelerator, devices=1, num_workers=0, progress=False, precision="32-true")
         watch = _Losses()
-        data = TrainingDataModule(Noise(20 * batch, side), batch, 1, 0, 0)  # type: ignore[arg-type]
-        trainer = make_fit_trainer(fit, optim, [watch], [])
-        trainer.logger = None
         with full_precision():
-            trainer.fit(TrainingModule(network, head, optim, 20, np.arange(CLASSES), fit), data)
-        losses.setdefault(f"{accelerator}{len(losses)}", torch.stack(watch.values).double().cpu())
-    one, other = losses.values()
+            fit(network, head, optim, config, RandomImages(20 * batch, side, 100), [watch])
+        losses.append(torch.stack(watch.values).double().cpu())
+    one, other = losses
     difference = float(((one - other).abs() / one.abs()).max())
     name = f"training loss of {len(one)} steps, {backbone}, float32: largest relative difference to the CPU"
     report.add(

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu_sections.common import OutOfTime, Report, Skip, command, finish
@@ -54,32 +52,21 @@ def _run(report: Report, backend: str, world: int, name: str) -> None:
 
 def _train(backend: str, world: int, device: str) -> None:
     """Train for 8 steps in this process and print the mean losses and the norm of the weights."""
-    import numpy as np
-    from benches.train import CLASSES, Noise
     from pytorch_lightning.strategies import DDPStrategy
+    from trainings import RandomImages, fit, make_network_and_head
 
-    from superglobal import load_model
     from superglobal.config.training import FitConfig, OptimConfig
-    from superglobal.data.datamodules import TrainingDataModule
-    from superglobal.models.heads import make_head
     from superglobal.training.callbacks import CurveLogger, NonFiniteGuard, StepSeed
-    from superglobal.training.module import TrainingModule
-    from superglobal.training.trainer import make_fit_trainer
 
-    torch.manual_seed(0)
-    network = load_model("random", backbone="test_resnet", scales=1, dim=64, trainable=True)
-    head = make_head("curricularface", 64, [1] * CLASSES, scale=16, margin=0.1)
+    network, head = make_network_and_head("test_resnet", 64, 100, "curricularface")
     optim = OptimConfig(name="sgd", lr=1e-3, batch_size=8, epochs=1, ema=0.9, clip=1.0)
     strategy: Any = DDPStrategy(process_group_backend=backend)
     accelerator = "gpu" if device == "cuda" else "cpu"
-    fit = FitConfig(
+    config = FitConfig(
         accelerator=accelerator, devices=1, num_nodes=world, num_workers=0, progress=False, strategy=strategy
     )
-    curves = CurveLogger(4, 8)
-    guard = NonFiniteGuard(4, Path(os.devnull), str)
-    trainer = make_fit_trainer(fit, optim, [StepSeed(0), curves, guard], [])
-    module = TrainingModule(network, head, optim, 8, np.arange(CLASSES), fit)
-    trainer.fit(module, TrainingDataModule(Noise(64, 96), 8, 1, 0, 0))  # type: ignore[arg-type]
+    callbacks = [StepSeed(0), CurveLogger(4, 8), NonFiniteGuard(4, Path(os.devnull), str)]
+    module, _ = fit(network, head, optim, config, RandomImages(64, 96, 100), callbacks)
     norm = sum(float(p.detach().double().square().sum()) for p in module.parameters())
     print(f"losses {module.loss!r}, squared norm of the weights {norm!r}", flush=True)
 

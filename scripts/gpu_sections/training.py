@@ -9,24 +9,19 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from benches.train import Clock
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from trainings import RandomImages, StepTimes, fit, make_network_and_head
 
 from gpu_sections.common import Report, write_jpegs
-from superglobal import load_model
 from superglobal.config.training import FitConfig, OptimConfig
-from superglobal.data.datamodules import TrainingDataModule
-from superglobal.data.train_dataset import Augment, TrainingImage
+from superglobal.data.train_dataset import Augment
 from superglobal.models.backbone import Backbone
-from superglobal.models.heads import make_head
 from superglobal.training.callbacks import CurveLogger, NonFiniteGuard, StepSeed
-from superglobal.training.module import TrainingModule, parameter_groups, warmup_cosine
-from superglobal.training.trainer import make_fit_trainer
+from superglobal.training.module import parameter_groups, warmup_cosine
 
 CLASSES, DIM = 81_313, 2048
 
@@ -45,9 +40,7 @@ class _Setting:
 
     def parts(self) -> tuple[Any, Any, OptimConfig]:
         """Return network, head and optimizer settings."""
-        torch.manual_seed(0)
-        network = load_model("random", backbone=self.backbone, scales=1, dim=self.dim, trainable=True)
-        head = make_head("arcface", self.dim, [20] * self.classes, scale=45.25, margin=0.15)
+        network, head = make_network_and_head(self.backbone, self.dim, self.classes, scale=45.25, margin=0.15)
         return network, head, OptimConfig(name="sgd", lr=1e-3, batch_size=self.batch, epochs=1)
 
 
@@ -142,20 +135,6 @@ class _Tf32(torch.nn.Module):
         return self.head(x, labels)
 
 
-class _Noise(Dataset):
-    """Random images in memory."""
-
-    def __init__(self, count: int, side: int, classes: int) -> None:
-        self.image = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
-        self.count, self.classes = count, classes
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, place: tuple[int, int]) -> TrainingImage:
-        return TrainingImage(self.image, place[1] % self.classes, place[1], [])
-
-
 def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | None) -> None:
     """Measure the Trainer with the callbacks of a training."""
     if compiled:
@@ -163,25 +142,21 @@ def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | 
     network, head, o = setting.parts()
     accelerator = "gpu" if report.cuda else "cpu"
     workers = report.pick(8, 8, 0)
-    fit = FitConfig(
+    config = FitConfig(
         accelerator=accelerator, devices=1, num_workers=workers, progress=False, precision=setting.precision
     )
-    fit.compile = compiled
-    guard = NonFiniteGuard(50, report.work, str)
-    clock = Clock()
-    watchers: list[pl.Callback] = [clock, StepSeed(0), CurveLogger(50, setting.batch), guard]
-    data = TrainingDataModule(
-        _Noise(setting.steps * setting.batch, setting.side, setting.classes), setting.batch, 1, workers, 0
-    )  # type: ignore[arg-type]
-    module = TrainingModule(network, head, o, setting.steps, np.arange(setting.classes), fit)
-    trainer = make_fit_trainer(fit, o, watchers, [])
+    config.compile = compiled
+    times = StepTimes()
+    callbacks: list[pl.Callback] = [times, StepSeed(0), CurveLogger(50, setting.batch)]
+    callbacks.append(NonFiniteGuard(50, report.work, str))
+    images = RandomImages(setting.steps * setting.batch, setting.side, setting.classes)
     if report.cuda:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    trainer.fit(module, data)
+    _, data = fit(network, head, o, config, images, callbacks)
     # The host runs ahead of the GPU: only the mean over many steps is the GPU's speed.
     first = setting.steps // 3
-    waits = [after - before for before, after in itertools.pairwise(clock.begun)]
+    waits = [after - before for before, after in itertools.pairwise(times.begins)]
     seconds = statistics.mean(waits[first:])
     rate = setting.batch / seconds
     note = f"{1e3 * seconds:.1f} ms a step, waited {data.waited:.1f} s of {time.perf_counter() - start:.1f} s for data"
@@ -208,7 +183,7 @@ def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
 
     def pooling() -> None:
         with torch.autocast(report.device.type, setting.kind):
-            out = network._pooled(feature_map)
+            out = network.descriptors([feature_map])
         out.sum().backward()
 
     def margin() -> None:
