@@ -34,11 +34,9 @@ from superglobal.models.weights import read_weights, save_weights
 from superglobal.reporting.tables import write_tables
 from superglobal.retrieval.rows import as_rows
 from superglobal.training.train import train
-from superglobal.tuning.feature_maps import MapStore, require_room
-from superglobal.tuning.results import compare, how_to_use, write_outcome
-from superglobal.tuning.search_space import Settings, Trial, choices, search
-from superglobal.tuning.tune import Scorer, tune
-from superglobal.tuning.validation_set import bounded, held_out, searched_half
+from superglobal.tuning.feature_maps import MapStore, require_space
+from superglobal.tuning.search_space import Settings, Trial, choices, compare, search, usage, write_outcome
+from superglobal.tuning.tune import Scorer, draw_half, held_out_set, limit_images, tune
 
 ROOT = Path(__file__).parents[1]
 QUIET = ["trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false"]
@@ -96,7 +94,7 @@ def test_stored_maps_give_the_scores_of_eval(photos, export, tmp_path, settings)
     store = MapStore(tmp_path / "maps", network, 1024)
     store.fill(images, store.missing(images, [settings]), [settings], "cpu", 0)
     assert store.missing(images, [settings]) == []
-    scorer = Scorer(dataset, [images], {settings.relup_alpha: store}, network, reranks=True)
+    scorer = Scorer(dataset, [images], {settings.relup_alpha: store}, network, rerank=True)
     got = scorer.average_precision(settings)
 
     model = superglobal.load_model(export, pooling=values, scales=settings.scales)
@@ -140,7 +138,7 @@ def test_maps_are_kept_completed_and_never_taken_for_others(photos, export, tmp_
     ):
         assert len(MapStore(tmp_path, other, 1024).missing(images, one)) == 5
     with pytest.raises(InputError, match="free"):
-        require_room(tmp_path, 10**18)
+        require_space(tmp_path, 10**18)
 
 
 def planted(folder: Path) -> Scorer:
@@ -163,13 +161,13 @@ def planted(folder: Path) -> Scorer:
         save_file(maps, store.path(line), {"height": "256", "width": "256"})
     gnd = [{"positive": np.setdiff1d(np.flatnonzero(labels == own), i)} for i, own in enumerate(labels)]
     dataset = EvaluationSet("planted", items, items, gnd, list(map(str, labels)), "labels", True, folder, "")
-    return Scorer(dataset, [images], {0.0: store}, network, reranks=False)
+    return Scorer(dataset, [images], {0.0: store}, network, rerank=False)
 
 
 def test_a_planted_optimum_is_found_and_holds_on_the_other_half(tmp_path):
     scorer = planted(tmp_path / "maps")
     space = choices(SpaceConfig(windows=[1, 3], scales=[3], rerank=False), has_relup=False, reachable=31)
-    half = searched_half(scorer.dataset.clusters, np.ones(32, bool), seed=0)
+    half = draw_half(scorer.dataset.clusters, np.ones(32, bool), seed=0)
     first = Settings(relup_alpha=0.0)
 
     def score(settings):
@@ -182,7 +180,7 @@ def test_a_planted_optimum_is_found_and_holds_on_the_other_half(tmp_path):
     assert winner.score > trials[0].score + 0.1
     ap = [scorer.average_precision(one) for one in (winner.settings, first)]
     outcome = compare(trials, ap, half, scorer.dataset.clusters, "planted (validation set)", False, 0)
-    assert outcome.searched == (winner.score, trials[0].score)
+    assert outcome.search_half == (winner.score, trials[0].score)
     assert outcome.gain > 0.05
     assert outcome.interval[0] > 0
     assert (outcome.queries, outcome.landmarks) == (16, 4)
@@ -208,7 +206,7 @@ def test_by_value_the_settings_are_those_of_the_files(tmp_path):
     half, ap = np.array([True] * 4 + [False] * 4), [np.full(8, 0.6), np.full(8, 0.5)]
     outcome = compare(trials, ap, half, [*"aabbccdd"], "my own (validation set)", True, 0)
     write_outcome(tmp_path, "mine_tuned", outcome, trials)
-    line = how_to_use(tmp_path, "mine_tuned", outcome, "a b.safetensors").splitlines()[1]
+    line = usage(tmp_path, "mine_tuned", outcome, "a b.safetensors").splitlines()[1]
     given = [part for part in shlex.split(line.partition("eval.py ")[2]) if part != "dataset=..."]
     got = validate_config(config("eval", *given), EvalConfig)
     written = OmegaConf.load(tmp_path / "conf/pooling/mine_tuned.yaml")
@@ -291,7 +289,7 @@ def test_the_written_configuration_gives_the_score_that_was_found_and_marks_a_te
     folder.mkdir()
     tune(config("tune", *tuned), folder)
     (use,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("to use it:"))
-    with pytest.raises(InputError, match=r"holds another tuning; different are network\.weights, seed"):
+    with pytest.raises(InputError, match=r"contains a tuning with different settings: network\.weights, seed"):
         tune(config("tune", *tuned, "seed=1"), folder)
     with pytest.raises(InputError, match="max_images"):
         tune(config("tune", *tuned, "max_images=10"), folder)
@@ -303,7 +301,7 @@ def test_the_written_configuration_gives_the_score_that_was_found_and_marks_a_te
     (result,) = (tmp_path / "eval").rglob("results.json")
     got, found = json.loads(result.read_text()), json.loads((folder / "result.json").read_text())
     # Six landmarks of one query each: both halves weigh the same.
-    halves = (found["searched"][0] + found["other"][0]) / 2
+    halves = (found["search_half"][0] + found["check_half"][0]) / 2
     assert got["metrics"]["rerank"]["map"]["medium"] == pytest.approx(halves, abs=1e-6)
     assert (got["tuned_on"], got["role"]) == (["mini (test set)"], "test")
     write_tables(tmp_path / "eval")
@@ -322,22 +320,22 @@ def trained(toy_data, tmp_path_factory) -> Path:
 
 def test_the_held_out_landmarks_are_those_of_the_training(trained):
     run_folder = trained / "train/quickstart"
-    found = held_out(run_folder, None)
+    dataset, max_side = held_out_set(run_folder, None)
     weights = read_weights(run_folder / "best.safetensors")
     model = superglobal.load_model(run_folder / "best.safetensors", scales=1)
-    X = superglobal.extract(model, found.dataset.database, max_side=found.max_side)
-    got = score_set(found.dataset, X, as_rows(X, "database"), None, np.arange(len(X)), "cpu", 0).map["all"]
+    X = superglobal.extract(model, dataset.database, max_side=max_side)
+    got = score_set(dataset, X, as_rows(X, "database"), None, np.arange(len(X)), "cpu", 0).map["all"]
     assert got == pytest.approx(weights.provenance["origin"]["val_map"], abs=1e-6)
-    fewer = bounded(found.dataset, 8, seed=0)
+    fewer = limit_images(dataset, 8, seed=0)
     assert len(set(fewer.clusters)) == 4
-    assert len(fewer.database) < len(found.dataset.database)
+    assert len(fewer.database) < len(dataset.database)
     for i, entry in enumerate(fewer.gnd):
         same = [j for j, label in enumerate(fewer.clusters) if label == fewer.clusters[i] and j != i]
         assert entry["positive"].tolist() == same
     with pytest.raises(InputError, match="data_root"):
-        held_out(run_folder, "/nowhere")
+        held_out_set(run_folder, "/nowhere")
     with pytest.raises(InputError, match="no record"):
-        held_out(trained, None)
+        held_out_set(trained, None)
 
 
 def test_a_run_on_the_held_out_landmarks_from_the_command_line(trained, toy_data, caplog):
@@ -362,6 +360,6 @@ def test_a_run_on_the_held_out_landmarks_from_the_command_line(trained, toy_data
 
     caplog.set_level("INFO")
     tune(config("tune", *command), folder)
-    assert ": 0 to compute" in caplog.text
+    assert "Computing 0 of " in caplog.text
     assert (folder / "trials.csv").read_bytes() == before
     assert "worthless" in run("-m", "superglobal", "tune", "dataset=toy", *places, status=2)

@@ -1,1 +1,1 @@
-"""Choosing the pooling and the reranking after training, on a validation set."""
+"""Choose pooling and reranking settings after training, on a validation set."""

@@ -1,34 +1,39 @@
-"""What is chosen, and the search for the best of it."""
+"""The settings that tuning chooses from, the search among them, and its outcome."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import logging
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from superglobal.config.evaluation import RerankConfig
 from superglobal.config.tuning import SpaceConfig
 from superglobal.errors import InputError
+from superglobal.metrics.revisited import cluster_interval
 from superglobal.models.network import RetrievalNetwork, make_scales
+from superglobal.utils.io import write_atomically
 
 log = logging.getLogger(__name__)
-_DEPTHS = (25, 50, 100, 200, 400, 800)
+_SHORTLIST_LENGTHS = (25, 50, 100, 200, 400, 800)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One choice; the defaults are the paper's.
+    """One choice of settings; the defaults are the paper's.
 
     Args:
         gem_plus_p: exponent of GeM+.
-        regional_window, regional_p: of RegionalGeM, in cells; a window of 1 switches it off.
-        scale: Scale-GeM, or else the mean over the scales.
-        scales: how many, 1, 3 or 5.
-        relup_alpha: floor of ReLUP; 0 switches it off.
+        regional_window, regional_p: of RegionalGeM; a window of 1 cell switches it off.
+        scale: use Scale-GeM instead of the mean over the scales.
+        scales: number of scales: 1, 3 or 5.
+        relup_alpha: lower bound of ReLUP; 0 switches it off.
         M, K, beta: of reranking.
     """
 
@@ -43,19 +48,16 @@ class Settings:
     beta: float = 0.15
 
     def pooling(self) -> dict[str, Any]:
-        """As settings of `PoolingConfig`; what is switched off has no constants."""
-        on = self.regional_window > 1
+        """Return the settings of `PoolingConfig`, without the constants of modules that are off."""
+        regional = self.regional_window > 1
         return {
             "gem_plus": True,
             "gem_plus_p": self.gem_plus_p,
-            "regional": on,
-            **({"regional_window": self.regional_window, "regional_p": self.regional_p} if on else {}),
+            "regional": regional,
+            **({"regional_window": self.regional_window, "regional_p": self.regional_p} if regional else {}),
             "scale": self.scale,
             **({"relup": "on", "relup_alpha": self.relup_alpha} if self.relup_alpha else {"relup": "off"}),
         }
-
-    def rerank(self, enabled: bool = True) -> RerankConfig:
-        return RerankConfig(M=self.M, K=self.K, beta=self.beta) if enabled else RerankConfig(enabled=False)
 
 
 @dataclass(frozen=True)
@@ -67,29 +69,24 @@ class Trial:
 
 
 def configure(network: RetrievalNetwork, settings: Settings) -> None:
-    """Make `network` pool as the settings say; ReLUP, which is inside the backbone, stays."""
+    """Make a network pool with the settings, except for ReLUP, which is inside the backbone."""
     pooling = {key: value for key, value in settings.pooling().items() if not key.startswith("relup")}
     network.pooling.config = replace(network.config, **pooling)
     network.scales = make_scales(settings.scales)
 
 
-def paper(has_relup: bool) -> Settings:
-    """The paper's settings, without ReLUP where the backbone has no place for it."""
-    return Settings() if has_relup else Settings(relup_alpha=0.0)
-
-
 def choices(space: SpaceConfig, has_relup: bool, reachable: int) -> dict[str, Any]:
-    """Optuna's distributions by name of the setting; the paper's values are in every one.
+    """Return Optuna's distribution of each setting; all of them contain the paper's value.
 
     Args:
         space: lists to choose from.
-        has_relup: whether the backbone has a place for ReLUP.
-        reachable: images that a query can find; a deeper M is the same as all of them, which the paper's 400 stands
-            for.
+        has_relup: whether the backbone supports ReLUP.
+        reachable: number of images that a query can find. A larger M is the same as all of them, for which the paper's
+            400 is kept.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    found: dict[str, Any] = {
+    distributions: dict[str, Any] = {
         "gem_plus_p": FloatDistribution(1.0, 8.0, step=0.2),
         "regional_window": CategoricalDistribution(sorted({5, *space.windows})),
         "regional_p": FloatDistribution(1.0, 6.0, step=0.5),
@@ -97,12 +94,12 @@ def choices(space: SpaceConfig, has_relup: bool, reachable: int) -> dict[str, An
         "scales": CategoricalDistribution(sorted({3, *space.scales})),
     }
     if has_relup:
-        found["relup_alpha"] = CategoricalDistribution(sorted({0.014, *space.relup_alphas}))
+        distributions["relup_alpha"] = CategoricalDistribution(sorted({0.014, *space.relup_alphas}))
     if space.rerank:
-        found["M"] = CategoricalDistribution([m for m in _DEPTHS if m < reachable or m == 400])
-        found["K"] = IntDistribution(1, 20)
-        found["beta"] = FloatDistribution(0.0, 0.6, step=0.01)
-    return found
+        distributions["M"] = CategoricalDistribution([m for m in _SHORTLIST_LENGTHS if m < reachable or m == 400])
+        distributions["K"] = IntDistribution(1, 20)
+        distributions["beta"] = FloatDistribution(0.0, 0.6, step=0.01)
+    return distributions
 
 
 def search(
@@ -113,14 +110,17 @@ def search(
     seed: int,
     journal: Path,
 ) -> list[Trial]:
-    """Try `first`, then what Optuna's TPE proposes, until there are `trials` of them.
+    """Try `first`, then what Optuna's TPE proposes, up to `trials` in all.
 
-    Every trial is on disk when it is done, and each proposal depends on the seed and the trials before it alone: a
-    search that was interrupted, or is given more trials, goes on as if it had never stopped.
+    Every finished trial is on disk, and each proposal depends only on the seed and the trials before it: a search that
+    was interrupted, or is given more trials, resumes as if it had never stopped.
 
     Args:
         distributions: of the settings that are searched; the others stay as in `first`.
-        score: mAP of settings, in 0..1.
+        first: first trial.
+        score: function from settings to mAP, 0..1.
+        trials: number of trials.
+        seed: seed of the proposals.
         journal: file of the trials.
 
     Raises:
@@ -136,27 +136,165 @@ def search(
         study = optuna.create_study(storage=storage, study_name="pooling", direction="maximize", load_if_exists=True)
         done = study.get_trials(states=(TrialState.COMPLETE,))
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{journal}: damaged or not writable ({error!r}); remove it to search anew") from error
+        raise InputError(f"{journal}: damaged or not writable ({error!r}); remove it to restart the search") from error
     if done:
-        log.info("%d trials are there already", len(done))
+        log.info("Found %d finished trials", len(done))
     else:
         params = {name: value for name, value in asdict(first).items() if name in distributions}
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=score(first)))
     for number in range(max(1, len(done)), trials):
-        # A sampler of its own for each trial: the state of one that ran through would be lost with the process.
-        own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-        study.sampler = optuna.samplers.TPESampler(seed=own, multivariate=True, constant_liar=False)
+        # Each trial has its own sampler: the state of a common one would be lost with the process.
+        sampler_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, multivariate=True, constant_liar=False)
         trial = study.ask(distributions)
-        value = score(_settings(first, trial.params))
+        value = score(_with_params(first, trial.params))
         study.tell(trial, value)
         log.debug("trial %d: %.4f %s", number, value, trial.params)
     done = study.get_trials(states=(TrialState.COMPLETE,))
-    return [Trial(_settings(first, t.params), t.values[0]) for t in done]
+    return [Trial(_with_params(first, t.params), t.values[0]) for t in done]
 
 
-def _settings(first: Settings, params: dict[str, Any]) -> Settings:
-    """Steps of 0.2 add up to 4.6000000000000005; say the number that was meant."""
+def _with_params(first: Settings, params: dict[str, Any]) -> Settings:
+    """Replace settings, rounded: steps of 0.2 add up to 4.6000000000000005 instead of 4.6."""
     rounded: dict[str, Any] = {
         name: round(value, 6) if isinstance(value, float) else value for name, value in params.items()
     }
     return replace(first, **rounded)
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """Return the trial with the highest score, the earliest of equals."""
+    return max(trials, key=lambda trial: trial.score)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The winner in comparison with the paper's settings; mAP in 0..1.
+
+    Attributes:
+        tuned_on: images, as every result with the settings names them.
+        winner, paper: settings.
+        search_half, check_half: mAP of (winner, paper) on the half that was searched and on the other one.
+        interval: 95 % interval of the gain on the check half, from a bootstrap over landmarks.
+        trials: number of trials.
+        queries, landmarks: of the check half.
+        rerank: whether reranking was searched; otherwise it was off.
+    """
+
+    tuned_on: str
+    winner: Settings
+    paper: Settings
+    search_half: tuple[float, float]
+    check_half: tuple[float, float]
+    interval: tuple[float, float]
+    trials: int
+    queries: int
+    landmarks: int
+    rerank: bool
+
+    @property
+    def gain(self) -> float:
+        """Gain of mAP on the check half."""
+        return self.check_half[0] - self.check_half[1]
+
+    @property
+    def verdict(self) -> str:
+        low, high = (f"{100 * value:+.1f}" for value in self.interval)
+        gain = f"{100 * self.gain:+.2f} mAP on the half that was not searched (95 % {low} to {high})"
+        if self.gain <= 0:
+            return f"NO GAIN: {gain}; keep the paper's settings"
+        return f"gain {gain}" + ("" if self.interval[0] > 0 else "; the interval contains zero: it may be chance")
+
+    def overrides(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the winner as settings below `pooling` and below `rerank`, with `tuned_on`."""
+        w, mark = self.winner, {"tuned_on": self.tuned_on}
+        parameters = {"M": w.M, "K": w.K, "beta": w.beta} if self.rerank else {}
+        return {**w.pooling(), **mark}, {"enabled": self.rerank, **parameters, **mark}
+
+
+def compare(
+    trials: Sequence[Trial],
+    ap: Sequence[np.ndarray],
+    searched: np.ndarray,
+    clusters: Sequence[str],
+    tuned_on: str,
+    rerank: bool,
+    seed: int,
+) -> Outcome:
+    """Compare the best trial with the first, which has the paper's settings, on both halves.
+
+    Args:
+        trials: in order; the earlier of equals wins.
+        ap: (Q,) average precision of every query with the best trial's settings, and with the first one's; NaN for
+            queries without a positive.
+        searched: (Q,) bool, queries of the half that was searched.
+        clusters: landmark of each query.
+        tuned_on, rerank: see `Outcome`.
+        seed: seed of the bootstrap.
+    """
+    counted = ~np.isnan(ap[1])
+    search_half, check_half = searched & counted, ~searched & counted
+    landmarks = np.array(clusters)[check_half]
+    return Outcome(
+        tuned_on=tuned_on,
+        winner=best(trials).settings,
+        paper=trials[0].settings,
+        search_half=(float(ap[0][search_half].mean()), float(ap[1][search_half].mean())),
+        check_half=(float(ap[0][check_half].mean()), float(ap[1][check_half].mean())),
+        interval=cluster_interval((ap[0] - ap[1])[check_half], landmarks, seed),
+        trials=len(trials),
+        queries=int(check_half.sum()),
+        landmarks=len(np.unique(landmarks)),
+        rerank=rerank,
+    )
+
+
+def write_outcome(folder: Path, name: str, outcome: Outcome, trials: Sequence[Trial]) -> None:
+    """Write `trials.csv`, `result.json`, and options `pooling=<name>` and `rerank=<name>` below `conf`."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["trial", *asdict(trials[0].settings), "mAP"])
+    for number, trial in enumerate(trials):
+        writer.writerow([number, *asdict(trial.settings).values(), repr(trial.score)])
+    write_atomically(folder / "trials.csv", text.getvalue().encode())
+    summary = {**asdict(outcome), "gain": outcome.gain, "verdict": outcome.verdict}
+    write_atomically(folder / "result.json", json.dumps(summary, indent=1).encode())
+    pooling, rerank = outcome.overrides()
+    comments = _comments(outcome)
+    scales = f"scales: {outcome.winner.scales}\n"
+    files = {"pooling": f"# @package _global_\n{comments}{scales}pooling:\n{_yaml(pooling, 2)}"}
+    files["rerank"] = comments + _yaml(rerank, 0)
+    for group, content in files.items():
+        write_atomically(folder / "conf" / group / f"{name}.yaml", content.encode())
+
+
+def usage(folder: Path, name: str, outcome: Outcome, weights: str) -> str:
+    """Return the commands that evaluate with the winner, by its files and by its values."""
+    rest = f"dataset=... weights={shlex.quote(weights)}"
+    pooling, rerank = outcome.overrides()
+    values = [f"scales={outcome.winner.scales}"]
+    values += [f"pooling.{key}={json.dumps(value)}" for key, value in pooling.items()]
+    values += [f"rerank.{key}={json.dumps(value)}" for key, value in rerank.items()]
+    # `tuned_on` has spaces, which need quotes from the shell besides those for Hydra.
+    by_value = " ".join(f"'{value}'" if " " in value else value for value in values)
+    by_file = f"--config-dir {shlex.quote(str(folder / 'conf'))} {rest} pooling={name} rerank={name}"
+    return f"to use it:   python eval.py {by_file}\nor by value: python eval.py {rest} {by_value}"
+
+
+def _comments(outcome: Outcome) -> str:
+    search_half, check_half = (
+        "{:.2f} and {:.2f}".format(*(100 * value for value in pair))
+        for pair in (outcome.search_half, outcome.check_half)
+    )
+    lines = (
+        outcome.verdict,
+        f"Tuned on {outcome.tuned_on}: best of {outcome.trials} trials, of which the first has the paper's settings.",
+        f"mAP in percent, winner and paper: {search_half} on the half that was searched, {check_half} on the other",
+        f"({outcome.queries} queries of {outcome.landmarks} landmarks there; both have all images in the database).",
+    )
+    return "".join(f"# {line}\n" for line in lines)
+
+
+def _yaml(section: dict[str, Any], indent: int) -> str:
+    """Return settings as YAML; JSON quotes "on", "off" and texts, for YAML and for Hydra's command line alike."""
+    return "".join(f"{' ' * indent}{key}: {json.dumps(value)}\n" for key, value in section.items())

@@ -1,11 +1,11 @@
-"""Tuning: the best pooling and reranking for a trained network, on photos that no result is reported on."""
+"""Tune pooling and reranking for a trained network on half of a validation set, and check them on the other half."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from omegaconf import DictConfig
 
 from superglobal.config.common import validate_config
 from superglobal.config.tuning import TuneConfig
-from superglobal.data.evaluation_set import EvaluationSet, require_images
+from superglobal.data.catalogue import how_to_get_gldv2_train
+from superglobal.data.evaluation_set import EvaluationSet, leave_one_out_truth, require_images
+from superglobal.data.gldv2 import read_train, split_landmarks
+from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.evaluation.inputs import evaluation_set
 from superglobal.evaluation.module import ExtractionList
@@ -30,65 +33,68 @@ from superglobal.reporting.runs import flatten
 from superglobal.reranking.registry import rerank
 from superglobal.retrieval.rows import as_rows
 from superglobal.retrieval.search import search as nearest
-from superglobal.tuning.feature_maps import MapStore, require_room
-from superglobal.tuning.results import best, compare, how_to_use, write_outcome
-from superglobal.tuning.search_space import Settings, choices, paper, search
-from superglobal.tuning.validation_set import bounded, held_out, searched_half
-from superglobal.utils.io import EXPORT, write_atomically
+from superglobal.tuning.feature_maps import MapStore, require_space
+from superglobal.tuning.search_space import Settings, best, choices, compare, search, usage, write_outcome
+from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, write_atomically
 
 log = logging.getLogger(__name__)
 
 
 def tune(cfg: DictConfig, folder: Path) -> float:
-    """Search pooling and reranking on half of a validation set's landmarks and check them on the other half.
+    """Search settings on half of a validation set's landmarks, check them on the other half, and write both scores.
 
     Args:
         cfg: composed `TuneConfig`.
-        folder: of this tuning; an interrupted one of the same settings, weights and photos goes on.
+        folder: of this tuning; it resumes if it was interrupted with the same settings, weights and images.
 
     Returns:
-        What the winner gains over the paper's settings on the half that was not searched, in mAP, 0..1.
+        Gain of the winner over the paper's settings on the half that was not searched, in mAP, 0..1.
 
     Raises:
-        InputError: anything missing, unreadable or contradicting, a set to be tested on, or `folder` holds another
-            tuning.
+        InputError: input is missing or invalid, the set is a test set, or `folder` contains another tuning.
     """
     config = validate_config(cfg, TuneConfig)
-    dataset, max_side, tuned_on = _photos(config)
-    lists = _checked_lists(dataset, max_side)
-    network = _network(config, None)
+    dataset, max_side, tuned_on = _validation_set(config)
+    lists = _extraction_lists(dataset, max_side)
+    network = _load_network(config, None)
     relup = has_relup(network.backbone.net)
     assert dataset.clusters is not None
     assert dataset.gnd is not None
-    counted = np.array([any(len(one.get(key, ())) for key in ("positive", "easy", "hard")) for one in dataset.gnd])
-    searched = searched_half(dataset.clusters, counted, config.seed)
-    _claim(folder, _identity(config, network, lists))
-    device = _device(config)
-    stores = _filled_stores(config, lists, max_side, relup, device)
+    counted = np.array([any(len(gnd.get(key, ())) for key in ("positive", "easy", "hard")) for gnd in dataset.gnd])
+    searched = draw_half(dataset.clusters, counted, config.seed)
+    _write_identity(folder, _identity(config, network, lists))
+    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    stores = _compute_maps(config, lists, max_side, relup, device)
     scorer = Scorer(dataset, lists, stores, network.to(device), config.space.rerank)
-    log.info("searching on %d of %d queries", (searched & counted).sum(), counted.sum())
+
+    @cache
+    def score(settings: Settings) -> float:
+        return float(np.nanmean(scorer.average_precision(settings)[searched]))
+
+    log.info("Searching settings on %d of %d queries", (searched & counted).sum(), counted.sum())
     space = choices(config.space, relup, len(dataset.database) - dataset.leave_one_out)
-    mean = _mean_over(searched, scorer.average_precision)
-    trials = search(space, paper(relup), mean, config.trials, config.seed, folder / "trials.journal")
+    paper = Settings() if relup else Settings(relup_alpha=0.0)
+    trials = search(space, paper, score, config.trials, config.seed, folder / "trials.journal")
     ap = [scorer.average_precision(settings) for settings in (best(trials).settings, trials[0].settings)]
     outcome = compare(trials, ap, searched, dataset.clusters, tuned_on, config.space.rerank, config.seed)
     name = f"{config.name}_tuned"
     write_outcome(folder, name, outcome, trials)
-    for what, (winner, first) in (("searched", outcome.searched), ("other", outcome.other)):
-        print(f"mAP on the {what} half: winner {percent(winner)}, paper {percent(first)}")
-    print(f"{outcome.verdict}\n{how_to_use(folder, name, outcome, network.weights_label)}", flush=True)
+    for half, scores in (("searched", outcome.search_half), ("other", outcome.check_half)):
+        print(f"mAP on the {half} half: winner {percent(scores[0])}, paper {percent(scores[1])}")
+    print(f"{outcome.verdict}\n{usage(folder, name, outcome, network.weights_label)}", flush=True)
     return outcome.gain
 
 
 class Scorer:
-    """Average precision of every query, from stored maps, as `eval.py` computes it.
+    """Average precision of every query, computed from stored maps with the result of `eval.py`.
 
     Args:
-        dataset: what is searched.
-        lists: the database and, where they are not the same, the queries.
-        stores: of the maps, by ReLUP's alpha.
+        dataset: evaluation set.
+        lists: the database and, if they are other images, the queries.
+        stores: map store of each alpha of ReLUP.
         network: pools and whitens, on its device.
-        reranks: whether the last stage is reranking.
+        rerank: rerank after the search.
     """
 
     def __init__(
@@ -97,25 +103,25 @@ class Scorer:
         lists: list[ExtractionList],
         stores: dict[float, MapStore],
         network: RetrievalNetwork,
-        reranks: bool,
+        rerank: bool,
     ) -> None:
         self.dataset = dataset
         self.lists = lists
         self.stores = stores
         self.network = network
-        self.reranks = reranks
+        self.rerank = rerank
 
     def average_precision(self, settings: Settings) -> np.ndarray:
-        """(Q,) float64 in 0..1 (Medium of a Revisited set), NaN for a query without a positive."""
+        """Return (Q,) float64 in 0..1 (Medium of a Revisited set), NaN for a query without a positive."""
         store, dataset = self.stores[settings.relup_alpha], self.dataset
         X = store.descriptors(settings, self.lists[0], self.network)
         Q = X if dataset.leave_one_out else store.descriptors(settings, self.lists[1], self.network)
         exclude = np.arange(len(Q)) if dataset.leave_one_out else None
         ranking, truth = None, dataset.landmark_truth
-        depth = max(settings.M if self.reranks else 0, 0 if truth is None else required_depth(truth))
+        depth = max(settings.M if self.rerank else 0, 0 if truth is None else required_depth(truth))
         if depth:
             ranking = nearest(Q, X, min(depth, len(X) - dataset.leave_one_out), exclude=exclude)
-        if ranking is not None and self.reranks:
+        if ranking is not None and self.rerank:
             ranking = rerank(Q, X, ranking[1], settings.M, settings.K, settings.beta)
         if ranking is not None and truth is not None:
             return np.array(score_truth(truth, *ranking).per_query()["all AP"])
@@ -124,38 +130,129 @@ class Scorer:
         return result.ap["medium" if dataset.protocols == "revisited" else "all"]
 
 
-def _mean_over(queries: np.ndarray, average_precision: Callable[[Settings], np.ndarray]) -> Callable[[Settings], float]:
-    """mAP of the given queries; settings that come again are not computed again."""
-
-    @cache
-    def score(settings: Settings) -> float:
-        return float(np.nanmean(average_precision(settings)[queries]))
-
-    return score
-
-
-def _photos(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]:
-    """The validation set, its `max_side`, and what results are to say of it."""
+def _validation_set(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]:
+    """Return the validation set, its `max_side`, and the `tuned_on` of results."""
     d = config.dataset
     if d is None:
-        found = held_out(Path(config.run), config.data_root)
-        tuned_on = f"{found.dataset.name} (training {Path(config.run).name})"
-        return bounded(found.dataset, config.max_images, config.seed), found.max_side, tuned_on
-    dataset = evaluation_set(d)
-    assert dataset is not None
+        dataset, max_side = held_out_set(Path(config.run), config.data_root)
+        tuned_on = f"{dataset.name} (training {Path(config.run).name})"
+        return limit_images(dataset, config.max_images, config.seed), max_side, tuned_on
+    configured = evaluation_set(d)
+    assert configured is not None
     mark = TEST_MARK if d.role == "test" else "(validation set)"
-    return bounded(dataset, config.max_images, config.seed), d.max_side, f"{d.name} {mark}"
+    return limit_images(configured, config.max_images, config.seed), d.max_side, f"{d.name} {mark}"
 
 
-def _checked_lists(dataset: EvaluationSet, max_side: int | None) -> list[ExtractionList]:
-    """Database and, where they are others, queries; every file is checked."""
+def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int | None]:
+    """Return the held-out images of a training run, each a query against all others, and their `max_side`.
+
+    Args:
+        run: folder of the run, with its `training.json`; images that the run found corrupt are left out.
+        data_root: folder of the training list; None for the folder in the record.
+
+    Raises:
+        InputError: the record or the training list is missing, or the images are in tar files.
+    """
+    record = run / "training.json"
+    try:
+        content = json.loads(record.read_text())
+        settings = content["identity"]["settings"]
+        d, v, seed = settings["data"], settings["validation"], settings["seed"]
+        root, tars = Path(data_root or content["root"]), content["tars"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{run}: no record of a training ({error!r}); give name= or run= of one, or a validation set: "
+            "dataset=folder dataset.database=FOLDER dataset.labels=true"
+        ) from error
+    if not (root / d["table"]).is_file():
+        raise InputError(
+            f"{root / d['table']}: the training list of {run} is missing; give its folder, data_root=FOLDER"
+        )
+    if tars is not None and data_root is None:
+        raise InputError(
+            f"{run}: its images are in the tar files of {tars}, and tuning needs single files; unpack them, and give "
+            f"data_root=FOLDER of {d['table']} and train/a/b/c/<id>.jpg"
+        )
+    images = read_train(root, d["table"], d["min_images"], d["classes_of"], d["leave_out"])
+    images = split_landmarks(images, v["fraction"], seed)[1]
+    listed = run / CORRUPT_IMAGES
+    corrupt = {line.partition("\t")[0] for line in listed.read_text().splitlines()} if listed.is_file() else set()
+    rows = [i for i in range(len(images)) if images.location(i) not in corrupt]
+    labels = images.labels[rows]
+    dataset = EvaluationSet(
+        name=f"held-out landmarks of {d['name']}",
+        queries=(items := [ImageItem(images.path(i)) for i in rows]),
+        database=items,
+        gnd=leave_one_out_truth(labels),
+        clusters=[str(images.landmarks[label]) for label in labels],
+        protocols="labels",
+        leave_one_out=True,
+        root=root,
+        how_to_get=how_to_get_gldv2_train(root),
+    )
+    return dataset, v["max_side"]
+
+
+def limit_images(dataset: EvaluationSet, max_images: int, seed: int) -> EvaluationSet:
+    """Reduce a leave-one-out set to whole landmarks drawn by `seed`: at least four, otherwise `max_images` at most.
+
+    Raises:
+        InputError: the set has queries of its own, so that its database must stay whole, and too many images.
+    """
+    if not dataset.leave_one_out:
+        count = len(dataset.database) + len(dataset.queries)
+        if count > max_images:
+            raise InputError(
+                f"max_images={max_images}: {dataset.name} has {count} images; raise it to store their maps"
+            )
+        return dataset
+    assert dataset.clusters is not None
+    assert dataset.gnd is not None
+    names, label = np.unique(np.array(dataset.clusters), return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    total = np.cumsum(np.bincount(label)[order])
+    rows = np.flatnonzero(np.isin(label, order[: max(4, np.searchsorted(total, max_images, side="right"))]))
+    new_row = np.full(len(label), -1)
+    new_row[rows] = np.arange(len(rows))
+    gnd: list[dict[str, Any]] = [{key: new_row[ids] for key, ids in dataset.gnd[i].items()} for i in rows.tolist()]
+    items = [dataset.database[i] for i in rows.tolist()]
+    clusters = [dataset.clusters[i] for i in rows.tolist()]
+    return replace(dataset, queries=items, database=items, gnd=gnd, clusters=clusters)
+
+
+def draw_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.ndarray:
+    """Draw half of the landmarks, on whose queries settings are chosen.
+
+    Args:
+        clusters: landmark of each query.
+        counted: (Q,) bool, queries with a positive.
+        seed: seed of the draw.
+
+    Returns:
+        (Q,) bool.
+
+    Raises:
+        InputError: fewer than four landmarks have such queries.
+    """
+    names = np.unique(np.array(clusters)[counted])
+    if len(names) < 4:
+        raise InputError(
+            f"tuning needs at least four landmarks with two images or more, got {len(names)}: two to choose on and two "
+            "to check on"
+        )
+    half = np.random.default_rng(seed).permutation(len(names))[: len(names) // 2]
+    return np.isin(np.array(clusters), names[half])
+
+
+def _extraction_lists(dataset: EvaluationSet, max_side: int | None) -> list[ExtractionList]:
+    """Return the database and, if they are other images, the queries, after checking every file."""
     items = {"database": dataset.database} | ({} if dataset.leave_one_out else {"queries": dataset.queries})
-    checked = require_images([(title, part, dataset.how_to_get) for title, part in items.items()])
-    return [ExtractionList(title, dataset.name, part, checked[title], max_side) for title, part in items.items()]
+    checked = require_images([(title, images, dataset.how_to_get) for title, images in items.items()])
+    return [ExtractionList(title, dataset.name, images, checked[title], max_side) for title, images in items.items()]
 
 
-def _network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
-    """The network with SuperGlobal's modules on; with ReLUP of `alpha`, 0 for off, None for the paper's if it fits."""
+def _load_network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
+    """Load the network with all modules on; ReLUP with `alpha`, off for 0, and the paper's if supported for None."""
     weights = config.weights or (config.backbone.weights if config.backbone else None)
     relup: dict[str, Any] = {"relup": "auto"}
     if alpha is not None:
@@ -171,19 +268,15 @@ def _network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
 
 
 def _identity(config: TuneConfig, network: RetrievalNetwork, lists: list[ExtractionList]) -> dict[str, Any]:
-    """What makes a tuning another one: what is searched, the network, the photos. Plain types."""
+    """Return what distinguishes one tuning from another, as plain types: search space, seed, network and images."""
     space = {key: sorted(value) if isinstance(value, list) else value for key, value in asdict(config.space).items()}
-    photos = [line for part in lists for line in part.lines()]
-    chosen = {"space": space, "seed": config.seed}
-    return json.loads(json.dumps({**chosen, "network": network.identity(), "photos": photos}, default=str))
+    images = [line for images in lists for line in images.lines()]
+    identity = {"space": space, "seed": config.seed, "network": network.identity(), "images": images}
+    return json.loads(json.dumps(identity, default=str))
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Make `folder` this tuning's.
-
-    Raises:
-        InputError: it is another's; nothing there was touched.
-    """
+def _write_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Write the identity of this tuning. Raises InputError, and writes nothing, if the folder contains another one."""
     record = folder / "tuning.json"
     if record.is_file():
         try:
@@ -193,36 +286,33 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if differing:
             raise InputError(
-                f"{folder} holds another tuning; different are {', '.join(differing[:6])}. Remove the folder, or give "
-                "a new name= with run= of the training"
+                f"{folder} contains a tuning with different settings: {', '.join(differing[:6])}. Remove the folder, "
+                "or give a new name= with run= of the training"
             )
     write_atomically(record, json.dumps(identity, indent=1).encode())
 
 
-def _device(config: TuneConfig) -> str:
-    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "cuda" if gpu else "cpu"
-
-
-def _filled_stores(
+def _compute_maps(
     config: TuneConfig, lists: list[ExtractionList], max_side: int | None, relup: bool, device: str
 ) -> dict[float, MapStore]:
-    """Maps of every image by ReLUP's alpha, computed where they are missing; says first what they take."""
+    """Compute the missing feature maps of every image, and return their stores by ReLUP's alpha."""
     space = config.space
     grid = [Settings(regional_window=w, scales=n) for w in {5, *space.windows} for n in {3, *space.scales}]
     alphas = sorted({0.014, *space.relup_alphas}) if relup else [0.0]
     folder = Path(config.paths.outputs) / "maps"
-    stores: dict[float, MapStore] = {}
-    todo: list[tuple[MapStore, ExtractionList, list[int]]] = []
-    for alpha in alphas:
-        stores[alpha] = MapStore(folder, _network(config, alpha), max_side)
-        todo += [(stores[alpha], part, stores[alpha].missing(part, grid)) for part in lists]
-    needed = sum(store.size(part, rows, grid) for store, part, rows in todo)
-    images, missing = sum(len(part.items) for part in lists), sum(len(rows) for _, _, rows in todo)
-    log.info("feature maps of %d images, ReLUP's alpha %s: %d to compute", images, alphas, missing)
-    log.info("they take about %.2f GB in %s", needed / 1e9, folder)
-    require_room(folder, needed)
-    for store, part, rows in todo:
+    stores = {alpha: MapStore(folder, _load_network(config, alpha), max_side) for alpha in alphas}
+    todo = [(store, images, store.missing(images, grid)) for store in stores.values() for images in lists]
+    needed = sum(store.size(images, rows, grid) for store, images, rows in todo)
+    log.info(
+        "Computing %d of %d feature maps, about %.2f GB in %s; ReLUP's alpha %s",
+        sum(len(rows) for _, _, rows in todo),
+        len(alphas) * sum(len(images.items) for images in lists),
+        needed / 1e9,
+        folder,
+        alphas,
+    )
+    require_space(folder, needed)
+    for store, images, rows in todo:
         if rows:
-            store.fill(part, rows, grid, device, config.trainer.num_workers)
+            store.fill(images, rows, grid, device, config.trainer.num_workers)
     return stores
