@@ -29,7 +29,6 @@ BINS = 200
 EDGES = np.linspace(-1, 1, BINS + 1)
 """Edges of the bins of similarities: [low, high), the last bin is closed."""
 PROJECTIONS = ("pca", "tsne")
-_MIN_MAP_IMAGES = 5
 _STAGES = {"search": ("#0072b2", "--"), "rerank": ("#d55e00", "-")}
 _LANDMARK_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
 _MARKERS = "osD^vPX"
@@ -94,8 +93,7 @@ def precision_over_recall(steps: np.ndarray, bins: int = RECALL_BINS) -> np.ndar
     step = np.minimum(edges.astype(np.int64), n - 1)
     inside = edges - step
     low, high = steps[step].T
-    area = area_before[step] + low * inside + (high - low) * inside**2 / 2
-    return np.diff(area) * bins / n
+    return np.diff(area_before[step] + low * inside + (high - low) * inside**2 / 2) * bins / n
 
 
 def precision_curves(steps: Sequence[np.ndarray], bins: int = RECALL_BINS) -> np.ndarray:
@@ -124,8 +122,8 @@ def draw_curves(
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", title=f"{protocol} ({counts[protocol]} queries)")
         axes.grid(alpha=0.3)
         axes.legend(loc="best", fontsize=9)
-    average = "of all predictions, most confident first" if metric == "GAP" else "mean over queries"
-    figure.axes[0].set_ylabel(f"precision, {average}")
+    over = "of all predictions, most confident first" if metric == "GAP" else "mean over queries"
+    figure.axes[0].set_ylabel(f"precision, {over}")
     _save(figure, path)
 
 
@@ -152,7 +150,7 @@ def similarity_counts(
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     (counter,) = scan(queries, rows, lambda tolerance: [_BinCounter(tolerance)], exclude, device, block_rows)
-    names = list(dict.fromkeys(name for ids in relevant for name in ids))
+    names = dict.fromkeys(name for ids in relevant for name in ids)
     counts = {name: _count_pairs(queries, rows, [ids.get(name, ()) for ids in relevant], exclude) for name in names}
     return {**counts, "negative": counter.counts - sum(counts.values(), np.zeros(BINS, np.int64))}
 
@@ -260,8 +258,8 @@ def project(X: np.ndarray, others: np.ndarray, method: str, seed: int) -> tuple[
     Returns (n, 2) and (m, 2) coordinates, and the labels of the two axes.
     Raises InputError if there are fewer than five images, or scikit-learn is missing.
     """
-    if len(X) < _MIN_MAP_IMAGES:
-        raise InputError(f"map of {len(X)} images: expected at least {_MIN_MAP_IMAGES}")
+    if len(X) < 5:
+        raise InputError(f"map of {len(X)} images: expected at least 5")
     if method == "pca":
         points, more, fractions = principal_plane(X, others)
         return points, more, [f"axis {i + 1} ({100 * part:.1f} % of the variance)" for i, part in enumerate(fractions)]
@@ -270,8 +268,7 @@ def project(X: np.ndarray, others: np.ndarray, method: str, seed: int) -> tuple[
     except ImportError as error:
         raise InputError("t-SNE needs scikit-learn: pip install scikit-learn, or use --map pca") from error
     rows = np.concatenate([X, others])
-    perplexity = min(30.0, (len(rows) - 1) / 3)
-    points = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(rows)
+    points = TSNE(init="pca", perplexity=min(30.0, (len(rows) - 1) / 3), random_state=seed).fit_transform(rows)
     return points[: len(X)], points[len(X) :], ["t-SNE 1", "t-SNE 2"]
 
 
@@ -331,15 +328,14 @@ def _draw_points(axes: Any, images: Any, queries: Any, styles: Mapping[str | Non
         if len(points):
             label = str(name).rsplit("/", 1)[-1]
             label = label if len(label) <= _MAX_LABEL else f"{label[: _MAX_LABEL - 3]}..."
-            style = {"s": 24, "marker": marker, "linewidths": 0.4, "edgecolors": "white"}
-            axes.scatter(*points.T, color=color, label=label, **style)
+            axes.scatter(*points.T, s=24, color=color, marker=marker, linewidths=0.4, edgecolors="white", label=label)
     if len(queries[0]):
         colors = [styles.get(name, (_OTHER,))[0] for name in queries[1]]
         style = {"s": 150, "marker": "*", "edgecolors": "black", "linewidths": 0.8, "zorder": 3}
         axes.scatter(*queries[0].T, c=colors, **style)
         axes.scatter([], [], color="white", label="query", **style)
-    columns = 1 + len(axes.get_legend_handles_labels()[0]) // 25
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns)
+    count = len(axes.get_legend_handles_labels()[0])
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + count // 25)
 
 
 def _draw_thumbnails(axes: Any, cells: Any, landmarks: Any, thumbnails: Any, styles: Any) -> None:
