@@ -9,8 +9,8 @@ from evaluations import QUIET, ROOT
 from hydra import compose, initialize_config_dir
 
 from superglobal.config import register
-from superglobal.search_page.image_search import Opened
-from superglobal.search_page.serve import configured, open_database
+from superglobal.search_page.image_search import SearchDatabase
+from superglobal.search_page.serve import open_database, read_config
 
 
 def composed(*overrides: str) -> Any:
@@ -19,6 +19,6 @@ def composed(*overrides: str) -> Any:
         return compose("demo", overrides=[*QUIET, *overrides])
 
 
-def opened(outputs: Path, *overrides: str) -> Opened:
-    config, folder = configured(composed(f"paths.outputs={outputs}", *overrides))
+def opened(outputs: Path, *overrides: str) -> SearchDatabase:
+    config, folder = read_config(composed(f"paths.outputs={outputs}", *overrides))
     return open_database(config, folder)

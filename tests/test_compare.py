@@ -176,10 +176,9 @@ def test_own_descriptors_are_whitened_too(tmp_path):
 
 def compare(outputs: Path, *overrides: str, status: int = 0) -> str:
     base = [o for o in BASE if not o.startswith(("logger", "figures"))]
-    words = [sys.executable, "-m", "superglobal", "compare-rerankers", *base, *QUIET, f"paths.outputs={outputs}"]
-    done = subprocess.run(
-        [*words[:4], *overrides, *words[4:]], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-m", "superglobal", "compare-rerankers", *overrides]
+    words = [*command, *base, *QUIET, f"paths.outputs={outputs}"]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -223,7 +222,7 @@ def test_an_approximate_first_search_compares_nothing(data, tmp_path):
         base = [one for one in BASE if not one.startswith(("logger", "figures"))]
         words = [*base, *QUIET, *mini(data), "index=flat_fp16", f"paths.outputs={tmp_path}"]
         config = compose("compare", overrides=words)
-    with pytest.raises(InputError, match="index=flat_fp16: rerankers are compared on an exact first search"):
+    with pytest.raises(InputError, match="index=flat_fp16: rerankers are compared on an exact search"):
         compare_rerankers.compare(config, tmp_path, [ROOT / "conf"])
     assert not (tmp_path / "stores").exists()
 
@@ -231,10 +230,10 @@ def test_an_approximate_first_search_compares_nothing(data, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rerankers=[none,magic]"], "no rerank=magic; there are adba, aqe, "),
+        (["rerankers=[none,magic]"], "there is no rerank=magic; expected one of adba, aqe, "),
         (['rerankers=["aqe K=3"]'], "aqe has no parameter K"),
-        (['rerankers=["aqe n=many"]'], "'aqe n=many' is no reranking"),
-        (["rerankers=[]"], "name at least one"),
+        (['rerankers=["aqe n=many"]'], "'aqe n=many' is not a reranker"),
+        (["rerankers=[]"], "expected at least one"),
         (["dataset=folder", "dataset.database=x", "dataset.query=y"], "dataset.labels=true"),
     ],
 )

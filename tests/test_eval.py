@@ -90,7 +90,7 @@ def test_a_signal_ends_a_run_and_keeps_its_rows(tmp_path, number, status):
     process.send_signal(number)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == status, text
-    assert ("the same command goes on with what is missing" in text) == (number == signal.SIGINT)
+    assert ("the same command continues with the missing images" in text) == (number == signal.SIGINT)
     (store,) = (tmp_path / "o" / "stores").glob("mini-database-*")
     assert rows <= len(DescriptorStore.open(store)) - len(DescriptorStore.open(store).missing) < 440
 
@@ -195,7 +195,7 @@ def test_a_distractor_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp
     assert (got["dataset"], got["counts"]["database"]) == ("mini+noise (2 unreadable)", 28)
     run_program(tmp_path / "c", *revisited(tmp_path, "distractors=list", "distractors.name=less", "rerank.M=12"))
     assert got["metrics"] == results(tmp_path / "c")["metrics"]
-    assert "0 to describe" in run_program(tmp_path / "d", *extra, *skip, f"paths.stores={tmp_path}/b/stores")
+    assert "0 to extract" in run_program(tmp_path / "d", *extra, *skip, f"paths.stores={tmp_path}/b/stores")
     assert len(listed.read_text().splitlines()) == 2
 
 

@@ -17,8 +17,8 @@ import superglobal
 import superglobal.models.backbone
 from superglobal.errors import InputError
 from superglobal.evaluation import module as evaluation
-from superglobal.evaluation.extraction import _describe
-from superglobal.evaluation.module import EvaluationModule
+from superglobal.evaluation.extraction import run_extraction
+from superglobal.evaluation.module import ExtractionModule
 from superglobal.models import inference as fast_module
 from superglobal.models.inference import fold_batch_norms, optimize_for_inference
 from superglobal.models.network import forward_variants
@@ -162,24 +162,24 @@ def test_what_memory_has_no_room_for_goes_in_smaller_parts():
     plain = superglobal.load_model("random", backbone="test_resnet", scales=1)
     expected = plain(images(8))
     plain.backbone.__class__ = Small
-    module = EvaluationModule([[plain]], [], [], [])
-    (found,) = module._described([plain], images(8))
+    module = ExtractionModule([[plain]], [], [], [])
+    (found,) = module._extract([plain], images(8))
     assert (found - expected).abs().max() < 1e-6
     assert seen == [8, 4, 2, 2, 2, 2]
-    module._described([plain], images(4))
+    module._extract([plain], images(4))
     assert seen[6:] == [2, 2]  # what was learnt stays
 
 
 def test_news_wait_for_an_image_that_can_be_read(monkeypatch, caplog):
     """The first images of a list may all be skipped, and that may take its time."""
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(evaluation, "_NEWS_EVERY", -1.0)
+    monkeypatch.setattr(evaluation, "_REPORT_INTERVAL", -1.0)
     plain = superglobal.load_model("random", backbone="test_resnet", scales=1)
-    module = EvaluationModule([[plain]], [], [], [])
-    module._tell(0, 0)
-    assert "images described" not in caplog.text
-    module._tell(2, 600)
-    assert "2 images described" in caplog.text
+    module = ExtractionModule([[plain]], [], [], [])
+    module._report_progress(0, 0)
+    assert "images/s" not in caplog.text
+    module._report_progress(2, 600)
+    assert "extracted 2 images" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["predict", "barrier"])
@@ -194,5 +194,5 @@ def test_a_process_lost_while_others_wait_is_no_traceback(place):
     setattr(trainer if place == "predict" else trainer.strategy, place, lost)
     store = SimpleNamespace(flush=lambda: flushed.append(True))
     with pytest.raises(InputError, match="another process of this evaluation has ended"):
-        _describe(trainer, EvaluationModule([], [], [], []), None, [store])
+        run_extraction(trainer, ExtractionModule([], [], [], []), None, [store])
     assert flushed == [True]

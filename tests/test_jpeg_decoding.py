@@ -20,7 +20,7 @@ from superglobal.data.jpeg_decoding import EncodedImage, check_gpu_decoder, comp
 from superglobal.errors import InputError
 from superglobal.evaluation import extraction as extracting
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.search_page.serve import configured
+from superglobal.search_page.serve import read_config
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])]
@@ -239,12 +239,12 @@ def test_the_page_opens_a_store_with_its_own_decoder(tmp_path, photos, on_the_cp
     ((by_cpu,), (by_gpu,)) = (stored(tmp_path / name) for name in ("cpu", "gpu"))
     for store in (by_cpu, by_gpu):
         assert len(opened(tmp_path / "page", f"store={store.folder}").search) == 12
-    config, _ = configured(composed(f"store={by_gpu.folder}", "extraction.decoder=gpu"))
+    config, _ = read_config(composed(f"store={by_gpu.folder}", "extraction.decoder=gpu"))
     assert config.extraction.decoder == "gpu"
     with pytest.raises(
         InputError, match=r"extraction\.decoder=gpu: .* was extracted with extraction\.decoder=cpu; leave"
     ):
-        configured(composed(f"store={by_cpu.folder}", "extraction.decoder=gpu"))
+        read_config(composed(f"store={by_cpu.folder}", "extraction.decoder=gpu"))
 
 
 def test_too_little_memory_ends_the_run_instead_of_decoding_on_the_cpu(tmp_path, photos, on_the_cpu, monkeypatch):

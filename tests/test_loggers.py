@@ -282,7 +282,7 @@ def test_a_sweep_at_a_terminal_without_a_key_asks_nothing(toy_data, tmp_path):
     shown = text.decode()
     assert process.wait(timeout=200) == 0, shown
     assert "there is no key" in shown
-    assert "2 jobs need 1 extraction;" in shown
+    assert "2 jobs, 1 different extractions" in shown
     runs = [recorded(folder) for folder in sorted((tmp_path / "tried").glob("*_*"))]
     assert [run.run.run_group for run in runs] == ["tried"] * 2
     assert [run.config["rerank"]["K"] for run in runs] == [3, 5]

@@ -143,7 +143,7 @@ def other_view(tmp_path_factory) -> Path:
 
 
 def test_missing_photos_were_described_first_with_the_news_in_the_terminal(page):
-    assert "24 images, 0 in store, 24 to describe" in page.told
+    assert "24 images, 0 in store, 24 to extract" in page.told
 
 
 def test_the_page_names_the_data_set_and_its_size(visit):

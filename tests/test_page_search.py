@@ -22,12 +22,11 @@ from sets import png_of, texture, write_folders
 
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
-from superglobal.search_page import html as markup
-from superglobal.search_page.image_search import Found, Hit, Photo
-from superglobal.search_page.page import Answers
-from superglobal.search_page.serve import configured, open_database
-from superglobal.search_page.server import listening
-from superglobal.search_page.thumbnails import Thumbnails
+from superglobal.search_page import html
+from superglobal.search_page.image_search import Hit, QueryImage, SearchResult
+from superglobal.search_page.page import PageCallbacks
+from superglobal.search_page.serve import open_database, read_config
+from superglobal.search_page.server import Thumbnails, open_socket
 
 ROOT = Path(__file__).parents[1]
 PLAIN = [o for o in BASE if not o.startswith(("logger", "figures"))]
@@ -58,25 +57,25 @@ def test_a_query_finds_what_eval_found_in_that_order(evaluated):
     rankings = np.load(evaluated.result["folder"] / "rankings.npz")
     search = evaluated.opened.search
     for number, item in enumerate(evaluated.opened.queries):
-        query = search.describe(Photo("query", item.path), item.box)
-        plain = search.find(query, M=6, rerank=False, count=24)
+        query = search.extract(QueryImage("query", item.path), item.box)
+        plain = search.find_similar(query, M=6, rerank=False, count=24)
         assert [hit.id for hit in plain.hits] == rankings["search_ids"][number].tolist()
-        assert all(hit.rank == hit.before for hit in plain.hits)
+        assert all(hit.rank == hit.rank_before for hit in plain.hits)
         assert np.allclose([hit.score for hit in plain.hits], rankings["search_scores"][number], atol=1e-5)
-        found = search.find(query, M=6, count=24)
+        found = search.find_similar(query, M=6, count=24)
         ids = rankings["rerank_ids"][number].tolist()
         assert [hit.id for hit in found.hits] == ids
-        assert [plain.hits[hit.before - 1].id for hit in found.hits] == ids
+        assert [plain.hits[hit.rank_before - 1].id for hit in found.hits] == ids
         assert [hit.score is None for hit in found.hits] == [False] * 6 + [True] * 18
-        assert set(query.seconds | found.seconds) == {"decode", "describe", "search", "rerank"}
+        assert set(query.seconds | found.seconds) == {"decode", "extract", "search", "rerank"}
 
 
 def test_a_photo_of_the_database_does_not_find_itself(evaluated):
     search = evaluated.opened.search
-    found = search.find(search.describe(search.photo(3)), M=400, count=400)
+    found = search.find_similar(search.extract(search.database_image(3)), M=400, count=400)
     assert sorted(hit.id for hit in found.hits) == [i for i in range(24) if i != 3]
     with pytest.raises(InputError, match="no photo 24"):
-        search.photo(24)
+        search.database_image(24)
 
 
 def test_a_box_is_described_as_the_file_of_its_crop(evaluated, tmp_path):
@@ -85,8 +84,8 @@ def test_a_box_is_described_as_the_file_of_its_crop(evaluated, tmp_path):
     picture = Image.open(evaluated.opened.queries[0].path).convert("RGB")
     picture.save(whole)
     picture.crop((10, 5, 101, 90)).save(part)
-    boxed = search.describe(Photo("whole", whole), (10.0, 5.0, 101.0, 90.0))
-    assert np.allclose(boxed.descriptor, search.describe(Photo("part", part)).descriptor, atol=1e-6)
+    boxed = search.extract(QueryImage("whole", whole), (10.0, 5.0, 101.0, 90.0))
+    assert np.allclose(boxed.descriptor, search.extract(QueryImage("part", part)).descriptor, atol=1e-6)
     assert boxed.size == picture.size
     assert boxed.preview.shape[:2] == picture.size[::-1]
 
@@ -95,8 +94,8 @@ def test_several_threads_get_what_each_gets_alone(evaluated):
     search = evaluated.opened.search
 
     def answer(number: int) -> list[tuple[int, int]]:
-        found = search.find(search.describe(search.photo(number)), M=4 + number, K=2)
-        return [(hit.id, hit.before) for hit in found.hits]
+        found = search.find_similar(search.extract(search.database_image(number)), M=4 + number, K=2)
+        return [(hit.id, hit.rank_before) for hit in found.hits]
 
     alone = [answer(number) for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -109,7 +108,9 @@ def test_other_settings_of_eval_hold_on_the_page_too(evaluated, override):
     made = opened(evaluated.outputs, *PLAIN, *mini(evaluated.data), override)
     rankings = np.load(result["folder"] / "rankings.npz")
     item = made.queries[2]
-    found = made.search.find(made.search.describe(Photo("query", item.path), item.box), M=6, **_given(override))
+    found = made.search.find_similar(
+        made.search.extract(QueryImage("query", item.path), item.box), M=6, **_given(override)
+    )
     assert [hit.id for hit in found.hits] == rankings["rerank_ids"][2].tolist()
     assert all("/" not in name for name in made.search.names)
 
@@ -128,19 +129,19 @@ def test_faults_of_a_photo_name_it_and_not_its_place(evaluated, tmp_path):
     for name, reason in {**reasons, "gone": "upload it again"}.items():
         path = next(iter(tmp_path.glob(f"{name}.*")), tmp_path / "gone.jpg")
         with pytest.raises(InputError, match=rf"^holiday\.jpg .*{reason}") as error:
-            search.describe(Photo("holiday.jpg", path))
+            search.extract(QueryImage("holiday.jpg", path))
         assert str(tmp_path) not in str(error.value)
 
 
 def test_a_store_alone_says_what_it_needs(evaluated, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     place = next(path for path in evaluated.before if "-database-" in path.name)
-    config, folder = configured(composed(f"store={place}"))
+    config, folder = read_config(composed(f"store={place}"))
     assert (config.dataset.name, config.weights, config.scales) == ("mini", "random", [1.0])
     made = open_database(config, folder)
     assert made.search.database.fingerprint() == evaluated.opened.search.database.fingerprint()
-    query = made.search.describe(made.search.photo(0))
-    same = evaluated.opened.search.describe(evaluated.opened.search.photo(0))
+    query = made.search.extract(made.search.database_image(0))
+    same = evaluated.opened.search.extract(evaluated.opened.search.database_image(0))
     np.testing.assert_array_equal(query.descriptor, same.descriptor)
     assert not list(tmp_path.iterdir())
 
@@ -153,11 +154,12 @@ def test_a_store_of_a_folder_needs_no_query_and_follows_its_weights(tmp_path):
     assert not len(first.queries)
     (place,) = stores(tmp_path)
     assert len(opened(tmp_path, f"store={place}").search) == 6
-    for other, what in (("seed=1", "of other weights than weights=random"), ("weights=package", "backbone=resnet18")):
+    seed = "weights=random do not match the store in weights"
+    for other, what in (("seed=1", seed), ("weights=package", "backbone=resnet18")):
         with pytest.raises(InputError, match=what):
             opened(tmp_path, f"store={place}", other)
     texture(9, 9).save(photos / "label0" / "new.jpg")
-    with pytest.raises(InputError, match="its photos are not those that are there now"):
+    with pytest.raises(InputError, match="have changed since; leave out store="):
         opened(tmp_path, f"store={place}")
 
 
@@ -165,15 +167,15 @@ def test_what_a_store_does_not_say_is_asked_for(evaluated, tmp_path):
     place = next(path for path in evaluated.before if "-database-" in path.name)
     queries = next(path for path in evaluated.before if "-queries-" in path.name)
     with pytest.raises(InputError, match="a store of queries"):
-        configured(composed(f"store={queries}"))
+        read_config(composed(f"store={queries}"))
     with pytest.raises(InputError, match="no descriptor store"):
-        configured(composed(f"store={tmp_path}"))
+        read_config(composed(f"store={tmp_path}"))
     old = shutil.copytree(place, tmp_path / "old")
     manifest = json.loads((old / "manifest.json").read_text())
     manifest["provenance"] = {"device": "cpu"}
     (old / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"where its photos and weights are; .*dataset=\.\.\. and weights="):
-        configured(composed(f"store={old}"))
+    with pytest.raises(InputError, match=r"does not record its images and weights; .*dataset=\.\.\. and weights="):
+        read_config(composed(f"store={old}"))
     assert len(opened(tmp_path, f"store={old}", *mini(evaluated.data), "weights=random").search) == 24
     done = np.load(old / "done.npy")
     done[5] = 0
@@ -196,44 +198,51 @@ def test_what_a_store_does_not_say_is_asked_for(evaluated, tmp_path):
 )
 def test_settings_that_no_page_can_have_are_refused(override, match):
     with pytest.raises(InputError, match=match):
-        configured(composed("dataset=toy", "backbone=resnet18", "weights=random", override))
+        read_config(composed("dataset=toy", "backbone=resnet18", "weights=random", override))
 
 
 def test_without_a_data_set_or_a_store_the_choice_is_named():
     with pytest.raises(InputError, match=r"missing settings: dataset\.kind"):
-        configured(composed())
+        read_config(composed())
 
 
 def test_an_address_that_is_taken_is_told_before_anything_is_described():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(InputError, match=r"page.port=0 takes any"), listening("127.0.0.1", other.getsockname()[1]):
+        with (
+            pytest.raises(InputError, match=r"page.port=0 takes any"),
+            open_socket("127.0.0.1", other.getsockname()[1]),
+        ):
             pass
 
 
 def test_movement_and_summary_say_what_reranking_did():
     hits = [Hit(7, 1, 1, 1.2), Hit(3, 2, 9, 1.1), Hit(5, 3, 2, 1.0), Hit(4, 4, 4, None)]
-    assert [re.sub("<[^>]*>", "", markup.movement(hit)) for hit in hits] == ["=", "9 → 2 ▲", "2 → 3 ▼", "="]
-    told = markup.summary(Found(hits, True, {}), 20)
-    assert "2 changed place, 1 came from beyond the first 4; the highest climb is 9 → 2." in told
-    assert "by similarity" in markup.summary(Found(hits, False, {}), 20)
-    assert "none of them moved" in markup.summary(Found(hits[:1], True, {}), 20)
+    assert [re.sub("<[^>]*>", "", html.movement(hit)) for hit in hits] == ["=", "9 → 2 ▲", "2 → 3 ▼", "="]
+    told = html.summary(SearchResult(hits, True, {}), 20)
+    assert "2 moved, 1 came from beyond the first 4; the largest gain is 9 → 2." in told
+    assert "by similarity" in html.summary(SearchResult(hits, False, {}), 20)
+    assert "none of them moved" in html.summary(SearchResult(hits[:1], True, {}), 20)
 
 
 def test_a_name_is_text_and_nothing_else():
     name = '"><script>alert(1)</script>.jpg'
-    shown = markup.results(Found([Hit(0, 1, 1, 0.5)], True, {}), [name], "photos/x", 1)
-    shown += markup.problem(name) + markup.samples([("database/0", "photos/x", name)], "") + markup.header(name, [name])
+    shown = html.render_results(SearchResult([Hit(0, 1, 1, 0.5)], True, {}), [name], "photos/x", 1)
+    shown += (
+        html.render_error(name)
+        + html.render_examples([("database/0", "photos/x", name)], "")
+        + html.render_header(name, [name])
+    )
     assert "<script" not in shown
     assert '"">' not in shown
 
 
 @pytest.fixture
-def answers(evaluated, tmp_path) -> Answers:
-    config, _ = configured(composed(*PLAIN, *mini(evaluated.data)))
+def answers(evaluated, tmp_path) -> PageCallbacks:
+    config, _ = read_config(composed(*PLAIN, *mini(evaluated.data)))
     (tmp_path / "uploads").mkdir()
-    return Answers(config, evaluated.opened, tmp_path / "uploads", "photos/x")
+    return PageCallbacks(config, evaluated.opened, tmp_path / "uploads", "photos/x")
 
 
 def event(**data: Any) -> gr.EventData:
@@ -249,9 +258,9 @@ def test_only_what_was_uploaded_here_is_searched_for(answers, evaluated, tmp_pat
     shutil.copy(evaluated.opened.queries[0].path, good)
     message, query, _, results, times = answers.photo(*SETTINGS, event(path=str(good), name="../mine.jpg"))
     assert message == ""
-    assert query.photo.name == "mine.jpg"
+    assert query.image.name == "mine.jpg"
     assert 'data-rank="1"' in results
-    assert "describe" in times
+    assert "extract" in times
     (answers.uploads / "link.jpg").symlink_to(evaluated.opened.queries[0].path)
     outside = [evaluated.opened.queries[0].path, answers.uploads / ".." / "x", answers.uploads / "link.jpg", "", "/"]
     for path in outside:
@@ -277,12 +286,12 @@ def test_a_box_that_is_none_is_a_message(answers, box):
 
 
 def test_samples_are_the_queries_or_what_has_the_words_in_its_name(answers):
-    assert set(re.findall(r'data-pick="(\w+)/\d+"', answers.samples("", 0))) == {"queries"}
-    found = answers.samples(" L3_ ", 0)
+    assert set(re.findall(r'data-pick="(\w+)/\d+"', answers.examples("", 0))) == {"queries"}
+    found = answers.examples(" L3_ ", 0)
     assert len(re.findall("data-pick", found)) == 5
     assert "database/12" in found
-    assert "No file name" in answers.samples("<nowhere>", 0)
-    assert "<nowhere>" not in answers.samples("<nowhere>", 0)
+    assert "No file name" in answers.examples("<nowhere>", 0)
+    assert "<nowhere>" not in answers.examples("<nowhere>", 0)
 
 
 def test_thumbnails_are_of_the_lists_alone_and_small(evaluated, tmp_path):

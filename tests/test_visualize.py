@@ -19,7 +19,7 @@ from superglobal.cli.visualize import KINDS
 from superglobal.config import register
 from superglobal.errors import InputError
 from superglobal.evaluation.pipeline import evaluate
-from superglobal.evaluation.ranking_sheets import FigureOptions, compare_runs, ordered
+from superglobal.evaluation.ranking_sheets import FigureOptions, compare_runs, order_queries
 from superglobal.evaluation.saved_run import FinishedRun, precision
 from superglobal.evaluation.visualize import DRAWN, landmarks_of, visualize
 
@@ -133,14 +133,14 @@ def test_many_queries_are_paged_and_old_pages_go(mini):
 
 def test_the_order_of_queries():
     scores = {"search": np.array([0.5, 0.1, np.nan, 0.9]), "rerank": np.array([0.7, 0.1, np.nan, 0.2])}
-    assert ordered(scores, "worst", 4).tolist() == [1, 3, 0, 2]
-    assert ordered(scores, "improved", 4).tolist() == [0]
-    assert ordered(scores, "worsened", 4).tolist() == [3]
-    assert ordered(scores, "given", 4).tolist() == [0, 1, 2, 3]
+    assert order_queries(scores, "worst", 4).tolist() == [1, 3, 0, 2]
+    assert order_queries(scores, "improved", 4).tolist() == [0]
+    assert order_queries(scores, "worsened", 4).tolist() == [3]
+    assert order_queries(scores, "given", 4).tolist() == [0, 1, 2, 3]
     with pytest.raises(InputError, match="no reranking"):
-        ordered({"search": scores["search"]}, "improved", 4)
-    with pytest.raises(InputError, match="without labels"):
-        ordered({}, "worst", 4)
+        order_queries({"search": scores["search"]}, "improved", 4)
+    with pytest.raises(InputError, match="no labels"):
+        order_queries({}, "worst", 4)
 
 
 def test_own_photos_with_and_without_labels(root, tmp_path):
@@ -154,7 +154,7 @@ def test_own_photos_with_and_without_labels(root, tmp_path):
     assert {path.name.split("-")[0] for path in paths} == {"sheets", "activation", "map"}
     assert [reason.split(":")[0] for reason in left_out] == ["curves", "similarities"]
     assert paths[0].name == "sheets-given-01.png"
-    with pytest.raises(InputError, match="no labels"):
+    with pytest.raises(InputError, match="precision needs labels"):
         visualize(plain, ["curves"], FEW)
 
 
@@ -185,7 +185,7 @@ def test_own_descriptors_have_a_map_and_with_a_data_set_all_but_activation(root,
     paths, left_out = visualize(alone, [], FEW)
     assert [path.name for path in paths] == ["map-pca.png"]
     assert len(left_out) == 4
-    with pytest.raises(InputError, match="knows no photos; map applies"):
+    with pytest.raises(InputError, match="without images; only map applies"):
         visualize(alone, ["sheets"], FEW)
     known = evaluated(tmp_path / "known", root, *MINI, *files)
     paths, left_out = visualize(known, [], FEW)
@@ -199,16 +199,16 @@ def test_own_descriptors_have_a_map_and_with_a_data_set_all_but_activation(root,
 def test_what_is_gone_is_named_with_its_mend(copied):
     result = copied / "result"
     run = FinishedRun(result)
-    worst = run.dataset.queries[int(ordered({"rerank": recorded(run, "rerank", "medium")}, "worst", 6)[0])].path
+    worst = run.dataset.queries[int(order_queries({"rerank": recorded(run, "rerank", "medium")}, "worst", 6)[0])].path
     worst.rename(copied / "away.jpg")
-    with pytest.raises(InputError, match=rf"image not found: {worst}; put the photo back.*need no photos"):
+    with pytest.raises(InputError, match=rf"image not found: {worst}; restore it.*need no images"):
         visualize(result, ["sheets"], FEW)
     looked_at(visualize(result, ["curves", "similarities", "map"], FEW)[0])
     (copied / "away.jpg").rename(worst)
     (result / ".hydra").mkdir()
     (result / ".hydra" / "overrides.yaml").write_text("- dataset=revisited\n- 'scales=[1.0, 2.0]'\n")
     shutil.rmtree(next((copied / "out" / "stores").glob("mini-database-*")))
-    stores = "stored descriptors are gone; this makes them again: python eval.py dataset=revisited 'scales="
+    stores = "stored descriptors are gone; extract them again: python eval.py dataset=revisited 'scales="
     for kind in ("curves", "similarities", "map"):
         with pytest.raises(InputError, match=stores):
             visualize(result, [kind], FEW)
@@ -237,7 +237,7 @@ def test_weights_and_scores_that_changed_are_refused(copied):
         visualize(copied / "result", ["activation"], FEW)
     row["metrics"]["rerank"]["map"]["medium"] += 0.01
     path.write_text(json.dumps(row))
-    with pytest.raises(InputError, match=r"rerank, medium: the curve's area is .* something has changed"):
+    with pytest.raises(InputError, match=r"rerank, medium: the area under the curve is .* something has changed"):
         visualize(copied / "result", ["curves"], FEW)
 
 
@@ -251,7 +251,7 @@ def test_folders_without_a_result_and_results_without_numbers(mini, tmp_path):
     with pytest.raises(InputError, match="the run is n/a: no ReLUs"):
         visualize(tmp_path, [], FEW)
     shutil.copytree(mini, tmp_path / "b")
-    with pytest.raises(InputError, match=r"2 results in it; give the folder of one, such as .*/a"):
+    with pytest.raises(InputError, match=r"contains 2 results; give the folder of one, such as .*/a"):
         visualize(tmp_path, [], FEW)
     with pytest.raises(InputError, match="query 6: the result has 6 queries, 0 to 5"):
         visualize(mini, [], FigureOptions(numbers=(6,)))
@@ -270,7 +270,7 @@ def test_two_results_are_compared_with_pictures_and_without_photos_too(mini, roo
         found.append(recorded(run, stage, "medium"))
     biggest = int(np.argmax(found[0] - found[1]))
     assert table[1].split(",")[0] == str(biggest)
-    with pytest.raises(InputError, match="the same result twice"):
+    with pytest.raises(InputError, match="the baseline is the same result"):
         compare_runs(mini, mini)
     spoilt = json.loads((other / "results.json").read_text())
     spoilt["config"]["dataset"]["root"] = str(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""Stores of an evaluation's images: opened, and filled where rows are missing."""
+"""Open the descriptor stores of an evaluation and extract the rows that are missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from superglobal.data.datamodules import ExtractionDataModule
 from superglobal.data.jpeg_decoding import check_gpu_decoder
 from superglobal.data.samplers import plan_batches, select_missing
 from superglobal.errors import InputError
-from superglobal.evaluation.module import EvaluationModule, ExtractionList, skip_rows
+from superglobal.evaluation.module import ExtractionList, ExtractionModule, skip_rows
 from superglobal.models.inference import optimize_for_inference
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.store import DescriptorStore
@@ -28,11 +28,11 @@ from superglobal.training.trainer import launched_externally, translate_process_
 from superglobal.utils.provenance import versions
 
 log = logging.getLogger(__name__)
-# Activations of a ResNet in float32 while a scale is computed, in bytes a pixel of that scale. A network that needs
-# more runs out of memory once, and goes on with less at a time.
+# Bytes per pixel of a scale that the float32 activations of a ResNet take. A network that needs more runs out of memory
+# once and then continues with smaller batches.
 _BYTES_PER_PIXEL = 600
-_SHARE_OF_MEMORY = 0.5
-_PIXELS_ON_CPU = 2**20
+_MEMORY_FRACTION = 0.5
+_CPU_BATCH_PIXELS = 2**20
 
 
 def extract_lists(
@@ -40,148 +40,156 @@ def extract_lists(
     lists: Sequence[ExtractionList],
     folder: Path,
     trainer: pl.Trainer,
-    how: ExtractionConfig,
+    settings: ExtractionConfig,
     num_workers: int,
     dtype: str,
 ) -> tuple[list[DescriptorStore], dict[str, int]]:
-    """Open the stores of each list under `folder` and extract the rows that are missing, in one pass over the images.
+    """Open the store of each image list under `folder` and extract the missing rows in one pass over the images.
 
-    Rows of the same images that another store under `folder` has, of the same network and settings, are copied:
-    a photo more in a folder costs one description.
+    Rows of other stores under `folder` with the same images, network and settings are reused: an image added to a
+    folder costs one extraction.
 
     Args:
-        networks: on the CPU; all are filled, the stores of the first are what is asked for.
-        dtype: of the stores.
+        networks: on the CPU. The stores of all are filled; those of the first are returned.
+        lists: the image lists, checked.
+        folder: parent folder of the stores.
+        trainer: runs the extraction.
+        settings: `extraction` of the configuration.
+        num_workers: processes that decode images.
+        dtype: "float32" or "float16", of the stores.
 
     Returns:
-        The stores of the first network, complete unless `how.shard` is one of several, and how many rows each title
-        lacked.
+        The stores of the first network, complete unless `settings.shard` is one of several, and the number of missing
+        rows by title of the list.
 
     Raises:
-        InputError: an unreadable image, a place that cannot be written or a process that died; finished rows stay for
-            the next run.
+        InputError: an image is unreadable, a store cannot be written, or a process died. Finished rows are kept for the
+            next run.
     """
     device = trainer.strategy.root_device
-    image_lists = [(part.items, part.max_side) for part in lists]
-    check_decoder = cache(partial(check_gpu_decoder, image_lists, device)) if how.decoder == "gpu" else None
+    image_lists = [(images.items, images.max_side) for images in lists]
+    check_decoder = cache(partial(check_gpu_decoder, image_lists, device)) if settings.decoder == "gpu" else None
     stores = [
-        [_open_store(network, part, folder, str(device), dtype, check_decoder) for part in lists]
+        [_open_store(network, images, folder, str(device), dtype, check_decoder) for images in lists]
         for network in networks
     ]
-    for i, part in enumerate(lists):
+    for i, images in enumerate(lists):
         for own in stores:
-            _settle_unreadable(own[i], part, trainer.is_global_zero)
+            _skip_unreadable(own[i], images, trainer.is_global_zero)
         if trainer.is_global_zero:
-            paths = part.paths()
+            paths = images.paths()
             for own in stores:
-                if os.access(own[i].folder, os.W_OK):  # somebody else's may be complete as it is
+                if os.access(own[i].folder, os.W_OK):  # A complete store of another user may be read-only.
                     record_paths(own[i].folder, paths)
-    # A sibling of a sweep that fails would be tried again by every job: one that lacks nothing describes for nobody.
-    served = stores if any(len(store.missing) for store in stores[0]) else []
-    missing = [{row for own in served for row in own[i].missing.tolist()} for i in range(len(lists))]
-    lacked = {part.title: len(rows) for part, rows in zip(lists, missing, strict=True)}
-    for part in lists:
-        total, todo = len(part.items), lacked[part.title]
-        log.info("%s: %d images, %d in store, %d to describe", part.title, total, total - todo, todo)
-    # Processes that were started together may not agree on what is missing, and have to wait for one another.
+    # A run with complete stores extracts nothing for the other jobs of its sweep: otherwise each of them would try
+    # again a job that fails.
+    open_stores = stores if any(len(store.missing) for store in stores[0]) else []
+    missing = [{row for own in open_stores for row in own[i].missing.tolist()} for i in range(len(lists))]
+    for images, rows in zip(lists, missing, strict=True):
+        total = len(images.items)
+        log.info("%s: %d images, %d in store, %d to extract", images.title, total, total - len(rows), len(rows))
+    # Processes started together may disagree on what is missing, and have to wait for one another.
     if any(missing) or launched_externally():
         if check_decoder is not None:
             check_decoder()
         if len(networks) > 1:
             log.info("one pass over the images serves %d networks of the sweep", len(networks))
-        pixels = how.batch_pixels or _pixels_at_once(networks[0], device)
-        sizes = [part.sizes() for part in lists]
-        rank = trainer.global_rank, trainer.world_size
-        plan = plan_batches(sizes, pixels, how.batch_size, how.parse_shard(), rank)
-        # Lightning stops on a process without data; a row described twice is the same row.
+        sizes = [images.sizes() for images in lists]
+        pixels = settings.batch_pixels or _default_batch_pixels(networks[0], device)
+        process = trainer.global_rank, trainer.world_size
+        plan = plan_batches(sizes, pixels, settings.batch_size, settings.parse_shard(), process)
+        # Lightning stops in a process without data, so such a process extracts one image again.
         batches = select_missing(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
-        images = ExtractionDataModule(image_lists, batches, num_workers, how.decoder)
-        module = EvaluationModule(*_grouped(optimize_for_inference(networks), stores), lists, batches)
-        _describe(trainer, module, images, [store for own in stores for store in own])
-        if images.decoded_on_cpu:
-            log.warning("GPU JPEG decoder: %d images were decoded on the CPU instead", images.decoded_on_cpu)
-    for part, store in zip(lists, stores[0], strict=True):
-        _require_budget(store, part)
-    return stores[0], lacked
+        data = ExtractionDataModule(image_lists, batches, num_workers, settings.decoder)
+        module = ExtractionModule(*_group_by_backbone(optimize_for_inference(networks), stores), lists, batches)
+        run_extraction(trainer, module, data, [store for own in stores for store in own])
+        if data.decoded_on_cpu:
+            log.warning("GPU JPEG decoder: %d images were decoded on the CPU instead", data.decoded_on_cpu)
+    for images, store in zip(lists, stores[0], strict=True):
+        _require_skip_budget(store, images)
+    return stores[0], {images.title: len(rows) for images, rows in zip(lists, missing, strict=True)}
 
 
-def _describe(
-    trainer: pl.Trainer, module: EvaluationModule, images: ExtractionDataModule, stores: Sequence[DescriptorStore]
+def run_extraction(
+    trainer: pl.Trainer, module: ExtractionModule, data: ExtractionDataModule, stores: Sequence[DescriptorStore]
 ) -> None:
-    """Fill the stores, whatever is finished being kept, in all processes.
+    """Extract all batches in all processes; flush finished rows to the stores however it ends.
 
     Raises:
-        InputError: as of `extract_lists`.
+        InputError: as `extract_lists`.
     """
     try:
         try:
-            trainer.predict(module, images, return_predictions=False)
+            trainer.predict(module, data, return_predictions=False)
         finally:
             try:
                 module.drain()
-            finally:  # a GPU that failed cannot deliver its last batch
-                for failure in dict.fromkeys(module.failures):  # not part of the error that ended the run
+            finally:  # A GPU that failed cannot deliver its last batch.
+                for failure in dict.fromkeys(module.failures):  # not contained in the error that ended the run
                     log.warning("%s", failure)
                 for store in stores:
                     store.flush()
         trainer.strategy.barrier()
     except SystemExit as end:
-        if end.code == 1:  # Lightning's answer to Ctrl-C
-            log.error("interrupted; the same command goes on with what is missing")
+        if end.code == 1:  # Lightning exits so after Ctrl-C.
+            log.error("interrupted; the same command continues with the missing images")
             sys.exit(130)
         raise
     except RuntimeError as error:
-        told = translate_process_error(error, trainer.world_size, "evaluation", "with what is missing")
-        if told is None:
+        input_error = translate_process_error(error, trainer.world_size, "evaluation", "with what is missing")
+        if input_error is None:
             raise
-        raise told from error
+        raise input_error from error
 
 
-def _settle_unreadable(store: DescriptorStore, part: ExtractionList, writes: bool) -> None:
-    """Skip what checking the images has found already; refuse what another run has skipped where nothing may be."""
-    if part.skips is None:
+def _skip_unreadable(store: DescriptorStore, images: ExtractionList, writes: bool) -> None:
+    """Mark images that the check could not read as skipped; reject a store with skipped rows if none may be."""
+    if images.skip_budget is None:
         if len(store.skipped):
             raise InputError(
                 f"{store.folder}: {len(store.skipped)} images were skipped by a run with distractors.unreadable=skip; "
-                f"mend those in {store.folder / 'skipped.txt'} and remove the store, or skip them here too"
+                f"repair those in {store.folder / 'skipped.txt'} and remove the store, or use "
+                "distractors.unreadable=skip here too"
             )
         return
-    reasons = dict(part.checked.problems)
-    bad = [row for row, item in enumerate(part.items) if item.path in reasons]
-    if len(bad) <= part.skips * len(part.items) and writes:
-        skip_rows([store], part, [(row, reasons[part.items[row].path]) for row in bad])
+    reasons = dict(images.checked.problems)
+    rows = [row for row, item in enumerate(images.items) if item.path in reasons]
+    if len(rows) <= images.skip_budget * len(images.items) and writes:
+        skip_rows([store], images, [(row, reasons[images.items[row].path]) for row in rows])
         store.flush()
-    _require_budget(store, part, len(bad))
+    _require_skip_budget(store, images, len(rows))
 
 
-def _require_budget(store: DescriptorStore, part: ExtractionList, found: int = 0) -> None:
-    count, most = max(found, len(store.skipped)), (part.skips or 0) * len(part.items)
-    if count > most:
+def _require_skip_budget(store: DescriptorStore, images: ExtractionList, unreadable: int = 0) -> None:
+    count, total = max(unreadable, len(store.skipped)), len(images.items)
+    if count > (images.skip_budget or 0) * total:
         raise InputError(
-            f"{count} of {len(part.items)} {part.title} are missing or cannot be read, more than "
-            f"distractors.skip_budget={part.skips:g} allows: is all of it there? Otherwise raise that; skipped are in "
-            f"{store.folder / 'skipped.txt'}"
+            f"{count} of {total} {images.title} are missing or unreadable, more than "
+            f"distractors.skip_budget={images.skip_budget:g} allows: check that the download is complete, or raise the "
+            f"budget; skipped images are listed in {store.folder / 'skipped.txt'}"
         )
 
 
-def _grouped(
+def _group_by_backbone(
     networks: Sequence[RetrievalNetwork], stores: Sequence[list[DescriptorStore]]
 ) -> tuple[list[list[RetrievalNetwork]], list[list[list[DescriptorStore]]]]:
-    """Networks that share a backbone together, and their stores alike."""
+    """Group networks that share a backbone, and their stores accordingly."""
     groups: dict[int, list[int]] = {}
     for i, network in enumerate(networks):
         groups.setdefault(id(network.backbone), []).append(i)
-    places = list(groups.values())
-    return [[networks[i] for i in group] for group in places], [[stores[i] for i in group] for group in places]
+    return (
+        [[networks[i] for i in group] for group in groups.values()],
+        [[stores[i] for i in group] for group in groups.values()],
+    )
 
 
-def _pixels_at_once(network: RetrievalNetwork, device: torch.device) -> int:
-    """Pixels of a batch that memory should have room for at the network's largest scale."""
+def _default_batch_pixels(network: RetrievalNetwork, device: torch.device) -> int:
+    """Return the pixels of a batch that should fit in memory at the network's largest scale."""
     if device.type != "cuda":
-        return _PIXELS_ON_CPU
-    room = torch.cuda.get_device_properties(device).total_memory * _SHARE_OF_MEMORY
+        return _CPU_BATCH_PIXELS
+    memory = torch.cuda.get_device_properties(device).total_memory * _MEMORY_FRACTION
     width = 4 if network.precision == "float32" else 2
-    return int(room / (_BYTES_PER_PIXEL * width / 4 * max(network.scales) ** 2))
+    return int(memory / (_BYTES_PER_PIXEL * width / 4 * max(network.scales) ** 2))
 
 
 def store_identity(network: RetrievalNetwork, max_side: int | None, decoder: str) -> dict[str, Any]:
@@ -191,25 +199,29 @@ def store_identity(network: RetrievalNetwork, max_side: int | None, decoder: str
 
 def _open_store(
     network: RetrievalNetwork,
-    part: ExtractionList,
+    images: ExtractionList,
     folder: Path,
     device: str,
     dtype: str,
     check_decoder: Callable[[], dict[str, Any]] | None,
 ) -> DescriptorStore:
-    """Open or create the store of a list; a new one records what `check_decoder` returns, if that is given."""
-    identity = store_identity(network, part.max_side, "cpu" if check_decoder is None else "gpu")
-    lines = part.lines()
-    place = folder / f"{part.name}-{part.title}-{fingerprint(identity, lines, dtype)[:16]}"
-    fresh = not place.exists()
-    # Enough to find the weights and the photos again, from the store alone.
+    """Open or create the store of an image list; a new one reuses rows of others and records its provenance."""
+    identity = store_identity(network, images.max_side, "cpu" if check_decoder is None else "gpu")
+    lines = images.lines()
+    path = folder / f"{images.name}-{images.title}-{fingerprint(identity, lines, dtype)[:16]}"
+    is_new = not path.exists()
+    # With `weights` and `dataset`, the search page can open the store on its own.
     weights = Path(network.weights_label)
-    found = str(weights.resolve()) if weights.is_file() else network.weights_label
-    origin: dict[str, Any] = {"weights": found, "dataset": part.source, "images": part.title}
-    provenance = {"device": device, "versions": versions(), **origin}
-    if check_decoder is not None and fresh:
+    provenance = {
+        "device": device,
+        "versions": versions(),
+        "weights": str(weights.resolve()) if weights.is_file() else network.weights_label,
+        "dataset": images.source,
+        "images": images.title,
+    }
+    if check_decoder is not None and is_new:
         provenance["decoder"] = check_decoder()
-    store = DescriptorStore.open_or_create(place, identity, lines, network.dim, provenance=provenance, dtype=dtype)
-    if fresh:
+    store = DescriptorStore.open_or_create(path, identity, lines, network.dim, provenance=provenance, dtype=dtype)
+    if is_new:
         adopt_from(folder, store)
     return store

@@ -1,4 +1,4 @@
-"""What an evaluation searches: descriptors, from stores or as they are given, and what is known of their images."""
+"""Load what an evaluation searches: descriptors, from stores or files, and what is known about their images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pytorch_lightning as pl
 
 from superglobal.config.common import PoolingOverrides
 from superglobal.config.evaluation import DatasetConfig, EvalConfig
@@ -33,20 +32,48 @@ from superglobal.models.factory import load_model
 from superglobal.models.network import RetrievalNetwork
 from superglobal.models.pooling import make_pooling
 from superglobal.retrieval.rows import NPY_FAULTS, Rows, as_rows, concat
+from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.whitening import database_statistics, stored_statistics
 from superglobal.training.run_dir import export_path, is_unfinished
 from superglobal.training.trainer import make_trainer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-# Rows of the ablation that say nothing on a backbone without a place for ReLUP.
+# Rows of the ablation table that need a backbone with plain ReLUs.
 _RELUP_ROWS = ("relup", "no_relup")
-_PATHS = ("root", "database", "query")
+
+
+class NotApplicableError(InputError):
+    """A row of the ablation table that does not apply to the backbone."""
+
+
+class StageTimer:
+    """Measure the seconds of each stage.
+
+    Attributes:
+        seconds: stage -> seconds.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
 
 
 @dataclass
 class Inputs:
-    """What is searched: descriptors, and whatever is known about the images behind them."""
+    """Descriptors to search and what is known about their images.
+
+    Attributes:
+        queries, database: Q and N descriptors of unit norm; the database includes the distractors.
+        dataset: images and ground truth; None if there are only descriptors.
+        distractors: images after those of the data set in the database.
+        about: plain facts for `results.json`: weights, network, stores.
+    """
 
     queries: Rows
     database: Rows
@@ -54,69 +81,121 @@ class Inputs:
     distractors: list[ImageItem]
     about: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_stores(
+        cls,
+        stores: dict[str, DescriptorStore],
+        dataset: EvaluationSet | None,
+        distractors: list[ImageItem],
+        about: dict[str, Any],
+    ) -> Inputs:
+        """Join the stores by title; without "queries", the database is its own queries."""
+        queries = as_rows(stores.get("queries", stores["database"]), "queries")
+        parts = [stores[title] for title in ("database", "distractors") if title in stores]
+        return cls(queries, concat(*parts, name="database"), dataset, distractors, about)
+
     def query_block(self) -> np.ndarray:
-        """(Q, D) float32."""
+        """Return the queries as (Q, D) float32."""
         return self.queries.block(0, len(self.queries))
 
     def exclude(self) -> np.ndarray | None:
-        """The id that each query must not find, its own, where the database is the queries."""
-        one_out = self.dataset is not None and self.dataset.leave_one_out
-        return np.arange(len(self.queries)) if one_out else None
+        """Return (Q,) int64, the id of each query itself, if the queries are the database; None otherwise."""
+        leave_one_out = self.dataset is not None and self.dataset.leave_one_out
+        return np.arange(len(self.queries)) if leave_one_out else None
 
 
-def gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
-    """The descriptors to search, extracted where they are missing, under `whitening`.
+def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
+    """Load the descriptors to search, extract those that are missing, and apply the whitening.
 
-    Returns the reason for a row of the ablation that does not apply, and None in all processes but the first.
-    Raises InputError for anything missing, all of it in one message.
+    Returns:
+        The inputs; None in all processes but the first, and if other shards still have to extract images.
+
+    Raises:
+        InputError: input is missing or unreadable; one message names all of it.
+        NotApplicableError: the row of the ablation table does not apply to the backbone.
     """
-    found = _gathered(config, clock)
-    return less_statistics(config, found, clock) if isinstance(found, Inputs) else found
-
-
-def _gathered(config: EvalConfig, clock: Clock) -> Inputs | str | None:
     problems: list[str] = []
-    dataset = attempt(problems, _dataset, config)
-    distractors = attempt(problems, distractor_items, config) or []
+    dataset = collect_problems(problems, lambda: evaluation_set(config.dataset))
+    distractors = collect_problems(problems, lambda: distractor_images(config)) or []
     if config.descriptors.query is not None:
         if problems:
             raise InputError("\n".join(problems))
-        return own_descriptors(config, dataset, distractors)
-    network = attempt(problems, evaluated_network, config)
-    lists = checked_lists(config, dataset, distractors, problems, clock)
+        return apply_whitening(config, load_descriptors(config, dataset, distractors), timer)
+    network = collect_problems(problems, lambda: load_network(config))
+    with timer.time("check"):
+        lists = check_image_lists(config, dataset, distractors, problems)
     assert dataset is not None
     assert network is not None
     if config.ablation in _RELUP_ROWS and not has_relup(network.backbone.net):
-        return "this backbone has no plain ReLUs for ReLUP"
+        raise NotApplicableError("this backbone has no plain ReLUs for ReLUP")
     trainer = make_trainer(config.trainer, logger=False, enable_checkpointing=False, inference_mode=True)
-    inputs = _extracted(config, network, lists, trainer, clock)
-    if inputs is None or not trainer.is_global_zero:
+    with timer.time("extract"):
+        networks = [network, *_sibling_networks(config, network)]
+        folder, workers, dtype = Path(config.paths.stores), config.trainer.num_workers, config.store.dtype
+        stores, extracted = extract_lists(networks, lists, folder, trainer, config.extraction, workers, dtype)
+    remaining = sum(len(store.missing) for store in stores)
+    if config.extraction.shard is not None and remaining:
+        log.info(
+            "Extracted shard %s; %d images remain for the other shards; the last shard computes the metrics",
+            config.extraction.shard,
+            remaining,
+        )
         return None
-    return replace(inputs, dataset=dataset, distractors=distractors)
+    if not trainer.is_global_zero:
+        return None
+    by_title = {images.title: store for images, store in zip(lists, stores, strict=True)}
+    about = {
+        "weights": network.weights_label,
+        "weights_format": network.weights_format,
+        "network": network.identity(),
+        "trained_pooling": network.trained_pooling,
+        "stores": {
+            title: {"fingerprint": s.fingerprint(), **{key: s.manifest[key] for key in ("dtype", "provenance")}}
+            for title, s in by_title.items()
+        },
+        "extracted": extracted,
+    }
+    return apply_whitening(config, Inputs.from_stores(by_title, dataset, distractors, about), timer)
 
 
-def attempt(problems: list[str], read: Callable[[EvalConfig], T], config: EvalConfig) -> T | None:
-    """What `read` gives; what it lacks goes to `problems`, so that one message tells everything missing."""
+def collect_problems(problems: list[str], load: Callable[[], T]) -> T | None:
+    """Return `load()`; on an InputError append its message to `problems`, so that one error can name all of them."""
     try:
-        return read(config)
+        return load()
     except InputError as error:
         problems.append(str(error))
         return None
 
 
-def _dataset(config: EvalConfig) -> EvaluationSet | None:
-    return evaluation_set(config.dataset)
+def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
+    """Return the configured set without checking its images; None if there are only descriptors.
+
+    Raises:
+        InputError: its lists or its ground truth are missing or invalid.
+    """
+    return None if d.kind == "descriptors" else load_evaluation_set(**asdict(d))
 
 
-def own_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distractors: list[ImageItem]) -> Inputs:
+def distractor_images(config: EvalConfig) -> list[ImageItem]:
+    """Return the configured distractors; raises InputError if their list is missing or invalid."""
+    d = config.distractors
+    return load_distractors(d.root, d.name) if d.name else []
+
+
+def load_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distractors: list[ImageItem]) -> Inputs:
+    """Load the files of `descriptors.query` and `descriptors.database`.
+
+    Raises:
+        InputError: a file is unreadable, or its rows do not match the images of the data set.
+    """
     queries, database = (_load_npy(str(p)) for p in (config.descriptors.query, config.descriptors.database))
     if dataset is not None:
         images = {"query": len(dataset.queries), "database": len(dataset.database) + len(distractors)}
         for key, rows in (("query", queries), ("database", database)):
             if len(rows) != images[key]:
                 raise InputError(
-                    f"descriptors.{key}: {len(rows)} rows, but {dataset.name} has {images[key]} images there; one row "
-                    "per image, in the order of its lists (distractors after the database)"
+                    f"descriptors.{key}: {len(rows)} rows, but {dataset.name} has {images[key]} images; expected one "
+                    "row per image, in the order of its lists (distractors after the database)"
                 )
     about = {"weights": "own descriptors", "descriptors": asdict(config.descriptors)}
     return Inputs(queries, database, dataset, distractors, about)
@@ -124,127 +203,22 @@ def own_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distracto
 
 def _load_npy(path: str) -> Rows:
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_FAULTS as error:
-        raise InputError(f"{path}: no readable .npy file of descriptors ({error})") from error
-    return as_rows(found, path)
+        raise InputError(f"{path}: not a readable .npy file of descriptors ({error})") from error
+    return as_rows(array, path)
 
 
-def distractor_items(config: EvalConfig) -> list[ImageItem]:
-    d = config.distractors
-    return load_distractors(d.root, d.name) if d.name else []
+def load_network(config: EvalConfig) -> RetrievalNetwork:
+    """Load the configured network, in evaluation mode on the CPU.
 
-
-def _trained(config: EvalConfig) -> str:
-    """The export of the training run `name`."""
-    path = export_path(config.paths.outputs, config.name)
-    if path.is_file():
-        if is_unfinished(path.parent):
-            log.warning("%s: that training is not finished; this is its best network so far", path.parent)
-        return str(path)
-    others = sorted(other.parent.name for other in path.parent.parent.glob(f"*/{path.name}"))
-    there = f" (trained are {', '.join(others)}: choose by name=)" if others else ""
-    raise InputError(
-        f"weights: none given, and no trained network at {path}{there}. python train.py trains one; weights=PATH takes "
-        "a CVNet checkpoint or a superglobal export; backbone=efficientnet_lite0 needs no download; weights=timm takes "
-        "timm's; weights=random is a baseline"
-    )
-
-
-def checked_lists(
-    config: EvalConfig,
-    dataset: EvaluationSet | None,
-    distractors: list[ImageItem],
-    problems: list[str],
-    clock: Clock,
-    queries: bool = True,
-) -> list[ExtractionList]:
-    """The image lists to describe, every file checked; whatever is missing is told in one message.
-
-    Without `queries` those of the set are left out.
+    Raises:
+        InputError: no weights, or weights that do not fit.
     """
-    max_side = config.dataset.max_side
-    sets: list[tuple[str, str, Sequence[ImageItem], str]] = []
-    tolerated: list[ExtractionList] = []
-    if dataset is not None:
-        sets.append(("database", dataset.name, dataset.database, dataset.how_to_get))
-        if queries and not dataset.leave_one_out:
-            sets.append(("queries", dataset.name, dataset.queries, dataset.how_to_get))
-    d = config.distractors
-    roots = [Path(config.paths.data), *([] if dataset is None else [dataset.root]), Path(d.root)]
-    with clock.time("check"):
-        if d.name and distractors and d.unreadable == "skip":
-            report = check_images(distractors)
-            own = ExtractionList("distractors", d.name, distractors, report, max_side, d.skip_budget, roots)
-            tolerated.append(own)
-        elif d.name and distractors:
-            sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
-        checked = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
-    source = _with_whole_paths(config.dataset)
-    strict = [
-        ExtractionList(
-            title,
-            name,
-            items,
-            checked[title],
-            max_side,
-            roots=roots,
-            source=None if title == "distractors" else source,
-        )
-        for title, name, items, _ in sets
-    ]
-    return [*strict, *tolerated]
-
-
-def _with_whole_paths(d: DatasetConfig) -> dict[str, Any]:
-    """The settings of a data set, as good in any other folder."""
-    paths = {key: str(Path(value).resolve()) for key in _PATHS if (value := getattr(d, key)) is not None}
-    return {**asdict(d), **paths}
-
-
-def _extracted(
-    config: EvalConfig,
-    network: RetrievalNetwork,
-    lists: list[ExtractionList],
-    trainer: pl.Trainer,
-    clock: Clock,
-) -> Inputs | None:
-    """Descriptors of the lists from their stores, extracted where they are missing; None after a part of several."""
-    how = config.extraction
-    networks = [network, *_siblings(config, network)]
-    with clock.time("extract"):
-        place, dtype = Path(config.paths.stores), config.store.dtype
-        stores, computed = extract_lists(networks, lists, place, trainer, how, config.trainer.num_workers, dtype)
-    left = sum(len(store.missing) for store in stores)
-    if how.shard is not None and left:
-        text = "Extracted shard %s; %d images remain for the other shards; the last shard computes the metrics"
-        log.info(text, how.shard, left)
-        return None
-    found = {part.title: store for part, store in zip(lists, stores, strict=True)}
-    parts = [found[title] for title in ("database", "distractors") if title in found]
-    about = {
-        "weights": network.weights_label,
-        "weights_format": network.weights_format,
-        "network": network.identity(),
-        "trained_pooling": network.trained_pooling,
-        "stores": {
-            t: {"fingerprint": s.fingerprint(), **{k: s.manifest[k] for k in ("dtype", "provenance")}}
-            for t, s in found.items()
-        },
-        "extracted": computed,
-    }
-    queries = as_rows(found.get("queries", found["database"]), "queries")
-    return Inputs(queries, concat(*parts, name="database"), None, [], about)
-
-
-def evaluated_network(config: EvalConfig) -> RetrievalNetwork:
-    weights = config.weights or (config.backbone.weights if config.backbone else None)
-    if weights is None:
-        weights = _trained(config)
-    name = config.backbone.name if config.backbone else None
+    backbone = config.backbone
     network = load_model(
-        weights,
-        backbone=name,
+        config.weights or (backbone.weights if backbone else None) or _trained_weights(config),
+        backbone=backbone.name if backbone else None,
         pooling=config.pooling.overrides(),
         scales=config.scales,
         antialias=config.antialias,
@@ -254,63 +228,105 @@ def evaluated_network(config: EvalConfig) -> RetrievalNetwork:
     return network
 
 
-def _siblings(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNetwork]:
-    """Networks of the sweep's other jobs that describe the same images; those of one ReLUP share their backbone."""
+def _trained_weights(config: EvalConfig) -> str:
+    """Return the path of the weights that the training run `name` exported."""
+    path = export_path(config.paths.outputs, config.name)
+    if path.is_file():
+        if is_unfinished(path.parent):
+            log.warning("%s: this training is not finished; evaluating its best network so far", path.parent)
+        return str(path)
+    runs = sorted(export.parent.name for export in path.parent.parent.glob(f"*/{path.name}"))
+    hint = f" (finished runs: {', '.join(runs)}; choose one by name=)" if runs else ""
+    raise InputError(
+        f"weights: none given, and there is no trained network at {path}{hint}. Train one by python train.py, or give "
+        "weights=PATH of a CVNet checkpoint or a superglobal export, backbone=efficientnet_lite0 (no download needed), "
+        "weights=timm, or weights=random as a baseline"
+    )
+
+
+def check_image_lists(
+    config: EvalConfig,
+    dataset: EvaluationSet | None,
+    distractors: list[ImageItem],
+    problems: list[str],
+    queries: bool = True,
+) -> list[ExtractionList]:
+    """Return the image lists to extract after checking every file.
+
+    Args:
+        config: the configuration.
+        dataset: the data set; None if it could not be loaded.
+        distractors: images joined to the database.
+        problems: messages about other missing input, for the same error.
+        queries: whether to include the queries of the data set.
+
+    Raises:
+        InputError: `problems` is not empty, or images are missing or unreadable; one message names all of them.
+    """
+    sets: list[tuple[str, str, Sequence[ImageItem], str]] = []
+    if dataset is not None:
+        sets.append(("database", dataset.name, dataset.database, dataset.how_to_get))
+        if queries and not dataset.leave_one_out:
+            sets.append(("queries", dataset.name, dataset.queries, dataset.how_to_get))
+    d, max_side = config.distractors, config.dataset.max_side
+    roots = [Path(config.paths.data), *([] if dataset is None else [dataset.root]), Path(d.root)]
+    skipping: list[ExtractionList] = []
+    if d.name and distractors and d.unreadable == "skip":
+        report = check_images(distractors)
+        skipping = [ExtractionList("distractors", d.name, distractors, report, max_side, d.skip_budget, roots)]
+    elif d.name and distractors:
+        sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
+    reports = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
+    # Absolute paths, so that a store can be opened from any folder.
+    source = asdict(config.dataset)
+    source |= {
+        key: str(Path(source[key]).resolve()) for key in ("root", "database", "query") if source[key] is not None
+    }
+    sources = {"database": source, "queries": source, "distractors": None}
+    return [
+        *(
+            ExtractionList(title, name, items, reports[title], max_side, None, roots, sources[title])
+            for title, name, items, _ in sets
+        ),
+        *skipping,
+    ]
+
+
+def _sibling_networks(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNetwork]:
+    """Return networks of the sweep's other jobs that extract the same images; equal ReLUP settings share a backbone."""
     networks = [network]
-    for pooling in sibling_poolings(config):
+    for overrides in sibling_poolings(config):
         try:
-            wanted = make_pooling(pooling, network.trained_pooling)
-            same_p = "p" not in pooling and config.pooling.p is None
-            alike = [one for one in networks if same_p and one.shares_feature_maps(wanted)]
-            if alike:
-                networks.append(alike[0].variant(wanted))
+            pooling = make_pooling(overrides, network.trained_pooling)
+            same_p = "p" not in overrides and config.pooling.p is None
+            sharing = [n for n in networks if same_p and n.shares_feature_maps(pooling)]
+            if sharing:
+                networks.append(sharing[0].variant(pooling))
             else:
-                networks.append(evaluated_network(replace(config, pooling=PoolingOverrides(**pooling))))
-        except InputError:  # that job's to say
+                networks.append(load_network(replace(config, pooling=PoolingOverrides(**overrides))))
+        except InputError:  # The job itself will report it.
             continue
     return networks[1:]
 
 
-def less_statistics(config: EvalConfig, inputs: Inputs, clock: Clock) -> Inputs:
-    """All descriptors without the searched database's mean, or whitened, as `whitening` says."""
+def apply_whitening(config: EvalConfig, inputs: Inputs, timer: StageTimer) -> Inputs:
+    """Return the inputs with the whitening applied of the configuration applied, learned on the searched database."""
     s = config.whitening
     if s.kind == "none":
         return inputs
-    with clock.time("whitening"):
+    with timer.time("whitening"):
         stores = inputs.about.get("stores")
         if stores is None:
-            # Own descriptors have no fingerprint to know them by.
-            found, fingerprint = database_statistics(inputs.database, s.kind, s.dims), None
+            # Descriptors from files have no fingerprint to store the whitening by.
+            whitening, fingerprint = database_statistics(inputs.database, s.kind, s.dims), None
         else:
             fingerprints = [stores[title]["fingerprint"] for title in ("database", "distractors") if title in stores]
-            place = Path(config.paths.stores)
-            found, fingerprint = stored_statistics(inputs.database, s.kind, s.dims, place, fingerprints)
-    about = {**asdict(s), "rows": found.rows, "fingerprint": fingerprint, "learned_on": "the searched database"}
+            folder = Path(config.paths.stores)
+            whitening, fingerprint = stored_statistics(inputs.database, s.kind, s.dims, folder, fingerprints)
+    about = {**asdict(s), "rows": whitening.rows, "fingerprint": fingerprint, "learned_on": "the searched database"}
     return replace(
         inputs,
-        queries=found.apply(inputs.queries, "queries"),
-        database=found.apply(inputs.database, "database"),
+        queries=whitening.apply(inputs.queries, "queries"),
+        database=whitening.apply(inputs.database, "database"),
         about={**inputs.about, "whitening": about},
     )
-
-
-class Clock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.times: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.times[stage] = time.perf_counter() - start
-
-
-def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
-    """The set that is configured, its images not looked at; None where there are only descriptors.
-
-    Raises:
-        InputError: its lists or its ground truth are missing or faulty.
-    """
-    return None if d.kind == "descriptors" else load_evaluation_set(**asdict(d))

@@ -1,11 +1,11 @@
-"""Evaluation: search, rerank, score and report what was gathered."""
+"""Evaluate retrieval on a data set: extract descriptors, search, rerank, score and report."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,22 @@ from omegaconf import DictConfig
 
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig, RerankConfig, rerank_parameters
-from superglobal.data.evaluation_set import EvaluationSet, chain_sequences, file_names
+from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, RetrievalTruth, chain_sequences, file_names
 from superglobal.errors import InputError
-from superglobal.evaluation.first_stage import FirstStage, first_stage
-from superglobal.evaluation.inputs import Clock, Inputs, gathered
+from superglobal.evaluation.inputs import Inputs, NotApplicableError, StageTimer, load_inputs
 from superglobal.loggers import evaluation_loggers
 from superglobal.loggers.record import EvaluationRecord
 from superglobal.metrics.evaluate import Scorer, make_scorer, most_ignored, score_without_junk
-from superglobal.metrics.evaluate import evaluate as score
-from superglobal.metrics.gldv2 import required_depth, score_truth, submission
+from superglobal.metrics.evaluate import evaluate as score_descriptors
+from superglobal.metrics.gldv2 import required_depth, score_truth, submission, subset
 from superglobal.metrics.revisited import LABELS, REVISITED, Protocol, Result, RetrievalResult
-from superglobal.reporting import results as report
+from superglobal.reporting import results as reporting
 from superglobal.reporting.ranking_figures import draw_sheet
 from superglobal.reranking.registry import Reranked, apply_reranker
-from superglobal.retrieval.ranks import exact_ranks
+from superglobal.retrieval.ann_index import ApproximateIndex, open_index, recall
+from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rows import Rows
+from superglobal.retrieval.search import search
 from superglobal.training.trainer import sweep_name
 from superglobal.utils.io import write_atomically
 
@@ -37,117 +38,282 @@ log = logging.getLogger(__name__)
 _PROTOCOLS = {"revisited": REVISITED, "labels": LABELS}
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is searched, and how the results are scored.
+
+    Attributes:
+        inputs: descriptors, images and ground truth.
+        queries: (Q, D) float32, unit norm.
+        exclude: (Q,) the id that each query must not find; None for none.
+        device: of exact search and reranking.
+        scorer: computes mAP from ranks; None without labels and for GLDv2.
+        truth: ground truth of GLDv2's metrics; None for other sets.
+    """
+
+    inputs: Inputs
+    queries: np.ndarray
+    exclude: np.ndarray | None
+    device: str
+    scorer: Scorer | None
+    truth: RetrievalTruth | RecognitionTruth | None
+
+    @property
+    def database(self) -> Rows:
+        return self.inputs.database
+
+
+@dataclass
+class FirstStage:
+    """Results of the search.
+
+    Attributes:
+        scores, ids: (Q, k), best first.
+        ranks: per query the ranks of the scorer's targets; -1 for those that an index did not list.
+        about: of an approximate index, its settings and, on a sample of queries, its recall and the difference in the
+            main metric.
+    """
+
+    scores: np.ndarray
+    ids: np.ndarray
+    ranks: list[np.ndarray]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
 def evaluate(cfg: DictConfig, folder: Path) -> float:
     """Extract, search, rerank, score and report, as configured.
 
     Args:
         cfg: composed `EvalConfig`.
-        folder: of this run's results.
+        folder: the results are written here.
 
     Returns:
-        The main metric, for sweepers: mAP (Medium, or over labels), mAP@100 or GAP after all enabled stages, in 0..1;
-        NaN for a row that does not apply, for a set without labels, and in all processes but the first.
+        The main metric after the last stage, in 0..1: mAP (Medium, or over labels), mAP@100 or GAP. NaN without labels,
+        for a row of the ablation table that does not apply, and in all processes but the first.
 
     Raises:
-        InputError: anything missing, unreadable or contradicting.
+        InputError: input or settings are missing, invalid or contradict each other.
     """
     config = validate_config(cfg, EvalConfig)
-    clock = Clock()
+    timer = StageTimer()
     with evaluation_loggers(config, folder, sweep_name()) as track:
-        found = gathered(config, clock)
-        if isinstance(found, str):
-            log.info("ablation=%s: n/a, %s", config.ablation, found)
-            report.write_status(folder, asdict(config), "n/a", found)
-        return _retrieve(config, found, folder, clock, track) if isinstance(found, Inputs) else math.nan
+        try:
+            inputs = load_inputs(config, timer)
+        except NotApplicableError as error:
+            log.info("ablation=%s: n/a, %s", config.ablation, error)
+            reporting.write_status(folder, asdict(config), "n/a", str(error))
+            return math.nan
+        if inputs is None:
+            return math.nan
+        task = make_task(config, inputs)
+        k = results_per_query(config, task)
+        with timer.time("search"):
+            first = search_database(config, task, k)
+        stages = {"search": (first.scores, first.ids)}
+        reranked = None
+        if config.rerank.enabled:
+            with timer.time("rerank"):
+                reranked = rerank(config, task, first.ids, folder)
+            stages["rerank"] = reranked.scores, reranked.ids
+        with timer.time("score"):
+            results = score(config, task, first, reranked)
+        evaluated = report(config, task, first.about, results, stages, timer.seconds, folder)
+        track(evaluated)
+        return reporting.main_metric(evaluated.summary)
 
 
-def shortlist_size(k: int, rerank: RerankConfig, inputs: Inputs) -> int:
-    """Results kept per query: k, or what is reranked if that is more, or all that a query can find.
-
-    Raises:
-        InputError: a query can find nothing.
-    """
-    reachable = len(inputs.database) - len(inputs.database.skipped) - (inputs.exclude() is not None)
-    if reachable < 1:
-        raise InputError("nothing to search: leave-one-out needs at least two photos")
-    return min(max(k, rerank.M or 1 if rerank.enabled else 1), reachable)
+def make_task(config: EvalConfig, inputs: Inputs) -> Task:
+    """Return what is searched and how it is scored."""
+    dataset, queries, exclude = inputs.dataset, inputs.query_block(), inputs.exclude()
+    truth = None if dataset is None else dataset.landmark_truth
+    scorer = None
+    if dataset is not None and dataset.gnd is not None and truth is None:
+        gnd, protocols = ground_truth(dataset, exclude)
+        n_rows = len(inputs.database)
+        scorer = make_scorer(gnd, len(queries), n_rows, protocols, clusters=dataset.clusters, seed=config.seed)
+    return Task(inputs, queries, exclude, search_device(config), scorer, truth)
 
 
 def search_device(config: EvalConfig) -> str:
-    """FAISS searches on the CPU; torch wherever extraction runs."""
+    """Return the device of search and reranking: the CPU for FAISS, otherwise that of extraction."""
     gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "cuda" if gpu and config.index.backend != "faiss" else "cpu"
 
 
-def _retrieve(
-    config: EvalConfig, inputs: Inputs, folder: Path, clock: Clock, track: Callable[[EvaluationRecord], None]
-) -> float:
-    X, dataset, device = inputs.database, inputs.dataset, search_device(config)
-    Q, exclude = inputs.query_block(), inputs.exclude()
-    truth = None if dataset is None else dataset.landmark_truth
-    k = shortlist_size(max(config.k, 1 if truth is None else required_depth(truth)), config.rerank, inputs)
-    scorer, drops = None, config.rerank.enabled and config.rerank.junk == "drop"
-    if dataset is not None and dataset.gnd is not None and truth is None:
-        gnd, protocols = ground_truth(dataset, exclude)
-        scorer = make_scorer(gnd, len(Q), len(X), protocols, clusters=dataset.clusters, seed=config.seed)
-        if drops:
-            k = shortlist_size(k + most_ignored(scorer), config.rerank, inputs)
-    with clock.time("search"):
-        first = first_stage(config, Q, X, k, scorer, truth, exclude, device)
-    stages = {"search": (first.scores, first.ids)}
-    second = None
-    if config.rerank.enabled:
-        with clock.time("rerank"):
-            second = apply_reranker(
-                config.rerank.kind,
-                rerank_parameters(config.rerank),
-                Q,
-                X,
-                first.ids,
-                exclude=exclude,
-                backend=config.index.backend,
-                device=device,
-                folder=folder,
-            )
-        stages["rerank"] = second.scores, second.ids
-    results: dict[str, Result] = {}
-    with clock.time("score"):
-        if truth is not None:
-            results = {name: score_truth(truth, *stage, config.seed) for name, stage in stages.items()}
-        elif scorer is not None:
-            results["search"] = scorer.score(first.ranks)
-            if second is not None and drops:
+def ground_truth(
+    dataset: EvaluationSet, exclude: np.ndarray | None
+) -> tuple[list[dict[str, Any]], Mapping[str, Protocol]]:
+    """Return the ground truth and the protocols of a data set."""
+    gnd = dataset.gnd or []
+    if exclude is not None:
+        # An excluded image has no rank, so it cannot be listed as junk.
+        gnd = [{"positive": entry["positive"]} for entry in gnd]
+    return gnd, _PROTOCOLS[dataset.protocols]
 
-                def reorder(queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
-                    values = rerank_parameters(config.rerank)
-                    return apply_reranker(config.rerank.kind, values, Q[queries], X, ids, device=device).ids
 
-                results["rerank"] = score_without_junk(scorer, first.ranks, first.ids, reorder)
-            elif second is not None:
-                results["rerank"] = scorer.score(_second_ranks(scorer, first, second, exclude, device))
-    names = _names(inputs)
+def results_per_query(config: EvalConfig, task: Task) -> int:
+    """Return the number of results kept per query: `k`, or more if the metric or the reranking needs more."""
+    needed = 1 if task.truth is None else required_depth(task.truth)
+    k = shortlist_size(max(config.k, needed), config.rerank, task.inputs)
+    if task.scorer is not None and config.rerank.enabled and config.rerank.junk == "drop":
+        k = shortlist_size(k + most_ignored(task.scorer), config.rerank, task.inputs)
+    return k
+
+
+def shortlist_size(k: int, rerank: RerankConfig, inputs: Inputs) -> int:
+    """Return k, or `rerank.M` if that is more, but at most the number of images that a query can find.
+
+    Raises:
+        InputError: a query can find no image.
+    """
+    reachable = len(inputs.database) - len(inputs.database.skipped) - (inputs.exclude() is not None)
+    if reachable < 1:
+        raise InputError("nothing to search: leave-one-out evaluation needs at least two images")
+    return min(max(k, rerank.M or 1 if rerank.enabled else 1), reachable)
+
+
+def search_database(config: EvalConfig, task: Task, k: int) -> FirstStage:
+    """Search as `index` configures: exactly, or by an approximate index.
+
+    Raises:
+        InputError: invalid descriptors, or an index that cannot be built.
+    """
+    Q, X, scorer, exclude, device = task.queries, task.database, task.scorer, task.exclude, task.device
+    backend = config.index.backend
+    if config.index.kind != "flat":
+        index = open_configured_index(config, X, device)
+        scores, ids = index.search(Q, k, exclude=exclude)
+        about: dict[str, Any] = {"settings": index.config.index_settings(), "exact": False}
+        if config.index.compare:
+            about["compared_to_exact"] = _compare_with_exact(config, task, scores, ids)
+        return FirstStage(scores, ids, [] if scorer is None else scorer.listed(ids), about)
+    if scorer is None:
+        return FirstStage(*search(Q, X, k, backend=backend, device=device, exclude=exclude), [])
+    if backend == "faiss":
+        scores, ids = search(Q, X, k, backend="faiss", exclude=exclude)
+        return FirstStage(scores, ids, exact_ranks(Q, X, scorer.targets, device=device, exclude=exclude))
+    (scores, ids), ranks = search_and_rank(Q, X, k, scorer.targets, device=device, exclude=exclude)
+    return FirstStage(scores, ids, ranks)
+
+
+def open_configured_index(config: EvalConfig, X: Rows, device: str) -> ApproximateIndex:
+    """Build the index of `config.index` over X, or open it if `paths.stores` contains it."""
+    return open_index(X, config.index, Path(config.paths.stores), device=device)
+
+
+def _compare_with_exact(config: EvalConfig, task: Task, scores: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
+    """Return the recall of exact search and the difference in the main metric, on a random sample of the queries."""
+    sample = np.sort(np.random.default_rng(config.seed).permutation(len(task.queries))[: config.index.compare])
+    scorer = None if task.scorer is None else task.scorer.of(sample)
+    truth = None if task.truth is None else subset(task.truth, sample)
+    targets = [np.empty(0, np.int64)] * len(sample) if scorer is None else scorer.targets
+    exclude = None if task.exclude is None else task.exclude[sample]
+    (exact_scores, exact_ids), ranks = search_and_rank(
+        task.queries[sample], task.database, ids.shape[1], targets, device=task.device, exclude=exclude
+    )
+    recalls = recall(ids[sample], exact_ids)
+    about: dict[str, Any] = {"queries": len(sample), "k": ids.shape[1]}
+    about |= {"recall": float(recalls.mean()), "min_recall": float(recalls.min())}
+    if scorer is not None:
+        approximate: Result = scorer.score(scorer.listed(ids[sample]))
+        exact: Result = scorer.score(ranks)
+    elif truth is not None:
+        approximate = score_truth(truth, scores[sample], ids[sample], config.seed)
+        exact = score_truth(truth, exact_scores, exact_ids, config.seed)
+    else:
+        return about
+    values, exact_values = (reporting.main_scores(result.to_dict()) for result in (approximate, exact))
+    pairs = {protocol: (value, exact_values[protocol]) for protocol, value in values.items()}
+    about[f"{reporting.metric_key(exact.to_dict())}_difference"] = {
+        protocol: None if a is None or b is None else a - b for protocol, (a, b) in pairs.items()
+    }
+    return about
+
+
+def rerank(config: EvalConfig, task: Task, ids: np.ndarray, folder: Path) -> Reranked:
+    """Rerank the results (Q, k) of the search as `rerank` configures."""
+    return apply_reranker(
+        config.rerank.kind,
+        rerank_parameters(config.rerank),
+        task.queries,
+        task.database,
+        ids,
+        exclude=task.exclude,
+        backend=config.index.backend,
+        device=task.device,
+        folder=folder,
+    )
+
+
+def score(config: EvalConfig, task: Task, first: FirstStage, reranked: Reranked | None) -> dict[str, Result]:
+    """Return the scores by stage ("search", "rerank"); none without labels."""
+    if task.truth is not None:
+        stages: dict[str, FirstStage | Reranked] = {
+            "search": first,
+            **({} if reranked is None else {"rerank": reranked}),
+        }
+        return {name: score_truth(task.truth, stage.scores, stage.ids, config.seed) for name, stage in stages.items()}
+    if task.scorer is None:
+        return {}
+    results: dict[str, Result] = {"search": task.scorer.score(first.ranks)}
+    if reranked is not None and config.rerank.junk == "drop":
+        results["rerank"] = score_without_junk(task.scorer, first.ranks, first.ids, shortlist_reranker(config, task))
+    elif reranked is not None:
+        results["rerank"] = task.scorer.score(ranks_after_reranking(task, task.scorer, first.ranks, reranked))
+    return results
+
+
+def shortlist_reranker(config: EvalConfig, task: Task) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Return a function: indices (n,) of queries and their shortlists (n, m) of ids -> the shortlists reranked."""
+
+    def reorder(queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        parameters = rerank_parameters(config.rerank)
+        Q = task.queries[queries]
+        return apply_reranker(config.rerank.kind, parameters, Q, task.database, ids, device=task.device).ids
+
+    return reorder
+
+
+def ranks_after_reranking(task: Task, scorer: Scorer, ranks: list[np.ndarray], reranked: Reranked) -> list[np.ndarray]:
+    """Return the ranks of the scorer's targets after reranking, per query.
+
+    Ranks in a reordered shortlist follow from the ranks of the search; those of changed vectors are counted again.
+    """
+    if reranked.shortlist is not None:
+        return scorer.reranked(ranks, reranked.shortlist)
+    return exact_ranks(reranked.queries, reranked.database, scorer.targets, device=task.device, exclude=task.exclude)
+
+
+def report(
+    config: EvalConfig,
+    task: Task,
+    index: dict[str, Any],
+    results: dict[str, Result],
+    stages: dict[str, tuple[np.ndarray, np.ndarray]],
+    seconds: dict[str, float],
+    folder: Path,
+) -> EvaluationRecord:
+    """Write the files of a result into `folder`, print its table, and return the record for the loggers."""
+    inputs, dataset, X = task.inputs, task.inputs.dataset, task.database
+    if dataset is None:
+        images: Any = []
+        queries, database = range(len(inputs.queries)), range(len(X))
+        names = reporting.Names([f"query {i}" for i in queries], [str(i) for i in database], None)
+    else:
+        images = chain_sequences(dataset.database, inputs.distractors)
+        query_names, image_names = (file_names(items, dataset.root) for items in (dataset.queries, images))
+        names = reporting.Names(query_names, image_names, dataset.clusters)
     about = {**inputs.about, **({} if dataset is None else dataset.about), "skipped": len(X.skipped)}
-    about |= {"index": first.about} if first.about else {}
-    summary = report.summarize(asdict(config), about, names, results, clock.times)
-    if truth is not None:
-        write_atomically(folder / "submission.csv", submission(truth, *list(stages.values())[-1]))
-    report.write_result(folder, summary, results, stages, names)
-    report.print_result(summary, folder)
-    database = chain_sequences(dataset.database, inputs.distractors) if dataset is not None else []
-    # Own descriptors need no photos, so there may be none to show.
+    about |= {"index": index} if index else {}
+    summary = reporting.summarize(asdict(config), about, names, results, seconds)
+    if task.truth is not None:
+        write_atomically(folder / "submission.csv", submission(task.truth, *list(stages.values())[-1]))
+    reporting.write_result(folder, summary, results, stages, names)
+    reporting.print_result(summary, folder)
+    # With descriptors from files, the images may not be on this machine.
     if dataset is not None and config.figures.queries and config.descriptors.query is None:
-        draw_sheet(folder / "sheet.png", dataset, database, stages, config.figures.queries, config.figures.ranks)
-    track(EvaluationRecord(summary, results, stages, names, Q, X, dataset, database))
-    return report.main_metric(summary)
-
-
-def _second_ranks(
-    scorer: Scorer, first: FirstStage, second: Reranked, exclude: np.ndarray | None, device: str
-) -> list[np.ndarray]:
-    """Ranks after reranking: of a reordered shortlist they follow from the first stage's, of new vectors not."""
-    if second.shortlist is not None:
-        return scorer.reranked(first.ranks, second.shortlist)
-    return exact_ranks(second.queries, second.database, scorer.targets, device=device, exclude=exclude)
+        draw_sheet(folder / "sheet.png", dataset, images, stages, config.figures.queries, config.figures.ranks)
+    return EvaluationRecord(summary, results, stages, names, task.queries, X, dataset, images)
 
 
 def score_set(
@@ -159,27 +325,8 @@ def score_set(
     device: str,
     seed: int,
 ) -> RetrievalResult:
-    """`evaluate` of the public functions, with the data set's own ground truth, protocols and landmarks."""
+    """Score descriptors, or a reranked `shortlist` (Q, M), by the ground truth and protocols of a data set."""
     gnd, protocols = ground_truth(dataset, exclude)
-    clusters = dataset.clusters
-    return score(Q, X, gnd, protocols, shortlist, clusters=clusters, exclude=exclude, device=device, seed=seed)
-
-
-def ground_truth(
-    dataset: EvaluationSet, exclude: np.ndarray | None
-) -> tuple[list[dict[str, Any]], Mapping[str, Protocol]]:
-    """Ground truth and protocols."""
-    gnd = dataset.gnd or []
-    if exclude is not None:
-        # An excluded image has no rank, so it cannot be listed as junk.
-        gnd = [{"positive": entry["positive"]} for entry in gnd]
-    return gnd, _PROTOCOLS[dataset.protocols]
-
-
-def _names(inputs: Inputs) -> report.Names:
-    dataset = inputs.dataset
-    if dataset is None:
-        queries = [f"query {i}" for i in range(len(inputs.queries))]
-        return report.Names(queries, [str(i) for i in range(len(inputs.database))], None)
-    images = chain_sequences(dataset.database, inputs.distractors)
-    return report.Names(file_names(dataset.queries, dataset.root), file_names(images, dataset.root), dataset.clusters)
+    return score_descriptors(
+        Q, X, gnd, protocols, shortlist, clusters=dataset.clusters, exclude=exclude, device=device, seed=seed
+    )

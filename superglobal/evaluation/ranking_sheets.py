@@ -1,11 +1,11 @@
-"""Ranked sheets of a finished evaluation, and of two side by side, in an order that shows what matters first."""
+"""Draw sheets of ranked results of a finished evaluation, or of two side by side."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +17,23 @@ from superglobal.reporting.paired_comparison import PairedComparison, read_compa
 from superglobal.reporting.ranking_figures import Comparison, Ranking, draw_comparisons
 from superglobal.reporting.results import main_protocol
 
-ORDERS = ("worst", "improved", "worsened", "given")
-PAGE = 8  # queries on a sheet
+log = logging.getLogger(__name__)
+QUERIES_PER_SHEET = 8
+_MAX_NAME = 90  # last characters of a folder's path, shown as the name of its ranking
 
 
 @dataclass(frozen=True)
 class FigureOptions:
-    """What is drawn.
+    """What figures show.
 
     Args:
-        order: which queries come first, of `ORDERS`; None for worst, then improved, as far as they apply.
-        queries: how many; None for what suits the kind.
-        ranks: results of each; None for what suits the kind.
-        numbers: queries by their number (as in rankings.csv), in place of `order` and `queries`.
-        images: of the map, at most.
-        method: of the map, of `embedding.METHODS`.
-        seed: of what is drawn by lot.
+        order: queries shown first, "worst", "improved", "worsened" or "given"; None for worst and then improved.
+        queries: number of queries; None for the default of the figure.
+        ranks: number of results per query; None for the default of the figure.
+        numbers: these queries (number in rankings.csv), instead of `order` and `queries`.
+        images: maximum number of images on the map.
+        method: projection of the map, one of `reporting.figures.PROJECTIONS`.
+        seed: of random samples.
     """
 
     order: str | None = None
@@ -43,197 +44,200 @@ class FigureOptions:
     method: str = "pca"
     seed: int = 0
 
+    def validate(self, count: int) -> None:
+        """Raise InputError for values out of range; `count` is the number of queries of the result."""
+        for number in self.numbers:
+            if not 0 <= number < count:
+                raise InputError(f"query {number}: the result has {count} queries, 0 to {count - 1} (see rankings.csv)")
+        for name, value in (("queries", self.queries), ("ranks", self.ranks), ("images", self.images)):
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}: expected at least 1")
 
-def quality(run: FinishedRun) -> dict[str, np.ndarray]:
-    """Stage -> (Q,) AP of the main protocol, or in recognition 1 and 0 for right and wrong; NaN where not counted."""
+
+def scores_by_stage(run: FinishedRun) -> dict[str, np.ndarray]:
+    """Return stage -> (Q,) AP of the main protocol, or 1 and 0 for right and wrong recognition; NaN if not counted."""
     if not run.summary["metrics"]:
         return {}
     protocol = main_protocol(run.summary)[1]
-    found = {}
+    scores = {}
     for stage in run.stages:
         name = f"{stage} {protocol} AP" if f"{stage} {protocol} AP" in run.per_query else f"{stage} correct"
         if name not in run.per_query:
-            raise InputError(f"{run.folder / 'per_query.csv'}: no column {name}; make it again: {run.command()}")
-        found[stage] = np.array([float(value or "nan") for value in run.per_query[name]])
-    return found
+            raise InputError(f"{run.folder / 'per_query.csv'}: no column {name}; run again: {run.command()}")
+        scores[stage] = np.array([float(value or "nan") for value in run.per_query[name]])
+    return scores
 
 
-def ordered(scores: dict[str, np.ndarray], order: str, count: int) -> np.ndarray:
-    """Numbers of queries in an order of `ORDERS`; of "improved" and "worsened" those alone that did, of others all.
+def order_queries(scores: dict[str, np.ndarray], order: str, count: int) -> np.ndarray:
+    """Return the numbers of the queries in an order; for "improved" and "worsened" only those that changed so.
 
     Args:
-        scores: stage -> (Q,), NaN for queries that do not count, which come last.
-        order: of `ORDERS`.
-        count: of queries.
+        scores: stage -> (Q,); queries with NaN come last.
+        order: see `FigureOptions`.
+        count: number of queries.
 
     Raises:
-        InputError: no labels, or no reranking to improve by.
+        InputError: there are no labels, or no reranking.
     """
     if order == "given":
         return np.arange(count)
     if not scores:
-        raise InputError(f"order={order}: without labels no query is better than another; order=given")
+        raise InputError(f"order={order}: the result has no labels to order queries by; use order=given")
     last = list(scores.values())[-1]
     if order == "worst":
         return np.argsort(last, kind="stable")
     if len(scores) < 2:
-        raise InputError(f"order={order}: this result has no reranking; order=worst or given")
+        raise InputError(f"order={order}: this result has no reranking; use order=worst or order=given")
     gain = (last - scores["search"]) * (1 if order == "improved" else -1)
-    found = np.argsort(-gain, kind="stable")
-    return found[gain[found] > 0]
+    ordered = np.argsort(-gain, kind="stable")
+    return ordered[gain[ordered] > 0]
 
 
-def chosen(run: FinishedRun, options: FigureOptions, count: int) -> dict[str, np.ndarray]:
-    """Name of an order -> numbers of the queries that are shown in it, at most `count` where no number is given.
+def select_queries(run: FinishedRun, options: FigureOptions, count: int) -> dict[str, np.ndarray]:
+    """Return order -> numbers of the queries to show, by default `count` of them.
 
     Raises:
-        InputError: the order does not apply, or no query is of that kind.
+        InputError: the order does not apply, or no query changed so.
     """
     if options.numbers:
         return {"chosen": np.array(options.numbers)}
-    scores, total = quality(run), run.summary["counts"]["queries"]
+    scores, total = scores_by_stage(run), run.summary["counts"]["queries"]
     orders = [options.order] if options.order else ["worst", "improved"][: len(scores)] or ["given"]
-    found = {order: ordered(scores, order, total)[: options.queries or count] for order in orders}
-    if options.order and not len(found[options.order]):
+    selected = {order: order_queries(scores, order, total)[: options.queries or count] for order in orders}
+    if options.order and not len(selected[options.order]):
         raise InputError(f"order={options.order}: no query was {options.order} by reranking")
-    return {order: numbers for order, numbers in found.items() if len(numbers)}
+    return {order: numbers for order, numbers in selected.items() if len(numbers)}
 
 
-def percents(scores: Sequence[float]) -> str:
-    """Before and after, in percent."""
-    return " -> ".join("-" if np.isnan(value) else f"{100 * value:.1f}" for value in scores)
-
-
-def check_training_images(run: FinishedRun, what: str) -> None:
-    """
-    Raises:
-        InputError: the result has descriptors alone.
-    """
+def require_images(run: FinishedRun, kind: str) -> None:
+    """Raise InputError if the result has descriptors only."""
     if run.dataset is None:
-        raise InputError(f"{what}: the result was made from descriptors and knows no photos; map applies")
+        raise InputError(f"{kind}: the result was made from descriptors without images; only map applies")
+
+
+@contextmanager
+def with_image_hint(run: FinishedRun) -> Iterator[None]:
+    """Add to an error about an unreadable image what to do about it."""
+    try:
+        yield
+    except InputError as error:
+        if not str(error).startswith("image "):
+            raise
+        is_absolute = Path(run.config.dataset.root).is_absolute()
+        hint = "" if is_absolute else f", and run this in the folder where {run.command()} ran"
+        raise InputError(f"{error}; restore it{hint}; curves, similarities and map need no images") from error
 
 
 def draw_sheets(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    check_training_images(run, "sheets")
+    """Draw ranked results before and after reranking, the worst and the most improved queries first."""
+    require_images(run, "sheets")
     assert run.dataset is not None
-    scores = quality(run)
+    scores, names = scores_by_stage(run), file_names(run.dataset.queries, run.dataset.root)
+    titles = {"search": "search (before reranking)", "rerank": "after reranking"} if len(run.stages) > 1 else {}
+    ranks = options.ranks or 10
     paths = []
-    for order, queries in chosen(run, options, 3 * PAGE).items():
+    for order, queries in select_queries(run, options, 3 * QUERIES_PER_SHEET).items():
         comparisons = []
-        for query in queries:
-            lists = {stage: (values[query], ids[query]) for stage, (values, ids) in run.stages.items()}
-            title = _title(run, int(query), {name: one[query] for name, one in scores.items()})
-            comparisons.append(_comparison(int(query), title, lists, options.ranks or 10))
-        paths += pages(run, target, f"sheets-{order}", comparisons)
+        for query in map(int, queries):
+            rankings = [
+                Ranking(titles.get(stage, stage), values[query][:ranks], ids[query][:ranks])
+                for stage, (values, ids) in run.stages.items()
+            ]
+            title = f"query {query}: {names[query]}{_score_text(run, [row[query] for row in scores.values()])}"
+            full = [ids[query] for _, ids in run.stages.values()]
+            comparisons.append(Comparison(query, title, rankings, full))
+        paths += _draw_pages(run, target, f"sheets-{order}", comparisons)
     return paths
 
 
-def _comparison(query: int, title: str, lists: dict[str, tuple[np.ndarray, np.ndarray]], ranks: int) -> Comparison:
-    names = {"search": "search (before reranking)", "rerank": "after reranking"} if len(lists) > 1 else {}
-    rankings = [Ranking(names.get(name, name), s[:ranks], ids[:ranks]) for name, (s, ids) in lists.items()]
-    return Comparison(query, title, rankings, [ids for _, ids in lists.values()])
-
-
-def _title(run: FinishedRun, query: int, scores: dict[str, float]) -> str:
-    assert run.dataset is not None
-    name = file_names(run.dataset.queries, run.dataset.root)[query]
-    text = f"query {query}: {name}"
+def _score_text(run: FinishedRun, scores: Sequence[float]) -> str:
     if not scores:
-        return text
+        return ""
     if "search correct" in run.per_query:
-        return f"{text}   {' -> '.join('right' if value else 'wrong' for value in scores.values())}"
-    return f"{text}   {main_protocol(run.summary)[1]} AP {percents(list(scores.values()))}"
+        return f"   {' -> '.join('right' if value else 'wrong' for value in scores)}"
+    return f"   {main_protocol(run.summary)[1]} AP {_percents(scores)}"
 
 
-def pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence[Comparison]) -> list[Path]:
-    """Write `name-01.png`, ...; pages of an earlier call are gone afterwards."""
+def _percents(scores: Sequence[float]) -> str:
+    return " -> ".join("-" if np.isnan(value) else f"{100 * value:.1f}" for value in scores)
+
+
+def _draw_pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence[Comparison]) -> list[Path]:
+    """Write `name-01.png`, ... and remove pages of an earlier call."""
     assert run.dataset is not None
-    parts = [comparisons[i : i + PAGE] for i in range(0, len(comparisons), PAGE)]
-    paths = [target / f"{name}-{number:02d}.png" for number in range(1, len(parts) + 1)]
-    for path, part in zip(paths, parts, strict=True):
-        with_photos(run, partial(draw_comparisons, path, run.dataset, run.images, part))
+    pages = [comparisons[i : i + QUERIES_PER_SHEET] for i in range(0, len(comparisons), QUERIES_PER_SHEET)]
+    paths = [target / f"{name}-{number:02d}.png" for number in range(1, len(pages) + 1)]
+    for path, page in zip(paths, pages, strict=True):
+        with with_image_hint(run):
+            draw_comparisons(path, run.dataset, run.images, page)
     for old in set(target.glob(f"{name}-[0-9]*.png")) - set(paths):
         old.unlink()
     return paths
 
 
-def with_photos(run: FinishedRun, draw: Callable[[], object]) -> None:
-    """Call `draw`; a photo that is gone is told with the way out.
+def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET, ranks: int = 10) -> list[Path]:
+    """Compare a result with a baseline query by query, on the console and in a folder below `<folder>/comparison/`.
 
-    Raises:
-        InputError: a photo cannot be read.
-    """
-    try:
-        draw()
-    except InputError as error:
-        if not str(error).startswith("image "):
-            raise
-        where = "" if Path(run.config.dataset.root).is_absolute() else f", and run this from where {run.command()} ran"
-        raise InputError(f"{error}; put the photo back{where}; curves, similarities and map need no photos") from error
-
-
-log = logging.getLogger(__name__)
-_NAME = 90  # characters of a folder's path over its ranking
-
-
-def compare_runs(folder: Path, other: Path, queries: int = PAGE, ranks: int = 10) -> list[Path]:
-    """Compare a result with another query by query, into `comparison/` of its folder and on the console.
-
-    `queries.csv` and `queries.md` have every query, most won first; `won-01.png` and `lost-01.png` show the rankings of
-    the most won and the most lost ones side by side. Without photos the tables alone are written, and it is said.
+    `queries.csv` and `queries.md` have every query, the largest gain first; `won-01.png` and `lost-01.png` show the
+    rankings of the largest gains and losses side by side. Without images only the tables are written.
 
     Args:
-        folder, other: each of one result.
-        queries: of either kind that are shown at most.
-        ranks: results of each.
+        folder, baseline: folders of one result each.
+        queries: maximum number of queries shown of either kind.
+        ranks: results shown per query.
 
     Returns:
-        The pictures.
+        The paths of the sheets.
 
     Raises:
-        InputError: results that cannot be compared.
+        InputError: the results cannot be compared.
     """
-    mine, theirs = FinishedRun(folder), FinishedRun(other)
-    if mine.folder.resolve() == theirs.folder.resolve():
-        raise InputError(f"{mine.folder}: the same result twice; give another one to compare it with")
-    found = read_comparison(mine.folder, mine.summary, theirs.folder, theirs.summary)
-    # Jobs of two sweeps have the same names: with that of the sweep they are told apart.
-    place = mine.folder / "comparison" / "-".join(theirs.folder.resolve().parts[-2:])
-    write_comparison(place, found, mine.folder, theirs.folder)
-    for run in (mine, theirs):
-        run.config, run.stages  # noqa: B018  what is damaged in a result is no lack of photos
+    run, other = FinishedRun(folder), FinishedRun(baseline)
+    if run.folder.resolve() == other.folder.resolve():
+        raise InputError(f"{run.folder}: the baseline is the same result; give another one to compare with")
+    comparison = read_comparison(run.folder, run.summary, other.folder, other.summary)
+    # Jobs of two sweeps have the same names, so the name of the sweep is part of the folder's.
+    target = run.folder / "comparison" / "-".join(other.folder.resolve().parts[-2:])
+    write_comparison(target, comparison, run.folder, other.folder)
+    # Read both rankings here: damaged files are an error, unlike missing images.
+    stages = [list(finished.stages.values())[-1] for finished in (other, run)]
     try:
-        return _sheets(mine, theirs, found, place, queries, ranks)
+        return _draw_paired_sheets(run, other, stages, comparison, target, queries, ranks)
     except InputError as error:
         log.warning("without figures: %s", error)
         return []
 
 
-def _sheets(
-    mine: FinishedRun, theirs: FinishedRun, found: PairedComparison, place: Path, queries: int, ranks: int
+def _draw_paired_sheets(
+    run: FinishedRun,
+    baseline: FinishedRun,
+    stages: Sequence[tuple[np.ndarray, np.ndarray]],
+    comparison: PairedComparison,
+    target: Path,
+    queries: int,
+    ranks: int,
 ) -> list[Path]:
-    for run in (mine, theirs):
-        check_training_images(run, "sheets")
-    names = {run.config.distractors.name for run in (mine, theirs)} - {None}
-    if len(names) > 1:
-        raise InputError(f"the two searched other distractors ({', '.join(sorted(map(str, names)))})")
-    # Distractors come after the database, so the larger one has the images of both.
-    larger = max((mine, theirs), key=lambda run: len(run.images))
-    ends = {"won": found.most_won(queries), "lost": found.most_lost(queries)}
+    runs = (baseline, run)
+    for finished in runs:
+        require_images(finished, "sheets")
+    distractors = {finished.config.distractors.name for finished in runs} - {None}
+    if len(distractors) > 1:
+        raise InputError(f"the results have different distractors ({', '.join(sorted(map(str, distractors)))})")
+    # Distractors follow the database, so the larger database contains the images of both.
+    larger = max((run, baseline), key=lambda finished: len(finished.images))
+    selected = {"won": comparison.most_won(queries), "lost": comparison.most_lost(queries)}
     paths = []
-    for kind, numbers in ends.items():
-        paths += pages(larger, place, kind, [_comparison_pages(query, mine, theirs, found, ranks) for query in numbers])
+    for kind, numbers in selected.items():
+        comparisons = []
+        for query in numbers:
+            rankings = [
+                Ranking(str(finished.folder)[-_MAX_NAME:], scores[query][:ranks], ids[query][:ranks])
+                for finished, (scores, ids) in zip(runs, stages, strict=True)
+            ]
+            percents = _percents(
+                [scores[comparison.main][query] for scores in (comparison.baseline_scores, comparison.scores)]
+            )
+            title = f"query {query}: {comparison.queries[query]}   {comparison.main} {comparison.measure} {percents}"
+            comparisons.append(Comparison(query, title, rankings, [ids[query] for _, ids in stages]))
+        paths += _draw_pages(larger, target, kind, comparisons)
     return paths
-
-
-def _comparison_pages(
-    query: int, mine: FinishedRun, theirs: FinishedRun, found: PairedComparison, ranks: int
-) -> Comparison:
-    rankings, full = [], []
-    for run in (theirs, mine):
-        scores, ids = (one[query] for one in list(run.stages.values())[-1])
-        rankings.append(Ranking(str(run.folder)[-_NAME:], scores[:ranks], ids[:ranks]))
-        full.append(ids)
-    scores = np.array([one[found.main][query] for one in (found.baseline_scores, found.scores)])
-    title = f"query {query}: {found.queries[query]}   {found.main} {found.measure} {percents(list(scores))}"
-    return Comparison(query, title, rankings, full)

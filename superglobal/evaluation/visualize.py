@@ -1,208 +1,269 @@
-"""Pictures of a finished evaluation, from what it stored: nothing is extracted again."""
+"""Draw figures of a finished evaluation from what it stored; no descriptor is extracted again."""
 
 from __future__ import annotations
 
 import html
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth
-from superglobal.data.images import ImageItem, read_image
+from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, file_names
+from superglobal.data.images import ImageItem, image_tensor, read_image
 from superglobal.errors import InputError
-from superglobal.evaluation.heatmaps import draw_activations
 from superglobal.evaluation.pipeline import search_device
-from superglobal.evaluation.ranking_sheets import FigureOptions, check_training_images, chosen, draw_sheets, with_photos
+from superglobal.evaluation.ranking_sheets import (
+    FigureOptions,
+    draw_sheets,
+    require_images,
+    select_queries,
+    with_image_hint,
+)
 from superglobal.evaluation.saved_run import FinishedRun, mean_precision, relevance_sets
-from superglobal.reporting import figures as plots
-from superglobal.reporting.ranking_figures import RELEVANCES
+from superglobal.models.attribution import Contributions, contributions
+from superglobal.models.extract import extract
+from superglobal.models.network import RetrievalNetwork
+from superglobal.reporting import figures
+from superglobal.reporting.figures import HeatPanel
+from superglobal.reporting.ranking_figures import RELEVANCES, relevance
 from superglobal.reporting.results import METRICS, metric_key
 from superglobal.utils.io import write_atomically
 
 log = logging.getLogger(__name__)
-_MOST_QUERIES = 1000  # whose similarities are counted; drawn by the seed where there are more
+_MAX_QUERIES = 1000  # of the similarity histograms; of more, a random sample is drawn
 _GRID = (9, 8)  # thumbnails beside the map
-_THUMBNAIL = 96  # pixels
+_THUMBNAIL_SIDE = 96  # pixels
+_PANEL_SIDE = 480  # pixels of an image in an activation figure
 
 
 def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tuple[list[Path], list[str]]:
-    """Draw pictures of the result in `folder` into its `figures/`, and `index.html` that shows them.
+    """Draw figures of the result in `folder` into `figures/` below it, and write an `index.html` that shows them.
 
     Args:
-        folder: of one result.
-        kinds: of `DRAWN`; empty for all that apply.
-        options: what they show.
+        folder: folder of one result.
+        kinds: keys of `DRAWN`; empty for all that apply.
+        options: what the figures show.
 
     Returns:
-        The files, and why kinds were left out where all were asked for.
+        The paths of the figures and, if all kinds were requested, the reasons why some do not apply.
 
     Raises:
-        InputError: a kind that was asked for does not apply or lacks what it needs, or none could be drawn.
+        InputError: a requested kind does not apply or lacks what it needs, or no figure could be drawn.
     """
     run = FinishedRun(folder)
-    _check(run, options)
+    options.validate(run.summary["counts"]["queries"])
+    if options.method not in figures.PROJECTIONS:
+        raise InputError(f"map={options.method}: expected one of {', '.join(figures.PROJECTIONS)}")
     target = run.folder / "figures"
     paths: list[Path] = []
-    left_out: list[str] = []
+    reasons: list[str] = []
     for kind in kinds or DRAWN:
         try:
             paths += DRAWN[kind](run, target, options)
         except InputError as error:
             if kinds:
                 raise
-            left_out.append(f"{kind}: {str(error).removeprefix(f'{kind}: ')}")
+            reasons.append(f"{kind}: {str(error).removeprefix(f'{kind}: ')}")
     if not paths:
-        raise InputError("nothing could be drawn:\n" + "\n".join(left_out))
+        raise InputError("no figure could be drawn:\n" + "\n".join(reasons))
     _write_index(run, target)
-    return paths, left_out
+    return paths, reasons
 
 
-def _check(run: FinishedRun, options: FigureOptions) -> None:
-    count = run.summary["counts"]["queries"]
-    for number in options.numbers:
-        if not 0 <= number < count:
-            raise InputError(f"query {number}: the result has {count} queries, 0 to {count - 1} (see rankings.csv)")
-    for name, value in (("queries", options.queries), ("ranks", options.ranks), ("images", options.images)):
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value}: expected at least 1")
-    if options.method not in plots.PROJECTIONS:
-        raise InputError(f"map={options.method}: expected one of {', '.join(plots.PROJECTIONS)}")
+def draw_activation(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
+    """Draw which places of a query and of its first results make them similar, one figure per query.
 
-
-def _activation(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    if run.own_descriptors:
-        raise InputError("activation: own descriptors have no network here to look into; curves, similarities, map")
-    check_training_images(run, "activation")
-    paths: list[Path] = []
-    numbers = next(iter(chosen(run, options, 2).values()))
-    with_photos(run, lambda: paths.extend(draw_activations(run, target, numbers, options.ranks or 4)))
+    Only the images shown go through the network. The shares are exact (`models/attribution.py`), summed over scales.
+    """
+    if run.uses_descriptor_files:
+        raise InputError(
+            "activation: needs a network, and the descriptors came from files; try curves, similarities, map"
+        )
+    require_images(run, "activation")
+    assert run.dataset is not None
+    network = run.network().to(search_device(run.config))
+    names = file_names(run.dataset.queries, run.dataset.root)
+    whitening = run.config.whitening.kind
+    details = "" if whitening == "none" else f", before whitening={whitening}"
+    details += f", {len(network.scales)} scales together" if len(network.scales) > 1 else ", one scale"
+    paths = []
+    for query in map(int, next(iter(select_queries(run, options, 2).values()))):
+        ids = list(run.stages.values())[-1][1][query][: options.ranks or 4]
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(names[query]).stem)[:60]
+        path = target / f"activation-{query:04d}-{name}.png"
+        title = f"query {query}: {names[query]}. What makes two descriptors similar{details}"
+        with with_image_hint(run):
+            columns = _activation_columns(run, network, query, [int(image) for image in ids if image >= 0])
+            figures.draw_heat_maps(path, title, columns)
+        paths.append(path)
     return paths
 
 
-def _curves(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
+def _activation_columns(
+    run: FinishedRun, network: RetrievalNetwork, query: int, ids: Sequence[int]
+) -> list[list[HeatPanel | None]]:
+    """Return columns of images, shares of the query and shares of the result; the first column is the query alone."""
+    assert run.dataset is not None
+    max_side = run.config.dataset.max_side
+    items = [run.dataset.queries[query], *(run.images[image] for image in ids)]
+    images = [read_image(item.path, item.box, max_side) for item in items]
+    descriptors = extract(network, images)
+    shown = [read_image(item.path, item.box, min(_PANEL_SIDE, max_side or _PANEL_SIDE)) for item in items]
+
+    def panel(image: int, compared_with: int, caption: str, kind: str) -> HeatPanel:
+        shares = contributions(network, image_tensor(images[image]), descriptors[compared_with])
+        heat = shares.heatmap(*shown[image].shape[:2])
+        return HeatPanel(shown[image], heat, f"{caption}\n{_shares_text(shares)}", kind)
+
+    columns: list[list[HeatPanel | None]] = [
+        [HeatPanel(shown[0], None, "query", "query"), panel(0, 0, "query with itself", "query"), None]
+    ]
+    for rank, image in enumerate(ids, 1):
+        kind = relevance(run.dataset, query, image)
+        label = "" if kind == "unlabeled" else f", {kind}"
+        caption = f"rank {rank}{label}\nsimilarity {float(descriptors[0] @ descriptors[rank]):.3f}"
+        columns.append(
+            [
+                HeatPanel(shown[rank], None, caption, kind),
+                panel(0, rank, f"query, with rank {rank}", "query"),
+                panel(rank, 0, f"rank {rank}, with query", kind),
+            ]
+        )
+    return columns
+
+
+def _shares_text(shares: Contributions) -> str:
+    """Return the positive and negative shares of a similarity and that of the bias, in one line."""
+    values = np.concatenate([scale.ravel() for scale in shares.maps])
+    parts = [f"{values[values > 0].sum():+.3f}", f"{values[values < 0].sum():+.3f}"]
+    text = f"places {' '.join(part for part in parts if abs(float(part)) >= 5e-4)}"
+    return text + (f", bias {shares.bias:+.3f}" if abs(shares.bias) >= 5e-4 else "")
+
+
+def draw_curves(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
+    """Draw precision over recall, per protocol and stage."""
     if not run.summary["metrics"]:
-        raise InputError("curves: precision needs to know what is right, and this result has no labels")
+        raise InputError("curves: precision needs labels, and this result has none")
     curves, counts = mean_precision(run)
     metric = METRICS[metric_key(run.summary["metrics"]["search"])]
     path = target / "precision-recall.png"
-    plots.draw_curves(path, _about(run), curves, counts, metric)
+    figures.draw_curves(path, _title(run), curves, counts, metric)
     return [path]
 
 
-def _similarities(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
+def draw_similarities(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
+    """Draw histograms of the similarities of positive and negative pairs."""
     dataset = run.dataset
     if dataset is None or dataset.gnd is None:
-        raise InputError("similarities: which pairs are positive is not known, this result has no labels")
+        raise InputError("similarities: positive pairs need labels, and this result has none")
     inputs, device, sets = run.inputs, search_device(run.config), relevance_sets(dataset)
     queries = np.arange(len(sets))
-    title = _about(run)
-    if len(queries) > _MOST_QUERIES:
-        queries = np.sort(np.random.default_rng(options.seed).permutation(queries)[:_MOST_QUERIES])
-        title += f", {_MOST_QUERIES} queries drawn by lot"
+    title = _title(run)
+    if len(queries) > _MAX_QUERIES:
+        queries = np.sort(np.random.default_rng(options.seed).permutation(queries)[:_MAX_QUERIES])
+        title += f", a random sample of {_MAX_QUERIES} queries"
     exclude = inputs.exclude()
-    some, own = [sets[i] for i in queries], None if exclude is None else exclude[queries]
-    counts = plots.similarity_counts(inputs.query_block()[queries], inputs.database, some, exclude=own, device=device)
+    counts = figures.similarity_counts(
+        inputs.query_block()[queries],
+        inputs.database,
+        [sets[i] for i in queries],
+        exclude=None if exclude is None else exclude[queries],
+        device=device,
+    )
     path = target / "similarities.png"
-    order = [name for name in RELEVANCES[dataset.protocols] if name in counts]
-    plots.draw_similarities(path, title, {name: counts[name] for name in order}, _rescored(run, queries))
+    ordered = {name: counts[name] for name in RELEVANCES[dataset.protocols] if name in counts}
+    figures.draw_similarities(path, title, ordered, _reranked_scores(run, queries))
     return [path]
 
 
-def _rescored(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndarray]:
-    """What an image is to a query -> scores after reranking of those that are listed."""
+def _reranked_scores(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the scores after reranking of the listed images, by their relevance to the query."""
     if "rerank" not in run.stages:
         return {}
     assert run.dataset is not None
     scores, ids = run.stages["rerank"]
     sets = relevance_sets(run.dataset)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in RELEVANCES[run.dataset.protocols]}
+    by_relevance: dict[str, list[np.ndarray]] = {name: [] for name in RELEVANCES[run.dataset.protocols]}
     for query in queries:
-        left = np.isfinite(scores[query]) & (ids[query] >= 0)
-        for name, wanted in sets[query].items():
-            mine = np.isin(ids[query], wanted) & left
-            found[name].append(scores[query][mine])
-            left &= ~mine
-        found["negative"].append(scores[query][left])
-    return {name: np.concatenate(parts) for name, parts in found.items() if any(len(part) for part in parts)}
+        remaining = np.isfinite(scores[query]) & (ids[query] >= 0)
+        for name, members in sets[query].items():
+            selected = np.isin(ids[query], members) & remaining
+            by_relevance[name].append(scores[query][selected])
+            remaining &= ~selected
+        by_relevance["negative"].append(scores[query][remaining])
+    return {name: np.concatenate(parts) for name, parts in by_relevance.items() if any(len(part) for part in parts)}
 
 
-def _map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    inputs, dataset = run.inputs, run.dataset
+def draw_map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
+    """Draw a sample of the descriptors on a plane, colored by landmark."""
+    inputs, dataset, method, seed = run.inputs, run.dataset, options.method, options.seed
     total = len(inputs.database)
-    groups = [None] * total if dataset is None else landmarks_of(dataset, total)
-    ids = plots.sample_images(groups, options.images, inputs.database.skipped, options.seed)
-    # Where the database is the queries, each is there already.
-    alone = dataset is not None and dataset.leave_one_out
-    queries = np.empty(0, np.int64) if alone else _some(len(inputs.queries), max(1, options.images // 4), options.seed)
+    landmarks = [None] * total if dataset is None else landmarks_of(dataset, total)
+    ids = figures.sample_images(landmarks, options.images, inputs.database.skipped, seed)
+    queries = np.empty(0, np.int64)
+    # With leave-one-out the queries are the database images, which are on the map already.
+    if dataset is None or not dataset.leave_one_out:
+        order = np.random.default_rng([seed, 1]).permutation(len(inputs.queries))
+        queries = np.sort(order[: max(1, options.images // 4)])
     X, Q = inputs.database.take(ids), inputs.queries.take(queries)
-    points, marked, names = plots.project(X, Q, options.method, options.seed)
-    where = points, [groups[i] for i in ids]
+    points, query_points, axes = figures.project(X, Q, method, seed)
     clusters = None if dataset is None else dataset.clusters
-    stars = marked, [clusters[int(i)] or None if clusters is not None else None for i in queries]
+    query_landmarks = [clusters[int(i)] or None if clusters is not None else None for i in queries]
     thumbnails: dict[int, np.ndarray] = {}
-    if dataset is not None and not run.own_descriptors:
-        thumbnails = _thumbnails(
-            [(n, run.images[int(ids[n])]) for n in sorted(plots.grid_cells(points, *_GRID).values())]
-        )
-    title = (
-        f"{_about(run)}: descriptors by {names[0].split(' ')[0] if options.method == 'tsne' else 'their two main axes'}"
-    )
-    title += f", {len(ids)} of {total} images"
-    path = target / f"map-{options.method}.png"
-    plots.draw_map(path, title, names, where, stars, thumbnails, _GRID)
+    if dataset is not None and not run.uses_descriptor_files:
+        cells = sorted(figures.grid_cells(points, *_GRID).values())
+        thumbnails = _thumbnails([(n, run.images[int(ids[n])]) for n in cells])
+    axes_text = axes[0].split(" ")[0] if method == "tsne" else "their two main axes"
+    title = f"{_title(run)}: descriptors by {axes_text}, {len(ids)} of {total} images"
+    path = target / f"map-{method}.png"
+    labeled_points = points, [landmarks[i] for i in ids]
+    figures.draw_map(path, title, axes, labeled_points, (query_points, query_landmarks), thumbnails, _GRID)
     return [path]
 
 
-def _thumbnails(shown: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]:
-    """None at all where one is gone: the map is one of descriptors."""
+def _thumbnails(items: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]:
+    """Return small images by number; none if one is missing, since the map shows descriptors."""
     try:
-        return {n: read_image(item.path, max_side=_THUMBNAIL) for n, item in shown}
+        return {n: read_image(item.path, max_side=_THUMBNAIL_SIDE) for n, item in items}
     except InputError as error:
         log.warning("map without thumbnails: %s", error)
         return {}
 
 
-def _some(total: int, count: int, seed: int) -> np.ndarray:
-    """(n,) ascending, at most `count` of `total` numbers."""
-    return np.sort(np.random.default_rng([seed, 1]).permutation(total)[:count])
-
-
 def landmarks_of(dataset: EvaluationSet, total: int) -> list[str | None]:
-    """The landmark of each of `total` database images, None where none is known; junk is of none.
+    """Return the landmark of each of `total` database images; None if it is unknown, and for junk.
 
     An image that is positive for queries of several landmarks counts to the last.
     """
-    found: list[str | None] = [None] * total
+    landmarks: list[str | None] = [None] * total
     if isinstance(dataset.landmark_truth, RecognitionTruth):
-        return [str(label) for label in dataset.landmark_truth.labels] + [None] * (
-            total - len(dataset.landmark_truth.labels)
-        )
+        labels = dataset.landmark_truth.labels
+        return [str(label) for label in labels] + landmarks[len(labels) :]
     for entry, name in zip(relevance_sets(dataset), dataset.clusters or (), strict=bool(dataset.clusters)):
         for kind, ids in entry.items():
             for image in ids if kind != "junk" else ():
-                found[int(image)] = name
-    return found
+                landmarks[int(image)] = name
+    return landmarks
 
 
-def _about(run: FinishedRun) -> str:
-    """Data set and weights, for a title."""
+def _title(run: FinishedRun) -> str:
     weights = Path(str(run.summary["weights"]))
     short = weights.parent.name if weights.parent.name and weights.suffix == ".safetensors" else str(weights)
     return f"{run.summary['dataset']}, weights {short}"
 
 
 def _write_index(run: FinishedRun, target: Path) -> None:
-    """`index.html`, which shows all pictures of the folder, by their names; it needs nothing else."""
-    names = sorted(path.name for path in target.glob("*.png"))
-    title = html.escape(f"{_about(run)}: {run.folder.name}")
+    """Write `index.html`, which shows all figures of the folder and needs no other file."""
+    names = [html.escape(path.name) for path in sorted(target.glob("*.png"))]
+    title = html.escape(f"{_title(run)}: {run.folder.name}")
     body = "".join(
-        f'<h2 id="{html.escape(n)}">{html.escape(n.removesuffix(".png"))}</h2>\n<a href="{html.escape(n)}">'
-        f'<img src="{html.escape(n)}" alt="{html.escape(n)}" loading="lazy"></a>\n'
-        for n in names
+        f'<h2 id="{name}">{name.removesuffix(".png")}</h2>\n<a href="{name}">'
+        f'<img src="{name}" alt="{name}" loading="lazy"></a>\n'
+        for name in names
     )
-    links = " · ".join(f'<a href="#{html.escape(n)}">{html.escape(n.removesuffix(".png"))}</a>' for n in names)
+    links = " · ".join(f'<a href="#{name}">{name.removesuffix(".png")}</a>' for name in names)
     style = "body{font-family:sans-serif;margin:1.5em}img{max-width:100%;border:1px solid #ddd}"
     page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>\n'
     write_atomically(target / "index.html", f"{page}<h1>{title}</h1>\n<p>{links}</p>\n{body}</html>\n".encode())
@@ -210,9 +271,9 @@ def _write_index(run: FinishedRun, target: Path) -> None:
 
 DRAWN: dict[str, Callable[[FinishedRun, Path, FigureOptions], list[Path]]] = {
     "sheets": draw_sheets,
-    "activation": _activation,
-    "curves": _curves,
-    "similarities": _similarities,
-    "map": _map,
+    "activation": draw_activation,
+    "curves": draw_curves,
+    "similarities": draw_similarities,
+    "map": draw_map,
 }
-"""Kinds of pictures."""
+"""Kinds of figures."""

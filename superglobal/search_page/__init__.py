@@ -1,1 +1,1 @@
-"""A search page in the browser."""
+"""Search page in the browser: find the images of a data set that are similar to a photo."""

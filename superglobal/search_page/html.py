@@ -1,50 +1,64 @@
-"""What the page shows, as HTML; every name that comes from outside is escaped."""
+"""Render what the page shows as HTML; every name that comes from outside is escaped."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
+from PIL import Image
+
 from superglobal.data.images import IMAGE_EXTENSIONS
-from superglobal.search_page.image_search import Described, Found, Hit
-from superglobal.search_page.thumbnails import as_address
+from superglobal.search_page.image_search import Hit, Query, SearchResult
 
-_TALLEST = 320  # px of the photo that is searched for
-STAGES = ("decode", "describe", "search", "rerank")
-_CHOOSER = f'<input type="file" accept="image/*,{",".join(IMAGE_EXTENSIONS)}" aria-label="Photo to search for">'
-
-
-def header(name: str, facts: Sequence[str]) -> str:
-    """Title, data set and what describes it."""
-    told = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
-    return f'<header class="sg-header"><h1>Search by photo</h1><p><b>{escape(name)}</b>{told}</p></header>'
+STAGES = ("decode", "extract", "search", "rerank")
+_MAX_HEIGHT = 320  # px of the query image
+_JPEG_QUALITY = 85
+_FILE_INPUT = f'<input type="file" accept="image/*,{",".join(IMAGE_EXTENSIONS)}" aria-label="Photo to search for">'
 
 
-def chooser(most: int) -> str:
-    """Before there is a photo; `most` MB of a file."""
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """Encode (H, W, 3) uint8 as a JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def render_header(name: str, facts: Sequence[str]) -> str:
+    """Render the title, the name of the data set and facts about it."""
+    spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+    return f'<header class="sg-header"><h1>Search by photo</h1><p><b>{escape(name)}</b>{spans}</p></header>'
+
+
+def render_upload(max_megabytes: int) -> str:
+    """Render the field for the first upload."""
     return (
-        f'<label class="sg-drop">{_CHOOSER}<b>Choose a photo</b>'
-        f"<span>or drop it here, or paste it</span><span>at most {most} MB</span></label>"
+        f'<label class="sg-drop">{_FILE_INPUT}<b>Choose a photo</b>'
+        f"<span>or drop it here, or paste it</span><span>at most {max_megabytes} MB</span></label>"
     )
 
 
-def viewer(query: Described) -> str:
-    """The whole photo with its box."""
+def render_query(query: Query) -> str:
+    """Render the whole query image with its box."""
     width, height = query.size
-    name, box, part, whole = escape(query.photo.name), "hidden", "all of it", ""
+    name, box, searched, button = escape(query.image.name), "hidden", "all of it", ""
     if query.box is not None:
         x1, y1, x2, y2 = query.box
         sides = {"left": x1 / width, "top": y1 / height, "width": (x2 - x1) / width, "height": (y2 - y1) / height}
         box = f'style="{"; ".join(f"{side}: {100 * value:.3f}%" for side, value in sides.items())}"'
-        part = f"the box, {_size(x2 - x1, y2 - y1)}"
-        whole = '<button type="button" data-whole>Whole photo</button>'
-    frame = f"aspect-ratio: {width} / {height}; width: min(100%, {_TALLEST * width / height:.1f}px)"
+        searched = f"the box, {_size(x2 - x1, y2 - y1)}"
+        button = '<button type="button" data-whole>Whole photo</button>'
+    frame = f"aspect-ratio: {width} / {height}; width: min(100%, {_MAX_HEIGHT * width / height:.1f}px)"
+    source = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(query.preview)).decode()}"
     return (
-        f'<div class="sg-photo" style="{frame}"><img src="{as_address(query.preview)}" alt="{name}" draggable="false">'
+        f'<div class="sg-photo" style="{frame}"><img src="{source}" alt="{name}" draggable="false">'
         f'<div class="sg-box" {box}></div></div>'
-        f'<p class="sg-about"><b title="{name}">{name}</b><span>{_size(width, height)}; searched for: {part}</span></p>'
+        f'<p class="sg-about"><b title="{name}">{name}</b>'
+        f"<span>{_size(width, height)}; searched for: {searched}</span></p>"
         '<p class="sg-hint">Draw a box on the photo to search for a part of it.</p>'
-        f'<p class="sg-actions">{whole}<label class="sg-button">Another photo{_CHOOSER}</label></p>'
+        f'<p class="sg-actions">{button}<label class="sg-button">Another photo{_FILE_INPUT}</label></p>'
     )
 
 
@@ -52,76 +66,86 @@ def _size(width: float, height: float) -> str:
     return f"{width:.0f}&nbsp;&times;&nbsp;{height:.0f}&nbsp;px"
 
 
-def problem(text: str) -> str:
-    """What went wrong, for the user to mend."""
+def render_error(text: str) -> str:
+    """Render an error message."""
     return f'<p class="sg-problem" role="alert">{escape(text)}</p>'
 
 
-def label(text: str) -> str:
-    """Over what can be picked."""
+def render_label(text: str) -> str:
+    """Render the label above the examples."""
     return f'<p class="sg-label">{escape(text)}</p>'
 
 
-def samples(photos: Sequence[tuple[str, str, str]], text: str) -> str:
-    """Photos to start from: (what to pick, address of a small picture, name) each; `text` was looked for."""
-    if not photos:
-        return f'<p class="sg-hint">No file name has “{escape(text)}” in it.</p>' if text else ""
+def render_examples(examples: Sequence[tuple[str, str, str]], text: str) -> str:
+    """Render images to start from.
+
+    Args:
+        examples: (pick, e.g. "queries/3", URL of the thumbnail, name) of each.
+        text: the file name that was searched for; empty for none.
+    """
+    if not examples:
+        return f'<p class="sg-hint">No file name contains “{escape(text)}”.</p>' if text else ""
     buttons = "".join(
         f'<button type="button" data-pick="{pick}" title="{escape(name)}" aria-label="Search for {escape(name)}">'
-        f'<img src="{address}" alt="" loading="lazy"></button>'
-        for pick, address, name in photos
+        f'<img src="{url}" alt="" loading="lazy"></button>'
+        for pick, url, name in examples
     )
     return f'<div class="sg-samples">{buttons}</div>'
 
 
-def empty(total: int) -> str:
-    """In place of results, before there are any."""
+def render_empty(total: int) -> str:
+    """Render the place of the results before the first search."""
     return f'<p class="sg-empty">Results appear here: the most similar of {total:,} photos, best first.</p>'
 
 
-def results(found: Found, names: Sequence[str], photos: str, total: int) -> str:
-    """The grid of results; `photos` is what the addresses of pictures begin with, `names` are by id."""
-    cards = "".join(_card(hit, names[hit.id], photos, found.reranked) for hit in found.hits)
-    return f'<p class="sg-summary">{summary(found, total)}</p><div class="sg-results">{cards}</div>'
+def render_results(result: SearchResult, names: Sequence[str], url: str, total: int) -> str:
+    """Render the grid of results.
+
+    Args:
+        result: of the search.
+        names: of the database images, by id.
+        url: prefix of the URLs of thumbnails.
+        total: number of images that could be found.
+    """
+    cards = "".join(_card(hit, names[hit.id], url, result.reranked) for hit in result.hits)
+    return f'<p class="sg-summary">{summary(result, total)}</p><div class="sg-results">{cards}</div>'
 
 
-def summary(found: Found, total: int) -> str:
-    """In words: how many are shown, and what reranking has moved."""
-    shown = len(found.hits)
+def summary(result: SearchResult, total: int) -> str:
+    """Say how many results are shown and what reranking moved."""
+    shown = len(result.hits)
     text = f"The first {shown:,} of {total:,} photos"
-    if not found.reranked:
+    if not result.reranked:
         return f"{text}, by similarity."
-    moved = [hit for hit in found.hits if hit.rank != hit.before]
+    moved = [hit for hit in result.hits if hit.rank != hit.rank_before]
     if not moved:
         return f"{text}, reranked: none of them moved."
-    text = f"{text}, reranked: {len(moved)} changed place"
-    entered = sum(hit.before > shown for hit in moved)
+    text = f"{text}, reranked: {len(moved)} moved"
+    entered = sum(hit.rank_before > shown for hit in moved)
     text += f", {entered} came from beyond the first {shown}" if entered else ""
-    climber = max(moved, key=lambda hit: hit.before - hit.rank)
-    climbed = climber.before > climber.rank
-    return f"{text}; the highest climb is {climber.before} → {climber.rank}." if climbed else f"{text}."
+    top = max(moved, key=lambda hit: hit.rank_before - hit.rank)
+    return f"{text}; the largest gain is {top.rank_before} → {top.rank}." if top.rank_before > top.rank else f"{text}."
 
 
 def movement(hit: Hit) -> str:
-    """How a photo moved by reranking."""
-    if hit.before == hit.rank:
+    """Render how reranking moved an image."""
+    if hit.rank_before == hit.rank:
         return '<span class="sg-move sg-same" title="did not move">=</span>'
-    up = hit.before > hit.rank
-    arrow, kind = ("▲", "sg-up") if up else ("▼", "sg-down")
-    told = f"rank {hit.before} before reranking, {hit.rank} after"
-    return f'<span class="sg-move {kind}" title="{told}">{hit.before} → {hit.rank} {arrow}</span>'
+    arrow, kind = ("▲", "sg-up") if hit.rank_before > hit.rank else ("▼", "sg-down")
+    title = f"rank {hit.rank_before} before reranking, {hit.rank} after"
+    return f'<span class="sg-move {kind}" title="{title}">{hit.rank_before} → {hit.rank} {arrow}</span>'
 
 
-def _card(hit: Hit, name: str, photos: str, reranked: bool) -> str:
-    shown, pictures = escape(name), f"{photos}/database"
-    score, kind = "&ndash;", "not among the M reranked"
+def _card(hit: Hit, name: str, url: str, reranked: bool) -> str:
+    shown, images = escape(name), f"{url}/database"
+    score, kind = "&ndash;", "not among the M reranked photos"
     if hit.score is not None:
         score, kind = f"{hit.score:.3f}", "score of the reranking" if reranked else "cosine similarity"
     moved = movement(hit) if reranked else ""
     return (
         f'<figure class="sg-hit" data-id="{hit.id}" data-rank="{hit.rank}">'
-        f'<a href="{pictures}/large/{hit.id}.jpg" target="_blank" rel="noopener" title="{shown}: open it larger">'
-        f'<img src="{pictures}/small/{hit.id}.jpg" alt="{shown}" loading="lazy"></a>'
+        f'<a href="{images}/large/{hit.id}.jpg" target="_blank" rel="noopener" title="{shown}: open it larger">'
+        f'<img src="{images}/small/{hit.id}.jpg" alt="{shown}" loading="lazy"></a>'
         f'<figcaption><p><span class="sg-rank">{hit.rank}</span>'
         f'<span class="sg-score" title="{kind}">{score}</span>{moved}</p>'
         f'<p class="sg-name" title="{shown}">{shown}</p>'
@@ -129,15 +153,15 @@ def _card(hit: Hit, name: str, photos: str, reranked: bool) -> str:
     )
 
 
-def times(seconds: dict[str, float]) -> str:
-    """How long each stage took that there was, and its share of the whole."""
-    done, total = [stage for stage in STAGES if stage in seconds], sum(seconds.values())
-    bar = "".join(f'<i class="sg-{stage}" style="flex-grow: {seconds[stage] / total:.4f}"></i>' for stage in done)
-    told = "".join(
+def render_times(seconds: dict[str, float]) -> str:
+    """Render the time of each stage and its share of the total."""
+    stages, total = [stage for stage in STAGES if stage in seconds], sum(seconds.values())
+    bar = "".join(f'<i class="sg-{stage}" style="flex-grow: {seconds[stage] / total:.4f}"></i>' for stage in stages)
+    texts = "".join(
         f'<span><i class="sg-{stage}"></i>{stage} <b data-stage="{stage}">{_milliseconds(seconds[stage])}</b></span>'
-        for stage in done
+        for stage in stages
     )
-    return f'<div class="sg-bar">{bar}</div><p class="sg-times">{told}<span>together {_milliseconds(total)}</span></p>'
+    return f'<div class="sg-bar">{bar}</div><p class="sg-times">{texts}<span>total {_milliseconds(total)}</span></p>'
 
 
 def _milliseconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The search behind the page: a photo or a part of it in, ranked photos of the database out."""
+"""Search behind the page: an image or a box in it goes in, ranked images of the database come out."""
 
 from __future__ import annotations
 
@@ -23,34 +23,39 @@ from superglobal.retrieval.whitening import Statistics
 
 FirstStage = Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
 """(queries (Q, D), k, excluded ids (Q,) or None) -> scores (Q, k) and ids (Q, k), best first."""
-_AT_ONCE = 4  # photos in memory, each of hundreds of MB at most
-_PREVIEW = 800  # px, the longer side of a photo that is shown beside its results
+_MAX_DECODED = 4  # images decoded at the same time, each of up to hundreds of MB
+_PREVIEW_SIDE = 800  # pixels, longer side of the query image shown beside its results
 
 
 @dataclass(frozen=True)
-class Photo:
-    """What is searched for: `name` as it is shown, the file, and its id if it is one of the database, which it is then
-    not to find.
+class QueryImage:
+    """An image to search for.
+
+    Attributes:
+        name: shown on the page.
+        path: file.
+        id: id of a database image, which is excluded from its own results; None for others.
     """
 
     name: str
     path: Path
-    own: int | None = None
+    id: int | None = None
 
 
 @dataclass(frozen=True)
-class Described:
-    """A photo with its descriptor.
+class Query:
+    """An image with its descriptor.
 
     Attributes:
-        photo, box: what was described; box in pixels of the upright photo, or None for all of it.
-        size: (width, height) of the whole upright photo, in pixels.
-        preview: (h, w, 3) uint8, the whole photo made small.
-        descriptor: (1, D) float32, unit norm, as the network gives it.
-        seconds: of "decode" and "describe".
+        image: the image.
+        box: in pixels of the upright image; None for the whole image.
+        size: (width, height) of the whole upright image, in pixels.
+        preview: (h, w, 3) uint8, the whole image shrunk.
+        descriptor: (1, D) float32, unit norm, before whitening.
+        seconds: of "decode" and "extract".
     """
 
-    photo: Photo
+    image: QueryImage
     box: Box | None
     size: tuple[int, int]
     preview: np.ndarray
@@ -60,17 +65,23 @@ class Described:
 
 @dataclass(frozen=True)
 class Hit:
-    """A photo of the database at a rank, from 1; `before` is its rank without reranking, `score` None beyond M."""
+    """A database image in the results.
+
+    Attributes:
+        id: of the image.
+        rank, rank_before: from 1, after and before reranking.
+        score: of the last stage; None beyond the M reranked images.
+    """
 
     id: int
     rank: int
-    before: int
+    rank_before: int
     score: float | None
 
 
 @dataclass(frozen=True)
-class Found:
-    """Results, best first, and the seconds of "search" and, if there was one, "rerank"."""
+class SearchResult:
+    """Hits, best first, and the seconds of "search" and "rerank"."""
 
     hits: list[Hit]
     reranked: bool
@@ -78,18 +89,19 @@ class Found:
 
 
 @dataclass
-class PhotoSearch:
-    """A database that is searched by photos; safe to call from several threads, which take turns at the network.
+class ImageSearch:
+    """A database that can be searched by image; thread-safe, one thread at a time uses the network.
 
     Args:
         network: in evaluation mode, on `device`.
-        database: of the network's descriptors, under `statistics` if there are any.
+        database: descriptors of the network, after `whitening`.
         images, names: of the database, by id.
-        max_side: as the database was described.
-        kind, fixed: of reranking, with its settings beside M, K and beta.
-        statistics: what a descriptor loses before it is compared.
-        first: a search by an index; None for the exact one.
-        max_pixels: a larger photo is refused.
+        max_side: longer side in pixels that the database images were shrunk to; None for no limit.
+        device: of extraction, search and reranking.
+        kind, parameters: of reranking; the parameters without M, K and beta.
+        whitening: applied to queries; None for none.
+        first_stage: search of an index; None for exact search.
+        max_pixels: images with more are rejected.
     """
 
     network: RetrievalNetwork
@@ -99,96 +111,96 @@ class PhotoSearch:
     max_side: int | None = None
     device: str = "cpu"
     kind: str = "superglobal"
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    statistics: Statistics | None = None
-    first: FirstStage | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    whitening: Statistics | None = None
+    first_stage: FirstStage | None = None
     max_pixels: int = 100_000_000
 
     def __post_init__(self) -> None:
-        self._turn = threading.Lock()
-        self._at_once = threading.BoundedSemaphore(_AT_ONCE)
+        self._network_lock = threading.Lock()
+        self._decoding = threading.BoundedSemaphore(_MAX_DECODED)
 
     def __len__(self) -> int:
         return len(self.database)
 
-    def photo(self, number: int) -> Photo:
-        """A photo of the database; InputError for a number that is none."""
+    def database_image(self, number: int) -> QueryImage:
+        """Return a database image as query; raises InputError if there is no such id."""
         if not 0 <= number < len(self):
             raise InputError(f"no photo {number} in a database of {len(self)}")
-        return Photo(self.names[number], self.images[number].path, number)
+        return QueryImage(self.names[number], self.images[number].path, number)
 
-    def reachable(self, photo: Photo | None = None) -> int:
-        """How many photos a search can find."""
-        own = photo is not None and photo.own is not None
-        return len(self.database) - len(self.database.skipped) - own
+    def count_reachable(self, image: QueryImage | None = None) -> int:
+        """Return the number of images that a search can find."""
+        excluded = image is not None and image.id is not None
+        return len(self.database) - len(self.database.skipped) - excluded
 
-    def describe(self, photo: Photo, box: Box | None = None) -> Described:
-        """Decode a photo and describe it, or what `box` cuts out of it.
-
-        Raises:
-            InputError: the photo is gone, is none, is larger than `max_pixels`, or the box is empty; it names the
-                photo by its name and never by its place on the disk.
-        """
-        with self._at_once:
-            return self._described(photo, box)
-
-    def find(
-        self, query: Described, *, M: int = 400, K: int = 9, beta: float = 0.15, rerank: bool = True, count: int = 40
-    ) -> Found:
-        """The first `count` photos, reranked or not.
-
-        M: of the shortlist, at most all that can be found. K, beta: as the reranking takes them.
+    def extract(self, image: QueryImage, box: Box | None = None) -> Query:
+        """Decode an image and extract its descriptor, or that of a box in it.
 
         Raises:
-            InputError: there is nothing to find, or the reranking refuses K or beta.
+            InputError: the file is gone, is not an image, has more than `max_pixels`, or the box is empty. The message
+                contains the name of the image and never its path.
         """
-        most = self.reachable(query.photo)
-        if most < 1:
-            raise InputError("the database has no other photo to be found")
-        depth = min(max(M, count), most)
-        exclude = None if query.photo.own is None else np.array([query.photo.own])
         seconds: dict[str, float] = {}
-        with self._turn:
+        with self._decoding:
+            try:
+                with _timed(seconds, "decode"):
+                    whole = self._decode(image.path)
+                    pixels = shrink(whole if box is None else crop(whole, box), self.max_side)
+            except OSError as error:
+                raise InputError(f"{image.name} cannot be read ({error.strerror}); upload it again") from error
+            except CorruptImageError as error:
+                raise InputError(f"{image.name} cannot be searched for: {error}") from error
+            with self._network_lock, _timed(seconds, "extract"):
+                descriptor = extract(self.network, np.array(pixels, order="C"))
+            height, width = whole.shape[:2]
+            return Query(image, box, (width, height), shrink(whole, _PREVIEW_SIDE), descriptor, seconds)
+
+    def find_similar(
+        self, query: Query, *, M: int = 400, K: int = 9, beta: float = 0.15, rerank: bool = True, count: int = 40
+    ) -> SearchResult:
+        """Search and, if `rerank`, rerank.
+
+        Args:
+            query: from `extract`.
+            M: size of the shortlist, limited to the images that can be found.
+            K, beta: parameters of the reranking.
+            rerank: whether to rerank.
+            count: maximum number of hits returned.
+
+        Raises:
+            InputError: there is no image to find, or the reranking rejects K or beta.
+        """
+        reachable = self.count_reachable(query.image)
+        if reachable < 1:
+            raise InputError("the database has no other photo to be found")
+        k = min(max(M, count), reachable)
+        exclude = None if query.image.id is None else np.array([query.image.id])
+        seconds: dict[str, float] = {}
+        with self._network_lock:
             with _timed(seconds, "search"):
                 q = query.descriptor
-                if self.statistics is not None:
-                    q = np.array(self.statistics.apply(q, "query").block(0, 1))
-                scores, ids = self._first(q, depth, exclude)
-            order = ids
+                if self.whitening is not None:
+                    q = np.array(self.whitening.apply(q, "query").block(0, 1))
+                if self.first_stage is not None:
+                    scores, first_ids = self.first_stage(q, k, exclude)
+                else:
+                    scores, first_ids = search(q, self.database, k, device=self.device, exclude=exclude)
+            ids = first_ids
             if rerank:
                 with _timed(seconds, "rerank"):
-                    values = {**self.fixed, "M": min(M, depth), "K": K, "beta": beta}
-                    second = apply_reranker(self.kind, values, q, self.database, ids, device=self.device)
-                    scores, order = second.scores, second.ids
-        before = {number: place for place, number in enumerate(ids[0].tolist(), 1)}
+                    values = {**self.parameters, "M": min(M, k), "K": K, "beta": beta}
+                    reranked = apply_reranker(self.kind, values, q, self.database, ids, device=self.device)
+                    scores, ids = reranked.scores, reranked.ids
+        rank_before = {number: rank for rank, number in enumerate(first_ids[0].tolist(), 1)}
         hits = [
-            Hit(number, rank, before[number], score if np.isfinite(score) else None)
-            for rank, (number, score) in enumerate(zip(order[0].tolist(), scores[0].tolist(), strict=True), 1)
+            Hit(number, rank, rank_before[number], score if np.isfinite(score) else None)
+            for rank, (number, score) in enumerate(zip(ids[0].tolist(), scores[0].tolist(), strict=True), 1)
         ]
-        return Found(hits[:count], rerank, seconds)
+        return SearchResult(hits[:count], rerank, seconds)
 
-    def _described(self, photo: Photo, box: Box | None) -> Described:
-        seconds: dict[str, float] = {}
-        try:
-            with _timed(seconds, "decode"):
-                whole = self._decoded(photo.path)
-                part = shrink(whole if box is None else crop(whole, box), self.max_side)
-        except OSError as error:
-            raise InputError(f"{photo.name} cannot be read any more ({error.strerror}); upload it again") from error
-        except CorruptImageError as error:
-            raise InputError(f"{photo.name} cannot be searched for: {error}") from error
-        with self._turn, _timed(seconds, "describe"):
-            descriptor = extract(self.network, np.array(part, order="C"))
-        height, width = whole.shape[:2]
-        return Described(photo, box, (width, height), shrink(whole, _PREVIEW), descriptor, seconds)
-
-    def _first(self, q: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        if self.first is not None:
-            return self.first(q, k, exclude)
-        return search(q, self.database, k, device=self.device, exclude=exclude)
-
-    def _decoded(self, path: Path) -> np.ndarray:
-        """(H, W, 3) uint8, upright; refused by its header where it is too large."""
+    def _decode(self, path: Path) -> np.ndarray:
+        """Return (H, W, 3) uint8, upright; check the size in the header before decoding."""
         data = path.read_bytes()
         width, height = image_size(data)
         if width * height > self.max_pixels:
@@ -207,10 +219,10 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A database that can be searched, and queries of its own that the data set has."""
+class SearchDatabase:
+    """A named database that can be searched, and example queries of its data set."""
 
     name: str
-    search: PhotoSearch
+    search: ImageSearch
     queries: Sequence[ImageItem]
     query_names: Sequence[str]

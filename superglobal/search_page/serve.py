@@ -1,10 +1,9 @@
-"""The search page of a data set or a store: what it needs is opened, described where it is missing, and served."""
+"""Open the database of the search page, extract what is missing, and serve the page."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,177 +12,168 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from superglobal.config.common import validate_config
-from superglobal.config.evaluation import DatasetConfig, StoreConfig, rerank_parameters
+from superglobal.config.evaluation import StoreConfig, rerank_parameters
 from superglobal.config.tuning import DemoConfig
 from superglobal.data.evaluation_set import EvaluationSet, LazySequence, chain_sequences
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.evaluation.extraction import extract_lists, store_identity
-from superglobal.evaluation.first_stage import configured_index
 from superglobal.evaluation.inputs import (
-    Clock,
-    attempt,
-    checked_lists,
-    distractor_items,
-    evaluated_network,
+    check_image_lists,
+    collect_problems,
+    distractor_images,
     evaluation_set,
+    load_network,
 )
 from superglobal.evaluation.module import ExtractionList
-from superglobal.evaluation.pipeline import search_device
+from superglobal.evaluation.pipeline import open_configured_index, search_device
 from superglobal.models.inference import optimize_for_inference
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.rows import Rows, concat
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.whitening import stored_statistics
-from superglobal.search_page.image_search import FirstStage, Opened, PhotoSearch
+from superglobal.search_page.image_search import FirstStage, ImageSearch, SearchDatabase
 from superglobal.training.trainer import make_trainer
-
-log = logging.getLogger(__name__)
 
 
 def serve(cfg: DictConfig) -> None:
-    """Open what is configured and serve its page until it is ended.
+    """Open the configured database and serve its page until Ctrl-C or SIGTERM.
 
     Args:
         cfg: composed `DemoConfig`.
 
     Raises:
-        InputError: anything missing, unreadable or contradicting, or an address that is taken.
+        InputError: input or settings are missing, invalid or contradict each other, or the address is taken.
     """
-    from superglobal.search_page.server import listening, run_server
+    from superglobal.search_page.server import open_socket, run_server
 
-    config, folder = configured(cfg)
-    # Before minutes of work: what will be wanted then.
-    with listening(config.page.host, config.page.port) as socket:
-        run_server(config, open_database(config, folder), socket)
+    config, folder = read_config(cfg)
+    # Listen first, so that a taken address is reported before minutes of extraction.
+    with open_socket(config.page.host, config.page.port) as listener:
+        run_server(config, open_database(config, folder), listener)
 
 
-def configured(cfg: DictConfig) -> tuple[DemoConfig, Path | None]:
-    """The checked configuration, and the folder of the store if it was one that was given.
+def read_config(cfg: DictConfig) -> tuple[DemoConfig, Path | None]:
+    """Return the validated configuration and, if `store` is a folder, that folder.
 
     Raises:
-        InputError: a setting that is none, or a store that does not say enough.
+        InputError: an invalid setting, or a store that does not record what is needed.
     """
     folder = None if OmegaConf.is_config(cfg.store) else Path(str(cfg.store))
-    return validate_config(cfg if folder is None else _as_stored(cfg, folder), DemoConfig), folder
+    return validate_config(cfg if folder is None else _with_settings_of_store(cfg, folder), DemoConfig), folder
 
 
-def open_database(config: DemoConfig, folder: Path | None = None) -> Opened:
-    """The database to search, described where it is missing, as `eval.py` does it and into the same stores.
+def open_database(config: DemoConfig, folder: Path | None = None) -> SearchDatabase:
+    """Open the database to search; missing descriptors are extracted into the same stores as by `eval.py`.
 
     Args:
-        config: `dataset` may be a folder of photos without queries or labels.
-        folder: of the store that is to be searched, which then is to be complete.
+        config: `dataset` may be a folder of images without queries or labels.
+        folder: folder of a complete store to search instead; None for the stores of the data set.
 
     Raises:
-        InputError: anything missing, all of it in one message, or a store of other photos, settings or weights.
+        InputError: input is missing (one message names all of it), or the store has other images, settings or weights.
     """
-    clock, problems = Clock(), list[str]()
-    config = replace(config, dataset=_searchable(config))
-    dataset = attempt(problems, lambda one: evaluation_set(one.dataset), config)
-    distractors = attempt(problems, distractor_items, config) or []
-    network = attempt(problems, evaluated_network, config)
-    lists = checked_lists(config, dataset, distractors, problems, clock, queries=False)
+    d = config.dataset
+    if d.kind == "folder" and d.query is None and not d.labels:
+        config = replace(config, dataset=replace(d, query=d.database))  # type: ignore[call-arg]
+    problems: list[str] = []
+    dataset = collect_problems(problems, lambda: evaluation_set(config.dataset))
+    distractors = collect_problems(problems, lambda: distractor_images(config)) or []
+    network = collect_problems(problems, lambda: load_network(config))
+    lists = check_image_lists(config, dataset, distractors, problems, queries=False)
     assert dataset is not None
     assert network is not None
     if folder is None:
         trainer = make_trainer(config.trainer, logger=False, enable_checkpointing=False, inference_mode=True)
-        place, workers = Path(config.paths.stores), config.trainer.num_workers
-        stores, _ = extract_lists([network], lists, place, trainer, config.extraction, workers, config.store.dtype)
+        parent, workers = Path(config.paths.stores), config.trainer.num_workers
+        stores, _ = extract_lists([network], lists, parent, trainer, config.extraction, workers, config.store.dtype)
     else:
-        stores = [_same_store(folder, network, lists)]
-    return _opened(config, dataset, distractors, network, stores)
+        stores = [_open_store(folder, network, lists)]
+    return _make_database(config, dataset, distractors, network, stores)
 
 
-def _searchable(config: DemoConfig) -> DatasetConfig:
-    """The data set; a folder of photos alone is its own queries."""
-    d = config.dataset
-    alone = d.kind == "folder" and d.query is None and not d.labels
-    return replace(d, query=d.database) if alone else d  # type: ignore[call-arg]
-
-
-def _opened(
+def _make_database(
     config: DemoConfig,
     dataset: EvaluationSet,
     distractors: list[ImageItem],
     network: RetrievalNetwork,
     stores: list[DescriptorStore],
-) -> Opened:
-    device = search_device(config)
-    rows = concat(*stores, name="database")
-    s, statistics = config.whitening, None
+) -> SearchDatabase:
+    device, d, s = search_device(config), config.dataset, config.whitening
+    rows, whitening = concat(*stores, name="database"), None
     if s.kind != "none":
-        prints = [store.fingerprint() for store in stores]
-        statistics, _ = stored_statistics(rows, s.kind, s.dims, Path(config.paths.stores), prints)
-        rows = statistics.apply(rows, "database")
+        fingerprints = [store.fingerprint() for store in stores]
+        whitening, _ = stored_statistics(rows, s.kind, s.dims, Path(config.paths.stores), fingerprints)
+        rows = whitening.apply(rows, "database")
     images = chain_sequences(dataset.database, distractors)
-    names = partial(_shown_name, dataset.root / "jpg" if config.dataset.kind == "revisited" else dataset.root)
+    name_of = partial(_shown_name, dataset.root / "jpg" if d.kind == "revisited" else dataset.root)
     (fast,) = optimize_for_inference([network])
-    values = rerank_parameters(config.rerank)
-    search = PhotoSearch(
+    search = ImageSearch(
         network=fast.to(device),
         database=rows,
         images=images,
-        names=LazySequence(len(images), lambda number: names(images[number])),
-        max_side=config.dataset.max_side,
+        names=LazySequence(len(images), lambda number: name_of(images[number])),
+        max_side=d.max_side,
         device=device,
         kind=config.rerank.kind,
-        fixed={key: value for key, value in values.items() if key not in ("M", "K", "beta")},
-        statistics=statistics,
-        first=_indexed(config, rows, device),
+        parameters={k: v for k, v in rerank_parameters(config.rerank).items() if k not in ("M", "K", "beta")},
+        whitening=whitening,
+        first_stage=None if config.index.kind == "flat" else _index_search(config, rows, device),
         max_pixels=config.page.max_megapixels * 10**6,
     )
-    d = config.dataset
-    themselves = dataset.leave_one_out or (d.kind == "folder" and d.query == d.database)
-    queries: Sequence[ImageItem] = [] if themselves else dataset.queries
+    is_own_queries = dataset.leave_one_out or (d.kind == "folder" and d.query == d.database)
+    queries: Sequence[ImageItem] = [] if is_own_queries else dataset.queries
     name = dataset.root.resolve().name if d.kind == "folder" and d.name == "folder" else dataset.name
-    return Opened(name, search, queries, LazySequence(len(queries), lambda number: names(queries[number])))
+    return SearchDatabase(name, search, queries, LazySequence(len(queries), lambda number: name_of(queries[number])))
 
 
 def _shown_name(root: Path, item: ImageItem) -> str:
-    """Below `root`, or else the file's name alone: where a data set lies is nobody's business."""
+    """Return the path below `root`, or only the file name, so that the page shows no path of this machine."""
     return item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else item.path.name
 
 
-def _indexed(config: DemoConfig, rows: Rows, device: str) -> FirstStage | None:
-    """The search by `config.index`; None for the exact one."""
-    if config.index.kind == "flat":
-        return None
-    index = configured_index(config, rows, device)
-    find: Callable[..., tuple[np.ndarray, np.ndarray]] = index.search
-    return lambda q, k, exclude: find(q, k, exclude=exclude)
+def _index_search(config: DemoConfig, rows: Rows, device: str) -> FirstStage:
+    index = open_configured_index(config, rows, device)
+
+    def search(q: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        return index.search(q, k, exclude=exclude)
+
+    return search
 
 
-def _as_stored(cfg: DictConfig, folder: Path) -> DictConfig:
-    """The configuration with everything in it that changed the descriptors of the store in `folder`.
+def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
+    """Return the configuration with all settings that changed the descriptors of the store in `folder`.
 
     Raises:
-        InputError: no store, one of other images than a database, or one that does not say what its photos are.
+        InputError: no store, a store of other images than a database, or one that does not record its images.
     """
     store = DescriptorStore.open(folder)
     identity, record = store.manifest["identity"], store.manifest.get("provenance", {})
     if record.get("images", "database") != "database":
-        raise InputError(f"{folder}: a store of {record['images']}; give the one of the database beside it")
+        raise InputError(f"{folder}: a store of {record['images']}; give that of the database beside it")
     given = OmegaConf.to_container(cfg.dataset)
     assert isinstance(given, dict)
-    chosen = given["kind"] != "???"
+    is_given = given["kind"] != "???"
     weights = cfg.weights or (cfg.backbone.get("weights") if cfg.backbone else None) or record.get("weights")
-    lacks = [what for what, there in (("photos", chosen or record.get("dataset")), ("weights", weights)) if not there]
-    if lacks:
+    needed = {"images": is_given or record.get("dataset"), "weights": weights}
+    missing = [name for name, value in needed.items() if not value]
+    if missing:
         raise InputError(
-            f"{folder}: this store does not say where its {' and '.join(lacks)} are; say it beside store=: "
-            "dataset=... and weights=... (or backbone=...) as eval.py had them"
+            f"{folder}: this store does not record its {' and '.join(missing)}; add dataset=... and weights=... (or "
+            "backbone=...) as given to eval.py"
         )
-    known = {key: value for key, value in (record.get("dataset") or {}).items() if key in given}
-    # The queries of an own folder may be anywhere, or gone; the page needs none.
-    dataset = given if chosen else {**known, **({"query": None, "labels": False} if known["kind"] == "folder" else {})}
+    dataset = given
+    if not is_given:
+        dataset = {key: value for key, value in (record.get("dataset") or {}).items() if key in given}
+        if dataset["kind"] == "folder":
+            dataset |= {"query": None, "labels": False}  # The queries may be gone, and the page does not need them.
     decoder = identity.get("decoder", "cpu")
-    if cfg.extraction.decoder not in ("cpu", decoder):  # "cpu" is the default: it need not be a request
+    if cfg.extraction.decoder not in ("cpu", decoder):  # "cpu" is the default, and not a request.
         raise InputError(
             f"extraction.decoder={cfg.extraction.decoder}: {folder} was extracted with extraction.decoder={decoder}; "
             "leave out extraction.decoder or store="
         )
-    # GeM's p comes with the weights; `_same_store` looks whether it is the same.
+    # GeM's p comes with the weights; `_open_store` compares it.
     pooling = {key: value for key, value in identity["pooling"].items() if key != "p"}
     return OmegaConf.merge(
         cfg,
@@ -200,29 +190,28 @@ def _as_stored(cfg: DictConfig, folder: Path) -> DictConfig:
     )  # type: ignore[return-value]
 
 
-def _same_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionList]) -> DescriptorStore:
-    """The complete store in `folder`, of these weights, settings and photos."""
+def _open_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionList]) -> DescriptorStore:
+    """Open the store in `folder`; raises InputError unless it is complete, of this network and of these images."""
     store = DescriptorStore.open(folder)
     stored = store.manifest["identity"]
-    if network.config.p != stored["pooling"]["p"]:  # it was given beside the weights
+    if network.config.p != stored["pooling"]["p"]:  # It was set when the descriptors were extracted.
         network.set_p(stored["pooling"]["p"])
     own = json.loads(json.dumps(store_identity(network, lists[0].max_side, stored.get("decoder", "cpu"))))
-    differ = [key for key in stored if own.get(key) != stored[key]]
-    if differ:
+    different = [key for key in stored if own.get(key) != stored[key]]
+    if different:
         raise InputError(
-            f"{folder}: its descriptors are of other {', '.join(differ)} than weights={network.weights_label} give; "
-            "name those it was made with (random ones with their seed=), or leave store= out"
+            f"{folder}: weights={network.weights_label} do not match the store in {', '.join(different)}; give the "
+            "weights that it was extracted with (and seed= of random ones), or leave out store="
         )
     if len(lists) > 1:
-        raise InputError(f"store={folder} is a database alone; leave store= out to search distractors too")
+        raise InputError(f"store={folder} is a database without distractors; leave out store= to search them too")
     if store.names != lists[0].lines():
         raise InputError(
-            f"{folder}: its photos are not those that are there now; leave store= out, and what is new or changed is "
-            f"described: dataset=... of {lists[0].name}"
+            f"{folder}: the images of {lists[0].name} have changed since; leave out store= and give dataset=... to "
+            "extract what is new or changed"
         )
     if len(store.missing):
         raise InputError(
-            f"{folder}: {len(store.missing)} of {len(store)} descriptors are missing; leave store= out, and the page "
-            "describes them first"
+            f"{folder}: {len(store.missing)} of {len(store)} descriptors are missing; leave out store= to extract them"
         )
     return store
