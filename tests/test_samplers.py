@@ -51,7 +51,7 @@ def test_batches_continue_at_any_step(begin):
 
 
 def test_a_batch_size_that_cannot_be_split_is_an_error():
-    with pytest.raises(InputError, match="divisible by the number of processes .5."):
+    with pytest.raises(InputError, match=r"divisible by the number of processes .5."):
         EpochBatches(LENGTH, BATCH, SEED, world=5)
     with pytest.raises(InputError, match="at most the 53 training images"):
         EpochBatches(LENGTH, 54, SEED)
