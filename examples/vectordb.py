@@ -1,8 +1,7 @@
-"""A vector database finds, superglobal reranks: python examples/vectordb.py photos query.jpg (extra [vectordb]).
+"""Search in a vector database, rerank with superglobal: python examples/vectordb.py images query.jpg
 
-Qdrant runs inside this process and keeps its vectors under --place; what is written here is the same against a server
-(QdrantClient(url=...)) and much the same against another database: the one thing needed of it is to give the vectors
-of what it found.
+Needs `pip install qdrant-client`. Qdrant runs inside this process and stores its vectors in --folder. The code is the
+same for a server (QdrantClient(url=...)) and similar for other databases, which must return the vectors of the results.
 """
 
 from __future__ import annotations
@@ -14,24 +13,23 @@ import uuid
 from pathlib import Path
 
 import superglobal
-from superglobal.data.folder import folder_set
 
 MAX_SIDE = 1024
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", type=Path, help="folder")
-    parser.add_argument("query", type=Path, help="a photo")
-    parser.add_argument("--weights", default="package", help="as eval.py takes them")
-    parser.add_argument("--place", type=Path, default=Path("outputs/vectordb"), help="folder of the database")
-    parser.add_argument("--M", type=int, default=400, help="results that are reranked")
-    parser.add_argument("--show", type=int, default=5)
+    parser.add_argument("images", type=Path, help="folder of images")
+    parser.add_argument("query", type=Path, help="query image")
+    parser.add_argument("--weights", default="package", help="as weights= of eval.py")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/vectordb"), help="folder of the database")
+    parser.add_argument("--M", type=int, default=400, help="number of results to rerank")
+    parser.add_argument("--show", type=int, default=5, help="number of results to print")
     return parser
 
 
 def main() -> int:
-    """Exit status 2 for what a user can mend."""
+    """Run the example; exit status 2 for an InputError."""
     try:
         run(_parser().parse_args())
     except superglobal.InputError as error:
@@ -41,60 +39,59 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Bring the collection up to date with the folder, search, rerank, print both lists.
+    """Update the collection to the folder, search, rerank, and print both lists.
 
     Raises:
-        InputError: no photos, unreadable ones, no Qdrant.
+        InputError: there are no images, an image cannot be read, or Qdrant is missing or in use.
     """
     try:
         from qdrant_client import QdrantClient
     except ImportError as error:
-        raise superglobal.InputError("Qdrant's client is not installed; pip install -e '.[vectordb]'") from error
-    data = folder_set(args.photos, args.query)
+        raise superglobal.InputError("Qdrant's client is not installed: pip install qdrant-client") from error
+    data = superglobal.folder_set(args.images, args.query)
     model = superglobal.load_model(args.weights)
-    # Vectors of other weights or settings must never meet: each network has a collection of its own.
+    # Vectors of different weights or settings are not comparable, so each network has its own collection.
     collection = hashlib.sha256(repr((model.identity(), MAX_SIDE)).encode()).hexdigest()[:16]
     try:
-        client = QdrantClient(path=str(args.place))
-    except RuntimeError as error:  # another process has it
-        raise superglobal.InputError(f"{args.place}: {error}") from error
+        client = QdrantClient(path=str(args.folder))
+    except RuntimeError as error:  # in use by another process
+        raise superglobal.InputError(f"{args.folder}: {error}") from error
     try:
-        fill(client, collection, model, [item.path for item in data.database])
+        update(client, collection, model, [item.path for item in data.database])
         query = superglobal.extract(model, args.query, max_side=MAX_SIDE)[0]
-        answer = client.query_points(collection, query.tolist(), limit=args.M, with_vectors=True).points
+        points = client.query_points(collection, query.tolist(), limit=args.M, with_vectors=True).points
     finally:
         client.close()
-    names = [point.payload["name"] for point in answer]
-    vectors = [point.vector for point in answer]
-    scores, order = superglobal.rerank_candidates(query, vectors)
-    print(f"rank {'found by the database':50}  after reranking")
+    names = [point.payload["name"] for point in points]
+    scores, order = superglobal.rerank_candidates(query, [point.vector for point in points])
+    print(f"rank {'from the database':50}  after reranking")
     for rank in range(min(args.show, len(names))):
-        before = f"{names[rank]} {answer[rank].score:.4f}"
+        before = f"{names[rank]} {points[rank].score:.4f}"
         print(f"{rank + 1:4} {before:50}  {names[order[rank]]} {scores[rank]:.4f}")
 
 
-def fill(client, collection: str, model: superglobal.RetrievalNetwork, photos: list[Path]) -> None:
-    """Describe the photos that the collection lacks, and remove the points of those that are gone or have changed."""
+def update(client, collection: str, model: superglobal.RetrievalNetwork, images: list[Path]) -> None:
+    """Add new images to the collection, and remove images that were deleted or changed."""
     from qdrant_client.models import Distance, PointStruct, VectorParams
 
     if not client.collection_exists(collection):
-        # Of unit vectors the inner product is the cosine, and Qdrant does not normalise them once more.
+        # The inner product of unit vectors is the cosine; Distance.COSINE would normalize them again.
         client.create_collection(collection, VectorParams(size=model.dim, distance=Distance.DOT))
-    wanted = {point_id(photo): photo for photo in photos}
-    there = {point.id for point in client.scroll(collection, limit=10**9, with_payload=False)[0]}
-    if gone := there - wanted.keys():
-        client.delete(collection, list(gone))
-    new = {key: photo for key, photo in wanted.items() if key not in there}
-    print(f"{len(photos)} photos, {len(new)} to describe", flush=True)
-    for key, photo in new.items():
-        vector = superglobal.extract(model, photo, max_side=MAX_SIDE)[0]
-        client.upsert(collection, [PointStruct(id=key, vector=vector.tolist(), payload={"name": str(photo)})])
+    current = {point_id(path): path for path in images}
+    stored = {point.id for point in client.scroll(collection, limit=10**9, with_payload=False)[0]}
+    if removed := stored - current.keys():
+        client.delete(collection, list(removed))
+    new = {key: path for key, path in current.items() if key not in stored}
+    print(f"{len(images)} images, {len(new)} to extract", flush=True)
+    for key, path in new.items():
+        vector = superglobal.extract(model, path, max_side=MAX_SIDE)[0]
+        client.upsert(collection, [PointStruct(id=key, vector=vector.tolist(), payload={"name": str(path)})])
 
 
-def point_id(photo: Path) -> str:
-    """The same for the same content at the same place."""
-    content = hashlib.sha256(photo.read_bytes()).hexdigest()
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{photo.resolve()} {content}"))
+def point_id(path: Path) -> str:
+    """Return an id that depends on path and content."""
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.resolve()} {content}"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A stand-in for Hugging Face's hub on this machine: repositories in memory, one commit after the other."""
+"""A local replacement of the Hugging Face Hub with repositories in memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Hub(ThreadingHTTPServer):
-    """`repositories`: "owner/name" -> its states, a dict of file name to content each, newest last."""
+    """Server. `repositories` maps "owner/name" to its commits, each a dict of file name to content, newest last."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -25,11 +25,11 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def commit(self, name: str, number: int) -> str:
-        """What the state `number` of a repository is called."""
+        """Return the hash of a commit, given by its number."""
         return hashlib.sha1(f"{name} {number}".encode()).hexdigest()
 
     def state(self, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """Commit and files of a revision ("main" or a commit)."""
+        """Return hash and files of a revision ("main" or a hash)."""
         for number in range(len(self.repositories.get(name, ())) - 1, -1, -1):
             commit = self.commit(name, number)
             if revision in ("main", commit):
@@ -113,7 +113,7 @@ def _etag(content: bytes) -> str:
 
 @contextmanager
 def hub() -> Iterator[Hub]:
-    """Runs meanwhile."""
+    """Run the server inside the `with` block."""
     server = Hub()
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""`attach` on networks that are not ours: torchvision and timm ResNets with a GeM head."""
+"""`attach` on networks from elsewhere: torchvision and timm ResNets with a GeM head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from superglobal.models.pooling import gem, regional_gem
 
 
 class GeMHead(nn.Module):
-    """Somebody's own pooling layer."""
+    """A pooling layer from another project."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class TorchvisionRetrieval(nn.Module):
         return self.body(x)
 
 
-def randomised(network):
+def randomize_batch_norms(network):
     """Batch-norm gains small enough for many activations to fall below ReLUP's floor."""
     torch.manual_seed(0)
     for module in network.modules():
@@ -54,8 +54,8 @@ def images():
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_torchvision_and_timm_agree_after_attaching(name, images):
-    """The two place ReLUP by different means (shared ReLU and hooks, named modules): the same weights, the same map."""
-    ours = randomised(getattr(torchvision.models, name)())
+    """ReLUP is installed differently (a shared ReLU and hooks, or named modules), with the same result."""
+    ours = randomize_batch_norms(getattr(torchvision.models, name)())
     theirs = timm.create_model(name).eval()
     theirs.load_state_dict(ours.state_dict())
     with torch.no_grad():
@@ -67,10 +67,10 @@ def test_torchvision_and_timm_agree_after_attaching(name, images):
         torch.testing.assert_close(theirs(images), ours(images))
 
 
-def test_a_network_attached_to_equals_our_own_network(images):
-    """Against `RetrievalNetwork`'s map with ReLUP in it, whose goldens are the reference's."""
+def test_an_attached_network_equals_a_retrieval_network(images):
+    """`RetrievalNetwork` is itself tested against the reference."""
     ours = superglobal.load_model("random", backbone="resnet18", scales=1)
-    net = randomised(timm.create_model("resnet18", num_classes=0))
+    net = randomize_batch_norms(timm.create_model("resnet18", num_classes=0))
     ours.backbone.net.load_state_dict(net.state_dict())
     superglobal.attach(net)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_a_network_attached_to_equals_our_own_network(images):
 
 @pytest.mark.parametrize("network", [TorchvisionRetrieval("resnet18"), timm.create_model("resnet18", num_classes=7)])
 def test_undo_restores_the_network(network, images):
-    network = randomised(network)
+    network = randomize_batch_norms(network)
     names = [name for name, _ in network.named_modules()]
     with torch.no_grad():
         before = network(images)
@@ -92,7 +92,7 @@ def test_undo_restores_the_network(network, images):
 
 
 def test_without_gem_plus_the_networks_own_pooling_stays(images):
-    network = randomised(TorchvisionRetrieval("resnet18"))
+    network = randomize_batch_norms(TorchvisionRetrieval("resnet18"))
     maps = []
     network.body.layer4.register_forward_hook(lambda _m, _x, y: maps.append(y))
     superglobal.attach(network, pooling={"gem_plus": False, "regional": True, "relup": "off"})
@@ -104,7 +104,7 @@ def test_without_gem_plus_the_networks_own_pooling_stays(images):
 
 
 def test_scales_are_combined_by_scale_gem(images):
-    network = randomised(TorchvisionRetrieval("resnet18"))
+    network = randomize_batch_norms(TorchvisionRetrieval("resnet18"))
     switches = {"gem_plus": False, "regional": False, "relup": "off"}
     with torch.no_grad():
         half = F.interpolate(images, (80, 64), mode="bilinear")
@@ -113,8 +113,9 @@ def test_scales_are_combined_by_scale_gem(images):
             torch.testing.assert_close(network(images), torch.maximum(*parts))
 
 
-def test_what_cannot_be_told_is_refused_and_nothing_is_changed(images):
-    two = nn.Sequential(randomised(timm.create_model("resnet18", num_classes=7)), nn.Unflatten(1, (7, 1, 1)), GeMHead())
+def test_an_ambiguous_or_missing_layer_is_an_error_and_changes_nothing(images):
+    resnet = randomize_batch_norms(timm.create_model("resnet18", num_classes=7))
+    two = nn.Sequential(resnet, nn.Unflatten(1, (7, 1, 1)), GeMHead())
     before = two[0].layer1[0].act1
     with pytest.raises(InputError, match="pool="):
         superglobal.attach(two)

@@ -1,4 +1,4 @@
-"""What places add to a similarity: shares that sum to it, of every pooling, and GeM's by its formula."""
+"""Contributions of cells to a similarity: their sum for every pooling, and their values for GeM."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def network(scales=1, dim=24, backbone="test_resnet", **pooling):
     return made
 
 
-def other(dim, seed=2):
+def unit_vector(dim, seed=2):
     vector = np.random.default_rng(seed).normal(size=dim)
     return (vector / np.linalg.norm(vector)).astype(np.float32)
 
@@ -44,75 +44,74 @@ def other(dim, seed=2):
     ],
     ids=str,
 )
-def test_shares_sum_to_the_similarity(scales, dim, pooling):
+def test_contributions_sum_to_the_similarity(scales, dim, pooling):
     model = network(scales, dim, **pooling)
     with torch.inference_mode():
         descriptor = model(IMAGE[None])[0].numpy()
-    for vector in (None, other(model.dim)):
-        found = contributions(model, IMAGE, vector)
+    for vector in (None, unit_vector(model.dim)):
+        result = contributions(model, IMAGE, vector)
         truth = 1.0 if vector is None else float(descriptor @ vector)
-        assert found.similarity == pytest.approx(truth, abs=1e-5)
-        assert sum(one.sum() for one in found.maps) + found.bias == pytest.approx(truth, abs=1e-4)
-        assert abs(found.remainder) < 1e-4
-        assert len(found.maps) == len(model.scales)
+        assert result.similarity == pytest.approx(truth, abs=1e-5)
+        assert sum(cells.sum() for cells in result.maps) + result.bias == pytest.approx(truth, abs=1e-4)
+        assert abs(result.remainder) < 1e-4
+        assert len(result.maps) == len(model.scales)
         if dim == 0:
-            assert found.bias == 0
-        # All is dealt out, and not all of it to one place.
-        assert np.abs(np.concatenate([one.ravel() for one in found.maps])).max() < 0.9
+            assert result.bias == 0
+        # No single cell has nearly everything.
+        assert np.abs(np.concatenate([cells.ravel() for cells in result.maps])).max() < 0.9
 
 
-def test_under_gem_each_channel_is_dealt_out_by_the_pools_own_weights():
+def test_gem_distributes_each_channel_by_the_powers_of_the_activations():
     model = network(p=2.7)
     with torch.inference_mode():
         (x,) = model.feature_maps(IMAGE[None])
         x = x[0].double().numpy()
-    vector = other(model.dim).astype(np.float64)
+    vector = unit_vector(model.dim).astype(np.float64)
     powers = np.maximum(x, 1e-6) ** 2.7
     pooled = powers.mean(axis=(1, 2)) ** (1 / 2.7)
     weight, bias = (t.double().numpy() for t in (model.whitening.weight, model.whitening.bias))
     whitened = weight @ (pooled / np.linalg.norm(pooled)) + bias
     u = weight.T @ vector / np.linalg.norm(pooled) / np.linalg.norm(whitened)
     expected = np.einsum("c,c,chw->hw", u, pooled / powers.sum(axis=(1, 2)), powers)
-    found = contributions(model, IMAGE, vector)
-    np.testing.assert_allclose(found.maps[0], expected, atol=1e-6)
-    assert found.bias == pytest.approx(float(bias @ vector / np.linalg.norm(whitened)), abs=1e-6)
+    result = contributions(model, IMAGE, vector)
+    np.testing.assert_allclose(result.maps[0], expected, atol=1e-6)
+    assert result.bias == pytest.approx(float(bias @ vector / np.linalg.norm(whitened)), abs=1e-6)
 
 
-def test_a_place_without_a_picture_adds_nothing():
-    """GeM over a map of which one half is zero: that half has no share."""
+def test_cells_without_activations_contribute_nothing():
     model = network(dim=0)
     x = torch.rand(1, 96, 4, 6)
     x[..., 3:] = 0
     model.feature_maps = lambda images: iter([x])
-    found = contributions(model, IMAGE)
-    assert np.abs(found.maps[0][:, 3:]).max() < 1e-6
-    assert found.maps[0][:, :3].sum() == pytest.approx(1, abs=1e-4)
+    result = contributions(model, IMAGE)
+    assert np.abs(result.maps[0][:, 3:]).max() < 1e-6
+    assert result.maps[0][:, :3].sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_what_clamping_adds_is_told_and_not_dealt_out():
+def test_the_effect_of_clamping_is_the_remainder():
     model = network(dim=0, eps=0.5)
     x = torch.full((1, 96, 2, 2), 0.1)
     x[:, 0] = 1.0
     model.feature_maps = lambda images: iter([x])
-    found = contributions(model, IMAGE)
+    result = contributions(model, IMAGE)
     share = 1 / (1 + 95 * 0.25)
-    assert found.maps[0].sum() == pytest.approx(share, abs=1e-5)
-    assert found.remainder == pytest.approx(1 - share, abs=1e-5)
+    assert result.maps[0].sum() == pytest.approx(share, abs=1e-5)
+    assert result.remainder == pytest.approx(1 - share, abs=1e-5)
 
 
-def test_spread_over_a_picture_the_shares_keep_place_and_sum():
+def test_a_heatmap_keeps_position_and_sum():
     model = network(3)
-    found = contributions(model, IMAGE)
-    picture = found.heatmap(120, 150)
-    total = sum(one.sum() for one in found.maps)
-    assert picture.shape == (120, 150)
-    assert picture.sum() == pytest.approx(total, rel=0.1)
-    corner = type(found)([np.pad(np.ones((1, 1)), ((0, 3), (0, 3)))], 0.0, 0.0, 1.0).heatmap(40, 40)
+    result = contributions(model, IMAGE)
+    heatmap = result.heatmap(120, 150)
+    total = sum(cells.sum() for cells in result.maps)
+    assert heatmap.shape == (120, 150)
+    assert heatmap.sum() == pytest.approx(total, rel=0.1)
+    corner = type(result)([np.pad(np.ones((1, 1)), ((0, 3), (0, 3)))], 0.0, 0.0, 1.0).heatmap(40, 40)
     assert np.unravel_index(corner.argmax(), corner.shape) < (10, 10)
     assert corner.sum() == pytest.approx(1, rel=0.2)
     assert math.isclose(corner[30:, 30:].sum(), 0, abs_tol=1e-12)
 
 
-def test_a_vector_of_another_network_is_refused():
+def test_a_vector_of_another_dimension_is_an_error():
     with pytest.raises(InputError, match=r"shape \(7,\), expected \(24,\)"):
-        contributions(network(), IMAGE, other(7))
+        contributions(network(), IMAGE, unit_vector(7))

