@@ -254,7 +254,7 @@ def test_results_of_other_weights_are_an_error(shared, evaluated, tmp_path):
     (tmp_path / "failed.json").write_text(json.dumps({**result, "status": "failed", "metrics": {}}))
     (tmp_path / "other.json").write_text("{}")
     model = superglobal.load_model(shared)
-    for name, message in (("own", "own descriptors"), ("failed", "no numbers"), ("other", "no results.json of eval")):
+    for name, message in (("own", "own descriptors"), ("failed", "no numbers"), ("other", "not a result of eval")):
         with pytest.raises(InputError, match=message):
             read_card_results([tmp_path / f"{name}.json"], model)
 
