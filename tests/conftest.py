@@ -1,4 +1,4 @@
-"""Paths and weights that several test files share."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ sys.path.insert(0, str(DATA))
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real photos and ground truth, present in continuous integration only."""
+    """Return the folder of real images and ground truth, which only continuous integration has."""
     if not SHARED.is_dir():
-        pytest.skip(f"real photos are not here ({SHARED})")
+        pytest.skip(f"real images are missing ({SHARED})")
     return SHARED
 
 
 @pytest.fixture(scope="session")
 def cvnet_checkpoint(tmp_path_factory):
-    """Callable depth -> path of a synthetic checkpoint in the CVNet file format."""
+    """Return a function depth -> path of a synthetic checkpoint in the CVNet file format."""
     from synth_ckpt import synth_state
 
     folder = tmp_path_factory.mktemp("cvnet")
@@ -47,7 +47,7 @@ def cvnet_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A `paths.data` with the set "mini" in Revisited layout and the distractors "noise"."""
+    """Write a `paths.data` with the set "mini" in the Revisited layout and the distractors "noise"."""
     root = tmp_path_factory.mktemp("data")
     write_revisited(root)
     write_distractors(root)
@@ -56,7 +56,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory, worker_id) -> Path:
-    """A `paths.data` with the toy set "tiny" (seed 3) in `toy/`, rendered once for all test processes."""
+    """Render a `paths.data` with the toy set "tiny" (seed 3) in `toy/`, once for all test processes."""
     base = tmp_path_factory.getbasetemp()
     root = (base if worker_id == "master" else base.parent) / "toy_data"
     with FileLock(f"{root}.lock"):
@@ -64,12 +64,12 @@ def toy_data(tmp_path_factory, worker_id) -> Path:
     return root
 
 
-# Everything the tests can need is there in continuous integration, so nothing may be skipped.
+# Continuous integration has everything that tests can need, so no test may be skipped.
 MAX_SKIPPED_IN_CI = 0
 
 
 def pytest_sessionfinish(session, exitstatus):
-    """In continuous integration a skipped test is a failure: it would pass with the feature broken."""
+    """Fail in continuous integration if a test was skipped: it would pass with the feature broken."""
     reporter = session.config.pluginmanager.getplugin("terminalreporter")
     if reporter is None or not os.environ.get("CI"):
         return

@@ -1,4 +1,4 @@
-"""README.md and docs/*.md taken apart: code blocks, commands, headings, links; commands checked without running."""
+"""Code blocks, commands, headings and links of README.md and docs/*.md; checks of commands without running them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Block:
     """A fenced block.
 
     Attributes:
-        language: that of the fence.
-        text: what is in it.
-        file: the name that its first line, a comment, gives it.
-        needs: what a comment `<!-- needs: ... -->` right before it says is missing here; such code is not run.
+        language: of the fence.
+        text: the code.
+        file: name of the file, if the first line is a comment with one.
+        needs: requirement in a comment `<!-- needs: ... -->` before the block; such code is not run.
     """
 
     language: str
@@ -51,13 +51,13 @@ def text_of(document: str) -> str:
 
 
 def blocks(text: str, language: str) -> list[Block]:
-    """Those of one language, in order."""
-    found = []
+    """Return the blocks of one language, in order."""
+    result = []
     for needs, kind, body in re.findall(r"(?:<!-- needs: (.*?) -->\n+)?^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.M):
         name = re.match(r"# (\S+\.(?:py|yaml))\n", body)
         if kind == language:
-            found.append(Block(kind, body, name and name[1], needs or None))
-    return found
+            result.append(Block(kind, body, name and name[1], needs or None))
+    return result
 
 
 def without_blocks(text: str) -> str:
@@ -73,7 +73,7 @@ def commands(text: str, inline: bool = True) -> list[list[str]]:
     if inline:
         spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_blocks(text))]
         lines += [span for span in spans if re.match(r"(\w+=\S+ )*(python|torchrun|srun|superglobal [a-z-]+) ", span)]
-    found = []
+    result = []
     for line in lines:
         words = shlex.split(re.sub(r"\[(--[^\]]+)\]", r"\1", line), comments=True)
         if "superglobal" in words[:-1]:
@@ -84,22 +84,24 @@ def commands(text: str, inline: bool = True) -> list[list[str]]:
             if not {"python", "torchrun"} & set(words[:start]):
                 continue
         # Leave out shell variables and the end of a shell function.
-        found.append([word for word in words[start:] if "$" not in word and word != "}"])
-    return found
+        result.append([word for word in words[start:] if "$" not in word and word != "}"])
+    return result
 
 
 def composed(words: list[str], folder: Path = ROOT) -> DictConfig:
-    """The configuration of a command, checked; of a sweep that of its first job, `...` left out.
+    """Return the validated configuration of a command, of a sweep that of its first job.
 
-    folder: where its `--config-dir` is.
+    Args:
+        words: the command; `...` is left out.
+        folder: parent of its `--config-dir`.
     """
     name, schema = CONFIGURED[words[0]]
     flags = ("-m", "--help", "--cfg", "job")
     rest = [word for word in words[1:] if word not in (*flags, "...") and not word.endswith("=...")]
     if "--config-dir" in rest:
-        place = rest.index("--config-dir")
-        assert (folder / rest[place + 1]).is_dir(), words
-        rest[place : place + 2] = [f"hydra.searchpath=[file://{folder / rest[place + 1]}]"]
+        index = rest.index("--config-dir")
+        assert (folder / rest[index + 1]).is_dir(), words
+        rest[index : index + 2] = [f"hydra.searchpath=[file://{folder / rest[index + 1]}]"]
     first = [re.sub(r"=glob\(\*\)$", "=gem", word if word.endswith("]") else word.split(",")[0]) for word in rest]
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -137,15 +139,15 @@ def require_arguments(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def anchors(document: str) -> set[str]:
-    """What GitHub calls its headings."""
+    """Return the anchors that GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.*)$", without_blocks(text_of(document)), re.M)
     return {re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", h).lower()).replace(" ", "-") for h in headings}
 
 
 def links(document: str) -> Iterator[tuple[str, str]]:
-    """(path from the root, anchor) of each link and picture that leads to a file of this project."""
+    """Yield (path from the root, anchor) of each link and image that leads to a file of this project."""
     for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(text_of(document))):
         if "://" not in target:
             path, _, anchor = target.partition("#")
-            place = (ROOT / document).parent / path if path else ROOT / document
-            yield place.resolve().relative_to(ROOT.resolve()).as_posix(), anchor
+            target_path = (ROOT / document).parent / path if path else ROOT / document
+            yield target_path.resolve().relative_to(ROOT.resolve()).as_posix(), anchor

@@ -1,4 +1,4 @@
-"""Trainings as a user starts them, short ones."""
+"""Short trainings, started as a user starts them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHORT = [
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Without a tracker's settings, and wide."""
+    """Return the environment without the settings of W&B, and with wide lines."""
     return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200", **more}
 
 
@@ -44,7 +44,7 @@ def command(data: Path, outputs: Path, *overrides: str, script: str | Path = "tr
 
 
 def finished(words: list[str], status: int = 0, **env: str) -> str:
-    """Output of a command that has to end with `status`; negative for a signal."""
+    """Return the output of a command that must end with `status`; negative for a signal."""
     done = subprocess.run(words, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=280)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -55,7 +55,7 @@ def train(data: Path, outputs: Path, *overrides: str, status: int = 0, **env: st
 
 
 def started(data: Path, outputs: Path, *overrides: str, beyond: int = 0) -> subprocess.Popen[str]:
-    """A training of 2500 steps, when it has saved a checkpoint of a step after `beyond`."""
+    """Start a training of 2500 steps, and return once it has saved a checkpoint of a step after `beyond`."""
     words = command(data, outputs, "optim.epochs=500", "trainer.save_every_steps=1", *overrides)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(words, cwd=ROOT, env=environment(), start_new_session=True, **pipes)
@@ -69,7 +69,7 @@ def started(data: Path, outputs: Path, *overrides: str, beyond: int = 0) -> subp
 
 
 def children(pid: int) -> list[int]:
-    """Process ids."""
+    """Return the ids of the child processes."""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -94,7 +94,7 @@ def values(folder: Path, name: str) -> list[float]:
 
 
 def numbers(folder: Path) -> list[dict[str, str]]:
-    """The curves without what depends on the clock."""
+    """Return the curves without the columns that depend on the clock."""
     return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in curves(folder)]
 
 

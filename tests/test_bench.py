@@ -1,4 +1,4 @@
-"""Benchmarks: what stands in the table stands in the JSON file, with the machine; what cannot be is told."""
+"""Benchmarks write the rows of their table to a JSON file, with the machine, and report a wrong argument."""
 
 from __future__ import annotations
 

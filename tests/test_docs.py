@@ -1,4 +1,4 @@
-"""The documentation is true: its code runs, its commands are commands, its settings, messages and links are there."""
+"""The documentation is correct: its code runs, and its commands, settings, messages and links exist."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ QUIET = ["logger=csv", "trainer=cpu", "trainer.num_workers=0", "trainer.progress
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """What the pages say is there: photos by place, a query, a Revisited set, pictures with a list of judgements."""
-    root = tmp_path_factory.mktemp("place")
+def folder(tmp_path_factory) -> Path:
+    """Write what the pages assume: images by folder, a query, a Revisited set, images with a list of judgments."""
+    root = tmp_path_factory.mktemp("docs")
     write_folders(root / "photos", landmarks=10, views=4)
     (root / "photos" / "label0" / "0.jpg").unlink()
     texture(0, 0).save(root / "photos" / "label0" / "0.png")
     texture(2, 7).save(root / "query.jpg")
     write_revisited(root / "data")
-    for option in ("pooling/gem", "rerank/superglobal"):  # what a tuning writes
+    for option in ("pooling/gem", "rerank/superglobal"):  # The files that tuning writes.
         tuned = root / "outputs/tune/quickstart/conf" / Path(option).parent / "quickstart_tuned.yaml"
         tuned.parent.mkdir(parents=True)
         shutil.copy(ROOT / "conf" / f"{option}.yaml", tuned)
@@ -67,14 +67,14 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ran(place) -> dict[str, dict[str, Any]]:
-    """Names that the code of each page made, run in `place`; its files are written there."""
-    found: dict[str, dict[str, Any]] = {}
+def namespaces(folder) -> dict[str, dict[str, Any]]:
+    """Run the code of each page in `folder` and return the names that it defines."""
+    namespaces: dict[str, dict[str, Any]] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.syspath_prepend(str(place))
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
         for page in PAGES:
-            found[page] = {"__name__": "__main__"}
+            namespaces[page] = {"__name__": "__main__"}
             for block in (*blocks(text_of(page), "yaml"), *blocks(text_of(page), "python")):
                 if block.file:
                     Path(block.file).parent.mkdir(parents=True, exist_ok=True)
@@ -82,23 +82,23 @@ def ran(place) -> dict[str, dict[str, Any]]:
                 elif block.language == "python":
                     code = compile(block.text, page, "exec")
                     if not block.needs:
-                        exec(code, found[page])
-    return found
+                        exec(code, namespaces[page])
+    return namespaces
 
 
-def in_place(place: Path, page: str, *words: str) -> list[str]:
-    """The one command of a page that has all these words."""
-    (found,) = [c for c in commands(text_of(page)) if set(words) <= set(c)]
-    return found
+def command_of(page: str, *words: str) -> list[str]:
+    """Return the one command of a page that contains all these words."""
+    (command,) = [c for c in commands(text_of(page)) if set(words) <= set(c)]
+    return command
 
 
-def test_the_code_of_the_pages_runs(ran):
-    assert {page for page, names in ran.items() if len(names) > 2} >= {
+def test_the_code_of_the_pages_runs(namespaces):
+    assert {page for page, names in namespaces.items() if len(names) > 2} >= {
         "docs/cookbook.md",
         "docs/evaluation.md",
         "docs/own_photos.md",
     }
-    own, cookbook = ran["docs/own_photos.md"], ran["docs/cookbook.md"]
+    own, cookbook = namespaces["docs/own_photos.md"], namespaces["docs/cookbook.md"]
     assert own["data"].database[own["ids"][0, 0]].path.parent.name == "label2"
     assert cookbook["best"] in cookbook["ap"]
 
@@ -110,36 +110,36 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_is_accepted(document, place, ran, monkeypatch):
+def test_every_command_is_accepted(document, folder, namespaces, monkeypatch):
     text = text_of(document)
     named = re.findall(r"`superglobal ([a-z][a-z0-9-]*)`", text)
     assert set(named) <= set(COMMANDS)
     for words in commands(text):
         if words[0] in CONFIGURED:
-            composed(words, place)
+            composed(words, folder)
         else:
             require_arguments(words, monkeypatch)
 
 
-def test_photos_brought_into_the_layout_are_trained_on(place, ran, monkeypatch):
-    monkeypatch.chdir(place)
+def test_photos_brought_into_the_layout_are_trained_on(folder, namespaces, monkeypatch):
+    monkeypatch.chdir(folder)
     images = {link.stem: link.resolve() for link in Path("data/mine/train").rglob("*.jpg")}
-    assert set(images.values()) == {path for path in (place / "photos").rglob("*") if path.is_file()}
+    assert set(images.values()) == {path for path in (folder / "photos").rglob("*") if path.is_file()}
     with Path("data/mine/train_clean.csv").open() as file:
         places = [{images[image].parent.name for image in row["images"].split()} for row in csv.DictReader(file)]
     assert sorted(places, key=str) == sorted(({f"label{i}"} for i in range(10)), key=str)
-    words = in_place(place, "docs/own_photos.md", "train.py", "name=mine")
+    words = command_of("docs/own_photos.md", "train.py", "name=mine")
     less = ["optim.epochs=1", "optim.batch_size=8", "data.image_size=64", *QUIET[:-1]]
-    train(composed([*words, *less], place), place / "outputs" / "train" / "mine")
+    train(composed([*words, *less], folder), folder / "outputs" / "train" / "mine")
     about = read_weights("outputs/train/mine/best.safetensors")
     assert about.backbone == "tf_efficientnet_lite0"
 
 
-def test_the_whitening_layer_alone_is_trained(place, ran, monkeypatch):
-    monkeypatch.chdir(place)
-    words = in_place(place, "docs/cookbook.md", "train.py", "experiment=finetune_whitening")
+def test_the_whitening_layer_alone_is_trained(folder, namespaces, monkeypatch):
+    monkeypatch.chdir(folder)
+    words = command_of("docs/cookbook.md", "train.py", "experiment=finetune_whitening")
     less = ["optim.epochs=1", "data.image_size=96", *QUIET[:-1]]
-    train(composed([*words, *less], place), place / "outputs" / "train" / "whitening")
+    train(composed([*words, *less], folder), folder / "outputs" / "train" / "whitening")
     before, after = (
         read_weights(f).state for f in ("whitened.safetensors", "outputs/train/whitening/best.safetensors")
     )
@@ -148,11 +148,11 @@ def test_the_whitening_layer_alone_is_trained(place, ran, monkeypatch):
     assert not [name for name in changed if name.startswith("backbone")]
 
 
-def test_own_options_and_own_descriptors_are_evaluated(place, ran, monkeypatch):
-    monkeypatch.chdir(place)
-    spoc = in_place(place, "docs/cookbook.md", "eval.py", "pooling=spoc")
+def test_own_options_and_own_descriptors_are_evaluated(folder, namespaces, monkeypatch):
+    monkeypatch.chdir(folder)
+    spoc = command_of("docs/cookbook.md", "eval.py", "pooling=spoc")
     stores = ["scales=1", "store.dtype=float32", "paths.stores=spoc/stores"]
-    evaluate(composed([*spoc, *QUIET, *stores], place), place / "spoc")
+    evaluate(composed([*spoc, *QUIET, *stores], folder), folder / "spoc")
     (store,) = Path("spoc/stores").glob("*database*")
     assert cli.main(["store", "export", str(store), "spoc.npy"]) == 0
     pooling = {"gem_plus": False, "regional": False, "scale": False, "relup": "off"}
@@ -167,21 +167,25 @@ def test_own_options_and_own_descriptors_are_evaluated(place, ran, monkeypatch):
     )
     np.testing.assert_allclose(np.load("spoc.npy"), mean, atol=1e-5)
     assert not np.allclose(gem, mean, atol=1e-2)
-    own = in_place(place, "docs/cookbook.md", "eval.py", "descriptors.query=Q.npy")
-    score = evaluate(composed([*own, *QUIET], place), place / "own")
+    own = command_of("docs/cookbook.md", "eval.py", "descriptors.query=Q.npy")
+    score = evaluate(composed([*own, *QUIET], folder), folder / "own")
     Q, X, data = np.load("Q.npy"), np.load("X.npy"), superglobal.revisited_set("data", "mini")
     ids = superglobal.rerank(Q, X, superglobal.search(Q, X, k=len(X))[1])[1]
     assert score == pytest.approx(superglobal.revisited_map(Q, X, data, ids).map["medium"])
 
 
-def test_a_registered_network_is_evaluated(place, ran):
+def test_a_registered_network_is_evaluated(folder, namespaces):
     words = ["backbone=timm", "backbone.name=my_net", "weights=random", "dataset=folder", *QUIET]
-    words += [f"dataset.database={place / 'photos'}", f"dataset.query={place / 'query.jpg'}", f"paths.outputs={place}"]
-    assert words[0] in in_place(place, "docs/cookbook.md", "my_eval.py")
-    command = [sys.executable, str(place / "my_eval.py"), *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    words += [
+        f"dataset.database={folder / 'photos'}",
+        f"dataset.query={folder / 'query.jpg'}",
+        f"paths.outputs={folder}",
+    ]
+    assert words[0] in command_of("docs/cookbook.md", "my_eval.py")
+    command = [sys.executable, str(folder / "my_eval.py"), *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert list(place.glob("eval/folder/*/rankings.csv"))
+    assert list(folder.glob("eval/folder/*/rankings.csv"))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -196,7 +200,7 @@ def test_every_page_is_linked_from_the_readme():
 
 
 def names_in(schema: Any, start: str = "") -> set[str]:
-    """Dotted names of a schema's settings."""
+    """Return the dotted names of the settings of a schema."""
     found = set()
     for name, hint in get_type_hints(schema).items():
         inner = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
@@ -216,7 +220,7 @@ def test_every_setting_of_the_pages_exists(page):
 
 
 def templates() -> list[str]:
-    """All texts of the code but its docstrings, what is filled in left as NUL."""
+    """Return all strings of the code except docstrings, with NUL for what is filled in."""
 
     def text(node: ast.AST) -> str:
         if isinstance(node, ast.JoinedStr):

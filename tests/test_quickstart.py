@@ -1,4 +1,4 @@
-"""The demo from end to end on the smallest toy set, and again from what is there."""
+"""The demo from end to end on the smallest toy set, and again with everything present."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_demo_ends_with_a_table_and_a_picture_and_reuses_what_is_there(tmp_p
         "gem", "gem_plus", "regional", "scale", "relup", "rerank",
         "no_gem_plus", "no_regional", "no_scale", "no_relup", "no_rerank",
     ]  # fmt: skip
-    # Modules left out one by one: some rows are one and the same network, seen from both ends of the ladder.
+    # The rows `no_rerank` and `relup` evaluate the same network.
     assert trained["no_rerank"]["medium"] == trained["relup"]["medium"]
     assert trained["gem"]["gain"] == "+0.00"
     low, high = (float(v) for v in trained["rerank"]["95 % gain"].split(" to "))
