@@ -30,4 +30,4 @@ from superglobal.reranking.registry import rerank_candidates as rerank_candidate
 from superglobal.retrieval.search import merge_shortlists as merge_shortlists
 from superglobal.retrieval.search import search as search
 from superglobal.retrieval.store import DescriptorStore as DescriptorStore
-from superglobal.retrieval.whitening import database_statistics as database_statistics
+from superglobal.retrieval.whitening import Whitening as Whitening

@@ -23,7 +23,7 @@ from superglobal.evaluation import compare_rerankers
 from superglobal.reporting.tables import write_tables
 from superglobal.reranking.query_expansion import augment_database, expand_queries
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.whitening import database_statistics
+from superglobal.retrieval.whitening import Whitening
 
 SHORT = ("mutual", "kreciprocal", "diffusion")
 
@@ -154,7 +154,7 @@ def test_statistics_are_those_of_all_that_is_searched(data, tmp_path):
         assert got["metrics"][stage]["map"] == pytest.approx(expected.map)
     about = got["about"]["whitening"]
     assert (about["kind"], about["rows"]) == ("center", len(X))
-    assert len(list((tmp_path / "stores").glob("statistics-*.npz"))) == 1
+    assert len(list((tmp_path / "stores").glob("whitening-*.npz"))) == 1
     without = run(tmp_path, *mini(data), "whitening=center")
     assert without["about"]["whitening"]["fingerprint"] != about["fingerprint"]
     assert got["metrics"]["search"]["map"] != plain["metrics"]["search"]["map"]
@@ -168,7 +168,7 @@ def test_own_descriptors_are_whitened_too(tmp_path):
         np.save(tmp_path / f"{name}.npy", rows)
     own = [f"descriptors.query={tmp_path}/q.npy", f"descriptors.database={tmp_path}/x.npy"]
     got = run(tmp_path, "dataset=descriptors", *own, "whitening=pca", "whitening.dims=4", "rerank=none")
-    found = database_statistics(X, "pca", 4)
+    found = Whitening("pca", 4).fit(X)
     expected = superglobal.search(found.apply(X[:5]), found.apply(X), 60)[1]
     np.testing.assert_array_equal(np.load(got["folder"] / "rankings.npz")["search_ids"], expected)
     assert got["about"]["whitening"]["fingerprint"] is None

@@ -135,7 +135,7 @@ print("found", ids[:, 0].tolist())
 
 
 def test_two_processes_build_an_index_once(tmp_path):
-    np.save(tmp_path / "x.npy", unit(np.random.default_rng(0), 6000, 64))
+    np.save(tmp_path / "x.npy", unit(np.random.default_rng(0), 20_000, 64))
     command = [sys.executable, "-c", BUILDER, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     jobs = [subprocess.Popen(command, cwd=ROOT, **pipes) for _ in range(2)]
@@ -208,8 +208,11 @@ def test_settings_that_do_not_fit_are_named(tmp_path, vectors):
 def test_an_evaluation_says_which_index_it_used_and_how_far_from_exact(data, tmp_path, capsys):
     exact = run(tmp_path, *mini(data))
     assert "index" not in exact["about"]
+    assert exact["about"]["search"] == "faiss-flat"
+    assert run(tmp_path, *mini(data), "index=torch")["about"]["search"] == "torch"
     found = run(tmp_path, *mini(data), "index=ivf_flat", "index.nlist=6", "index.nprobe=1", "k=6", "rerank=none")
     assert found["dataset"] == f"{exact['dataset']} (ivf_flat, approximate)"
+    assert found["about"]["search"] == "faiss-ivf_flat"
     about = found["about"]["index"]
     assert about["settings"] == {"kind": "ivf_flat", "nlist": 6, "nprobe": 1, "candidates": 1}
     compared = about["compared_to_exact"]

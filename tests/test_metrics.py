@@ -256,7 +256,7 @@ def test_errors_name_the_query() -> None:
         ([good, {**good, "junk": [2]}], {}, "query 1: image 2 is listed more than once"),
         ([good, {**good, "hard": [30]}], {}, "query 1: image 30 is outside the database of 30"),
         ([{**good, "hard": [-1]}, good], {}, "query 0: image -1 is outside"),
-        ([good, {"hard": [2]}], {}, "query 1: no set 'easy'"),
+        ([good, {"hard": [2]}], {}, "query 1: expected a set 'easy'"),
         ("gnd.pkl", {}, "ground truth: expected"),
         ({"imlist": []}, {}, "ground truth: expected"),
         ([good, good], {"ids": not_top}, "query 0's shortlist is not the top 5"),

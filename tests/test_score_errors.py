@@ -7,10 +7,9 @@ import logging
 import numpy as np
 import pytest
 import torch
+from vectors import treat_as_accelerator
 
 from superglobal.reporting.figures import bin_of, similarity_counts
-from superglobal.retrieval import ranks, scan
-from superglobal.retrieval import rows as vectors
 from superglobal.retrieval.ranks import count_better, exact_ranks, search_and_rank, target_scores
 from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.search import search
@@ -58,8 +57,7 @@ def order(Q: np.ndarray, X: np.ndarray) -> np.ndarray:
 def device(request, monkeypatch) -> None:
     """The path of the CPU, and that of accelerators run on the CPU."""
     if request.param == "accelerator":
-        for module in (vectors, scan, ranks):
-            monkeypatch.setattr(module, "is_host", lambda device: False)
+        treat_as_accelerator(monkeypatch)
 
 
 @pytest.mark.parametrize("dim", [512, 2048, 8192])
@@ -74,14 +72,20 @@ def test_ids_and_ranks_are_exact(name, dim, device):
     np.testing.assert_array_equal(ids, expected[:, :K])
     assert [one.tolist() for one in found] == own
     assert [one.tolist() for one in exact_ranks(Q, X, targets)] == own
-    np.testing.assert_array_equal(search(Q, X, K, block_rows=200)[1], expected[:, :K])
+    np.testing.assert_array_equal(search(Q, X, K, backend="torch", block_rows=200)[1], expected[:, :K])
 
 
 @pytest.mark.parametrize("name", SPACES)
 def test_faiss_is_exact(name):
     pytest.importorskip("faiss")
     Q, X = space(name, 2048)
-    np.testing.assert_array_equal(search(Q, X, K, backend="faiss", block_rows=150)[1], order(Q, X)[:, :K])
+    expected = order(Q, X)
+    np.testing.assert_array_equal(search(Q, X, K, backend="faiss", block_rows=150)[1], expected[:, :K])
+    targets = [np.arange(0, ROWS, 11) for _ in Q]
+    (_, ids), found = search_and_rank(Q, X, K, targets, backend="faiss", block_rows=150)
+    np.testing.assert_array_equal(ids, expected[:, :K])
+    rank_of = np.argsort(expected, axis=1)
+    assert [one.tolist() for one in found] == [rank_of[q, one].tolist() for q, one in enumerate(targets)]
 
 
 @pytest.mark.parametrize("name", SPACES)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from vectors import brute_force, unit, with_duplicates
 
 from superglobal.errors import InputError
+from superglobal.retrieval import search as module
 from superglobal.retrieval.rows import as_rows, concat, validate_block
-from superglobal.retrieval.search import search
+from superglobal.retrieval.search import FAISS_MAX_ROWS, resolve_backend, search
 from superglobal.utils.precision import full_precision
 
 BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(
@@ -132,12 +133,12 @@ def test_errors_name_the_thing(backend: str) -> None:
         return array
 
     cases = [
-        ((Q, X, 51), r"k: expected 1\.\.50 .* got 51"),
-        ((Q, X, 0), r"k: expected"),
+        ((Q, X, 51), r"k=51: expected 1\.\.50 "),
+        ((Q, X, 0), r"k=0: expected"),
         ((Q, bad(X, 41, np.nan), 5), "database: row 41 has NaN"),
         ((bad(Q, 2, np.inf), X, 5), "queries: row 2 has NaN or infinite"),
         ((Q, bad(X, 0, 0), 5), "database: row 0 is a zero vector"),
-        ((Q, bad(X, 17, 2), 5), "row 17 has norm 2, expected 1; normalise"),
+        ((Q, bad(X, 17, 2), 5), "row 17 has norm 2, expected 1; normalize"),
         ((Q[:, :7], X, 5), "D = 8"),
         ((Q, X.astype(np.int32), 5), "int32"),
         ((Q, X[0], 5), r"2-D"),
@@ -147,7 +148,7 @@ def test_errors_name_the_thing(backend: str) -> None:
     for arguments, message in cases:
         with pytest.raises(InputError, match=message):
             search(*arguments, backend=backend, block_rows=16)
-    with pytest.raises(InputError, match=r"k: expected 1\.\.49"):
+    with pytest.raises(InputError, match=r"k=50: expected 1\.\.49"):
         search(Q, X, 50, backend=backend, exclude=np.arange(3))
     with pytest.raises(InputError, match="exclude"):
         search(Q, X, 5, backend=backend, exclude=np.arange(2))
@@ -166,6 +167,22 @@ def test_without_faiss_torch_serves_and_the_package_is_named(monkeypatch: pytest
     np.testing.assert_array_equal(search(Q, X, 9)[1], brute_force(Q, X, 9))
     with pytest.raises(InputError, match=r"pip install faiss-cpu \(or faiss-gpu\)"):
         search(Q, X, 9, backend="faiss")
+
+
+def test_faiss_searches_what_it_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    assert resolve_backend("auto", FAISS_MAX_ROWS, 400, "cpu") == "faiss"
+    assert resolve_backend("auto", FAISS_MAX_ROWS + 1, 400, "cpu") == "torch"
+    assert resolve_backend("faiss", FAISS_MAX_ROWS + 1, 4000, "cpu") == "faiss"
+    monkeypatch.setattr(module, "faiss_on_gpu", lambda: True)
+    assert resolve_backend("auto", 5000, 400, "cuda") == "faiss"
+    assert resolve_backend("auto", 5000, 2048, "cuda") == "torch"  # FAISS has no room for the extra candidates
+    with pytest.raises(InputError, match="k=2048: expected at most 2016 for backend=faiss on a GPU"):
+        resolve_backend("faiss", 5000, 2048, "cuda")
+    monkeypatch.setattr(module, "faiss_on_gpu", lambda: False)
+    assert resolve_backend("auto", 5000, 400, "cuda") == "torch"
+    with pytest.raises(InputError, match="backend=faiss: expected the CPU, or a GPU and faiss-gpu, got cuda"):
+        resolve_backend("faiss", 5000, 400, "cuda")
 
 
 def test_full_precision_restores_what_was_set() -> None:

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from vectors import brute_force, sorted_ranks, store_of, unit, with_duplicates, without
+from vectors import brute_force, sorted_ranks, store_of, treat_as_accelerator, unit, with_duplicates, without
 
 from superglobal.errors import InputError
 from superglobal.reporting.figures import similarity_counts
 from superglobal.reranking.registry import rerank, rerank_candidates
-from superglobal.retrieval import ranks, scan, staging
 from superglobal.retrieval import rows as vectors
+from superglobal.retrieval import scan
 from superglobal.retrieval.ranks import count_better, exact_ranks, search_and_rank, target_scores
 from superglobal.retrieval.rows import as_rows, concat
-from superglobal.retrieval.scores import block_pair_scores, pair_scores, pair_scores_on
+from superglobal.retrieval.scores import TOLERANCE, block_pair_scores, pair_scores, pair_scores_on
 from superglobal.retrieval.search import search
 from superglobal.retrieval.store import DescriptorStore
 
@@ -31,9 +31,8 @@ KINDS = [
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat the CPU as an accelerator, in everything but pinned memory and streams."""
-    for module in (vectors, scan, ranks):
-        monkeypatch.setattr(module, "is_host", lambda device: False)
+    """Treat the CPU as an accelerator without FAISS, in everything but pinned memory and streams."""
+    treat_as_accelerator(monkeypatch)
 
 
 class Custom:
@@ -142,8 +141,7 @@ def test_all_results_equal_those_of_the_cpu(tmp_path, monkeypatch, kind: str) ->
         yield from similarity_counts(Q, source, sets, block_rows=64).values()
 
     expected = list(results())
-    for module in (vectors, scan, ranks):
-        monkeypatch.setattr(module, "is_host", lambda device: False)
+    treat_as_accelerator(monkeypatch)
     # The tensors of the source were read as arrays of the CPU; they have to be wrapped again.
     if "tensor" in kind:
         source = made(kind, X, tmp_path / "again")[0] if "store" not in kind else source
@@ -246,22 +244,22 @@ def test_blocks_are_copied_as_they_are_stored(accelerator, monkeypatch, tmp_path
     assert mixed.stored_dtype == np.float32
     assert rows.host_buffer(3, torch.device("cpu")).dtype == torch.float16
     seen = []
-    for start, block in staging.device_blocks(rows, 70, 2, torch.device("cpu")):
+    for start, block in scan.device_blocks(rows, 70, 2, torch.device("cpu")):
         np.testing.assert_array_equal(block.numpy(), store.block(start, min(start + 70, N)))
         seen.append(len(block))
     assert seen == [70, 70, 20]
-    monkeypatch.setattr(staging, "STAGED_BYTES", 1100 * D * 2)
+    monkeypatch.setattr(scan, "STAGED_BYTES", 1100 * D * 2)
     large = as_rows(np.repeat(X.astype(np.float16), 10, axis=0))
-    lengths = [len(block) for _, block in staging.device_blocks(large, 65536, 2, torch.device("cpu"))]
+    lengths = [len(block) for _, block in scan.device_blocks(large, 65536, 2, torch.device("cpu"))]
     assert lengths == [1100, 500]
-    assert list(staging.device_blocks(as_rows(X[:0]), 70, 2, torch.device("cpu"))) == []
+    assert list(scan.device_blocks(as_rows(X[:0]), 70, 2, torch.device("cpu"))) == []
 
 
 def test_tensors_on_the_device_are_not_copied(accelerator) -> None:
     X = torch.from_numpy(unit(np.random.default_rng(5), N, D))
     rows = as_rows(X)
     assert rows.is_on(X.device)
-    blocks = [block for _, block in staging.device_blocks(rows, 100, 2, X.device)]
+    blocks = [block for _, block in scan.device_blocks(rows, 100, 2, X.device)]
     assert [block.data_ptr() for block in blocks] == [X[start:].data_ptr() for start in (0, 100)]
     assert not concat(X, X.numpy()).is_on(X.device)
     ids = np.array([[5, 3], [159, 0]])
@@ -307,7 +305,7 @@ def test_products_that_are_summed_one_by_one_stay_within_the_tolerance(accelerat
     X /= np.linalg.norm(X, axis=1, keepdims=True)
     Q, rows = (torch.from_numpy(x).as_subclass(Sequential) for x in (X[:100], X))
     scores = scan.inner_products(Q, rows).as_subclass(torch.Tensor).numpy()
-    assert np.abs(scores - X[:100].astype(np.float64) @ X.T.astype(np.float64)).max() < vectors.TOLERANCE
+    assert np.abs(scores - X[:100].astype(np.float64) @ X.T.astype(np.float64)).max() < TOLERANCE
 
 
 def test_pairs_are_scored_alike_by_any_number_of_threads(monkeypatch, tmp_path) -> None:

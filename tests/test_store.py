@@ -30,7 +30,7 @@ def test_rows_come_back_in_their_place_whatever_the_order(tmp_path):
     X = unit(25)
     store = create(tmp_path / "s")
     for row in np.random.default_rng(1).permutation(25):
-        store.write(int(row), X[row])
+        store.write_rows([row], X[[row]])
     store.flush()
     for again in (store, create(tmp_path / "s"), DescriptorStore.open(tmp_path / "s")):
         assert np.array_equal(again.block(0, 25), X)
@@ -43,7 +43,7 @@ def test_rows_come_back_in_their_place_whatever_the_order(tmp_path):
 
 def test_unfinished_rows_are_missing_and_never_read(tmp_path):
     store = create(tmp_path / "s")
-    store.write(3, unit(1)[0])
+    store.write_rows([3], unit(1))
     assert len(DescriptorStore.open(tmp_path / "s").missing) == 25  # not flushed
     store.flush()
     again = create(tmp_path / "s")
@@ -59,7 +59,7 @@ def fill(folder, rows, die):
     store = create(folder)
     X = unit(25)
     for row in rows:
-        store.write(row, X[row])
+        store.write_rows([row], X[[row]])
         if row % 3 == 0:
             store.flush()
     if die:
@@ -79,7 +79,7 @@ def test_two_processes_fill_one_store_and_a_killed_one_leaves_only_whole_rows(tm
     assert [job.exitcode for job in jobs] == [0, -signal.SIGKILL]
     assert store.missing.tolist() == [22, 23, 24]
     for row in store.missing:
-        store.write(int(row), unit(25)[row])
+        store.write_rows([row], unit(25)[[row]])
     store.flush()
     assert np.array_equal(create(folder).block(0, 25), unit(25))
 
@@ -99,7 +99,7 @@ def test_other_settings_or_images_are_refused(tmp_path, about, images):
 def test_a_row_that_is_no_unit_vector_is_refused(tmp_path, row):
     store = create(tmp_path / "s")
     with pytest.raises(InputError, match="row 2"):
-        store.write(2, row.astype(np.float32))
+        store.write_rows([2], row.astype(np.float32)[None])
     store.flush()
     assert len(store.missing) == 25
 

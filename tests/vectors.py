@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from superglobal.retrieval import ranks, rows, scan, search
 from superglobal.retrieval.store import DescriptorStore
 
 ABOUT = {"weights": "w"}
@@ -60,3 +62,17 @@ def without(X: np.ndarray, skipped: np.ndarray, Q: np.ndarray, k: int, exclude=N
     lists = brute_force(Q, X[kept], len(kept))
     rows = [[i for i in kept[one] if exclude is None or i != exclude[q]][:k] for q, one in enumerate(lists)]
     return np.array(rows)
+
+
+def clustered(rng: np.random.Generator, n: int, dim: int = 10, spread: float = 0.25) -> np.ndarray:
+    """Unit vectors around six centers in all directions, so that there are negative similarities too."""
+    centers = unit(np.random.default_rng(99), 6, dim)
+    x = centers[rng.integers(6, size=n)] + spread * rng.standard_normal((n, dim))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def treat_as_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the CPU as an accelerator without FAISS, in everything but pinned memory and streams."""
+    for module in (rows, scan, ranks):
+        monkeypatch.setattr(module, "is_host", lambda device: False)
+    monkeypatch.setattr(search, "FAISS_MAX_ROWS", 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import tempfile
 import threading
@@ -121,12 +122,17 @@ def run(args: argparse.Namespace, folder: Path) -> list[Measured]:
     maps = [np.load(path, mmap_mode="r+") for path in shards]
     variants: dict[str, Callable[[], Any]] = {
         "read, convert, multiply alone": lambda: bare(maps, Q),
-        "search and ranks in one pass": lambda: search_and_rank(Q, store, K, ids),
-        "search alone": lambda: search(Q, store, K),
+        "search and ranks in one pass": lambda: search_and_rank(Q, store, K, ids, backend="torch"),
+        "the same, search by FAISS": lambda: search_and_rank(Q, store, K, ids, backend="faiss"),
+        "search by FAISS, then ranks": lambda: (search(Q, store, K, backend="faiss"), exact_ranks(Q, store, ids)),
+        "search alone": lambda: search(Q, store, K, backend="torch"),
+        "search alone, by FAISS": lambda: search(Q, store, K, backend="faiss"),
         "exact ranks alone": lambda: exact_ranks(Q, store, ids),
         "ranks and every metric": lambda: evaluate(Q, store, gnd),
     }
-    bare(maps, Q)  # the file is warm
+    if importlib.util.find_spec("faiss") is None:
+        variants = {name: run for name, run in variants.items() if "FAISS" not in name}
+    bare(maps, Q)  # reads the file into the page cache
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     peaks = dict.fromkeys(variants, 0.0)
     for _ in range(args.repeats):

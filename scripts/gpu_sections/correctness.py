@@ -34,8 +34,8 @@ from superglobal.models.inference import optimize_for_inference
 from superglobal.reporting.paired_comparison import read_comparison
 from superglobal.reranking.registry import apply_reranker, get_reranker
 from superglobal.retrieval.ranks import search_and_rank
-from superglobal.retrieval.rows import TOLERANCE
 from superglobal.retrieval.scan import inner_products
+from superglobal.retrieval.scores import TOLERANCE
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.utils.precision import full_precision
 

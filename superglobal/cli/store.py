@@ -36,12 +36,12 @@ def main(arguments: Sequence[str]) -> int:
     from superglobal.retrieval import store_tools
 
     if args.command == "merge":
-        store = store_tools.merge([store_tools.open_sound(part) for part in args.parts], args.into)
+        store = store_tools.merge([store_tools.open_validated(part) for part in args.parts], args.into)
         print(f"{store.folder}: {len(store) - len(store.missing)} of {len(store)} rows")
         return 0
-    store = store_tools.open_sound(args.folder)
+    store = store_tools.open_validated(args.folder)
     if args.command == "info":
-        print(json.dumps(store_tools.describe(store), indent=1))
+        print(json.dumps(store_tools.store_info(store), indent=1))
     elif args.command == "verify":
         rows = store_tools.verify(store, args.record)
         result = f"{rows} rows are sound, {len(store.skipped)} skipped, {len(store.missing)} missing"

@@ -23,7 +23,7 @@ from superglobal.models.inference import optimize_for_inference
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.store_files import fingerprint, record_paths
-from superglobal.retrieval.store_tools import adopt_from
+from superglobal.retrieval.store_tools import reuse_rows
 from superglobal.training.trainer import launched_externally, translate_process_error
 from superglobal.utils.provenance import versions
 
@@ -223,5 +223,5 @@ def _open_store(
         provenance["decoder"] = check_decoder()
     store = DescriptorStore.open_or_create(path, identity, lines, network.dim, provenance=provenance, dtype=dtype)
     if is_new:
-        adopt_from(folder, store)
+        reuse_rows(folder, store)
     return store

@@ -33,7 +33,7 @@ from superglobal.models.network import RetrievalNetwork
 from superglobal.models.pooling import make_pooling
 from superglobal.retrieval.rows import NPY_FAULTS, Rows, as_rows, concat
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.whitening import database_statistics, stored_statistics
+from superglobal.retrieval.whitening import Whitening, stored_whitening
 from superglobal.training.run_dir import export_path, is_unfinished
 from superglobal.training.trainer import make_trainer
 
@@ -318,15 +318,20 @@ def apply_whitening(config: EvalConfig, inputs: Inputs, timer: StageTimer) -> In
         stores = inputs.about.get("stores")
         if stores is None:
             # Descriptors from files have no fingerprint to store the whitening by.
-            whitening, fingerprint = database_statistics(inputs.database, s.kind, s.dims), None
+            whitening, fingerprint = Whitening(s.kind, s.dims).fit(inputs.database), None
         else:
             fingerprints = [stores[title]["fingerprint"] for title in ("database", "distractors") if title in stores]
             folder = Path(config.paths.stores)
-            whitening, fingerprint = stored_statistics(inputs.database, s.kind, s.dims, folder, fingerprints)
-    about = {**asdict(s), "rows": whitening.rows, "fingerprint": fingerprint, "learned_on": "the searched database"}
+            whitening, fingerprint = stored_whitening(inputs.database, s.kind, s.dims, folder, fingerprints)
+    about = {
+        **asdict(s),
+        "rows": whitening.n_samples_,
+        "fingerprint": fingerprint,
+        "learned_on": "the searched database",
+    }
     return replace(
         inputs,
-        queries=whitening.apply(inputs.queries, "queries"),
-        database=whitening.apply(inputs.database, "database"),
+        queries=whitening.transform_rows(inputs.queries, "queries"),
+        database=whitening.transform_rows(inputs.database, "database"),
         about={**inputs.about, "whitening": about},
     )

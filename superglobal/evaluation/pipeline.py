@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from superglobal.errors import InputError
 from superglobal.evaluation.inputs import Inputs, NotApplicableError, StageTimer, load_inputs
 from superglobal.loggers import evaluation_loggers
 from superglobal.loggers.record import EvaluationRecord
-from superglobal.metrics.evaluate import Scorer, make_scorer, most_ignored, score_without_junk
+from superglobal.metrics.evaluate import Scorer, make_scorer, score_without_junk
 from superglobal.metrics.evaluate import evaluate as score_descriptors
 from superglobal.metrics.gldv2 import required_depth, score_truth, submission, subset
 from superglobal.metrics.revisited import LABELS, REVISITED, Protocol, Result, RetrievalResult
@@ -30,7 +30,7 @@ from superglobal.reranking.registry import Reranked, apply_reranker
 from superglobal.retrieval.ann_index import ApproximateIndex, open_index, recall
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rows import Rows
-from superglobal.retrieval.search import search
+from superglobal.retrieval.search import faiss_on_gpu, resolve_backend, search
 from superglobal.training.trainer import sweep_name
 from superglobal.utils.io import write_atomically
 
@@ -70,14 +70,14 @@ class FirstStage:
     Attributes:
         scores, ids: (Q, k), best first.
         ranks: per query the ranks of the scorer's targets; -1 for those that an index did not list.
-        about: of an approximate index, its settings and, on a sample of queries, its recall and the difference in the
-            main metric.
+        about: for `results.json`: under "search" the backend, and under "index" the settings of an approximate index and,
+            on a sample of queries, its recall and the difference in the main metric.
     """
 
     scores: np.ndarray
     ids: np.ndarray
     ranks: list[np.ndarray]
-    about: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any]
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> float:
@@ -135,9 +135,9 @@ def make_task(config: EvalConfig, inputs: Inputs) -> Task:
 
 
 def search_device(config: EvalConfig) -> str:
-    """Return the device of search and reranking: the CPU for FAISS, otherwise that of extraction."""
+    """Return the device of search and reranking: that of extraction, but the CPU for `index=faiss` without faiss-gpu."""
     gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "cuda" if gpu and config.index.backend != "faiss" else "cpu"
+    return "cuda" if gpu and (config.index.backend != "faiss" or faiss_on_gpu()) else "cpu"
 
 
 def ground_truth(
@@ -156,7 +156,7 @@ def results_per_query(config: EvalConfig, task: Task) -> int:
     needed = 1 if task.truth is None else required_depth(task.truth)
     k = shortlist_size(max(config.k, needed), config.rerank, task.inputs)
     if task.scorer is not None and config.rerank.enabled and config.rerank.junk == "drop":
-        k = shortlist_size(k + most_ignored(task.scorer), config.rerank, task.inputs)
+        k = shortlist_size(k + task.scorer.max_ignored, config.rerank, task.inputs)
     return k
 
 
@@ -179,21 +179,21 @@ def search_database(config: EvalConfig, task: Task, k: int) -> FirstStage:
         InputError: invalid descriptors, or an index that cannot be built.
     """
     Q, X, scorer, exclude, device = task.queries, task.database, task.scorer, task.exclude, task.device
-    backend = config.index.backend
     if config.index.kind != "flat":
         index = open_configured_index(config, X, device)
         scores, ids = index.search(Q, k, exclude=exclude)
         about: dict[str, Any] = {"settings": index.config.index_settings(), "exact": False}
         if config.index.compare:
             about["compared_to_exact"] = _compare_with_exact(config, task, scores, ids)
-        return FirstStage(scores, ids, [] if scorer is None else scorer.listed(ids), about)
+        ranks = [] if scorer is None else scorer.ranks_in_lists(ids)
+        return FirstStage(scores, ids, ranks, {"search": f"faiss-{config.index.kind}", "index": about})
+    backend = resolve_backend(config.index.backend, len(X), k, device)
+    about = {"search": "faiss-flat" if backend == "faiss" else backend}
     if scorer is None:
-        return FirstStage(*search(Q, X, k, backend=backend, device=device, exclude=exclude), [])
-    if backend == "faiss":
-        scores, ids = search(Q, X, k, backend="faiss", exclude=exclude)
-        return FirstStage(scores, ids, exact_ranks(Q, X, scorer.targets, device=device, exclude=exclude))
-    (scores, ids), ranks = search_and_rank(Q, X, k, scorer.targets, device=device, exclude=exclude)
-    return FirstStage(scores, ids, ranks)
+        return FirstStage(*search(Q, X, k, backend=backend, device=device, exclude=exclude), [], about)
+    targets = scorer.targets
+    (scores, ids), ranks = search_and_rank(Q, X, k, targets, backend=backend, device=device, exclude=exclude)
+    return FirstStage(scores, ids, ranks, about)
 
 
 def open_configured_index(config: EvalConfig, X: Rows, device: str) -> ApproximateIndex:
@@ -204,7 +204,7 @@ def open_configured_index(config: EvalConfig, X: Rows, device: str) -> Approxima
 def _compare_with_exact(config: EvalConfig, task: Task, scores: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
     """Return the recall of exact search and the difference in the main metric, on a random sample of the queries."""
     sample = np.sort(np.random.default_rng(config.seed).permutation(len(task.queries))[: config.index.compare])
-    scorer = None if task.scorer is None else task.scorer.of(sample)
+    scorer = None if task.scorer is None else task.scorer.subset(sample)
     truth = None if task.truth is None else subset(task.truth, sample)
     targets = [np.empty(0, np.int64)] * len(sample) if scorer is None else scorer.targets
     exclude = None if task.exclude is None else task.exclude[sample]
@@ -215,7 +215,7 @@ def _compare_with_exact(config: EvalConfig, task: Task, scores: np.ndarray, ids:
     about: dict[str, Any] = {"queries": len(sample), "k": ids.shape[1]}
     about |= {"recall": float(recalls.mean()), "min_recall": float(recalls.min())}
     if scorer is not None:
-        approximate: Result = scorer.score(scorer.listed(ids[sample]))
+        approximate: Result = scorer.score(scorer.ranks_in_lists(ids[sample]))
         exact: Result = scorer.score(ranks)
     elif truth is not None:
         approximate = score_truth(truth, scores[sample], ids[sample], config.seed)
@@ -287,13 +287,16 @@ def ranks_after_reranking(task: Task, scorer: Scorer, ranks: list[np.ndarray], r
 def report(
     config: EvalConfig,
     task: Task,
-    index: dict[str, Any],
+    search: dict[str, Any],
     results: dict[str, Result],
     stages: dict[str, tuple[np.ndarray, np.ndarray]],
     seconds: dict[str, float],
     folder: Path,
 ) -> EvaluationRecord:
-    """Write the files of a result into `folder`, print its table, and return the record for the loggers."""
+    """Write the files of a result into `folder`, print its table, and return the record for the loggers.
+
+    `search`: see `FirstStage.about`.
+    """
     inputs, dataset, X = task.inputs, task.inputs.dataset, task.database
     if dataset is None:
         images: Any = []
@@ -303,8 +306,7 @@ def report(
         images = chain_sequences(dataset.database, inputs.distractors)
         query_names, image_names = (file_names(items, dataset.root) for items in (dataset.queries, images))
         names = reporting.Names(query_names, image_names, dataset.clusters)
-    about = {**inputs.about, **({} if dataset is None else dataset.about), "skipped": len(X.skipped)}
-    about |= {"index": index} if index else {}
+    about = {**inputs.about, **({} if dataset is None else dataset.about), "skipped": len(X.skipped), **search}
     summary = reporting.summarize(asdict(config), about, names, results, seconds)
     if task.truth is not None:
         write_atomically(folder / "submission.csv", submission(task.truth, *list(stages.values())[-1]))

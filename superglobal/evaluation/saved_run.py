@@ -290,7 +290,7 @@ def _revisited_precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
         X, exclude = task.database, task.exclude
         first = exact_ranks(task.queries, X, scorer.targets, device=task.device, exclude=exclude)
     else:
-        first = scorer.listed(ids)
+        first = scorer.ranks_in_lists(ids)
     stages = {"search": curves_of(first)}
     if not config.rerank.enabled:
         return stages

@@ -1,7 +1,7 @@
 """GLDv2's metrics: mAP@100 of retrieval; GAP (micro average precision) and top-1 accuracy of recognition.
 
-Definitions: Weyand et al., CVPR 2020, and the organisers' code (tensorflow/models, delf, google_landmarks_dataset/
-metrics.py). Average precision is rectangular here; that of the Revisited sets (metrics.py) is trapezoidal.
+Definitions: Weyand et al., CVPR 2020, and the organizers' code (tensorflow/models, delf, google_landmarks_dataset/
+metrics.py). Average precision is rectangular here; that of the Revisited sets (revisited.py) is trapezoidal.
 
 Every number but a position is a fraction in 0..1; tables multiply by 100.
 """
@@ -28,9 +28,9 @@ from superglobal.errors import InputError
 from superglobal.metrics.revisited import cluster_interval, plain
 
 DEPTH = 100
-"""Predictions of a query that count."""
+"""Number of predictions per query that count."""
 Parts = Mapping[str, np.ndarray]
-"""Name -> (Q,) bool, which queries it has: "public", "private", "all"."""
+"""Name ("public", "private", "all") -> (Q,) bool, the queries of that part."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,19 @@ class RankedResult:
     """"all": (Q,) float64."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON, NaN as None."""
+        """Return plain types for JSON, NaN as None."""
         return {
             f"mAP@{DEPTH}": {name: plain(value) for name, value in self.map.items()},
-            "interval": {name: [plain(value) for value in one] for name, one in self.interval.items()},
-            "precision": {name: {str(k): plain(v) for k, v in one.items()} for name, one in self.precision.items()},
-            "position": {name: {k: plain(v) for k, v in one.items()} for name, one in self.position.items()},
+            "interval": {name: [plain(value) for value in values] for name, values in self.interval.items()},
+            "precision": {
+                name: {str(k): plain(v) for k, v in values.items()} for name, values in self.precision.items()
+            },
+            "position": {name: {k: plain(v) for k, v in values.items()} for name, values in self.position.items()},
             "queries": dict(self.queries),
         }
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Column -> a value per query."""
+        """Return column -> a value per query."""
         return {"all AP": self.ap["all"].tolist()}
 
 
@@ -83,7 +85,7 @@ class RecognitionResult:
     top1: dict[str, float]
     queries: dict[str, int]
     with_landmark: dict[str, int]
-    """How many of the queries show a landmark."""
+    """Number of queries that show a landmark."""
     classes: np.ndarray
     """(Q,) int64, predicted landmark ids."""
     scores: np.ndarray
@@ -92,7 +94,7 @@ class RecognitionResult:
     """(Q,) bool."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON, NaN as None."""
+        """Return plain types for JSON, NaN as None."""
         return {
             "GAP": {name: plain(value) for name, value in self.gap.items()},
             "GAP_landmarks_only": {name: plain(value) for name, value in self.gap_landmarks_only.items()},
@@ -102,16 +104,16 @@ class RecognitionResult:
         }
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Column -> a value per query."""
-        found = ~np.isnan(self.scores)
-        classes = [int(c) if there else "" for c, there in zip(self.classes, found, strict=True)]
+        """Return column -> a value per query."""
+        predicted = ~np.isnan(self.scores)
+        classes = [int(label) if valid else "" for label, valid in zip(self.classes, predicted, strict=True)]
         return {"class": classes, "score": self.scores.tolist(), "correct": self.correct.astype(int).tolist()}
 
 
 def first_hits(predicted: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) -> np.ndarray:
-    """(n,) bool, n at most `depth`: which predictions name a relevant image that was not named before.
+    """Return which of the first `depth` predictions are hits: (n,) bool.
 
-    predicted: (m,) ids, best first; relevant: ids of the same kind. An id that comes again is no hit, but has its rank.
+    predicted: (m,) ids, best first; relevant: ids of the same kind. A repeated id is no hit, but takes a rank.
     """
     head = np.asarray(predicted)[:depth]
     first = np.zeros(len(head), bool)
@@ -120,7 +122,7 @@ def first_hits(predicted: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) 
 
 
 def average_precision_at(hits: np.ndarray, n_relevant: int, depth: int = DEPTH) -> float:
-    """sum over hits of the precision at their ranks / min(n_relevant, depth); NaN if nothing is relevant."""
+    """Sum the precisions at the ranks of hits (n,) bool, over min(n_relevant, depth); NaN if none is relevant."""
     ranks = np.flatnonzero(hits[:depth]) + 1
     return float((np.arange(1, len(ranks) + 1) / ranks).sum() / min(n_relevant, depth)) if n_relevant else float("nan")
 
@@ -137,34 +139,40 @@ def score_rankings(
 ) -> RankedResult:
     """Score ranked lists.
 
-    predicted: per query of the solution its ids, best first; none where there is no prediction, which counts 0.
-    relevant: per query its relevant ids, one at least, each once. parts: {"all": every query} by default.
-    clusters: (Q,) labels, e.g. landmarks, the units that the bootstrap draws; each query its own by default.
-    ks: depths of the precisions, at most `depth`.
-    Raises InputError for a query without a relevant image, or lists that are not as many as the queries.
+    Args:
+        predicted: per query of the solution its ids, best first; empty for no prediction, which counts 0.
+        relevant: per query its relevant ids, at least one, each once.
+        parts: {"all": every query} by default.
+        clusters: (Q,) labels, e.g. landmarks, the units of the bootstrap; by default each query is its own.
+        depth: number of predictions per query that count.
+        ks: depths of the precisions, at most `depth`.
+        seed, samples: of the bootstrap.
+
+    Raises:
+        InputError: a query without a relevant image, or another number of lists than of queries.
     """
     if len(predicted) != len(relevant):
         raise InputError(
             f"predictions: expected one list per query of the solution, {len(relevant)}, got {len(predicted)}"
         )
-    empty = [query for query, one in enumerate(relevant) if not len(one)]
+    empty = [query for query, ids in enumerate(relevant) if not len(ids)]
     if empty:
         raise InputError(f"solution: query {empty[0]} has no relevant image; leave it out")
     hits = np.zeros((len(relevant), depth), bool)
-    for query, (one, truth) in enumerate(zip(predicted, relevant, strict=True)):
-        found = first_hits(one, truth, depth)
-        hits[query, : len(found)] = found
-    ap = np.array([average_precision_at(one, len(truth), depth) for one, truth in zip(hits, relevant, strict=True)])
+    for query, (ids, truth) in enumerate(zip(predicted, relevant, strict=True)):
+        own = first_hits(ids, truth, depth)
+        hits[query, : len(own)] = own
+    ap = np.array([average_precision_at(own, len(truth), depth) for own, truth in zip(hits, relevant, strict=True)])
     position = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, depth + 1)
     labels = np.arange(len(ap)) if clusters is None else np.asarray(clusters)
     result = RankedResult({}, {}, {}, {}, {}, {"all": ap})
     for name, part in (parts or {"all": np.ones(len(ap), bool)}).items():
-        there = part.any()
-        result.queries[name] = int(part.sum())
-        result.map[name] = float(ap[part].mean()) if there else float("nan")
-        means = hits[part].mean(axis=0) if there else np.full(depth, np.nan)
+        count = int(part.sum())
+        result.queries[name] = count
+        result.map[name] = float(ap[part].mean()) if count else float("nan")
+        means = hits[part].mean(axis=0) if count else np.full(depth, np.nan)
         result.precision[name] = {k: float(means[:k].mean()) for k in ks if k <= depth}
-        ranks = position[part] if there else np.array([np.nan])
+        ranks = position[part] if count else np.array([np.nan])
         result.position[name] = {"mean": float(ranks.mean()), "median": float(np.median(ranks))}
         result.interval[name] = cluster_interval(ap[part], labels[part], seed, samples)
     return result
@@ -175,13 +183,17 @@ def score_recognition(
 ) -> RecognitionResult:
     """Score one predicted landmark per image.
 
-    classes: (Q,) landmark ids; scores: (Q,) how sure, NaN for no prediction. truth: per image its landmark ids, none
-    for one that shows no landmark. keys: (Q,) image ids, by which equal scores are ordered.
+    Args:
+        classes: (Q,) landmark ids.
+        scores: (Q,) confidences, NaN for no prediction.
+        truth: per image its landmark ids, empty for one that shows no landmark.
+        keys: (Q,) image ids, by which equal scores are ordered.
+        parts: {"all": every image} by default.
     """
-    correct = np.array([bool((one == label).any()) for one, label in zip(truth, classes, strict=True)], bool)
+    correct = np.array([bool((labels == label).any()) for labels, label in zip(truth, classes, strict=True)], bool)
     predicted = ~np.isnan(scores)
     correct &= predicted
-    landmark = np.array([len(one) > 0 for one in truth], bool)
+    landmark = np.array([len(labels) > 0 for labels in truth], bool)
     result = RecognitionResult({}, {}, {}, {}, {}, classes, scores, correct)
     for name, part in (parts or {"all": np.ones(len(truth), bool)}).items():
         shown = part & landmark
@@ -195,13 +207,13 @@ def score_recognition(
 
 
 def _global_average_precision(right: np.ndarray, n_positives: int) -> float:
-    """Which predictions, surest first, are right: (n,) bool."""
+    """Compute GAP of predictions in the order of their scores, correct or not: (n,) bool."""
     precision = np.cumsum(right) / np.arange(1, len(right) + 1)
     return float(precision[right].sum() / n_positives) if n_positives else float("nan")
 
 
 VOTES = ("similarity", "distance", "nearest")
-_PAIRS = 1 << 24  # pairs of neighbours that are compared at a time
+_MAX_PAIRS = 1 << 24  # pairs of neighbors that are compared at a time
 
 
 def required_depth(truth: RetrievalTruth | RecognitionTruth) -> int:
@@ -248,13 +260,13 @@ def predictions(truth: RecognitionTruth, scores: np.ndarray, ids: np.ndarray) ->
 
 
 def vote(labels: np.ndarray, scores: np.ndarray, votes: str = "similarity") -> tuple[np.ndarray, np.ndarray]:
-    """The class of each query by its k nearest neighbours; of equal sums that of the nearer neighbour.
+    """Predict the class of each query by its k nearest neighbors; of equal sums the nearer neighbor's wins.
 
     Args:
-        labels: (Q, k) classes of the neighbours, nearest first.
+        labels: (Q, k) classes of the neighbors, nearest first.
         scores: (Q, k) their similarities: cosines, or scores of reranking.
-        votes: "similarity" sums s over a class's neighbours, "distance" sums 2 s - 1, which of a cosine is 1 minus the
-            squared distance, "nearest" takes the nearest neighbour alone.
+        votes: "similarity" sums s over a class's neighbors, "distance" sums 2 s - 1, which of a cosine is 1 minus the
+            squared distance, "nearest" takes the nearest neighbor alone.
 
     Returns:
         (Q,) classes and (Q,) float64 sums.
@@ -265,28 +277,28 @@ def vote(labels: np.ndarray, scores: np.ndarray, votes: str = "similarity") -> t
     if votes == "distance":
         weights = 2 * weights - 1
     classes, sums = np.empty(len(labels), labels.dtype), np.empty(len(labels))
-    step = max(1, _PAIRS // labels.shape[1] ** 2)
+    step = max(1, _MAX_PAIRS // labels.shape[1] ** 2)
     for start in range(0, len(labels), step):
-        mine, weight = labels[start : start + step], weights[start : start + step]
-        totals = np.where(mine[:, :, None] == mine[:, None, :], weight[:, None, :], 0).sum(axis=2)
-        best, row = totals.argmax(axis=1), np.arange(len(mine))
-        classes[start : start + step], sums[start : start + step] = mine[row, best], totals[row, best]
+        own, weight = labels[start : start + step], weights[start : start + step]
+        totals = np.where(own[:, :, None] == own[:, None, :], weight[:, None, :], 0).sum(axis=2)
+        best, row = totals.argmax(axis=1), np.arange(len(own))
+        classes[start : start + step], sums[start : start + step] = own[row, best], totals[row, best]
     return classes, sums
 
 
 def score_submission(solution: str | Path, submission: str | Path, seed: int = 0) -> RankedResult | RecognitionResult:
-    """Score anybody's submission.
+    """Score a submission file.
 
     Args:
-        solution: retrieval_solution_v2.1.csv or recognition_solution_v2.1.csv, which says the task.
+        solution: retrieval_solution_v2.1.csv or recognition_solution_v2.1.csv, which determines the task.
         submission: CSV with id and images, or id and landmarks.
         seed: of the bootstrap.
 
     Raises:
-        InputError: a file that is not there, cannot be read or contradicts itself or the other.
+        InputError: a file is missing, cannot be read or is inconsistent.
     """
     truth = read_solution(solution)
     if truth.task == "retrieval":
-        found = read_retrieval_submission(submission, truth)
-        return score_rankings(found, truth.truth, truth.parts, query_landmarks(truth.truth), seed=seed)
+        predicted = read_retrieval_submission(submission, truth)
+        return score_rankings(predicted, truth.truth, truth.parts, query_landmarks(truth.truth), seed=seed)
     return score_recognition(*read_recognition_submission(submission, truth), truth.truth, truth.ids, truth.parts)

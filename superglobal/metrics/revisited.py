@@ -26,21 +26,21 @@ def concatenated(arrays: Iterable[Any]) -> np.ndarray:
 
 
 class Result(typing.Protocol):
-    """Scores of one ranking of all queries."""
+    """Scores of one ranking of all queries, of any data set."""
 
     definition: ClassVar[dict[str, str]]
-    """How its numbers are defined, in words."""
+    """Definitions of its numbers, in words."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON, NaN as None: the metric by protocol or part first, under its name."""
+        """Return plain types for JSON, NaN as None; the main metric by protocol or part comes first."""
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Column -> a value per query, NaN where it does not count."""
+        """Return column -> a value per query, NaN where it does not count."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which of a query's sets count as positive; `ignored` sets are removed from the ranking first."""
+    """The sets that count as positive, and those that are removed from the ranking first (`ignored`)."""
 
     positive: tuple[str, ...]
     ignored: tuple[str, ...] = ()
@@ -63,38 +63,44 @@ class RetrievalResult:
         "junk": "stays in the list that is reranked, removed before ranks are counted",
     }
 
-    map: dict[str, float]  # mean AP
-    mp: dict[str, dict[int, float]]  # mean precision at each k
-    ap: dict[str, np.ndarray]  # (Q,) float64, NaN for a query without a positive
-    interval: dict[str, tuple[float, float]]  # 95 % bootstrap interval of mAP; NaN with fewer than two clusters
-    queries: dict[str, int]  # how many queries count
+    map: dict[str, float]
+    """Mean AP."""
+    mp: dict[str, dict[int, float]]
+    """Mean precision at each k."""
+    ap: dict[str, np.ndarray]
+    """(Q,) float64, NaN for a query without a positive."""
+    interval: dict[str, tuple[float, float]]
+    """95 % bootstrap interval of mAP; NaN with fewer than two clusters."""
+    queries: dict[str, int]
+    """Number of queries that count."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers for JSON, NaN as None and the k of `mp` as strings."""
+        """Return plain types for JSON, NaN as None and the k of `mp` as strings."""
         return {
             "map": {name: plain(value) for name, value in self.map.items()},
-            "mp": {name: {str(k): plain(v) for k, v in one.items()} for name, one in self.mp.items()},
-            "ap": {name: [plain(value) for value in one] for name, one in self.ap.items()},
-            "interval": {name: [plain(value) for value in one] for name, one in self.interval.items()},
+            "mp": {name: {str(k): plain(v) for k, v in values.items()} for name, values in self.mp.items()},
+            "ap": {name: [plain(value) for value in values] for name, values in self.ap.items()},
+            "interval": {name: [plain(value) for value in values] for name, values in self.interval.items()},
             "queries": dict(self.queries),
         }
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Column -> a value per query."""
+        """Return column -> a value per query."""
         return {f"{protocol} AP": ap.tolist() for protocol, ap in self.ap.items()}
 
 
 def plain(value: float) -> float | None:
-    """For JSON, which has no NaN."""
+    """Return a number for JSON, None for NaN."""
     return None if np.isnan(value) else float(value)
 
 
 def average_precision(ranks: Any, n_positives: int | None = None) -> float:
-    """Trapezoidal average precision of positives at these 0-based ranks, ignored images already removed.
+    """Compute trapezoidal average precision from the 0-based ranks of positives, ignored images already removed.
 
     AP = sum_j (1/n) (j/r_j + (j+1)/(r_j+1)) / 2, with j/r_j = 1 where r_j = 0 (revisitop's compute_ap).
-    ranks: (P,) distinct integers in any order. n_positives: n, where some positives were not retrieved at all
-    and add nothing; P by default. NaN if n is 0. Raises InputError for negative ranks or n < P.
+
+    ranks: (P,) distinct integers in any order. n_positives: n, if some positives were not retrieved, which add nothing;
+    P by default. Returns NaN if n is 0. Raises InputError for negative ranks or n < P.
     """
     r = np.sort(np.asarray(ranks, dtype=np.int64))
     n = len(r) if n_positives is None else n_positives
@@ -108,7 +114,7 @@ def average_precision(ranks: Any, n_positives: int | None = None) -> float:
 
 
 def precision_at(ranks: np.ndarray, k: int) -> float:
-    """Precision among the first k' = min(k, 1-based rank of the last retrieved positive); 0 if none is retrieved.
+    """Compute precision among the first k' = min(k, 1-based rank of the last retrieved positive); 0 if there is none.
 
     ranks: (P,) 0-based ranks of the retrieved positives, ignored images already removed.
     """
@@ -126,12 +132,20 @@ def score_ranks(
     seed: int = 0,
     samples: int = 2000,
 ) -> RetrievalResult:
-    """Score ranks: per query a dict of set name -> 0-based ranks, -1 for an image missing from a truncated list.
+    """Score ranks under protocols.
 
-    A missing positive adds nothing to AP but counts in n, and is not retrieved for mP@k. Queries without a
-    positive are left out of every mean. `clusters`: (Q,) labels, e.g. landmarks, the units that the bootstrap
-    draws (`samples` times, from `seed`); each query its own by default.
-    Raises InputError for a query without a set that a protocol calls positive.
+    A missing positive adds nothing to AP but counts in n, and is not retrieved for mP@k. Queries without a positive
+    are left out of every mean.
+
+    Args:
+        ranks: per query a dict of set name -> 0-based ranks, -1 for an image missing from a truncated list.
+        protocols: by name.
+        ks: depths of the precisions.
+        clusters: (Q,) labels, e.g. landmarks, the units of the bootstrap; by default each query is its own.
+        seed, samples: of the bootstrap.
+
+    Raises:
+        InputError: a query without a set that a protocol counts as positive.
     """
     labels = np.arange(len(ranks)) if clusters is None else np.asarray(clusters)
     if labels.shape != (len(ranks),):
@@ -158,10 +172,10 @@ def score_ranks(
 
 
 def kept_ranks(sets: Mapping[str, Any], protocol: Protocol, query: int) -> tuple[np.ndarray, int]:
-    """Sorted ranks of the retrieved positives with ignored images removed, and the number of all positives."""
+    """Return the sorted ranks of the retrieved positives, without ignored images, and the number of all positives."""
     absent = [name for name in protocol.positive if name not in sets]
     if absent:
-        raise InputError(f"query {query}: no set {absent[0]!r}, which the protocol counts; it has {sorted(sets)}")
+        raise InputError(f"query {query}: expected a set {absent[0]!r}, which the protocol counts; got {sorted(sets)}")
     positive = concatenated(sets[name] for name in protocol.positive)
     ignored = concatenated(sets.get(name, ()) for name in protocol.ignored)
     retrieved = np.sort(positive[positive >= 0])
@@ -170,10 +184,10 @@ def kept_ranks(sets: Mapping[str, Any], protocol: Protocol, query: int) -> tuple
 
 
 def cluster_interval(values: np.ndarray, labels: np.ndarray, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` when whole clusters are drawn with replacement.
+    """Return the 95 % percentile interval of the mean of `values`, by a bootstrap that draws whole clusters.
 
-    Queries of one landmark share their positives, so they are not independent; clusters are. Of differences of AP,
-    query by query, it is the interval of a gain. values: (Q,) without NaN, labels: (Q,). NaN for under two clusters.
+    Queries of one landmark share their positives, so they are not independent; clusters are. For differences of AP per
+    query it is the interval of a gain. values: (Q,) without NaN; labels: (Q,). NaN for fewer than two clusters.
     """
     _, cluster = np.unique(labels, return_inverse=True)
     sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster)

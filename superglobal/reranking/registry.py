@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,6 @@ def rerank(
     reranker = _shortlist_reranker(method)
     given = {name: value for name, value in (("M", M), ("K", K), ("beta", beta)) if value is not None}
     values = reranker.complete({**given, **parameters})
-    _check_batch_size(batch_size)
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     shortlist = as_shortlists(ids, len(queries), len(rows))
@@ -90,17 +89,17 @@ def rerank(
         raise InputError(f"ids: row {skipped[0]} was skipped during extraction; remove it from the shortlist")
     head = shortlist[:, : values["M"]]
     target = _indexed(device)
+
+    def vectors(batch: slice) -> torch.Tensor:
+        return rows.take_on(head[batch], target)
+
+    final = _score(reranker, values, queries, vectors, head, "database row", batch_size)
+    second_key = head if reranker.ties == "id" else np.broadcast_to(np.arange(head.shape[1]), head.shape)
+    order = np.lexsort((second_key, -final), axis=1)
     scores = np.full(shortlist.shape, -np.inf, np.float32)
-    out = shortlist.copy()
-    for start in range(0, len(queries), batch_size):
-        batch = slice(start, start + batch_size)
-        vectors = rows.take_on(head[batch], target)
-        final = score_batch(reranker, values, queries[batch], vectors, head[batch], "database row")
-        second_key = head[batch] if reranker.ties == "id" else np.broadcast_to(np.arange(head.shape[1]), final.shape)
-        order = np.lexsort((second_key, -final), axis=1)
-        scores[batch, : head.shape[1]] = np.take_along_axis(final, order, axis=1)
-        out[batch, : head.shape[1]] = np.take_along_axis(head[batch], order, axis=1)
-    return scores, out
+    scores[:, : head.shape[1]] = np.take_along_axis(final, order, axis=1)
+    tail = shortlist[:, head.shape[1] :]
+    return scores, np.concatenate([np.take_along_axis(head, order, axis=1), tail], axis=1)
 
 
 def rerank_candidates(
@@ -124,7 +123,6 @@ def rerank_candidates(
     reranker = _shortlist_reranker(method)
     given = {name: value for name, value in (("K", K), ("beta", beta)) if value is not None}
     values = reranker.complete({**given, **parameters})
-    _check_batch_size(batch_size)
     single = np.ndim(Q) == 1
     vectors = candidates if isinstance(candidates, np.ndarray | torch.Tensor) else np.asarray(candidates)
     if vectors.ndim != 3 - single or 0 in vectors.shape:
@@ -137,22 +135,33 @@ def rerank_candidates(
     queries = as_queries(Q[None] if single else Q, flat.dim)
     if len(queries) != n_queries:
         raise InputError(f"candidates: expected those of {len(queries)} queries, got {n_queries}")
-    scores = np.empty((n_queries, depth), np.float32)
-    out = np.empty((n_queries, depth), np.int64)
     target = _indexed(device)
+
+    def shortlists(batch: slice) -> torch.Tensor:
+        return flat.block_on(batch.start * depth, batch.stop * depth, target).view(-1, depth, flat.dim)
+
     numbers = np.tile(np.arange(depth), (n_queries, 1))
-    for start in range(0, n_queries, batch_size):
-        batch = slice(start, start + batch_size)
-        shortlists = flat.block_on(start * depth, (start + batch_size) * depth, target).view(-1, depth, flat.dim)
-        final = score_batch(reranker, values, queries[batch], shortlists, numbers[batch], "candidate")
-        out[batch] = np.argsort(-final, axis=1, kind="stable")
-        scores[batch] = np.take_along_axis(final, out[batch], axis=1)
-    return (scores[0], out[0]) if single else (scores, out)
+    final = _score(reranker, values, queries, shortlists, numbers, "candidate", batch_size)
+    order = np.argsort(-final, axis=1, kind="stable")
+    scores = np.take_along_axis(final, order, axis=1)
+    return (scores[0], order[0]) if single else (scores, order)
 
 
-def _check_batch_size(batch_size: Any) -> None:
+def _score(
+    reranker: Reranker,
+    values: Mapping[str, Any],
+    queries: np.ndarray,
+    vectors: Callable[[slice], torch.Tensor],
+    numbers: np.ndarray,
+    name: str,
+    batch_size: Any,
+) -> np.ndarray:
+    """Return the scores (Q, M) float32, computed by batches; `vectors` reads the shortlists (B, M, D) of a batch."""
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise InputError(f"batch_size={batch_size}: expected an integer >= 1")
+    batches = (slice(start, start + batch_size) for start in range(0, len(queries), batch_size))
+    scores = [score_batch(reranker, values, queries[b], vectors(b), numbers[b], name) for b in batches]
+    return np.concatenate(scores)
 
 
 def _indexed(device: str | torch.device | None) -> torch.device:

@@ -283,44 +283,28 @@ def open_index(
     supported = hasattr(faiss, "StandardGpuResources") and full.kind != "hnsw" and "HNSW" not in _factory(full)
     if torch.device(device or "cpu").type == "cuda" and supported and faiss.get_num_gpus():
         gpu = faiss.StandardGpuResources()
-    before = _stamp(path)
     index = _load(path, identity)
     if index is None:
-        index = _build_once(path, identity, rows, kept, full, gpu, before)
+        index = _build_once(path, identity, rows, kept, full, gpu)
     return ApproximateIndex(
         index if gpu is None else faiss.index_cpu_to_gpu(gpu, 0, index), rows, full, gpu is not None
     )
 
 
 def _build_once(
-    path: Path,
-    identity: Mapping[str, Any],
-    rows: Rows,
-    kept: np.ndarray,
-    config: IndexConfig,
-    gpu: Any,
-    before: tuple[int, int] | None,
+    path: Path, identity: Mapping[str, Any], rows: Rows, kept: np.ndarray, config: IndexConfig, gpu: Any
 ) -> Any:
-    """Build and store the index, or load what another process stored after the stamp `before`."""
+    """Build and store the index, or load what another process has stored meanwhile."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another paths.stores") from error
     with file_lock(path.with_suffix(".lock"), f"index {config.kind}: another process is building it", wait=True):
-        index = _load(path, identity) if _stamp(path) != before else None
+        index = _load(path, identity)
         if index is None:
             index = _build(rows, kept, config, gpu)
             _save(index, path, identity)
         return index
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return which version of an index is stored, by the file that is written last."""
-    try:
-        status = path.with_suffix(".json").stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_ino
 
 
 def _build(rows: Rows, kept: np.ndarray, config: IndexConfig, gpu: Any) -> Any:
@@ -370,9 +354,8 @@ def _save(index: Any, path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _load(path: Path, identity: Mapping[str, Any]) -> Any:
-    """Return the stored index; None, with a log line, if there is none or it is damaged."""
+    """Return the stored index; None if there is none, or with a warning if it is damaged."""
     if not path.exists():
-        log.info("index: none for these rows and settings at %s", path)
         return None
     try:
         stored = json.loads(path.with_suffix(".json").read_text())

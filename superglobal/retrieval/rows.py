@@ -1,4 +1,4 @@
-"""Descriptors as rows, wherever they live, and the exact score that every order in this package rests on."""
+"""Descriptors as rows, wherever they are stored: arrays, memory maps, tensors, descriptor stores, or several joined."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ import torch
 
 from superglobal.errors import InputError
 
-# How far a float32 inner product of usual unit vectors lies from the float64 one. Anything decided by less than this is
-# decided again in float64; `scan` widens it for descriptors whose scores are off by more.
-TOLERANCE = 1e-6
 NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError)
-"""What NumPy raises for a damaged `.npy`."""
+"""Exceptions that NumPy raises for a damaged `.npy`."""
+CHUNK_ELEMENTS = 1 << 17
+"""Elements of a chunk that one thread works on: 1 MB of float64, which stays in the cache."""
+_CHUNKS_PER_THREAD = 4  # fewer chunks than this are not worth another thread
 _UNIT_TOLERANCE = 1e-3
-_PAIR_ELEMENTS = 1 << 17  # elements of one chunk of pair scores: 1 MB of float64, which stays in the cache
-_CHUNKS_PER_THREAD = 4  # fewer chunks of pair scores than this are not worth another thread
 _SCORE_ELEMENTS = 1 << 24  # elements of one block of scores: 64 MB of float32
 _BLOCK_ELEMENTS = 1 << 24  # elements of one block of rows: 64 MB of float32
 
@@ -40,13 +38,13 @@ class Rows:
     - `concurrent`: its methods may be called by several threads at once.
     """
 
-    def __init__(self, parts: Sequence[Any], name: str = "descriptors") -> None:
-        """`parts`: objects with `shape`, `block` and `take`. Raises InputError if their D differ."""
-        # Rows among the parts are taken apart, so that each source is read in its own way.
-        parts = [source for part in parts for source in (part._parts if isinstance(part, Rows) else [part])]
-        self._parts: list[Any] = parts
-        self._starts = np.cumsum([0] + [int(part.shape[0]) for part in parts])
-        dims = [int(part.shape[1]) for part in parts]
+    def __init__(self, sources: Sequence[Any], name: str = "descriptors") -> None:
+        """Join sources; `name` identifies them in messages. Raises InputError if their D differ."""
+        # Rows among the sources are flattened, so that each source is read in its own way.
+        sources = [source for rows in sources for source in (rows._sources if isinstance(rows, Rows) else [rows])]
+        self._sources: list[Any] = sources
+        self._starts = np.cumsum([0] + [int(source.shape[0]) for source in sources])
+        dims = [int(source.shape[1]) for source in sources]
         if len(set(dims)) != 1:
             raise InputError(
                 f"{name}: sources of different dimension cannot be joined, got D = {dims}; extract all of them "
@@ -54,12 +52,12 @@ class Rows:
             )
         self.shape: tuple[int, int] = (int(self._starts[-1]), dims[0])
         self.name = name
-        self.concurrent = all(getattr(part, "concurrent", False) for part in parts)
+        self.concurrent = all(getattr(source, "concurrent", False) for source in sources)
         """Whether several threads may read at once."""
-        half = [getattr(part, "dtype", None) == np.float16 and hasattr(part, "take_stored") for part in parts]
-        self.stored_dtype = np.dtype(np.float16 if parts and all(half) else np.float32)
+        half = [getattr(source, "dtype", None) == np.float16 and hasattr(source, "take_stored") for source in sources]
+        self.stored_dtype = np.dtype(np.float16 if sources and all(half) else np.float32)
         """Smallest dtype, float16 or float32, that represents all rows as exactly as float32."""
-        skipped = [low + getattr(part, "skipped", []) for part, low in zip(parts, self._starts[:-1], strict=True)]
+        skipped = [low + getattr(source, "skipped", []) for source, low in zip(sources, self._starts, strict=False)]
         self.skipped: np.ndarray = np.concatenate([np.asarray(ids, np.int64) for ids in skipped])
         """(n,) ids that search, ranks and reranking leave out, ascending."""
 
@@ -67,34 +65,40 @@ class Rows:
     def dim(self) -> int:
         return self.shape[1]
 
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The tensor on an accelerator that all rows are, or None."""
+        return _tensor_of(self._sources[0]) if len(self._sources) == 1 else None
+
     def __len__(self) -> int:
         return self.shape[0]
 
     def block(self, start: int, stop: int, buffer: np.ndarray | None = None) -> np.ndarray:
-        """Rows start..stop-1, cut off at N: (n, D) float32, a view of the source where it can be, or of `buffer`."""
+        """Return rows start..stop-1, cut off at N: (n, D) float32, a view of the source if possible, or of `buffer`."""
         stop = min(stop, len(self))
         pieces = list(self._pieces(start, stop))
         if len(pieces) == 1 and not getattr(pieces[0][0], "converts", False):
-            part, low, high = pieces[0]
-            return np.asarray(part.block(low, high), dtype=np.float32)
+            source, low, high = pieces[0]
+            return np.asarray(source.block(low, high), dtype=np.float32)
         out = np.empty((max(0, stop - start), self.dim), np.float32) if buffer is None else buffer[: stop - start]
         self.read_into(start, stop, out)
         return out
 
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
         """Read rows start..stop-1 into `out` (n, D), float32 or `stored_dtype`."""
-        at = 0
-        for part, low, high in self._pieces(start, stop):
-            here = out[at : at + high - low]
-            if getattr(part, "converts", False):
-                part.read_into(low, high, here)
+        offset = 0
+        for source, low, high in self._pieces(start, stop):
+            piece = out[offset : offset + high - low]
+            if getattr(source, "converts", False):
+                source.read_into(low, high, piece)
             else:
-                copy_into(np.ascontiguousarray(part.block(low, high), np.float32), here)
-            at += high - low
+                copy_into(np.ascontiguousarray(source.block(low, high), np.float32), piece)
+            offset += high - low
 
     def is_on(self, device: torch.device) -> bool:
         """Return whether all rows are tensors on `device`, an accelerator."""
-        return all(_tensor(part) is not None and _tensor(part).device == device for part in self._parts)
+        tensors = [_tensor_of(source) for source in self._sources]
+        return all(tensor is not None and tensor.device == device for tensor in tensors)
 
     def block_on(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
         """Return rows start..stop-1, cut off at N, as (n, D) float32 on `device`, converted there."""
@@ -102,7 +106,7 @@ class Rows:
             return to_tensor(self.block(start, stop), device)
         stop = min(stop, len(self))
         if self.is_on(device):
-            pieces = [_tensor(part)[low:high].float() for part, low, high in self._pieces(start, stop)]
+            pieces = [_tensor_of(source)[low:high].float() for source, low, high in self._pieces(start, stop)]
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         staged = self.host_buffer(max(0, stop - start), device)
         self.read_into(start, stop, staged.numpy())
@@ -112,19 +116,20 @@ class Rows:
         """Return the rows with these ids, any shape S, as (*S, D) float32 on `device`, converted there."""
         if is_host(device):
             return to_tensor(self.take(ids), device)
-        if len(self._parts) == 1 and self.is_on(device):
-            return _tensor(self._parts[0])[torch.from_numpy(np.asarray(ids, np.int64)).to(device)].float()
+        tensor = self.tensor
+        if tensor is not None and tensor.device == device:
+            return tensor[torch.from_numpy(np.asarray(ids, np.int64)).to(device)].float()
         flat = np.asarray(ids, np.int64).ravel()
         staged = self.host_buffer(flat.size, device)
         values = staged.numpy()
         # In the order of the rows, so that a chunk reads from few shards.
         order = np.argsort(flat, kind="stable")
 
-        def gather(chunks: Iterable[slice]) -> None:
+        def read(chunks: Iterable[slice]) -> None:
             for chunk in chunks:
-                values[order[chunk]] = self._gather(flat[order[chunk]], self.stored_dtype)
+                values[order[chunk]] = self._take(flat[order[chunk]], self.stored_dtype)
 
-        _run(gather, flat.size, max(1, _PAIR_ELEMENTS // self.dim), self.concurrent)
+        run_in_threads(read, flat.size, max(1, CHUNK_ELEMENTS // self.dim), self.concurrent)
         return staged.to(device, non_blocking=True).float().view(*np.shape(ids), self.dim)
 
     def host_buffer(self, rows: int, device: torch.device) -> torch.Tensor:
@@ -133,45 +138,45 @@ class Rows:
         return torch.empty((rows, self.dim), dtype=dtype, pin_memory=device.type == "cuda")
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
-        """The sources that rows start..stop-1 lie in, with the rows of each."""
-        for part, low, high in zip(self._parts, self._starts[:-1], self._starts[1:], strict=True):
+        """Yield the sources of rows start..stop-1, each with its own range of rows."""
+        for source, low, high in zip(self._sources, self._starts[:-1], self._starts[1:], strict=True):
             if max(start, low) < min(stop, high):
-                yield part, max(start, low) - low, min(stop, high) - low
+                yield source, max(start, low) - low, min(stop, high) - low
 
     def fingerprint(self) -> str:
-        """SHA-256 of what the rows are: the sources' own fingerprints, or else all values."""
-        whole = hashlib.sha256()
-        for part in self._parts:
-            if hasattr(part, "fingerprint"):
-                whole.update(part.fingerprint().encode())
+        """Return a SHA-256 of the rows: of the sources' own fingerprints, or else of all values."""
+        digest = hashlib.sha256()
+        for source in self._sources:
+            if hasattr(source, "fingerprint"):
+                digest.update(source.fingerprint().encode())
                 continue
-            for _, block in Rows([part], self.name).blocks(max(1, _BLOCK_ELEMENTS // self.dim), check=False):
-                whole.update(np.ascontiguousarray(block).data)
-        return whole.hexdigest()
+            for _, block in Rows([source], self.name).blocks(max(1, _BLOCK_ELEMENTS // self.dim), check=False):
+                digest.update(np.ascontiguousarray(block).data)
+        return digest.hexdigest()
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """The rows with these ids, any shape S of integers in 0..N-1: (*S, D) float32."""
+        """Return the rows with these ids, any shape S of integers in 0..N-1: (*S, D) float32."""
         flat = np.asarray(ids, dtype=np.int64).ravel()
-        return self._gather(flat, np.dtype(np.float32)).reshape(*np.shape(ids), self.dim)
+        return self._take(flat, np.dtype(np.float32)).reshape(*np.shape(ids), self.dim)
 
-    def _gather(self, flat: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """The rows with the ids `flat` (n,): (n, D) of `dtype`, float32 or `stored_dtype`."""
+    def _take(self, flat: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Return the rows with the ids `flat` (n,): (n, D) of `dtype`, float32 or `stored_dtype`."""
         method = "take" if dtype == np.float32 else "take_stored"
-        if len(self._parts) == 1:
-            return np.asarray(getattr(self._parts[0], method)(flat), dtype=dtype)
+        if len(self._sources) == 1:
+            return np.asarray(getattr(self._sources[0], method)(flat), dtype=dtype)
         rows = np.empty((flat.size, self.dim), dtype)
-        owner = np.searchsorted(self._starts, flat, side="right") - 1
-        for number in np.unique(owner):
-            selected = owner == number
-            rows[selected] = getattr(self._parts[number], method)(flat[selected] - self._starts[number])
+        source_of = np.searchsorted(self._starts, flat, side="right") - 1
+        for number in np.unique(source_of):
+            selected = source_of == number
+            rows[selected] = getattr(self._sources[number], method)(flat[selected] - self._starts[number])
         return rows
 
     def blocks(self, rows: int, check: bool = True) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, block) from the first row to the last, each block valid until the next is asked for.
+        """Yield (first row, block) of `rows` rows at a time, each block valid until the next is requested.
 
-        With `check` rows are validated unless their source vouches for them.
+        With `check` rows are validated unless their source is `validated`.
         """
-        needs_buffer = len(self._parts) > 1 or any(getattr(part, "converts", False) for part in self._parts)
+        needs_buffer = len(self._sources) > 1 or any(getattr(source, "converts", False) for source in self._sources)
         buffer = np.empty((min(rows, len(self)), self.dim), np.float32) if needs_buffer else None
         for start in range(0, len(self), rows):
             block = self.block(start, start + rows, buffer)
@@ -180,11 +185,11 @@ class Rows:
             yield start, block
 
     def unvalidated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield the ranges (low, high) of rows in start..stop-1 whose source does not vouch for them."""
+        """Yield the ranges (low, high) of rows in start..stop-1 whose source is not `validated`."""
         low = start
-        for part, first, last in self._pieces(start, stop):
+        for source, first, last in self._pieces(start, stop):
             high = low + last - first
-            if not getattr(part, "validated", False):
+            if not getattr(source, "validated", False):
                 yield low, high
             low = high
 
@@ -194,9 +199,9 @@ class _Array:
 
     def __init__(self, array: Any, name: str) -> None:
         self.shape: tuple[int, ...] = tuple(array.shape)
-        kind = str(array.dtype).removeprefix("torch.")
-        if kind not in ("float16", "float32", "float64"):
-            raise InputError(f"{name}: expected float16, float32 or float64 descriptors, got {kind}; convert them")
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype not in ("float16", "float32", "float64"):
+            raise InputError(f"{name}: expected float16, float32 or float64 descriptors, got {dtype}; convert them")
         if len(self.shape) != 2 or not self.shape[1]:
             raise InputError(f"{name}: expected a 2-D array (N, D), got shape {self.shape}")
         if isinstance(array, torch.Tensor):
@@ -205,8 +210,8 @@ class _Array:
         self.concurrent = isinstance(array, np.ndarray)
         self.tensor: torch.Tensor | None = None if self.concurrent else array
         """The rows, where they are on an accelerator."""
-        self.converts = kind == "float16" and isinstance(array, np.ndarray)
-        self.dtype = np.dtype(kind)
+        self.converts = dtype == "float16" and isinstance(array, np.ndarray)
+        self.dtype = np.dtype(dtype)
 
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
         copy_into(self._array[start:stop], out)
@@ -229,8 +234,13 @@ class _Array:
         return np.ascontiguousarray(rows, dtype=np.float32)
 
 
+def _tensor_of(source: Any) -> Any:
+    """Return the tensor on an accelerator that a source consists of, or None."""
+    return source.tensor if isinstance(source, _Array) else None
+
+
 def as_rows(x: Any, name: str = "descriptors") -> Rows:
-    """Anything that holds descriptors (N, D), as Rows; Rows are returned as they are.
+    """Return descriptors (N, D) of any kind as Rows; Rows are returned unchanged.
 
     Raises InputError for a dtype other than float16/32/64, or anything that is not 2-D.
     """
@@ -247,9 +257,9 @@ def as_rows(x: Any, name: str = "descriptors") -> Rows:
 
 
 def concat(*sources: Any, name: str = "descriptors") -> Rows:
-    """Database, then distractors, as one Rows without copying: row i of source s is len(all before s) + i."""
+    """Join sources, such as database and distractors, without copying: their ids continue from one to the next."""
     if not sources:
-        raise InputError(f"{name}: nothing to join")
+        raise InputError(f"{name}: expected at least one source to join")
     return Rows([as_rows(source, name) for source in sources], name)
 
 
@@ -260,15 +270,15 @@ def validate_block(block: np.ndarray, first_row: int, name: str, unit: bool = Fa
     """
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
-        good = is_unit(norms) if unit else (norms >= 1e-6) & np.isfinite(norms)
-    if good.all():
+        valid = is_unit(norms) if unit else (norms >= 1e-6) & np.isfinite(norms)
+    if valid.all():
         return
-    row = int(np.argmin(good))
+    row = int(np.argmin(valid))
     raise InputError(f"{name}: row {first_row + row} {norm_fault(float(norms[row]))}")
 
 
 def is_unit(norms: np.ndarray) -> np.ndarray:
-    """Which norms are 1 to within 1e-3 (float16 storage stays well inside); NaN is not."""
+    """Return which norms are 1 to within 1e-3 (float16 storage stays well inside); NaN is not."""
     return np.abs(norms - 1) <= _UNIT_TOLERANCE
 
 
@@ -278,11 +288,11 @@ def norm_fault(norm: float) -> str:
         return "has NaN or infinite values; extract it again"
     if norm < 1e-6:
         return "is a zero vector, which has no direction; extract it again or leave it out"
-    return f"has norm {norm:.6g}, expected 1; normalise first: x / np.linalg.norm(x, axis=1, keepdims=True)"
+    return f"has norm {norm:.6g}, expected 1; normalize first: x / np.linalg.norm(x, axis=1, keepdims=True)"
 
 
 def as_queries(Q: Any, dim: int) -> np.ndarray:
-    """Query descriptors as a validated (Q, D) float32 array. Raises InputError if D is not `dim`."""
+    """Return query descriptors as a validated (Q, D) float32 array. Raises InputError if D is not `dim`."""
     rows = as_rows(Q, "queries")
     if rows.dim != dim or not len(rows):
         raise InputError(
@@ -295,7 +305,7 @@ def as_queries(Q: Any, dim: int) -> np.ndarray:
 
 
 def flat_array(values: Any, name: str) -> np.ndarray:
-    """A list of ids as one array. Raises InputError for lists of several lengths in it."""
+    """Return a list of ids as one array. Raises InputError for a list of lists of different lengths."""
     try:
         return np.asarray(values).ravel()
     except ValueError as error:
@@ -303,7 +313,7 @@ def flat_array(values: Any, name: str) -> np.ndarray:
 
 
 def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
-    """One database id per query that must not be returned, (Q,) int64; None stays None."""
+    """Return one database id per query that must not be returned, (Q,) int64; None stays None."""
     if exclude is None:
         return None
     ids = np.asarray(exclude)
@@ -347,43 +357,30 @@ def block_size(
     By default a block stays near 64 MB of float32, and its scores for all queries near 64 MB.
     """
     if block_rows < 1:
-        raise InputError(f"block_rows: expected at least 1, got {block_rows}")
+        raise InputError(f"block_rows={block_rows}: expected an integer >= 1")
     return min(block_rows, max(1024, min(max_scores // n_queries, max_elements // dim)))
 
 
-def _run(work: Callable[[Iterable[slice]], None], count: int, step: int, concurrent: bool) -> None:
-    """Call `work` with slices of `step` items out of `count`, in several threads where that is allowed and pays."""
+def run_in_threads(work: Callable[[Iterable[slice]], None], count: int, step: int, concurrent: bool) -> None:
+    """Call `work` with slices of `step` items out of `count`, in several threads if `concurrent` and worthwhile."""
     chunks = [slice(start, min(start + step, count)) for start in range(0, count, step)]
     threads = min(torch.get_num_threads(), len(chunks) // _CHUNKS_PER_THREAD) if concurrent else 1
     if threads < 2:
         work(chunks)
         return
-    share = -(-len(chunks) // threads)
+    per_thread = -(-len(chunks) // threads)
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, [chunks[start : start + share] for start in range(0, len(chunks), share)]):
+        for _ in pool.map(work, [chunks[start : start + per_thread] for start in range(0, len(chunks), per_thread)]):
             pass
 
 
-def _tensor(part: Any) -> Any:
-    """The tensor on an accelerator that a source of Rows consists of, or None."""
-    return part.tensor if isinstance(part, _Array) else None
-
-
 def is_host(device: torch.device) -> bool:
-    """Return whether NumPy reads what is on `device`; anything else is an accelerator."""
+    """Return whether NumPy can read what is on `device`; any other device is an accelerator."""
     return device.type == "cpu"
 
 
-def download_scored(flat: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return row, column and float64 score of the entries `flat` (n,) of scores (R, C) in one transfer."""
-    # An index is exact in float64 up to 2^53.
-    packed = torch.stack((flat.double(), scores.ravel()[flat].double())).cpu().numpy()
-    rows, columns = np.divmod(packed[0].astype(np.int64), scores.shape[1])
-    return rows, columns, packed[1]
-
-
 def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A numpy array as a tensor on `device`, sharing memory on the CPU. It must not be written to."""
+    """Return a numpy array as a tensor on `device`, sharing memory on the CPU. It must not be written to."""
     return torch.from_numpy(array).to(device)
 
 
@@ -392,14 +389,8 @@ def copy_into(array: np.ndarray, out: np.ndarray) -> None:
     torch.from_numpy(out).copy_(torch.from_numpy(array))
 
 
-def _silence_read_only() -> None:
-    """Use up torch's warning about read-only arrays, which it gives once: memory maps are, and nothing here writes.
-
-    Filters are not changed when an array is read, since `warnings.catch_warnings` is not safe among threads.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable.*")
-        torch.from_numpy(np.frombuffer(bytes(4), np.float32))
-
-
-_silence_read_only()
+# torch warns once about read-only arrays, which memory maps are and which nothing here writes to. Use the warning up at
+# import: `warnings.catch_warnings` is not safe among the threads that read arrays later.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message=".*not writable.*")
+    torch.from_numpy(np.frombuffer(bytes(4), np.float32))

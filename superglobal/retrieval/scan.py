@@ -1,16 +1,22 @@
-"""One pass over the database: each block is read, multiplied with the queries once, and shown to whoever counts."""
+"""One pass over the database: each block is read, multiplied with the queries once, and given to the consumers.
+
+For an accelerator the next block is read and copied while the device works on the current one.
+"""
+
+from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
-from superglobal.retrieval.rows import TOLERANCE, Rows, block_size, is_host, to_tensor, validate_block
-from superglobal.retrieval.scores import block_pair_scores, pair_scores_on
-from superglobal.retrieval.staging import device_blocks
+from superglobal.retrieval.rows import Rows, block_size, is_host, to_tensor, validate_block
+from superglobal.retrieval.scores import TOLERANCE, block_pair_scores, pair_scores_on
 from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)
@@ -18,16 +24,28 @@ log = logging.getLogger(__name__)
 # Dimensions that a matrix product on an accelerator sums at once. It adds products one after the other, so that a sum
 # of 2048 can be off by more than the tolerance that exactness rests on; sums of 64, added up, stay below it.
 _SUMMED_DIMS = 64
-_MARGIN = 2  # of the tolerance over the errors that were seen: those of other pairs may be larger
+_MARGIN = 2  # of the tolerance over the observed errors: those of other pairs may be larger
 _WIDENED = 16  # times an error that was too large
-_ALL = 4.0  # a tolerance over which no two scores of unit vectors differ
+_MAX_TOLERANCE = 4.0  # no two scores of unit vectors differ by more
+# Bytes of one staging buffer. A larger one takes longer to pin than it saves; a smaller one costs more launches and
+# synchronizations per row than the copy takes.
+STAGED_BYTES = 1 << 26
+_BUFFERS = 2  # one is filled while the other is copied
+# Blocks of rows that are on the device already cost nothing to read. Their float32 values take 512 MB; their scores for
+# all queries take 256 MB, and what exact ranks compute from the scores about five times as much.
+_BLOCK_ELEMENTS = 1 << 27
+_SCORE_ELEMENTS = 1 << 26
+_NORM_TOLERANCE = 0.9e-3  # stricter than `validate_block`, which makes the decision
 
 
 class Block:
-    """Consecutive rows of the database, valid until the next block, and their approximate scores.
+    """Consecutive rows of the database and their approximate scores, valid until the next block.
 
-    `start`: number of the first. `rows`: (n, D) float32, on the CPU only. What must not count: `excluded` (Q,) row of
-    the block for each query, -1 for none, and `skipped` (s,) rows for all queries.
+    Attributes:
+        start: id of the first row.
+        excluded: (Q,) row of the block that does not count for each query, -1 for none.
+        skipped: (s,) rows of the block that count for no query.
+        error: largest difference observed between an approximate and a float64 score.
     """
 
     def __init__(
@@ -41,59 +59,56 @@ class Block:
     ) -> None:
         """`vectors`: the rows (n, D) float32 on the device of the queries (Q, D)."""
         self.start = start
-        self._vectors = vectors
+        self.vectors = vectors
+        self.queries = queries
         stop = start + len(vectors)
         self.excluded = np.where((excluded >= start) & (excluded < stop), excluded - start, -1)
         self.skipped = skipped[(skipped >= start) & (skipped < stop)] - start
-        self._queries = queries
         self._name = name
         self._scores: torch.Tensor | None = None
         self.error = 0.0
-        """Largest difference seen between an approximate and a float64 score."""
-
-    @property
-    def rows(self) -> np.ndarray:
-        return self._vectors.numpy()
 
     @property
     def scores(self) -> torch.Tensor:
         """(Q, n) float32 inner products on the queries' device, -inf for pairs that must not count.
 
-        Raises InputError for a row that is not finite, also in a source that vouches for its rows.
+        Raises InputError for a row that is not finite, also in a source that is `validated`.
         """
         if self._scores is None:
             with full_precision():
-                scores = inner_products(self._queries, self._vectors)
+                scores = inner_products(self.queries, self.vectors)
             if not bool(torch.isfinite(scores.sum())):
-                validate_block(self._vectors.cpu().numpy(), self.start, self._name, unit=True)
-            some = np.flatnonzero(self.excluded >= 0)
-            if some.size:
-                query_of, row_of = (torch.from_numpy(ids).to(scores.device) for ids in (some, self.excluded[some]))
-                scores[query_of, row_of] = -torch.inf
+                validate_block(self.vectors.cpu().numpy(), self.start, self._name, unit=True)
+            affected = np.flatnonzero(self.excluded >= 0)
+            if affected.size:
+                pairs = (torch.from_numpy(ids).to(scores.device) for ids in (affected, self.excluded[affected]))
+                scores[tuple(pairs)] = -torch.inf
             if self.skipped.size:
                 scores[:, torch.from_numpy(self.skipped).to(scores.device)] = -torch.inf
             self._scores = scores
         return self._scores
 
-    def pair_scores(self, query_of: np.ndarray, row_of: np.ndarray, rough: np.ndarray | None = None) -> np.ndarray:
+    def pair_scores(
+        self, query_of: np.ndarray, row_of: np.ndarray, approximate: np.ndarray | None = None
+    ) -> np.ndarray:
         """Compute the float64 scores (P,) of queries `query_of` (P,) and rows `row_of` (P,) of the block.
 
-        How far `rough` (P,), by default `scores`, lies from them at most is kept in `error`.
+        `error` records the largest difference from `approximate` (P,), by default the `scores` of these pairs.
         """
-        if is_host(self._queries.device):
-            exact = block_pair_scores(self._queries.numpy(), self._vectors.numpy(), query_of, row_of)
+        if is_host(self.queries.device):
+            exact = block_pair_scores(self.queries.numpy(), self.vectors.numpy(), query_of, row_of)
         else:
-            exact = pair_scores_on(self._queries, self._vectors, query_of, row_of)
-        if rough is None:
-            places = (torch.from_numpy(ids).to(self.scores.device) for ids in (query_of, row_of))
-            rough = self.scores[tuple(places)].cpu().numpy()
-        self.error = max(self.error, float(np.abs(exact - rough).max(initial=0)))
+            exact = pair_scores_on(self.queries, self.vectors, query_of, row_of)
+        if approximate is None:
+            pairs = (torch.from_numpy(ids).to(self.scores.device) for ids in (query_of, row_of))
+            approximate = self.scores[tuple(pairs)].cpu().numpy()
+        self.error = max(self.error, float(np.abs(exact - approximate).max(initial=0)))
         return exact
 
     def probe(self) -> None:
-        """Score the best row of each query in float64, if `scores` were asked for, to learn how far they are off."""
+        """Score the best row of each query in float64, if `scores` were used, to record their error."""
         if self._scores is not None:
-            best, row_of = (one.cpu().numpy() for one in self._scores.max(dim=1))
+            best, row_of = (tensor.cpu().numpy() for tensor in self._scores.max(dim=1))
             query_of = np.flatnonzero(np.isfinite(best))
             self.pair_scores(query_of, row_of[query_of], best[query_of])
 
@@ -104,19 +119,19 @@ def inner_products(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor
         return queries @ vectors.T
     scores = queries[:, :_SUMMED_DIMS] @ vectors[:, :_SUMMED_DIMS].T
     for start in range(_SUMMED_DIMS, queries.shape[1], _SUMMED_DIMS):
-        part = slice(start, start + _SUMMED_DIMS)
-        scores.addmm_(queries[:, part], vectors[:, part].T)
+        dims = slice(start, start + _SUMMED_DIMS)
+        scores.addmm_(queries[:, dims], vectors[:, dims].T)
     return scores
 
 
 class Consumer(Protocol):
-    """What `scan` shows the blocks to."""
+    """What `scan` gives the blocks to."""
 
     def add(self, block: Block) -> None:
-        """Take from a block what is needed; nothing of it may be kept."""
+        """Use a block; no reference to it may be kept."""
 
     def finish(self) -> float:
-        """Do what is left after the last block; return the error of approximate scores that this showed, or 0."""
+        """Complete the result after the last block; return the observed error of approximate scores, or 0."""
 
 
 C = TypeVar("C", bound=Sequence[Consumer])
@@ -131,15 +146,20 @@ def scan(
     block_rows: int,
     check: bool = False,
 ) -> C:
-    """Show all blocks of the database to consumers, and return these.
+    """Give all blocks of the database to consumers, and return these.
 
-    How far float32 scores may be off depends on the descriptors and on the library that multiplies them. Some scores of
-    every block are computed in float64. If they show a larger error than the tolerance allows, the pass is repeated
-    with a wider tolerance, under which more scores are computed in float64.
+    The error of float32 scores depends on the descriptors and on the matrix library. Some scores of every block are
+    computed in float64. If they show a larger error than the tolerance allows, the pass is repeated with a wider
+    tolerance, under which more scores are computed in float64.
 
-    queries: (Q, D) float32, validated. make: a tolerance -> new consumers. excluded: (Q,) ids, one per query, that must
-    not count; nor do those that the rows skip. check: look for rows that are not finite also where no consumer asks for
-    the scores.
+    Args:
+        queries: (Q, D) float32, validated.
+        rows: of the database.
+        make: a tolerance -> new consumers.
+        excluded: (Q,) ids, one per query, that do not count; nor do rows that are skipped.
+        device: of the queries and scores.
+        block_rows: maximum number of rows in a block.
+        check: validate that rows are finite also where no consumer uses the scores.
     """
     on_device = to_tensor(queries, torch.device(device or "cpu"))
     own = np.full(len(queries), -1) if excluded is None else excluded
@@ -147,9 +167,9 @@ def scan(
     while True:
         consumers = make(tolerance)
         error = _pass(on_device, rows, consumers, own, block_rows, check, tolerance)
-        if error <= tolerance / _MARGIN or tolerance >= _ALL:
+        if error <= tolerance / _MARGIN or tolerance >= _MAX_TOLERANCE:
             return consumers
-        tolerance = min(_ALL, _WIDENED * error)
+        tolerance = min(_MAX_TOLERANCE, _WIDENED * error)
         text = "float32 scores of the %s are off by up to %.1e: the pass is repeated with a tolerance of %.1e"
         log.info(text, rows.name, error, tolerance)
 
@@ -163,7 +183,7 @@ def _pass(
     check: bool,
     tolerance: float,
 ) -> float:
-    """Show the blocks, until the error of approximate scores is too large for the tolerance; return the error."""
+    """Give out blocks until the error of approximate scores is too large for the tolerance; return the error."""
     error = 0.0
     # Closed at once when a consumer raises: the traceback would keep the reading thread alive.
     with closing(_blocks(rows, block_rows, len(queries), queries.device, check)) as blocks:
@@ -173,7 +193,7 @@ def _pass(
                 consumer.add(block)
             block.probe()
             error = max(error, block.error)
-            if error > tolerance / _MARGIN and tolerance < _ALL:
+            if error > tolerance / _MARGIN and tolerance < _MAX_TOLERANCE:
                 return error
     return max([error, *(consumer.finish() for consumer in consumers)])
 
@@ -190,3 +210,102 @@ def _blocks(
         return
     with closing(device_blocks(rows, block_rows, n_queries, device)) as blocks:
         yield from blocks
+
+
+def device_blocks(
+    rows: Rows, block_rows: int, n_queries: int, device: torch.device
+) -> Generator[tuple[int, torch.Tensor]]:
+    """Yield (first row, block) for all rows, each block (n, D) float32 on `device`, valid until the next is requested.
+
+    Rows are copied in the dtype that they are stored in. Close the generator to stop the reading thread before the end.
+    Raises InputError for a row that is not a unit vector in a source that is not `validated`.
+    """
+    if rows.is_on(device):
+        size = block_size(block_rows, n_queries, rows.dim, _BLOCK_ELEMENTS, _SCORE_ELEMENTS)
+        blocks = ((start, rows.block_on(start, start + size, device)) for start in range(0, len(rows), size))
+    else:
+        elements = STAGED_BYTES // rows.stored_dtype.itemsize
+        size = block_size(block_rows, n_queries, rows.dim, elements, _SCORE_ELEMENTS)
+        blocks = _staged_blocks(rows, size, device)
+    with closing(blocks):
+        for start, block in blocks:
+            _validate_on_device(rows, start, block)
+            yield start, block
+
+
+def _validate_on_device(rows: Rows, start: int, block: torch.Tensor) -> None:
+    """Raise InputError for a row that is not a unit vector, in sources that are not `validated`."""
+    for low, high in rows.unvalidated(start, start + len(block)):
+        norms = torch.linalg.vector_norm(block[low - start : high - start], dim=1)
+        if not bool(((norms - 1).abs() <= _NORM_TOLERANCE).all()):
+            validate_block(rows.block(low, high), low, rows.name, unit=True)
+
+
+def _staged_blocks(rows: Rows, size: int, device: torch.device) -> Generator[tuple[int, torch.Tensor]]:
+    """Copy blocks through pinned buffers. A thread reads ahead if the source allows several threads."""
+    size = min(size, len(rows))
+    starts = range(0, len(rows), max(1, size))
+    block = torch.empty((size, rows.dim), dtype=torch.float32, device=device)
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    buffers = [_Buffer(rows, size, device, stream) for _ in starts[:_BUFFERS]]
+    if stream is not None:
+        # The buffers' memory may still be in use by work that was queued before they were allocated.
+        stream.wait_stream(torch.cuda.current_stream(device))
+    reader = ThreadPoolExecutor(1, "descriptor-reader")
+    reads: deque[Future[None]] = deque()
+    try:
+        if rows.concurrent:
+            reads.extend(reader.submit(buffer.fill, start) for buffer, start in zip(buffers, starts, strict=False))
+        for number, start in enumerate(starts):
+            buffer = buffers[number % _BUFFERS]
+            if reads:
+                reads.popleft().result()
+            else:
+                buffer.fill(start)
+            current = block[: min(size, len(rows) - start)]
+            buffer.convert_into(current)
+            if rows.concurrent and number + _BUFFERS < len(starts):
+                reads.append(reader.submit(buffer.fill, starts[number + _BUFFERS]))
+            yield start, current
+    finally:
+        reader.shutdown(cancel_futures=True)
+        if stream is not None:
+            # The memory of the buffers is freed for other streams.
+            stream.synchronize()
+
+
+class _Buffer:
+    """Rows as they are stored, on the host and on the device. On CUDA the copy runs in a stream of its own."""
+
+    def __init__(self, rows: Rows, size: int, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self._rows = rows
+        self._host = rows.host_buffer(size, device)
+        self._device = torch.empty(self._host.shape, dtype=self._host.dtype, device=device)
+        self._stream = stream
+        if stream is not None:
+            self._copied, self._converted = torch.cuda.Event(), torch.cuda.Event()
+
+    @torch.inference_mode()  # it holds for one thread, and the tensors may have been made under it in another
+    def fill(self, start: int) -> None:
+        """Read rows from `start` on and start copying them to the device."""
+        count = min(len(self._host), len(self._rows) - start)
+        if self._stream is None:
+            self._rows.read_into(start, start + count, self._host.numpy()[:count])
+            self._device[:count].copy_(self._host[:count])
+            return
+        self._copied.synchronize()
+        self._rows.read_into(start, start + count, self._host.numpy()[:count])
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._converted)
+            self._device[:count].copy_(self._host[:count], non_blocking=True)
+            self._copied.record(self._stream)
+
+    def convert_into(self, out: torch.Tensor) -> None:
+        """Convert the first rows to float32 (n, D), in the current stream."""
+        if self._stream is None:
+            out.copy_(self._device[: len(out)])
+            return
+        current = torch.cuda.current_stream(out.device)
+        current.wait_event(self._copied)
+        out.copy_(self._device[: len(out)])
+        self._converted.record(current)

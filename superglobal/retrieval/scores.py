@@ -1,4 +1,4 @@
-"""Descriptors as rows, wherever they live, and the exact score that every order in this package rests on."""
+"""The exact score of a pair, which decides every order in this package, and the tolerance of approximate scores."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from superglobal.retrieval.rows import _PAIR_ELEMENTS, Rows, _run, _tensor, as_rows, download_scored, is_host
+from superglobal.retrieval.rows import CHUNK_ELEMENTS, as_rows, is_host, run_in_threads
 
+TOLERANCE = 1e-6
+"""Error of a float32 inner product of usual unit vectors. Scores that differ by less are compared in float64; `scan`
+widens it for descriptors with larger errors."""
 _FEW_PAIRS = 2048  # that are scored without looking for equal rows
-_DEVICE_PAIR_ELEMENTS = 1 << 23  # elements of one chunk of pair scores on an accelerator: 64 MB of float64
+_DEVICE_CHUNK_ELEMENTS = 1 << 23  # elements of one chunk of pair scores on an accelerator: 64 MB of float64
 _LANES = 64  # partial sums of a pair score
 
 
 def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-    """Inner products of P pairs in float64: (P,) for queries `query_of` (P,) and rows `row_of` (P,) of X.
+    """Compute the inner products of P pairs in float64: (P,) for queries `query_of` (P,) and rows `row_of` (P,) of X.
 
-    X is anything with `take`: Rows, or a (n, D) array. float32 products are exact in float64, and each pair is
-    summed on its own in an order that depends on D alone, so equal vectors get equal scores wherever they stand, on
-    every device. That makes (-score, id) a total order which every backend shares.
+    X is anything that `as_rows` accepts. float32 products are exact in float64, and each pair is summed on its own in
+    an order that depends on D alone, so equal vectors get equal scores in every position, on every device. That makes
+    (-score, id) a total order which every backend shares.
     """
-    rows = X if isinstance(X, Rows) else as_rows(X)
+    rows = as_rows(X)
     scores = np.empty(len(query_of), np.float64)
-    tensor = _tensor(rows._parts[0]) if len(rows._parts) == 1 else None
+    tensor = rows.tensor
     if tensor is not None:
         return pair_scores_on(torch.from_numpy(Q).to(tensor.device), tensor, query_of, row_of)
-    step = max(1, _PAIR_ELEMENTS // rows.dim)
     # In the order of their rows, so that a chunk reads from few shards and from few pages.
     order = np.argsort(row_of, kind="stable")
 
@@ -39,7 +41,7 @@ def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray)
             products *= Q[query_of[pairs]].astype(np.float64)
             scores[pairs] = _sum_rows(products)
 
-    _run(score, len(scores), step, rows.concurrent)
+    run_in_threads(score, len(scores), max(1, CHUNK_ELEMENTS // rows.dim), rows.concurrent)
     return scores
 
 
@@ -49,7 +51,7 @@ def pair_scores_on(
     """Compute `pair_scores` of queries (Q, D) and vectors (n, D) on their device, with the same bits."""
     scores = np.empty(len(query_of), np.float64)
     pairs = torch.from_numpy(np.stack([query_of, row_of])).to(vectors.device)
-    step = max(1, _DEVICE_PAIR_ELEMENTS // vectors.shape[1])
+    step = max(1, _DEVICE_CHUNK_ELEMENTS // vectors.shape[1])
     for start in range(0, len(scores), step):
         chunk = slice(start, start + step)
         products = vectors[pairs[1, chunk]].float().double()
@@ -65,13 +67,13 @@ def _sum_rows(products: Any) -> Any:
     """
     count, dim = products.shape
     rounds = dim // _LANES
-    parts = products[:, : rounds * _LANES].reshape(count, rounds, _LANES)
-    if isinstance(parts, np.ndarray):
-        sums = parts.sum(axis=1)  # not the last axis, whose elements NumPy would add in pairs
+    lanes = products[:, : rounds * _LANES].reshape(count, rounds, _LANES)
+    if isinstance(lanes, np.ndarray):
+        sums = lanes.sum(axis=1)  # not the last axis, whose elements NumPy would add in pairs
     else:
-        sums = parts.new_zeros(count, _LANES)
+        sums = lanes.new_zeros(count, _LANES)
         for number in range(rounds):
-            sums += parts[:, number]
+            sums += lanes[:, number]
     sums[:, : dim % _LANES] += products[:, rounds * _LANES :]
     while sums.shape[1] > 1:
         half = sums.shape[1] // 2
@@ -80,7 +82,7 @@ def _sum_rows(products: Any) -> Any:
 
 
 def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-    """`pair_scores` for a block in memory, scoring bitwise equal rows once: collections repeat images."""
+    """Compute `pair_scores` for a block in memory, scoring bitwise equal rows once: collections repeat images."""
     if len(row_of) <= _FEW_PAIRS:
         return pair_scores(Q, block, query_of, row_of)
     used, row_of = np.unique(row_of, return_inverse=True)
@@ -98,4 +100,7 @@ def scored_where(mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, 
         rows, columns = np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])
         return rows, columns, scores[rows, columns].double().numpy()
     flat = mask.ravel().nonzero()[:, 0]
-    return download_scored(flat, scores)
+    # One transfer; an index is exact in float64 up to 2^53.
+    packed = torch.stack((flat.double(), scores.ravel()[flat].double())).cpu().numpy()
+    rows, columns = np.divmod(packed[0].astype(np.int64), scores.shape[1])
+    return rows, columns, packed[1]

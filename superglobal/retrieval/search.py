@@ -1,5 +1,8 @@
-"""Exact nearest neighbours by inner product, the same ids from every backend."""
+"""Exact nearest neighbors by inner product, the same ids from every backend."""
 
+from __future__ import annotations
+
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -8,14 +11,18 @@ import numpy as np
 import torch
 
 from superglobal.errors import InputError
-from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows
+from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows, is_host
 from superglobal.retrieval.scan import Block, scan
 from superglobal.retrieval.scores import pair_scores, scored_where
 
 BACKENDS = ("auto", "faiss", "torch")
-_EXTRA = 32  # candidates that FAISS is asked for beyond k, so that the edge of a list is mostly settled by them
-_CROWD = 1024  # undecided candidates of a query beyond k, from which on they are scored in float64 at once
-_UNDER_ALL = np.float32(-2)  # under every inner product of unit vectors
+FAISS_MAX_ROWS = 100_000
+"""Largest database that backend "auto" searches by FAISS."""
+FAISS_GPU_RESULTS = 2048
+"""Results per query that FAISS supports on a GPU."""
+_EXTRA = 32  # candidates that FAISS returns beyond k, which mostly prove that the list is complete
+_CROWD = 1024  # with more undecided candidates of a query beyond k than this, they are scored in float64 at once
+_BELOW_ALL = np.float32(-2)  # below every inner product of unit vectors
 
 
 def search(
@@ -29,58 +36,75 @@ def search(
     exclude: Any = None,
     dtype: Any = np.float32,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k database rows of largest inner product per query, exact, in the total order (-score, id).
+    """Return the k database rows of largest inner product per query, exactly, in the total order (-score, id).
 
-    Q: (Q, D), X: (N, D) or anything `as_rows` takes, unit L2 norm. X is streamed in blocks, once. `backend`: "torch"
-    (any device), "faiss" (its own search of each block, CPU) or "auto" (torch); all give the same ids, because
-    near-ties are settled by float64 scores. `exclude`: (Q,) ids, one per query, never returned (leave-one-out).
-    `dtype`: of the scores; `merge_shortlists` needs float64, which order lists of several databases.
+    Args:
+        Q: (Q, D) queries, unit L2 norm.
+        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm; read once, in blocks.
+        k: results per query, 1..N.
+        backend: "torch" (any device), "faiss" (the CPU, or a GPU with faiss-gpu) or "auto" (see `resolve_backend`). All
+            return the same ids, because near-ties are compared by float64 scores.
+        device: where to compute; the CPU by default.
+        block_rows: maximum number of rows in a block.
+        exclude: (Q,) ids, one per query, that are never returned (leave-one-out).
+        dtype: of the scores; `merge_shortlists` needs float64.
 
-    Returns scores (Q, k) and ids (Q, k) int64, best first.
-    Raises InputError for k outside 1..N, a bad row (NaN, zero, not unit), or a dimension mismatch.
+    Returns:
+        Scores (Q, k) and ids (Q, k) int64, best first.
+
+    Raises:
+        InputError: k outside 1..N, a bad row (NaN, zero, not unit), or different dimensions.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     excluded = as_exclude(exclude, len(queries))
     target = torch.device(device or "cpu")
-    faiss = _uses_faiss(backend, target)
+    faiss = resolve_backend(backend, len(rows), k, target) == "faiss"
 
     def make(tolerance: float) -> list[Shortlist]:
         return [Shortlist(queries, rows, k, excluded, faiss, tolerance)]
 
-    (found,) = scan(queries, rows, make, excluded, target, block_rows, check=faiss)
-    scores, ids = found.result()
+    (shortlist,) = scan(queries, rows, make, excluded, target, block_rows, check=faiss)
+    scores, ids = shortlist.result()
     return scores.astype(dtype), ids
 
 
 def merge_shortlists(
-    parts: Sequence[tuple[Any, Any]], k: int | None = None, starts: Sequence[int] | None = None
+    shards: Sequence[tuple[Any, Any]], k: int | None = None, starts: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One list per query out of those of parts of a database that were searched apart: those of the whole, exactly.
+    """Merge the shortlists of the shards of a database into those of the whole database, exactly.
 
-    parts: pairs (scores (Q, k_p) float64, ids (Q, k_p)), as `search(..., dtype=np.float64)` gives them with the same
-    queries; a part's k_p is k, or all its rows. An id of -1 pads a short list. k: length of the lists, by default
-    the longest part's. starts: the number in the whole database of each part's row 0; without it ids are the whole's.
+    Args:
+        shards: pairs (scores (Q, k_s) float64, ids (Q, k_s)) from `search(..., dtype=np.float64)` with the same
+            queries; k_s is k, or the number of the shard's rows. An id of -1 pads a short list.
+        k: length of the lists; by default that of the longest.
+        starts: id in the whole database of each shard's row 0; without it ids are those of the whole database.
 
-    Returns scores (Q, k) float64 and ids (Q, k) int64; where there are fewer, -inf and -1 at the end.
-    Raises InputError for float32 scores (rows that differ in float64 tie there), other shapes, an id in two parts.
+    Returns:
+        Scores (Q, k) float64 and ids (Q, k) int64; where there are fewer, -inf and -1 at the end.
+
+    Raises:
+        InputError: float32 scores (rows that differ in float64 tie there), other shapes, an id in two shards.
     """
-    if not parts or (starts is not None and len(starts) != len(parts)):
-        raise InputError(f"parts: expected at least one, and as many starts, got {len(parts)} and {starts}")
-    pairs = [(np.asarray(scores), np.asarray(ids)) for scores, ids in parts]
+    if not shards or (starts is not None and len(starts) != len(shards)):
+        raise InputError(f"shards: expected at least one, and as many starts, got {len(shards)} and {starts}")
+    pairs = [(np.asarray(scores), np.asarray(ids)) for scores, ids in shards]
     for number, (scores, ids) in enumerate(pairs):
         if scores.shape != ids.shape or scores.ndim != 2 or len(scores) != len(pairs[0][0]):
-            raise InputError(f"part {number}: expected scores and ids ({len(pairs[0][0])}, k), got {scores.shape}")
+            raise InputError(f"shard {number}: expected scores and ids ({len(pairs[0][0])}, k), got {scores.shape}")
         if scores.dtype != np.float64:
-            raise InputError(f"part {number}: scores are {scores.dtype}; search(..., dtype=np.float64) keeps the order")
+            raise InputError(f"shard {number}: expected float64 scores, got {scores.dtype}; use search(dtype=float64)")
     offsets = starts or [0] * len(pairs)
     ids = np.concatenate([np.where(i < 0, -1, i + low) for (_, i), low in zip(pairs, offsets, strict=True)], axis=1)
     scores = np.where(ids < 0, -np.inf, np.concatenate([s for s, _ in pairs], axis=1))
     ordered = np.sort(ids, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    if twice.any():
-        raise InputError(f"parts: id {ordered[:, 1:][twice][0]} is in two of them; give starts, or ids of the whole")
-    return _best(scores, ids, k or max(s.shape[1] for s, _ in pairs))
+    repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if repeated.any():
+        raise InputError(
+            f"shards: id {ordered[:, 1:][repeated][0]} is in two of them; give starts, or ids of the whole"
+        )
+    order = np.lexsort((ids, -scores), axis=1)[:, : k or max(s.shape[1] for s, _ in pairs)]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
 def faiss_module(label: str = "") -> Any:
@@ -94,29 +118,70 @@ def faiss_module(label: str = "") -> Any:
         ) from error
 
 
-def _uses_faiss(backend: str, device: torch.device) -> bool:
-    if backend not in BACKENDS:
-        raise InputError(f"backend: expected auto, faiss or torch, got {backend!r}")
-    if backend != "faiss":
+def faiss_on_gpu() -> bool:
+    """Return whether FAISS is installed with GPU support and finds a GPU."""
+    try:
+        faiss = faiss_module()
+    except InputError:
         return False
-    if device.type != "cpu":
-        raise InputError(f"backend faiss runs on the CPU, got device {device}; use backend torch")
-    faiss_module("backend faiss: ")
-    return True
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
-def _best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first k of each row in the order (-score, id)."""
-    order = np.lexsort((ids, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+def resolve_backend(backend: str, n_rows: int, k: int, device: str | torch.device) -> str:
+    """Return the backend that searches n_rows rows for k results on this device: "faiss" or "torch".
+
+    "auto" is FAISS where it is installed and supports the device and k, and the database has at most `FAISS_MAX_ROWS`.
+    Raises InputError for an unknown backend, or for "faiss" where it cannot be used.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"backend={backend}: expected one of {', '.join(BACKENDS)}")
+    device = torch.device(device)
+    supported = device.type == "cpu" or (device.type == "cuda" and faiss_on_gpu())
+    fits = device.type == "cpu" or k + _EXTRA <= FAISS_GPU_RESULTS
+    if backend == "auto":
+        if n_rows > FAISS_MAX_ROWS or not supported or not fits:
+            return "torch"
+        try:
+            faiss_module()
+        except InputError:
+            return "torch"
+        return "faiss"
+    if backend == "faiss":
+        faiss_module("backend=faiss: ")
+        if not supported:
+            raise InputError(
+                f"backend=faiss: expected the CPU, or a GPU and faiss-gpu, got {device}; use backend=torch"
+            )
+        if not fits:
+            raise InputError(f"k={k}: expected at most {FAISS_GPU_RESULTS - _EXTRA} for backend=faiss on a GPU")
+    return backend
+
+
+@functools.cache
+def _gpu_resources() -> Any:
+    importlib.import_module("faiss.contrib.torch_utils")  # lets FAISS read tensors
+    return faiss_module().StandardGpuResources()
+
+
+def _faiss_best(block: Block, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores (Q, count) float32 and rows (Q, count) int64 of a block by FAISS, not in the exact order."""
+    faiss = faiss_module()
+    if is_host(block.queries.device):
+        queries, vectors = block.queries.numpy(), block.vectors.numpy()
+        return faiss.knn(queries, vectors, count, metric=faiss.METRIC_INNER_PRODUCT)
+    resources = _gpu_resources()
+    scores, row_of = faiss.knn_gpu(
+        resources, block.queries, block.vectors.contiguous(), count, metric=faiss.METRIC_INNER_PRODUCT
+    )
+    return scores.cpu().numpy(), row_of.cpu().numpy()
 
 
 class Shortlist:
-    """The best k rows of each query, out of blocks shown one after the other (a consumer of `scan`).
+    """The best k rows of each query, out of the blocks of a scan (a consumer of `scan`).
 
-    Kept is every row whose approximate score is not surely under the k-th best seen so far: under it by twice the
-    tolerance, since both may err by it. In the end these few are scored in float64. Where copies of an image would
-    make them many, they are scored as they come, equal rows once.
+    Every row is kept unless its approximate score is below the k-th best so far by more than twice the tolerance, since
+    both scores may be off by it. At the end the kept rows are scored in float64. Where copies of an image would make
+    them many, they are scored as they come, equal rows once.
     """
 
     def __init__(
@@ -131,15 +196,15 @@ class Shortlist:
         """`tolerance`: of the approximate scores. Raises InputError for k outside the rows that can be returned."""
         available = len(rows) - len(rows.skipped) - (excluded is not None)
         if not isinstance(k, int | np.integer) or not 1 <= k <= available:
-            raise InputError(f"k: expected 1..{available} for a database of {len(rows)} rows, got {k}")
+            raise InputError(f"k={k}: expected 1..{available} for a database of {len(rows)} rows")
         self._queries, self._rows, self._k, self._faiss = queries, rows, int(k), faiss
         self._tolerance, self._error = tolerance, 0.0
-        self._floor = np.full(len(queries), _UNDER_ALL)
+        self._floor = np.full(len(queries), _BELOW_ALL)
         self._kept = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0, bool))
         self._unsorted = 0
 
     def add(self, block: Block) -> None:
-        """Keep what may be among the best."""
+        """Keep the rows that may be among the best."""
         query_of, row_of, scores = self._candidates(block)
         exact = np.zeros(len(query_of), bool)
         crowded = np.flatnonzero(np.bincount(query_of, minlength=len(self._queries)) > self._k + _CROWD)
@@ -154,27 +219,27 @@ class Shortlist:
         self._kept = tuple(np.concatenate(pair) for pair in zip(self._kept, new, strict=True))  # type: ignore[assignment]
         self._unsorted += len(query_of)
         if self._unsorted > len(self._queries) * self._k // 2:
-            self._cut()
+            self._prune()
 
     def finish(self) -> float:
-        self._cut()
-        self._settle(np.ones(len(self._kept[0]), bool))
+        self._prune()
+        self._score_exactly(np.ones(len(self._kept[0]), bool))
         return self._error
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (Q, k) float64 and ids (Q, k), best first, after `finish`."""
+        """Return scores (Q, k) float64 and ids (Q, k), best first, after `finish`."""
         query_of, ids, scores, _ = self._kept
         best = _first(query_of, scores, ids, self._k)
         shape = (len(self._queries), self._k)
         return scores[best].reshape(shape), ids[best].reshape(shape)
 
     def _candidates(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Query, row in the block and approximate score of every pair at or above the floors."""
-        if self._faiss and (found := self._by_faiss(block)) is not None:
-            return found
+        """Return query, row in the block and approximate score of every pair at or above the floors."""
+        if self._faiss and (candidates := self._faiss_candidates(block)) is not None:
+            return candidates
         scores = block.scores
-        # At first everything is above the floor; the block's own k-th best are a better one.
-        if scores.shape[1] > 2 * self._k and (self._floor == _UNDER_ALL).all():
+        # At first everything is above the floor; the block's own k-th best are a higher one.
+        if scores.shape[1] > 2 * self._k and (self._floor == _BELOW_ALL).all():
             self._raise_to_kth(scores)
             return self._above_floor(scores)
         candidates = self._above_floor(scores)
@@ -191,53 +256,52 @@ class Shortlist:
         """Raise the floors to each query's k-th best score (Q, n) of a block of at least k rows."""
         self._raise_floor(scores.topk(self._k, dim=1).values[:, -1].cpu().numpy())
 
-    def _by_faiss(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """FAISS's best of a block; None if more of it than it was asked for may be above the floor."""
-        import faiss
-
-        count = min(self._k + _EXTRA, len(block.rows))
-        scores, row_of = faiss.knn(self._queries, block.rows, count, metric=faiss.METRIC_INNER_PRODUCT)
+    def _faiss_candidates(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Return the candidates that FAISS finds; None if other rows of the block may be above the floor, too."""
+        n_rows = len(block.vectors)
+        count = min(self._k + _EXTRA, n_rows)
+        scores, row_of = _faiss_best(block, count)
         block.pair_scores(np.arange(len(scores)), row_of[:, 0].astype(np.int64), scores[:, 0])
         last = scores.min(axis=1)
         scores[(row_of == block.excluded[:, None]) | np.isin(row_of, block.skipped)] = -np.inf
         if count >= self._k:
             self._raise_floor(-np.partition(-scores, self._k - 1, axis=1)[:, self._k - 1])
-        if count < len(block.rows) and (last >= self._floor).any():
+        if count < n_rows and (last >= self._floor).any():
             return None
-        query_of, place = np.nonzero(scores >= self._floor[:, None])
-        return query_of, row_of[query_of, place].astype(np.int64), scores[query_of, place].astype(np.float64)
+        query_of, column = np.nonzero(scores >= self._floor[:, None])
+        return query_of, row_of[query_of, column].astype(np.int64), scores[query_of, column].astype(np.float64)
 
-    def _raise_floor(self, least: np.ndarray) -> None:
-        """`least`: (Q,) a score that k rows of each query are known to reach, to within the tolerance."""
-        floor = np.nextafter((least - 2 * self._tolerance).astype(np.float32), np.float32(-np.inf))
+    def _raise_floor(self, reached: np.ndarray) -> None:
+        """Raise the floors, given (Q,) a score that k rows of each query reach, to within the tolerance."""
+        floor = np.nextafter((reached - 2 * self._tolerance).astype(np.float32), np.float32(-np.inf))
         self._floor = np.maximum(self._floor, floor)
 
-    def _cut(self) -> None:
-        """Drop what is surely not among the best k; score in float64 where that leaves many."""
+    def _prune(self) -> None:
+        """Drop rows that cannot be among the best k; score in float64 where many are left."""
         query_of, ids, scores, _ = self._kept
         order = np.lexsort((-scores, query_of))
         counts = np.bincount(query_of, minlength=len(self._queries))
         kth = np.minimum(np.cumsum(counts) - counts + self._k - 1, len(order) - 1)
-        least = np.where(counts >= self._k, scores[order[kth]] if len(order) else 0, _UNDER_ALL)
-        self._raise_floor(least)
+        reached = np.where(counts >= self._k, scores[order[kth]] if len(order) else 0, _BELOW_ALL)
+        self._raise_floor(reached)
         self._keep(scores >= self._floor[query_of])
         counts = np.bincount(self._kept[0], minlength=len(self._queries))
         many = (counts > 2 * (self._k + _CROWD))[self._kept[0]]
         if many.any():
-            self._settle(many)
+            self._score_exactly(many)
             query_of, ids, scores, _ = self._kept
             keep = ~many
             keep[np.flatnonzero(many)[_first(query_of[many], scores[many], ids[many], self._k)]] = True
             self._keep(keep)
         self._unsorted = 0
 
-    def _settle(self, which: np.ndarray) -> None:
-        """Score the chosen of what is kept in float64, unless that was done."""
+    def _score_exactly(self, which: np.ndarray) -> None:
+        """Compute float64 scores of some kept rows, unless that was done before."""
         query_of, ids, scores, exact = self._kept
         todo = np.flatnonzero(which & ~exact)
-        settled = pair_scores(self._queries, self._rows, query_of[todo], ids[todo])
-        self._error = max(self._error, float(np.abs(settled - scores[todo]).max(initial=0)))
-        scores[todo] = settled
+        computed = pair_scores(self._queries, self._rows, query_of[todo], ids[todo])
+        self._error = max(self._error, float(np.abs(computed - scores[todo]).max(initial=0)))
+        scores[todo] = computed
         exact[todo] = True
 
     def _keep(self, keep: np.ndarray) -> None:
@@ -246,8 +310,8 @@ class Shortlist:
 
 
 def _first(query_of: np.ndarray, scores: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the first k of each query in the order (-score, id), query by query."""
+    """Return the positions of the first k of each query in the order (-score, id), query by query."""
     order = np.lexsort((ids, -scores, query_of))
     ordered = query_of[order]
-    place = np.arange(len(order)) - np.searchsorted(ordered, ordered)
-    return order[place < k]
+    rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return order[rank < k]

@@ -27,27 +27,26 @@ from superglobal.retrieval.store_files import (
     shard_sizes,
 )
 
-_WRITTEN, _SKIPPED = 1, 2  # what done.npy holds for a row; 0 is still to be written
-# Rows are marked as done only after their bytes are flushed; so many, or so many seconds, share one flush.
+_WRITTEN, _SKIPPED = 1, 2  # values of done.npy; 0 is missing
+# Rows are marked as done only after their bytes are flushed; one flush covers this many rows or seconds.
 _FLUSH_ROWS = 64
 _FLUSH_SECONDS = 5.0
 
 
 class DescriptorStore:
-    """N descriptors of D dimensions, of unit norm, row i belonging to image i of the list.
+    """N descriptors of D dimensions and unit norm; row i belongs to image i of the list.
 
-    The folder holds `manifest.json`, `names.json`, `done.npy` (one byte a row) and `shard-00000.npy`, ...; several
+    The folder contains `manifest.json`, `names.json`, `done.npy` (one byte per row) and `shard-00000.npy`, ...; several
     processes may fill different rows at once. A row counts once its byte in `done.npy` is set, which happens after
-    its values are on disk, so that a killed run leaves no half-written row behind. Rows are float32, or float16
-    rounded from normalised ones; reading gives float32 either way. A row may be `skipped`: it is complete, but
-    search, ranks and reranking leave it out.
+    its values are on disk, so that a killed run leaves no partial row. Rows are float32, or float16 rounded from
+    normalized ones; reading returns float32 either way. A row may be `skipped`: it is complete, but search, ranks and
+    reranking leave it out.
 
-    Use `DescriptorStore.open_or_create`; the class also serves as database vectors for search and reranking
-    (`shape`, `block`, `take`).
+    Use `DescriptorStore.open_or_create`. A store is a source for `as_rows`, so search and reranking accept it.
     """
 
     validated = True
-    """`write` checks every row, so that readers need not."""
+    """`write_rows` checks every row, so that readers need not."""
 
     concurrent = True
     """Several threads may read at once."""
@@ -67,6 +66,7 @@ class DescriptorStore:
         ]
         self._unflushed: dict[int, int] = {}  # row -> its byte in done.npy
         self._last_flush = time.monotonic()
+        self._complete = False
 
     @classmethod
     def open_or_create(
@@ -79,42 +79,38 @@ class DescriptorStore:
         provenance: Mapping[str, Any] | None = None,
         dtype: str = "float32",
     ) -> DescriptorStore:
-        """Open the store of these descriptors in `folder`, or make an empty one.
+        """Open the store of these descriptors in `folder`, or create an empty one.
 
         Args:
-            folder: of this store alone; its name should carry the fingerprint.
+            folder: of this store alone; its name should contain the fingerprint.
             identity, images: see `fingerprint`.
             dim: D.
-            provenance: versions and device, kept for the record when the store is made.
+            shard_rows: rows per file of a new store.
+            provenance: versions and device, recorded in a new store.
             dtype: "float32", or "float16" for half the size.
 
         Raises:
-            InputError: the folder holds other descriptors or a damaged store, or cannot be written.
+            InputError: the folder contains other descriptors or a damaged store, or cannot be written.
         """
         folder = Path(folder)
         if not (folder / "manifest.json").exists():
             create_store(folder, identity, images, dim, shard_rows, provenance or {}, dtype)
         manifest = read_manifest(folder)
         own = fingerprint(identity, images, dtype)
-        wanted = {"dtype": dtype, "rows": len(images), "dim": dim, "fingerprint": own}
-        for key, value in wanted.items():
+        for key, value in {"dtype": dtype, "rows": len(images), "dim": dim, "fingerprint": own}.items():
             if manifest[key] != value:
                 raise InputError(
-                    f"{folder}: holds descriptors of other weights, settings or images ({key} {manifest[key]}, "
-                    f"wanted {value}); delete the folder or choose another"
+                    f"{folder}: contains descriptors of other weights, settings or images ({key} {manifest[key]}, "
+                    f"expected {value}); delete the folder or choose another"
                 )
         store = cls(folder, manifest)
         if len(store.missing) and not os.access(folder / "done.npy", os.W_OK):
-            raise InputError(f"{folder}: not complete and not writable; set paths.stores to a place of your own")
+            raise InputError(f"{folder}: not complete and not writable; set paths.stores to a folder of your own")
         return store
 
     @classmethod
     def open(cls, folder: str | Path) -> DescriptorStore:
-        """Open an existing store.
-
-        Raises:
-            InputError: no store, or a damaged one.
-        """
+        """Open an existing store. Raises InputError for no store or a damaged one."""
         return cls(Path(folder), read_manifest(Path(folder)))
 
     @property
@@ -123,40 +119,41 @@ class DescriptorStore:
         return np.asarray(self._done) != 0
 
     @property
+    def written(self) -> np.ndarray:
+        """(n,) int64: rows that have a descriptor."""
+        return np.flatnonzero(np.asarray(self._done) == _WRITTEN)
+
+    @property
     def skipped(self) -> np.ndarray:
         """(n,) int64: complete rows without a descriptor, which are never ranked."""
         return np.flatnonzero(np.asarray(self._done) == _SKIPPED)
 
     @property
     def missing(self) -> np.ndarray:
-        """(n,) int64: rows still to be written."""
+        """(n,) int64: rows that are not complete."""
         return np.flatnonzero(~self.done)
 
     def fingerprint(self) -> str:
-        """The manifest's, and which rows are skipped."""
+        """Return the manifest's fingerprint with a digest of the skipped rows."""
         skipped = hashlib.sha256(self.skipped.tobytes()).hexdigest() if len(self.skipped) else ""
         return self.manifest["fingerprint"] + skipped
 
     @property
     def names(self) -> list[str]:
-        """The image list given at creation. Raises InputError if it is missing or not that of the fingerprint."""
-        found = read_names(self.folder, len(self))
-        if fingerprint(self.manifest["identity"], found, self.manifest["dtype"]) != self.manifest["fingerprint"]:
+        """The image list given at creation. Raises InputError if it is missing or does not match the fingerprint."""
+        names = read_names(self.folder, len(self))
+        if fingerprint(self.manifest["identity"], names, self.manifest["dtype"]) != self.manifest["fingerprint"]:
             raise InputError(
                 f"{self.folder / NAMES} or the manifest was changed; delete {self.folder} to extract again"
             )
-        return found
-
-    def write(self, row: int, descriptor: np.ndarray) -> None:
-        """`write_rows` of one row."""
-        self.write_rows(np.array([row]), np.asarray(descriptor)[None])
+        return names
 
     def write_rows(self, rows: np.ndarray, descriptors: np.ndarray) -> None:
         """Store descriptors (n, D) in `rows` (n,). float16 stores keep x / |x|, rounded.
 
         Raises:
-            InputError: a wrong shape, a row out of range, values that are not finite or not of unit norm; nothing is
-                written then.
+            InputError: a wrong shape, a row out of range, values that are not finite or not of unit norm; then nothing
+                is written.
         """
         rows = np.asarray(rows, np.int64)
         if descriptors.shape != (len(rows), self.shape[1]):
@@ -169,30 +166,30 @@ class DescriptorStore:
         bad = np.flatnonzero(~(abs(norms - 1) < 1e-3))
         if len(bad):
             raise InputError(
-                f"{self.folder}: the descriptor of row {rows[bad[0]]} has norm {norms[bad[0]]}, not 1; "
-                "are the weights sound?"
+                f"{self.folder}: the descriptor of row {rows[bad[0]]} has norm {norms[bad[0]]}, expected 1; "
+                "check the weights"
             )
         self.copy_rows(rows, descriptors if self.dtype == np.float32 else descriptors / norms[:, None])
 
     def copy_rows(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Put values that a store holds, or that were checked, into `rows` as they are."""
+        """Store values (n, D) that were validated before in `rows` (n,), unchanged."""
         shards, within = np.divmod(rows, self._rows_per_shard)
         for shard in np.unique(shards):
-            here = shards == shard
-            self._shards[shard][within[here]] = values[here]
+            selected = shards == shard
+            self._shards[shard][within[selected]] = values[selected]
         self._mark(rows, _WRITTEN)
 
     def skip(self, rows: np.ndarray, notes: Sequence[str] | None = None) -> None:
-        """Mark rows (n,) as complete though they have no descriptor: images that cannot be read.
+        """Mark rows (n,) as complete without a descriptor: images that cannot be read.
 
         notes: per row its image, a tab and the reason, for `skipped.txt`.
         """
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         self._require_inside(rows)
-        told = dict(zip(rows.tolist(), notes or [NO_REASON] * len(rows), strict=True))
+        note_of = dict(zip(rows.tolist(), notes or [NO_REASON] * len(rows), strict=True))
         new = np.setdiff1d(rows, self.skipped).tolist()
         if new:
-            add_skipped(self.folder, {row: told[row] for row in new})
+            add_skipped(self.folder, {row: note_of[row] for row in new})
         self._mark(rows, _SKIPPED)
 
     def _require_inside(self, rows: np.ndarray) -> None:
@@ -206,7 +203,7 @@ class DescriptorStore:
             self.flush()
 
     def flush(self) -> None:
-        """Put written rows on disk and mark them as done.
+        """Flush written rows to disk and mark them as done.
 
         Raises:
             InputError: the disk is full or gone; rows marked before stay valid.
@@ -230,64 +227,60 @@ class DescriptorStore:
 
     @property
     def converts(self) -> bool:
-        """Whether reading makes float32 of something else: then `read_into` spares `block` an array."""
+        """Whether reading converts to float32."""
         return self.dtype != np.float32
 
     def block(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop as (n, D) float32, a view of the shard where it can be."""
+        """Return rows start..stop-1 as (n, D) float32, a view of the shard if possible."""
         self._require_complete()
-        return self._read(start, stop)
-
-    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Read rows start..stop into `out` (n, D), float32 or the store's dtype."""
-        self._require_complete()
-        for piece, at in self._pieces(start, stop):
-            copy_into(piece, out[at : at + len(piece)])
-
-    def _read(self, start: int, stop: int) -> np.ndarray:
-        pieces = [piece for piece, _ in self._pieces(start, stop)]
+        pieces = list(self._pieces(start, stop))
         if len(pieces) == 1 and not self.converts:
             return pieces[0]
         out = np.empty((stop - start, self.shape[1]), np.float32)
-        for piece, at in self._pieces(start, stop):
-            copy_into(piece, out[at : at + len(piece)])
+        self.read_into(start, stop, out)
         return out
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[np.ndarray, int]]:
-        """The parts of shards that rows start..stop lie in, as they are stored, and where each begins."""
-        at = start
-        while at < stop:
-            shard, within = divmod(at, self._rows_per_shard)
-            piece = self._shards[shard][within : within + stop - at]
-            yield piece, at - start
-            at += len(piece)
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Read rows start..stop-1 into `out` (n, D), float32 or the store's dtype."""
+        self._require_complete()
+        offset = 0
+        for piece in self._pieces(start, stop):
+            copy_into(piece, out[offset : offset + len(piece)])
+            offset += len(piece)
+
+    def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield rows start..stop-1 shard by shard, as they are stored."""
+        while start < stop:
+            shard, within = divmod(start, self._rows_per_shard)
+            piece = self._shards[shard][within : within + stop - start]
+            yield piece
+            start += len(piece)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Rows `ids`, of any shape (...,), as (..., D) float32."""
+        """Return the rows `ids`, of any shape (...,), as (..., D) float32."""
         self._require_complete()
         return self.read_rows(ids)
-
-    def read_rows(self, ids: np.ndarray) -> np.ndarray:
-        """`take` of a store that need not be complete: rows that were not written hold anything."""
-        return self._gather(ids, np.dtype(np.float32))
 
     def take_stored(self, ids: np.ndarray) -> np.ndarray:
         """Return the rows `ids`, of any shape (...,), as (..., D) of the store's dtype."""
         self._require_complete()
-        return self._gather(ids, self.dtype)
+        return self.read_rows(ids, self.dtype)
 
-    def _gather(self, ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    def read_rows(self, ids: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
+        """Return rows as `take` does, also of an incomplete store, where missing rows have arbitrary values."""
         flat = np.asarray(ids).reshape(-1)
         out = np.empty((len(flat), self.shape[1]), dtype)
         shards, within = np.divmod(flat, self._rows_per_shard)
         for shard in np.unique(shards):
-            here = shards == shard
-            out[here] = self._shards[shard][within[here]]
+            selected = shards == shard
+            out[selected] = self._shards[shard][within[selected]]
         return out.reshape(*np.shape(ids), self.shape[1])
 
     def _require_complete(self) -> None:
-        if not getattr(self, "_complete", False):
+        if not self._complete:
             missing = len(self.missing)
             if missing:
-                raise InputError(f"{self.folder}: {missing} of {len(self)} descriptors are missing; run eval.py again")
+                raise InputError(
+                    f"{self.folder}: {missing} of {len(self)} descriptors are missing; run python eval.py again"
+                )
             self._complete = True

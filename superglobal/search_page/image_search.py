@@ -19,7 +19,7 @@ from superglobal.models.network import RetrievalNetwork
 from superglobal.reranking.registry import apply_reranker
 from superglobal.retrieval.rows import Rows
 from superglobal.retrieval.search import search
-from superglobal.retrieval.whitening import Statistics
+from superglobal.retrieval.whitening import Whitening
 
 FirstStage = Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
 """(queries (Q, D), k, excluded ids (Q,) or None) -> scores (Q, k) and ids (Q, k), best first."""
@@ -112,7 +112,7 @@ class ImageSearch:
     device: str = "cpu"
     kind: str = "superglobal"
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    whitening: Statistics | None = None
+    whitening: Whitening | None = None
     first_stage: FirstStage | None = None
     max_pixels: int = 100_000_000
 
@@ -181,7 +181,7 @@ class ImageSearch:
             with _timed(seconds, "search"):
                 q = query.descriptor
                 if self.whitening is not None:
-                    q = np.array(self.whitening.apply(q, "query").block(0, 1))
+                    q = np.array(self.whitening.transform_rows(q, "query").block(0, 1))
                 if self.first_stage is not None:
                     scores, first_ids = self.first_stage(q, k, exclude)
                 else:

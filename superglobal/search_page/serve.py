@@ -31,7 +31,7 @@ from superglobal.models.inference import optimize_for_inference
 from superglobal.models.network import RetrievalNetwork
 from superglobal.retrieval.rows import Rows, concat
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.whitening import stored_statistics
+from superglobal.retrieval.whitening import stored_whitening
 from superglobal.search_page.image_search import FirstStage, ImageSearch, SearchDatabase
 from superglobal.training.trainer import make_trainer
 
@@ -103,8 +103,8 @@ def _make_database(
     rows, whitening = concat(*stores, name="database"), None
     if s.kind != "none":
         fingerprints = [store.fingerprint() for store in stores]
-        whitening, _ = stored_statistics(rows, s.kind, s.dims, Path(config.paths.stores), fingerprints)
-        rows = whitening.apply(rows, "database")
+        whitening, _ = stored_whitening(rows, s.kind, s.dims, Path(config.paths.stores), fingerprints)
+        rows = whitening.transform_rows(rows, "database")
     images = chain_sequences(dataset.database, distractors)
     name_of = partial(_shown_name, dataset.root / "jpg" if d.kind == "revisited" else dataset.root)
     (fast,) = optimize_for_inference([network])

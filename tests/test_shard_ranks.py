@@ -93,7 +93,7 @@ def test_bad_targets_are_named():
     ):
         with pytest.raises(InputError, match=message):
             count_better(Q, X, scores, ids, exclude=[0, 7])
-    with pytest.raises(InputError, match="first row in the whole database, got -1"):
+    with pytest.raises(InputError, match="start=-1: expected the id"):
         count_better(Q, X, [none, none], [[], []], -1)
     with pytest.raises(InputError, match=r"query 0: id 20 is outside the database, 0\.\.19"):
         target_scores(Q, X, [[20], []])

@@ -10,9 +10,9 @@ import pytest
 from evaluations import mini, run
 from vectors import unit
 
-from superglobal.retrieval import store_tools as adopting
+from superglobal.retrieval import store_tools as store_tools
 from superglobal.retrieval.store import DescriptorStore
-from superglobal.retrieval.store_tools import adopt_from
+from superglobal.retrieval.store_tools import reuse_rows
 
 ABOUT = {"weights": "w"}
 X = unit(np.random.default_rng(0), 60, 8)
@@ -30,12 +30,12 @@ def store_of(folder, images, rows=(), dtype="float32", about=ABOUT):
 
 @pytest.mark.parametrize(("first", "second"), [("float32", "float32"), ("float16", "float16"), ("float32", "float16")])
 def test_rows_of_the_same_images_come_bit_for_bit_in_blocks(tmp_path, monkeypatch, first, second):
-    monkeypatch.setattr(adopting, "_BLOCK", 7)
+    monkeypatch.setattr(store_tools, "_BLOCK", 7)
     other = store_of(tmp_path / "a", range(40), range(35), first)
     other.skip(np.array([3, 36]))
     other.flush()
     store = store_of(tmp_path / "b", [*range(59, 9, -1), 3], [30], second)  # row 30 is image 29, its own
-    assert adopt_from(tmp_path, store) == 24
+    assert reuse_rows(tmp_path, store) == 24
     again = DescriptorStore.open(tmp_path / "b")
     taken = [row for row, image in enumerate(range(59, 9, -1)) if image < 35]
     assert np.flatnonzero(again.done).tolist() == taken
@@ -56,7 +56,7 @@ def test_what_is_damaged_elsewhere_is_named_and_passed_over(tmp_path, caplog):
     shard[[2, 5]] = [[np.nan], [0.5]]
     shard.flush()
     store = store_of(tmp_path / "new", range(40))
-    assert adopt_from(tmp_path, store) == 28
+    assert reuse_rows(tmp_path, store) == 28
     assert store.missing.tolist() == [2, 5, *range(30, 40)]
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(told) == 5

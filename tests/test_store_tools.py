@@ -98,16 +98,14 @@ def test_what_verify_and_merge_refuse(tmp_path, script):
     shard = np.load(tmp_path / "a" / "shard-00000.npy", mmap_mode="r+")
     shard[3] = shard[4]
     shard.flush()
-    assert "shard-00000.npy: other bytes" in script("verify", tmp_path / "a", status=2)
+    assert "shard-00000.npy: the checksum is not" in script("verify", tmp_path / "a", status=2)
     merge = ("merge", tmp_path / "a", tmp_path / "b", "--into", tmp_path / "m")
     assert "row 3 differs" in script(*merge, status=2)
     shard[3] *= 2
     shard.flush()
     assert "row 3 has norm 2" in script("verify", tmp_path / "a", status=2)
     other = DescriptorStore.open_or_create(tmp_path / "c", {"weights": "v"}, names(50), 16)
-    assert "not the same fingerprint" in script(
-        "merge", tmp_path / "b", other.folder, "--into", tmp_path / "n", status=2
-    )
+    assert "fingerprint differs" in script("merge", tmp_path / "b", other.folder, "--into", tmp_path / "n", status=2)
     assert "50 of 50 descriptors are missing" in script("export", other.folder, tmp_path / "x.npy", status=2)
     assert "ends with .npy or .parquet" in script("export", tmp_path / "b", tmp_path / "x.csv", status=2)
     (tmp_path / "b" / "names.json").write_text(json.dumps([*names(49), "another"]))
@@ -141,7 +139,7 @@ def test_merging_keeps_what_was_skipped_and_why_unless_another_part_has_it(tmp_p
     first = upkeep.merge(parts[:1], tmp_path / "again")
     assert first.skipped.tolist() == [2, 5, 41]
     upkeep.merge(parts[1:], tmp_path / "again")
-    again = upkeep.open_sound(tmp_path / "again")
+    again = upkeep.open_validated(tmp_path / "again")
     assert again.skipped.tolist() == [5, 21]
     assert set(read_skipped(again.folder, 60)) == {5, 21}
     assert not len(again.missing)
@@ -180,10 +178,10 @@ def test_names_are_paths_and_each_is_there_once(tmp_path):
     assert upkeep.export(store, tmp_path / "x.npy") == len(items)
     assert (tmp_path / "x.txt").read_text().splitlines() == found
     record_paths(store.folder, ["a\nb", *found[1:]])
-    with pytest.raises(InputError, match=r"no single line of a \.txt; export to \.parquet"):
+    with pytest.raises(InputError, match=r"has a line break; export to \.parquet"):
         upkeep.export(store, tmp_path / "y.npy")
     record_paths(store.folder, ["c/é.jpg", *found[1:]])
-    with pytest.raises(InputError, match=r"paths\.json: .* none of them twice; run the evaluation again"):
+    with pytest.raises(InputError, match=r"paths\.json: .* a different path for each row; run the evaluation again"):
         upkeep.export(store, tmp_path / "y.npy")
     (store.folder / "paths.json").unlink()
     with pytest.raises(InputError, match=r"paths\.json is missing; run the evaluation again"):
@@ -280,4 +278,4 @@ def test_a_missing_file_is_named(sound, tmp_path, name):
     folder = copy(sound, tmp_path / "s")
     (folder / name).unlink()
     with pytest.raises(InputError, match=f"{name}.* missing|{name} is missing"):
-        upkeep.open_sound(folder)
+        upkeep.open_validated(folder)

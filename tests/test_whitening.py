@@ -10,7 +10,7 @@ from superglobal.retrieval import whitening as module
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.rows import concat
 from superglobal.retrieval.search import search
-from superglobal.retrieval.whitening import database_statistics, stored_statistics
+from superglobal.retrieval.whitening import Whitening, stored_whitening
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -24,10 +24,10 @@ def X():
 
 
 def test_the_mean_is_taken_out_and_the_norm_restored(X):
-    found = database_statistics(X, "center")
+    found = Whitening("center").fit(X)
     wide = X.astype(np.float64)
     expected = unit(wide - wide.mean(axis=0))
-    rows = found.apply(X)
+    rows = found.transform_rows(X)
     assert rows.shape == (700, 24)
     np.testing.assert_allclose(rows.block(0, 700), expected, atol=1e-6)
     ids = np.array([[3, 699], [3, 0]])
@@ -36,82 +36,83 @@ def test_the_mean_is_taken_out_and_the_norm_restored(X):
 
 @pytest.mark.parametrize("dims", [None, 5])
 def test_whitened_rows_have_equal_variance_in_every_axis(X, dims):
-    found = database_statistics(X, "pca", dims)
+    found = Whitening("pca", dims).fit(X)
     wide = X.astype(np.float64)
-    centred = wide - wide.mean(axis=0)
-    projected = centred @ found.axes
+    centered = wide - wide.mean(axis=0)
+    projected = centered @ found.components_.T
     assert projected.shape == (700, dims or 24)
     np.testing.assert_allclose(projected.T @ projected / 700, np.eye(dims or 24), atol=1e-8)
-    np.testing.assert_allclose(found.apply(X).block(0, 700), unit(projected), atol=1e-6)
+    np.testing.assert_allclose(found.transform(X), unit(projected), atol=1e-6)
+    np.testing.assert_array_equal(found.transform_rows(X).block(0, 700), found.transform(X))
     values, vectors = np.linalg.eigh(np.cov(wide.T, bias=True))
     kept = vectors[:, ::-1][:, : dims or 24]
-    np.testing.assert_allclose(np.abs(np.einsum("dk,dk->k", kept, found.axes)) ** -2, values[::-1][: dims or 24])
+    np.testing.assert_allclose(np.abs(np.einsum("dk,kd->k", kept, found.components_)) ** -2, values[::-1][: dims or 24])
 
 
 def test_blocks_and_half_precision_and_joined_sources(X, monkeypatch):
-    whole = database_statistics(X, "pca")
+    whole = Whitening("pca").fit(X)
     monkeypatch.setattr(module, "_BLOCK_ROWS", 64)
-    parts = database_statistics(concat(X[:100], X[100:]), "pca")
-    np.testing.assert_allclose(parts.mean, whole.mean, atol=1e-12)
-    np.testing.assert_allclose(np.abs(parts.axes), np.abs(whole.axes), rtol=1e-6)
-    half = database_statistics(X.astype(np.float16), "center")
-    np.testing.assert_allclose(half.mean, X.astype(np.float16).astype(np.float64).mean(axis=0), atol=1e-12)
+    parts = Whitening("pca").fit(concat(X[:100], X[100:]))
+    np.testing.assert_allclose(parts.mean_, whole.mean_, atol=1e-12)
+    np.testing.assert_allclose(np.abs(parts.components_), np.abs(whole.components_), rtol=1e-6)
+    half = Whitening("center").fit(X.astype(np.float16))
+    np.testing.assert_allclose(half.mean_, X.astype(np.float16).astype(np.float64).mean(axis=0), atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["center", "pca"])
 def test_a_row_has_the_same_bits_wherever_it_is_read(X, kind, monkeypatch):
     """Exact ranks compare a row read on its own with itself in a block: search and ranks agree to the last place."""
     monkeypatch.setattr(module, "_PRODUCT_ROWS", 32)
-    found = database_statistics(X, kind)
-    rows = found.apply(np.concatenate([X, X[:50]]))
+    found = Whitening(kind).fit(X)
+    rows = found.transform_rows(np.concatenate([X, X[:50]]))
     whole = rows.block(0, 750)
     np.testing.assert_array_equal(whole[700:], whole[:50])
     for start in (0, 1, 31, 33, 700):
         np.testing.assert_array_equal(rows.block(start, start + 40), whole[start : start + 40])
     ids = np.random.default_rng(1).permutation(750)
     np.testing.assert_array_equal(rows.take(ids), whole[ids])
-    queries = found.apply(X[::70]).block(0, 10)
+    queries = found.transform_rows(X[::70]).block(0, 10)
     order = search(queries, rows, 750)[1]
     for row, ranks in zip(order, exact_ranks(queries, rows, list(order)), strict=True):
         np.testing.assert_array_equal(ranks, np.arange(len(row)))
 
 
 def test_stored_once_and_read_back(X, tmp_path, monkeypatch):
-    first, name = stored_statistics(X, "pca", 7, tmp_path, ["a", "b"])
-    monkeypatch.setattr(module, "database_statistics", None)
-    again, same = stored_statistics(X, "pca", 7, tmp_path, ["a", "b"])
+    first, name = stored_whitening(X, "pca", 7, tmp_path, ["a", "b"])
+    monkeypatch.setattr(Whitening, "fit", None)
+    again, same = stored_whitening(X, "pca", 7, tmp_path, ["a", "b"])
     assert name == same
-    assert (again.rows, again.axes.shape) == (700, (24, 7))
-    np.testing.assert_array_equal(again.mean, first.mean)
-    np.testing.assert_array_equal(again.axes, first.axes)
+    assert (again.n_samples_, again.components_.shape) == (700, (7, 24))
+    np.testing.assert_array_equal(again.mean_, first.mean_)
+    np.testing.assert_array_equal(again.components_, first.components_)
     monkeypatch.undo()
     others = [("pca", 6, ["a", "b"]), ("pca", 7, ["b", "a"]), ("center", None, ["a", "b"]), ("center", None, ["a"])]
-    names = {stored_statistics(X, kind, dims, tmp_path, stores)[1] for kind, dims, stores in others}
+    names = {stored_whitening(X, kind, dims, tmp_path, stores)[1] for kind, dims, stores in others}
     assert len(names | {name}) == 5
 
 
 def test_a_damaged_file_is_told(X, tmp_path):
-    stored_statistics(X, "center", None, tmp_path, ["a"])
+    stored_whitening(X, "center", None, tmp_path, ["a"])
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(InputError, match=f"{path.name}: damaged .* remove the file"):
-        stored_statistics(X, "center", None, tmp_path, ["a"])
+        stored_whitening(X, "center", None, tmp_path, ["a"])
 
 
 def test_what_cannot_be_is_told(X):
-    with pytest.raises(InputError, match=r"20 database images are too few for 24 axes; give whitening\.dims="):
-        database_statistics(X[:20], "pca")
+    with pytest.raises(InputError, match=r"20 database images are too few for 24 axes; use whitening\.dims="):
+        Whitening("pca").fit(X[:20])
     with pytest.raises(InputError, match=r"dims=25: expected 1\.\.24"):
-        database_statistics(X, "pca", 25)
+        Whitening("pca", 25).fit(X)
     with pytest.raises(InputError, match="expected one of center, pca"):
-        database_statistics(X, "median")
+        Whitening("median")
     flat = np.zeros((40, 24), np.float32)
     flat[:, :3] = unit(np.random.default_rng(2).standard_normal((40, 3)))
-    with pytest.raises(InputError, match=r"only 3 of 24 axes have any variance; whitening\.dims=3"):
-        database_statistics(flat, "pca")
+    with pytest.raises(InputError, match=r"only 3 of 24 axes have any variance; use whitening\.dims=3"):
+        Whitening("pca").fit(flat)
     with pytest.raises(InputError, match="row 0 is a zero vector"):
-        search(X[:1], database_statistics(X[:1], "center").apply(X[:1]), 1)
-    with pytest.raises(InputError, match="D = 5, but the statistics have D = 24"):
-        database_statistics(X, "center").apply(X[:, :5])
+        search(X[:1], Whitening("center").fit(X[:1]).transform_rows(X[:1]), 1)
+    with pytest.raises(InputError, match="D = 5, but the whitening has D = 24"):
+        Whitening("center").fit(X).transform_rows(X[:, :5])
     with pytest.raises(InputError, match="row 3 has norm"):
-        database_statistics(np.concatenate([X[:3], 2 * X[3:9]]), "center")
+        Whitening("center").fit(np.concatenate([X[:3], 2 * X[3:9]]))
