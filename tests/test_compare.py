@@ -169,7 +169,7 @@ def test_own_descriptors_are_whitened_too(tmp_path):
     own = [f"descriptors.query={tmp_path}/q.npy", f"descriptors.database={tmp_path}/x.npy"]
     got = run(tmp_path, "dataset=descriptors", *own, "whitening=pca", "whitening.dims=4", "rerank=none")
     found = Whitening("pca", 4).fit(X)
-    expected = superglobal.search(found.apply(X[:5]), found.apply(X), 60)[1]
+    expected = superglobal.search(found.transform(X[:5]), found.transform(X), 60)[1]
     np.testing.assert_array_equal(np.load(got["folder"] / "rankings.npz")["search_ids"], expected)
     assert got["about"]["whitening"]["fingerprint"] is None
 
