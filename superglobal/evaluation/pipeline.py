@@ -70,8 +70,8 @@ class FirstStage:
     Attributes:
         scores, ids: (Q, k), best first.
         ranks: per query the ranks of the scorer's targets; -1 for those that an index did not list.
-        about: for `results.json`: under "search" the backend, and under "index" the settings of an approximate index and,
-            on a sample of queries, its recall and the difference in the main metric.
+        about: for `results.json`: "search" is the backend; "index" has the settings of an approximate index and, on a
+            sample of queries, its recall and the difference in the main metric.
     """
 
     scores: np.ndarray
@@ -135,7 +135,7 @@ def make_task(config: EvalConfig, inputs: Inputs) -> Task:
 
 
 def search_device(config: EvalConfig) -> str:
-    """Return the device of search and reranking: that of extraction, but the CPU for `index=faiss` without faiss-gpu."""
+    """Return the device of search and reranking: that of extraction, or the CPU for FAISS without GPU support."""
     gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "cuda" if gpu and (config.index.backend != "faiss" or faiss_on_gpu()) else "cpu"
 
