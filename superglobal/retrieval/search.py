@@ -20,8 +20,8 @@ FAISS_MAX_ROWS = 20_000
 """Largest database that backend "auto" searches by FAISS.
 
 Processor time of search and ranks with FAISS over that with torch alone, on two cores, by
-`python scripts/bench.py search --dtype float32 --rows N`: 1.12 for N = 5,000, 1.31 for 20,000, 1.61 for 50,000, 1.64 for
-200,000.
+`python scripts/bench.py search --dtype float32 --rows N`: 1.12 for N = 5,000, 1.31 for 20,000, 1.61 for 50,000 and
+1.64 for 200,000.
 """
 FAISS_GPU_RESULTS = 2048
 """Results per query that FAISS supports on a GPU."""
