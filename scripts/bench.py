@@ -1,4 +1,4 @@
-"""Benchmarks against a straightforward implementation, in the same run: python scripts/bench.py rerank [--help]
+"""Compare the package with straightforward implementations, in the same run: python scripts/bench.py rerank [--help]
 
 Read the ratios; the seconds are those of this machine at this moment. --json FILE writes the table's numbers too, with
 the machine and the versions.
@@ -25,7 +25,7 @@ FORMAT = "superglobal-benchmark-1"
 
 
 def main() -> int:
-    """Hand over to the module of that name in scripts/benches; exit status 2 for what a user can mend."""
+    """Run the module of that name in scripts/benches; exit status 2 for an InputError."""
     names = sorted(module.name for module in pkgutil.iter_modules(benches.__path__) if module.name != "common")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False

@@ -36,7 +36,7 @@ TOLERANCE = 0.01
 
 
 def load_features(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Query and database descriptors, (Q, D) and (N, D) float32, from the official .mat file (D along rows)."""
+    """Return query and database descriptors, (Q, D) and (N, D) float32, from the official .mat file (D along rows)."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
@@ -48,7 +48,7 @@ def load_features(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compare(name: str, result: RetrievalResult) -> bool:
-    """Print measured beside published values; True if all are equal to within the tolerance."""
+    """Print measured and published values; return True if all agree within the tolerance."""
     print(f"{name:10}{'':8}" + "".join(f"{head:>20}" for head in ("mAP", *(f"mP@{k}" for k in KS))))
     agree = True
     for protocol, published in PUBLISHED[name].items():
@@ -61,15 +61,15 @@ def compare(name: str, result: RetrievalResult) -> bool:
 
 
 def missing_message(folder: Path) -> str:
-    """Where the files are had, for a folder that holds no complete pair."""
+    """Return where to get the files, for a folder without a complete pair."""
     return (
         f"no pair of gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat in {folder.resolve()}; "
-        "superglobal download revisited-features gets them into data/revisited-features"
+        "download them to data/revisited-features: superglobal download revisited-features"
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check every data set whose two files are in the folder; returns the exit status."""
+    """Check every data set that has its two files in the folder; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the official files are")
     folder = parser.parse_args(arguments).folder

@@ -168,7 +168,7 @@ def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
     text += [
         "",
         "`passed` and `failed` are checks of the condition in the last column; `measured` rows are figures. `skipped` "
-        "rows say why; `timeout` rows were running when the time of their section was over. `against` is the result "
+        "rows say why; `timeout` rows were running when the time of their section was over. `ratio` is the result "
         "over that of the baseline: more is faster for rates, less is faster for times.",
     ]
     for section in dict.fromkeys(row.section for row in rows):
@@ -176,7 +176,7 @@ def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
             "",
             f"### {section.capitalize()}",
             "",
-            "| what | status | result | against | note |",
+            "| what | status | result | ratio | note |",
             "|---|---|---|---|---|",
         ]
         text += [_line(row) for row in rows if row.section == section]
@@ -184,14 +184,14 @@ def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
     if plan:
         text += ["", "### Plan", "", "What changes were expected to bring before they were measured.", ""]
         text += ["| change | predicted | measured |", "|---|---|---|"]
-        text += [f"| {row.name} | {row.predicted} | {_result(row)} {_against(row)} |" for row in plan]
+        text += [f"| {row.name} | {row.predicted} | {_result(row)} {_ratio(row)} |" for row in plan]
     return "\n".join(text) + "\n"
 
 
 def _line(row: Row) -> str:
     expected = f"expected {row.expected}" if row.expected else ""
     note = "; ".join(part for part in (expected, row.note) if part).replace("|", "/").replace("\n", " ")
-    return f"| {row.name} | {row.status} | {_result(row)} | {_against(row)} | {note} |"
+    return f"| {row.name} | {row.status} | {_result(row)} | {_ratio(row)} | {note} |"
 
 
 def _result(row: Row) -> str:
@@ -199,7 +199,7 @@ def _result(row: Row) -> str:
     return "" if row.value is None else f"{row.value:{digits}} {row.unit}"
 
 
-def _against(row: Row) -> str:
+def _ratio(row: Row) -> str:
     return "" if row.ratio is None else f"{row.ratio:.2f} x {row.baseline}"
 
 

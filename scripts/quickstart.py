@@ -1,7 +1,7 @@
-"""superglobal from end to end on rendered landmarks: python scripts/quickstart.py (what `make demo` runs).
+"""Run superglobal from end to end on rendered landmarks: python scripts/quickstart.py (what `make demo` runs).
 
 Renders the toy set, trains a small network on it, and evaluates it with and without every module, beside the untrained
-network. What is there already is used again.
+network. Results of an earlier run are reused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> int:
-    """Run the stages one after the other, saying how long each took; stop at the first that fails."""
+    """Run the stages one after the other and print their seconds; stop at the first that fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="small", help="of the toy set: tiny, small or large")
     parser.add_argument("--seed", default="0", help="of the toy set: other seeds give other landmarks")
@@ -59,5 +59,5 @@ def _stages(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # the stage that ran has said what became of it
+    except KeyboardInterrupt:  # The stage has printed its own message.
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Each variant in a process of its own: peak memory is its own, and other load falls on all alike."""
+"""Measure each variant in its own process, so that its peak memory does not contain that of the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Measured = dict[str, Any]
 
 
 def _status(key: str) -> float:
-    """A line of /proc/self/status in MB, e.g. VmRSS; elsewhere the peak so far."""
+    """Return a line of /proc/self/status in MB, e.g. VmRSS; on other systems than Linux the peak so far."""
     try:
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
@@ -24,7 +24,7 @@ def _status(key: str) -> float:
 
 
 def _measure(make: Callable[[], Callable[[], Any]], repeats: int, answers: Any) -> None:
-    """In a child: build inputs, run `repeats` times; sends (median seconds, MB above the inputs, result)."""
+    """Build inputs and run `repeats` times in a child process; send (median seconds, MB above the inputs, result)."""
     run = make()
     before = _status("VmRSS")
     seconds = []
@@ -36,7 +36,7 @@ def _measure(make: Callable[[], Callable[[], Any]], repeats: int, answers: Any) 
 
 
 def measured(make: Callable[[], Callable[[], Any]], repeats: int) -> tuple[float, float, Any]:
-    """`_measure` in a fresh process."""
+    """Run `_measure` in a new process and return its result."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     process = context.Process(target=_measure, args=(make, repeats, answers))

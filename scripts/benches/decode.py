@@ -1,4 +1,4 @@
-"""Photos a second on one core from the bytes of a JPEG to what the network is trained on."""
+"""Measure decoding and augmentation of training images, in images per second on one core."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CROP, JITTER = 0.3, 0.2  # conf/data
 
 
 def synthetic(width: int, height: int, count: int) -> list[bytes]:
-    """JPEGs of quality 90 with shapes of all sizes and a little noise, about as large as photos are."""
+    """Return JPEG files of quality 90 with shapes of all sizes and a little noise, about as large as images."""
     rng, files = np.random.default_rng(0), []
     for _ in range(count):
         pixels = rng.normal(0, 4, (height, width, 3))
@@ -36,15 +36,15 @@ def synthetic(width: int, height: int, count: int) -> list[bytes]:
     return files
 
 
-def _seconds(run: Callable[[bytes], object], photos: list[bytes]) -> float:
+def _seconds(run: Callable[[bytes], object], images: list[bytes]) -> float:
     torch.manual_seed(0)
     start = time.perf_counter()
-    for photo in photos:
-        run(photo)
-    return (time.perf_counter() - start) / len(photos)
+    for image in images:
+        run(image)
+    return (time.perf_counter() - start) / len(images)
 
 
-def _compare(title: str, photos: list[bytes], rounds: int) -> list[Measured]:
+def _compare(title: str, images: list[bytes], rounds: int) -> list[Measured]:
     variants: dict[str, Callable[[bytes], object]] = {"decoded in full, nothing else": decode_image}
     for side in SIDES:
         for reduced in (False, True):
@@ -54,29 +54,29 @@ def _compare(title: str, photos: list[bytes], rounds: int) -> list[Measured]:
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            seconds[name].append(_seconds(run, photos))
+            seconds[name].append(_seconds(run, images))
     floor = statistics.median(seconds["decoded in full, nothing else"])
-    print(f"{title}: {len(photos)} photos of {sum(map(len, photos)) / len(photos) / 1e3:.0f} KB on average")
+    print(f"{title}: {len(images)} images of {sum(map(len, images)) / len(images) / 1e3:.0f} KB on average")
     rows: list[Measured] = []
     for name, values in seconds.items():
         median = statistics.median(values)
         print(f"  {name:42}{1 / median:8.1f} images/s{median / floor:8.2f} x")
-        rows.append({"photos": title, "variant": name, "images_per_second": 1 / median, "ratio": median / floor})
+        rows.append({"images": title, "variant": name, "images_per_second": 1 / median, "ratio": median / floor})
     return rows
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Decoding and augmenting against decoding alone, in turns."""
+    """Compare decoding and augmentation with decoding alone, in turns."""
     parser = argparse.ArgumentParser("bench.py decode", description=__doc__)
-    parser.add_argument("--photos", type=Path, help="folder of JPEGs; made-up ones of two sizes by default")
-    parser.add_argument("--count", type=int, default=24, help="photos of a size")
+    parser.add_argument("--images", type=Path, help="folder of JPEGs; generated ones of two sizes by default")
+    parser.add_argument("--count", type=int, default=24, help="images per size")
     parser.add_argument("--rounds", type=int, default=5, help="of all variants in turn; the median is shown")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    if args.photos:
-        photos = [path.read_bytes() for path in sorted(args.photos.rglob("*.jpg"))[: args.count]]
-        pixels = statistics.median(np.prod(image_size(photo)) for photo in photos)
-        return _compare(f"{args.photos}, {pixels / 1e6:.1f} megapixels (median)", photos, args.rounds)
+    if args.images:
+        images = [path.read_bytes() for path in sorted(args.images.rglob("*.jpg"))[: args.count]]
+        pixels = statistics.median(np.prod(image_size(image)) for image in images)
+        return _compare(f"{args.images}, {pixels / 1e6:.1f} megapixels (median)", images, args.rounds)
     found = (_compare(f"{w} x {h}", synthetic(w, h, args.count), args.rounds) for w, h in SIZES)
     return [row for rows in found for row in rows]

@@ -1,4 +1,4 @@
-"""Images a second of extraction against the plain network, one image at a time, and against its convolutions alone.
+"""Compare extraction with the plain network, one image at a time, and with its convolutions alone.
 
 Plain is timm's network as it comes: eager, unfolded batch norms, NCHW, inference mode, the same scales and pooling. The
 floor is the sum of the convolutions' own time, each called alone with the batch's shapes in its faster layout, batch
@@ -26,7 +26,7 @@ Call = tuple[nn.Conv2d, Tensor]
 
 
 def _calls(network: RetrievalNetwork, images: Tensor) -> list[Call]:
-    """Every convolution with its input, of one image at all scales."""
+    """Return every convolution with its input, for one image at all scales."""
     calls: list[Call] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -41,7 +41,7 @@ def _calls(network: RetrievalNetwork, images: Tensor) -> list[Call]:
 
 
 def _floor(calls: list[Call], batch: int, sync: Callable[[], None]) -> Callable[[], float]:
-    """Seconds of all convolutions, in the layout that is faster for each."""
+    """Return a function that measures the seconds of all convolutions, each in its faster layout."""
     layouts: list[Any] = [torch.contiguous_format, torch.channels_last]
 
     def run() -> float:
@@ -64,7 +64,7 @@ def _floor(calls: list[Call], batch: int, sync: Callable[[], None]) -> Callable[
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Ours, plain and the floor in turns; every precision with its cosine to float32."""
+    """Measure extraction, the plain network and the convolutions in turns, with the cosine of each precision."""
     parser = argparse.ArgumentParser("bench.py extract", description=__doc__)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--width", type=int, default=1024)

@@ -1,4 +1,4 @@
-"""A training step of every head against a plain linear softmax classifier of the same size, in the same run.
+"""Compare a training step of every head with a linear softmax classifier of the same size, in the same run.
 
 On the CPU the time is the processor's (of all threads), which other load on the machine hardly changes; on a GPU it is
 the clock's.
@@ -35,7 +35,7 @@ HEADS = [
 
 
 class Linear(nn.Module):
-    """The baseline: (B, D) and labels (B,) -> cross entropy of inner products, without norms or margin."""
+    """Compute the baseline: (B, D) and labels (B,) -> cross entropy of inner products, without norms or margin."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Linear(nn.Module):
 
 
 def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Callable[[], tuple[float, float]]:
-    """Forward and backward in float32, gradients made anew: (least processor seconds, GPU's MB above the inputs)."""
+    """Run forward and backward in float32; return (lowest processor seconds, MB of the GPU above the inputs)."""
     torch.manual_seed(0)
     with torch.device(device):
         x = torch.randn(BATCH, DIM, requires_grad=True)
@@ -78,13 +78,13 @@ def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Cal
 
 
 def _measured(make: Callable[[], Callable[[], Any]], repeats: int, device: str) -> tuple[float, float]:
-    """(seconds, MB above weights and batch)."""
+    """Return (seconds, MB above weights and batch)."""
     clock, of_process, (processor, of_gpu) = measured(make, repeats)
     return (clock, of_gpu) if device == "cuda" else (processor, of_process)
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Time and memory of a training step of every head, at the two sizes of GLDv2."""
+    """Measure time and memory of a training step of every head, at the two sizes of GLDv2."""
     parser = argparse.ArgumentParser("bench.py heads", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="steps of each")
     parser.add_argument("--memory-limit-gb", type=float, default=12, help="larger heads are not run")

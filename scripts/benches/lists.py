@@ -1,4 +1,4 @@
-"""Made-up lists of GLDv2's size: how long they take to load, and what they cost each worker."""
+"""Measure loading generated lists of the size of GLDv2, and the memory that they cost each worker."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from benches.common import Measured, measured
 from superglobal.data.gldv2 import TrainList, read_train
 from superglobal.data.samplers import EpochBatches
 
-LISTS = {"train.csv": (4_132_914, 203_094), "train_clean.csv": (1_580_470, 81_313)}  # photos, landmarks
+LISTS = {"train.csv": (4_132_914, 203_094), "train_clean.csv": (1_580_470, 81_313)}  # images, landmarks
 URL = "http://upload.wikimedia.org/wikipedia/commons/{:x}/Some_church_of_a_town,_seen_from_the_river.jpg"
 
 
-def write_list(root: Path, table: str, photos: int, landmarks: int) -> None:
-    """Random ids; landmarks of all sizes, one of more than ten thousand photos."""
+def write_list(root: Path, table: str, images: int, landmarks: int) -> None:
+    """Write random ids with landmarks of all sizes, one of more than ten thousand images."""
     rng = np.random.default_rng(0)
     share = 1 / (np.arange(landmarks) + 20) ** 0.8
-    of = np.concatenate([np.arange(landmarks), rng.choice(landmarks, photos - landmarks, p=share / share.sum())])
-    ids = [value.tobytes().hex() for value in rng.integers(2**64, size=photos, dtype=np.uint64)]
+    of = np.concatenate([np.arange(landmarks), rng.choice(landmarks, images - landmarks, p=share / share.sum())])
+    ids = [value.tobytes().hex() for value in rng.integers(2**64, size=images, dtype=np.uint64)]
     with (root / table).open("w") as file:
         if table == "train.csv":
             file.write("id,url,landmark_id\n")
-            file.writelines(f'{ids[i]},"{URL.format(i)}",{of[i]}\n' for i in rng.permutation(photos).tolist())
+            file.writelines(f'{ids[i]},"{URL.format(i)}",{of[i]}\n' for i in rng.permutation(images).tolist())
             return
         file.write("landmark_id,images\n")
         order, ends = np.argsort(of, kind="stable"), np.cumsum(np.bincount(of))
@@ -40,7 +40,7 @@ def write_list(root: Path, table: str, photos: int, landmarks: int) -> None:
 
 
 def straightforward_read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) S16 ids and (N,) int64 landmarks, sorted, by the csv module and Python's own lists."""
+    """Return (N,) S16 ids and (N,) int64 landmarks, sorted, read by the csv module into Python lists."""
     csv.field_size_limit(2**31 - 1)
     with path.open(newline="") as file:
         pairs = []
@@ -60,26 +60,26 @@ def _baseline(root: Path, table: str) -> Callable[[], Any]:
 
 
 def _private() -> float:
-    """MB that only this process has."""
+    """Return the MB that are private to this process."""
     with open("/proc/self/smaps_rollup") as lines:
         return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
-def _work(photos: TrainList | None, answers: Any) -> None:
-    for row in range(0 if photos is None else len(photos)):
+def _work(images: TrainList | None, answers: Any) -> None:
+    for row in range(0 if images is None else len(images)):
         if row % 7 == 0:
-            photos.path(row), int(photos.labels[row])
+            images.path(row), int(images.labels[row])
     answers.put(_private())
 
 
 def _workers(root: Path, table: str) -> Callable[[], Any]:
-    """MB that a worker adds which has gone through a seventh of the list, above one without a list."""
+    """Return the MB of a worker that has read a seventh of the list, above those of one without a list."""
 
     def run() -> dict[str, float]:
-        photos, added = read_train(root, table, min_images=1), {}
+        images, added = read_train(root, table, min_images=1), {}
         for method in ("fork", "spawn"):
             context, values = multiprocessing.get_context(method), []
-            for given in (None, photos):
+            for given in (None, images):
                 answers = context.Queue()
                 process = context.Process(target=_work, args=(given, answers))
                 process.start()
@@ -92,7 +92,7 @@ def _workers(root: Path, table: str) -> Callable[[], Any]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """read_train against the csv module, the memory that workers add, and the first draw of an epoch's order."""
+    """Compare read_train with the csv module; measure the memory of workers and the first order of an epoch."""
     parser = argparse.ArgumentParser("bench.py lists", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="runs of read_train; the median is shown")
     parser.add_argument("--share", type=float, default=1.0, help="of GLDv2's size, for a quick try")
@@ -100,22 +100,22 @@ def main(argv: list[str]) -> list[Measured]:
     rows: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for table, (photos, landmarks) in LISTS.items():
-            photos, landmarks = int(photos * args.share), int(landmarks * args.share)
-            write_list(root, table, photos, landmarks)
-            print(f"{table}: {photos} photos of {landmarks} landmarks, {(root / table).stat().st_size / 1e6:.0f} MB")
+        for table, (images, landmarks) in LISTS.items():
+            images, landmarks = int(images * args.share), int(landmarks * args.share)
+            write_list(root, table, images, landmarks)
+            print(f"{table}: {images} images of {landmarks} landmarks, {(root / table).stat().st_size / 1e6:.0f} MB")
             own, own_megabytes, count = measured(partial(_ours, root, table), args.repeats)
-            assert count == photos
+            assert count == images
             print(f"  {'read_train':32}{own:8.2f} s{1:8.1f} x{own_megabytes:8.0f} MB above the imports")
             seconds, megabytes, _ = measured(partial(_baseline, root, table), 1)
             print(f"  {'csv module, Python lists':32}{seconds:8.2f} s{seconds / own:8.1f} x{megabytes:8.0f} MB")
             _, _, added = measured(partial(_workers, root, table), 1)
             print("  a worker adds: " + ", ".join(f"{value:.0f} MB ({name})" for name, value in added.items()))
             start = time.perf_counter()
-            next(iter(EpochBatches(photos, 256, 0)))
+            next(iter(EpochBatches(images, 256, 0)))
             drawn = time.perf_counter() - start
             print(f"  first draw of an epoch's order: {drawn:.2f} s")
-            row = {"list": table, "photos": photos, "landmarks": landmarks, "seconds": own, "megabytes": own_megabytes}
+            row = {"list": table, "images": images, "landmarks": landmarks, "seconds": own, "megabytes": own_megabytes}
             row |= {"baseline_seconds": seconds, "baseline_megabytes": megabytes, "ratio": seconds / own}
             rows.append(row | {"worker_megabytes": added, "first_draw_seconds": drawn})
     return rows

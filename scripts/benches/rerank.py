@@ -1,4 +1,4 @@
-"""Reranking against straightforward forms of it, and against the Gram product of the shortlists alone."""
+"""Compare reranking with straightforward forms of it, and with the Gram product of the shortlists alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ N_QUERIES, N_ROWS, DIM, DEPTH, K, BETA = 70, 4993, 2048, 400, 9, 0.15  # ROxford
 
 
 def clustered(n_queries: int = N_QUERIES, n_rows: int = N_ROWS, dim: int = DIM) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors around a few hundred centres: queries (Q, D) and database (N, D), float32."""
+    """Return unit vectors around a few hundred centers: queries (Q, D) and database (N, D), float32."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((300, dim), dtype=np.float32)
     x = centres[rng.integers(300, size=n_queries + n_rows)]
@@ -26,7 +26,7 @@ def clustered(n_queries: int = N_QUERIES, n_rows: int = N_ROWS, dim: int = DIM) 
 
 
 def straightforward_rerank(Q: np.ndarray, X: np.ndarray, ids: np.ndarray, chunk: int | None = None) -> np.ndarray:
-    """Reranking as the formula is written, every refined descriptor made from its gathered (K+1, D) neighbours.
+    """Rerank as the formula is written, with every refined descriptor computed from its (K+1, D) neighbors.
 
     `chunk`: queries at a time, all of them by default, as the reference does it.
     """
@@ -82,7 +82,7 @@ def _gram() -> Callable[[], Any]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """superglobal.rerank against the straightforward forms, and against the Gram product of the shortlists alone."""
+    """Compare superglobal.rerank with the straightforward forms and with the Gram product of the shortlists."""
     parser = argparse.ArgumentParser("bench.py rerank", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="of each variant, in turns; the median is shown")
     repeats = parser.parse_args(argv).repeats

@@ -1,4 +1,4 @@
-"""A million rows on disk: search and exact ranks in one pass, against reading, converting and multiplying alone."""
+"""Compare search and exact ranks over a million rows on disk with reading, converting and multiplying them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ K, STEP = 400, 16384
 
 
 def random_units(seed: int, rows: int, dim: int) -> np.ndarray:
-    """(rows, D) float32."""
+    """Return random rows, (rows, D) float32."""
     x = np.random.default_rng(seed).standard_normal((rows, dim), dtype=np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def filled_store(folder: Path, rows: int, dim: int, dtype: str) -> DescriptorStore:
-    """Random unit vectors in `folder`; what an earlier call wrote is used."""
+    """Write random unit vectors to `folder`, or use those of an earlier call."""
     identity = {"made_by": "bench.py search"}
     place = folder / f"bench-{rows}x{dim}-{dtype}"
     store = DescriptorStore.open_or_create(place, identity, [f"{i:08d}.jpg" for i in range(rows)], dim, dtype=dtype)
@@ -46,7 +46,7 @@ def filled_store(folder: Path, rows: int, dim: int, dtype: str) -> DescriptorSto
 
 
 def targets(n_queries: int, n_rows: int, ground_truth: str | None) -> Any:
-    """Real sets of ids, or random ones of their size."""
+    """Return the sets of ids of a ground truth, or random ones of their size."""
     if ground_truth is not None:
         return load_ground_truth(ground_truth).gnd[:n_queries]
     rng = np.random.default_rng(1)
@@ -55,7 +55,7 @@ def targets(n_queries: int, n_rows: int, ground_truth: str | None) -> Any:
 
 
 def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
-    """Every row read, made float32 in a buffer and multiplied; the sum keeps it honest."""
+    """Read every row, convert it to float32 in a buffer and multiply; the sum prevents shortcuts."""
     q, total = torch.from_numpy(Q), 0.0
     buffer = np.empty((rows, Q.shape[1]), np.float32)
     for shard in shards:
@@ -67,7 +67,7 @@ def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
 
 
 class Peak:
-    """Highest anonymous memory of this process above what it had, in MB, looked at every 5 ms."""
+    """Record the peak of this process's anonymous memory above its start, in MB, every 5 ms."""
 
     def __enter__(self) -> Peak:
         self._before, self.value, self._over = _anonymous(), 0.0, threading.Event()
@@ -90,7 +90,7 @@ def _anonymous() -> float:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Search and exact ranks in one pass over rows on disk, against the bare product of the same rows."""
+    """Compare search and exact ranks in one pass over rows on disk with the product of the same rows."""
     parser = argparse.ArgumentParser("bench.py search", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=2048)
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> list[Measured]:
 
 
 def run(args: argparse.Namespace, folder: Path) -> list[Measured]:
-    """Fill, open, then all variants in turns."""
+    """Write and open the rows, then measure all variants in turns."""
     filled_store(folder, args.rows, args.dim, args.dtype)
     Q = random_units(-1 % 2**32, args.queries, args.dim)
     gnd = targets(args.queries, args.rows, args.ground_truth)

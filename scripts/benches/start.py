@@ -1,4 +1,4 @@
-"""Start-up: how long commands take before they do anything, against importing torch alone."""
+"""Compare the start-up time of commands with that of importing torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def seconds(words: list[str]) -> tuple[float, float]:
-    """Wall clock and processor time of one call."""
+    """Return wall clock and processor time of one call, in seconds."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -33,7 +33,7 @@ def seconds(words: list[str]) -> tuple[float, float]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Start-up of the commands, each in turn; medians."""
+    """Measure the start-up of each command in turn; print medians."""
     parser = argparse.ArgumentParser("bench.py start", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args(argv).repeats

@@ -1,4 +1,4 @@
-"""What a step of the framework costs over a bare PyTorch loop of the same network, head, data and optimiser.
+"""Compare a training step of the framework with a bare PyTorch loop of the same network, head, data and optimizer.
 
 Both have the moving average of the weights, the schedule, gradient clipping, a look at the loss and a row of the curves
 every `--log-every` steps, and batches from the same loader without workers; neither validates, and saving is not
@@ -42,7 +42,7 @@ def parts(args: argparse.Namespace) -> tuple[Any, Any, OptimConfig]:
 
 
 def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
-    """Beginnings of the steps, and seconds spent waiting for data."""
+    """Train in a plain loop; return the times at which steps begin, and the seconds spent waiting for data."""
     network, head, o = parts(args)
     network.to(device, memory_format=torch.channels_last)
     head.to(device)
@@ -81,7 +81,7 @@ def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], f
 
 
 def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
-    """As `bare`, through the Trainer with the callbacks of a training."""
+    """Train through the Trainer with the callbacks of a training; return the same as `bare`."""
     network, head, o = parts(args)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -95,7 +95,7 @@ def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[floa
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """The framework's step against the bare loop's."""
+    """Compare the step of the framework with that of the bare loop."""
     parser = argparse.ArgumentParser("bench.py train", description=__doc__)
     parser.add_argument("--backbone", default="test_resnet")
     parser.add_argument("--side", type=int, default=64, help="pixels")
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> list[Measured]:
             steps = [after - before for before, after in itertools.pairwise(begun)][FIRST:]
             seconds[name].append(statistics.median(steps))
             waits[name].append(waited / (begun[-1] - begun[0]))
-    what = f"{args.backbone}, {args.batch} photos of {args.side} px a step, EMA, a row every {args.log_every} steps"
+    what = f"{args.backbone}, {args.batch} images of {args.side} px a step, EMA, a row every {args.log_every} steps"
     print(f"{what}; {precision(args.fit)} on {device}, {torch.get_num_threads()} threads")
     base = statistics.median(seconds["bare"])
     rows: list[Measured] = []

@@ -1,4 +1,4 @@
-"""Extraction as an evaluation does it, without its command."""
+"""Extract descriptors as an evaluation does, without its command."""
 
 from __future__ import annotations
 
