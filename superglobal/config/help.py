@@ -8,7 +8,7 @@ import itertools
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -27,17 +27,8 @@ _PREFACE = (
 _DOCUMENTED_BY = {PoolingOverrides: (PoolingOverrides, PoolingConfig)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A command that Hydra configures.
-
-    Args:
-        name: name of its configuration in conf/.
-        script: the command as users type it.
-        schema: dataclass of its settings.
-        purpose: one sentence.
-        examples: command lines.
-    """
+class Entry(NamedTuple):
+    """A command that Hydra configures: its configuration in conf/, the command as users type it, and its help."""
 
     name: str
     script: str
@@ -46,23 +37,15 @@ class Entry:
     examples: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """Settings that share a line of documentation.
-
-    Args:
-        names: dotted names.
-        defaults: default values as texts.
-        words: description, with the allowed values.
-    """
+class Setting(NamedTuple):
+    """Settings that share a description, which includes the allowed values; their distinct defaults as texts."""
 
     names: tuple[str, ...]
     defaults: tuple[str, ...]
     words: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """Settings below one prefix, "" for the top level, with the description of their schema."""
 
     prefix: str
@@ -97,10 +80,10 @@ def sections(schema: type, prefix: str = "") -> Iterator[Section]:
     settings, described = [], set[str]()
     for names, text in itertools.chain.from_iterable(_argument_lines(kind).items() for kind in documented):
         if own := [name for name in names if name in plain and name not in described]:
-            texts = dict.fromkeys(allowed_values(plain[name]) for name in own if not _listed(plain[name], text))
-            words = " ".join([text, *(f"({allowed})" for allowed in texts if allowed)])
-            defaults = tuple(_default(plain[name]) for name in own)
-            settings.append(Setting(tuple(prefix + name for name in own), defaults, words))
+            limits = dict.fromkeys(_limits(plain[name], text) for name in own)
+            defaults = dict.fromkeys(_default(plain[name]) for name in own)
+            names = tuple(prefix + name for name in own)
+            settings.append(Setting(names, tuple(defaults), " ".join([text, *limits]).strip()))
             described.update(own)
     if missing := plain.keys() - described:
         raise LookupError(f"{schema.__name__}: no docstring describes {', '.join(sorted(missing))}")
@@ -110,10 +93,11 @@ def sections(schema: type, prefix: str = "") -> Iterator[Section]:
         yield from sections(kind, f"{prefix}{name}.")
 
 
-def _listed(field: dataclasses.Field[Any], text: str) -> bool:
-    """Return whether a description has all choices of a field."""
+def _limits(field: dataclasses.Field[Any], text: str) -> str:
+    """Return the allowed values in parentheses, unless the description has all of them."""
     choices: tuple[Any, ...] = field.metadata.get("choices", ())
-    return bool(choices) and all(f'"{choice}"' in text for choice in choices)
+    allowed = allowed_values(field)
+    return "" if not allowed or (choices and all(f'"{choice}"' in text for choice in choices)) else f"({allowed})"
 
 
 def _dataclass_in(hint: Any) -> Any:
@@ -177,15 +161,10 @@ def help_text(entry: Entry) -> str:
         title = f"{section.prefix}: {section.words}" if section.prefix else section.words
         lines += ["", *textwrap.wrap(title, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)]
         for setting in section.settings:
-            defaults = ", ".join(_distinct(setting.defaults))
-            lines += _help_lines(", ".join(setting.names), f"{setting.words} [{defaults}]")
+            lines += _help_lines(", ".join(setting.names), f"{setting.words} [{', '.join(setting.defaults)}]")
     lines += ["", "-m sweeps over comma-separated values. --cfg job prints the composed configuration and ends."]
     lines += ["The same as a page: docs/configuration.md. Hydra's own flags: --hydra-help."]
     return "\n".join(lines)
-
-
-def _distinct(defaults: Sequence[str]) -> Sequence[str]:
-    return defaults if len(set(defaults)) > 1 else defaults[:1]
 
 
 def _help_lines(name: str, words: str) -> list[str]:
@@ -198,37 +177,28 @@ def _help_lines(name: str, words: str) -> list[str]:
 
 
 def reference_page(entries: Sequence[Entry]) -> str:
-    """Return docs/configuration.md; what an entry shares with an earlier one is not repeated."""
+    """Return docs/configuration.md; a table that an earlier command has, too, is not repeated."""
     lines, printed = ["# Configuration", "", *_PREFACE, ""], dict[Any, str]()
     for entry in entries:
-        tables: dict[str, tuple[str, list[str]]] = {}
+        tables: dict[str, list[str]] = {}
         for group, options in groups(entry.name).items():
             rows = [
-                f"| `{group}` | `{name}`{' (default)' if default else ''} | {_cell(words)} |"
-                for name, words, default in options
+                f"| `{name}`{' (default)' if default else ''} | {_cell(words)} |" for name, words, default in options
             ]
-            tables[f"{group}="] = ("", rows)
-        for section in sections(entry.schema):
-            rows = [
-                f"| {_code(setting.names)} | {_code(_distinct(setting.defaults))} | {_cell(setting.words)} |"
-                for setting in section.settings
-            ]
-            tables[section.prefix] = (section.words, rows)
+            tables[f"{group}="] = ["| option | |", "|---|---|", *rows]
+        for prefix, summary, settings in sections(entry.schema):
+            rows = [f"| {_code(names)} | {_code(defaults)} | {_cell(words)} |" for names, defaults, words in settings]
+            tables[prefix or "top level"] = [summary, "", "| setting | default | |", "|---|---|---|", *rows]
+        first = {name: printed.setdefault((name, *table), entry.script) for name, table in tables.items()}
         lines += [f"## {entry.script}", "", entry.purpose, ""]
-        shared = dict[str, list[str]]()
-        for name, (_, rows) in tables.items():
-            if (script := printed.setdefault((name, *rows), entry.script)) != entry.script:
-                shared.setdefault(script, []).append(name)
-        lines += [f"As for {script}: {_code(names)}.\n" for script, names in shared.items()]
-        own = {name: table for name, table in tables.items() if printed[(name, *table[1])] == entry.script}
-        lines += ["| group | option | |", "|---|---|---|"]
-        lines += [row for name, (_, rows) in own.items() if name.endswith("=") for row in rows]
-        for name, (words, rows) in own.items():
-            if not name.endswith("="):
-                lines += ["", f"### {entry.script}: `{name}`" if name else "", "", words, ""]
-                lines += ["| setting | default | |", "|---|---|---|", *rows]
-        lines.append("")
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
+        for script in dict.fromkeys(first.values()):
+            if script != entry.script:
+                shared = _code([name for name in tables if first[name] == script])
+                lines += [f"Takes from {script}: {shared}.", ""]
+        for name, table in tables.items():
+            if first[name] == entry.script:
+                lines += [f"### {entry.script}: `{name}`", "", *table, ""]
+    return "\n".join(lines)
 
 
 def _code(names: Sequence[str]) -> str:
