@@ -19,7 +19,7 @@ from superglobal.training.checkpointing import AtomicCheckpointIO, CheckpointCal
 from superglobal.training.validation import RetrievalValidation  # noqa: E402
 
 AT, SAVING, VALIDATING = (int(os.environ.get(key, -1)) for key in ("KILL_AT", "KILL_SAVING", "TERM_VALIDATING"))
-save, describe = AtomicCheckpointIO.save_checkpoint, RetrievalValidation._described
+save, describe = AtomicCheckpointIO.save_checkpoint, RetrievalValidation._extract
 
 
 def kill() -> None:
@@ -43,7 +43,7 @@ def describing(self, trainer, network, images):
     return describe(self, trainer, network, images)
 
 
-RetrievalValidation._described = describing
+RetrievalValidation._extract = describing
 CheckpointCallback.on_train_batch_start = before_batch
 AtomicCheckpointIO.save_checkpoint = saving
 if __name__ == "__main__":

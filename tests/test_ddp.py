@@ -81,4 +81,4 @@ def test_the_first_process_killed_leaves_none_behind(toy_data, tmp_path):
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused(toy_data, tmp_path):
     text = train(toy_data, tmp_path, "trainer.devices=2", "optim.batch_size=13", status=2)
-    assert "optim.batch_size=13 cannot be dealt out evenly to 2 processes" in text
+    assert "optim.batch_size=13 is not divisible by the number of processes (2)" in text

@@ -48,7 +48,7 @@ def test_the_demo_ends_with_a_table_and_a_picture_and_reuses_what_is_there(tmp_p
     assert np.asarray(Image.open(sheet)).std() > 20
 
     again = demo(tmp_path / "data", tmp_path)
-    assert "trained already" in again
+    assert "already trained" in again
     assert "rendered" not in again
     with (folder / "table.csv").open() as file:
         repeated = list(csv.DictReader(file))

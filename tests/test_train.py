@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from runs import ROOT, command, configured, curves, finished, last, train, values
-from sets import break_scan
 from trackers import events, recorded, references
 
 import superglobal
@@ -153,7 +151,7 @@ def test_a_finished_training_is_kept_and_another_one_refused(toy_data, trained):
         for path in folder.rglob("*")
         if path.is_file() and path.suffix not in (".log", "")  # but for the log and the lock
     }
-    assert "trained already" in train(toy_data, trained, "trainer.log_every=5", "pooling.relup=false")
+    assert "already trained" in train(toy_data, trained, "trainer.log_every=5", "pooling.relup=false")
     text = train(toy_data, trained, "optim.lr=0.004", status=2)
     assert str(folder) in text
     assert "different are settings.optim.lr (0.002 there). Give a new name=" in text
@@ -183,7 +181,7 @@ def test_a_run_stays_inside_its_folder(toy_data, tmp_path, name):
 
 def test_a_start_that_kept_no_step_holds_no_folder(toy_data, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(InputError, match="loss is no number"):
+    with pytest.raises(InputError, match="loss is not finite"):
         fit(configured(toy_data, tmp_path, "optim.lr=1e8"), folder)
     assert 0 < fit(configured(toy_data, tmp_path, "optim.epochs=1"), folder) <= 1
 
@@ -197,12 +195,12 @@ def test_other_photos_or_an_unfinished_run_of_other_settings_are_another_trainin
     original = photo.read_bytes()
     other = next(path for path in (data / "toy" / "gldv2" / "index").rglob("*.jpg"))
     photo.write_bytes(other.read_bytes())
-    with pytest.raises(InputError, match="another training"):
+    with pytest.raises(InputError, match="different images"):
         fit(configured(data, tmp_path), run_folder)
     photo.write_bytes(original)
     assert fit(configured(data, tmp_path), run_folder) == max(values(run_folder, "val/map")[1:])
     (run_folder / "best.safetensors").unlink()
-    with pytest.raises(InputError, match="another training"):
+    with pytest.raises(InputError, match="different settings"):
         fit(configured(data, tmp_path, "optim.lr=0.004"), run_folder)
 
 
@@ -227,95 +225,6 @@ def test_superglobal_pooling_trains_and_is_what_eval_then_uses(toy_data, tmp_pat
     assert about["network"]["pooling"]["regional"] is True
     assert about["network"]["pooling"]["relup"] == "on"
     assert about["trained_pooling"]["gem_plus"] is True
-
-
-@pytest.mark.parametrize(
-    ("script", "words"),
-    [
-        ("train.py", ["gldv2/train_clean.csv", "superglobal download gldv2-train --data"]),
-        (
-            "eval.py",
-            ["roxford5k/gnd_roxford5k.pkl", "superglobal download roxford5k", "train/superglobal/best.safetensors"],
-        ),
-    ],
-)
-def test_without_data_one_message_says_all(tmp_path, script, words):
-    text = run(script, f"paths.data={tmp_path}", f"paths.outputs={tmp_path / 'out'}", status=2)
-    for word in [*words, "superglobal toy-data", "train.py experiment=quickstart"]:
-        assert word in text
-    assert "Traceback" not in text
-
-
-def test_missing_photos_are_counted_before_anything_is_trained(toy_data, tmp_path):
-    source = toy_data / "toy" / "gldv2"
-    root = tmp_path / "gldv2"
-    root.mkdir()
-    (root / "train_clean.csv").write_bytes((source / "train_clean.csv").read_bytes())
-    text = train(toy_data, tmp_path, f"data.root={root}", status=2)
-    count = len(read_train(source))
-    assert f"of {count} images {count} missing" in text
-    assert not (tmp_path / "train" / "quickstart" / "checkpoints").exists()
-
-
-def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed(toy_data, tmp_path):
-    """Its header and its end are sound, so that the check beforehand passes it."""
-    root = tmp_path / "gldv2"
-    shutil.copytree(toy_data / "toy" / "gldv2", root)
-    photos, _ = split_landmarks(read_train(root), 0.25, seed=0)
-    bad, gone = photos.path(5), photos.path(9)
-    break_scan(bad)
-    gone.unlink()
-    places = [f"data.root={root}", "trainer.num_workers=2"]
-    text = train(tmp_path, tmp_path, *places, "data.max_corrupt=0.1")
-    assert "another one stands in" in text
-    listed = (tmp_path / "train" / "quickstart" / "corrupt_images.txt").read_text().splitlines()
-    assert sorted(line.split("\t")[0] for line in listed) == sorted(map(str, (bad, gone)))
-    text = train(tmp_path, tmp_path, *places, "name=strict", "data.max_corrupt=0.013", status=2)
-    assert "2 of 90 photos" in text
-    assert "more than data.max_corrupt=0.013 allows" in text
-    assert "Traceback" not in text
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("optim.name=lion", "expected one of sgd, adamw"),
-        ("data.crop=0", "data.crop=0"),
-        ("data.crop=1.5", "a number from 0.001 to 1"),
-        ("optim.lr=nan", "optim.lr"),
-        ("optim.batch_size=5000", "only"),
-        ("validation.fraction=0.001", "validation.fraction"),
-        ("pooling=superglobal data.image_size=64", "at least 65 px"),
-        ("validation.fraction=0.08", "both need at least two"),
-        ("trainer.log_every=0", "log_every"),
-        ("trainer.accumulate=5", "expected a multiple of"),
-        ("optim.batch_norm=batch", "expected one of train, frozen, sync"),
-        ("optim.batch_norm=sync", "between GPUs"),
-        ("optim.ema=1", "optim.ema"),
-        ("data.stages=[[3,96]]", "expected fewer epochs in all than"),
-        ("data.stages=[[1,32]] pooling=superglobal data.image_size=96", r"data\.stages=.*at least 65 px"),
-        ("resume=yes", "expected one of auto, restart"),
-        ("trainer.precision=bf16-true", "expected one of auto, 32-true"),
-        ("trainer.accelerator=gpu", "Lightning refuses"),
-        ("dim=64 weights=FILE backbone=test_resnet", "dim=64 contradicts"),
-        ("backbone=resnet50 weights=FILE dim=null", "holds test_resnet"),
-    ],
-)
-def test_a_wrong_setting_is_refused_and_named(toy_data, trained, tmp_path, override, message):
-    override = override.replace("FILE", str(trained / "train" / "quickstart" / "best.safetensors"))
-    with pytest.raises(InputError, match=message):
-        fit(configured(toy_data, tmp_path, *override.split()), tmp_path / "run")
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_a_sweep_goes_on_after_a_job_that_failed_and_ends_with_its_status(toy_data, tmp_path):
-    python, script, *words = command(toy_data, tmp_path, "optim.name=adam,adamw", "optim.epochs=1")
-    text = finished([python, script, "-m", *words], 2)
-    assert "expected one of sgd, adamw" in text
-    (export,) = (tmp_path / "train" / "sweep").rglob("best.safetensors")
-    assert re.search(
-        rf"validation mAP 0\.\d+ .*optim\.name=adamw.*: {export.parent}\nfailed .*optim\.name=adam: ", text
-    )
 
 
 @pytest.mark.parametrize(("images", "landmarks"), [(7, 2), (12, 4), (1, 2), (100, 5)])
@@ -393,7 +302,7 @@ def test_a_sweep_takes_one_device_of_one_machine_a_job(toy_data, tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_settings_of_the_optimiser_do_what_they_say(toy_data, trained, tmp_path):
+def test_settings_of_the_optimizer_do_what_they_say(toy_data, trained, tmp_path):
     fit(
         configured(toy_data, tmp_path, "optim.head_lr=7", "optim.epochs=1", "trainer.precision=bf16-mixed"),
         tmp_path / "a",

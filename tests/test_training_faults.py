@@ -16,7 +16,7 @@ from sets import break_scan
 from superglobal.data.gldv2 import read_train, split_landmarks
 from superglobal.errors import InputError
 from superglobal.training.checkpointing import newest_checkpoint
-from superglobal.training.run_dir import locked
+from superglobal.training.run_dir import lock_run
 from superglobal.training.train import train as fit
 
 SAVED = ["trainer.save_every_steps=2"]
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(checkpoin
     assert newest_checkpoint(tmp_path) == (tmp_path / "previous.ckpt", 15)
     assert "last.ckpt" in caplog.text
     assert f"({len((tmp_path / 'last.ckpt.damaged').read_bytes())} bytes)" in caplog.text
-    assert "going on from" in caplog.text
+    assert "resuming from" in caplog.text
     (tmp_path / "previous.ckpt").write_bytes(whole[:1000])
     with pytest.raises(InputError, match="resume=restart"):
         newest_checkpoint(tmp_path)
@@ -120,13 +120,13 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 def test_beginning_anew_forgets_the_checkpoints(toy_data, tmp_path):
     finished(command(toy_data, tmp_path, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="7")
     text = train(toy_data, tmp_path, "resume=restart")
-    assert "going on from" not in text
+    assert "resuming from" not in text
     assert len(values(tmp_path / "train" / "quickstart", "train/loss")) == 15
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_photos(toy_data, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(InputError, match=r"epoch 1, step \d+: the loss is no number; .*\.jpg.*lower optim\.lr"):
+    with pytest.raises(InputError, match=r"epoch 1, step \d+: the loss is not finite; .*\.jpg.*lower optim\.lr"):
         fit(configured(toy_data, tmp_path, "optim.lr=1e8"), folder)
     assert len((folder / "nonfinite.txt").read_text().splitlines()) == 12
     assert not (folder / "best.safetensors").exists()
@@ -137,7 +137,7 @@ def test_it_ends_all_processes_together(toy_data, tmp_path):
     begin = time.monotonic()
     text = train(toy_data, tmp_path, "optim.lr=1e8", "trainer.devices=2", "trainer.log_every=3", status=2)
     assert time.monotonic() - begin < 120
-    assert "the loss is no number" in text
+    assert "the loss is not finite" in text
     listing = (tmp_path / "train" / "quickstart" / "nonfinite.txt").read_text().splitlines()
     assert len(listing) == 12  # of both processes
     assert "Traceback" not in text
@@ -149,7 +149,7 @@ def test_a_dead_worker_ends_the_run_with_the_cause(toy_data, tmp_path):
     os.kill(min(pid for pid in children(process.pid) if "train.py" in told(pid, "cmdline")), signal.SIGKILL)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 2, text
-    assert "a process that decodes photos died" in text
+    assert "a process that decodes images died" in text
     assert "shm" in text
     assert "Traceback" not in text
     assert last(tmp_path / "train" / "quickstart")["global_step"] > 0
@@ -162,7 +162,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(toy_da
     assert f"another training is running there (process {process.pid} on" in text
     process.kill()
     process.wait()
-    with locked(tmp_path / "train" / "quickstart"):
+    with lock_run(tmp_path / "train" / "quickstart"):
         pass
 
 
@@ -201,7 +201,7 @@ def test_a_held_out_photo_that_breaks_off_inside_is_listed_and_left_out(toy_data
     assert 0 < fit(configured(tmp_path, tmp_path, *places, "data.max_corrupt=0.1"), tmp_path / "run") <= 1
     (line,) = (tmp_path / "run" / "corrupt_images.txt").read_text().splitlines()
     assert line.startswith(f"{bad}\t")
-    with pytest.raises(InputError, match=r"1 of 90 photos .* more than data\.max_corrupt=0\.001"):
+    with pytest.raises(InputError, match=r"1 of 90 images .* more than data\.max_corrupt=0\.001"):
         fit(configured(tmp_path, tmp_path, *places, "data.max_corrupt=0.001"), tmp_path / "strict")
 
 
@@ -215,15 +215,15 @@ def test_a_photo_lost_or_mended_meanwhile_does_not_end_a_training(toy_data, tmp_
     finished(command(toy_data, tmp_path, *words, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="7")
     first.rename(photos.path(3))
     photos.path(4).unlink()
-    assert "step 6 of 15" in train(toy_data, tmp_path, *words)
+    assert "step 6/15" in train(toy_data, tmp_path, *words)
     shutil.copy(photos.path(5), photos.path(4))
     text = train(toy_data, tmp_path, *words, status=2)
-    assert "different are the contents of 1 of 90 photos" in text
+    assert "different images: 1 of 90" in text
 
 
 def test_slurm_tasks_that_would_train_side_by_side_are_refused(toy_data, tmp_path, monkeypatch):
     for name, value in {"NTASKS": "2", "JOB_NAME": "job", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    with pytest.raises(InputError, match=r"SLURM|Lightning refuses"):
+    with pytest.raises(InputError, match=r"SLURM|Lightning rejects"):
         fit(configured(toy_data, tmp_path), tmp_path / "run")
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -1,4 +1,4 @@
-"""Hooks by optimiser step, which Lightning's hooks by batch and by epoch are not."""
+"""Callbacks of training, most of them by optimizer step: seeds, curves, corrupt images and non-finite values."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ from superglobal.errors import InputError
 from superglobal.training.module import TrainingModule
 from superglobal.utils.io import write_atomically
 
+log = logging.getLogger(__name__)
+_REPORT_EVERY = 60.0  # seconds
+_MAX_LISTED = 8
+
 
 class StepCallback(Callback, ABC):
-    """Calls `on_step` once after every optimiser step, when everything that belongs to the step is done.
+    """Call `on_step` once after each optimizer step.
 
-    That is never between the parts of an accumulated batch, and for the last step of an epoch at the epoch's end,
+    The call is not made between accumulated batches. For the last step of an epoch it is made at the end of the epoch,
     where a checkpoint resumes in the next epoch.
     """
 
-    done = -1
+    last_step = -1
 
     @abstractmethod
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, epoch_ends: bool) -> None:
-        """After step number `trainer.global_step` (the first is 1)."""
+        """Handle the end of step `trainer.global_step`, counted from 1."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -40,20 +44,20 @@ class StepCallback(Callback, ABC):
         complete = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if complete and batch_idx + 1 < trainer.num_training_batches:
             assert isinstance(pl_module, TrainingModule)
-            self.done = trainer.global_step
+            self.last_step = trainer.global_step
             self.on_step(trainer, pl_module, False)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        # A run that stops early within an epoch ends the epoch at a step that was dealt with.
-        if self.done != trainer.global_step:
+        # A run that stops early within an epoch ends it at a step that was handled already.
+        if self.last_step != trainer.global_step:
             self.on_step(trainer, pl_module, True)
 
 
 class StepSeed(Callback):
-    """Seeds torch before every batch by (seed, rank, step, part): dropout and the like depend on nothing before.
+    """Seed torch before each batch by (seed, rank, step, part), so that dropout does not depend on earlier batches.
 
-    A saved generator state would not do: making a DataLoader's iterator draws from the generator too.
+    Saving the state of the generator is not enough: creating the iterator of a DataLoader uses the generator too.
     """
 
     def __init__(self, seed: int) -> None:
@@ -67,42 +71,40 @@ class StepSeed(Callback):
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
-def side_group(trainer: pl.Trainer) -> Any:
-    """A process group for `any_rank` beside the one that gradients take, None for one process; every process asks.
+def cpu_process_group(trainer: pl.Trainer) -> Any:
+    """Return a CPU process group for `any_rank`, None for a single process; all processes must call this.
 
-    It works on the CPU: an answer by way of the GPU would come after all that the GPU has been told to do.
+    A collective on the GPU would wait for all queued kernels.
     """
     return torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
 
 
 def any_rank(group: Any, *flags: bool) -> list[bool]:
-    """Each flag, true if it is in any process of a `side_group`; every process has to ask."""
+    """Return each flag, true if it is true in any process of the group; all processes must call this."""
     if group is None:
         return list(flags)
-    found = torch.tensor([float(flag) for flag in flags])
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX, group=group)
-    return [bool(flag) for flag in found.tolist()]
-
-
-log = logging.getLogger(__name__)
-_TOLD_EVERY = 60.0
+    values = torch.tensor([float(flag) for flag in flags])
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX, group=group)
+    return [bool(value) for value in values.tolist()]
 
 
 class CurveLogger(StepCallback):
-    """Every `every` steps, of the step itself: loss, accuracy, cosine with the true landmark, over all processes;
-    learning rates, GeM's p; and since the last time: images/s, share of the time that was spent waiting for data, and
-    the peak of GPU memory so far in GB. Validation and saving do not count as time.
+    """Log curves every `every` steps, and progress every minute.
+
+    Logged are the loss, the accuracy and the cosine with the correct landmark of the step, over all processes; the
+    learning rates and the p of GeM; and since the last point the images/s, the fraction of time spent waiting for data
+    and the peak GPU memory in GB. Validation and saving are excluded from the time.
 
     Args:
-        every: steps between two points.
-        batch_size: photos a step.
+        every: number of steps between two points.
+        batch_size: number of images per step.
     """
 
     def __init__(self, every: int, batch_size: int) -> None:
         self.every = every
         self.batch_size = batch_size
         self.parts: list[Tensor] = []
-        self.told = time.monotonic()
+        self.last_report = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restart(trainer, pl_module)
@@ -110,7 +112,7 @@ class CurveLogger(StepCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # At the end of the batch the schedule is at the next step already.
+        # At the end of the batch the schedule has advanced already.
         (optimizer,) = trainer.optimizers
         self.rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
 
@@ -133,12 +135,12 @@ class CurveLogger(StepCallback):
         module.loss = loss
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        if time.monotonic() - self.told > _TOLD_EVERY:
-            self.told = time.monotonic()
+        if time.monotonic() - self.last_report > _REPORT_EVERY:
+            self.last_report = time.monotonic()
             speed, wait = values["images_per_second"], values["data_wait"]
-            text = "epoch %d, step %d of %d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for data"
-            told = trainer.current_epoch + 1, trainer.global_step, module.total_steps, loss, speed, 100 * wait
-            log.info(text, *told)
+            text = "epoch %d, step %d/%d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for data"
+            epoch, step = trainer.current_epoch + 1, trainer.global_step
+            log.info(text, epoch, step, module.total_steps, loss, speed, 100 * wait)
 
     def _speed(self, trainer: pl.Trainer, module: TrainingModule) -> dict[str, float]:
         seconds = max(1e-9, time.perf_counter() - self.start - (module.paused - self.paused))
@@ -161,42 +163,39 @@ class CurveLogger(StepCallback):
         return trainer.datamodule.waited  # type: ignore[attr-defined]
 
 
-_SHOWN = 8
-
-
 class CorruptImageCallback(pl.Callback):
-    """Enters the photos that stand-ins took the place of into the list of bad ones."""
+    """Add the corrupt images of each batch to the list of the run."""
 
-    def __init__(self, bad: CorruptImageList) -> None:
-        self.bad = bad
+    def __init__(self, corrupt_images: CorruptImageList) -> None:
+        self.corrupt_images = corrupt_images
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not isinstance(batch, InputError) and batch.corrupt:
-            self.bad.add(batch.corrupt)
+            self.corrupt_images.add(batch.corrupt)
 
 
 class NonFiniteGuard(StepCallback):
-    """Ends the run, in all processes together, when a loss or a weight is no number; no checkpoint holds one.
+    """End the run in all processes if a loss or a weight is not finite; no checkpoint contains such a weight.
 
-    Losses are kept on the device and looked at every `every` steps, since each look makes a GPU wait.
+    Losses stay on the device and are checked every `every` steps, because each check waits for the GPU.
 
     Args:
-        every: steps between two looks.
-        folder: of the run; the photos of the batch go into `nonfinite.txt` there.
-        place: index of a photo -> where it is.
+        every: number of steps between two checks.
+        folder: run directory; the images of the batch are listed in its `nonfinite.txt`.
+        location: index of an image -> its location.
     """
 
-    def __init__(self, every: int, folder: Path, place: Callable[[int], str]) -> None:
+    def __init__(self, every: int, folder: Path, location: Callable[[int], str]) -> None:
         self.every = every
         self.folder = folder
-        self.place = place
+        self.location = location
         self.window: list[tuple[int, Tensor, Tensor]] = []
         self.group: Any = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.group = side_group(trainer)
+        self.group = cpu_process_group(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -209,11 +208,10 @@ class NonFiniteGuard(StepCallback):
             self.check(trainer, module)
 
     def check(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        """Look now; every process has to.
+        """Check the losses since the last check, the weights and the p of GeM; all processes must call this.
 
         Raises:
-            InputError: in every process: a loss since the last look, or a weight, is no number, or GeM's exponent
-                was trained to where it means nothing.
+            InputError: in all processes, if a loss or a weight is not finite, or p is not positive.
         """
         window, self.window = self.window, []
         losses = bool(torch.stack([finite for _, _, finite in window]).all()) if window else True
@@ -221,37 +219,39 @@ class NonFiniteGuard(StepCallback):
         p = module.network.pooling.p
         problems = any_rank(self.group, not losses, not torch.isfinite(total), not bool(p > 0))
         if problems[0]:
-            raise InputError(self._told(trainer, window) + self._mend(trainer, module))
+            raise InputError(self._loss_message(trainer, window) + self._hint(trainer, module))
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         if problems[1]:
-            raise InputError(f"{where}: a weight is no number any more{self._mend(trainer, module)}")
+            raise InputError(f"{where}: a weight is not finite{self._hint(trainer, module)}")
         if problems[2]:
-            raise InputError(f"{where}: GeM's p became {p.item():.3g}; lower optim.lr or set pooling.learn_p=off")
+            raise InputError(
+                f"{where}: the p of GeM is {p.item():.3g}, expected > 0; lower optim.lr, or set pooling.learn_p=off"
+            )
 
-    def _told(self, trainer: pl.Trainer, window: list[tuple[int, Tensor, Tensor]]) -> str:
-        """The first bad step of any process, its photos in the file and the first of them in the message."""
+    def _loss_message(self, trainer: pl.Trainer, window: list[tuple[int, Tensor, Tensor]]) -> str:
+        """List the images of the first step with a non-finite loss in the file, and return the message."""
         first = next(((step, indices.tolist()) for step, indices, finite in window if not finite), None)
-        found: list[Any] = [first]
+        firsts: list[Any] = [first]
         if trainer.world_size > 1:
-            found = [None] * trainer.world_size
-            torch.distributed.all_gather_object(found, first)
-        step = min(entry[0] for entry in found if entry)
-        places = [self.place(index) for entry in found if entry and entry[0] == step for index in entry[1]]
-        listing = self.folder / "nonfinite.txt"
+            firsts = [None] * trainer.world_size
+            torch.distributed.all_gather_object(firsts, first)
+        step = min(entry[0] for entry in firsts if entry)
+        images = [self.location(index) for entry in firsts if entry and entry[0] == step for index in entry[1]]
+        path = self.folder / "nonfinite.txt"
         if trainer.is_global_zero:
-            write_atomically(listing, "".join(f"{place}\n" for place in places).encode())
-        shown = ", ".join(places[:_SHOWN]) + (", ..." if len(places) > _SHOWN else "")
+            write_atomically(path, "".join(f"{image}\n" for image in images).encode())
+        shown = ", ".join(images[:_MAX_LISTED]) + (", ..." if len(images) > _MAX_LISTED else "")
         return (
-            f"epoch {trainer.current_epoch + 1}, step {step}: the loss is no number; the photos of that batch (all of "
-            f"them in {listing}): {shown}"
+            f"epoch {trainer.current_epoch + 1}, step {step}: the loss is not finite; images of that batch (all are "
+            f"listed in {path}): {shown}"
         )
 
     @staticmethod
-    def _mend(trainer: pl.Trainer, module: TrainingModule) -> str:
+    def _hint(trainer: pl.Trainer, module: TrainingModule) -> str:
         half = "" if trainer.precision.startswith(("32", "64")) else ", or trainer.precision=32-true"
-        return f"; lower optim.lr ({module.optim.lr}) or set optim.clip{half}, with a new name="
+        return f"; lower optim.lr ({module.optim.lr}), or set optim.clip{half}, with a new name="
 
     @staticmethod
     def _step(trainer: pl.Trainer, batch_idx: int) -> int:
-        """The step that a batch belongs to; Lightning has counted it already if the batch completes it."""
+        """Return the step of a batch; Lightning has counted it already if the batch completes it."""
         return trainer.global_step + ((batch_idx + 1) % trainer.accumulate_grad_batches != 0)

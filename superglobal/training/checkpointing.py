@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and what a signal makes of a run."""
+"""Atomic checkpoints, and signals that save one and end the run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
-from superglobal.errors import InputError
-from superglobal.training.callbacks import NonFiniteGuard, StepCallback, any_rank, side_group
+from superglobal.errors import InputError, first_line
+from superglobal.training.callbacks import NonFiniteGuard, StepCallback, any_rank, cpu_process_group
 from superglobal.training.module import TrainingModule
 from superglobal.utils.distributed import first_process, in_main_thread
 from superglobal.utils.io import atomic_file
@@ -38,32 +38,34 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target and renames; the checkpoint before becomes `previous.ckpt`.
+    """Write checkpoints atomically and keep the one before as `previous.ckpt`.
 
-    Lightning's own goes through the folder for temporary files, which may be another file system: there a full disk
-    leaves half a file under the final name, and a lost permission leaves nothing and says nothing.
+    Lightning writes through the folder for temporary files. If that is another file system, a full disk leaves a
+    truncated file under the final name, and a missing permission is not reported.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint; InputError if that fails."""
         path = Path(path)
         with atomic_file(path, path.with_name(PREVIOUS)) as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's writer hides the error of the file beneath
+            except RuntimeError as error:  # torch replaces the error of the file.
                 cause = error.__context__
                 raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
 
 
 class CheckpointCallback(StepCallback):
-    """Saves at the end of every epoch, every so many steps or minutes, and when a signal asks to stop.
+    """Save a checkpoint at the end of each epoch, every given number of steps or minutes, and on a signal.
 
-    SIGTERM, Ctrl-C, and SIGUSR1 and SIGUSR2 (SLURM and submitit send them before the end of a job) end the run after
-    the step in progress, saved, with status 128 + the signal's number. A second Ctrl-C ends it at once.
+    SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2 (sent by SLURM and submitit before the end of a job) end the run after the
+    current step with a checkpoint and exit status 128 + the number of the signal. A second Ctrl-C ends it immediately.
 
     Args:
-        folder: of the checkpoints.
-        every_steps, every_minutes: None for never.
-        guard: nothing is saved that it objects to.
+        folder: folder of the checkpoints.
+        every_steps: number of steps between checkpoints; None for never.
+        every_minutes: minutes between checkpoints; None for never.
+        guard: check for non-finite values before saving.
     """
 
     def __init__(
@@ -80,17 +82,17 @@ class CheckpointCallback(StepCallback):
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether a signal has come to this process."""
+        """Whether this process has received a signal."""
         return self.received is not None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.group = side_group(trainer)
-        # Lightning's own handlers broadcast from within the handler, in whatever collective the run is.
+        self.group = cpu_process_group(trainer)
+        # The handlers of Lightning broadcast in the handler, perhaps in the middle of another collective.
         if in_main_thread():
             self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         if trainer.is_global_zero:
-            for stray in self.folder.glob(".*.ckpt.*"):
-                stray.unlink()
+            for temporary in self.folder.glob(".*.ckpt.*"):
+                temporary.unlink()
         self.saved_at = time.monotonic()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -111,26 +113,26 @@ class CheckpointCallback(StepCallback):
         if any(stop):
             number = next(number for number, flag in zip(_SIGNALS, stop, strict=True) if flag)
             name = signal.Signals(number).name
-            log.warning("%s: saved at step %d; the same command goes on from there", name, trainer.global_step)
-            # Lightning takes a child process that ends with anything else for a crash and kills the first.
+            log.warning("%s: saved at step %d; run the same command to resume", name, trainer.global_step)
+            # If another process ends with a status other than 0, Lightning kills the first one.
             sys.exit(128 + number if trainer.is_global_zero else 0)
 
     def _receive(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        # From within a handler logging might wait for a lock that this thread holds.
+        # Logging in a handler might wait for a lock that this thread holds.
         with contextlib.suppress(OSError):
-            sys.stderr.write(f"\n{signal.Signals(number).name}: saving after this step\n")
+            sys.stderr.write(f"\n{signal.Signals(number).name}: saving a checkpoint after this step\n")
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest checkpoint that loads and its step; None if there is none at all. A damaged one is put aside.
+    """Return the newest valid checkpoint and its step, None if there are no checkpoints. A damaged one is renamed.
 
     Raises:
-        InputError: there are checkpoints and none of them loads.
+        InputError: all checkpoints are damaged.
     """
-    bad = []
+    damaged = []
     for path in (folder / LAST, folder / PREVIOUS):
         try:
             size = path.stat().st_size
@@ -138,27 +140,26 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
         except FileNotFoundError:
             continue
         except _DAMAGED as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-            what = f"corrupt or incomplete ({reason})"
+            reason = f"corrupt or incomplete ({first_line(error)})"
             if isinstance(error, pickle.UnpicklingError):
-                what = "damaged, or it asks to run code on loading; it was not run"
-            bad.append(f"{path} ({size} bytes): {what}")
+                reason = "damaged, or contains code, which was not run"
+            damaged.append(f"{path} ({size} bytes): {reason}")
             continue
-        for text in bad:
-            log.warning("%s; going on from %s, step %d", text, path, step)
-        if bad and first_process():
-            # The next save would put it in the place of the one that loads.
+        for text in damaged:
+            log.warning("%s; resuming from %s, step %d", text, path, step)
+        if damaged and first_process():
+            # The next save would replace the valid one by it.
             (folder / LAST).replace(folder / f"{LAST}.damaged")
         return path, step
-    if bad:
-        raise InputError("\n".join([*bad, "no checkpoint is left to go on from; resume=restart begins again"]))
+    if damaged:
+        raise InputError("\n".join([*damaged, "no valid checkpoint to resume from; resume=restart trains again"]))
     return None
 
 
 def _step_of(path: Path) -> int:
-    """The step of a checkpoint, every byte of which is checked: torch itself does not compare check sums."""
+    """Return the step of a checkpoint after comparing its checksums, which torch ignores."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged:
-        raise ValueError(f"{damaged} is not what was written")
+        raise ValueError(f"{damaged} has a wrong checksum")
     return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])

@@ -1,4 +1,4 @@
-"""One training step and its optimiser; the mathematics is in models/."""
+"""LightningModule of training: training step, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from superglobal.models.network import RetrievalNetwork
 
 
 class TrainingModule(pl.LightningModule):
-    """Classification of landmarks through a margin head, at one scale.
+    """Classify landmarks through a margin head, on images at one scale.
 
     Args:
-        network: its pooling and whitening are trained; its scales belong to evaluation.
+        network: network to train, with its pooling and whitening.
         head: (B, D) descriptors and (B,) labels -> loss.
-        optim: optimiser and schedule.
-        total_steps: of the whole training, for the schedule.
-        landmarks: (classes,) int64, the landmark_id of each class; goes into the checkpoints.
-        how: memory layout and whether torch.compile makes the steps.
+        optim: optimizer and schedule.
+        total_steps: number of steps of the whole training, for the schedule.
+        landmarks: (classes,) int64 landmark_id of each class, stored in checkpoints.
+        fit: memory layout, accumulation and torch.compile.
 
     Attributes:
-        loss: the last that was looked at, NaN before.
+        loss: last logged loss, NaN before the first.
         paused: seconds spent on validation and saving.
     """
 
@@ -46,17 +46,17 @@ class TrainingModule(pl.LightningModule):
         optim: OptimConfig,
         total_steps: int,
         landmarks: np.ndarray,
-        how: FitConfig,
+        fit: FitConfig,
     ) -> None:
         super().__init__()
         self.network = network
         self.head = head
         self.optim = optim
         self.total_steps = total_steps
-        self.accumulate = how.accumulate
+        self.accumulate = fit.accumulate
         self.landmarks = torch.from_numpy(landmarks)
-        self.layout = torch.channels_last if how.channels_last else torch.contiguous_format
-        # Before DistributedDataParallel lays out its gradients by the parameters' strides: later is not exact.
+        self.layout = torch.channels_last if fit.channels_last else torch.contiguous_format
+        # DistributedDataParallel lays out gradients by the strides of the parameters; changing them later is not exact.
         network.to(memory_format=self.layout)
         if optim.freeze_backbone:
             network.backbone.requires_grad_(False)
@@ -65,22 +65,22 @@ class TrainingModule(pl.LightningModule):
                 layer.requires_grad_(False)
         self.average: AveragedModel | None = None
         if optim.ema is not None:
-            average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True)
-            self.average = average.eval().requires_grad_(False)
+            self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True)
+            self.average.eval().requires_grad_(False)
         extract = network.single_scale_descriptors
-        self.describe = torch.compile(extract) if how.compile else extract
+        self.extract = torch.compile(extract) if fit.compile else extract
         self.loss = math.nan
         self.paused = 0.0
 
     @property
     def result(self) -> RetrievalNetwork:
-        """The network that training is about: the moving average if there is one."""
+        """The network to validate and export: the moving average if there is one."""
         network = self.network if self.average is None else self.average.module
         assert isinstance(network, RetrievalNetwork)
         return network
 
     def train(self, mode: bool = True) -> TrainingModule:
-        """Training mode, but for what is frozen and for the average."""
+        """Set training mode, except for frozen layers and the moving average."""
         super().train(mode)
         if self.optim.freeze_backbone:
             self.network.backbone.eval()
@@ -93,7 +93,7 @@ class TrainingModule(pl.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[RetrievalNetwork]:
-        """`result` in evaluation mode."""
+        """Yield `result` in evaluation mode."""
         self.result.eval()
         try:
             yield self.result
@@ -102,7 +102,7 @@ class TrainingModule(pl.LightningModule):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What happens within is no training time."""
+        """Exclude the time of the block from the training time."""
         start = time.perf_counter()
         try:
             yield
@@ -110,19 +110,20 @@ class TrainingModule(pl.LightningModule):
             self.paused += time.perf_counter() - start
 
     def on_fit_start(self) -> None:
+        """Set training mode."""
         self.train()
 
     def training_step(self, batch: Batch | InputError, batch_idx: int) -> dict[str, Tensor]:
-        """Loss of (B, 3, S, S) uint8 photos with (B,) labels.
+        """Compute the loss of a batch.
 
         Raises:
-            InputError: no photo could be read, not even as a stand-in.
+            InputError: an image and its replacements are corrupt.
         """
         if isinstance(batch, InputError):
             raise batch
         x = self.network.normalize(batch.images).contiguous(memory_format=self.layout)
-        out = self.head(self.describe(x), batch.labels)
-        # Lightning divides "loss" by the number of parts of a step.
+        out = self.head(self.extract(x), batch.labels)
+        # Lightning divides "loss" by the number of accumulated batches.
         return {
             "loss": out.loss,
             "value": out.loss.detach(),
@@ -131,23 +132,27 @@ class TrainingModule(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the landmarks of the classes."""
         checkpoint["landmarks"] = self.landmarks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Lightning counts the parts of steps; how many make a step may have changed since the checkpoint.
+        """Convert the progress of the checkpoint to the current number of batches per step."""
+        # Lightning counts batches, and trainer.accumulate may have changed since the checkpoint.
         steps = self.total_steps // self.optim.epochs
         done = checkpoint["global_step"] % steps
         parts = (done or steps) * self.accumulate
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        # Within an epoch a checkpoint is taken before Lightning calls the batch completed.
+        # Within an epoch a checkpoint is saved before Lightning counts its batch as completed.
         progress.update(ready=parts, started=parts, processed=parts, completed=parts - (done > 0))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the optimizer and update the moving average."""
         super().optimizer_step(*args, **kwargs)
         if self.average is not None:
             self.average.update_parameters(self.network)
 
     def configure_optimizers(self) -> Any:
+        """Return the optimizer and the schedule by steps."""
         o = self.optim
         groups = parameter_groups("network", self.network, o.lr, o.weight_decay)
         groups += parameter_groups("head", self.head, o.lr * o.head_lr, o.weight_decay)
@@ -162,19 +167,19 @@ class TrainingModule(pl.LightningModule):
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Share of the peak learning rate at a step from 0 on: linear to 1 in `warmup` steps, then a cosine to 0."""
+    """Return the factor on the peak learning rate at a step: linear to 1 in `warmup` steps, then a cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))) / 2
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """Its batch norm layers."""
+    """Return the batch norm layers of a module."""
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
 
 
 def parameter_groups(name: str, module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights with decay; biases, norms and GeM's p (1-D) without."""
+    """Return parameter groups: weights with decay; biases, norms and the p of GeM (1-D) without."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"name": name, "params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},

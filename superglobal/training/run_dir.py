@@ -1,4 +1,4 @@
-"""What training, evaluation and tuning share."""
+"""Run directory of a training: its lock, the record of its settings, and whether it is finished."""
 
 from __future__ import annotations
 
@@ -16,87 +16,98 @@ from superglobal.errors import InputError
 from superglobal.reporting.runs import flatten
 from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, file_lock, write_atomically
 
-
-def export_path(outputs: str, name: str) -> Path:
-    """Where the training run `name` leaves its best network."""
-    return Path(outputs) / "train" / name / EXPORT
-
-
 CHECKPOINTS = "checkpoints"
 _RECORD, _CODES = "training.json", "photos.npy"
 
 
+def export_path(outputs: str, name: str) -> Path:
+    """Return the path of the best network of the training run `name`."""
+    return Path(outputs) / "train" / name / EXPORT
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """No other process trains in `folder` meanwhile; the lock dies with its process, however that ends.
+def lock_run(folder: Path) -> Iterator[None]:
+    """Create a run directory and lock it, so that one process trains in it; the lock ends with its process.
 
     Raises:
-        InputError: another process does, or the folder cannot be written.
+        InputError: another process trains there, or the folder cannot be written.
     """
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{error.filename}: cannot be written ({error.strerror}); choose another paths.outputs="
-        ) from error
+        raise InputError(f"{error.filename}: cannot be written ({error.strerror}); change paths.outputs") from error
     with file_lock(folder / "lock", f"{folder}: another training is running there", "or give a new name="):
         yield
 
 
-def claim(folder: Path, about: dict[str, Any], codes: np.ndarray, anew: bool) -> float | None:
-    """Make `folder` this training's, and give the score if it is finished.
+def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: bool) -> float | None:
+    """Check that a run directory belongs to this training, and write its record.
 
     Args:
-        folder: of the training.
-        about: plain types; `identity` is what makes a training another one.
-        codes: (N,) uint64, of the contents of its photos, 0 for a bad one. A photo may be lost or mended while a
-            training goes on, but not become another.
-        anew: whether an unfinished one's checkpoints are removed.
+        folder: run directory.
+        record: JSON types; "identity" has the settings that a resumed run must share.
+        codes: (N,) uint64 codes of the contents of the images, 0 for a corrupt one. Images may become corrupt or be
+            repaired while a training is interrupted, but not change otherwise.
+        restart: remove the checkpoints of an unfinished run.
+
+    Returns:
+        The score of a finished run, None for any other.
 
     Raises:
-        InputError: it is another training's, or damaged; nothing there was touched.
+        InputError: the directory belongs to another training or is damaged; it is left unchanged.
     """
-    record = folder / _RECORD
-    found = _read(folder)
-    if found is None and (folder / EXPORT).is_file():
-        found = {}
-    if found is not None and finished(folder) is None and not _holds_work(folder):
-        found = None
-    if found is not None:
-        before, now = flatten(found.get("identity", {})), flatten(about["identity"])
-        differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        if differing:
-            told = [f"{key} ({_short(before.get(key))} there)" for key in differing[:6]]
-            raise InputError(
-                f"{folder} holds another training; different are {', '.join(told)}. Give a new name=, or remove the "
-                "folder"
-            )
-    codes = codes if found is None else _same_photos(folder, codes)
-    score = finished(folder)
+    existing = _read_record(folder)
+    score = finished_score(folder)
+    if existing is None and (folder / EXPORT).is_file():
+        existing = {}
+    if score is None and not (folder / EXPORT).is_file() and not any((folder / CHECKPOINTS).glob("*.ckpt")):
+        existing = None  # Nothing was trained yet.
+    if existing is not None:
+        _require_same_settings(folder, existing.get("identity", {}), record["identity"])
+        codes = _require_same_images(folder, codes)
     if score is not None:
         return score
-    if anew:
-        _forget(folder)
+    if restart:
+        _remove_outputs(folder)
     file = io.BytesIO()
     np.save(file, codes)
     write_atomically(folder / _CODES, file.getvalue())
-    content = {**about, "finished": None}
-    write_atomically(record, json.dumps(content, indent=1).encode())
+    _write_record(folder, {**record, "finished": None})
     return None
 
 
-def _holds_work(folder: Path) -> bool:
-    """Whether a step of its training is kept there."""
-    return (folder / EXPORT).is_file() or any((folder / CHECKPOINTS).glob("*.ckpt"))
+def is_unfinished(folder: Path) -> bool:
+    """Return whether a training was started in a folder and is not finished."""
+    return (folder / _RECORD).is_file() and finished_score(folder) is None
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:20]}..."
+def finished_score(folder: Path) -> float | None:
+    """Return the score of a finished training, None if it is not finished or its network is missing."""
+    score = (_read_record(folder) or {}).get("finished")
+    return None if score is None or not (folder / EXPORT).is_file() else float(score)
 
 
-def _same_photos(folder: Path, codes: np.ndarray) -> np.ndarray:
-    """`codes`, and of photos that are bad now what they were before."""
+def finish_run(folder: Path, score: float) -> None:
+    """Record that the training is finished."""
+    record = _read_record(folder)
+    assert record is not None
+    _write_record(folder, {**record, "finished": score})
+
+
+def _require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    before, now = flatten(before), flatten(now)
+    differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if differing:
+        values = {key: str(before.get(key)) for key in differing[:6]}
+        shown = [f"{key} ({value if len(value) <= 24 else f'{value[:20]}...'} there)" for key, value in values.items()]
+        raise InputError(
+            f"{folder} contains a run with different settings: {', '.join(shown)}. Give a new name=, or remove the "
+            "folder"
+        )
+
+
+def _require_same_images(folder: Path, codes: np.ndarray) -> np.ndarray:
+    """Return the codes, those of corrupt images replaced by the recorded ones; InputError if an image has changed."""
     path = folder / _CODES
     try:
         before = np.load(path, allow_pickle=False)
@@ -105,14 +116,14 @@ def _same_photos(folder: Path, codes: np.ndarray) -> np.ndarray:
     changed = np.flatnonzero((before != codes) & (before != 0) & (codes != 0))
     if len(changed):
         raise InputError(
-            f"{folder} holds another training; different are the contents of {len(changed)} of {len(codes)} photos. "
-            "Give a new name=, or remove the folder"
+            f"{folder} contains a run with different images: {len(changed)} of {len(codes)} have changed. Give a new "
+            "name=, or remove the folder"
         )
     return np.where(codes != 0, codes, before)
 
 
-def _forget(folder: Path) -> None:
-    """Remove what an unfinished training has left, but for its record and its log."""
+def _remove_outputs(folder: Path) -> None:
+    """Remove the outputs of an unfinished training except for its record and its log."""
     try:
         shutil.rmtree(folder / CHECKPOINTS)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
@@ -124,27 +135,13 @@ def _forget(folder: Path) -> None:
         ) from error
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Whether a training is recorded there that has not come to its end."""
-    return (folder / _RECORD).is_file() and finished(folder) is None
-
-
-def finished(folder: Path) -> float | None:
-    """The score of a finished training, if its export is there."""
-    score = (_read(folder) or {}).get("finished")
-    return None if score is None or not (folder / EXPORT).is_file() else float(score)
-
-
-def finish(folder: Path, score: float) -> None:
-    """Note that the training is finished."""
-    content = _read(folder)
-    assert content is not None
-    write_atomically(folder / _RECORD, json.dumps({**content, "finished": score}, indent=1).encode())
-
-
-def _read(folder: Path) -> dict[str, Any] | None:
-    record = folder / _RECORD
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    path = folder / _RECORD
     try:
-        return json.loads(record.read_text()) if record.is_file() else None
+        return json.loads(path.read_text()) if path.is_file() else None
     except ValueError as error:
-        raise InputError(f"{record}: damaged ({error}); remove {folder} to train again") from error
+        raise InputError(f"{path}: damaged ({error}); remove {folder} to train again") from error
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    write_atomically(folder / _RECORD, json.dumps(record, indent=1).encode())

@@ -1,4 +1,4 @@
-"""Training: photos of landmarks to the network that retrieves unseen ones best."""
+"""Train a network on images of landmarks, and export the one that retrieves held-out landmarks best."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from superglobal.models.weights import save_weights
 from superglobal.training.callbacks import CorruptImageCallback, CurveLogger, NonFiniteGuard, StepSeed
 from superglobal.training.checkpointing import CheckpointCallback, newest_checkpoint
 from superglobal.training.module import TrainingModule
-from superglobal.training.run_dir import CHECKPOINTS, claim, finish, finished, locked
+from superglobal.training.run_dir import CHECKPOINTS, finish_run, finished_score, lock_run, start_run
 from superglobal.training.trainer import make_fit_trainer, run_fit, sweep_name
 from superglobal.training.validation import RetrievalValidation
 from superglobal.utils.distributed import first_process
@@ -51,80 +51,71 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig, folder: Path) -> float:
-    """Train, validate by retrieval as it goes on, and export the best network.
+    """Train a network, validate it by retrieval, and export the best one.
 
     Args:
         cfg: composed `TrainConfig`.
-        folder: of this run; its `best.safetensors` is what `eval.py` takes. A finished run of the same settings,
-            weights and photos is kept and not repeated; an unfinished one goes on from its newest checkpoint.
+        folder: run directory, with the exported `best.safetensors`. A finished run of the same settings, weights and
+            images is not repeated; an unfinished one is resumed from its newest checkpoint.
 
     Returns:
-        The best validation mAP, in 0..1, in every process.
+        The best validation mAP, in 0..1, in all processes.
 
     Raises:
-        InputError: anything missing, unreadable or contradicting, `folder` holds another training, another process
-            trains there, or what ended the training.
+        InputError: input is missing or invalid, the folder contains another run or is in use, or the training failed.
     """
     config = validate_config(cfg, TrainConfig)
     first = first_process()
     if not first:
         logging.getLogger("superglobal").setLevel(logging.WARNING)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    photos, held_out = _photos(config)
-    network = _network(config)
-    # Refuses what Lightning refuses, and a batch that cannot be dealt out, before anything is touched.
+    photos, held_out = _training_lists(config)
+    network = _load_network(config)
+    # Invalid settings of Lightning and the batch size are errors before any file is written.
     world = make_fit_trainer(config.trainer, config.optim, [], []).world_size
     EpochBatches(len(photos), config.optim.batch_size, config.seed, config.trainer.accumulate, world=world)
-    # The other processes are children of this one, or wait for it to join them: it checks for all.
-    bad: list[CorruptImages] = [[], []]
-    about: dict[str, Any] = {}
+    # The other processes are children of the first one or wait for it, so that it checks the images for all.
+    corrupt: list[CorruptImages] = [[], []]
+    record: dict[str, Any] = {}
     codes = np.zeros(0, np.uint64)
     if first:
         d = config.data
-        bad, codes = check_training_images([photos, held_out], d.root, d.table, d.tars, d.max_corrupt)
-        identity = _identity(config, network, photos, held_out)
-        about = {
-            "identity": identity,
-            "root": d.root,
-            "tars": d.tars,
-            "trainer": asdict(config.trainer),
-            "versions": versions(),
-            "git": git_state(),
-        }
-    with locked(folder) if first else nullcontext():
-        done = claim(folder, about, codes, config.resume == "restart") if first else finished(folder)
+        corrupt, codes = check_training_images([photos, held_out], d.root, d.table, d.tars, d.max_corrupt)
+        record = _record(config, network, photos, held_out)
+    with lock_run(folder) if first else nullcontext():
+        done = start_run(folder, record, codes, config.resume == "restart") if first else finished_score(folder)
         if done is not None:
-            log.info("trained already, validation mAP %.4f: %s (remove the folder to train again)", done, folder)
+            log.info("already trained, validation mAP %.4f: %s (remove the folder to train again)", done, folder)
             return done
-        score = _fit(config, folder, network, photos, held_out, bad, about)
+        score = _fit(config, folder, network, photos, held_out, corrupt, record)
         if first and not (folder / EXPORT).is_file():
             raise InputError(
-                f"{folder / EXPORT}: the best network was exported before the training was interrupted, and is gone; "
+                f"{folder / EXPORT}: not found; the best network was exported before the training was interrupted. "
                 "resume=restart trains again"
             )
         if first:
-            finish(folder, score)
+            finish_run(folder, score)
             log.info("best validation mAP %.4f; exported: %s", score, folder / EXPORT)
     return score
 
 
-def _photos(config: TrainConfig) -> tuple[TrainList, TrainList]:
-    """Training photos and held-out photos."""
+def _training_lists(config: TrainConfig) -> tuple[TrainList, TrainList]:
+    """Return the training images and the held-out images."""
     d, fraction = config.data, config.validation.fraction
     listed = read_train(d.root, d.table, d.min_images, d.classes_of, d.leave_out, d.tars)
     photos, held_out = split_landmarks(listed, fraction, config.seed)
     landmarks = len(photos.landmarks), len(held_out.landmarks)
     if min(landmarks) < 2:
         raise InputError(
-            f"validation.fraction={fraction}: {landmarks[0]} landmarks to train on, {landmarks[1]} to validate on; "
-            f"both need at least two: {'raise' if landmarks[1] < 2 else 'lower'} validation.fraction"
+            f"validation.fraction={fraction}: {landmarks[0]} landmarks for training, {landmarks[1]} for validation, "
+            f"expected at least 2 each; {'raise' if landmarks[1] < 2 else 'lower'} validation.fraction"
         )
-    log.info("%d photos of %d landmarks", len(photos), landmarks[0])
-    log.info("held out for validation: %d photos of %d landmarks", len(held_out), landmarks[1])
+    log.info("training: %d images of %d landmarks", len(photos), landmarks[0])
+    log.info("validation: %d held-out images of %d landmarks", len(held_out), landmarks[1])
     return photos, held_out
 
 
-def _network(config: TrainConfig) -> RetrievalNetwork:
+def _load_network(config: TrainConfig) -> RetrievalNetwork:
     network = load_model(
         config.weights or config.backbone.weights or "timm",
         backbone=config.backbone.name,
@@ -138,49 +129,52 @@ def _network(config: TrainConfig) -> RetrievalNetwork:
     sides += [(f"data.stages={config.data.stages}", side) for _, side in config.data.stages]
     for setting, side in sides:
         if side < network.min_side():
-            raise InputError(f"{setting}: with this pooling the network needs at least {network.min_side()} px a side")
+            raise InputError(f"{setting}: expected at least {network.min_side()} px for this backbone and pooling")
     if config.optim.batch_norm == "sync":
         if not torch.cuda.is_available():
-            raise InputError("optim.batch_norm=sync works between GPUs; use train or frozen here")
-        # torch's own would drop the activation that timm's layers bring along.
+            raise InputError("optim.batch_norm=sync: expected GPUs; use train or frozen")
+        # The function of torch would drop the activation in the layers of timm.
         network = timm.layers.convert_sync_batchnorm(network)
     return network
 
 
-def _identity(config: TrainConfig, network: RetrievalNetwork, photos: TrainList, held_out: TrainList) -> dict[str, Any]:
-    """What makes a training another one: settings, the network it starts from, lists of photos. Plain types."""
+def _record(config: TrainConfig, network: RetrievalNetwork, photos: TrainList, held_out: TrainList) -> dict[str, Any]:
+    """Return the record of the run, JSON types; a resumed run must have the same "identity"."""
     settings = asdict(config)
-    # Where it runs, and what the network says of itself: `pooling.relup=true` is `pooling.relup=on`.
-    for where in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim", "resume"):
-        del settings[where]
-    for where in ("role", "root", "tars", "max_corrupt"):
-        del settings["data"][where]
+    # The device and the paths may change, and `network.identity` has the settings of the network in one form.
+    for name in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim", "resume"):
+        del settings[name]
+    for name in ("role", "root", "tars", "max_corrupt"):
+        del settings["data"][name]
     del settings["validation"]["sets"]
     lists = [photos.digest(), held_out.digest()]
     identity = {"settings": settings, "start": network.identity(), "photos": lists}
-    return json.loads(json.dumps(identity, default=str))
+    return {
+        "identity": json.loads(json.dumps(identity, default=str)),
+        "root": config.data.root,
+        "tars": config.data.tars,
+        "trainer": asdict(config.trainer),
+        "versions": versions(),
+        "git": git_state(),
+    }
 
 
-def _watched(config: TrainConfig) -> list[EvaluationSet]:
-    """The evaluation sets that are there, their images checked by the first process."""
-    found, first = [], first_process()
-    for entry in config.validation.sets:
-        place = Path(config.paths.data) / entry
-        if (place / f"gnd_{place.name}.pkl").is_file():
-            found.append(revisited_set(place.parent, place.name))
+def _validation_sets(config: TrainConfig) -> list[EvaluationSet]:
+    """Return the evaluation sets that exist; the first process checks their images."""
+    sets, first = [], first_process()
+    for name in config.validation.sets:
+        folder = Path(config.paths.data) / name
+        if (folder / f"gnd_{folder.name}.pkl").is_file():
+            sets.append(revisited_set(folder.parent, folder.name))
         elif first:
-            # The two benchmarks of the default are often not there.
-            level = logging.INFO if entry in ("roxford5k", "rparis6k") else logging.WARNING
-            text = "validation.sets: %s is not there, nothing is watched on it (FOLDER/gnd_FOLDER.pkl)"
-            log.log(level, text, place / f"gnd_{place.name}.pkl")
+            # The two benchmarks of the default are often not downloaded.
+            level = logging.INFO if name in ("roxford5k", "rparis6k") else logging.WARNING
+            log.log(level, "validation.sets: skipped %s, not found", folder / f"gnd_{folder.name}.pkl")
     if first:
-        parts = [
-            (one, title, items)
-            for one in found
-            for title, items in (("queries", one.queries), ("database", one.database))
-        ]
-        require_images([(f"{one.name} {title}", items, one.how_to_get) for one, title, items in parts])
-    return found
+        images = [(dataset, "queries", dataset.queries) for dataset in sets]
+        images += [(dataset, "database", dataset.database) for dataset in sets]
+        require_images([(f"{dataset.name} {title}", items, dataset.how_to_get) for dataset, title, items in images])
+    return sets
 
 
 def _fit(
@@ -189,78 +183,66 @@ def _fit(
     network: RetrievalNetwork,
     photos: TrainList,
     held_out: TrainList,
-    bad: list[CorruptImages],
-    about: dict[str, Any],
+    corrupt: list[CorruptImages],
+    record: dict[str, Any],
 ) -> float:
-    """Train `network` in place and export it whenever it is the best; the best validation mAP."""
-    d, o, t, v = config.data, config.optim, config.trainer, config.validation
+    """Train `network` in place, export it whenever it is the best, and return the best validation mAP."""
+    o, t = config.optim, config.trainer
     steps = EpochBatches(len(photos), o.batch_size, config.seed, t.accumulate).steps
-    every = min(t.log_every, steps)
     counts = np.bincount(photos.labels, minlength=len(photos.landmarks))
     head = make_head(dim=network.dim, counts=counts, **asdict(config.head))
     module = TrainingModule(network, head, o, o.epochs * steps, photos.landmarks, t)
-    missed, missed_held_out = (
-        CorruptImageList(folder / CORRUPT_IMAGES, len(photos) + len(held_out), d.max_corrupt, part.location)
+    lists = [
+        CorruptImageList(folder / CORRUPT_IMAGES, len(photos) + len(held_out), config.data.max_corrupt, part.location)
         for part in (photos, held_out)
-    )
-    missed.add(bad[0])
-    missed_held_out.add(bad[1])
+    ]
+    for images, pairs in zip(lists, corrupt, strict=True):
+        images.add(pairs)
+    every = min(t.log_every, steps)
     guard = NonFiniteGuard(every, folder, photos.location)
     checkpoints = CheckpointCallback(folder / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, guard)
-    photos_held_out = HeldOutDataset(
-        held_out, v.max_images, v.max_side, config.seed, exclude=[index for index, _ in bad[1]]
-    )
+    exclude = [index for index, _ in corrupt[1]]
     validation = RetrievalValidation(
-        photos_held_out,
-        missed_held_out,
-        every_epochs=v.every_epochs,
-        every_steps=v.every_steps,
-        sets=_watched(config),
-        patience=v.patience,
-        export=partial(_export, folder, about),
+        HeldOutDataset(held_out, config.validation.max_images, config.validation.max_side, config.seed, exclude),
+        lists[1],
+        every_epochs=config.validation.every_epochs,
+        every_steps=config.validation.every_steps,
+        sets=_validation_sets(config),
+        patience=config.validation.patience,
+        export=partial(_export, folder, record),
         num_workers=t.num_workers,
         asked_to_stop=lambda: checkpoints.asked_to_stop,
     )
-    watchers: list[Callback] = [
-        StepSeed(config.seed),
-        CorruptImageCallback(missed),
-        CurveLogger(every, o.batch_size),
-        guard,
-        validation,
-        checkpoints,
-    ]
-    # Where a run begins anew, the other processes may still see what the first one has removed.
-    anew = config.resume == "restart" and not first_process()
-    checkpoint, step = (None if anew else newest_checkpoint(folder / CHECKPOINTS)) or (None, 0)
+    callbacks: list[Callback] = [StepSeed(config.seed), CorruptImageCallback(lists[0])]
+    callbacks += [CurveLogger(every, o.batch_size), guard, validation, checkpoints]
+    # On a restart the other processes may still see checkpoints that the first one is removing.
+    ignore = config.resume == "restart" and not first_process()
+    checkpoint, step = (None if ignore else newest_checkpoint(folder / CHECKPOINTS)) or (None, 0)
     if checkpoint is not None:
-        log.info("going on from %s: step %d of %d", checkpoint, step, module.total_steps)
-    with training_loggers(config, folder, step, about, sweep_name()) as loggers:
-        trainer = make_fit_trainer(t, o, watchers, loggers)
+        log.info("resuming from %s: step %d/%d", checkpoint, step, module.total_steps)
+    with training_loggers(config, folder, step, record, sweep_name()) as loggers:
+        trainer = make_fit_trainer(t, o, callbacks, loggers)
         run_fit(trainer, module, _data(config, photos), checkpoint)
     return validation.best
 
 
-def _export(folder: Path, about: dict[str, Any], best: RetrievalNetwork, score: float, step: int) -> None:
-    # The learned p becomes part of what the network says of itself.
-    best.set_p(None)
-    save_weights(best, folder / EXPORT, {**about, "val_map": score, "step": step})
+def _export(folder: Path, record: dict[str, Any], best: RetrievalNetwork, score: float, step: int) -> None:
+    best.set_p(None)  # The learned p becomes part of the identity of the network.
+    save_weights(best, folder / EXPORT, {**record, "val_map": score, "step": step})
 
 
 def _data(config: TrainConfig, photos: TrainList) -> TrainingDataModule:
     d = config.data
     augment = Augment(d.crop, d.flip, d.jitter, reduced=d.reduced_decode)
     side = partial(image_size_in_epoch, d.image_size, d.stages)
+    dataset = TrainingDataset(photos, augment, side, config.seed)
     return TrainingDataModule(
-        TrainingDataset(photos, augment, side, config.seed),
-        config.optim.batch_size,
-        config.trainer.accumulate,
-        config.trainer.num_workers,
-        config.seed,
+        dataset, config.optim.batch_size, config.trainer.accumulate, config.trainer.num_workers, config.seed
     )
 
 
 def image_size_in_epoch(image_size: int, stages: list[list[int]], epoch: int) -> int:
-    """Side of the training photos in an epoch, counted from 0: the stages one after the other, then `image_size`."""
+    """Return the side of the training images in an epoch, counted from 0: first the stages, then `image_size`."""
     for epochs, side in stages:
         if epoch < epochs:
             return side

@@ -1,4 +1,4 @@
-"""What training, evaluation and tuning share."""
+"""Lightning Trainers, sweeps, and errors of other processes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from superglobal.config.common import TrainerConfig
 from superglobal.config.training import FitConfig, OptimConfig
 from superglobal.data.datamodules import TrainingDataModule
-from superglobal.errors import InputError
+from superglobal.errors import InputError, first_line
 from superglobal.training.checkpointing import AtomicCheckpointIO
 from superglobal.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
-# Lightning's, at every start, and nothing that a user could do.
-_SAYS_NOTHING: list[tuple[str, type[Warning]]] = [
+# Lightning's warnings at each start that do not apply here.
+_IRRELEVANT_WARNINGS: list[tuple[str, type[Warning]]] = [
     (".*LeafSpec.*is deprecated", FutureWarning),
-    (".*your dataloader is not resumable", UserWarning),  # it is: the order goes on from the step
-    (".*in eval mode at the start of training", UserWarning),  # what is frozen is meant to be
+    (".*your dataloader is not resumable", UserWarning),  # The order continues at the step.
+    (".*in eval mode at the start of training", UserWarning),  # Frozen layers are.
     (".*does not have many workers", UserWarning),
-    (".*smaller than the logging interval", UserWarning),  # curves are not logged by Lightning
+    (".*smaller than the logging interval", UserWarning),  # CurveLogger logs the curves.
 ]
-_LOST = (
+_LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
     "gloo/transport",
@@ -52,35 +52,35 @@ _LOST = (
 
 
 def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -> pl.Trainer:
-    """A Trainer that leaves sampling to us.
+    """Create a Trainer without Lightning's distributed sampler.
 
     Args:
-        t: where it runs.
-        precision: of the forward pass; no autocast by default.
-        options: of `pl.Trainer`.
+        t: devices and strategy.
+        precision: precision of the forward pass; no autocast by default.
+        options: further arguments of `pl.Trainer`.
 
     Raises:
-        InputError: Lightning refuses the settings, a sweep asks for more than one device a job, or torchrun or SLURM
-            has started another number of processes than the settings make.
+        InputError: Lightning rejects the settings, a sweep uses several devices per job, or torchrun or SLURM has
+            started a different number of processes.
     """
-    for pattern, category in _SAYS_NOTHING:
+    for pattern, category in _IRRELEVANT_WARNINGS:
         warnings.filterwarnings("ignore", pattern, category)
     devices = t.devices
-    # Where SLURM starts the processes of a job, none is started from here.
+    nodes = options.get("num_nodes", 1)
+    # SLURM starts the processes of a job itself.
     if sweeping() and not SLURMEnvironment.detect():
-        # Lightning would start the whole sweep again in every further process.
         single = devices in (1, "1", "auto") or (isinstance(devices, list) and len(devices) == 1)
-        if not single or options.get("num_nodes", 1) > 1:
+        if not single or nodes > 1:
             raise InputError(
-                f"trainer.devices={devices} on {options.get('num_nodes', 1)} machines: a sweep runs one device a job, "
-                "since Lightning would start the whole sweep again in every further process; use 1, or run without -m"
+                f"trainer.devices={devices} on {nodes} machines: expected one device per job of a sweep, because "
+                "Lightning would start the whole sweep again in each further process; use 1, or run without -m"
             )
         if devices == "auto":
-            log.info("sweep: one device a job")
+            log.info("sweep: one device per job")
             devices = 1
     try:
         if SLURMEnvironment.detect():
-            # Lightning's way to go on saves from within a signal handler; ours is in `CheckpointCallback`.
+            # Lightning's automatic requeue saves in a signal handler; `CheckpointCallback` does not.
             options["plugins"] = [*options.get("plugins", ()), SLURMEnvironment(auto_requeue=False)]
         trainer = pl.Trainer(
             accelerator=t.accelerator,
@@ -93,25 +93,24 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
             **options,
         )
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
-        wish = f"accelerator={t.accelerator} devices={t.devices} strategy={t.strategy}"
-        raise InputError(f"trainer: Lightning refuses {wish}: {error}") from error
-    starter, started = _started()
-    if started not in (None, trainer.world_size):
+        settings = f"accelerator={t.accelerator} devices={t.devices} strategy={t.strategy}"
+        raise InputError(f"trainer: Lightning rejects {settings}: {error}") from error
+    launcher, count = _launched()
+    if count not in (None, trainer.world_size):
         raise InputError(
-            f"{starter} has started {started} processes, but trainer.devices={t.devices} on "
-            f"{options.get('num_nodes', 1)} machines makes {trainer.world_size}: each would run for itself; give "
-            f"trainer.devices= and trainer.num_nodes= as {starter} has them"
+            f"{launcher} has started {count} processes, but trainer.devices={t.devices} on {nodes} machines needs "
+            f"{trainer.world_size}; set trainer.devices and trainer.num_nodes as for {launcher}"
         )
     return trainer
 
 
 def launched_externally() -> bool:
-    """Whether torchrun or SLURM has started this process beside others, before any of them knows the others."""
-    return (_started()[1] or 1) > 1
+    """Return whether torchrun or SLURM has started this process together with others."""
+    return (_launched()[1] or 1) > 1
 
 
-def _started() -> tuple[str, int | None]:
-    """What has started the processes of this run, and how many; None where that is Lightning's part."""
+def _launched() -> tuple[str, int | None]:
+    """Return the launcher of this run and its number of processes; None if Lightning starts them."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun", int(os.environ.get("WORLD_SIZE", 1))
     if SLURMEnvironment.detect():
@@ -119,63 +118,67 @@ def _started() -> tuple[str, int | None]:
     return "", None
 
 
-def translate_process_error(error: RuntimeError, processes: int, run: str, goes_on: str) -> InputError | None:
-    """What a failure of somebody else's process is called; None for any other.
+def translate_process_error(error: RuntimeError, processes: int, run: str, resume_point: str) -> InputError | None:
+    """Translate the crash of a worker or of another process of the run into an InputError; None for other errors.
 
     Args:
-        error: that Lightning ended with.
-        processes: of the run.
-        run: "training", "evaluation".
-        goes_on: from where the same command does.
+        error: error of Lightning.
+        processes: number of processes of the run.
+        run: "training" or "evaluation".
+        resume_point: where the same command resumes, such as "from the last checkpoint".
     """
     text = str(error)
-    resumes = f"; the same command goes on {goes_on}"
+    resumes = f"; run the same command to resume {resume_point}"
     if "DataLoader worker" in text:
         return InputError(
-            f"a process that decodes photos died ({text.splitlines()[0]}): mostly too little memory, or too little "
+            f"a process that decodes images died ({text.splitlines()[0]}), usually because of too little memory or "
             f"shared memory (/dev/shm; docker run --shm-size=8g); lower trainer.num_workers{resumes}"
         )
-    if processes > 1 and (isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST)):
+    if processes > 1 and (
+        isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST_CONNECTION)
+    ):
         return InputError(
-            f"another process of this {run} has ended or does not answer: its own message, if it left one, is "
-            f"above ({text.splitlines()[0][:200]}){resumes}"
+            f"another process of this {run} has ended or does not respond, see its message above "
+            f"({first_line(error)}){resumes}"
         )
     return None
 
 
 def sweeping() -> bool:
-    """Whether this is a job of a Hydra multirun."""
+    """Return whether this is a job of a Hydra multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def sweep_name() -> str | None:
-    """What the multirun that this is a job of is called: its folder's name; None outside one."""
+    """Return the name of the folder of this multirun, None outside one."""
     return Path(HydraConfig.get().sweep.dir).name if sweeping() else None
 
 
 class TrainingSweep(HydraCallback):
-    """Hydra callback: ends a sweep of trainings with their scores, best first; with status 2 if one failed (NaN)."""
+    """Hydra callback that prints the scores of a sweep, best first, and exits with status 2 if a run failed (NaN)."""
 
     def __init__(self) -> None:
         self.scores: list[tuple[float, str]] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Store the score of a run."""
         if job_return.status == JobStatus.COMPLETED and job_return.hydra_cfg is not None:
-            place = Path(job_return.hydra_cfg.hydra.runtime.output_dir)
-            self.scores.append((job_return.return_value, f"{' '.join(job_return.overrides or ())}: {place}"))
+            folder = Path(job_return.hydra_cfg.hydra.runtime.output_dir)
+            self.scores.append((job_return.return_value, f"{' '.join(job_return.overrides or ())}: {folder}"))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        for score, what in sorted(self.scores, key=lambda one: -math.inf if math.isnan(one[0]) else one[0])[::-1]:
-            print("failed" if math.isnan(score) else f"validation mAP {score:.4f}", what, flush=True)
+        """Print the scores."""
+        for score, run in sorted(self.scores, key=lambda pair: -math.inf if math.isnan(pair[0]) else pair[0])[::-1]:
+            print("failed" if math.isnan(score) else f"validation mAP {score:.4f}", run, flush=True)
         if any(math.isnan(score) for score, _ in self.scores):
             sys.exit(2)
 
 
-_GRACE = 8  # seconds
+_END_DELAY = 8  # seconds
 
 
 def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
-    """A Trainer for `run_fit`; errors as of `make_trainer`."""
+    """Create the Trainer of `run_fit`; InputError as in `make_trainer`."""
     return make_trainer(
         t,
         precision(t),
@@ -194,7 +197,7 @@ def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], lo
 
 
 def precision(t: FitConfig) -> str:
-    """Lightning's name of the precision; "auto" is bfloat16 autocast where the GPU has it, float32 on a CPU."""
+    """Return Lightning's name of the precision; "auto" is bfloat16 autocast if the GPU has it, float32 on a CPU."""
     if t.precision != "auto":
         return t.precision
     if t.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
@@ -206,40 +209,40 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
     """Train, from a checkpoint if one is given.
 
     Raises:
-        InputError: what ended the training, where it can be said.
+        InputError: the training ended because of its input, too little memory, or another process.
     """
-    _end_with_the_first_process()
+    _end_with_first_process()
     if trainer.precision == "64-true":
-        # Lightning reads the checkpoint before it widens the module, and would round the weights.
+        # Lightning loads the checkpoint before it converts the module, which would round the weights.
         module.double()
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except InputError:
         if not trainer.is_global_zero:
-            # Lightning kills the first process as soon as it finds another ended, perhaps before it has said why.
-            time.sleep(_GRACE)
+            # Lightning kills the first process when another one ends, perhaps before it has printed its message.
+            time.sleep(_END_DELAY)
         raise
     except SystemExit as end:
-        if end.code is None:  # Lightning's answer to SIGTERM, before the first step
+        if end.code is None:  # Lightning handled SIGTERM, before the first step.
             sys.exit(128 + signal.SIGTERM)
-        if end.code == 1:  # Lightning's answer to the second Ctrl-C
-            log.error("interrupted; the same command goes on from the last checkpoint")
+        if end.code == 1:  # Lightning handled the second Ctrl-C.
+            log.error("interrupted; run the same command to resume from the last checkpoint")
             sys.exit(130)
         raise
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"out of GPU memory ({str(error).splitlines()[0]}): raise trainer.accumulate (2 halves what is held at "
-            "once), or lower optim.batch_size or data.image_size"
+            f"out of GPU memory ({first_line(error)}); raise trainer.accumulate (2 halves the memory of a batch), or "
+            "lower optim.batch_size or data.image_size"
         ) from error
     except RuntimeError as error:
-        told = translate_process_error(error, trainer.world_size, "training", "from the last checkpoint")
-        if told is None:
+        translated = translate_process_error(error, trainer.world_size, "training", "from the last checkpoint")
+        if translated is None:
             raise
-        raise told from error
+        raise translated from error
 
 
-def _end_with_the_first_process() -> None:
-    """In a process that the first one started: end when that ends, even if it was killed."""
+def _end_with_first_process() -> None:
+    """End a process that the first one started as soon as that ends, even if it is killed."""
     if "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] == "0" or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     parent = os.getppid()

@@ -1,4 +1,4 @@
-"""How well the network retrieves, while it is trained."""
+"""Validation during training: mAP of held-out landmarks and of evaluation sets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from superglobal.errors import InputError
 from superglobal.metrics.evaluate import evaluate
 from superglobal.metrics.revisited import LABELS, REVISITED
 from superglobal.models.network import RetrievalNetwork
-from superglobal.training.callbacks import StepCallback, any_rank, side_group
+from superglobal.training.callbacks import StepCallback, any_rank, cpu_process_group
 from superglobal.training.module import TrainingModule
 from superglobal.utils.precision import full_precision
 
@@ -36,29 +36,30 @@ log = logging.getLogger(__name__)
 
 
 class RetrievalValidation(StepCallback):
-    """mAP of held-out landmarks, each photo searched for among all others ("val/map", 0..1), and of evaluation sets.
+    """Compute the mAP of held-out images, each searched for among all others, and of evaluation sets.
 
-    Photos are described at one scale, as in training, in float32 whatever the training's precision, and scored by the
-    functions that score an evaluation. The network with the best "val/map" is exported; the evaluation sets
-    ("<name>/map/easy" and so on) are watched, nothing is chosen by them. The start is validated too, so that what
-    cannot work shows before the first epoch and the curve has a beginning.
+    Descriptors are extracted at one scale, as in training, in strict float32, and scored by the functions of the
+    evaluation. The network with the best mAP ("val/map", 0..1) is exported; the mAP of the evaluation sets
+    ("<name>/map/easy" and so on) is only logged. The initial network is validated too, so that errors appear before the
+    first epoch.
 
     Args:
-        photos: of whole landmarks that are not trained on; those that cannot be read are left out and go into `bad`.
-        bad: list of bad photos, by the index in the held-out list.
-        every_epochs, every_steps: how often; the end of training always has one.
+        photos: images of landmarks that are not used for training; corrupt ones are dropped.
+        corrupt_images: list of corrupt images, by their index in the held-out list.
+        every_epochs: number of epochs between validations; the last step is always validated.
+        every_steps: number of steps between validations; None for none.
         sets: evaluation sets.
-        patience: validations without a new best after which training stops.
-        export: writes the network as (network, val/map, step); called in the first process for every new best.
-        num_workers: processes that decode ahead.
-        asked_to_stop: whether this process is to end; a validation is then broken off, and made up for when the
-            training goes on.
+        patience: number of validations without a new best before training stops; None for no limit.
+        export: (network, val/map, step) -> None, called in the first process for each new best.
+        num_workers: number of processes that decode images.
+        asked_to_stop: whether this process has to end; the validation is then canceled, and repeated when the training
+            is resumed.
     """
 
     def __init__(
         self,
         photos: HeldOutDataset,
-        bad: CorruptImageList,
+        corrupt_images: CorruptImageList,
         *,
         every_epochs: int,
         every_steps: int | None,
@@ -69,7 +70,7 @@ class RetrievalValidation(StepCallback):
         asked_to_stop: Callable[[], bool],
     ) -> None:
         self.photos = photos
-        self.bad = bad
+        self.corrupt_images = corrupt_images
         self.every_epochs = every_epochs
         self.every_steps = every_steps
         self.sets = sets
@@ -79,26 +80,28 @@ class RetrievalValidation(StepCallback):
         self.asked_to_stop = asked_to_stop
         self.best = -1.0
         self.stale = 0
-        self.owed = False
+        self.pending = False  # A validation was canceled.
         self.group: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "stale": self.stale, "owed": self.owed}
+        """Return the state for checkpoints."""
+        return {"best": self.best, "stale": self.stale, "owed": self.pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.stale, self.owed = state_dict["best"], state_dict["stale"], state_dict["owed"]
+        """Restore the state of a checkpoint."""
+        self.best, self.stale, self.pending = state_dict["best"], state_dict["stale"], state_dict["owed"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The first process alone has looked at the photos and left out the bad ones.
+        # Only the first process has checked the images and dropped the corrupt ones.
         self.photos.indices = trainer.strategy.broadcast(self.photos.indices)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        self.group = side_group(trainer)
-        if self.owed:
-            self._choose(trainer, pl_module)
-        # It may have been killed when it had stopped and was about to say so.
-        trainer.should_stop = self._given_up()
+        self.group = cpu_process_group(trainer)
+        if self.pending:
+            self._validate_and_export(trainer, pl_module)
+        # The run may have been killed between its last validation and its end.
+        trainer.should_stop = self._out_of_patience()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
@@ -110,13 +113,13 @@ class RetrievalValidation(StepCallback):
         due = epoch_ends and (trainer.current_epoch + 1) % self.every_epochs == 0
         due |= step == module.total_steps or (self.every_steps is not None and step % self.every_steps == 0)
         if due:
-            self._choose(trainer, module)
+            self._validate_and_export(trainer, module)
 
-    def _choose(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        """Validate, and export what is better than all before."""
+    def _validate_and_export(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Validate, and export the network if it is the best so far."""
         step = trainer.global_step
         score = self._validate(trainer, module)
-        self.owed = score is None
+        self.pending = score is None
         if score is None:
             return
         self.stale = 0 if score > self.best else self.stale + 1
@@ -124,58 +127,59 @@ class RetrievalValidation(StepCallback):
             self.best = score
             if trainer.is_global_zero:
                 self.export(module.result, score, step)
-        if self._given_up():
-            log.info("no better validation in %d: stopped at step %d", self.stale, step)
+        if self._out_of_patience():
+            log.info("no better result in %d validations: stopped at step %d", self.stale, step)
             trainer.should_stop = True
 
-    def _given_up(self) -> bool:
+    def _out_of_patience(self) -> bool:
         return self.patience is not None and self.stale >= self.patience
 
     def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> float | None:
-        """mAP of the held-out photos, in every process; None if the run is asked to stop meanwhile."""
+        """Return the mAP of the held-out images, in all processes; None if the validation is canceled."""
         with module.pause(), module.evaluating() as network:
             if trainer.world_size > 1:
-                # Batch norm's running statistics are each process's own until DDP's next forward pass.
+                # Batch norm statistics differ between processes until the next forward pass of DDP.
                 for buffer in network.buffers():
                     torch.distributed.broadcast(buffer, 0)
-            X, faults = self._described(trainer, network, self.photos)
+            X, faults = self._extract(trainer, network, self.photos)
             if X is None:
                 return None
             if faults:
-                self.bad.add([(int(self.photos.indices[row]), str(error)) for row, error in faults])
+                self.corrupt_images.add([(int(self.photos.indices[row]), str(error)) for row, error in faults])
                 self.photos.drop([row for row, _ in faults])
                 X = np.delete(X, [row for row, _ in faults], axis=0)
-            values = {}
-            if trainer.is_global_zero:
-                exclude = np.arange(len(X))
-                result = evaluate(X, X, leave_one_out_truth(self.photos.labels), LABELS, exclude=exclude, samples=1)
-                score = result.map["all"]
-                if score is None or not np.isfinite(score):
-                    raise InputError(
-                        "no held-out landmark has two photos that can be read; raise validation.fraction or "
-                        "validation.max_images, or mend the photos (superglobal prepare-gldv2 lists them)"
-                    )
-                values["val/map"] = score
-            for one in self.sets:
-                Q, no_query = self._described(trainer, network, listed(one.queries))
-                X, no_image = self._described(trainer, network, listed(one.database))
-                for _, error in (*no_query, *no_image):
+            values = {"val/map": self._held_out_map(X)} if trainer.is_global_zero else {}
+            for dataset in self.sets:
+                Q, query_faults = self._extract(trainer, network, _whole_images(dataset.queries))
+                X, image_faults = self._extract(trainer, network, _whole_images(dataset.database))
+                for _, error in (*query_faults, *image_faults):
                     raise error
                 if Q is None or X is None:
                     return None
                 if trainer.is_global_zero:
-                    scores = evaluate(Q, X, one.gnd, REVISITED, clusters=one.clusters, samples=1).map
-                    values |= {f"{one.name}/map/{protocol}": value for protocol, value in scores.items()}
+                    scores = evaluate(Q, X, dataset.gnd, REVISITED, clusters=dataset.clusters, samples=1).map
+                    values |= {f"{dataset.name}/map/{protocol}": value for protocol, value in scores.items()}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         if trainer.is_global_zero:
-            self._tell(trainer, module, values)
-        best: float = trainer.strategy.broadcast(values.get("val/map", 0.0))
-        return best
+            self._report(trainer, module, values)
+        score: float = trainer.strategy.broadcast(values.get("val/map", 0.0))
+        return score
 
-    def _loader(self, share: Subset, processes: int, device: torch.device) -> ImageLoader:
+    def _held_out_map(self, X: np.ndarray) -> float:
+        """Return the mAP of (n, D) descriptors of the held-out images, each excluded from its own ranking."""
+        truth = leave_one_out_truth(self.photos.labels)
+        score = evaluate(X, X, truth, LABELS, exclude=np.arange(len(X)), samples=1).map["all"]
+        if score is None or not np.isfinite(score):
+            raise InputError(
+                "no held-out landmark has two valid images; raise validation.fraction or validation.max_images, or "
+                "repair the images (superglobal prepare-gldv2 lists them)"
+            )
+        return score
+
+    def _loader(self, images: Subset, processes: int, device: torch.device) -> ImageLoader:
         return ImageLoader(
-            share,
+            images,
             num_workers=self.num_workers,
             collate_fn=first_item,
             pin_memory=device.type == "cuda",
@@ -183,28 +187,31 @@ class RetrievalValidation(StepCallback):
             multiprocessing_context=worker_start_method(processes, self.num_workers),
         )
 
-    def _tell(self, trainer: pl.Trainer, module: TrainingModule, values: dict[str, float]) -> None:
+    def _report(self, trainer: pl.Trainer, module: TrainingModule, values: dict[str, float]) -> None:
         others = "".join(f", {name} {value:.4f}" for name, value in values.items() if name != "val/map")
         if trainer.global_step == 0:
             log.info("before training: validation mAP %.4f%s", values["val/map"], others)
             return
         epoch = math.ceil(trainer.global_step * module.optim.epochs / module.total_steps)
-        place = f"epoch {epoch}, step {trainer.global_step} of {module.total_steps}"
+        progress = f"epoch {epoch}, step {trainer.global_step}/{module.total_steps}"
         loss = "" if math.isnan(module.loss) else f"loss {module.loss:.3f}, "
-        log.info("%s: %svalidation mAP %.4f%s", place, loss, values["val/map"], others)
+        log.info("%s: %svalidation mAP %.4f%s", progress, loss, values["val/map"], others)
 
-    def _described(
+    def _extract(
         self, trainer: pl.Trainer, network: RetrievalNetwork, images: ImageDataset | HeldOutDataset
     ) -> tuple[np.ndarray | None, list[tuple[int, InputError]]]:
-        """In every process, each of which describes its share: (n, D) float32 descriptors, zero for those that cannot
-        be read, and why they cannot; None if the run is asked to stop meanwhile.
+        """Extract descriptors, each process those of its images, and return all of them in all processes.
+
+        Returns:
+            (n, D) float32 descriptors, zero for corrupt images, or None if the validation is canceled; and the row and
+            the error of each corrupt image.
         """
         device = network.mean.device
-        share = Subset(images, range(trainer.global_rank, len(images), trainer.world_size))
+        subset = Subset(images, range(trainer.global_rank, len(images), trainer.world_size))
         X = torch.zeros(len(images), network.dim, device=device)
         faults: list[tuple[int, InputError]] = []
-        with torch.inference_mode(), full_precision(), _any_size():
-            for (_, row), image in self._loader(share, trainer.world_size, device):
+        with torch.inference_mode(), full_precision(), _without_cudnn_benchmark():
+            for (_, row), image in self._loader(subset, trainer.world_size, device):
                 if self.asked_to_stop():
                     break
                 if isinstance(image, InputError):
@@ -214,17 +221,17 @@ class RetrievalValidation(StepCallback):
         if any_rank(self.group, self.asked_to_stop())[0]:
             return None, []
         if trainer.world_size > 1:
-            # Every row is some process's, and zero in all others: the sum is exact.
+            # Each row is zero in all processes but one, so that the sum is exact.
             torch.distributed.all_reduce(X)
-            gathered: list[list[tuple[int, InputError]]] = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(gathered, faults)
-            faults = [fault for part in gathered for fault in part]
+            faults_by_rank: list[list[tuple[int, InputError]]] = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(faults_by_rank, faults)
+            faults = [fault for faults in faults_by_rank for fault in faults]
         return X.cpu().numpy(), faults
 
 
 @contextmanager
-def _any_size() -> Iterator[None]:
-    """Without cuDNN's search for the fastest algorithm, which begins anew for every size of image."""
+def _without_cudnn_benchmark() -> Iterator[None]:
+    """Disable cuDNN's search for the fastest algorithm, which is repeated for each image size."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -232,6 +239,6 @@ def _any_size() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def listed(items: Sequence[ImageItem]) -> ImageDataset:
-    """All images of a list, at their own size."""
+def _whole_images(items: Sequence[ImageItem]) -> ImageDataset:
+    """Return the images of a list at their full size."""
     return ImageDataset([(items, None)], [(0, row) for row in range(len(items))])

@@ -1,0 +1,117 @@
+"""Errors before a training starts: missing or corrupt images and wrong settings."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT, command, configured, finished, train
+from sets import break_scan
+
+import superglobal
+from superglobal.data.gldv2 import read_train, split_landmarks
+from superglobal.errors import InputError
+from superglobal.models.weights import save_weights
+from superglobal.training.train import train as fit
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Weights of an untrained test_resnet with 32 outputs."""
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    save_weights(superglobal.load_model("random", backbone="test_resnet", dim=32), path, {})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("train.py", ["gldv2/train_clean.csv", "superglobal download gldv2-train --data"]),
+        (
+            "eval.py",
+            ["roxford5k/gnd_roxford5k.pkl", "superglobal download roxford5k", "train/superglobal/best.safetensors"],
+        ),
+    ],
+)
+def test_without_data_one_message_says_all(tmp_path, script, words):
+    text = finished(
+        [sys.executable, str(ROOT / script), f"paths.data={tmp_path}", f"paths.outputs={tmp_path / 'out'}"], 2
+    )
+    for word in [*words, "superglobal toy-data", "train.py experiment=quickstart"]:
+        assert word in text
+    assert "Traceback" not in text
+
+
+def test_missing_photos_are_counted_before_anything_is_trained(toy_data, tmp_path):
+    source = toy_data / "toy" / "gldv2"
+    root = tmp_path / "gldv2"
+    root.mkdir()
+    (root / "train_clean.csv").write_bytes((source / "train_clean.csv").read_bytes())
+    text = train(toy_data, tmp_path, f"data.root={root}", status=2)
+    count = len(read_train(source))
+    assert f"{count} of {count} images missing" in text
+    assert not (tmp_path / "train" / "quickstart" / "checkpoints").exists()
+
+
+def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed(toy_data, tmp_path):
+    """Its header and its end are sound, so that the check beforehand passes it."""
+    root = tmp_path / "gldv2"
+    shutil.copytree(toy_data / "toy" / "gldv2", root)
+    photos, _ = split_landmarks(read_train(root), 0.25, seed=0)
+    bad, gone = photos.path(5), photos.path(9)
+    break_scan(bad)
+    gone.unlink()
+    places = [f"data.root={root}", "trainer.num_workers=2"]
+    text = train(tmp_path, tmp_path, *places, "data.max_corrupt=0.1")
+    assert "replaced a corrupt image" in text
+    listed = (tmp_path / "train" / "quickstart" / "corrupt_images.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in listed) == sorted(map(str, (bad, gone)))
+    text = train(tmp_path, tmp_path, *places, "name=strict", "data.max_corrupt=0.013", status=2)
+    assert "2 of 90 images" in text
+    assert "more than data.max_corrupt=0.013 allows" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.name=lion", "expected one of sgd, adamw"),
+        ("data.crop=0", "data.crop=0"),
+        ("data.crop=1.5", "a number from 0.001 to 1"),
+        ("optim.lr=nan", "optim.lr"),
+        ("optim.batch_size=5000", "at most the"),
+        ("validation.fraction=0.001", "validation.fraction"),
+        ("pooling=superglobal data.image_size=64", "at least 65 px"),
+        ("validation.fraction=0.08", "expected at least 2 each"),
+        ("trainer.log_every=0", "log_every"),
+        ("trainer.accumulate=5", "expected a multiple of"),
+        ("optim.batch_norm=batch", "expected one of train, frozen, sync"),
+        ("optim.batch_norm=sync", "expected GPUs"),
+        ("optim.ema=1", "optim.ema"),
+        ("data.stages=[[3,96]]", "expected fewer epochs in all than"),
+        ("data.stages=[[1,32]] pooling=superglobal data.image_size=96", r"data\.stages=.*at least 65 px"),
+        ("resume=yes", "expected one of auto, restart"),
+        ("trainer.precision=bf16-true", "expected one of auto, 32-true"),
+        ("trainer.accelerator=gpu", "Lightning rejects"),
+        ("dim=64 weights=FILE backbone=test_resnet", "dim=64 contradicts"),
+        ("backbone=resnet50 weights=FILE dim=null", "holds test_resnet"),
+    ],
+)
+def test_a_wrong_setting_is_refused_and_named(toy_data, weights, tmp_path, override, message):
+    override = override.replace("FILE", str(weights))
+    with pytest.raises(InputError, match=message):
+        fit(configured(toy_data, tmp_path, *override.split()), tmp_path / "run")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_sweep_goes_on_after_a_job_that_failed_and_ends_with_its_status(toy_data, tmp_path):
+    python, script, *words = command(toy_data, tmp_path, "optim.name=adam,adamw", "optim.epochs=1")
+    text = finished([python, script, "-m", *words], 2)
+    assert "expected one of sgd, adamw" in text
+    (export,) = (tmp_path / "train" / "sweep").rglob("best.safetensors")
+    assert re.search(
+        rf"validation mAP 0\.\d+ .*optim\.name=adamw.*: {export.parent}\nfailed .*optim\.name=adam: ", text
+    )
