@@ -72,7 +72,7 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(cell, toy_data, uninter
     assert not (folder / "nonfinite.txt").exists()
     assert max(values(folder, "step")) == step
     text = train(toy_data, tmp_path, *words)
-    assert f"step {5 if step == 5 else 6} of 15" in text
+    assert f"step {5 if step == 5 else 6}/15" in text
     assert numbers(folder) == numbers(whole)
     mine, theirs = last(folder), last(whole)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):

@@ -220,30 +220,30 @@ class HeldOutDataset(Dataset):
     Landmarks are added until another one would exceed `max_images`.
 
     Args:
-        photos: images of landmarks that are not used for training.
+        images: images of landmarks that are not used for training.
         max_images: maximum number of images.
         max_side: larger images are shrunk to this longer side, in pixels; None for no limit.
         seed: seed of the selection.
         exclude: indices of known corrupt images.
 
     Attributes:
-        indices: (n,) int64 indices into `photos`.
+        indices: (n,) int64 indices into `images`.
     """
 
     def __init__(
-        self, photos: TrainList, max_images: int, max_side: int | None, seed: int, exclude: Sequence[int] = ()
+        self, images: TrainList, max_images: int, max_side: int | None, seed: int, exclude: Sequence[int] = ()
     ) -> None:
-        order = np.random.default_rng(seed).permutation(len(photos.landmarks))
-        total = np.cumsum(np.bincount(photos.labels)[order])
+        order = np.random.default_rng(seed).permutation(len(images.landmarks))
+        total = np.cumsum(np.bincount(images.labels)[order])
         selected = order[: max(2, np.searchsorted(total, max_images, side="right"))]
-        self.indices = np.setdiff1d(np.flatnonzero(np.isin(photos.labels, selected)), exclude)
-        self.photos = photos
+        self.indices = np.setdiff1d(np.flatnonzero(np.isin(images.labels, selected)), exclude)
+        self.images = images
         self.max_side = max_side
 
     @property
     def labels(self) -> np.ndarray:
         """The landmark of each image, (n,)."""
-        return self.photos.labels[self.indices]
+        return self.images.labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -254,7 +254,7 @@ class HeldOutDataset(Dataset):
 
     def __getitem__(self, row: int) -> tuple[Task, Tensor | InputError]:
         try:
-            pixels = shrink(decode_image(self.photos.read(int(self.indices[row]))), self.max_side)
+            pixels = shrink(decode_image(self.images.read(int(self.indices[row]))), self.max_side)
         except CorruptImageError as error:
             return (0, row), error
         return (0, row), image_tensor(pixels)
@@ -266,16 +266,16 @@ class TrainingDataModule(pl.LightningDataModule):
     The order continues at the step of the trainer, so that a resumed run sees the images of the uninterrupted one.
 
     Args:
-        photos: (epoch, index) -> image.
+        dataset: (epoch, index) -> image.
         batch_size: number of images per step, in all processes together.
         accumulate: number of parts of a step per process.
         num_workers: number of processes per device that decode images.
         seed: seed of the order.
     """
 
-    def __init__(self, photos: TrainingDataset, batch_size: int, accumulate: int, num_workers: int, seed: int) -> None:
+    def __init__(self, dataset: TrainingDataset, batch_size: int, accumulate: int, num_workers: int, seed: int) -> None:
         super().__init__()
-        self.photos = photos
+        self.dataset = dataset
         self.batch_size = batch_size
         self.accumulate = accumulate
         self.num_workers = num_workers
@@ -292,11 +292,11 @@ class TrainingDataModule(pl.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         batches = EpochBatches(
-            len(self.photos), self.batch_size, self.seed, self.accumulate, trainer.global_rank, trainer.world_size
+            len(self.dataset), self.batch_size, self.seed, self.accumulate, trainer.global_rank, trainer.world_size
         )
         batches.start_at(trainer.global_step)
         self.loader = ImageLoader(
-            self.photos,
+            self.dataset,
             batch_sampler=batches,
             num_workers=self.num_workers,
             collate_fn=collate,

@@ -63,22 +63,22 @@ class TrainingDataset(Dataset):
     in the traceback of the worker.
 
     Args:
-        photos: training list.
+        images: training list.
         augment: (bytes of an image file, S) -> (3, S, S) uint8, with random numbers from the generator of torch.
         side: epoch -> S, in pixels.
         seed: seed of augmentation and replacements.
     """
 
     def __init__(
-        self, photos: TrainList, augment: Callable[[bytes, int], Tensor], side: Callable[[int], int], seed: int
+        self, images: TrainList, augment: Callable[[bytes, int], Tensor], side: Callable[[int], int], seed: int
     ) -> None:
-        self.photos = photos
+        self.images = images
         self.augment = augment
         self.side = side
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> TrainingImage | InputError:
         epoch, requested = key
@@ -88,13 +88,13 @@ class TrainingDataset(Dataset):
             if attempt:
                 index = int(np.random.default_rng([self.seed, epoch, requested, attempt]).integers(len(self)))
             try:
-                image = self._augmented(epoch, requested, self.photos.read(index))
+                image = self._augmented(epoch, requested, self.images.read(index))
             except CorruptImageError as error:
                 corrupt.append((index, str(error)))
             else:
-                return TrainingImage(image, int(self.photos.labels[index]), index, corrupt)
+                return TrainingImage(image, int(self.images.labels[index]), index, corrupt)
         return InputError(
-            f"image cannot be read: {self.photos.location(requested)}: {corrupt[0][1]}, and neither can "
+            f"image cannot be read: {self.images.location(requested)}: {corrupt[0][1]}, and neither can "
             f"{_MAX_REPLACEMENTS} random replacements; most images are missing or corrupt, superglobal prepare-gldv2 "
             "lists them"
         )
@@ -247,13 +247,13 @@ def check_training_images(
     if tars is not None or index_path(root, table).exists():
         index = load_index(root, table, tars)
         where = f", by {index_path(root, table)} (after repairing them, update it: {command})"
-        corrupt = [index.corrupt_among(photos.ids) for photos in lists]
-        contents = [index.codes_of(photos.ids) for photos in lists]
+        corrupt = [index.corrupt_among(images.ids) for images in lists]
+        contents = [index.codes_of(images.ids) for images in lists]
     else:
-        checked = [_check_files(photos, command) for photos in lists]
+        checked = [_check_files(images, command) for images in lists]
         corrupt, contents = [pairs for pairs, _ in checked], [codes for _, codes in checked]
-    problems = [(photos.location(i), why) for photos, pairs in zip(lists, corrupt, strict=True) for i, why in pairs]
-    total = sum(len(photos) for photos in lists)
+    problems = [(images.location(i), why) for images, pairs in zip(lists, corrupt, strict=True) for i, why in pairs]
+    total = sum(len(images) for images in lists)
     try:
         require_budget(len(problems), total, budget, where)
     except InputError as error:
@@ -263,13 +263,13 @@ def check_training_images(
     return corrupt, np.concatenate(contents)
 
 
-def _check_files(photos: TrainList, command: str) -> tuple[CorruptImages, np.ndarray]:
+def _check_files(images: TrainList, command: str) -> tuple[CorruptImages, np.ndarray]:
     """Return the corrupt images and the content codes by checking each file of the folder tree."""
-    if len(photos) > _SLOW_CHECK:
+    if len(images) > _SLOW_CHECK:
         log.info(
-            "checking %d images, which may take minutes; an index does it once for all runs: %s", len(photos), command
+            "checking %d images, which may take minutes; an index does it once for all runs: %s", len(images), command
         )
-    paths = [photos.path(i) for i in range(len(photos))]
+    paths = [images.path(i) for i in range(len(images))]
     report = check_images(paths)
     reasons = dict(report.problems)
     corrupt = [(i, reasons[path]) for i, path in enumerate(paths) if path in reasons]

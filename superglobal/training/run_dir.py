@@ -17,7 +17,7 @@ from superglobal.reporting.runs import flatten
 from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, file_lock, write_atomically
 
 CHECKPOINTS = "checkpoints"
-_RECORD, _CODES = "training.json", "photos.npy"
+_RECORD, _CODES = "training.json", "images.npy"
 
 
 def export_path(outputs: str, name: str) -> Path:

@@ -69,25 +69,25 @@ def train(cfg: DictConfig, folder: Path) -> float:
     if not first:
         logging.getLogger("superglobal").setLevel(logging.WARNING)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    photos, held_out = _training_lists(config)
+    training, held_out = _training_lists(config)
     network = _load_network(config)
     # Invalid settings of Lightning and the batch size are errors before any file is written.
     world = make_fit_trainer(config.trainer, config.optim, [], []).world_size
-    EpochBatches(len(photos), config.optim.batch_size, config.seed, config.trainer.accumulate, world=world)
+    EpochBatches(len(training), config.optim.batch_size, config.seed, config.trainer.accumulate, world=world)
     # The other processes are children of the first one or wait for it, so that it checks the images for all.
     corrupt: list[CorruptImages] = [[], []]
     record: dict[str, Any] = {}
     codes = np.zeros(0, np.uint64)
     if first:
         d = config.data
-        corrupt, codes = check_training_images([photos, held_out], d.root, d.table, d.tars, d.max_corrupt)
-        record = _record(config, network, photos, held_out)
+        corrupt, codes = check_training_images([training, held_out], d.root, d.table, d.tars, d.max_corrupt)
+        record = _record(config, network, training, held_out)
     with lock_run(folder) if first else nullcontext():
         done = start_run(folder, record, codes, config.resume == "restart") if first else finished_score(folder)
         if done is not None:
             log.info("already trained, validation mAP %.4f: %s (remove the folder to train again)", done, folder)
             return done
-        score = _fit(config, folder, network, photos, held_out, corrupt, record)
+        score = _fit(config, folder, network, training, held_out, corrupt, record)
         if first and not (folder / EXPORT).is_file():
             raise InputError(
                 f"{folder / EXPORT}: not found; the best network was exported before the training was interrupted. "
@@ -103,16 +103,16 @@ def _training_lists(config: TrainConfig) -> tuple[TrainList, TrainList]:
     """Return the training images and the held-out images."""
     d, fraction = config.data, config.validation.fraction
     listed = read_train(d.root, d.table, d.min_images, d.classes_of, d.leave_out, d.tars)
-    photos, held_out = split_landmarks(listed, fraction, config.seed)
-    landmarks = len(photos.landmarks), len(held_out.landmarks)
+    training, held_out = split_landmarks(listed, fraction, config.seed)
+    landmarks = len(training.landmarks), len(held_out.landmarks)
     if min(landmarks) < 2:
         raise InputError(
             f"validation.fraction={fraction}: {landmarks[0]} landmarks for training, {landmarks[1]} for validation, "
             f"expected at least 2 each; {'raise' if landmarks[1] < 2 else 'lower'} validation.fraction"
         )
-    log.info("training: %d images of %d landmarks", len(photos), landmarks[0])
+    log.info("training: %d images of %d landmarks", len(training), landmarks[0])
     log.info("validation: %d held-out images of %d landmarks", len(held_out), landmarks[1])
-    return photos, held_out
+    return training, held_out
 
 
 def _load_network(config: TrainConfig) -> RetrievalNetwork:
@@ -138,7 +138,7 @@ def _load_network(config: TrainConfig) -> RetrievalNetwork:
     return network
 
 
-def _record(config: TrainConfig, network: RetrievalNetwork, photos: TrainList, held_out: TrainList) -> dict[str, Any]:
+def _record(config: TrainConfig, network: RetrievalNetwork, training: TrainList, held_out: TrainList) -> dict[str, Any]:
     """Return the record of the run, JSON types; a resumed run must have the same "identity"."""
     settings = asdict(config)
     # The device and the paths may change, and `network.identity` has the settings of the network in one form.
@@ -147,8 +147,8 @@ def _record(config: TrainConfig, network: RetrievalNetwork, photos: TrainList, h
     for name in ("role", "root", "tars", "max_corrupt"):
         del settings["data"][name]
     del settings["validation"]["sets"]
-    lists = [photos.digest(), held_out.digest()]
-    identity = {"settings": settings, "start": network.identity(), "photos": lists}
+    lists = [training.digest(), held_out.digest()]
+    identity = {"settings": settings, "start": network.identity(), "images": lists}
     return {
         "identity": json.loads(json.dumps(identity, default=str)),
         "root": config.data.root,
@@ -181,25 +181,25 @@ def _fit(
     config: TrainConfig,
     folder: Path,
     network: RetrievalNetwork,
-    photos: TrainList,
+    training: TrainList,
     held_out: TrainList,
     corrupt: list[CorruptImages],
     record: dict[str, Any],
 ) -> float:
     """Train `network` in place, export it whenever it is the best, and return the best validation mAP."""
     o, t = config.optim, config.trainer
-    steps = EpochBatches(len(photos), o.batch_size, config.seed, t.accumulate).steps
-    counts = np.bincount(photos.labels, minlength=len(photos.landmarks))
+    steps = EpochBatches(len(training), o.batch_size, config.seed, t.accumulate).steps
+    counts = np.bincount(training.labels, minlength=len(training.landmarks))
     head = make_head(dim=network.dim, counts=counts, **asdict(config.head))
-    module = TrainingModule(network, head, o, o.epochs * steps, photos.landmarks, t)
+    module = TrainingModule(network, head, o, o.epochs * steps, training.landmarks, t)
     lists = [
-        CorruptImageList(folder / CORRUPT_IMAGES, len(photos) + len(held_out), config.data.max_corrupt, part.location)
-        for part in (photos, held_out)
+        CorruptImageList(folder / CORRUPT_IMAGES, len(training) + len(held_out), config.data.max_corrupt, part.location)
+        for part in (training, held_out)
     ]
     for images, pairs in zip(lists, corrupt, strict=True):
         images.add(pairs)
     every = min(t.log_every, steps)
-    guard = NonFiniteGuard(every, folder, photos.location)
+    guard = NonFiniteGuard(every, folder, training.location)
     checkpoints = CheckpointCallback(folder / CHECKPOINTS, t.save_every_steps, t.save_every_minutes, guard)
     exclude = [index for index, _ in corrupt[1]]
     validation = RetrievalValidation(
@@ -222,7 +222,7 @@ def _fit(
         log.info("resuming from %s: step %d/%d", checkpoint, step, module.total_steps)
     with training_loggers(config, folder, step, record, sweep_name()) as loggers:
         trainer = make_fit_trainer(t, o, callbacks, loggers)
-        run_fit(trainer, module, _data(config, photos), checkpoint)
+        run_fit(trainer, module, _data(config, training), checkpoint)
     return validation.best
 
 
@@ -231,11 +231,11 @@ def _export(folder: Path, record: dict[str, Any], best: RetrievalNetwork, score:
     save_weights(best, folder / EXPORT, {**record, "val_map": score, "step": step})
 
 
-def _data(config: TrainConfig, photos: TrainList) -> TrainingDataModule:
+def _data(config: TrainConfig, training: TrainList) -> TrainingDataModule:
     d = config.data
     augment = Augment(d.crop, d.flip, d.jitter, reduced=d.reduced_decode)
     side = partial(image_size_in_epoch, d.image_size, d.stages)
-    dataset = TrainingDataset(photos, augment, side, config.seed)
+    dataset = TrainingDataset(training, augment, side, config.seed)
     return TrainingDataModule(
         dataset, config.optim.batch_size, config.trainer.accumulate, config.trainer.num_workers, config.seed
     )

@@ -44,7 +44,7 @@ class RetrievalValidation(StepCallback):
     first epoch.
 
     Args:
-        photos: images of landmarks that are not used for training; corrupt ones are dropped.
+        held_out: images of landmarks that are not used for training; corrupt ones are dropped.
         corrupt_images: list of corrupt images, by their index in the held-out list.
         every_epochs: number of epochs between validations; the last step is always validated.
         every_steps: number of steps between validations; None for none.
@@ -58,7 +58,7 @@ class RetrievalValidation(StepCallback):
 
     def __init__(
         self,
-        photos: HeldOutDataset,
+        held_out: HeldOutDataset,
         corrupt_images: CorruptImageList,
         *,
         every_epochs: int,
@@ -69,7 +69,7 @@ class RetrievalValidation(StepCallback):
         num_workers: int,
         asked_to_stop: Callable[[], bool],
     ) -> None:
-        self.photos = photos
+        self.held_out = held_out
         self.corrupt_images = corrupt_images
         self.every_epochs = every_epochs
         self.every_steps = every_steps
@@ -93,7 +93,7 @@ class RetrievalValidation(StepCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Only the first process has checked the images and dropped the corrupt ones.
-        self.photos.indices = trainer.strategy.broadcast(self.photos.indices)
+        self.held_out.indices = trainer.strategy.broadcast(self.held_out.indices)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
@@ -141,12 +141,12 @@ class RetrievalValidation(StepCallback):
                 # Batch norm statistics differ between processes until the next forward pass of DDP.
                 for buffer in network.buffers():
                     torch.distributed.broadcast(buffer, 0)
-            X, faults = self._extract(trainer, network, self.photos)
+            X, faults = self._extract(trainer, network, self.held_out)
             if X is None:
                 return None
             if faults:
-                self.corrupt_images.add([(int(self.photos.indices[row]), str(error)) for row, error in faults])
-                self.photos.drop([row for row, _ in faults])
+                self.corrupt_images.add([(int(self.held_out.indices[row]), str(error)) for row, error in faults])
+                self.held_out.drop([row for row, _ in faults])
                 X = np.delete(X, [row for row, _ in faults], axis=0)
             values = {"val/map": self._held_out_map(X)} if trainer.is_global_zero else {}
             for dataset in self.sets:
@@ -168,7 +168,7 @@ class RetrievalValidation(StepCallback):
 
     def _held_out_map(self, X: np.ndarray) -> float:
         """Return the mAP of (n, D) descriptors of the held-out images, each excluded from its own ranking."""
-        truth = leave_one_out_truth(self.photos.labels)
+        truth = leave_one_out_truth(self.held_out.labels)
         score = evaluate(X, X, truth, LABELS, exclude=np.arange(len(X)), samples=1).map["all"]
         if score is None or not np.isfinite(score):
             raise InputError(
