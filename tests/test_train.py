@@ -325,7 +325,7 @@ def test_settings_of_the_optimizer_do_what_they_say(toy_data, trained, tmp_path)
 
 def test_the_image_size_follows_the_stages(toy_data, tmp_path):
     config = validate_config(configured(toy_data, tmp_path, "data.stages=[[1,32]]"), TrainConfig)
-    photos = _data(config, read_train(toy_data / "toy" / "gldv2")).dataset
+    images = _data(config, read_train(toy_data / "toy" / "gldv2")).dataset
     assert [images[epoch, 3].image.shape[-1] for epoch in range(3)] == [32, 64, 64]
 
 
