@@ -6,11 +6,10 @@ import contextlib
 import ctypes
 import gc
 import json
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.markup import escape
-from rich.table import Table
 
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import CompareConfig, RerankConfig, complete_rerank, rerank_parameters
@@ -27,7 +24,7 @@ from superglobal.errors import InputError
 from superglobal.evaluation.inputs import Inputs, StageTimer, load_inputs
 from superglobal.evaluation.pipeline import make_task, rerank, score_set, shortlist_size
 from superglobal.metrics.revisited import RetrievalResult, cluster_interval
-from superglobal.reporting.results import console, percent
+from superglobal.reporting.results import console, markdown_text, percent, print_table
 from superglobal.reranking.registry import rerank_label
 from superglobal.retrieval.search import search
 from superglobal.utils.io import write_atomically
@@ -128,44 +125,34 @@ def _score_rerankers(
                 "map": dict(result.map),
                 "gain": float(gain[counted].mean()),
                 "interval": [float(low), float(high)],
-                "milliseconds": 1000 * cost.seconds / len(Q),
-                "megabytes": cost.megabytes,
+                "milliseconds": cost["milliseconds"] / len(Q),
+                "megabytes": cost["megabytes"],
             }
         )
     return rows
 
 
-@dataclass
-class _Cost:
-    """Seconds and peak memory in MB above the memory used before; None if the system does not tell."""
-
-    seconds: float = math.nan
-    megabytes: float | None = None
-
-
 @contextmanager
-def _measure(device: str) -> Iterator[_Cost]:
-    """Measure the time and the peak memory of a block, on the GPU or of this process."""
-    cost = _Cost()
-    gpu = torch.device(device).type == "cuda"
-    before: float | None
-    if gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
-        before = _peak_memory(reset=True)
+def _measure(device: str) -> Iterator[dict[str, Any]]:
+    """Measure the milliseconds of a block and its peak memory in MB above that before; None if unknown."""
+    cost: dict[str, Any] = {}
+    before = _peak_memory(device, reset=True)
     start = time.perf_counter()
     yield cost
-    if gpu:
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
-    cost.seconds = time.perf_counter() - start
-    after = torch.cuda.max_memory_allocated() / 2**20 if gpu else _peak_memory(reset=False)
-    cost.megabytes = None if before is None or after is None else max(0.0, after - before)
+    cost["milliseconds"] = 1000 * (time.perf_counter() - start)
+    after = _peak_memory(device, reset=False)
+    cost["megabytes"] = None if before is None or after is None else max(0.0, after - before)
 
 
-def _peak_memory(reset: bool) -> float | None:
-    """Return the peak of this process's memory in MB since the last reset, from Linux's /proc."""
+def _peak_memory(device: str, reset: bool) -> float | None:
+    """Return the peak memory in MB since the last reset: of the GPU, or of this process from Linux's /proc."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
     try:
         if reset:
             # Return freed memory to the system, so that using it again counts.
@@ -187,7 +174,7 @@ def _report(config: CompareConfig, inputs: Inputs, rows: list[dict[str, Any]], f
     write_atomically(folder / "comparison.json", json.dumps(summary, indent=1, default=str).encode())
     protocols = list(rows[0]["map"])
     columns = ["rerank", *protocols, "gain", "95 % gain", "ms per query", "MB"]
-    cells = []
+    lines = []
     for row in rows:
         gain = interval = ""
         if row is not rows[0]:
@@ -196,16 +183,10 @@ def _report(config: CompareConfig, inputs: Inputs, rows: list[dict[str, Any]], f
             interval = "" if np.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
         memory = "-" if row["megabytes"] is None else f"{row['megabytes']:.0f}"
         scores = [percent(row["map"][protocol]) for protocol in protocols]
-        cells.append([row["rerank"], *scores, gain, interval, f"{row['milliseconds']:.2f}", memory])
-    lines = [columns, ["---"] * len(columns), *cells]
-    write_atomically(folder / "table.md", "".join("| " + " | ".join(line) + " |\n" for line in lines).encode())
+        lines.append([row["rerank"], *scores, gain, interval, f"{row['milliseconds']:.2f}", memory])
+    write_atomically(folder / "table.md", markdown_text(columns, lines).encode())
     size = f"{len(inputs.queries)} queries, {len(inputs.database)} images"
-    table = Table(title=escape(f"{config.dataset.name}: {size}, weights {inputs.about['weights']}"))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "rerank" else "right")
-    for line in cells:
-        table.add_row(*map(escape, line))
+    print_table(f"{config.dataset.name}: {size}, weights {inputs.about['weights']}", columns, lines)
     out = console()
-    out.print(table)
     out.print("MB: peak memory above that before; adba averages the database once, which takes most of its time")
     out.print(f"results in {folder}", soft_wrap=True, highlight=False, markup=False)

@@ -51,16 +51,16 @@ def extract_lists(
 
     Args:
         networks: on the CPU. The stores of all are filled; those of the first are returned.
-        lists: the image lists, checked.
+        lists: checked image lists.
         folder: parent folder of the stores.
         trainer: runs the extraction.
         settings: `extraction` of the configuration.
         num_workers: processes that decode images.
-        dtype: "float32" or "float16", of the stores.
+        dtype: of the stores, "float32" or "float16".
 
     Returns:
-        The stores of the first network, complete unless `settings.shard` is one of several, and the number of missing
-        rows by title of the list.
+        The stores of the first network (incomplete if `settings.shard` is one of several), and the number of rows that
+        were missing by title.
 
     Raises:
         InputError: an image is unreadable, a store cannot be written, or a process died. Finished rows are kept for the

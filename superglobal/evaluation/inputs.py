@@ -48,11 +48,7 @@ class NotApplicableError(InputError):
 
 
 class StageTimer:
-    """Measure the seconds of each stage.
-
-    Attributes:
-        seconds: stage -> seconds.
-    """
+    """Measure the seconds of each stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -66,20 +62,13 @@ class StageTimer:
 
 @dataclass
 class Inputs:
-    """Descriptors to search and what is known about their images.
+    """Descriptors to search and what is known about their images."""
 
-    Attributes:
-        queries, database: Q and N descriptors of unit norm; the database includes the distractors.
-        dataset: images and ground truth; None if there are only descriptors.
-        distractors: images after those of the data set in the database.
-        about: plain facts for `results.json`: weights, network, stores.
-    """
-
-    queries: Rows
-    database: Rows
-    dataset: EvaluationSet | None
-    distractors: list[ImageItem]
-    about: dict[str, Any] = field(default_factory=dict)
+    queries: Rows  # Q, unit norm
+    database: Rows  # N, unit norm, including the distractors
+    dataset: EvaluationSet | None  # None if there are only descriptors
+    distractors: list[ImageItem]  # they follow the images of the data set in the database
+    about: dict[str, Any] = field(default_factory=dict)  # for results.json: weights, network, stores
 
     @classmethod
     def from_stores(
@@ -168,11 +157,7 @@ def collect_problems(problems: list[str], load: Callable[[], T]) -> T | None:
 
 
 def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
-    """Return the configured set without checking its images; None if there are only descriptors.
-
-    Raises:
-        InputError: its lists or its ground truth are missing or invalid.
-    """
+    """Return the configured set, its images unchecked; None for descriptors. Raises InputError for invalid files."""
     return None if d.kind == "descriptors" else load_evaluation_set(**asdict(d))
 
 
@@ -183,11 +168,7 @@ def distractor_images(config: EvalConfig) -> list[ImageItem]:
 
 
 def load_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distractors: list[ImageItem]) -> Inputs:
-    """Load the files of `descriptors.query` and `descriptors.database`.
-
-    Raises:
-        InputError: a file is unreadable, or its rows do not match the images of the data set.
-    """
+    """Load the files of `descriptors.*`; raises InputError if one is unreadable or does not match the data set."""
     queries, database = (_load_npy(str(p)) for p in (config.descriptors.query, config.descriptors.database))
     if dataset is not None:
         images = {"query": len(dataset.queries), "database": len(dataset.database) + len(distractors)}
@@ -210,11 +191,7 @@ def _load_npy(path: str) -> Rows:
 
 
 def load_network(config: EvalConfig) -> RetrievalNetwork:
-    """Load the configured network, in evaluation mode on the CPU.
-
-    Raises:
-        InputError: no weights, or weights that do not fit.
-    """
+    """Load the configured network in evaluation mode on the CPU; raises InputError if its weights are missing."""
     backbone = config.backbone
     network = load_model(
         config.weights or (backbone.weights if backbone else None) or _trained_weights(config),
@@ -251,17 +228,10 @@ def check_image_lists(
     problems: list[str],
     queries: bool = True,
 ) -> list[ExtractionList]:
-    """Return the image lists to extract after checking every file.
-
-    Args:
-        config: the configuration.
-        dataset: the data set; None if it could not be loaded.
-        distractors: images joined to the database.
-        problems: messages about other missing input, for the same error.
-        queries: whether to include the queries of the data set.
+    """Return the image lists to extract, with or without `queries`, after checking every file.
 
     Raises:
-        InputError: `problems` is not empty, or images are missing or unreadable; one message names all of them.
+        InputError: images are missing or unreadable, or there are `problems` already; one message names all of them.
     """
     sets: list[tuple[str, str, Sequence[ImageItem], str]] = []
     if dataset is not None:

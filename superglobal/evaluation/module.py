@@ -37,27 +37,16 @@ _ASYNCHRONOUS = ("cuda",)
 
 @dataclass(frozen=True)
 class ExtractionList:
-    """Images that share a store.
+    """Images that share a store."""
 
-    Args:
-        title: "database", "queries" or "distractors".
-        name: name of the data set.
-        items: the images.
-        checked: report of `check_images` on them.
-        max_side: longer side in pixels to which larger images are shrunk; None leaves them.
-        skip_budget: share of the images that may be unreadable, in 0..1; None if every image must be readable.
-        roots: folders; recorded paths are relative to the first that contains an image.
-        source: settings of the data set, recorded in the store.
-    """
-
-    title: str
-    name: str
+    title: str  # "database", "queries" or "distractors"
+    name: str  # of the data set
     items: Sequence[ImageItem]
-    checked: CheckReport
-    max_side: int | None
-    skip_budget: float | None = None
-    roots: Sequence[Path] = ()
-    source: dict[str, Any] | None = None
+    checked: CheckReport  # of these images
+    max_side: int | None  # longer side in pixels to which larger images are shrunk; None leaves them
+    skip_budget: float | None = None  # share of the images that may be unreadable, in 0..1; None for none
+    roots: Sequence[Path] = ()  # recorded paths are relative to the first of these folders that contains the image
+    source: dict[str, Any] | None = None  # settings of the data set, recorded in the store
 
     def lines(self) -> list[str]:
         """Return one line per row for the fingerprint: file name, box and content, but not the folder."""
@@ -94,23 +83,14 @@ class ExtractionList:
 
 @dataclass(frozen=True)
 class _PendingBatch:
-    """Descriptors of one batch by one group of networks that are not written yet.
+    """Descriptors of one batch by one group of networks that are not written yet."""
 
-    Attributes:
-        list_index: index of the image list.
-        rows: (B,) rows of the images in it.
-        descriptors: per network (B, D) on the host, valid once `copied` has happened.
-        stores: per network of the group, one store per image list.
-        is_first_group: whether the first network of the group is the one of this run.
-        copied: CUDA event recorded after the copies; None if they are complete.
-    """
-
-    list_index: int
-    rows: list[int]
-    descriptors: list[Tensor]
-    stores: Sequence[Sequence[DescriptorStore]]
-    is_first_group: bool
-    copied: torch.cuda.Event | None
+    list_index: int  # of the image list
+    rows: list[int]  # (B,) of the images in it
+    descriptors: list[Tensor]  # per network (B, D) on the host, valid once `copied` has happened
+    stores: Sequence[Sequence[DescriptorStore]]  # per network, one store per image list
+    is_first_group: bool  # whether the first network of the group is that of this run
+    copied: torch.cuda.Event | None  # recorded after the copies; None if they are complete
 
 
 class ExtractionModule(pl.LightningModule):
@@ -255,16 +235,8 @@ def _copy_to_host(descriptors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cu
 
 
 def skip_rows(stores: Sequence[DescriptorStore], images: ExtractionList, faults: Sequence[tuple[int, str]]) -> None:
-    """Mark rows of stores as skipped and record the images and reasons in `skipped.txt` of each store.
-
-    Args:
-        stores: stores of these images.
-        images: the image list.
-        faults: (row, reason why its image cannot be read).
-    """
-    if not faults:
-        return
-    for store in stores:
+    """Mark rows of stores as skipped; record the images and `faults` (row, reason) in `skipped.txt` of each store."""
+    for store in stores if faults else ():
         done = store.done
         new = [(row, reason) for row, reason in faults if not done[row]]
         notes = [f"{images.items[row].path}\t{' '.join(reason.split())}" for row, reason in new]

@@ -40,23 +40,14 @@ _PROTOCOLS = {"revisited": REVISITED, "labels": LABELS}
 
 @dataclass(frozen=True)
 class Task:
-    """What is searched, and how the results are scored.
-
-    Attributes:
-        inputs: descriptors, images and ground truth.
-        queries: (Q, D) float32, unit norm.
-        exclude: (Q,) the id that each query must not find; None for none.
-        device: of exact search and reranking.
-        scorer: computes mAP from ranks; None without labels and for GLDv2.
-        truth: ground truth of GLDv2's metrics; None for other sets.
-    """
+    """What is searched, and how the results are scored."""
 
     inputs: Inputs
-    queries: np.ndarray
-    exclude: np.ndarray | None
-    device: str
-    scorer: Scorer | None
-    truth: RetrievalTruth | RecognitionTruth | None
+    queries: np.ndarray  # (Q, D) float32, unit norm
+    exclude: np.ndarray | None  # (Q,) the id that each query must not find; None for none
+    device: str  # of exact search and reranking
+    scorer: Scorer | None  # computes mAP from ranks; None without labels and for GLDv2
+    truth: RetrievalTruth | RecognitionTruth | None  # of GLDv2's metrics; None for other sets
 
     @property
     def database(self) -> Rows:
@@ -65,19 +56,12 @@ class Task:
 
 @dataclass
 class FirstStage:
-    """Results of the search.
+    """Results of the search."""
 
-    Attributes:
-        scores, ids: (Q, k), best first.
-        ranks: per query the ranks of the scorer's targets; -1 for those that an index did not list.
-        about: for `results.json`: "search" is the backend; "index" has the settings of an approximate index and, on a
-            sample of queries, its recall and the difference in the main metric.
-    """
-
-    scores: np.ndarray
-    ids: np.ndarray
-    ranks: list[np.ndarray]
-    about: dict[str, Any]
+    scores: np.ndarray  # (Q, k), best first
+    ids: np.ndarray  # (Q, k)
+    ranks: list[np.ndarray]  # per query, of the scorer's targets; -1 for those that an index did not list
+    about: dict[str, Any]  # for results.json: "search" is the backend, "index" has facts about an approximate one
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> float:

@@ -24,25 +24,15 @@ _MAX_NAME = 90  # last characters of a folder's path, shown as the name of its r
 
 @dataclass(frozen=True)
 class FigureOptions:
-    """What figures show.
+    """What figures show; None is the default of each figure."""
 
-    Args:
-        order: queries shown first, "worst", "improved", "worsened" or "given"; None for worst and then improved.
-        queries: number of queries; None for the default of the figure.
-        ranks: number of results per query; None for the default of the figure.
-        numbers: these queries (number in rankings.csv), instead of `order` and `queries`.
-        images: maximum number of images on the map.
-        method: projection of the map, one of `reporting.figures.PROJECTIONS`.
-        seed: of random samples.
-    """
-
-    order: str | None = None
-    queries: int | None = None
-    ranks: int | None = None
-    numbers: tuple[int, ...] = ()
-    images: int = 1000
-    method: str = "pca"
-    seed: int = 0
+    order: str | None = None  # of queries: "worst", "improved", "worsened", "given"; None for worst, then improved
+    queries: int | None = None  # number of queries
+    ranks: int | None = None  # number of results per query
+    numbers: tuple[int, ...] = ()  # these queries (number in rankings.csv), instead of `order` and `queries`
+    images: int = 1000  # maximum number of images on the map
+    method: str = "pca"  # projection of the map, one of `reporting.figures.PROJECTIONS`
+    seed: int = 0  # of random samples
 
     def validate(self, count: int) -> None:
         """Raise InputError for values out of range; `count` is the number of queries of the result."""
@@ -69,15 +59,9 @@ def scores_by_stage(run: FinishedRun) -> dict[str, np.ndarray]:
 
 
 def order_queries(scores: dict[str, np.ndarray], order: str, count: int) -> np.ndarray:
-    """Return the numbers of the queries in an order; for "improved" and "worsened" only those that changed so.
+    """Return the numbers of the `count` queries in an order; "improved" and "worsened" have only those that changed so.
 
-    Args:
-        scores: stage -> (Q,); queries with NaN come last.
-        order: see `FigureOptions`.
-        count: number of queries.
-
-    Raises:
-        InputError: there are no labels, or no reranking.
+    Queries with NaN in `scores` (stage -> (Q,)) come last. Raises InputError without labels or without reranking.
     """
     if order == "given":
         return np.arange(count)
@@ -94,11 +78,7 @@ def order_queries(scores: dict[str, np.ndarray], order: str, count: int) -> np.n
 
 
 def select_queries(run: FinishedRun, options: FigureOptions, count: int) -> dict[str, np.ndarray]:
-    """Return order -> numbers of the queries to show, by default `count` of them.
-
-    Raises:
-        InputError: the order does not apply, or no query changed so.
-    """
+    """Return order -> numbers of the queries to show, by default `count`; raises InputError if there are none."""
     if options.numbers:
         return {"chosen": np.array(options.numbers)}
     scores, total = scores_by_stage(run), run.summary["counts"]["queries"]

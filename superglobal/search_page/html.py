@@ -71,18 +71,8 @@ def render_error(text: str) -> str:
     return f'<p class="sg-problem" role="alert">{escape(text)}</p>'
 
 
-def render_label(text: str) -> str:
-    """Render the label above the examples."""
-    return f'<p class="sg-label">{escape(text)}</p>'
-
-
 def render_examples(examples: Sequence[tuple[str, str, str]], text: str) -> str:
-    """Render images to start from.
-
-    Args:
-        examples: (pick, e.g. "queries/3", URL of the thumbnail, name) of each.
-        text: the file name that was searched for; empty for none.
-    """
+    """Render examples (pick such as "queries/3", URL of the thumbnail, name), found by `text` if it is not empty."""
     if not examples:
         return f'<p class="sg-hint">No file name contains “{escape(text)}”.</p>' if text else ""
     buttons = "".join(
@@ -99,14 +89,7 @@ def render_empty(total: int) -> str:
 
 
 def render_results(result: SearchResult, names: Sequence[str], url: str, total: int) -> str:
-    """Render the grid of results.
-
-    Args:
-        result: of the search.
-        names: of the database images, by id.
-        url: prefix of the URLs of thumbnails.
-        total: number of images that could be found.
-    """
+    """Render the grid of results; `names` are by id, `url` is the prefix of thumbnails, `total` can be found."""
     cards = "".join(_card(hit, names[hit.id], url, result.reranked) for hit in result.hits)
     return f'<p class="sg-summary">{summary(result, total)}</p><div class="sg-results">{cards}</div>'
 

@@ -29,54 +29,33 @@ _PREVIEW_SIDE = 800  # pixels, longer side of the query image shown beside its r
 
 @dataclass(frozen=True)
 class QueryImage:
-    """An image to search for.
+    """An image to search for."""
 
-    Attributes:
-        name: shown on the page.
-        path: file.
-        id: id of a database image, which is excluded from its own results; None for others.
-    """
-
-    name: str
+    name: str  # shown on the page
     path: Path
-    id: int | None = None
+    id: int | None = None  # of a database image, which is excluded from its own results
 
 
 @dataclass(frozen=True)
 class Query:
-    """An image with its descriptor.
-
-    Attributes:
-        image: the image.
-        box: in pixels of the upright image; None for the whole image.
-        size: (width, height) of the whole upright image, in pixels.
-        preview: (h, w, 3) uint8, the whole image shrunk.
-        descriptor: (1, D) float32, unit norm, before whitening.
-        seconds: of "decode" and "extract".
-    """
+    """An image with its descriptor."""
 
     image: QueryImage
-    box: Box | None
-    size: tuple[int, int]
-    preview: np.ndarray
-    descriptor: np.ndarray
-    seconds: dict[str, float]
+    box: Box | None  # in pixels of the upright image; None for the whole image
+    size: tuple[int, int]  # (width, height) of the whole upright image, in pixels
+    preview: np.ndarray  # (h, w, 3) uint8, the whole image shrunk
+    descriptor: np.ndarray  # (1, D) float32, unit norm, before whitening
+    seconds: dict[str, float]  # of "decode" and "extract"
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A database image in the results.
-
-    Attributes:
-        id: of the image.
-        rank, rank_before: from 1, after and before reranking.
-        score: of the last stage; None beyond the M reranked images.
-    """
+    """A database image in the results."""
 
     id: int
-    rank: int
-    rank_before: int
-    score: float | None
+    rank: int  # from 1
+    rank_before: int  # from 1, before reranking
+    score: float | None  # of the last stage; None beyond the M reranked images
 
 
 @dataclass(frozen=True)
@@ -90,31 +69,19 @@ class SearchResult:
 
 @dataclass
 class ImageSearch:
-    """A database that can be searched by image; thread-safe, one thread at a time uses the network.
+    """A database that can be searched by image; thread-safe, one thread at a time uses the network."""
 
-    Args:
-        network: in evaluation mode, on `device`.
-        database: descriptors of the network, after `whitening`.
-        images, names: of the database, by id.
-        max_side: longer side in pixels that the database images were shrunk to; None for no limit.
-        device: of extraction, search and reranking.
-        kind, parameters: of reranking; the parameters without M, K and beta.
-        whitening: applied to queries; None for none.
-        first_stage: search of an index; None for exact search.
-        max_pixels: images with more are rejected.
-    """
-
-    network: RetrievalNetwork
-    database: Rows
-    images: Sequence[ImageItem]
-    names: Sequence[str]
-    max_side: int | None = None
+    network: RetrievalNetwork  # in evaluation mode, on `device`
+    database: Rows  # descriptors of the network, after `whitening`
+    images: Sequence[ImageItem]  # of the database, by id
+    names: Sequence[str]  # of the database, by id
+    max_side: int | None = None  # longer side in pixels that the database images were shrunk to; None for no limit
     device: str = "cpu"
-    kind: str = "superglobal"
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    whitening: Whitening | None = None
-    first_stage: FirstStage | None = None
-    max_pixels: int = 100_000_000
+    kind: str = "superglobal"  # of reranking
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # of reranking, without M, K and beta
+    whitening: Whitening | None = None  # applied to queries
+    first_stage: FirstStage | None = None  # search of an index; None for exact search
+    max_pixels: int = 100_000_000  # images with more are rejected
 
     def __post_init__(self) -> None:
         self._network_lock = threading.Lock()
@@ -159,14 +126,9 @@ class ImageSearch:
     def find_similar(
         self, query: Query, *, M: int = 400, K: int = 9, beta: float = 0.15, rerank: bool = True, count: int = 40
     ) -> SearchResult:
-        """Search and, if `rerank`, rerank.
+        """Search and, if `rerank`, rerank; return at most `count` hits.
 
-        Args:
-            query: from `extract`.
-            M: size of the shortlist, limited to the images that can be found.
-            K, beta: parameters of the reranking.
-            rerank: whether to rerank.
-            count: maximum number of hits returned.
+        `M` is limited to the images that can be found.
 
         Raises:
             InputError: there is no image to find, or the reranking rejects K or beta.
@@ -206,7 +168,7 @@ class ImageSearch:
         if width * height > self.max_pixels:
             limit = self.max_pixels / 1e6
             raise CorruptImageError(
-                f"{width} x {height} pixels are more than the {limit:g} megapixels allowed: shrink it"
+                f"{width} x {height} pixels, expected at most {limit:g} megapixels; shrink the image"
             )
         return decode_image(data)
 

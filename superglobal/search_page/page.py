@@ -40,19 +40,12 @@ def with_message(answer: Answer) -> Answer:
 
 @dataclass(frozen=True)
 class PageCallbacks:
-    """Answer the events of the page; the state of a user is passed with each event.
-
-    Args:
-        config: settings.
-        database: what is searched.
-        uploads: folder of uploaded files.
-        url: prefix of the URLs of thumbnails.
-    """
+    """Answer the events of the page; the state of a user is passed with each event."""
 
     config: DemoConfig
     database: SearchDatabase
-    uploads: Path
-    url: str
+    uploads: Path  # folder of uploaded files
+    url: str  # prefix of the URLs of thumbnails
 
     @with_message
     def photo(self, rerank: bool, M: float, K: float, beta: float, event: gr.EventData) -> tuple[Any, ...]:
@@ -151,13 +144,7 @@ class PageCallbacks:
 
 
 def make_page(config: DemoConfig, database: SearchDatabase, uploads: Path) -> tuple[gr.Blocks, dict[str, Any]]:
-    """Return the page and its theme and CSS, as options of `gr.mount_gradio_app`.
-
-    Args:
-        config: settings.
-        database: what is searched.
-        uploads: folder of uploaded files.
-    """
+    """Return the page and its theme and CSS as options of `gr.mount_gradio_app`; `uploads` is the folder of uploads."""
     url = f"photos/{database.search.database.fingerprint()[:16]}"
     with gr.Blocks(
         title=f"Search by photo: {database.name}",
@@ -194,7 +181,7 @@ def _lay_out(config: DemoConfig, database: SearchDatabase, callbacks: PageCallba
             if config.page.samples:
                 start = "a query of the data set" if len(database.queries) else "a photo of the data set"
                 with gr.Row(elem_id="sg-choose"):
-                    gr.HTML(html.render_label(f"Or start from {start}"), **plain)
+                    gr.HTML(f'<p class="sg-label">Or start from {start}</p>', **plain)
                     text = gr.Textbox(
                         placeholder="part of a file name", label="Part of a file name", max_length=200, container=False
                     )
