@@ -92,22 +92,36 @@ def extract_lists(
     if any(missing) or launched_externally():
         if check_decoder is not None:
             check_decoder()
-        if len(networks) > 1:
-            log.info("one pass over the images serves %d networks of the sweep", len(networks))
-        sizes = [images.sizes() for images in lists]
-        pixels = settings.batch_pixels or _default_batch_pixels(networks[0], device)
-        process = trainer.global_rank, trainer.world_size
-        plan = plan_batches(sizes, pixels, settings.batch_size, settings.parse_shard(), process)
-        # Lightning stops in a process without data, so such a process extracts one image again.
-        batches = select_missing(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
-        data = ExtractionDataModule(image_lists, batches, num_workers, settings.decoder)
-        module = ExtractionModule(*_group_by_backbone(optimize_for_inference(networks), stores), lists, batches)
-        run_extraction(trainer, module, data, [store for own in stores for store in own])
-        if data.decoded_on_cpu:
-            log.warning("GPU JPEG decoder: %d images were decoded on the CPU instead", data.decoded_on_cpu)
+        _extract_missing(networks, stores, lists, missing, trainer, settings, num_workers)
     for images, store in zip(lists, stores[0], strict=True):
         _require_skip_budget(store, images)
     return stores[0], {images.title: len(rows) for images, rows in zip(lists, missing, strict=True)}
+
+
+def _extract_missing(
+    networks: Sequence[RetrievalNetwork],
+    stores: Sequence[list[DescriptorStore]],
+    lists: Sequence[ExtractionList],
+    missing: Sequence[set[int]],
+    trainer: pl.Trainer,
+    settings: ExtractionConfig,
+    num_workers: int,
+) -> None:
+    """Plan the batches of this process and shard and extract them; `missing` are the rows of each list."""
+    if len(networks) > 1:
+        log.info("one pass over the images serves %d networks of the sweep", len(networks))
+    sizes = [images.sizes() for images in lists]
+    pixels = settings.batch_pixels or _default_batch_pixels(networks[0], trainer.strategy.root_device)
+    process = trainer.global_rank, trainer.world_size
+    plan = plan_batches(sizes, pixels, settings.batch_size, settings.parse_shard(), process)
+    # Lightning stops in a process without data, so such a process extracts one image again.
+    batches = select_missing(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
+    image_lists = [(images.items, images.max_side) for images in lists]
+    data = ExtractionDataModule(image_lists, batches, num_workers, settings.decoder)
+    module = ExtractionModule(*_group_by_backbone(optimize_for_inference(networks), stores), lists, batches)
+    run_extraction(trainer, module, data, [store for own in stores for store in own])
+    if data.decoded_on_cpu:
+        log.warning("GPU JPEG decoder: %d images were decoded on the CPU instead", data.decoded_on_cpu)
 
 
 def run_extraction(

@@ -103,18 +103,10 @@ def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
         InputError: input is missing or unreadable; one message names all of it.
         NotApplicableError: the row of the ablation table does not apply to the backbone.
     """
-    problems: list[str] = []
-    dataset = collect_problems(problems, lambda: evaluation_set(config.dataset))
-    distractors = collect_problems(problems, lambda: distractor_images(config)) or []
     if config.descriptors.query is not None:
-        if problems:
-            raise InputError("\n".join(problems))
-        return apply_whitening(config, load_descriptors(config, dataset, distractors), timer)
-    network = collect_problems(problems, lambda: load_network(config))
-    with timer.time("check"):
-        lists = check_image_lists(config, dataset, distractors, problems)
-    assert dataset is not None
-    assert network is not None
+        inputs = load_descriptors(config, evaluation_set(config.dataset), distractor_images(config))
+        return apply_whitening(config, inputs, timer)
+    dataset, distractors, network, lists = load_sources(config, timer)
     if config.ablation in _RELUP_ROWS and not has_relup(network.backbone.net):
         raise NotApplicableError("this backbone has no plain ReLUs for ReLUP")
     trainer = make_trainer(config.trainer, logger=False, enable_checkpointing=False, inference_mode=True)
@@ -147,13 +139,31 @@ def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
     return apply_whitening(config, Inputs.from_stores(by_title, dataset, distractors, about), timer)
 
 
-def collect_problems(problems: list[str], load: Callable[[], T]) -> T | None:
-    """Return `load()`; on an InputError append its message to `problems`, so that one error can name all of them."""
-    try:
-        return load()
-    except InputError as error:
-        problems.append(str(error))
-        return None
+def load_sources(
+    config: EvalConfig, timer: StageTimer, queries: bool = True
+) -> tuple[EvaluationSet, list[ImageItem], RetrievalNetwork, list[ExtractionList]]:
+    """Load the data set, the distractors and the network, and check the images, with or without the `queries`.
+
+    Raises:
+        InputError: input is missing or unreadable; one message names all of it.
+    """
+    problems: list[str] = []
+
+    def load(function: Callable[[], T]) -> T | None:
+        try:
+            return function()
+        except InputError as error:
+            problems.append(str(error))
+            return None
+
+    dataset = load(lambda: evaluation_set(config.dataset))
+    distractors = load(lambda: distractor_images(config)) or []
+    network = load(lambda: load_network(config))
+    with timer.time("check"):
+        lists = _check_image_lists(config, dataset, distractors, problems, queries)
+    assert dataset is not None
+    assert network is not None
+    return dataset, distractors, network, lists
 
 
 def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
@@ -221,18 +231,14 @@ def _trained_weights(config: EvalConfig) -> str:
     )
 
 
-def check_image_lists(
+def _check_image_lists(
     config: EvalConfig,
     dataset: EvaluationSet | None,
     distractors: list[ImageItem],
     problems: list[str],
-    queries: bool = True,
+    queries: bool,
 ) -> list[ExtractionList]:
-    """Return the image lists to extract, with or without `queries`, after checking every file.
-
-    Raises:
-        InputError: images are missing or unreadable, or there are `problems` already; one message names all of them.
-    """
+    """Return the image lists to extract after checking every file; an error names the other `problems`, too."""
     sets: list[tuple[str, str, Sequence[ImageItem], str]] = []
     if dataset is not None:
         sets.append(("database", dataset.name, dataset.database, dataset.how_to_get))

@@ -18,13 +18,7 @@ from superglobal.data.evaluation_set import EvaluationSet, LazySequence, chain_s
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.evaluation.extraction import extract_lists, store_identity
-from superglobal.evaluation.inputs import (
-    check_image_lists,
-    collect_problems,
-    distractor_images,
-    evaluation_set,
-    load_network,
-)
+from superglobal.evaluation.inputs import StageTimer, load_sources
 from superglobal.evaluation.module import ExtractionList
 from superglobal.evaluation.pipeline import open_configured_index, search_device
 from superglobal.models.inference import optimize_for_inference
@@ -76,13 +70,7 @@ def open_database(config: DemoConfig, folder: Path | None = None) -> SearchDatab
     d = config.dataset
     if d.kind == "folder" and d.query is None and not d.labels:
         config = replace(config, dataset=replace(d, query=d.database))  # type: ignore[call-arg]
-    problems: list[str] = []
-    dataset = collect_problems(problems, lambda: evaluation_set(config.dataset))
-    distractors = collect_problems(problems, lambda: distractor_images(config)) or []
-    network = collect_problems(problems, lambda: load_network(config))
-    lists = check_image_lists(config, dataset, distractors, problems, queries=False)
-    assert dataset is not None
-    assert network is not None
+    dataset, distractors, network, lists = load_sources(config, StageTimer(), queries=False)
     if folder is None:
         trainer = make_trainer(config.trainer, logger=False, enable_checkpointing=False, inference_mode=True)
         parent, workers = Path(config.paths.stores), config.trainer.num_workers
