@@ -136,6 +136,9 @@ def _faiss(report: Report, X: torch.Tensor, Q: np.ndarray) -> None:
             index.add(X[start : start + 65536].float().cpu().numpy())
         seconds = report.seconds(lambda: index.search(Q, DEPTH), 3, 1)
     report.add(f"{len(X):,} x {X.shape[1]}, {len(Q)} queries: FAISS flat", seconds, "s")
+    ids, expected = (search(Q, X, DEPTH, backend=name, device=X.device)[1] for name in ("faiss", "torch"))
+    different = int((ids != expected).sum())
+    report.add("search by FAISS: ids that differ from torch's", different, passed=different == 0, expected="0")
 
 
 def _plain_rerank(Q: torch.Tensor, X: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
