@@ -154,7 +154,7 @@ def test_a_finished_training_is_kept_and_another_one_refused(toy_data, trained):
     assert "already trained" in train(toy_data, trained, "trainer.log_every=5", "pooling.relup=false")
     text = train(toy_data, trained, "optim.lr=0.004", status=2)
     assert str(folder) in text
-    assert "different are settings.optim.lr (0.002 there). Give a new name=" in text
+    assert "different settings: settings.optim.lr (0.002 there). Give a new name=" in text
     assert "Traceback" not in text
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert set(before) == {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".log", "")}
@@ -164,7 +164,7 @@ def test_an_export_that_is_gone_is_not_said_to_be_there(toy_data, trained, tmp_p
     folder = tmp_path / "train" / "quickstart"
     shutil.copytree(trained / "train" / "quickstart", folder)
     (folder / "best.safetensors").unlink()
-    with pytest.raises(InputError, match=r"best\.safetensors: .* gone; resume=restart"):
+    with pytest.raises(InputError, match=r"best\.safetensors: not found; .* resume=restart"):
         fit(configured(toy_data, tmp_path), folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     with pytest.raises(InputError, match=r"a checkpoint for resuming a training; give .*best\.safetensors"):
@@ -296,9 +296,9 @@ def test_weights_decay_and_biases_norms_and_the_exponent_do_not():
 def test_a_sweep_takes_one_device_of_one_machine_a_job(toy_data, tmp_path):
     python, script, *words = command(toy_data, tmp_path, "trainer.devices=2", "seed=0,1")
     text = finished([python, script, "-m", *words], 2)
-    assert text.count("trainer.devices=2 on 1 machines: a sweep runs one device a job") == 2
+    assert text.count("trainer.devices=2 on 1 machines: expected one device per job of a sweep") == 2
     python, script, *words = command(toy_data, tmp_path, "trainer.num_nodes=2", "seed=0,1")
-    assert "on 2 machines: a sweep runs one device a job" in finished([python, script, "-m", *words], 2)
+    assert "on 2 machines: expected one device per job of a sweep" in finished([python, script, "-m", *words], 2)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
