@@ -29,7 +29,7 @@ def test_the_table_is_written_as_json_too(tmp_path):
     assert found["arguments"] == [*map(str, small[1:]), "--rows", "2000"]
     assert found["machine"]["cores"] >= 1
     assert found["versions"]["torch"]
-    assert len(found["rows"]) == len(said) - 1 == 5
+    assert len(found["rows"]) == len(said) - 1 > 1
     for row, line in zip(found["rows"], said[1:], strict=True):
         assert line.startswith(row["variant"])
         assert f"{row['seconds']:8.2f} s{row['ratio']:6.2f} x" in line

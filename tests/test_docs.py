@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import re
 import subprocess
@@ -216,29 +215,3 @@ def test_every_setting_of_the_pages_exists(page):
         known |= set(signature(function).parameters)
     named = re.findall(r"`\+?([a-z_]+(?:\.\w+)*)=[^`(]*`", text_of(page))
     assert set(named) <= known | {"ap"}, set(named) - known
-
-
-def templates() -> list[str]:
-    """Return all strings of the code except docstrings, with NUL for what is filled in."""
-
-    def text(node: ast.AST) -> str:
-        if isinstance(node, ast.JoinedStr):
-            return "".join(text(part) for part in node.values)
-        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "\0"
-
-    files = [*(ROOT / "superglobal").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
-    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
-    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-    texts = [node for node in nodes if isinstance(node, ast.JoinedStr | ast.Constant) and id(node) not in docstrings]
-    return [text(node) for node in texts]
-
-
-def test_every_message_of_the_errors_page_is_in_the_code():
-    quoted = re.findall(r"^\| `(.+?)` \|", text_of("docs/errors.md"), re.M)
-    assert len(quoted) > 80
-    texts = templates()
-    for message in quoted:
-        fixed = re.split(r"<[^>]+>", message)
-        assert sum(map(len, fixed)) >= 10, message
-        wanted = re.compile(".*".join(re.escape(part) for part in fixed), re.DOTALL)
-        assert any(wanted.search(one) for one in texts if fixed[0] in one), message

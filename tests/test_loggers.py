@@ -40,7 +40,7 @@ def offline(monkeypatch):
 
 
 def composed(data: Path, outputs: Path, *overrides: str):
-    places = [f"paths.data={data}", f"paths.outputs={outputs}", "trainer.progress=false", "pictures.queries=2"]
+    places = [f"paths.data={data}", f"paths.outputs={outputs}", "trainer.progress=false", "figures.queries=2"]
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("eval", overrides=["dataset=toy", *FAST, *places, *overrides])
@@ -57,8 +57,8 @@ def evaluated(toy_data, tmp_path_factory) -> Path:
     save_weights(model, outputs / "some weights.safetensors", {})
     folder = outputs / "run"
     folder.mkdir()
-    settings = ["logger.tensorboard=true", "logger.project=mine", "logger.tags=[tried]", "logger.pictures=3"]
-    weights = [f"weights='{outputs / 'some weights.safetensors'}'", "pictures.ranks=4"]
+    settings = ["logger.tensorboard=true", "logger.project=mine", "logger.tags=[tried]", "logger.images=3"]
+    weights = [f"weights='{outputs / 'some weights.safetensors'}'", "figures.ranks=4"]
     with pytest.MonkeyPatch.context() as patch:
         for key in [key for key in os.environ if key.startswith("WANDB")]:
             patch.delenv(key)
