@@ -21,10 +21,12 @@ from superglobal.retrieval.search import search
 __all__ = ["RERANKERS", "Reranked", "apply_reranker", "get_reranker", "rerank", "rerank_candidates", "rerank_label"]
 _IN_MEMORY = 1 << 30  # bytes of an augmented database; a larger one is a file while the run lasts
 
-# SuperGlobal's comes first in help texts and messages, the others by file name.
+# SuperGlobal's comes first in help texts and messages, the others by file name, whichever file was imported before.
 for _name in sorted((m.name for m in pkgutil.iter_modules(superglobal.reranking.__path__)), key="superglobal".__ne__):
     if _name != "registry":
         importlib.import_module(f"superglobal.reranking.{_name}")
+        for _reranker in [r for r in RERANKERS.values() if r.function.__module__ == f"superglobal.reranking.{_name}"]:
+            RERANKERS[_reranker.name] = RERANKERS.pop(_reranker.name)
 
 
 def get_reranker(name: str, label: str = "rerank.kind") -> Reranker:
