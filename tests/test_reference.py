@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -86,7 +85,7 @@ def test_names_words_and_defaults_are_those_of_the_schema():
     Outer.__annotations__["inner"] = Inner
     outer, inner = sections(Outer)
     assert (outer.prefix, outer.words, outer.settings[0].defaults) == ("", "Outside.", ("<root>/x",))
-    assert dataclasses.astuple(inner)[:2] == ("inner", "Inside.")
+    assert (inner.prefix, inner.words) == ("inner", "Inside.")
     (pair,) = inner.settings
     assert (pair.names, pair.defaults, pair.words) == (("inner.a", "inner.b"), ("null", "[1, 2]"), "two lines.")
 
