@@ -40,7 +40,7 @@ def test_a_job_that_fails_takes_none_of_its_siblings_with_it(data, tmp_path):
     """x^3000 is 0 in float32: that descriptor has no direction. The jobs around it share their passes with it."""
     text = run_program(tmp_path, "-m", *revisited(data, "pooling=gem", "pooling.p=3,3000,4", "rerank=none"), status=2)
     assert "one pass over the images serves 3 networks of the sweep" in text
-    assert text.count("has norm 0.0, not 1") == 1
+    assert text.count("has norm 0.0, expected 1") == 1
     assert "Traceback" not in text
     first, failed, last = jobs(tmp_path)
     assert [job["status"] for job in (first, failed, last)] == ["ok", "failed", "ok"]
