@@ -185,10 +185,10 @@ def test_a_distractor_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp
     break_scan(tmp_path / "noise/jpg/d4.jpg")  # passes the check, not the decoder
     extra = revisited(tmp_path, "distractors=list", "distractors.name=noise", "rerank.M=12")
     skip = ["distractors.unreadable=skip", "distractors.skip_budget=0.5"]
-    assert "1 missing" in run_program(tmp_path / "a", *extra, status=2)
+    assert "1 of 6 images missing" in run_program(tmp_path / "a", *extra, status=2)
     assert "skip_budget=0.001 allows" in run_program(tmp_path / "a", *extra, "distractors.unreadable=skip", status=2)
     text = run_program(tmp_path / "b", *extra, *skip)
-    assert "2 distractors could not be read" in text
+    assert "2 distractors are unreadable" in text
     (listed,) = (tmp_path / "b" / "stores").glob("noise-*/skipped.txt")
     assert sorted(Path(line.split("\t")[0]).name for line in listed.read_text().splitlines()) == ["d1.jpg", "d4.jpg"]
     got = results(tmp_path / "b")
@@ -351,6 +351,6 @@ def test_own_descriptors_take_the_place_of_extraction(data, tmp_path):
     assert results(tmp_path / "o")["metrics"]["search"]["map"] == pytest.approx(expected.map, abs=1e-12)
     run_program(tmp_path / "o2", "dataset=descriptors", *own("x"))
     assert next((tmp_path / "o2").rglob("rankings.csv"))
-    for wrong, message in (("short", "23 rows"), ("raw", "normalise"), ("nowhere", "nowhere.npy")):
+    for wrong, message in (("short", "23 rows"), ("raw", "normalize"), ("nowhere", "nowhere.npy")):
         common = ["dataset=revisited", "dataset.name=mini", f"paths.data={data}"]
         assert message in run_program(tmp_path / wrong, *common, *own(wrong), status=2)
