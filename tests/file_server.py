@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from superglobal.data.catalogue import SOURCES, RemoteFile
+from superglobal.data.download_links import SOURCES, RemoteFile
 from superglobal.download.fetch import DownloadOptions
 
 Member = tuple[str, bytes]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from file_server import address, pack, serve, toy_files
 
-from superglobal.data.catalogue import SOURCES
+from superglobal.data.download_links import SOURCES
 from superglobal.data.evaluation_set import require_images
 from superglobal.data.revisited import revisited_set
 from superglobal.download.fetch import DownloadOptions

@@ -34,4 +34,4 @@ def test_the_table_is_written_as_json_too(tmp_path):
         assert line.startswith(row["variant"])
         assert f"{row['seconds']:8.2f} s{row['ratio']:6.2f} x" in line
     said = bench(*small, "--rows", 300, status=2)
-    assert said.splitlines()[-1].startswith("error: k: expected 1..300")
+    assert said.splitlines()[-1].startswith("error: k=400: expected 1..300")

@@ -24,8 +24,8 @@ from superglobal.config.help import groups, sections
 from superglobal.config.training import TrainConfig
 from superglobal.errors import InputError
 from superglobal.models.pooling import PRESETS, PoolingConfig, make_pooling
+from superglobal.reporting.ablations import ABLATIONS
 from superglobal.reporting.results import plain_types
-from superglobal.reporting.runs import ABLATIONS
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -292,7 +292,7 @@ def test_a_sweep_at_a_terminal_without_a_key_asks_nothing(toy_data, tmp_path):
 def test_without_an_answer_from_the_server_the_run_is_kept_offline(tmp_path):
     code = (
         "import logging, sys; from pathlib import Path; logging.basicConfig();"
-        "from superglobal.config import LoggerConfig; from superglobal.loggers.wandb import TrackedRun\n"
+        "from superglobal.config.common import LoggerConfig; from superglobal.loggers.wandb import TrackedRun\n"
         "for name in 'ab':\n"
         " folder = Path(sys.argv[1]) / name; folder.mkdir()\n"
         " run = TrackedRun(LoggerConfig(), folder, name='n', job_type='eval', group=None, tags=[], config={})\n"

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from superglobal.data.catalogue import SOURCE_NAMES, select_sources
+from superglobal.data.download_links import SOURCE_NAMES, select_sources
 from superglobal.errors import InputError
 
 

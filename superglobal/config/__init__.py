@@ -17,7 +17,7 @@ from superglobal.config.training import TrainConfig
 from superglobal.config.tuning import DemoConfig, TuneConfig
 from superglobal.errors import InputError
 from superglobal.models.pooling import PRESETS
-from superglobal.reporting.runs import ABLATIONS
+from superglobal.reporting.ablations import ABLATIONS
 
 __all__ = ["ENTRIES", "OLD_SETTINGS", "Entry", "conf_dir", "register", "reject_old_settings"]
 

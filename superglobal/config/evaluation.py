@@ -23,7 +23,7 @@ from superglobal.data.evaluation_set import loaders
 from superglobal.errors import InputError
 from superglobal.metrics.gldv2 import VOTES
 from superglobal.models.pooling import relup_mode
-from superglobal.reporting.runs import ABLATIONS, MODULES
+from superglobal.reporting.ablations import ABLATIONS, MODULES
 from superglobal.reranking.registry import RERANKERS, get_reranker
 from superglobal.retrieval.ann_index import COMPARED, IndexConfig, validate_index
 from superglobal.retrieval.store_files import DTYPES

@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, SupportsIndex, TypeVar, overload
 import numpy as np
 
 import superglobal.data
-from superglobal.data.catalogue import SOURCES, download_command, tree_path
+from superglobal.data.download_links import SOURCES, download_command, tree_path
 from superglobal.data.image_checks import CheckReport, check_images
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
@@ -122,7 +122,7 @@ def loaders() -> dict[str, Loader]:
     for module in pkgutil.iter_modules(superglobal.data.__path__):
         if module.name not in _WITHOUT_LOADERS:
             importlib.import_module(f"superglobal.data.{module.name}")
-    return dict(_LOADERS)
+    return dict(sorted(_LOADERS.items()))  # in an order that does not depend on what was imported first
 
 
 def load_evaluation_set(kind: str, **settings: Any) -> EvaluationSet:

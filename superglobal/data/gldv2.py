@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.catalogue import how_to_get_gldv2, how_to_get_gldv2_train, tree_path
+from superglobal.data.download_links import how_to_get_gldv2, how_to_get_gldv2_train, tree_path
 from superglobal.data.evaluation_set import (
     EvaluationSet,
     RecognitionTruth,

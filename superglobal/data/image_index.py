@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from superglobal.data.catalogue import tree_path
+from superglobal.data.download_links import tree_path
 from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
 from superglobal.utils.io import atomic_file

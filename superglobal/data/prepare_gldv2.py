@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.catalogue import how_to_get_gldv2_train, tree_path
+from superglobal.data.download_links import how_to_get_gldv2_train, tree_path
 from superglobal.data.gldv2 import read_train
 from superglobal.data.image_checks import check_image, check_images
 from superglobal.data.image_index import (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.data.catalogue import SOURCES, TOY_DATA_HINT, download_command
+from superglobal.data.download_links import SOURCES, TOY_DATA_HINT, download_command
 from superglobal.data.evaluation_set import EvaluationSet, image_path, landmarks, loader
 from superglobal.data.images import Box, ImageItem
 from superglobal.data.safe_pickle import BlockedGlobalError, load_plain_pickle

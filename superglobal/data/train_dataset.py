@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from superglobal.data.catalogue import how_to_get_gldv2_train
+from superglobal.data.download_links import how_to_get_gldv2_train
 from superglobal.data.evaluation_set import NOTHING_COMPUTED, problem_lines
 from superglobal.data.gldv2 import TrainList
 from superglobal.data.image_checks import check_images

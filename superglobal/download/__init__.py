@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from superglobal.data.catalogue import GROUPS, SOURCES, Source
+from superglobal.data.download_links import GROUPS, SOURCES, Source
 
 
 def extracted_record(archive: Path) -> Path:

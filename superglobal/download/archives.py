@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from superglobal.data.catalogue import Source, tree_path
+from superglobal.data.download_links import Source, tree_path
 from superglobal.data.evaluation_set import image_path, load_distractors
 from superglobal.data.gldv2_csv import read_ids, read_list
 from superglobal.data.gldv2_solutions import read_solution

@@ -1,4 +1,4 @@
-"""Download the sources of the catalogue: lists, ground truths and weights, then archives of images, several at once.
+"""Download the sources of data/download_links.py: lists, ground truths, weights, and archives of images in parallel.
 
 All progress is on disk, so that an interrupted run downloads nothing twice: see fetch.py for the files beside a
 download; `<archive>.files` lists the images extracted from an archive.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from superglobal.data.catalogue import GOOGLE_DRIVE_FOLDER, RemoteFile, Source
+from superglobal.data.download_links import GOOGLE_DRIVE_FOLDER, RemoteFile, Source
 from superglobal.download import extracted_record
 from superglobal.download.archives import (
     DiskFullError,

@@ -10,20 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from superglobal.errors import InputError
+from superglobal.reporting.ablations import ABLATION_SETTINGS, ABLATIONS
 from superglobal.reporting.results import FORMAT, METRICS, TEST_MARK, main_protocol, main_scores, metric_key
 from superglobal.reranking.registry import rerank_label
 from superglobal.utils.io import EXPORT
 
-MODULES = ("gem_plus", "regional", "scale", "relup", "rerank")
-"""The modules of the method: four of pooling, and reranking."""
-ABLATIONS: dict[str, tuple[bool, ...]] = {
-    **{name: tuple(i < count for i in range(len(MODULES))) for count, name in enumerate(("gem", *MODULES))},
-    **{f"no_{name}": tuple(module != name for module in MODULES) for name in MODULES},
-}
-"""The options of `ablation=`, in the order of the paper, and which of `MODULES` each enables: none, then one more per
-row, then all but one."""
-ABLATION_SETTINGS = (*(f"pooling.{name}" for name in MODULES[:4]), "rerank.enabled", "rerank")
-"""The settings in which the rows of an ablation differ."""
 # Settings that change no number, or that another column or the row's name shows.
 _HIDDEN_SETTINGS = (
     "ablation",

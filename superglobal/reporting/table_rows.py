@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 
 from superglobal.models.pooling import PoolingConfig
+from superglobal.reporting.ablations import ABLATION_SETTINGS, MODULES, States, module_states
 from superglobal.reporting.paired_comparison import gain_interval
 from superglobal.reporting.results import METRICS, main_protocol, main_scores, metric_key
 from superglobal.reporting.runs import (
-    ABLATION_SETTINGS,
-    ABLATIONS,
-    MODULES,
     RunRow,
     milliseconds_per_query,
     missing_text,
@@ -29,8 +27,6 @@ from superglobal.reporting.runs import (
 from superglobal.reranking.registry import get_reranker
 
 CITATION = "Shao et al., ICCV 2023, arXiv:2308.06954"
-States = tuple[bool | str | None, ...]
-"""State of each of `MODULES`: on, off, a variant by name, or None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -190,16 +186,6 @@ def _shown_by_weights(key: str, runs: Sequence[RunRow]) -> bool:
     """Return whether the name of the weights determines a setting."""
     values = {(run.weights, run.settings[key]) for run in runs}
     return 1 < len(values) == len({run.weights for run in runs})
-
-
-def module_states(result: Mapping[str, Any]) -> States:
-    """Return the state of each of `MODULES` in a run."""
-    if result["ablation"] in ABLATIONS:
-        return ABLATIONS[result["ablation"]]
-    config = result["config"]
-    pooling = result.get("about", {}).get("network", {}).get("pooling", config.get("pooling", {}))
-    relup = {"on": True, "auto": True, "off": False}.get(pooling.get("relup"), pooling.get("relup"))
-    return (*(pooling.get(name) for name in MODULES[:3]), relup, config.get("rerank", {}).get("enabled"))
 
 
 def _cell(run: RunRow) -> Cell:

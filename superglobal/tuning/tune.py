@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from superglobal.config.common import validate_config
 from superglobal.config.tuning import TuneConfig
-from superglobal.data.catalogue import how_to_get_gldv2_train
+from superglobal.data.download_links import how_to_get_gldv2_train
 from superglobal.data.evaluation_set import EvaluationSet, leave_one_out_truth, require_images
 from superglobal.data.gldv2 import read_train, split_landmarks
 from superglobal.data.images import ImageItem

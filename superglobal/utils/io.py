@@ -81,7 +81,10 @@ def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iter
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            name = holder.read_text() if holder.is_file() else "unknown process"
+            try:
+                name = holder.read_text()
+            except FileNotFoundError:  # not written yet, or deleted already
+                name = "unknown process"
             if not wait:
                 raise InputError(f"{busy} ({name}); wait for it, stop it, {hint}") from None
             log.info("%s (%s); waiting for it", busy, name)
