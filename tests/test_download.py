@@ -15,8 +15,9 @@ import pytest
 import torch
 from file_server import address, pack, serve, toy_files, wait_for
 
+from superglobal.data.distractors import load_distractors
 from superglobal.data.download_links import GROUPS, SOURCE_NAMES, SOURCES, select_sources
-from superglobal.data.evaluation_set import load_distractors, require_images
+from superglobal.data.evaluation_set import require_images
 from superglobal.data.gldv2 import read_train, recognition_set, retrieval_set
 from superglobal.data.prepare_gldv2 import prepare
 from superglobal.data.revisited import revisited_set

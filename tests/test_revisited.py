@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from superglobal.data.evaluation_set import load_distractors, require_images
+from superglobal.data.distractors import load_distractors
+from superglobal.data.evaluation_set import require_images
 from superglobal.data.images import ImageItem
 from superglobal.data.revisited import load_ground_truth, query_landmarks, revisited_set
 from superglobal.errors import InputError

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from superglobal import cli, toy
-from superglobal.data.evaluation_set import load_distractors, require_images
+from superglobal.data.distractors import load_distractors
+from superglobal.data.evaluation_set import require_images
 from superglobal.data.images import read_image
 from superglobal.data.revisited import load_ground_truth, revisited_set
 from superglobal.errors import InputError

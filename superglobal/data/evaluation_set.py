@@ -1,4 +1,4 @@
-"""Evaluation sets: queries, database, ground truth and distractors, their loaders, and the check of their images."""
+"""Evaluation sets: queries, database and ground truth, the registry of their loaders, and the check of their images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Generic, Literal, SupportsIndex, TypeVar, overload
 import numpy as np
 
 import superglobal.data
-from superglobal.data.download_links import SOURCES, download_command, tree_path
+from superglobal.data.download_links import tree_path
 from superglobal.data.image_checks import CheckReport, check_images
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
@@ -176,43 +176,6 @@ def image_path(folder: Path, name: str, source: Path) -> Path:
     if not name.strip() or relative.is_absolute() or ".." in relative.parts or "\0" in name:
         raise InputError(f"{source}: image name {name!r} is not a relative path inside {folder}; correct the list")
     return folder / (name if relative.suffix.lower() in IMAGE_EXTENSIONS else f"{name}.jpg")
-
-
-def how_to_get_distractors(root: Path, name: str) -> str:
-    """Return the layout of a distractor set and, for revisitop1m, the download command."""
-    base = Path(root) / name
-    text = f"{name} is expected as {base}/{name}.txt (one file name per line) and {base}/jpg/<line>"
-    if name in SOURCES:
-        text += f"; download it from {SOURCES[name].page}: {download_command(name, base)}"
-    return text
-
-
-def load_distractors(root: str | Path, name: str) -> list[ImageItem]:
-    """Load the images `<root>/<name>/jpg/<line>` of the list `<root>/<name>/<name>.txt`, in its order.
-
-    The list has one file name per line. Blank lines are ignored; ".jpg" is appended to names without an extension.
-
-    Raises:
-        InputError: the list is missing, empty or not UTF-8, or a name is repeated or leads out of the folder.
-    """
-    folder = Path(root) / name
-    source = folder / f"{name}.txt"
-    try:
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        hint = how_to_get_distractors(Path(root), name)
-        raise InputError(f"list of distractors not found: {source}\n{hint}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: not UTF-8 text; expected one file name per line") from error
-    paths = [image_path(folder / "jpg", line, source) for line in lines if line]
-    if not paths:
-        raise InputError(f"{source}: empty; expected one file name per line")
-    seen: set[Path] = set()
-    for path in paths:
-        if path in seen:
-            raise InputError(f"{source}: {path.name} is listed twice; remove the duplicate")
-        seen.add(path)
-    return [ImageItem(path) for path in paths]
 
 
 def require_images(

@@ -20,8 +20,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from superglobal.data.distractors import load_distractors
 from superglobal.data.download_links import Source, tree_path
-from superglobal.data.evaluation_set import image_path, load_distractors
+from superglobal.data.evaluation_set import image_path
 from superglobal.data.gldv2_csv import read_ids, read_list
 from superglobal.data.gldv2_solutions import read_solution
 from superglobal.data.revisited import load_ground_truth

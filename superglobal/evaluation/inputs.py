@@ -14,10 +14,9 @@ import numpy as np
 
 from superglobal.config.common import PoolingOverrides
 from superglobal.config.evaluation import DatasetConfig, EvalConfig
+from superglobal.data.distractors import how_to_get_distractors, load_distractors
 from superglobal.data.evaluation_set import (
     EvaluationSet,
-    how_to_get_distractors,
-    load_distractors,
     load_evaluation_set,
     require_images,
 )
