@@ -184,9 +184,11 @@ def test_a_distractor_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp
     (tmp_path / "noise/jpg/d1.jpg").unlink()
     break_scan(tmp_path / "noise/jpg/d4.jpg")  # passes the check, not the decoder
     extra = revisited(tmp_path, "distractors=list", "distractors.name=noise", "rerank.M=12")
-    skip = ["distractors.unreadable=skip", "distractors.skip_budget=0.5"]
+    skip = ["distractors.unreadable=skip", "distractors.max_corrupt_fraction=0.5"]
     assert "1 of 6 images missing" in run_program(tmp_path / "a", *extra, status=2)
-    assert "skip_budget=0.001 allows" in run_program(tmp_path / "a", *extra, "distractors.unreadable=skip", status=2)
+    assert "max_corrupt_fraction=0.001 allows" in run_program(
+        tmp_path / "a", *extra, "distractors.unreadable=skip", status=2
+    )
     text = run_program(tmp_path / "b", *extra, *skip)
     assert "2 distractors are unreadable" in text
     (listed,) = (tmp_path / "b" / "stores").glob("noise-*/skipped.txt")
@@ -204,7 +206,7 @@ def test_what_one_run_skipped_another_that_must_not_skip_refuses(tmp_path):
     write_distractors(tmp_path)
     break_scan(tmp_path / "noise/jpg/d2.jpg")
     extra = revisited(tmp_path, "distractors=list", "distractors.name=noise")
-    run_program(tmp_path / "a", *extra, "distractors.unreadable=skip", "distractors.skip_budget=0.5")
+    run_program(tmp_path / "a", *extra, "distractors.unreadable=skip", "distractors.max_corrupt_fraction=0.5")
     text = run_program(tmp_path / "a", *extra, status=2)
     assert "1 images were skipped by a run with distractors.unreadable=skip" in text
 

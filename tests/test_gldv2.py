@@ -172,8 +172,8 @@ def test_landmarks_of_the_evaluation_are_left_out(tmp_path, caplog):
     ("override", "message"),
     [
         ("data.classes_of=some.csv", "data.classes_of=some.csv: expected one of train_clean.csv"),
-        ("data.max_corrupt=0.2", "data.max_corrupt=0.2: expected a number from 0 to 0.1"),
-        ("data.max_corrupt=-1", "data.max_corrupt"),
+        ("data.max_corrupt_fraction=0.2", "data.max_corrupt_fraction=0.2: expected a number from 0 to 0.1"),
+        ("data.max_corrupt_fraction=-1", "data.max_corrupt_fraction"),
     ],
 )
 def test_settings_of_the_training_set(override, message):

@@ -202,7 +202,14 @@ def test_one_photo_more_than_the_budget_ends_the_run(bad_photos):
     listed.add([(1, "missing"), (2, "missing")])
     with pytest.raises(InputError) as caught:
         bad_photos(total=1000, budget=0.002).add([(3, "missing")])
-    for word in ("3 of 1000", "0.300%", "0.002", str(listed.file), "superglobal prepare-gldv2", "data.max_corrupt"):
+    for word in (
+        "3 of 1000",
+        "0.300%",
+        "0.002",
+        str(listed.file),
+        "superglobal prepare-gldv2",
+        "data.max_corrupt_fraction",
+    ):
         assert word in str(caught.value)
     with pytest.raises(InputError):
         listed.add([(1, "missing")])
@@ -270,7 +277,7 @@ def test_more_than_the_budget_ends_it_before_anything_is_computed(root, required
     assert required(9 / total)
     with pytest.raises(InputError) as caught:
         required(8.5 / total)
-    for word in (f"8 of {total} images missing, 1 corrupt", "... and 4 more", "data.max_corrupt"):
+    for word in (f"8 of {total} images missing, 1 corrupt", "... and 4 more", "data.max_corrupt_fraction"):
         assert word in str(caught.value)
 
 

@@ -87,7 +87,7 @@ def test_every_kind_of_damage_is_detected_counted_and_listed(run, root):
     damaged = damage(photos)
     text = run("--root", root, "--workers", 1, status=1)
     assert f"5 of {len(photos)} images are corrupt ({5 / len(photos):.4%})" in text
-    assert "data.max_corrupt" in text
+    assert "data.max_corrupt_fraction" in text
     report = (root / "train_clean.report.txt").read_text()
     listed = dict(line.split("\t") for line in report.splitlines() if "\t" in line)
     assert set(listed) == {str(path) for path in damaged}

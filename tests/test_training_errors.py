@@ -65,13 +65,13 @@ def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed
     break_scan(bad)
     gone.unlink()
     places = [f"data.root={root}", "trainer.num_workers=2"]
-    text = train(tmp_path, tmp_path, *places, "data.max_corrupt=0.1")
+    text = train(tmp_path, tmp_path, *places, "data.max_corrupt_fraction=0.1")
     assert "replaced a corrupt image" in text
     listed = (tmp_path / "train" / "quickstart" / "corrupt_images.txt").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in listed) == sorted(map(str, (bad, gone)))
-    text = train(tmp_path, tmp_path, *places, "name=strict", "data.max_corrupt=0.013", status=2)
+    text = train(tmp_path, tmp_path, *places, "name=strict", "data.max_corrupt_fraction=0.013", status=2)
     assert "2 of 90 images" in text
-    assert "more than data.max_corrupt=0.013 allows" in text
+    assert "more than data.max_corrupt_fraction=0.013 allows" in text
     assert "Traceback" not in text
 
 

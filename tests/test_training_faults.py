@@ -198,11 +198,11 @@ def test_a_held_out_photo_that_breaks_off_inside_is_listed_and_left_out(toy_data
     bad = held.path(2)
     break_scan(bad)  # passes the check beforehand
     places = [f"data.root={root}", "optim.epochs=1"]
-    assert 0 < fit(configured(tmp_path, tmp_path, *places, "data.max_corrupt=0.1"), tmp_path / "run") <= 1
+    assert 0 < fit(configured(tmp_path, tmp_path, *places, "data.max_corrupt_fraction=0.1"), tmp_path / "run") <= 1
     (line,) = (tmp_path / "run" / "corrupt_images.txt").read_text().splitlines()
     assert line.startswith(f"{bad}\t")
-    with pytest.raises(InputError, match=r"1 of 90 images .* more than data\.max_corrupt=0\.001"):
-        fit(configured(tmp_path, tmp_path, *places, "data.max_corrupt=0.001"), tmp_path / "strict")
+    with pytest.raises(InputError, match=r"1 of 90 images .* more than data\.max_corrupt_fraction=0\.001"):
+        fit(configured(tmp_path, tmp_path, *places, "data.max_corrupt_fraction=0.001"), tmp_path / "strict")
 
 
 def test_a_photo_lost_or_mended_meanwhile_does_not_end_a_training(toy_data, tmp_path):
@@ -211,7 +211,7 @@ def test_a_photo_lost_or_mended_meanwhile_does_not_end_a_training(toy_data, tmp_
     photos, _ = split_landmarks(read_train(root), 0.25, seed=0)
     first, second = (photos.path(i).rename(tmp_path / f"{i}.jpg") for i in (3, 4))
     shutil.copy(second, photos.path(4))
-    words = [*SAVED, f"data.root={root}", "data.max_corrupt=0.1"]
+    words = [*SAVED, f"data.root={root}", "data.max_corrupt_fraction=0.1"]
     finished(command(toy_data, tmp_path, *words, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="7")
     first.rename(photos.path(3))
     photos.path(4).unlink()

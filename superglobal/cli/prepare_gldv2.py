@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     share = len(prepared.corrupt) / prepared.n_images
     print(
         f"{len(prepared.corrupt)} of {prepared.n_images} images are corrupt ({share:.4%}); download them again and "
-        "repeat this command, or train without them: data.max_corrupt is the largest share that training accepts"
+        "repeat this command, or train without them: data.max_corrupt_fraction is the largest fraction that training "
+        "accepts"
     )
     return 1

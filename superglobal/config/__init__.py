@@ -79,7 +79,9 @@ OLD_SETTINGS = {
     "pictures.queries": "use figures.queries",
     "pictures.ranks": "use figures.ranks",
     "logger.pictures": "use logger.images",
-    "data.bad_budget": "use data.max_corrupt",
+    "data.bad_budget": "use data.max_corrupt_fraction",
+    "data.max_corrupt": "use data.max_corrupt_fraction",
+    "distractors.skip_budget": "use distractors.max_corrupt_fraction",
     "validation.images": "use validation.max_images",
 }
 """Former settings and what replaces them."""

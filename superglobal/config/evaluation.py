@@ -101,13 +101,13 @@ class DistractorsConfig:
         root: folder that contains that folder.
         unreadable: treatment of missing and corrupt images: "error" ends the run; "skip" lists them in `skipped.txt`
             of their store and never ranks them.
-        skip_budget: largest fraction of them that may be skipped.
+        max_corrupt_fraction: largest fraction of them that may be skipped.
     """
 
     name: str | None = None
     root: str = "${paths.data}"
     unreadable: str = setting("error", choices=("error", "skip"))
-    skip_budget: float = setting(0.001, minimum=0, maximum=1)
+    max_corrupt_fraction: float = setting(0.001, minimum=0, maximum=1)
 
 
 @dataclass

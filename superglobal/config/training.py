@@ -68,7 +68,7 @@ class DataConfig:
         leave_out: file of landmark ids, one per line, that are not used.
         tars: folder of the official tar files to read images from, in place of the folder tree.
         min_images: landmarks with fewer images are not used.
-        max_corrupt: maximum fraction of images that may be missing or unreadable; others replace them.
+        max_corrupt_fraction: maximum fraction of images that may be missing or unreadable; others replace them.
         image_size: side of the square training images, in pixels.
         stages: other sides for the first epochs, as [epochs, side] pairs: [[8, 256], [4, 384]] is 256 px for eight
             epochs, 384 px for four, and then `image_size`.
@@ -86,7 +86,7 @@ class DataConfig:
     leave_out: str | None = None
     tars: str | None = None
     min_images: int = setting(2, minimum=2)
-    max_corrupt: float = setting(0.001, minimum=0, maximum=0.1)
+    max_corrupt_fraction: float = setting(0.001, minimum=0, maximum=0.1)
     image_size: int = setting(512, minimum=1)
     stages: list[list[int]] = field(default_factory=list)
     crop: float = setting(0.3, minimum=0.001, maximum=1)

@@ -218,8 +218,9 @@ def require_budget(corrupt: int, total: int, budget: float, where: str = "") -> 
     """Raise InputError if more than `budget * total` images are corrupt; `where` becomes part of the message."""
     if corrupt > budget * total:
         raise InputError(
-            f"{corrupt} of {total} images ({corrupt / total:.3%}) are missing or corrupt, more than data.max_corrupt="
-            f"{budget:g} allows{where}; repair them (superglobal prepare-gldv2 checks all), or raise data.max_corrupt"
+            f"{corrupt} of {total} images ({corrupt / total:.3%}) are missing or corrupt, more than "
+            f"data.max_corrupt_fraction={budget:g} allows{where}; repair them (superglobal prepare-gldv2 checks all), "
+            "or raise data.max_corrupt_fraction"
         )
 
 

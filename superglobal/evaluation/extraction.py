@@ -94,7 +94,7 @@ def extract_lists(
             check_decoder()
         _extract_missing(networks, stores, lists, missing, trainer, settings, num_workers)
     for images, store in zip(lists, stores[0], strict=True):
-        _require_skip_budget(store, images)
+        _require_few_corrupt(store, images)
     return stores[0], {images.title: len(rows) for images, rows in zip(lists, missing, strict=True)}
 
 
@@ -158,7 +158,7 @@ def run_extraction(
 
 def _skip_unreadable(store: DescriptorStore, images: ExtractionList, writes: bool) -> None:
     """Mark images that the check could not read as skipped; reject a store with skipped rows if none may be."""
-    if images.skip_budget is None:
+    if images.max_corrupt_fraction is None:
         if len(store.skipped):
             raise InputError(
                 f"{store.folder}: {len(store.skipped)} images were skipped by a run with distractors.unreadable=skip; "
@@ -168,19 +168,19 @@ def _skip_unreadable(store: DescriptorStore, images: ExtractionList, writes: boo
         return
     reasons = dict(images.checked.problems)
     rows = [row for row, item in enumerate(images.items) if item.path in reasons]
-    if len(rows) <= images.skip_budget * len(images.items) and writes:
+    if len(rows) <= images.max_corrupt_fraction * len(images.items) and writes:
         skip_rows([store], images, [(row, reasons[images.items[row].path]) for row in rows])
         store.flush()
-    _require_skip_budget(store, images, len(rows))
+    _require_few_corrupt(store, images, len(rows))
 
 
-def _require_skip_budget(store: DescriptorStore, images: ExtractionList, unreadable: int = 0) -> None:
+def _require_few_corrupt(store: DescriptorStore, images: ExtractionList, unreadable: int = 0) -> None:
     count, total = max(unreadable, len(store.skipped)), len(images.items)
-    if count > (images.skip_budget or 0) * total:
+    if count > (images.max_corrupt_fraction or 0) * total:
         raise InputError(
             f"{count} of {total} {images.title} are missing or unreadable, more than "
-            f"distractors.skip_budget={images.skip_budget:g} allows: check that the download is complete, or raise the "
-            f"budget; skipped images are listed in {store.folder / 'skipped.txt'}"
+            f"distractors.max_corrupt_fraction={images.max_corrupt_fraction:g} allows: check that the "
+            f"download is complete, or raise the fraction; skipped images are listed in {store.folder / 'skipped.txt'}"
         )
 
 

@@ -248,7 +248,7 @@ def _check_image_lists(
     skipping: list[ExtractionList] = []
     if d.name and distractors and d.unreadable == "skip":
         report = check_images(distractors)
-        skipping = [ExtractionList("distractors", d.name, distractors, report, max_side, d.skip_budget, roots)]
+        skipping = [ExtractionList("distractors", d.name, distractors, report, max_side, d.max_corrupt_fraction, roots)]
     elif d.name and distractors:
         sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
     reports = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)

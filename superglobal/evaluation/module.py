@@ -44,7 +44,7 @@ class ExtractionList:
     items: Sequence[ImageItem]
     checked: CheckReport  # of these images
     max_side: int | None  # longer side in pixels to which larger images are shrunk; None leaves them
-    skip_budget: float | None = None  # share of the images that may be unreadable, in 0..1; None for none
+    max_corrupt_fraction: float | None = None  # share of the images that may be unreadable, in 0..1; None for none
     roots: Sequence[Path] = ()  # recorded paths are relative to the first of these folders that contains the image
     source: dict[str, Any] | None = None  # settings of the data set, recorded in the store
 
@@ -132,7 +132,7 @@ class ExtractionModule(pl.LightningModule):
         for list_index, rows, images, faults in batch:
             images_of_batch = self.lists[list_index]
             for row, fault, lasting in faults:
-                if lasting and images_of_batch.skip_budget is not None:
+                if lasting and images_of_batch.max_corrupt_fraction is not None:
                     stores = [network_stores[list_index] for group in self.stores for network_stores in group]
                     skip_rows(stores, images_of_batch, [(row, fault)])
                 else:

@@ -80,7 +80,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
     codes = np.zeros(0, np.uint64)
     if first:
         d = config.data
-        corrupt, codes = check_training_images([training, held_out], d.root, d.table, d.tars, d.max_corrupt)
+        corrupt, codes = check_training_images([training, held_out], d.root, d.table, d.tars, d.max_corrupt_fraction)
         record = _record(config, network, training, held_out)
     with lock_run(folder) if first else nullcontext():
         done = start_run(folder, record, codes, config.resume == "restart") if first else finished_score(folder)
@@ -144,7 +144,7 @@ def _record(config: TrainConfig, network: RetrievalNetwork, training: TrainList,
     # The device and the paths may change, and `network.identity` has the settings of the network in one form.
     for name in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim", "resume"):
         del settings[name]
-    for name in ("role", "root", "tars", "max_corrupt"):
+    for name in ("role", "root", "tars", "max_corrupt_fraction"):
         del settings["data"][name]
     del settings["validation"]["sets"]
     lists = [training.digest(), held_out.digest()]
@@ -193,7 +193,9 @@ def _fit(
     head = make_head(dim=network.dim, counts=counts, **asdict(config.head))
     module = TrainingModule(network, head, o, o.epochs * steps, training.landmarks, t)
     lists = [
-        CorruptImageList(folder / CORRUPT_IMAGES, len(training) + len(held_out), config.data.max_corrupt, part.location)
+        CorruptImageList(
+            folder / CORRUPT_IMAGES, len(training) + len(held_out), config.data.max_corrupt_fraction, part.location
+        )
         for part in (training, held_out)
     ]
     for images, pairs in zip(lists, corrupt, strict=True):
