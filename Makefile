@@ -5,7 +5,7 @@
 # make install    the environment alone; EXTRAS=gpu,offline,tune,dev for FAISS on a GPU
 
 PYTHON ?= python3
-EXTRAS ?= cpu,offline,tune,slurm,demo,download,export,plots,tensorboard,vectordb,dev
+EXTRAS ?= cpu,offline,tune,slurm,serve,download,export,plots,tensorboard,vectordb,dev
 BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(EXTRAS)
 # One process per core, one thread each: small networks gain nothing from more.

@@ -15,19 +15,24 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from superglobal.api import *  # noqa: F403
 else:
-    # The public names are in superglobal/api.py. They are imported on first use, because torch and timm take seconds.
-    def _public_names():
-        from importlib import import_module
+    # The public names are those that superglobal/api.py imports. Each is imported on first use, because torch and timm
+    # take seconds.
+    def _modules():
+        import ast
+        from pathlib import Path
 
-        return {name: value for name, value in vars(import_module("superglobal.api")).items() if name[0] != "_"}
+        imports = ast.parse(Path(__file__).with_name("api.py").read_text()).body[1:]
+        return {alias.asname: statement.module for statement in imports for alias in statement.names}
 
     def __getattr__(name):
         if name == "__all__":
-            return sorted(_public_names())
-        names = {} if name.startswith("_") or name == "api" else _public_names()
-        if name not in names:
+            return sorted(_modules())
+        module = None if name.startswith("_") else _modules().get(name)
+        if module is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return globals().setdefault(name, names[name])
+        from importlib import import_module
+
+        return globals().setdefault(name, getattr(import_module(module), name))
 
     def __dir__():
-        return sorted({*globals(), *_public_names()})
+        return sorted({*globals(), *_modules()})

@@ -16,7 +16,7 @@ from superglobal.search_page.serve import open_database, read_config
 def composed(*overrides: str) -> Any:
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("demo", overrides=[*QUIET, *overrides])
+        return compose("serve", overrides=[*QUIET, *overrides])
 
 
 def opened(outputs: Path, *overrides: str) -> SearchDatabase:

@@ -14,6 +14,9 @@ from documents import blocks, text_of
 from evaluations import mini
 from vectors import clustered
 
+from superglobal.errors import InputError
+from superglobal.reranking.base import Parameter, register_reranker
+from superglobal.reranking.registry import RERANKERS
 from superglobal.retrieval.search import search
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +59,20 @@ def test_in_python(python, tmp_path):
     np.testing.assert_allclose(out["scores"], np.sort(expected, axis=1)[:, ::-1], atol=1e-5)
     np.testing.assert_array_equal(out["ids"], np.argsort(-expected, axis=1))
     np.testing.assert_array_equal(out["ids"], out["of_candidates"])
+
+
+def test_a_declaration_that_does_not_fit_the_function_is_an_error():
+    def scores(q, T, gram, *, weight=1.0, needed):
+        return gram
+
+    for parameters in ({"missing": Parameter("x")}, {"needed": Parameter("x")}):
+        with pytest.raises(InputError, match=r"reranker new: scores needs a parameter (missing|needed) with a default"):
+            register_reranker("new", "help", parameters)(scores)
+    with pytest.raises(InputError, match=r"reranker mutual: the name is taken by superglobal\.reranking\.mutual"):
+        register_reranker("mutual", "help", {"weight": Parameter("x")})(scores)
+    with pytest.raises(InputError, match="ties=last: expected one of id, first"):
+        register_reranker("new", "help", {}, ties="last")
+    assert "new" not in RERANKERS
 
 
 def test_on_the_command_line(python, data, tmp_path):

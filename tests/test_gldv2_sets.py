@@ -19,10 +19,10 @@ from superglobal.config import register
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.tuning import TuneConfig
-from superglobal.data.evaluation_set import LazySequence, chain_sequences, tree_items
 from superglobal.data.gldv2 import read_train, recognition_set, retrieval_set, split_landmarks, validation_set
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import ImageItem
+from superglobal.data.lazy_sequence import LazySequence, chain_sequences, tree_items
 from superglobal.errors import InputError
 from superglobal.evaluation.pipeline import evaluate
 from superglobal.metrics.gldv2 import score_submission

@@ -194,6 +194,9 @@ def test_settings_that_do_not_fit_are_named(tmp_path, vectors):
         (IndexConfig("hnsw", M=1), "M=1: expected an integer >= 2"),
         (IndexConfig("ivf_flat", nprobe=0), "nprobe=0: expected an integer >= 1"),
         (IndexConfig("ivf_flat", nlist=-4), "nlist=-4: expected an integer >= 1"),
+        (IndexConfig("ivf_flat", nlist=2.5), "nlist=2.5: expected an integer >= 1"),
+        (IndexConfig("hnsw", M=4096), "M=4096: expected an integer <= 2048"),
+        (IndexConfig(), "kind=flat: exact search has no index; expected one of flat_fp16, "),
         (IndexConfig("hnsw", nlist=5), "nlist=5: hnsw has no nlist; it has M, ef_construction, ef_search, cand"),
         (IndexConfig("ivf_flat", pq_m=4), "pq_m=4: ivf_flat has no pq_m; it has nlist, nprobe, candidates"),
     ):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from superglobal.data.evaluation_set import landmarks
+from superglobal.data.evaluation_set import group_by_landmark
 from superglobal.errors import InputError
 from superglobal.metrics.evaluate import evaluate, ranks_from_rankings, revisited_map
 from superglobal.metrics.revisited import (
@@ -101,9 +101,11 @@ def test_average_precision_by_hand() -> None:
     assert average_precision([0], n_positives=4) == 1 / 4
     assert average_precision([], n_positives=4) == 0
     assert np.isnan(average_precision([]))
-    for ranks, n in (([0, 1], 1), ([-1], None)):
-        with pytest.raises(InputError, match="n_positives"):
-            average_precision(ranks, n)
+    with pytest.raises(InputError, match="n_positives=1: expected at least the number of ranks, 2"):
+        average_precision([0, 1], 1)
+    for ranks in ([-1], [0, 0, 0], [0.5, 1.7]):
+        with pytest.raises(InputError, match="expected distinct integer ranks >= 0"):
+            average_precision(ranks)
 
 
 def test_precision_stops_at_the_last_positive() -> None:
@@ -217,7 +219,7 @@ def test_queries_of_one_landmark_are_found_by_their_positives() -> None:
     gnd = [{"easy": list(easy), "hard": list(hard), "junk": [20]} for easy, hard in sets]
     official = {"imlist": [], "qimlist": ["a_1", "b_1", "a_2", "b_2"], "gnd": gnd}
     expected = evaluate(Q, X, gnd, clusters=["a", "a", "k", "k"])
-    assert landmarks([(0, 1), (5,), (1, 0, 2), ()]) == [0, 1, 0, 3]
+    assert group_by_landmark([(0, 1), (5,), (1, 0, 2), ()]) == [0, 1, 0, 3]
     for ground_truth in (official, SimpleNamespace(**official)):
         result = revisited_map(Q, X, ground_truth)
         assert result.map == expected.map

@@ -164,6 +164,22 @@ def test_the_modules_have_the_values_of_the_reference():
     torch.testing.assert_close(ScaleGeM()(vectors), torch.tensor([[0.6, 0.8, 1.0]]))
 
 
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: GeM(0), "p=0: expected a positive number"),
+        (lambda: GeM(-3.0), "p=-3.0: expected a positive number"),
+        (lambda: ScaleGeM(-1), "p=-1: expected a positive number"),
+        (lambda: RegionalGeM(window=4), "window=4: expected an odd number"),
+        (lambda: RegionalGeM(weight=7), r"weight=7: expected a number in 0\.\.1"),
+    ],
+    ids=["gem_zero", "gem_negative", "scale_negative", "window_even", "weight_large"],
+)
+def test_values_without_a_meaning_are_errors(make, problem):
+    with pytest.raises(InputError, match=problem):
+        make()
+
+
 @pytest.mark.parametrize(("module", "function"), MODULES, ids=[repr(module) for module, _ in MODULES])
 def test_a_module_is_its_function(module, function):
     x = example(module)

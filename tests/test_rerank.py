@@ -154,6 +154,11 @@ def test_candidates_as_vectors_give_what_ids_give() -> None:
     assert one.shape == single.shape == (40,)
     np.testing.assert_array_equal(single, order[0])
     assert rerank_candidates(Q, X[ids].astype(np.float16))[1].shape == (5, 40)
+    np.testing.assert_array_equal(rerank_candidates(Q.tolist(), X[ids].tolist())[1], order)
+    with pytest.raises(InputError, match="M=2: all candidates are reranked"):
+        rerank_candidates(Q, X[ids], M=2)
+    with pytest.raises(InputError, match="candidates: expected vectors of one length"):
+        rerank_candidates(Q[:2], [X[:2].tolist(), X[:3].tolist()])
 
 
 def test_equal_scores_are_ordered_by_id() -> None:

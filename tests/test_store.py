@@ -8,6 +8,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 
 from superglobal.errors import InputError
 from superglobal.retrieval.store import DescriptorStore
@@ -38,7 +39,19 @@ def test_rows_come_back_in_their_place_whatever_the_order(tmp_path):
         assert again.block(4, 4).shape == (0, 8)
         ids = np.array([[24, 0], [9, 10]])
         assert np.array_equal(again.take(ids), X[ids])
+        with pytest.raises(InputError, match=r"rows 5\.\.26 are outside 0\.\.25"):
+            again.block(5, 26)
     assert store.names == IMAGES
+
+
+def test_rows_are_given_as_integers_and_descriptors_as_any_array(tmp_path):
+    store = create(tmp_path / "s")
+    store.write_rows([0], unit(1).tolist())
+    store.write_rows([1], torch.from_numpy(unit(1)))
+    store.flush()
+    assert len(store.missing) == 23
+    with pytest.raises(InputError, match="expected row numbers that are integers, got float64"):
+        store.write_rows([0.7], unit(1))
 
 
 def test_unfinished_rows_are_missing_and_never_read(tmp_path):

@@ -102,7 +102,7 @@ def test_a_damaged_file_is_told(X, tmp_path):
 def test_what_cannot_be_is_told(X):
     with pytest.raises(InputError, match=r"20 database images are too few for 24 axes; use whitening\.dims="):
         Whitening("pca").fit(X[:20])
-    with pytest.raises(InputError, match=r"dims=25: expected 1\.\.24"):
+    with pytest.raises(InputError, match=r"dims=25: expected an integer in 1\.\.24"):
         Whitening("pca", 25).fit(X)
     with pytest.raises(InputError, match="expected one of center, pca"):
         Whitening("median")
@@ -114,5 +114,12 @@ def test_what_cannot_be_is_told(X):
         search(X[:1], Whitening("center").fit(X[:1]).transform_rows(X[:1]), 1)
     with pytest.raises(InputError, match="D = 5, but the whitening has D = 24"):
         Whitening("center").fit(X).transform_rows(X[:, :5])
+    for dims in (2.0, 0):
+        with pytest.raises(InputError, match=rf"dims={dims}: expected an integer in 1\.\.24"):
+            Whitening("pca", dims).fit(X)
+    with pytest.raises(InputError, match="call fit first"):
+        Whitening("center").transform(X)
+    with pytest.raises(InputError, match="expected at least one row"):
+        Whitening("center").fit(X[:0])
     with pytest.raises(InputError, match="row 3 has norm"):
         Whitening("center").fit(np.concatenate([X[:3], 2 * X[3:9]]))

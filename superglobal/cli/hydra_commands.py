@@ -41,7 +41,7 @@ def compare_rerankers(arguments: Sequence[str] | None = None) -> int:
 
 def serve(arguments: Sequence[str] | None = None) -> int:
     """Serve the search page until Ctrl-C."""
-    return _run("demo", _serve, arguments)
+    return _run("serve", _serve, arguments)
 
 
 def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequence[str] | None) -> int:

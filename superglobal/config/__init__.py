@@ -13,8 +13,9 @@ from hydra.core.config_store import ConfigStore
 from superglobal.config.common import conf_dir
 from superglobal.config.evaluation import CompareConfig, EvalConfig
 from superglobal.config.help import Entry, help_text
+from superglobal.config.search_page import ServeConfig
 from superglobal.config.training import TrainConfig
-from superglobal.config.tuning import DemoConfig, TuneConfig
+from superglobal.config.tuning import TuneConfig
 from superglobal.errors import InputError
 from superglobal.models.pooling import PRESETS
 from superglobal.reporting.ablations import ABLATIONS
@@ -58,9 +59,9 @@ ENTRIES = (
         ("superglobal compare-rerankers dataset=toy name=quickstart 'rerankers=[none,superglobal,mutual]'",),
     ),
     Entry(
-        "demo",
+        "serve",
         "superglobal serve",
-        DemoConfig,
+        ServeConfig,
         "Serve a search page: upload a photo and see the results and the effect of reranking.",
         (
             "superglobal serve dataset=folder dataset.database=photos backbone=efficientnet_lite0",
@@ -79,6 +80,7 @@ OLD_SETTINGS = {
     "pictures.queries": "use figures.queries",
     "pictures.ranks": "use figures.ranks",
     "logger.pictures": "use logger.images",
+    "dataset.neighbours": "use dataset.neighbors",
     "data.bad_budget": "use data.max_corrupt_fraction",
     "data.max_corrupt": "use data.max_corrupt_fraction",
     "distractors.skip_budget": "use distractors.max_corrupt_fraction",
@@ -109,5 +111,9 @@ def register() -> None:
         store.store(name=f"{entry.name}_schema", node=entry.schema)
         # Only --help needs the text, which takes time to make.
         text = help_text(entry) if {"--help", "-h"} & set(sys.argv) else ""
+        if not sys.argv[0].endswith(("eval.py", "train.py")):
+            text = text.replace("python eval.py", "superglobal evaluate").replace(
+                "python train.py", "superglobal train"
+            )
         node = {"app_name": entry.name, "header": "", "footer": "", "template": text}
         store.store(group="hydra/help", name=f"{entry.name}_help", node=node)

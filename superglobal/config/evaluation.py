@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Union, get_args, get_type_hints
 
 from omegaconf import MISSING
 
@@ -44,19 +45,31 @@ def _make_loader_settings() -> Any:
     settings: dict[str, tuple[str, Any, Any]] = {}
     descriptions: dict[str, dict[str, list[str]]] = {}
     for kind, loader in loaders().items():
-        words = describe_arguments(loader)
+        words, hints = describe_arguments(loader), get_type_hints(loader)
         for name, parameter in inspect.signature(loader).parameters.items():
-            if name not in ("name", "root"):
-                default = None if parameter.default is parameter.empty else parameter.default
-                hint = str | None if default is None else type(default)
-                settings[name] = (name, hint, setting(default, **_LOADER_LIMITS.get(name, {})))
-                descriptions.setdefault(name, {}).setdefault(words[name], []).append(kind)
+            if name in ("name", "root"):
+                continue
+            required = parameter.default is parameter.empty
+            hint, default = _setting_type(hints[name], required), None if required else parameter.default
+            _, known, value = settings.setdefault(name, (name, hint, setting(default, **_LOADER_LIMITS.get(name, {}))))
+            if (known, value.default) != (hint, default):
+                raise InputError(
+                    f"dataset.{name}: the loader of dataset.kind={kind} gives it another type or default than an "
+                    "earlier loader; rename it"
+                )
+            descriptions.setdefault(name, {}).setdefault(words[name], []).append(kind)
     lines = [
         f"    {name}: " + " ".join(f"{', '.join(kinds)}: {text}" for text, kinds in of_name.items())
         for name, of_name in descriptions.items()
     ]
     doc = "\n".join(["Settings of the loaders of evaluation sets.", "", "Args:", *lines])
     return make_dataclass("LoaderSettings", settings.values(), namespace={"__doc__": doc})
+
+
+def _setting_type(hint: Any, required: bool) -> Any:
+    """Return the type of the setting of an argument: paths are texts, and null stands for a missing argument."""
+    types = [member for member in get_args(hint) or (hint,) if member is not Path]
+    return Union[(*types, *([type(None)] if required else []))]
 
 
 LoaderSettings: Any = _make_loader_settings()

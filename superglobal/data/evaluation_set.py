@@ -7,19 +7,18 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Generic, Literal, SupportsIndex, TypeVar, overload
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 import superglobal.data
-from superglobal.data.download_links import tree_path
 from superglobal.data.image_checks import CheckReport, check_images
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
 
 _MAX_LISTED = 5
+_MIN_OVERLAP = 0.25  # of the positives of two queries of one landmark: intersection over union
 NOTHING_COMPUTED = "nothing was computed, because images are missing or corrupt:"
 T = TypeVar("T")
 
@@ -108,6 +107,7 @@ def loader(kind: str) -> Callable[[LoaderT], LoaderT]:
 
     The parameters of the function become settings of `dataset`: their names, types and defaults come from its
     signature, their descriptions from the "Args" section of its docstring. A parameter without a default is required.
+    Loaders that have a parameter of the same name must give it the same type and default.
     """
 
     def register(function: LoaderT) -> LoaderT:
@@ -139,7 +139,11 @@ def load_evaluation_set(kind: str, **settings: Any) -> EvaluationSet:
     if kind not in available:
         raise InputError(f"dataset.kind={kind}: expected one of {', '.join(sorted(available))}")
     parameters = inspect.signature(available[kind]).parameters
-    return available[kind](**{name: value for name, value in settings.items() if name in parameters})
+    given = {name: value for name, value in settings.items() if name in parameters}
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and given.get(name) is None:
+            raise InputError(f"dataset.{name} is missing; dataset.kind={kind} needs it")
+    return available[kind](**given)
 
 
 def leave_one_out_truth(labels: np.ndarray) -> list[dict[str, Any]]:
@@ -223,60 +227,7 @@ def problem_lines(title: str, total: int, problems: Sequence[tuple[Path | str, s
     return lines
 
 
-class LazySequence(Sequence[T], Generic[T]):
-    """Sequence of `make(0)`, ..., `make(count - 1)`, computed on access. A slice is a list."""
-
-    def __init__(self, count: int, make: Callable[[int], T]) -> None:
-        self._indices = range(count)
-        self._make = make
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, index: SupportsIndex) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-
-    def __getitem__(self, index: SupportsIndex | slice) -> T | list[T]:
-        selected = self._indices[index]
-        return self._make(selected) if isinstance(selected, int) else [self._make(i) for i in selected]
-
-
-# The functions of these sequences are module-level functions, so that worker processes can unpickle them.
-def tree_items(root: Path, ids: np.ndarray) -> LazySequence[ImageItem]:
-    """Return the images `<root>/a/b/c/<id>.jpg` of (N,) S16 ids."""
-    return LazySequence(len(ids), partial(_tree_item, root, ids))
-
-
-def chain_sequences(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
-    """Return the concatenation of two sequences without copying them."""
-    return LazySequence(len(first) + len(second), partial(_chained_item, first, second)) if len(second) else first
-
-
-def file_names(items: Sequence[ImageItem], root: Path) -> LazySequence[str]:
-    """Return the path of each image relative to `root`, or its whole path if it is elsewhere."""
-    return LazySequence(len(items), partial(_file_name, items, root))
-
-
-def _tree_item(root: Path, ids: np.ndarray, index: int) -> ImageItem:
-    return ImageItem(root / tree_path(ids[index]))
-
-
-def _chained_item(first: Sequence[T], second: Sequence[T], index: int) -> T:
-    return first[index] if index < len(first) else second[index - len(first)]
-
-
-def _file_name(items: Sequence[ImageItem], root: Path, index: int) -> str:
-    path = items[index].path
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-
-
-_MIN_OVERLAP = 0.25
-
-
-def landmarks(positives: Sequence[Iterable[int]]) -> list[int]:
+def group_by_landmark(positives: Sequence[Iterable[int]]) -> list[int]:
     """Group queries by landmark and return for each query the index of the first query of its landmark.
 
     Two queries show the same landmark if the intersection over union of their positives is at least 0.25, or if other

@@ -14,17 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from superglobal.data.download_links import how_to_get_gldv2, how_to_get_gldv2_train, tree_path
-from superglobal.data.evaluation_set import (
-    EvaluationSet,
-    RecognitionTruth,
-    RetrievalTruth,
-    landmarks,
-    loader,
-    tree_items,
-)
+from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, RetrievalTruth, group_by_landmark, loader
 from superglobal.data.gldv2_csv import read_ids, read_landmark_ids, read_list
 from superglobal.data.gldv2_solutions import Solution, Task, read_solution
 from superglobal.data.image_index import ImageSource, ImageTree, load_index
+from superglobal.data.lazy_sequence import tree_items
 from superglobal.errors import InputError
 from superglobal.utils.io import write_atomically
 
@@ -356,4 +350,4 @@ def query_landmarks(relevant: Sequence[np.ndarray]) -> list[int]:
     """Return `landmarks` of queries from the S16 ids of their relevant images."""
     _, numbers = np.unique(np.concatenate(relevant), return_inverse=True)
     ends = np.cumsum([len(ids) for ids in relevant])
-    return landmarks([ids.tolist() for ids in np.split(numbers, ends)[:-1]])
+    return group_by_landmark([ids.tolist() for ids in np.split(numbers, ends)[:-1]])

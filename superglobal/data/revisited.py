@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from superglobal.data.download_links import SOURCES, TOY_DATA_HINT, download_command
-from superglobal.data.evaluation_set import EvaluationSet, image_path, landmarks, loader
+from superglobal.data.evaluation_set import EvaluationSet, group_by_landmark, image_path, loader
 from superglobal.data.images import Box, ImageItem
 from superglobal.data.safe_pickle import BlockedGlobalError, load_plain_pickle
 from superglobal.errors import InputError
@@ -106,7 +106,7 @@ def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> Evalu
 
 def query_landmarks(truth: GroundTruth) -> list[str]:
     """Return the landmark of each query, named by its first query (see `landmarks`)."""
-    return [truth.qimlist[i] for i in landmarks([{*entry["easy"], *entry["hard"]} for entry in truth.gnd])]
+    return [truth.qimlist[i] for i in group_by_landmark([{*entry["easy"], *entry["hard"]} for entry in truth.gnd])]
 
 
 def _how_to_get(folder: Path, name: str) -> str:

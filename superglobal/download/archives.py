@@ -177,8 +177,20 @@ class _TooLargeError(Exception):
     """An archive unpacks to more than images can."""
 
 
+class _Member(tarfile.TarInfo):
+    """A header of an archive; long names and extended headers are read into memory, so their size is limited."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        plain = (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)
+        if member.type not in plain and member.size > _CHUNK:
+            raise _TooLargeError(f"it has a header of {member.size} bytes")
+        return member
+
+
 class _LimitedReader(io.RawIOBase):
-    """A stream that raises `_TooLargeError` after `limit` bytes; tarfile reads long headers into memory."""
+    """A stream that raises `_TooLargeError` after `limit` bytes."""
 
     def __init__(self, stream: gzip.GzipFile | io.BufferedReader, limit: int) -> None:
         self.stream, self.limit, self.size = stream, limit, 0
@@ -198,7 +210,7 @@ def _extract(archive: Path, temporary: Path, target_of: TargetOf) -> tuple[list[
     limit = _MAX_GROWTH * archive.stat().st_size + _MAX_EXTRA
     with archive.open("rb") if archive.suffix == ".tar" else gzip.open(archive) as file:
         stream = _LimitedReader(file, limit)
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
             for member in tar:
                 tarfile.data_filter(member, str(temporary))  # raises on paths and links that lead out, and on devices
                 path = PurePosixPath(member.name)

@@ -218,11 +218,20 @@ def file_size(path: Path) -> int:
 
 
 def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
-    """Download the published MD5 of `target`; return "md5:<digest>"."""
-    path = target.with_name(f"{target.name}.published")
-    download_file([url], path, options, lambda *_: None)
-    text = path.read_text(errors="replace")
-    path.unlink()
+    """Read the published MD5 of `target` from the server; return "md5:<digest>"."""
+    text, problem = "", "no address"
+    for attempt, address in enumerate(options.addresses([url]) * options.tries):
+        if attempt:
+            time.sleep(min(options.pause * 2 ** (attempt - 1), 60))
+        try:
+            response = requests.get(address, timeout=options.timeout, headers={"Accept-Encoding": "identity"})
+            response.raise_for_status()
+            text = response.text[:1000]
+            break
+        except requests.RequestException as error:
+            problem = _reason(error)
+    else:
+        raise InputError(f"{url}: the MD5 of {target.name} cannot be read ({problem}); run the command again later")
     match = re.search(r"\b[0-9a-f]{32}\b", text.lower())
     if match is None:
         raise InputError(f"{url}: starts with {text[:40]!r}; expected an MD5 of 32 hexadecimal digits. Try again later")
@@ -236,9 +245,10 @@ def recorded_sha256(target: Path) -> str | None:
     return f"sha256:{digest}" if re.fullmatch("[0-9a-f]{64}", digest) else None
 
 
-def record_checksum(target: Path, algorithm: str) -> None:
-    """Write the checksum of a verified file beside it."""
-    write_atomically(checksum_file(target, algorithm), f"{_digest(target, algorithm)}  {target.name}\n".encode())
+def record_checksum(target: Path, algorithm: str, digest: str | None = None) -> None:
+    """Write the checksum of a verified file beside it; without `digest`, the file is read to compute it."""
+    text = f"{digest or _digest(target, algorithm)}  {target.name}\n"
+    write_atomically(checksum_file(target, algorithm), text.encode())
 
 
 def checksum_file(target: Path, algorithm: str) -> Path:

@@ -198,8 +198,8 @@ def _download_archive(archive: RemoteFile, target: Path, options: DownloadOption
             download_file(archive.urls, target, options, report, checksum)
         elif problem := checksum_problem(target, checksum):
             raise InputError(f"{target}: {problem}; remove it to download it again")
-        if archive.md5_url:
-            record_checksum(target, "md5")
+        if archive.md5_url and checksum:
+            record_checksum(target, "md5", checksum.partition(":")[2])
     report(file_size(target), file_size(target))
 
 
@@ -227,8 +227,9 @@ class _ProgressBar:
     """A progress bar in bytes that several threads update and that can stop them."""
 
     def __init__(self, title: str, total: int | None = None) -> None:
-        interval = 0.1 if sys.stderr.isatty() else 30
-        self.bar = tqdm(desc=title, total=total, unit="B", unit_scale=True, mininterval=interval, file=sys.stderr)
+        # In a file of messages each report is a line of its own.
+        style = {"mininterval": 0.1} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{r_bar}\n"}
+        self.bar = tqdm(desc=title, total=total, unit="B", unit_scale=True, file=sys.stderr, **style)
         self.total, self.stopped, self.lock = total, threading.Event(), threading.Lock()
 
     def __enter__(self) -> _ProgressBar:
@@ -271,6 +272,7 @@ def _run_parallel(
                         bar.stopped.set()
         except BaseException:  # Ctrl-C
             bar.stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
     if failures:
         others = "the others were stopped" if bar.stopped.is_set() else "the others are complete"

@@ -15,11 +15,7 @@ import numpy as np
 from superglobal.config.common import PoolingOverrides
 from superglobal.config.evaluation import DatasetConfig, EvalConfig
 from superglobal.data.distractors import how_to_get_distractors, load_distractors
-from superglobal.data.evaluation_set import (
-    EvaluationSet,
-    load_evaluation_set,
-    require_images,
-)
+from superglobal.data.evaluation_set import EvaluationSet, load_evaluation_set, require_images
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
@@ -103,8 +99,12 @@ def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
         NotApplicableError: the row of the ablation table does not apply to the backbone.
     """
     if config.descriptors.query is not None:
-        inputs = load_descriptors(config, evaluation_set(config.dataset), distractor_images(config))
-        return apply_whitening(config, inputs, timer)
+        problems: list[str] = []
+        images = _try(problems, lambda: evaluation_set(config.dataset))
+        distractors = _try(problems, lambda: distractor_images(config))
+        if problems:
+            raise InputError("\n".join(problems))
+        return apply_whitening(config, load_descriptors(config, images, distractors or []), timer)
     dataset, distractors, network, lists = load_sources(config, timer)
     if config.ablation in _RELUP_ROWS and not has_relup(network.backbone.net):
         raise NotApplicableError("this backbone has no plain ReLUs for ReLUP")
@@ -147,22 +147,23 @@ def load_sources(
         InputError: input is missing or unreadable; one message names all of it.
     """
     problems: list[str] = []
-
-    def load(function: Callable[[], T]) -> T | None:
-        try:
-            return function()
-        except InputError as error:
-            problems.append(str(error))
-            return None
-
-    dataset = load(lambda: evaluation_set(config.dataset))
-    distractors = load(lambda: distractor_images(config)) or []
-    network = load(lambda: load_network(config))
+    dataset = _try(problems, lambda: evaluation_set(config.dataset))
+    distractors = _try(problems, lambda: distractor_images(config)) or []
+    network = _try(problems, lambda: load_network(config))
     with timer.time("check"):
         lists = _check_image_lists(config, dataset, distractors, problems, queries)
     assert dataset is not None
     assert network is not None
     return dataset, distractors, network, lists
+
+
+def _try(problems: list[str], load: Callable[[], T]) -> T | None:
+    """Return what a function loads, or None after adding its InputError to the list."""
+    try:
+        return load()
+    except InputError as error:
+        problems.append(str(error))
+        return None
 
 
 def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
@@ -285,7 +286,7 @@ def _sibling_networks(config: EvalConfig, network: RetrievalNetwork) -> list[Ret
 
 
 def apply_whitening(config: EvalConfig, inputs: Inputs, timer: StageTimer) -> Inputs:
-    """Return the inputs with the whitening applied of the configuration applied, learned on the searched database."""
+    """Return the inputs with the configured whitening applied, fitted on the searched database."""
     s = config.whitening
     if s.kind == "none":
         return inputs

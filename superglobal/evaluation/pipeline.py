@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig, RerankConfig, rerank_parameters
-from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, RetrievalTruth, chain_sequences, file_names
+from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, RetrievalTruth
+from superglobal.data.lazy_sequence import chain_sequences, file_names
 from superglobal.errors import InputError
 from superglobal.evaluation.inputs import Inputs, NotApplicableError, StageTimer, load_inputs
 from superglobal.loggers import evaluation_loggers

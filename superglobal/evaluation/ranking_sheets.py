@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.evaluation_set import file_names
+from superglobal.data.lazy_sequence import file_names
 from superglobal.errors import InputError
 from superglobal.evaluation.saved_run import FinishedRun
 from superglobal.reporting.paired_comparison import PairedComparison, read_comparison, write_comparison

@@ -15,14 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
-from superglobal.data.evaluation_set import (
-    EvaluationSet,
-    RecognitionTruth,
-    RetrievalTruth,
-    chain_sequences,
-    file_names,
-)
+from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, RetrievalTruth
 from superglobal.data.images import ImageItem
+from superglobal.data.lazy_sequence import chain_sequences, file_names
 from superglobal.errors import InputError
 from superglobal.evaluation.inputs import (
     Inputs,
@@ -194,7 +189,7 @@ class FinishedRun:
                             change = f"image {image} was {row['image']}, and is {names[image]}"
                         if change:
                             break
-            except (OSError, KeyError, ValueError, IndexError) as error:
+            except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
                 raise self._unreadable(path, error) from error
         if change:
             raise InputError(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, file_names
+from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth
 from superglobal.data.images import ImageItem, image_tensor, read_image
+from superglobal.data.lazy_sequence import file_names
 from superglobal.errors import InputError
 from superglobal.evaluation.pipeline import search_device
 from superglobal.evaluation.ranking_sheets import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.data.evaluation_set import landmarks
+from superglobal.data.evaluation_set import group_by_landmark
 from superglobal.errors import InputError
 from superglobal.metrics.revisited import REVISITED, Protocol, RetrievalResult, Sets, concatenated, score_ranks
 from superglobal.retrieval.ranks import exact_ranks
@@ -163,7 +163,9 @@ def make_scorer(
         _validated_ids(of_query, query, n_rows)
     if clusters is None:
         names = sorted({name for protocol in protocols.values() for name in protocol.positive})
-        clusters = landmarks([concatenated(of_query[name] for name in names if name in of_query) for of_query in sets])
+        clusters = group_by_landmark(
+            [concatenated(of_query[name] for name in names if name in of_query) for of_query in sets]
+        )
     return Scorer(sets, protocols, ks, clusters, seed, samples)
 
 

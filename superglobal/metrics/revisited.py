@@ -100,12 +100,14 @@ def average_precision(ranks: Any, n_positives: int | None = None) -> float:
     AP = sum_j (1/n) (j/r_j + (j+1)/(r_j+1)) / 2, with j/r_j = 1 where r_j = 0 (revisitop's compute_ap).
 
     ranks: (P,) distinct integers in any order. n_positives: n, if some positives were not retrieved, which add nothing;
-    P by default. Returns NaN if n is 0. Raises InputError for negative ranks or n < P.
+    P by default. Returns NaN if n is 0. Raises InputError for negative, repeated or fractional ranks, or n < P.
     """
-    r = np.sort(np.asarray(ranks, dtype=np.int64))
+    r = np.sort(np.asarray(ranks))
     n = len(r) if n_positives is None else n_positives
-    if n < len(r) or (len(r) and r[0] < 0):
-        raise InputError(f"average_precision: expected ranks >= 0, at most n_positives = {n} of them, got {r}")
+    if len(r) and (not np.issubdtype(r.dtype, np.integer) or r[0] < 0 or (r[1:] == r[:-1]).any()):
+        raise InputError(f"average_precision: expected distinct integer ranks >= 0, got {r}")
+    if n < len(r):
+        raise InputError(f"average_precision: n_positives={n}: expected at least the number of ranks, {len(r)}")
     if n == 0:
         return float("nan")
     j = np.arange(len(r))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import tempfile
@@ -125,8 +126,12 @@ def push_to_hub(
         The URL of the commit.
 
     Raises:
-        InputError: the network could not be loaded again, or the hub refuses the upload.
+        InputError: an unknown option, the network could not be loaded again, or the hub refuses the upload.
     """
+    known = inspect.signature(HfApi.upload_folder).parameters
+    for name in options:
+        if name not in known:
+            raise InputError(f"push_to_hub: unknown argument {name}; see huggingface_hub.HfApi.upload_folder")
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(network, folder, card or model_card(network, repo_id=repo_id))
         try:

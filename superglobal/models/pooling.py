@@ -77,12 +77,24 @@ class PoolingConfig:
                     f"pooling.{name}={value!r}: expected {'true or false' if kind is bool else 'a number'}"
                 )
         for name in ("p", "gem_plus_p", "regional_p", "scale_p", "eps", "gem_plus_eps"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"pooling.{name}={getattr(self, name)}: expected a positive number")
-        if self.regional_window < 1 or self.regional_window % 2 == 0:
-            raise InputError(f"pooling.regional_window={self.regional_window}: expected an odd number >= 1")
-        if not 0 <= self.regional_weight <= 1:
-            raise InputError(f"pooling.regional_weight={self.regional_weight}: expected a number in 0..1")
+            _require_positive(f"pooling.{name}", getattr(self, name))
+        _require_window("pooling.regional_window", self.regional_window)
+        _require_weight("pooling.regional_weight", self.regional_weight)
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise InputError(f"{name}={value}: expected a positive number")
+
+
+def _require_window(name: str, value: int) -> None:
+    if value < 1 or value % 2 != 1:
+        raise InputError(f"{name}={value}: expected an odd number >= 1")
+
+
+def _require_weight(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"{name}={value}: expected a number in 0..1")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -241,6 +253,8 @@ class GeM(nn.Module):
 
     def __init__(self, p: float = 3.0, eps: float = 1e-6, learnable: bool = False) -> None:
         super().__init__()
+        _require_positive("p", p)
+        _require_positive("eps", eps)
         self.p: float | nn.Parameter = nn.Parameter(torch.tensor([float(p)])) if learnable else p
         self.eps = eps
 
@@ -266,6 +280,9 @@ class RegionalGeM(nn.Module):
 
     def __init__(self, p: float = 2.5, window: int = 5, weight: float = 0.5) -> None:
         super().__init__()
+        _require_positive("p", p)
+        _require_window("window", window)
+        _require_weight("weight", weight)
         self.p, self.window, self.weight = p, window, weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -286,6 +303,7 @@ class ScaleGeM(nn.Module):
 
     def __init__(self, p: float = math.inf) -> None:
         super().__init__()
+        _require_positive("p", p)
         self.p = p
 
     def forward(self, descriptors: Tensor | Sequence[Tensor]) -> Tensor:

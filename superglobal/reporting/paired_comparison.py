@@ -77,6 +77,9 @@ def gain_interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) 
         for run in (result, baseline):
             stage, protocol = main_protocol(run)
             runs.append(read_per_query(run["folder"], stage))
+            if protocol not in runs[-1].scores:
+                path = run["folder"] / "per_query.csv"
+                raise InputError(f"{path}: damaged, without the protocol {protocol}; run eval.py again")
             aps.append(runs[-1].scores[protocol])
         first = first or runs[0]
         if any(run.queries != first.queries for run in runs):

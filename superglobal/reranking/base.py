@@ -99,7 +99,9 @@ def register_reranker(
     """Return a decorator that registers a function as a reranker.
 
     Without `searches_again` the function scores shortlists: it gets queries (B, D), shortlists T (B, M, D), their Gram
-    matrices T T^T (B, M, M), which it may overwrite, and its parameters by name; it returns scores (B, M).
+    matrices T T^T (B, M, M), which it may overwrite, and its parameters by name; it returns scores (B, M). With
+    "queries" it gets (Q, X, **parameters, exclude, backend, device), with "database" (X, **parameters, path, backend,
+    device), see `expand_queries` and `augment_database`.
 
     Args:
         name: what `rerank.kind` and `superglobal.rerank(method=...)` call it.
@@ -110,10 +112,26 @@ def register_reranker(
         distances: scores are negative distances, of which sums have no meaning.
         dtype: of the tensors that the function gets.
         ties: order of equal scores: by the lower "id", or as in the shortlist, "first".
+
+    Raises:
+        InputError: the name is taken by another function, a parameter is not in the function's signature or has no
+            default there, or an unknown value of `searches_again` or `ties`.
     """
+    for label, value, choices in (
+        ("searches_again", searches_again, (None, "queries", "database")),
+        ("ties", ties, ("id", "first")),
+    ):
+        if value not in choices:
+            raise InputError(f"reranker {name}: {label}={value}: expected one of {', '.join(map(str, choices))}")
 
     def register(function: F) -> F:
         arguments = inspect.signature(function).parameters
+        for key in parameters:
+            if key not in arguments or arguments[key].default is inspect.Parameter.empty:
+                raise InputError(f"reranker {name}: {function.__name__} needs a parameter {key} with a default")
+        known = RERANKERS.get(name)
+        if known is not None and _source(known.function) != _source(function):
+            raise InputError(f"reranker {name}: the name is taken by {known.function.__module__}; choose another")
         declared = {key: replace(value, default=arguments[key].default) for key, value in parameters.items()}
         if searches_again is None:
             declared = {"M": _SHORTLIST_SIZE, **declared}
@@ -121,6 +139,11 @@ def register_reranker(
         return function
 
     return register
+
+
+def _source(function: Callable[..., Any]) -> tuple[str, str]:
+    """Return module and name, which stay the same when a module is reloaded or run again in a notebook."""
+    return function.__module__, function.__qualname__
 
 
 def score_batch(

@@ -21,12 +21,13 @@ from superglobal.retrieval.search import search
 __all__ = ["RERANKERS", "Reranked", "apply_reranker", "get_reranker", "rerank", "rerank_candidates", "rerank_label"]
 _IN_MEMORY = 1 << 30  # bytes of an augmented database; a larger one is a file while the run lasts
 
-# SuperGlobal's comes first in help texts and messages, the others by file name, whichever file was imported before.
-for _name in sorted((m.name for m in pkgutil.iter_modules(superglobal.reranking.__path__)), key="superglobal".__ne__):
-    if _name != "registry":
-        importlib.import_module(f"superglobal.reranking.{_name}")
-        for _reranker in [r for r in RERANKERS.values() if r.function.__module__ == f"superglobal.reranking.{_name}"]:
-            RERANKERS[_reranker.name] = RERANKERS.pop(_reranker.name)
+for _module in pkgutil.iter_modules(superglobal.reranking.__path__):
+    if _module.name != "registry":
+        importlib.import_module(f"superglobal.reranking.{_module.name}")
+# In help texts and messages SuperGlobal's comes first and the others follow by file, in any order of imports.
+_in_order = sorted(RERANKERS.values(), key=lambda r: (r.name != "superglobal", r.function.__module__))
+RERANKERS.clear()
+RERANKERS.update({reranker.name: reranker for reranker in _in_order})
 
 
 def get_reranker(name: str, label: str = "rerank.kind") -> Reranker:
@@ -41,7 +42,7 @@ def _shortlist_reranker(name: str) -> Reranker:
     if reranker.searches_again is not None:
         raise InputError(
             f"method={name}: it searches again instead of reordering a shortlist; call "
-            f"superglobal.{reranker.function.__name__}, then superglobal.search"
+            f"{reranker.function.__name__}, then superglobal.search"
         )
     return reranker
 
@@ -123,10 +124,12 @@ def rerank_candidates(
     the lower position; both (M,) for a single query. Raises InputError as `rerank` does.
     """
     reranker = _shortlist_reranker(method)
+    if "M" in parameters:
+        raise InputError(f"M={parameters['M']}: all candidates are reranked; pass the first M of them instead")
     given = {name: value for name, value in (("K", K), ("beta", beta)) if value is not None}
     values = reranker.complete({**given, **parameters})
-    single = np.ndim(Q) == 1
-    vectors = candidates if isinstance(candidates, np.ndarray | torch.Tensor) else np.asarray(candidates)
+    Q, vectors = _as_array(Q, "Q"), _as_array(candidates, "candidates")
+    single = Q.ndim == 1
     if vectors.ndim != 3 - single or 0 in vectors.shape:
         raise InputError(
             f"candidates: expected (Q, M, D) for queries (Q, D), or (M, D) for one query (D,), got shape "
@@ -147,6 +150,15 @@ def rerank_candidates(
     order = np.argsort(-final, axis=1, kind="stable")
     scores = np.take_along_axis(final, order, axis=1)
     return (scores[0], order[0]) if single else (scores, order)
+
+
+def _as_array(values: Any, name: str) -> np.ndarray | torch.Tensor:
+    if isinstance(values, np.ndarray | torch.Tensor):
+        return values
+    try:
+        return np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: expected vectors of one length ({error})") from error
 
 
 def _score(

@@ -1,4 +1,4 @@
-"""Approximate indexes by FAISS: their settings and defaults, memory and build time, and stored indexes.
+"""Approximate indexes by FAISS: their settings and defaults, memory, and stored indexes.
 
 Defaults follow FAISS's wiki, "Guidelines to choose an index" (github.com/facebookresearch/faiss/wiki): 4 sqrt(N) lists
 up to a million rows, then 65536, 262144 and 1048576 with an HNSW over their centroids; 30 to 256 training rows a list;
@@ -24,7 +24,7 @@ import torch
 from superglobal.errors import InputError
 from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows, block_size
 from superglobal.retrieval.scores import pair_scores
-from superglobal.retrieval.search import BACKENDS, faiss_module
+from superglobal.retrieval.search import BACKENDS, FAISS_GPU_RESULTS, faiss_module
 from superglobal.utils.io import digest, file_lock, write_atomically
 
 log = logging.getLogger(__name__)
@@ -32,8 +32,7 @@ _TRAINED_ROWS = 40  # per list; FAISS warns under 39
 _PQ_ROWS = 65536  # that FAISS trains PQ on
 _PROGRESS_SECONDS = 30.0
 _SEED = 1234
-_GPU_RESULTS = 2048  # results per query, and lists searched per query, that FAISS supports on a GPU
-_GPU_LISTS = 2048
+_GPU_LISTS = 2048  # lists searched per query that FAISS supports on a GPU
 _APPROXIMATE = ("flat_fp16", "ivf_flat", "ivf_pq", "hnsw")
 KINDS = ("flat", *_APPROXIMATE)
 COMPARED = 100  # queries of an approximate index that are also searched exactly, by default
@@ -93,13 +92,16 @@ def validate_index(config: IndexConfig) -> None:
             raise InputError(f"index.{f.name}={value}: {config.kind} has no {f.name}; it has {', '.join(known)}")
         if "minimum" in f.metadata and value is not None:
             low, high = f.metadata["minimum"], f.metadata["maximum"]
-            if not low <= value <= high:
-                expected = f">= {low}" if value < low else f"<= {high:g}"
+            number = isinstance(value, int | np.integer)
+            if not number or not low <= value <= high:
+                expected = f"<= {high}" if number and value > high else f">= {low}"
                 raise InputError(f"index.{f.name}={value}: expected an integer {expected}")
     if config.backend not in BACKENDS:
         raise InputError(f"index.backend={config.backend}: expected one of {', '.join(BACKENDS)}")
-    if config.kind != "flat" or config.backend == "faiss":
-        faiss_module(f"index.kind={config.kind} index.backend={config.backend}: ")
+    if config.kind != "flat":
+        faiss_module(f"index.kind={config.kind}: ")
+    elif config.backend == "faiss":
+        faiss_module("index.backend=faiss: ", "index.backend=torch, which gives the same result")
 
 
 def with_defaults(config: IndexConfig, n_rows: int, dim: int) -> IndexConfig:
@@ -113,6 +115,8 @@ def with_defaults(config: IndexConfig, n_rows: int, dim: int) -> IndexConfig:
     """
     validate_index(config)
     kind = config.kind
+    if kind not in _APPROXIMATE:
+        raise InputError(f"index.kind={kind}: exact search has no index; expected one of {', '.join(_APPROXIMATE)}")
     full = replace(config, candidates=config.candidates or (4 if kind == "ivf_pq" else 1))
     if kind.startswith("ivf"):
         full.nlist = config.nlist or max(1, min(_lists(n_rows), n_rows // _TRAINED_ROWS))
@@ -196,15 +200,15 @@ class ApproximateIndex:
         queries = as_queries(Q, self.rows.dim)
         excluded = as_exclude(exclude, len(queries))
         available = len(self._kept) - (excluded is not None)
-        if not 1 <= k <= available:
+        if not isinstance(k, int | np.integer) or not 1 <= k <= available:
             raise InputError(f"k={k}: expected 1..{available} for a database of {len(self.rows)} rows")
         count = min(k * int(self.config.candidates or 1) + (excluded is not None), len(self._kept))
-        if self._on_gpu and count > _GPU_RESULTS:
-            if k + (excluded is not None) > _GPU_RESULTS:
+        if self._on_gpu and count > FAISS_GPU_RESULTS:
+            if k + (excluded is not None) > FAISS_GPU_RESULTS:
                 raise InputError(
-                    f"k={k}: FAISS returns at most {_GPU_RESULTS} results on a GPU; use trainer.accelerator=cpu"
+                    f"k={k}: FAISS returns at most {FAISS_GPU_RESULTS} results on a GPU; use trainer.accelerator=cpu"
                 )
-            count = _GPU_RESULTS
+            count = FAISS_GPU_RESULTS
         ids = self._candidates(queries, count, k, excluded)
         query_of, column = np.nonzero(ids >= 0)
         scores = np.full(ids.shape, -np.inf)
@@ -258,9 +262,9 @@ def open_index(
 ) -> ApproximateIndex:
     """Load the index of these rows and settings from `folder`, or build it and store it there.
 
-    Of several processes that need the same index one builds it, and the others wait and load it. Its memory and an
-    estimate of the time are logged before it is built. On a CUDA device FAISS's GPU package builds and searches it, if
-    it supports the kind.
+    Of several processes that need the same index one builds it, and the others wait and load it. Its memory is logged
+    before it is built, and the progress while it is built. On a CUDA device FAISS's GPU package builds and searches it,
+    if it supports the kind.
 
     Raises:
         InputError: FAISS is not installed, settings do not fit, or the folder cannot be written.
@@ -283,24 +287,40 @@ def open_index(
     supported = hasattr(faiss, "StandardGpuResources") and full.kind != "hnsw" and "HNSW" not in _factory(full)
     if torch.device(device or "cpu").type == "cuda" and supported and faiss.get_num_gpus():
         gpu = faiss.StandardGpuResources()
+    before = _stamp(path)
     index = _load(path, identity)
     if index is None:
-        index = _build_once(path, identity, rows, kept, full, gpu)
+        index = _build_once(path, identity, before, rows, kept, full, gpu)
     return ApproximateIndex(
         index if gpu is None else faiss.index_cpu_to_gpu(gpu, 0, index), rows, full, gpu is not None
     )
 
 
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes when the file is replaced; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
 def _build_once(
-    path: Path, identity: Mapping[str, Any], rows: Rows, kept: np.ndarray, config: IndexConfig, gpu: Any
+    path: Path,
+    identity: Mapping[str, Any],
+    before: tuple[int, int] | None,
+    rows: Rows,
+    kept: np.ndarray,
+    config: IndexConfig,
+    gpu: Any,
 ) -> Any:
-    """Build and store the index, or load what another process has stored meanwhile."""
+    """Build and store the index, or load what another process has stored since the stamp `before`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another paths.stores") from error
     with file_lock(path.with_suffix(".lock"), f"index {config.kind}: another process is building it", wait=True):
-        index = _load(path, identity)
+        index = _load(path, identity) if _stamp(path) != before else None
         if index is None:
             index = _build(rows, kept, config, gpu)
             _save(index, path, identity)

@@ -209,7 +209,10 @@ def _blocks(
             yield start, to_tensor(block, device)
         return
     with closing(device_blocks(rows, block_rows, n_queries, device)) as blocks:
-        yield from blocks
+        for start, on_device in blocks:
+            if check and not torch.isfinite(on_device.sum()):
+                validate_block(on_device.cpu().numpy(), start, rows.name, unit=True)
+            yield start, on_device
 
 
 def device_blocks(

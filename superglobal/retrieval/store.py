@@ -155,7 +155,10 @@ class DescriptorStore:
             InputError: a wrong shape, a row out of range, values that are not finite or not of unit norm; then nothing
                 is written.
         """
-        rows = np.asarray(rows, np.int64)
+        rows, descriptors = np.asarray(rows), np.asarray(descriptors)
+        if not np.issubdtype(rows.dtype, np.integer) and len(rows):
+            raise InputError(f"{self.folder}: expected row numbers that are integers, got {rows.dtype}")
+        rows = rows.astype(np.int64)
         if descriptors.shape != (len(rows), self.shape[1]):
             raise InputError(
                 f"{self.folder}: row {', '.join(map(str, rows[:3]))} has shape {descriptors.shape[1:]}, expected "
@@ -250,6 +253,8 @@ class DescriptorStore:
 
     def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yield rows start..stop-1 shard by shard, as they are stored."""
+        if not 0 <= start <= stop <= len(self):
+            raise InputError(f"{self.folder}: rows {start}..{stop} are outside 0..{len(self)}")
         while start < stop:
             shard, within = divmod(start, self._rows_per_shard)
             piece = self._shards[shard][within : within + stop - start]

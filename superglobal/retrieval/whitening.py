@@ -17,7 +17,7 @@ from superglobal.errors import InputError
 from superglobal.retrieval.rows import Rows, as_rows
 from superglobal.utils.io import atomic_file
 
-FORMAT = "superglobal-statistics-1"
+FORMAT = "superglobal-whitening-1"
 KINDS = ("none", "center", "pca")
 _BLOCK_ROWS = 8192
 # Products of one fixed shape give a row the same bits in every position, which exact ranks need.
@@ -61,6 +61,8 @@ class Whitening:
         """
         rows = as_rows(X, "database")
         count = len(rows) - len(rows.skipped)
+        if not count:
+            raise InputError(f"{rows.name}: expected at least one row to fit the whitening on")
         dims = self._resolved_dims(rows.dim, count)
         total = np.zeros(rows.dim)
         products = np.zeros((rows.dim, rows.dim)) if dims else None
@@ -87,8 +89,8 @@ class Whitening:
         if self.kind == "center":
             return 0
         dims = dim if self.dims is None else self.dims
-        if not 1 <= dims <= dim:
-            raise InputError(f"whitening.dims={dims}: expected 1..{dim}, the descriptors' dimension")
+        if not isinstance(dims, int | np.integer) or not 1 <= dims <= dim:
+            raise InputError(f"whitening.dims={dims}: expected an integer in 1..{dim}, the descriptors' dimension")
         if dims >= count:
             raise InputError(
                 f"whitening.kind=pca: {count} database images are too few for {dims} axes; use whitening.dims= well "
@@ -102,7 +104,13 @@ class Whitening:
         return rows.block(0, len(rows))
 
     def transform_rows(self, X: Any, name: str = "descriptors") -> Rows:
-        """Return descriptors (N, D) as Rows that are transformed when they are read, block by block."""
+        """Return descriptors (N, D) as Rows that are transformed when they are read, block by block.
+
+        Raises:
+            InputError: `fit` was not called, or another D.
+        """
+        if not hasattr(self, "mean_"):
+            raise InputError("the whitening has no values yet; call fit first")
         return Rows([_Transformed(as_rows(X, name), self)], name)
 
     def _transform_block(self, rows: np.ndarray) -> np.ndarray:
@@ -120,7 +128,7 @@ class Whitening:
         return out
 
     def save(self, path: Path, identity: str) -> None:
-        """Write the fitted values and their identity to an .npz file."""
+        """Write the values of `fit` and their identity to an .npz file."""
         arrays: dict[str, Any] = {"identity": np.array(identity), "rows": np.array(self.n_samples_), "mean": self.mean_}
         if self._axes is not None:
             arrays["axes"] = self._axes

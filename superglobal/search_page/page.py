@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from superglobal.config.tuning import DemoConfig
+from superglobal.config.search_page import ServeConfig
 from superglobal.data.images import Box
 from superglobal.errors import InputError
 from superglobal.search_page import html
@@ -42,7 +42,7 @@ def with_message(answer: Answer) -> Answer:
 class PageCallbacks:
     """Answer the events of the page; the state of a user is passed with each event."""
 
-    config: DemoConfig
+    config: ServeConfig
     database: SearchDatabase
     uploads: Path  # folder of uploaded files
     url: str  # prefix of the URLs of thumbnails
@@ -143,7 +143,7 @@ class PageCallbacks:
         return html.render_results(result, search.names, self.url, total), times
 
 
-def make_page(config: DemoConfig, database: SearchDatabase, uploads: Path) -> tuple[gr.Blocks, dict[str, Any]]:
+def make_page(config: ServeConfig, database: SearchDatabase, uploads: Path) -> tuple[gr.Blocks, dict[str, Any]]:
     """Return the page and its theme and CSS as options of `gr.mount_gradio_app`; `uploads` is the folder of uploads."""
     url = f"photos/{database.search.database.fingerprint()[:16]}"
     with gr.Blocks(
@@ -163,7 +163,7 @@ def make_page(config: DemoConfig, database: SearchDatabase, uploads: Path) -> tu
     return page, {"theme": theme, "css": (_HERE / "page.css").read_text()}
 
 
-def _lay_out(config: DemoConfig, database: SearchDatabase, callbacks: PageCallbacks) -> None:
+def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallbacks) -> None:
     search = database.search
     script = (_HERE / "viewer.js").read_text()
     plain: dict[str, Any] = {"apply_default_css": False}
@@ -209,7 +209,7 @@ def _lay_out(config: DemoConfig, database: SearchDatabase, callbacks: PageCallba
         gr.on([text.change], callbacks.examples, [text, turn], examples, trigger_mode="always_last", **quiet)
 
 
-def _settings(config: DemoConfig, reachable: int) -> list[Any]:
+def _settings(config: ServeConfig, reachable: int) -> list[Any]:
     """Return the controls of rerank, M, K and beta; no slider exceeds what the database has."""
     r = config.rerank
     M, K, beta = (value if value is not None else default for value, default in ((r.M, 400), (r.K, 9), (r.beta, 0.15)))

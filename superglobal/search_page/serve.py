@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import StoreConfig, rerank_parameters
-from superglobal.config.tuning import DemoConfig
-from superglobal.data.evaluation_set import EvaluationSet, LazySequence, chain_sequences
+from superglobal.config.search_page import ServeConfig
+from superglobal.data.evaluation_set import EvaluationSet
 from superglobal.data.images import ImageItem
+from superglobal.data.lazy_sequence import LazySequence, chain_sequences
 from superglobal.errors import InputError
 from superglobal.evaluation.extraction import extract_lists, store_identity
 from superglobal.evaluation.inputs import StageTimer, load_sources
@@ -34,7 +35,7 @@ def serve(cfg: DictConfig) -> None:
     """Open the configured database and serve its page until Ctrl-C or SIGTERM.
 
     Args:
-        cfg: composed `DemoConfig`.
+        cfg: composed `ServeConfig`.
 
     Raises:
         InputError: input or settings are missing, invalid or contradict each other, or the address is taken.
@@ -47,17 +48,17 @@ def serve(cfg: DictConfig) -> None:
         run_server(config, open_database(config, folder), listener)
 
 
-def read_config(cfg: DictConfig) -> tuple[DemoConfig, Path | None]:
+def read_config(cfg: DictConfig) -> tuple[ServeConfig, Path | None]:
     """Return the validated configuration and, if `store` is a folder, that folder.
 
     Raises:
         InputError: an invalid setting, or a store that does not record what is needed.
     """
     folder = None if OmegaConf.is_config(cfg.store) else Path(str(cfg.store))
-    return validate_config(cfg if folder is None else _with_settings_of_store(cfg, folder), DemoConfig), folder
+    return validate_config(cfg if folder is None else _with_settings_of_store(cfg, folder), ServeConfig), folder
 
 
-def open_database(config: DemoConfig, folder: Path | None = None) -> SearchDatabase:
+def open_database(config: ServeConfig, folder: Path | None = None) -> SearchDatabase:
     """Open the database to search; missing descriptors are extracted into the same stores as by `eval.py`.
 
     Args:
@@ -81,7 +82,7 @@ def open_database(config: DemoConfig, folder: Path | None = None) -> SearchDatab
 
 
 def _make_database(
-    config: DemoConfig,
+    config: ServeConfig,
     dataset: EvaluationSet,
     distractors: list[ImageItem],
     network: RetrievalNetwork,
@@ -120,7 +121,7 @@ def _shown_name(root: Path, item: ImageItem) -> str:
     return item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else item.path.name
 
 
-def _index_search(config: DemoConfig, rows: Rows, device: str) -> FirstStage:
+def _index_search(config: ServeConfig, rows: Rows, device: str) -> FirstStage:
     index = open_configured_index(config, rows, device)
 
     def search(q: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from superglobal.config.tuning import DemoConfig
+from superglobal.config.search_page import ServeConfig
 from superglobal.data.images import CorruptImageError, ImageItem, decode_image, image_size, shrink
 from superglobal.errors import InputError
 from superglobal.search_page.html import encode_jpeg
@@ -87,7 +87,7 @@ def open_socket(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def run_server(config: DemoConfig, database: SearchDatabase, listener: socket.socket) -> None:
+def run_server(config: ServeConfig, database: SearchDatabase, listener: socket.socket) -> None:
     """Serve the page on a listening socket until Ctrl-C or SIGTERM; then delete the uploads."""
     with tempfile.TemporaryDirectory(prefix="superglobal-page-") as uploads:
         # Gradio reads these when it is imported: a folder for the uploads of this page alone, no telemetry.
@@ -111,7 +111,7 @@ def run_server(config: DemoConfig, database: SearchDatabase, listener: socket.so
             print("the page is closed", flush=True)
 
 
-def make_app(config: DemoConfig, database: SearchDatabase, uploads: Path) -> Any:
+def make_app(config: ServeConfig, database: SearchDatabase, uploads: Path) -> Any:
     """Return the ASGI application; `uploads` is the folder of uploaded files."""
     import gradio as gr
     from fastapi import FastAPI, Response

@@ -17,6 +17,7 @@ from superglobal.reporting.runs import flatten
 from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, file_lock, write_atomically
 
 CHECKPOINTS = "checkpoints"
+FORMAT = "superglobal-training-2"
 _RECORD, _CODES = "training.json", "images.npy"
 
 
@@ -62,6 +63,11 @@ def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: 
         existing = {}
     if score is None and not (folder / EXPORT).is_file() and not any((folder / CHECKPOINTS).glob("*.ckpt")):
         existing = None  # Nothing was trained yet.
+    if existing and existing.get("format") != FORMAT:
+        raise InputError(
+            f"{folder} contains a training of an earlier version, which cannot be resumed; its network can still be "
+            "evaluated. Give a new name=, or remove the folder"
+        )
     if existing is not None:
         _require_same_settings(folder, existing.get("identity", {}), record["identity"])
         codes = _require_same_images(folder, codes)
@@ -72,7 +78,7 @@ def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: 
     file = io.BytesIO()
     np.save(file, codes)
     write_atomically(folder / _CODES, file.getvalue())
-    _write_record(folder, {**record, "finished": None})
+    _write_record(folder, {"format": FORMAT, **record, "finished": None})
     return None
 
 

@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,24 +81,31 @@ def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iter
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            try:
-                name = holder.read_text()
-            except FileNotFoundError:  # not written yet, or deleted already
-                name = "unknown process"
+            name = _read_holder(holder)
             if not wait:
                 raise InputError(f"{busy} ({name}); wait for it, stop it, {hint}") from None
             log.info("%s (%s); waiting for it", busy, name)
             lock.acquire()
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except (OSError, NotImplementedError) as error:  # filelock raises the latter where the file system has no locks
         lock.release()
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be locked ({reason}); choose a folder on another file system") from error
     try:
+        with suppress(OSError):  # it only serves messages
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        with suppress(OSError):
+            holder.unlink()
         lock.release()
+
+
+def _read_holder(holder: Path) -> str:
+    """Return the process in a holder's file; the file may not be written yet, or be deleted already."""
+    try:
+        return holder.read_text()
+    except OSError:
+        return "unknown process"
 
 
 def digest(path: Path) -> str:

@@ -1,0 +1,65 @@
+"""Sequences of images or names that are made on access, for lists of millions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Generic, SupportsIndex, TypeVar, overload
+
+import numpy as np
+
+from superglobal.data.download_links import tree_path
+from superglobal.data.images import ImageItem
+
+T = TypeVar("T")
+
+
+class LazySequence(Sequence[T], Generic[T]):
+    """Sequence of `make(0)`, ..., `make(count - 1)`, computed on access. A slice is a list."""
+
+    def __init__(self, count: int, make: Callable[[int], T]) -> None:
+        self._indices = range(count)
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> T | list[T]:
+        selected = self._indices[index]
+        return self._make(selected) if isinstance(selected, int) else [self._make(i) for i in selected]
+
+
+# The functions of these sequences are module-level functions, so that worker processes can unpickle them.
+def tree_items(root: Path, ids: np.ndarray) -> LazySequence[ImageItem]:
+    """Return the images `<root>/a/b/c/<id>.jpg` of (N,) S16 ids."""
+    return LazySequence(len(ids), partial(_tree_item, root, ids))
+
+
+def chain_sequences(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
+    """Return the concatenation of two sequences without copying them."""
+    return LazySequence(len(first) + len(second), partial(_chained_item, first, second)) if len(second) else first
+
+
+def file_names(items: Sequence[ImageItem], root: Path) -> LazySequence[str]:
+    """Return the path of each image relative to `root`, or its whole path if it is elsewhere."""
+    return LazySequence(len(items), partial(_file_name, items, root))
+
+
+def _tree_item(root: Path, ids: np.ndarray, index: int) -> ImageItem:
+    return ImageItem(root / tree_path(ids[index]))
+
+
+def _chained_item(first: Sequence[T], second: Sequence[T], index: int) -> T:
+    return first[index] if index < len(first) else second[index - len(first)]
+
+
+def _file_name(items: Sequence[ImageItem], root: Path, index: int) -> str:
+    path = items[index].path
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
