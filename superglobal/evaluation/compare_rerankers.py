@@ -22,7 +22,7 @@ from superglobal.config.common import validate_config
 from superglobal.config.evaluation import CompareConfig, RerankConfig, complete_rerank, rerank_parameters
 from superglobal.errors import InputError
 from superglobal.evaluation.inputs import Inputs, StageTimer, load_inputs
-from superglobal.evaluation.pipeline import make_task, rerank, score_set, shortlist_size
+from superglobal.evaluation.pipeline import make_task, rerank_results, score_set, shortlist_size
 from superglobal.metrics.revisited import RetrievalResult, cluster_interval
 from superglobal.reporting.results import console, markdown_text, percent, print_table
 from superglobal.reranking.registry import rerank_label
@@ -106,7 +106,7 @@ def _score_rerankers(
         queries, database, shortlist, cost = Q, X, None, search_cost
         if settings.enabled:
             with _measure(device) as cost:
-                reranked = rerank(replace(config, rerank=settings), task, ids, folder)
+                reranked = rerank_results(replace(config, rerank=settings), task, ids, folder)
             queries, database, shortlist = reranked.queries, reranked.database, reranked.shortlist
         result = score_set(dataset, queries, database, shortlist, exclude, device, config.seed)
         baseline = baseline or result

@@ -25,7 +25,7 @@ from superglobal.metrics.evaluate import Scorer, make_scorer, score_without_junk
 from superglobal.metrics.evaluate import evaluate as score_descriptors
 from superglobal.metrics.gldv2 import required_depth, score_truth, submission, subset
 from superglobal.metrics.revisited import LABELS, REVISITED, Protocol, Result, RetrievalResult
-from superglobal.reporting import results as reporting
+from superglobal.reporting import results as result_files
 from superglobal.reporting.ranking_figures import draw_sheet
 from superglobal.reranking.registry import Reranked, apply_reranker
 from superglobal.retrieval.ann_index import ApproximateIndex, open_index, recall
@@ -86,7 +86,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
             inputs = load_inputs(config, timer)
         except NotApplicableError as error:
             log.info("ablation=%s: n/a, %s", config.ablation, error)
-            reporting.write_status(folder, asdict(config), "n/a", str(error))
+            result_files.write_status(folder, asdict(config), "n/a", str(error))
             return math.nan
         if inputs is None:
             return math.nan
@@ -98,13 +98,13 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
         reranked = None
         if config.rerank.enabled:
             with timer.time("rerank"):
-                reranked = rerank(config, task, first.ids, folder)
+                reranked = rerank_results(config, task, first.ids, folder)
             stages["rerank"] = reranked.scores, reranked.ids
         with timer.time("score"):
-            results = score(config, task, first, reranked)
-        evaluated = report(config, task, first.about, results, stages, timer.seconds, folder)
+            results = score_stages(config, task, first, reranked)
+        evaluated = write_report(config, task, first.about, results, stages, timer.seconds, folder)
         track(evaluated)
-        return reporting.main_metric(evaluated.summary)
+        return result_files.main_metric(evaluated.summary)
 
 
 def make_task(config: EvalConfig, inputs: Inputs) -> Task:
@@ -207,15 +207,15 @@ def _compare_with_exact(config: EvalConfig, task: Task, scores: np.ndarray, ids:
         exact = score_truth(truth, exact_scores, exact_ids, config.seed)
     else:
         return about
-    values, exact_values = (reporting.main_scores(result.to_dict()) for result in (approximate, exact))
+    values, exact_values = (result_files.main_scores(result.to_dict()) for result in (approximate, exact))
     pairs = {protocol: (value, exact_values[protocol]) for protocol, value in values.items()}
-    about[f"{reporting.metric_key(exact.to_dict())}_difference"] = {
+    about[f"{result_files.metric_key(exact.to_dict())}_difference"] = {
         protocol: None if a is None or b is None else a - b for protocol, (a, b) in pairs.items()
     }
     return about
 
 
-def rerank(config: EvalConfig, task: Task, ids: np.ndarray, folder: Path) -> Reranked:
+def rerank_results(config: EvalConfig, task: Task, ids: np.ndarray, folder: Path) -> Reranked:
     """Rerank the results (Q, k) of the search as `rerank` configures."""
     return apply_reranker(
         config.rerank.kind,
@@ -230,7 +230,7 @@ def rerank(config: EvalConfig, task: Task, ids: np.ndarray, folder: Path) -> Rer
     )
 
 
-def score(config: EvalConfig, task: Task, first: FirstStage, reranked: Reranked | None) -> dict[str, Result]:
+def score_stages(config: EvalConfig, task: Task, first: FirstStage, reranked: Reranked | None) -> dict[str, Result]:
     """Return the scores by stage ("search", "rerank"); none without labels."""
     if task.truth is not None:
         stages: dict[str, FirstStage | Reranked] = {
@@ -269,7 +269,7 @@ def ranks_after_reranking(task: Task, scorer: Scorer, ranks: list[np.ndarray], r
     return exact_ranks(reranked.queries, reranked.database, scorer.targets, device=task.device, exclude=task.exclude)
 
 
-def report(
+def write_report(
     config: EvalConfig,
     task: Task,
     search: dict[str, Any],
@@ -286,17 +286,17 @@ def report(
     if dataset is None:
         images: Any = []
         queries, database = range(len(inputs.queries)), range(len(X))
-        names = reporting.Names([f"query {i}" for i in queries], [str(i) for i in database], None)
+        names = result_files.Names([f"query {i}" for i in queries], [str(i) for i in database], None)
     else:
         images = chain_sequences(dataset.database, inputs.distractors)
         query_names, image_names = (file_names(items, dataset.root) for items in (dataset.queries, images))
-        names = reporting.Names(query_names, image_names, dataset.clusters)
+        names = result_files.Names(query_names, image_names, dataset.clusters)
     about = {**inputs.about, **({} if dataset is None else dataset.about), "skipped": len(X.skipped), **search}
-    summary = reporting.summarize(asdict(config), about, names, results, seconds)
+    summary = result_files.summarize(asdict(config), about, names, results, seconds)
     if task.truth is not None:
         write_atomically(folder / "submission.csv", submission(task.truth, *list(stages.values())[-1]))
-    reporting.write_result(folder, summary, results, stages, names)
-    reporting.print_result(summary, folder)
+    result_files.write_result(folder, summary, results, stages, names)
+    result_files.print_result(summary, folder)
     # With descriptors from files, the images may not be on this machine.
     if dataset is not None and config.figures.queries and config.descriptors.query is None:
         draw_sheet(folder / "sheet.png", dataset, images, stages, config.figures.queries, config.figures.ranks)

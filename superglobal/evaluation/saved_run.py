@@ -28,7 +28,7 @@ from superglobal.evaluation.inputs import (
     load_descriptors,
     load_network,
 )
-from superglobal.evaluation.pipeline import make_task, ranks_after_reranking, rerank, shortlist_reranker
+from superglobal.evaluation.pipeline import make_task, ranks_after_reranking, rerank_results, shortlist_reranker
 from superglobal.metrics.evaluate import ranks_without_junk, split_by_set
 from superglobal.metrics.revisited import Sets, kept_ranks
 from superglobal.models.network import RetrievalNetwork
@@ -295,7 +295,7 @@ def _revisited_precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
             name: precision_curves([positive_steps(sets) for sets in ranks]) for name, ranks in kept.items()
         }
     elif get_reranker(config.rerank.kind).searches_again is not None:
-        reranked = rerank(config, task, ids, run.folder)
+        reranked = rerank_results(config, task, ids, run.folder)
         stages["rerank"] = curves_of(ranks_after_reranking(task, scorer, first, reranked))
     else:
         stages["rerank"] = curves_of(scorer.reranked(first, run.stages["rerank"][1]))
