@@ -1,19 +1,18 @@
-# make demo       the whole of it on rendered landmarks, in minutes (creates .venv on the first call)
-# make test       everything a push must pass, from a bare machine (creates .venv on the first call)
-# make test-slow  the long tests
-# make lint       style and types
-# make install    the environment alone; EXTRAS=gpu,offline,tune,dev for FAISS on a GPU
+# `make help` lists the targets. Each creates .venv on its first call.
 
 PYTHON ?= python3
-EXTRAS ?= cpu,offline,tune,slurm,serve,download,export,plots,tensorboard,vectordb,dev
+EXTRAS ?= cpu,offline,tune,slurm,serve,download,export,plots,tensorboard,vectordb,docs,dev
 BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(EXTRAS)
 # One process per core, one thread each: small networks gain nothing from more.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: install demo test test-slow lint
-install: $(STAMP)
+.PHONY: help install demo test test-slow lint docs
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## install into .venv; EXTRAS=gpu,offline,tune,dev for FAISS on a GPU
 
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,16 +20,20 @@ $(STAMP):
 	rm -f .venv/.installed-*
 	touch $@
 
-demo: install
+demo: install ## render landmarks, train on them and evaluate every module, in minutes
 	$(BIN)/python scripts/quickstart.py
 
-test: install
+test: install ## run the tests, apart from the long ones
 	$(PYTEST) -m 'not slow'
 
-test-slow: install
+test-slow: install ## run the long tests
 	$(PYTEST) -m slow
 
-lint: install
+lint: install ## check style, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
+
+docs: install ## build the documentation site into docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the schemas and conf/: python scripts/config_reference.py."""
+"""Write docs/reference/configuration.md from the schemas and conf/: python scripts/config_reference.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from superglobal.config import ENTRIES, register
 from superglobal.config.help import reference_page
 from superglobal.utils.io import write_atomically
 
-PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "configuration.md"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Code blocks, commands, headings and links of README.md and docs/*.md; checks of commands without running them."""
+"""Code blocks, commands, headings and links of README.md and docs/; checks of commands without running them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,23 @@ from superglobal import cli
 from superglobal.config import ENTRIES, register
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
+from superglobal.config.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "docs").rglob("*.md")
+        if "_build" not in path.parts and path.name != "cli.md"  # made by docs/conf.py
+    ),
+]
 CONFIGURED: dict[str, tuple[str, Any]] = {
     **{entry.script: (entry.name, entry.schema) for entry in ENTRIES},
-    "my_eval.py": ("eval", EvalConfig),  # the cookbook's
+    "superglobal evaluate": ("eval", EvalConfig),
+    "superglobal train": ("train", TrainConfig),
+    "my_eval.py": ("eval", EvalConfig),  # of docs/contributing/extending.md
 }
 """Program -> its configuration's name and schema; the others parse their arguments by argparse."""
 
@@ -78,6 +89,8 @@ def commands(text: str, inline: bool = True) -> list[list[str]]:
         words = shlex.split(re.sub(r"\[(--[^\]]+)\]", r"\1", line), comments=True)
         if "superglobal" in words[:-1]:
             start = words.index("superglobal") + 1
+            if words[start].startswith("-"):  # --help, --version
+                continue
             words[start] = f"superglobal {words[start]}"
         else:
             start = next((i for i, word in enumerate(words) if word.endswith(".py")), 0)

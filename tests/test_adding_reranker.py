@@ -1,4 +1,4 @@
-"""A reranker is added by one file, as in docs/cookbook.md."""
+"""A reranker is added by one file, as in docs/contributing/extending.md."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ runpy.run_path({str(ROOT / "eval.py")!r}, run_name="__main__")
 
 @pytest.fixture
 def python(tmp_path):
-    """A function that runs code with the cookbook's file beside it."""
-    (block,) = (b for b in blocks(text_of("docs/cookbook.md"), "python") if b.file == "my_reranker.py")
+    """A function that runs code with the page's file beside it."""
+    (block,) = (b for b in blocks(text_of("docs/contributing/extending.md"), "python") if b.file == "my_reranker.py")
     (tmp_path / "my_reranker.py").write_text(block.text)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
 

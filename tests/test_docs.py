@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
+import torch
 from documents import (
     CONFIGURED,
     DOCUMENTS,
@@ -30,6 +32,7 @@ from sets import texture, write_folders, write_revisited
 import superglobal
 from superglobal import cli
 from superglobal.cli import COMMANDS
+from superglobal.data.evaluation_set import _LOADERS
 from superglobal.data.folder import folder_set
 from superglobal.evaluation.pipeline import evaluate
 from superglobal.models.weights import read_weights
@@ -37,18 +40,30 @@ from superglobal.reranking.base import RERANKERS
 from superglobal.training.train import train
 
 PAGES = [document for document in DOCUMENTS if document != "README.md"]
+EXTENDING, OWN_IMAGES = "docs/contributing/extending.md", "docs/start/own_images.md"
+TUNING = "docs/guides/whitening_and_tuning.md"
+# The additions of EXTENDING that other tests run, in processes of their own, because they change the settings.
+ADDITIONS = {"rerank.kind=density", "rerank=density", "dataset=places"}
 QUIET = ["logger=csv", "trainer=cpu", "trainer.num_workers=0", "trainer.progress=false", "figures.queries=0"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Write what the pages assume: images by folder, a query, a Revisited set, images with a list of judgments."""
+def folder(tmp_path_factory, cvnet_checkpoint) -> Path:
+    """Write what the pages assume.
+
+    Images by folder, a query, Revisited sets, weights of CVNet, a shared model, images with a list of judgments.
+    """
     root = tmp_path_factory.mktemp("docs")
     write_folders(root / "photos", landmarks=10, views=4)
     (root / "photos" / "label0" / "0.jpg").unlink()
     texture(0, 0).save(root / "photos" / "label0" / "0.png")
     texture(2, 7).save(root / "query.jpg")
     write_revisited(root / "data")
+    write_revisited(root / "data", "roxford5k", landmarks=2)
+    (root / "data" / "cvnet").mkdir()
+    for link in (root / "data" / "cvnet", root):
+        (link / "CVPR2022_CVNet_R50.pyth").symlink_to(cvnet_checkpoint(50))
+    superglobal.save_pretrained(superglobal.load_model("random", backbone="test_resnet"), root / "shared")
     for group, text in {"pooling": "gem_plus: false\n", "rerank": "kind: superglobal\nK: 5\n"}.items():
         tuned = root / "outputs/tune/quickstart/conf" / group / "quickstart_tuned.yaml"  # as tuning writes it
         tuned.parent.mkdir(parents=True)
@@ -69,7 +84,7 @@ def folder(tmp_path_factory) -> Path:
 def namespaces(folder) -> dict[str, dict[str, Any]]:
     """Run the code of each page in `folder` and return the names that it defines."""
     namespaces: dict[str, dict[str, Any]] = {}
-    rerankers = dict(RERANKERS)
+    rerankers, loaders = dict(RERANKERS), dict(_LOADERS)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(str(folder))
@@ -83,8 +98,10 @@ def namespaces(folder) -> dict[str, dict[str, Any]]:
                     code = compile(block.text, page, "exec")
                     if not block.needs:
                         exec(code, namespaces[page])
-    for name in set(RERANKERS) - set(rerankers):
-        del RERANKERS[name]  # the cookbook's own reranker must not reach other tests of this process
+    # What the pages register must not reach other tests of this process.
+    for registry, before in ((RERANKERS, rerankers), (_LOADERS, loaders)):
+        for name in set(registry) - set(before):
+            del registry[name]
     return namespaces
 
 
@@ -96,13 +113,20 @@ def command_of(page: str, *words: str) -> list[str]:
 
 def test_the_code_of_the_pages_runs(namespaces):
     assert {page for page, names in namespaces.items() if len(names) > 2} >= {
-        "docs/cookbook.md",
-        "docs/evaluation.md",
-        "docs/own_photos.md",
+        EXTENDING,
+        OWN_IMAGES,
+        TUNING,
+        "docs/background/protocol.md",
     }
-    own, cookbook = namespaces["docs/own_photos.md"], namespaces["docs/cookbook.md"]
+    own, tuning = namespaces[OWN_IMAGES], namespaces[TUNING]
     assert own["data"].database[own["ids"][0, 0]].path.parent.name == "label2"
-    assert cookbook["best"] in cookbook["ap"]
+    assert tuning["best"] in tuning["ap"]
+
+
+def test_the_example_of_sharing_loads_what_it_saved(namespaces):
+    saved, loaded = (namespaces["docs/guides/sharing.md"][name].state_dict() for name in ("model", "again"))
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
 
 
 def test_commands_are_found():
@@ -117,8 +141,8 @@ def test_every_command_is_accepted(document, folder, namespaces, monkeypatch):
     named = re.findall(r"`superglobal ([a-z][a-z0-9-]*)`", text)
     assert set(named) <= set(COMMANDS)
     for words in commands(text):
-        if "rerank.kind=density" in words or "rerank=density" in words:
-            continue  # the cookbook's own reranker: tests/test_adding_reranker.py runs it
+        if ADDITIONS & set(words):
+            continue
         if words[0] in CONFIGURED:
             composed(words, folder)
         else:
@@ -132,7 +156,7 @@ def test_photos_brought_into_the_layout_are_trained_on(folder, namespaces, monke
     with Path("data/mine/train_clean.csv").open() as file:
         places = [{images[image].parent.name for image in row["images"].split()} for row in csv.DictReader(file)]
     assert sorted(places, key=str) == sorted(({f"label{i}"} for i in range(10)), key=str)
-    words = command_of("docs/own_photos.md", "train.py", "name=mine")
+    words = command_of(OWN_IMAGES, "train.py", "name=mine")
     less = ["optim.epochs=1", "optim.batch_size=8", "data.image_size=64", *QUIET[:-1]]
     train(composed([*words, *less], folder), folder / "outputs" / "train" / "mine")
     about = read_weights("outputs/train/mine/best.safetensors")
@@ -141,7 +165,7 @@ def test_photos_brought_into_the_layout_are_trained_on(folder, namespaces, monke
 
 def test_the_whitening_layer_alone_is_trained(folder, namespaces, monkeypatch):
     monkeypatch.chdir(folder)
-    words = command_of("docs/cookbook.md", "train.py", "experiment=finetune_whitening")
+    words = command_of(TUNING, "train.py", "experiment=finetune_whitening")
     less = ["optim.epochs=1", "data.image_size=96", *QUIET[:-1]]
     train(composed([*words, *less], folder), folder / "outputs" / "train" / "whitening")
     before, after = (
@@ -154,7 +178,7 @@ def test_the_whitening_layer_alone_is_trained(folder, namespaces, monkeypatch):
 
 def test_own_options_and_own_descriptors_are_evaluated(folder, namespaces, monkeypatch):
     monkeypatch.chdir(folder)
-    spoc = command_of("docs/cookbook.md", "eval.py", "pooling=spoc")
+    spoc = command_of(EXTENDING, "eval.py", "pooling=spoc")
     stores = ["scales=1", "store.dtype=float32", "paths.stores=spoc/stores"]
     evaluate(composed([*spoc, *QUIET, *stores], folder), folder / "spoc")
     (store,) = Path("spoc/stores").glob("*database*")
@@ -171,7 +195,7 @@ def test_own_options_and_own_descriptors_are_evaluated(folder, namespaces, monke
     )
     np.testing.assert_allclose(np.load("spoc.npy"), mean, atol=1e-5)
     assert not np.allclose(gem, mean, atol=1e-2)
-    own = command_of("docs/cookbook.md", "eval.py", "descriptors.query=Q.npy")
+    own = command_of(EXTENDING, "eval.py", "descriptors.query=Q.npy")
     score = evaluate(composed([*own, *QUIET], folder), folder / "own")
     Q, X, data = np.load("Q.npy"), np.load("X.npy"), superglobal.revisited_set("data", "mini")
     ids = superglobal.rerank(Q, X, superglobal.search(Q, X, k=len(X))[1])[1]
@@ -185,11 +209,29 @@ def test_a_registered_network_is_evaluated(folder, namespaces):
         f"dataset.query={folder / 'query.jpg'}",
         f"paths.outputs={folder}",
     ]
-    assert words[0] in command_of("docs/cookbook.md", "my_eval.py")
+    assert words[0] in command_of(EXTENDING, "my_eval.py")
     command = [sys.executable, str(folder / "my_eval.py"), *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list(folder.glob("eval/folder/*/rankings.csv"))
+
+
+def test_a_new_kind_of_data_set_is_evaluated(folder, namespaces):
+    (command,) = [words for words in commands(text_of(EXTENDING)) if "dataset=places" in words]
+    code = "import my_dataset; from superglobal.cli.hydra_commands import evaluate; evaluate()"
+
+    def run(*words: str) -> str:
+        program = [sys.executable, "-c", code, *words]
+        done = subprocess.run(program, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(*command[1:], *QUIET, "dataset.listing=images.csv")
+    (path,) = folder.glob("outputs/eval/places/*/results.json")
+    result = json.loads(path.read_text())
+    assert result["config"]["dataset"]["kind"] == "csv"
+    assert set(result["metrics"]["search"]["map"]) == {"all"}
+    assert "dataset.listing" in run("--help")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -197,10 +239,6 @@ def test_links_lead_somewhere(document):
     for path, anchor in links(document):
         assert (ROOT / path).exists(), path
         assert not anchor or anchor in anchors(path), f"{path}#{anchor}"
-
-
-def test_every_page_is_linked_from_the_readme():
-    assert {path for path, _ in links("README.md")} >= set(PAGES)
 
 
 def names_in(schema: Any, start: str = "") -> set[str]:

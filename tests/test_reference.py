@@ -1,4 +1,4 @@
-"""`--help` and docs/configuration.md say what the schemas say."""
+"""`--help` and docs/reference/configuration.md say what the schemas say."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_names_words_and_defaults_are_those_of_the_schema():
 
 
 def test_the_page_is_up_to_date():
-    text = (ROOT / "docs" / "configuration.md").read_text()
+    text = (ROOT / "docs" / "reference" / "configuration.md").read_text()
     assert text == reference_page(ENTRIES), "run: python scripts/config_reference.py"
 
 

@@ -1,4 +1,4 @@
-"""Text of `--help` and of docs/configuration.md, made from the docstrings and fields of the schemas."""
+"""Text of `--help` and of docs/reference/configuration.md, made from the docstrings and fields of the schemas."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def help_text(entry: Entry) -> str:
         for setting in section.settings:
             lines += _help_lines(", ".join(setting.names), f"{setting.words} [{', '.join(setting.defaults)}]")
     lines += ["", "-m sweeps over comma-separated values. --cfg job prints the composed configuration and ends."]
-    lines += ["The same as a page: docs/configuration.md. Hydra's own flags: --hydra-help."]
+    lines += ["The same as a page: docs/reference/configuration.md. Hydra's own flags: --hydra-help."]
     return "\n".join(lines)
 
 
@@ -177,7 +177,7 @@ def _help_lines(name: str, words: str) -> list[str]:
 
 
 def reference_page(entries: Sequence[Entry]) -> str:
-    """Return docs/configuration.md; a table that an earlier command has, too, is not repeated."""
+    """Return docs/reference/configuration.md; a table that an earlier command has, too, is not repeated."""
     lines, printed = ["# Configuration", "", *_PREFACE, ""], dict[Any, str]()
     for entry in entries:
         tables: dict[str, list[str]] = {}

@@ -26,7 +26,8 @@ def folder_set(
 
     With `query` and without labels there is no ground truth. With labels, the positives of a query are the database
     images of its label, and its own file in the database is junk. Without `query`, each database image is a query
-    against all others. The images of a query folder inside the database folder stay part of the database.
+    against all others. The images of a query folder inside the database folder stay part of the database. Images are
+    found by their extension; they are not read.
 
     Args:
         database: folder of the database images.

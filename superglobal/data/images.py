@@ -45,7 +45,13 @@ _open_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class ImageItem:
-    """An image of a set; `box` is the crop (x1, y1, x2, y2), in pixels of the upright image."""
+    """Image file with an optional crop.
+
+    Attributes:
+        path: image file.
+        box: crop (x1, y1, x2, y2) in pixels of the upright image, truncated to integers and clipped to the image when
+            it is read; None for the whole image.
+    """
 
     path: Path
     box: Box | None = None

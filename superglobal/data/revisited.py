@@ -38,6 +38,12 @@ class GroundTruth:
 def load_ground_truth(path: str | Path) -> GroundTruth:
     """Load and validate a Revisited ground truth, without running any code that the pickle file may contain.
 
+    Args:
+        path: pickle file `gnd_<name>.pkl` in the format of the Revisited benchmarks (Radenovic et al., CVPR 2018).
+
+    Returns:
+        The contents: `imlist`, `qimlist`, and for each query a dict with `bbx`, `easy`, `hard` and `junk`.
+
     Raises:
         InputError: the file is missing, damaged or contains code, or its contents are invalid; the message has the
             file, the query and the field.
@@ -70,7 +76,7 @@ def load_ground_truth(path: str | Path) -> GroundTruth:
 def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> EvaluationSet:
     """Load the evaluation set in `<root>/<name>`; its images are not read.
 
-    Image names without an extension mean `jpg/<name>.jpg`.
+    The ground truth is `gnd_<name>.pkl`. Image names without an extension mean `jpg/<name>.jpg`.
 
     Args:
         root: folder that contains the folder of the set.

@@ -92,7 +92,31 @@ def revisited_map(
     ks: Sequence[int] = (1, 5, 10),
     clusters: Sequence[Any] | None = None,
 ) -> RetrievalResult:
-    """Compute mAP and mP@k under the Easy, Medium and Hard protocols of ROxford5k and RParis6k; see `evaluate`."""
+    """Compute mAP and mP@k under the Easy, Medium and Hard protocols of ROxford5k and RParis6k.
+
+    The ranks of all positives are exact, also those beyond the shortlist: they are counted in one pass over the
+    database. Average precision is trapezoidal, and junk is removed before ranks are counted (Radenovic et al., CVPR
+    2018; revisitop's evaluate.py).
+
+    Args:
+        Q: (Q, D) queries, unit L2 norm.
+        X: (N, D) database, unit L2 norm: an array, a memory map, a tensor or a `DescriptorStore`. Distractors are rows
+            that the ground truth does not list.
+        ground_truth: an evaluation set from `revisited_set`, a ground truth from `load_ground_truth`, the official dict
+            with `gnd`, or for each query a dict with the ids of `easy`, `hard` and `junk`.
+        ids: (Q, M) reranked shortlists, which must be a reordering of the top M of the search. An image in a shortlist
+            has its position there as its rank, and any other image its rank in the search. None scores the search.
+        ks: depths k of mP@k.
+        clusters: (Q,) labels of landmarks, the units of the bootstrap; by default queries with common positives are
+            one landmark.
+
+    Returns:
+        A result with the dicts `map`, `mp`, `ap`, `interval` (95 %) and `queries` by protocol, "easy", "medium" and
+        "hard"; all scores are fractions in 0..1.
+
+    Raises:
+        InputError: bad descriptors, or a query with a bad set or shortlist.
+    """
     return evaluate(Q, X, ground_truth, REVISITED, ids, ks, clusters)
 
 

@@ -99,8 +99,15 @@ def average_precision(ranks: Any, n_positives: int | None = None) -> float:
 
     AP = sum_j (1/n) (j/r_j + (j+1)/(r_j+1)) / 2, with j/r_j = 1 where r_j = 0 (revisitop's compute_ap).
 
-    ranks: (P,) distinct integers in any order. n_positives: n, if some positives were not retrieved, which add nothing;
-    P by default. Returns NaN if n is 0. Raises InputError for negative, repeated or fractional ranks, or n < P.
+    Args:
+        ranks: (P,) distinct integers >= 0, in any order.
+        n_positives: number n of positives, if some were not retrieved; these add nothing. P by default.
+
+    Returns:
+        AP in 0..1; NaN if n is 0.
+
+    Raises:
+        InputError: a rank is negative, repeated or not an integer, or n is less than P.
     """
     r = np.sort(np.asarray(ranks))
     n = len(r) if n_positives is None else n_positives

@@ -40,7 +40,11 @@ class AttachedPooling(nn.Module):
 
 
 class Attachment:
-    """Record of what `attach` changed; `undo()` or leaving a `with` block restores the network."""
+    """Changes that `attach` made to a network; `undo()` or leaving a `with` block restores the network.
+
+    Attributes:
+        network: the changed network.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
@@ -80,18 +84,18 @@ def attach(
 
     GeM+ and Regional-GeM replace the pooling layer, ReLUP replaces activations of the ResNet. With several scales,
     `forward` resizes the batch to each of them and combines the vectors by Scale-GeM (by their mean with `scale` off).
-    Normalization, whitening and classifier layers stay as they are.
+    Normalization, whitening and classifier layers stay as they are. The output is not normalized.
 
     Args:
-        network: maps (B, 3, H, W) to (B, D); changed in place. It contains one pooling layer and, for ReLUP, is or
-            contains one torchvision or timm ResNet.
+        network: module from (B, 3, H, W) to (B, D), changed in place. It contains one pooling layer and, for ReLUP, is
+            or contains one torchvision or timm ResNet.
         pooling: as for `load_model`; `relup` is "on" unless you switch it off.
         scales: 1, 3, 5 or a list of factors.
-        antialias: filter when a scale shrinks the batch.
+        antialias: apply a low-pass filter when a scale shrinks the batch.
         pool: dotted name of the pooling layer; None to find it.
 
     Returns:
-        An `Attachment` with the `network` and `undo()`.
+        The changes, with the `network` and `undo()`.
 
     Raises:
         InputError: the pooling layer or the ResNet is missing or ambiguous; the network is then unchanged.

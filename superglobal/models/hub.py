@@ -74,9 +74,11 @@ class CardResult:
 def save_pretrained(network: RetrievalNetwork, folder: str | Path, card: ModelCard | None = None) -> None:
     """Write a network into a folder that `load_model` reads.
 
+    The loaded network gives the same descriptors, bit for bit. Absolute paths in its provenance are shortened to names.
+
     Args:
-        network: with float32 weights and unchanged layers.
-        folder: created if missing; gets `model.safetensors`, `config.json` and `README.md`, the model card.
+        network: network with float32 weights and unchanged layers.
+        folder: folder for `model.safetensors`, `config.json` and `README.md`, the model card; created if missing.
         card: see `model_card`; by default an existing `README.md` is kept, or a card without results is written.
 
     Raises:
@@ -118,9 +120,9 @@ def push_to_hub(
         network: see `save_pretrained`.
         repo_id: "owner/name"; the repository is created if missing. Run `hf auth login` first, or give `token`.
         card: see `model_card`; by default a card without results.
-        private: visibility of a new repository.
-        token: access token.
-        options: of `huggingface_hub.HfApi.upload_folder`, such as commit_message, revision and create_pr.
+        private: make a new repository private; None for the default of the Hub.
+        token: access token; None for that of `hf auth login`.
+        options: arguments of `huggingface_hub.HfApi.upload_folder`, such as commit_message, revision and create_pr.
 
     Returns:
         The URL of the commit.
@@ -190,11 +192,14 @@ def model_card(
     """Make a model card with architecture, training, results and license.
 
     Args:
-        network: its settings and `provenance` (an export of `train.py` includes that of the training).
-        results: see `superglobal.reporting.model_card.read_card_results`.
-        license: of the weights, as the hub names licenses; independent of the code's license.
+        network: network to describe; an export of `train.py` includes the settings of the training.
+        results: results of evaluations, from `superglobal.reporting.model_card.read_card_results`.
+        license: license of the weights, as the Hub names licenses; independent of the code's license.
         name: title of the card; by default the repository's name, or the backbone's.
         repo_id: "owner/name" of the repository.
+
+    Returns:
+        The card; `str(card)` is its Markdown.
     """
     training = _training(network.provenance)
     source = network.provenance.get("origin", network.provenance)

@@ -50,14 +50,16 @@ def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
 
 
 class RetrievalNetwork(nn.Module):
-    """Backbone, pooling, whitening layer and scales (method of the reference's model/resnet.py:248-288).
+    """Network from image to descriptor: backbone, pooling, whitening layer and scales.
+
+    The method is that of the reference (model/resnet.py, lines 248-288). Use `load_model` to create one.
 
     Args:
-        backbone: from image to feature map.
+        backbone: network from image to feature map.
         pooling: switches and constants; ReLUP is installed into the backbone here.
         dim: outputs of the whitening layer; None for no whitening (D = the backbone's channels).
         scales: 1, 3, 5 or a list of factors.
-        antialias: filter when a scale shrinks the image; the paper's results are without.
+        antialias: apply a low-pass filter when a scale shrinks the image; the paper's results are without one.
 
     Attributes:
         dim: D of the descriptors.
@@ -97,6 +99,7 @@ class RetrievalNetwork(nn.Module):
 
     @property
     def config(self) -> PoolingConfig:
+        """Settings of the pooling."""
         return self.pooling.config
 
     def set_p(self, p: float | None) -> None:
@@ -124,7 +127,7 @@ class RetrievalNetwork(nn.Module):
         return self.whitening(F.normalize(pooled) if self.config.l2_before_whitening else pooled)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the descriptors of a batch of images.
+        """Compute the descriptors of a batch of images; small images are enlarged first, see `min_side`.
 
         Args:
             images: (B, 3, H, W) RGB, uint8 or float in 0..1.

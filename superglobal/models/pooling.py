@@ -160,7 +160,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 def gem(x: Tensor, p: float | Tensor = 3.0, eps: float = 1e-6) -> Tensor:
     """Compute the generalized mean over all positions of a map: (mean of max(x, eps)^p)^(1/p).
 
-    GeM+ is the same function with p = 4.6 and eps = 1e-8 (paper, section 3.1; gemp.py).
+    GeM+ is the same function with p = 4.6 and eps = 1e-8 (paper, section 3; gemp.py).
 
     Args:
         x: (B, C, H, W), any float dtype; values below eps count as eps.
@@ -241,13 +241,13 @@ def scale_gem(descriptors: Tensor | Sequence[Tensor], p: float = math.inf) -> Te
 
 
 class GeM(nn.Module):
-    """Generalized-mean pooling, (B, C, H, W) -> (B, C): (mean of max(x, eps)^p)^(1/p) over all positions.
+    """Generalized-mean pooling over all positions of a map: (mean of max(x, eps)^p)^(1/p).
 
-    `GeM(4.6, eps=1e-8)` is the paper's GeM+ (section 3.1). See `gem` for dtypes.
+    `GeM(4.6, eps=1e-8)` is the paper's GeM+ (section 3; reference file gemp.py).
 
     Args:
-        p: exponent.
-        eps: lower clamp; values below it count as eps.
+        p: exponent > 0; 1 is the mean, and large values approach the maximum.
+        eps: lower clamp > 0; values below it count as eps.
         learnable: make p a parameter of shape (1,), stored in the state dict as "p".
     """
 
@@ -259,6 +259,7 @@ class GeM(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pool a map (B, C, H, W) of any float dtype to (B, C) float32, or float64 for a float64 map."""
         return gem(x, self.p, self.eps)
 
     def extra_repr(self) -> str:
@@ -268,14 +269,15 @@ class GeM(nn.Module):
 
 
 class RegionalGeM(nn.Module):
-    """Regional-GeM, (B, C, H, W) -> (B, C, H, W): weight * GeM_window(x) + (1 - weight) * x (rgem.py).
+    """Regional-GeM, a map mixed with its windowed generalized mean: weight * GeM_window(x) + (1 - weight) * x.
 
-    See `regional_gem` for dtypes and the smallest map.
+    The window has stride 1 and reflect padding, so the map keeps its size (paper, section 3; reference file rgem.py).
+    Negative values count as 0 inside the window.
 
     Args:
-        p: exponent.
+        p: exponent > 0 of the mean inside the window.
         window: side of the window in cells, odd.
-        weight: of the windowed mean, in 0..1.
+        weight: weight of the windowed mean, in 0..1.
     """
 
     def __init__(self, p: float = 2.5, window: int = 5, weight: float = 0.5) -> None:
@@ -286,6 +288,11 @@ class RegionalGeM(nn.Module):
         self.p, self.window, self.weight = p, window, weight
 
     def forward(self, x: Tensor) -> Tensor:
+        """Mix a map (B, C, H, W) of any float dtype; return (B, C, H, W) float32, or float64 for a float64 map.
+
+        Raises:
+            InputError: a side of the map has `window // 2` cells or fewer.
+        """
         return regional_gem(x, self.p, self.window, self.weight)
 
     def extra_repr(self) -> str:
@@ -293,12 +300,14 @@ class RegionalGeM(nn.Module):
 
 
 class ScaleGeM(nn.Module):
-    """Scale-GeM, S descriptors of shape (B, D) or one tensor (S, B, D) -> (B, D), not normalized.
+    """Scale-GeM, the combination of an image's descriptors at several scales.
 
-    The maximum of the unit vectors for p = infinity, a generalized mean for a finite p. See `scale_gem`.
+    For p = infinity it is the elementwise maximum of the unit vectors. For a finite p it is the generalized mean of the
+    unnormalized vectors above their smallest component, computed for each image (paper, section 3; reference file
+    sgem.py).
 
     Args:
-        p: exponent.
+        p: exponent > 0.
     """
 
     def __init__(self, p: float = math.inf) -> None:
@@ -307,6 +316,7 @@ class ScaleGeM(nn.Module):
         self.p = p
 
     def forward(self, descriptors: Tensor | Sequence[Tensor]) -> Tensor:
+        """Combine S descriptors (B, D), or one tensor (S, B, D), to (B, D) float32 or float64, not normalized."""
         return scale_gem(descriptors, self.p)
 
     def extra_repr(self) -> str:
@@ -314,7 +324,7 @@ class ScaleGeM(nn.Module):
 
 
 class ReLUP(nn.Module):
-    """ReLU with a positive lower bound, max(x, alpha), any shape and dtype (relup.py).
+    """ReLU with a positive lower bound, max(x, alpha) (paper, section 3; reference file relup.py).
 
     Args:
         alpha: lower bound; smaller activations become alpha, not 0.
@@ -327,6 +337,7 @@ class ReLUP(nn.Module):
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
+        """Clamp a tensor of any shape and dtype from below."""
         return x.clamp_(min=self.alpha) if self.inplace else x.clamp(min=self.alpha)
 
     def extra_repr(self) -> str:

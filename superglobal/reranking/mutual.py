@@ -7,7 +7,7 @@
 In a weak descriptor space a few rows are near neighbors of nearly all others. SuperGlobal lets them into every
 refinement and, by its maximum, into every component of the expanded query. Mutual neighbors need no threshold on
 similarities, which would depend on the network, and cost nothing: the Gram matrix is there already. In a mean a wrong
-member has only its share. Form and constants were chosen on rendered landmarks: docs/reranking.md.
+member has only its share. Form and constants were chosen on rendered landmarks: docs/guides/reranking.md.
 """
 
 from __future__ import annotations

@@ -41,10 +41,19 @@ def expand_queries(
 ) -> np.ndarray:
     """Average each query with its n nearest database rows, for a second search.
 
-    Q, X, exclude, backend, device: as in `search`. n: at most all rows are used; 0 leaves the queries as they are.
-    alpha: power of a similarity, 0..1000; a negative similarity has weight 0.
+    This is alpha query expansion (Radenovic et al., TPAMI 2018): the weight of a row is its similarity to the power
+    of alpha.
 
-    Returns (Q, D) float32, unit norm. Raises InputError for parameters out of range and as `search` does.
+    Args:
+        Q, X, exclude, backend, device: as in `search`.
+        n: number of rows, >= 0; at most all rows are used, and 0 leaves the queries as they are.
+        alpha: power of a similarity, 0..1000; a negative similarity has weight 0.
+
+    Returns:
+        Queries (Q, D) float32, unit L2 norm.
+
+    Raises:
+        InputError: parameters out of range, or input that `search` rejects.
     """
     RERANKERS["aqe"].complete({"n": n, "alpha": alpha})
     rows = as_rows(X, "database")
@@ -67,13 +76,23 @@ def augment_database(
     device: str | torch.device | None = None,
     block_rows: int = 4096,
 ) -> Rows:
-    """Average each database row with its n nearest other rows, unit norm, to be searched in place of the database.
+    """Average each database row with its n nearest other rows, to be searched in place of the database.
 
-    X, backend, device: as in `search`. n, alpha: as in `expand_queries`. path: of an .npy file for the result,
-    float32, which is then memory-mapped; without it the result is in memory, 4 N D bytes. block_rows: rows that are
-    searched for at once, each time through the whole database: N^2 D products in all, never an N x N matrix.
+    This is database augmentation (Turcot and Lowe, 2009) with the weights of `expand_queries`. It computes N^2 D
+    products, but never an N x N matrix.
 
-    Raises InputError for parameters out of range, a file that cannot be written, and as `search` does.
+    Args:
+        X, backend, device: as in `search`.
+        n, alpha: as in `expand_queries`.
+        path: .npy file for the result, which is then memory-mapped; without it the result is in memory, 4 N D bytes.
+        block_rows: rows whose neighbors are searched in one pass over the database, >= 1.
+
+    Returns:
+        The new database (N, D) float32, unit L2 norm, which `search` accepts; `block(0, N)` is its array.
+
+    Raises:
+        InputError: parameters out of range, a file that cannot be written, rows that were skipped during extraction,
+            or input that `search` rejects.
     """
     RERANKERS["adba"].complete({"n": n, "alpha": alpha})
     if not isinstance(block_rows, int | np.integer) or block_rows < 1:

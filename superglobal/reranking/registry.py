@@ -60,23 +60,27 @@ def rerank(
     batch_size: int = 16,
     **parameters: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rerank the first min(M, k) of each shortlist; the rest keeps its order, with score -inf.
+    """Rerank the first min(M, k) images of each shortlist; the rest keeps its order, with score -inf.
+
+    "superglobal" is the reranking of the paper as in its reference code (section 3; reference folder
+    modules/reranking). The other methods name their sources in `conf/rerank`.
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
-        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm.
+        X: (N, D) database, unit L2 norm: an array, a memory map, a tensor or a `DescriptorStore`.
         ids: (Q, k) integers, best first, as `search` returns them.
-        M: images that are reranked.
-        K, beta: SuperGlobal's number of neighbors that refine a descriptor, and their weight per unit of similarity.
+        M: number of images that are reranked, >= 1; 400 by default.
+        K: for "superglobal" the number of neighbors that refine a descriptor, >= 1; 9 by default.
+        beta: for "superglobal" the weight of a neighbor per unit of similarity; 0.15 by default.
         method: "superglobal", "mutual", "kreciprocal", "diffusion", or a registered one.
-        device: where to compute; the CPU by default.
-        batch_size: shortlists at a time; memory is a few times (batch_size, M, D + M) float32, float64 for kreciprocal
-            and diffusion.
-        parameters: others of the method (`RERANKERS[method].parameters`); what is not given has the method's default.
+        device: device to compute on; the CPU by default.
+        batch_size: shortlists at a time; memory is a few times (batch_size, M, D + M) float32, float64 for
+            "kreciprocal" and "diffusion".
+        parameters: other parameters of the method; those that are not given have the method's defaults.
 
     Returns:
-        Scores (Q, k) float32 and ids (Q, k) int64, best first, equal scores by the lower id (kreciprocal and
-        diffusion: in the order of the shortlist).
+        Scores (Q, k) float32 and ids (Q, k) int64, best first, equal scores by the lower id ("kreciprocal" and
+        "diffusion": in the order of the shortlist).
 
     Raises:
         InputError: an unknown method or parameter, a value out of range, ids outside 0..N-1 or repeated, or bad rows.
@@ -116,12 +120,20 @@ def rerank_candidates(
     batch_size: int = 16,
     **parameters: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rerank candidates given as vectors, best first, such as the answer of a vector database.
+    """Rerank candidates given as vectors, such as the answer of a vector database.
 
-    Q: (Q, D) with candidates (Q, M, D), or (D,) with (M, D); unit L2 norm. Other arguments: as in `rerank`.
+    Args:
+        Q: (Q, D) queries, or (D,) for a single query, unit L2 norm.
+        candidates: (Q, M, D) candidates of each query, or (M, D) for a single query, best first, unit L2 norm.
+        K, beta, method, device, batch_size, parameters: as in `rerank`.
 
-    Returns scores (Q, M) float32 and order (Q, M) int64, positions in `candidates` best first, equal scores by
-    the lower position; both (M,) for a single query. Raises InputError as `rerank` does.
+    Returns:
+        Scores (Q, M) float32 and order (Q, M) int64, the positions in `candidates`, best first, equal scores by the
+        lower position; both (M,) for a single query.
+
+    Raises:
+        InputError: an unknown method or parameter, a value out of range, wrong shapes, or vectors that are not finite
+            or not of unit norm.
     """
     reranker = _shortlist_reranker(method)
     if "M" in parameters:

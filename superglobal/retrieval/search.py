@@ -45,20 +45,21 @@ def search(
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
-        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm; read once, in blocks.
+        X: (N, D) database, unit L2 norm: an array, a memory map, a tensor or a `DescriptorStore`, float16, float32 or
+            float64. It is read once, in blocks.
         k: results per query, 1..N.
-        backend: "torch" (any device), "faiss" (the CPU, or a GPU with faiss-gpu) or "auto" (see `resolve_backend`). All
-            return the same ids, because near-ties are compared by float64 scores.
-        device: where to compute; the CPU by default.
+        backend: "torch" (any device), "faiss" (the CPU, or a GPU with faiss-gpu) or "auto" (FAISS for up to 20,000 rows
+            if it is installed, else torch). All return the same ids, because near-ties are compared by float64 scores.
+        device: device to compute on; the CPU by default.
         block_rows: maximum number of rows in a block.
         exclude: (Q,) ids, one per query, that are never returned (leave-one-out).
-        dtype: of the scores; `merge_shortlists` needs float64.
+        dtype: dtype of the scores; `merge_shortlists` needs float64.
 
     Returns:
-        Scores (Q, k) and ids (Q, k) int64, best first.
+        Scores (Q, k) of `dtype` and ids (Q, k) int64, best first, equal scores by the lower id.
 
     Raises:
-        InputError: k outside 1..N, a bad row (NaN, zero, not unit), or different dimensions.
+        InputError: k outside 1..N, a bad row (NaN, zero, not of unit norm), or different dimensions.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
@@ -80,13 +81,14 @@ def merge_shortlists(
     """Merge the shortlists of the shards of a database into those of the whole database, exactly.
 
     Args:
-        shards: pairs (scores (Q, k_s) float64, ids (Q, k_s)) from `search(..., dtype=np.float64)` with the same
-            queries; k_s is k, or the number of the shard's rows. An id of -1 pads a short list.
-        k: length of the lists; by default that of the longest.
-        starts: id in the whole database of each shard's row 0; without it ids are those of the whole database.
+        shards: for each shard scores (Q, k_s) float64 and ids (Q, k_s) from `search(..., dtype=np.float64)` with the
+            same queries; k_s is k, or the number of rows of the shard if that is less. An id of -1 pads a short list.
+        k: length of the merged lists; by default that of the longest.
+        starts: for each shard the id of its first row in the whole database; without it the ids are those of the whole
+            database already.
 
     Returns:
-        Scores (Q, k) float64 and ids (Q, k) int64; where there are fewer, -inf and -1 at the end.
+        Scores (Q, k) float64 and ids (Q, k) int64, best first; shorter lists end with -inf and -1.
 
     Raises:
         InputError: float32 scores (rows that differ in float64 tie there), other shapes, an id in two shards.

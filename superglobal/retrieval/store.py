@@ -42,7 +42,13 @@ class DescriptorStore:
     normalized ones; reading returns float32 either way. A row may be `skipped`: it is complete, but search, ranks and
     reranking leave it out.
 
-    Use `DescriptorStore.open_or_create`. A store is a source for `as_rows`, so search and reranking accept it.
+    Create one with `open_or_create` or open one with `open`; search, reranking and whitening accept it as a database.
+
+    Attributes:
+        folder: folder of the store.
+        manifest: contents of `manifest.json`.
+        shape: (N, D).
+        dtype: dtype of the stored values, float32 or float16.
     """
 
     validated = True
@@ -82,12 +88,16 @@ class DescriptorStore:
         """Open the store of these descriptors in `folder`, or create an empty one.
 
         Args:
-            folder: of this store alone; its name should contain the fingerprint.
-            identity, images: see `fingerprint`.
+            folder: folder of this store alone; its name should contain the fingerprint.
+            identity: everything that changes a descriptor, as plain types, such as `RetrievalNetwork.identity()`.
+            images: N lines, one per row: name and content signature of the image.
             dim: D.
             shard_rows: rows per file of a new store.
             provenance: versions and device, recorded in a new store.
             dtype: "float32", or "float16" for half the size.
+
+        Returns:
+            The store, whose `missing` rows are to be written.
 
         Raises:
             InputError: the folder contains other descriptors or a damaged store, or cannot be written.
@@ -110,27 +120,31 @@ class DescriptorStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> DescriptorStore:
-        """Open an existing store. Raises InputError for no store or a damaged one."""
+        """Open an existing store.
+
+        Raises:
+            InputError: the folder has no store, or a damaged one.
+        """
         return cls(Path(folder), read_manifest(Path(folder)))
 
     @property
     def done(self) -> np.ndarray:
-        """(N,) bool: which rows are complete, written or skipped."""
+        """Mask (N,) bool of the complete rows, which are written or skipped."""
         return np.asarray(self._done) != 0
 
     @property
     def written(self) -> np.ndarray:
-        """(n,) int64: rows that have a descriptor."""
+        """Rows (n,) int64 that have a descriptor."""
         return np.flatnonzero(np.asarray(self._done) == _WRITTEN)
 
     @property
     def skipped(self) -> np.ndarray:
-        """(n,) int64: complete rows without a descriptor, which are never ranked."""
+        """Rows (n,) int64 that are complete without a descriptor and are never ranked."""
         return np.flatnonzero(np.asarray(self._done) == _SKIPPED)
 
     @property
     def missing(self) -> np.ndarray:
-        """(n,) int64: rows that are not complete."""
+        """Rows (n,) int64 that are not complete."""
         return np.flatnonzero(~self.done)
 
     def fingerprint(self) -> str:
@@ -140,7 +154,11 @@ class DescriptorStore:
 
     @property
     def names(self) -> list[str]:
-        """The image list given at creation. Raises InputError if it is missing or does not match the fingerprint."""
+        """Image list given at creation.
+
+        Raises:
+            InputError: the list is missing or does not match the fingerprint.
+        """
         names = read_names(self.folder, len(self))
         if fingerprint(self.manifest["identity"], names, self.manifest["dtype"]) != self.manifest["fingerprint"]:
             raise InputError(
@@ -149,7 +167,11 @@ class DescriptorStore:
         return names
 
     def write_rows(self, rows: np.ndarray, descriptors: np.ndarray) -> None:
-        """Store descriptors (n, D) in `rows` (n,). float16 stores keep x / |x|, rounded.
+        """Store descriptors; a float16 store normalizes and rounds them.
+
+        Args:
+            rows: (n,) integers in 0..N-1.
+            descriptors: (n, D), unit L2 norm to 1e-3.
 
         Raises:
             InputError: a wrong shape, a row out of range, values that are not finite or not of unit norm; then nothing
@@ -183,9 +205,14 @@ class DescriptorStore:
         self._mark(rows, _WRITTEN)
 
     def skip(self, rows: np.ndarray, notes: Sequence[str] | None = None) -> None:
-        """Mark rows (n,) as complete without a descriptor: images that cannot be read.
+        """Mark rows as complete without a descriptor, for images that cannot be read.
 
-        notes: per row its image, a tab and the reason, for `skipped.txt`.
+        Args:
+            rows: (n,) integers in 0..N-1.
+            notes: for each row its image, a tab and the reason, for `skipped.txt`.
+
+        Raises:
+            InputError: a row is out of range, or the list cannot be written.
         """
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         self._require_inside(rows)
@@ -206,7 +233,7 @@ class DescriptorStore:
             self.flush()
 
     def flush(self) -> None:
-        """Flush written rows to disk and mark them as done.
+        """Flush written rows to disk, then mark them as done. Call it after the last `write_rows`.
 
         Raises:
             InputError: the disk is full or gone; rows marked before stay valid.
@@ -230,11 +257,15 @@ class DescriptorStore:
 
     @property
     def converts(self) -> bool:
-        """Whether reading converts to float32."""
+        """True if reading converts to float32."""
         return self.dtype != np.float32
 
     def block(self, start: int, stop: int) -> np.ndarray:
-        """Return rows start..stop-1 as (n, D) float32, a view of the shard if possible."""
+        """Return rows start..stop-1 as (n, D) float32, a view of the shard if possible.
+
+        Raises:
+            InputError: the store is not complete.
+        """
         self._require_complete()
         pieces = list(self._pieces(start, stop))
         if len(pieces) == 1 and not self.converts:
@@ -262,7 +293,11 @@ class DescriptorStore:
             start += len(piece)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Return the rows `ids`, of any shape (...,), as (..., D) float32."""
+        """Return the rows `ids`, of any shape (...,), as (..., D) float32.
+
+        Raises:
+            InputError: the store is not complete.
+        """
         self._require_complete()
         return self.read_rows(ids)
 

@@ -25,21 +25,23 @@ _PRODUCT_ROWS = 256
 
 
 class Whitening:
-    """Center or whiten descriptors, in the manner of scikit-learn.
+    """Center or whiten descriptors by the statistics of a database, with the interface of scikit-learn.
+
+    "center" subtracts the mean. "pca" projects the difference on the principal axes, each divided by the root of its
+    eigenvalue. Both normalize the result to unit L2 norm.
 
     Args:
         kind: "pca" or "center".
-        dims: pca: number of principal axes that are kept; D by default.
+        dims: for "pca" the number of principal axes that are kept, 1..D; D by default.
 
-    Attributes:
-        mean_: (D,) float64, mean of the rows that `fit` was given.
-        components_: pca: (dims, D) float64, the principal axes, each divided by the root of its eigenvalue; None for
-            center. `transform` computes (x - mean_) @ components_.T, normalized.
-        n_samples_: number of these rows.
+    Raises:
+        InputError: an unknown kind.
     """
 
     mean_: np.ndarray
+    """Mean (D,) float64 of the rows given to `fit`."""
     n_samples_: int
+    """Number of rows given to `fit`, without skipped ones."""
 
     def __init__(self, kind: str = "pca", dims: int | None = None) -> None:
         if kind not in KINDS[1:]:
@@ -49,12 +51,20 @@ class Whitening:
 
     @property
     def components_(self) -> np.ndarray | None:
+        """Principal axes (dims, D) float64, each divided by the root of its eigenvalue; None for "center"."""
         return None if self._axes is None else self._axes.T
 
     def fit(self, X: Any) -> Whitening:
-        """Compute mean and axes of X (N, D), anything that `as_rows` accepts, in one pass by blocks, in float64.
+        """Compute mean and axes in one pass over the rows, in float64.
 
-        Skipped rows do not count. pca needs more rows than axes: with as many of each, any rows become orthogonal.
+        Rows that a store skips do not count. "pca" needs more rows than axes, because the directions of too few rows
+        become orthogonal after whitening, whatever the images show.
+
+        Args:
+            X: (N, D) database: an array, a memory map, a tensor or a `DescriptorStore`.
+
+        Returns:
+            The object itself.
 
         Raises:
             InputError: bad rows, or dims out of range or more than the rows allow.
@@ -99,12 +109,16 @@ class Whitening:
         return dims
 
     def transform(self, X: Any) -> np.ndarray:
-        """Return descriptors (N, D) as (N, D or dims) float32 of unit norm; a row equal to the mean becomes zero."""
+        """Return descriptors (N, D) as (N, D) or (N, dims) float32, unit norm; a row equal to the mean becomes zero.
+
+        Raises:
+            InputError: bad rows, or another D than that of `fit`.
+        """
         rows = self.transform_rows(X)
         return rows.block(0, len(rows))
 
     def transform_rows(self, X: Any, name: str = "descriptors") -> Rows:
-        """Return descriptors (N, D) as Rows that are transformed when they are read, block by block.
+        """Return descriptors (N, D) as rows that are transformed when they are read, block by block.
 
         Raises:
             InputError: `fit` was not called, or another D.
@@ -136,7 +150,11 @@ class Whitening:
             np.savez(file, **arrays)
 
     def load(self, path: Path, identity: str) -> Whitening:
-        """Read the values of `save`. Raises InputError for a damaged file or another identity."""
+        """Read the values of `save`.
+
+        Raises:
+            InputError: the file is damaged, or has another identity.
+        """
         try:
             with np.load(path, allow_pickle=False) as file:
                 if str(file["identity"]) != identity:
