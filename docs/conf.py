@@ -29,6 +29,7 @@ napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 
 html_theme = "furo"
+html_favicon = "images/favicon.svg"
 html_title = f"superglobal {release}"
 
 STORE_COMMANDS = ("info", "verify", "export", "merge")

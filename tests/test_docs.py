@@ -135,6 +135,14 @@ def test_commands_are_found():
     assert commands("```bash\nOMP_NUM_THREADS=1 superglobal toy-data  # note\n```") == [["superglobal toy-data"]]
 
 
+def test_commands_of_every_program_are_found():
+    """Without this, the next test would pass if no command were recognized."""
+    programs = [words[0] for document in DOCUMENTS for words in commands(text_of(document))]
+    assert {program.removeprefix("superglobal ") for program in programs} >= COMMANDS.keys() - {"evaluate", "train"}
+    assert programs.count("eval.py") > 50
+    assert programs.count("train.py") > 15
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_is_accepted(document, folder, namespaces, monkeypatch):
     text = text_of(document)
@@ -158,7 +166,8 @@ def test_photos_brought_into_the_layout_are_trained_on(folder, namespaces, monke
     assert sorted(places, key=str) == sorted(({f"label{i}"} for i in range(10)), key=str)
     words = command_of(OWN_IMAGES, "train.py", "name=mine")
     less = ["optim.epochs=1", "optim.batch_size=8", "data.image_size=64", *QUIET[:-1]]
-    train(composed([*words, *less], folder), folder / "outputs" / "train" / "mine")
+    score = train(composed([*words, *less], folder), folder / "outputs" / "train" / "mine")
+    assert score > 0.5
     about = read_weights("outputs/train/mine/best.safetensors")
     assert about.backbone == "tf_efficientnet_lite0"
 
