@@ -18,7 +18,7 @@ from superglobal.data.images import read_image
 from superglobal.data.revisited import load_ground_truth, revisited_set
 from superglobal.errors import InputError
 from superglobal.toy import make
-from superglobal.toy.draws import Draws
+from superglobal.toy.numerics import RandomStream
 from superglobal.toy.photo import frame
 from superglobal.toy.plan import SIZES, Shot, Size, plan
 from superglobal.toy.trace import cast, landmark_mask
@@ -64,19 +64,19 @@ def test_pixels_are_the_same_on_every_machine(kind):
     for shot in [shot for shot in plan(SIZES["small"], 0) if shot.set == kind][-2:]:
         pixels = frame(0, 160, shot).pixels()
         digest.update(repr(pixels.shape).encode() + pixels.tobytes())
-    assert digest.hexdigest()[:16] == PIXELS[kind], "pixels changed: raise toy.VERSION and freeze them anew"
+    assert digest.hexdigest()[:16] == PIXELS[kind], "pixels changed: raise toy.VERSION and update these digests"
 
 
 def test_draws_are_what_they_say():
-    draws = Draws("test", 1)
-    reals = [draws.real(2, 3) for _ in range(2000)]
+    draws = RandomStream("test", 1)
+    reals = [draws.uniform(2, 3) for _ in range(2000)]
     assert min(reals) >= 2
     assert max(reals) < 3
     assert abs(math.fsum(reals) / 2000 - 2.5) < 0.03
-    assert {draws.whole(1, 3) for _ in range(200)} == {1, 2, 3}
+    assert {draws.integer(1, 3) for _ in range(200)} == {1, 2, 3}
     assert max(abs(draws.bell(5)) for _ in range(500)) < 5
     assert draws.bytes(3, 5).shape == (3, 5)
-    assert Draws("test", 1).real() == Draws("test", 1).real() != Draws("test", 2).real()
+    assert RandomStream("test", 1).uniform() == RandomStream("test", 1).uniform() != RandomStream("test", 2).uniform()
 
 
 def test_workers_interruption_and_lost_photos_change_nothing(tmp_path, micro, monkeypatch):
@@ -252,28 +252,28 @@ def test_a_photo_depends_on_its_own_key_alone():
 
 def test_errors_name_the_place_and_the_mend(tmp_path, micro):
     toy.make_toy(tmp_path / "set", "micro", SEED, workers=1)
-    with pytest.raises(InputError, match=r"seed 3; asked for was .*seed 4\); remove the folder or choose another"):
+    with pytest.raises(InputError, match=r"seed 3\): expected .*seed 4; remove the folder, or choose another"):
         toy.make_toy(tmp_path / "set", "micro", 4)
-    with pytest.raises(InputError, match="size micro, seed 3; asked for was version 2, size tiny"):
+    with pytest.raises(InputError, match=r"size micro, seed 3\): expected version 2, size tiny"):
         toy.make_toy(tmp_path / "set", "tiny", SEED)
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "toy.unfinished.json").write_text('{"version": 2, "size": "large", "seed": 0}')
-    with pytest.raises(InputError, match="holds another one"):
+    with pytest.raises(InputError, match="contains a different one"):
         toy.make_toy(tmp_path / "begun", "micro", 0)
     (tmp_path / "begun" / "toy.unfinished.json").write_text("[]")
-    with pytest.raises(InputError, match="holds another one"):
+    with pytest.raises(InputError, match="contains a different one"):
         toy.make_toy(tmp_path / "begun", "micro", 0)
     (tmp_path / "begun" / "toy.unfinished.json").write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read"):
         toy.make_toy(tmp_path / "begun", "micro", 0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "holiday.jpg").touch()
-    with pytest.raises(InputError, match=r"holds something else \(holiday.jpg"):
+    with pytest.raises(InputError, match=r"contains other files, such as holiday\.jpg: expected"):
         toy.make_toy(tmp_path / "mine", "micro", 0)
-    with pytest.raises(InputError, match="is a file; choose a folder"):
+    with pytest.raises(InputError, match="is a file: expected a folder"):
         toy.make_toy(tmp_path / "mine" / "holiday.jpg", "micro", 0)
     for bad in ({"size": "huge"}, {"seed": -1}, {"workers": 0}):
-        with pytest.raises(InputError, match="toy set: "):
+        with pytest.raises(InputError, match="toy data set: "):
             toy.make_toy(tmp_path / "new", **({"size": "micro"} | bad))
     assert not (tmp_path / "new").exists()
 
@@ -289,4 +289,4 @@ def test_the_command_reuses_the_set_and_draws_the_sheet(tiny, tmp_path, capsys):
     assert "rendered" not in said.err
     assert read_image(sheet).shape[1] > 900
     assert run("--seed", "99") == 2
-    assert capsys.readouterr().err.startswith("error: toy set: ")
+    assert capsys.readouterr().err.startswith("error: toy data set: ")

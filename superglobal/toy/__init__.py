@@ -1,4 +1,4 @@
-"""The toy set: rendered landmarks in the official layouts, and its contact sheet (see `make_toy`)."""
+"""Render the toy data set: images of landmarks in the layouts of the official data sets, and a contact sheet."""
 
 from superglobal.toy.make import VERSION, make_toy
 from superglobal.toy.plan import SIZES

@@ -1,28 +1,41 @@
-"""Buildings of eight forms, put together out of solids. The front is near y = 0, the plan is centred at x = 0."""
+"""Construct buildings of eight forms from convex solids.
+
+The front of a building is near y = 0, and its floor plan is centered at x = 0. All lengths are in meters.
+"""
 
 from __future__ import annotations
 
 import itertools
 
-from superglobal.toy.draws import Draws, sine
 from superglobal.toy.facade import Style, draw_facade, draw_layout
+from superglobal.toy.numerics import RandomStream, sine
 from superglobal.toy.solids import Polygon, Solid, block, ring, solid
 from superglobal.toy.texture import Texture
 
 
 class Builder:
-    """Puts one building together out of boxes, roofs, towers, columns and domes."""
+    """Builder of one building from boxes, roofs, towers, columns and domes.
 
-    def __init__(self, draws: Draws, style: Style, roof: Texture) -> None:
-        self.draws, self.style, self.roof = draws, style, roof
+    Args:
+        rng: source of random numbers.
+        style: style of the building.
+        roof: texture of the roofs.
+
+    Attributes:
+        solids: the solids of the building so far.
+    """
+
+    def __init__(self, rng: RandomStream, style: Style, roof: Texture) -> None:
+        self.rng, self.style, self.roof = rng, style, roof
         self.solids: list[Solid] = []
 
     def wall(self, width: float, height: float, front: bool = False) -> Texture:
-        layout = draw_layout(self.draws, self.style, width, height, front)
-        return draw_facade(self.draws, self.style, layout)
+        """Return the texture of a random wall."""
+        layout = draw_layout(self.rng, self.style, width, height, front)
+        return draw_facade(self.rng, self.style, layout)
 
     def box(self, x: float, width: float, y: float, depth: float, z: float, height: float, front: bool = False) -> None:
-        """A block centred at `x`, its front at `y`, standing on `z`."""
+        """Add a box centered at `x`, with its front at `y` and its bottom at `z`."""
         face = self.wall(width, height, front)
         side = self.wall(depth, height)
         self.solids.append(block(x, width, y, depth, z, height, face, side, self.style.roof))
@@ -30,7 +43,7 @@ class Builder:
     def ridge(
         self, x: float, width: float, y: float, depth: float, z: float, rise: float, hip: float, turn: bool
     ) -> None:
-        """A gable roof (hip 0) or hipped roof; its ridge runs along x, or along y where `turn`."""
+        """Add a gable roof (`hip` is 0) or a hipped roof. Its ridge is parallel to the x axis, or to y if `turn`."""
         x0, x1, y0, y1, top = x - width / 2 - 0.4, x + width / 2 + 0.4, y - 0.4, y + depth + 0.4, z + rise
         a, b, c, d = (x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)
         if turn:
@@ -45,21 +58,21 @@ class Builder:
         self.solids.append(solid([*faces, ((a, b, c, d), None, self.style.trim)]))
 
     def spire(self, x: float, y: float, radius: float, z: float, rise: float, sides: int) -> None:
-        """A pyramid over a regular ground plan around (x, y)."""
+        """Add a pyramid whose base is a regular polygon around (x, y)."""
         base = ring(x, y, radius, z, sides)
         faces = [((base[i - 1], base[i], (x, y, z + rise)), self.roof, self.style.roof) for i in range(sides)]
         self.solids.append(solid([*faces, (base, None, self.style.roof)]))
 
     def prism(self, x: float, y: float, radius: float, z: float, height: float, sides: int, thin: bool = False) -> None:
-        """A column (`thin`: plain and without a shadow on others) or a drum with windows."""
+        """Add a drum with windows, or a plain column that casts no shadow if `thin`."""
         low, high = ring(x, y, radius, z, sides), ring(x, y, radius, z + height, sides)
         texture = None if thin else self.wall(2 * radius * sine(180 / sides), height)
-        colour = self.style.trim
-        faces = [((low[i - 1], low[i], high[i], high[i - 1]), texture, colour) for i in range(sides)]
-        self.solids.append(solid([*faces, (low, None, colour), (high, None, colour)], casts=not thin))
+        color = self.style.trim
+        faces = [((low[i - 1], low[i], high[i], high[i - 1]), texture, color) for i in range(sides)]
+        self.solids.append(solid([*faces, (low, None, color), (high, None, color)], casts=not thin))
 
     def dome(self, x: float, y: float, radius: float, z: float, rise: float) -> None:
-        """Rings of ten facets, narrowing to a lantern."""
+        """Add a dome: rings of ten faces that narrow towards a lantern."""
         levels = [(0.0, 1.0), (0.45, 0.92), (0.78, 0.68), (1.0, 0.14)]
         for (low, wide), (high, narrow) in itertools.pairwise(levels):
             a, b = ring(x, y, radius * wide, z + rise * low, 10), ring(x, y, radius * narrow, z + rise * high, 10)
@@ -68,153 +81,163 @@ class Builder:
         self.prism(x, y, radius * 0.14, z + rise, rise * 0.3, 6, thin=True)
 
     def portico(self, x: float, width: float, height: float, deep: float) -> None:
-        """Free columns carrying a pediment before the front."""
-        count, radius = self.draws.pick((4, 4, 6, 8)), min(0.55, width / 22)
+        """Add a row of columns with a pediment in front of the building."""
+        count, radius = self.rng.choice((4, 4, 6, 8)), min(0.55, width / 22)
         for i in range(count):
             at = x - width / 2 + radius + (width - 2 * radius) * i / (count - 1)
             self.prism(at, -deep + radius, radius, 0, height, 8, thin=True)
         trim = self.style.trim
         self.solids.append(block(x, width + 0.6, -deep - 0.2, deep + 0.2, height, 1.2, None, None, trim))
-        self.ridge(x, width + 0.2, -deep - 0.1, deep + 0.1, height + 1.2, width * self.draws.real(0.14, 0.24), 0, True)
+        self.ridge(x, width + 0.2, -deep - 0.1, deep + 0.1, height + 1.2, width * self.rng.uniform(0.14, 0.24), 0, True)
 
     def top(self, x: float, width: float, y: float, depth: float, z: float) -> None:
-        """A roof of some kind over a block."""
+        """Add a random roof, possibly flat, on a box."""
         kind, rise = (
-            self.draws.pick(("hip", "hip", "gable", "flat")),
-            self.draws.real(2.0, 0.34 * min(width, depth) + 2.5),
+            self.rng.choice(("hip", "hip", "gable", "flat")),
+            self.rng.uniform(2.0, 0.34 * min(width, depth) + 2.5),
         )
         if kind != "flat":
             turn = depth > width
             self.ridge(x, width, y, depth, z, rise, 0.45 * min(width, depth) if kind == "hip" else 0, turn)
 
     def turret(self, x: float, y: float, side: float, height: float, z: float = 0.0) -> None:
-        """A square or eight-sided tower around (x, y) with a cap."""
-        if self.draws.chance(0.65):
+        """Add a square or octagonal tower around (x, y) with a random cap."""
+        if self.rng.chance(0.65):
             self.box(x, side, y - side / 2, side, z, height)
             corners = 4
         else:
             self.prism(x, y, side * 0.54, z, height, 8)
             corners = 8
-        cap = self.draws.pick(("spire", "spire", "low", "dome", "flat"))
+        cap = self.rng.choice(("spire", "spire", "low", "dome", "flat"))
         radius = side * (0.74 if corners == 4 else 0.58)
         if cap in ("spire", "low"):
-            self.spire(x, y, radius, z + height, side * (self.draws.real(1.4, 2.6) if cap == "spire" else 0.6), corners)
+            self.spire(
+                x, y, radius, z + height, side * (self.rng.uniform(1.4, 2.6) if cap == "spire" else 0.6), corners
+            )
         elif cap == "dome":
-            self.dome(x, y, side * 0.5, z + height, side * self.draws.real(0.5, 0.8))
+            self.dome(x, y, side * 0.5, z + height, side * self.rng.uniform(0.5, 0.8))
 
     def palace(self) -> None:
-        draws = self.draws
-        width, depth, height = draws.real(20, 36), draws.real(10, 16), draws.real(10, 18)
+        """Add a wide block with a roof, and often a projection, portico, turrets or pavilions."""
+        rng = self.rng
+        width, depth, height = rng.uniform(20, 36), rng.uniform(10, 16), rng.uniform(10, 18)
         self.box(0, width, 0, depth, 0, height, front=True)
         self.top(0, width, 0, depth, height)
-        plan = draws.pick(("plain", "risalit", "portico", "turrets", "pavilions"))
+        plan = rng.choice(("plain", "risalit", "portico", "turrets", "pavilions"))
         if plan == "risalit":
-            self.box(0, width * 0.3, -1.6, 6, 0, height * draws.real(1.05, 1.3), front=True)
+            self.box(0, width * 0.3, -1.6, 6, 0, height * rng.uniform(1.05, 1.3), front=True)
         elif plan == "portico":
-            self.portico(draws.pick((0.0, 0.0, width * 0.2)), width * 0.4, height * 0.6, 3.5)
+            self.portico(rng.choice((0.0, 0.0, width * 0.2)), width * 0.4, height * 0.6, 3.5)
         elif plan == "turrets":
             for side in (-1, 1):
-                self.turret(side * width / 2, 2.0, draws.real(3.5, 5), height * 1.25)
+                self.turret(side * width / 2, 2.0, rng.uniform(3.5, 5), height * 1.25)
         elif plan == "pavilions":
             for side in (-1, 1):
                 self.box(side * width * 0.5, width * 0.24, -1.5, depth, 0, height * 0.8, front=False)
                 self.top(side * width * 0.5, width * 0.24, -1.5, depth, height * 0.8)
 
     def church(self) -> None:
-        draws = self.draws
-        width, depth, height = draws.real(11, 18), draws.real(20, 32), draws.real(10, 17)
+        """Add a nave with a gable roof and up to two towers."""
+        rng = self.rng
+        width, depth, height = rng.uniform(11, 18), rng.uniform(20, 32), rng.uniform(10, 17)
         self.box(0, width, 0, depth, 0, height, front=True)
-        self.ridge(0, width, 0, depth, height, width * draws.real(0.4, 0.75), 0, True)
-        plan, side = draws.pick(("twin", "left", "right", "middle", "none")), draws.real(4.5, 6.5)
+        self.ridge(0, width, 0, depth, height, width * rng.uniform(0.4, 0.75), 0, True)
+        plan, side = rng.choice(("twin", "left", "right", "middle", "none")), rng.uniform(4.5, 6.5)
         if plan == "twin":
-            rise = draws.real(1.3, 1.9)
+            rise = rng.uniform(1.3, 1.9)
             for sign in (-1, 1):
                 self.turret(sign * (width / 2 + side * 0.3), side / 2 - 0.5, side, height * rise)
         elif plan != "none":
             x = {"left": -width / 2 - side * 0.4, "right": width / 2 + side * 0.4, "middle": 0.0}[plan]
-            self.turret(x, side / 2 - (1.0 if plan == "middle" else -2.0), side, height * draws.real(1.5, 2.2))
+            self.turret(x, side / 2 - (1.0 if plan == "middle" else -2.0), side, height * rng.uniform(1.5, 2.2))
 
     def basilica(self) -> None:
-        draws = self.draws
-        width, depth, height = draws.real(18, 28), draws.real(18, 26), draws.real(10, 14)
+        """Add a block with a dome, and often a portico or two towers."""
+        rng = self.rng
+        width, depth, height = rng.uniform(18, 28), rng.uniform(18, 26), rng.uniform(10, 14)
         self.box(0, width, 0, depth, 0, height, front=True)
-        radius, x = draws.real(4.5, 7.5), draws.pick((0.0, 0.0, width * 0.2, -width * 0.2))
-        drum = draws.real(2.5, 6)
+        radius, x = rng.uniform(4.5, 7.5), rng.choice((0.0, 0.0, width * 0.2, -width * 0.2))
+        drum = rng.uniform(2.5, 6)
         self.prism(x, depth * 0.45, radius, height, drum, 10)
-        self.dome(x, depth * 0.45, radius * 1.04, height + drum, radius * draws.real(0.8, 1.3))
-        if draws.chance(0.6):
-            self.portico(0, width * draws.real(0.4, 0.7), height * 0.66, 4.0)
-        if draws.chance(0.45):
+        self.dome(x, depth * 0.45, radius * 1.04, height + drum, radius * rng.uniform(0.8, 1.3))
+        if rng.chance(0.6):
+            self.portico(0, width * rng.uniform(0.4, 0.7), height * 0.66, 4.0)
+        if rng.chance(0.45):
             for sign in (-1, 1):
-                self.turret(sign * width * 0.45, 2.5, 4.0, height * draws.real(1.3, 1.7))
+                self.turret(sign * width * 0.45, 2.5, 4.0, height * rng.uniform(1.3, 1.7))
 
     def tower(self) -> None:
-        draws = self.draws
-        side, height, stages = draws.real(7, 11), draws.real(24, 40), draws.whole(2, 4)
+        """Add a tower of two to four stages, often with a side wing."""
+        rng = self.rng
+        side, height, stages = rng.uniform(7, 11), rng.uniform(24, 40), rng.integer(2, 4)
         foot = 0.0
         for stage in range(stages):
             tall, wide = height / stages, side * (1 - 0.13 * stage)
             self.box(0, wide, (side - wide) / 2, wide, foot, tall, front=stage in (0, stages - 1))
             foot += tall
-        cap, wide = draws.pick(("spire", "dome", "flat", "low")), side * (1 - 0.13 * (stages - 1))
+        cap, wide = rng.choice(("spire", "dome", "flat", "low")), side * (1 - 0.13 * (stages - 1))
         if cap == "dome":
             self.dome(0, side / 2, wide * 0.5, foot, wide * 0.6)
         elif cap != "flat":
             self.spire(0, side / 2, wide * 0.76, foot, wide * (1.8 if cap == "spire" else 0.6), 4)
-        if draws.chance(0.6):
-            wing, low = draws.real(8, 16), draws.real(7, 11)
-            x = draws.pick((-1, 1)) * (side / 2 + wing / 2)
+        if rng.chance(0.6):
+            wing, low = rng.uniform(8, 16), rng.uniform(7, 11)
+            x = rng.choice((-1, 1)) * (side / 2 + wing / 2)
             self.box(x, wing, 1.0, side, 0, low)
             self.top(x, wing, 1.0, side, low)
 
     def townhall(self) -> None:
-        draws = self.draws
-        width, depth, height = draws.real(18, 30), draws.real(9, 14), draws.real(10, 16)
+        """Add a block with a roof and a tower, and often dormers."""
+        rng = self.rng
+        width, depth, height = rng.uniform(18, 30), rng.uniform(9, 14), rng.uniform(10, 16)
         self.box(0, width, 0, depth, 0, height, front=True)
-        self.ridge(0, width, 0, depth, height, draws.real(4, 8), draws.pick((0.0, 3.0)), False)
+        self.ridge(0, width, 0, depth, height, rng.uniform(4, 8), rng.choice((0.0, 3.0)), False)
         self.turret(
-            width * draws.pick((0.0, 0.0, -0.3, 0.3, 0.42)), 2.2, draws.real(4.5, 6.5), height * draws.real(1.4, 2.3)
+            width * rng.choice((0.0, 0.0, -0.3, 0.3, 0.42)), 2.2, rng.uniform(4.5, 6.5), height * rng.uniform(1.4, 2.3)
         )
-        if draws.chance(0.5):
-            for step in range(draws.whole(2, 4)):
+        if rng.chance(0.5):
+            for step in range(rng.integer(2, 4)):
                 x = width * (-0.36 + 0.24 * step)
                 self.box(x, 3.0, -0.3, 3.0, height, 2.2)
                 self.ridge(x, 3.0, -0.3, 3.4, height + 2.2, 2.4, 0, True)
 
     def temple(self) -> None:
-        draws = self.draws
-        width, depth, height = draws.real(14, 26), draws.real(16, 26), draws.real(8, 12)
+        """Add a block behind a portico, and often side wings or a dome."""
+        rng = self.rng
+        width, depth, height = rng.uniform(14, 26), rng.uniform(16, 26), rng.uniform(8, 12)
         self.box(0, width * 0.88, 0, depth, 0, height, front=True)
         self.portico(0, width, height - 1.2, 4.0)
         self.ridge(0, width, 0, depth, height, width * 0.2, 0, True)
-        if draws.chance(0.5):
+        if rng.chance(0.5):
             for sign in (-1, 1):
-                wing = draws.real(5, 9)
+                wing = rng.uniform(5, 9)
                 self.box(sign * (width * 0.44 + wing / 2), wing, 3, depth * 0.6, 0, height * 0.7)
-        if draws.chance(0.3):
+        if rng.chance(0.3):
             self.prism(0, depth / 2, width * 0.22, height + 1, 4, 8)
             self.dome(0, depth / 2, width * 0.23, height + 5, width * 0.2)
 
     def fort(self) -> None:
-        draws = self.draws
-        width, depth, height = draws.real(22, 34), draws.real(14, 22), draws.real(8, 14)
+        """Add a block with battlements and corner towers, and often a keep."""
+        rng = self.rng
+        width, depth, height = rng.uniform(22, 34), rng.uniform(14, 22), rng.uniform(8, 14)
         self.box(0, width, 0, depth, 0, height, front=True)
-        side, rise = draws.real(4.5, 7), draws.real(1.1, 1.6)
+        side, rise = rng.uniform(4.5, 7), rng.uniform(1.1, 1.6)
         for sign in (-1, 1):
-            self.turret(sign * width / 2, 1.0, side * draws.pick((1.0, 1.0, 1.3)), height * rise)
-        if draws.chance(0.6):
-            self.turret(draws.real(-0.2, 0.2) * width, depth * 0.5, side * 1.3, height * draws.real(1.5, 2.1))
+            self.turret(sign * width / 2, 1.0, side * rng.choice((1.0, 1.0, 1.3)), height * rise)
+        if rng.chance(0.6):
+            self.turret(rng.uniform(-0.2, 0.2) * width, depth * 0.5, side * 1.3, height * rng.uniform(1.5, 2.1))
         for step in range(int(width / 2.6)):
             x = -width / 2 + 1.6 + 2.6 * step
             self.solids.append(block(x, 1.3, -0.1, 0.8, height, 1.1, None, None, self.style.wall, casts=False))
 
     def modern(self) -> None:
-        draws = self.draws
-        z, width, depth = 0.0, draws.real(16, 30), draws.real(12, 18)
-        for level in range(draws.whole(2, 3)):
-            tall = draws.real(5, 10)
-            self.box(draws.real(-3, 3), width, draws.real(-1, 2), depth, z, tall, front=level == 0)
+        """Add two or three stacked blocks with flat roofs, and often a tower."""
+        rng = self.rng
+        z, width, depth = 0.0, rng.uniform(16, 30), rng.uniform(12, 18)
+        for level in range(rng.integer(2, 3)):
+            tall = rng.uniform(5, 10)
+            self.box(rng.uniform(-3, 3), width, rng.uniform(-1, 2), depth, z, tall, front=level == 0)
             z += tall
-            width, depth = width * draws.real(0.6, 1.05), depth * draws.real(0.75, 1.0)
-        if draws.chance(0.5):
-            self.turret(draws.real(-0.4, 0.4) * width, 3, draws.real(3, 5), z * draws.real(1.1, 1.7))
+            width, depth = width * rng.uniform(0.6, 1.05), depth * rng.uniform(0.75, 1.0)
+        if rng.chance(0.5):
+            self.turret(rng.uniform(-0.4, 0.4) * width, 3, rng.uniform(3, 5), z * rng.uniform(1.1, 1.7))

@@ -1,4 +1,4 @@
-"""Facades: what the landmarks of a style share, what is each building's own, and how a wall is put together."""
+"""Draw facades from the style of a group of landmarks and the layout of each single wall."""
 
 from __future__ import annotations
 
@@ -8,145 +8,168 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from superglobal.toy.draws import Colour, Draws
+from superglobal.toy.numerics import Color, RandomStream
 from superglobal.toy.texture import TEXELS, Canvas, Texture, darker, whole_bytes
 
 
 @dataclass(frozen=True)
 class Style:
-    """What the landmarks of one group have in common: material, colours, shapes of windows, mouldings."""
+    """Properties that the landmarks of one group share.
 
-    wall: Colour
-    second: Colour
-    trim: Colour
-    roof: Colour
-    glass: Colour
+    Attributes:
+        wall: color of the walls.
+        second: second color of the walls, for example of shutters and stripes.
+        trim: color of frames, columns and moldings.
+        roof: color of the roofs.
+        glass: color of the windows.
+        material: one of `MATERIALS`.
+        windows: two of `OPENINGS`.
+        between: element between the bays: "column", "pilaster" or "nothing".
+        cornice: height of the cornice in meters.
+        hood: whether rectangular windows have a hood.
+        shutters: whether rectangular windows have shutters.
+        forms: two of `FORMS`.
+    """
+
+    wall: Color
+    second: Color
+    trim: Color
+    roof: Color
+    glass: Color
     material: str
     windows: tuple[str, ...]
     between: str
-    """What stands between the bays: "column", "pilaster" or "nothing"."""
     cornice: float
     hood: bool
     shutters: bool
     forms: tuple[str, ...]
-    """Kinds of building, see landmark.py."""
 
 
-WALLS: tuple[Colour, ...] = (
+WALLS: tuple[Color, ...] = (
     (214, 200, 170), (196, 170, 130), (156, 88, 70), (222, 184, 112), (208, 160, 146), (150, 148, 146),
     (226, 224, 216), (182, 192, 172), (122, 72, 62), (188, 128, 92), (168, 176, 188), (134, 120, 104),
 )  # fmt: skip
-ROOFS: tuple[Colour, ...] = ((84, 88, 98), (164, 84, 60), (104, 156, 136), (120, 122, 124), (110, 84, 66))
+ROOFS: tuple[Color, ...] = ((84, 88, 98), (164, 84, 60), (104, 156, 136), (120, 122, 124), (110, 84, 66))
 MATERIALS = ("plaster", "plaster", "brick", "ashlar", "ashlar", "banded", "panel")
 OPENINGS = ("rect", "rect", "arch", "arch", "pointed", "twin", "wide")
 FORMS = ("palace", "church", "basilica", "tower", "townhall", "temple", "fort", "modern")
 
 
-def draw_style(draws: Draws) -> Style:
-    wall = draws.tint(draws.pick(WALLS), 14)
-    light = draws.chance(0.7)
+def draw_style(rng: RandomStream) -> Style:
+    """Return a random style."""
+    wall = rng.tint(rng.choice(WALLS), 14)
+    light = rng.chance(0.7)
     trim = (min(250.0, wall[0] + 30), min(248.0, wall[1] + 32), min(240.0, wall[2] + 34))
-    first = draws.pick(OPENINGS)
+    first = rng.choice(OPENINGS)
     return Style(
         wall=wall,
-        second=draws.tint(draws.pick(WALLS), 10),
+        second=rng.tint(rng.choice(WALLS), 10),
         trim=trim if light else (wall[0] * 0.62, wall[1] * 0.6, wall[2] * 0.6),
-        roof=draws.tint(draws.pick(ROOFS), 10),
-        glass=draws.pick(((36, 44, 54), (52, 62, 70), (28, 30, 34), (64, 76, 92))),
-        material=draws.pick(MATERIALS),
-        windows=(first, draws.pick(OPENINGS)),
-        between=draws.pick(("nothing", "nothing", "pilaster", "column")),
-        cornice=draws.real(0.25, 0.7),
-        hood=draws.chance(0.5),
-        shutters=draws.chance(0.2),
-        forms=(draws.pick(FORMS), draws.pick(FORMS)),
+        roof=rng.tint(rng.choice(ROOFS), 10),
+        glass=rng.choice(((36, 44, 54), (52, 62, 70), (28, 30, 34), (64, 76, 92))),
+        material=rng.choice(MATERIALS),
+        windows=(first, rng.choice(OPENINGS)),
+        between=rng.choice(("nothing", "nothing", "pilaster", "column")),
+        cornice=rng.uniform(0.25, 0.7),
+        hood=rng.chance(0.5),
+        shutters=rng.chance(0.2),
+        forms=(rng.choice(FORMS), rng.choice(FORMS)),
     )
 
 
 @dataclass
 class Layout:
-    """What makes one building differ from the others of its style."""
+    """Arrangement of one wall, which distinguishes a building from the others of its style.
+
+    Attributes:
+        bays: widths of the bays in meters, from left to right.
+        floors: heights of the floors in meters, from bottom to top.
+        windows: shape of the windows of each floor, one of `OPENINGS`.
+        slim: width of a window as a fraction of its bay.
+        blank: (floor, bay) pairs without a window.
+        doors: bays with a door on the ground floor.
+        door: shape of the doors.
+        arcade: whether the ground floor has arches instead of windows.
+        ornament: kind of ornament, or "" for none.
+        ornament_at: center (x), bottom (z) and size of the ornament in meters.
+    """
 
     bays: list[float]
-    """Widths in metres, from the left."""
     floors: list[float]
-    """Heights in metres, from the ground."""
     windows: list[str]
-    """Kind per floor."""
     slim: float = 0.45
-    """Share of a bay that its window takes."""
     blank: set[tuple[int, int]] = field(default_factory=set)
-    """(floor, bay) without a window."""
     doors: set[int] = field(default_factory=set)
     door: str = "arch"
     arcade: bool = False
     ornament: str = ""
     ornament_at: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Middle, foot and size in metres."""
 
 
-def draw_layout(draws: Draws, style: Style, width: float, height: float, front: bool) -> Layout:
-    floors = _split(draws, height, draws.real(3.0, 5.2))
-    bays = _rhythm(draws, width, draws.real(2.2, 4.2))
-    layout = Layout(bays, floors, [draws.pick(style.windows) for _ in floors], draws.real(0.36, 0.62))
-    gap = draws.whole(2, 5)
-    if draws.chance(0.4):
+def draw_layout(rng: RandomStream, style: Style, width: float, height: float, front: bool) -> Layout:
+    """Return a random layout of a wall. Only a `front` has doors and an ornament."""
+    floors = _split(rng, height, rng.uniform(3.0, 5.2))
+    bays = _rhythm(rng, width, rng.uniform(2.2, 4.2))
+    layout = Layout(bays, floors, [rng.choice(style.windows) for _ in floors], rng.uniform(0.36, 0.62))
+    gap = rng.integer(2, 5)
+    if rng.chance(0.4):
         layout.blank = {(f, b) for f in range(len(floors)) for b in range(len(bays)) if (f + b) % gap == 0}
-    layout.arcade = draws.chance(0.25)
+    layout.arcade = rng.chance(0.25)
     if front:
         middle = len(bays) // 2
-        layout.doors = draws.pick(({middle}, {middle}, {0}, {middle - 1, middle + 1} if len(bays) > 3 else {middle}))
-        layout.door = draws.pick(("arch", "rect", "pointed"))
-        layout.ornament = draws.pick(("", "rose", "clock", "niche", "shield", "frieze"))
-        size = min(draws.real(2.2, 4.5), width * 0.35)
+        layout.doors = rng.choice(({middle}, {middle}, {0}, {middle - 1, middle + 1} if len(bays) > 3 else {middle}))
+        layout.door = rng.choice(("arch", "rect", "pointed"))
+        layout.ornament = rng.choice(("", "rose", "clock", "niche", "shield", "frieze"))
+        size = min(rng.uniform(2.2, 4.5), width * 0.35)
         layout.ornament_at = (
-            width * draws.pick((0.5, 0.5, 0.5, 0.25, 0.75)),
+            width * rng.choice((0.5, 0.5, 0.5, 0.25, 0.75)),
             height - size - style.cornice - 0.6,
             size,
         )
     return layout
 
 
-def _split(draws: Draws, total: float, size: float) -> list[float]:
-    """`total` metres in floors of about `size`, of which one may be taller."""
+def _split(rng: RandomStream, total: float, size: float) -> list[float]:
+    """Divide `total` meters into floors of about `size` meters, one of which may be taller."""
     count = max(1, round(total / size))
     parts = [1.0] * count
-    parts[draws.whole(0, count - 1)] = draws.pick((1.0, 1.3, 1.7))
+    parts[rng.integer(0, count - 1)] = rng.choice((1.0, 1.3, 1.7))
     whole = math.fsum(parts)
     return [total * part / whole for part in parts]
 
 
-def _rhythm(draws: Draws, total: float, size: float) -> list[float]:
-    """Bays mirrored about the middle, some wider."""
+def _rhythm(rng: RandomStream, total: float, size: float) -> list[float]:
+    """Divide `total` meters into symmetric bays of about `size` meters, two of which may be wider."""
     count = max(1, round(total / size))
     parts = [1.0] * count
-    if count > 2 and draws.chance(0.6):
-        wide, factor = draws.whole(0, count // 2), draws.real(1.3, 2.0)
+    if count > 2 and rng.chance(0.6):
+        wide, factor = rng.integer(0, count // 2), rng.uniform(1.3, 2.0)
         parts[wide] = parts[count - 1 - wide] = factor
     whole = math.fsum(parts)
     return [total * part / whole for part in parts]
 
 
-def draw_facade(draws: Draws, style: Style, layout: Layout) -> Texture:
-    """The whole wall: material, floors of windows, mouldings, doors, ornament."""
+def draw_facade(rng: RandomStream, style: Style, layout: Layout) -> Texture:
+    """Draw a wall: material, windows, moldings, doors and ornament."""
     width, height = math.fsum(layout.bays), math.fsum(layout.floors)
     canvas = Canvas(width, height, style.wall)
-    _lay_material(canvas, draws, style)
+    _lay_material(canvas, rng, style)
     canvas.band(0, width, 0, min(1.0, 0.08 * height), darker(style.wall, 0.7), 0.06)
     foot = 0.0
     for floor, tall in enumerate(layout.floors):
-        _floor(canvas, draws, style, layout, floor, foot, tall)
+        _floor(canvas, rng, style, layout, floor, foot, tall)
         foot += tall
         canvas.band(0, width, foot - 0.18, foot, style.trim, 0.12)
     if style.between != "nothing":
         _verticals(canvas, style, layout.bays, height)
     _ornament(canvas, style, layout)
     _cornice(canvas, style)
-    canvas.weather(draws, 0.16)
+    canvas.weather(rng, 0.16)
     return canvas.texture()
 
 
-def _lay_material(canvas: Canvas, draws: Draws, style: Style) -> None:
+def _lay_material(canvas: Canvas, rng: RandomStream, style: Style) -> None:
+    """Draw the bricks, stones or panels of the wall."""
     block, course, joint, spread = {
         "plaster": (0.0, 0.0, 0, 0),
         "brick": (0.5, 0.25, 26, 44),
@@ -161,15 +184,18 @@ def _lay_material(canvas: Canvas, draws: Draws, style: Style) -> None:
     row = (z / course).astype(np.int64)
     shifted = x + (row % 2) * (0 if style.material == "panel" else block / 2)
     column = (shifted / block).astype(np.int64)
-    hues = draws.bytes(64, 64)[row % 64, column % 64].astype(np.int32) * spread // 255 - spread // 2
+    hues = rng.bytes(64, 64)[row % 64, column % 64].astype(np.int32) * spread // 255 - spread // 2
     joints = (shifted - column * block < 1.01 / TEXELS) | (z - row * course < 1.01 / TEXELS)
     base = np.broadcast_to(np.asarray(whole_bytes(style.wall), np.int32), (rows, columns, 3))
     if style.material == "banded":
         base = np.where((row % 2 == 0)[..., None], base, np.asarray(whole_bytes(style.second), np.int32))
-    canvas.colour = np.clip(base + (hues - joints * joint)[..., None], 0, 255).astype(np.uint8)
+    canvas.color = np.clip(base + (hues - joints * joint)[..., None], 0, 255).astype(np.uint8)
 
 
-def _floor(canvas: Canvas, draws: Draws, style: Style, layout: Layout, floor: int, foot: float, tall: float) -> None:
+def _floor(
+    canvas: Canvas, rng: RandomStream, style: Style, layout: Layout, floor: int, foot: float, tall: float
+) -> None:
+    """Draw the windows, doors or arches of one floor."""
     left = 0.0
     for bay, wide in enumerate(layout.bays):
         middle = left + wide / 2
@@ -177,17 +203,25 @@ def _floor(canvas: Canvas, draws: Draws, style: Style, layout: Layout, floor: in
         if floor == 0 and bay in layout.doors:
             _door(canvas, style, layout.door, middle, min(wide * 0.8, 3.4), tall * 0.86)
         elif floor == 0 and layout.arcade:
-            _opening(canvas, draws, style, "arch", middle, 0.0, wide * 0.74, tall * 0.84, -0.9)
+            _opening(canvas, rng, style, "arch", middle, 0.0, wide * 0.74, tall * 0.84, -0.9)
         elif (floor, bay) not in layout.blank:
             kind = layout.windows[floor]
             width = wide * (0.84 if kind == "wide" else layout.slim)
-            _opening(canvas, draws, style, kind, middle, foot + tall * 0.22, width, tall * 0.58, -0.28)
+            _opening(canvas, rng, style, kind, middle, foot + tall * 0.22, width, tall * 0.58, -0.28)
 
 
 def _opening(
-    canvas: Canvas, draws: Draws, style: Style, kind: str, x: float, z: float, width: float, height: float, deep: float
+    canvas: Canvas,
+    rng: RandomStream,
+    style: Style,
+    kind: str,
+    x: float,
+    z: float,
+    width: float,
+    height: float,
+    deep: float,
 ) -> None:
-    """A window or arcade arch with surround, glass, bars, and sometimes hood or shutters."""
+    """Draw a window or an arch of an arcade, with its frame, glass, bars, hood and shutters."""
     outline = "arch" if kind == "twin" else "rect" if kind == "wide" else kind
     if style.shutters and kind == "rect" and deep > -0.5:
         for side in (-1, 1):
@@ -195,8 +229,8 @@ def _opening(
     canvas.shape(outline, x, z - 0.1, width + 0.44, height + 0.36, style.trim, 0.08)
     if style.hood and kind == "rect":
         canvas.shape("gable", x, z + height + 0.26, width + 0.9, 0.6, style.trim, 0.2)
-    lit = 255 if draws.chance(0.55) else 0
-    glass = style.glass if draws.chance(0.8) else darker(style.glass, 1.5)
+    lit = 255 if rng.chance(0.55) else 0
+    glass = style.glass if rng.chance(0.8) else darker(style.glass, 1.5)
     canvas.shape(outline, x, z, width, height, darker(style.glass, 0.5) if deep < -0.5 else glass, deep, lit)
     if deep < -0.5:
         return
@@ -214,6 +248,7 @@ def _opening(
 
 
 def _door(canvas: Canvas, style: Style, kind: str, x: float, width: float, height: float) -> None:
+    """Draw a door with its frame."""
     for ring in range(3):
         shrink = 1 - 0.13 * ring
         shade = style.trim if ring % 2 == 0 else darker(style.trim, 0.75)
@@ -223,7 +258,7 @@ def _door(canvas: Canvas, style: Style, kind: str, x: float, width: float, heigh
 
 
 def _verticals(canvas: Canvas, style: Style, bays: Sequence[float], height: float) -> None:
-    """Columns or pilasters at the edges of the bays, with base and capital."""
+    """Draw columns or pilasters, with bases and capitals, at the edges of the bays."""
     half = 0.3 if style.between == "column" else 0.24
     top = height - style.cornice - 0.3
     edges = [math.fsum(bays[:i]) for i in range(len(bays) + 1)]
@@ -237,12 +272,13 @@ def _verticals(canvas: Canvas, style: Style, bays: Sequence[float], height: floa
 
 
 def _ornament(canvas: Canvas, style: Style, layout: Layout) -> None:
+    """Draw the ornament, if the wall has one and it is not too low."""
     x, z, size = layout.ornament_at
     if not layout.ornament or z < 1.5:
         return
     if layout.ornament == "rose":
-        for share, colour, relief in ((1.0, style.trim, 0.2), (0.86, style.glass, -0.3), (0.3, style.trim, 0.0)):
-            canvas.shape("circle", x, z + size * (1 - share) / 2, size * share, size * share, colour, relief)
+        for share, color, relief in ((1.0, style.trim, 0.2), (0.86, style.glass, -0.3), (0.3, style.trim, 0.0)):
+            canvas.shape("circle", x, z + size * (1 - share) / 2, size * share, size * share, color, relief)
         for angle in range(8):
             dx, dz = (
                 (0.31, 0),
@@ -257,8 +293,8 @@ def _ornament(canvas: Canvas, style: Style, layout: Layout) -> None:
             part = size * 0.18
             canvas.shape("circle", x + dx * size, z + (0.5 + dz) * size - part / 2, part, part, style.trim, 0.0)
     elif layout.ornament == "clock":
-        for share, colour in ((1.0, style.trim), (0.84, (240, 236, 220)), (0.12, (40, 36, 34))):
-            canvas.shape("circle", x, z + size * (1 - share) / 2, size * share, size * share, colour, 0.2)
+        for share, color in ((1.0, style.trim), (0.84, (240, 236, 220)), (0.12, (40, 36, 34))):
+            canvas.shape("circle", x, z + size * (1 - share) / 2, size * share, size * share, color, 0.2)
         canvas.band(x - 0.08, x + 0.08, z + size * 0.5, z + size * 0.86, (40, 36, 34), 0.2)
         canvas.band(x, x + size * 0.28, z + size * 0.46, z + size * 0.54, (40, 36, 34), 0.2)
     elif layout.ornament == "niche":
@@ -275,6 +311,7 @@ def _ornament(canvas: Canvas, style: Style, layout: Layout) -> None:
 
 
 def _cornice(canvas: Canvas, style: Style) -> None:
+    """Draw the cornice along the top of the wall."""
     top, deep = canvas.height, style.cornice
     canvas.band(0, canvas.width, top - deep, top, style.trim, deep * 0.8)
     canvas.band(0, canvas.width, top - deep - 0.3, top - deep, darker(style.trim, 0.85), deep * 0.3)

@@ -1,4 +1,4 @@
-"""The official layouts around the photos of a toy set, and the rules by which photos are easy, hard or junk."""
+"""Write the lists and ground truths of the toy data set, and classify images as easy, hard or junk."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from superglobal.toy.landmark import EVALUATION, TRAINING
 from superglobal.toy.photo import COLUMNS, Photo
 from superglobal.utils.io import write_atomically
 
-JUNK_SHARE = 0.15
-EASY_SHARE = 0.6
-EASY_YAW = 30.0
-EASY_SCALE = 2.0
-CLEAN_SHARE = 0.2  # what train_clean.csv asks of a photo
+JUNK_SHARE = 0.15  # junk images show less of the landmark
+EASY_SHARE = 0.6  # easy images show at least this much of the landmark
+EASY_YAW = 30.0  # maximum difference of the yaw angles of an easy pair, in degrees
+EASY_SCALE = 2.0  # maximum ratio of the scales of an easy pair
+CLEAN_SHARE = 0.2  # images in train_clean.csv show at least this much of the landmark
 
 
 def relation(query: Photo, photo: Photo) -> str:
-    """What a database photo of the query's landmark is to the query.
+    """Classify a database image that shows the landmark of the query.
 
-    - "junk": under `JUNK_SHARE` of the landmark is seen.
-    - "easy": the yaws differ by at most `EASY_YAW` degrees, the scales (pixels a metre) by a factor of at most
-      `EASY_SCALE`, at least `EASY_SHARE` is seen, and both photos or neither are taken at night.
-    - "hard": everything else.
+    Returns:
+        "junk" if less than `JUNK_SHARE` of the landmark is visible. "easy" if at least `EASY_SHARE` is visible, the yaw
+        angles differ by at most `EASY_YAW` degrees, the scales (pixels per meter) differ by a factor of at most
+        `EASY_SCALE`, and both images or neither were taken at night. "hard" otherwise.
     """
     if photo.share < JUNK_SHARE:
         return "junk"
@@ -38,7 +38,7 @@ def relation(query: Photo, photo: Photo) -> str:
 
 
 def write_layouts(root: Path, photos: Sequence[Photo]) -> dict[str, int]:
-    """All lists and ground truths below `root`; returns how many pairs are easy, hard and junk."""
+    """Write all lists and ground truths below `root`, and return the numbers of easy, hard and junk pairs."""
     sets: dict[str, list[Photo]] = defaultdict(list)
     for photo in photos:
         sets[photo.set].append(photo)
@@ -52,16 +52,20 @@ def write_layouts(root: Path, photos: Sequence[Photo]) -> dict[str, int]:
 
 
 def name_of(photo: Photo) -> str:
-    """A photo's file name without ".jpg", which is what the lists of all layouts hold."""
+    """Return the file name without ".jpg", as in the lists of all layouts."""
     return PurePosixPath(photo.file).stem
 
 
 def landmark_id(photo: Photo) -> int:
-    """Number in the GLDv2-like lists: not consecutive, and the index counts otherwise than training, as in GLDv2."""
+    """Return the landmark_id in the GLDv2 lists.
+
+    As in GLDv2, the ids are not consecutive, and the ids of the index differ from those of training.
+    """
     return 101 + 7 * photo.landmark if photo.place == TRAINING else 50_003 + 11 * photo.landmark
 
 
 def _write_revisited(folder: Path, queries: Sequence[Photo], database: Sequence[Photo]) -> dict[str, int]:
+    """Write `gnd_toy.pkl`, and return the numbers of easy, hard and junk pairs."""
     counts = {"easy": 0, "hard": 0, "junk": 0}
     gnd: list[dict[str, Any]] = []
     for query in queries:
@@ -79,6 +83,7 @@ def _write_revisited(folder: Path, queries: Sequence[Photo], database: Sequence[
 
 
 def _write_train(folder: Path, photos: Sequence[Photo]) -> None:
+    """Write `train.csv` and `train_clean.csv`."""
     ordered = sorted(photos, key=name_of)
     _write_csv(
         folder / "train.csv",
@@ -94,6 +99,7 @@ def _write_train(folder: Path, photos: Sequence[Photo]) -> None:
 
 
 def _write_index(folder: Path, photos: Sequence[Photo]) -> None:
+    """Write `index.csv` and `index_image_to_landmark.csv`."""
     ordered = sorted(photos, key=name_of)
     _write_csv(folder / "index.csv", ("id",), ([name_of(p)] for p in ordered))
     rows = ([name_of(p), str(landmark_id(p))] for p in ordered)
@@ -101,19 +107,20 @@ def _write_index(folder: Path, photos: Sequence[Photo]) -> None:
 
 
 def _write_test(folder: Path, photos: Sequence[Photo], index: Sequence[Photo]) -> None:
-    """Retrieval asks for index photos of evaluation landmarks, recognition for the number of a training landmark.
+    """Write `test.csv` and the solutions of retrieval and recognition.
 
-    A photo that a task does not ask about is Ignored in retrieval and has no landmark in recognition, as in GLDv2.
+    The solution of retrieval lists index images of an evaluation landmark, and that of recognition the id of a training
+    landmark. As in GLDv2, an image without a solution is "Ignored" in retrieval and has no landmark in recognition.
     """
     ordered = sorted(photos, key=name_of)
-    found: dict[int, list[str]] = defaultdict(list)
+    relevant: dict[int, list[str]] = defaultdict(list)
     for photo in sorted(index, key=name_of):
         if photo.share >= JUNK_SHARE:
-            found[photo.landmark].append(name_of(photo))
+            relevant[photo.landmark].append(name_of(photo))
     retrieval, recognition = [], []
     for number, photo in enumerate(ordered):
         usage = "Public" if number % 3 == 0 else "Private"
-        images = found[photo.landmark] if photo.place == EVALUATION else []
+        images = relevant[photo.landmark] if photo.place == EVALUATION else []
         retrieval.append([name_of(photo), " ".join(images) or "None", usage if images else "Ignored"])
         recognition.append([name_of(photo), str(landmark_id(photo)) if photo.place == TRAINING else "", usage])
     _write_csv(folder / "test.csv", ("id",), ([name_of(p)] for p in ordered))
@@ -122,6 +129,7 @@ def _write_test(folder: Path, photos: Sequence[Photo], index: Sequence[Photo]) -
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a CSV file atomically."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

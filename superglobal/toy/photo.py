@@ -1,4 +1,4 @@
-"""Taking one photo of the plan: its pixels, its JPEG, and its line in `photos.csv`."""
+"""Render one planned image: its pixels, its JPEG file, and its row in `photos.csv`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,43 @@ from pathlib import Path
 
 from PIL import Image
 
-from superglobal.toy.draws import Bytes, Draws
 from superglobal.toy.landmark import STREETS, Landmark, landmark_of, style_number
+from superglobal.toy.numerics import Bytes, RandomStream
 from superglobal.toy.plan import Shot
 from superglobal.toy.render import render
 from superglobal.toy.trace import Trace, trace_photo, visible_box, visible_share
 from superglobal.toy.view import QUERY, View, draw_view
 from superglobal.utils.io import write_atomically
 
-QUERY_SHARE = 0.55  # a query shows at least this share of its landmark
-_ATTEMPTS = 40
+QUERY_SHARE = 0.55  # a query shows at least this fraction of its landmark
+_ATTEMPTS = 40  # maximum number of cameras that are tried for a query
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A line of `photos.csv`. Angles in degrees, distance in metres, focal length and box in pixels.
+    """A row of `photos.csv`.
 
-    `share` is how much of the landmark is seen: its pixels over those it would have in a frame without edges and with
-    nothing in the way. The box (x1, y1, x2, y2) is drawn around what is seen; all 0 where nothing is.
+    Attributes:
+        file: path of the image, relative to the folder of the data set.
+        set: train, index, test, query, database or distractor.
+        place: set of landmarks that contains `landmark`; "streets" for images without a landmark.
+        landmark: number of the landmark.
+        view: number of the image among those of its landmark.
+        style: group of landmarks with the same style, e.g. "train-3"; "" without a landmark.
+        yaw: horizontal angle of the camera around the landmark, in degrees; 0 is in front.
+        pitch: angle of the optical axis above the horizon, in degrees.
+        distance: distance of the camera, in meters.
+        focal: focal length in pixels.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        light: kind of light, see `superglobal.toy.view.LIGHTS`.
+        share: fraction of the landmark that is visible: its pixels in the image, divided by its pixels in an unlimited
+            image without occluders.
+        x1: left edge of the box of the visible part, in pixels; all edges are 0 if nothing is visible.
+        y1: top edge of the box.
+        x2: right edge of the box.
+        y2: bottom edge of the box.
+        occluders: kinds of occluders in the scene, separated by spaces.
     """
 
     file: str
@@ -50,10 +69,11 @@ class Photo:
 
     @property
     def scale(self) -> float:
-        """Pixels that a metre at the landmark takes."""
+        """Pixels per meter at the distance of the landmark."""
         return self.focal / self.distance
 
     def row(self) -> list[str]:
+        """Return the values as strings, in the order of `COLUMNS`."""
         return [str(value) for value in asdict(self).values()]
 
 
@@ -62,7 +82,7 @@ COLUMNS = tuple(field.name for field in fields(Photo))
 
 @dataclass(frozen=True)
 class Taken:
-    """A photo that is framed, and known in all but its colours."""
+    """An image with a known camera and traced scene, whose colors are not rendered yet."""
 
     landmark: Landmark
     view: View
@@ -70,25 +90,26 @@ class Taken:
     photo: Photo
 
     def pixels(self) -> Bytes:
-        """(H, W, 3) uint8, before JPEG."""
+        """Return the image before JPEG compression, (H, W, 3) uint8."""
         return render(self.trace, self.landmark, self.view)
 
 
 def frame(seed: int, side: int, shot: Shot) -> Taken:
-    """Find the camera, light and occluders of a photo, and what every ray meets.
+    """Choose the camera, light and occluders of an image, and trace its rays.
 
-    Depends on the seed and the shot's key alone. Queries are framed anew until enough of the landmark is seen.
+    The result depends only on the seed, the size and the key of the shot. The cameras of queries are drawn again until
+    at least `QUERY_SHARE` of the landmark is visible.
     """
     landmark = landmark_of(seed, shot.place, shot.landmark)
     for attempt in range(_ATTEMPTS):
-        view = draw_view(Draws(seed, *shot.key, attempt), landmark, side, shot.purpose)
+        view = draw_view(RandomStream(seed, *shot.key, attempt), landmark, side, shot.purpose)
         trace = trace_photo(landmark, view)
         share = visible_share(trace, landmark, view.camera)
         if shot.purpose != QUERY or share >= QUERY_SHARE:
             break
     x1, y1, x2, y2 = visible_box(trace, landmark) or (0, 0, 0, 0)
     style = "" if shot.place == STREETS else "{}-{}".format(*style_number(shot.place, shot.landmark))
-    camera, kinds = view.camera, " ".join(sorted({one.kind for one in view.occluders}))
+    camera, kinds = view.camera, " ".join(sorted({occluder.kind for occluder in view.occluders}))
     photo = Photo(
         shot.file, shot.set, shot.place, shot.landmark, shot.view, style, view.yaw, view.pitch, view.distance,
         view.focal, camera.width, camera.height, view.light.kind, share, x1, y1, x2, y2, kinds,
@@ -97,7 +118,7 @@ def frame(seed: int, side: int, shot: Shot) -> Taken:
 
 
 def take(root: Path, seed: int, side: int, shot: Shot) -> Photo:
-    """Write the photo below `root`, unless it is there already, and describe it."""
+    """Write the image below `root`, unless it exists, and return its row of `photos.csv`."""
     taken = frame(seed, side, shot)
     path = root / shot.file
     if not path.exists():
@@ -106,6 +127,7 @@ def take(root: Path, seed: int, side: int, shot: Shot) -> Photo:
 
 
 def jpeg(pixels: Bytes, quality: int) -> bytes:
+    """Return the JPEG file of an image, (H, W, 3) uint8."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Which photos a toy set has: sizes, and one `Shot` per photo. Nothing is rendered here."""
+"""Plan the images of a toy data set: its size, and one `Shot` per image."""
 
 from __future__ import annotations
 
@@ -13,25 +13,31 @@ from superglobal.toy.view import ORDINARY, QUERY
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of landmarks and of photos of each; `side` is a photo's longer side in pixels."""
+    """Numbers of landmarks and images.
+
+    Attributes:
+        side: longer side of the images, in pixels.
+        train: number of training landmarks, and number of images of each.
+        evaluation: number of evaluation landmarks, which differ from the training landmarks.
+        queries: number of Revisited queries of each landmark with an even and with an odd number.
+        database: number of Revisited database images of each evaluation landmark.
+        index: number of GLDv2 index images of each evaluation landmark.
+        retrieval: number of GLDv2 test images of each evaluation landmark.
+        recognition: number of GLDv2 test images of training landmarks.
+        distractors: number of distractor landmarks, and number of images of each.
+        streets: number of images without a landmark, among the distractors and among the GLDv2 test images.
+    """
 
     side: int
     train: tuple[int, int]
-    """Landmarks, photos of each."""
     evaluation: int
-    """Landmarks, none of them in training."""
     queries: tuple[int, int]
-    """Photos of every even and of every odd evaluation landmark."""
     database: int
     index: int
     retrieval: int
-    """Queries of the GLDv2-like test set, for each evaluation landmark."""
     recognition: int
-    """Test photos of training landmarks, one each."""
     distractors: tuple[int, int]
-    """Landmarks, photos of each."""
     streets: tuple[int, int]
-    """Photos without a landmark: distractors, test."""
 
 
 SIZES = {
@@ -43,44 +49,55 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Shot:
-    """One photo to take. `set` is train, index, test, query, database or distractor."""
+    """One image to render.
+
+    Attributes:
+        file: path relative to the folder of the data set.
+        set: train, index, test, query, database or distractor.
+        place: set of landmarks that contains `landmark`: train, evaluation or distractors; or streets, which are images
+            without a landmark.
+        landmark: number of the landmark.
+        view: number of the image among those of its landmark.
+        purpose: "query" for the restricted cameras of queries, or "ordinary".
+    """
 
     file: str
-    """Below the folder of the toy set."""
     set: str
     place: str
-    """Which landmarks `landmark` counts in: train, evaluation, distractors, or streets, which have no landmark."""
     landmark: int
     view: int
     purpose: str = ORDINARY
 
     @property
     def key(self) -> tuple[str, str, int, int]:
-        """What, with the seed, decides the photo."""
+        """Values that determine the image, together with the seed and the size."""
         return self.set, self.place, self.landmark, self.view
 
 
 def size_of(name: str) -> Size:
-    """
+    """Return the size with this name.
+
     Raises:
-        InputError: no such size.
+        InputError: the name is not in `SIZES`.
     """
     if name not in SIZES:
-        raise InputError(f"toy set: size {name!r} is unknown; choose one of {', '.join(SIZES)}")
+        raise InputError(f"toy data set: size={name!r}: expected one of {', '.join(SIZES)}")
     return SIZES[name]
 
 
 def plan(size: Size, seed: int) -> list[Shot]:
-    """All photos, in the order of `photos.csv`."""
+    """Return all images, in the order of `photos.csv`."""
     return [*_gldv2(size, seed), *_revisited(size), *_distractors(size)]
 
 
 def image_id(seed: int, split: str, place: str, landmark: int, view: int) -> str:
-    """The name of a photo in the GLDv2-like tree, 16 hexadecimal digits."""
+    """Return the GLDv2 id of an image, 16 hexadecimal digits."""
     return hashlib.sha256(f"{seed}/{split}/{place}/{landmark}/{view}".encode()).hexdigest()[:16]
 
 
 def _gldv2(size: Size, seed: int) -> Iterator[Shot]:
+    """Plan the train, index and test images."""
+
     def shot(split: str, place: str, landmark: int, view: int, purpose: str = ORDINARY) -> Shot:
         name = image_id(seed, split, place, landmark, view)
         return Shot(f"gldv2/{split}/{name[0]}/{name[1]}/{name[2]}/{name}.jpg", split, place, landmark, view, purpose)
@@ -95,6 +112,7 @@ def _gldv2(size: Size, seed: int) -> Iterator[Shot]:
 
 
 def _revisited(size: Size) -> Iterator[Shot]:
+    """Plan the queries and the database of the Revisited layout."""
     for landmark in range(size.evaluation):
         for view in range(size.queries[landmark % 2]):
             yield Shot(f"toy/jpg/place{landmark:03d}_q{view:05d}.jpg", "query", EVALUATION, landmark, view, QUERY)
@@ -103,6 +121,7 @@ def _revisited(size: Size) -> Iterator[Shot]:
 
 
 def _distractors(size: Size) -> Iterator[Shot]:
+    """Plan the distractors."""
     folder = "toy_distractors/jpg"
     for landmark in range(size.distractors[0]):
         for view in range(size.distractors[1]):

@@ -1,64 +1,54 @@
-"""From a traced scene to the pixels of a photo: textures, sun and shadows, sky, haze, and the camera's faults."""
+"""Render the pixels of a traced scene: textures, sun and shadows, sky, haze, and camera imperfections."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from superglobal.toy.draws import NOISE, Bytes, Draws, Floats, Vector, dot, noise_tile
 from superglobal.toy.landmark import Landmark
+from superglobal.toy.numerics import NOISE, Bytes, Floats, RandomStream, Vector, dot, noise_tile
 from superglobal.toy.solids import Face, Solid
 from superglobal.toy.texture import LEVELS, TEXELS, Texture
 from superglobal.toy.trace import FIRST, GROUND, SKY, SPRITE, SUPER, Trace, weighted
 from superglobal.toy.view import Faults, Light, View
 
-# Displayed value -> light: a square, for want of an exact power 2.2; `_develop` takes the square root.
+# Light of each stored value. It is a square instead of a power of 2.2, because powers depend on the machine. `_develop`
+# computes the inverse, a square root.
 _LINEAR = (np.arange(256, dtype=np.float32) * np.float32(1 / 255)) * (
     np.arange(256, dtype=np.float32) * np.float32(1 / 255)
 )
-_HAZE_REACH = 220.0  # metres at which full haze hides half
-_FLOODED = 0.2  # share of the floodlight that reaches what is not the landmark
-
-
-@dataclass(frozen=True)
-class Spots:
-    """The rays that meet one surface: their numbers, and coordinates on it in metres."""
-
-    rays: NDArray[np.int64]
-    depth: Floats
-    u: Floats
-    v: Floats
+_HAZE_REACH = 220.0  # distance in meters at which the strongest haze hides one half
+_FLOODED = 0.2  # fraction of the floodlight that reaches surfaces other than the landmark
 
 
 def render(trace: Trace, landmark: Landmark, view: View) -> Bytes:
-    """(H, W, 3) uint8: the photo as the camera stores it, before JPEG."""
+    """Return the image before JPEG compression, (H, W, 3) uint8."""
     light = view.light
     solids = [*landmark.solids, *landmark.houses]
-    own = sum(len(one.faces) for one in landmark.solids)
-    owner = [number for number, one in enumerate(solids) for _ in one.faces]
-    colours = np.zeros((trace.depth.size, 3), np.float32)
+    n_faces = sum(len(solid.faces) for solid in landmark.solids)
+    owner = [number for number, solid in enumerate(solids) for _ in solid.faces]
+    colors = np.zeros((trace.depth.size, 3), np.float32)
     for surface, rays in _groups(trace.surface):
         if surface == SKY:
-            colours[rays] = _sky(trace, rays, light, view.look)
+            colors[rays] = _sky(trace, rays, light, view.look)
         elif surface == SPRITE:
             lamp = light.skylight[1] + 0.35 * light.sunlight[1] * (1 - 0.7 * light.glow)
-            colours[rays] = _LINEAR[trace.paint.reshape(-1, 3)[rays]] * np.float32(lamp)
+            colors[rays] = _LINEAR[trace.paint.reshape(-1, 3)[rays]] * np.float32(lamp)
         elif surface == GROUND:
-            colours[rays] = _shade(trace, rays, _ground_face(landmark.ground), solids, -1, view, _FLOODED)
+            colors[rays] = _shade(trace, rays, _ground_face(landmark.ground), solids, -1, view, _FLOODED)
         else:
             number = surface - FIRST
-            flood = 1.0 if number < own or light.kind != "night" else _FLOODED
-            colours[rays] = _shade(trace, rays, trace.faces[number], solids, owner[number], view, flood)
-    _add_haze(colours, trace, light)
+            flood = 1.0 if number < n_faces or light.kind != "night" else _FLOODED
+            colors[rays] = _shade(trace, rays, trace.faces[number], solids, owner[number], view, flood)
+    _add_haze(colors, trace, light)
     height, width = trace.depth.shape
-    return _develop(_merge(colours.reshape(height, width, 3)), view.faults, Draws("film", view.look))
+    return _develop(_merge(colors.reshape(height, width, 3)), view.faults, RandomStream("film", view.look))
 
 
 def _groups(surface: NDArray[np.int16]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """(surface number, numbers of its rays) for each surface seen."""
+    """Yield each visible surface with the indices of its rays."""
     flat = surface.ravel()
     order = np.argsort(flat, kind="stable")
     edges = np.flatnonzero(np.diff(flat[order])) + 1
@@ -67,13 +57,27 @@ def _groups(surface: NDArray[np.int16]) -> Iterator[tuple[int, NDArray[np.int64]
 
 
 def _ground_face(texture: Texture) -> Face:
+    """Return the ground as a face."""
     return Face((0.0, 0.0, 1.0), 0.0, (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (-4096.0, -4096.0), texture, (120, 120, 120))
 
 
 def _shade(
     trace: Trace, rays: NDArray[np.int64], face: Face, solids: Sequence[Solid], owner: int, view: View, flood: float
 ) -> Floats:
-    """(n, 3) light that the camera gets from these spots of a face."""
+    """Return the light that the camera receives from the hit points of some rays on a face.
+
+    Args:
+        trace: the traced scene.
+        rays: (n,) indices of the rays.
+        face: face that the rays hit.
+        solids: all solids of the scene, which cast shadows.
+        owner: index of the solid of the face; -1 for the ground.
+        view: view of the image.
+        flood: factor on the direct light.
+
+    Returns:
+        (n, 3) float32, linear.
+    """
     light = view.light
     depth = trace.depth.ravel()[rays]
     ray = (trace.ray[0].ravel()[rays], trace.ray[1].ravel()[rays], trace.ray[2].ravel()[rays])
@@ -86,16 +90,16 @@ def _shade(
         sun *= _sunny(face, u, v, solids, owner, light.sun)
     texture = face.texture
     if texture is None:
-        albedo = np.broadcast_to(_LINEAR[[int(c) for c in face.colour]], (len(rays), 3))
+        albedo = np.broadcast_to(_LINEAR[[int(c) for c in face.color]], (len(rays), 3))
         return _lit(albedo, sun, np.float32(_openness(face)), light)
     level = _level(float(depth[len(depth) // 2]) / view.camera.focal / SUPER)
     u, v, height = _parallax(texture, level, u, v, ray, face)
     if facing > 0 and not texture.flat:
         sun *= _relief_sun(texture, level, u, v, height, face, light.sun)
     cells = _cells(texture, level, u, v)
-    # What lies deep gets less of the sky.
+    # Recessed parts receive less light from the sky.
     sky = np.float32(_openness(face)) * np.where(height < -0.1, np.float32(0.7), np.float32(1))
-    shaded = _lit(_LINEAR[texture.colour[level][cells]], sun, sky, light)
+    shaded = _lit(_LINEAR[texture.color[level][cells]], sun, sky, light)
     if light.glow:
         lamp = texture.glow[level][cells].astype(np.float32) * np.float32(light.glow / 255)
         shaded = shaded + lamp[:, None] * np.asarray((0.75, 0.5, 0.2), np.float32)
@@ -103,18 +107,19 @@ def _shade(
 
 
 def _openness(face: Face) -> float:
-    """How much of the sky a face looks at."""
+    """Return the fraction of the light of the sky that reaches a face."""
     return 0.72 + 0.28 * face.normal[2]
 
 
 def _lit(albedo: Floats, sun: Floats, sky: Floats | np.float32, light: Light) -> Floats:
+    """Return the reflected light, (n, 3)."""
     sunlight, skylight = np.asarray(light.sunlight, np.float32), np.asarray(light.skylight, np.float32)
     total = sun[:, None] * sunlight + np.broadcast_to(sky, sun.shape)[:, None] * skylight
     return albedo * total
 
 
 def _level(footprint: float) -> int:
-    """Texture level whose texels are about as large as what one ray stands for, in metres."""
+    """Return the texture level whose texels are about as large as `footprint`, the width of a ray in meters."""
     level = 0
     while level < LEVELS - 1 and footprint * TEXELS > 1.5 * 2**level:
         level += 1
@@ -122,6 +127,7 @@ def _level(footprint: float) -> int:
 
 
 def _cells(texture: Texture, level: int, u: Floats, v: Floats) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the rows and columns of the texels at the coordinates (u, v) in meters."""
     rows, columns = texture.relief[level].shape
     scale = np.float32(TEXELS / 2**level)
     row, column = (np.clip(a * scale, -1e6, 1e6).astype(np.int32) for a in (v, u))
@@ -133,7 +139,10 @@ def _cells(texture: Texture, level: int, u: Floats, v: Floats) -> tuple[NDArray[
 def _parallax(
     texture: Texture, level: int, u: Floats, v: Floats, ray: tuple[Floats, Floats, Floats], face: Face
 ) -> tuple[Floats, Floats, Floats]:
-    """Where the ray meets the relief, and its height there: two steps from where it meets the wall's plane."""
+    """Return the coordinates (u, v) where the rays hit the relief, and its height there, in meters.
+
+    The hit points are approximated in two steps, starting from the hit points (u, v) on the plane of the wall.
+    """
     if texture.flat:
         return u, v, np.zeros(u.shape, np.float32)
     inwards = np.minimum(weighted(ray, face.normal), np.float32(-1e-3))
@@ -146,29 +155,29 @@ def _parallax(
 
 
 def _relief_sun(texture: Texture, level: int, u: Floats, v: Floats, height: Floats, face: Face, sun: Vector) -> Floats:
-    """0 where the relief next to a spot hides the sun from it."""
+    """Return 0 for the points that are in the shadow of the relief of their own face, and 1 for the others."""
     out = max(0.1, dot(sun, face.normal))
     right, up = (max(-3.0, min(3.0, dot(sun, axis) / out)) for axis in (face.along, face.up))
     free = np.ones(u.shape, np.float32)
     for rise in (0.12, 0.3, 0.6):
-        there = _cells(texture, level, u + np.float32(right * rise), v + np.float32(up * rise))
-        free = np.where(texture.relief[level][there] > height + np.float32(rise), np.float32(0), free)
+        cells = _cells(texture, level, u + np.float32(right * rise), v + np.float32(up * rise))
+        free = np.where(texture.relief[level][cells] > height + np.float32(rise), np.float32(0), free)
     return free
 
 
 def _sunny(face: Face, u: Floats, v: Floats, solids: Sequence[Solid], owner: int, sun: Vector) -> Floats:
-    """0 where another solid stands between a spot and the sun."""
+    """Return 0 for the points that are in the shadow of another solid, and 1 for the others."""
     free = np.ones(u.shape, bool)
     bounds = (float(u.min()), float(u.max()), float(v.min()), float(v.max()))
-    for number, one in enumerate(solids):
-        if number != owner and one.casts and _may_shade(one, face, sun, bounds):
-            free &= ~_blocked(one, face, u, v, sun)
+    for number, solid in enumerate(solids):
+        if number != owner and solid.casts and _may_shade(solid, face, sun, bounds):
+            free &= ~_blocked(solid, face, u, v, sun)
     return free.astype(np.float32)
 
 
-def _may_shade(one: Solid, face: Face, sun: Vector, bounds: tuple[float, float, float, float]) -> bool:
-    """Whether the solid stands before the face and its shadow falls near the spots at all."""
-    heights = [dot(face.normal, corner) - face.offset for corner in one.corners]
+def _may_shade(solid: Solid, face: Face, sun: Vector, bounds: tuple[float, float, float, float]) -> bool:
+    """Return True if the solid is in front of the face and its shadow can reach the bounds (u1, u2, v1, v2)."""
+    heights = [dot(face.normal, corner) - face.offset for corner in solid.corners]
     if max(heights) < 0.02:
         return False
     slant = dot(face.normal, sun)
@@ -177,17 +186,17 @@ def _may_shade(one: Solid, face: Face, sun: Vector, bounds: tuple[float, float, 
         (face.up, face.start[1], bounds[2], bounds[3]),
     ):
         drift = dot(sun, axis) / slant
-        shadow = [dot(c, axis) - start - max(h, 0.0) * drift for c, h in zip(one.corners, heights, strict=True)]
+        shadow = [dot(c, axis) - start - max(h, 0.0) * drift for c, h in zip(solid.corners, heights, strict=True)]
         if max(shadow) < low or (min(shadow) > high and min(heights) >= 0):
             return False
     return True
 
 
-def _blocked(one: Solid, face: Face, u: Floats, v: Floats, sun: Vector) -> NDArray[np.bool_]:
-    """Whether a ray from each spot (u, v) of `face` to the sun meets the solid."""
+def _blocked(solid: Solid, face: Face, u: Floats, v: Floats, sun: Vector) -> NDArray[np.bool_]:
+    """Return the mask of the points (u, v) of `face` from which the solid hides the sun, (n,)."""
     near, far = np.full(u.shape, 0.02, np.float32), np.full(u.shape, 1e6, np.float32)
-    for side in one.faces:
-        # normal . (spot + t sun) <= offset, where normal . spot is linear in u and v.
+    for side in solid.faces:
+        # Solve normal . (point + t sun) <= offset for t, where normal . point is linear in u and v.
         slope = dot(side.normal, sun)
         base = side.offset - face.offset * dot(side.normal, face.normal)
         base += dot(side.normal, face.along) * -face.start[0] + dot(side.normal, face.up) * -face.start[1]
@@ -204,10 +213,10 @@ def _blocked(one: Solid, face: Face, u: Floats, v: Floats, sun: Vector) -> NDArr
 
 
 def _sky(trace: Trace, rays: NDArray[np.int64], light: Light, look: int) -> Floats:
-    """Horizon to zenith, with clouds."""
+    """Return the light of the sky with its clouds, (n, 3) float32, linear."""
     x, y, z = (part.ravel()[rays] for part in trace.ray)
     rise = np.clip(z / np.sqrt(x * x + y * y + z * z), 0, 1)
-    horizon, zenith = (_LINEAR[[int(c) for c in colour]] for colour in (light.horizon, light.zenith))
+    horizon, zenith = (_LINEAR[[int(c) for c in color]] for color in (light.horizon, light.zenith))
     blend = np.sqrt(rise)[:, None]
     sky = horizon * (1 - blend) + zenith * blend
     flat = np.float32(30) / (np.maximum(z, 0) + np.float32(0.25))
@@ -219,22 +228,22 @@ def _sky(trace: Trace, rays: NDArray[np.int64], light: Light, look: int) -> Floa
     return sky + cover[:, None] * (white - sky)
 
 
-def _add_haze(colours: Floats, trace: Trace, light: Light) -> None:
-    """Air between the camera and things, up to the sky's own."""
+def _add_haze(colors: Floats, trace: Trace, light: Light) -> None:
+    """Blend the colors with that of the horizon, in place. The haze increases with the depth; the sky has none."""
     depth = trace.depth.ravel()
     share = np.float32(light.haze) * (depth / (depth + np.float32(_HAZE_REACH)))
     share = np.where(trace.surface.ravel() == SKY, np.float32(0), share)[:, None]
-    colours += share * (_LINEAR[[int(c) for c in light.horizon]] - colours)
+    colors += share * (_LINEAR[[int(c) for c in light.horizon]] - colors)
 
 
 def _merge(fine: Floats) -> Floats:
-    """Means over the rays of each pixel."""
+    """Average the rays of each pixel."""
     columns = fine[:, 0::2] + fine[:, 1::2]
     return (columns[0::2] + columns[1::2]) * np.float32(0.25)
 
 
-def _develop(linear: Floats, faults: Faults, draws: Draws) -> Bytes:
-    """Exposure to stored values: (H, W, 3) float32 -> uint8."""
+def _develop(linear: Floats, faults: Faults, rng: RandomStream) -> Bytes:
+    """Apply the imperfections of the camera and convert the light to stored values: (H, W, 3) float32 -> uint8."""
     height, width = linear.shape[:2]
     gain = np.asarray([max(0.3, c) * faults.exposure for c in faults.cast], np.float32)
     image = linear * gain
@@ -242,21 +251,21 @@ def _develop(linear: Floats, faults: Faults, draws: Draws) -> Bytes:
         y = ((np.arange(height, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / height) - 1)[:, None]
         x = ((np.arange(width, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / width) - 1)[None, :]
         image = image * (1 - np.float32(faults.vignette / 2) * (x * x + y * y))[..., None]
-    # A shoulder instead of hard clipping, then the square root that `_LINEAR` answers.
+    # Compress highlights smoothly instead of clipping them, then invert the square of `_LINEAR`.
     image = np.sqrt(np.clip(image * np.float32(1.15) / (np.float32(0.3) * image + np.float32(0.9)), 0, 1))
-    grey = image[..., 0] * np.float32(0.3) + image[..., 1] * np.float32(0.59) + image[..., 2] * np.float32(0.11)
-    image = grey[..., None] + (image - grey[..., None]) * np.float32(faults.saturation)
+    gray = image[..., 0] * np.float32(0.3) + image[..., 1] * np.float32(0.59) + image[..., 2] * np.float32(0.11)
+    image = gray[..., None] + (image - gray[..., None]) * np.float32(faults.saturation)
     for _ in range(faults.blur):
         image = _soften(_soften(image, 0), 1)
     if faults.shake:
         image = _smear(image, faults.shake)
-    coarse = draws.bytes(height, width, 3).astype(np.float32) - draws.bytes(height, width, 3).astype(np.float32)
+    coarse = rng.bytes(height, width, 3).astype(np.float32) - rng.bytes(height, width, 3).astype(np.float32)
     stored = image * np.float32(255) + coarse * np.float32(faults.noise / 128) + np.float32(0.5)
     return np.clip(stored, 0, 255).astype(np.uint8)
 
 
 def _soften(image: Floats, axis: int) -> Floats:
-    """A 1 2 1 kernel along one axis, edges repeated."""
+    """Blur one axis with the kernel (1, 2, 1) / 4. The edges are repeated."""
     size = image.shape[axis]
     before = image.take(np.maximum(np.arange(size) - 1, 0), axis)
     after = image.take(np.minimum(np.arange(size) + 1, size - 1), axis)
@@ -264,7 +273,7 @@ def _soften(image: Floats, axis: int) -> Floats:
 
 
 def _smear(image: Floats, length: int) -> Floats:
-    """A shake sideways over `length` pixels."""
+    """Blur horizontally over `length` pixels, as if the camera moved."""
     width = image.shape[1]
     total = image
     for shift in range(1, length):

@@ -1,4 +1,4 @@
-"""A contact sheet of a toy set: queries with easy, hard and junk photos, look-alikes, distractors."""
+"""Draw a contact sheet of a toy data set: queries with easy, hard and junk images, distractors, training images."""
 
 from __future__ import annotations
 
@@ -14,30 +14,38 @@ from superglobal.toy.layout import relation
 from superglobal.toy.photo import Photo
 from superglobal.utils.io import write_atomically
 
-CELL, TITLE, COLUMNS = 132, 14, 9
+CELL, TITLE, COLUMNS = 132, 14, 9  # side of a cell and height of its title in pixels, cells per row
 Cell = tuple[str, Photo]
+"""Title and image."""
 
 
 def read_photos(root: Path) -> list[Photo]:
-    """The lines of `photos.csv`."""
+    """Return the rows of `photos.csv` in the folder of a data set."""
     with (root / "photos.csv").open(newline="", encoding="utf-8") as file:
         return [_photo(row) for row in csv.DictReader(file)]
 
 
 def _photo(row: dict[str, str]) -> Photo:
+    """Convert the values of a row to the types of the fields."""
     kinds = {"str": str, "int": int, "float": float}
     return Photo(**{name: kinds[str(Photo.__annotations__[name])](value) for name, value in row.items()})
 
 
 def write_sheet(root: Path, path: Path, landmarks: int = 6) -> None:
-    """Draw the sheet of the finished set in `root` as a JPEG."""
+    """Write a JPEG contact sheet of the complete data set in `root`.
+
+    Args:
+        root: folder of the data set.
+        path: file to write.
+        landmarks: maximum number of evaluation landmarks, one row each.
+    """
     photos = read_photos(root)
-    there = {photo.landmark for photo in photos if photo.set == "query"}
-    pairs = (number // 2 * STYLE_GROUP + number % 2 for number in range(landmarks))  # two of each style
-    rows = [_landmark_row(photos, number) for number in pairs if number in there]
-    others = [photo for photo in photos if photo.set == "distractor"]
-    step = max(1, len(others) // COLUMNS)
-    rows.append([("distractor" if p.place != STREETS else "no landmark", p) for p in others[::step]][:COLUMNS])
+    queried = {photo.landmark for photo in photos if photo.set == "query"}
+    pairs = (number // 2 * STYLE_GROUP + number % 2 for number in range(landmarks))  # two landmarks of each style
+    rows = [_landmark_row(photos, number) for number in pairs if number in queried]
+    distractors = [photo for photo in photos if photo.set == "distractor"]
+    step = max(1, len(distractors) // COLUMNS)
+    rows.append([("distractor" if p.place != STREETS else "no landmark", p) for p in distractors[::step]][:COLUMNS])
     train = [photo for photo in photos if photo.set == "train" and photo.view == 0]
     rows.append([(f"train, {p.style}", p) for p in train][:COLUMNS])
     sheet = Image.new("RGB", (CELL * COLUMNS, (CELL + TITLE) * len(rows)), "white")
@@ -50,16 +58,17 @@ def write_sheet(root: Path, path: Path, landmarks: int = 6) -> None:
 
 
 def _landmark_row(photos: Sequence[Photo], landmark: int) -> list[Cell]:
-    """A query with up to three easy, four hard and one junk photo."""
+    """Return a query and up to three easy, four hard and one junk image of its landmark."""
     query = next(p for p in photos if p.set == "query" and p.landmark == landmark)
     database = [p for p in photos if p.set == "database" and p.landmark == landmark]
     row = [("query", query)]
-    for kind, most in (("easy", 3), ("hard", 4), ("junk", 1)):
-        row += [(kind, p) for p in database if relation(query, p) == kind][:most]
+    for kind, max_images in (("easy", 3), ("hard", 4), ("junk", 1)):
+        row += [(kind, p) for p in database if relation(query, p) == kind][:max_images]
     return row
 
 
 def _draw(sheet: Image.Image, x: int, y: int, title: str, path: Path, boxed: Photo | None) -> None:
+    """Draw one cell, with the box of `boxed` around the landmark."""
     with Image.open(path) as image:
         picture = image.convert("RGB")
     if boxed:

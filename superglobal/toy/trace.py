@@ -1,4 +1,4 @@
-"""What every ray of a photo meets: depth and surface by casting rays on convex solids, then cut-outs in front."""
+"""Trace the rays of an image: intersect them with the ground and the solids, then add the occluders."""
 
 from __future__ import annotations
 
@@ -8,25 +8,31 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from superglobal.toy.draws import Bytes, Floats, Vector, dot
 from superglobal.toy.landmark import Landmark
+from superglobal.toy.numerics import Bytes, Floats, Vector, dot
 from superglobal.toy.solids import Face, Solid
 from superglobal.toy.sprites import draw_sprite, scaffold_pattern
 from superglobal.toy.view import Camera, Occluder, View
 
 SKY, GROUND, FIRST = -1, 0, 1
 SPRITE = 32_000
-SUPER = 2  # rays a pixel and direction
-NEAR = 0.3
-FAR = 1e6
+SUPER = 2  # rays per pixel in each direction
+NEAR = 0.3  # minimum depth in meters
+FAR = 1e6  # depth of the sky in meters
 
 
 @dataclass
 class Trace:
-    """Rays through the pixel positions `xs`, `ys`: (h, w) arrays.
+    """Intersections of the rays with the scene.
 
-    `depth` metres along the optical axis, `surface` number of the face met (SKY, GROUND, FIRST + index into `faces`,
-    SPRITE), `ray` (3 arrays) direction with 1 along the optical axis, `paint` (h, w, 3) colours where SPRITE.
+    Attributes:
+        xs: (w,) horizontal positions of the rays in pixels.
+        ys: (h,) vertical positions of the rays in pixels.
+        ray: x, y and z of the directions, (h, w) each, scaled to length 1 along the optical axis.
+        depth: (h, w) distance along the optical axis in meters.
+        surface: (h, w) surface that is hit: SKY, GROUND, FIRST + index into `faces`, or SPRITE.
+        paint: (h, w, 3) colors where the surface is SPRITE.
+        faces: faces of all solids.
     """
 
     xs: Floats
@@ -39,12 +45,12 @@ class Trace:
 
 
 def sample_positions(size: int) -> Floats:
-    """Positions in pixels of the rays along a side of `size` pixels."""
+    """Return the positions of the rays along a side of `size` pixels, (size * SUPER,), in pixels."""
     return (np.arange(size * SUPER, dtype=np.float32) + np.float32(0.5)) * np.float32(1 / SUPER)
 
 
 def cast(camera: Camera, xs: Floats, ys: Floats, solids: Sequence[Solid]) -> Trace:
-    """Meets sky, ground and solids."""
+    """Intersect the rays through the positions `xs` and `ys` with the sky, the ground and the solids."""
     across = ((xs - np.float32(camera.cx)) * np.float32(1 / camera.focal))[None, :]
     above = ((np.float32(camera.cy) - ys) * np.float32(1 / camera.focal))[:, None]
     x, y, z = (
@@ -55,23 +61,26 @@ def cast(camera: Camera, xs: Floats, ys: Floats, solids: Sequence[Solid]) -> Tra
     depth = np.where(down, np.float32(camera.eye[2]) / np.where(down, -z, np.float32(1)), np.float32(FAR))
     surface = np.where(down, GROUND, SKY).astype(np.int16)
     trace = Trace(xs, ys, (x, y, z), depth, surface, np.zeros((*depth.shape, 3), np.uint8), [])
-    for one in solids:
-        _meet(trace, camera, one)
-        trace.faces += one.faces
+    for solid in solids:
+        _meet(trace, camera, solid)
+        trace.faces += solid.faces
     return trace
 
 
-def _meet(trace: Trace, camera: Camera, one: Solid) -> None:
-    """Enters one solid into the trace: a ray enters it behind all faces turned to the camera."""
-    area = _reach(trace, camera, one.corners)
+def _meet(trace: Trace, camera: Camera, solid: Solid) -> None:
+    """Add one solid to the trace.
+
+    A ray enters a convex solid at the last plane, among the faces turned to the camera, that it crosses.
+    """
+    area = _reach(trace, camera, solid.corners)
     if area is None:
         return
     x, y, z = (part[area] for part in trace.ray)
     near = np.full(x.shape, NEAR, np.float32)
     far = trace.depth[area].copy()
     which = np.zeros(x.shape, np.int16)
-    for number, face in enumerate(one.faces):
-        room = face.offset - dot(face.normal, camera.eye)  # negative: the camera is outside this face
+    for number, face in enumerate(solid.faces):
+        room = face.offset - dot(face.normal, camera.eye)  # It is negative if the camera is outside this face.
         slope = weighted((x, y, z), face.normal)
         slope = np.where(slope == 0, np.float32(1e-9), slope)
         t = np.float32(room) / slope
@@ -89,7 +98,7 @@ def _meet(trace: Trace, camera: Camera, one: Solid) -> None:
 
 
 def weighted(parts: tuple[Floats, Floats, Floats], weights: Vector) -> Floats:
-    """The sum of three arrays times a number each, without the products by 0."""
+    """Return the weighted sum of three arrays, (h, w). Terms with weight 0 are skipped."""
     total: Floats | None = None
     for part, weight in zip(parts, weights, strict=True):
         if weight:
@@ -99,7 +108,7 @@ def weighted(parts: tuple[Floats, Floats, Floats], weights: Vector) -> Floats:
 
 
 def _reach(trace: Trace, camera: Camera, corners: Sequence[Vector]) -> tuple[slice, slice] | None:
-    """The part of the picture in which a solid can be seen."""
+    """Return the rows and columns of the rays that can hit a solid, or None if no ray can."""
     seen = [camera.project(corner) for corner in corners]
     if max(z for _, _, z in seen) <= NEAR:
         return None
@@ -109,13 +118,14 @@ def _reach(trace: Trace, camera: Camera, corners: Sequence[Vector]) -> tuple[sli
 
 
 def _range(trace: Trace, xs: Sequence[float], ys: Sequence[float]) -> tuple[slice, slice] | None:
+    """Return the rows and columns of the rays inside the bounding box of some points, or None if there are none."""
     left, right = (int(np.searchsorted(trace.xs, v)) for v in (min(xs) - 0.01, max(xs) + 0.01))
     top, bottom = (int(np.searchsorted(trace.ys, v)) for v in (min(ys) - 0.01, max(ys) + 0.01))
     return (slice(top, bottom), slice(left, right)) if left < right and top < bottom else None
 
 
 def add_occluders(trace: Trace, camera: Camera, occluders: Sequence[Occluder]) -> None:
-    """Cut-outs cover what is farther away than they are."""
+    """Draw the occluders over everything that is farther away."""
     for occluder in occluders:
         if occluder.kind == "scaffold":
             _add_scaffold(trace, camera, occluder)
@@ -124,6 +134,7 @@ def add_occluders(trace: Trace, camera: Camera, occluders: Sequence[Occluder]) -
 
 
 def _add_sprite(trace: Trace, camera: Camera, occluder: Occluder) -> None:
+    """Draw a sprite that faces the camera."""
     x, foot, z = camera.project(occluder.at)
     if z < 1.0:
         return
@@ -134,37 +145,38 @@ def _add_sprite(trace: Trace, camera: Camera, occluder: Occluder) -> None:
         return
     across = ((trace.xs[area[1]] - np.float32(x)) * np.float32(1 / half))[None, :]
     above = ((np.float32(foot) - trace.ys[area[0]]) * np.float32(1 / tall))[:, None]
-    mask, colour = draw_sprite(occluder.kind, occluder.look, across, above, occluder.width / occluder.height)
-    _cover(trace, area, mask & (trace.depth[area] > z), colour, np.float32(z))
+    mask, color = draw_sprite(occluder.kind, occluder.look, across, above, occluder.width / occluder.height)
+    _cover(trace, area, mask & (trace.depth[area] > z), color, np.float32(z))
 
 
 def _add_scaffold(trace: Trace, camera: Camera, occluder: Occluder) -> None:
-    """A plane of poles, boards and netting parallel to the front."""
+    """Draw a scaffold, which is a plane parallel to the front of the building."""
     x0, y, _ = occluder.at
     t = np.float32(y - camera.eye[1]) / np.where(trace.ray[1] > 1e-3, trace.ray[1], np.float32(1e-3))
     across = (t * trace.ray[0] + np.float32(camera.eye[0] - x0 + occluder.width / 2)) * np.float32(1 / occluder.width)
     above = (t * trace.ray[2] + np.float32(camera.eye[2])) * np.float32(1 / occluder.height)
     inside = (across > 0) & (across < 1) & (above > 0) & (above < 1) & (t > NEAR) & (t < trace.depth)
-    mask, colour = scaffold_pattern(
+    mask, color = scaffold_pattern(
         occluder.look,
         np.where(inside, across, np.float32(0)) * np.float32(occluder.width),
         np.where(inside, above, np.float32(0)) * np.float32(occluder.height),
         occluder.height,
     )
     everything = (slice(0, len(trace.ys)), slice(0, len(trace.xs)))
-    _cover(trace, everything, mask & inside, colour, t)
+    _cover(trace, everything, mask & inside, color, t)
 
 
 def _cover(
-    trace: Trace, area: tuple[slice, slice], mask: NDArray[np.bool_], colour: Bytes, depth: np.float32 | Floats
+    trace: Trace, area: tuple[slice, slice], mask: NDArray[np.bool_], color: Bytes, depth: np.float32 | Floats
 ) -> None:
+    """Set the depth and color of the rays of `area` where `mask` is True."""
     trace.depth[area] = np.where(mask, depth, trace.depth[area])
     trace.surface[area] = np.where(mask, np.int16(SPRITE), trace.surface[area])
-    trace.paint[area] = np.where(mask[..., None], colour, trace.paint[area])
+    trace.paint[area] = np.where(mask[..., None], color, trace.paint[area])
 
 
 def trace_photo(landmark: Landmark, view: View) -> Trace:
-    """The whole scene of a photo; the landmark's faces come first."""
+    """Trace the whole scene of an image. The faces of the landmark come first in `faces`."""
     camera = view.camera
     solids = [*landmark.solids, *landmark.houses]
     trace = cast(camera, sample_positions(camera.width), sample_positions(camera.height), solids)
@@ -173,17 +185,20 @@ def trace_photo(landmark: Landmark, view: View) -> Trace:
 
 
 def landmark_mask(trace: Trace, landmark: Landmark) -> NDArray[np.bool_]:
-    """(h, w): where a ray meets the landmark and nothing before it."""
-    faces = sum(len(one.faces) for one in landmark.solids)
+    """Return the mask of the rays that hit the landmark, (h, w)."""
+    faces = sum(len(solid.faces) for solid in landmark.solids)
     return (trace.surface >= FIRST) & (trace.surface < FIRST + faces)
 
 
 def visible_share(trace: Trace, landmark: Landmark, camera: Camera) -> float:
-    """Pixels of the landmark in the photo over those of a frame without edges and with nothing in the way."""
+    """Return the fraction of the landmark that is visible.
+
+    It is the number of its pixels in the image, divided by their number in an unlimited image without occluders.
+    """
     if not landmark.solids:
         return 0.0
     seen = int(np.count_nonzero(landmark_mask(trace, landmark))) / SUPER**2
-    spots = [camera.project(corner) for one in landmark.solids for corner in one.corners]
+    spots = [camera.project(corner) for solid in landmark.solids for corner in solid.corners]
     left, right = min(x for x, _, _ in spots), max(x for x, _, _ in spots)
     top, bottom = min(y for _, y, _ in spots), max(y for _, y, _ in spots)
     step = max(1.0, (right - left) / 120, (bottom - top) / 120)
@@ -195,7 +210,7 @@ def visible_share(trace: Trace, landmark: Landmark, camera: Camera) -> float:
 
 
 def visible_box(trace: Trace, landmark: Landmark) -> tuple[int, int, int, int] | None:
-    """(x1, y1, x2, y2) in pixels around the landmark's visible part; None where nothing of it is seen."""
+    """Return the box (x1, y1, x2, y2) of the visible part of the landmark in pixels, or None if nothing is visible."""
     mask = landmark_mask(trace, landmark)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):

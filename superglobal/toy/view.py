@@ -1,21 +1,35 @@
-"""How one photo is taken: camera, light, what stands in the way, and the camera's own faults."""
+"""Draw the random view of an image: camera, light, occluders, and the imperfections of the camera."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from superglobal.toy.draws import Colour, Draws, Vector, cosine, cross, dot, sine, unit
 from superglobal.toy.landmark import Landmark
+from superglobal.toy.numerics import Color, RandomStream, Vector, cosine, cross, dot, sine, unit
 
 LIGHTS = (*["clear"] * 7, *["overcast"] * 5, *["low"] * 2, "backlit", "night")
 SHAPES = ((4, 3), (4, 3), (3, 2), (1, 1), (3, 4), (3, 4), (2, 3), (16, 9))
-ORDINARY, QUERY, SCENE = "ordinary", "query", "scene"
+ORDINARY, QUERY = "ordinary", "query"
 
 
 @dataclass(frozen=True)
 class Camera:
-    """A pin-hole camera. Pixel (x, y) sees along forward + (x - cx) / focal * right + (cy - y) / focal * up."""
+    """A pinhole camera.
+
+    The ray of pixel (x, y) has the direction forward + (x - cx) / focal * right + (cy - y) / focal * up.
+
+    Attributes:
+        eye: position in meters.
+        forward: unit vector of the optical axis.
+        right: unit vector to the right in the image.
+        up: unit vector upwards in the image.
+        focal: focal length in pixels.
+        cx: horizontal center of the image in pixels.
+        cy: vertical center of the image in pixels.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+    """
 
     eye: Vector
     forward: Vector
@@ -28,7 +42,7 @@ class Camera:
     height: int
 
     def project(self, point: Vector) -> tuple[float, float, float]:
-        """(x, y) in pixels and the distance along the optical axis in metres."""
+        """Return the position of a point in the image (x, y), in pixels, and its depth in meters."""
         ray = (point[0] - self.eye[0], point[1] - self.eye[1], point[2] - self.eye[2])
         z = dot(ray, self.forward)
         scale = self.focal / z if z > 0.1 else self.focal * 10
@@ -37,14 +51,26 @@ class Camera:
 
 @dataclass(frozen=True)
 class Light:
-    """`sun` points towards the light; its colour and the sky's are factors on a surface's own."""
+    """Illumination of a scene.
+
+    Attributes:
+        kind: one of `LIGHTS`.
+        sun: unit vector towards the sun or the floodlight.
+        sunlight: factors on the color of a surface in direct light.
+        skylight: factors on the color of a surface in the light of the sky.
+        zenith: color of the sky at the zenith.
+        horizon: color of the sky at the horizon.
+        haze: strength of the haze, 0 to 1.
+        clouds: cloud cover, 0 to 1.
+        glow: brightness of lit windows, 0 by day and 1 at night.
+    """
 
     kind: str
     sun: Vector
-    sunlight: Colour
-    skylight: Colour
-    zenith: Colour
-    horizon: Colour
+    sunlight: Color
+    skylight: Color
+    zenith: Color
+    horizon: Color
     haze: float
     clouds: float
     glow: float
@@ -52,23 +78,40 @@ class Light:
 
 @dataclass(frozen=True)
 class Occluder:
-    """An upright cut-out that faces the camera, or a scaffold flat before the front."""
+    """An upright sprite that faces the camera, or a scaffold parallel to the front of the building.
+
+    Attributes:
+        kind: "tree", "person", "van", "lamp" or "scaffold".
+        at: position of the center of its bottom edge.
+        height: in meters.
+        width: in meters.
+        look: seed of its shape and colors.
+    """
 
     kind: str
     at: Vector
-    """Foot, in the middle."""
     height: float
     width: float
     look: int
-    """Seed of its shape and colours."""
 
 
 @dataclass(frozen=True)
 class Faults:
-    """Exposure, colour cast, saturation, vignette, blur, noise, JPEG."""
+    """Imperfections of a camera.
+
+    Attributes:
+        exposure: factor on the brightness.
+        cast: factors on red, green and blue.
+        saturation: factor on the saturation; 0 gives a gray image.
+        vignette: strength of the darkening towards the corners, 0 to 1.
+        blur: number of passes of a small blur.
+        shake: length of the horizontal motion blur in pixels, 0 for none.
+        noise: strength of the noise in 8-bit levels.
+        quality: JPEG quality.
+    """
 
     exposure: float
-    cast: Colour
+    cast: Color
     saturation: float
     vignette: float
     blur: int
@@ -79,7 +122,19 @@ class Faults:
 
 @dataclass(frozen=True)
 class View:
-    """One photo, before it is taken. Angles in degrees, distance in metres, focal length in pixels."""
+    """Everything that determines an image of a landmark.
+
+    Attributes:
+        yaw: horizontal angle of the camera around the landmark in degrees; 0 is in front.
+        pitch: angle of the optical axis above the horizon in degrees.
+        distance: distance of the camera in meters.
+        focal: focal length in pixels.
+        camera: the camera.
+        light: the illumination.
+        occluders: objects in front of the landmark.
+        faults: imperfections of the camera.
+        look: seed of the clouds and of the noise.
+    """
 
     yaw: float
     pitch: float
@@ -92,41 +147,52 @@ class View:
     look: int
 
 
-def draw_view(draws: Draws, landmark: Landmark, side: int, purpose: str) -> View:
-    """A photo with a longer side of `side` pixels. A "query" is taken as one takes a picture of a landmark."""
-    calm = purpose == QUERY
-    width, height = _frame(draws, side)
+def draw_view(rng: RandomStream, landmark: Landmark, side: int, purpose: str) -> View:
+    """Return a random view of a landmark.
+
+    Args:
+        rng: source of random numbers.
+        landmark: landmark in the center of the scene.
+        side: longer side of the image in pixels.
+        purpose: "query" for a well-framed image with few occluders, or "ordinary".
+    """
+    is_query = purpose == QUERY
+    width, height = _frame(rng, side)
     extent = max(landmark.width, landmark.height)
-    yaw = round(draws.bell(45 if calm else 60), 3)
-    distance = round(extent * draws.real(1.15, 2.6), 3)
-    fill = draws.real(0.8, 1.05) if calm else draws.real(0.85, 1.25)
-    if not calm:
-        fill = draws.pick((fill, fill, fill, fill, fill, draws.real(0.4, 0.65), draws.real(1.3, 2.2)))
-    fit = min(width / landmark.width, height / landmark.height)  # pixels a metre if it just fits
+    yaw = round(rng.bell(45 if is_query else 60), 3)
+    distance = round(extent * rng.uniform(1.15, 2.6), 3)
+    fill = rng.uniform(0.8, 1.05) if is_query else rng.uniform(0.85, 1.25)
+    if not is_query:
+        fill = rng.choice((fill, fill, fill, fill, fill, rng.uniform(0.4, 0.65), rng.uniform(1.3, 2.2)))
+    fit = min(
+        width / landmark.width, height / landmark.height
+    )  # pixels per meter at which the landmark fills the image
     focal = round(fill * fit * distance, 3)
-    lift = draws.pick((1.7, 1.7, 1.7, draws.real(2, 9)))
+    lift = rng.choice((1.7, 1.7, 1.7, rng.uniform(2, 9)))
     eye = (distance * sine(yaw), landmark.depth * 0.3 - distance * cosine(yaw), lift)
-    spread = 0.1 if calm else draws.pick((0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.4, 1.5))
+    spread = 0.1 if is_query else rng.choice((0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.4, 1.5))
     reach = distance / focal
     aim = (
-        draws.bell(spread) * max(width * reach, 0.5 * landmark.width),
+        rng.bell(spread) * max(width * reach, 0.5 * landmark.width),
         landmark.depth * 0.3,
-        max(2.0, landmark.height * 0.46 + draws.bell(spread) * max(height * reach, 0.5 * landmark.height)),
+        max(2.0, landmark.height * 0.46 + rng.bell(spread) * max(height * reach, 0.5 * landmark.height)),
     )
-    camera = _look(eye, aim, draws.bell(4.0), focal, width, height)
+    camera = _look(eye, aim, rng.bell(4.0), focal, width, height)
     pitch = round(math.degrees(math.asin(camera.forward[2])), 3)
-    light = draw_light(draws, yaw)
-    occluders = _occluders(draws, landmark, camera, calm)
-    return View(yaw, pitch, distance, focal, camera, light, occluders, _faults(draws, light), draws.whole(0, 2**31))
+    light = draw_light(rng, yaw)
+    occluders = _occluders(rng, landmark, camera, is_query)
+    return View(yaw, pitch, distance, focal, camera, light, occluders, _faults(rng, light), rng.integer(0, 2**31))
 
 
-def _frame(draws: Draws, side: int) -> tuple[int, int]:
-    a, b = draws.pick(SHAPES)
+def _frame(rng: RandomStream, side: int) -> tuple[int, int]:
+    """Return a random width and height, of which the longer one is `side`."""
+    a, b = rng.choice(SHAPES)
     short = side * min(a, b) // max(a, b)
     return (side, short) if a >= b else (short, side)
 
 
 def _look(eye: Vector, aim: Vector, roll: float, focal: float, width: int, height: int) -> Camera:
+    """Return the camera at `eye` that points to `aim`, rotated around its optical axis by `roll` degrees."""
     forward = unit((aim[0] - eye[0], aim[1] - eye[1], aim[2] - eye[2]))
     level = unit(cross(forward, (0.0, 0.0, 1.0)))
     top = cross(level, forward)
@@ -136,88 +202,103 @@ def _look(eye: Vector, aim: Vector, roll: float, focal: float, width: int, heigh
     return Camera(eye, forward, right, up, focal, width / 2, height / 2, width, height)
 
 
-def draw_light(draws: Draws, yaw: float) -> Light:
-    """Light of an hour; the sun's direction is random, in front of the building but for "backlit"."""
-    kind = draws.pick(LIGHTS)
-    azimuth, high = draws.bell(110), draws.real(28, 62)
+def draw_light(rng: RandomStream, yaw: float) -> Light:
+    """Return a random light. The direction of the sun is random; it is behind the building only if backlit."""
+    kind = rng.choice(LIGHTS)
+    azimuth, high = rng.bell(110), rng.uniform(28, 62)
     sun, sky, zenith, horizon = 1.5, 0.62, (84, 134, 206), (186, 208, 232)
-    warm: Colour = (1.0, 0.95, 0.86)
-    haze, clouds, glow = draws.real(0, 0.25), draws.real(0, 0.8), 0.0
+    warm: Color = (1.0, 0.95, 0.86)
+    haze, clouds, glow = rng.uniform(0, 0.25), rng.uniform(0, 0.8), 0.0
     if kind == "overcast":
         sun, sky, zenith, horizon, clouds = 0.12, 1.15, (168, 174, 182), (212, 214, 216), 0.3
-        haze = draws.real(0.05, 0.6)
+        haze = rng.uniform(0.05, 0.6)
     elif kind == "low":
-        high, sun, sky, warm = draws.real(8, 22), 1.5, 0.42, (1.0, 0.74, 0.46)
+        high, sun, sky, warm = rng.uniform(8, 22), 1.5, 0.42, (1.0, 0.74, 0.46)
         zenith, horizon = (88, 110, 164), (244, 196, 150)
     elif kind == "backlit":
-        azimuth, sun, sky = 180 + draws.bell(50), 1.5, 0.55
+        azimuth, sun, sky = 180 + rng.bell(50), 1.5, 0.55
         zenith, horizon = (150, 178, 214), (240, 238, 230)
     elif kind == "night":
-        azimuth, high, sun, sky, warm = draws.bell(60), -24.0, draws.real(0.35, 0.9), 0.1, (1.0, 0.78, 0.48)
+        azimuth, high, sun, sky, warm = rng.bell(60), -24.0, rng.uniform(0.35, 0.9), 0.1, (1.0, 0.78, 0.48)
         zenith, horizon, clouds, glow, haze = (14, 18, 36), (46, 42, 54), 0.1, 1.0, 0.0
     direction = (cosine(high) * sine(azimuth), -cosine(high) * cosine(azimuth), sine(high))
-    blue: Colour = (0.86, 0.94, 1.1) if kind != "overcast" else (1.0, 1.0, 1.0)
+    blue: Color = (0.86, 0.94, 1.1) if kind != "overcast" else (1.0, 1.0, 1.0)
     return Light(
         kind,
         direction,
         (warm[0] * sun, warm[1] * sun, warm[2] * sun),
         (blue[0] * sky, blue[1] * sky, blue[2] * sky),
-        draws.tint(zenith, 12),
-        draws.tint(horizon, 12),
+        rng.tint(zenith, 12),
+        rng.tint(horizon, 12),
         haze,
         clouds,
         glow,
     )
 
 
-def _occluders(draws: Draws, landmark: Landmark, camera: Camera, calm: bool) -> tuple[Occluder, ...]:
-    """Trees of the place, and what happens to stand there: more of it where not `calm`."""
-    found = [
+def _occluders(rng: RandomStream, landmark: Landmark, camera: Camera, is_query: bool) -> tuple[Occluder, ...]:
+    """Return the trees of the landmark and random occluders, of which a query has fewer."""
+    occluders = [
         Occluder("tree", (x, y, 0.0), height, height * 0.8, number)
         for number, (x, y, height) in enumerate(landmark.trees)
     ]
-    crowd = draws.pick((0, 0, 2, 4)) if calm else draws.pick((0, 1, 3, 6, 12))
+    crowd = rng.choice((0, 0, 2, 4)) if is_query else rng.choice((0, 1, 3, 6, 12))
     for _ in range(crowd):
-        found.append(_between(draws, camera, "person", draws.real(0.25, 0.95), 0.9, draws.real(1.5, 1.9), 0.5))
-    if draws.chance(0.1 if calm else 0.28):
-        tall = draws.real(5, 12)
-        found.append(_between(draws, camera, "tree", draws.real(0.35, 0.8), 0.8, tall, tall * draws.real(0.6, 1.0)))
-    if draws.chance(0.1 if calm else 0.24):
-        found.append(_between(draws, camera, "van", draws.real(0.5, 0.9), 0.9, draws.real(1.6, 3.2), draws.real(4, 8)))
-    if draws.chance(0.2):
-        found.append(_between(draws, camera, "lamp", draws.real(0.4, 0.9), 0.8, draws.real(5, 8), 0.8))
-    if not calm and draws.chance(0.14):  # someone posing right before the camera
-        found.append(_between(draws, camera, "person", draws.real(0.06, 0.12), 0.5, 1.72, 0.5))
-    if not calm and draws.chance(0.1):  # branches hanging into the picture
-        found.append(_between(draws, camera, "tree", draws.real(0.16, 0.3), 0.8, draws.real(5, 9), draws.real(5, 8)))
-    if draws.chance(0.04 if calm else 0.12):
-        wide, tall = landmark.width * draws.real(0.3, 0.8), landmark.height * draws.real(0.4, 0.9)
-        x = draws.real(-0.5, 0.5) * (landmark.width - wide)
-        found.append(Occluder("scaffold", (x, -2.4, 0.0), tall, wide, draws.whole(0, 10**6)))
-    return tuple(found)
+        occluders.append(_between(rng, camera, "person", rng.uniform(0.25, 0.95), 0.9, rng.uniform(1.5, 1.9), 0.5))
+    if rng.chance(0.1 if is_query else 0.28):
+        tall = rng.uniform(5, 12)
+        occluders.append(_between(rng, camera, "tree", rng.uniform(0.35, 0.8), 0.8, tall, tall * rng.uniform(0.6, 1.0)))
+    if rng.chance(0.1 if is_query else 0.24):
+        occluders.append(
+            _between(rng, camera, "van", rng.uniform(0.5, 0.9), 0.9, rng.uniform(1.6, 3.2), rng.uniform(4, 8))
+        )
+    if rng.chance(0.2):
+        occluders.append(_between(rng, camera, "lamp", rng.uniform(0.4, 0.9), 0.8, rng.uniform(5, 8), 0.8))
+    if not is_query and rng.chance(0.14):  # A person poses close to the camera.
+        occluders.append(_between(rng, camera, "person", rng.uniform(0.06, 0.12), 0.5, 1.72, 0.5))
+    if not is_query and rng.chance(0.1):  # Branches are close to the camera.
+        occluders.append(
+            _between(rng, camera, "tree", rng.uniform(0.16, 0.3), 0.8, rng.uniform(5, 9), rng.uniform(5, 8))
+        )
+    if rng.chance(0.04 if is_query else 0.12):
+        wide, tall = landmark.width * rng.uniform(0.3, 0.8), landmark.height * rng.uniform(0.4, 0.9)
+        x = rng.uniform(-0.5, 0.5) * (landmark.width - wide)
+        occluders.append(Occluder("scaffold", (x, -2.4, 0.0), tall, wide, rng.integer(0, 10**6)))
+    return tuple(occluders)
 
 
 def _between(
-    draws: Draws, camera: Camera, kind: str, share: float, spread: float, height: float, width: float
+    rng: RandomStream, camera: Camera, kind: str, share: float, spread: float, height: float, width: float
 ) -> Occluder:
-    """Somewhere in the picture's width, `share` of the way from the camera to the building."""
+    """Return an occluder at a random horizontal position between the camera and the building.
+
+    Args:
+        rng: source of random numbers.
+        camera: the camera.
+        kind: kind of occluder.
+        share: distance from the camera, as a fraction of the distance to the building.
+        spread: range of the horizontal positions, as a fraction of the image; 1 is its whole width.
+        height: height of the occluder in meters.
+        width: width of the occluder in meters.
+    """
     way = -camera.eye[1] / camera.forward[1] if camera.forward[1] > 0.05 else 20.0
     way = max(2.5, min(way, 150.0) * share)
-    aside = draws.real(-spread, spread) * camera.cx / camera.focal * way
+    aside = rng.uniform(-spread, spread) * camera.cx / camera.focal * way
     x = camera.eye[0] + camera.forward[0] * way + camera.right[0] * aside
     y = camera.eye[1] + camera.forward[1] * way + camera.right[1] * aside
-    return Occluder(kind, (x, y, 0.0), height, width, draws.whole(0, 10**6))
+    return Occluder(kind, (x, y, 0.0), height, width, rng.integer(0, 10**6))
 
 
-def _faults(draws: Draws, light: Light) -> Faults:
-    warmth = draws.bell(0.08)
+def _faults(rng: RandomStream, light: Light) -> Faults:
+    """Return random imperfections of the camera. Images at night have more noise."""
+    warmth = rng.bell(0.08)
     return Faults(
-        exposure=draws.real(0.8, 1.2) * (1.3 if light.kind == "backlit" else 1.0),
-        cast=(1 + warmth, 1 + draws.bell(0.04), 1 - warmth),
-        saturation=draws.pick((1.0, draws.real(0.6, 1.3), draws.real(0.6, 1.3), 0.0 if draws.chance(0.15) else 1.0)),
-        vignette=draws.pick((0.0, draws.real(0, 0.35))),
-        blur=draws.pick((0, 0, 0, 0, 0, 1, 1, 2)),
-        shake=draws.pick((0, 0, 0, 0, 0, 0, 2, 3)),
-        noise=draws.real(0, 7) if light.kind != "night" else draws.real(5, 16),
-        quality=draws.pick((35, 50, 65, 75, 85, 92)),
+        exposure=rng.uniform(0.8, 1.2) * (1.3 if light.kind == "backlit" else 1.0),
+        cast=(1 + warmth, 1 + rng.bell(0.04), 1 - warmth),
+        saturation=rng.choice((1.0, rng.uniform(0.6, 1.3), rng.uniform(0.6, 1.3), 0.0 if rng.chance(0.15) else 1.0)),
+        vignette=rng.choice((0.0, rng.uniform(0, 0.35))),
+        blur=rng.choice((0, 0, 0, 0, 0, 1, 1, 2)),
+        shake=rng.choice((0, 0, 0, 0, 0, 0, 2, 3)),
+        noise=rng.uniform(0, 7) if light.kind != "night" else rng.uniform(5, 16),
+        quality=rng.choice((35, 50, 65, 75, 85, 92)),
     )
