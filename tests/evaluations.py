@@ -1,4 +1,4 @@
-"""Small evaluations, in this process or by eval.py."""
+"""Run small evaluations, in this process or through eval.py."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ FAST = ["backbone=resnet18", "weights=random", "scales=1", "trainer.num_workers=
 
 
 def run(outputs: Path, *overrides: str, base: list[str] = BASE) -> dict:
+    """Evaluate in this process and return the content of results.json, with its folder as `folder`."""
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("eval", overrides=[*base, *QUIET, *overrides, f"paths.outputs={outputs}"])
@@ -30,14 +31,17 @@ def run(outputs: Path, *overrides: str, base: list[str] = BASE) -> dict:
 
 
 def mini(root: Path) -> list[str]:
+    """Return the overrides that select the set "mini" below `root`."""
     return ["dataset=revisited", "dataset.name=mini", f"paths.data={root}"]
 
 
 def fingerprints(result: dict) -> dict:
+    """Return the fingerprint of every store that a result was computed from, by title."""
     return {title: store["fingerprint"] for title, store in result["about"]["stores"].items()}
 
 
 def start_program(outputs: Path, *overrides: str, **kwargs) -> subprocess.Popen:
+    """Start eval.py in a process of its own."""
     command = [sys.executable, str(ROOT / "eval.py"), *overrides, f"paths.outputs={outputs}"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -45,6 +49,7 @@ def start_program(outputs: Path, *overrides: str, **kwargs) -> subprocess.Popen:
 
 
 def run_program(outputs: Path, *overrides: str, status: int = 0) -> str:
+    """Run eval.py, which must exit with `status`, and return its output."""
     process = start_program(outputs, *overrides)
     text = process.communicate(timeout=240)[0]
     assert process.returncode == status, text
@@ -52,4 +57,5 @@ def run_program(outputs: Path, *overrides: str, status: int = 0) -> str:
 
 
 def revisited(root: Path, *overrides: str) -> list[str]:
+    """Return the overrides of a fast evaluation of the set "mini" below `root`."""
     return ["dataset=revisited", "dataset.name=mini", f"paths.data={root}", "logger=csv", *FAST, *overrides]

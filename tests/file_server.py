@@ -1,4 +1,4 @@
-"""A local server with the toy images packed as the official archives are, which can also fail in several ways."""
+"""Local server of the toy images in archives like the official ones; it can also simulate failures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Member = tuple[str, bytes]
 
 
 def pack(members: Iterable[Member | tarfile.TarInfo], compressed: bool = True) -> bytes:
-    """Return a tar file of (name, content), or of headers as they are."""
+    """Return a tar file of members given as (name, content) or as complete headers."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for member in members:
@@ -59,7 +59,9 @@ def toy_files(name: str, toy: Path) -> dict[str, bytes]:
 
 
 def _list(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b"landmark_id,category\n101,x\n"  # a list that the toy set lacks
+    return (
+        path.read_bytes() if path.is_file() else b"landmark_id,category\n101,x\n"
+    )  # the toy set does not have this list
 
 
 def _archives(archives: tuple[RemoteFile, ...], members: list[Member], compressed: bool = True) -> dict[str, bytes]:
@@ -79,7 +81,7 @@ class FileServer(ThreadingHTTPServer):
         served: address -> bytes that GET has sent.
         requests: address -> number of GET requests.
         cut: address -> bytes after which the next response ends.
-        stall: address -> bytes after which every response is silent.
+        stall: address -> bytes after which every response sends nothing more.
         status: address -> status sent instead of the file.
         claimed: address -> length that HEAD claims.
         ranges: whether ranges are supported.

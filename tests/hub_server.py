@@ -14,7 +14,11 @@ from typing import Any
 
 
 class Hub(ThreadingHTTPServer):
-    """Server. `repositories` maps "owner/name" to its commits, each a dict of file name to content, newest last."""
+    """HTTP server of the Hub.
+
+    Attributes:
+        repositories: "owner/name" -> commits, newest last; each maps file names to contents.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -29,7 +33,7 @@ class Hub(ThreadingHTTPServer):
         return hashlib.sha1(f"{name} {number}".encode()).hexdigest()
 
     def state(self, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """Return hash and files of a revision ("main" or a hash)."""
+        """Return the hash and the files of a revision ("main" or a hash)."""
         for number in range(len(self.repositories.get(name, ())) - 1, -1, -1):
             commit = self.commit(name, number)
             if revision in ("main", commit):
@@ -61,19 +65,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
-            name, what, revision = found.groups()
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path):
+            name, action, revision = match.groups()
             state = self.server.state(name, revision or "main")
             if state is None:
                 return self.missing("RevisionNotFound" if name in self.server.repositories else "RepoNotFound")
-            if what == "tree":
+            if action == "tree":
                 return self.answer(
                     [{"type": "file", "path": k, "size": len(v), "oid": _etag(v)} for k, v in state[1].items()]
                 )
             siblings = [{"rfilename": file} for file in state[1]]
             return self.answer({"id": name, "modelId": name, "sha": state[0], "siblings": siblings})
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            name, revision, file = found.groups()
+        if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            name, revision, file = match.groups()
             state = self.server.state(name, revision)
             if state is None or file not in state[1]:
                 return self.missing("EntryNotFound" if state else "RepoNotFound")
@@ -85,17 +89,17 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         path = self.path.split("?")[0]
         if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}" if request.get("organization") else request["name"]
             self.server.repositories.setdefault(name, [{}])
             return self.answer({"url": f"{self.server.address}/{name}"})
         if path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/]+)", path):
-            name, what, _ = found.groups()
-            if what == "preupload":
-                files = [{"path": one["path"], "uploadMode": "regular"} for one in json.loads(body)["files"]]
-                return self.answer({"files": [{**one, "shouldIgnore": False} for one in files]})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/]+)", path):
+            name, action, _ = match.groups()
+            if action == "preupload":
+                files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+                return self.answer({"files": [{**file, "shouldIgnore": False} for file in files]})
             lines = [json.loads(line) for line in body.splitlines() if line]
             added = {
                 v["path"]: base64.b64decode(v["content"]) for v in (e["value"] for e in lines if e["key"] == "file")

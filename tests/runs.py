@@ -1,4 +1,4 @@
-"""Short trainings, started as a user starts them."""
+"""Run short trainings through train.py, as a user does."""
 
 from __future__ import annotations
 
@@ -30,31 +30,33 @@ SHORT = [
     "trainer.progress=false",
     "trainer.log_every=1",
 ]
-"""15 steps, 5 an epoch, on the tiny toy set."""
+"""Overrides of a short training: 3 epochs of 5 steps each on the tiny toy set."""
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment without the settings of W&B, and with wide lines."""
+    """Return the environment variables without those of W&B, with lines of 200 characters and `more`."""
     return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200", **more}
 
 
 def command(data: Path, outputs: Path, *overrides: str, script: str | Path = "train.py") -> list[str]:
-    places = [f"paths.data={data}", f"paths.outputs={outputs}", "logger=csv"]
-    return [sys.executable, str(ROOT / script), *SHORT, *places, *overrides]
+    """Return the command line of a short training."""
+    paths = [f"paths.data={data}", f"paths.outputs={outputs}", "logger=csv"]
+    return [sys.executable, str(ROOT / script), *SHORT, *paths, *overrides]
 
 
-def finished(words: list[str], status: int = 0, **env: str) -> str:
-    """Return the output of a command that must end with `status`; negative for a signal."""
+def run_command(words: list[str], status: int = 0, **env: str) -> str:
+    """Run a command, which must exit with `status` (negative for a signal), and return its output."""
     done = subprocess.run(words, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=280)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def train(data: Path, outputs: Path, *overrides: str, status: int = 0, **env: str) -> str:
-    return finished(command(data, outputs, *overrides), status, **env)
+    """Run a short training, which must exit with `status`, and return its output."""
+    return run_command(command(data, outputs, *overrides), status, **env)
 
 
-def started(data: Path, outputs: Path, *overrides: str, beyond: int = 0) -> subprocess.Popen[str]:
+def start_training(data: Path, outputs: Path, *overrides: str, beyond: int = 0) -> subprocess.Popen[str]:
     """Start a training of 2500 steps, and return once it has saved a checkpoint of a step after `beyond`."""
     words = command(data, outputs, "optim.epochs=500", "trainer.save_every_steps=1", *overrides)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -63,7 +65,7 @@ def started(data: Path, outputs: Path, *overrides: str, beyond: int = 0) -> subp
     folder = outputs / "train" / "quickstart"
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
-        if (folder / "checkpoints" / "last.ckpt").exists() and last(folder)["global_step"] > beyond:
+        if (folder / "checkpoints" / "last.ckpt").exists() and load_last_checkpoint(folder)["global_step"] > beyond:
             break
     return process
 
@@ -73,30 +75,34 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def told(pid: int, what: str) -> str:
-    """A file of /proc about a process."""
-    return Path(f"/proc/{pid}/{what}").read_bytes().decode(errors="replace")
+def read_proc(pid: int, name: str) -> str:
+    """Return the content of /proc/PID/NAME."""
+    return Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace")
 
 
-def configured(data: Path, outputs: Path, *overrides: str):
+def compose_config(data: Path, outputs: Path, *overrides: str):
+    """Compose the configuration of a short training."""
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("train", overrides=command(data, outputs, *overrides)[2:])
 
 
 def curves(folder: Path) -> list[dict[str, str]]:
+    """Read the rows of curves.csv."""
     with (folder / "curves.csv").open() as file:
         return list(csv.DictReader(file))
 
 
 def values(folder: Path, name: str) -> list[float]:
+    """Return the values of a column of curves.csv that are not empty."""
     return [float(row[name]) for row in curves(folder) if row.get(name)]
 
 
-def numbers(folder: Path) -> list[dict[str, str]]:
+def curves_without_times(folder: Path) -> list[dict[str, str]]:
     """Return the curves without the columns that depend on the clock."""
     return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in curves(folder)]
 
 
-def last(folder: Path) -> dict[str, Any]:
+def load_last_checkpoint(folder: Path) -> dict[str, Any]:
+    """Load the load_last_checkpoint checkpoint of a run folder."""
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)

@@ -1,4 +1,4 @@
-"""A search page as its command opens it, without the server."""
+"""Open the database of a search page as the command does, without starting the server."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from superglobal.search_page.image_search import SearchDatabase
 from superglobal.search_page.serve import open_database, read_config
 
 
-def composed(*overrides: str) -> Any:
+def compose_serve_config(*overrides: str) -> Any:
+    """Compose the configuration of `superglobal serve`."""
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("serve", overrides=[*QUIET, *overrides])
 
 
-def opened(outputs: Path, *overrides: str) -> SearchDatabase:
-    config, folder = read_config(composed(f"paths.outputs={outputs}", *overrides))
+def open_search_database(outputs: Path, *overrides: str) -> SearchDatabase:
+    """Open the search database for a configuration."""
+    config, folder = read_config(compose_serve_config(f"paths.outputs={outputs}", *overrides))
     return open_database(config, folder)

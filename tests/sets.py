@@ -1,4 +1,4 @@
-"""Small evaluation sets written in the official layouts: noise textures, several views of each."""
+"""Write small evaluation sets in the official layouts, with several views of noise textures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def texture(landmark: int, view: int, size: tuple[int, int] = (120, 96)) -> Image.Image:
-    """A view of a landmark: the same coarse pattern, shifted, with its own noise."""
+    """Return a view of a landmark: a coarse pattern per landmark, with a shift and noise per view."""
     coarse = np.random.default_rng(landmark).uniform(0, 255, (8, 10, 3))
     rng = np.random.default_rng([landmark, view])
     noisy = np.clip(coarse + rng.normal(0, 12, coarse.shape), 0, 255).astype(np.uint8)
@@ -24,7 +24,7 @@ def texture(landmark: int, view: int, size: tuple[int, int] = (120, 96)) -> Imag
 def write_revisited(
     root: Path, name: str = "mini", landmarks: int = 6, views: int = 5, size: tuple[int, int] = (120, 96)
 ) -> Path:
-    """`root/name/{jpg/,gnd_name.pkl}`: view 0 of each landmark is its query, 1 and 2 easy, the last junk."""
+    """Write `root/name/{jpg/,gnd_name.pkl}`; view 0 of a landmark is the query, 1 and 2 are easy, the last is junk."""
     jpg = root / name / "jpg"
     jpg.mkdir(parents=True)
     imlist, qimlist, gnd = [], [], []
@@ -43,7 +43,7 @@ def write_revisited(
 
 
 def write_distractors(root: Path, name: str = "noise", count: int = 4) -> Path:
-    """`root/name/{jpg/,name.txt}`."""
+    """Write distractors to `root/name/{jpg/,name.txt}`."""
     jpg = root / name / "jpg"
     jpg.mkdir(parents=True)
     for i in range(count):
@@ -53,14 +53,14 @@ def write_distractors(root: Path, name: str = "noise", count: int = 4) -> Path:
 
 
 def break_scan(path: Path) -> None:
-    """Damage a JPEG so that its header and its end are sound and its decoder refuses it."""
+    """Damage a JPEG so that its header and its end are valid but decoding fails."""
     data = bytearray(path.read_bytes())
     data[data.rindex(b"\xff\xda") + 6] = 0x33  # Huffman tables that the file does not define
     path.write_bytes(data)
 
 
 def write_folders(root: Path, landmarks: int = 3, views: int = 3) -> Path:
-    """`root/<label>/<view>.jpg`."""
+    """Write labeled images to `root/<label>/<view>.jpg`."""
     for landmark in range(landmarks):
         (root / f"label{landmark}").mkdir(parents=True)
         for view in range(views):
@@ -69,7 +69,7 @@ def write_folders(root: Path, landmarks: int = 3, views: int = 3) -> Path:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header promises that size, with next to nothing behind it."""
+    """Return a PNG whose header states this size, but which contains almost no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def python(code: str) -> str:
+    """Run code in a new interpreter and return its output."""
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -30,7 +31,7 @@ def test_importing_the_package_imports_no_dependency():
     assert "superglobal.api" not in imported
 
 
-def test_the_public_names_need_neither_lightning_nor_hydra():
+def test_public_names_import_without_lightning_and_hydra():
     missing = ["pytorch_lightning", "lightning", "hydra", "omegaconf", "wandb"]
     block = f"import sys\nsys.modules.update(dict.fromkeys({missing}))\n"
     names = set(python(f"{block}from superglobal import *\nprint(*dir())").split())
@@ -46,7 +47,7 @@ def test_every_public_name_is_listed_and_documented():
         assert name in dir(superglobal)
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_an_unknown_name_raises_an_attribute_error():
     with pytest.raises(AttributeError, match="load_modle"):
         superglobal.load_modle  # noqa: B018
     with pytest.raises(ImportError, match="load_modle"):

@@ -24,23 +24,26 @@ ARCHIVE_ADDRESS = address(ARCHIVE.urls[0])
 
 @pytest.fixture
 def server(toy_data):
-    """Oxford with the images of the toy set."""
+    """Serve the Oxford archives with the images of the toy set."""
     with serve(toy_files("roxford5k", toy_data / "toy")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def images(toy_data) -> list[Path]:
+    """List the images of the toy set."""
     return sorted((toy_data / "toy" / "toy" / "jpg").iterdir())
 
 
 def header(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    """Return the header of a tar member."""
     header = tarfile.TarInfo(name)
     header.type, header.linkname = kind, link
     return header
 
 
 def extracted(data: Path) -> list[Path]:
+    """List the extracted images."""
     return list((data / "roxford5k" / "jpg").iterdir())
 
 
@@ -63,7 +66,7 @@ def test_an_unsafe_archive_is_rejected_as_a_whole(server, images, tmp_path, memb
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-def test_members_go_only_where_the_list_has_them(server, images, tmp_path):
+def test_only_listed_images_are_extracted(server, images, tmp_path):
     """Unlisted files, absolute names, and links that would lead to another image are skipped."""
     outside = tmp_path / "outside.jpg"
     others = [
@@ -106,9 +109,9 @@ def test_a_header_with_invalid_numbers_is_not_an_archive(server, tmp_path):
 
 
 def test_a_name_that_is_not_utf8_is_skipped(server, tmp_path):
-    other = header("café.jpg").tobuf(tarfile.GNU_FORMAT, encoding="latin-1")
-    # Before the images, so that those are read after it.
-    server.files[ARCHIVE_ADDRESS] = gzip.compress(other + gzip.decompress(server.files[ARCHIVE_ADDRESS]))
+    invalid = header("café.jpg").tobuf(tarfile.GNU_FORMAT, encoding="latin-1")
+    # The invalid name comes first, so that the images are read after it.
+    server.files[ARCHIVE_ADDRESS] = gzip.compress(invalid + gzip.decompress(server.files[ARCHIVE_ADDRESS]))
     assert "skipped 1 files in no list" in download_source(OXFORD, tmp_path, server.options())
 
 
@@ -120,14 +123,14 @@ def test_an_incomplete_archive_is_an_error(server, tmp_path, data):
     assert not extracted(tmp_path)
 
 
-def test_images_that_no_archive_contains_are_named(server, images, tmp_path):
+def test_images_missing_from_all_archives_are_listed(server, images, tmp_path):
     server.files[ARCHIVE_ADDRESS] = pack([(image.name, image.read_bytes()) for image in images[1:]])
     missing = rf"1 of {len(images)} listed images are missing:\n.*{images[0].name}"
     with pytest.raises(InputError, match=missing):
         download_source(OXFORD, tmp_path, server.options())
 
 
-def test_a_compressed_archive_stays_compressed_whatever_the_encoding_is_called(server, tmp_path):
+def test_archives_are_stored_compressed_for_any_content_encoding(server, tmp_path):
     ground_truth = address(OXFORD.files[0].urls[0])
     server.encoding = "x-gzip"
     server.files[ground_truth] = gzip.compress(server.files[ground_truth])
@@ -136,14 +139,14 @@ def test_a_compressed_archive_stays_compressed_whatever_the_encoding_is_called(s
     require_images([("database", revisited_set(tmp_path, "roxford5k").database, "")])
 
 
-def test_a_disk_that_is_too_small_is_an_error_before_the_download(server, tmp_path):
+def test_insufficient_disk_space_is_an_error_before_the_download(server, tmp_path):
     server.claimed[ARCHIVE_ADDRESS] = 2 * shutil.disk_usage(tmp_path).free
     with pytest.raises(InputError, match=r"roxford5k needs .* GB more in .* are free: nothing was downloaded"):
         download_source(OXFORD, tmp_path, server.options())
     assert ARCHIVE_ADDRESS not in server.requests
 
 
-def test_required_space():
+def test_required_space_depends_on_jobs_keep_and_packed():
     sizes, present = [100, 60, 40, None], [0, 60, 10, 0]
 
     def space(**options) -> int:

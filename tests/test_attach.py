@@ -1,4 +1,4 @@
-"""`attach` on networks from elsewhere: torchvision and timm ResNets with a GeM head."""
+"""`attach` on networks of other libraries: torchvision and timm ResNets with a GeM head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from superglobal.models.pooling import gem, regional_gem
 
 
 class GeMHead(nn.Module):
-    """A pooling layer from another project."""
+    """GeM pooling as another project may implement it."""
 
     def __init__(self):
         super().__init__()
@@ -26,6 +26,8 @@ class GeMHead(nn.Module):
 
 
 class TorchvisionRetrieval(nn.Module):
+    """Retrieval network of a torchvision ResNet, GeM and a linear layer."""
+
     def __init__(self, name):
         super().__init__()
         net = getattr(torchvision.models, name)()
@@ -38,7 +40,7 @@ class TorchvisionRetrieval(nn.Module):
 
 
 def randomize_batch_norms(network):
-    """Batch-norm gains small enough for many activations to fall below ReLUP's floor."""
+    """Draw batch-norm gains small enough for many activations to fall below the floor of ReLUP."""
     torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -49,32 +51,33 @@ def randomize_batch_norms(network):
 
 @pytest.fixture
 def images():
+    """Return two random images."""
     return torch.rand(2, 3, 160, 128, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_torchvision_and_timm_agree_after_attaching(name, images):
     """ReLUP is installed differently (a shared ReLU and hooks, or named modules), with the same result."""
-    ours = randomize_batch_norms(getattr(torchvision.models, name)())
-    theirs = timm.create_model(name).eval()
-    theirs.load_state_dict(ours.state_dict())
+    torchvision_net = randomize_batch_norms(getattr(torchvision.models, name)())
+    timm_net = timm.create_model(name).eval()
+    timm_net.load_state_dict(torchvision_net.state_dict())
     with torch.no_grad():
-        plain = ours(images)
-        torch.testing.assert_close(theirs(images), plain)
-        superglobal.attach(ours, pooling={"gem_plus": True, "regional": True})
-        superglobal.attach(theirs, pooling={"gem_plus": True, "regional": True})
-        assert not torch.allclose(ours(images), plain, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(theirs(images), ours(images))
+        plain = torchvision_net(images)
+        torch.testing.assert_close(timm_net(images), plain)
+        superglobal.attach(torchvision_net, pooling={"gem_plus": True, "regional": True})
+        superglobal.attach(timm_net, pooling={"gem_plus": True, "regional": True})
+        assert not torch.allclose(torchvision_net(images), plain, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(timm_net(images), torchvision_net(images))
 
 
 def test_an_attached_network_equals_a_retrieval_network(images):
-    """`RetrievalNetwork` is itself tested against the reference."""
-    ours = superglobal.load_model("random", backbone="resnet18", scales=1)
+    """Other tests compare `RetrievalNetwork` to the reference."""
+    retrieval_net = superglobal.load_model("random", backbone="resnet18", scales=1)
     net = randomize_batch_norms(timm.create_model("resnet18", num_classes=0))
-    ours.backbone.net.load_state_dict(net.state_dict())
+    retrieval_net.backbone.net.load_state_dict(net.state_dict())
     superglobal.attach(net)
     with torch.no_grad():
-        expected = gem(regional_gem(ours.backbone(images)), 4.6, 1e-8)
+        expected = gem(regional_gem(retrieval_net.backbone(images)), 4.6, 1e-8)
         torch.testing.assert_close(net(images), expected)
 
 
@@ -91,15 +94,15 @@ def test_undo_restores_the_network(network, images):
     assert "forward" not in vars(network)
 
 
-def test_without_gem_plus_the_networks_own_pooling_stays(images):
+def test_without_gem_plus_the_pooling_of_the_network_is_kept(images):
     network = randomize_batch_norms(TorchvisionRetrieval("resnet18"))
     maps = []
     network.body.layer4.register_forward_hook(lambda _m, _x, y: maps.append(y))
     superglobal.attach(network, pooling={"gem_plus": False, "regional": True, "relup": "off"})
     with torch.no_grad():
         got = network(images)
-        own = network.body.avgpool.original
-        expected = network.body.fc(own(regional_gem(maps[0])))
+        head = network.body.avgpool.original
+        expected = network.body.fc(head(regional_gem(maps[0])))
     torch.testing.assert_close(got, expected)
 
 
@@ -115,11 +118,11 @@ def test_scales_are_combined_by_scale_gem(images):
 
 def test_an_ambiguous_or_missing_layer_is_an_error_and_changes_nothing(images):
     resnet = randomize_batch_norms(timm.create_model("resnet18", num_classes=7))
-    two = nn.Sequential(resnet, nn.Unflatten(1, (7, 1, 1)), GeMHead())
-    before = two[0].layer1[0].act1
+    ambiguous = nn.Sequential(resnet, nn.Unflatten(1, (7, 1, 1)), GeMHead())
+    before = ambiguous[0].layer1[0].act1
     with pytest.raises(InputError, match="pool="):
-        superglobal.attach(two)
-    assert two[0].layer1[0].act1 is before
+        superglobal.attach(ambiguous)
+    assert ambiguous[0].layer1[0].act1 is before
     with pytest.raises(InputError, match="relup=off"):
         superglobal.attach(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1)))
     with pytest.raises(InputError, match="nowhere"):

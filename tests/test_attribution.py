@@ -17,13 +17,15 @@ IMAGE = torch.randint(0, 256, (3, 120, 150), generator=torch.Generator().manual_
 
 
 def network(scales=1, dim=24, backbone="test_resnet", **pooling):
-    made = load_model("random", backbone=backbone, pooling={**GEM, **pooling}, scales=scales, dim=dim)
-    if made.whitening is not None:
-        torch.nn.init.normal_(made.whitening.bias, std=0.02, generator=torch.Generator().manual_seed(1))
-    return made
+    """Return a random network with the given scales, dimension and pooling."""
+    model = load_model("random", backbone=backbone, pooling={**GEM, **pooling}, scales=scales, dim=dim)
+    if model.whitening is not None:
+        torch.nn.init.normal_(model.whitening.bias, std=0.02, generator=torch.Generator().manual_seed(1))
+    return model
 
 
 def unit_vector(dim, seed=2):
+    """Return a random unit vector."""
     vector = np.random.default_rng(seed).normal(size=dim)
     return (vector / np.linalg.norm(vector)).astype(np.float32)
 
@@ -88,7 +90,7 @@ def test_cells_without_activations_contribute_nothing():
     assert result.maps[0][:, :3].sum() == pytest.approx(1, abs=1e-4)
 
 
-def test_the_effect_of_clamping_is_the_remainder():
+def test_the_remainder_equals_the_effect_of_clamping():
     model = network(dim=0, eps=0.5)
     x = torch.full((1, 96, 2, 2), 0.1)
     x[:, 0] = 1.0
@@ -112,6 +114,6 @@ def test_a_heatmap_keeps_position_and_sum():
     assert math.isclose(corner[30:, 30:].sum(), 0, abs_tol=1e-12)
 
 
-def test_a_vector_of_another_dimension_is_an_error():
+def test_a_vector_of_a_different_dimension_is_an_error():
     with pytest.raises(InputError, match=r"shape \(7,\), expected \(24,\)"):
         contributions(network(), IMAGE, unit_vector(7))

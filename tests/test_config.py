@@ -1,4 +1,4 @@
-"""Configs: off is off, a typo lists the choices, every option composes."""
+"""Configurations: switch values, messages about typos, and composition of every option."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ CONF = Path(__file__).parents[1] / "conf"
 
 
 def config(*overrides, script="eval"):
+    """Compose and validate a configuration."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return validate_config(
@@ -41,12 +42,12 @@ def config(*overrides, script="eval"):
 @pytest.mark.parametrize(
     ("value", "expected"), [("off", False), ("false", False), ("no", False), ("on", True), ("true", True)]
 )
-def test_a_switch_is_a_bool(value, expected):
+def test_switch_values_become_booleans(value, expected):
     assert config(f"pooling.regional={value}").pooling.regional is expected
 
 
 @pytest.mark.parametrize(("value", "mode"), [("off", "off"), ("true", "on"), ("reference_off", "reference_off")])
-def test_relup_modes(value, mode):
+def test_relup_values_become_modes(value, mode):
     assert make_pooling(config(f"pooling.relup={value}").pooling.overrides()).relup == mode
 
 
@@ -76,7 +77,7 @@ def test_relup_modes(value, mode):
         ("descriptors.query=q.npy", InputError, "both"),
     ],
 )
-def test_a_wrong_setting_is_refused_and_named(override, error, message):
+def test_invalid_settings_raise_errors_that_name_them(override, error, message):
     with pytest.raises(error) as caught:
         config(*override.split())
     assert re.search(message, f"{caught.value} {caught.value.__cause__}")
@@ -96,7 +97,7 @@ def test_a_wrong_setting_is_refused_and_named(override, error, message):
         ("dataset=gldv2_recognition rerank=kreciprocal dataset.votes=distance", r"dataset\.votes=distance: "),
     ],
 )
-def test_what_does_not_go_together_is_refused(overrides, message):
+def test_incompatible_settings_raise_errors(overrides, message):
     with pytest.raises(InputError, match=message):
         config(*overrides.split())
 
@@ -113,14 +114,14 @@ def test_what_does_not_go_together_is_refused(overrides, message):
         "dataset=gldv2_recognition rerank=mutual",
     ],
 )
-def test_what_goes_together_is_not(overrides):
+def test_compatible_settings_are_accepted(overrides):
     config(*overrides.split())
 
 
 @pytest.mark.parametrize(
     ("override", "message"), [("head=softmax", "arcface"), ("pooling.regionl=on", "regionl"), ("data=toi", "toy")]
 )
-def test_a_typo_in_training_is_named(override, message):
+def test_a_typo_in_a_training_setting_is_reported(override, message):
     with pytest.raises((ConfigCompositionException, MissingConfigException)) as caught:
         config(override, script="train")
     assert message in f"{caught.value} {caught.value.__cause__}"
@@ -139,12 +140,13 @@ def test_a_typo_in_training_is_named(override, message):
         ("head=curricularface head.dynamic_margin=on", "dynamic_margin=true: not supported by curricularface"),
     ],
 )
-def test_a_head_that_cannot_be_is_refused(overrides, message):
+def test_invalid_head_settings_raise_errors(overrides, message):
     with pytest.raises(InputError, match=message):
         config(*overrides.split(), script="train")
 
 
 def options(group, script="eval"):
+    """Return the options of a configuration group."""
     register()
     return [name for name, _, _ in groups(script)[group]]
 
@@ -166,13 +168,13 @@ def test_every_option_of_training_composes(group):
 
 
 def test_every_experiment_composes():
-    """Those of training are in test_recipes.py."""
+    """Other training experiments are tested in test_recipes.py."""
     config("experiment=full_factorial")
     quick = config("experiment=quickstart", script="train")
     assert quick.name == config("dataset=toy").name == "quickstart"
 
 
-def test_every_data_set_and_distractor_set_composes():
+def test_every_dataset_and_distractor_set_composes():
     needs = {
         "revisited": ["dataset.name=x"],
         "folder": ["dataset.database=x", "dataset.query=y"],
@@ -182,7 +184,7 @@ def test_every_data_set_and_distractor_set_composes():
         config(f"dataset={option}", *needs.get(option, []))
     assert config("dataset=toy").dataset.root == "data/toy"
     assert config("distractors=toy", "paths.data=d").distractors.root == "d/toy"
-    # `distractors=null` could not be swept: Hydra takes no null for a group there.
+    # The option is named none, because Hydra does not accept null for a group in a sweep.
     assert config("distractors=none").distractors.name is config().distractors.name is None
     assert config("distractors=revisitop1m").distractors.name == "revisitop1m"
     assert config("distractors=list", "distractors.name=x").distractors.name == "x"
@@ -192,7 +194,7 @@ def test_every_data_set_and_distractor_set_composes():
 def test_a_preset_is_the_same_in_config_and_api(preset):
     overrides = config(f"pooling={preset}").pooling.overrides()
     assert make_pooling(overrides) == make_pooling(preset)
-    # A preset replaces what the weights were trained with.
+    # A preset replaces the pooling that is stored with the weights.
     stored = {"gem_plus": False, "regional": False, "scale": False, "relup": "reference_off"}
     assert make_pooling(overrides, stored) == make_pooling(preset)
 
@@ -206,7 +208,7 @@ def test_an_override_keeps_the_rest_of_a_preset():
     "argument",
     ["statistics=mean", "+statistics.dims=3", "extraction.compile=true", "~pictures.queries", "extraction.part=1/2"],
 )
-def test_an_old_setting_is_named_with_its_replacement(argument):
+def test_old_settings_raise_errors_that_name_the_replacement(argument):
     with pytest.raises(
         InputError, match=r"there is no setting (statistics|extraction|pictures)[.a-z]*; (use|it was removed)"
     ):
@@ -230,7 +232,7 @@ def test_defaults_are_the_same_in_config_and_api():
     assert (config().scales, config().antialias) == (api["scales"].default, api["antialias"].default)
 
 
-def test_the_ladder_adds_one_module_a_step_and_the_others_leave_one_out():
+def test_cumulative_ablations_add_one_module_and_the_others_remove_one():
     def switches(name):
         c = config(f"ablation={name}")
         return (c.pooling.gem_plus, c.pooling.regional, c.pooling.scale, c.pooling.relup != "off", c.rerank.enabled)
@@ -248,13 +250,13 @@ def test_the_ladder_adds_one_module_a_step_and_the_others_leave_one_out():
 @pytest.mark.parametrize(
     "overrides", [(), ("index=hnsw",), ("index=ivf_pq", "index.compare=0"), ("rerank=kreciprocal",), ("rerank=none",)]
 )
-def test_the_settings_in_a_result_are_valid_again(overrides):
+def test_the_configuration_stored_in_a_result_is_valid(overrides):
     checked = config("dataset=toy", *overrides)
     stored = json.loads(json.dumps(plain_types(asdict(checked))))
     assert validate_config(OmegaConf.merge(OmegaConf.structured(EvalConfig), stored), EvalConfig) == checked
 
 
-def test_settings_load_without_what_takes_seconds():
+def test_configurations_load_without_slow_imports():
     heavy = "timm torchvision pytorch_lightning faiss"
     code = f"import sys, eval; print([name for name in {heavy.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)

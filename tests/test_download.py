@@ -1,4 +1,4 @@
-"""Data sets by one command, from a local server that has the toy images packed as the official archives are."""
+"""`superglobal download` from a local server of the toy images in archives like the official ones."""
 
 from __future__ import annotations
 
@@ -36,21 +36,24 @@ CHUNK = 1 << 16
 
 @pytest.fixture(scope="module")
 def toy(toy_data) -> Path:
+    """Return the folder of the toy set."""
     return toy_data / "toy"
 
 
 @pytest.fixture
 def server(toy):
-    """Oxford with the images of the toy set."""
+    """Serve the Oxford archives with the images of the toy set."""
     with serve(toy_files("roxford5k", toy)) as server:
         yield server
 
 
 def command(*arguments: str) -> list[str]:
+    """Return the command line of `superglobal download`."""
     return [sys.executable, "-m", "superglobal", "download", *arguments]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
+    """Return the contents of all files below a folder by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
@@ -77,7 +80,7 @@ def test_distractors_are_downloaded_and_load(toy, tmp_path):
 
 
 def test_gldv2_is_downloaded_and_loads(toy, tmp_path):
-    """All sources of GLDv2, with the first eight archives each."""
+    """Download all sources of GLDv2, with the first eight archives of each."""
     sources = [replace(source, archives=source.archives[:8]) for source in select_sources(["gldv2"])]
     assert [source.name for source in sources] == list(GROUPS["gldv2"])
     with serve({}) as server:
@@ -98,7 +101,7 @@ def test_gldv2_is_downloaded_and_loads(toy, tmp_path):
     assert re.fullmatch(r"[0-9a-f]{32}  images_007\.tar\n", (root / "archives/train/images_007.tar.md5").read_text())
 
 
-def test_gldv2_stays_packed_for_training_from_tar_files(toy, tmp_path):
+def test_packed_downloads_of_gldv2_can_be_used_for_training(toy, tmp_path):
     source = SOURCES["gldv2-train"]
     source = replace(source, archives=source.archives[:3])
     with serve(toy_files("gldv2-train", toy)) as server:
@@ -111,7 +114,7 @@ def test_gldv2_stays_packed_for_training_from_tar_files(toy, tmp_path):
     assert not (tmp_path / "gldv2" / "train").exists()
     prepared = prepare(tmp_path / "gldv2", tars=tars, workers=1)
     assert not prepared.tar_problems
-    assert len(prepared.corrupt) < prepared.n_images  # those of the other 497 archives
+    assert len(prepared.corrupt) < prepared.n_images  # images of the other 497 archives are missing
     assert read_train(tmp_path / "gldv2", tars=tars).source is not None
     with pytest.raises(InputError, match="--packed: roxford5k"):
         download_source(OXFORD, tmp_path, server.options(packed=True))
@@ -137,7 +140,7 @@ def test_features_are_downloaded_and_checked(toy, tmp_path):
         assert not target.exists()
 
 
-def test_weights_come_from_another_server_and_are_checked(tmp_path):
+def test_weights_are_downloaded_from_a_mirror_and_checked(tmp_path):
     source = SOURCES["cvnet"]
     blocks = [f"s{s}.b{b}.f.a.weight" for s, n in ((1, 3), (2, 4), (3, 6), (4, 3)) for b in range(1, n + 1)]
     state = {f"encoder_q.{name}": torch.zeros(1) for name in blocks}
@@ -152,7 +155,7 @@ def test_weights_come_from_another_server_and_are_checked(tmp_path):
             download_source(source, tmp_path, server.options())
 
 
-def test_the_next_mirror_is_used_for_a_file_that_the_first_lacks(server, tmp_path):
+def test_the_next_mirror_is_used_if_the_first_lacks_a_file(server, tmp_path):
     server.files[MIRROR_ADDRESS] = server.files.pop(ARCHIVE_ADDRESS)
     download_source(OXFORD, tmp_path, server.options())
     require_images([("database", revisited_set(tmp_path, "roxford5k").database, "")])
@@ -208,7 +211,7 @@ def test_lost_images_are_extracted_again(server, tmp_path):
     assert emptied.stat().st_size
 
 
-def test_images_from_elsewhere_are_not_downloaded_again(server, toy, tmp_path):
+def test_images_copied_by_the_user_are_not_downloaded_again(server, toy, tmp_path):
     shutil.copytree(toy / "toy" / "jpg", tmp_path / "roxford5k" / "jpg")
     assert "images from elsewhere" in overview(tmp_path)
     download_source(OXFORD, tmp_path, server.options())
@@ -216,7 +219,7 @@ def test_images_from_elsewhere_are_not_downloaded_again(server, toy, tmp_path):
 
 
 def test_a_killed_command_resumes(server, tmp_path):
-    """The second call also names a set that cannot be downloaded, which does not stop the others."""
+    """The second command also names a data set that cannot be downloaded; the others are still downloaded."""
     size = len(server.files[ARCHIVE_ADDRESS])
     assert size > 3 * CHUNK
     server.stall[ARCHIVE_ADDRESS] = size - CHUNK // 2
@@ -241,8 +244,8 @@ def test_a_killed_command_resumes(server, tmp_path):
     assert re.search(r"roxford5k +1, 1\.9 GB +5,063 +1 of 1 files, 1 of 1 archives unpacked", overview(tmp_path))
 
 
-def test_a_command_killed_while_it_unpacks_downloads_nothing_again(server, tmp_path):
-    """SIGKILL when the tenth image is about to be moved to its folder."""
+def test_a_command_killed_during_extraction_does_not_download_again(server, tmp_path):
+    """The process receives SIGKILL before it moves the tenth image to its folder."""
     code = (
         "import os, signal, sys\n"
         "import superglobal.cli\n"
@@ -285,20 +288,20 @@ def test_ctrl_c_ends_the_command_at_once(server, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["oxford"], [], ["roxford5k", "--jobs", "0"]])
-def test_a_mistake_on_the_command_line_names_the_choices(arguments):
+def test_invalid_arguments_print_the_valid_choices(arguments):
     done = subprocess.run(command(*arguments), capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert ("--jobs" if "--jobs" in arguments else "roxford5k, rparis6k") in done.stderr
 
 
-def test_list_needs_no_server(tmp_path):
+def test_list_works_without_a_server(tmp_path):
     done = subprocess.run(command("--list", "--data", str(tmp_path)), capture_output=True, text=True)
     assert done.returncode == 0
     assert all(re.search(rf"^{name} ", done.stdout, re.MULTILINE) for name in SOURCE_NAMES)
 
 
-def test_an_unreachable_google_drive_says_what_to_do_by_hand(tmp_path, monkeypatch):
+def test_a_failed_google_drive_download_explains_the_manual_steps(tmp_path, monkeypatch):
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(
@@ -322,6 +325,6 @@ def test_an_unreachable_google_drive_says_what_to_do_by_hand(tmp_path, monkeypat
         (lambda root: retrieval_set(root / "gldv2"), "gldv2-index"),
     ],
 )
-def test_messages_about_missing_data_name_the_command(message, name, tmp_path):
+def test_errors_about_missing_data_name_the_download_command(message, name, tmp_path):
     with pytest.raises(InputError, match=f"superglobal download {name} --data {re.escape(str(tmp_path))}"):
         message(tmp_path)

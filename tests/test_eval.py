@@ -1,4 +1,4 @@
-"""eval.py as a user runs it: real processes, real files."""
+"""eval.py run as a user runs it, in its own processes and with real files."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from superglobal.retrieval.store import DescriptorStore
 
 
 def results(outputs: Path) -> dict:
+    """Read the only results.json of the output folder."""
     (path,) = (outputs / "eval").rglob("results.json")
     return json.loads(path.read_text())
 
 
-def test_scores_are_those_of_the_public_functions(data, tmp_path):
+def test_scores_equal_those_of_the_public_functions(data, tmp_path):
     text = run_program(tmp_path, *revisited(data, "rerank.M=12", "distractors=list", "distractors.name=noise"))
     got = results(tmp_path)
     folder = next((tmp_path / "eval").rglob("results.json")).parent
@@ -55,7 +56,7 @@ def test_scores_are_those_of_the_public_functions(data, tmp_path):
     assert (folder / "csv/metrics.csv").exists()
 
 
-def test_the_sheet_shows_relevance_by_colour(data, tmp_path):
+def test_the_figure_shows_relevance_by_color(data, tmp_path):
     run_program(tmp_path, *revisited(data, "figures.queries=2", "figures.ranks=4"))
     folder = next((tmp_path / "eval").rglob("results.json")).parent
     sheet = np.asarray(Image.open(folder / "sheet.png").convert("RGB"))
@@ -67,7 +68,7 @@ def test_the_sheet_shows_relevance_by_colour(data, tmp_path):
     assert (0xFF, 0xE6, 0x00) in {tuple(p) for p in sheet[28:190, 6:170].reshape(-1, 3)}  # the query's box
 
 
-def test_a_second_run_extracts_nothing_and_changed_settings_extract_anew(data, tmp_path):
+def test_a_second_run_extracts_only_what_changed_settings_require(data, tmp_path):
     def extracted(name, *overrides):
         run_program(tmp_path / name, *revisited(data, f"paths.stores={tmp_path / 'stores'}", *overrides))
         return results(tmp_path / name)["about"]["extracted"]
@@ -79,7 +80,7 @@ def test_a_second_run_extracts_nothing_and_changed_settings_extract_anew(data, t
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_run_and_keeps_its_rows(tmp_path, number, status):
+def test_a_signal_ends_a_run_and_keeps_the_extracted_rows(tmp_path, number, status):
     write_revisited(tmp_path, landmarks=40, views=12)
     process = start_program(tmp_path / "o", *revisited(tmp_path, "scales=5"))
     deadline = time.monotonic() + 120
@@ -95,7 +96,7 @@ def test_a_signal_ends_a_run_and_keeps_its_rows(tmp_path, number, status):
     assert rows <= len(DescriptorStore.open(store)) - len(DescriptorStore.open(store).missing) < 440
 
 
-KILLED = """
+KILL_AFTER_80_ROWS = """
 import os, runpy, signal, sys
 from superglobal.retrieval.store import DescriptorStore
 write, count = DescriptorStore.write_rows, 0
@@ -111,39 +112,44 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
+def test_a_killed_run_resumes_with_the_missing_rows(tmp_path):
     write_revisited(tmp_path, landmarks=20, views=6)
     overrides = revisited(tmp_path)
-    command = [sys.executable, "-c", KILLED, str(ROOT / "eval.py"), *overrides, f"paths.outputs={tmp_path / 'killed'}"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    words = [str(ROOT / "eval.py"), *overrides, f"paths.outputs={tmp_path / 'killed'}"]
+    assert (
+        subprocess.run([sys.executable, "-c", KILL_AFTER_80_ROWS, *words], cwd=ROOT, capture_output=True).returncode
+        == -signal.SIGKILL
+    )
     (store,) = (tmp_path / "killed" / "stores").glob("mini-database-*")
     missing = len(DescriptorStore.open(store).missing)
-    assert 20 < missing <= 36  # 64 rows share a flush, or 5 seconds
+    assert 20 < missing <= 36  # rows are flushed after 64 rows or 5 seconds
 
     run_program(tmp_path / "killed", *overrides)
     run_program(tmp_path / "whole", *overrides)
-    again, whole = results(tmp_path / "killed"), results(tmp_path / "whole")
-    assert again["about"]["extracted"] == {"database": missing, "queries": 20}
-    assert again["metrics"] == whole["metrics"]
-    (other,) = (tmp_path / "whole" / "stores").glob("mini-database-*")
-    assert other.name == store.name
-    assert np.array_equal(DescriptorStore.open(store).block(0, 100), DescriptorStore.open(other).block(0, 100))
+    resumed, whole = results(tmp_path / "killed"), results(tmp_path / "whole")
+    assert resumed["about"]["extracted"] == {"database": missing, "queries": 20}
+    assert resumed["metrics"] == whole["metrics"]
+    (whole_store,) = (tmp_path / "whole" / "stores").glob("mini-database-*")
+    assert whole_store.name == store.name
+    assert np.array_equal(DescriptorStore.open(store).block(0, 100), DescriptorStore.open(whole_store).block(0, 100))
     loaded = [dict(np.load(next((tmp_path / n / "eval").rglob("rankings.npz")))) for n in ("killed", "whole")]
     assert all(np.array_equal(loaded[0][k], loaded[1][k]) for k in loaded[1])
 
 
-def test_two_jobs_one_of_them_killed_leave_the_store_of_one(tmp_path):
-    """Byte for byte where the same images were described together, to 1e-6 where not."""
+def test_two_shards_one_of_them_killed_give_the_store_of_a_single_run(tmp_path):
+    """Rows are equal bit for bit where batches contain the same images, and within 1e-6 elsewhere."""
     write_revisited(tmp_path, landmarks=32, views=6)
-    # 160 images are dealt out by twenties, the 32 queries by fours: of fives the database's batches are the same.
+    # Shards take blocks of 20 of the 160 images and blocks of 4 of the 32 queries. With batches of 5, the batches of
+    # the database are therefore the same as without shards.
     overrides = revisited(tmp_path, "extraction.batch_size=5")
     together = tmp_path / "together"
-    other = start_program(together, *overrides, "extraction.shard=2/2")
+    second_shard = start_program(together, *overrides, "extraction.shard=2/2")
     words = [str(ROOT / "eval.py"), *overrides, "extraction.shard=1/2", f"paths.outputs={together}"]
-    assert subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, capture_output=True).returncode == -9
-    assert other.wait(timeout=240) == 0
-    (left,) = (DescriptorStore.open(place) for place in (together / "stores").glob("mini-database-*"))
-    missing = len(left.missing)
+    first_shard = subprocess.run([sys.executable, "-c", KILL_AFTER_80_ROWS, *words], cwd=ROOT, capture_output=True)
+    assert first_shard.returncode == -signal.SIGKILL
+    assert second_shard.wait(timeout=240) == 0
+    (store,) = (DescriptorStore.open(folder) for folder in (together / "stores").glob("mini-database-*"))
+    missing = len(store.missing)
     assert 0 < missing < 80
     run_program(together, *overrides, "extraction.shard=1/2")
     run_program(tmp_path / "whole", *overrides)
@@ -151,32 +157,32 @@ def test_two_jobs_one_of_them_killed_leave_the_store_of_one(tmp_path):
     assert results(together)["about"]["extracted"]["database"] == missing
     for title, count, tolerance in (("database", 160, 0), ("queries", 32, 1e-6)):
         stores = [
-            DescriptorStore.open(next((place / "stores").glob(f"mini-{title}-*"))).block(0, count)
-            for place in (together, tmp_path / "whole")
+            DescriptorStore.open(next((folder / "stores").glob(f"mini-{title}-*"))).block(0, count)
+            for folder in (together, tmp_path / "whole")
         ]
         assert np.abs(stores[0] - stores[1]).max() <= tolerance
 
 
-def test_two_processes_give_the_descriptors_of_one(data, tmp_path):
+def test_two_processes_give_the_descriptors_of_one_process(data, tmp_path):
     run_program(tmp_path / "one", *revisited(data))
     text = run_program(tmp_path / "two", *revisited(data, "trainer.devices=2", "trainer.strategy=ddp"))
     assert "MEMBER: 2/2" in text
-    one, two = results(tmp_path / "one"), results(tmp_path / "two")
-    assert one["metrics"] == two["metrics"]
-    assert one["about"]["stores"]["database"]["fingerprint"] == two["about"]["stores"]["database"]["fingerprint"]
+    single, double = results(tmp_path / "one"), results(tmp_path / "two")
+    assert single["metrics"] == double["metrics"]
+    assert single["about"]["stores"]["database"]["fingerprint"] == double["about"]["stores"]["database"]["fingerprint"]
 
 
-def test_a_bad_image_ends_all_processes_with_its_path(tmp_path):
+def test_a_corrupt_image_ends_all_processes_and_is_named(tmp_path):
     folder = write_revisited(tmp_path)
-    bad = folder / "jpg/l2_000002.jpg"
-    break_scan(bad)  # passes the check, not the decoder
+    corrupt = folder / "jpg/l2_000002.jpg"
+    break_scan(corrupt)  # passes the check, not the decoder
     overrides = revisited(tmp_path, "trainer.devices=2", "trainer.strategy=ddp")
     text = run_program(tmp_path / "o", *overrides, status=2)
-    assert str(bad) in text
+    assert str(corrupt) in text
     assert "Traceback" not in text
 
 
-def test_a_distractor_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp_path):
+def test_corrupt_distractors_are_skipped_if_configured(tmp_path):
     write_revisited(tmp_path)
     write_distractors(tmp_path, count=6)
     write_distractors(tmp_path, "less", count=6)
@@ -201,7 +207,7 @@ def test_a_distractor_that_cannot_be_read_is_skipped_where_that_is_asked_for(tmp
     assert len(listed.read_text().splitlines()) == 2
 
 
-def test_what_one_run_skipped_another_that_must_not_skip_refuses(tmp_path):
+def test_a_run_that_must_not_skip_rejects_a_store_with_skipped_images(tmp_path):
     write_revisited(tmp_path)
     write_distractors(tmp_path)
     break_scan(tmp_path / "noise/jpg/d2.jpg")
@@ -211,7 +217,7 @@ def test_what_one_run_skipped_another_that_must_not_skip_refuses(tmp_path):
     assert "1 images were skipped by a run with distractors.unreadable=skip" in text
 
 
-def test_everything_missing_is_told_in_one_message_before_anything_runs(tmp_path):
+def test_all_missing_files_are_reported_in_one_message_at_the_start(tmp_path):
     folder = write_revisited(tmp_path)
     (folder / "jpg/l0_000001.jpg").unlink()
     cut = folder / "jpg/l1_000002.jpg"
@@ -224,8 +230,8 @@ def test_everything_missing_is_told_in_one_message_before_anything_runs(tmp_path
     assert not (tmp_path / "o" / "stores").exists()
 
 
-def test_a_sweep_ends_with_one_table_whatever_becomes_of_its_jobs(data, tmp_path):
-    """ReLUP does not apply to ConvNeXt, and three neighbours cannot be had of none: both rows say so."""
+def test_a_sweep_writes_one_table_even_if_jobs_fail(data, tmp_path):
+    """ReLUP does not apply to ConvNeXt, and rerank.K=0 is invalid; the tables show both."""
     overrides = [o for o in revisited(data) if o != "backbone=resnet18"]
     convnext = ["backbone=timm", "backbone.name=convnext_atto", "ablation=gem,relup,no_relup,rerank"]
     text = run_program(tmp_path, "-m", *overrides, *convnext)
@@ -262,27 +268,27 @@ def test_a_sweep_ends_with_one_table_whatever_becomes_of_its_jobs(data, tmp_path
     assert by_k == expected
 
 
-def test_the_first_job_of_a_sweep_describes_for_all_that_see_the_same_images(data, tmp_path):
-    """Eight poolings, two of them with other maps, and a second list of scales that shares nothing."""
+def test_the_first_job_of_a_sweep_extracts_for_all_jobs_with_the_same_images(data, tmp_path):
+    """Sweep eight poolings, with and without ReLUP, over two lists of scales, which cannot share feature maps."""
     switches = [f"pooling.{name}=true,false" for name in ("gem_plus", "regional", "relup")]
     text = run_program(tmp_path, "-m", *revisited(data, "rerank=none", *switches), "scales=1,[0.8]")
     assert text.count("one pass over the images serves 8 networks of the sweep") == 2
     jobs = sorted((tmp_path / "eval").rglob("results.json"), key=lambda path: int(path.parent.name.split("_")[0]))
-    found = [json.loads(path.read_text()) for path in jobs]
-    counts = [job["about"]["extracted"]["database"] for job in found]
+    results_of_jobs = [json.loads(path.read_text()) for path in jobs]
+    counts = [job["about"]["extracted"]["database"] for job in results_of_jobs]
     assert sorted(counts) == [0] * 14 + [24] * 2
     assert counts[0] == 24
     alone = ["pooling.gem_plus=true", "pooling.regional=false", "pooling.relup=false", "scales=[0.8]"]
     run_program(tmp_path / "alone", *revisited(data, "rerank=none", *alone))
     single = results(tmp_path / "alone")
-    (same,) = [job for job in found if job["about"]["network"] == single["about"]["network"]]
+    (same,) = [job for job in results_of_jobs if job["about"]["network"] == single["about"]["network"]]
     assert same["metrics"] == single["metrics"]
     name = f"mini-database-{single['about']['stores']['database']['fingerprint'][:16]}"
-    stores = [DescriptorStore.open(place / "stores" / name) for place in (tmp_path, tmp_path / "alone")]
+    stores = [DescriptorStore.open(folder / "stores" / name) for folder in (tmp_path, tmp_path / "alone")]
     assert np.abs(stores[0].block(0, 24) - stores[1].block(0, 24)).max() < 1e-6
 
 
-def test_parts_of_the_images_can_be_described_by_independent_jobs(data, tmp_path):
+def test_shards_can_be_extracted_by_independent_jobs(data, tmp_path):
     stores = f"paths.stores={tmp_path / 'stores'}"
     text = run_program(tmp_path / "a", *revisited(data, stores, "extraction.shard=2/3"))
     assert "Extracted shard 2/3; " in text
@@ -297,10 +303,10 @@ def test_parts_of_the_images_can_be_described_by_independent_jobs(data, tmp_path
     )
 
 
-def test_own_photos_without_labels_give_ranked_lists(tmp_path):
+def test_a_folder_without_labels_gives_ranked_lists(tmp_path):
     database = write_folders(tmp_path / "photos")
     query = tmp_path / "query.png"
-    Image.open(database / "label1/0.jpg").resize((8, 8)).save(query)  # tiny, and of another format
+    Image.open(database / "label1/0.jpg").resize((8, 8)).save(query)  # tiny, and in a different format
     Image.new("RGB", (5200, 3900), "navy").save(database / "large.jpg")  # 20 megapixels
     folder = ["dataset=folder", f"dataset.database={database}", f"dataset.query={query}", *FAST]
     text = run_program(tmp_path / "o", *folder)
@@ -311,14 +317,14 @@ def test_own_photos_without_labels_give_ranked_lists(tmp_path):
     assert {row["image"] for row in rows} >= {"large.jpg", "label1/0.jpg"}
     assert [row["rank"] for row in rows] == [str(i) for i in range(1, 11)]
     (listed,) = json.loads((out / "rankings.json").read_text())
-    assert [one["image"] for one in listed["results"]] == [row["image"] for row in rows]
+    assert [entry["image"] for entry in listed["results"]] == [row["image"] for row in rows]
     assert (out / "sheet.png").stat().st_size > 1000
-    # W&B needs no key, asks nothing, and leaves a run that can be uploaded.
+    # W&B needs no key, asks no questions, and writes a run that can be uploaded.
     assert list((out / "wandb").glob("offline-run-*/*.wandb"))
     assert "wandb sync" in text
 
 
-def test_own_photos_with_labels_are_scored_leaving_each_query_out(tmp_path):
+def test_a_labeled_folder_is_scored_without_the_query_itself(tmp_path):
     database = write_folders(tmp_path / "photos", landmarks=4, views=4)
     run_program(
         tmp_path / "o", "dataset=folder", f"dataset.database={database}", "dataset.labels=true", "logger=csv", *FAST
@@ -332,7 +338,7 @@ def test_own_photos_with_labels_are_scored_leaving_each_query_out(tmp_path):
             assert not (rankings[f"{stage}_ids"] == np.arange(16)[:, None]).any()
 
 
-def test_own_descriptors_take_the_place_of_extraction(data, tmp_path):
+def test_user_provided_descriptors_replace_extraction(data, tmp_path):
     rng = np.random.default_rng(0)
     rows = {"q": 6, "x": 24, "short": 23}
     for name, count in rows.items():

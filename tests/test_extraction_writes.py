@@ -1,4 +1,4 @@
-"""Rows of a store are written while extraction goes on, and none is lost when an image, a write or the run fails."""
+"""Rows are written during extraction, and none is lost if an image, a write or the run fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from superglobal.retrieval.store import DescriptorStore
 
 
 @pytest.mark.parametrize("asynchronous", [(), ("cpu",)])
-def test_finished_rows_stay_when_an_image_fails(tmp_path, monkeypatch, asynchronous):
+def test_finished_rows_are_kept_if_an_image_fails(tmp_path, monkeypatch, asynchronous):
     monkeypatch.setattr(extraction, "_ASYNCHRONOUS", asynchronous)
     photos = write_folders(tmp_path / "photos")
     break_scan(photos / "label2/2.jpg")
@@ -32,11 +32,11 @@ def test_rows_are_written_while_the_next_batch_is_computed(tmp_path, monkeypatch
     folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "extraction.batch_size=2"]
     steps: list[str] = []
 
-    def noted(name, function):
+    def recording(name, function):
         return lambda *args: (steps.append(name), function(*args))[1]
 
-    monkeypatch.setattr(extraction, "forward_variants", noted("compute", extraction.forward_variants))
-    monkeypatch.setattr(DescriptorStore, "write_rows", noted("write", DescriptorStore.write_rows))
+    monkeypatch.setattr(extraction, "forward_variants", recording("compute", extraction.forward_variants))
+    monkeypatch.setattr(DescriptorStore, "write_rows", recording("write", DescriptorStore.write_rows))
     at_once = run(tmp_path / "at once", *folder)
     count = len(steps) // 2
     assert steps == ["compute", "write"] * count
@@ -51,7 +51,7 @@ def test_rows_are_written_while_the_next_batch_is_computed(tmp_path, monkeypatch
 
 
 def fail_at(monkeypatch, row: int, error: BaseException, times: int = 1) -> None:
-    """Let writing a row fail the first `times`, its values half written."""
+    """Make the first `times` writes of a row fail after changing its values."""
     write, failures = DescriptorStore.write_rows, [error] * times
 
     def failing(store, rows, descriptors):
@@ -63,7 +63,8 @@ def fail_at(monkeypatch, row: int, error: BaseException, times: int = 1) -> None
     monkeypatch.setattr(DescriptorStore, "write_rows", failing)
 
 
-def one_by_one(photos: Path) -> list[str]:
+def single_image_batches(photos: Path) -> list[str]:
+    """Return the overrides of an evaluation with batches of one image."""
     return ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "extraction.batch_size=1"]
 
 
@@ -72,7 +73,7 @@ def test_a_failure_of_the_last_write_ends_the_run(tmp_path, monkeypatch):
     photos = write_folders(tmp_path / "photos")
     fail_at(monkeypatch, 8, InputError("the disk is full"))
     with pytest.raises(InputError, match=r"label2/2\.jpg or another image of its batch: the disk is full"):
-        run(tmp_path, *one_by_one(photos))
+        run(tmp_path, *single_image_batches(photos))
     (store,) = (tmp_path / "stores").glob("folder-database-*")
     assert DescriptorStore.open(store).missing.tolist() == [8]
 
@@ -83,7 +84,7 @@ def test_a_failed_write_after_another_error_is_a_warning(tmp_path, monkeypatch, 
     break_scan(photos / "label2/2.jpg")
     fail_at(monkeypatch, 7, InputError("the disk is full"))
     with pytest.raises(InputError, match=r"label2/2\.jpg") as raised, caplog.at_level(logging.WARNING):
-        run(tmp_path, *one_by_one(photos))
+        run(tmp_path, *single_image_batches(photos))
     assert "the disk is full" not in str(raised.value)
     warnings = [record.getMessage() for record in caplog.records if record.name == "superglobal.evaluation.extraction"]
     assert warnings == [f"{photos / 'label2/1.jpg'} or another image of its batch: the disk is full"]
@@ -94,12 +95,12 @@ def test_a_failed_write_after_another_error_is_a_warning(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_interrupted_write_is_repeated_and_no_row_is_lost(tmp_path, monkeypatch, asynchronous, row, times):
     photos = write_folders(tmp_path / "photos")
-    run(tmp_path / "whole", *one_by_one(photos))
+    run(tmp_path / "whole", *single_image_batches(photos))
     with monkeypatch.context() as patched:
         patched.setattr(extraction, "_ASYNCHRONOUS", asynchronous)
         fail_at(patched, row, SystemExit(143), times)
         with pytest.raises(SystemExit):
-            run(tmp_path / "cut", *one_by_one(photos))
+            run(tmp_path / "cut", *single_image_batches(photos))
     folders = [next((tmp_path / name / "stores").glob("folder-database-*")) for name in ("whole", "cut")]
     whole, cut = (DescriptorStore.open(folder) for folder in folders)
     missing = cut.missing.tolist()
@@ -107,5 +108,5 @@ def test_an_interrupted_write_is_repeated_and_no_row_is_lost(tmp_path, monkeypat
     written = np.flatnonzero(cut.done)
     assert set(range(row)) <= set(written.tolist())
     assert np.array_equal(cut.read_rows(written), whole.read_rows(written))
-    assert run(tmp_path / "cut", *one_by_one(photos))["about"]["extracted"] == {"database": len(missing)}
+    assert run(tmp_path / "cut", *single_image_batches(photos))["about"]["extracted"] == {"database": len(missing)}
     assert np.array_equal(cut.block(0, len(cut)), whole.block(0, len(whole)))

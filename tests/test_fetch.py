@@ -21,12 +21,13 @@ CHUNK = 1 << 16
 
 @pytest.fixture
 def server():
-    """A server of one file of 300,000 bytes."""
+    """Serve one file of 300,000 bytes."""
     with serve({FILE: np.random.default_rng(0).bytes(300_000)}) as server:
         yield server
 
 
 def download(server: FileServer, target: Path, checksum: str | None = None, **options) -> None:
+    """Download the file from the local server."""
     download_file([f"https://{FILE}"], target, server.options(**options), lambda *_: None, checksum)
 
 
@@ -51,7 +52,7 @@ def test_a_later_call_resumes_a_partial_download(server, tmp_path):
     assert server.served[FILE] < 300_000 + CHUNK
 
 
-@pytest.mark.parametrize("etags", [True, False], ids=["etag", "length alone"])
+@pytest.mark.parametrize("etags", [True, False], ids=["etag", "length only"])
 def test_a_file_that_changed_on_the_server_is_downloaded_from_the_start(server, tmp_path, etags):
     server.cut[FILE], server.etags = 200_000, etags
     with pytest.raises(InputError):
@@ -92,7 +93,7 @@ def test_a_server_without_ranges_sends_the_file_from_the_start(server, tmp_path)
     assert (tmp_path / "file").read_bytes() == server.files[FILE]
 
 
-def test_a_silent_server_times_out_and_is_resumed_later(server, tmp_path):
+def test_a_download_from_a_silent_server_times_out_and_can_be_resumed(server, tmp_path):
     server.stall[FILE] = 200_000
     start = time.monotonic()
     with pytest.raises(InputError, match="the server was silent for longer than --timeout"):
@@ -112,7 +113,7 @@ def test_a_missing_file_is_requested_once(server, tmp_path):
     assert server.requests[FILE] == 1
 
 
-def test_an_overloaded_server_is_asked_again(server, tmp_path):
+def test_requests_to_an_overloaded_server_are_repeated(server, tmp_path):
     server.status[FILE] = 503
     with pytest.raises(InputError, match="status 503"):
         download(server, tmp_path / "file", tries=3)
@@ -133,7 +134,7 @@ def test_proxies_come_from_the_environment(server, tmp_path, monkeypatch):
     assert (tmp_path / "file").read_bytes() == server.files[FILE]
 
 
-def test_a_length_that_is_not_a_number_is_ignored(tmp_path):
+def test_an_invalid_content_length_is_ignored(tmp_path):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)

@@ -1,4 +1,4 @@
-"""GLDv2's lists, the hold-out of whole landmarks, and an order that depends on seed and epoch alone."""
+"""Lists of GLDv2, and the split into training landmarks and held-out landmarks."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ A, B, C, D, E = (f"{digit}0123456789abcde"[:16] for digit in "abcde")
 
 
 def write(root: Path, name: str, text: str) -> Path:
+    """Write a text file and return its folder."""
     (root / name).write_text(text)
     return root
 
 
-def test_both_lists_read_alike(tmp_path):
+def test_clean_and_full_lists_are_read_identically(tmp_path):
     write(tmp_path, "train_clean.csv", f"landmark_id,images\n900,{C} {A}\n7,{B} {D}\n55,{E}\n")
     write(tmp_path, "train.csv", f"id,url,landmark_id\n{A},http://x/a.jpg,900\n{E},u,55\n{D},u,7\n{C},u,900\n{B},u,7\n")
     clean, full = read_train(tmp_path), read_train(tmp_path, "train.csv")
-    # Landmark 55 has one photo only; labels follow the landmarks' numbers, photos their names within one.
+    # Landmark 55 has only one image. Labels are in the order of landmark ids, and the images of a label are in the
+    # order of their names.
     assert clean.landmarks.tolist() == [7, 900]
     assert clean.ids.tolist() == [name.encode() for name in (B, D, A, C)]
     assert clean.labels.tolist() == [0, 0, 1, 1]
@@ -41,7 +43,7 @@ def test_both_lists_read_alike(tmp_path):
     assert len(read_train(tmp_path, "train.csv", min_images=1)) == 5
 
 
-def test_a_list_saved_by_a_spreadsheet_and_a_very_long_line(tmp_path):
+def test_byte_order_marks_and_very_long_lines_are_read(tmp_path):
     names = " ".join(f"{i:016x}" for i in range(9000))
     (tmp_path / "train_clean.csv").write_text(f"landmark_id,images\n7,{names}\n8,\n", encoding="utf-8-sig")
     photos = read_train(tmp_path)
@@ -50,7 +52,7 @@ def test_a_list_saved_by_a_spreadsheet_and_a_very_long_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "parts"),
     [
         ("landmark,images\n", ["columns", "landmark_id"]),
         (f"landmark_id,images\nseven,{A}\n", ["line 2", "'seven'", "number"]),
@@ -62,22 +64,22 @@ def test_a_list_saved_by_a_spreadsheet_and_a_very_long_line(tmp_path):
         ("", ["columns"]),
     ],
 )
-def test_bad_lists_are_named(tmp_path, text, words):
+def test_invalid_lists_raise_errors_that_name_them(tmp_path, text, parts):
     write(tmp_path, "train_clean.csv", text)
     with pytest.raises(InputError) as caught:
         read_train(tmp_path)
-    for word in ["train_clean.csv", *words]:
-        assert word in str(caught.value)
+    for part in ["train_clean.csv", *parts]:
+        assert part in str(caught.value)
 
 
-def test_a_missing_list_tells_layout_address_and_the_toy_set(tmp_path):
+def test_the_error_for_a_missing_list_names_layout_url_and_toy_command(tmp_path):
     with pytest.raises(InputError) as caught:
         read_train(tmp_path)
     for word in (str(tmp_path / "train_clean.csv"), "a/b/c/<id>.jpg", "https://", "superglobal toy-data"):
         assert word in str(caught.value)
 
 
-def test_quoted_fields_blanks_and_line_ends_of_other_systems(tmp_path):
+def test_quoted_fields_blanks_and_windows_line_ends_are_read(tmp_path):
     address = '"http://x/a,b ""c""\nd.jpg"'
     rows = f"id,url,landmark_id\r\n{A},{address},7\r\n\r\n{B},u,7\r\n"
     (tmp_path / "train.csv").write_bytes(rows.encode())
@@ -87,7 +89,7 @@ def test_quoted_fields_blanks_and_line_ends_of_other_systems(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "words"),
+    ("line", "parts"),
     [
         (f"{B},u,x9", ["line 3", "'x9'", "number"]),
         (f"{B},u,-9", ["line 3", "'-9'", "number"]),
@@ -100,15 +102,15 @@ def test_quoted_fields_blanks_and_line_ends_of_other_systems(tmp_path):
         (f"{A},u,9", [A, "twice"]),
     ],
 )
-def test_bad_lines_of_the_full_list_are_named(tmp_path, line, words):
+def test_invalid_lines_of_the_full_list_are_named(tmp_path, line, parts):
     write(tmp_path, "train.csv", f"id,url,landmark_id\n{A},u,7\n{line}\n{C},u,7\n")
     with pytest.raises(InputError) as caught:
         read_train(tmp_path, "train.csv")
-    for word in ["train.csv", *words]:
-        assert word in str(caught.value)
+    for part in ["train.csv", *parts]:
+        assert part in str(caught.value)
 
 
-def test_a_list_that_is_no_text_or_no_file(tmp_path):
+def test_lists_that_are_not_text_files_raise_errors(tmp_path):
     (tmp_path / "train.csv").write_bytes(b"id,url,landmark_id\n\xff\xfe\x00,u,7\n")
     with pytest.raises(InputError, match=r"train.csv: not a"):
         read_train(tmp_path, "train.csv")
@@ -123,12 +125,12 @@ def test_a_list_that_is_no_text_or_no_file(tmp_path):
     st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_lists_are_what_the_csv_module_reads(tmp_path_factory, counts, least, seed):
+def test_random_lists_are_read_correctly(tmp_path_factory, counts, min_images, seed):
     rng = random.Random(seed)
     root = tmp_path_factory.mktemp("list")
     names = [f"{rng.getrandbits(64):016x}" for _ in range(sum(counts.values()))]
     pairs = list(zip(names, [n for n, count in counts.items() for _ in range(count)], strict=True))
-    kept = sorted((number, name) for name, number in pairs if counts[number] >= least)
+    kept = sorted((number, name) for name, number in pairs if counts[number] >= min_images)
     clean = "".join(f"{n},{' '.join(name for name, m in pairs if m == n)}\n" for n in counts)
     full = "".join(f"{name},u,{n}\n" for name, n in rng.sample(pairs, len(pairs)))
     write(root, "train_clean.csv", f"landmark_id,images\n{clean}")
@@ -136,15 +138,15 @@ def test_lists_are_what_the_csv_module_reads(tmp_path_factory, counts, least, se
     for table in ("train_clean.csv", "train.csv"):
         if not kept:
             with pytest.raises(InputError):
-                read_train(root, table, least)
+                read_train(root, table, min_images)
             continue
-        photos = read_train(root, table, least)
+        photos = read_train(root, table, min_images)
         assert list(zip(photos.landmarks[photos.labels].tolist(), photos.ids.tolist(), strict=True)) == [
             (number, name.encode()) for number, name in kept
         ]
 
 
-def test_gldv2x_is_all_photos_of_the_clean_landmarks(tmp_path):
+def test_gldv2x_contains_all_images_of_the_clean_landmarks(tmp_path):
     write(tmp_path, "train_clean.csv", f"landmark_id,images\n7,{A} {B}\n8,\n")
     write(tmp_path, "train.csv", f"id,url,landmark_id\n{A},u,7\n{B},u,7\n{C},u,7\n{D},u,8\n{E},u,9\n")
     photos = read_train(tmp_path, "train.csv", min_images=1, classes_of="train_clean.csv")
@@ -152,7 +154,7 @@ def test_gldv2x_is_all_photos_of_the_clean_landmarks(tmp_path):
     assert photos.ids.tolist() == [name.encode() for name in (A, B, C)]
 
 
-def test_landmarks_of_the_evaluation_are_left_out(tmp_path, caplog):
+def test_landmarks_of_evaluation_sets_are_left_out(tmp_path, caplog):
     write(tmp_path, "train_clean.csv", f"landmark_id,images\n7,{A} {B}\n8,{C} {D}\n")
     write(tmp_path, "overlap.txt", "# Revisited Oxford\n8  # Radcliffe Camera\n\n123\n124\n")
     photos = read_train(tmp_path, leave_out=tmp_path / "overlap.txt")
@@ -176,7 +178,7 @@ def test_landmarks_of_the_evaluation_are_left_out(tmp_path, caplog):
         ("data.max_corrupt_fraction=-1", "data.max_corrupt_fraction"),
     ],
 )
-def test_settings_of_the_training_set(override, message):
+def test_training_set_settings_are_validated(override, message):
     register()
     with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
         good, wrong = (compose("train", overrides=["data=gldv2x", *more]) for more in ([], [override]))
@@ -186,8 +188,8 @@ def test_settings_of_the_training_set(override, message):
         validate_config(wrong, TrainConfig)
 
 
-def test_photos_are_read_from_the_tree_and_a_missing_one_is_said_to_be(tmp_path):
-    photos = replace(photos_of([2]), root=tmp_path)
+def test_images_are_read_from_the_folders_and_missing_ones_are_reported(tmp_path):
+    photos = replace(train_list([2]), root=tmp_path)
     photos.path(0).parent.mkdir(parents=True)
     photos.path(0).write_bytes(b"bytes")
     assert photos.read(0) == b"bytes"
@@ -197,14 +199,15 @@ def test_photos_are_read_from_the_tree_and_a_missing_one_is_said_to_be(tmp_path)
     assert pickle.loads(pickle.dumps(photos)).read(0) == b"bytes"
 
 
-def photos_of(counts: list[int]) -> TrainList:
+def train_list(counts: list[int]) -> TrainList:
+    """Return a list with the given number of images per landmark."""
     labels = np.repeat(np.arange(len(counts)), counts)
     ids = np.array([f"{i:016x}".encode() for i in range(len(labels))])
     return TrainList(Path("train"), ids, labels, 10 * np.arange(len(counts)))
 
 
-def test_whole_landmarks_are_held_out_by_seed():
-    photos = photos_of([3] * 50)
+def test_whole_landmarks_are_held_out_depending_on_the_seed():
+    photos = train_list([3] * 50)
     train, held = split_landmarks(photos, 0.2, seed=4)
     assert len(held.landmarks) == 10
     assert len(train.landmarks) == 40

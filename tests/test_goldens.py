@@ -1,4 +1,4 @@
-"""Descriptors equal to the reference implementation's, for every switch it has (tests/data)."""
+"""Descriptors are equal to those of the reference implementation (tests/data) for each of its switches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_descriptors_equal_the_reference(file, cvnet_checkpoint):
     print(f"{file}: {len(expected)} descriptors, largest difference {worst:.2e}")
 
 
-def test_presets_are_the_reference_settings(cvnet_checkpoint):
+def test_presets_equal_the_settings_of_the_reference(cvnet_checkpoint):
     expected = goldens("superglobal_r50_seed7.npz")
     image = DATA / "images" / "scene_b.png"
     rows = {

@@ -1,4 +1,4 @@
-"""The GPU report: every section runs on a CPU at a reduced size, and what fails is a row and not the end."""
+"""The GPU report: every section runs on a CPU at a reduced size, and failures become rows of the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from gpu_sections.common import Report, Skip  # noqa: E402
 
 SECTIONS = ["correctness", "extraction", "training", "search", "processes"]
-# What a CPU cannot show.
+# Rows that are skipped on a CPU.
 ON_A_GPU = {
     "out-of-memory halving",
     "where the time goes",
@@ -30,6 +30,7 @@ ON_A_GPU = {
 
 
 def run(out: Path, *words: object, status: int = 0) -> str:
+    """Run scripts/gpu_report.py, which must exit with `status`, and return its output."""
     line = [sys.executable, str(ROOT / "scripts" / "gpu_report.py"), "--out", str(out), *map(str, words)]
     done = subprocess.run(line, cwd=out.parent, capture_output=True, text=True, timeout=580)
     assert done.returncode == status, done.stdout[-5000:] + done.stderr[-5000:]
@@ -38,7 +39,7 @@ def run(out: Path, *words: object, status: int = 0) -> str:
 
 @pytest.mark.timeout(600)
 def test_every_section_runs_on_a_cpu(tmp_path):
-    said = run(tmp_path / "report", "--device", "cpu", "--size", "tiny", "--minutes", 9)
+    output = run(tmp_path / "report", "--device", "cpu", "--size", "tiny", "--minutes", 9)
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["format"] == "superglobal-gpu-report-1"
     assert list(report["seconds"]) == SECTIONS
@@ -54,23 +55,23 @@ def test_every_section_runs_on_a_cpu(tmp_path):
     assert "without a report" in run(tmp_path / "report", "--device", "cpu", status=2)
     page = (tmp_path / "report" / "report.md").read_text()
     assert [line[4:].lower() for line in page.splitlines() if line.startswith("### ")] == [*SECTIONS, "plan"]
-    assert f"{len(checks)} passed" in said.splitlines()[-1]
+    assert f"{len(checks)} passed" in output.splitlines()[-1]
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU")
-def test_a_machine_without_a_gpu_is_told_how_to_try_the_script(tmp_path):
+def test_the_report_without_a_gpu_suggests_device_cpu(tmp_path):
     assert "nvidia-smi finds no GPU; use --device cpu" in run(tmp_path / "report", status=2)
     assert not (tmp_path / "report").exists()
 
 
-def test_a_section_that_outlives_its_time_is_a_row(tmp_path):
+def test_a_section_that_times_out_becomes_a_row(tmp_path):
     words = ["--device", "cpu", "--minutes", 0.01, "--sections", "correctness", "processes"]
     run(tmp_path / "report", *words)
     rows = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
     assert {row["section"] for row in rows if row["status"] == "timeout"} == {"correctness", "processes"}
 
 
-def test_an_interrupted_report_leaves_its_rows_and_nothing_that_runs(tmp_path):
+def test_an_interrupted_report_keeps_its_rows_and_ends_its_processes(tmp_path):
     line = [sys.executable, str(ROOT / "scripts" / "gpu_report.py"), "--device", "cpu", "--sections", "correctness"]
     env = os.environ | {"TMPDIR": str(tmp_path)}
     with (tmp_path / "log").open("w") as output:
@@ -84,12 +85,13 @@ def test_an_interrupted_report_leaves_its_rows_and_nothing_that_runs(tmp_path):
     assert rows[-1]["status"] == "interrupted"
     assert not list(tmp_path.glob("gpu_report_*"))
     assert "Traceback" not in (tmp_path / "log").read_text()
-    for place in Path("/proc").glob("[0-9]*/environ"):
+    for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
-            assert f"TMPDIR={tmp_path}".encode() not in place.read_bytes().split(b"\0"), place
+            assert f"TMPDIR={tmp_path}".encode() not in path.read_bytes().split(b"\0"), path
 
 
 def report_of(tmp_path, seconds: float) -> Report:
+    """Return a report with a time limit in seconds."""
     return Report("search", tmp_path / "rows.jsonl", "cpu", "small", time.monotonic() + seconds, tmp_path)
 
 
@@ -107,7 +109,7 @@ def test_an_exception_and_a_skip_become_rows(tmp_path):
     assert report.run("late", lambda: 3, need=200) is None
     assert report.run("runs", lambda: 3) == 3
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    found = [(row["name"], row["status"], row["note"]) for row in rows]
-    assert found[:2] == [("fails", "failed", "ValueError: no such thing"), ("skips", "skipped", "no FAISS")]
-    assert found[2][:2] == ("late", "skipped")
-    assert len(found) == 3
+    summary = [(row["name"], row["status"], row["note"]) for row in rows]
+    assert summary[:2] == [("fails", "failed", "ValueError: no such thing"), ("skips", "skipped", "no FAISS")]
+    assert summary[2][:2] == ("late", "skipped")
+    assert len(summary) == 3

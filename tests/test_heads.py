@@ -1,4 +1,4 @@
-"""Margin heads: values and gradients against plain float64 formulas, and numerical edge cases."""
+"""Margin heads: values and gradients compared to plain float64 formulas, and numerical edge cases."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ KINDS = ["arcface", "easy", "cosface", "curricularface"]
 
 
 def build(kind, dim=5, classes=7, scale=12.0, margin=0.4, **settings):
+    """Return a head of this kind."""
     if kind == "easy":
         return ArcFace(dim, classes, scale, margin, easy_margin=True, **settings)
     return {"arcface": ArcFace, "cosface": CosFace, "curricularface": CurricularFace}[kind](
@@ -34,7 +35,7 @@ def build(kind, dim=5, classes=7, scale=12.0, margin=0.4, **settings):
 
 
 def batch(head, size=20, seed=0, dtype=torch.float64):
-    """Random descriptors and labels; the last descriptor lies opposite all centers of its class."""
+    """Return random descriptors and labels; the last descriptor is opposite to the centers of its class."""
     generator = torch.Generator().manual_seed(seed)
     classes, _, dim = head.weight.shape
     x = torch.randn(size, dim, generator=generator, dtype=dtype)
@@ -54,7 +55,7 @@ def target_by_arccos(kind, cosine, margin):
 
 
 def reference(kind, x, labels, weight, scale, margins, class_weights, t=0.0):
-    """(loss, cosines with the true class, correct, t) by loops in float64."""
+    """Compute (loss, cosines with the true class, correct, t) by loops in float64."""
     best = np.zeros((len(x), len(weight)))
     for i, row in enumerate(x):
         for j, centers in enumerate(weight):
@@ -100,7 +101,7 @@ def test_a_head_computes_its_formula(kind, centers, per_class):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("centers", [1, 3])
-def test_gradients_are_those_of_finite_differences(kind, centers):
+def test_gradients_equal_finite_differences(kind, centers):
     torch.manual_seed(1)
     head = build(kind, 4, 5, scale=4.0, centers=centers, class_weights=torch.linspace(0.5, 2, 5)).double().eval()
     if kind == "curricularface":
@@ -114,24 +115,24 @@ def test_gradients_are_those_of_finite_differences(kind, centers):
     assert torch.autograd.gradcheck(loss, inputs, eps=1e-7, atol=1e-6)
 
 
-def test_gradients_are_those_of_autograd_through_arccos():
+def test_gradients_equal_those_of_autograd_through_arccos():
     torch.manual_seed(1)
     head = ArcFace(6, 9, scale=8.0, margin=0.3).double()
     x = torch.randn(15, 6, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(9, (15,))
-    ours = torch.autograd.grad(head(x, labels).loss, [x, head.weight])
+    gradients = torch.autograd.grad(head(x, labels).loss, [x, head.weight])
     cosine = F.normalize(x) @ F.normalize(head.weight[:, 0]).T
     moved = torch.cos(torch.acos(cosine) + 0.3 * F.one_hot(labels, 9).double())
     assert float((torch.acos(cosine.detach()).gather(1, labels[:, None]) + 0.3).max()) < math.pi
-    straight = torch.autograd.grad(F.cross_entropy(8.0 * moved, labels), [x, head.weight])
-    for actual, expected in zip(ours, straight, strict=True):
+    arccos_gradients = torch.autograd.grad(F.cross_entropy(8.0 * moved, labels), [x, head.weight])
+    for actual, expected in zip(gradients, arccos_gradients, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("centers", [1, 3])
 @pytest.mark.parametrize("factor", [1.0, -1.0, 1e-20, 0.0])
-def test_values_and_gradients_are_finite_at_angles_zero_and_pi_and_without_direction(kind, centers, factor):
+def test_values_and_gradients_are_finite_for_extreme_angles_and_zeros(kind, centers, factor):
     head = build(kind, 4, 3, scale=30.0, centers=centers)
     with torch.no_grad():
         head.weight[:, 1:] = head.weight[:, :1]
@@ -164,7 +165,7 @@ def test_the_target_decreases_with_the_angle():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_under_autocast(kind):
+def test_heads_compute_in_float32_under_autocast(kind):
     torch.manual_seed(2)
     head = build(kind, 8, 5).eval()
     x, labels = torch.randn(4, 8).bfloat16(), torch.tensor([0, 1, 2, 3])
@@ -182,12 +183,12 @@ def test_float32_under_autocast(kind):
 
 
 @pytest.mark.parametrize("kind", ["arcface", "cosface"])
-def test_equal_centers_are_one_center(kind):
-    one, three = build(kind), build(kind, centers=3)
+def test_several_equal_centers_act_like_one_center(kind):
+    single, triple = build(kind), build(kind, centers=3)
     with torch.no_grad():
-        three.weight.copy_(one.weight.expand(-1, 3, -1))
-    x, labels = batch(one, dtype=torch.float32)
-    torch.testing.assert_close(three(x, labels), one(x, labels))
+        triple.weight.copy_(single.weight.expand(-1, 3, -1))
+    x, labels = batch(single, dtype=torch.float32)
+    torch.testing.assert_close(triple(x, labels), single(x, labels))
 
 
 def test_the_loss_is_the_mean_over_equal_parts_of_the_batch():
@@ -200,29 +201,29 @@ def test_the_loss_is_the_mean_over_equal_parts_of_the_batch():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("centers", [1, 2])
-def test_a_sampled_step_is_the_head_of_the_sampled_classes(kind, centers):
+def test_a_sampled_step_equals_a_head_of_the_sampled_classes(kind, centers):
     torch.manual_seed(4)
     classes, weights = 50, torch.linspace(0.5, 2, 50)
     settings = {"margin": torch.linspace(0.1, 0.5, classes), "class_weights": weights, "centers": centers}
     head = build(kind, 5, classes, **settings, negatives=0.3).double()
     x, labels = batch(head, 9)
     torch.manual_seed(7)
-    chosen, places = head.sample_classes(labels)
-    assert torch.equal(chosen[places], labels)
+    chosen, positions = head.sample_classes(labels)
+    assert torch.equal(chosen[positions], labels)
     small = {"margin": settings["margin"][chosen], "class_weights": weights[chosen], "centers": centers}
     restricted = build(kind, 5, len(chosen), **small).double()
     with torch.no_grad():
         restricted.weight.copy_(head.weight[chosen])
     torch.manual_seed(7)
-    found, expected = head(x, labels), restricted(x, places)
-    torch.testing.assert_close(found, expected)
-    found.loss.backward()
+    output, expected = head(x, labels), restricted(x, positions)
+    torch.testing.assert_close(output, expected)
+    output.loss.backward()
     expected.loss.backward()
     torch.testing.assert_close(head.weight.grad[chosen], restricted.weight.grad)
-    left = torch.ones(classes, dtype=torch.bool)
-    left[chosen] = False
-    assert not head.weight.grad[left].any()
-    # Outside training all classes count.
+    not_sampled = torch.ones(classes, dtype=torch.bool)
+    not_sampled[chosen] = False
+    assert not head.weight.grad[not_sampled].any()
+    # All classes are used in evaluation mode.
     full = build(kind, 5, classes, **settings).double().eval()
     full.load_state_dict(head.state_dict())
     torch.testing.assert_close(head.eval()(x, labels), full(x, labels))
@@ -235,9 +236,9 @@ def test_a_step_samples_a_fixed_number_of_classes_including_the_batch(negatives,
     head = ArcFace(3, 200, 8.0, 0.1, negatives=negatives)
     for _ in range(20):
         labels = torch.randint(200, (size,))
-        chosen, places = head.sample_classes(labels)
+        chosen, positions = head.sample_classes(labels)
         assert len(chosen) == len(chosen.unique()) == expected
-        assert torch.equal(chosen[places], labels)
+        assert torch.equal(chosen[positions], labels)
 
 
 def test_other_classes_are_sampled_uniformly():
@@ -279,8 +280,8 @@ def test_t_is_updated_in_training_only_and_saved():
     assert not torch.equal(after.loss, before.loss)
 
 
-def _one_of_two(rank, folder, states):
-    """A process of two: three steps on its half of each batch; its t and losses into `folder`."""
+def _train_process(rank, folder, states):
+    """Run three steps on one half of each batch and save t and the losses to `folder`."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     head = CurricularFace(5, 7, 12.0, 0.4)
     head.load_state_dict(states)
@@ -292,11 +293,11 @@ def _one_of_two(rank, folder, states):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
+def test_two_processes_equal_one_process_with_the_whole_batch(tmp_path):
     torch.manual_seed(8)
     head = CurricularFace(5, 7, 12.0, 0.4)
     states = {name: values.clone() for name, values in head.state_dict().items()}
-    torch.multiprocessing.spawn(_one_of_two, (tmp_path, states), nprocs=2)
+    torch.multiprocessing.spawn(_train_process, (tmp_path, states), nprocs=2)
     whole = [head(*batch(head, 16, step, torch.float32)).loss.item() for step in range(3)]
     (t, first), (other_t, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(t, other_t)
@@ -337,7 +338,7 @@ def test_log_weights_average_one_over_the_images():
     np.testing.assert_allclose(weights * np.log1p(counts), weights[0] * np.log(3), rtol=1e-6)
 
 
-def test_make_head_builds_what_the_settings_say():
+def test_make_head_applies_its_settings():
     counts = torch.tensor([16, 1, 256])
     plain = make_head("cosface", 4, counts, scale=20, margin=0.3)
     assert isinstance(plain, CosFace)
@@ -374,7 +375,7 @@ def test_make_head_builds_what_the_settings_say():
         ({"centers": 0}, "centers=0"),
     ],
 )
-def test_invalid_settings_are_an_error(settings, message):
+def test_invalid_settings_raise_errors(settings, message):
     with pytest.raises(InputError, match=message):
         make_head(**{"kind": "arcface", "dim": 4, "counts": [3, 1, 2], "scale": 20, "margin": 0.3} | settings)
 
@@ -384,7 +385,7 @@ def test_a_wrong_number_of_margins_is_an_error():
         ArcFace(2, 4, 8.0, torch.zeros(3))
 
 
-def test_the_sub_center_head_is_arcface_with_several_centers():
+def test_the_sub_center_head_equals_arcface_with_several_centers():
     torch.manual_seed(3)
     head = SubCenterArcFace(5, 7, 12.0, 0.4, centers=2)
     arcface = ArcFace(5, 7, 12.0, 0.4, centers=2)

@@ -1,4 +1,4 @@
-"""read_image against cv2.imread, bit for bit, and its refusals; check_images on the same files."""
+"""read_image compared to cv2.imread bit for bit, its errors, and check_images on the same files."""
 
 import io
 import random
@@ -21,7 +21,7 @@ REAL = Path(__file__).parents[2] / "shared" / "data"
 
 
 def picture(height: int = 47, width: int = 60, channels: int = 3) -> np.ndarray:
-    """Smooth colours with noise: every orientation, channel and filter gives something else."""
+    """Return smooth colors with noise, for which every orientation, channel and filter gives a different result."""
     rng = np.random.default_rng(7)
     ramp = np.linspace(0, 200, height * width * channels).reshape(height, width, channels)
     return (ramp + rng.integers(0, 56, ramp.shape)).astype(np.uint8)
@@ -29,12 +29,13 @@ def picture(height: int = 47, width: int = 60, channels: int = 3) -> np.ndarray:
 
 RGB = Image.fromarray(picture())
 ALPHA = Image.fromarray(picture()[..., 1])
-RGBA, GREY_ALPHA = RGB.copy(), Image.merge("LA", (RGB.convert("L"), ALPHA))
+RGBA, GRAY_ALPHA = RGB.copy(), Image.merge("LA", (RGB.convert("L"), ALPHA))
 RGBA.putalpha(ALPHA)
 WIDE = np.random.default_rng(3).integers(0, 65536, (40, 51, 4), dtype=np.uint16)
 
 
 def encoded(file_format: str, **options: object) -> bytes:
+    """Encode the RGB image."""
     buffer = io.BytesIO()
     RGB.save(buffer, file_format, **options)
     return buffer.getvalue()
@@ -56,41 +57,45 @@ WHOLE = {
 
 
 def png_claiming(width: int, height: int) -> bytes:
-    """A small PNG whose header states other sizes."""
+    """Return a small PNG whose header states this size."""
     header = b"IHDR" + struct.pack(">II", width, height) + PNG[24:29]
     return PNG[:12] + header + struct.pack(">I", zlib.crc32(header)) + PNG[33:]
 
 
 def oriented(value: int) -> Image.Exif:
+    """Return EXIF data with an orientation."""
     exif = Image.Exif()
     exif[0x0112] = value
     return exif
 
 
-def as_cv2(path: Path) -> np.ndarray:
+def read_with_cv2(path: Path) -> np.ndarray:
+    """Read an image with OpenCV, as RGB."""
     pixels = cv2.imread(str(path), cv2.IMREAD_COLOR)
     assert pixels is not None, "cv2 cannot read the fixture"
     return pixels[..., ::-1]
 
 
-def assert_as_cv2(path: Path) -> None:
+def assert_equals_cv2(path: Path) -> None:
+    """Assert that read_image and OpenCV read the same pixels and that check_images finds no problem."""
     pixels = read_image(path)
     assert pixels.dtype == np.uint8
     assert pixels.flags.c_contiguous
     assert pixels.flags.writeable
-    np.testing.assert_array_equal(pixels, as_cv2(path))
+    np.testing.assert_array_equal(pixels, read_with_cv2(path))
     assert check_images([path]).problems == []
 
 
-def assert_refused(path: Path, reason: str, cheaply: bool = True) -> None:
+def assert_rejected(path: Path, reason: str, by_check: bool = True) -> None:
+    """Assert that read_image raises an error with this reason, and that check_images reports it if `by_check`."""
     with pytest.raises(InputError) as error:
         read_image(path)
     assert str(path) in str(error.value)
     assert reason in str(error.value)
-    if cheaply:
-        ((found, why),) = check_images([path]).problems
-        assert found == path
-        assert reason in why
+    if by_check:
+        ((bad_path, problem),) = check_images([path]).problems
+        assert bad_path == path
+        assert reason in problem
 
 
 PILLOW_FILES = {
@@ -106,7 +111,7 @@ PILLOW_FILES = {
     "rgb_transparent.png": (RGB, {"transparency": (1, 2, 3)}),
     "grey.png": (RGB.convert("L"), {}),
     "grey_transparent.png": (RGB.convert("L"), {"transparency": 5}),
-    "grey_alpha.png": (GREY_ALPHA, {}),
+    "grey_alpha.png": (GRAY_ALPHA, {}),
     "rgba.png": (RGBA, {}),
     "palette.png": (RGB.quantize(50), {}),
     "palette_transparent.png": (RGB.quantize(50), {"transparency": 3}),
@@ -133,7 +138,7 @@ PILLOW_FILES = {
 def test_eight_bit_files_equal_cv2(name: str, tmp_path: Path) -> None:
     image, options = PILLOW_FILES[name]
     image.save(tmp_path / name, **options)
-    assert_as_cv2(tmp_path / name)
+    assert_equals_cv2(tmp_path / name)
 
 
 def test_ycck_jpeg_equals_cv2(tmp_path: Path) -> None:
@@ -144,7 +149,7 @@ def test_ycck_jpeg_equals_cv2(tmp_path: Path) -> None:
     data[data.index(b"Adobe") + 11] = 2
     path = tmp_path / "ycck.jpg"
     path.write_bytes(data)
-    assert_as_cv2(path)
+    assert_equals_cv2(path)
 
 
 @pytest.mark.parametrize("extension", ["png", "tif"])
@@ -152,7 +157,7 @@ def test_ycck_jpeg_equals_cv2(tmp_path: Path) -> None:
 def test_sixteen_bit_files_equal_cv2(extension: str, channels: int, tmp_path: Path) -> None:
     path = tmp_path / f"deep.{extension}"
     assert cv2.imwrite(str(path), WIDE[..., :channels] if channels > 1 else WIDE[..., 0])
-    assert_as_cv2(path)
+    assert_equals_cv2(path)
 
 
 def test_sixteen_bit_grey_alpha_equals_cv2(tmp_path: Path) -> None:
@@ -164,23 +169,23 @@ def test_sixteen_bit_grey_alpha_equals_cv2(tmp_path: Path) -> None:
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path = tmp_path / "la16.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-    assert_as_cv2(path)
+    assert_equals_cv2(path)
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("orientation", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
-def test_orientation_equals_cv2(orientation: int, extension: str, tmp_path: Path) -> None:
+def test_orientations_equal_those_of_cv2(orientation: int, extension: str, tmp_path: Path) -> None:
     path = tmp_path / f"turned.{extension}"
     RGB.save(path, exif=oriented(orientation))
-    assert_as_cv2(path)
+    assert_equals_cv2(path)
     assert read_image(path).shape == ((60, 47, 3) if 5 <= orientation <= 8 else (47, 60, 3))
-    # The cheap check sees the upright size: this box lies within it on one side only.
+    # check_images uses the size after rotation: the box only fits into images that are not turned by 90 degrees.
     fits = check_images([ImageItem(path, (50, 10, 60, 20))]).problems == []
     assert fits == (not 5 <= orientation <= 8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_of_special_files(orientation: int, tmp_path: Path) -> None:
+def test_orientation_is_applied_to_tiff_and_cmyk_files(orientation: int, tmp_path: Path) -> None:
     upright = [None, None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180]
     upright += [Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270]
     upright += [Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90]
@@ -192,53 +197,53 @@ def test_orientation_of_special_files(orientation: int, tmp_path: Path) -> None:
     box = (50, 10, 60, 20)
     assert (check_images([ImageItem(tmp_path / "a.tif", box)]).problems == []) == (orientation < 5)
     RGB.convert("CMYK").save(tmp_path / "a.jpg", exif=oriented(orientation))
-    assert_as_cv2(tmp_path / "a.jpg")
+    assert_equals_cv2(tmp_path / "a.jpg")
 
 
-def test_orientation_in_xmp_turns_nothing(tmp_path: Path) -> None:
+def test_orientation_in_xmp_is_ignored(tmp_path: Path) -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
     path = tmp_path / "xmp.jpg"
     RGB.save(path, xmp=xmp)
     with Image.open(path) as image:
         assert image.getexif().get(0x0112) == 6, "the fixture no longer exercises Pillow's XMP fallback"
-    assert_as_cv2(path)
+    assert_equals_cv2(path)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_turns_nothing(tmp_path: Path) -> None:
+def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "exif.jpg"
     RGB.save(path, exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-    assert_as_cv2(path)
+    assert_equals_cv2(path)
 
 
-def test_gif_gives_its_first_frame(tmp_path: Path) -> None:
+def test_the_first_frame_of_a_gif_is_read(tmp_path: Path) -> None:
     first = RGB.quantize(64)
     first.save(tmp_path / "a.gif", save_all=True, append_images=[RGB.rotate(180).quantize(64)])
     np.testing.assert_array_equal(read_image(tmp_path / "a.gif"), np.asarray(first.convert("RGB")))
 
 
-def test_one_pixel_and_str_path(tmp_path: Path) -> None:
+def test_one_pixel_images_and_str_paths_are_read(tmp_path: Path) -> None:
     for name in ("dot.png", "dot.jpg"):
         Image.new("RGB", (1, 1), (9, 8, 7)).save(tmp_path / name)
-        assert_as_cv2(tmp_path / name)
+        assert_equals_cv2(tmp_path / name)
         assert read_image(str(tmp_path / name), max_side=1).shape == (1, 1, 3)
 
 
-def test_huge_photos_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_images_are_read_without_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     pixels = cv2.resize(picture(400, 500), (5000, 4000))
     cv2.imwrite(str(tmp_path / "20mp.jpg"), pixels)
-    np.testing.assert_array_equal(read_image(tmp_path / "20mp.jpg"), as_cv2(tmp_path / "20mp.jpg"))
-    (tmp_path / "200mp.png").write_bytes(png_claiming(10_000, 20_000))  # Pillow itself refuses from 179 MP
+    np.testing.assert_array_equal(read_image(tmp_path / "20mp.jpg"), read_with_cv2(tmp_path / "20mp.jpg"))
+    (tmp_path / "200mp.png").write_bytes(png_claiming(10_000, 20_000))  # Pillow itself rejects images from 179 MP
     (tmp_path / "bomb.png").write_bytes(png_claiming(25_000, 20_001))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_images([tmp_path / "20mp.jpg", tmp_path / "200mp.png"]).problems == []
-        assert_refused(tmp_path / "bomb.png", "at most 500 megapixels")
+        assert_rejected(tmp_path / "bomb.png", "at most 500 megapixels")
         # The same code path at a size that is quick to decode.
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         RGB.save(tmp_path / "small.jpg")
-        assert_as_cv2(tmp_path / "small.jpg")
+        assert_equals_cv2(tmp_path / "small.jpg")
         assert Image.MAX_IMAGE_PIXELS == 100
     monkeypatch.undo()
     assert limit == Image.MAX_IMAGE_PIXELS
@@ -247,39 +252,43 @@ def test_huge_photos_without_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF|Truncated File")
 @pytest.mark.parametrize("kind", WHOLE)
 @pytest.mark.parametrize("kept", [0.02, 0.3, 0.7, 0.97, -2, -1])
-def test_truncated_files_are_refused(kind: str, kept: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_truncated_files_raise_errors(
+    kind: str, kept: float, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / f"cut.{kind}"
     whole = WHOLE[kind]
     path.write_bytes(whole)
     read_image(path)
     path.write_bytes(whole[: int(kept) if kept < 0 else int(kept * len(whole))])
-    # The cheap check looks for the ends of JPEG and PNG only.
-    assert_refused(path, "", cheaply=kind not in ("webp", "bmp", "tif"))
+    # check_images only looks for the ends of JPEG and PNG files.
+    assert_rejected(path, "", by_check=kind not in ("webp", "bmp", "tif"))
     assert capfd.readouterr() == ("", "")
 
 
-def test_truncation_is_found_whatever_pillows_global_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncation_is_detected_despite_the_global_setting_of_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     (tmp_path / "cut.jpg").write_bytes(encoded("JPEG")[:-300])
-    assert_refused(tmp_path / "cut.jpg", "truncated JPEG")
+    assert_rejected(tmp_path / "cut.jpg", "truncated JPEG")
 
 
-def test_other_broken_files_are_refused(tmp_path: Path) -> None:
+def test_other_corrupt_files_raise_errors(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").write_bytes(b"")
-    assert_refused(tmp_path / "empty.jpg", "empty file (0 bytes)")
+    assert_rejected(tmp_path / "empty.jpg", "empty file (0 bytes)")
     (tmp_path / "page.jpg").write_text("<!DOCTYPE html><html><body>404</body></html>")
-    assert_refused(tmp_path / "page.jpg", "not an image")
+    assert_rejected(tmp_path / "page.jpg", "not an image")
     (tmp_path / "folder.jpg").mkdir()
-    assert_refused(tmp_path / "folder.jpg", "a folder, not a file")
+    assert_rejected(tmp_path / "folder.jpg", "a folder, not a file")
     cv2.imwrite(str(tmp_path / "float.tif"), np.zeros((5, 6), np.float32))
-    assert_refused(tmp_path / "float.tif", "32-bit", cheaply=False)
+    assert_rejected(tmp_path / "float.tif", "32-bit", by_check=False)
     damaged = bytearray(PNG)
     damaged[len(damaged) // 2] ^= 0xFF
     (tmp_path / "damaged.png").write_bytes(damaged)
-    assert_refused(tmp_path / "damaged.png", "damaged", cheaply=False)
+    assert_rejected(tmp_path / "damaged.png", "damaged", by_check=False)
 
 
-def test_missing_and_unreadable_are_told_apart(tmp_path: Path) -> None:
+def test_missing_and_corrupt_images_are_distinguished(tmp_path: Path) -> None:
     RGB.save(tmp_path / "good.jpg")
     (tmp_path / "bad.jpg").write_bytes(b"GIF89a")
     paths = [tmp_path / name for name in ("gone.jpg", "good.jpg", "bad.jpg")]
@@ -293,24 +302,24 @@ def test_missing_and_unreadable_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trailing", [1, 300, 10_000, 200_000])
-def test_bytes_behind_the_end_are_accepted(trailing: int, tmp_path: Path) -> None:
+def test_trailing_bytes_are_accepted(trailing: int, tmp_path: Path) -> None:
     path = tmp_path / "trailing.jpg"
     path.write_bytes(encoded("JPEG") + bytes(trailing))
-    assert_as_cv2(path)
+    assert_equals_cv2(path)
 
 
-def test_long_header_and_long_body(tmp_path: Path) -> None:
-    # The scan starts behind the first 64 KB, where the cheap check begins.
+def test_jpegs_with_long_headers_are_read_and_checked(tmp_path: Path) -> None:
+    # The scan starts after the first 64 KB, which check_images reads first.
     whole = encoded("JPEG", exif=EXIF + bytes(60_000), icc_profile=bytes(70_000), quality=95)
     path = tmp_path / "long.jpg"
     path.write_bytes(whole)
     assert images._scan_start(whole) > 100_000
-    assert_as_cv2(path)
+    assert_equals_cv2(path)
     path.write_bytes(whole[:-2])
-    assert_refused(path, "truncated JPEG")
+    assert_rejected(path, "truncated JPEG")
 
 
-def test_signature_follows_the_content(tmp_path: Path) -> None:
+def test_the_signature_depends_on_the_content(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     data = bytearray(PNG + bytes(100_000))
     signatures = []
@@ -335,15 +344,15 @@ def test_signature_follows_the_content(tmp_path: Path) -> None:
         ((-7, -0.5, 5, 5), np.s_[:5, :5]),
     ],
 )
-def test_crop_as_the_reference(box: images.Box, expected: tuple[slice, slice], tmp_path: Path) -> None:
+def test_crops_equal_those_of_the_reference(box: images.Box, expected: tuple[slice, slice], tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     RGB.save(path)
-    np.testing.assert_array_equal(read_image(path, box), as_cv2(path)[expected])
+    np.testing.assert_array_equal(read_image(path, box), read_with_cv2(path)[expected])
     assert check_images([ImageItem(path, box)]).problems == []
 
 
 @pytest.mark.parametrize("box", [(5, 5, 5.9, 9), (9, 9, 3, 3), (60, 0, 70, 9), (-9, -9, -1, -1), (0, 0, np.nan, 5)])
-def test_empty_crop_is_refused(box: images.Box, tmp_path: Path) -> None:
+def test_empty_crops_raise_errors(box: images.Box, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     RGB.save(path)
     with pytest.raises(InputError, match=r"a\.png: box"):
@@ -352,7 +361,7 @@ def test_empty_crop_is_refused(box: images.Box, tmp_path: Path) -> None:
     assert "box" in reason
 
 
-def test_max_side(tmp_path: Path) -> None:
+def test_max_side_shrinks_images_without_aliasing(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.fromarray(np.indices((100, 200)).sum(0).astype(np.uint8) % 2 * 255).save(path)
     small = read_image(path, max_side=50)
@@ -365,10 +374,10 @@ def test_max_side(tmp_path: Path) -> None:
         read_image(path, max_side=0)
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data is not there")
-def test_real_photos_equal_cv2() -> None:
+@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/data does not exist")
+def test_real_images_equal_cv2() -> None:
     paths = sorted(REAL.glob("*/jpg/*.jpg"))
     assert len(paths) > 900
     for path in random.Random(0).sample(paths, 60):
-        np.testing.assert_array_equal(read_image(path), as_cv2(path), err_msg=str(path))
+        np.testing.assert_array_equal(read_image(path), read_with_cv2(path), err_msg=str(path))
     assert check_images(paths).problems == []

@@ -33,6 +33,7 @@ LEVEL = {folder: level for level, folders in enumerate(LAYERS) for folder in fol
 
 
 def module_name(path: Path) -> str:
+    """Return the dotted name of a module."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -40,7 +41,7 @@ MODULES = {module_name(path): path for path in sorted((ROOT / "superglobal").rgl
 
 
 def imported(path: Path) -> set[str]:
-    """All modules that a file imports, also inside functions and for type checking alone."""
+    """Return all modules that a file imports, including imports inside functions and for type checking."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -56,6 +57,7 @@ IMPORTS = {name: imported(path) for name, path in MODULES.items()}
 
 
 def folder_of(module: str) -> str:
+    """Return the folder of the package that a module is in; empty for the package itself."""
     return [*module.split("."), ""][1]
 
 
@@ -64,12 +66,12 @@ def test_a_file_imports_only_from_folders_below_its_own():
     inside = [name for name in MODULES if name not in ("superglobal", "superglobal.__main__", "superglobal.api")]
     assert {folder_of(name) for name in inside} == LEVEL.keys()
     pairs = {(name, target) for name in inside for target in IMPORTS[name] & MODULES.keys()}
-    wrong = set()
+    violations = set()
     for name, target in pairs:
-        own, other = folder_of(name), folder_of(target)
-        if own != other and (LEVEL[own] >= LEVEL[other] if other else own != "cli"):
-            wrong.add((name, target))
-    assert not wrong
+        folder, target_folder = folder_of(name), folder_of(target)
+        if folder != target_folder and (LEVEL[folder] >= LEVEL[target_folder] if target_folder else folder != "cli"):
+            violations.add((name, target))
+    assert not violations
 
 
 def test_files_do_not_import_each_other_in_a_circle():
@@ -87,14 +89,14 @@ def test_the_core_imports_neither_lightning_nor_hydra():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_only_its_command_imports_the_renderer():
+def test_only_the_toy_data_command_imports_the_renderer():
     users = {name for name, targets in IMPORTS.items() if any(folder_of(t) == "toy" for t in targets & MODULES.keys())}
     assert {name for name in users if folder_of(name) != "toy"} == {"superglobal.cli.toy_data"}
 
 
 @pytest.mark.parametrize("module", ["superglobal", "superglobal.cli"])
 def test_an_import_is_fast_and_portable(module):
-    """Without libraries that take seconds, and without modules that not every system has."""
+    """Avoid libraries that take seconds to import and modules that are missing on some systems."""
     unwanted = ("torch", "numpy", "timm", "hydra", "pytorch_lightning", "matplotlib", "fcntl", "resource")
     code = f"import sys; old = set(sys.modules); import {module}; print(*set({unwanted}) & set(sys.modules) - old)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

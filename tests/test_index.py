@@ -1,4 +1,4 @@
-"""Approximate indexes: exact where they look everywhere, stored, rebuilt when damaged, and never taken for exact."""
+"""Approximate indexes: exact if they search all rows, stored, rebuilt if damaged, and reported as approximate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from superglobal.retrieval.store import DescriptorStore
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="FAISS is not installed")
 ROOT = Path(__file__).parents[1]
-EVERYWHERE = {
+EXHAUSTIVE = {
     "flat_fp16": {},
     "ivf_flat": {"nlist": 8, "nprobe": 8},
     "ivf_pq": {"nlist": 4, "nprobe": 4, "pq_m": 8, "candidates": 40},
@@ -32,14 +32,15 @@ EVERYWHERE = {
 
 @pytest.fixture(scope="module")
 def vectors():
+    """Return 6 queries and 500 database vectors."""
     rng = np.random.default_rng(0)
     return unit(rng, 6, 16), unit(rng, 500, 16)
 
 
-@pytest.mark.parametrize("kind", list(EVERYWHERE))
-def test_an_index_that_looks_everywhere_is_exact(tmp_path, vectors, kind):
+@pytest.mark.parametrize("kind", list(EXHAUSTIVE))
+def test_an_index_that_searches_all_rows_is_exact(tmp_path, vectors, kind):
     Q, X = vectors
-    index = open_index(X, IndexConfig(kind, **EVERYWHERE[kind]), tmp_path)
+    index = open_index(X, IndexConfig(kind, **EXHAUSTIVE[kind]), tmp_path)
     scores, ids = index.search(Q, 10)
     np.testing.assert_array_equal(ids, brute_force(Q, X, 10))
     np.testing.assert_allclose(scores, np.take_along_axis(Q @ X.T, ids, axis=1), atol=1e-6)
@@ -47,72 +48,74 @@ def test_an_index_that_looks_everywhere_is_exact(tmp_path, vectors, kind):
     np.testing.assert_array_equal(index.search(Q, 9, exclude=exclude)[1], brute_force(Q, X, 9, exclude))
 
 
-@pytest.mark.parametrize("kind", list(EVERYWHERE))
-def test_skipped_rows_are_not_in_it(tmp_path, vectors, kind):
+@pytest.mark.parametrize("kind", list(EXHAUSTIVE))
+def test_skipped_rows_are_not_in_the_index(tmp_path, vectors, kind):
     Q, X = vectors
     skipped = np.sort(brute_force(Q, X, 3)[:, 0])
     store = DescriptorStore.open_or_create(tmp_path / "s", {}, [str(i) for i in range(500)], 16, 100)
     store.write_rows(np.arange(500), X)
     store.skip(skipped)
     store.flush()
-    ids = open_index(store, IndexConfig(kind, **EVERYWHERE[kind]), tmp_path).search(Q, 10)[1]
+    ids = open_index(store, IndexConfig(kind, **EXHAUSTIVE[kind]), tmp_path).search(Q, 10)[1]
     kept = np.setdiff1d(np.arange(500), skipped)
     np.testing.assert_array_equal(ids, kept[brute_force(Q, X[kept], 10)])
 
 
-def test_few_probes_find_less_and_never_too_few(tmp_path, vectors):
+def test_few_probes_lower_the_recall_but_return_k_results(tmp_path, vectors):
     Q, X = vectors
     exact = brute_force(Q, X, 100)
     few = open_index(X, IndexConfig("ivf_flat", nlist=12, nprobe=1), tmp_path).search(Q, 100)
-    assert (few[1] >= 0).all()  # a list has about 40 rows: more are searched until there are 100
+    assert (few[1] >= 0).all()  # a list has about 40 rows, so more lists are searched until there are 100 results
     assert 0.2 < recall(few[1], exact).mean() < 1
     assert (np.diff(few[0]) <= 0).all()
     more = open_index(X, IndexConfig("ivf_flat", nlist=12, nprobe=12), tmp_path).search(Q, 100)
     assert recall(more[1], exact).mean() == 1
-    assert len(list(tmp_path.glob("*.faiss"))) == 1  # how it is searched is no part of what is stored
+    assert len(list(tmp_path.glob("*.faiss"))) == 1  # the number of probes does not change the stored index
 
 
-def test_no_more_lists_are_asked_for_than_faiss_searches_on_a_gpu(tmp_path, vectors, monkeypatch):
-    """Beyond its limit FAISS itself raises; an index on the CPU stands for one there."""
+def test_the_number_of_probes_stays_within_the_limit_of_faiss_on_a_gpu(tmp_path, vectors, monkeypatch):
+    """FAISS raises an error above its limit; an index on the CPU replaces the one on the GPU."""
     monkeypatch.setattr(index, "_GPU_LISTS", 3)
     Q, X = vectors
-    made = open_index(X, IndexConfig("ivf_flat", nlist=12, nprobe=1), tmp_path)
-    gpu = index.ApproximateIndex(made.index, made.rows, made.config, on_gpu=True)
-    asked = []
+    cpu_index = open_index(X, IndexConfig("ivf_flat", nlist=12, nprobe=1), tmp_path)
+    gpu = index.ApproximateIndex(cpu_index.index, cpu_index.rows, cpu_index.config, on_gpu=True)
+    probes_used = []
     monkeypatch.setattr(
-        gpu, "_search_index", lambda q, count, probes: asked.append(probes) or made._search_index(q, count, probes)
+        gpu,
+        "_search_index",
+        lambda q, count, probes: probes_used.append(probes) or cpu_index._search_index(q, count, probes),
     )
     assert len(gpu.search(Q, 5)[1]) == len(Q)
     with pytest.raises(InputError, match="reached only"):
         gpu.search(Q, 400)
-    assert asked[-3:] == [1, 2, 3]
+    assert probes_used[-3:] == [1, 2, 3]
     with pytest.raises(InputError, match=r"index\.nprobe=4: FAISS searches at most 3 lists on a GPU"):
-        index.ApproximateIndex(made.index, made.rows, replace(made.config, nprobe=4), on_gpu=True)
+        index.ApproximateIndex(cpu_index.index, cpu_index.rows, replace(cpu_index.config, nprobe=4), on_gpu=True)
 
 
-def test_it_is_built_once_and_again_when_damaged_or_of_other_rows(tmp_path, vectors, caplog):
+def test_an_index_is_built_again_only_if_damaged_or_for_other_rows(tmp_path, vectors, caplog):
     caplog.set_level(logging.INFO)
     Q, X = vectors
     settings = IndexConfig("ivf_flat", nlist=8, nprobe=8)
 
-    def said() -> str:
+    def open_and_search() -> str:
         caplog.clear()
         ids = open_index(X, settings, tmp_path).search(Q, 5)[1]
         np.testing.assert_array_equal(ids, brute_force(Q, X, 5))
         return caplog.text
 
-    first = said()
-    assert "500 x 16, 0.00 GB" in first
+    log = open_and_search()
+    assert "500 x 16, 0.00 GB" in log
     (path,) = tmp_path.glob("*.faiss")
-    assert f"loaded {path}" in said()
+    assert f"loaded {path}" in open_and_search()
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     for damaged in (bytes(data), path.read_bytes()[:100], b""):
         path.write_bytes(damaged)
-        assert f"{path} is damaged" in said()
-        assert f"loaded {path}" in said()
+        assert f"{path} is damaged" in open_and_search()
+        assert f"loaded {path}" in open_and_search()
     path.with_suffix(".json").unlink()
-    assert "is damaged" in said()
+    assert "is damaged" in open_and_search()
     other = X.copy()
     other[3] = -other[3]
     open_index(other, settings, tmp_path)
@@ -144,20 +147,20 @@ def test_two_processes_build_an_index_once(tmp_path):
     for job in jobs:
         job.stdin.write("go\n")
         job.stdin.flush()
-    said = sorted((job.communicate(timeout=120)[0] for job in jobs), key=lambda text: "built in" not in text)
-    assert all("found [0, 1, 2, 3, 4]" in text for text in said), said
-    assert "built in" in said[0]
-    assert "built in" not in said[1]
-    assert "another process is building it (process " in said[1]
-    assert "loaded" in said[1]
+    outputs = sorted((job.communicate(timeout=120)[0] for job in jobs), key=lambda text: "built in" not in text)
+    assert all("found [0, 1, 2, 3, 4]" in text for text in outputs), outputs
+    assert "built in" in outputs[0]
+    assert "built in" not in outputs[1]
+    assert "another process is building it (process " in outputs[1]
+    assert "loaded" in outputs[1]
 
 
-def test_one_that_waits_goes_on_when_the_first_dies(tmp_path, vectors, caplog):
-    """Nothing of a killed process is in the way: its lock goes with it, and half a file has another name."""
+def test_a_waiting_process_builds_the_index_if_the_first_dies(tmp_path, vectors, caplog):
+    """A killed process releases its lock, and its incomplete file has a temporary name."""
     caplog.set_level(logging.INFO)
     Q, X = vectors
     holder = "import os, sys, time; from pathlib import Path; from superglobal.utils.io import file_lock\n"
-    holder += "with file_lock(Path(sys.argv[1]), 'busy'):\n    print('mine', flush=True)\n    time.sleep(3)\n"
+    holder += "with file_lock(Path(sys.argv[1]), 'busy'):\n    print('locked', flush=True)\n    time.sleep(3)\n"
     holder += "    os._exit(9)\n"
     open_index(X, IndexConfig("flat_fp16"), tmp_path)
     (path,) = tmp_path.glob("*.faiss")
@@ -165,14 +168,14 @@ def test_one_that_waits_goes_on_when_the_first_dies(tmp_path, vectors, caplog):
     with subprocess.Popen(
         [sys.executable, "-c", holder, str(path.with_suffix(".lock"))], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout.readline() == "mine\n"
-        found = open_index(X, IndexConfig("flat_fp16"), tmp_path).search(Q, 5)[1]
-    np.testing.assert_array_equal(found, brute_force(Q, X, 5))
+        assert process.stdout.readline() == "locked\n"
+        ids = open_index(X, IndexConfig("flat_fp16"), tmp_path).search(Q, 5)[1]
+    np.testing.assert_array_equal(ids, brute_force(Q, X, 5))
     assert f"another process is building it (process {process.pid}" in caplog.text
     assert "built in" in caplog.text.split("waiting for it")[1]
 
 
-def test_defaults_follow_the_guidelines():
+def test_defaults_follow_the_guidelines_of_faiss():
     assert with_defaults(IndexConfig("ivf_flat"), 10**6, 2048).nlist == 4000
     assert with_defaults(IndexConfig("ivf_pq"), 10**7, 2048).nlist == 2**16
     assert with_defaults(IndexConfig("ivf_pq"), 10**9, 2048).nlist == 2**20
@@ -185,7 +188,7 @@ def test_defaults_follow_the_guidelines():
     assert memory(with_defaults(IndexConfig("hnsw"), 10**6, 2048), 10**6, 2048)[0] == 10**6 * (4 * 2048 + 256)
 
 
-def test_settings_that_do_not_fit_are_named(tmp_path, vectors):
+def test_invalid_index_settings_raise_errors_that_name_them(tmp_path, vectors):
     Q, X = vectors
     for settings, message in (
         (IndexConfig("ivf_flat", nlist=501), "nlist=501: more lists than the 500 rows"),
@@ -208,26 +211,26 @@ def test_settings_that_do_not_fit_are_named(tmp_path, vectors):
         open_index(X, IndexConfig("flat_fp16"), tmp_path).search(Q, 501)
 
 
-def test_an_evaluation_says_which_index_it_used_and_how_far_from_exact(data, tmp_path, capsys):
+def test_an_evaluation_reports_its_index_and_the_difference_to_exact_search(data, tmp_path, capsys):
     exact = run(tmp_path, *mini(data))
     assert "index" not in exact["about"]
     assert exact["about"]["search"] == "faiss-flat"
     assert run(tmp_path, *mini(data), "index=torch")["about"]["search"] == "torch"
-    found = run(tmp_path, *mini(data), "index=ivf_flat", "index.nlist=6", "index.nprobe=1", "k=6", "rerank=none")
-    assert found["dataset"] == f"{exact['dataset']} (ivf_flat, approximate)"
-    assert found["about"]["search"] == "faiss-ivf_flat"
-    about = found["about"]["index"]
+    approximate = run(tmp_path, *mini(data), "index=ivf_flat", "index.nlist=6", "index.nprobe=1", "k=6", "rerank=none")
+    assert approximate["dataset"] == f"{exact['dataset']} (ivf_flat, approximate)"
+    assert approximate["about"]["search"] == "faiss-ivf_flat"
+    about = approximate["about"]["index"]
     assert about["settings"] == {"kind": "ivf_flat", "nlist": 6, "nprobe": 1, "candidates": 1}
     compared = about["compared_to_exact"]
     assert compared["queries"] == 6
     assert 0 < compared["recall"] <= 1
-    for name, value in found["metrics"]["search"]["map"].items():
+    for name, value in approximate["metrics"]["search"]["map"].items():
         difference = compared["map_difference"][name]
         assert value - difference == pytest.approx(exact["metrics"]["search"]["map"][name], abs=1e-12)
-        assert difference <= 1e-12  # what is not listed adds nothing
-    said = " ".join(capsys.readouterr().out.split())
-    assert "approximate search: kind ivf_flat" in said
-    assert "compared to exact search, 6 queries: recall@6" in said
+        assert difference <= 1e-12  # relevant images that are not found add nothing
+    output = " ".join(capsys.readouterr().out.split())
+    assert "approximate search: kind ivf_flat" in output
+    assert "compared to exact search, 6 queries: recall@6" in output
     whole = run(tmp_path, *mini(data), "index=flat_fp16")  # all 24 rows are listed
     assert whole["metrics"] == exact["metrics"]
     assert json.dumps(whole["about"]["index"]["compared_to_exact"]["map_difference"]) == json.dumps(

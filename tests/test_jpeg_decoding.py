@@ -1,4 +1,4 @@
-"""The decoder of `extraction.decoder=gpu`, run on the CPU: which files it gets, its pixels, its faults, its stores."""
+"""The decoder of `extraction.decoder=gpu`, run on the CPU: its files, pixels, errors and stores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from evaluations import fingerprints, run
 from PIL import Image
-from search_pages import composed, opened
+from search_pages import compose_serve_config, open_search_database
 from sets import break_scan, texture, write_folders
 
 from superglobal.data import jpeg_decoding
@@ -27,12 +27,14 @@ DEVICES = [CPU, *([torch.device("cuda:0")] if torch.cuda.is_available() else [])
 RGB = texture(0, 0)
 
 
-def saved(path: Path, image: Image.Image = RGB, file_format: str = "JPEG", **options: object) -> Path:
+def save_image(path: Path, image: Image.Image = RGB, file_format: str = "JPEG", **options: object) -> Path:
+    """Save an image and return its path."""
     image.save(path, file_format, **options)
     return path
 
 
 def oriented(value: int) -> Image.Exif:
+    """Return EXIF data with an orientation."""
     exif = Image.Exif()
     exif[0x0112] = value
     return exif
@@ -50,7 +52,7 @@ def oriented(value: int) -> Image.Exif:
 )
 @pytest.mark.parametrize("box", [None, (10.7, 5.2, 90.0, 300.0)])
 def test_plain_jpegs_stay_encoded_and_give_the_same_pixels(tmp_path, image, options, box):
-    path = saved(tmp_path / "a.jpg", image, **options)
+    path = save_image(tmp_path / "a.jpg", image, **options)
     image = read_encoded(path, box, max_side=120)
     assert isinstance(image, EncodedImage)
     assert image.data.numpy().tobytes() == path.read_bytes()
@@ -71,33 +73,33 @@ def test_plain_jpegs_stay_encoded_and_give_the_same_pixels(tmp_path, image, opti
         (RGB, "JPEG", {}, 119),
     ],
 )
-def test_other_files_are_decoded_at_once(tmp_path, image, file_format, options, max_side):
-    path = saved(tmp_path / "a", image, file_format, **options)
+def test_other_files_are_decoded_on_the_cpu_when_they_are_read(tmp_path, image, file_format, options, max_side):
+    path = save_image(tmp_path / "a", image, file_format, **options)
     pixels = read_encoded(path, None, max_side)
     assert isinstance(pixels, np.ndarray)
     assert np.array_equal(pixels, read_image(path, None, max_side))
 
 
 def test_max_side_applies_to_the_crop(tmp_path):
-    path = saved(tmp_path / "a.jpg")
+    path = save_image(tmp_path / "a.jpg")
     assert isinstance(read_encoded(path, (0, 0, 60, 60), 60), EncodedImage)
     assert isinstance(read_encoded(path, (0, 0, 61, 60), 60), np.ndarray)
 
 
-def test_faults_are_those_of_the_cpu_decoder(tmp_path):
-    whole = saved(tmp_path / "whole.jpg")
+def test_errors_equal_those_of_the_cpu_decoder(tmp_path):
+    whole = save_image(tmp_path / "whole.jpg")
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(whole.read_bytes()[:-200])
     for path, box in ((cut, None), (tmp_path / "none.jpg", None), (tmp_path, None), (whole, (200, 0, 300, 9))):
         with pytest.raises(InputError) as expected:
             read_image(path, box)
-        with pytest.raises(InputError) as found:
+        with pytest.raises(InputError) as raised:
             read_encoded(path, box)
-        assert str(found.value) == str(expected.value)
+        assert str(raised.value) == str(expected.value)
 
 
-def test_a_file_that_the_decoder_refuses_does_not_take_its_batch_along(tmp_path):
-    paths = [saved(tmp_path / f"{i}.jpg", texture(i, 0)) for i in range(3)]
+def test_the_other_images_of_a_batch_with_an_unsupported_file_are_decoded(tmp_path):
+    paths = [save_image(tmp_path / f"{i}.jpg", texture(i, 0)) for i in range(3)]
     break_scan(paths[1])
     first, second, third = decode_batch(encoded(paths), CPU)
     assert second is None
@@ -113,11 +115,12 @@ OUT_OF_MEMORY = [
 
 
 def encoded(paths: list[Path]) -> list[torch.Tensor]:
+    """Return the contents of files as tensors."""
     return [torch.from_numpy(np.frombuffer(path.read_bytes(), np.uint8).copy()) for path in paths]
 
 
 def fail_above(monkeypatch, count: int, error: Exception) -> None:
-    """Let the decoder fail with more files than `count` at once."""
+    """Make the decoder fail on more than `count` files at once."""
     decode = jpeg_decoding._decode
 
     def failing(files, device):
@@ -130,7 +133,7 @@ def fail_above(monkeypatch, count: int, error: Exception) -> None:
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
 def test_a_batch_that_runs_out_of_memory_is_decoded_one_by_one(tmp_path, monkeypatch, error):
-    paths = [saved(tmp_path / f"{i}.jpg", texture(i, 0)) for i in range(3)]
+    paths = [save_image(tmp_path / f"{i}.jpg", texture(i, 0)) for i in range(3)]
     fail_above(monkeypatch, 1, error)
     for image, path in zip(decode_batch(encoded(paths), CPU), paths, strict=True):
         assert torch.equal(image, image_tensor(read_image(path)))
@@ -138,10 +141,10 @@ def test_a_batch_that_runs_out_of_memory_is_decoded_one_by_one(tmp_path, monkeyp
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_too_little_memory_for_one_file_is_an_input_error(tmp_path, monkeypatch, error, count):
+def test_running_out_of_memory_for_one_file_is_an_input_error(tmp_path, monkeypatch, error, count):
     fail_above(monkeypatch, 0, error)
     with pytest.raises(InputError, match=r"out of memory on cpu .*lower extraction\.batch_size, or .*decoder=cpu"):
-        decode_batch(encoded([saved(tmp_path / "a.jpg")] * count), CPU)
+        decode_batch(encoded([save_image(tmp_path / "a.jpg")] * count), CPU)
 
 
 @pytest.mark.parametrize(
@@ -152,19 +155,19 @@ def test_too_little_memory_for_one_file_is_an_input_error(tmp_path, monkeypatch,
         RuntimeError("Error while decoding JPEG images: Failed to synchronize CUDA stream: 700"),
     ],
 )
-def test_a_cuda_fault_is_not_taken_for_an_unsupported_file(tmp_path, monkeypatch, error):
+def test_a_cuda_error_is_not_treated_as_an_unsupported_file(tmp_path, monkeypatch, error):
     fail_above(monkeypatch, 0, error)
     with pytest.raises(type(error)) as raised:
-        decode_batch(encoded([saved(tmp_path / "a.jpg")]), CPU)
+        decode_batch(encoded([save_image(tmp_path / "a.jpg")]), CPU)
     assert raised.value is error
 
 
 @pytest.mark.parametrize(
     "text", ["Failed to decode jpeg stream: 4", "Failed to get image info: 3", "Unknown chroma", ""]
 )
-def test_an_unsupported_file_is_none(tmp_path, monkeypatch, text):
+def test_unsupported_files_are_decoded_to_none(tmp_path, monkeypatch, text):
     fail_above(monkeypatch, 0, RuntimeError(text))
-    assert decode_batch(encoded([saved(tmp_path / "a.jpg")] * 2), CPU) == [None, None]
+    assert decode_batch(encoded([save_image(tmp_path / "a.jpg")] * 2), CPU) == [None, None]
 
 
 @pytest.mark.parametrize(("text", "reason"), [("", "RuntimeError"), ("\nno nvJPEG\nframe #0", "no nvJPEG")])
@@ -185,44 +188,46 @@ def test_decoders_are_compared_on_the_first_jpegs(tmp_path):
 
 
 def write_items(folder: Path, count: int):
+    """Write images, the first a PNG and the second an empty file."""
     from superglobal.data.images import ImageItem
 
-    paths = [saved(folder / f"{i}.jpg", texture(i, 0)) for i in range(count)]
-    saved(paths[0], file_format="PNG")
+    paths = [save_image(folder / f"{i}.jpg", texture(i, 0)) for i in range(count)]
+    save_image(paths[0], file_format="PNG")
     paths[1].write_bytes(b"")
     return [ImageItem(path) for path in paths]
 
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """JPEGs of two sizes beside a PNG and a rotated JPEG."""
+    """Write JPEGs of two sizes, a PNG and a rotated JPEG."""
     photos = write_folders(tmp_path / "photos")
-    saved(photos / "label0/9.jpg", texture(0, 9, (90, 110)))
-    saved(photos / "label0/png.png", texture(0, 7), "PNG")
-    saved(photos / "label1/turned.jpg", texture(1, 7), exif=oriented(6))
+    save_image(photos / "label0/9.jpg", texture(0, 9, (90, 110)))
+    save_image(photos / "label0/png.png", texture(0, 7), "PNG")
+    save_image(photos / "label1/turned.jpg", texture(1, 7), exif=oriented(6))
     return photos
 
 
 @pytest.fixture
 def on_the_cpu(monkeypatch):
-    """Let the CPU pass for a GPU."""
+    """Use the CPU in place of a GPU."""
     monkeypatch.setattr(extracting, "check_gpu_decoder", compare_decoders)
 
 
-def stored(outputs: Path) -> list[DescriptorStore]:
+def open_stores(outputs: Path) -> list[DescriptorStore]:
+    """Open all stores of an output folder."""
     return [DescriptorStore.open(path.parent) for path in sorted((outputs / "stores").glob("*/manifest.json"))]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_evaluation_with_it_has_stores_of_its_own_and_the_same_result(tmp_path, photos, on_the_cpu, workers):
+def test_an_evaluation_has_separate_stores_and_the_same_result(tmp_path, photos, on_the_cpu, workers):
     folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
     first = run(tmp_path, *folder)
-    (before,) = stored(tmp_path)
+    (before,) = open_stores(tmp_path)
     second = run(tmp_path, *folder, "extraction.decoder=gpu", f"trainer.num_workers={workers}")
     assert second["about"]["extracted"] == first["about"]["extracted"]
     assert fingerprints(second) != fingerprints(first)
     assert second["metrics"] == first["metrics"]
-    after = next(store for store in stored(tmp_path) if store.folder != before.folder)
+    after = next(store for store in open_stores(tmp_path) if store.folder != before.folder)
     assert "decoder" not in before.manifest["identity"]
     assert after.manifest["identity"] == {**before.manifest["identity"], "decoder": "gpu"}
     assert second["about"]["stores"]["database"]["provenance"]["decoder"]["images"] == len(after) - 2
@@ -232,22 +237,22 @@ def test_an_evaluation_with_it_has_stores_of_its_own_and_the_same_result(tmp_pat
     assert third["about"]["extracted"] == {"database": 0}
 
 
-def test_the_page_opens_a_store_with_its_own_decoder(tmp_path, photos, on_the_cpu):
+def test_the_search_page_uses_the_decoder_of_its_store(tmp_path, photos, on_the_cpu):
     folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
     for decoder in ("cpu", "gpu"):
         run(tmp_path / decoder, *folder, f"extraction.decoder={decoder}")
-    ((by_cpu,), (by_gpu,)) = (stored(tmp_path / name) for name in ("cpu", "gpu"))
+    ((by_cpu,), (by_gpu,)) = (open_stores(tmp_path / name) for name in ("cpu", "gpu"))
     for store in (by_cpu, by_gpu):
-        assert len(opened(tmp_path / "page", f"store={store.folder}").search) == 12
-    config, _ = read_config(composed(f"store={by_gpu.folder}", "extraction.decoder=gpu"))
+        assert len(open_search_database(tmp_path / "page", f"store={store.folder}").search) == 12
+    config, _ = read_config(compose_serve_config(f"store={by_gpu.folder}", "extraction.decoder=gpu"))
     assert config.extraction.decoder == "gpu"
     with pytest.raises(
         InputError, match=r"extraction\.decoder=gpu: .* was extracted with extraction\.decoder=cpu; leave"
     ):
-        read_config(composed(f"store={by_cpu.folder}", "extraction.decoder=gpu"))
+        read_config(compose_serve_config(f"store={by_cpu.folder}", "extraction.decoder=gpu"))
 
 
-def test_too_little_memory_ends_the_run_instead_of_decoding_on_the_cpu(tmp_path, photos, on_the_cpu, monkeypatch):
+def test_running_out_of_memory_ends_the_run_without_decoding_on_the_cpu(tmp_path, photos, on_the_cpu, monkeypatch):
     monkeypatch.setattr(extracting, "check_gpu_decoder", lambda *_: {})
     fail_above(monkeypatch, 0, OUT_OF_MEMORY[1])
     with pytest.raises(InputError, match=r"out of memory .*lower extraction\.batch_size"):
@@ -259,19 +264,19 @@ def test_a_corrupt_image_is_reported_as_by_the_cpu_decoder(tmp_path, photos, on_
     folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
     with pytest.raises(InputError) as expected:
         run(tmp_path / "cpu", *folder)
-    with pytest.raises(InputError) as found, caplog.at_level(logging.WARNING):
+    with pytest.raises(InputError) as raised, caplog.at_level(logging.WARNING):
         run(tmp_path / "gpu", *folder, "extraction.decoder=gpu")
-    assert str(found.value) == str(expected.value)
+    assert str(raised.value) == str(expected.value)
     assert "label2/2.jpg: the GPU decoder does not support this JPEG" in caplog.text
-    ((by_cpu,), (by_gpu,)) = (stored(tmp_path / name) for name in ("cpu", "gpu"))
+    ((by_cpu,), (by_gpu,)) = (open_stores(tmp_path / name) for name in ("cpu", "gpu"))
     assert by_gpu.missing.tolist() == by_cpu.missing.tolist()
 
 
-def test_without_a_gpu_it_is_an_input_error_and_leaves_no_store(tmp_path, photos):
+def test_the_decoder_without_a_gpu_raises_an_input_error_and_makes_no_store(tmp_path, photos):
     folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
     with pytest.raises(InputError, match=r"extraction\.decoder=gpu needs a CUDA device.*runs on cpu; use"):
         run(tmp_path, *folder, "extraction.decoder=gpu")
-    assert not stored(tmp_path)
+    assert not open_stores(tmp_path)
     with pytest.raises(InputError, match=r"extraction\.decoder=nvjpeg: expected one of cpu, gpu"):
         run(tmp_path, *folder, "extraction.decoder=nvjpeg")
 
@@ -299,5 +304,5 @@ def test_descriptors_hardly_depend_on_device_and_decoder(tmp_path, photos, monke
     accelerator = "cpu" if device == CPU else "gpu"
     options = [f"trainer.accelerator={accelerator}", "extraction.decoder=gpu", "extraction.batch_size=2"]
     run(tmp_path / "gpu", *folder, *options, "trainer.num_workers=2")
-    ((by_cpu,), (by_gpu,)) = (stored(tmp_path / name) for name in ("cpu", "gpu"))
+    ((by_cpu,), (by_gpu,)) = (open_stores(tmp_path / name) for name in ("cpu", "gpu"))
     assert (by_cpu.block(0, 12) * by_gpu.block(0, 12)).sum(axis=1).min() > 0.99

@@ -17,7 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image, ImageColor
 from pytorch_lightning.loggers import TensorBoardLogger
-from trackers import events, recorded, references, table
+from trackers import events, read_offline_run, references, table
 
 from superglobal.config import register
 from superglobal.config.common import validate_config
@@ -67,7 +67,7 @@ def evaluated(toy_data, tmp_path_factory) -> Path:
 
 
 def test_an_offline_run_holds_settings_and_numbers(evaluated):
-    run, result = recorded(evaluated), json.loads((evaluated / "results.json").read_text())
+    run, result = read_offline_run(evaluated), json.loads((evaluated / "results.json").read_text())
     assert run.exit_code == 0
     assert (run.run.project, run.run.job_type, run.run.run_group) == ("mine", "eval", "")
     assert list(run.run.tags) == ["tried", "toy"]
@@ -87,7 +87,7 @@ def test_an_offline_run_holds_settings_and_numbers(evaluated):
 
 
 def test_its_tables_hold_every_query_and_pictures_with_borders(evaluated):
-    run = recorded(evaluated)
+    run = read_offline_run(evaluated)
     with (evaluated / "per_query.csv").open() as file:
         written = list(csv.DictReader(file))
     columns, rows, _ = table(run, "per_query")
@@ -133,7 +133,7 @@ def test_its_tables_hold_every_query_and_pictures_with_borders(evaluated):
 
 
 def test_model_and_stores_are_artifacts_that_only_say_where_they_lie(evaluated):
-    run, result = recorded(evaluated), json.loads((evaluated / "results.json").read_text())
+    run, result = read_offline_run(evaluated), json.loads((evaluated / "results.json").read_text())
     assert references(run, "model") == [f"file://{evaluated.parent / 'some weights.safetensors'}"]
     stores = {Path(one.removeprefix("file://")).parent for one in references(run, "descriptors")}
     prints = {title: one["fingerprint"] for title, one in result["about"]["stores"].items()}
@@ -149,7 +149,7 @@ def test_model_and_stores_are_artifacts_that_only_say_where_they_lie(evaluated):
 
 
 def test_tensorboard_and_csv_have_the_same_numbers(evaluated):
-    run, found = recorded(evaluated), events(evaluated / "tensorboard")
+    run, found = read_offline_run(evaluated), events(evaluated / "tensorboard")
     with (evaluated / "csv/metrics.csv").open() as file:
         (written,) = csv.DictReader(file)
     numbers = {key: value for key, value in run.history[0].items() if "/map/" in key or "seconds/" in key}
@@ -177,7 +177,7 @@ def test_the_same_folder_is_the_same_run_and_descriptors_need_no_photos(evaluate
         evaluate(composed(toy_data, tmp_path, "dataset=descriptors", *own), folder)
     runs = list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert [path.stem for path in runs] == [f"run-{(folder / 'wandb_id').read_text()}"] * len(runs)
-    run = recorded(folder)
+    run = read_offline_run(folder)
     assert run.exit_code == 0
     columns, rows, files = table(run, "rankings")
     assert columns[-2:] == ["first results of search", "first results of rerank"]
@@ -191,7 +191,7 @@ def test_a_run_that_fails_or_is_interrupted_is_finished_as_that(toy_data, tmp_pa
     failed = tmp_path / "failed"
     with pytest.raises(InputError):
         evaluate(composed(toy_data, tmp_path, "weights=nowhere.pth"), failed)
-    run = recorded(failed)
+    run = read_offline_run(failed)
     assert run.exit_code == 1
     assert run.summary["status"] == "failed"
     assert "nowhere.pth" in run.summary["error"]
@@ -201,7 +201,7 @@ def test_a_run_that_fails_or_is_interrupted_is_finished_as_that(toy_data, tmp_pa
         folder = tmp_path / error.__name__
         with pytest.raises(error), evaluation_loggers(config, folder, "a sweep"):
             raise error(143)
-        run = recorded(folder)
+        run = read_offline_run(folder)
         assert (run.exit_code, run.run.run_group, run.summary["status"]) == (255, "a sweep", "interrupted")
 
 
@@ -254,7 +254,7 @@ def test_a_tracker_that_fails_is_closed_and_costs_a_warning(toy_data, tmp_path, 
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [text.split(" (")[0] for text in warnings] == ["CSV failed", "W&B failed"]
     assert all(str(tmp_path / "run") in text for text in warnings)
-    assert recorded(tmp_path / "run").exit_code == 0
+    assert read_offline_run(tmp_path / "run").exit_code == 0
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -283,7 +283,7 @@ def test_a_sweep_at_a_terminal_without_a_key_asks_nothing(toy_data, tmp_path):
     assert process.wait(timeout=200) == 0, shown
     assert "there is no key" in shown
     assert "2 jobs, 1 different extractions" in shown
-    runs = [recorded(folder) for folder in sorted((tmp_path / "tried").glob("*_*"))]
+    runs = [read_offline_run(folder) for folder in sorted((tmp_path / "tried").glob("*_*"))]
     assert [run.run.run_group for run in runs] == ["tried"] * 2
     assert [run.config["rerank"]["K"] for run in runs] == [3, 5]
     assert len({run.run.run_id for run in runs}) == 2
@@ -304,7 +304,7 @@ def test_without_an_answer_from_the_server_the_run_is_kept_offline(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("continues offline") == 1
-    assert [recorded(tmp_path / name).exit_code for name in "ab"] == [0, 0]
+    assert [read_offline_run(tmp_path / name).exit_code for name in "ab"] == [0, 0]
 
 
 def test_what_w_and_b_would_refuse_is_cut(tmp_path):
@@ -315,7 +315,7 @@ def test_what_w_and_b_would_refuse_is_cut(tmp_path):
     )
     run.log_reference("a name/with: what is not allowed", "model", Path(__file__), {"p": float("inf")}, checksum=True)
     run.finish(None)
-    found = recorded(tmp_path)
+    found = read_offline_run(tmp_path)
     assert (len(found.run.display_name), len(found.run.run_group)) == (128, 128)
     assert [len(tag) for tag in found.run.tags] == [64]
     assert references(found, "model") == [f"file://{Path(__file__).resolve()}"]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from evaluations import BASE, mini, run
 from PIL import Image
-from search_pages import composed, opened
+from search_pages import compose_serve_config, open_search_database
 from sets import png_of, texture, write_folders
 
 from superglobal.data.images import ImageItem
@@ -42,7 +42,7 @@ def evaluated(data, tmp_path_factory) -> SimpleNamespace:
     outputs = tmp_path_factory.mktemp("outputs")
     result = run(outputs, *mini(data), "rerank.M=6")
     before = stores(outputs)
-    made = opened(outputs, *PLAIN, *mini(data))
+    made = open_search_database(outputs, *PLAIN, *mini(data))
     return SimpleNamespace(outputs=outputs, result=result, before=before, opened=made, data=data)
 
 
@@ -105,7 +105,7 @@ def test_several_threads_get_what_each_gets_alone(evaluated):
 @pytest.mark.parametrize("override", ["whitening=center", "index=hnsw", "rerank=mutual", "distractors.name=noise"])
 def test_other_settings_of_eval_hold_on_the_page_too(evaluated, override):
     result = run(evaluated.outputs, *mini(evaluated.data), "rerank.M=6", override)
-    made = opened(evaluated.outputs, *PLAIN, *mini(evaluated.data), override)
+    made = open_search_database(evaluated.outputs, *PLAIN, *mini(evaluated.data), override)
     rankings = np.load(result["folder"] / "rankings.npz")
     item = made.queries[2]
     found = made.search.find_similar(
@@ -141,7 +141,7 @@ def test_faults_of_a_photo_name_it_and_not_its_place(evaluated, tmp_path):
 def test_a_store_alone_says_what_it_needs(evaluated, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     place = next(path for path in evaluated.before if "-database-" in path.name)
-    config, folder = read_config(composed(f"store={place}"))
+    config, folder = read_config(compose_serve_config(f"store={place}"))
     assert (config.dataset.name, config.weights, config.scales) == ("mini", "random", [1.0])
     made = open_database(config, folder)
     assert made.search.database.fingerprint() == evaluated.opened.search.database.fingerprint()
@@ -154,39 +154,39 @@ def test_a_store_alone_says_what_it_needs(evaluated, monkeypatch, tmp_path):
 def test_a_store_of_a_folder_needs_no_query_and_follows_its_weights(tmp_path):
     photos = write_folders(tmp_path / "photos", 3, 2)
     given = ["dataset=folder", f"dataset.database={photos}", *PLAIN, "pooling.p=2.5"]
-    first = opened(tmp_path, *given)
+    first = open_search_database(tmp_path, *given)
     assert first.name == "photos"
     assert not len(first.queries)
     (place,) = stores(tmp_path)
-    assert len(opened(tmp_path, f"store={place}").search) == 6
+    assert len(open_search_database(tmp_path, f"store={place}").search) == 6
     seed = "weights=random do not match the store in weights"
     for other, what in (("seed=1", seed), ("weights=package", "backbone=resnet18")):
         with pytest.raises(InputError, match=what):
-            opened(tmp_path, f"store={place}", other)
+            open_search_database(tmp_path, f"store={place}", other)
     texture(9, 9).save(photos / "label0" / "new.jpg")
     with pytest.raises(InputError, match="have changed since; leave out store="):
-        opened(tmp_path, f"store={place}")
+        open_search_database(tmp_path, f"store={place}")
 
 
 def test_what_a_store_does_not_say_is_asked_for(evaluated, tmp_path):
     place = next(path for path in evaluated.before if "-database-" in path.name)
     queries = next(path for path in evaluated.before if "-queries-" in path.name)
     with pytest.raises(InputError, match="a store of queries"):
-        read_config(composed(f"store={queries}"))
+        read_config(compose_serve_config(f"store={queries}"))
     with pytest.raises(InputError, match="no descriptor store"):
-        read_config(composed(f"store={tmp_path}"))
+        read_config(compose_serve_config(f"store={tmp_path}"))
     old = shutil.copytree(place, tmp_path / "old")
     manifest = json.loads((old / "manifest.json").read_text())
     manifest["provenance"] = {"device": "cpu"}
     (old / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"does not record its images and weights; .*dataset=\.\.\. and weights="):
-        read_config(composed(f"store={old}"))
-    assert len(opened(tmp_path, f"store={old}", *mini(evaluated.data), "weights=random").search) == 24
+        read_config(compose_serve_config(f"store={old}"))
+    assert len(open_search_database(tmp_path, f"store={old}", *mini(evaluated.data), "weights=random").search) == 24
     done = np.load(old / "done.npy")
     done[5] = 0
     np.save(old / "done.npy", done)
     with pytest.raises(InputError, match="1 of 24 descriptors are missing"):
-        opened(tmp_path, f"store={old}", *mini(evaluated.data), "weights=random")
+        open_search_database(tmp_path, f"store={old}", *mini(evaluated.data), "weights=random")
 
 
 @pytest.mark.parametrize(
@@ -203,12 +203,12 @@ def test_what_a_store_does_not_say_is_asked_for(evaluated, tmp_path):
 )
 def test_settings_that_no_page_can_have_are_refused(override, match):
     with pytest.raises(InputError, match=match):
-        read_config(composed("dataset=toy", "backbone=resnet18", "weights=random", override))
+        read_config(compose_serve_config("dataset=toy", "backbone=resnet18", "weights=random", override))
 
 
 def test_without_a_data_set_or_a_store_the_choice_is_named():
     with pytest.raises(InputError, match=r"missing settings: dataset\.kind"):
-        read_config(composed())
+        read_config(compose_serve_config())
 
 
 def test_an_address_that_is_taken_is_told_before_anything_is_described():
@@ -245,7 +245,7 @@ def test_a_name_is_text_and_nothing_else():
 
 @pytest.fixture
 def answers(evaluated, tmp_path) -> PageCallbacks:
-    config, _ = read_config(composed(*PLAIN, *mini(evaluated.data)))
+    config, _ = read_config(compose_serve_config(*PLAIN, *mini(evaluated.data)))
     (tmp_path / "uploads").mkdir()
     return PageCallbacks(config, evaluated.opened, tmp_path / "uploads", "photos/x")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from runs import ROOT, last, numbers
+from runs import ROOT, curves_without_times, load_last_checkpoint
 
 from superglobal import load_model
 from superglobal.config import register
@@ -53,9 +53,9 @@ def test_a_recipe_runs_two_steps(toy_data, tmp_path, recipe):
     folder = tmp_path / "run"
     score = fit(cfg, folder)
     assert 0 < score <= 1
-    state = last(folder)
+    state = load_last_checkpoint(folder)
     assert state["global_step"] == 2
-    assert [row["step"] for row in numbers(folder) if row["train/loss"]] == ["1", "2"]
+    assert [row["step"] for row in curves_without_times(folder) if row["train/loss"]] == ["1", "2"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -79,7 +79,7 @@ def test_a_frozen_backbone_stays_as_it_is(toy_data, tmp_path):
     cfg = composed("experiment=finetune_whitening", *TINY, *places, "backbone=test_resnet", "optim.ema=0.5")
     fit(cfg, tmp_path / "run")
     before = load_model("random", backbone="test_resnet", dim=2048, seed=0).state_dict()
-    after = last(tmp_path / "run")["state_dict"]
+    after = load_last_checkpoint(tmp_path / "run")["state_dict"]
     for key, tensor in before.items():
         same = torch.equal(tensor, after[f"network.{key}"])
         assert same == (not key.startswith("whitening.")), key

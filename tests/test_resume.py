@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from runs import command, finished, last, numbers, train, values
+from runs import command, curves_without_times, load_last_checkpoint, run_command, train, values
 
 from superglobal.models.network import weights_digest
 from superglobal.models.weights import read_weights
@@ -67,14 +67,16 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(cell, toy_data, uninter
     moment, workers, processes, accumulate = cell
     words = settings(workers, processes, accumulate)
     step = KILLED_BEFORE[moment]
-    finished(command(toy_data, tmp_path, *words, script="tests/killed.py"), -signal.SIGKILL, KILL_AT=str(step))
+    run_command(
+        command(toy_data, tmp_path, *words, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT=str(step)
+    )
     folder, whole = tmp_path / "train" / "quickstart", uninterrupted(processes, accumulate)
     assert not (folder / "nonfinite.txt").exists()
     assert max(values(folder, "step")) == step
     text = train(toy_data, tmp_path, *words)
     assert f"step {5 if step == 5 else 6}/15" in text
-    assert numbers(folder) == numbers(whole)
-    mine, theirs = last(folder), last(whole)
+    assert curves_without_times(folder) == curves_without_times(whole)
+    mine, theirs = load_last_checkpoint(folder), load_last_checkpoint(whole)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert equal(mine[part], theirs[part]), part
     exports = [read_weights(place / "best.safetensors") for place in (folder, whole)]
@@ -84,15 +86,15 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(cell, toy_data, uninter
 def test_two_kills_one_of_them_while_saving(toy_data, uninterrupted, tmp_path):
     """The checkpoint before stays, and what was left half-written is cleaned away."""
     words = settings(0, 1, 1)
-    script = command(toy_data, tmp_path, *words, script="tests/killed.py")
-    finished(script, -signal.SIGKILL, KILL_SAVING="4")
+    script = command(toy_data, tmp_path, *words, script="tests/interrupted_training.py")
+    run_command(script, -signal.SIGKILL, KILL_SAVING="4")
     folder = tmp_path / "train" / "quickstart"
-    assert last(folder)["global_step"] == 2
+    assert load_last_checkpoint(folder)["global_step"] == 2
     assert list((folder / "checkpoints").glob(".last.ckpt.*"))
-    finished(script, -signal.SIGKILL, KILL_AT="9")
+    run_command(script, -signal.SIGKILL, KILL_AT="9")
     assert not list((folder / "checkpoints").glob(".*"))
     train(toy_data, tmp_path, *words)
     whole = uninterrupted(1, 1)
-    assert numbers(folder) == numbers(whole)
-    assert equal(last(folder)["state_dict"], last(whole)["state_dict"])
+    assert curves_without_times(folder) == curves_without_times(whole)
+    assert equal(load_last_checkpoint(folder)["state_dict"], load_last_checkpoint(whole)["state_dict"])
     assert sorted(os.listdir(folder / "checkpoints")) == ["last.ckpt", "previous.ckpt"]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from runs import ROOT, command, configured, curves, finished, last, train, values
-from trackers import events, recorded, references
+from runs import ROOT, command, compose_config, curves, load_last_checkpoint, run_command, train, values
+from trackers import events, read_offline_run, references
 
 import superglobal
 from superglobal.config.common import validate_config
@@ -32,7 +32,7 @@ from superglobal.training.train import train as fit
 
 
 def run(script: str, *overrides: str, status: int = 0) -> str:
-    return finished([sys.executable, str(ROOT / script), *overrides], status)
+    return run_command([sys.executable, str(ROOT / script), *overrides], status)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def trained(toy_data, tmp_path_factory) -> Path:
     """Outputs of one short training with every tracker."""
     outputs = tmp_path_factory.mktemp("outputs")
     words = [word for word in command(toy_data, outputs) if word != "logger=csv"]
-    finished([*words, "logger.tensorboard=true", "logger.tags=[short]"])
+    run_command([*words, "logger.tensorboard=true", "logger.tags=[short]"])
     return outputs
 
 
@@ -81,7 +81,7 @@ def test_a_training_leaves_curves_checkpoints_and_the_best_network(toy_data, tra
 
 def test_trackers_have_the_same_curves_and_say_where_the_network_lies(trained):
     folder = trained / "train" / "quickstart"
-    run, found = recorded(folder), events(folder / "tensorboard")
+    run, found = read_offline_run(folder), events(folder / "tensorboard")
     assert run.exit_code == 0
     assert (run.run.job_type, run.run.run_id) == ("train", (folder / "wandb_id").read_text())
     assert "short" in run.run.tags
@@ -165,25 +165,25 @@ def test_an_export_that_is_gone_is_not_said_to_be_there(toy_data, trained, tmp_p
     shutil.copytree(trained / "train" / "quickstart", folder)
     (folder / "best.safetensors").unlink()
     with pytest.raises(InputError, match=r"best\.safetensors: not found; .* resume=restart"):
-        fit(configured(toy_data, tmp_path), folder)
+        fit(compose_config(toy_data, tmp_path), folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     with pytest.raises(InputError, match=r"a checkpoint for resuming a training; give .*best\.safetensors"):
         superglobal.load_model(checkpoint)
-    assert 0 < fit(configured(toy_data, tmp_path, "resume=restart"), folder) <= 1
+    assert 0 < fit(compose_config(toy_data, tmp_path, "resume=restart"), folder) <= 1
     assert (folder / "best.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "''"])
 def test_a_run_stays_inside_its_folder(toy_data, tmp_path, name):
     with pytest.raises(InputError, match="name="):
-        fit(configured(toy_data, tmp_path, f"name={name}"), tmp_path / "run")
+        fit(compose_config(toy_data, tmp_path, f"name={name}"), tmp_path / "run")
 
 
 def test_a_start_that_kept_no_step_holds_no_folder(toy_data, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(InputError, match="loss is not finite"):
-        fit(configured(toy_data, tmp_path, "optim.lr=1e8"), folder)
-    assert 0 < fit(configured(toy_data, tmp_path, "optim.epochs=1"), folder) <= 1
+        fit(compose_config(toy_data, tmp_path, "optim.lr=1e8"), folder)
+    assert 0 < fit(compose_config(toy_data, tmp_path, "optim.epochs=1"), folder) <= 1
 
 
 def test_other_photos_or_an_unfinished_run_of_other_settings_are_another_training(toy_data, trained, tmp_path):
@@ -196,12 +196,12 @@ def test_other_photos_or_an_unfinished_run_of_other_settings_are_another_trainin
     other = next(path for path in (data / "toy" / "gldv2" / "index").rglob("*.jpg"))
     photo.write_bytes(other.read_bytes())
     with pytest.raises(InputError, match="different images"):
-        fit(configured(data, tmp_path), run_folder)
+        fit(compose_config(data, tmp_path), run_folder)
     photo.write_bytes(original)
-    assert fit(configured(data, tmp_path), run_folder) == max(values(run_folder, "val/map")[1:])
+    assert fit(compose_config(data, tmp_path), run_folder) == max(values(run_folder, "val/map")[1:])
     (run_folder / "best.safetensors").unlink()
     with pytest.raises(InputError, match="different settings"):
-        fit(configured(data, tmp_path, "optim.lr=0.004"), run_folder)
+        fit(compose_config(data, tmp_path, "optim.lr=0.004"), run_folder)
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_the_workers(toy_data, trained, tmp_path):
@@ -245,8 +245,8 @@ def test_validation_by_steps_watches_evaluation_sets_and_stops_when_nothing_gets
     still = ["optim.lr=0", "optim.batch_norm=frozen", "pooling.learn_p=off", "optim.name=sgd"]
     how = ["validation.sets=[toy/toy,elsewhere]", "validation.every_steps=2", "validation.patience=1"]
     folder = tmp_path / "run"
-    fit(configured(toy_data, tmp_path, *still, *how), folder)
-    assert last(folder)["global_step"] == 4
+    fit(compose_config(toy_data, tmp_path, *still, *how), folder)
+    assert load_last_checkpoint(folder)["global_step"] == 4
     scores = values(folder, "val/map")
     assert len(scores) == 3
     assert len(set(scores)) == 1
@@ -271,7 +271,7 @@ def test_the_moving_average_is_what_is_validated_and_exported(toy_data, tmp_path
     folder = tmp_path / "run"
     original, training.CheckpointCallback = training.CheckpointCallback, Keep
     try:
-        fit(configured(toy_data, tmp_path, f"optim.ema={decay}", "optim.epochs=1"), folder)
+        fit(compose_config(toy_data, tmp_path, f"optim.ema={decay}", "optim.epochs=1"), folder)
     finally:
         training.CheckpointCallback = original
     average = seen[0]
@@ -295,16 +295,16 @@ def test_weights_decay_and_biases_norms_and_the_exponent_do_not():
 
 def test_a_sweep_takes_one_device_of_one_machine_a_job(toy_data, tmp_path):
     python, script, *words = command(toy_data, tmp_path, "trainer.devices=2", "seed=0,1")
-    text = finished([python, script, "-m", *words], 2)
+    text = run_command([python, script, "-m", *words], 2)
     assert text.count("trainer.devices=2 on 1 machines: expected one device per job of a sweep") == 2
     python, script, *words = command(toy_data, tmp_path, "trainer.num_nodes=2", "seed=0,1")
-    assert "on 2 machines: expected one device per job of a sweep" in finished([python, script, "-m", *words], 2)
+    assert "on 2 machines: expected one device per job of a sweep" in run_command([python, script, "-m", *words], 2)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_settings_of_the_optimizer_do_what_they_say(toy_data, trained, tmp_path):
     fit(
-        configured(toy_data, tmp_path, "optim.head_lr=7", "optim.epochs=1", "trainer.precision=bf16-mixed"),
+        compose_config(toy_data, tmp_path, "optim.head_lr=7", "optim.epochs=1", "trainer.precision=bf16-mixed"),
         tmp_path / "a",
     )
     ratio = np.array(values(tmp_path / "a", "lr/head")) / values(tmp_path / "a", "lr/network")
@@ -316,15 +316,15 @@ def test_settings_of_the_optimizer_do_what_they_say(toy_data, trained, tmp_path)
     assert {tensor.dtype for tensor in exported.values() if tensor.is_floating_point()} == {torch.float32}
 
     still = ["optim.name=sgd", "optim.weight_decay=0", "optim.momentum=0", "optim.batch_norm=frozen", "optim.epochs=1"]
-    fit(configured(toy_data, tmp_path, *still, "optim.clip=1e-5"), tmp_path / "b")
+    fit(compose_config(toy_data, tmp_path, *still, "optim.clip=1e-5"), tmp_path / "b")
     start = superglobal.load_model("random", backbone="test_resnet", pooling="gem", dim=32).state_dict()
-    moved = last(tmp_path / "b")["state_dict"]
+    moved = load_last_checkpoint(tmp_path / "b")["state_dict"]
     length = sum((moved[f"network.{key}"] - tensor).double().square().sum() for key, tensor in start.items()) ** 0.5
     assert 0 < length <= 5 * 0.002 * 1e-5  # steps, learning rate, longest gradient
 
 
 def test_the_image_size_follows_the_stages(toy_data, tmp_path):
-    config = validate_config(configured(toy_data, tmp_path, "data.stages=[[1,32]]"), TrainConfig)
+    config = validate_config(compose_config(toy_data, tmp_path, "data.stages=[[1,32]]"), TrainConfig)
     images = _data(config, read_train(toy_data / "toy" / "gldv2")).dataset
     assert [images[epoch, 3].image.shape[-1] for epoch in range(3)] == [32, 64, 64]
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, command, configured, finished, train
+from runs import ROOT, command, compose_config, run_command, train
 from sets import break_scan
 
 import superglobal
@@ -37,7 +37,7 @@ def weights(tmp_path_factory) -> Path:
     ],
 )
 def test_without_data_one_message_says_all(tmp_path, script, words):
-    text = finished(
+    text = run_command(
         [sys.executable, str(ROOT / script), f"paths.data={tmp_path}", f"paths.outputs={tmp_path / 'out'}"], 2
     )
     for word in [*words, "superglobal toy-data", "train.py experiment=quickstart"]:
@@ -103,13 +103,13 @@ def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed
 def test_a_wrong_setting_is_refused_and_named(toy_data, weights, tmp_path, override, message):
     override = override.replace("FILE", str(weights))
     with pytest.raises(InputError, match=message):
-        fit(configured(toy_data, tmp_path, *override.split()), tmp_path / "run")
+        fit(compose_config(toy_data, tmp_path, *override.split()), tmp_path / "run")
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_sweep_goes_on_after_a_job_that_failed_and_ends_with_its_status(toy_data, tmp_path):
     python, script, *words = command(toy_data, tmp_path, "optim.name=adam,adamw", "optim.epochs=1")
-    text = finished([python, script, "-m", *words], 2)
+    text = run_command([python, script, "-m", *words], 2)
     assert "expected one of sgd, adamw" in text
     (export,) = (tmp_path / "train" / "sweep").rglob("best.safetensors")
     assert re.search(

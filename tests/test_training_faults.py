@@ -10,7 +10,18 @@ import time
 
 import pytest
 import torch
-from runs import children, command, configured, finished, last, numbers, started, told, train, values
+from runs import (
+    children,
+    command,
+    compose_config,
+    curves_without_times,
+    load_last_checkpoint,
+    read_proc,
+    run_command,
+    start_training,
+    train,
+    values,
+)
 from sets import break_scan
 
 from superglobal.data.gldv2 import read_train, split_landmarks
@@ -35,27 +46,29 @@ def checkpoint(toy_data, tmp_path_factory):
 )
 def test_a_signal_saves_and_the_same_command_goes_on(toy_data, tmp_path, number, processes, group):
     """To the first process alone, or to all of them as a terminal or SLURM sends it; workers included."""
-    process = started(toy_data, tmp_path, "trainer.num_workers=1", f"trainer.devices={processes}")
+    process = start_training(toy_data, tmp_path, "trainer.num_workers=1", f"trainer.devices={processes}")
     (os.killpg if group else os.kill)(process.pid, getattr(signal, number))
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + getattr(signal, number), text
     assert f"{number}: saved at step" in text
     assert "Traceback" not in text
-    step = last(tmp_path / "train" / "quickstart")["global_step"]
-    process = started(toy_data, tmp_path, beyond=step)
+    step = load_last_checkpoint(tmp_path / "train" / "quickstart")["global_step"]
+    process = start_training(toy_data, tmp_path, beyond=step)
     process.send_signal(signal.SIGTERM)
     assert f"step {step}/2500" in process.communicate(timeout=60)[0]
     losses = values(tmp_path / "train" / "quickstart", "train/loss")
-    assert len(losses) == last(tmp_path / "train" / "quickstart")["global_step"] > step
+    assert len(losses) == load_last_checkpoint(tmp_path / "train" / "quickstart")["global_step"] > step
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(toy_data, tmp_path):
     """A limit on the size of files stands for the disk: the error comes in the middle of writing."""
-    finished(command(toy_data, tmp_path, *SAVED, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="3")
+    run_command(
+        command(toy_data, tmp_path, *SAVED, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="3"
+    )
     folder = tmp_path / "train" / "quickstart"
     before = (folder / "checkpoints" / "last.ckpt").read_bytes()
     words = ["bash", "-c", 'ulimit -f 3000; exec "$@"', "limited", *command(toy_data, tmp_path, *SAVED)]
-    text = finished(words, 2)
+    text = run_command(words, 2)
     assert f"error: {folder}/checkpoints/last.ckpt: cannot be written (File too large)" in text
     assert "MB are free" in text
     assert "Traceback" not in text
@@ -69,10 +82,10 @@ def test_a_place_that_cannot_be_written_is_told_at_the_start(toy_data, tmp_path)
     folder.mkdir()
     (folder / "checkpoints").write_text("in the way")
     with pytest.raises(InputError, match=r"checkpoints.*cannot be written"):
-        fit(configured(toy_data, tmp_path), folder)
+        fit(compose_config(toy_data, tmp_path), folder)
     assert not (folder / "curves.csv").exists()
     with pytest.raises(InputError, match=r"cannot be written.*paths\.outputs"):
-        fit(configured(toy_data, tmp_path), folder / "checkpoints" / "below a file")
+        fit(compose_config(toy_data, tmp_path), folder / "checkpoints" / "below a file")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "flipped"])
@@ -94,7 +107,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(checkpoin
 
 
 def test_resuming_from_the_one_before_is_exact_too(toy_data, checkpoint, tmp_path):
-    finished(command(toy_data, tmp_path, *SAVED, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="9")
+    run_command(
+        command(toy_data, tmp_path, *SAVED, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="9"
+    )
     folder = tmp_path / "train" / "quickstart"
     path = folder / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:5000])
@@ -118,7 +133,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
 
 
 def test_beginning_anew_forgets_the_checkpoints(toy_data, tmp_path):
-    finished(command(toy_data, tmp_path, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="7")
+    run_command(command(toy_data, tmp_path, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="7")
     text = train(toy_data, tmp_path, "resume=restart")
     assert "resuming from" not in text
     assert len(values(tmp_path / "train" / "quickstart", "train/loss")) == 15
@@ -127,7 +142,7 @@ def test_beginning_anew_forgets_the_checkpoints(toy_data, tmp_path):
 def test_a_loss_that_is_no_number_ends_the_run_with_its_photos(toy_data, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(InputError, match=r"epoch 1, step \d+: the loss is not finite; .*\.jpg.*lower optim\.lr"):
-        fit(configured(toy_data, tmp_path, "optim.lr=1e8"), folder)
+        fit(compose_config(toy_data, tmp_path, "optim.lr=1e8"), folder)
     assert len((folder / "nonfinite.txt").read_text().splitlines()) == 12
     assert not (folder / "best.safetensors").exists()
     assert not list((folder / "checkpoints").glob("*.ckpt"))
@@ -144,19 +159,19 @@ def test_it_ends_all_processes_together(toy_data, tmp_path):
 
 
 def test_a_dead_worker_ends_the_run_with_the_cause(toy_data, tmp_path):
-    process = started(toy_data, tmp_path, "trainer.num_workers=1")
+    process = start_training(toy_data, tmp_path, "trainer.num_workers=1")
     # The oldest is the training's own; a validation that is just running has another.
-    os.kill(min(pid for pid in children(process.pid) if "train.py" in told(pid, "cmdline")), signal.SIGKILL)
+    os.kill(min(pid for pid in children(process.pid) if "train.py" in read_proc(pid, "cmdline")), signal.SIGKILL)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 2, text
     assert "a process that decodes images died" in text
     assert "shm" in text
     assert "Traceback" not in text
-    assert last(tmp_path / "train" / "quickstart")["global_step"] > 0
+    assert load_last_checkpoint(tmp_path / "train" / "quickstart")["global_step"] > 0
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(toy_data, tmp_path):
-    process = started(toy_data, tmp_path)
+    process = start_training(toy_data, tmp_path)
     words = ["optim.epochs=500", "trainer.save_every_steps=1"]
     text = train(toy_data, tmp_path, *words, status=2)
     assert f"another training is running there (process {process.pid} on" in text
@@ -167,14 +182,14 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(toy_da
 
 
 def test_the_tracker_goes_on_with_the_same_run(toy_data, tmp_path):
-    words = command(toy_data, tmp_path, "logger=wandb", script="tests/killed.py")
+    words = command(toy_data, tmp_path, "logger=wandb", script="tests/interrupted_training.py")
     words.remove("logger=csv")
-    finished(words, -signal.SIGKILL, KILL_AT="7")
+    run_command(words, -signal.SIGKILL, KILL_AT="7")
     folder = tmp_path / "train" / "quickstart"
     name = (folder / "wandb_id").read_text()
     words = command(toy_data, tmp_path, "logger=wandb")
     words.remove("logger=csv")
-    finished(words)
+    run_command(words)
     runs = [path.name for path in (folder / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert all(run.endswith(name) for run in runs)
@@ -182,13 +197,13 @@ def test_the_tracker_goes_on_with_the_same_run(toy_data, tmp_path):
 
 def test_a_signal_while_validating_breaks_it_off_and_it_is_made_up_for(toy_data, checkpoint, tmp_path):
     """A validation may take longer than whoever sent the signal waits."""
-    script = command(toy_data, tmp_path, *SAVED, script="tests/killed.py")
-    text = finished(script, 143, TERM_VALIDATING="5")
+    script = command(toy_data, tmp_path, *SAVED, script="tests/interrupted_training.py")
+    text = run_command(script, 143, TERM_VALIDATING="5")
     folder = tmp_path / "train" / "quickstart"
     assert "saved at step 5" in text
     assert len(values(folder, "val/map")) == 1  # of the start
     train(toy_data, tmp_path, *SAVED)
-    assert numbers(folder) == numbers(checkpoint)
+    assert curves_without_times(folder) == curves_without_times(checkpoint)
 
 
 def test_a_held_out_photo_that_breaks_off_inside_is_listed_and_left_out(toy_data, tmp_path):
@@ -198,11 +213,11 @@ def test_a_held_out_photo_that_breaks_off_inside_is_listed_and_left_out(toy_data
     bad = held.path(2)
     break_scan(bad)  # passes the check beforehand
     places = [f"data.root={root}", "optim.epochs=1"]
-    assert 0 < fit(configured(tmp_path, tmp_path, *places, "data.max_corrupt_fraction=0.1"), tmp_path / "run") <= 1
+    assert 0 < fit(compose_config(tmp_path, tmp_path, *places, "data.max_corrupt_fraction=0.1"), tmp_path / "run") <= 1
     (line,) = (tmp_path / "run" / "corrupt_images.txt").read_text().splitlines()
     assert line.startswith(f"{bad}\t")
     with pytest.raises(InputError, match=r"1 of 90 images .* more than data\.max_corrupt_fraction=0\.001"):
-        fit(configured(tmp_path, tmp_path, *places, "data.max_corrupt_fraction=0.001"), tmp_path / "strict")
+        fit(compose_config(tmp_path, tmp_path, *places, "data.max_corrupt_fraction=0.001"), tmp_path / "strict")
 
 
 def test_a_photo_lost_or_mended_meanwhile_does_not_end_a_training(toy_data, tmp_path):
@@ -212,7 +227,9 @@ def test_a_photo_lost_or_mended_meanwhile_does_not_end_a_training(toy_data, tmp_
     first, second = (photos.path(i).rename(tmp_path / f"{i}.jpg") for i in (3, 4))
     shutil.copy(second, photos.path(4))
     words = [*SAVED, f"data.root={root}", "data.max_corrupt_fraction=0.1"]
-    finished(command(toy_data, tmp_path, *words, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="7")
+    run_command(
+        command(toy_data, tmp_path, *words, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="7"
+    )
     first.rename(photos.path(3))
     photos.path(4).unlink()
     assert "step 6/15" in train(toy_data, tmp_path, *words)
@@ -225,5 +242,5 @@ def test_slurm_tasks_that_would_train_side_by_side_are_refused(toy_data, tmp_pat
     for name, value in {"NTASKS": "2", "JOB_NAME": "job", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(InputError, match=r"SLURM|Lightning rejects"):
-        fit(configured(toy_data, tmp_path), tmp_path / "run")
+        fit(compose_config(toy_data, tmp_path), tmp_path / "run")
     assert not list(tmp_path.rglob("*.ckpt"))

@@ -1,4 +1,4 @@
-"""Every setting reaches what it is meant for, and changes what is stored when it changes a descriptor."""
+"""Evaluations in this process: every setting takes effect, and stores depend on what changes descriptors."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from superglobal.utils.precision import full_precision
         "dataset.max_side=100",
     ],
 )
-def test_what_changes_a_descriptor_changes_the_fingerprint_and_the_descriptor(data, tmp_path, override):
-    # Two scales, so that Scale-GeM and antialiasing have something to do.
+def test_settings_that_change_descriptors_also_change_the_fingerprint(data, tmp_path, override):
+    # Two scales, so that Scale-GeM and antialiasing have an effect.
     before = run(tmp_path, *mini(data), "scales=[1.0,0.9]")
     after = run(tmp_path, *mini(data), *(["scales=[1.0,0.9]"] if "scales" not in override else []), override)
     assert fingerprints(before)["database"] != fingerprints(after)["database"]
@@ -46,7 +46,7 @@ def test_what_changes_a_descriptor_changes_the_fingerprint_and_the_descriptor(da
 
 
 @pytest.mark.parametrize("override", ["rerank.K=3", "rerank.beta=0.9", "rerank.M=4"])
-def test_a_reranking_setting_reaches_the_reranker_and_nothing_else(data, tmp_path, override):
+def test_reranking_settings_only_change_the_reranked_results(data, tmp_path, override):
     before, after = run(tmp_path, *mini(data)), run(tmp_path, *mini(data), override)
     assert fingerprints(before) == fingerprints(after)
     assert after["about"]["extracted"] == {"database": 0, "queries": 0}
@@ -55,14 +55,14 @@ def test_a_reranking_setting_reaches_the_reranker_and_nothing_else(data, tmp_pat
     assert not np.array_equal(loaded[0]["rerank_scores"], loaded[1]["rerank_scores"])
 
 
-def test_every_index_gives_the_same_result(data, tmp_path):
+def test_every_exact_index_gives_the_same_result(data, tmp_path):
     results = [run(tmp_path, *mini(data), f"index={name}") for name in ("flat", "faiss", "torch")]
     assert results[0]["metrics"] == results[1]["metrics"] == results[2]["metrics"]
 
 
-def test_a_changed_photo_is_described_anew_and_the_others_are_not(tmp_path):
+def test_only_changed_images_are_extracted_again(tmp_path):
     photos = write_folders(tmp_path / "photos")
-    pixels = np.zeros((160, 200, 3), np.uint8)  # 96 KB: larger than what is read of every file
+    pixels = np.zeros((160, 200, 3), np.uint8)  # 96 KB: larger than the part that is read of every file
     Image.fromarray(pixels).save(photos / "plain.bmp")
     folder = ["dataset=folder", f"dataset.database={photos}", f"dataset.query={photos / 'label0' / '0.jpg'}"]
     assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 10, "queries": 1}
@@ -72,12 +72,12 @@ def test_a_changed_photo_is_described_anew_and_the_others_are_not(tmp_path):
     Image.fromarray(pixels[::-1]).save(photos / "new.png")
     changed = run(tmp_path, *folder)
     assert changed["about"]["extracted"] == {"database": 1, "queries": 0}
-    assert changed["dataset"] == "photos"  # another folder's results are of another set
+    assert changed["dataset"] == "photos"  # the folder's name, so that results of different folders are not mixed
     fresh = run(tmp_path / "other", *folder)
     assert fresh["about"]["extracted"] == {"database": 11, "queries": 1}
     assert fingerprints(changed) == fingerprints(fresh)
     loaded = [dict(np.load(r["folder"] / "rankings.npz")) for r in (changed, fresh)]
-    for key, values in loaded[0].items():  # described alone and in a batch: alike to rounding
+    for key, values in loaded[0].items():  # extracted alone and in a batch: equal up to rounding
         assert np.allclose(values, loaded[1][key], atol=1e-6, rtol=0), key
 
 
@@ -114,12 +114,12 @@ def test_pooling_comes_from_the_weights_file_unless_it_is_overridden(data, tmp_p
     assert (stored["gem_plus"], stored["p"], stored["regional"]) == (False, 2.0, True)
     assert pooling("pooling.regional=off")[0] == {**stored, "regional": False}
     assert pooling("pooling=superglobal")[0]["gem_plus"] is True
-    sharper, other = pooling("pooling.p=6")  # an exponent that was asked for wins over the file's
+    sharper, overridden = pooling("pooling.p=6")  # an explicit exponent overrides the one in the file
     assert sharper["p"] == 6.0
-    assert other != as_trained
+    assert overridden != as_trained
 
 
-def test_statistics_of_the_weights_are_used(tmp_path):
+def test_mean_and_std_stored_with_the_weights_are_used(tmp_path):
     model = superglobal.load_model("random", backbone="resnet18", pooling="gem", scales=1)
     image = np.random.default_rng(0).integers(0, 255, (70, 80, 3), dtype=np.uint8)
     model.backbone.mean, model.backbone.std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -139,7 +139,7 @@ def test_results_and_stores_record_the_resolved_precision(data, tmp_path):
     assert fingerprints(again) == fingerprints(first)
 
 
-def test_matrix_products_are_float32_inside_and_as_before_outside():
+def test_full_precision_uses_strict_float32_and_restores_the_settings():
     library = torch.backends
     before = (library.cuda.matmul.fp32_precision, library.cudnn.conv.fp32_precision)
     with full_precision():
@@ -148,16 +148,16 @@ def test_matrix_products_are_float32_inside_and_as_before_outside():
     assert (library.cuda.matmul.fp32_precision, library.cudnn.conv.fp32_precision) == before
 
 
-def test_own_descriptors_need_the_ground_truth_and_no_photo(tmp_path):
+def test_user_provided_descriptors_need_ground_truth_but_no_images(tmp_path):
     folder = write_revisited(tmp_path)
-    for photo in (folder / "jpg").iterdir():
-        photo.unlink()
+    for path in (folder / "jpg").iterdir():
+        path.unlink()
     rng = np.random.default_rng(0)
     for name, count in (("q", 6), ("x", 24)):
         x = rng.standard_normal((count, 16)).astype(np.float32)
         np.save(tmp_path / f"{name}.npy", x / np.linalg.norm(x, axis=1, keepdims=True))
-    own = [f"descriptors.query={tmp_path / 'q.npy'}", f"descriptors.database={tmp_path / 'x.npy'}"]
-    result = run(tmp_path, *mini(tmp_path), *own, "figures.queries=3")
+    descriptors = [f"descriptors.query={tmp_path / 'q.npy'}", f"descriptors.database={tmp_path / 'x.npy'}"]
+    result = run(tmp_path, *mini(tmp_path), *descriptors, "figures.queries=3")
     assert result["protocol"]["crop_query"] is None
     assert result["metrics"]["search"]["queries"] == {"easy": 6, "medium": 6, "hard": 6}
 
@@ -170,13 +170,13 @@ def test_own_descriptors_need_the_ground_truth_and_no_photo(tmp_path):
         b"{'descr': '<f4', b'fortran_order': False, 'shape': (4, 4)}",
     ],
 )
-def test_a_damaged_file_of_descriptors_is_told_as_such(tmp_path, header):
-    """NumPy raises EOFError, tokenize's TokenError and TypeError."""
+def test_damaged_descriptor_files_raise_input_errors(tmp_path, header):
+    """NumPy raises EOFError, TokenError (of tokenize) and TypeError for these headers."""
     path = tmp_path / "x.npy"
     path.write_bytes(header and b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(118) + bytes(64))
-    own = [f"descriptors.query={path}", f"descriptors.database={path}", "dataset=descriptors"]
+    descriptors = [f"descriptors.query={path}", f"descriptors.database={path}", "dataset=descriptors"]
     with pytest.raises(InputError, match=r"x\.npy: not a readable \.npy file of descriptors"):
-        run(tmp_path, *own)
+        run(tmp_path, *descriptors)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_a_damaged_file_of_descriptors_is_told_as_such(tmp_path, header):
         ("distractors=list distractors.name=nowhere", "nowhere.txt"),
     ],
 )
-def test_a_wrong_setting_is_an_input_error_before_anything_is_computed(data, tmp_path, override, message):
+def test_invalid_settings_raise_input_errors_before_any_computation(data, tmp_path, override, message):
     with pytest.raises(InputError, match=message):
         run(tmp_path, *mini(data), *override.split())
     assert not (tmp_path / "stores").exists()
@@ -212,7 +212,7 @@ def test_a_single_image_without_a_query_is_an_error(tmp_path):
         run(tmp_path, "dataset=folder", f"dataset.database={photos}", "dataset.labels=true")
 
 
-def test_a_tracker_that_fails_is_a_warning_that_names_it(tmp_path, monkeypatch, caplog):
+def test_a_failing_tracker_causes_a_warning_that_names_it(tmp_path, monkeypatch, caplog):
     photos = write_folders(tmp_path / "photos", landmarks=1, views=1)
     monkeypatch.setenv("WANDB_MODE", "nonsense")
     query = f"dataset.query={photos / 'label0/0.jpg'}"
@@ -226,21 +226,21 @@ def test_a_tracker_that_fails_is_a_warning_that_names_it(tmp_path, monkeypatch, 
     assert (folder / "csv" / "metrics.csv").is_file()  # the other trackers logged
 
 
-def test_a_row_that_does_not_apply_returns_no_number(data, tmp_path):
+def test_an_ablation_that_does_not_apply_returns_nan(data, tmp_path):
     register()
     base = [o for o in BASE if not o.startswith("backbone")]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        wanted = ["backbone=timm", "backbone.name=convnext_atto", "ablation=relup", f"paths.outputs={tmp_path}"]
-        cfg = compose("eval", overrides=[*base, *QUIET, *mini(data), *wanted])
+        overrides = ["backbone=timm", "backbone.name=convnext_atto", "ablation=relup", f"paths.outputs={tmp_path}"]
+        cfg = compose("eval", overrides=[*base, *QUIET, *mini(data), *overrides])
     assert math.isnan(evaluate(cfg, tmp_path))
 
 
-def test_float16_stores_are_apart_and_change_scores_by_little(toy_data, tmp_path):
+def test_float16_stores_are_separate_and_change_scores_only_slightly(toy_data, tmp_path):
     toy = ["dataset=toy", f"paths.data={toy_data}"]
     fine, rounded = run(tmp_path, *toy), run(tmp_path, *toy, "store.dtype=float16")
     assert rounded["about"]["stores"]["database"]["dtype"] == "float16"
     assert fingerprints(fine)["database"] != fingerprints(rounded)["database"]
-    # Rounded from the float32 stores, which rounding is what writing does.
+    # The rows are rounded from the float32 stores, as they are when a float16 store is written.
     assert rounded["about"]["extracted"] == {"database": 0, "queries": 0}
     fresh = run(tmp_path / "other", *toy, "store.dtype=float16")
     assert fresh["about"]["extracted"] == fine["about"]["extracted"]
@@ -251,54 +251,54 @@ def test_float16_stores_are_apart_and_change_scores_by_little(toy_data, tmp_path
         assert rounded["metrics"]["search"]["map"][name] == pytest.approx(value, abs=0.02)
 
 
-def test_junk_can_be_dropped_before_reranking_with_a_list_for_each_protocol(data, tmp_path):
+def test_junk_can_be_dropped_before_reranking_for_each_protocol(data, tmp_path):
     settings = [*mini(data), "rerank.M=5", "rerank.K=2"]
     got = run(tmp_path, *settings, "rerank.junk=drop", "k=8")
     kept = run(tmp_path, *settings)
     truth = superglobal.revisited_set(data, "mini")
     model = superglobal.load_model("random", backbone="resnet18", scales=1)
     X, Q = (superglobal.extract(model, items) for items in (truth.database, truth.queries))
-    for protocol, one in REVISITED.items():
-        found = []
+    for protocol, definition in REVISITED.items():
+        aps = []
         for q, gnd in zip(Q, truth.gnd, strict=True):
-            gone = {int(i) for name in one.ignored for i in gnd[name]}
-            order = [i for i in np.argsort(-(X @ q), kind="stable") if i not in gone]
+            ignored = {int(i) for name in definition.ignored for i in gnd[name]}
+            order = [i for i in np.argsort(-(X @ q), kind="stable") if i not in ignored]
             _, best = superglobal.rerank(q[None], X, np.array([order[:5]]), M=5, K=2)
             order[:5] = best[0]
-            ranks = [order.index(i) for name in one.positive for i in gnd[name]]
-            found.append(average_precision(ranks))
-        assert got["metrics"]["rerank"]["map"][protocol] == pytest.approx(np.mean(found), abs=1e-9)
+            ranks = [order.index(i) for name in definition.positive for i in gnd[name]]
+            aps.append(average_precision(ranks))
+        assert got["metrics"]["rerank"]["map"][protocol] == pytest.approx(np.mean(aps), abs=1e-9)
     assert got["metrics"]["rerank"]["map"] != kept["metrics"]["rerank"]["map"]
     assert got["metrics"]["search"] == kept["metrics"]["search"]
 
 
-def test_lists_without_junk_of_any_length_are_reranked_whole(tmp_path):
-    """Queries with none, one, two ... junk images: of lists of one length no query takes another's."""
+def test_lists_without_junk_are_reranked_completely_at_any_length(tmp_path):
+    """The queries have different numbers of junk images, so the lists have different lengths."""
     gnd_file = write_revisited(tmp_path, landmarks=5, views=6) / "gnd_mini.pkl"
     truth = pickle.loads(gnd_file.read_bytes())
-    for number, one in enumerate(truth["gnd"]):
-        others = [*one["easy"], *one["hard"], *one["junk"]]
+    for number, labels in enumerate(truth["gnd"]):
+        ids = [*labels["easy"], *labels["hard"], *labels["junk"]]
         easy, rest = 1 + number % 2, 5 - number % 3
-        one["easy"], one["hard"], one["junk"] = others[:easy], others[easy:rest], others[rest:]
+        labels["easy"], labels["hard"], labels["junk"] = ids[:easy], ids[easy:rest], ids[rest:]
     gnd_file.write_bytes(pickle.dumps(truth))
-    assert sorted(len(one["junk"]) for one in truth["gnd"]) == [0, 0, 1, 1, 2]
+    assert sorted(len(labels["junk"]) for labels in truth["gnd"]) == [0, 0, 1, 1, 2]
     got = run(tmp_path, *mini(tmp_path), "rerank.junk=drop", "rerank.K=3", "rerank.beta=0.8")
     data = superglobal.revisited_set(tmp_path, "mini")
     model = superglobal.load_model("random", backbone="resnet18", scales=1)
     X, Q = (superglobal.extract(model, items) for items in (data.database, data.queries))
-    for protocol, one in REVISITED.items():
-        found, lengths = [], set()
+    for protocol, definition in REVISITED.items():
+        aps, lengths = [], set()
         for q, gnd in zip(Q, data.gnd, strict=True):
-            gone = {int(i) for name in one.ignored for i in gnd[name]}
-            order = np.array([i for i in np.argsort(-(X @ q), kind="stable") if i not in gone])
+            ignored = {int(i) for name in definition.ignored for i in gnd[name]}
+            order = np.array([i for i in np.argsort(-(X @ q), kind="stable") if i not in ignored])
             lengths.add(len(order))
             best = superglobal.rerank(q[None], X, order[None], K=3, beta=0.8)[1][0].tolist()
-            found.append(average_precision([best.index(i) for name in one.positive for i in gnd[name]]))
+            aps.append(average_precision([best.index(i) for name in definition.positive for i in gnd[name]]))
         assert len(lengths) > 1
-        assert got["metrics"]["rerank"]["map"][protocol] == pytest.approx(np.mean(found), abs=1e-9)
+        assert got["metrics"]["rerank"]["map"][protocol] == pytest.approx(np.mean(aps), abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["aqe", "adba"])
-def test_only_a_shortlist_can_be_without_junk(data, tmp_path, kind):
+def test_dropping_junk_requires_a_shortlist_reranker(data, tmp_path, kind):
     with pytest.raises(InputError, match=r"rerank\.junk=drop"):
         run(tmp_path, *mini(data), f"rerank={kind}", "rerank.junk=drop")

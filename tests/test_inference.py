@@ -1,4 +1,4 @@
-"""Optimized networks compute the same descriptors."""
+"""Networks optimized for inference compute the same descriptors."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from superglobal.utils.precision import resolve_precision
 
 
 def network(name: str, **options):
-    """Random weights, batch norms as a training leaves them."""
-    found = superglobal.load_model("random", backbone=name, **options)
+    """Return a network of random weights, with batch norms like those of a trained network."""
+    model = superglobal.load_model("random", backbone=name, **options)
     generator = torch.Generator().manual_seed(1)
-    for module in found.modules():
+    for module in model.modules():
         if isinstance(module, _BatchNorm):
             for tensor, low, high in ((module.running_var, 0.5, 2), (module.running_mean, -0.3, 0.3)):
                 tensor.uniform_(low, high, generator=generator)
             if module.affine:
                 module.weight.data.uniform_(0.5, 1.5, generator=generator)
                 module.bias.data.uniform_(-0.2, 0.2, generator=generator)
-    return found
+    return model
 
 
 def images(count: int = 2, height: int = 97, width: int = 130) -> torch.Tensor:
+    """Return random smooth images, uint8."""
     generator = torch.Generator().manual_seed(2)
     coarse = torch.randint(0, 256, (count, 3, 12, 16), generator=generator).float()
     return nn.functional.interpolate(coarse, (height, width), mode="bilinear").to(torch.uint8)
@@ -88,28 +89,28 @@ def test_half_precision_is_close_and_returns_float32(precision, min_cosine):
     expected = plain(images())
     plain.precision = precision
     (fast,) = optimize_for_inference([plain])
-    found = fast(images())
-    assert found.dtype == torch.float32
-    assert (found * expected).sum(1).min() > min_cosine
-    assert (found - expected).abs().max() > 1e-6
+    descriptors = fast(images())
+    assert descriptors.dtype == torch.float32
+    assert (descriptors * expected).sum(1).min() > min_cosine
+    assert (descriptors - expected).abs().max() > 1e-6
     assert plain.identity()["precision"] == precision
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("stride", "bias"), [(1, True), (2, True), (1, False), (2, False)])
-def test_a_pointwise_convolution_is_a_matrix_product(stride, bias, layout):
+def test_pointwise_convolutions_equal_matrix_products(stride, bias, layout):
     plain = nn.Sequential(
         nn.Conv2d(5, 7, 1, stride, bias=bias), nn.Conv2d(7, 7, 1, groups=7), nn.Conv2d(7, 3, 1, padding=1)
     )
     fast = copy.deepcopy(plain)
     fast_module._use_matrix_products(fast)
-    assert [type(one).__name__ for one in fast] == ["PointwiseConv2d", "Conv2d", "Conv2d"]
+    assert [type(module).__name__ for module in fast] == ["PointwiseConv2d", "Conv2d", "Conv2d"]
     x = torch.randn(2, 5, 9, 12).to(memory_format=layout)
     with torch.inference_mode():
         expected = plain[0](x)
-        for found in (fast[0].product(x), fast[0](x)):
-            assert found.shape == expected.shape
-            assert (found - expected).abs().max() < 1e-6
+        for output in (fast[0].product(x), fast[0](x)):
+            assert output.shape == expected.shape
+            assert (output - expected).abs().max() < 1e-6
         assert fast[0].product(x).is_contiguous(memory_format=torch.channels_last)
 
 
@@ -128,13 +129,13 @@ def test_variants_computed_together_equal_each_network_alone(side):
     switches = [
         dict(zip(("gem_plus", "regional", "scale"), s, strict=True)) for s in itertools.product((False, True), repeat=3)
     ]
-    configs = [PoolingConfig(relup="off", **one) for one in switches]
+    configs = [PoolingConfig(relup="off", **switch) for switch in switches]
     configs += [PoolingConfig(relup="off", regional_window=3), PoolingConfig(relup="off", gem_plus_p=2.0)]
     together = optimize_for_inference([first.variant(c) for c in configs])
-    assert len({id(one.backbone) for one in together}) == 1
+    assert len({id(switch.backbone) for switch in together}) == 1
     with torch.inference_mode():
-        found = forward_variants(together, images(2, side, 120))
-        for config, descriptors in zip(configs, found, strict=True):
+        outputs = forward_variants(together, images(2, side, 120))
+        for config, descriptors in zip(configs, outputs, strict=True):
             alone = superglobal.load_model("random", backbone="resnet18", dim=16, pooling=config)
             alone.load_state_dict(first.state_dict())
             assert (descriptors - alone(images(2, side, 120))).abs().max() < 1e-6
@@ -148,12 +149,12 @@ def test_a_variant_cannot_have_another_relup():
         first.variant(PoolingConfig(relup="on"))
 
 
-def test_what_memory_has_no_room_for_goes_in_smaller_parts():
-    seen = []
+def test_batches_are_halved_when_memory_runs_out():
+    batch_sizes = []
 
     class Small(superglobal.models.backbone.Backbone):
         def forward(self, x):
-            seen.append(len(x))
+            batch_sizes.append(len(x))
             if len(x) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().forward(x)
@@ -162,15 +163,15 @@ def test_what_memory_has_no_room_for_goes_in_smaller_parts():
     expected = plain(images(8))
     plain.backbone.__class__ = Small
     module = ExtractionModule([[plain]], [], [], [])
-    (found,) = module._extract([plain], images(8))
-    assert (found - expected).abs().max() < 1e-6
-    assert seen == [8, 4, 2, 2, 2, 2]
+    (descriptors,) = module._extract([plain], images(8))
+    assert (descriptors - expected).abs().max() < 1e-6
+    assert batch_sizes == [8, 4, 2, 2, 2, 2]
     module._extract([plain], images(4))
-    assert seen[6:] == [2, 2]  # what was learnt stays
+    assert batch_sizes[6:] == [2, 2]  # the smaller size is kept
 
 
-def test_news_wait_for_an_image_that_can_be_read(monkeypatch, caplog):
-    """The first images of a list may all be skipped, and that may take its time."""
+def test_progress_is_reported_after_the_first_readable_image(monkeypatch, caplog):
+    """The first images of a list may all be skipped, which can take long."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(evaluation, "_REPORT_INTERVAL", -1.0)
     plain = superglobal.load_model("random", backbone="test_resnet", scales=1)
@@ -181,16 +182,16 @@ def test_news_wait_for_an_image_that_can_be_read(monkeypatch, caplog):
     assert "extracted 2 images" in caplog.text
 
 
-@pytest.mark.parametrize("place", ["predict", "barrier"])
-def test_a_process_lost_while_others_wait_is_no_traceback(place):
-    """It may end after its last image, with a full disk: the others stand at the barrier then."""
+@pytest.mark.parametrize("step", ["predict", "barrier"])
+def test_losing_another_process_raises_an_input_error(step):
+    """The other process may fail after its last image, for example with a full disk, before the barrier."""
 
     def lost(*_, **__):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
 
     flushed = []
     trainer = SimpleNamespace(predict=Mock(), strategy=SimpleNamespace(barrier=Mock()), world_size=2)
-    setattr(trainer if place == "predict" else trainer.strategy, place, lost)
+    setattr(trainer if step == "predict" else trainer.strategy, step, lost)
     store = SimpleNamespace(flush=lambda: flushed.append(True))
     with pytest.raises(InputError, match="another process of this evaluation has ended"):
         run_extraction(trainer, ExtractionModule([], [], [], []), None, [store])
