@@ -67,8 +67,8 @@ def test_both_key_prefixes_load_the_same_network(cvnet_checkpoint, tmp_path):
         (lambda s: {k: v for k, v in s.items() if k != "encoder_q.s2.b1.f.a.weight"}, r"1 missing: .*layer2\.0\.conv1"),
         (lambda s: s | {"encoder_q.s5.b1.f.a.weight": torch.zeros(1)}, r"1 unexpected .*s5\.b1"),
         (lambda s: s | {"stray": torch.zeros(1)}, "1 unexpected .*stray"),
-        (lambda s: s | {"encoder_q.head.fc.bias": torch.zeros(7)}, r"misshapen: whitening\.bias \(7,\)"),
-        (lambda s: {k: v for k, v in s.items() if ".fc." not in k}, "without whitening.weight"),
+        (lambda s: s | {"encoder_q.head.fc.bias": torch.zeros(7)}, r"of wrong shape: whitening\.bias \(7,\)"),
+        (lambda s: {k: v for k, v in s.items() if ".fc." not in k}, "whitening.weight is missing"),
     ],
 )
 def test_missing_unexpected_and_misshapen_keys_are_listed(cvnet_checkpoint, tmp_path, change, message):

@@ -167,7 +167,7 @@ def test_an_export_that_is_gone_is_not_said_to_be_there(toy_data, trained, tmp_p
     with pytest.raises(InputError, match=r"best\.safetensors: not found; .* resume=restart"):
         fit(compose_config(toy_data, tmp_path), folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    with pytest.raises(InputError, match=r"a checkpoint for resuming a training; give .*best\.safetensors"):
+    with pytest.raises(InputError, match=r"only resumes a training run; give .*best\.safetensors"):
         superglobal.load_model(checkpoint)
     assert 0 < fit(compose_config(toy_data, tmp_path, "resume=restart"), folder) <= 1
     assert (folder / "best.safetensors").is_file()

@@ -1,1 +1,1 @@
-"""Networks: image -> feature map -> descriptor. Nothing here imports Lightning or Hydra."""
+"""Networks that turn images into descriptors. These modules import neither Lightning nor Hydra."""

@@ -18,9 +18,9 @@ from superglobal.models.pooling import MapPooling, PoolingConfig, ReLUP, make_po
 
 
 class AttachedPooling(nn.Module):
-    """SuperGlobal's pooling in place of another, with an output of the same shape.
+    """Replacement of a pooling layer by SuperGlobal's pooling, with an output of the same shape.
 
-    With `gem_plus` off, the network's own pooling (with its learned parameters) follows Regional-GeM.
+    With `gem_plus` off, the network's original pooling layer, with its learned parameters, follows Regional-GeM.
     """
 
     def __init__(self, original: nn.Module, config: PoolingConfig) -> None:
@@ -128,7 +128,7 @@ def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequen
         vectors = [single_scale(resize(images, s, antialias)) for s in scales]
         return scale_gem(vectors, config.scale_p) if config.scale else torch.stack(vectors).mean(0)
 
-    # A `forward` that was set on the instance is restored; otherwise the class's own becomes visible again.
+    # Undo restores a `forward` that was set on the instance, or removes the new one so that the class's is used again.
     previous = vars(network).get("forward")
     network.forward = forward
     attachment.on_undo(lambda: setattr(network, "forward", previous) if previous else delattr(network, "forward"))
@@ -137,7 +137,7 @@ def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequen
 def _attach_relup(attachment: Attachment, alpha: float) -> None:
     resnets = [(n, m) for n, m in attachment.network.named_modules() if isinstance(m, TimmResNet | TorchvisionResNet)]
     if len(resnets) != 1:
-        raise InputError(f"ReLUP needs one timm or torchvision ResNet, found {len(resnets)}; set relup=off without one")
+        raise InputError(f"ReLUP needs exactly one timm or torchvision ResNet, found {len(resnets)}; set relup=off")
     name, resnet = resnets[0]
     prefix = f"{name}." if name else ""
     if isinstance(resnet, TimmResNet):
@@ -148,7 +148,9 @@ def _attach_relup(attachment: Attachment, alpha: float) -> None:
     for stage in (1, 2, 3):
         for i, block in enumerate(getattr(resnet, f"layer{stage}")):
             if not isinstance(block.relu, nn.ReLU):
-                raise InputError(f"ReLUP needs plain ReLUs; layer{stage}.{i}.relu is {type(block.relu).__name__}")
+                raise InputError(
+                    f"ReLUP needs plain ReLUs, but layer{stage}.{i}.relu is {type(block.relu).__name__}; set relup=off"
+                )
             if stage == 1:
                 attachment.replace(f"{prefix}layer1.{i}.relu", ReLUP(alpha, inplace=block.relu.inplace))
             else:
@@ -158,7 +160,7 @@ def _attach_relup(attachment: Attachment, alpha: float) -> None:
 
 
 def _find_pool(network: nn.Module) -> str:
-    """Return the dotted name of the only layer that pools a map to a vector: a known class, or "gem" in its name."""
+    """Return the dotted name of the only pooling layer: of a known class, or of a class with "gem" in its name."""
     candidates = [
         name
         for name, module in network.named_modules()
@@ -166,7 +168,7 @@ def _find_pool(network: nn.Module) -> str:
         or (isinstance(module, SelectAdaptivePool2d) and not module.is_identity())
         or "gem" in type(module).__name__.lower()
     ]
-    # Submodules of a pooling layer are not candidates of their own.
+    # Submodules of a pooling layer are not separate candidates.
     outermost = [n for n in candidates if not any(n.startswith(f"{parent}.") for parent in candidates)]
     if len(outermost) != 1:
         raise InputError(f"the pooling layer is ambiguous (candidates: {outermost or 'none'}); give pool='NAME'")

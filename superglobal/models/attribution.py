@@ -1,16 +1,16 @@
 """Attribution of a similarity to the cells of the feature map.
 
 The similarity of a descriptor with a vector e is s = <e, d>, d = v / |v|, v = W g / |g| + b, where g pools the feature
-map x (C, h, w) and v combines all scales. With the norms |g| and |v| held constant, s is positively homogeneous of
-degree 1 in (x, b), because GeM is (g(tx) = t g(x)), and so are Regional-GeM, the mean over scales and Scale-GeM. By
+map x (C, h, w) and v combines all scales. If the norms |g| and |v| are held constant, s is positively homogeneous of
+degree 1 in (x, b), because each step is: GeM (g(tx) = t g(x)), Regional-GeM, the mean over scales and Scale-GeM. By
 Euler's theorem, gradient times input is then an exact decomposition:
 
     s  =  sum over cells i of  sum_c x_ci ds/dx_ci   +   <b, ds/db>   +   remainder.
 
-Under GeM alone, with u = W^T e / (|g| |v|), cell i contributes sum_c u_c g_c x_ci^p / sum_j x_cj^p. The remainder is
+With GeM alone and u = W^T e / (|g| |v|), cell i contributes sum_c u_c g_c x_ci^p / sum_j x_cj^p. The remainder is
 the effect of GeM's lower clamp (eps) on values <= 0; with the default eps it is far below 1e-4. Contributions may be
-negative. They do not include the effect of a cell on the norms. Receptive fields are wide, so a cell depends on much
-of the image around it.
+negative. They do not include the effect of a cell on the norms. Receptive fields are wide, so a cell depends on a
+large part of the image around it.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Contributions:
     """Decomposition of a similarity: the sum of all `maps`, `bias` and `remainder` is `similarity`.
 
     Attributes:
-        maps: per scale (h, w) float64, the contribution of each cell of the feature map.
+        maps: one (h, w) float64 array per scale with the contribution of each cell of the feature map.
         bias: contribution of the whitening layer's bias.
-        remainder: effect of clamping.
-        similarity: of the image's descriptor (float32, as `RetrievalNetwork.forward` returns it) with the vector.
+        remainder: effect of GeM's lower clamp.
+        similarity: inner product of the image's descriptor (float32, from `RetrievalNetwork.forward`) and the vector.
     """
 
     maps: list[np.ndarray]
@@ -48,7 +48,7 @@ class Contributions:
     def heatmap(self, height: int, width: int) -> np.ndarray:
         """Resize the contributions of all scales to an image: (height, width) float64, contribution per pixel.
 
-        Bilinear interpolation between the centers of cells keeps the sum to a few percent.
+        Bilinear interpolation between the centers of cells changes the sum by at most a few percent.
         """
         total = np.zeros((height, width))
         for cells in self.maps:
@@ -62,12 +62,12 @@ def contributions(network: RetrievalNetwork, image: Tensor, vector: np.ndarray |
     """Decompose the similarity of an image with another descriptor, or with itself.
 
     Args:
-        network: in evaluation mode.
-        image: (3, H, W) as `RetrievalNetwork.forward` takes it.
+        network: network in evaluation mode.
+        image: (3, H, W) RGB, uint8 or float in 0..1.
         vector: (D,) unit norm; None for the image's own descriptor, with similarity 1.
 
     Raises:
-        InputError: the vector has another dimension than the descriptors.
+        InputError: the vector and the descriptors have different dimensions.
     """
     device = network.mean.device
     with torch.no_grad(), full_precision():
@@ -75,7 +75,10 @@ def contributions(network: RetrievalNetwork, image: Tensor, vector: np.ndarray |
         descriptor = network.descriptors(maps)[0]
     target = descriptor if vector is None else torch.from_numpy(np.asarray(vector, np.float32)).to(device)
     if target.shape != descriptor.shape:
-        raise InputError(f"contributions: vector has shape {tuple(target.shape)}, expected {tuple(descriptor.shape)}")
+        raise InputError(
+            f"contributions: vector has shape {tuple(target.shape)}, expected {tuple(descriptor.shape)}; extract it "
+            "with the same network"
+        )
     maps = [x.detach().requires_grad_() for x in maps]
     layer = network.whitening
     bias = torch.zeros(network.dim, device=device) if layer is None else layer.bias.detach().clone()
@@ -88,19 +91,19 @@ def contributions(network: RetrievalNetwork, image: Tensor, vector: np.ndarray |
         np.zeros(x.shape[-2:]) if g is None else _gradient_times_input(x, g)
         for x, g in zip(maps, gradients, strict=True)
     ]
-    of_bias = 0.0 if bias_gradient is None else float((bias.detach().double() * bias_gradient.double()).sum())
+    bias_part = 0.0 if bias_gradient is None else float((bias.detach().double() * bias_gradient.double()).sum())
     similarity = float(descriptor.double() @ target.double())
-    remainder = similarity - sum(float(x.sum()) for x in cells) - of_bias
-    return Contributions(cells, of_bias, remainder, similarity)
+    remainder = similarity - sum(float(x.sum()) for x in cells) - bias_part
+    return Contributions(cells, bias_part, remainder, similarity)
 
 
 def _gradient_times_input(x: Tensor, gradient: Tensor) -> np.ndarray:
-    """Sum the product over channels: (1, C, h, w) twice -> (h, w) float64."""
+    """Multiply two maps (1, C, h, w) and sum over channels: (h, w) float64."""
     return (x.detach().double() * gradient.double()).sum(dim=1)[0].cpu().numpy()
 
 
 def _normalize(x: Tensor) -> Tensor:
-    """L2-normalize rows with the norm as a constant for the gradient."""
+    """L2-normalize rows; the gradient treats the norm as a constant."""
     return x / x.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from superglobal.errors import InputError
 from superglobal.models.pooling import ReLUP
 
-# Short names for timm's.
+# Short names of timm models.
 ALIASES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
 
 class Backbone(nn.Module):
     """A timm network without its classifier that returns its last feature map.
 
-    For a CNN this is the output of `forward_features`, for a network of patch tokens its normalized last tokens.
+    For a CNN, the map is the output of `forward_features`. For a vision transformer, it is the normalized output of
+    the last block, with the patch tokens arranged as a map.
 
     Attributes:
         name: timm's model name.
@@ -39,8 +40,8 @@ class Backbone(nn.Module):
         """Create the model.
 
         Raises:
-            InputError: unknown name (the message lists similar ones), a model without a feature map, or weights that
-                cannot be downloaded.
+            InputError: the name is unknown (the message lists similar names), the model has no feature map, or the
+                weights cannot be downloaded.
         """
         super().__init__()
         self.name = ALIASES.get(name, name)
@@ -58,7 +59,7 @@ class Backbone(nn.Module):
         with torch.device("meta"):
             cls = type(timm.create_model(self.name, num_classes=0))
         accepted = inspect.signature(cls.__init__).parameters
-        # Images have any size; Swin-like networks have another name for the same option.
+        # Images can have any size. Swin-like networks use another name for the option that allows this.
         if "dynamic_img_size" in accepted:
             return {"dynamic_img_size": True}
         return {"strict_img_size": False} if "strict_img_size" in accepted else {}
@@ -75,7 +76,7 @@ class Backbone(nn.Module):
             ) from error
 
     def _probe(self, kwargs: dict[str, Any]) -> None:
-        """Determine channels, memory layout and size arithmetic from shapes, on the meta device."""
+        """Determine stride, channels, memory layout and size rounding from the shapes on the meta device."""
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -84,18 +85,21 @@ class Backbone(nn.Module):
                 self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
                 height, width = resolve_model_data_config(net)["input_size"][-2:]
                 self.tokens = net.forward_features(torch.empty(1, 3, height, width)).ndim == 3
-                # Patches must tile the image; windowed networks also halve their map evenly at every stage.
+                # Patches must tile the image, and windowed networks must be able to halve their map at every stage.
                 self.multiple = self.stride if self.tokens or kwargs else 1
                 side = 2 * self.stride + 1
                 shape = self._map(net, torch.empty(1, 3, side, side)).shape
         # Networks with a fixed image size or without a feature map raise various errors.
         except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
             raise InputError(
-                f"backbone={self.name}: no feature map for a free image size ({error}); choose a CNN or a vision "
+                f"backbone={self.name}: no feature map for images of any size ({error}); choose a CNN or a vision "
                 "transformer that accepts any size"
             ) from error
         if len(shape) != 4:
-            raise InputError(f"backbone={self.name}: its output has shape {tuple(shape)}, expected (B, C, h, w)")
+            raise InputError(
+                f"backbone={self.name}: the output has shape {tuple(shape)}, expected (B, C, h, w); choose another "
+                "backbone"
+            )
         self.channels = int(shape[1])
         self._rounds_up = shape[-1] >= 3
 
@@ -127,7 +131,7 @@ def relup_positions(net: nn.Module, mode: str) -> list[str]:
             flag (model/resnet.py:149). "off": none. The stem and stage 4 keep their ReLU.
 
     Raises:
-        InputError: the network is not a ResNet with plain ReLUs there.
+        InputError: the network is not a ResNet, or one of these activations is not a plain ReLU.
     """
     if mode == "off":
         return []

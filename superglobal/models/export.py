@@ -1,7 +1,7 @@
 """Export of a network to one file that does not need this package: ONNX or torch.export, from image to descriptor.
 
 Input: `images` (B, 3, H, W) float32 RGB in 0..1; normalization and all scales are inside. Output: `descriptors` (B, D)
-float32, unit norm. The file is compared with the network before it is kept, and its metadata state its input sizes.
+float32, unit norm. The file is compared with the network before it replaces `path`. Its metadata list the input sizes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from superglobal.utils.precision import full_precision
 
 SUFFIXES = (".onnx", ".pt2")
 METADATA = "superglobal"
-"""Key of the JSON metadata in an ONNX file; with `.json` the name of the extra file in a .pt2 file."""
+"""Key of the JSON metadata in an ONNX file. In a .pt2 file, the extra file is named after it, with `.json` appended."""
 _MAX_SIDE, _MAX_BATCH = 4096, 1024
 _INPUT = "images: (B, 3, H, W) float32 RGB in 0..1; normalization and all scales are inside"
 _OUTPUT = "descriptors: (B, D) float32, unit L2 norm, compared by inner product"
@@ -57,7 +57,7 @@ class InputSizes:
     multiple: int
 
     def comparison_shapes(self) -> list[tuple[int, int, int]]:
-        """Return the (B, H, W) to compare at; the first is traced. With free sizes they include both extremes."""
+        """Return the shapes (B, H, W) to compare at, for free sizes with both limits. The first is used for tracing."""
         batch = self.batch or 3
         if self.size is not None:
             return [(batch, *self.size)] + ([] if self.batch else [(1, *self.size)])
@@ -81,8 +81,8 @@ class Comparison:
 
     Attributes:
         shape: (B, H, W).
-        min_cosine: smallest cosine of two descriptors.
-        max_difference: largest absolute difference of a component.
+        min_cosine: smallest cosine between the file's and the network's descriptor of an image.
+        max_difference: largest absolute difference of a component of the descriptors.
     """
 
     shape: tuple[int, int, int]
@@ -100,18 +100,18 @@ def export_network(
     """Write `network` to `path` as ONNX (.onnx) or torch.export (.pt2), if the file gives the same descriptors.
 
     Args:
-        network: on the CPU, in evaluation mode.
-        path: of the file.
+        network: network on the CPU, in evaluation mode.
+        path: file to write.
         size: H and W in pixels; None for all sizes from the network's smallest side to 4096 px.
-        batch: number of images; None for any.
-        tolerance: largest difference of a component of a descriptor.
+        batch: number of images; None for any number.
+        tolerance: largest allowed difference of a component of a descriptor.
 
     Returns:
-        The comparisons that were made.
+        One comparison per tested shape.
 
     Raises:
-        InputError: unknown suffix, missing package, an operation that the format does not support, or a difference
-            above `tolerance`; a previous file at `path` is unchanged.
+        InputError: the suffix is unknown, a package is missing, the format does not support an operation, or a
+            difference exceeds `tolerance`. A previous file at `path` stays unchanged.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a name that ends with {' or '.join(SUFFIXES)}")
@@ -142,7 +142,7 @@ def export_network(
 
 
 class _Graph(nn.Module):
-    """`RetrievalNetwork.forward` with operations that a graph of free sizes supports."""
+    """`RetrievalNetwork.forward` with operations that a graph with free sizes supports."""
 
     def __init__(self, network: RetrievalNetwork, sizes: InputSizes) -> None:
         super().__init__()
@@ -156,14 +156,14 @@ class _Graph(nn.Module):
     def _resize(self, x: Tensor, factor: Fraction) -> Tensor:
         if factor == 1:
             return x
-        # Integer arithmetic: ONNX would multiply in float32, which differs by a pixel at some sizes and scales.
+        # ONNX would multiply in float32, which differs by a pixel at some sizes and scales. Integers are exact.
         height, width = (side * factor.numerator // factor.denominator for side in x.shape[-2:])
         antialias = self.network.antialias
         return F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=antialias)
 
 
 class _IntegerSamePadding(nn.Module):
-    """TensorFlow's "same" padding in integers: timm rounds floats, which a graph of free sizes does not support."""
+    """TensorFlow's "same" padding in integers, because graphs with free sizes do not support timm's float rounding."""
 
     def __init__(self, convolution: Conv2dSame) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
         )
     backbone = copy.deepcopy(network.backbone)
     for name, module in list(backbone.net.named_modules()):
-        # With a stride larger than the kernel, the padding could be negative.
+        # If the stride is larger than the kernel, the padding can be negative, so the layer is kept.
         if isinstance(module, Conv2dSame) and all(
             k >= s for k, s in zip(module.kernel_size, module.stride, strict=True)
         ):
@@ -196,7 +196,7 @@ def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
 
 
 def _fraction(scale: float, sizes: InputSizes) -> Fraction:
-    """Return the scale as a fraction that rounds every possible side like the network."""
+    """Return the scale as a fraction that rounds every possible side as the network does."""
     factor = Fraction(str(scale))
     sides = sizes.size or range(sizes.min_side, sizes.max_side + 1)
     if any(int(side * scale) != side * factor.numerator // factor.denominator for side in sides):
@@ -223,7 +223,7 @@ def _input_sizes(network: RetrievalNetwork, size: tuple[int, int] | None, batch:
     multiple = network.backbone.multiple
     if multiple > 1 and network.scales != (1.0,):
         raise InputError(
-            f"export: {network.backbone.name} pads images to multiples of {multiple} px, which a graph of free sizes "
+            f"export: {network.backbone.name} pads images to multiples of {multiple} px, which a graph with free sizes "
             "does not support at several scales; give --size H W, or --scales 1"
         )
     return InputSizes(None, batch, -(-min_side // multiple) * multiple, _MAX_SIDE // multiple * multiple, multiple)
@@ -252,7 +252,7 @@ def _trace(graph: nn.Module, sizes: InputSizes) -> Any:
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    except Exception as error:  # tracing raises whatever the traced code raises
+    except Exception as error:  # the traced code can raise any exception
         hint = "give --size H W" if sizes.size is None else "use another backbone"
         raise InputError(f"export: torch.export does not support this network ({first_line(error)}); {hint}") from error
 
@@ -277,7 +277,7 @@ def _write_onnx(program: Any, sizes: InputSizes, path: Path, metadata: str) -> C
 
 
 def _name_dimensions(graph: Any, sizes: InputSizes) -> None:
-    """Replace the tracer's symbols by readable names of the free dimensions."""
+    """Give the free dimensions readable names instead of the tracer's symbols."""
     inputs, outputs = graph.inputs[0].shape, graph.outputs[0].shape
     for index, name in ((0, "batch"), (2, "height"), (3, "width")):
         if index in sizes.dynamic_dims():
@@ -297,7 +297,7 @@ def _compare(network: RetrievalNetwork, run: Callable[[Tensor], Tensor], shape: 
     coarse, fine = (torch.rand(batch, 3, *size, generator=generator) for size in ((8, 8), (height, width)))
     images = 0.7 * F.interpolate(coarse, (height, width), mode="bilinear") + 0.3 * fine
     network_input = images
-    if network.config.opencv_resize:  # the network takes uint8
+    if network.config.opencv_resize:  # this setting requires uint8 images
         network_input = (images * 255).round().to(torch.uint8)
         images = network_input / 255
     with full_precision():

@@ -58,7 +58,7 @@ def extract(
         for i, image in enumerate(image_list):
             rows.append(model(_as_tensor(image, i, max_side)[None].to(model.mean.device))[0].cpu().numpy())
             if not np.isfinite(rows[-1]).all():
-                raise InputError(f"image {i}: the descriptor is not finite; check that the weights are")
+                raise InputError(f"image {i}: the descriptor is not finite; check that the weights are finite")
     return np.stack(rows) if rows else np.zeros((0, model.dim), np.float32)
 
 
@@ -70,17 +70,19 @@ def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
         return image_tensor(read_image(image.path, image.box, max_side))
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != 3 or min(image.shape) < 1:
-            raise InputError(f"image {position}: tensor {tuple(image.shape)}, expected (3, H, W)")
+            raise InputError(f"image {position}: tensor of shape {tuple(image.shape)}, expected (3, H, W)")
         if image.dtype == torch.uint8:
             return image_tensor(shrink(image.permute(1, 2, 0).cpu().numpy(), max_side))
         if not image.is_floating_point() or not bool(((image >= 0) & (image <= 1)).all()):
-            raise InputError(f"image {position}: expected a uint8 tensor, or a float one in 0..1 (not standardized)")
+            raise InputError(f"image {position}: expected a uint8 tensor or a float tensor in 0..1, not standardized")
         if max_side is not None and max(image.shape) > max_side:
-            raise InputError(f"image {position}: max_side needs uint8; resize float tensors yourself")
+            raise InputError(f"image {position}: max_side requires uint8 images; resize float tensors yourself")
         return image
     array = pil_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, axis=2)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or min(array.shape) < 1:
-        raise InputError(f"image {position}: array {array.shape} {array.dtype}, expected (H, W, 3) uint8 RGB")
+        raise InputError(
+            f"image {position}: array of shape {array.shape} and dtype {array.dtype}, expected (H, W, 3) uint8 RGB"
+        )
     return image_tensor(shrink(array, max_side))

@@ -80,7 +80,7 @@ def load_model(
         network.provenance = {"weights": label, **origin}
     network.weights_label = label
     network.trained_pooling = stored
-    # An explicit p overrides the one in the file; otherwise the config takes the file's.
+    # An explicit p overrides the p of the weights file. Without one, the configuration takes the file's p.
     network.set_p(pooling["p"] if isinstance(pooling, dict) and "p" in pooling else None)
     return network if trainable else network.eval().requires_grad_(False)
 
@@ -106,7 +106,10 @@ def _backbone_name(weights: str, source: Weights | None, requested: str | None) 
 def _whitening_dim(weights: str, source: Weights | None, requested: int | None) -> int | None:
     stored = source.dim if source is not None else None
     if stored is not None and requested is not None and requested != stored:
-        raise InputError(f"dim={requested} contradicts weights={weights}, whose whitening layer has {stored} outputs")
+        raise InputError(
+            f"dim={requested} contradicts weights={weights}, which has a whitening layer with {stored} outputs; omit "
+            "dim"
+        )
     return stored or requested
 
 

@@ -24,9 +24,9 @@ class MarginOutput(NamedTuple):
 
     Attributes:
         loss: scalar; the mean over images of class weight times cross entropy. It is not divided by the weights of the
-            batch, so that the mean over equal parts of a batch is the loss of the whole batch.
+            batch, so that the loss of a batch is the mean of the losses of its equal parts.
         cosine: (B,) detached, cosine with the true class (its nearest center), without margin.
-        correct: (B,) bool: the true class has the largest cosine, without margin, among the classes of the step.
+        correct: (B,) bool, whether the true class has the largest cosine, without margin, of all classes of the step.
     """
 
     loss: Tensor
@@ -240,7 +240,7 @@ HEADS: dict[str, type[MarginHead]] = {"arcface": ArcFace, "cosface": CosFace, "c
 
 
 def validate_kind(kind: str, dynamic_margin: bool = False, easy_margin: bool = False) -> None:
-    """Raise an InputError if there is no such kind of head, or it does not support these margins."""
+    """Raise an InputError if the kind of head is unknown or does not support these margins."""
     if kind not in HEADS:
         raise InputError(f"head.kind={kind}: expected one of {', '.join(HEADS)}")
     if easy_margin and kind != "arcface":
@@ -299,7 +299,7 @@ def make_head(
 
 
 def _mean_over_processes(values: Tensor) -> Tensor:
-    """Average (B,) values over all processes; B must be the same in each."""
+    """Average (B,) values over all processes; B must be the same in all of them."""
     mean = values.mean()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(mean)
@@ -315,13 +315,14 @@ def dynamic_margins(counts: np.ndarray | Tensor, min_margin: float = 0.05, max_m
 
     Args:
         counts: (classes,) integers, number of images of each class.
-        min_margin, max_margin: in radians.
+        min_margin: margin of the largest class, in radians.
+        max_margin: margin of the smallest class, in radians.
 
     Returns:
         (classes,) float32.
 
     Raises:
-        InputError: a class without images.
+        InputError: a class has no images.
     """
     rarity = _positive_counts(counts) ** -0.25
     low, high = rarity.min(), rarity.max()
@@ -333,7 +334,7 @@ def log_weights(counts: np.ndarray | Tensor) -> Tensor:
     """Compute class weights 1 / log(1 + n), after psinger's solution (1st in Google Landmark Recognition 2020).
 
     n is the number of images of a class. The weights are scaled so that their mean over all images is 1. psinger
-    normalizes by the weights of each batch instead; then the weight of an image depends on its batch, and the result
+    normalizes by the weights of each batch instead, so that the weight of an image depends on its batch and the result
     on the number of processes.
 
     Args:
@@ -343,7 +344,7 @@ def log_weights(counts: np.ndarray | Tensor) -> Tensor:
         (classes,) float32.
 
     Raises:
-        InputError: a class without images.
+        InputError: a class has no images.
     """
     images = _positive_counts(counts)
     weights = 1 / torch.log1p(images)
@@ -351,24 +352,24 @@ def log_weights(counts: np.ndarray | Tensor) -> Tensor:
 
 
 def _positive_counts(counts: np.ndarray | Tensor) -> Tensor:
-    """Convert to (classes,) float64, all >= 1."""
+    """Convert counts to (classes,) float64 and require that all are >= 1."""
     values = torch.as_tensor(counts).double()
     if not (values >= 1).all():
         empty = int((values < 1).nonzero()[0])
-        raise InputError(f"counts: class {empty} has no images; leave the class out")
+        raise InputError(f"counts: class {empty} has no images; remove the class")
     return values
 
 
-# Keeps the gradient of sin = sqrt(1 - cos^2) finite at cos = +-1.
+# This lower bound keeps the gradient of sin = sqrt(1 - cos^2) finite at cos = +-1.
 _EPS = 1e-6
-# Shorter vectors count as zero.
+# Vectors shorter than this count as zero vectors.
 _TINY = 1e-12
 
 
 def add_angular_margin(cosine: Tensor, margin: Tensor, easy: bool = False) -> Tensor:
     """Compute cos(arccos(x) + margin) for cosines x, both (B,).
 
-    Beyond pi the result is x - margin * sin(margin). With `easy` it is x where x <= 0.
+    Where the angle exceeds pi, the result is x - margin * sin(margin). With `easy`, it is x where x <= 0.
     """
     sine = (1 - cosine.square()).clamp(min=_EPS).sqrt()
     shifted = cosine * margin.cos() - sine * margin.sin()
@@ -398,8 +399,8 @@ def _inverse_norms(x: Tensor) -> Tensor:
 class _Cosines(torch.autograd.Function):
     """Cosines (B, N) of unit vectors (B, D) with the rows of w (N, D), without a normalized copy of w.
 
-    Normalizing w first takes a copy of it in each direction, and w is by far the largest tensor: 5 GB for 203,094
-    classes with three centers. This function only allocates the gradient of w.
+    A normalized copy would be needed in the forward and in the backward pass, and w is by far the largest tensor: 5 GB
+    for 203,094 classes with three centers. This function only allocates the gradient of w.
     """
 
     @staticmethod

@@ -48,7 +48,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "digest": (str,),
     "provenance": (dict,),
 }
-# Fields of the provenance that are folders on the training machine. They are not shared; other paths keep their name.
+# Provenance fields with folders of the training machine, which are not shared. Other paths are cut to the file name.
 _PRIVATE = ("root", "tars")
 
 
@@ -58,10 +58,10 @@ class CardResult:
 
     Attributes:
         dataset: name of the data set.
-        warning: sentences about tuned settings; empty for none.
-        rows: of the table, column name to text; all rows have the same columns.
-        notes: the settings that the numbers depend on, one line each.
-        entries: the numbers in the card's metadata.
+        warning: sentences about tuned settings; empty if there are none.
+        rows: rows of the table, each a dict from column name to text with the same columns.
+        notes: settings that the results depend on, one line each.
+        entries: results for the card's metadata.
     """
 
     dataset: str
@@ -101,7 +101,7 @@ def save_pretrained(network: RetrievalNetwork, folder: str | Path, card: ModelCa
     write_atomically(folder / WEIGHTS, safetensors_bytes(state, {"format": "pt"}))
     if card is not None or not (folder / CARD).exists():
         write_atomically(folder / CARD, str(card or model_card(network)).encode())
-    # Last, because a folder without it is not a model.
+    # This file is written last, because a folder without it is not a model.
     write_atomically(folder / CONFIG, f"{json.dumps(config, indent=1)}\n".encode())
 
 
@@ -148,13 +148,13 @@ def push_to_hub(
 
 
 def download(name: str) -> Path:
-    """Download a repository into huggingface_hub's cache, where it is not there yet, and return its folder.
+    """Download a repository into huggingface_hub's cache, unless it is there already, and return its folder.
 
     Args:
         name: "hf:owner/name", or "hf:owner/name@revision" for a branch, tag or commit.
 
     Raises:
-        InputError: no such repository, no access, or no connection.
+        InputError: the repository does not exist, you have no access, or there is no connection.
     """
     repo_id, _, revision = name.removeprefix(HUB).partition("@")
     try:
@@ -170,13 +170,15 @@ def read_folder(folder: Path) -> Weights:
     """Read a folder that `save_pretrained` wrote.
 
     Raises:
-        InputError: a file is missing or damaged, a field of `config.json` is missing, unknown or of another type, or
+        InputError: a file is missing or damaged, a field of `config.json` is missing, unknown or of the wrong type, or
             the tensors have changed.
     """
     config = _read_config(folder / CONFIG)
     tensors, _ = read_tensors(folder / WEIGHTS)
     if weights_digest(tensors) != config["digest"]:
-        raise InputError(f"{folder / WEIGHTS}: the tensors have changed since they were written; get the folder again")
+        raise InputError(
+            f"{folder / WEIGHTS}: the tensors have changed since they were written; download or copy the folder again"
+        )
     scales, antialias = make_scales(config["scales"]), config["antialias"]
     return Weights.from_metadata(tensors, config, config["provenance"], scales=scales, antialias=antialias)
 
@@ -244,14 +246,14 @@ def _card_settings(network: RetrievalNetwork) -> dict[str, Any]:
 
 
 def _training(provenance: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the provenance that `train.py` wrote, from any number of conversions ago."""
+    """Return the provenance that `train.py` wrote, however often the weights were converted afterwards."""
     if "identity" in provenance:
         return provenance
     return _training(provenance["origin"]) if "origin" in provenance else None
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted name."""
+    """Flatten nested settings to dotted names."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -259,7 +261,7 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _require_reloadable(network: RetrievalNetwork) -> None:
-    """Raise an InputError if name and settings do not describe the network."""
+    """Raise an InputError if the layers differ from those that the backbone's name and the settings define."""
     state = network.state_dict()
     dtypes = sorted({str(t.dtype) for t in state.values() if t.is_floating_point() and t.dtype != torch.float32})
     if dtypes:
@@ -271,7 +273,7 @@ def _require_reloadable(network: RetrievalNetwork) -> None:
 
 
 def _remove_paths(value: Any) -> Any:
-    """Replace absolute paths by their names, leave out private fields, and convert to types for JSON."""
+    """Replace absolute paths by file names, remove private fields, and convert values to JSON types."""
     if isinstance(value, Mapping):
         return {str(k): _remove_paths(v) for k, v in value.items() if k not in _PRIVATE}
     if isinstance(value, list | tuple):
@@ -286,16 +288,17 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         export = path.parent / EXPORT
-        hint = f"; the network of this training is {export}" if export.is_file() else ""
+        hint = f"; the network of this training run is {export}" if export.is_file() else ""
         raise InputError(
             f"{path}: no such file; expected the folder of a shared model, with {CONFIG} and {WEIGHTS}{hint}"
         ) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); get the folder again") from error
+        raise InputError(f"{path}: cannot be read ({error}); download or copy the folder again") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         value = config.get("format") if isinstance(config, dict) else config
         raise InputError(
-            f"{path}: format {value!r}, expected {FORMAT!r}; not a model of superglobal, or of another version"
+            f"{path}: format {value!r}, expected {FORMAT!r}; give the folder of a model shared by this version of "
+            "superglobal"
         )
     _require_fields(path, "", config, _FIELDS)
     kinds = {name: type(field.default) for name, field in PoolingConfig.__dataclass_fields__.items()}
@@ -312,7 +315,10 @@ def _require_fields(path: Path, prefix: str, values: Mapping[str, Any], fields: 
     errors = [f"unknown fields {', '.join(prefix + name for name in unknown)}"] if unknown else []
     errors += [f"missing fields {', '.join(prefix + name for name in missing)}"] if missing else []
     if errors:
-        raise InputError(f"{path}: {'; '.join(errors)}; written by another version of superglobal, or edited")
+        raise InputError(
+            f"{path}: {'; '.join(errors)}; the file was edited or written by another version of superglobal: download "
+            "or copy the folder again"
+        )
     for name, types in fields.items():
         if not isinstance(values[name], types) or (isinstance(values[name], bool) and bool not in types):
             expected = " or ".join(t.__name__ for t in types)

@@ -23,11 +23,11 @@ _FOLDING_TOLERANCE = 1e-9
 def optimize_for_inference(networks: Sequence[RetrievalNetwork]) -> list[RetrievalNetwork]:
     """Return copies, in evaluation mode, that compute the same descriptors faster.
 
-    Batch norms are folded into convolutions, backbones use the channels-last layout and the network's `precision`;
-    pooling and whitening stay in float32. Networks that share a backbone have copies that share one.
+    Batch norms are folded into convolutions. Backbones use the channels-last layout and the network's `precision`;
+    pooling and whitening stay in float32. If networks share a backbone, their copies share one too.
 
     Args:
-        networks: on the CPU; they are not changed.
+        networks: networks on the CPU; they are not changed.
     """
     backbones: dict[int, Backbone] = {}
     copies = []
@@ -72,8 +72,8 @@ def _use_matrix_products(net: nn.Module) -> None:
 def fold_batch_norms(backbone: Backbone) -> Backbone:
     """Return a copy in evaluation mode with batch norms folded into the convolutions before them.
 
-    A forward pass of a small image finds the convolution before each batch norm. A second one compares the result with
-    the original; if they differ, the copy keeps its batch norms.
+    A forward pass of a small image determines the convolution before each batch norm. A second pass compares the
+    result with the original. If they differ, the copy keeps its batch norms.
     """
     folded = copy.deepcopy(backbone).eval()
     if not any(isinstance(module, _BatchNorm) for module in folded.modules()):
@@ -92,9 +92,9 @@ def fold_batch_norms(backbone: Backbone) -> Backbone:
 
 
 def _find_pairs(backbone: Backbone, image: Tensor) -> dict[str, str]:
-    """Map the name of each convolution to the batch norm that takes its output, if each of them runs once."""
+    """Map the name of each convolution to the batch norm after it, for pairs in which both layers run only once."""
     sources: dict[int, str] = {}  # id of a convolution's output -> name of the convolution
-    outputs: list[Tensor] = []  # kept alive so that ids stay unique
+    outputs: list[Tensor] = []  # keeps the outputs alive, so that their ids stay unique
     calls: dict[str, int] = {}
     pairs: dict[str, str] = {}
 

