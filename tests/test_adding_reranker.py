@@ -68,7 +68,7 @@ def test_a_declaration_that_does_not_fit_the_function_is_an_error():
     for parameters in ({"missing": Parameter("x")}, {"needed": Parameter("x")}):
         with pytest.raises(InputError, match=r"reranker new: scores needs a parameter (missing|needed) with a default"):
             register_reranker("new", "help", parameters)(scores)
-    with pytest.raises(InputError, match=r"reranker mutual: the name is taken by superglobal\.reranking\.mutual"):
+    with pytest.raises(InputError, match=r"reranker mutual: the name is used by superglobal\.reranking\.mutual"):
         register_reranker("mutual", "help", {"weight": Parameter("x")})(scores)
     with pytest.raises(InputError, match="ties=last: expected one of id, first"):
         register_reranker("new", "help", {}, ties="last")

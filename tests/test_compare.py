@@ -102,7 +102,7 @@ def test_zero_neighbors_keep_the_results_of_the_search(data, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rerank=aqe rerank.K=3", r"rerank\.K=3: aqe has no parameter K; it has n, alpha"),
+        ("rerank=aqe rerank.K=3", r"rerank\.K=3: aqe has no parameter K; choose from n, alpha"),
         ("rerank.k1=3", "superglobal has no parameter k1"),
         ("rerank.kind=magic", "expected one of superglobal, "),
         ("rerank=kreciprocal rerank.lambda_=1.1", r"rerank\.lambda_=1.1: expected a finite number in 0\.\.1"),

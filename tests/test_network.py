@@ -123,7 +123,9 @@ def test_invalid_scales_are_an_error(scales, message):
         make_scales(scales)
 
 
-@pytest.mark.parametrize(("backbone", "message"), [("resnet5O", "no such model"), ("mixer_s16_224", "images of any size")])
+@pytest.mark.parametrize(
+    ("backbone", "message"), [("resnet5O", "no such model"), ("mixer_s16_224", "images of any size")]
+)
 def test_unsupported_backbones_are_an_error(backbone, message):
     with pytest.raises(InputError, match=message):
         superglobal.load_model("random", backbone=backbone)

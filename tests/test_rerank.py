@@ -229,7 +229,7 @@ def test_errors_name_the_thing() -> None:
             rerank(*arguments, **options)
     with pytest.raises(InputError, match=r"\(Q, M, D\)"):
         rerank_candidates(Q, X)
-    with pytest.raises(InputError, match="expected those of 2 queries, got 3"):
+    with pytest.raises(InputError, match="expected the candidates of 2 queries, got 3"):
         rerank_candidates(Q, X.reshape(3, 10, 8))
     with pytest.raises(InputError, match=r"candidate 2 is a zero vector"):
         rerank_candidates(Q[0], X[:5] * np.array([1, 1, 0, 1, 1], np.float32)[:, None])

@@ -248,7 +248,7 @@ def test_candidates_take_the_same_options():
         (diffuse, {"gamma": 0.0}, "gamma=0.0"),
         (diffuse, {"kd": 2.5}, "kd=2.5"),
         (diffuse, {"alpha": "0.9"}, "alpha=0.9: expected a finite number"),
-        (diffuse, {"K": 9}, "K=9: diffusion has no parameter K; it has M, kq, kd, alpha, gamma"),
+        (diffuse, {"K": 9}, "K=9: diffusion has no parameter K; choose from M, kq, kd, alpha, gamma"),
         (partial(rerank, method="magic"), {}, "method=magic: expected one of superglobal, diffusion"),
         (partial(rerank, method="aqe"), {}, r"method=aqe: .* call expand_queries"),
         (partial(rerank, method="adba"), {}, r"method=adba: .* call augment_database"),
@@ -281,7 +281,7 @@ def test_every_kind_declares_its_parameters():
     assert rerank_label({"enabled": False, "kind": "aqe"}) == "none"
     assert rerank_label({"enabled": True, "M": 12, "K": 9, "beta": 0.15}) == "superglobal M=12 K=9 beta=0.15"
     assert "second=original" in rerank_label({"enabled": True, **defaults, "second": "original"})
-    with pytest.raises(InputError, match=r"rerank.K=3: aqe has no parameter K; it has n, alpha"):
+    with pytest.raises(InputError, match=r"rerank.K=3: aqe has no parameter K; choose from n, alpha"):
         get_reranker("aqe").complete({"K": 3}, "rerank.")
     with pytest.raises(InputError, match=r"rerank.kind=magic: expected one of superglobal, "):
         get_reranker("magic")

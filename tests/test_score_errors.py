@@ -111,4 +111,4 @@ def test_usual_descriptors_take_one_pass(caplog):
     Q, X = space("one dominant component", 2048)
     with caplog.at_level(logging.INFO):
         search(torch.from_numpy(Q), torch.from_numpy(X), K)
-    assert "the pass is repeated" in caplog.text
+    assert "repeating the pass" in caplog.text

@@ -50,7 +50,7 @@ def test_rows_are_given_as_integers_and_descriptors_as_any_array(tmp_path):
     store.write_rows([1], torch.from_numpy(unit(1)))
     store.flush()
     assert len(store.missing) == 23
-    with pytest.raises(InputError, match="expected row numbers that are integers, got float64"):
+    with pytest.raises(InputError, match="expected integer row numbers, got float64"):
         store.write_rows([0.7], unit(1))
 
 

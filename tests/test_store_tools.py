@@ -98,7 +98,7 @@ def test_what_verify_and_merge_refuse(tmp_path, script):
     shard = np.load(tmp_path / "a" / "shard-00000.npy", mmap_mode="r+")
     shard[3] = shard[4]
     shard.flush()
-    assert "shard-00000.npy: the checksum is not" in script("verify", tmp_path / "a", status=2)
+    assert "shard-00000.npy: the checksum differs" in script("verify", tmp_path / "a", status=2)
     merge = ("merge", tmp_path / "a", tmp_path / "b", "--into", tmp_path / "m")
     assert "row 3 differs" in script(*merge, status=2)
     shard[3] *= 2

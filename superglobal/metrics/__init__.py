@@ -1,1 +1,1 @@
-"""Metrics of the retrieval benchmarks. Nothing here imports Lightning or Hydra."""
+"""Metrics of the retrieval benchmarks. These modules import neither Lightning nor Hydra."""

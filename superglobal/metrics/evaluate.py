@@ -31,23 +31,26 @@ def evaluate(
     seed: int = 0,
     samples: int = 2000,
 ) -> RetrievalResult:
-    """Search the whole database and score it, by exact ranks counted in one pass.
+    """Rank the whole database for each query and score the ranks, which are counted exactly in one pass.
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
-        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm. Distractors are rows in no set.
-        ground_truth: per query a dict of id lists per set, or the official dict or object with it as `gnd`.
-        protocols: which sets count as positive, and which are ignored.
-        ids: (Q, M) a reranked shortlist, which must be a reordering of the first stage's top M. An image in it has its
-            position there as rank, any other image its first-stage rank.
+        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm. Distractors are rows that are in no set.
+        ground_truth: for each query a dict from set name to ids, or the official dict or object with this list as
+            `gnd`.
+        protocols: for each protocol, the sets that count as positive and the sets that are ignored.
+        ids: (Q, M) reranked shortlists, each of which must be a reordering of the first stage's top M. The rank of an
+            image in a shortlist is its position there. Any other image keeps its first-stage rank.
         ks: depths of the precisions.
-        clusters: (Q,) units of the bootstrap; by default `landmarks`.
-        exclude: (Q,) ids removed from each query's ranking (leave-one-out).
-        device, block_rows: see `exact_ranks`.
-        seed, samples: of the bootstrap.
+        clusters: (Q,) units of the bootstrap; by default, queries with common positives form a cluster.
+        exclude: (Q,) ids, one per query, removed from the ranking (leave-one-out).
+        device: device to compute on; the CPU by default.
+        block_rows: maximum number of rows in a block.
+        seed: seed of the bootstrap.
+        samples: number of bootstrap samples.
 
     Raises:
-        InputError: bad descriptors, or a query with a bad set or shortlist.
+        InputError: descriptors are invalid, or a query has an invalid set or shortlist.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
@@ -57,22 +60,23 @@ def evaluate(
         return scorer.score(exact_ranks(queries, rows, scorer.targets, **options))
     shortlist = as_shortlists(ids, len(queries), len(rows))
     last = _last_of_first_stage(queries, rows, shortlist)
-    targets = [np.append(of_query, last_id) for of_query, last_id in zip(scorer.targets, last, strict=True)]
+    targets = [np.append(query_ids, last_id) for query_ids, last_id in zip(scorer.targets, last, strict=True)]
     ranks = exact_ranks(queries, rows, targets, **options)
-    _require_top([int(of_query[-1]) for of_query in ranks], shortlist.shape[1])
-    return scorer.score(scorer.reranked([of_query[:-1] for of_query in ranks], shortlist))
+    _require_top([int(query_ranks[-1]) for query_ranks in ranks], shortlist.shape[1])
+    return scorer.score(scorer.reranked([query_ranks[:-1] for query_ranks in ranks], shortlist))
 
 
 def _require_top(last_ranks: Sequence[int], depth: int) -> None:
-    """Raise InputError for a shortlist whose last image of the first stage does not have rank depth - 1.
+    """Raise InputError for a shortlist that is not the top `depth` of the first stage.
 
-    Distinct ids of which the last has that rank are the top of the first stage, and no others are.
+    `last_ranks` are the first-stage ranks of the image in each shortlist that the first stage ranks last. Distinct ids
+    are the top `depth` exactly if this rank is depth - 1.
     """
     for query, rank in enumerate(last_ranks):
         if rank != depth - 1:
             raise InputError(
                 f"ids: query {query}'s shortlist is not the top {depth} of the first stage (one of its images has rank "
-                f"{rank}); expected the list of search, with the same exclude, reranked but not cut or filtered"
+                f"{rank}); expected the result of search with the same exclude, reordered but not cut or filtered"
             )
 
 
@@ -122,7 +126,7 @@ def revisited_map(
 
 @dataclass(frozen=True)
 class Scorer:
-    """A validated ground truth, from `make_scorer`: it lists the targets whose ranks are needed, and scores them."""
+    """Validated ground truth that lists the targets to rank and scores their ranks; see `make_scorer`."""
 
     sets: list[Sets]
     protocols: Mapping[str, Protocol]
@@ -133,8 +137,8 @@ class Scorer:
 
     @property
     def targets(self) -> list[np.ndarray]:
-        """Per query the ids of all its sets, (n,) int64."""
-        return [concatenated(of_query.values()) for of_query in self.sets]
+        """For each query, the ids of all its sets, (n,) int64."""
+        return [concatenated(query_sets.values()) for query_sets in self.sets]
 
     @property
     def max_ignored(self) -> int:
@@ -147,21 +151,24 @@ class Scorer:
         return max(counts, default=0)
 
     def subset(self, queries: np.ndarray) -> Scorer:
-        """Return the scorer of some queries (n,)."""
+        """Return a scorer for the queries with these numbers (n,)."""
         return replace(self, sets=[self.sets[i] for i in queries], clusters=[self.clusters[i] for i in queries])
 
     def score(self, ranks: Sequence[np.ndarray]) -> RetrievalResult:
-        """Score the 0-based ranks of `targets` per query, -1 for those that a truncated list lacks."""
+        """Score the 0-based ranks of each query's `targets`; -1 marks targets that are missing in a truncated list."""
         by_set = split_by_set(ranks, self.sets)
         return score_ranks(by_set, self.protocols, self.ks, self.clusters, self.seed, self.samples)
 
     def reranked(self, ranks: Sequence[np.ndarray], shortlist: np.ndarray) -> list[np.ndarray]:
-        """Return ranks after the first stage's top M were reordered as `shortlist` (Q, M)."""
+        """Return the ranks after the first stage's top M are reordered to `shortlist` (Q, M)."""
         positions = self.ranks_in_lists(shortlist)
-        return [np.where(own >= 0, own, of_query) for own, of_query in zip(positions, ranks, strict=True)]
+        return [
+            np.where(position >= 0, position, query_ranks)
+            for position, query_ranks in zip(positions, ranks, strict=True)
+        ]
 
     def ranks_in_lists(self, rankings: np.ndarray) -> list[np.ndarray]:
-        """Return ranks in lists (Q, n) of ids, -1 for targets that are not listed; -1 pads a short list's end."""
+        """Return ranks in lists (Q, n) of ids, -1 for targets that are not listed; short lists end with -1."""
         return [_positions(row, targets) for row, targets in zip(rankings, self.targets, strict=True)]
 
 
@@ -178,33 +185,35 @@ def make_scorer(
 ) -> Scorer:
     """Validate a ground truth (see `evaluate`) against the numbers of queries and of database rows.
 
-    Raises InputError naming the query with a bad set.
+    Raises:
+        InputError: a set is invalid; the message names the query.
     """
     sets = _parse_ground_truth(ground_truth, protocols)
     if len(sets) != n_queries:
         raise InputError(f"ground truth has {len(sets)} queries, but there are {n_queries} query descriptors")
-    for query, of_query in enumerate(sets):
-        _validated_ids(of_query, query, n_rows)
+    for query, query_sets in enumerate(sets):
+        _validated_ids(query_sets, query, n_rows)
     if clusters is None:
         names = sorted({name for protocol in protocols.values() for name in protocol.positive})
         clusters = group_by_landmark(
-            [concatenated(of_query[name] for name in names if name in of_query) for of_query in sets]
+            [concatenated(query_sets[name] for name in names if name in query_sets) for query_sets in sets]
         )
     return Scorer(sets, protocols, ks, clusters, seed, samples)
 
 
 def ranks_from_rankings(rankings: Any, ground_truth: Any, protocols: Mapping[str, Protocol] = REVISITED) -> list[Sets]:
-    """Return ranks for `score_ranks` from ranked lists (Q, n) of ids, full or truncated; -1 pads a short list's end.
+    """Return ranks for `score_ranks` from ranked lists (Q, n) of ids, full or truncated; short lists end with -1.
 
-    Raises InputError for an id listed twice, padding before an id, or a wrong number of queries.
+    Raises:
+        InputError: an id is listed twice, -1 is before an id, or the number of queries is wrong.
     """
     lists = np.asarray(rankings)
     sets = _parse_ground_truth(ground_truth, protocols)
     if lists.ndim != 2 or lists.dtype.kind not in "iu" or len(lists) != len(sets):
         raise InputError(f"rankings: expected integers ({len(sets)}, n), got {lists.dtype} {lists.shape}")
     ranks = []
-    for query, (row, of_query) in enumerate(zip(lists.astype(np.int64), sets, strict=True)):
-        targets = _validated_ids(of_query, query, None)
+    for query, (row, query_sets) in enumerate(zip(lists.astype(np.int64), sets, strict=True)):
+        targets = _validated_ids(query_sets, query, None)
         if (np.diff((row >= 0).astype(int)) > 0).any() or len(np.unique(row[row >= 0])) < (row >= 0).sum():
             raise InputError(f"rankings: query {query} lists an id twice, or has padding (-1) before an id")
         ranks.append(_positions(row, targets))
@@ -212,13 +221,13 @@ def ranks_from_rankings(rankings: Any, ground_truth: Any, protocols: Mapping[str
 
 
 def _parse_ground_truth(ground_truth: Any, protocols: Mapping[str, Protocol]) -> list[Sets]:
-    """Return per query the id arrays of the sets that the protocols use."""
+    """Return, for each query, the id arrays of the sets that the protocols use."""
     wrapped = isinstance(ground_truth, Mapping)
     gnd = ground_truth.get("gnd") if wrapped else getattr(ground_truth, "gnd", ground_truth)
     if not isinstance(gnd, Sequence) or not gnd or not all(isinstance(entry, Mapping) for entry in gnd):
         raise InputError(
             "ground truth: expected a list with one dict of id lists per query, or the official dict or object "
-            f"with it as gnd, got {type(ground_truth).__name__}"
+            f"with this list as gnd, got {type(ground_truth).__name__}"
         )
     names = {name for protocol in protocols.values() for name in (*protocol.positive, *protocol.ignored)}
     return [
@@ -243,7 +252,7 @@ def _validated_ids(sets: Sets, query: int, n_rows: int | None) -> np.ndarray:
         bad = unique[0] if unique[0] < 0 else unique[-1]
         raise InputError(
             f"ground truth of query {query}: image {bad} is outside the database of {n_rows} descriptors; "
-            "do they belong to the same data set?"
+            "give the ground truth of this database"
         )
     return ids
 
@@ -251,41 +260,41 @@ def _validated_ids(sets: Sets, query: int, n_rows: int | None) -> np.ndarray:
 def split_by_set(ranks: Sequence[np.ndarray], sets: Sequence[Sets]) -> list[Sets]:
     """Split the ranks of each query's concatenated ids by set."""
     result = []
-    for of_query, own_sets in zip(ranks, sets, strict=True):
-        ends = np.cumsum([len(ids) for ids in own_sets.values()])
-        result.append(dict(zip(own_sets, np.split(of_query, ends)[: len(own_sets)], strict=True)))
+    for query_ranks, query_sets in zip(ranks, sets, strict=True):
+        ends = np.cumsum([len(ids) for ids in query_sets.values()])
+        result.append(dict(zip(query_sets, np.split(query_ranks, ends)[: len(query_sets)], strict=True)))
     return result
 
 
 def _positions(row: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return the position in `row` of each id, -1 where it does not occur."""
+    """Return the position of each id in `row`, -1 if it does not occur."""
     order = np.argsort(row)
-    place = np.minimum(np.searchsorted(row, ids, sorter=order), len(row) - 1)
-    return np.where(row[order[place]] == ids, order[place], -1)
+    index = np.minimum(np.searchsorted(row, ids, sorter=order), len(row) - 1)
+    return np.where(row[order[index]] == ids, order[index], -1)
 
 
 Reorder = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Numbers of queries (n,) and their shortlists (n, m) of ids -> the reranked shortlists (n, m)."""
+"""Function from query numbers (n,) and shortlists of ids (n, m) to the reranked shortlists (n, m)."""
 
 
 def score_without_junk(
     scorer: Scorer, ranks: Sequence[np.ndarray], ids: np.ndarray, reorder: Reorder
 ) -> RetrievalResult:
-    """Score each protocol with a shortlist of its own, from which the images that it ignores are removed.
+    """Score each protocol with separate shortlists, without the images that the protocol ignores.
 
     Args:
-        scorer: of the ground truth.
-        ranks: per query the first stage's ranks of `scorer.targets`, -1 where they are not known.
-        ids: (Q, k) the first stage's lists.
-        reorder: reranks shortlists.
+        scorer: scorer of the ground truth.
+        ranks: for each query, the first stage's ranks of `scorer.targets`, -1 if unknown.
+        ids: (Q, k) results of the first stage.
+        reorder: function that reranks shortlists.
 
     Raises:
-        InputError: a list has only ignored images.
+        InputError: a shortlist contains only ignored images.
     """
     merged = RetrievalResult({}, {}, {}, {}, {})
-    for name, of_protocol in ranks_without_junk(scorer, ranks, ids, reorder).items():
+    for name, protocol_ranks in ranks_without_junk(scorer, ranks, ids, reorder).items():
         protocols = {name: Protocol(("positive",))}
-        result = score_ranks(of_protocol, protocols, scorer.ks, scorer.clusters, scorer.seed, scorer.samples)
+        result = score_ranks(protocol_ranks, protocols, scorer.ks, scorer.clusters, scorer.seed, scorer.samples)
         for field in ("map", "mp", "ap", "interval", "queries"):
             getattr(merged, field).update(getattr(result, field))
     return merged
@@ -294,26 +303,26 @@ def score_without_junk(
 def ranks_without_junk(
     scorer: Scorer, ranks: Sequence[np.ndarray], ids: np.ndarray, reorder: Reorder
 ) -> dict[str, list[Sets]]:
-    """Return, for `score_without_junk`, per protocol the ranks of each query's positives, as the set "positive"."""
+    """Return, by protocol, the ranks of each query's positives as the set "positive"; see `score_without_junk`."""
     first = split_by_set(ranks, scorer.sets)
     result = {}
     for name, protocol in scorer.protocols.items():
         ignored = [concatenated(sets.get(n, ()) for n in protocol.ignored) for sets in scorer.sets]
         lists = _rerank_without(ids, ignored, reorder)
-        of_protocol = []
+        protocol_ranks = []
         for sets, set_ranks, row in zip(scorer.sets, first, lists, strict=True):
             ignored_ranks = concatenated(set_ranks.get(n, ()) for n in protocol.ignored)
             rank = concatenated(set_ranks[n] for n in protocol.positive)
             rank = rank - np.searchsorted(np.sort(ignored_ranks[ignored_ranks >= 0]), rank)
             position = _positions(row, concatenated(sets[n] for n in protocol.positive))
-            of_protocol.append({"positive": np.where(position >= 0, position, rank)})
-        result[name] = of_protocol
+            protocol_ranks.append({"positive": np.where(position >= 0, position, rank)})
+        result[name] = protocol_ranks
     return result
 
 
 def _rerank_without(ids: np.ndarray, ignored: Sequence[np.ndarray], reorder: Reorder) -> list[np.ndarray]:
     """Return the lists (Q, k) without the ignored ids, reranked; lists of equal length are reranked together."""
-    kept = [row[~np.isin(row, of_query)] for row, of_query in zip(ids, ignored, strict=True)]
+    kept = [row[~np.isin(row, query_ignored)] for row, query_ignored in zip(ids, ignored, strict=True)]
     lengths = np.array([len(row) for row in kept])
     if not lengths.min():
         raise InputError("rerank.junk=drop: all results of a query are images that a protocol ignores; raise k")

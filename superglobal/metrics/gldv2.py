@@ -1,9 +1,9 @@
-"""GLDv2's metrics: mAP@100 of retrieval; GAP (micro average precision) and top-1 accuracy of recognition.
+"""GLDv2's metrics: mAP@100 for retrieval; GAP (micro average precision) and top-1 accuracy for recognition.
 
 Definitions: Weyand et al., CVPR 2020, and the organizers' code (tensorflow/models, delf, google_landmarks_dataset/
 metrics.py). Average precision is rectangular here; that of the Revisited sets (revisited.py) is trapezoidal.
 
-Every number but a position is a fraction in 0..1; tables multiply by 100.
+All metrics are fractions in 0..1, except positions. Tables multiply them by 100.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from superglobal.metrics.revisited import cluster_interval, plain
 DEPTH = 100
 """Number of predictions per query that count."""
 Parts = Mapping[str, np.ndarray]
-"""Name ("public", "private", "all") -> (Q,) bool, the queries of that part."""
+"""Dict from the name of a part ("public", "private", "all") to a (Q,) bool mask of its queries."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,20 @@ class RankedResult:
 
     definition: ClassVar[dict[str, str]] = {
         "average_precision": "rectangular, over the first 100 ranks, divided by min(relevant images, 100)",
-        "mean": "over the queries of the solution; one without a prediction counts 0",
+        "mean": "over the queries of the solution; a query without a prediction counts as 0",
     }
 
     map: dict[str, float]
-    """mAP@100"""
+    """mAP@100."""
     precision: dict[str, dict[int, float]]
-    """Mean share of relevant images among the first k."""
+    """Mean fraction of relevant images among the first k."""
     position: dict[str, dict[str, float]]
-    """"mean" and "median" rank, from 1, of the first relevant image; 101 where none of the first 100 is."""
+    """"mean" and "median" rank, from 1, of the first relevant image; 101 if none of the first 100 is relevant."""
     interval: dict[str, tuple[float, float]]
     """95 % bootstrap interval of mAP@100."""
     queries: dict[str, int]
     ap: dict[str, np.ndarray]
-    """"all": (Q,) float64."""
+    """Average precision of each query: (Q,) float64 under the key "all"."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for JSON, NaN as None."""
@@ -67,17 +67,17 @@ class RankedResult:
         }
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Return column -> a value per query."""
+        """Return a dict from column name to one value per query."""
         return {"all AP": self.ap["all"].tolist()}
 
 
 @dataclass(frozen=True)
 class RecognitionResult:
-    """Scores of one predicted landmark per image, by part; NaN for a part without images that show a landmark."""
+    """Scores of one predicted landmark per image, by part; NaN for a part in which no image shows a landmark."""
 
     definition: ClassVar[dict[str, str]] = {
         "average_precision": "GAP: all predictions in one list by score, divided by the images that show a landmark",
-        "non_landmarks": "a prediction for an image without a landmark is wrong; left out in GAP_landmarks_only",
+        "non_landmarks": "a prediction for an image without a landmark is wrong; GAP_landmarks_only excludes them",
     }
 
     gap: dict[str, float]
@@ -89,9 +89,9 @@ class RecognitionResult:
     classes: np.ndarray
     """(Q,) int64, predicted landmark ids."""
     scores: np.ndarray
-    """(Q,) float64, NaN where nothing was predicted."""
+    """(Q,) float64, NaN for images without a prediction."""
     correct: np.ndarray
-    """(Q,) bool."""
+    """(Q,) bool, true if the prediction is correct."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for JSON, NaN as None."""
@@ -104,16 +104,19 @@ class RecognitionResult:
         }
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Return column -> a value per query."""
+        """Return a dict from column name to one value per query."""
         predicted = ~np.isnan(self.scores)
         classes = [int(label) if valid else "" for label, valid in zip(self.classes, predicted, strict=True)]
         return {"class": classes, "score": self.scores.tolist(), "correct": self.correct.astype(int).tolist()}
 
 
 def first_hits(predicted: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) -> np.ndarray:
-    """Return which of the first `depth` predictions are hits: (n,) bool.
+    """Mark the hits among the first `depth` predictions: (n,) bool.
 
-    predicted: (m,) ids, best first; relevant: ids of the same kind. A repeated id is no hit, but takes a rank.
+    Args:
+        predicted: (m,) ids, best first. Only the first occurrence of an id can be a hit, but each one takes a rank.
+        relevant: ids of the same kind.
+        depth: number of predictions that count.
     """
     head = np.asarray(predicted)[:depth]
     first = np.zeros(len(head), bool)
@@ -122,7 +125,13 @@ def first_hits(predicted: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) 
 
 
 def average_precision_at(hits: np.ndarray, n_relevant: int, depth: int = DEPTH) -> float:
-    """Sum the precisions at the ranks of hits (n,) bool, over min(n_relevant, depth); NaN if none is relevant."""
+    """Compute average precision: the sum of the precisions at the hits, divided by min(n_relevant, depth).
+
+    Args:
+        hits: (n,) bool, the hits among the predictions, best first.
+        n_relevant: number of relevant images; if it is 0, the result is NaN.
+        depth: number of predictions that count.
+    """
     ranks = np.flatnonzero(hits[:depth]) + 1
     return float((np.arange(1, len(ranks) + 1) / ranks).sum() / min(n_relevant, depth)) if n_relevant else float("nan")
 
@@ -140,16 +149,17 @@ def score_rankings(
     """Score ranked lists.
 
     Args:
-        predicted: per query of the solution its ids, best first; empty for no prediction, which counts 0.
-        relevant: per query its relevant ids, at least one, each once.
-        parts: {"all": every query} by default.
-        clusters: (Q,) labels, e.g. landmarks, the units of the bootstrap; by default each query is its own.
+        predicted: for each query of the solution, its predicted ids, best first; an empty list counts as 0.
+        relevant: for each query, its distinct relevant ids, at least one.
+        parts: parts of the queries; by default {"all": all queries}.
+        clusters: (Q,) labels such as landmarks, the units of the bootstrap; by default, each query is one unit.
         depth: number of predictions per query that count.
         ks: depths of the precisions, at most `depth`.
-        seed, samples: of the bootstrap.
+        seed: seed of the bootstrap.
+        samples: number of bootstrap samples.
 
     Raises:
-        InputError: a query without a relevant image, or another number of lists than of queries.
+        InputError: a query has no relevant image, or the numbers of lists and queries differ.
     """
     if len(predicted) != len(relevant):
         raise InputError(
@@ -157,12 +167,12 @@ def score_rankings(
         )
     empty = [query for query, ids in enumerate(relevant) if not len(ids)]
     if empty:
-        raise InputError(f"solution: query {empty[0]} has no relevant image; leave it out")
+        raise InputError(f"solution: query {empty[0]} has no relevant image; remove it")
     hits = np.zeros((len(relevant), depth), bool)
     for query, (ids, truth) in enumerate(zip(predicted, relevant, strict=True)):
-        own = first_hits(ids, truth, depth)
-        hits[query, : len(own)] = own
-    ap = np.array([average_precision_at(own, len(truth), depth) for own, truth in zip(hits, relevant, strict=True)])
+        query_hits = first_hits(ids, truth, depth)
+        hits[query, : len(query_hits)] = query_hits
+    ap = np.array([average_precision_at(row, len(truth), depth) for row, truth in zip(hits, relevant, strict=True)])
     position = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, depth + 1)
     labels = np.arange(len(ap)) if clusters is None else np.asarray(clusters)
     result = RankedResult({}, {}, {}, {}, {}, {"all": ap})
@@ -184,11 +194,11 @@ def score_recognition(
     """Score one predicted landmark per image.
 
     Args:
-        classes: (Q,) landmark ids.
-        scores: (Q,) confidences, NaN for no prediction.
-        truth: per image its landmark ids, empty for one that shows no landmark.
-        keys: (Q,) image ids, by which equal scores are ordered.
-        parts: {"all": every image} by default.
+        classes: (Q,) predicted landmark ids.
+        scores: (Q,) confidences, NaN for images without a prediction.
+        truth: for each image, its landmark ids; empty for an image that shows no landmark.
+        keys: (Q,) image ids, which define the order of equal scores.
+        parts: parts of the images; by default {"all": all images}.
     """
     correct = np.array([bool((labels == label).any()) for labels, label in zip(truth, classes, strict=True)], bool)
     predicted = ~np.isnan(scores)
@@ -207,7 +217,7 @@ def score_recognition(
 
 
 def _global_average_precision(right: np.ndarray, n_positives: int) -> float:
-    """Compute GAP of predictions in the order of their scores, correct or not: (n,) bool."""
+    """Compute GAP from the correctness (n,) bool of the predictions, sorted by score."""
     precision = np.cumsum(right) / np.arange(1, len(right) + 1)
     return float(precision[right].sum() / n_positives) if n_positives else float("nan")
 
@@ -222,10 +232,10 @@ def required_depth(truth: RetrievalTruth | RecognitionTruth) -> int:
 
 
 def subset(truth: RetrievalTruth | RecognitionTruth, queries: np.ndarray) -> RetrievalTruth | None:
-    """Return the ground truth of some queries (n,) int64.
+    """Return the ground truth of the queries with these numbers (n,) int64, or None for recognition.
 
-    None for recognition: GAP puts the predictions for all queries into one list, and few queries of a sample show a
-    landmark at all.
+    Recognition is not scored on a sample, because GAP puts the predictions for all queries into one list, and only few
+    queries of a sample show a landmark.
     """
     if isinstance(truth, RecognitionTruth):
         return None
@@ -241,14 +251,27 @@ def subset(truth: RetrievalTruth | RecognitionTruth, queries: np.ndarray) -> Ret
 def score_truth(
     truth: RetrievalTruth | RecognitionTruth, scores: np.ndarray, ids: np.ndarray, seed: int = 0
 ) -> RankedResult | RecognitionResult:
-    """Score (Q, k) scores and database rows, best first; `seed` is the bootstrap's."""
+    """Score search results, given as scores (Q, k) and database rows (Q, k), best first.
+
+    Args:
+        truth: ground truth.
+        scores: (Q, k).
+        ids: (Q, k) database rows.
+        seed: seed of the bootstrap.
+    """
     if isinstance(truth, RetrievalTruth):
         return score_rankings(list(ids), truth.relevant, truth.parts, truth.clusters, seed=seed)
     return score_recognition(*predictions(truth, scores, ids), truth.truth, truth.queries, truth.parts)
 
 
 def submission(truth: RetrievalTruth | RecognitionTruth, scores: np.ndarray, ids: np.ndarray) -> bytes:
-    """Return the submission file of (Q, k) scores and database rows: the 100 best ids, or a landmark and its score."""
+    """Return the submission file for search results: the 100 best ids per query, or a landmark and its score.
+
+    Args:
+        truth: ground truth.
+        scores: (Q, k), best first.
+        ids: (Q, k) database rows.
+    """
     if isinstance(truth, RetrievalTruth):
         return retrieval_submission(truth.queries, (truth.database[row] for row in ids[:, :DEPTH]))
     return recognition_submission(truth.queries, *predictions(truth, scores, ids))
@@ -260,13 +283,15 @@ def predictions(truth: RecognitionTruth, scores: np.ndarray, ids: np.ndarray) ->
 
 
 def vote(labels: np.ndarray, scores: np.ndarray, votes: str = "similarity") -> tuple[np.ndarray, np.ndarray]:
-    """Predict the class of each query by its k nearest neighbors; of equal sums the nearer neighbor's wins.
+    """Predict the class of each query by the votes of its k nearest neighbors.
+
+    If two classes have equal sums, the class of the nearer neighbor wins.
 
     Args:
         labels: (Q, k) classes of the neighbors, nearest first.
-        scores: (Q, k) their similarities: cosines, or scores of reranking.
-        votes: "similarity" sums s over a class's neighbors, "distance" sums 2 s - 1, which of a cosine is 1 minus the
-            squared distance, "nearest" takes the nearest neighbor alone.
+        scores: (Q, k) similarities s of the neighbors: cosines, or scores of reranking.
+        votes: "similarity" sums s over the neighbors of a class; "distance" sums 2 s - 1, which is 1 minus the squared
+            distance if s is a cosine; "nearest" uses only the nearest neighbor.
 
     Returns:
         (Q,) classes and (Q,) float64 sums.
@@ -279,10 +304,10 @@ def vote(labels: np.ndarray, scores: np.ndarray, votes: str = "similarity") -> t
     classes, sums = np.empty(len(labels), labels.dtype), np.empty(len(labels))
     step = max(1, _MAX_PAIRS // labels.shape[1] ** 2)
     for start in range(0, len(labels), step):
-        own, weight = labels[start : start + step], weights[start : start + step]
-        totals = np.where(own[:, :, None] == own[:, None, :], weight[:, None, :], 0).sum(axis=2)
-        best, row = totals.argmax(axis=1), np.arange(len(own))
-        classes[start : start + step], sums[start : start + step] = own[row, best], totals[row, best]
+        label, weight = labels[start : start + step], weights[start : start + step]
+        totals = np.where(label[:, :, None] == label[:, None, :], weight[:, None, :], 0).sum(axis=2)
+        best, row = totals.argmax(axis=1), np.arange(len(label))
+        classes[start : start + step], sums[start : start + step] = label[row, best], totals[row, best]
     return classes, sums
 
 
@@ -291,8 +316,8 @@ def score_submission(solution: str | Path, submission: str | Path, seed: int = 0
 
     Args:
         solution: retrieval_solution_v2.1.csv or recognition_solution_v2.1.csv, which determines the task.
-        submission: CSV with id and images, or id and landmarks.
-        seed: of the bootstrap.
+        submission: CSV file with the columns id and images, or id and landmarks.
+        seed: seed of the bootstrap.
 
     Raises:
         InputError: a file is missing, cannot be read or is inconsistent.

@@ -2,7 +2,7 @@
 
 Source: Radenovic et al., CVPR 2018, and revisitop's evaluate.py.
 
-Every number is a fraction in 0..1; tables multiply by 100.
+All metrics are fractions in 0..1. Tables multiply them by 100.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from superglobal.errors import InputError
 
 Sets = dict[str, np.ndarray]
-"""Ids or ranks of a query by the name of their set, such as "easy"."""
+"""Ids or ranks of a query by the name of the set, such as "easy"."""
 
 
 def concatenated(arrays: Iterable[Any]) -> np.ndarray:
@@ -26,21 +26,21 @@ def concatenated(arrays: Iterable[Any]) -> np.ndarray:
 
 
 class Result(typing.Protocol):
-    """Scores of one ranking of all queries, of any data set."""
+    """Scores of one ranking of all queries of a data set."""
 
     definition: ClassVar[dict[str, str]]
-    """Definitions of its numbers, in words."""
+    """Definitions of the metrics, in words."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types for JSON, NaN as None; the main metric by protocol or part comes first."""
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Return column -> a value per query, NaN where it does not count."""
+        """Return a dict from column name to one value per query, NaN for queries that do not count."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The sets that count as positive, and those that are removed from the ranking first (`ignored`)."""
+    """Sets that count as positive, and sets that are removed from the ranking before the ranks count (`ignored`)."""
 
     positive: tuple[str, ...]
     ignored: tuple[str, ...] = ()
@@ -59,8 +59,8 @@ class RetrievalResult:
     """Scores per protocol, all fractions in 0..1. A protocol that counts no query has NaN and queries = 0."""
 
     definition: ClassVar[dict[str, str]] = {
-        "average_precision": "trapezoidal, as Revisited Oxford and Paris",
-        "junk": "stays in the list that is reranked, removed before ranks are counted",
+        "average_precision": "trapezoidal, as in Revisited Oxford and Paris",
+        "junk": "included in the reranked list, removed before ranks are counted",
     }
 
     map: dict[str, float]
@@ -70,7 +70,7 @@ class RetrievalResult:
     ap: dict[str, np.ndarray]
     """(Q,) float64, NaN for a query without a positive."""
     interval: dict[str, tuple[float, float]]
-    """95 % bootstrap interval of mAP; NaN with fewer than two clusters."""
+    """95 % bootstrap interval of mAP; NaN for fewer than two clusters."""
     queries: dict[str, int]
     """Number of queries that count."""
 
@@ -85,12 +85,12 @@ class RetrievalResult:
         }
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Return column -> a value per query."""
+        """Return a dict from column name to one value per query."""
         return {f"{protocol} AP": ap.tolist() for protocol, ap in self.ap.items()}
 
 
 def plain(value: float) -> float | None:
-    """Return a number for JSON, None for NaN."""
+    """Convert a number for JSON: NaN becomes None."""
     return None if np.isnan(value) else float(value)
 
 
@@ -125,7 +125,9 @@ def average_precision(ranks: Any, n_positives: int | None = None) -> float:
 def precision_at(ranks: np.ndarray, k: int) -> float:
     """Compute precision among the first k' = min(k, 1-based rank of the last retrieved positive); 0 if there is none.
 
-    ranks: (P,) 0-based ranks of the retrieved positives, ignored images already removed.
+    Args:
+        ranks: (P,) 0-based ranks of the retrieved positives after the removal of ignored images.
+        k: depth.
     """
     if not len(ranks):
         return 0.0
@@ -143,18 +145,19 @@ def score_ranks(
 ) -> RetrievalResult:
     """Score ranks under protocols.
 
-    A missing positive adds nothing to AP but counts in n, and is not retrieved for mP@k. Queries without a positive
-    are left out of every mean.
+    A positive that is missing from a truncated list adds nothing to AP but counts in n, and it counts as not retrieved
+    for mP@k. Queries without a positive are excluded from all means.
 
     Args:
-        ranks: per query a dict of set name -> 0-based ranks, -1 for an image missing from a truncated list.
-        protocols: by name.
+        ranks: for each query, a dict from set name to 0-based ranks, -1 for an image missing from a truncated list.
+        protocols: protocols by name.
         ks: depths of the precisions.
-        clusters: (Q,) labels, e.g. landmarks, the units of the bootstrap; by default each query is its own.
-        seed, samples: of the bootstrap.
+        clusters: (Q,) labels such as landmarks, the units of the bootstrap; by default, each query is one unit.
+        seed: seed of the bootstrap.
+        samples: number of bootstrap samples.
 
     Raises:
-        InputError: a query without a set that a protocol counts as positive.
+        InputError: a query does not have a set that a protocol counts as positive.
     """
     labels = np.arange(len(ranks)) if clusters is None else np.asarray(clusters)
     if labels.shape != (len(ranks),):
@@ -182,9 +185,9 @@ def score_ranks(
 
 def kept_ranks(sets: Mapping[str, Any], protocol: Protocol, query: int) -> tuple[np.ndarray, int]:
     """Return the sorted ranks of the retrieved positives, without ignored images, and the number of all positives."""
-    absent = [name for name in protocol.positive if name not in sets]
-    if absent:
-        raise InputError(f"query {query}: expected a set {absent[0]!r}, which the protocol counts; got {sorted(sets)}")
+    missing = [name for name in protocol.positive if name not in sets]
+    if missing:
+        raise InputError(f"query {query}: expected a set {missing[0]!r}, which the protocol counts; got {sorted(sets)}")
     positive = concatenated(sets[name] for name in protocol.positive)
     ignored = concatenated(sets.get(name, ()) for name in protocol.ignored)
     retrieved = np.sort(positive[positive >= 0])
@@ -195,8 +198,17 @@ def kept_ranks(sets: Mapping[str, Any], protocol: Protocol, query: int) -> tuple
 def cluster_interval(values: np.ndarray, labels: np.ndarray, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
     """Return the 95 % percentile interval of the mean of `values`, by a bootstrap that draws whole clusters.
 
-    Queries of one landmark share their positives, so they are not independent; clusters are. For differences of AP per
-    query it is the interval of a gain. values: (Q,) without NaN; labels: (Q,). NaN for fewer than two clusters.
+    Queries of one landmark share their positives, so queries are not independent, but clusters are. With differences of
+    AP as values, the result is the interval of a gain.
+
+    Args:
+        values: (Q,) without NaN.
+        labels: (Q,) cluster of each query.
+        seed: seed of the bootstrap.
+        samples: number of bootstrap samples.
+
+    Returns:
+        Lower and upper limit; NaN for fewer than two clusters.
     """
     _, cluster = np.unique(labels, return_inverse=True)
     sums, sizes = np.bincount(cluster, weights=values), np.bincount(cluster)

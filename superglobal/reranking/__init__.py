@@ -1,1 +1,1 @@
-"""Reranking of shortlists. Nothing here imports Lightning or Hydra."""
+"""Reranking of shortlists. These modules import neither Lightning nor Hydra."""

@@ -1,4 +1,4 @@
-"""Declare rerankers and compute the similarities inside a shortlist, which they share."""
+"""Declaration of rerankers, and operations on shortlists that they share."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class Parameter:
     """A parameter of a reranker.
 
     Args:
-        help: what it sets, in a few words.
-        minimum, maximum: range of a number, both included.
-        choices: values of a text.
-        default: filled in by `register_reranker`, from the function's signature; its type is the parameter's.
+        help: short description.
+        minimum, maximum: inclusive range of a number.
+        choices: allowed values of a string.
+        default: default value, which `register_reranker` takes from the function's signature; its type is the type of
+            the parameter.
     """
 
     help: str
@@ -34,7 +35,7 @@ class Parameter:
     default: Any = None
 
     def validate(self, name: str, value: Any) -> None:
-        """Raise InputError for a value of another type, outside the range, or not among the choices."""
+        """Raise InputError if the value has another type, is out of range, or is not among the choices."""
         kind = type(self.default)
         if kind is str:
             valid, expected = value in self.choices, f"one of {', '.join(self.choices)}"
@@ -54,7 +55,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Reranker:
-    """A reranking method, from `register_reranker`."""
+    """Reranking method that was registered by `register_reranker`."""
 
     name: str
     help: str
@@ -66,14 +67,19 @@ class Reranker:
     ties: str
 
     def complete(self, values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        """Return the value of every parameter: the given one, or its default.
+        """Return the values of all parameters, with defaults for those that are missing.
 
-        `prefix` precedes a parameter's name in messages. Raises InputError for an unknown parameter or a bad value.
+        Args:
+            values: values by parameter name.
+            prefix: text before a parameter's name in messages.
+
+        Raises:
+            InputError: a parameter is unknown, or a value is invalid.
         """
         for name, value in values.items():
             if name not in self.parameters:
                 known = ", ".join(self.parameters)
-                raise InputError(f"{prefix}{name}={value}: {self.name} has no parameter {name}; it has {known}")
+                raise InputError(f"{prefix}{name}={value}: {self.name} has no parameter {name}; choose from {known}")
         result = {name: values.get(name, parameter.default) for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             parameter.validate(prefix + name, result[name])
@@ -81,7 +87,7 @@ class Reranker:
 
 
 RERANKERS: dict[str, Reranker] = {}
-"""Every registered reranker by name; `superglobal.reranking.registry` imports those of this folder."""
+"""All registered rerankers by name; `superglobal.reranking.registry` registers those of this folder."""
 _SHORTLIST_SIZE = Parameter("images in the shortlist", minimum=1, default=400)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -98,24 +104,24 @@ def register_reranker(
 ) -> Callable[[F], F]:
     """Return a decorator that registers a function as a reranker.
 
-    Without `searches_again` the function scores shortlists: it gets queries (B, D), shortlists T (B, M, D), their Gram
-    matrices T T^T (B, M, M), which it may overwrite, and its parameters by name; it returns scores (B, M). With
-    "queries" it gets (Q, X, **parameters, exclude, backend, device), with "database" (X, **parameters, path, backend,
-    device), see `expand_queries` and `augment_database`.
+    Without `searches_again`, the function scores shortlists. It is called with queries (B, D), shortlists T (B, M, D),
+    their Gram matrices T T^T (B, M, M), which it may overwrite, and its parameters by name. It returns scores (B, M).
+    With "queries", it is called with (Q, X, **parameters, exclude, backend, device); with "database", it is called with
+    (X, **parameters, path, backend, device). See `expand_queries` and `augment_database`.
 
     Args:
-        name: what `rerank.kind` and `superglobal.rerank(method=...)` call it.
-        help: a line of documentation.
-        parameters: those of the function that users set; each has its default in the function's signature.
+        name: value of `rerank.kind` and of `method` in `superglobal.rerank`.
+        help: one line of documentation.
+        parameters: parameters of the function that users can set; each needs a default in the function's signature.
         searches_again: "queries" if the function returns new queries (Q, D) for a second search, "database" if it
             returns a new database.
-        distances: scores are negative distances, of which sums have no meaning.
-        dtype: of the tensors that the function gets.
-        ties: order of equal scores: by the lower "id", or as in the shortlist, "first".
+        distances: set if scores are negative distances, because their sums have no meaning.
+        dtype: dtype of the function's input tensors.
+        ties: order of equal scores: "id" for the lower id first, "first" for the order of the shortlist.
 
     Raises:
-        InputError: the name is taken by another function, a parameter is not in the function's signature or has no
-            default there, or an unknown value of `searches_again` or `ties`.
+        InputError: another function has this name, a parameter is not in the function's signature or has no default
+            there, or the value of `searches_again` or `ties` is unknown.
     """
     for label, value, choices in (
         ("searches_again", searches_again, (None, "queries", "database")),
@@ -128,10 +134,10 @@ def register_reranker(
         arguments = inspect.signature(function).parameters
         for key in parameters:
             if key not in arguments or arguments[key].default is inspect.Parameter.empty:
-                raise InputError(f"reranker {name}: {function.__name__} needs a parameter {key} with a default")
+                raise InputError(f"reranker {name}: {function.__name__} needs a parameter {key} with a default value")
         known = RERANKERS.get(name)
         if known is not None and _source(known.function) != _source(function):
-            raise InputError(f"reranker {name}: the name is taken by {known.function.__module__}; choose another")
+            raise InputError(f"reranker {name}: the name is used by {known.function.__module__}; choose another name")
         declared = {key: replace(value, default=arguments[key].default) for key, value in parameters.items()}
         if searches_again is None:
             declared = {"M": _SHORTLIST_SIZE, **declared}
@@ -142,7 +148,7 @@ def register_reranker(
 
 
 def _source(function: Callable[..., Any]) -> tuple[str, str]:
-    """Return module and name, which stay the same when a module is reloaded or run again in a notebook."""
+    """Return module and name, which do not change when a module is reloaded or run again in a notebook."""
     return function.__module__, function.__qualname__
 
 
@@ -154,21 +160,27 @@ def score_batch(
     numbers: np.ndarray,
     name: str,
 ) -> np.ndarray:
-    """Return the scores (B, M) float32 of queries (B, D) and shortlists (B, M, D), computed on the latter's device.
+    """Compute the scores (B, M) float32 of shortlists, on their device.
 
-    `name` and `numbers` (B, M) identify a row in the message about a bad one.
+    Args:
+        reranker: reranker of shortlists.
+        values: values of its parameters.
+        queries: (B, D).
+        shortlists: (B, M, D).
+        numbers: (B, M) numbers of the rows, for messages about invalid rows.
+        name: name of a row, for these messages.
     """
     q, T = to_tensor(queries, shortlists.device).to(reranker.dtype), shortlists.to(reranker.dtype)
     with full_precision():
         gram = gram_of(T)
         _check_norms(gram, numbers, name)
         scores = reranker.function(q, T, gram, **{key: value for key, value in values.items() if key != "M"})
-        # float32 before sorting: scores that are returned as equal are sorted as equal.
+        # The conversion to float32 is before sorting, so that scores that are equal in the result are sorted as equal.
         return scores.cpu().numpy().astype(np.float32)
 
 
 def _check_norms(gram: torch.Tensor, numbers: np.ndarray, name: str) -> None:
-    """Raise InputError for a row that is not a unit vector; the diagonal of `gram` holds the squared norms."""
+    """Raise InputError for a row that is not a unit vector; the diagonal of `gram` contains the squared norms."""
     norms = gram.diagonal(dim1=1, dim2=2).sqrt().cpu().numpy()
     valid = is_unit(norms)
     if not valid.all():
@@ -177,7 +189,7 @@ def _check_norms(gram: torch.Tensor, numbers: np.ndarray, name: str) -> None:
 
 
 def gram_of(T: torch.Tensor) -> torch.Tensor:
-    """Return T T^T (B, M, M), by four strips of the upper triangle: 5/8 of the whole product, then mirrored."""
+    """Return T T^T (B, M, M), for which four strips of the upper triangle (5/8 of it) are computed and mirrored."""
     depth = T.shape[1]
     step = -(-depth // 4)
     gram = T.new_empty(len(T), depth, depth)
@@ -190,43 +202,47 @@ def gram_of(T: torch.Tensor) -> torch.Tensor:
 
 def dots(T: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Return T v (B, M) for vectors v (B, D)."""
-    # v^T T^T: the CPU's matrix library computes it several times faster.
+    # The product is computed as v^T T^T, which the CPU's matrix library computes several times faster than T v.
     return torch.bmm(v[:, None, :], T.transpose(1, 2))[:, 0]
 
 
 def nearest(similarity: torch.Tensor, count: int) -> torch.Tensor:
-    """Return per row its `count` most similar columns, itself first: (B, N, min(count, N)) int64.
+    """Return the `count` most similar columns of each row, the row itself first: (B, N, min(count, N)) int64.
 
-    similarity: (B, N, N); its diagonal is not read. The order is that of `first_columns`.
+    The order is that of `first_columns`.
+
+    Args:
+        similarity: (B, N, N); its diagonal is ignored.
+        count: number of columns.
     """
     keys = _order_keys(similarity)
-    # A duplicate may score above the row itself by rounding; infinity keeps the row in slot 0.
+    # By rounding, a duplicate may score higher than the row itself. Infinity keeps the row in the first position.
     keys.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     return keys.topk(min(count, keys.shape[-1]), dim=-1).indices
 
 
 def first_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the columns of the `count` largest scores (B, N), best first, equal ones by the lower column: (B, count).
+    """Return the columns of the `count` largest scores (B, N), best first, ties by the lower column: (B, count).
 
-    Scores are compared in steps of about 1e-6, so that rounding, which differs between devices, seldom decides
-    between two copies of an image.
+    Scores are compared in steps of about 1e-6, so that rounding, which differs between devices, rarely decides the
+    order of two copies of an image.
     """
     return _order_keys(scores).topk(count, dim=-1).indices
 
 
 def in_steps(scores: torch.Tensor) -> torch.Tensor:
-    """Return scores as whole numbers of steps of about 1e-6, float64; scores beyond -256..256 are clamped."""
+    """Convert scores to whole numbers of steps of about 1e-6, float64; scores outside -256..256 are clamped."""
     return torch.round(scores.double() * 2**20).clamp(-(2.0**28), 2.0**28)
 
 
 def _order_keys(scores: torch.Tensor) -> torch.Tensor:
-    """Return numbers (..., N), no two of a row equal, that sort as `in_steps` does, then by the lower column."""
+    """Return sort keys (..., N), distinct within a row, that order by `in_steps` and then by the lower column."""
     columns = torch.arange(scores.shape[-1], dtype=torch.float64, device=scores.device)
     # Whole numbers below 2^53 are exact in float64.
     return in_steps(scores) * 2**24 - columns
 
 
 def mask_of(near: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return lists of columns (B, N, k) as a bool matrix (B, N, columns)."""
+    """Convert lists of columns (B, N, k) to a bool matrix (B, N, columns)."""
     mask = torch.zeros(*near.shape[:2], columns, dtype=torch.bool, device=near.device)
     return mask.scatter_(2, near, True)

@@ -1,13 +1,14 @@
-"""SuperGlobal's reranking with mutual neighbors only, for descriptors whose neighbors are often wrong.
+"""SuperGlobal's reranking with mutual neighbors only, for descriptors with many wrong neighbors.
 
     as SuperGlobal, but  w_ij = 0 unless i and j are among each other's K nearest
-    E = those of the best K + 1 by s1 that have the query among their own k_query nearest
-    e = mean of q and the R of E;    s2 = R e;    score = (s1 + s2) / 2, and s1 where E is empty
+    E = images among the best K + 1 by s1 that have the query among their own k_query nearest
+    e = mean of q and the R of E;    s2 = R e;    score = (s1 + s2) / 2, or s1 if E is empty
 
-In a weak descriptor space a few rows are near neighbors of nearly all others. SuperGlobal lets them into every
-refinement and, by its maximum, into every component of the expanded query. Mutual neighbors need no threshold on
-similarities, which would depend on the network, and cost nothing: the Gram matrix is there already. In a mean a wrong
-member has only its share. Form and constants were chosen on rendered landmarks: docs/guides/reranking.md.
+With weak descriptors, a few images are near neighbors of almost all others. In SuperGlobal's reranking, these images
+affect every refined descriptor and, through the maximum, every component of the expanded query. Mutual neighbors need
+no threshold on similarities, which would depend on the network, and no further products, because the Gram matrix is
+already computed. In a mean, a wrong image has only the weight of one image. The form and the constants were chosen on
+rendered landmarks; see docs/guides/reranking.md.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from superglobal.reranking.superglobal import BETA, combine, normalized, refined
     "mutual",
     "SuperGlobal's reranking with mutual neighbors only",
     {
-        "K": Parameter("neighbors that refine a descriptor", minimum=1),
+        "K": Parameter("number of neighbors that refine a descriptor", minimum=1),
         "beta": BETA,
         "k_query": Parameter(
-            "an image expands the query if fewer than k_query others are nearer to it; 0 is no expansion",
+            "an image expands the query if fewer than k_query others are nearer to it; 0 disables the expansion",
             minimum=0,
         ),
     },
@@ -53,10 +54,10 @@ def mutual_scores(
 
 
 def _mutual(near: torch.Tensor) -> torch.Tensor:
-    """Return (B, M, K+1) bool: whether a row's neighbor has the row among its own neighbors; a row has itself."""
+    """Return a (B, M, K+1) mask of the neighbors that have the row among their own neighbors, or are the row itself."""
     n_queries, depth, width = near.shape
     batch = torch.arange(n_queries, device=near.device)[:, None, None]
-    own = torch.arange(depth, device=near.device)[None, :, None, None]
-    # One slot at a time: all at once would be (B, M, K+1, K+1).
-    slots = [(near[batch, near[..., slot : slot + 1]] == own).any(dim=-1) for slot in range(width)]
-    return torch.cat(slots, dim=-1)
+    rows = torch.arange(depth, device=near.device)[None, :, None, None]
+    # Neighbors are processed one column at a time, because all at once need a (B, M, K+1, K+1) tensor.
+    columns = [(near[batch, near[..., column : column + 1]] == rows).any(dim=-1) for column in range(width)]
+    return torch.cat(columns, dim=-1)

@@ -2,10 +2,10 @@
 
     v' = v + sum over v's n nearest x of max(v x, 0)^alpha x,  normalized
 
-For queries this is alpha query expansion (Radenovic et al., TPAMI 2018), with the n and alpha that the paper is cited
-for; the authors' code has no query expansion to compare with. For database rows, each with its neighbors in the
-database, it is augmentation (Turcot and Lowe 2009) with the same weights, in the form of
-github.com/naver/deep-image-retrieval (dirtorch/test_dir.py), which names no n or alpha; n is our choice.
+For queries, this is alpha query expansion (Radenovic et al., TPAMI 2018) with the n and alpha that are usually cited
+from the paper; the authors' code has no query expansion to compare with. For database rows and their neighbors in the
+database, it is database augmentation (Turcot and Lowe 2009) with the same weights, in the form of
+github.com/naver/deep-image-retrieval (dirtorch/test_dir.py), which gives no n or alpha; n is a choice of this project.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from superglobal.retrieval.search import search
 
 _MAX_ELEMENTS = 1 << 24  # elements of the neighbors that are read at once: 64 MB of float32
 _PARAMETERS = {
-    "n": Parameter("neighbors that a descriptor is averaged with; 0 changes nothing", minimum=0),
-    "alpha": Parameter("power of a similarity; a negative similarity has weight 0", 0, 1e3),
+    "n": Parameter("number of neighbors that are averaged with a descriptor; 0 keeps the descriptor", minimum=0),
+    "alpha": Parameter("exponent of the similarities; negative similarities have weight 0", 0, 1e3),
 }
 
 
@@ -108,9 +108,9 @@ def augment_database(
         return rows
     out = _empty_array(path, rows.shape)
     for start, block in rows.blocks(block_rows):
-        # A row is not its own neighbor; it is in the sum already.
-        own = np.arange(start, start + len(block))
-        scores, ids = search(block, rows, count, exclude=own, backend=backend, device=device)
+        # A row is excluded from its own neighbors, because the sum already contains it.
+        row_ids = np.arange(start, start + len(block))
+        scores, ids = search(block, rows, count, exclude=row_ids, backend=backend, device=device)
         out[start : start + len(block)] = _average(block, rows, scores, ids, alpha)
     if isinstance(out, np.memmap):
         out.flush()
@@ -126,14 +126,14 @@ def _empty_array(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); the augmented database takes "
-            f"{shape[0] * shape[1] * 4 / 2**30:.1f} GiB"
+            f"{shape[0] * shape[1] * 4 / 2**30:.1f} GiB: free space or choose another folder"
         ) from error
 
 
 def _average(vectors: np.ndarray, rows: Rows, scores: np.ndarray, ids: np.ndarray, alpha: float) -> np.ndarray:
     """Average vectors (B, D) with their neighbors `ids` (B, n), weighted by `scores`, in float64: (B, D) float32."""
     weights = np.maximum(scores, 0, dtype=np.float64) ** alpha
-    weights[scores <= 0] = 0  # 0 ** 0 is 1
+    weights[scores <= 0] = 0  # needed for alpha = 0, because 0 ** 0 is 1
     out = np.empty(vectors.shape, np.float32)
     step = max(1, _MAX_ELEMENTS // (ids.shape[1] * rows.dim))
     for start in range(0, len(vectors), step):

@@ -1,4 +1,4 @@
-"""Rerank by method name: every reranker of this folder, and those registered elsewhere by `register_reranker`."""
+"""Reranking by method name, with the rerankers of this folder and others registered by `register_reranker`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,27 @@ from superglobal.retrieval.rows import Rows, as_queries, as_rows, as_shortlists
 from superglobal.retrieval.search import search
 
 __all__ = ["RERANKERS", "Reranked", "apply_reranker", "get_reranker", "rerank", "rerank_candidates", "rerank_label"]
-_IN_MEMORY = 1 << 30  # bytes of an augmented database; a larger one is a file while the run lasts
+_IN_MEMORY = 1 << 30  # maximum bytes of an augmented database in memory; a larger one is a temporary file
 
 for _module in pkgutil.iter_modules(superglobal.reranking.__path__):
     if _module.name != "registry":
         importlib.import_module(f"superglobal.reranking.{_module.name}")
-# In help texts and messages SuperGlobal's comes first and the others follow by file, in any order of imports.
+# Help texts and messages list SuperGlobal's reranker first, then the others by module, independent of import order.
 _in_order = sorted(RERANKERS.values(), key=lambda r: (r.name != "superglobal", r.function.__module__))
 RERANKERS.clear()
 RERANKERS.update({reranker.name: reranker for reranker in _in_order})
 
 
 def get_reranker(name: str, label: str = "rerank.kind") -> Reranker:
-    """Return the reranker of this name. Raises InputError naming the choices; `label` names the setting in it."""
+    """Return the reranker of this name.
+
+    Args:
+        name: name of the reranker.
+        label: name of the setting, for the message.
+
+    Raises:
+        InputError: there is no such reranker; the message lists the choices.
+    """
     if name not in RERANKERS:
         raise InputError(f"{label}={name}: expected one of {', '.join(RERANKERS)}")
     return RERANKERS[name]
@@ -41,7 +49,7 @@ def _shortlist_reranker(name: str) -> Reranker:
     reranker = get_reranker(name, "method")
     if reranker.searches_again is not None:
         raise InputError(
-            f"method={name}: it searches again instead of reordering a shortlist; call "
+            f"method={name}: this method searches again instead of reordering a shortlist; call "
             f"{reranker.function.__name__}, then superglobal.search"
         )
     return reranker
@@ -151,7 +159,7 @@ def rerank_candidates(
     flat = as_rows(vectors.reshape(n_queries * depth, -1), "candidates")
     queries = as_queries(Q[None] if single else Q, flat.dim)
     if len(queries) != n_queries:
-        raise InputError(f"candidates: expected those of {len(queries)} queries, got {n_queries}")
+        raise InputError(f"candidates: expected the candidates of {len(queries)} queries, got {n_queries}")
     target = _indexed(device)
 
     def shortlists(batch: slice) -> torch.Tensor:
@@ -191,21 +199,21 @@ def _score(
 
 
 def _indexed(device: str | torch.device | None) -> torch.device:
-    """Return the device with its index, as tensors have it; None is the CPU."""
+    """Return the device with its index, as in `tensor.device`; the CPU for None."""
     return torch.empty(0, device=device or "cpu").device
 
 
 def rerank_label(settings: Mapping[str, Any]) -> str:
-    """Return a `RerankConfig` as plain types in words: the kind and its parameters, or "none"."""
+    """Describe the settings of a `RerankConfig`, as plain types, in words: the kind and its parameters, or "none"."""
     if not settings["enabled"]:
         return "none"
     kind = settings.get("kind", "superglobal")
-    # Tables also list runs that failed because there is no such kind.
+    # Tables also list runs that failed because their kind is unknown.
     declared = RERANKERS[kind].parameters if kind in RERANKERS else {}
     words = [kind]
     for name, parameter in declared.items():
         value = settings.get(name)
-        # Texts and switches are shown where they are not the default.
+        # Strings and booleans are shown only if they differ from the default.
         if value is not None and not (isinstance(value, str | bool) and value == parameter.default):
             words.append(f"{name}={value}")
     return " ".join([*words, "junk=drop"] if settings.get("junk") == "drop" else words)
@@ -213,12 +221,12 @@ def rerank_label(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Reranked:
-    """A ranking after reranking, and the vectors that its exact ranks are counted with.
+    """Ranking after reranking, and the descriptors that define its exact ranks.
 
     Attributes:
         scores, ids: (Q, k), best first.
-        queries, database: the first stage's vectors, or the new ones where the database was searched again.
-        shortlist: `ids` where a shortlist was reordered; None where the database was searched again.
+        queries, database: descriptors of the first stage, or the new ones if the database was searched again.
+        shortlist: `ids` if a shortlist was reordered; None if the database was searched again.
     """
 
     scores: np.ndarray
@@ -244,13 +252,14 @@ def apply_reranker(
 
     Args:
         kind: name of the reranker.
-        values: its parameters; missing ones have their defaults.
-        Q: (Q, D), unit L2 norm.
-        X: (N, D), unit L2 norm.
-        ids: (Q, k) of the first stage.
-        exclude: (Q,) ids that the first stage left out.
-        backend, device: of a second search.
-        folder: for a database too large for memory; no file is left there.
+        values: values of its parameters; missing parameters have their defaults.
+        Q: (Q, D) queries, unit L2 norm.
+        X: (N, D) database, unit L2 norm.
+        ids: (Q, k) results of the first stage.
+        exclude: (Q,) ids, one per query, that the first stage excluded.
+        backend: backend of a second search.
+        device: device to compute on.
+        folder: folder for a temporary file, if a new database is too large for memory.
     """
     reranker = get_reranker(kind)
     if reranker.searches_again is None:
@@ -266,7 +275,7 @@ def apply_reranker(
             X = reranker.function(X, **values, path=path, backend=backend, device=device)
         finally:
             if path is not None:
-                # The memory map keeps the file's contents until it is released.
+                # The memory map stays valid after the file is deleted.
                 path.unlink(missing_ok=True)
     scores, order = search(Q, X, ids.shape[1], exclude=exclude, backend=backend, device=device)
     return Reranked(scores, order, Q, X, None)

@@ -1,8 +1,8 @@
-"""Approximate indexes by FAISS: their settings and defaults, memory, and stored indexes.
+"""Approximate FAISS indexes: settings, defaults, memory use and storage.
 
 Defaults follow FAISS's wiki, "Guidelines to choose an index" (github.com/facebookresearch/faiss/wiki): 4 sqrt(N) lists
-up to a million rows, then 65536, 262144 and 1048576 with an HNSW over their centroids; 30 to 256 training rows a list;
-HNSW with 32 links. `with_defaults` names our own choices for what they leave open.
+up to a million rows, then 65536, 262144 and 1048576 with an HNSW over their centroids; 30 to 256 training rows per
+list; HNSW with 32 links. `with_defaults` documents the choices that the guidelines leave open.
 """
 
 from __future__ import annotations
@@ -28,38 +28,40 @@ from superglobal.retrieval.search import BACKENDS, FAISS_GPU_RESULTS, faiss_modu
 from superglobal.utils.io import digest, file_lock, write_atomically
 
 log = logging.getLogger(__name__)
-_TRAINED_ROWS = 40  # per list; FAISS warns under 39
-_PQ_ROWS = 65536  # that FAISS trains PQ on
+_TRAINED_ROWS = 40  # training rows per list; FAISS warns below 39
+_PQ_ROWS = 65536  # training rows of PQ in FAISS
 _PROGRESS_SECONDS = 30.0
 _SEED = 1234
-_GPU_LISTS = 2048  # lists searched per query that FAISS supports on a GPU
+_GPU_LISTS = 2048  # maximum number of lists per query that FAISS searches on a GPU
 _APPROXIMATE = ("flat_fp16", "ivf_flat", "ivf_pq", "hnsw")
 KINDS = ("flat", *_APPROXIMATE)
-COMPARED = 100  # queries of an approximate index that are also searched exactly, by default
+COMPARED = 100  # default number of queries of an approximate index that are also searched exactly
 
 
 def _setting(*kinds: str, minimum: int = 1, maximum: float = 2**31 - 1) -> Any:
-    """Declare an integer that these kinds of index have."""
+    """Declare an integer setting of these kinds of index."""
     return field(default=None, metadata={"kinds": kinds, "minimum": minimum, "maximum": maximum})
 
 
 @dataclass
 class IndexConfig:
-    """How the database is searched (`conf/index`); null is the kind's default, which mostly depends on the database's
-    size. A setting that the kind does not have raises an error.
+    """Index for the search of the database (`conf/index`).
+
+    null selects the default of the kind, which mostly depends on the size of the database. A setting that the kind does
+    not have raises an error.
 
     Args:
-        kind: "flat" is exact; "flat_fp16" (every row in float16), "ivf_flat" (rows in nlist lists), "ivf_pq" (the same,
-            each row in pq_m bytes) and "hnsw" (a graph, on the CPU) are approximate indexes by FAISS, built once and
-            kept under `paths.stores`; their candidates are scored exactly.
+        kind: "flat" is exact; "flat_fp16" (every row in float16), "ivf_flat" (rows in nlist lists), "ivf_pq" (lists of
+            rows that are compressed to pq_m bytes) and "hnsw" (a graph, on the CPU) are approximate FAISS indexes,
+            built once and stored under `paths.stores`; their candidates are scored exactly.
         backend: flat: "auto", "faiss" or "torch", with the same result.
-        nlist, nprobe: ivf_flat, ivf_pq: number of lists, and of lists that are searched.
-        pq_m: ivf_pq: bytes per row; divides the descriptors' dimension.
-        M: hnsw: links of a row.
-        ef_construction, ef_search: hnsw: width of the searches while the graph is built, and afterwards.
-        candidates: all but flat: rows fetched from the index for each result.
-        compare: all but flat: queries that are also searched exactly, for recall and the difference in mAP or mAP@100;
-            100 by default, 0 for none.
+        nlist, nprobe: ivf_flat, ivf_pq: number of lists, and number of lists searched per query.
+        pq_m: ivf_pq: bytes per row, a divisor of the descriptors' dimension.
+        M: hnsw: links per row.
+        ef_construction, ef_search: hnsw: search width while the graph is built, and for queries.
+        candidates: all but flat: rows fetched from the index per result.
+        compare: all but flat: number of queries that are also searched exactly, to measure recall and the difference in
+            mAP or mAP@100; 100 by default, 0 for none.
     """
 
     kind: str = "flat"
@@ -67,29 +69,31 @@ class IndexConfig:
     nlist: int | None = _setting("ivf_flat", "ivf_pq")
     nprobe: int | None = _setting("ivf_flat", "ivf_pq")
     pq_m: int | None = _setting("ivf_pq")
-    M: int | None = _setting("hnsw", minimum=2, maximum=2048)  # FAISS ends the process for a graph of one link
+    M: int | None = _setting("hnsw", minimum=2, maximum=2048)  # FAISS aborts the process if M is 1
     ef_construction: int | None = _setting("hnsw")
     ef_search: int | None = _setting("hnsw")
     candidates: int | None = _setting(*_APPROXIMATE)
     compare: int | None = _setting(*_APPROXIMATE, minimum=0, maximum=math.inf)
 
     def index_settings(self) -> dict[str, Any]:
-        """Return the kind and the settings of the index itself that are not None."""
+        """Return the kind and the settings that define the index, without those that are None."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("backend", "compare")}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def validate_index(config: IndexConfig) -> None:
-    """Raise InputError for an unknown kind or backend, a setting that the kind does not have, or one out of range."""
+    """Raise InputError if a kind or backend is unknown, or a setting is unsupported by the kind or out of range."""
     if config.kind not in KINDS:
         raise InputError(f"index.kind={config.kind}: expected one of {', '.join(KINDS)}")
     declared = [f for f in fields(config) if f.name != "kind"]
     known = [f.name for f in declared if config.kind in f.metadata["kinds"]]
     for f in declared:
         value = getattr(config, f.name)
-        # `compare` of a flat index is 0 in results, which are validated again when they are opened.
+        # Saved results of a flat index contain compare=0, and they are validated again when they are opened.
         if f.name not in known and value not in (None, "auto") and not (f.name == "compare" and value == 0):
-            raise InputError(f"index.{f.name}={value}: {config.kind} has no {f.name}; it has {', '.join(known)}")
+            raise InputError(
+                f"index.{f.name}={value}: index={config.kind} has no setting {f.name}; choose from {', '.join(known)}"
+            )
         if "minimum" in f.metadata and value is not None:
             low, high = f.metadata["minimum"], f.metadata["maximum"]
             number = isinstance(value, int | np.integer)
@@ -105,13 +109,13 @@ def validate_index(config: IndexConfig) -> None:
 
 
 def with_defaults(config: IndexConfig, n_rows: int, dim: int) -> IndexConfig:
-    """Return the configuration with every setting of its kind filled in.
+    """Return the configuration with the default of every setting that is None.
 
-    Our own choices: nprobe is 1/32 of the lists and at least 8; a row has at most 64 bytes of PQ and four times as many
-    candidates; ef_construction is FAISS's 40, ef_search 256.
+    Choices that FAISS's guidelines leave open: nprobe is 1/32 of nlist, at least 8; pq_m is at most 64, and ivf_pq
+    fetches four candidates per result; ef_construction is 40, as in FAISS, and ef_search is 256.
 
     Raises:
-        InputError: settings that the kind does not have, or that do not fit N or D.
+        InputError: the kind does not have a setting, or a setting does not fit the number of rows or the dimension.
     """
     validate_index(config)
     kind = config.kind
@@ -122,7 +126,7 @@ def with_defaults(config: IndexConfig, n_rows: int, dim: int) -> IndexConfig:
         full.nlist = config.nlist or max(1, min(_lists(n_rows), n_rows // _TRAINED_ROWS))
         full.nprobe = min(full.nlist, config.nprobe or max(8, full.nlist // 32))
         if full.nlist > n_rows:
-            raise InputError(f"index.nlist={full.nlist}: more lists than the {n_rows} rows; leave it out")
+            raise InputError(f"index.nlist={full.nlist}: more lists than the {n_rows} rows; omit it for the default")
     if kind == "ivf_pq":
         full.pq_m = config.pq_m or max(m for m in range(1, min(64, dim) + 1) if dim % m == 0)
         if dim % full.pq_m:
@@ -142,21 +146,24 @@ def _lists(n_rows: int) -> int:
 
 
 def _factory(config: IndexConfig) -> str:
-    """Return the description that FAISS's index_factory takes."""
+    """Return the index description for FAISS's index_factory."""
     if config.kind == "flat_fp16":
         return "SQfp16"
     if config.kind == "hnsw":
         return f"HNSW{config.M}"
     assert config.nlist is not None
     centroids = "_HNSW32" if config.nlist >= 2**16 else ""
-    # "np": no polysemous training, which is for Hamming distances.
+    # "np" disables polysemous training, which is only useful for Hamming distances.
     return f"IVF{config.nlist}{centroids},{'Flat' if config.kind == 'ivf_flat' else f'PQ{config.pq_m}np'}"
 
 
 def memory(config: IndexConfig, n_rows: int, dim: int) -> tuple[int, int]:
-    """Return the bytes of an index, and the additional bytes while it is built (training rows or a block).
+    """Return the bytes of an index, and the additional bytes during the build (training rows or a block).
 
-    `config`: from `with_defaults`.
+    Args:
+        config: configuration from `with_defaults`.
+        n_rows: number of rows in the index.
+        dim: dimension of the descriptors.
     """
     block = block_size(65536, 1, dim) * dim * 4
     if config.kind == "flat_fp16":
@@ -165,8 +172,8 @@ def memory(config: IndexConfig, n_rows: int, dim: int) -> tuple[int, int]:
         return n_rows * (4 * dim + 8 * int(config.M or 0)), block
     row = 4 * dim if config.kind == "ivf_flat" else int(config.pq_m or 0)
     codebooks = 0 if config.kind == "ivf_flat" else 256 * dim * 4
-    own = n_rows * (row + 8) + int(config.nlist or 0) * dim * 4 + codebooks
-    return own, max(block, _training_rows(config, n_rows) * dim * 4)
+    index = n_rows * (row + 8) + int(config.nlist or 0) * dim * 4 + codebooks
+    return index, max(block, _training_rows(config, n_rows) * dim * 4)
 
 
 def _training_rows(config: IndexConfig, n_rows: int) -> int:
@@ -175,10 +182,17 @@ def _training_rows(config: IndexConfig, n_rows: int) -> int:
 
 
 class ApproximateIndex:
-    """A built index over the rows that can be ranked, from `open_index`."""
+    """FAISS index of all rows that are not skipped; see `open_index`."""
 
     def __init__(self, index: Any, rows: Rows, config: IndexConfig, on_gpu: bool) -> None:
-        """`index`: FAISS's. `config`: from `with_defaults`."""
+        """Wrap a FAISS index.
+
+        Args:
+            index: FAISS index of the rows that are not skipped.
+            rows: all rows of the database.
+            config: configuration from `with_defaults`.
+            on_gpu: set if the index is on a GPU.
+        """
         self.index = index
         self.rows = rows
         self.config = config
@@ -192,10 +206,18 @@ class ApproximateIndex:
             )
 
     def search(self, Q: Any, k: int = 400, *, exclude: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the best k of the candidates that the index finds, by exact scores, in the order (-score, id).
+        """Return the best k of the index's candidates by exact scores, in the order (-score, id).
 
-        Returns scores (Q, k) float32 and ids (Q, k) int64, best first.
-        Raises InputError for k larger than the number of rows, or than what the index reaches.
+        Args:
+            Q: (Q, D) queries, unit L2 norm.
+            k: results per query.
+            exclude: (Q,) ids, one per query, that are never returned.
+
+        Returns:
+            Scores (Q, k) float32 and ids (Q, k) int64, best first.
+
+        Raises:
+            InputError: k is larger than the number of rows, or the index returns fewer than k results.
         """
         queries = as_queries(Q, self.rows.dim)
         excluded = as_exclude(exclude, len(queries))
@@ -217,7 +239,7 @@ class ApproximateIndex:
         return np.take_along_axis(scores, order, axis=1).astype(np.float32), np.take_along_axis(ids, order, axis=1)
 
     def _candidates(self, queries: np.ndarray, count: int, k: int, excluded: np.ndarray | None) -> np.ndarray:
-        """Return (Q, count) ids, at least k per query, -1 for none. Queries with fewer search more lists."""
+        """Return (Q, count) ids, at least k per query, padded with -1; queries with fewer ids search more lists."""
         ids = np.full((len(queries), count), -1)
         todo, probes = np.arange(len(queries)), self.config.nprobe
         while True:
@@ -231,13 +253,13 @@ class ApproximateIndex:
                 return ids
             if probes is None or probes >= self._max_probes:
                 raise InputError(
-                    f"index={self.config.kind}: reached only {(ids[todo[0]] >= 0).sum()} of k={k} results of query "
+                    f"index={self.config.kind}: found only {(ids[todo[0]] >= 0).sum()} of k={k} results of query "
                     f"{todo[0]}; raise index.ef_search or use index=flat"
                 )
             probes = min(2 * probes, self._max_probes)
 
     def _search_index(self, queries: np.ndarray, count: int, probes: int | None) -> np.ndarray:
-        """Return FAISS's (Q, count) row numbers in the index, -1 for none."""
+        """Return (Q, count) row numbers in the FAISS index, padded with -1."""
         faiss = faiss_module()
         options = {}
         if probes is not None:
@@ -248,12 +270,12 @@ class ApproximateIndex:
 
 
 def _kept_rows(rows: Rows) -> np.ndarray:
-    """Return the ids of the rows in the index, by their number there."""
+    """Return the database ids of the index's rows, which are all rows that are not skipped."""
     return np.setdiff1d(np.arange(len(rows)), rows.skipped, assume_unique=True)
 
 
 def recall(ids: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """Return per query the share of the exact ids (Q, k) that are in `ids` (Q, n): (Q,)."""
+    """Return the fraction (Q,) of each query's exact ids (Q, k) that are in `ids` (Q, n)."""
     return np.array([np.isin(truth, row).mean() for truth, row in zip(exact, ids, strict=True)])
 
 
@@ -262,12 +284,12 @@ def open_index(
 ) -> ApproximateIndex:
     """Load the index of these rows and settings from `folder`, or build it and store it there.
 
-    Of several processes that need the same index one builds it, and the others wait and load it. Its memory is logged
-    before it is built, and the progress while it is built. On a CUDA device FAISS's GPU package builds and searches it,
-    if it supports the kind.
+    If several processes need the same index, one builds it, and the others wait and load it. The memory is logged
+    before the build, and the progress during the build. On a CUDA device, FAISS's GPU package builds and searches the
+    index if it supports the kind.
 
     Raises:
-        InputError: FAISS is not installed, settings do not fit, or the folder cannot be written.
+        InputError: FAISS is not installed, a setting does not fit the rows, or the folder cannot be written.
     """
     faiss = faiss_module()
     rows = as_rows(X, "database")
@@ -297,7 +319,7 @@ def open_index(
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return what changes when the file is replaced; None if there is none."""
+    """Return inode and modification time, which change when the file is replaced; None if there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -331,9 +353,9 @@ def _build(rows: Rows, kept: np.ndarray, config: IndexConfig, gpu: Any) -> Any:
     """Train on a sample and add all rows by blocks; return the index on the CPU."""
     faiss = faiss_module()
     name = f"index {config.kind} ({_factory(config)})"
-    own, additional = memory(config, len(kept), rows.dim)
-    text = "%s: building it from %d x %d, %.2f GB, and %.2f GB more while it is built"
-    log.info(text, name, len(kept), rows.dim, own / 1e9, additional / 1e9)
+    index_bytes, additional = memory(config, len(kept), rows.dim)
+    text = "%s: building it from %d x %d values: %.2f GB, and %.2f GB more during the build"
+    log.info(text, name, len(kept), rows.dim, index_bytes / 1e9, additional / 1e9)
     start = reported = time.perf_counter()
     index = faiss.index_factory(rows.dim, _factory(config), faiss.METRIC_INNER_PRODUCT)
     if config.kind == "hnsw":
@@ -347,8 +369,8 @@ def _build(rows: Rows, kept: np.ndarray, config: IndexConfig, gpu: Any) -> Any:
         log.info("%s: trained on %d rows in %.0f s", name, count, time.perf_counter() - start)
     skipped = np.isin(np.arange(len(rows)), rows.skipped)
     for first, block in rows.blocks(block_size(65536, 1, rows.dim)):
-        of_block = skipped[first : first + len(block)]
-        index.add(np.ascontiguousarray(block[~of_block] if of_block.any() else block))
+        skipped_here = skipped[first : first + len(block)]
+        index.add(np.ascontiguousarray(block[~skipped_here] if skipped_here.any() else block))
         if time.perf_counter() - reported > _PROGRESS_SECONDS:
             reported = time.perf_counter()
             log.info("%s: added %d/%d rows in %.0f s", name, index.ntotal, len(kept), reported - start)
@@ -365,7 +387,7 @@ def _save(index: Any, path: Path, identity: Mapping[str, Any]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise InputError(
-            f"{path}: the index cannot be written ({error}); set paths.stores to a place with room"
+            f"{path}: the index cannot be written ({error}); set paths.stores to a folder with enough free space"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -374,7 +396,7 @@ def _save(index: Any, path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _load(path: Path, identity: Mapping[str, Any]) -> Any:
-    """Return the stored index; None if there is none, or with a warning if it is damaged."""
+    """Return the stored index; None if there is none, or if it is damaged, which logs a warning."""
     if not path.exists():
         return None
     try:
@@ -385,7 +407,7 @@ def _load(path: Path, identity: Mapping[str, Any]) -> Any:
             raise ValueError("its checksum differs")
         index = faiss_module().read_index(str(path))
         if (index.ntotal, index.d) != (identity["count"], identity["dim"]):
-            raise ValueError(f"it has {index.ntotal} x {index.d}")
+            raise ValueError(f"it has {index.ntotal} rows of dimension {index.d}")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         log.warning("index: %s is damaged (%s); building it again", path, next(iter(str(error).splitlines()), "?"))
         return None

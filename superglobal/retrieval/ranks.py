@@ -14,11 +14,11 @@ from superglobal.retrieval.scan import Block, scan
 from superglobal.retrieval.scores import pair_scores, scored_where
 from superglobal.retrieval.search import Shortlist, resolve_backend
 
-_CELLS = 8192  # per query, of the table from scores to the number of targets that are beaten
-_MAX_CELLS = 1 << 24  # of all queries
+_CELLS = 8192  # cells per query in the table from a score to the number of targets that it beats
+_MAX_CELLS = 1 << 24  # cells of all queries
 _SPREAD = 20.0  # offset between the sort keys of two queries
 _MAX_PENDING = 1 << 16  # float64 scores that are collected before they are compared with the targets
-# The float32 cell of a score is off by less than a tolerance, for its offset, and this share of a cell.
+# float32 arithmetic moves a score by less than this fraction of a cell, in addition to the error of the score itself.
 _GUARD = 0.01
 
 
@@ -34,14 +34,18 @@ def exact_ranks(
     """Count the 0-based rank of each target in the order (-score, id), by float64 inner products.
 
     Args:
-        Q, X, device, block_rows: as in `search`.
-        targets: per query the database ids to rank, in any order.
+        Q: (Q, D) queries, unit L2 norm.
+        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm.
+        targets: for each query, the database ids to rank, in any order.
+        device: device to compute on; the CPU by default.
+        block_rows: maximum number of rows in a block.
         exclude: (Q,) ids, one per query, removed from the ranking.
 
-    Returns per query an int64 array, in the order of its targets.
+    Returns:
+        For each query, an int64 array of ranks in the order of its targets.
 
     Raises:
-        InputError: an id outside 0..N-1, an excluded or skipped target, or descriptors that `search` rejects.
+        InputError: an id is outside 0..N-1, a target is excluded or skipped, or `search` rejects the descriptors.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
@@ -78,12 +82,12 @@ def search_and_rank(
 
 
 def _check_distinct(ranks: list[np.ndarray], targets: Sequence[Any]) -> list[np.ndarray]:
-    """Return the ranks. Raises RuntimeError if two targets of a query share one, which would give AP above 1."""
-    for query, (of_query, ids) in enumerate(zip(ranks, targets, strict=True)):
-        if len(np.unique(of_query)) != len(np.unique(np.asarray(ids))):
+    """Return the ranks. Raises RuntimeError if two targets of a query share a rank, which could give AP above 1."""
+    for query, (query_ranks, ids) in enumerate(zip(ranks, targets, strict=True)):
+        if len(np.unique(query_ranks)) != len(np.unique(np.asarray(ids))):
             raise RuntimeError(
-                f"two targets of query {query} have the same rank: the float32 scores of these descriptors are off by "
-                "more than was observed; please report it"
+                f"two targets of query {query} have the same rank: the float32 scores of these descriptors have larger "
+                "errors than were observed; please report this"
             )
     return ranks
 
@@ -97,18 +101,18 @@ def _counter_factory(
 ) -> Callable[[float], Counter]:
     """Return a function that makes a `Counter` for a tolerance. Raises InputError for targets that have no rank."""
     ids = _check_targets(targets, len(queries), rows, excluded)
-    counts = np.array([len(of_query) for of_query in ids])
+    counts = np.array([len(query_ids) for query_ids in ids])
     flat = np.concatenate(ids)
     scores = pair_scores(queries, rows, np.repeat(np.arange(len(queries)), counts), flat)
     return lambda tolerance: Counter(queries, scores, flat, counts, device, tolerance)
 
 
 class Counter:
-    """Count the ranks of targets over the blocks of a scan (a consumer of `scan`).
+    """Counter of the ranks of targets over the blocks of a scan (a consumer of `scan`).
 
-    A query's targets are sorted by score. The number of targets that a row beats is looked up in a table over their
-    range of scores; only pairs in a cell near a target are compared, and only those nearer than the tolerance are
-    scored in float64.
+    The targets of a query are sorted by score. A table over their range of scores gives the number of targets that a
+    row beats. Only rows in a cell near a target are compared with it, and only if their scores differ by less than the
+    tolerance, they are scored in float64.
     """
 
     def __init__(
@@ -121,12 +125,15 @@ class Counter:
         tolerance: float,
         start: int = 0,
     ) -> None:
-        """
+        """Prepare the table for the targets.
+
         Args:
             queries: (Q, D) float32.
-            scores, flat: (T,) float64 and int64, `pair_scores` and ids of the targets, query by query.
-            counts: (Q,) targets of each query.
-            device, tolerance: of the approximate scores of blocks.
+            scores: (T,) float64, `pair_scores` of the targets, query by query.
+            flat: (T,) int64, ids of the targets.
+            counts: (Q,) number of targets of each query.
+            device: device of the scores of blocks.
+            tolerance: largest error of the approximate scores of blocks.
             start: id of the database's first row.
         """
         n_queries = len(queries)
@@ -135,16 +142,16 @@ class Counter:
         self._queries = queries
         self._start = start
         self._targets = (query_of, scores, flat)
-        # Targets worst first, so that a row's position among them is the number of targets that it beats.
+        # The worst target is first, so that a row's position among the targets is the number of targets that it beats.
         self._order = np.lexsort((-flat, scores, query_of))
-        # Numbers that sort by query, then score: inner products and twice a tolerance lie within -10..10.
+        # The keys sort by query, then by score, because scores with twice the tolerance lie within -10..10.
         keys = _SPREAD * query_of + scores[self._order]
         self._above, self._below = keys + tolerance, np.append(keys - tolerance, np.inf)
         self._first = np.cumsum(self._counts) - self._counts
-        # Per query: number of rows that are not compared yet, then of those that beat 0, 1, 2 ... of its targets.
+        # Counts of each query: rows that are not compared yet, then rows that beat 0, 1, 2, ... of its targets.
         self._width = 2 + (int(self._counts.max()) if n_queries else 0)
         self._beaten = torch.zeros(n_queries * self._width, dtype=torch.int64, device=torch.device(device or "cpu"))
-        # Reused from block to block: allocation costs more than the computation.
+        # Buffers are reused for all blocks, because allocation takes longer than the computation.
         self._buffers: tuple[torch.Tensor, ...] | None = None
         self._keys: tuple[torch.Tensor, ...] | None = None
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -152,9 +159,9 @@ class Counter:
         self._make_table(torch.device(device or "cpu"))
 
     def _make_table(self, device: torch.device) -> None:
-        """Make the table (Q, cells) from a score to its slot in `beaten`; 0 where a row has to be compared.
+        """Make the table (Q, cells) from the cell of a score to a slot of `_beaten`; slot 0 means "compare the row".
 
-        The first and the last cell are for scores beyond the targets. A smaller table caches better.
+        The first and the last cell are for scores outside the range of the targets.
         """
         n_queries, scores = len(self._queries), self._targets[1][self._order]
         low, high = np.zeros(n_queries), np.ones(n_queries)
@@ -192,34 +199,36 @@ class Counter:
                 torch.empty(scores.shape, dtype=dtype, device=scores.device)
                 for dtype in (torch.float32, torch.int32, self._table.dtype)
             )
-        position, cells, own_slots = self._buffers
+        position, cells, query_slots = self._buffers
         torch.sub(scores, self._low, out=position).mul_(self._scale).clamp_(0, self._cells - 1)
         cells.copy_(position).add_(self._offset)
-        torch.index_select(self._table, 0, cells.view(-1), out=own_slots.view(-1))
-        slots = torch.add(own_slots, self._slot, out=cells)
+        torch.index_select(self._table, 0, cells.view(-1), out=query_slots.view(-1))
+        slots = torch.add(query_slots, self._slot, out=cells)
         if is_host(scores.device):
             self._beaten += torch.bincount(slots.ravel(), minlength=len(self._beaten))
-            query_of, row_of = self._compare_on_host(own_slots == 0, scores)
+            query_of, row_of = self._compare_on_host(query_slots == 0, scores)
         else:
-            # Transposed, neighbors in memory belong to different queries, so that they seldom add to the same counter.
+            # After the transposition, neighbors in memory belong to different queries and rarely add to one counter.
             self._beaten += torch.bincount(slots.T.reshape(-1), minlength=len(self._beaten))
-            query_of, row_of = self._compare_on_device(own_slots == 0, scores)
+            query_of, row_of = self._compare_on_device(query_slots == 0, scores)
         exact = block.pair_scores(query_of, row_of)
         self._pending.append((query_of, exact, row_of + block.start + self._start))
         if sum(len(pairs[0]) for pairs in self._pending) > _MAX_PENDING:
             self._count_pending()
 
     def _compare_on_host(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Count the targets that the pairs of a mask (Q, n) beat; return query and row of those that need float64."""
+        """Count the targets that the pairs in a mask (Q, n) beat; return query and row of pairs that need float64."""
         query_of, row_of, values = scored_where(mask, scores)
         keys = _SPREAD * query_of + values
-        beaten = np.searchsorted(self._above, keys)  # targets that are certainly beaten, including earlier queries'
+        beaten = np.searchsorted(
+            self._above, keys
+        )  # beaten by more than the tolerance, including targets of earlier queries
         near = self._below[beaten] <= keys
         self._count(query_of[~near], np.maximum(beaten - self._first[query_of], 0)[~near])
         return query_of[near], row_of[near]
 
     def _compare_on_device(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Compare as `_compare_on_host` does, on the device; only the pairs that need float64 are downloaded."""
+        """Do the same as `_compare_on_host` on the device, and download only the pairs that need float64."""
         if self._keys is None:
             self._keys = tuple(
                 torch.from_numpy(keys).to(mask.device) for keys in (self._above, self._below, self._first)
@@ -243,7 +252,7 @@ class Counter:
             self._pending = []
 
     def _count(self, query_of: np.ndarray, beaten: np.ndarray) -> None:
-        """Add pairs (P,) by the number of their query's targets that they beat."""
+        """Add P pairs to the counts, given their queries (P,) and the numbers of targets that they beat (P,)."""
         counts = np.bincount(query_of * self._width + 1 + beaten, minlength=len(self._beaten))
         self._beaten += torch.from_numpy(counts).to(self._beaten.device)
 
@@ -252,7 +261,7 @@ class Counter:
         return 0.0
 
     def ranks(self) -> list[np.ndarray]:
-        """Return the ranks per query, in the order of its targets, after `finish`."""
+        """Return the ranks of each query's targets, in their order; call it after `finish`."""
         beaten = self._beaten.cpu().numpy().reshape(-1, self._width)[:, 1:]
         better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)  # rows that beat target j
         query_of = self._targets[0]
@@ -266,8 +275,8 @@ def _check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded:
     if len(targets) != n_queries:
         raise InputError(f"targets: expected one list of ids per query, {n_queries}, got {len(targets)}")
     ids = []
-    for query, of_query in enumerate(targets):
-        array = flat_array(of_query, f"targets of query {query}")
+    for query, query_targets in enumerate(targets):
+        array = flat_array(query_targets, f"targets of query {query}")
         if array.size and array.dtype.kind not in "iu":
             raise InputError(f"targets of query {query}: expected integer ids, got {array.dtype}")
         array = array.astype(np.int64)
@@ -289,9 +298,15 @@ def _check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded:
 def _count_beaten(
     targets: tuple[np.ndarray, np.ndarray, np.ndarray], query_of: np.ndarray, scores: np.ndarray, ids: np.ndarray
 ) -> np.ndarray:
-    """Return the number of its query's targets that each row beats (P,), by (-score, id); a row does not beat itself.
+    """Return the number of targets of its query that each of P rows beats, by (-score, id): (P,).
 
-    `targets`: query numbers, float64 scores and ids of all targets; the other arguments: the same of P rows.
+    A row does not beat itself.
+
+    Args:
+        targets: query numbers, float64 scores and ids of all targets.
+        query_of: (P,) query numbers of the rows.
+        scores: (P,) float64 scores of the rows.
+        ids: (P,) ids of the rows.
     """
     target_query, target_score, target_id = targets
     n_rows = len(query_of)
@@ -311,18 +326,23 @@ def _count_beaten(
 
 
 def target_scores(Q: Any, X: Any, targets: Sequence[Any]) -> list[np.ndarray]:
-    """Compute the float64 scores by which rows of a shard of a database are ordered.
+    """Compute the float64 scores of targets in a shard of a database, by which rows are ranked.
 
-    Q: (Q, D), X: (n, D) or anything that `as_rows` accepts, unit L2 norm. targets: per query ids of rows of this shard,
-    where its first row is 0.
+    Args:
+        Q: (Q, D) queries, unit L2 norm.
+        X: (n, D) rows of the shard, or anything that `as_rows` accepts, unit L2 norm.
+        targets: for each query, ids of rows of this shard, counted from its first row.
 
-    Returns per query a float64 array, in the order of its targets.
-    Raises InputError for an id outside the shard, or of a skipped row.
+    Returns:
+        For each query, a float64 array in the order of its targets.
+
+    Raises:
+        InputError: an id is outside the shard, or its row is skipped.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     ids = _check_targets(targets, len(queries), rows, None)
-    counts = [len(of_query) for of_query in ids]
+    counts = [len(query_ids) for query_ids in ids]
     scores = pair_scores(queries, rows, np.repeat(np.arange(len(queries)), counts), np.concatenate(ids))
     return np.split(scores, np.cumsum(counts)[:-1])
 
@@ -345,20 +365,24 @@ def count_better(
     Args:
         Q: (Q, D) queries, the same for all shards, unit L2 norm.
         X: (n, D) rows start..start+n-1 of the database, or anything that `as_rows` accepts, unit L2 norm.
-        scores, ids: per query the `target_scores` and the ids in the whole database of targets from any shard.
+        scores: for each query, the `target_scores` of targets from any shard.
+        ids: for each query, the ids of these targets in the whole database.
         start: id of the shard's first row in the whole database.
-        device, block_rows, exclude: as in `exact_ranks`; ids are those in the whole database.
+        device: device to compute on; the CPU by default.
+        block_rows: maximum number of rows in a block.
+        exclude: (Q,) ids in the whole database, one per query, removed from the ranking.
 
-    Returns per query an int64 array, in the order of its targets.
+    Returns:
+        For each query, an int64 array in the order of its targets.
 
     Raises:
-        InputError: scores that are not float64 or not of unit vectors, an excluded target, a skipped row of this shard,
-            or descriptors that `search` rejects.
+        InputError: scores are not float64 or not of unit vectors, a target is excluded, a target is a skipped row of
+            this shard, or `search` rejects the descriptors.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     if start < 0:
-        raise InputError(f"start={start}: expected the id of the shard's first row in the whole database")
+        raise InputError(f"start={start}: expected the id of the shard's first row in the whole database, >= 0")
     excluded = as_exclude(exclude, len(queries))
     flat_scores, flat_ids, counts = _flat_targets(scores, ids, len(queries), excluded)
     skipped = np.isin(flat_ids, rows.skipped + start)
@@ -380,15 +404,15 @@ def _flat_targets(
     if len(scores) != n_queries or len(ids) != n_queries:
         raise InputError(f"targets: expected scores and ids of {n_queries} queries, got {len(scores)} and {len(ids)}")
     flat_scores, flat_ids = [], []
-    for query, (of_query, ids_of_query) in enumerate(zip(scores, ids, strict=True)):
-        values, numbers = np.asarray(of_query), np.asarray(ids_of_query)
+    for query, (query_scores, query_ids) in enumerate(zip(scores, ids, strict=True)):
+        values, numbers = np.asarray(query_scores), np.asarray(query_ids)
         if values.shape != numbers.shape or values.ndim != 1:
             raise InputError(
                 f"targets of query {query}: expected a score for each id, got {values.shape} and {numbers.shape}"
             )
         if values.size and (values.dtype != np.float64 or numbers.dtype.kind not in "iu" or numbers.min() < 0):
             raise InputError(
-                f"targets of query {query}: expected float64 scores, as of target_scores, and ids from 0, got "
+                f"targets of query {query}: expected float64 scores from target_scores and integer ids >= 0, got "
                 f"{values.dtype} and {numbers.dtype}"
             )
         if not (np.abs(values) < 1.01).all():

@@ -1,4 +1,4 @@
-"""Descriptors as rows, wherever they are stored: arrays, memory maps, tensors, descriptor stores, or several joined."""
+"""Common access to the rows of arrays, memory maps, tensors, descriptor stores, and several of these joined."""
 
 from __future__ import annotations
 
@@ -17,46 +17,47 @@ from superglobal.errors import InputError
 NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError)
 """Exceptions that NumPy raises for a damaged `.npy`."""
 CHUNK_ELEMENTS = 1 << 17
-"""Elements of a chunk that one thread works on: 1 MB of float64, which stays in the cache."""
-_CHUNKS_PER_THREAD = 4  # fewer chunks than this are not worth another thread
+"""Elements of a chunk that one thread processes: 1 MB of float64, which fits into the cache."""
+_CHUNKS_PER_THREAD = 4  # minimum number of chunks that justifies another thread
 _UNIT_TOLERANCE = 1e-3
 _SCORE_ELEMENTS = 1 << 24  # elements of one block of scores: 64 MB of float32
 _BLOCK_ELEMENTS = 1 << 24  # elements of one block of rows: 64 MB of float32
 
 
 class Rows:
-    """Descriptors (N, D) read by block or by row as float32, over one source or several laid end to end.
+    """Descriptors (N, D) of one or several concatenated sources, read by block or by row as float32.
 
-    Nothing is copied until it is read. A source is a numpy array or memmap, a torch tensor, or any object
+    Rows are copied only when they are read. A source is a numpy array or memmap, a torch tensor, or any object
     with `shape`, `block(start, stop)` and `take(ids)`, such as a DescriptorStore. A source may also have:
 
     - `skipped`: ids that are never ranked.
-    - `validated`: its rows need no check.
+    - `validated`: true if its rows need no validation.
     - `fingerprint()`: a digest of its rows.
-    - `converts` with `read_into(start, stop, out)`: its rows are not float32 and are converted into a buffer.
-    - `dtype` with `take_stored(ids)`: the NumPy dtype of its rows, in which `read_into` can write them as well.
-    - `concurrent`: its methods may be called by several threads at once.
+    - `converts` and `read_into(start, stop, out)`: true if its rows are not float32, and a method that converts them.
+    - `dtype` and `take_stored(ids)`: the NumPy dtype of its rows, which `read_into` then also accepts, and a method
+      that returns rows of this dtype.
+    - `concurrent`: true if several threads may call its methods at once.
     """
 
     def __init__(self, sources: Sequence[Any], name: str = "descriptors") -> None:
-        """Join sources; `name` identifies them in messages. Raises InputError if their D differ."""
-        # Rows among the sources are flattened, so that each source is read in its own way.
+        """Join sources; `name` identifies them in messages. Raises InputError if their dimensions differ."""
+        # A source that is a Rows object is replaced by its own sources, so that each source is read directly.
         sources = [source for rows in sources for source in (rows._sources if isinstance(rows, Rows) else [rows])]
         self._sources: list[Any] = sources
         self._starts = np.cumsum([0] + [int(source.shape[0]) for source in sources])
         dims = [int(source.shape[1]) for source in sources]
         if len(set(dims)) != 1:
             raise InputError(
-                f"{name}: sources of different dimension cannot be joined, got D = {dims}; extract all of them "
-                "with the same network"
+                f"{name}: cannot join sources of different dimensions, D = {dims}; extract all of them with the same "
+                "network"
             )
         self.shape: tuple[int, int] = (int(self._starts[-1]), dims[0])
         self.name = name
         self.concurrent = all(getattr(source, "concurrent", False) for source in sources)
-        """Whether several threads may read at once."""
+        """True if several threads may read at once."""
         half = [getattr(source, "dtype", None) == np.float16 and hasattr(source, "take_stored") for source in sources]
         self.stored_dtype = np.dtype(np.float16 if sources and all(half) else np.float32)
-        """Smallest dtype, float16 or float32, that represents all rows as exactly as float32."""
+        """float16 if all sources are stored in float16, else float32; both represent all rows exactly."""
         skipped = [low + getattr(source, "skipped", []) for source, low in zip(sources, self._starts, strict=False)]
         self.skipped: np.ndarray = np.concatenate([np.asarray(ids, np.int64) for ids in skipped])
         """(n,) ids that search, ranks and reranking leave out, ascending."""
@@ -67,14 +68,14 @@ class Rows:
 
     @property
     def tensor(self) -> torch.Tensor | None:
-        """The tensor on an accelerator that all rows are, or None."""
+        """The tensor on an accelerator that contains all rows, or None."""
         return _tensor_of(self._sources[0]) if len(self._sources) == 1 else None
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def block(self, start: int, stop: int, buffer: np.ndarray | None = None) -> np.ndarray:
-        """Return rows start..stop-1, cut off at N: (n, D) float32, a view of the source if possible, or of `buffer`."""
+        """Return rows start..min(stop, N)-1 as (n, D) float32: a view of the source if possible, else of `buffer`."""
         stop = min(stop, len(self))
         pieces = list(self._pieces(start, stop))
         if len(pieces) == 1 and not getattr(pieces[0][0], "converts", False):
@@ -101,7 +102,7 @@ class Rows:
         return all(tensor is not None and tensor.device == device for tensor in tensors)
 
     def block_on(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """Return rows start..stop-1, cut off at N, as (n, D) float32 on `device`, converted there."""
+        """Return rows start..min(stop, N)-1 as (n, D) float32 on `device`, where they are converted."""
         if is_host(device):
             return to_tensor(self.block(start, stop), device)
         stop = min(stop, len(self))
@@ -113,7 +114,7 @@ class Rows:
         return staged.to(device, non_blocking=True).float()
 
     def take_on(self, ids: np.ndarray, device: torch.device) -> torch.Tensor:
-        """Return the rows with these ids, any shape S, as (*S, D) float32 on `device`, converted there."""
+        """Return the rows with these ids, any shape S, as (*S, D) float32 on `device`, where they are converted."""
         if is_host(device):
             return to_tensor(self.take(ids), device)
         tensor = self.tensor
@@ -122,7 +123,7 @@ class Rows:
         flat = np.asarray(ids, np.int64).ravel()
         staged = self.host_buffer(flat.size, device)
         values = staged.numpy()
-        # In the order of the rows, so that a chunk reads from few shards.
+        # Rows are read in ascending order, so that a chunk reads from few shards.
         order = np.argsort(flat, kind="stable")
 
         def read(chunks: Iterable[slice]) -> None:
@@ -133,18 +134,18 @@ class Rows:
         return staged.to(device, non_blocking=True).float().view(*np.shape(ids), self.dim)
 
     def host_buffer(self, rows: int, device: torch.device) -> torch.Tensor:
-        """Return an empty host tensor (rows, D) of `stored_dtype`, from which copies to `device` are fast."""
+        """Return an uninitialized host tensor (rows, D) of `stored_dtype`, pinned for fast copies to a CUDA device."""
         dtype = torch.float16 if self.stored_dtype == np.float16 else torch.float32
         return torch.empty((rows, self.dim), dtype=dtype, pin_memory=device.type == "cuda")
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
-        """Yield the sources of rows start..stop-1, each with its own range of rows."""
+        """Yield (source, low, high) for rows start..stop-1, where rows low..high-1 of the source are meant."""
         for source, low, high in zip(self._sources, self._starts[:-1], self._starts[1:], strict=True):
             if max(start, low) < min(stop, high):
                 yield source, max(start, low) - low, min(stop, high) - low
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the rows: of the sources' own fingerprints, or else of all values."""
+        """Return a SHA-256 of the rows, computed from the sources' fingerprints or, without these, from all values."""
         digest = hashlib.sha256()
         for source in self._sources:
             if hasattr(source, "fingerprint"):
@@ -172,9 +173,9 @@ class Rows:
         return rows
 
     def blocks(self, rows: int, check: bool = True) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, block) of `rows` rows at a time, each block valid until the next is requested.
+        """Yield (first row, block) with `rows` rows per block. Each block is valid until the next one is requested.
 
-        With `check` rows are validated unless their source is `validated`.
+        With `check`, rows are validated unless their source is `validated`.
         """
         needs_buffer = len(self._sources) > 1 or any(getattr(source, "converts", False) for source in self._sources)
         buffer = np.empty((min(rows, len(self)), self.dim), np.float32) if needs_buffer else None
@@ -209,7 +210,7 @@ class _Array:
         self._array = array
         self.concurrent = isinstance(array, np.ndarray)
         self.tensor: torch.Tensor | None = None if self.concurrent else array
-        """The rows, where they are on an accelerator."""
+        """The rows if they are on an accelerator, else None."""
         self.converts = dtype == "float16" and isinstance(array, np.ndarray)
         self.dtype = np.dtype(dtype)
 
@@ -235,14 +236,15 @@ class _Array:
 
 
 def _tensor_of(source: Any) -> Any:
-    """Return the tensor on an accelerator that a source consists of, or None."""
+    """Return a source's tensor if it is on an accelerator, else None."""
     return source.tensor if isinstance(source, _Array) else None
 
 
 def as_rows(x: Any, name: str = "descriptors") -> Rows:
     """Return descriptors (N, D) of any kind as Rows; Rows are returned unchanged.
 
-    Raises InputError for a dtype other than float16/32/64, or anything that is not 2-D.
+    Raises:
+        InputError: the dtype is not float16, float32 or float64, or the shape is not 2-D.
     """
     if isinstance(x, Rows):
         return x
@@ -257,16 +259,23 @@ def as_rows(x: Any, name: str = "descriptors") -> Rows:
 
 
 def concat(*sources: Any, name: str = "descriptors") -> Rows:
-    """Join sources, such as database and distractors, without copying: their ids continue from one to the next."""
+    """Join sources, such as database and distractors, without copying; ids continue from one source to the next."""
     if not sources:
         raise InputError(f"{name}: expected at least one source to join")
     return Rows([as_rows(source, name) for source in sources], name)
 
 
 def validate_block(block: np.ndarray, first_row: int, name: str, unit: bool = False) -> None:
-    """Raise InputError for the first bad row of a (n, D) float32 block, by its number in `name`.
+    """Raise InputError for the first invalid row of a block.
 
-    Bad is NaN or infinite, zero (norm < 1e-6), and with `unit` a norm more than 1e-3 away from 1.
+    A row is invalid if it has NaN or infinite values, if it is zero (norm < 1e-6) or, with `unit`, if its norm differs
+    from 1 by more than 1e-3.
+
+    Args:
+        block: (n, D) float32.
+        first_row: number of the block's first row, for the message.
+        name: name of the descriptors, for the message.
+        unit: require unit norm.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
@@ -278,16 +287,16 @@ def validate_block(block: np.ndarray, first_row: int, name: str, unit: bool = Fa
 
 
 def is_unit(norms: np.ndarray) -> np.ndarray:
-    """Return which norms are 1 to within 1e-3 (float16 storage stays well inside); NaN is not."""
+    """Return a mask of the norms within 1e-3 of 1, which includes float16 rounding and excludes NaN."""
     return np.abs(norms - 1) <= _UNIT_TOLERANCE
 
 
 def norm_fault(norm: float) -> str:
-    """Return what is wrong with a descriptor of this norm, and how to fix it."""
+    """Return an error message with a fix for a descriptor of this invalid norm."""
     if not np.isfinite(norm):
         return "has NaN or infinite values; extract it again"
     if norm < 1e-6:
-        return "is a zero vector, which has no direction; extract it again or leave it out"
+        return "is a zero vector, which has no direction; extract it again or remove it"
     return f"has norm {norm:.6g}, expected 1; normalize first: x / np.linalg.norm(x, axis=1, keepdims=True)"
 
 
@@ -313,7 +322,7 @@ def flat_array(values: Any, name: str) -> np.ndarray:
 
 
 def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
-    """Return one database id per query that must not be returned, (Q,) int64; None stays None."""
+    """Validate the ids to exclude, one per query, and return them as (Q,) int64; return None for None."""
     if exclude is None:
         return None
     ids = np.asarray(exclude)
@@ -323,7 +332,7 @@ def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
 
 
 def as_shortlists(ids: Any, n_queries: int, n_rows: int) -> np.ndarray:
-    """Return shortlists as (Q, k) int64. Raises InputError for a wrong shape, an id out of range or repeated."""
+    """Return shortlists as (Q, k) int64. Raises InputError for a wrong shape, or an id out of range or repeated."""
     array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
     if array.ndim != 2 or len(array) != n_queries or not array.shape[1] or array.dtype.kind not in "iu":
         raise InputError(
@@ -336,7 +345,7 @@ def as_shortlists(ids: Any, n_queries: int, n_rows: int) -> np.ndarray:
         query, column = np.argwhere(outside)[0]
         raise InputError(
             f"ids: query {query} lists {array[query, column]}, outside the database's 0..{n_rows - 1}; "
-            "are they results of another database?"
+            "give the results of a search in this database"
         )
     ordered = np.sort(array, axis=1)
     repeated = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
@@ -352,9 +361,9 @@ def block_size(
     max_elements: int = _BLOCK_ELEMENTS,
     max_scores: int = _SCORE_ELEMENTS,
 ) -> int:
-    """Return the rows per block: at most `block_rows`, and 1024 or what the limits allow.
+    """Return the number of rows per block: as many as the limits allow but at least 1024, and at most `block_rows`.
 
-    By default a block stays near 64 MB of float32, and its scores for all queries near 64 MB.
+    With the default limits, a block takes about 64 MB of float32, and its scores for all queries about 64 MB.
     """
     if block_rows < 1:
         raise InputError(f"block_rows={block_rows}: expected an integer >= 1")
@@ -375,22 +384,22 @@ def run_in_threads(work: Callable[[Iterable[slice]], None], count: int, step: in
 
 
 def is_host(device: torch.device) -> bool:
-    """Return whether NumPy can read what is on `device`; any other device is an accelerator."""
+    """Return whether NumPy can read tensors on `device`; every other device is an accelerator."""
     return device.type == "cpu"
 
 
 def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return a numpy array as a tensor on `device`, sharing memory on the CPU. It must not be written to."""
+    """Return a numpy array as a tensor on `device`, sharing memory on the CPU. Do not write to the tensor."""
     return torch.from_numpy(array).to(device)
 
 
 def copy_into(array: np.ndarray, out: np.ndarray) -> None:
-    """Copy into `out`, converting to its dtype, by torch: NumPy takes several times as long for float16."""
+    """Copy an array into `out`, in the dtype of `out`, by torch, because NumPy is several times slower for float16."""
     torch.from_numpy(out).copy_(torch.from_numpy(array))
 
 
-# torch warns once about read-only arrays, which memory maps are and which nothing here writes to. Use the warning up at
-# import: `warnings.catch_warnings` is not safe among the threads that read arrays later.
+# torch warns once about read-only arrays, such as memory maps, although nothing here writes to them. Trigger and ignore
+# this warning at import, because `warnings.catch_warnings` is not safe in the threads that read arrays later.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*not writable.*")
     torch.from_numpy(np.frombuffer(bytes(4), np.float32))

@@ -1,6 +1,6 @@
-"""One pass over the database: each block is read, multiplied with the queries once, and given to the consumers.
+"""One pass over the database: each block is read, multiplied with the queries once, and passed to the consumers.
 
-For an accelerator the next block is read and copied while the device works on the current one.
+On an accelerator, the next block is read and copied while the device processes the current block.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)
 
-# Dimensions that a matrix product on an accelerator sums at once. It adds products one after the other, so that a sum
-# of 2048 can be off by more than the tolerance that exactness rests on; sums of 64, added up, stay below it.
+# Number of dimensions per matrix product on an accelerator. Such a product adds its terms in sequence, so over 2048
+# dimensions its error can exceed the tolerance that exact results require. The sum of products over 64 dimensions stays
+# below the tolerance.
 _SUMMED_DIMS = 64
-_MARGIN = 2  # of the tolerance over the observed errors: those of other pairs may be larger
-_WIDENED = 16  # times an error that was too large
-_MAX_TOLERANCE = 4.0  # no two scores of unit vectors differ by more
-# Bytes of one staging buffer. A larger one takes longer to pin than it saves; a smaller one costs more launches and
-# synchronizations per row than the copy takes.
+_MARGIN = 2  # ratio of the tolerance to the observed errors, because errors of other pairs may be larger
+_WIDENED = 16  # ratio of the next tolerance to an error that was too large
+_MAX_TOLERANCE = 4.0  # more than the difference of any two scores of unit vectors
+# Bytes of one staging buffer. A larger buffer takes longer to pin than it saves. A smaller buffer needs so many kernel
+# launches and synchronizations that they take longer than the copy.
 STAGED_BYTES = 1 << 26
 _BUFFERS = 2  # one is filled while the other is copied
-# Blocks of rows that are on the device already cost nothing to read. Their float32 values take 512 MB; their scores for
-# all queries take 256 MB, and what exact ranks compute from the scores about five times as much.
+# Limits of blocks of rows that are on the device already and need no copy. Their float32 values take 512 MB, their
+# scores for all queries 256 MB, and the intermediate results of exact ranks about five times as much as the scores.
 _BLOCK_ELEMENTS = 1 << 27
 _SCORE_ELEMENTS = 1 << 26
-_NORM_TOLERANCE = 0.9e-3  # stricter than `validate_block`, which makes the decision
+_NORM_TOLERANCE = 0.9e-3  # stricter than `validate_block`, which makes the final decision
 
 
 class Block:
@@ -57,7 +58,16 @@ class Block:
         skipped: np.ndarray,
         name: str,
     ) -> None:
-        """`vectors`: the rows (n, D) float32 on the device of the queries (Q, D)."""
+        """Create a block.
+
+        Args:
+            start: id of the first row.
+            vectors: (n, D) float32 rows, on the device of the queries.
+            queries: (Q, D) float32.
+            excluded: (Q,) ids, one per query, that do not count; -1 for none.
+            skipped: ids of all skipped rows.
+            name: name of the database, for messages.
+        """
         self.start = start
         self.vectors = vectors
         self.queries = queries
@@ -70,9 +80,10 @@ class Block:
 
     @property
     def scores(self) -> torch.Tensor:
-        """(Q, n) float32 inner products on the queries' device, -inf for pairs that must not count.
+        """(Q, n) float32 inner products on the queries' device, -inf for excluded and skipped rows.
 
-        Raises InputError for a row that is not finite, also in a source that is `validated`.
+        Raises:
+            InputError: a row is not finite, even if its source is `validated`.
         """
         if self._scores is None:
             with full_precision():
@@ -93,7 +104,7 @@ class Block:
     ) -> np.ndarray:
         """Compute the float64 scores (P,) of queries `query_of` (P,) and rows `row_of` (P,) of the block.
 
-        `error` records the largest difference from `approximate` (P,), by default the `scores` of these pairs.
+        `error` is updated with the largest difference from `approximate` (P,), by default the `scores` of these pairs.
         """
         if is_host(self.queries.device):
             exact = block_pair_scores(self.queries.numpy(), self.vectors.numpy(), query_of, row_of)
@@ -125,10 +136,10 @@ def inner_products(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor
 
 
 class Consumer(Protocol):
-    """What `scan` gives the blocks to."""
+    """Interface of the objects that process the blocks of `scan`."""
 
     def add(self, block: Block) -> None:
-        """Use a block; no reference to it may be kept."""
+        """Process a block without keeping a reference to it."""
 
     def finish(self) -> float:
         """Complete the result after the last block; return the observed error of approximate scores, or 0."""
@@ -146,31 +157,31 @@ def scan(
     block_rows: int,
     check: bool = False,
 ) -> C:
-    """Give all blocks of the database to consumers, and return these.
+    """Pass all blocks of the database to consumers, and return the consumers.
 
     The error of float32 scores depends on the descriptors and on the matrix library. Some scores of every block are
-    computed in float64. If they show a larger error than the tolerance allows, the pass is repeated with a wider
-    tolerance, under which more scores are computed in float64.
+    computed in float64. If they show a larger error than the tolerance allows, the pass is repeated with a larger
+    tolerance, with which more scores are computed in float64.
 
     Args:
         queries: (Q, D) float32, validated.
-        rows: of the database.
-        make: a tolerance -> new consumers.
-        excluded: (Q,) ids, one per query, that do not count; nor do rows that are skipped.
-        device: of the queries and scores.
+        rows: rows of the database.
+        make: function that returns new consumers for a tolerance.
+        excluded: (Q,) ids, one per query, that do not count; skipped rows never count.
+        device: device of the queries and scores.
         block_rows: maximum number of rows in a block.
-        check: validate that rows are finite also where no consumer uses the scores.
+        check: validate that rows are finite even if no consumer uses the scores.
     """
     on_device = to_tensor(queries, torch.device(device or "cpu"))
-    own = np.full(len(queries), -1) if excluded is None else excluded
+    excluded_ids = np.full(len(queries), -1) if excluded is None else excluded
     tolerance = TOLERANCE
     while True:
         consumers = make(tolerance)
-        error = _pass(on_device, rows, consumers, own, block_rows, check, tolerance)
+        error = _pass(on_device, rows, consumers, excluded_ids, block_rows, check, tolerance)
         if error <= tolerance / _MARGIN or tolerance >= _MAX_TOLERANCE:
             return consumers
         tolerance = min(_MAX_TOLERANCE, _WIDENED * error)
-        text = "float32 scores of the %s are off by up to %.1e: the pass is repeated with a tolerance of %.1e"
+        text = "float32 scores of the %s have errors up to %.1e: repeating the pass with a tolerance of %.1e"
         log.info(text, rows.name, error, tolerance)
 
 
@@ -183,9 +194,9 @@ def _pass(
     check: bool,
     tolerance: float,
 ) -> float:
-    """Give out blocks until the error of approximate scores is too large for the tolerance; return the error."""
+    """Pass blocks to consumers until the error of their scores is too large for the tolerance; return the error."""
     error = 0.0
-    # Closed at once when a consumer raises: the traceback would keep the reading thread alive.
+    # Close the generator at once if a consumer raises, because the traceback would keep the reading thread alive.
     with closing(_blocks(rows, block_rows, len(queries), queries.device, check)) as blocks:
         for start, vectors in blocks:
             block = Block(start, vectors, queries, excluded, rows.skipped, rows.name)
@@ -218,10 +229,12 @@ def _blocks(
 def device_blocks(
     rows: Rows, block_rows: int, n_queries: int, device: torch.device
 ) -> Generator[tuple[int, torch.Tensor]]:
-    """Yield (first row, block) for all rows, each block (n, D) float32 on `device`, valid until the next is requested.
+    """Yield (first row, block) for all rows: (n, D) float32 on `device`, valid until the next block is requested.
 
-    Rows are copied in the dtype that they are stored in. Close the generator to stop the reading thread before the end.
-    Raises InputError for a row that is not a unit vector in a source that is not `validated`.
+    Rows are copied in their stored dtype. Close the generator to stop the reading thread before the end.
+
+    Raises:
+        InputError: a row of a source that is not `validated` is not a unit vector.
     """
     if rows.is_on(device):
         size = block_size(block_rows, n_queries, rows.dim, _BLOCK_ELEMENTS, _SCORE_ELEMENTS)
@@ -245,7 +258,7 @@ def _validate_on_device(rows: Rows, start: int, block: torch.Tensor) -> None:
 
 
 def _staged_blocks(rows: Rows, size: int, device: torch.device) -> Generator[tuple[int, torch.Tensor]]:
-    """Copy blocks through pinned buffers. A thread reads ahead if the source allows several threads."""
+    """Yield blocks that are copied through pinned buffers. A thread reads ahead if the source allows threads."""
     size = min(size, len(rows))
     starts = range(0, len(rows), max(1, size))
     block = torch.empty((size, rows.dim), dtype=torch.float32, device=device)
@@ -273,12 +286,12 @@ def _staged_blocks(rows: Rows, size: int, device: torch.device) -> Generator[tup
     finally:
         reader.shutdown(cancel_futures=True)
         if stream is not None:
-            # The memory of the buffers is freed for other streams.
+            # The copies must end before the memory of the buffers is freed, because other streams may reuse it.
             stream.synchronize()
 
 
 class _Buffer:
-    """Rows as they are stored, on the host and on the device. On CUDA the copy runs in a stream of its own."""
+    """Host and device buffer for rows in their stored dtype. On CUDA, copies run in a separate stream."""
 
     def __init__(self, rows: Rows, size: int, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._rows = rows
@@ -288,9 +301,9 @@ class _Buffer:
         if stream is not None:
             self._copied, self._converted = torch.cuda.Event(), torch.cuda.Event()
 
-    @torch.inference_mode()  # it holds for one thread, and the tensors may have been made under it in another
+    @torch.inference_mode()  # it applies per thread, and another thread may have created the tensors in this mode
     def fill(self, start: int) -> None:
-        """Read rows from `start` on and start copying them to the device."""
+        """Read rows starting at `start`, and start to copy them to the device."""
         count = min(len(self._host), len(self._rows) - start)
         if self._stream is None:
             self._rows.read_into(start, start + count, self._host.numpy()[:count])

@@ -1,4 +1,4 @@
-"""The exact score of a pair, which decides every order in this package, and the tolerance of approximate scores."""
+"""Exact scores of pairs, which define every ranking in this package, and the tolerance of approximate scores."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import torch
 from superglobal.retrieval.rows import CHUNK_ELEMENTS, as_rows, is_host, run_in_threads
 
 TOLERANCE = 1e-6
-"""Error of a float32 inner product of usual unit vectors. Scores that differ by less are compared in float64; `scan`
-widens it for descriptors with larger errors."""
-_FEW_PAIRS = 2048  # that are scored without looking for equal rows
+"""Largest error of float32 inner products of typical unit vectors.
+
+Scores that differ by less than twice this error are compared in float64. `scan` increases the tolerance for descriptors
+with larger errors.
+"""
+_FEW_PAIRS = 2048  # up to this number of pairs, equal rows are not detected
 _DEVICE_CHUNK_ELEMENTS = 1 << 23  # elements of one chunk of pair scores on an accelerator: 64 MB of float64
 _LANES = 64  # partial sums of a pair score
 
@@ -22,22 +25,22 @@ _LANES = 64  # partial sums of a pair score
 def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
     """Compute the inner products of P pairs in float64: (P,) for queries `query_of` (P,) and rows `row_of` (P,) of X.
 
-    X is anything that `as_rows` accepts. float32 products are exact in float64, and each pair is summed on its own in
-    an order that depends on D alone, so equal vectors get equal scores in every position, on every device. That makes
-    (-score, id) a total order which every backend shares.
+    X is anything that `as_rows` accepts. Products of float32 numbers are exact in float64, and each pair is summed
+    separately in an order that depends only on D. Equal vectors therefore have equal scores in every position and on
+    every device, and (-score, id) is a total order that is the same for all backends.
     """
     rows = as_rows(X)
     scores = np.empty(len(query_of), np.float64)
     tensor = rows.tensor
     if tensor is not None:
         return pair_scores_on(torch.from_numpy(Q).to(tensor.device), tensor, query_of, row_of)
-    # In the order of their rows, so that a chunk reads from few shards and from few pages.
+    # Pairs are scored in the order of their rows, so that a chunk reads from few shards and few pages.
     order = np.argsort(row_of, kind="stable")
 
     def score(chunks: Iterable[slice]) -> None:
         for chunk in chunks:
             pairs = order[chunk]
-            products = rows.take(row_of[pairs]).astype(np.float64)  # NumPy multiplies mixed types slowly
+            products = rows.take(row_of[pairs]).astype(np.float64)  # NumPy is slow at multiplying mixed types
             products *= Q[query_of[pairs]].astype(np.float64)
             scores[pairs] = _sum_rows(products)
 
@@ -61,15 +64,16 @@ def pair_scores_on(
 
 
 def _sum_rows(products: Any) -> Any:
-    """Sum an array or tensor (P, D) float64 along D: every 64th element in turn, then halves of the 64 sums: (P,).
+    """Sum an array or tensor (P, D) float64 along D in a fixed order: (P,).
 
-    Additions alone, one after the other, give the same bits on every device.
+    Each of 64 partial sums adds every 64th element in sequence. Then the first half of the sums is added to the second
+    half until one sum remains. A fixed order of additions gives the same bits on every device.
     """
     count, dim = products.shape
     rounds = dim // _LANES
     lanes = products[:, : rounds * _LANES].reshape(count, rounds, _LANES)
     if isinstance(lanes, np.ndarray):
-        sums = lanes.sum(axis=1)  # not the last axis, whose elements NumPy would add in pairs
+        sums = lanes.sum(axis=1)  # in sequence, because NumPy adds elements in pairs only along the last axis
     else:
         sums = lanes.new_zeros(count, _LANES)
         for number in range(rounds):
@@ -82,25 +86,25 @@ def _sum_rows(products: Any) -> Any:
 
 
 def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-    """Compute `pair_scores` for a block in memory, scoring bitwise equal rows once: collections repeat images."""
+    """Compute `pair_scores` for a block in memory and score bitwise equal rows once, for data with repeated images."""
     if len(row_of) <= _FEW_PAIRS:
         return pair_scores(Q, block, query_of, row_of)
     used, row_of = np.unique(row_of, return_inverse=True)
     digests = [hashlib.blake2b(block[row].data, digest_size=16).digest() for row in used]
     first = {digest: number for number, digest in reversed(list(enumerate(digests)))}
-    twin = np.array([first[digest] for digest in digests], dtype=np.int64)
-    pairs, back = np.unique(query_of * len(used) + twin[row_of], return_inverse=True)
-    return pair_scores(Q, block, pairs // len(used), used[pairs % len(used)])[back]
+    first_equal = np.array([first[digest] for digest in digests], dtype=np.int64)
+    pairs, pair_of = np.unique(query_of * len(used) + first_equal[row_of], return_inverse=True)
+    return pair_scores(Q, block, pairs // len(used), used[pairs % len(used)])[pair_of]
 
 
 def scored_where(mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return row, column and score, as float64, of every true entry of a mask (R, C) over scores (R, C)."""
     if is_host(mask.device):
-        # NumPy finds them faster than torch.
+        # NumPy finds the true entries faster than torch.
         rows, columns = np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])
         return rows, columns, scores[rows, columns].double().numpy()
     flat = mask.ravel().nonzero()[:, 0]
-    # One transfer; an index is exact in float64 up to 2^53.
+    # Indices and scores are downloaded in one transfer, because indices up to 2^53 are exact in float64.
     packed = torch.stack((flat.double(), scores.ravel()[flat].double())).cpu().numpy()
     rows, columns = np.divmod(packed[0].astype(np.int64), scores.shape[1])
     return rows, columns, packed[1]

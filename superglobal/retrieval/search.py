@@ -1,4 +1,4 @@
-"""Exact nearest neighbors by inner product, the same ids from every backend."""
+"""Exact nearest neighbors by inner product, with the same ids from every backend."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from superglobal.retrieval.scores import pair_scores, scored_where
 
 BACKENDS = ("auto", "faiss", "torch")
 FAISS_MAX_ROWS = 20_000
-"""Largest database that backend "auto" searches by FAISS, the usual engine, as long as it costs at most a third more.
+"""Largest database, in rows, that backend "auto" searches by FAISS: up to this size FAISS takes at most a third longer.
 
-Processor time of search and ranks with FAISS over that with torch alone, on two cores, by
+Ratio of the processor time of search and ranks with FAISS to the time with torch alone, on two cores, measured by
 `python scripts/bench.py search --dtype float32 --rows N`: 1.12 for N = 5,000, 1.31 for 20,000, 1.61 for 50,000 and
 1.64 for 200,000.
 """
 FAISS_GPU_RESULTS = 2048
-"""Results per query that FAISS supports on a GPU."""
-_EXTRA = 32  # candidates that FAISS returns beyond k, which mostly prove that the list is complete
-_CROWD = 1024  # with more undecided candidates of a query beyond k than this, they are scored in float64 at once
-_BELOW_ALL = np.float32(-2)  # below every inner product of unit vectors
+"""Maximum number of results per query that FAISS supports on a GPU."""
+_EXTRA = 32  # candidates from FAISS beyond k, which usually prove that the first k are complete
+_CROWD = 1024  # if a query has more than k + _CROWD undecided candidates, they are scored in float64 at once
+_BELOW_ALL = np.float32(-2)  # less than every inner product of unit vectors
 
 
 def search(
@@ -121,7 +121,12 @@ def merge_shortlists(
 def faiss_module(label: str = "", instead: str = "index=flat, which gives the exact result") -> Any:
     """Return the module `faiss`.
 
-    Raises InputError if it is not installed; the message begins with `label` and says what to use `instead`.
+    Args:
+        label: start of the error message.
+        instead: settings that do not require FAISS, for the error message.
+
+    Raises:
+        InputError: FAISS is not installed.
     """
     try:
         return importlib.import_module("faiss")  # by name: its type stubs are incomplete
@@ -132,7 +137,7 @@ def faiss_module(label: str = "", instead: str = "index=flat, which gives the ex
 
 
 def faiss_on_gpu() -> bool:
-    """Return whether FAISS is installed with GPU support and finds a GPU."""
+    """Return whether FAISS is installed with GPU support and a GPU is available."""
     try:
         faiss = faiss_module()
     except InputError:
@@ -143,8 +148,11 @@ def faiss_on_gpu() -> bool:
 def resolve_backend(backend: str, n_rows: int, k: int, device: str | torch.device) -> str:
     """Return the backend that searches n_rows rows for k results on this device: "faiss" or "torch".
 
-    "auto" is FAISS where it is installed and supports the device and k, and the database has at most `FAISS_MAX_ROWS`.
-    Raises InputError for an unknown backend, or for "faiss" where it cannot be used.
+    "auto" selects FAISS if it is installed, supports the device and k, and the database has at most `FAISS_MAX_ROWS`
+    rows; otherwise torch.
+
+    Raises:
+        InputError: the backend is unknown, or FAISS is requested and cannot be used.
     """
     if backend not in BACKENDS:
         raise InputError(f"backend={backend}: expected one of {', '.join(BACKENDS)}")
@@ -166,18 +174,20 @@ def resolve_backend(backend: str, n_rows: int, k: int, device: str | torch.devic
                 f"backend=faiss: expected the CPU, or a GPU and faiss-gpu, got {device}; use backend=torch"
             )
         if not fits:
-            raise InputError(f"k={k}: expected at most {FAISS_GPU_RESULTS - _EXTRA} for backend=faiss on a GPU")
+            raise InputError(
+                f"k={k}: expected at most {FAISS_GPU_RESULTS - _EXTRA} for backend=faiss on a GPU; use backend=torch"
+            )
     return backend
 
 
 @functools.cache
 def _gpu_resources() -> Any:
-    importlib.import_module("faiss.contrib.torch_utils")  # lets FAISS read tensors
+    importlib.import_module("faiss.contrib.torch_utils")  # enables FAISS to read tensors
     return faiss_module().StandardGpuResources()
 
 
 def _faiss_best(block: Block, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores (Q, count) float32 and rows (Q, count) int64 of a block by FAISS, not in the exact order."""
+    """Search a block by FAISS: scores (Q, count) float32 and rows (Q, count) int64, in approximate order."""
     faiss = faiss_module()
     if is_host(block.queries.device):
         queries, vectors = block.queries.numpy(), block.vectors.numpy()
@@ -190,11 +200,11 @@ def _faiss_best(block: Block, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Shortlist:
-    """The best k rows of each query, out of the blocks of a scan (a consumer of `scan`).
+    """Best k rows of each query, collected from the blocks of a scan (a consumer of `scan`).
 
-    Every row is kept unless its approximate score is below the k-th best so far by more than twice the tolerance, since
-    both scores may be off by it. At the end the kept rows are scored in float64. Where copies of an image would make
-    them many, they are scored as they come, equal rows once.
+    A row is dropped only if its approximate score is below the k-th best so far by more than twice the tolerance,
+    because each of the two scores may be off by the tolerance. At the end, the kept rows are scored in float64. If too
+    many rows are kept, for example copies of one image, they are scored in float64 at once, and equal rows only once.
     """
 
     def __init__(
@@ -206,7 +216,19 @@ class Shortlist:
         faiss: bool,
         tolerance: float,
     ) -> None:
-        """`tolerance`: of the approximate scores. Raises InputError for k outside the rows that can be returned."""
+        """Create an empty shortlist.
+
+        Args:
+            queries: (Q, D) float32.
+            rows: rows of the database.
+            k: results per query.
+            excluded: (Q,) ids, one per query, that are never returned.
+            faiss: search the blocks by FAISS.
+            tolerance: largest error of the approximate scores.
+
+        Raises:
+            InputError: k is less than 1 or larger than the number of rows that can be returned.
+        """
         available = len(rows) - len(rows.skipped) - (excluded is not None)
         if not isinstance(k, int | np.integer) or not 1 <= k <= available:
             raise InputError(f"k={k}: expected 1..{available} for a database of {len(rows)} rows")
@@ -217,7 +239,7 @@ class Shortlist:
         self._unsorted = 0
 
     def add(self, block: Block) -> None:
-        """Keep the rows that may be among the best."""
+        """Keep the rows of a block that may be among the best k."""
         query_of, row_of, scores = self._candidates(block)
         exact = np.zeros(len(query_of), bool)
         crowded = np.flatnonzero(np.bincount(query_of, minlength=len(self._queries)) > self._k + _CROWD)
@@ -247,11 +269,11 @@ class Shortlist:
         return scores[best].reshape(shape), ids[best].reshape(shape)
 
     def _candidates(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return query, row in the block and approximate score of every pair at or above the floors."""
+        """Return the query, the row in the block and the approximate score of every pair at or above the floor."""
         if self._faiss and (candidates := self._faiss_candidates(block)) is not None:
             return candidates
         scores = block.scores
-        # At first everything is above the floor; the block's own k-th best are a higher one.
+        # At first every score is above the floor. The k-th best scores of the block give a higher floor.
         if scores.shape[1] > 2 * self._k and (self._floor == _BELOW_ALL).all():
             self._raise_to_kth(scores)
             return self._above_floor(scores)
@@ -262,15 +284,15 @@ class Shortlist:
         return candidates
 
     def _above_floor(self, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return queries, rows of the block and float64 scores."""
+        """Return queries, rows of the block and scores, as float64, of the pairs at or above the floor."""
         return scored_where(scores >= torch.from_numpy(self._floor).to(scores.device)[:, None], scores)
 
     def _raise_to_kth(self, scores: torch.Tensor) -> None:
-        """Raise the floors to each query's k-th best score (Q, n) of a block of at least k rows."""
+        """Raise the floors to the k-th best of each query's scores (Q, n) in a block of at least k rows."""
         self._raise_floor(scores.topk(self._k, dim=1).values[:, -1].cpu().numpy())
 
     def _faiss_candidates(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Return the candidates that FAISS finds; None if other rows of the block may be above the floor, too."""
+        """Return the candidates from FAISS; None if more rows of the block may be above the floor."""
         n_rows = len(block.vectors)
         count = min(self._k + _EXTRA, n_rows)
         scores, row_of = _faiss_best(block, count)
@@ -285,12 +307,12 @@ class Shortlist:
         return query_of, row_of[query_of, column].astype(np.int64), scores[query_of, column].astype(np.float64)
 
     def _raise_floor(self, reached: np.ndarray) -> None:
-        """Raise the floors, given (Q,) a score that k rows of each query reach, to within the tolerance."""
+        """Raise the floors, given scores (Q,) that k rows of each query reach up to the tolerance."""
         floor = np.nextafter((reached - 2 * self._tolerance).astype(np.float32), np.float32(-np.inf))
         self._floor = np.maximum(self._floor, floor)
 
     def _prune(self) -> None:
-        """Drop rows that cannot be among the best k; score in float64 where many are left."""
+        """Drop rows that cannot be among the best k; score the rest of a query in float64 if many rows remain."""
         query_of, ids, scores, _ = self._kept
         order = np.lexsort((-scores, query_of))
         counts = np.bincount(query_of, minlength=len(self._queries))
@@ -308,10 +330,10 @@ class Shortlist:
             self._keep(keep)
         self._unsorted = 0
 
-    def _score_exactly(self, which: np.ndarray) -> None:
-        """Compute float64 scores of some kept rows, unless that was done before."""
+    def _score_exactly(self, selected: np.ndarray) -> None:
+        """Compute the float64 scores of the selected kept rows that do not have one yet."""
         query_of, ids, scores, exact = self._kept
-        todo = np.flatnonzero(which & ~exact)
+        todo = np.flatnonzero(selected & ~exact)
         computed = pair_scores(self._queries, self._rows, query_of[todo], ids[todo])
         self._error = max(self._error, float(np.abs(computed - scores[todo]).max(initial=0)))
         scores[todo] = computed

@@ -1,4 +1,4 @@
-"""Descriptors on disk as rows: written in any order by any number of processes, resumable, read by block or by row."""
+"""Descriptor stores on disk: written in any order by any number of processes, resumable, read by block or by row."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from superglobal.retrieval.store_files import (
     shard_sizes,
 )
 
-_WRITTEN, _SKIPPED = 1, 2  # values of done.npy; 0 is missing
+_WRITTEN, _SKIPPED = 1, 2  # values in done.npy; 0 means missing
 # Rows are marked as done only after their bytes are flushed; one flush covers this many rows or seconds.
 _FLUSH_ROWS = 64
 _FLUSH_SECONDS = 5.0
@@ -106,8 +106,13 @@ class DescriptorStore:
         if not (folder / "manifest.json").exists():
             create_store(folder, identity, images, dim, shard_rows, provenance or {}, dtype)
         manifest = read_manifest(folder)
-        own = fingerprint(identity, images, dtype)
-        for key, value in {"dtype": dtype, "rows": len(images), "dim": dim, "fingerprint": own}.items():
+        expected = {
+            "dtype": dtype,
+            "rows": len(images),
+            "dim": dim,
+            "fingerprint": fingerprint(identity, images, dtype),
+        }
+        for key, value in expected.items():
             if manifest[key] != value:
                 raise InputError(
                     f"{folder}: contains descriptors of other weights, settings or images ({key} {manifest[key]}, "
@@ -115,7 +120,9 @@ class DescriptorStore:
                 )
         store = cls(folder, manifest)
         if len(store.missing) and not os.access(folder / "done.npy", os.W_OK):
-            raise InputError(f"{folder}: not complete and not writable; set paths.stores to a folder of your own")
+            raise InputError(
+                f"{folder}: the store is incomplete and not writable; set paths.stores to a folder that you can write"
+            )
         return store
 
     @classmethod
@@ -179,7 +186,7 @@ class DescriptorStore:
         """
         rows, descriptors = np.asarray(rows), np.asarray(descriptors)
         if not np.issubdtype(rows.dtype, np.integer) and len(rows):
-            raise InputError(f"{self.folder}: expected row numbers that are integers, got {rows.dtype}")
+            raise InputError(f"{self.folder}: expected integer row numbers, got {rows.dtype}")
         rows = rows.astype(np.int64)
         if descriptors.shape != (len(rows), self.shape[1]):
             raise InputError(

@@ -1,4 +1,4 @@
-"""The files of a descriptor store: manifest, shards and lists, their creation, and the detection of damage."""
+"""Files of a descriptor store (manifest, shards and lists): creation, reading, and detection of damage."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _MANIFEST_TYPES = {"fingerprint": str, "rows": int, "dim": int, "shard_rows": in
 
 
 def fingerprint(identity: Mapping[str, Any], images: Sequence[str], dtype: str = "float32") -> str:
-    """Return a SHA-256 of everything that changes a stored descriptor and of the list of images.
+    """Return a SHA-256 of everything that affects a stored descriptor, and of the list of images.
 
     Args:
-        identity: plain types, such as `RetrievalNetwork.identity()` with the image settings added.
+        identity: settings as plain types, such as `RetrievalNetwork.identity()` with the image settings added.
         images: one line per row: name and content signature.
-        dtype: of the stored descriptors; "float32" is not part of the digest.
+        dtype: dtype of the stored descriptors; "float32" is not part of the digest.
     """
     rounded = {} if dtype == "float32" else {"dtype": dtype}
     text = json.dumps({"identity": identity, "images": list(images), **rounded}, sort_keys=True)
@@ -48,7 +48,7 @@ def create_store(
     provenance: Mapping[str, Any],
     dtype: str,
 ) -> None:
-    """Create the whole store in a temporary folder and rename it: of two concurrent creators one wins.
+    """Create a store in a temporary folder and rename it, so that concurrent processes share one complete store.
 
     Raises:
         InputError: the folder cannot be written, or the disk is full.
@@ -73,7 +73,7 @@ def create_store(
             path = shard_path(temporary, i)
             np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (count, dim)).flush()
             if hasattr(os, "posix_fallocate"):
-                # Reserve the blocks of the sparse file: a full disk would kill the process through its memory map.
+                # Reserve the space of the sparse file, because writing to a memory map on a full disk ends the process.
                 with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         write_atomically(temporary / NAMES, json.dumps(list(images)).encode())
@@ -83,7 +83,8 @@ def create_store(
     except OSError as error:
         raise InputError(
             f"{folder}: the descriptor store cannot be written ({error.strerror or error}); it needs "
-            f"{len(images) * dim * np.dtype(dtype).itemsize / 2**20:.0f} MiB; set paths.stores to a place with room"
+            f"{len(images) * dim * np.dtype(dtype).itemsize / 2**20:.0f} MiB; set paths.stores to a folder with enough "
+            "free space"
         ) from error
     finally:
         if temporary is not None:
@@ -101,10 +102,10 @@ def _rename_new(source: Path, target: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the settings and the origin of the descriptors in `folder`.
+    """Return the manifest of a store: settings, shape and origin of its descriptors.
 
     Raises:
-        InputError: no store, or a damaged manifest.
+        InputError: there is no store, or its manifest is damaged.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -117,7 +118,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise TypeError(f"dtype: {manifest['dtype']!r}")
         return manifest
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: no descriptor store (manifest.json is missing)") from error
+        raise InputError(
+            f"{folder}: no descriptor store (manifest.json is missing); give the folder of a store"
+        ) from error
     except InputError:
         raise
     except (OSError, KeyError, TypeError, ValueError) as error:
@@ -127,43 +130,56 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Map a `.npy` of a store, writable if its file is. Raises InputError if it is missing, damaged or different."""
+    """Map a `.npy` file of a store, for writing if the file is writable.
+
+    Raises:
+        InputError: the file is missing or damaged, or has another shape or dtype.
+    """
     if shape[0] == 0:
         return np.zeros(shape, dtype)
     try:
         array = np.lib.format.open_memmap(path, "r")
-        if os.access(path, os.W_OK):  # not before: NumPy extends a file that is too short if it may write to it
+        # The file is first opened for reading, because NumPy extends a truncated file that it opens for writing.
+        if os.access(path, os.W_OK):
             array = np.lib.format.open_memmap(path, "r+")
     except NPY_FAULTS as error:
         raise InputError(f"{path}: missing or damaged ({error}); delete {path.parent} to extract again") from error
     if array.shape != shape or array.dtype != dtype:
-        raise InputError(f"{path}: {array.shape} {array.dtype}, expected {shape} {dtype}; delete {path.parent}")
+        raise InputError(
+            f"{path}: shape {array.shape} and dtype {array.dtype}, expected {shape} and {dtype}; delete {path.parent} "
+            "to extract again"
+        )
     return array
 
 
 def shard_path(folder: Path, number: int) -> Path:
+    """Return the path of a shard."""
     return folder / f"shard-{number:05d}.npy"
 
 
 def shard_sizes(rows: int, shard_rows: int) -> list[int]:
-    """Return the rows of each shard."""
+    """Return the number of rows of each shard."""
     return [min(shard_rows, rows - start) for start in range(0, rows, shard_rows)]
 
 
 def read_names(folder: Path, rows: int) -> list[str]:
-    """Return the line of each row that the fingerprint covers. Raises InputError if the list is missing or damaged."""
+    """Return the image list of the fingerprint, one line per row.
+
+    Raises:
+        InputError: the list is missing or damaged.
+    """
     fix = f"copy it from another shard of the same list, or delete {folder} to extract again"
     return _read_lines(folder / NAMES, rows, fix)
 
 
 def read_paths(folder: Path, rows: int) -> list[str]:
-    """Return the path of each row's image, by which people and other programs identify it; all are different.
+    """Return the unique path of each row's image, by which users and other programs identify the row.
 
     Raises:
         InputError: the list is missing or damaged.
     """
     path = folder / PATHS
-    fix = "run the evaluation again, which writes it and extracts nothing twice"
+    fix = "run the evaluation again, which writes it without extracting again"
     paths = _read_lines(path, rows, fix)
     if len(set(paths)) < rows:
         raise InputError(f"{path}: expected a different path for each row; {fix}")
@@ -171,14 +187,14 @@ def read_paths(folder: Path, rows: int) -> list[str]:
 
 
 def record_paths(folder: Path, paths: Sequence[str]) -> None:
-    """Write the paths of all rows, unless the same ones are there. Raises InputError if they cannot be written."""
+    """Write the paths of all rows, unless the file contains them. Raises InputError if they cannot be written."""
     path, data = folder / PATHS, json.dumps(list(paths)).encode()
     if not (path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data):
         write_atomically(path, data)
 
 
 def read_skipped(folder: Path, rows: int) -> dict[int, str]:
-    """Return row -> "image, tab, reason"; empty if nothing was skipped. Raises InputError if the list is damaged."""
+    """Return a dict from each skipped row to its note: image, tab, reason. Raises InputError if the list is damaged."""
     path = folder / SKIPPED
     if not path.exists():
         return {}
@@ -188,14 +204,14 @@ def read_skipped(folder: Path, rows: int) -> dict[int, str]:
         if "\t" not in note or not row.isdecimal() or int(row) >= rows:
             raise InputError(
                 f"{path}, line {number}: expected image, reason and a row below {rows}, separated by tabs; correct the "
-                "line or remove the file: the rows stay skipped"
+                "line or remove the file (the rows stay skipped)"
             )
         notes[int(row)] = note
     return notes
 
 
 def add_skipped(folder: Path, notes: Mapping[int, str]) -> None:
-    """Append row -> "image, tab, reason". Raises InputError if the file cannot be written."""
+    """Append skipped rows with their notes: image, tab, reason. Raises InputError if the file cannot be written."""
     try:
         with (folder / SKIPPED).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(_skipped_text(notes))
@@ -204,7 +220,7 @@ def add_skipped(folder: Path, notes: Mapping[int, str]) -> None:
 
 
 def write_skipped(folder: Path, notes: Mapping[int, str]) -> None:
-    """Replace the list of skipped rows; without any, no file is created. Raises InputError if it cannot be written."""
+    """Replace the list of skipped rows, which needs no file if it is empty. Raises InputError if writing fails."""
     if notes or (folder / SKIPPED).exists():
         write_atomically(folder / SKIPPED, _skipped_text(notes).encode(errors="backslashreplace"))
 

@@ -1,4 +1,4 @@
-"""Operations on whole descriptor stores: inspect, verify, merge, export, and reuse of the rows of other stores."""
+"""Operations on whole descriptor stores: inspect, verify, merge, export, and reuse rows of other stores."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from superglobal.retrieval.store_files import (
 from superglobal.utils.io import atomic_file, digest, write_atomically
 
 log = logging.getLogger(__name__)
-_BLOCK = 8192  # rows at a time
+_BLOCK = 8192  # rows that are read at a time
 _CHECKSUMS = "checksums.json"
 
 
 def open_validated(folder: Path) -> DescriptorStore:
-    """Open a store and read every list in it.
+    """Open a store and validate every list in it.
 
     Raises:
-        InputError: no store, or a file in it that is missing or damaged.
+        InputError: there is no store, or one of its files is missing or damaged.
     """
     store = DescriptorStore.open(folder)
     len(store.names)
@@ -44,15 +44,15 @@ def open_validated(folder: Path) -> DescriptorStore:
     unlisted = np.setdiff1d(store.skipped, list(listed) if (folder / SKIPPED).exists() else store.skipped)
     if len(unlisted):
         raise InputError(
-            f"{folder / SKIPPED}: expected a line for each of {len(store.skipped)} skipped rows, row {unlisted[0]} "
-            "has none; remove the file: the rows stay skipped"
+            f"{folder / SKIPPED}: expected a line for each of {len(store.skipped)} skipped rows, but row {unlisted[0]} "
+            "has none; remove the file (the rows stay skipped)"
         )
     recorded_checksums(store)
     return store
 
 
 def store_info(store: DescriptorStore) -> dict[str, Any]:
-    """Return the settings, the contents and the size of a store, as plain types."""
+    """Return the settings, the numbers of rows and the size of a store, as plain types."""
     manifest = store.manifest
     return {
         "folder": str(store.folder),
@@ -72,14 +72,14 @@ def verify(store: DescriptorStore, record: bool = False) -> int:
     The shapes of the shards are checked when a store is opened.
 
     Args:
-        store: to verify.
-        record: write the checksums of the shards, which the next call compares; only for a complete store.
+        store: store to verify.
+        record: write the checksums of the shards, for comparison in later calls; only for a complete store.
 
     Returns:
         Number of verified rows.
 
     Raises:
-        InputError: the first fault, with its place.
+        InputError: the store is damaged; the message names the first damaged file or row.
     """
     len(store.names)
     written = store.written
@@ -96,12 +96,14 @@ def verify(store: DescriptorStore, record: bool = False) -> int:
     different = [name for name, value in checksums.items() if recorded is not None and recorded.get(name) != value]
     if different:
         raise InputError(
-            f"{store.folder / different[0]}: the checksum is not the recorded one; delete the folder to extract again, "
-            "or record the new checksums (--record)"
+            f"{store.folder / different[0]}: the checksum differs from the recorded one; delete the folder to extract "
+            "again, or record the new checksums (--record)"
         )
     if record:
         if len(store.missing):
-            raise InputError(f"{store.folder}: {len(store.missing)} rows are missing; record checksums when complete")
+            raise InputError(
+                f"{store.folder}: {len(store.missing)} rows are missing; extract them before you record checksums"
+            )
         write_atomically(store.folder / _CHECKSUMS, json.dumps(checksums, indent=1).encode())
     return len(written)
 
@@ -122,23 +124,31 @@ def recorded_checksums(store: DescriptorStore) -> dict[str, str] | None:
 
 
 def merge(stores: Sequence[DescriptorStore], folder: Path) -> DescriptorStore:
-    """Merge stores of the same list, each of which has some of the rows, into one store in `folder`.
+    """Merge stores that each contain some rows of the same image list into one store in `folder`.
 
-    A row that several stores have must be the same in all, bit for bit. A row that some stores skipped and another has
-    is not skipped. The others stay skipped, with the first reason given.
+    A row in several stores must be bitwise equal in all of them. A row that is skipped in some stores and written in
+    another is written. A row that is written in no store stays skipped, with the first recorded reason.
 
     Raises:
-        InputError: stores of other images, weights, settings or dtype, a row that differs, or a folder that cannot be
-            written.
+        InputError: the stores differ in images, weights, settings, dtype or a row, or the folder cannot be written.
     """
     first = stores[0]
     for store in stores[1:]:
         for key in ("fingerprint", "rows", "dim", "dtype", "identity"):
             if store.manifest[key] != first.manifest[key]:
-                raise InputError(f"{store.folder}: {key} differs from that of {first.folder}; merge stores of one list")
-    m = first.manifest
+                raise InputError(
+                    f"{store.folder}: {key} differs from that of {first.folder}; merge stores of the same image list "
+                    "and settings"
+                )
+    manifest = first.manifest
     merged = DescriptorStore.open_or_create(
-        folder, m["identity"], first.names, m["dim"], m["shard_rows"], m.get("provenance"), m["dtype"]
+        folder,
+        manifest["identity"],
+        first.names,
+        manifest["dim"],
+        manifest["shard_rows"],
+        manifest.get("provenance"),
+        manifest["dtype"],
     )
     for store in stores:
         _merge_rows(store, merged)
@@ -162,7 +172,9 @@ def _merge_rows(store: DescriptorStore, merged: DescriptorStore) -> None:
         values, common = store.read_rows(ids), np.isin(ids, present)
         differ = ids[common][(values[common] != merged.read_rows(ids[common])).any(axis=1)]
         if len(differ):
-            raise InputError(f"{store.folder}: row {differ[0]} differs from that of another store; leave one out")
+            raise InputError(
+                f"{store.folder}: row {differ[0]} differs from the same row of another store; omit one of the stores"
+            )
         merged.copy_rows(ids[~common], values[~common])
     merged.flush()
 
@@ -170,14 +182,14 @@ def _merge_rows(store: DescriptorStore, merged: DescriptorStore) -> None:
 def export(store: DescriptorStore, path: Path) -> int:
     """Write the descriptors as `.npy`, with the names in a `.txt` of the same name, or as `.parquet`.
 
-    Parquet has the columns name and descriptor. A name is the path in `paths.json`, different for each row. Skipped
-    rows are left out. Descriptors have the store's dtype.
+    Parquet has the columns name and descriptor. A name is the row's unique path in `paths.json`. Skipped rows are
+    omitted. Descriptors keep the store's dtype.
 
     Returns:
-        Number of rows.
+        Number of written rows.
 
     Raises:
-        InputError: another suffix, rows or paths that are missing, or a file that cannot be written.
+        InputError: the suffix is unknown, rows or paths are missing, or the file cannot be written.
     """
     if path.suffix not in (".npy", ".parquet"):
         raise InputError(f"{path}: expected a name that ends with .npy or .parquet")
@@ -220,7 +232,7 @@ def _export_parquet(store: DescriptorStore, rows: np.ndarray, names: list[str], 
 def reuse_rows(folder: Path, store: DescriptorStore) -> int:
     """Copy rows of the same images, network and settings from the other stores under `folder`.
 
-    A damaged store is left out, with a warning that names it.
+    A damaged store is ignored with a warning.
 
     Returns:
         Number of copied rows.
@@ -248,7 +260,7 @@ def reuse_rows(folder: Path, store: DescriptorStore) -> int:
 
 
 def _common_rows(source: DescriptorStore, store: DescriptorStore) -> tuple[np.ndarray, np.ndarray]:
-    """Return (n,) missing rows, and the (n,) written rows of the other store with the same images."""
+    """Return the missing rows (n,) of `store`, and the written rows (n,) of `source` with the same images."""
     if source.dtype.itemsize < store.dtype.itemsize:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     row_of = {name: row for row, name in enumerate(source.names)}
@@ -258,13 +270,13 @@ def _common_rows(source: DescriptorStore, store: DescriptorStore) -> tuple[np.nd
 
 
 def _copy_valid(source: DescriptorStore, source_rows: np.ndarray, store: DescriptorStore, rows: np.ndarray) -> int:
-    """Copy rows, bit for bit if the dtypes are equal; damaged rows are left out, to be extracted again."""
+    """Copy the valid rows, bitwise if the dtypes are equal, and return their number; the others are extracted again."""
     values = source.read_rows(source_rows)
     norms = np.linalg.norm(values.astype(np.float64), axis=1)
     valid = is_unit(norms)
     if not valid.all():
         row, norm = source_rows[~valid][0], norms[~valid][0]
-        log.warning("%s: row %d is damaged (norm %g) and not reused", source.folder, row, norm)
+        log.warning("%s: row %d is damaged (norm %g) and is not reused", source.folder, row, norm)
     values, norms = values[valid], norms[valid]
     store.copy_rows(rows[valid], values if source.dtype == store.dtype else values / norms[:, None])
     return len(values)

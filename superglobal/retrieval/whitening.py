@@ -1,4 +1,4 @@
-"""Whitening by the searched database, without labels: its mean is subtracted, or its principal axes are equalized.
+"""Whitening with the mean and the covariance of the searched database, without labels.
 
 center: x <- x - m, normalized                                 m, C: mean and covariance of the database's rows
 pca:    x <- L^-1/2 U^T (x - m), normalized                    C = U L U^T, its `dims` largest eigenvalues
@@ -20,7 +20,7 @@ from superglobal.utils.io import atomic_file
 FORMAT = "superglobal-whitening-1"
 KINDS = ("none", "center", "pca")
 _BLOCK_ROWS = 8192
-# Products of one fixed shape give a row the same bits in every position, which exact ranks need.
+# Matrix products of one fixed shape give a row the same bits in every position, which exact ranks require.
 _PRODUCT_ROWS = 256
 
 
@@ -124,7 +124,7 @@ class Whitening:
             InputError: `fit` was not called, or another D.
         """
         if not hasattr(self, "mean_"):
-            raise InputError("the whitening has no values yet; call fit first")
+            raise InputError("whitening: not fitted yet; call fit first")
         return Rows([_Transformed(as_rows(X, name), self)], name)
 
     def _transform_block(self, rows: np.ndarray) -> np.ndarray:
@@ -137,7 +137,7 @@ class Whitening:
                 padded[: len(centered)] = centered
                 centered = (padded @ self._axes)[: len(centered)]
             norms = np.sqrt(np.square(centered).sum(axis=1, keepdims=True))
-            # A row equal to the mean has no direction; it stays zero, which validation reports.
+            # A row equal to the mean has no direction. It becomes zero, and validation reports it.
             out[start : start + _PRODUCT_ROWS] = centered / np.where(norms < 1e-9, 1, norms)
         return out
 
@@ -158,7 +158,9 @@ class Whitening:
         try:
             with np.load(path, allow_pickle=False) as file:
                 if str(file["identity"]) != identity:
-                    raise InputError(f"{path}: whitening of another database; remove the file to compute it again")
+                    raise InputError(
+                        f"{path}: this whitening belongs to another database; remove the file to compute it again"
+                    )
                 self.mean_, self._axes, self.n_samples_ = file["mean"], file.get("axes"), int(file["rows"])
         except InputError:
             raise
@@ -174,15 +176,17 @@ def stored_whitening(
 
     Args:
         X: (N, D) database, or anything that `as_rows` accepts.
-        kind, dims: see `Whitening`.
-        folder: of the file.
-        fingerprints: of the stores that X is read from, in order; with kind and dims they identify the whitening.
+        kind: "pca" or "center".
+        dims: number of principal axes; see `Whitening`.
+        folder: folder of the file.
+        fingerprints: fingerprints of the stores that X is read from, in order; with kind and dims they identify the
+            whitening.
 
     Returns:
         The whitening and its fingerprint.
 
     Raises:
-        InputError: see `Whitening.fit`; a damaged file, or a folder that cannot be written.
+        InputError: `Whitening.fit` rejects the rows, the file is damaged, or the folder cannot be written.
     """
     identity = json.dumps({"format": FORMAT, "kind": kind, "dims": dims, "stores": fingerprints}, sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
@@ -199,7 +203,10 @@ class _Transformed:
 
     def __init__(self, rows: Rows, whitening: Whitening) -> None:
         if whitening.mean_.shape != (rows.dim,):
-            raise InputError(f"{rows.name}: D = {rows.dim}, but the whitening has D = {len(whitening.mean_)}")
+            raise InputError(
+                f"{rows.name}: D = {rows.dim}, but the whitening has D = {len(whitening.mean_)}; extract with the same "
+                "network"
+            )
         self._rows, self._whitening = rows, whitening
         self.skipped = rows.skipped
         components = whitening.components_
