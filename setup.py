@@ -1,8 +1,8 @@
-"""The packages to install; everything else is in pyproject.toml."""
+"""Define the packages to install. All other settings are in pyproject.toml."""
 
 from setuptools import find_packages, setup
 
-# conf/ is installed as superglobal/conf. A checkout, and an editable installation of it, use conf/ itself.
+# conf/ is installed as superglobal/conf. A checkout and an editable installation use conf/ directly.
 setup(
     packages=[*find_packages(include=["superglobal", "superglobal.*"]), "superglobal.conf"],
     package_dir={"superglobal.conf": "conf"},

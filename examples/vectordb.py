@@ -1,7 +1,8 @@
-"""Search in a vector database, rerank with superglobal: python examples/vectordb.py images query.jpg
+"""Search a vector database and rerank the results with superglobal: python examples/vectordb.py images query.jpg.
 
-Needs `pip install qdrant-client`. Qdrant runs inside this process and stores its vectors in --folder. The code is the
-same for a server (QdrantClient(url=...)) and similar for other databases, which must return the vectors of the results.
+This example needs `pip install qdrant-client`. Qdrant runs inside this process and stores its vectors in --folder. The
+code is the same for a server (QdrantClient(url=...)), and similar for any database that returns the vectors of the
+results.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder of images")
     parser.add_argument("query", type=Path, help="query image")
-    parser.add_argument("--weights", default="package", help="as weights= of eval.py")
+    parser.add_argument("--weights", default="package", help="weights of the network, as for weights= of eval.py")
     parser.add_argument("--folder", type=Path, default=Path("outputs/vectordb"), help="folder of the database")
     parser.add_argument("--M", type=int, default=400, help="number of results to rerank")
     parser.add_argument("--show", type=int, default=5, help="number of results to print")
@@ -29,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run the example; exit status 2 for an InputError."""
+    """Run the example, and return the exit status, which is 2 for an InputError."""
     try:
         run(_parser().parse_args())
     except superglobal.InputError as error:
@@ -39,22 +40,24 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Update the collection to the folder, search, rerank, and print both lists.
+    """Update the collection with the images of the folder, search, rerank, and print both lists.
 
     Raises:
-        InputError: there are no images, an image cannot be read, or Qdrant is missing or in use.
+        InputError: there are no images, an image cannot be read, Qdrant is not installed, or the database is in use.
     """
     try:
         from qdrant_client import QdrantClient
     except ImportError as error:
-        raise superglobal.InputError("Qdrant's client is not installed: pip install qdrant-client") from error
+        raise superglobal.InputError(
+            "the package qdrant-client is not installed; install it: pip install qdrant-client"
+        ) from error
     data = superglobal.folder_set(args.images, args.query)
     model = superglobal.load_model(args.weights)
     # Vectors of different weights or settings are not comparable, so each network has its own collection.
     collection = hashlib.sha256(repr((model.identity(), MAX_SIDE)).encode()).hexdigest()[:16]
     try:
         client = QdrantClient(path=str(args.folder))
-    except RuntimeError as error:  # in use by another process
+    except RuntimeError as error:  # Another process uses the folder.
         raise superglobal.InputError(f"{args.folder}: {error}") from error
     try:
         update(client, collection, model, [item.path for item in data.database])
@@ -89,7 +92,7 @@ def update(client, collection: str, model: superglobal.RetrievalNetwork, images:
 
 
 def point_id(path: Path) -> str:
-    """Return an id that depends on path and content."""
+    """Return an id that depends on the path and the content of an image."""
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.resolve()} {content}"))
 

@@ -59,7 +59,7 @@ def test_byte_order_marks_and_very_long_lines_are_read(tmp_path):
         ("landmark_id,images\n7,../../etc/passwd\n", ["line 2", "16 hexadecimal"]),
         (f"landmark_id,images\n7,{A} {B}\n8,{A} {C}\n", [A, "twice"]),
         (f"landmark_id,images\n7,{A}\n", ["no landmark has 2", "data.min_images"]),
-        ("landmark_id,images\n", ["lists no images"]),
+        ("landmark_id,images\n", ["contains no images"]),
         (f"landmark_id,images\n99999999999999999999,{A}\n", ["line 2", "number"]),
         ("", ["columns"]),
     ],

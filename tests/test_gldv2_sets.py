@@ -258,18 +258,18 @@ def test_the_validation_split_is_written_once_and_then_checked(root, caplog):
     again = validation_set(root, landmarks=3)
     assert list(again.queries) == list(before.queries)
     path.write_text(text.replace(",query", ",index"))
-    with pytest.raises(InputError, match=r"gldv2_val_3_seed0.csv: not the split that .*train_clean.csv gives"):
+    with pytest.raises(InputError, match=r"gldv2_val_3_seed0.csv: expected the split of .*train_clean.csv, but"):
         validation_set(root, landmarks=3)
     path.write_text(text)
     listed = (root / "train_clean.csv").read_text().splitlines()
     (root / "train_clean.csv").write_text("\n".join(listed[:-1]) + "\n")
-    with pytest.raises(InputError, match="not the split"):
+    with pytest.raises(InputError, match="expected the split"):
         validation_set(root, landmarks=3)
     with pytest.raises(InputError, match=r"dataset.landmarks=11.* has 11"):
         validation_set(root, landmarks=11)
     (root / "gldv2_val_2_seed0.csv").mkdir()
     validation_set(root, landmarks=2)
-    assert "the split was not written" in caplog.text
+    assert "could not write the split" in caplog.text
 
 
 def test_queries_of_one_landmark_are_one_cluster(root):
@@ -312,7 +312,7 @@ def test_ground_truth_missing_from_the_index_is_reported_with_its_line(root):
         ("image\n0123456789abcdef\n", ["columns ['image']", "expected id"]),
         ("id\n0123456789abcdef\n0123456789abcdeg\n", ["line 3", "expected an image id"]),
         ("id\n0123456789abcdef\n1123456789abcdef\n0123456789abcdef\n", ["0123456789abcdef", "twice"]),
-        ("id\n", ["lists no images"]),
+        ("id\n", ["contains no images"]),
     ],
 )
 def test_invalid_index_lists_raise_errors(root, text, words):

@@ -1,4 +1,4 @@
-"""Datasets, data loaders and LightningDataModules of extraction, validation and training."""
+"""Datasets, data loaders and Lightning data modules for extraction, validation and training."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from superglobal.utils.distributed import end_with_parent, in_main_thread
 
 log = logging.getLogger(__name__)
 Task = tuple[int, int]
-"""Index of an image list and row in it."""
+"""Index of an image list, and row of an image in that list."""
 ImageList = tuple[Sequence[ImageItem], int | None]
-"""Images and the `max_side` that they are shrunk to."""
+"""Images, and the `max_side` in pixels to which larger ones are shrunk (None for no limit)."""
 
 
 class ImageDataset(Dataset):
-    """Images of several lists, each as (task, (3, H, W) uint8).
+    """Images of several lists.
 
-    A corrupt image is (task, InputError): raised in a worker, the error would be wrapped in the worker's traceback.
+    An item is (task, (3, H, W) uint8), or (task, InputError) for a corrupt image. The error is returned because
+    DataLoader would add the traceback of the worker to the message of an error that is raised.
 
     Args:
         lists: images and their `max_side`.
@@ -61,7 +62,7 @@ class LoadedBatch(NamedTuple):
         number: index of the list.
         rows: (B,) rows of the images in it.
         images: (B, 3, H, W) uint8.
-        faults: further images that cannot be read: row, reason, and whether reading them again is pointless.
+        faults: images of the batch that cannot be read: row, reason, and whether the fault is permanent.
     """
 
     number: int
@@ -89,7 +90,9 @@ class EncodedBatch(NamedTuple):
 
 
 class BatchedImageDataset(Dataset):
-    """Planned batches, each as one `LoadedBatch`, or several if a header has the wrong size of its image.
+    """Batches of images.
+
+    An item is a list with one `LoadedBatch`, or several if the header of an image file has a wrong size.
 
     Args:
         lists: images and their `max_side`.
@@ -117,14 +120,14 @@ class BatchedImageDataset(Dataset):
                 decoded.append((row, image))
         batches: list[LoadedBatch | EncodedBatch] = [*_group_by_size(number, decoded)]
         if encoded:
-            files = [image.data for _, image in encoded]  # One tensor: each would cost a file descriptor.
+            files = [image.data for _, image in encoded]  # Sending each tensor alone needs a file descriptor.
             kept, bounds = [row for row, _ in encoded], [image.bounds for _, image in encoded]
             batches.append(EncodedBatch(number, kept, torch.cat(files), [len(file) for file in files], bounds))
         return batches
 
 
 def _group_by_size(number: int, images: Iterable[tuple[int, Tensor | InputError]]) -> list[LoadedBatch]:
-    """Return a batch of the images, (row, image) each, of every size, and one of the faults."""
+    """Group (row, image) pairs into one batch per image size, and a last batch for images that cannot be read."""
     by_size: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     faults = []
     for row, image in images:
@@ -215,9 +218,9 @@ def first_item(batch: list[Any]) -> Any:
 
 
 class HeldOutDataset(Dataset):
-    """Images of random whole landmarks of a training list, at least two; items as those of `ImageDataset`.
+    """All images of at least two random landmarks of a training list, with the items of `ImageDataset`.
 
-    Landmarks are added until another one would exceed `max_images`.
+    Landmarks are added until the next one would exceed `max_images`.
 
     Args:
         images: images of landmarks that are not used for training.
@@ -263,10 +266,11 @@ class HeldOutDataset(Dataset):
 class TrainingDataModule(pl.LightningDataModule):
     """Shuffled, augmented training images; each process loads its part of each step.
 
-    The order continues at the step of the trainer, so that a resumed run sees the images of the uninterrupted one.
+    The order continues at the current step of the trainer. A resumed run therefore sees the same images as an
+    uninterrupted run.
 
     Args:
-        dataset: (epoch, index) -> image.
+        dataset: training images, indexed by (epoch, index).
         batch_size: number of images per step, in all processes together.
         accumulate: number of parts of a step per process.
         num_workers: number of processes per device that decode images.
@@ -288,7 +292,7 @@ class TrainingDataModule(pl.LightningDataModule):
         return 0.0 if self.loader is None else self.loader.waited
 
     def train_dataloader(self) -> DataLoader:
-        """Return the loader of the part of this process, from the step of the trainer."""
+        """Return the loader of the images for this process, from the current step of the trainer."""
         trainer = self.trainer
         assert trainer is not None
         batches = EpochBatches(
@@ -309,10 +313,10 @@ class TrainingDataModule(pl.LightningDataModule):
 
 
 class ImageLoader(DataLoader):
-    """DataLoader that reports dead workers while a batch is loaded, within five seconds, and measures waiting times.
+    """DataLoader that reports a dead worker when the next batch is loaded, and measures the time spent waiting.
 
-    The SIGCHLD handler of torch raises an error immediately, wherever the program is: while a checkpoint is saved, or
-    where Python can only print it.
+    The SIGCHLD handler of torch is removed. It raises an error as soon as a worker dies, which can interrupt any code,
+    for example while a checkpoint is saved. Without it, loading a batch reports the dead worker within five seconds.
 
     Attributes:
         waited: seconds spent waiting for batches.
@@ -334,7 +338,7 @@ class ImageLoader(DataLoader):
             except (ConnectionError, EOFError, FileNotFoundError) as error:
                 if not self.num_workers:
                     raise
-                # The data of a batch are fetched from its worker, which fails if that is dead.
+                # A batch is fetched from its worker, and these errors mean that the worker is dead.
                 raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
             finally:
                 self.waited += time.perf_counter() - start
@@ -343,9 +347,10 @@ class ImageLoader(DataLoader):
 
 
 def worker_start_method(processes: int, num_workers: int) -> str | None:
-    """Return the `multiprocessing_context` of a DataLoader: fork for one training process, forkserver for several.
+    """Return the `multiprocessing_context` of a DataLoader: the default for one training process, else "forkserver".
 
-    With several, threads communicate all the time, and a fork at the wrong moment leaves a worker that waits forever.
+    With several training processes, background threads communicate all the time. A fork while one of them holds a lock
+    creates a worker that waits forever.
     """
     if processes == 1 or num_workers == 0:
         return None
@@ -355,9 +360,9 @@ def worker_start_method(processes: int, num_workers: int) -> str | None:
 
 
 def init_worker(worker: int) -> None:
-    """Make a training worker ignore signals and end with its parent.
+    """Make a training worker ignore signals, and end when its parent process ends.
 
-    A signal to the process group must not end the workers before the current step is saved.
+    A signal to the process group must not end the workers before the trainer has saved the current step.
     """
     end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

@@ -1,4 +1,4 @@
-"""Load the distractors: images without a known place, added to a database to make a benchmark harder."""
+"""Load distractors: images of unrelated places that are added to a database to make a benchmark harder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load_distractors(root: str | Path, name: str) -> list[ImageItem]:
     The list has one file name per line. Blank lines are ignored; ".jpg" is appended to names without an extension.
 
     Raises:
-        InputError: the list is missing, empty or not UTF-8, or a name is repeated or leads out of the folder.
+        InputError: the list is missing, empty or not UTF-8, or a name is repeated or not inside the folder.
     """
     folder = Path(root) / name
     source = folder / f"{name}.txt"

@@ -1,7 +1,7 @@
-"""Download addresses, sizes and target folders of all data sets and weights, and the hints that name them.
+"""Define the download addresses, sizes and target folders of all data sets and weights, and hints for messages.
 
-Addresses: filipradenovic/revisitop (README, python/download.py), cvdfoundation/google-landmark (README), sungonce/CVNet
-(README). They have not been tested against the original hosts.
+The addresses come from filipradenovic/revisitop (README, python/download.py), cvdfoundation/google-landmark (README),
+sungonce/CVNet (README). They have not been tested with the original servers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Literal
 GLDV2_PAGE = "https://github.com/cvdfoundation/google-landmark"
 GOOGLE_DRIVE_FOLDER = "https://drive.google.com/drive/folders/1gMbZ8JlTyPlH2-6HW5NHRe58LmKfJybx"
 TOY_DATA_HINT = (
-    "without a download: superglobal toy-data renders toy landmarks (a minute), then "
+    "without a download: run superglobal toy-data to render toy landmarks (one minute), then "
     "python train.py experiment=quickstart and python eval.py dataset=toy"
 )
-"""Ends every message about missing data."""
+"""Hint at the end of every message about missing data."""
 _REVISITOP_PAGE = "https://github.com/filipradenovic/revisitop"
 _REVISITOP = "http://cmp.felk.cvut.cz/revisitop/data"
 _R1M = "http://ptak.felk.cvut.cz/revisitop/revisitop1m"
@@ -30,12 +30,12 @@ ImageList = Literal["revisited", "distractors", "index", "test", "train"]
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file.
+    """A file on a server.
 
     Attributes:
         urls: addresses of the same file, tried in order.
         path: target, relative to the folder of its source.
-        md5_url: address of a text that starts with the MD5 of the file, where one is published.
+        md5_url: address of a text that contains the MD5 of the file; None if no MD5 is published.
     """
 
     urls: tuple[str, ...]
@@ -44,25 +44,26 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
+        """File name without its folder."""
         return self.path.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Everything that one name of `superglobal download` stands for.
+    """Files and archives that `superglobal download <name>` downloads.
 
     Attributes:
         name: name on the command line.
-        description: one line.
+        description: description in one line.
         folder: target folder, relative to `--data`.
         page: web page of the data set.
-        files: lists, ground truths, weights.
+        files: lists, ground truths and weights.
         archives: tar files of images.
         image_folder: folder of the images, relative to `folder`.
-        image_list: kind of list that names the images, None without images.
+        image_list: kind of list that contains the names of the images; None if there are no images.
         n_images: number of images.
         size: approximate size of all archives in bytes, None if unknown.
-        corrupt: names of files in the archives that are known not to be images; no list contains them.
+        corrupt: names of archive members that are known not to be images; no list contains them.
         google_drive: whether the files are in a Google Drive folder, which has no address per file.
     """
 
@@ -81,7 +82,7 @@ class Source:
 
 
 def select_sources(names: Iterable[str]) -> list[Source]:
-    """Return the sources of names on the command line, each once, in order; "gldv2" is expanded to its sources."""
+    """Return the sources with the given names, in this order and without duplicates; "gldv2" means all its sources."""
     expanded = [member for name in names for member in GROUPS.get(name, (name,))]
     return [SOURCES[name] for name in dict.fromkeys(expanded)]
 
@@ -89,7 +90,7 @@ def select_sources(names: Iterable[str]) -> list[Source]:
 def download_command(name: str, folder: Path) -> str:
     """Return the command that downloads a source to `folder`, for messages."""
     command = f"superglobal download {name}"
-    if folder.name != SOURCES[name].folder:  # a folder with another name than `superglobal download` creates
+    if folder.name != SOURCES[name].folder:  # `superglobal download` cannot create a folder with this name.
         return command
     return f"{command} --data {shlex.quote(str(folder.parent))}"
 
@@ -97,8 +98,8 @@ def download_command(name: str, folder: Path) -> str:
 def how_to_get_gldv2_train(root: Path) -> str:
     """Return the expected layout of GLDv2's training images and the command that downloads them."""
     return (
-        f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; this gets "
-        f"it from {GLDV2_PAGE}: {download_command('gldv2-train', root)} (with --packed the tar files stay packed, for "
+        f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; download "
+        f"it from {GLDV2_PAGE}: {download_command('gldv2-train', root)} (add --packed to keep the tar files, and set "
         f"data.tars={root}/archives/train)\n{TOY_DATA_HINT}"
     )
 
@@ -108,20 +109,20 @@ def how_to_get_gldv2(root: Path) -> str:
     contents = {
         "test": "queries and solutions",
         "index": "database of gldv2_test",
-        "train": "that of gldv2_recognition and gldv2_val",
+        "train": "database of gldv2_recognition and gldv2_val",
     }
     commands = ", ".join(
         f"{download_command(f'gldv2-{split}', root)} ({content})" for split, content in contents.items()
     )
     return (
-        f"GLDv2 is expected as {root}/{{index,test,train}}/a/b/c/<id>.jpg with its lists and solutions in {root}; this "
-        f"gets it from {GLDV2_PAGE}: {commands}\n{TOY_DATA_HINT}; the toy set is in this layout too: "
+        f"GLDv2 is expected as {root}/{{index,test,train}}/a/b/c/<id>.jpg with its lists and solutions in {root}; "
+        f"download it from {GLDV2_PAGE}: {commands}\n{TOY_DATA_HINT}; the toy data set also has this layout: "
         "dataset.root=data/toy/gldv2"
     )
 
 
 def tree_path(image: bytes) -> str:
-    """Return the path of a GLDv2 image below its split's folder, `a/b/c/abc....jpg`, for its id."""
+    """Return the path of the GLDv2 image with this id, `a/b/c/<id>.jpg`, relative to the folder of its split."""
     name = image.decode()
     return f"{name[0]}/{name[1]}/{name[2]}/{name}.jpg"
 
@@ -166,7 +167,7 @@ _SOLUTIONS = tuple(
     RemoteFile((f"{_GLDV2}/ground_truth/{task}_solution_v2.1.csv",), f"{task}_solution_v2.1.csv")
     for task in ("retrieval", "recognition")
 )
-# HTML pages instead of JPEGs; the authors of Paris6k list them in corrupt.txt, Revisited Paris does not use them.
+# These files are HTML pages. The authors of Paris6k list them in corrupt.txt, and Revisited Paris does not use them.
 _CORRUPT_PARIS = {
     "louvre": (136, 146),
     "moulinrouge": (422,),
@@ -212,7 +213,7 @@ _ALL = (
     ),
     Source(
         "revisitop1m",
-        "a million distractors for both",
+        "one million distractors for both Revisited sets",
         "revisitop1m",
         _REVISITOP_PAGE,
         (RemoteFile((f"{_R1M}/revisitop1m.txt",), "revisitop1m.txt"),),
@@ -236,7 +237,7 @@ _ALL = (
     _gldv2("train", 500, 4_132_914, 1e9, "training images of GLDv2", *_lists("train", "train_clean")),
     Source(
         "cvnet",
-        "CVNet's weights, which the reference evaluates (Google Drive)",
+        "weights of CVNet, which the reference evaluates (Google Drive)",
         "cvnet",
         "https://github.com/sungonce/CVNet",
         tuple(
@@ -247,7 +248,7 @@ _ALL = (
     ),
     Source(
         "revisited-features",
-        "example features of the Revisited authors, for scripts/check_metrics.py",
+        "example descriptors by the authors of the Revisited sets, for scripts/check_metrics.py",
         "revisited-features",
         _REVISITOP_PAGE,
         tuple(

@@ -1,4 +1,4 @@
-"""Evaluation sets: queries, database and ground truth, the registry of their loaders, and the check of their images."""
+"""Represent evaluation sets (queries, database and ground truth), register their loaders, and check their images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
 
 _MAX_LISTED = 5
-_MIN_OVERLAP = 0.25  # of the positives of two queries of one landmark: intersection over union
+_MIN_OVERLAP = 0.25  # minimum intersection over union of the positives of two queries of one landmark
 NOTHING_COMPUTED = "nothing was computed, because images are missing or corrupt:"
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class RecognitionTruth:
 
     Attributes:
         queries: (Q,) S16 image ids.
-        truth: for each query its landmarks, (n,) int64; empty if it shows none.
+        truth: for each query its landmarks, (n,) int64, or an empty array if it shows no landmark.
         labels: (N,) int64 landmark of each database row.
         parts: (Q,) bool masks of the queries of "public", "private" and "all".
         neighbors: number of nearest neighbors that vote.
@@ -65,20 +65,22 @@ class RecognitionTruth:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Queries, database and, if it is known, the ground truth.
+    """Queries and database, with the ground truth if there is one.
 
     Attributes:
         name: name of the set.
-        queries, database: images, in the order of their descriptors.
+        queries: query images, in the order of their descriptors.
+        database: database images, in the order of their descriptors.
         gnd: for each query a dict of id arrays, (n,) int64, see `protocols`; None without ground truth.
         clusters: landmark or label of each query, the unit that the bootstrap resamples.
-        protocols: keys of the dicts in `gnd`: "revisited" has `easy`, `hard`, `junk` (and `bbx`), "labels" has
-            `positive` and `junk`, "landmarks" has `positive`, and the set a `landmark_truth`; "none" has no `gnd`.
-        leave_one_out: the queries are the database images, and each ranking excludes its query.
+        protocols: kind of ground truth, which determines the keys of the dicts in `gnd`: "revisited" has `easy`,
+            `hard`, `junk` and `bbx`; "labels" has `positive` and `junk`; "landmarks" has `positive`, and the set has a
+            `landmark_truth`; "none" means that `gnd` is None.
+        leave_one_out: whether the queries are the database images, so that each ranking excludes its query.
         root: folder of the set; image names are relative to it.
-        how_to_get: expected layout and download command, the end of the message about missing images.
-        landmark_truth: ground truth of the metrics of GLDv2, which replace average precision by `gnd`.
-        about: further facts that the results record, JSON types.
+        how_to_get: expected layout and download command, for messages about missing images.
+        landmark_truth: ground truth for the metrics of GLDv2, which are used instead of mean average precision.
+        about: further facts for `results.json`, in JSON types.
     """
 
     name: str
@@ -95,9 +97,9 @@ class EvaluationSet:
 
 
 Loader = Callable[..., EvaluationSet]
-"""Function that loads an evaluation set; its keyword arguments are settings of `conf/dataset`."""
+"""Function that loads an evaluation set; its keyword arguments are the settings in `conf/dataset`."""
 _LOADERS: dict[str, Loader] = {}
-# These modules register no loaders, and importing Lightning and torchvision takes seconds.
+# These modules register no loaders and are slow to import, because they need Lightning and torchvision.
 _WITHOUT_LOADERS = {"datamodules", "train_dataset"}
 LoaderT = TypeVar("LoaderT", bound=Loader)
 
@@ -122,7 +124,7 @@ def loaders() -> dict[str, Loader]:
     for module in pkgutil.iter_modules(superglobal.data.__path__):
         if module.name not in _WITHOUT_LOADERS:
             importlib.import_module(f"superglobal.data.{module.name}")
-    return dict(sorted(_LOADERS.items()))  # in an order that does not depend on what was imported first
+    return dict(sorted(_LOADERS.items()))  # The order must not depend on the order of imports.
 
 
 def load_evaluation_set(kind: str, **settings: Any) -> EvaluationSet:
@@ -130,7 +132,7 @@ def load_evaluation_set(kind: str, **settings: Any) -> EvaluationSet:
 
     Args:
         kind: a key of `loaders()`.
-        settings: of `conf/dataset`; those that the loader has no parameter for are ignored.
+        **settings: settings in `conf/dataset`; those that are not parameters of the loader are ignored.
 
     Raises:
         InputError: the kind is unknown, or the lists or the ground truth are missing or invalid.
@@ -147,13 +149,13 @@ def load_evaluation_set(kind: str, **settings: Any) -> EvaluationSet:
 
 
 def leave_one_out_truth(labels: np.ndarray) -> list[dict[str, Any]]:
-    """Return the ground truth of images that are all queries and all database images.
+    """Return the ground truth of a set in which every image is both a query and a database image.
 
     Args:
         labels: (n,) label of each image.
 
     Returns:
-        For each image {"positive": (m,) int64 ids of the other images with its label}.
+        For each image {"positive": ids}, with the ids of the other images of its label, (m,) int64.
     """
     order = np.argsort(labels, kind="stable")
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
@@ -174,7 +176,7 @@ def image_path(folder: Path, name: str, source: Path) -> Path:
         source: the list, for the error message.
 
     Raises:
-        InputError: the name is empty, absolute, or leads out of the folder.
+        InputError: the name is empty, absolute, or not inside the folder.
     """
     relative = PurePosixPath(name)
     if not name.strip() or relative.is_absolute() or ".." in relative.parts or "\0" in name:
@@ -189,11 +191,11 @@ def require_images(
 
     Args:
         sets: (title, images, hint) of each set: a unique title, and how to get the images, for the error message.
-        also: messages about other missing input, such as weights, to add to the error message.
+        also: further lines for the error message, about other missing input such as weights.
         workers: number of threads of `check_images`.
 
     Returns:
-        The report of each title, without problems.
+        The report of each title. No report has problems.
 
     Raises:
         InputError: images are missing or corrupt. The message has the counts and the first five files of each set.
@@ -231,9 +233,9 @@ def group_by_landmark(positives: Sequence[Iterable[int]]) -> list[int]:
     """Group queries by landmark and return for each query the index of the first query of its landmark.
 
     Two queries show the same landmark if the intersection over union of their positives is at least 0.25, or if other
-    queries link them. File names do not tell: `oxford_*` queries of ROxford5k show eight landmarks. The rule finds 12
-    landmarks there (its 11 buildings; one Balliol query is alone) and the 11 of RParis6k, for any threshold between 0.1
-    and 0.5.
+    queries link them. File names cannot be used, because the `oxford_*` queries of ROxford5k show eight landmarks. For
+    any threshold between 0.1 and 0.5, this rule finds 12 landmarks in ROxford5k (its 11 buildings, and one query of
+    Balliol that has no link to the others) and the 11 landmarks of RParis6k.
 
     Args:
         positives: ids of the positives of each query.

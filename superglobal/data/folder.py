@@ -66,7 +66,7 @@ def folder_set(
         protocols="labels" if labels else "none",
         leave_one_out=query is None,
         root=database,
-        how_to_get=f"{name} has all images under {database}; remove or replace the files listed above",
+        how_to_get=f"{name} contains all images under {database}; remove or replace the files listed above",
     )
 
 

@@ -1,4 +1,4 @@
-"""Google Landmarks v2: its training list and evaluation sets, from its lists and `train/a/b/c/<id>.jpg` or tar files.
+"""Load the training list and the evaluation sets of Google Landmarks v2 from its lists and its images or tar files.
 
 Layout and formats: github.com/cvdfoundation/google-landmark.
 """
@@ -30,11 +30,11 @@ class TrainList:
     """Training images of selected landmarks, sorted by landmark and id.
 
     Attributes:
-        root: the `train` folder, above a/b/c/<id>.jpg.
+        root: the `train` folder, which contains a/b/c/<id>.jpg.
         ids: (N,) S16 image ids of 16 hexadecimal digits.
-        labels: (N,) int32, 0..classes-1.
+        labels: (N,) int32 class of each image, from 0 to classes - 1.
         landmarks: (classes,) int64, the landmark_id of each label.
-        source: where image files are read from; None for the tree below `root`.
+        source: source of the image files; None for the folder tree below `root`.
     """
 
     root: Path
@@ -54,12 +54,13 @@ class TrainList:
         """Return the bytes of an image file.
 
         Raises:
-            CorruptImageError: the file is missing or cannot be read; the message is the reason without the location.
+            CorruptImageError: the file is missing or cannot be read. The message is the reason and does not name the
+                file.
         """
         return self._source().read(self.ids[index])
 
     def location(self, index: int) -> str:
-        """Return the path, or tar file and member ("images_012.tar:a/b/c/abc....jpg"), for messages."""
+        """Return the path, or the tar file and the member (images_012.tar:a/b/c/<id>.jpg), for messages."""
         return self._source().location(self.ids[index])
 
     def digest(self) -> str:
@@ -85,15 +86,16 @@ def read_train(
     Args:
         root: folder of the lists and the `train` folder.
         table: "train_clean.csv" or "train.csv".
-        min_images: smaller landmarks are left out; a single image gives no positive pair.
-        classes_of: another list in `root`; only its landmarks are used. `train.csv` with the landmarks of
-            `train_clean.csv` is called GLDv2x by the Kaggle teams.
-        leave_out: file of landmark ids, one per line (# starts a comment), that are left out: those of the evaluation
-            sets, for training without overlap. Ids that are not in the list are counted in a warning.
-        tars: folder of the official tar files to read images from; needs the index of `prepare`.
+        min_images: minimum number of images of a landmark; at least two are needed for a positive pair.
+        classes_of: name of another list in `root`, to use only landmarks of that list. The Kaggle teams call
+            `train.csv` with the landmarks of `train_clean.csv` GLDv2x.
+        leave_out: file of landmark ids to exclude, one per line; # starts a comment. Use it to train without the
+            landmarks of the evaluation sets. A warning reports the number of ids that are not in the list.
+        tars: folder of the official tar files, to read the images from them; this requires the index that
+            `superglobal prepare-gldv2` writes.
 
     Raises:
-        InputError: a list is missing or invalid, no landmark remains, or the index of the tar files does not fit.
+        InputError: a list is missing or invalid, no landmark remains, or the index does not match the tar files.
     """
     root = Path(root)
     path = root / table
@@ -108,7 +110,7 @@ def read_train(
             log.warning("%s: %d of %d landmarks are not in %s", leave_out, len(unknown), len(excluded), path)
         excluded_rows = keep & np.isin(landmarks, excluded)
         n_landmarks = len(excluded) - len(unknown)
-        log.info("%s: left out %d landmarks with %d images", leave_out, n_landmarks, int(excluded_rows.sum()))
+        log.info("%s: excluded %d landmarks with %d images", leave_out, n_landmarks, int(excluded_rows.sum()))
         keep &= ~excluded_rows
     if not keep.all():
         ids, landmarks = ids[keep], landmarks[keep]
@@ -132,9 +134,10 @@ def _read_sorted(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_landmarks(images: TrainList, fraction: float, seed: int) -> tuple[TrainList, TrainList]:
-    """Split off whole landmarks, drawn by `seed`, for retrieval validation; return (training, validation).
+    """Split a list by random landmarks, and return (training, validation).
 
-    Retrieval is evaluated on landmarks that training has not seen, so validation uses such landmarks too.
+    Retrieval is evaluated on landmarks that are not in the training set, so the validation set must have this property
+    too.
     """
     n_landmarks = len(images.landmarks)
     held_out = np.zeros(n_landmarks, bool)
@@ -154,7 +157,7 @@ def _select(images: TrainList, keep: np.ndarray) -> TrainList:
 
 @loader("gldv2")
 def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v2.1") -> EvaluationSet:
-    """Load the retrieval benchmark: the test images of the solution, searched for in the index of 761,757 images.
+    """Load the retrieval benchmark: the queries are the test images, the database is the index of 761,757 images.
 
     Args:
         root: folder of `index.csv`, the solution, `index/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
@@ -162,7 +165,7 @@ def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v
         solution: version of the ground truth, "v2.1" for `retrieval_solution_v2.1.csv`, or the path of its file.
 
     Raises:
-        InputError: a list is missing or invalid, or the index lacks an image of the ground truth.
+        InputError: a list is missing or invalid, or an image of the ground truth is not in the index.
     """
     root = Path(root)
     hint = how_to_get_gldv2(root)
@@ -198,10 +201,10 @@ def recognition_set(
     neighbors: int = 3,
     votes: str = "similarity",
 ) -> EvaluationSet:
-    """Load the recognition benchmark: the landmark of each test image, by its nearest training images.
+    """Load the recognition benchmark: the landmark of each test image is predicted from the nearest training images.
 
-    Landmark ids are those of the training list; the index numbers them differently. A landmark that the training list
-    lacks cannot be recognized, and counts as an error.
+    Landmark ids are those of the training list, which differ from those of the index. A test image of a landmark that
+    is not in the training list counts as an error.
 
     Args:
         root: folder of the training list, the solution, `train/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
@@ -210,8 +213,8 @@ def recognition_set(
         solution: version of the ground truth, "v2.1" for `recognition_solution_v2.1.csv`, or the path of its file.
         neighbors: number of nearest database images that vote.
         votes: "similarity" (the score of a landmark is the sum of s over its images among the neighbors), "distance"
-            (the sum of 2 s - 1) or "nearest" (the nearest image alone). After reranking, its scores take the place of
-            the cosine s.
+            (the sum of 2 s - 1) or "nearest" (only the nearest image counts). s is the cosine, or the score of the
+            reranker after reranking.
 
     Raises:
         InputError: a list is missing or invalid.
@@ -244,22 +247,23 @@ def recognition_set(
 def validation_set(
     root: str | Path, name: str = "gldv2_val", table: str = "train_clean.csv", landmarks: int = 800, seed: int = 0
 ) -> EvaluationSet:
-    """Load a validation set: training images of held-out landmarks, one image of each as query, the others as index.
+    """Load a validation set from held-out landmarks of the training list: one query of each, the others as database.
 
-    The landmarks are the first that `split_landmarks` draws by `seed`: no training on the same list with the same seed
-    and without `leave_out` has seen them if it holds out at least as many. The split is written beside the list, to
-    `<name>_<landmarks>_seed<seed>.csv` with id, landmark_id and split (query or index).
+    The landmarks are the first ones that `split_landmarks` selects with `seed`. A training run on the same list with
+    the same seed, without `leave_out` and with at least as many held-out landmarks has therefore not seen them. The
+    split is written to the folder of the list as `<name>_<landmarks>_seed<seed>.csv`, with the columns id, landmark_id
+    and split (query or index).
 
     Args:
         root: folder of the training list and of `train/a/b/c/<id>.jpg`.
         name: name of the set.
         table: training list, "train_clean.csv" or "train.csv".
-        landmarks: number of held-out landmarks; a training that holds out as many (`validation.fraction`) saw none of
-            them.
-        seed: seed of the training.
+        landmarks: number of held-out landmarks; at most the number that the training run holds out
+            (`validation.fraction`).
+        seed: seed of the training run.
 
     Raises:
-        InputError: the list is missing, has too few landmarks, or gives another split than the file beside it.
+        InputError: the list is missing or has too few landmarks, or the split differs from that of an existing file.
     """
     root = Path(root)
     train = read_train(root, table)
@@ -329,25 +333,25 @@ def _draw_queries(images: TrainList, seed: int) -> np.ndarray:
 
 
 def _write_split(path: Path, table: Path, images: TrainList, is_query: np.ndarray) -> None:
-    """Write a split, or check that the file has the same one."""
+    """Write a split, or check that an existing file contains the same split."""
     columns = images.ids.tolist(), images.landmarks[images.labels].tolist(), is_query.tolist()
     lines = ["id,landmark_id,split"]
     lines += [f"{i.decode()},{n},{'query' if q else 'index'}" for i, n, q in zip(*columns, strict=True)]
     if path.is_file():
         if path.read_text(errors="replace").splitlines() != lines:
             raise InputError(
-                f"{path}: not the split that {table} gives; one of them has changed. Remove {path.name} to write it "
-                "again, or set another dataset.name"
+                f"{path}: expected the split of {table}, but one of these files has changed; remove {path.name} to "
+                "write it again, or set another dataset.name"
             )
         return
     try:
         write_atomically(path, ("\n".join(lines) + "\n").encode())
     except InputError as error:
-        log.warning("the split was not written: %s", error)
+        log.warning("could not write the split: %s", error)
 
 
 def query_landmarks(relevant: Sequence[np.ndarray]) -> list[int]:
-    """Return `landmarks` of queries from the S16 ids of their relevant images."""
+    """Return for each query the index of the first query of its landmark, from the S16 ids of the relevant images."""
     _, numbers = np.unique(np.concatenate(relevant), return_inverse=True)
     ends = np.cumsum([len(ids) for ids in relevant])
     return group_by_landmark([ids.tolist() for ids in np.split(numbers, ends)[:-1]])

@@ -27,16 +27,16 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Read a training list, in its order.
 
     Returns:
-        (N,) S16 image ids of 16 hexadecimal digits, each once; (N,) int64 landmark ids, 0 or more.
+        Unique image ids of 16 hexadecimal digits, (N,) S16, and their non-negative landmark ids, (N,) int64.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: the file cannot be read, has other columns, names no image, has an invalid landmark or image id, or
-            lists an image twice.
+        InputError: the file cannot be read, lacks a column, contains no images, contains an invalid landmark or image
+            id, or contains an image twice.
     """
     with _input_errors(path):
         columns = _column_names(path)
-        clean = {"landmark_id", "images"} <= columns  # a row has a landmark and all its images
+        clean = {"landmark_id", "images"} <= columns  # Each row has a landmark and all its images.
         if not clean and not {"landmark_id", "id"} <= columns:
             expected = "landmark_id with images (clean list) or id (full list)"
             raise InputError(f"{path}: columns {sorted(columns)}, expected {expected}")
@@ -48,7 +48,7 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
             words = pc.utf8_split_whitespace(texts)
             landmarks = landmarks[pc.list_parent_indices(words).to_numpy()]
             texts = pc.list_flatten(words)
-            nonempty = pc.greater(pc.binary_length(texts), 0)  # a landmark without images has one empty word
+            nonempty = pc.greater(pc.binary_length(texts), 0)  # A landmark without images has one empty word.
             texts, landmarks = texts.filter(nonempty), landmarks[nonempty.to_numpy()]
         return _image_ids(path, texts), landmarks
 
@@ -57,11 +57,11 @@ def read_ids(path: Path) -> np.ndarray:
     """Read a list without landmarks (index.csv, test.csv), in its order.
 
     Returns:
-        (N,) S16 image ids of 16 hexadecimal digits, each once.
+        Unique image ids of 16 hexadecimal digits, (N,) S16.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: as `read_list`.
+        InputError: see `read_list`.
     """
     with _input_errors(path):
         columns = _column_names(path)
@@ -74,7 +74,7 @@ def read_landmark_ids(path: str | Path) -> np.ndarray:
     """Read landmark ids from a text file, one per line; blank lines and comments after # are ignored.
 
     Returns:
-        (n,) int64, sorted, each once.
+        Sorted unique ids, (n,) int64.
 
     Raises:
         InputError: there is no such file, or a line is not a number.
@@ -95,7 +95,7 @@ def read_landmark_ids(path: str | Path) -> np.ndarray:
 
 @contextmanager
 def _input_errors(path: Path) -> Iterator[None]:
-    """Raise an InputError that names the file for everything but a missing file."""
+    """Convert all errors except FileNotFoundError to an InputError that names the file."""
     try:
         yield
     except FileNotFoundError:
@@ -107,7 +107,7 @@ def _input_errors(path: Path) -> Iterator[None]:
     except pa.ArrowInvalid as error:
         raise _first_error(path, str(error)) from error
     finally:
-        pa.default_memory_pool().release_unused()  # Arrow would keep it for the next list
+        pa.default_memory_pool().release_unused()  # Arrow would keep this memory for the next list.
 
 
 def _column_names(path: Path) -> set[str]:
@@ -127,7 +127,7 @@ def _read_columns(path: Path, names: list[str]) -> list[pa.ChunkedArray]:
 
 def _image_ids(path: Path, texts: pa.ChunkedArray) -> np.ndarray:
     if not len(texts):
-        raise InputError(f"{path}: lists no images; download it again")
+        raise InputError(f"{path}: contains no images; download it again")
     if not pc.all(pc.match_substring_regex(texts, "^[0-9a-f]{16}$"), min_count=0).as_py():
         raise _first_error(path, "an image id does not have 16 hexadecimal digits")
     fixed = texts.cast(pa.binary(16)).combine_chunks()
@@ -140,13 +140,13 @@ def _image_ids(path: Path, texts: pa.ChunkedArray) -> np.ndarray:
 
 
 def _first_error(path: Path, otherwise: str) -> InputError:
-    """Return the error for the first invalid row, found by reading the list again row by row."""
-    csv.field_size_limit(2**31 - 1)  # a landmark of thousands of images has them all in one field
+    """Read the list again row by row, and return the error for the first invalid row."""
+    csv.field_size_limit(2**31 - 1)  # A field contains all images of a landmark, which can be thousands.
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         clean = "images" in (rows.fieldnames or ())
         for row in rows:
-            number = row.get("landmark_id", "0") or ""  # index.csv and test.csv have none
+            number = row.get("landmark_id", "0") or ""  # index.csv and test.csv have no such column.
             if not LANDMARK_ID.fullmatch(number):
                 return InputError(f"{path}, line {rows.line_num}: landmark_id {number!r} is not a number")
             for image in (row["images"] or "").split() if clean else [row["id"] or ""]:

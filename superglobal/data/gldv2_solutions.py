@@ -1,7 +1,7 @@
 """Read and write GLDv2's solutions (ground truth of the test images) and submissions (predictions) as CSV files.
 
 Formats: github.com/cvdfoundation/google-landmark. Predictions are read by the rules of the organizers' reader
-(tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), except that contradictions are errors.
+(tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), except that contradictory lines raise an error.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Solution:
         path: the file.
         task: "retrieval" or "recognition".
         ids: (Q,) S16 image ids.
-        truth: per image the ids of its relevant index images, (n,) S16 with n >= 1; or its landmarks, (n,) int64, empty
-            for an image without a landmark.
+        truth: for each image the ids of its relevant index images, (n,) S16 with n >= 1; or its landmarks, (n,) int64,
+            which are empty for an image without a landmark.
         lines: (Q,) int64 line numbers in the file.
         public: (Q,) bool; the other images are private.
         ignored: ids of the test images that do not count.
@@ -54,7 +54,7 @@ class Solution:
         return {"public": self.public, "private": ~self.public, "all": np.ones(len(self.ids), bool)}
 
     def provenance(self) -> dict[str, str]:
-        """Return the name and SHA-256 of the file, for the record of a result."""
+        """Return the name and SHA-256 of the file, which are recorded with the results."""
         return {"file": self.path.name, "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
 
 
@@ -63,10 +63,10 @@ def read_solution(path: str | Path, task: Task | None = None) -> Solution:
 
     Args:
         path: the file.
-        task: expected task; by default the columns decide.
+        task: expected task; by default it is determined by the columns.
 
     Raises:
-        InputError: there is no such file, it is of another task, or a line is invalid.
+        InputError: the file is missing or belongs to another task, or a line is invalid.
     """
     path = Path(path)
     columns, rows = _read_rows(path, {"id", "Usage"})
@@ -88,7 +88,9 @@ def read_solution(path: str | Path, task: Task | None = None) -> Solution:
         lines.append(line)
         public.append(row["Usage"] == "Public")
     if not ids:
-        raise InputError(f"{path}: all {len(ignored)} test images are Ignored; expected some Public or Private")
+        raise InputError(
+            f"{path}: the Usage of all {len(ignored)} test images is Ignored; expected Public or Private images"
+        )
     arrays = np.array(ids, "S16"), truth, np.array(lines, np.int64), np.array(public, bool)
     return Solution(path, file_task, *arrays, frozenset(ignored))
 
@@ -99,10 +101,10 @@ def read_retrieval_submission(path: str | Path, solution: Solution) -> list[np.n
     Blank lines, empty predictions, surrounding spaces and predictions for ignored test images are skipped.
 
     Returns:
-        (n,) S16 per image of the solution; empty without a prediction.
+        For each image of the solution the ids of its predicted images, (n,) S16; empty without a prediction.
 
     Raises:
-        InputError: there is no such file, it has other columns, or a line has an unknown, repeated or invalid id.
+        InputError: the file is missing or lacks a column, or a line has an unknown, repeated or invalid id.
     """
     ranked = [np.empty(0, "S16") for _ in solution.ids]
     for row, place, cell in _predictions(Path(path), solution):
@@ -111,7 +113,7 @@ def read_retrieval_submission(path: str | Path, solution: Solution) -> list[np.n
 
 
 def read_recognition_submission(path: str | Path, solution: Solution) -> tuple[np.ndarray, np.ndarray]:
-    """Read a recognition submission: columns id and landmarks, which is a landmark id, a space and a score.
+    """Read a recognition submission: columns id and landmarks (a landmark id, a space and a score).
 
     Lines are skipped as in `read_retrieval_submission`.
 
@@ -119,7 +121,7 @@ def read_recognition_submission(path: str | Path, solution: Solution) -> tuple[n
         (Q,) int64 landmark ids, -1 without a prediction; (Q,) float64 scores, NaN without a prediction.
 
     Raises:
-        InputError: as `read_retrieval_submission`, or a prediction is not a landmark id and a number.
+        InputError: see `read_retrieval_submission`; or a prediction is not a landmark id and a number.
     """
     landmarks, scores = np.full(len(solution.ids), -1), np.full(len(solution.ids), np.nan)
     for row, place, cell in _predictions(Path(path), solution):
@@ -135,12 +137,12 @@ def read_recognition_submission(path: str | Path, solution: Solution) -> tuple[n
 
 
 def retrieval_submission(ids: np.ndarray, images: Iterable[np.ndarray]) -> bytes:
-    """Return the submission file of (Q,) S16 test ids and per image (n,) S16 index ids, best first."""
+    """Return a submission file from the test ids, (Q,) S16, and the index ids of each image, best first, (n,) S16."""
     return _submission("images", ids, (b" ".join(ranked.tolist()).decode() for ranked in images))
 
 
 def recognition_submission(ids: np.ndarray, landmarks: np.ndarray, scores: np.ndarray) -> bytes:
-    """Return the submission file of (Q,) S16 test ids, their landmark ids and float64 scores."""
+    """Return a submission file from the test ids, (Q,) S16, their landmark ids and their float64 scores."""
     predictions = zip(landmarks.tolist(), scores.tolist(), strict=True)
     return _submission("landmarks", ids, (f"{landmark} {score!r}" for landmark, score in predictions))
 
@@ -157,10 +159,10 @@ def _read_rows(path: Path, required: set[str]) -> tuple[Sequence[str], Iterator[
     """Return the columns of a CSV file, and an iterator over (line number, column -> cell) of its rows.
 
     Raises:
-        InputError: the file cannot be read or lacks a required column, a row has another length, or an id is invalid
-            or comes twice.
+        InputError: the file cannot be read or lacks a required column, a row has the wrong number of fields, or an id
+            is invalid or repeated.
     """
-    csv.field_size_limit(2**31 - 1)  # a field may hold thousands of ids
+    csv.field_size_limit(2**31 - 1)  # A field can contain thousands of ids.
     try:
         reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
     except FileNotFoundError as error:
@@ -181,7 +183,7 @@ def _read_rows(path: Path, required: set[str]) -> tuple[Sequence[str], Iterator[
                 row = dict(zip(columns, cells, strict=True))
                 _image_id(row["id"], place)
                 if (first := line_of.setdefault(row["id"], line)) != line:
-                    raise InputError(f"{place}: image {row['id']} is in line {first} already; remove one")
+                    raise InputError(f"{place}: image {row['id']} is also in line {first}; remove one of the lines")
                 yield line, row
         except csv.Error as error:
             raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from error
@@ -190,7 +192,7 @@ def _read_rows(path: Path, required: set[str]) -> tuple[Sequence[str], Iterator[
 
 
 def _predictions(path: Path, solution: Solution) -> Iterator[tuple[int, str, str]]:
-    """Yield (row in the solution, place for messages, prediction) of each prediction that counts."""
+    """Yield (row in the solution, location for messages, prediction) for each prediction that is not ignored."""
     column = _COLUMN[solution.task]
     row_of = {image: row for row, image in enumerate(solution.ids.tolist())}
     for line, row in _read_rows(path, {"id", column})[1]:
@@ -204,7 +206,7 @@ def _predictions(path: Path, solution: Solution) -> Iterator[tuple[int, str, str
 
 def _image_ids(cell: str, place: str) -> np.ndarray:
     if not cell.split():
-        raise InputError(f"{place}: no relevant image for a query that counts; expected ids, or Usage Ignored")
+        raise InputError(f"{place}: no relevant images; expected image ids, or Usage Ignored")
     return _require_unique(np.array([_image_id(word, place) for word in cell.split()], "S16"), place)
 
 

@@ -1,4 +1,4 @@
-"""Check image files before anything is computed: each exists, opens, is complete, and has a content signature."""
+"""Check before a computation that image files exist and are complete, and compute a signature of their contents."""
 
 import os
 import zlib
@@ -21,17 +21,17 @@ from superglobal.data.images import (
     upright_size,
 )
 
-_HEAD, _TAIL = 65_536, 4_096  # bytes read at the start, enough for nearly every header, and at the end
+_HEAD, _TAIL = 65_536, 4_096  # number of bytes read at the start (enough for almost every header) and at the end
 _BATCH = 512  # images that a thread checks at a time
 _COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "JPEG2000")
 
 
 class CheckedImage(NamedTuple):
-    """A complete image.
+    """Result for a complete image.
 
     Attributes:
-        signature: file size and CRC-32, for fingerprints. Of a large compressed file the first 64 and the last 4 KB
-            count, since its other bytes do not change alone; of any other file every byte counts.
+        signature: file size and CRC-32 of the contents, for fingerprints. Only the first 64 KB and the last 4 KB of a
+            large compressed file are used, because a change of the image changes them too.
         size: (height, width) of the upright image, or of its box, in pixels.
     """
 
@@ -64,16 +64,17 @@ class CheckReport:
 def check_images(
     items: Sequence[ImageItem | str | Path], workers: int | None = None, decode: bool = False
 ) -> CheckReport:
-    """Check image files without decoding them, fast enough for a million files.
+    """Check image files without decoding them, which is fast enough for a million files.
 
-    Detects files that are missing or empty, that do not start as an image, JPEGs without their end marker, PNGs
-    without their last chunk, images over `MAX_PIXELS` and empty boxes. Bytes after the end of an image are accepted,
-    as in every decoder. Damage inside a file is only found by decoding it.
+    The check detects files that are missing or empty, that do not start as an image, JPEGs without their end marker,
+    PNGs without their last chunk, images over `MAX_PIXELS` and empty boxes. Bytes after the end of an image are
+    accepted, as in every decoder. Damage inside a file is only found by decoding it.
 
     Args:
         items: images or plain paths.
-        workers: number of threads; by default 4 per CPU, at most 32, since most of the time is spent on disk access.
-        decode: decode every image as well, which finds damage inside files and is as slow as reading them.
+        workers: number of threads; by default 4 per CPU and at most 32, because most of the time is spent on disk
+            access.
+        decode: whether to decode every image too, which also finds damage inside files, but takes much longer.
     """
     report = CheckReport([], [], [], [])
     starts = range(0, len(items), _BATCH)
@@ -100,7 +101,7 @@ def check_image(
         read: function of (start, count) that returns these bytes of the image file.
         size: size of the file in bytes.
         box: as in `ImageItem`.
-        decode: decode the image as well.
+        decode: whether to decode the image too.
 
     Raises:
         CorruptImageError: the image is incomplete or damaged, or the box is empty.
@@ -112,7 +113,8 @@ def check_image(
         head, tail = read(0, _HEAD), read(size - _TAIL, _TAIL)
         try:
             width, height, compressed = _inspect(head, tail)
-        except CorruptImageError:  # a long header, or many bytes after the end: only the complete file can tell
+        except CorruptImageError:
+            # The header may be longer, or many bytes may follow the end of the image, so check the complete file.
             data = read(0, size)
             width, height, compressed = _inspect(data, data)
     if not compressed:
@@ -127,7 +129,7 @@ def check_image(
 def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
     """Return (width, height, compressed) of an upright image from its header, after checking its end.
 
-    `tail` is `head` itself if that is the complete file; otherwise the two do not overlap.
+    `head` and `tail` are the same object if `head` is the complete file. Otherwise they do not overlap.
     """
     with open_image(head) as image:
         require_end(image.format, head, tail)

@@ -1,4 +1,4 @@
-"""The index of a GLDv2 image list, `<root>/<list>.index.npz`, and reading images from the folder tree or tar files.
+"""Load the index of a GLDv2 image list, `<root>/<list>.index.npz`, and read images from the folder tree or tar files.
 
 `superglobal.data.prepare_gldv2` checks every image of a list and writes the index.
 """
@@ -25,13 +25,17 @@ _TAR_HEADER = 512  # bytes of the block before a member, which contains its name
 
 
 class ImageSource(Protocol):
-    """Image files by id; can be sent to worker processes."""
+    """Source of image files by id. It can be sent to worker processes."""
 
     def read(self, image: bytes) -> bytes:
-        """Return the bytes of an image file; CorruptImageError with the reason if it cannot be read."""
+        """Return the bytes of an image file.
+
+        Raises:
+            CorruptImageError: the file cannot be read. The message is the reason.
+        """
 
     def location(self, image: bytes) -> str:
-        """Return where an image is, for messages."""
+        """Return the location of an image, for messages."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,16 @@ class ImageTree:
 
 @dataclass(frozen=True)
 class ImageTars:
-    """Image files in tar files, which are not unpacked.
+    """Image files in tar files that are not unpacked.
 
-    Each process opens a tar file when it first needs it, and reads by `os.pread`, so that forked workers do not move
-    one another's position in a file.
+    Each process opens a tar file when it first needs it. It reads with `os.pread`, because forked workers share the
+    position of an open file.
 
     Args:
         folder: folder of the tar files.
         names: names of the tar files.
         ids: (N,) S16, sorted.
-        tars: (N,) int16 index of the tar file in `names`, -1 for an image that is in none.
+        tars: (N,) int16 index of the tar file in `names`, -1 for an image that is in no tar file.
         offsets: (N,) int64 position of the image in its tar file, in bytes.
         sizes: (N,) int64, in bytes.
     """
@@ -86,11 +90,13 @@ class ImageTars:
                 self._open[tar] = os.open(self.folder / self.names[tar], os.O_RDONLY)
             data = os.pread(self._open[tar], _TAR_HEADER + size, offset - _TAR_HEADER)
         except FileNotFoundError:
-            raise CorruptImageError(f"missing (no {self.names[tar]})") from None
+            raise CorruptImageError(f"missing ({self.names[tar]} does not exist)") from None
         except OSError as error:
             raise CorruptImageError(error.strerror or str(error)) from error
         if image not in data[:_TAR_HEADER]:
-            raise CorruptImageError("not where the index has it: the tar file changed; run superglobal prepare-gldv2")
+            raise CorruptImageError(
+                "not at the position in the index, because the tar file has changed; run superglobal prepare-gldv2"
+            )
         return data[_TAR_HEADER:]
 
     def location(self, image: bytes) -> str:
@@ -101,12 +107,12 @@ class ImageTars:
         return int(np.searchsorted(self.ids, np.array(image, "S16")))
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}  # another process opens its own
+        return {**self.__dict__, "_open": {}}  # Each process opens the tar files itself.
 
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Every image of a list, readable or not; the attributes are the arrays of the file.
+    """Index of all images of a list, including missing and corrupt ones. The attributes are the arrays of the file.
 
     Attributes:
         ids: (N,) S16, sorted.
@@ -115,7 +121,7 @@ class ImageIndex:
         numbers: (N,) int16 index of the tar file in `tar_names`; -1 for the tree, or if no tar file has the image.
         offsets: (N,) int64 position of the image in its tar file, in bytes; 0 for the tree.
         bad: (K,) int64 rows of the missing and corrupt images, ascending.
-        reasons: (K,) str, the reason for each.
+        reasons: (K,) str reason for each of them.
         tar_names: (T,) str names of the tar files; empty for the tree.
         tar_sizes: (T,) int64, in bytes.
     """
@@ -145,7 +151,7 @@ class ImageIndex:
         return ImageTars(folder, self.tar_names.tolist(), self.ids, self.numbers, self.offsets, self.sizes)
 
     def save(self, path: Path, list_digest: str) -> None:
-        """Write the index, with the digest of the list that it belongs to."""
+        """Write the index and the digest of its list."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         with atomic_file(path) as file:
             np.savez(file, version=VERSION, list_digest=list_digest, **arrays)
@@ -158,7 +164,7 @@ def signature_codes(signatures: Iterable[str]) -> np.ndarray:
 
 
 def index_path(root: Path, table: str) -> Path:
-    """Return the path of the index of a list, beside the list."""
+    """Return the path of the index of a list, which is in the folder of the list."""
     return root / f"{Path(table).stem}.index.npz"
 
 
@@ -183,7 +189,7 @@ def load_index(root: Path, table: str, tars: str | Path | None) -> ImageIndex:
         tars: folder of the tar files if the images are read from them.
 
     Raises:
-        InputError: there is no index, it is damaged, or it does not fit the list, the tar files or the tree.
+        InputError: the index is missing or damaged, or it does not match the list, the tar files or the tree.
     """
     path, command = index_path(root, table), prepare_command(root, table, tars)
     try:
@@ -191,19 +197,19 @@ def load_index(root: Path, table: str, tars: str | Path | None) -> ImageIndex:
             identity = int(stored["version"]), str(stored["list_digest"])
             index = ImageIndex(**{field.name: stored[field.name] for field in fields(ImageIndex)})
     except FileNotFoundError as error:
-        raise InputError(f"index of the images not found: {path}; create it by {command}") from error
+        raise InputError(f"index of the images not found: {path}; create it with: {command}") from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: damaged ({error}); create it again by {command}") from error
+        raise InputError(f"{path}: damaged ({error}); create it again with: {command}") from error
     mismatch = _tar_mismatch(index, tars)
     if identity != (VERSION, list_digest(root, table)):
         mismatch = f"{root / table} has changed"
     if mismatch:
-        raise InputError(f"{path} is out of date: {mismatch}; create it again by {command}")
+        raise InputError(f"{path} is out of date: {mismatch}; create it again with: {command}")
     return index
 
 
 def _tar_mismatch(index: ImageIndex, tars: str | Path | None) -> str | None:
-    """Return how the tar files differ from those of an index, None if they do not."""
+    """Return a description of the first difference between the tar files and the index, or None if they match."""
     if (tars is None) != (len(index.tar_names) == 0):
         return "it is an index of tar files" if tars is None else "it is an index of the folder tree"
     for name, size in zip(index.tar_names.tolist(), index.tar_sizes.tolist(), strict=True):

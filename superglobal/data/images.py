@@ -1,11 +1,11 @@
 """Read images strictly, with the pixels of the reference implementation.
 
-The reference reads with `cv2.imread(path, cv2.IMREAD_COLOR)` (its test/dataset.py). OpenCV returns a half-gray image
-for a truncated file, without an error. Pillow raises one, so it decodes here. Both use libjpeg-turbo, and their pixels
-are identical for 8-bit JPEG, PNG, WebP, BMP and TIFF. Where they differ (CMYK, 16 bits, TIFF with alpha, rare formats),
-Pillow validates the file and OpenCV decodes it.
+The reference reads images with `cv2.imread(path, cv2.IMREAD_COLOR)` (its test/dataset.py). For a truncated file OpenCV
+returns an image that is partly gray, without an error, while Pillow raises an error. Images are therefore decoded with
+Pillow. Both use libjpeg-turbo, and their pixels are identical for 8-bit JPEG, PNG, WebP, BMP and TIFF. Where they
+differ (CMYK, 16 bits, TIFF with alpha, rare formats), Pillow validates the file and OpenCV decodes it.
 
-Neither decoder reports damage inside the scan of a JPEG that leaves its structure valid.
+Neither decoder detects damage to the compressed data of a JPEG if the structure of the file is still valid.
 """
 
 import io
@@ -58,14 +58,14 @@ class ImageItem:
 
 
 class CorruptImageError(InputError):
-    """An image file is missing, truncated or damaged. The message is the reason; callers add the path."""
+    """Error for a missing, truncated or damaged image file. The message is the reason; callers add the path."""
 
 
 def read_image(path: str | Path, box: Box | None = None, max_side: int | None = None) -> np.ndarray:
-    """Read an image upright and in RGB, bit for bit as `cv2.imread(path)[..., ::-1]`.
+    """Read an image as upright RGB, with exactly the pixels of `cv2.imread(path)[..., ::-1]`.
 
-    Alpha is dropped, 16-bit files are converted to 8 bits by the rule of OpenCV, and of a GIF or a multi-page file the
-    first frame is read. TIFFs with EXIF orientations 5-8, which OpenCV 5.0 cannot read, are rotated upright.
+    Alpha is dropped, 16-bit files are converted to 8 bits as in OpenCV, and the first frame of a GIF or a multi-page
+    file is read. TIFFs with EXIF orientations 5-8, which OpenCV 5.0 cannot read, are rotated upright.
 
     Args:
         path: image file.
@@ -86,7 +86,7 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
 
 @contextmanager
 def add_path_to_errors(path: Path) -> Iterator[None]:
-    """Raise an error about an image file as an InputError that names the file."""
+    """Convert an error about an image file to an InputError that names the file."""
     try:
         yield
     except FileNotFoundError as error:
@@ -96,7 +96,7 @@ def add_path_to_errors(path: Path) -> Iterator[None]:
 
 
 def crop_and_shrink(pixels: np.ndarray, box: Box | None, max_side: int | None) -> np.ndarray:
-    """Crop (H, W, 3) to a box, then shrink it, see `read_image`. Return a contiguous and writable copy."""
+    """Crop and shrink an image, (H, W, 3), as in `read_image`, and return a contiguous and writable copy."""
     if box is not None:
         pixels = crop(pixels, box)
     # The buffer of a decoder is read-only, and a view keeps the whole image in memory.
@@ -104,13 +104,13 @@ def crop_and_shrink(pixels: np.ndarray, box: Box | None, max_side: int | None) -
 
 
 def pil_pixels(image: Image.Image) -> np.ndarray:
-    """Return an open 8-bit Pillow image as `read_image` would read its file: upright, without alpha.
+    """Return the pixels of an open 8-bit Pillow image as `read_image` does for its file: upright, without alpha.
 
     Returns:
-        (H, W, 3) uint8, perhaps read-only.
+        (H, W, 3) uint8, possibly read-only.
 
     Raises:
-        InputError: the image does not have 8 bits; OpenCV can decode it from its file alone.
+        InputError: the image does not have 8 bits per channel, so that only OpenCV can decode it, from its file.
     """
     if image.mode not in _EIGHT_BIT_MODES:
         raise InputError(f"Pillow image of mode {image.mode}: expected 8 bits per channel; pass the path of its file")
@@ -120,7 +120,11 @@ def pil_pixels(image: Image.Image) -> np.ndarray:
 
 
 def crop(pixels: np.ndarray, box: Box) -> np.ndarray:
-    """Return the view of (H, W, 3) inside a box, see `read_image`; CorruptImageError if it is empty."""
+    """Return a view of the part of an image, (H, W, 3), inside a box.
+
+    Raises:
+        CorruptImageError: see `box_bounds`.
+    """
     x1, y1, x2, y2 = box_bounds(box, *pixels.shape[1::-1])
     return pixels[y1:y2, x1:x2]
 
@@ -131,14 +135,14 @@ def image_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 
 def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
-    """Shrink an image to a longer side of at most `max_side` pixels; None is no limit.
+    """Shrink an image so that its longer side has at most `max_side` pixels.
 
     The filter is the antialiased bicubic of Pillow, and the aspect ratio is kept. An image that is small enough is
     returned without a copy.
 
     Args:
         pixels: (H, W, 3) uint8.
-        max_side: in pixels.
+        max_side: maximum longer side in pixels; None for no limit.
 
     Raises:
         InputError: `max_side` is less than 1.
@@ -150,7 +154,7 @@ def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
 
 
 def shrunk_size(size: Sequence[int], max_side: int | None) -> tuple[int, int]:
-    """Return the (height, width) after `shrink` of an image of that size, in pixels.
+    """Return the (height, width) that `shrink` gives an image of `size`, in pixels.
 
     Raises:
         InputError: `max_side` is less than 1.
@@ -166,21 +170,24 @@ def shrunk_size(size: Sequence[int], max_side: int | None) -> tuple[int, int]:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Return the (width, height) of the upright image, in pixels."""
-    # Pillow rotates a TIFF itself, so that its size is that of the upright image.
+    # Pillow rotates a TIFF itself, so its size is already that of the upright image.
     transposed = image.format != "TIFF" and _orientation(image) >= 5
     return (image.height, image.width) if transposed else image.size
 
 
 def require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
-    """Raise CorruptImageError for a JPEG or PNG without its end.
+    """Check that a JPEG or PNG file is not truncated.
 
     Args:
-        file_format: that Pillow detected.
+        file_format: format that Pillow detected.
         head: start of the file, or the whole file.
         tail: `head` itself if that is the whole file, else the end of the file, which does not overlap `head`.
+
+    Raises:
+        CorruptImageError: the end of the image is missing.
     """
     if file_format in ("JPEG", "MPO"):
-        # A thumbnail in the EXIF block has an end marker too; that of the image comes after the start of the scan.
+        # A thumbnail in the EXIF block has an end marker too, so search only after the start of the scan of the image.
         scan = _scan_start(head)
         if scan < 0 or tail.rfind(b"\xff\xd9", scan if tail is head else 0) < 0:
             raise CorruptImageError("truncated JPEG (no end-of-image marker)")
@@ -197,7 +204,8 @@ def _scan_start(data: bytes) -> int:
             position += 1
         elif marker == 0xDA:
             return position + 2
-        elif marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # fill bytes, markers without a length
+        elif marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:
+            # Skip fill bytes and markers without a length.
             position += 1 if marker in (0x00, 0xFF) else 2
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
@@ -205,10 +213,14 @@ def _scan_start(data: bytes) -> int:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Parse the header of an image file without decoding it; CorruptImageError if that fails."""
+    """Parse the header of an image file without decoding it.
+
+    Raises:
+        CorruptImageError: the file is empty, not an image, or too large, or its header is damaged.
+    """
     if not data:
         raise CorruptImageError("empty file (0 bytes)")
-    # Pillow's limit against decompression bombs is global and warns above 89 megapixels; the limit here is MAX_PIXELS.
+    # Pillow's global limit against decompression bombs is 89 megapixels. Disable it: the limit here is MAX_PIXELS.
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -226,27 +238,31 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Return the (width, height) of the upright image from its header; CorruptImageError if that is damaged."""
+    """Read the (width, height) of the upright image, in pixels, from the header of its file.
+
+    Raises:
+        CorruptImageError: see `open_image`.
+    """
     with open_image(data) as image:
         return upright_size(image)
 
 
 def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
-    """Decode an image file, see `read_image`.
+    """Decode an image file as `read_image` does.
 
     Args:
         data: bytes of the whole file.
-        reduction: 2, 4 or 8 decodes a JPEG at 1/2, 1/4 or 1/8 of its size, which is faster; formats and color spaces
+        reduction: 2, 4 or 8 to decode a JPEG at 1/2, 1/4 or 1/8 of its size, which is faster. Formats and color spaces
             that do not support this are decoded at full size.
 
     Returns:
-        (H, W, 3) uint8 RGB, upright, perhaps read-only. Reduced sizes are rounded up.
+        (H, W, 3) uint8 RGB, upright, possibly read-only. Reduced sizes are rounded up.
 
     Raises:
         CorruptImageError: the image is truncated or damaged.
     """
     with open_image(data) as image:
-        # Other code may have set Pillow's global LOAD_TRUNCATED_IMAGES.
+        # Check this here, because other code may have set Pillow's global LOAD_TRUNCATED_IMAGES.
         require_end(image.format, data, data)
         if image.mode in ("I", "F"):
             raise CorruptImageError("32-bit pixels, expected 8 or 16 bits; convert the file")
@@ -258,7 +274,7 @@ def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
         except Exception as error:  # Plugins raise errors of any type.
             raise CorruptImageError(f"truncated or damaged ({error})") from error
         if same:
-            image.info.pop("transparency", None)  # Pillow would warn that a palette loses it.
+            image.info.pop("transparency", None)  # Pillow would warn that the conversion drops it.
             return pil_pixels(image)
         file_format, mode = image.format, image.mode
     try:
@@ -271,7 +287,10 @@ def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
 
 
 def _same_as_cv2(image: Image.Image) -> bool:
-    """Return whether Pillow decodes an image, not loaded yet, to the pixels of OpenCV (see tests/test_images.py)."""
+    """Return True if Pillow decodes an image, which is not loaded yet, to the same pixels as OpenCV.
+
+    tests/test_images.py checks this.
+    """
     if image.format == "TIFF":  # OpenCV premultiplies alpha and rounds 16 bits differently.
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE_TAG, (1,))
         return image.mode in ("1", "L", "P", "RGB") and max(bits) <= 8
@@ -279,20 +298,21 @@ def _same_as_cv2(image: Image.Image) -> bool:
 
 
 def is_plain_jpeg(image: Image.Image) -> bool:
-    """Return whether an open image is a JPEG that is not rotated and whose color space is unambiguous.
+    """Return True if an open image is a JPEG in gray or YCbCr that is not rotated.
 
-    That is gray or YCbCr, whose color space every decoder interprets the same way.
+    Every decoder interprets these color spaces in the same way.
     """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB") or _orientation(image) != 1:
         return False
-    # libjpeg takes these components for RGB, which other decoders may not.
+    # libjpeg treats components with these names as RGB, but other decoders may not.
     components = bytes(component[0] for component in getattr(image, "layer", ()))
     is_rgb = image.info.get("adobe_transform") == 0 or components == b"RGB"
     return image.mode == "L" or not is_rgb
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1-8. Pillow's getexif would read XMP too, which OpenCV ignores."""
+    """Return the EXIF orientation, 1 to 8."""
+    # Do not use Pillow's getexif, because it also reads XMP, which OpenCV ignores.
     exif = Image.Exif()
     try:
         exif.load(image.info.get("exif", b""))
@@ -303,14 +323,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def box_bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
-    """Return the crop (x1, y1, x2, y2) of the reference, `im[int(y1):int(y2), int(x1):int(x2)]`, clipped to the image.
+    """Return the integer crop (x1, y1, x2, y2) as in the reference, `im[int(y1):int(y2), int(x1):int(x2)]`, clipped.
 
     Raises:
         CorruptImageError: the box is not finite, or the crop is empty.
     """
     if not all(math.isfinite(value) for value in box):
         raise CorruptImageError(f"box {tuple(box)} is not finite")
-    x1, y1, x2, y2 = (max(0, int(value)) for value in box)  # NumPy counts negative indices from the end.
+    x1, y1, x2, y2 = (max(0, int(value)) for value in box)  # NumPy would count negative indices from the end.
     x2, y2 = min(x2, width), min(y2, height)
     if x1 >= x2 or y1 >= y2:
         raise CorruptImageError(f"box {tuple(box)} does not overlap the image of {width} x {height} pixels")
@@ -318,7 +338,7 @@ def box_bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return why a file cannot be read, without its path."""
+    """Return the reason why a file cannot be read, without its path."""
     if isinstance(error, IsADirectoryError):
         return "a folder, not a file"
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

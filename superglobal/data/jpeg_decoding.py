@@ -1,4 +1,4 @@
-"""Decode JPEG files in batches on the device that extracts descriptors, by torchvision (nvJPEG on a GPU)."""
+"""Decode batches of JPEG files with torchvision on the device of the network (nvJPEG on a GPU)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from superglobal.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
-_COMPARED = 16
-_CANDIDATES = 64  # images that are opened to find those to compare
+_COMPARED = 16  # maximum number of images to compare
+_CANDIDATES = 64  # maximum number of images to open in order to find those to compare
 # torchvision raises a RuntimeError for every failure on a GPU. Status 5 of nvJPEG is NVJPEG_STATUS_ALLOCATOR_FAILURE.
 _OUT_OF_MEMORY = re.compile(r"out of memory|Failed to [\w ]+: 5\b")
 _CUDA_FAULT = re.compile(r"CUDA error|Failed to synchronize CUDA stream")
@@ -53,13 +53,13 @@ class EncodedImage(NamedTuple):
 
 
 def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None = None) -> EncodedImage | np.ndarray:
-    """Read an image for `decode_batch` if that gives the same image up to rounding; decode any other as `read_image`.
+    """Read an image file, and leave it encoded if `decode_batch` can decode it. Decode any other as `read_image` does.
 
-    Left encoded are JPEGs in gray or YCbCr without an EXIF rotation that need not be shrunk. Header and end of the
-    file are checked here in either case.
+    JPEGs in gray or YCbCr stay encoded if they have no EXIF rotation and need not be shrunk. For them `decode_batch`
+    gives the same pixels up to rounding. The header and the end of every file are checked here.
 
     Raises:
-        InputError: See `read_image`.
+        InputError: see `read_image`.
     """
     path = Path(path)
     with add_path_to_errors(path):
@@ -71,7 +71,7 @@ def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None 
 
 
 def _bounds(data: bytes, box: Box | None, max_side: int | None) -> tuple[int, int, int, int] | None:
-    """Return the crop of a file that can stay encoded, None for any other."""
+    """Return the crop of a file that can stay encoded, or None for any other file."""
     with open_image(data) as image:
         require_end(image.format, data, data)
         if not is_plain_jpeg(image):
@@ -90,11 +90,11 @@ def decode_batch(files: Sequence[Tensor], device: torch.device) -> list[Tensor |
     """Decode JPEG files on a device.
 
     Args:
-        files: (n,) uint8 each, on the CPU.
+        files: bytes of each file, (n,) uint8, on the CPU.
         device: a CUDA device, or the CPU.
 
     Returns:
-        (3, H, W) uint8 RGB each, None for a file that this decoder does not support.
+        For each file its image, (3, H, W) uint8 RGB, or None if the decoder does not support the file.
 
     Raises:
         InputError: there is not enough GPU memory, even for one file at a time.
@@ -112,7 +112,7 @@ def decode_batch(files: Sequence[Tensor], device: torch.device) -> list[Tensor |
                     "lower extraction.batch_size, or use extraction.decoder=cpu"
                 ) from error
             return [None]
-    torch.cuda.empty_cache()  # nvJPEG allocates memory outside of PyTorch's pool
+    torch.cuda.empty_cache()  # nvJPEG allocates memory outside of PyTorch's pool.
     return [image for file in files for image in decode_batch([file], device)]
 
 
@@ -121,8 +121,8 @@ def _decode(files: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
     if device.type != "cuda":
         return decode_jpeg(list(files), ImageReadMode.RGB, device)
-    # nvJPEG writes on a stream of its own, which does not wait for the current one. Allocated on the current stream,
-    # an image could get memory that a kernel of the batch before still uses.
+    # nvJPEG writes on its own stream, which does not wait for the current one. An image that is allocated on the
+    # current stream could get memory that a kernel of the previous batch still uses.
     stream, current = _decoding_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(stream):
         images = decode_jpeg(list(files), ImageReadMode.RGB, device)
@@ -138,14 +138,14 @@ def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], device: torch.device) -> dict[str, Any]:
-    """Make sure that a device decodes JPEGs, and compare the first images with the CPU decoder.
+    """Check that a device can decode JPEGs, and compare its decoder with the CPU decoder on the first images.
 
     Args:
         lists: images and their `max_side`.
-        device: of the extraction.
+        device: device of the extraction.
 
     Returns:
-        The comparison, as of `compare_decoders`.
+        The result of `compare_decoders`.
 
     Raises:
         InputError: there is no CUDA device, or torchvision cannot decode on it.
@@ -166,24 +166,25 @@ def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], d
         ) from error
     comparison = compare_decoders(lists, device)
     text = (
-        "GPU JPEG decoder: compared %d images with the CPU decoder, absolute difference mean %.4g, maximum %d (of 255)"
+        "GPU JPEG decoder: compared %d images with the CPU decoder, mean absolute difference %.4g, maximum %d (of 255)"
     )
     log.info(text, *comparison.values())
     return comparison
 
 
 def compare_decoders(lists: Sequence[tuple[Sequence[ImageItem], int | None]], device: torch.device) -> dict[str, Any]:
-    """Decode the first images that `read_encoded` leaves encoded with both decoders, at most 16.
+    """Compare both decoders on the first 16 images that `read_encoded` leaves encoded.
 
     Returns:
-        "images" compared, and the "mean_difference" and "max_difference" of their pixels, absolute, of 255.
+        The number of compared "images", and the "mean_difference" and "max_difference" of their pixels (absolute
+        differences, 0 to 255).
     """
     means, largest = [], [0]
     for encoded in islice(_encoded(lists), _COMPARED):
         (image,) = decode_batch([encoded.data], device)
         try:
             pixels = image_tensor(decode_image(encoded.data.numpy().tobytes()))
-        except InputError:  # reported where its descriptor is extracted
+        except InputError:  # The extraction will report this image.
             continue
         if image is not None:
             difference = (image.cpu().int() - pixels.int()).abs()
@@ -201,7 +202,7 @@ def _encoded(lists: Sequence[tuple[Sequence[ImageItem], int | None]]) -> Iterato
     for item, max_side in islice(items, _CANDIDATES):
         try:
             image = read_encoded(item.path, item.box, max_side)
-        except InputError:  # reported where its descriptor is extracted
+        except InputError:  # The extraction will report this image.
             continue
         if isinstance(image, EncodedImage):
             yield image

@@ -1,4 +1,4 @@
-"""Sequences of images or names that are made on access, for lists of millions."""
+"""Provide sequences whose elements are created on access, for lists of millions of images or names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class LazySequence(Sequence[T], Generic[T]):
-    """Sequence of `make(0)`, ..., `make(count - 1)`, computed on access. A slice is a list."""
+    """Sequence of `make(0)`, ..., `make(count - 1)`, which are computed on access. A slice is a list."""
 
     def __init__(self, count: int, make: Callable[[int], T]) -> None:
         self._indices = range(count)
@@ -36,7 +36,7 @@ class LazySequence(Sequence[T], Generic[T]):
         return self._make(selected) if isinstance(selected, int) else [self._make(i) for i in selected]
 
 
-# The functions of these sequences are module-level functions, so that worker processes can unpickle them.
+# The functions that create the elements are module-level functions, so that worker processes can unpickle them.
 def tree_items(root: Path, ids: np.ndarray) -> LazySequence[ImageItem]:
     """Return the images `<root>/a/b/c/<id>.jpg` of (N,) S16 ids."""
     return LazySequence(len(ids), partial(_tree_item, root, ids))
@@ -48,7 +48,7 @@ def chain_sequences(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
 
 
 def file_names(items: Sequence[ImageItem], root: Path) -> LazySequence[str]:
-    """Return the path of each image relative to `root`, or its whole path if it is elsewhere."""
+    """Return the path of each image relative to `root`, or its full path if it is not inside `root`."""
     return LazySequence(len(items), partial(_file_name, items, root))
 
 

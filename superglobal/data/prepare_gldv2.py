@@ -43,12 +43,12 @@ from superglobal.utils.io import atomic_file, file_lock, write_atomically
 
 log = logging.getLogger(__name__)
 _SHARD = 2048  # images of the folder tree
-_THREADS = 4  # per process: much of the time is spent on disk access
-_IDS = "ids.npy"  # beside the shards: workers map it into memory instead of copying it
+_THREADS = 4  # threads per process: much of the time is spent on disk access
+_IDS = "ids.npy"  # in the folder of the shards; workers map it into memory instead of copying it
 _MEMBER = re.compile(r"(?:.*/)?([0-9a-f]{16})\.jpg")
 Shard = dict[str, np.ndarray]
-"""Arrays rows (n,) int64 in the list, sizes, offsets (n,) int64 in bytes, codes (n,) uint64, reasons (n,) str, and
-note () str, what is wrong with a tar file."""
+"""Arrays of one shard: "rows" in the list, (n,) int64; "sizes" and "offsets" in bytes, (n,) int64; "codes", (n,)
+uint64; "reasons", (n,) str; "note", a str that describes a problem with the whole tar file, or ""."""
 Task = tuple[Path, Callable[[], Shard]]
 """Path of the result of a shard, and the function that computes it."""
 
@@ -60,7 +60,7 @@ class PreparedIndex:
     Attributes:
         n_images: number of images in the list.
         corrupt: (location, reason) of each missing or corrupt image.
-        tar_problems: what is wrong with tar files as a whole.
+        tar_problems: description of each damaged tar file.
         index: path of the index.
         report: path of the report.
     """
@@ -95,13 +95,14 @@ def prepare(
         root: folder of the list and, unless `tars` is given, of the tree `train/a/b/c/<id>.jpg`.
         table: name of the list.
         tars: folder of the official tar files.
-        workers: number of processes, by default one per CPU of this process.
-        decode: decode every image, which also finds damage inside files.
-        progress: called with the number of checked images and of all images, at least every ten seconds.
+        workers: number of processes; by default one per CPU that this process may use.
+        decode: whether to decode every image, which also finds damage inside files.
+        progress: function that is called with the number of checked images and of all images, at least every ten
+            seconds.
 
     Raises:
         InputError: the list, the tree or the tar files are missing, `root` cannot be written, another process prepares
-            the same list, or a worker died.
+            the same list, or a worker process died.
     """
     root, tars = Path(root), None if tars is None else Path(tars)
     if workers is not None and workers < 1:
@@ -132,7 +133,7 @@ def prepare(
 
 
 def _tar_files(root: Path, tars: Path | None) -> list[Path]:
-    """Return the tar files, none for the folder tree, after checking that there are images to read."""
+    """Return the tar files, or an empty list for the folder tree, after checking that there are images to read."""
     files = sorted(tars.glob("*.tar")) if tars else []
     if tars and not files:
         raise InputError(f"no tar files (images_000.tar, ...) in {tars}\n{how_to_get_gldv2_train(root)}")
@@ -148,7 +149,7 @@ def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> 
         if json.loads(record.read_text()) == identity:
             log.info("resuming with the %d shards in %s", len(list(folder.glob("*.npz"))), folder)
             return
-    except (OSError, ValueError):  # missing or incomplete: start over
+    except (OSError, ValueError):  # The record is missing or incomplete, so start over.
         pass
     shutil.rmtree(folder, ignore_errors=True)
     with atomic_file(folder / _IDS) as file:
@@ -161,7 +162,8 @@ def _tasks(folder: Path, tree: Path, files: list[Path], n_images: int, decode: b
     ids = folder / _IDS
     tasks: list[Task] = []
     for path in files:
-        status = path.stat()  # in the name, so that the shard of a tar file that was downloaded again does not count
+        # The name contains size and time, so that the shard of an older download of the tar file is not used.
+        status = path.stat()
         shard = folder / f"{path.stem}-{status.st_size}-{status.st_mtime_ns}.npz"
         tasks.append((shard, partial(_check_tar, ids, path, decode)))
     for start in range(0, 0 if files else n_images, _SHARD):
@@ -181,7 +183,7 @@ def _run(tasks: list[Task], workers: int) -> Iterator[int]:
             remaining.append(task)
     pool: Executor = ThreadPoolExecutor(1)
     if workers > 1 and len(remaining) > 1:
-        # Not forked, since Arrow's threads run in this process.
+        # Forking is not safe, because Arrow runs threads in this process.
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialize_worker)
     pending = {pool.submit(_compute, *task) for task in remaining}
     try:
@@ -190,15 +192,15 @@ def _run(tasks: list[Task], workers: int) -> Iterator[int]:
             yield sum(future.result() for future in finished)
     except BrokenProcessPool as error:
         raise InputError(
-            f"one of {workers} worker processes died, perhaps out of memory; run the command again with fewer "
-            "--workers, it resumes"
+            f"one of {workers} worker processes died, possibly because memory ran out; run the command again with "
+            "fewer --workers to resume"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for running shards
+        pool.shutdown(wait=False, cancel_futures=True)  # Do not wait for running shards after Ctrl-C.
 
 
 def _initialize_worker() -> None:
-    """Let a worker end with the program, even a killed one, and without a traceback on Ctrl-C."""
+    """Make a worker end when the program ends or is killed, and on Ctrl-C without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_parent()
 
@@ -211,7 +213,7 @@ def _compute(path: Path, check: Callable[[], Shard]) -> int:
 
 
 def _check_tree(ids_file: Path, tree: Path, rows: slice, decode: bool) -> Shard:
-    """Check the images of the tree in some rows of the ids file, (N,) S16 and sorted."""
+    """Check the images of the folder tree whose ids are in the given rows of the file of sorted ids."""
     ids = np.load(ids_file, mmap_mode="r")[rows]
     paths = [tree / tree_path(image) for image in ids]
     report = check_images(paths, _THREADS, decode)
@@ -224,7 +226,7 @@ def _check_tree(ids_file: Path, tree: Path, rows: slice, decode: bool) -> Shard:
 
 
 def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
-    """Check the listed images in one tar file."""
+    """Check the images of one tar file that are in the list."""
     ids = np.load(ids_file, mmap_mode="r")
     results = []
     try:
@@ -251,7 +253,7 @@ def _read_tar(descriptor: int, offset: int, size: int, start: int, count: int) -
 
 
 def _tar_members(path: Path) -> tuple[list[tuple[bytes, int, int]], str | None]:
-    """Return (id, offset, size) in bytes of each image of a tar file, and what is wrong with the file as a whole."""
+    """Return (id, offset, size), in bytes, of each image of a tar file, and a description of a damaged file."""
     members: list[tuple[bytes, int, int]] = []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -260,13 +262,13 @@ def _tar_members(path: Path) -> tuple[list[tuple[bytes, int, int]], str | None]:
                 if name and member.isreg():
                     members.append((name[1].encode(), member.offset_data, member.size))
     except tarfile.TarError as error:
-        return members, f"cut off or not a tar file ({error})"
+        return members, f"truncated or not a tar file ({error})"
     complete = not members or members[-1][1] + members[-1][2] < path.stat().st_size
-    return members, None if complete else "cut off (ends without an end-of-archive block)"
+    return members, None if complete else "truncated (no end-of-archive block)"
 
 
 def _shard(results: list[tuple[int, int, int, str, str]], note: str = "") -> Shard:
-    """Return the shard of (row in the list, size, offset, signature, reason) per image."""
+    """Return the arrays of a shard from (row in the list, size, offset, signature, reason) of each image."""
     rows, sizes, offsets, signatures, reasons = zip(*results, strict=True) if results else [()] * 5
     return {
         "rows": np.array(rows, np.int64),
@@ -279,7 +281,7 @@ def _shard(results: list[tuple[int, int, int, str, str]], note: str = "") -> Sha
 
 
 def _merge(ids: np.ndarray, files: list[Path], shards: list[Path]) -> tuple[ImageIndex, list[str]]:
-    """Merge all shards to an index; of an image in two tar files the first counts. Also return the tar problems."""
+    """Merge all shards; return the index and the damaged tar files. If two tar files have an image, use the first."""
     sizes, offsets = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
     codes, numbers = np.zeros(len(ids), np.uint64), np.full(len(ids), -1, np.int16)
     seen = np.zeros(len(ids), bool)

@@ -1,4 +1,4 @@
-"""Load the Revisited benchmarks and other sets in their layout, `<root>/<name>/{jpg/,gnd_<name>.pkl}`."""
+"""Load the Revisited benchmarks, and other sets in the same layout, `<root>/<name>/{jpg/,gnd_<name>.pkl}`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_ground_truth(path: str | Path) -> GroundTruth:
     except OSError as error:
         raise InputError(f"ground truth not found: {path} ({error.strerror})") from error
     except BlockedGlobalError as error:
-        message = f"{path}: the pickle file asks for {error}, expected plain data; nothing was run"
+        message = f"{path}: the pickle file contains code ({error}), expected plain data; no code was run"
         raise InputError(f"{message}. Download the file from its official address") from error
     except Exception as error:  # A damaged pickle raises errors of any type.
         reason = f"{type(error).__name__}: {error}"
@@ -111,7 +111,7 @@ def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> Evalu
 
 
 def query_landmarks(truth: GroundTruth) -> list[str]:
-    """Return the landmark of each query, named by its first query (see `landmarks`)."""
+    """Return the landmark of each query, named after its first query (see `group_by_landmark`)."""
     return [truth.qimlist[i] for i in group_by_landmark([{*entry["easy"], *entry["hard"]} for entry in truth.gnd])]
 
 
@@ -123,7 +123,7 @@ def _how_to_get(folder: Path, name: str) -> str:
 
 
 def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:
-    """Return `entry[key]`, a list, tuple, set, range or (unpickled as a list) array, as a sequence."""
+    """Return `entry[key]` as a sequence. It may be a list, tuple, set or range; arrays are unpickled as lists."""
     place = f"{path}: {where}, {key}" if where else f"{path}: {key}"
     if not isinstance(entry, dict) or key not in entry:
         raise InputError(f"{place} is missing; expected the format of a Revisited ground truth")

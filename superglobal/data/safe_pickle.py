@@ -1,8 +1,8 @@
 """Read pickle files of plain data without running code that they contain.
 
-A pickle may name any callable. Only the names that lists, numbers, strings and NumPy arrays need are allowed, and those
-of NumPy are replaced by classes of this module: the `__setstate__` of NumPy trusts the item size and the flags in the
-file, which a crafted file could use to forge object pointers.
+A pickle file can name any Python function. Only the names that lists, numbers, strings and NumPy arrays need are
+allowed. NumPy's classes are replaced by classes of this module, because the `__setstate__` of NumPy trusts the item
+size and the flags in the file: a malicious file could use them to forge object pointers.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import numpy as np
 
 
 class BlockedGlobalError(pickle.UnpicklingError):
-    """The pickle names a global that is not allowed; the message is `module.name`."""
+    """Error for a pickle that names a function or class that is not allowed. The message is `module.name`."""
 
 
 def load_plain_pickle(data: bytes) -> Any:
-    """Unpickle containers, numbers, strings and NumPy arrays of these; arrays become (nested) lists.
+    """Unpickle containers, numbers, strings and NumPy arrays. Arrays are returned as (nested) lists.
 
     Pickles of Python 2 and of any version of NumPy are supported.
 
     Raises:
-        BlockedGlobalError: the data name anything else; no code was run.
-        Exception: of any type, if the data are damaged.
+        BlockedGlobalError: the data contain anything else; no code was run.
+        Exception: the data are damaged; the error can have any type.
     """
     return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
 
@@ -42,7 +42,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _Dtype:
-    """Replacement for numpy.dtype: type code and byte order of numbers and strings."""
+    """Replacement for numpy.dtype, with the type code and the byte order of numbers and strings."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
         self.code, self.big_endian = code, False

@@ -1,4 +1,4 @@
-"""Batches of images: random ones of training, which depend on (seed, step) alone, and those of extraction by size."""
+"""Plan batches of images: random batches for training, and batches of equal image size for extraction."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.utils.data import Sampler
 
 from superglobal.errors import InputError
 
-_BLOCK = 32  # maximum number of images of similar size that go to one process together
+_BLOCK = 32  # maximum number of adjacent images, sorted by size, that are assigned to one process together
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of one process, as lists of (epoch, index).
+    """Training batches of one process, as lists of (epoch, index).
 
     Each epoch is a new permutation, split into steps of `batch_size` images; an incomplete last step is dropped. A step
     is split into contiguous parts, first by `accumulate`, then by rank, so that the images of a step do not depend on
-    the number of processes.
+    the number of processes. The order depends only on the seed and the epoch.
 
     Args:
         length: number of images.
@@ -56,7 +56,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.start_at(0)
 
     def start_at(self, step: int) -> None:
-        """Start at a step, counted over all epochs: set its epoch and skip the steps before it in that epoch."""
+        """Start at a step that is counted over all epochs: set its epoch, and skip the earlier steps of that epoch."""
         self._start = divmod(step, self.steps)
         self.epoch = self._start[0]
 
@@ -99,18 +99,19 @@ def plan_batches(
     shard: tuple[int, int] = (0, 1),
     rank: tuple[int, int] = (0, 1),
 ) -> list[ImageBatch]:
-    """Group the images of several lists into batches, the largest first, so that memory runs out early if at all.
+    """Group the images of several lists into batches, the largest images first.
 
-    The plan depends on the sizes and these arguments alone, not on what is stored already: the batches of a resumed run
-    are the same, and so are its descriptors, bit for bit. The images of a shard do not depend on the size of batches or
-    on ranks, so that shards of machines with different memory or devices cover each image once.
+    Large images come first so that a lack of memory is noticed early. The plan depends only on the arguments, and not
+    on the descriptors that are stored already: a resumed run has the same batches and therefore bit-identical
+    descriptors. The images of a shard do not depend on the batch size or the ranks, so that shards on machines with
+    different memory or devices cover each image once.
 
     Args:
         lists: (height, width) of each image of each list, in pixels.
         max_pixels: maximum number of pixels in a batch; a single image may have more.
         max_images: maximum number of images in a batch.
-        shard: (k, n): shard k of n, counted from 0.
-        rank: (k, n): process k of the n processes of this shard.
+        shard: (k, n) for shard k of n, counted from 0.
+        rank: (k, n) for process k of the n processes of this shard, counted from 0.
     """
     batches: list[ImageBatch] = []
     for number, sizes in enumerate(lists):
@@ -123,18 +124,18 @@ def plan_batches(
 
 
 def select_missing(batches: Iterable[ImageBatch], missing: Sequence[set[int]]) -> list[ImageBatch]:
-    """Return the batches without the rows that are stored already.
+    """Return the batches without the images whose descriptors are stored already.
 
     Args:
-        batches: a plan.
-        missing: missing rows of each list.
+        batches: batches of `plan_batches`.
+        missing: rows of each list without a stored descriptor.
     """
     remaining = (batch._replace(rows=tuple(r for r in batch.rows if r in missing[batch.number])) for batch in batches)
     return [batch for batch in remaining if batch.rows]
 
 
 def _split(rows: list[int], part: tuple[int, int]) -> list[int]:
-    """Return part k of n, in blocks of adjacent rows."""
+    """Return part k of n parts, each of which consists of blocks of adjacent rows."""
     k, n = part
     block = max(1, min(_BLOCK, len(rows) // (4 * n)))
     return [row for position, row in enumerate(rows) if position // block % n == k]

@@ -1,4 +1,4 @@
-"""Training images with augmentation, and replacements for corrupt ones."""
+"""Load augmented training images, and replace corrupt ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)
 _MAX_REPLACEMENTS = 10
-_SLOW_CHECK = 50_000  # images that take minutes to check on a hard disk
+_SLOW_CHECK = 50_000  # number of images that take minutes to check on a hard disk
 CorruptImages = list[tuple[int, str]]
 """Index and reason of each missing or corrupt image."""
 
@@ -36,8 +36,8 @@ class TrainingImage(NamedTuple):
     Attributes:
         image: (3, S, S) uint8.
         label: class.
-        index: of the image, or of its replacement.
-        corrupt: images that this one replaces.
+        index: index of the image, or of its replacement.
+        corrupt: corrupt images that this one replaces.
     """
 
     image: Tensor
@@ -47,7 +47,14 @@ class TrainingImage(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Training images (B, 3, S, S) uint8, labels and indices (B,) int64, and the corrupt images they replace."""
+    """A batch of training images.
+
+    Attributes:
+        images: (B, 3, S, S) uint8.
+        labels: (B,) int64 classes.
+        indices: (B,) int64 indices of the images, or of their replacements.
+        corrupt: corrupt images that were replaced.
+    """
 
     images: Tensor
     labels: Tensor
@@ -56,17 +63,18 @@ class Batch(NamedTuple):
 
 
 class TrainingDataset(Dataset):
-    """Augmented training images by (epoch, index); each random number depends on (seed, epoch, index) alone.
+    """Augmented training images, indexed by (epoch, index). All random numbers depend only on (seed, epoch, index).
 
     A corrupt image is replaced by a random one, so that batches are complete and a damaged file does not end a long
-    run. If ten replacements are corrupt too, the item is an InputError: raised in a worker, the error would be wrapped
-    in the traceback of the worker.
+    run. If ten replacements are corrupt too, the item is an InputError. The error is returned because DataLoader would
+    add the traceback of the worker to the message of an error that is raised.
 
     Args:
         images: training list.
-        augment: (bytes of an image file, S) -> (3, S, S) uint8, with random numbers from the generator of torch.
-        side: epoch -> S, in pixels.
-        seed: seed of augmentation and replacements.
+        augment: function that maps (bytes of an image file, S) to (3, S, S) uint8, with random numbers of torch's
+            global generator.
+        side: function that maps an epoch to S, in pixels.
+        seed: seed of the augmentation and the replacements.
     """
 
     def __init__(
@@ -95,8 +103,8 @@ class TrainingDataset(Dataset):
                 return TrainingImage(image, int(self.images.labels[index]), index, corrupt)
         return InputError(
             f"image cannot be read: {self.images.location(requested)}: {corrupt[0][1]}, and neither can "
-            f"{_MAX_REPLACEMENTS} random replacements; most images are missing or corrupt, superglobal prepare-gldv2 "
-            "lists them"
+            f"{_MAX_REPLACEMENTS} random replacements; most images are missing or corrupt, run superglobal "
+            "prepare-gldv2 to list them"
         )
 
     def _augmented(self, epoch: int, requested: int, data: bytes) -> Tensor:
@@ -121,15 +129,15 @@ def collate(items: list[TrainingImage | InputError]) -> Batch | InputError:
 class Augment:
     """Random crop resized to a square, horizontal flip, and jitter of brightness, contrast and saturation.
 
-    The random numbers are those of torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`, in that
-    order; without reduced decoding the result is equal, bit for bit.
+    It draws the same random numbers as torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`, in
+    this order. Without reduced decoding the result is bit-identical to theirs.
 
     Args:
         crop: minimum fraction of the area that a crop covers.
-        flip: flip half of the images.
-        jitter: strength of the changes of brightness, contrast and saturation.
+        flip: flip each image with probability 1/2.
+        jitter: maximum relative change of brightness, contrast and saturation.
         ratio: minimum and maximum aspect ratio of a crop, width over height.
-        reduced: decode a JPEG at 1/2, 1/4 or 1/8 of its size if the crop then still has at least the requested size.
+        reduced: decode a JPEG at 1/2, 1/4 or 1/8 of its size if the crop is still at least as large as the result.
     """
 
     def __init__(
@@ -145,7 +153,11 @@ class Augment:
         self.after = v2.Compose([*flips, v2.ColorJitter(jitter, jitter, jitter)])
 
     def __call__(self, data: bytes, side: int) -> Tensor:
-        """Decode and augment an image file, (3, side, side) uint8; CorruptImageError if it is not a whole image."""
+        """Decode and augment an image file, and return (3, side, side) uint8.
+
+        Raises:
+            CorruptImageError: the file is truncated, damaged or not an image.
+        """
         width, height = image_size(data)
         top, left, rows, columns = self.box(width, height)
         pixels = decode_image(data, self.reduction(rows, columns, side))
@@ -153,7 +165,7 @@ class Augment:
         scale_y, scale_x = pixels.shape[0] / height, pixels.shape[1] / width
         top, bottom = round(top * scale_y), round((top + rows) * scale_y)
         left, right = round(left * scale_x), round((left + columns) * scale_x)
-        # A view with the channels last, which torch resizes three times as fast as a copy with them first.
+        # Keep the channels last in memory, because torch resizes this layout three times as fast.
         image = torch.from_numpy(np.array(pixels[top:bottom, left:right], order="C")).permute(2, 0, 1)
         return self.after(F.resize(image, [side, side], antialias=True)).contiguous()
 
@@ -164,20 +176,22 @@ class Augment:
         return box["top"], box["left"], box["height"], box["width"]
 
     def reduction(self, rows: int, columns: int, side: int) -> int:
-        """Return the largest of 8, 4, 2 and 1 that leaves a crop of (rows, columns) at least `side` pixels per side."""
+        """Return the largest reduction of 8, 4, 2 and 1 after which the crop has at least `side` pixels per side."""
         if not self.reduced:
             return 1
         return next((r for r in (8, 4, 2) if min(rows, columns) >= r * (side + 1)), 1)
 
 
 class CorruptImageList:
-    """File of the corrupt images of a run, a line `location<TAB>reason` each, shared by processes and restarts.
+    """File of the corrupt images of a run, with a line `location<TAB>reason` for each.
+
+    All processes of a run share the file, and a resumed run continues it.
 
     Args:
-        file: created with the first entry.
+        file: path of the file, which is created with the first entry.
         total: number of images of the run.
         budget: maximum fraction of corrupt images.
-        location: index of an image -> its location.
+        location: function that maps the index of an image to its location.
     """
 
     def __init__(self, file: Path, total: int, budget: float, location: Callable[[int], str]) -> None:
@@ -227,10 +241,10 @@ def require_budget(corrupt: int, total: int, budget: float, where: str = "") -> 
 def check_training_images(
     lists: Sequence[TrainList], root: str | Path, table: str, tars: str | Path | None, budget: float
 ) -> tuple[list[CorruptImages], np.ndarray]:
-    """Check all training images before anything is computed, by the index if there is one, else file by file.
+    """Check all training images before the training starts, with the index if there is one, else file by file.
 
     Args:
-        lists: images of one table, such as training and held-out ones.
+        lists: images of one table, for example the training images and the held-out images.
         root: folder of the index.
         table: name of the training list.
         tars: folder of the tar files if images are read from them.
@@ -241,7 +255,8 @@ def check_training_images(
         corrupt one.
 
     Raises:
-        InputError: too many images are corrupt, the index does not fit, or tar files have no index.
+        InputError: too many images are corrupt, the index does not match the list or the tar files, or there is no
+            index of the tar files.
     """
     root, where = Path(root), ""
     command = prepare_command(root, table, tars)
@@ -265,10 +280,12 @@ def check_training_images(
 
 
 def _check_files(images: TrainList, command: str) -> tuple[CorruptImages, np.ndarray]:
-    """Return the corrupt images and the content codes by checking each file of the folder tree."""
+    """Check each file of the folder tree, and return the corrupt images and the codes of the contents."""
     if len(images) > _SLOW_CHECK:
         log.info(
-            "checking %d images, which may take minutes; an index does it once for all runs: %s", len(images), command
+            "checking %d images, which may take minutes; to check them once for all runs, write an index: %s",
+            len(images),
+            command,
         )
     paths = [images.path(i) for i in range(len(images))]
     report = check_images(paths)

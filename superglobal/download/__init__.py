@@ -1,4 +1,4 @@
-"""Download data sets and weights: this file lists what there is, fetch.py downloads, archives.py unpacks."""
+"""Download data sets and weights. This module lists the sources; others download (fetch) and unpack (archives)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def extracted_record(archive: Path) -> Path:
 
 
 def overview(data: Path) -> str:
-    """Return a table of all sources with their sizes and what of them is below `data`; no server is contacted."""
+    """Return a table of all sources, their sizes, and their state below `data`, without contacting a server."""
     lines = [f"{'name':20}{'archives':>17}{'images':>11}  in {data}"]
     for source in SOURCES.values():
         images = f"{source.n_images:,}" if source.n_images else ""
@@ -22,7 +22,9 @@ def overview(data: Path) -> str:
         lines.append(f"{source.name:20}{archives:>17}{images:>11}  {_status(source, data / source.folder)}")
         lines.append(f"    {source.description}")
     lines += [f"{name:20}all of {', '.join(members)}" for name, members in GROUPS.items()]
-    return "\n".join([*lines, "Sizes are approximate; before a download the servers are asked for them."])
+    return "\n".join(
+        [*lines, "Sizes are approximate. Before a download, the exact sizes are requested from the server."]
+    )
 
 
 def _status(source: Source, root: Path) -> str:
@@ -31,7 +33,7 @@ def _status(source: Source, root: Path) -> str:
     unpacked = sum(extracted_record(archive).is_file() for archive in archives)
     packed = sum(archive.is_file() for archive in archives)
     if not files + unpacked + packed:
-        return "images from elsewhere" if archives and (root / source.image_folder).is_dir() else "nothing"
+        return "images from another source" if archives and (root / source.image_folder).is_dir() else "nothing"
     status = [f"{files} of {len(source.files)} files"]
     status += [f"{unpacked} of {len(archives)} archives unpacked"] if archives else []
     status += [f"{packed} of {len(archives)} archives packed"] if packed else []

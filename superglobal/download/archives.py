@@ -1,7 +1,7 @@
-"""Archives of images: which images a source must have, checks of downloaded files, and safe extraction.
+"""Check downloaded files, and extract the images of a source safely from archives.
 
-Archives are untrusted. A member is extracted only to a path that the image list contains, and nothing is moved there
-before the whole archive has been read.
+Archives are untrusted. A member is extracted only to a path that the image list contains, and no image is moved to its
+path before the whole archive has been read.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from superglobal.data.revisited import load_ground_truth
 from superglobal.errors import InputError
 
 TargetOf = Callable[[PurePosixPath], str | None]
-"""Maps the name of an archive member to its path below the image folder; None if no list contains it."""
-_MAX_GROWTH, _MAX_EXTRA = 3, 64 << 20  # images are compressed: no archive of images grows by a factor of 3 + 64 MB
+"""Function that maps the name of an archive member to its path in the image folder, or None if it is in no list."""
+_MAX_GROWTH, _MAX_EXTRA = 3, 64 << 20
+# Maximum size of an unpacked archive: 3 times its own size and 64 MB. Images are compressed already, so they stay
+# below.
 _CHUNK = 1 << 20
 _GLDV2_NAME = re.compile(r"[0-9a-f]{16}\.jpg")
 
 
 class DiskFullError(InputError):
-    """The disk is full, so no other file can be written either."""
+    """Error for a full disk, which stops all downloads."""
 
 
 def disk_error(problem: str, folder: Path, error: OSError) -> InputError:
@@ -45,12 +47,12 @@ def disk_error(problem: str, folder: Path, error: OSError) -> InputError:
     free = shutil.disk_usage(folder).free
     return kind(
         f"{problem} ({error.strerror or error}); {free / 1e6:.1f} MB are free. Free space or choose another --data, "
-        "then run the command again to resume"
+        "and run the command again to resume"
     )
 
 
 def listed_images(source: Source, root: Path) -> np.ndarray:
-    """Return the paths of all images that a source must have, (N,) S, relative to its image folder.
+    """Return the paths of all images in the lists of a source, (N,) S, relative to its image folder.
 
     Raises:
         InputError: the list is missing or invalid.
@@ -72,8 +74,8 @@ def listed_images(source: Source, root: Path) -> np.ndarray:
 def target_paths(source: Source, names: np.ndarray) -> TargetOf:
     """Return the function that maps archive members to the listed images `names`.
 
-    GLDv2's images go to the folders that their id gives. Of other members the longest end of the path that is listed
-    counts, so that the folders inside an archive do not matter.
+    The path of a GLDv2 image is given by its id. For any other member, leading folders are removed until the rest of
+    its path is in the list, so that the folders inside an archive do not matter.
     """
     listed = np.sort(names)
 
@@ -81,7 +83,7 @@ def target_paths(source: Source, names: np.ndarray) -> TargetOf:
         name = os.fsencode(path)
         if len(name) > listed.itemsize:
             return False
-        row = np.searchsorted(listed, np.array(name, listed.dtype))  # of the same dtype, or NumPy copies `listed`
+        row = np.searchsorted(listed, np.array(name, listed.dtype))  # NumPy would copy `listed` for another dtype.
         return bool(row < len(listed) and listed[row] == name)
 
     def target(member: PurePosixPath) -> str | None:
@@ -94,7 +96,7 @@ def target_paths(source: Source, names: np.ndarray) -> TargetOf:
 
 
 def present_images(folder: Path, names: Iterable[bytes]) -> np.ndarray:
-    """Return (N,) bool: which names are files below `folder` that are not empty."""
+    """Return a mask of the names that are non-empty files below `folder`, (N,) bool."""
     prefix = os.fsencode(folder)
 
     def is_present(name: bytes) -> bool:
@@ -108,25 +110,25 @@ def present_images(folder: Path, names: Iterable[bytes]) -> np.ndarray:
 
 
 def require_format(path: Path) -> None:
-    """Check that a downloaded file is what its name says.
+    """Check that a downloaded file has the format that its name implies.
 
     Raises:
-        InputError: it is empty, damaged, in another format, or a web page.
+        InputError: the file is empty, damaged, in another format, or a web page.
     """
     from superglobal.models.weights import read_weights
 
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
-        raise InputError(f"{path} is empty")
+        raise InputError(f"{path} is empty: expected a downloaded file")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise InputError(f"{path} is a web page instead of the file")
+        raise InputError(f"{path} is a web page: expected the file itself")
     if path.suffix == ".mat" and not start.startswith(b"MATLAB"):
         raise InputError(f"{path} is not a MATLAB file")
     if path.suffix == ".pkl":
         load_ground_truth(path)
     elif path.suffix == ".pyth" and read_weights(path).kind != "cvnet":
-        raise InputError(f"{path} is not a CVNet checkpoint (no keys encoder_q.* or globalmodel.*)")
+        raise InputError(f"{path} is not a CVNet checkpoint: expected keys encoder_q.* or globalmodel.*")
     elif path.name in ("train.csv", "train_clean.csv"):
         read_list(path)
     elif path.name in ("index.csv", "test.csv"):
@@ -141,16 +143,16 @@ def unpack(archive: Path, folder: Path, target_of: TargetOf) -> tuple[list[str],
     """Extract the listed images of a .tar, .tar.gz or .tgz file below `folder`; existing images are replaced.
 
     Returns:
-        paths of the extracted images, relative to `folder`; names of the members that no list contains.
+        The paths of the extracted images, relative to `folder`, and the names of the members that are in no list.
 
     Raises:
-        InputError: the archive is incomplete, has members that lead out of it or special files, or unpacks to more
-            than images can. Nothing of it is extracted then.
+        InputError: the archive is incomplete, has special files or members outside the folder, or unpacks to more bytes
+            than images can have. No image is extracted then.
         DiskFullError: the disk is full.
     """
     temporary = folder / f".{archive.name}.unpacking"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # left by an interrupted run
+        shutil.rmtree(temporary, ignore_errors=True)  # An interrupted run may have left it.
         temporary.mkdir(parents=True)
         paths, skipped = _extract(archive, temporary, target_of)
         for number, path in enumerate(paths):
@@ -174,11 +176,11 @@ def unpack(archive: Path, folder: Path, target_of: TargetOf) -> tuple[list[str],
 
 
 class _TooLargeError(Exception):
-    """An archive unpacks to more than images can."""
+    """Error for an archive that unpacks to more bytes than images can have."""
 
 
 class _Member(tarfile.TarInfo):
-    """A header of an archive; long names and extended headers are read into memory, so their size is limited."""
+    """A header of an archive. Long names and extended headers are read into memory, so their size is limited."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
@@ -204,7 +206,7 @@ class _LimitedReader(io.RawIOBase):
 
 
 def _extract(archive: Path, temporary: Path, target_of: TargetOf) -> tuple[list[str], list[str]]:
-    """Extract images to numbered files; return their target paths by number, and the skipped names."""
+    """Extract images to numbered files, and return their target paths in this order, and the skipped names."""
     numbers: dict[str, int] = {}
     skipped: list[str] = []
     limit = _MAX_GROWTH * archive.stat().st_size + _MAX_EXTRA
@@ -212,7 +214,9 @@ def _extract(archive: Path, temporary: Path, target_of: TargetOf) -> tuple[list[
         stream = _LimitedReader(file, limit)
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
             for member in tar:
-                tarfile.data_filter(member, str(temporary))  # raises on paths and links that lead out, and on devices
+                tarfile.data_filter(
+                    member, str(temporary)
+                )  # This raises an error for paths and links that leave the folder, and for devices.
                 path = PurePosixPath(member.name)
                 target = target_of(path) if member.isreg() and not member.issparse() else None
                 content = tar.extractfile(member) if target is not None else None
@@ -221,6 +225,6 @@ def _extract(archive: Path, temporary: Path, target_of: TargetOf) -> tuple[list[
                     continue
                 with (temporary / str(numbers.setdefault(target, len(numbers)))).open("wb") as output:
                     shutil.copyfileobj(content, output, _CHUNK)
-        while stream.read():  # to the end, where gzip has its checksum
+        while stream.read():  # The checksum of gzip is at the end.
             pass
     return list(numbers), skipped

@@ -1,7 +1,7 @@
-"""Download files by HTTP: partial downloads are resumed, several addresses are tried, checksums are compared.
+"""Download files by HTTP: resume partial downloads, try several addresses, and verify checksums.
 
-`<file>.part` is a partial download and `<file>.part.json` says which file on which server it belongs to.
-`<file>.md5` or `<file>.sha256` is the checksum of a verified file, in the format of md5sum and sha256sum.
+`<file>.part` is a partial download, and `<file>.part.json` identifies the file on the server. `<file>.md5` or
+`<file>.sha256` contains the checksum of a verified file, in the format of md5sum and sha256sum.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ from superglobal.utils.io import write_atomically
 try:
     import requests
 except ImportError as error:
-    raise InputError("downloads need the package requests: pip install requests") from error
+    raise InputError("downloads need the package requests; install it: pip install requests") from error
 
 _CHUNK = 1 << 16
 Report = Callable[[int, int | None], None]
-"""Called with the bytes of a file that are there and its size, None if unknown; may raise to stop the transfer."""
+"""Function that is called with the number of bytes on disk and the size of the file, which is None if it is unknown.
+
+It may raise an error to stop the transfer.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,13 @@ class DownloadOptions:
     """Options of `superglobal download`.
 
     Attributes:
-        base_urls: servers to use instead of the official ones: https://host/path is loaded from <base_url>/host/path.
-        timeout: seconds without a byte after which a connection is given up.
-        tries: attempts without a new byte after which an address is given up.
-        jobs: archives downloaded at once.
+        base_urls: servers to use instead of the official ones; https://host/path is loaded from <base_url>/host/path.
+        timeout: maximum time without data before a connection is closed, in seconds.
+        tries: maximum number of consecutive attempts without progress before the next address is tried.
+        jobs: number of archives that are downloaded at the same time.
         keep: keep archives after they have been unpacked.
-        packed: do not unpack archives (GLDv2, for `data.tars`).
-        pause: seconds before the second attempt, doubled for each further one.
+        packed: do not unpack archives (only GLDv2, for `data.tars`).
+        pause: time before the second attempt in seconds; it is doubled for each further attempt.
     """
 
     base_urls: tuple[str, ...] = ()
@@ -76,10 +79,10 @@ def download_file(
         target: path of the file; its folder is created.
         options: see `DownloadOptions`.
         report: see `Report`.
-        checksum: "<algorithm>:<digest>" that the file must have.
+        checksum: expected "<algorithm>:<digest>" of the file.
 
     Raises:
-        InputError: no address gave the file.
+        InputError: the file could not be downloaded from any address.
         DiskFullError: the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +93,10 @@ def download_file(
             return
         failures.append(f"  {url}: {reason}")
     size = file_size(part_path(target))
-    partial = f" ({size} bytes of it are there)" if size else ""
+    partial = f" ({size} bytes are on disk)" if size else ""
     raise InputError(
         "\n".join([f"{target.name} could not be downloaded{partial}:", *failures])
-        + f"\nrun the command again to resume, save the file as {target}, or name a server that has it with --base-url"
+        + f"\nrun the command again to resume, save the file as {target}, or give another server with --base-url"
     )
 
 
@@ -111,7 +114,7 @@ def _download_from(
             reason = _reason(error)
             status = error.response.status_code if error.response is not None else 500
             if isinstance(error, ValueError) or (status < 500 and status not in (408, 425, 429)):
-                return reason  # an invalid address, or a status that another attempt does not change
+                return reason  # The address is invalid, or another attempt would return the same status.
         except OSError as error:
             raise disk_error(f"{part}: cannot be written", part.parent, error) from error
         else:
@@ -123,16 +126,16 @@ def _download_from(
             part.unlink()
             if not resumed:
                 return problem
-            reason = problem  # the earlier part may have been damaged: start over
+            reason = problem  # The earlier part may have been damaged, so start over.
         size = file_size(part)
         failures, largest = (1, size) if size > largest else (failures + 1, largest)
     return reason
 
 
 def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Report) -> bool:
-    """Download the rest of a file to `part`; return whether an earlier download was resumed.
+    """Download the rest of a file to `part`, and return True if an earlier download was resumed.
 
-    Bytes are appended only if the server confirms, by If-Range and Content-Range, that it still has the same file.
+    Data is appended only if the server confirms with If-Range and Content-Range that its file has not changed.
     """
     state = _read_state(state_path, url)
     with part.open("ab") as file:
@@ -142,9 +145,9 @@ def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Re
         if offset == 0 or offset < length:
             headers = {"Accept-Encoding": "identity"}
             if offset:
-                headers |= {"Range": f"bytes={offset}-", "If-Range": state["validator"]}  # None is not sent
+                headers |= {"Range": f"bytes={offset}-", "If-Range": state["validator"]}  # requests does not send None.
             with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
-                if url.endswith("gz"):  # some servers send a .tgz as if it were compressed for the transfer
+                if url.endswith("gz"):  # Some servers declare the compression of a .tgz as a transfer encoding.
                     response.raw.headers.pop("Content-Encoding", None)
                 if response.status_code in (206, 416):
                     content_range = response.headers.get("Content-Range")
@@ -169,7 +172,7 @@ def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Re
 
 
 def _new_state(url: str, response: requests.Response) -> dict[str, Any]:
-    """Return what identifies the file of a response: its address, length and validator for If-Range."""
+    """Return the address, length and validator (for If-Range) that identify the file of a response."""
     encoded = response.raw.headers.get("Content-Encoding", "identity") != "identity"
     size = response.headers.get("Content-Length", "")
     etag = response.headers.get("ETag", "W/")
@@ -181,7 +184,7 @@ def _new_state(url: str, response: requests.Response) -> dict[str, Any]:
 
 
 def _read_state(path: Path, url: str) -> dict[str, Any]:
-    """Return the `_new_state` of a partial download if it comes from this address."""
+    """Return the length and validator of a partial download, or None for both if it comes from another address."""
     with suppress(OSError, ValueError, AttributeError):
         state = json.loads(path.read_text())
         if state.get("url") == url:
@@ -197,12 +200,12 @@ def _reason(error: requests.RequestException) -> str:
     if error.response is not None:
         return f"status {error.response.status_code} ({error.response.reason}), expected 200"
     if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
-        return "the server was silent for longer than --timeout"
+        return "no data from the server for longer than --timeout"
     return f"{type(error).__name__}: {error}"
 
 
 def remote_size(urls: Sequence[str], options: DownloadOptions) -> int | None:
-    """Return the size of a file in bytes from the first server that gives it, None if none does."""
+    """Return the size of a file in bytes from the first server that reports it, or None if no server does."""
     for url in options.addresses(urls):
         with suppress(requests.RequestException, ValueError, KeyError):
             headers = {"Accept-Encoding": "identity"}
@@ -213,12 +216,12 @@ def remote_size(urls: Sequence[str], options: DownloadOptions) -> int | None:
 
 
 def file_size(path: Path) -> int:
-    """Return the size of a file in bytes, 0 if there is none."""
+    """Return the size of a file in bytes, or 0 if it does not exist."""
     return path.stat().st_size if path.is_file() else 0
 
 
 def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
-    """Read the published MD5 of `target` from the server; return "md5:<digest>"."""
+    """Download the published MD5 of `target`, and return "md5:<digest>"."""
     text, problem = "", "no address"
     for attempt, address in enumerate(options.addresses([url]) * options.tries):
         if attempt:
@@ -234,38 +237,38 @@ def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
         raise InputError(f"{url}: the MD5 of {target.name} cannot be read ({problem}); run the command again later")
     match = re.search(r"\b[0-9a-f]{32}\b", text.lower())
     if match is None:
-        raise InputError(f"{url}: starts with {text[:40]!r}; expected an MD5 of 32 hexadecimal digits. Try again later")
+        raise InputError(f"{url}: starts with {text[:40]!r}; expected an MD5 of 32 hexadecimal digits; try again later")
     return f"md5:{match[0]}"
 
 
 def recorded_sha256(target: Path) -> str | None:
-    """Return "sha256:<digest>" as recorded when a file was first downloaded, None if it never was."""
+    """Return the "sha256:<digest>" recorded at the first download of a file, or None if there is no record."""
     path = checksum_file(target, "sha256")
     digest = path.read_text(errors="replace")[:64] if path.is_file() else ""
     return f"sha256:{digest}" if re.fullmatch("[0-9a-f]{64}", digest) else None
 
 
 def record_checksum(target: Path, algorithm: str, digest: str | None = None) -> None:
-    """Write the checksum of a verified file beside it; without `digest`, the file is read to compute it."""
+    """Write the checksum of a verified file to its folder. Without `digest`, compute it from the file."""
     text = f"{digest or _digest(target, algorithm)}  {target.name}\n"
     write_atomically(checksum_file(target, algorithm), text.encode())
 
 
 def checksum_file(target: Path, algorithm: str) -> Path:
-    """Return the path of the file that has the checksum of `target`."""
+    """Return the path of the file that contains the checksum of `target`."""
     return target.with_name(f"{target.name}.{algorithm}")
 
 
 def checksum_problem(path: Path, checksum: str | None) -> str | None:
-    """Return what is wrong with a file that must have the checksum "<algorithm>:<digest>", None if nothing is."""
+    """Return a message if a file does not have the checksum "<algorithm>:<digest>", else None."""
     algorithm, _, expected = (checksum or "").partition(":")
     if not expected or (digest := _digest(path, algorithm)) == expected:
         return None
     origin = {
-        "md5": "as published",
-        "sha256": "as at the first download (remove the .sha256 file beside it to accept another version)",
+        "md5": "(published)",
+        "sha256": "(first download; remove the .sha256 file in the same folder to accept the new version)",
     }
-    return f"its {algorithm} is {digest}, expected {expected} {origin[algorithm]}"
+    return f"its {algorithm} is {digest}: expected {expected} {origin[algorithm]}"
 
 
 def _digest(path: Path, algorithm: str) -> str:

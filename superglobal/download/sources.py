@@ -1,7 +1,7 @@
 """Download the sources of data/download_links.py: lists, ground truths, weights, and archives of images in parallel.
 
-All progress is on disk, so that an interrupted run downloads nothing twice: see fetch.py for the files beside a
-download; `<archive>.files` lists the images extracted from an archive.
+All progress is stored on disk, so that a resumed run does not download a file twice. fetch.py documents the files that
+are written for each download. `<archive>.files` lists the images extracted from an archive.
 """
 
 from __future__ import annotations
@@ -43,19 +43,21 @@ from superglobal.download.fetch import (
 from superglobal.errors import InputError
 from superglobal.utils.io import file_lock, write_atomically
 
-_MAX_SHOWN = 5
-_IMAGE_GROWTH = 1.05  # size of images on disk, with partly filled blocks, relative to their archive
+_MAX_SHOWN = 5  # maximum number of files or errors in a message
+_IMAGE_GROWTH = 1.05  # size of the images on disk, including partly filled blocks, relative to their archive
 
 
 def download_source(source: Source, data: Path, options: DownloadOptions) -> str:
-    """Download a source to its folder below `data`, and return a summary in one line.
+    """Download a source to its folder below `data`, and return a one-line summary. Another call resumes a download.
 
     Raises:
-        InputError: another process downloads it, the disk is too small, a file cannot be downloaded or is not what it
-            should be, or listed images are in no archive. Another call resumes.
+        InputError: another process downloads to the folder, the disk is too small, a file cannot be downloaded or has
+            the wrong contents, or listed images are in no archive.
     """
     if options.packed and not source.name.startswith("gldv2-"):
-        raise InputError(f"--packed: {source.name} cannot be read from its archives; only GLDv2 can (data.tars)")
+        raise InputError(
+            f"--packed: {source.name} cannot be read from archives, only GLDv2 can (data.tars); omit --packed"
+        )
     root = data / source.folder
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -76,33 +78,37 @@ def download_google_drive(source: Source, root: Path, options: DownloadOptions) 
     """Download the missing files of CVNet's Google Drive folder to `root`.
 
     Raises:
-        InputError: gdown is missing, or Google Drive did not give them; says what to do by hand.
+        InputError: gdown is not installed, or the download failed. The message explains the manual download.
     """
     if all((root / file.path).is_file() for file in source.files):
         return
     names = " and ".join(file.name for file in source.files)
     hint = (
         f"Google limits downloads. Open {GOOGLE_DRIVE_FOLDER} in a browser, save {names} to {root} and run the command "
-        "again to check them, or name a server that has them with --base-url"
+        "again to check them, or give another server with --base-url"
     )
     try:
         import gdown
     except ImportError as error:
-        raise InputError(f"CVNet's weights need the package gdown: pip install gdown\n{hint}") from error
+        raise InputError(
+            f"the weights of CVNet need the package gdown; install it: pip install gdown\n{hint}"
+        ) from error
     timeout, retries = options.timeout, options.tries - 1
     try:
         gdown.download_folder(
             url=GOOGLE_DRIVE_FOLDER, output=str(root), use_cookies=False, resume=True, timeout=timeout, retries=retries
         )
-    except Exception as error:  # gdown raises its own errors, those of requests and those of its parser
+    except Exception as error:  # gdown raises errors of many types.
         reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"CVNet's weights could not be downloaded from Google Drive ({reason})\n{hint}") from error
+        raise InputError(
+            f"the weights of CVNet could not be downloaded from Google Drive ({reason})\n{hint}"
+        ) from error
     if missing := [file.name for file in source.files if not (root / file.path).is_file()]:
-        raise InputError(f"CVNet's Google Drive folder does not contain {', '.join(missing)}\n{hint}")
+        raise InputError(f"the Google Drive folder of CVNet does not contain {', '.join(missing)}\n{hint}")
 
 
 def _download_and_check(file: RemoteFile, target: Path, options: DownloadOptions) -> None:
-    """Download a list, a ground truth or weights, and check that it is what its name says."""
+    """Download a list, a ground truth or weights, and check the format of the file."""
     checksum, is_new = recorded_sha256(target), not target.is_file()
     if is_new:
         with _ProgressBar(file.name) as bar:
@@ -117,12 +123,14 @@ def _download_and_check(file: RemoteFile, target: Path, options: DownloadOptions
         if not is_new:
             raise
         target.unlink()
-        raise InputError(f"{file.urls[0]} gave another file, now removed: {error}\ntry again later") from error
+        raise InputError(
+            f"{file.urls[0]} returned a wrong file, which was removed: {error}; try again later"
+        ) from error
     record_checksum(target, "sha256")
 
 
 def _download_images(source: Source, root: Path, options: DownloadOptions) -> str:
-    """Download and unpack the archives of a source whose images are not all there."""
+    """Download and unpack the archives of a source that have missing images, and return a summary."""
     names, folder = listed_images(source, root), root / source.image_folder
     if not options.packed and present_images(folder, names).all():
         return f"{len(names)} of {len(names)} images in {folder}"
@@ -146,22 +154,24 @@ def _download_images(source: Source, root: Path, options: DownloadOptions) -> st
         lines = [f"{source.name}: {len(missing)} of {len(names)} listed images are missing:"]
         lines += [f"  {folder / os.fsdecode(name)}" for name in missing[:_MAX_SHOWN]]
         lines += [f"  ... and {len(missing) - _MAX_SHOWN} more"] if len(missing) > _MAX_SHOWN else []
-        lines.append(f"all archives are unpacked, none contains them; compare lists and archives with {source.page}")
+        lines.append(f"no archive contains them; compare the lists and the archives with {source.page}")
         raise InputError("\n".join(lines))
     n_corrupt = sum(name.rpartition("/")[2] in source.corrupt for name in skipped)
     summary = f"{len(names)} of {len(names)} images in {folder}"
-    summary += f"; skipped {n_corrupt} files that are known not to be images" if n_corrupt else ""
-    return summary + (f"; skipped {len(skipped) - n_corrupt} files in no list" if len(skipped) > n_corrupt else "")
+    summary += f"; skipped {n_corrupt} files that are known to be corrupt" if n_corrupt else ""
+    return summary + (
+        f"; skipped {len(skipped) - n_corrupt} files that are in no list" if len(skipped) > n_corrupt else ""
+    )
 
 
 def _is_unpacked(archive: Path, folder: Path) -> bool:
-    """Return whether all images that were extracted from an archive are still there."""
+    """Return True if all images that were extracted from an archive still exist."""
     record = extracted_record(archive)
     return record.is_file() and bool(present_images(folder, record.read_bytes().split(b"\n")[:-1]).all())
 
 
 def _require_space(name: str, root: Path, archives: Sequence[RemoteFile], options: DownloadOptions) -> int | None:
-    """Check before a download that archives and images fit; return the size of all archives, None if unknown."""
+    """Check before a download that the disk is large enough, and return the size of all archives, None if unknown."""
     targets = [root / archive.path for archive in archives]
     with ThreadPoolExecutor(options.jobs) as pool:
         remote_sizes = pool.map(lambda archive: remote_size(archive.urls, options), archives)
@@ -170,19 +180,19 @@ def _require_space(name: str, root: Path, archives: Sequence[RemoteFile], option
     needed, free = required_space(sizes, present, options), shutil.disk_usage(root).free
     if needed > free:
         raise InputError(
-            f"{name} needs {needed / 1e9:.2f} GB more in {root}, {free / 1e9:.2f} GB are free: nothing was downloaded. "
-            "Free space, or choose another folder with --data"
+            f"{name} needs {needed / 1e9:.2f} GB more in {root}, but {free / 1e9:.2f} GB are free, so nothing was "
+            "downloaded; free space, or choose another folder with --data"
         )
     return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def required_space(sizes: Sequence[int | None], present: Sequence[int], options: DownloadOptions) -> int:
-    """Return the bytes that must be free for archives and images.
+    """Return the number of free bytes that archives and images need.
 
     Args:
-        sizes: sizes of the archives in bytes; those of unknown size (None) do not count.
-        present: bytes of each archive that are on disk already.
-        options: unless archives are kept, `jobs` of them exist at once.
+        sizes: sizes of the archives in bytes; unknown sizes (None) are ignored.
+        present: number of bytes of each archive that are on disk already.
+        options: options of the download; unless archives are kept, at most `jobs` of them exist at the same time.
     """
     known = sorted((size for size in sizes if size is not None), reverse=True)
     archives = sum(known if options.keep or options.packed else known[: options.jobs])
@@ -204,7 +214,7 @@ def _download_archive(archive: RemoteFile, target: Path, options: DownloadOption
 
 
 def _unpack_archive(archive: RemoteFile, target: Path, folder: Path, target_of: TargetOf, keep: bool) -> list[str]:
-    """Unpack an archive and record what it contained; return the names of the files that no list contains."""
+    """Unpack an archive, record its images, and return the names of the files that are in no list."""
     try:
         paths, skipped = unpack(target, folder, target_of)
     except DiskFullError:
@@ -220,14 +230,14 @@ def _unpack_archive(archive: RemoteFile, target: Path, folder: Path, target_of: 
 
 
 class _StoppedError(Exception):
-    """Another transfer failed in a way that stops all of them."""
+    """Error that stops a transfer because another one has failed with a full disk."""
 
 
 class _ProgressBar:
-    """A progress bar in bytes that several threads update and that can stop them."""
+    """Progress bar in bytes that several threads update. It can also stop them."""
 
     def __init__(self, title: str, total: int | None = None) -> None:
-        # In a file of messages each report is a line of its own.
+        # In a log file, print each update as a new line.
         style = {"mininterval": 0.1} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{r_bar}\n"}
         self.bar = tqdm(desc=title, total=total, unit="B", unit_scale=True, file=sys.stderr, **style)
         self.total, self.stopped, self.lock = total, threading.Event(), threading.Lock()
@@ -257,7 +267,7 @@ class _ProgressBar:
 def _run_parallel(
     work: Callable[[RemoteFile, Report], None], archives: Sequence[RemoteFile], bar: _ProgressBar, jobs: int, name: str
 ) -> None:
-    """Run `work` on all archives; a failure does not stop the others, except for a full disk."""
+    """Run `work` on all archives. If one fails, continue with the others, unless the disk is full."""
     failures = []
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -270,13 +280,13 @@ def _run_parallel(
                     failures.append(error)
                     if isinstance(error, DiskFullError):
                         bar.stopped.set()
-        except BaseException:  # Ctrl-C
+        except BaseException:  # such as KeyboardInterrupt
             bar.stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if failures:
-        others = "the others were stopped" if bar.stopped.is_set() else "the others are complete"
-        lines = [f"{name}: {len(failures)} of {len(archives)} archives failed; {others}"]
+        rest = "the other archives were stopped" if bar.stopped.is_set() else "the other archives are complete"
+        lines = [f"{name}: {len(failures)} of {len(archives)} archives failed; {rest}"]
         lines += [str(failure) for failure in failures[:_MAX_SHOWN]]
         lines += [f"... and {len(failures) - _MAX_SHOWN} more"] if len(failures) > _MAX_SHOWN else []
         raise InputError("\n".join(lines))

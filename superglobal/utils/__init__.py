@@ -1,1 +1,1 @@
-"""File access, processes, precision, progress and versions."""
+"""Helpers for files, processes, numerical precision, progress and versions."""

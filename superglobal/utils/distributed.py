@@ -1,4 +1,4 @@
-"""Ranks before Lightning connects the processes, and child processes that end with their parent."""
+"""Determine the rank before Lightning connects the processes, and end child processes with their parent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 
 def first_process() -> bool:
-    """Return whether this is the process that writes files, by the variables of torchrun, Lightning or SLURM."""
+    """Return True in the process that writes files, from the environment variables of torchrun, Lightning or SLURM."""
     if int(os.environ.get("NODE_RANK", 0)) > 0:
         return False
     ranks = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))  # in Lightning's order
@@ -16,14 +16,15 @@ def first_process() -> bool:
 
 
 def in_main_thread() -> bool:
-    """Return whether this is the thread that may install signal handlers."""
+    """Return True in the main thread, which is the only one that may install signal handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
 def end_with_parent() -> None:
-    """End this process, started by `multiprocessing`, as soon as its parent ends, even if that is killed.
+    """End this process, which `multiprocessing` started, as soon as its parent ends or is killed.
 
-    The parent process ID does not tell: for a process from a fork server it is the server, which outlives the parent.
+    The parent process ID cannot be used: for a process from a fork server it is that of the server, which may still run
+    after the parent has ended.
     """
     parent = multiprocessing.parent_process()
 

@@ -23,16 +23,16 @@ EXPORT, CORRUPT_IMAGES = "best.safetensors", "corrupt_images.txt"
 
 @contextmanager
 def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `path` when the block ends: readers see the old file or the whole new one.
+    """Open a temporary file that replaces `path` when the block ends.
 
-    The data are flushed to disk before the replacement.
+    Readers see either the old file or the complete new file. The data is flushed to disk before the replacement.
 
     Args:
         path: file to write; its folder is created if necessary.
         backup: path that an existing file is moved to.
 
     Raises:
-        InputError: the folder cannot be written or is full; an existing file is left unchanged.
+        InputError: the folder is not writable or the disk is full. An existing file is not changed.
     """
     temporary = None
     try:
@@ -54,10 +54,10 @@ def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file by `atomic_file`.
+    """Write a file with `atomic_file`.
 
     Raises:
-        InputError: the folder cannot be written or is full; an existing file is left unchanged.
+        InputError: see `atomic_file`.
     """
     with atomic_file(path) as file:
         file.write(data)
@@ -65,13 +65,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iterator[None]:
-    """Hold a lock file in the block, so that one process at a time runs it; a lock ends with its process.
+    """Hold a lock during the block, so that only one process at a time runs it. The lock ends with the process.
 
     Args:
-        path: lock file; its folder exists.
+        path: lock file, whose folder must exist.
         busy: start of the message if another process holds the lock.
-        hint: end of the error message, after "wait for it, stop it, ".
-        wait: wait for the other process instead of raising an error.
+        hint: end of the error message, which follows "wait for it, stop it, ".
+        wait: whether to wait for the other process instead of raising an error.
 
     Raises:
         InputError: another process holds the lock, or the file cannot be locked.
@@ -86,12 +86,12 @@ def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iter
                 raise InputError(f"{busy} ({name}); wait for it, stop it, {hint}") from None
             log.info("%s (%s); waiting for it", busy, name)
             lock.acquire()
-    except (OSError, NotImplementedError) as error:  # filelock raises the latter where the file system has no locks
+    except (OSError, NotImplementedError) as error:  # filelock: the file system has no locks
         lock.release()
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be locked ({reason}); choose a folder on another file system") from error
     try:
-        with suppress(OSError):  # it only serves messages
+        with suppress(OSError):  # The file is only used for messages.
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
@@ -101,7 +101,7 @@ def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iter
 
 
 def _read_holder(holder: Path) -> str:
-    """Return the process in a holder's file; the file may not be written yet, or be deleted already."""
+    """Return the process that holds a lock. Its file may not be written yet, or may be deleted already."""
     try:
         return holder.read_text()
     except OSError:
@@ -122,7 +122,7 @@ def umask() -> int:
 
 
 def _space(path: Path, temporary: str | None) -> str:
-    """Return the end of a message about a failed write: how much was written and how much space is free."""
+    """Return the end of a message about a failed write: the written and the free bytes, and a hint."""
     try:
         free = shutil.disk_usage(path.parent).free
         written = os.path.getsize(temporary) if temporary else 0

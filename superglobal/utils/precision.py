@@ -1,4 +1,4 @@
-"""Precision of the backbone, and strict float32 (TF32 disabled) for what decides an order."""
+"""Select the precision of the backbone, and compute in strict float32 (TF32 disabled) where exact orders need it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What `extraction.precision=auto` means on CUDA devices: the fastest precision that changes mAP by at most 0.05 points.
-# It stays float32 until that is measured on a GPU: scripts/gpu_report.py does so on the toy set, and
-# `eval.py -m extraction.precision=float32,bfloat16,float16` on yours.
+# Precision of `extraction.precision=auto` on CUDA devices. It should be the fastest precision that changes mAP by at
+# most 0.05 points, and stays float32 until this has been measured on a GPU. To measure it, run scripts/gpu_report.py
+# for the toy data set, or `eval.py -m extraction.precision=float32,bfloat16,float16` for your own images.
 AUTO_ON_CUDA = "float32"
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """Return the precision that "auto" stands for on the devices of a Lightning accelerator; any other as it is."""
+    """Return the precision that "auto" means on a Lightning accelerator. Return any other precision unchanged."""
     if precision != "auto":
         return precision
     cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -25,9 +25,9 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute in strict float32 (TF32 disabled), and half-precision matrix products with float32 sums.
+    """Compute in strict float32 (TF32 disabled) and with float32 sums in half-precision matrix products.
 
-    The settings from before are restored at the end.
+    The previous settings are restored when the block ends.
     """
     backends: Any = torch.backends  # The type stubs lack these attributes.
     matmul = backends.cuda.matmul

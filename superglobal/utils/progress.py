@@ -1,4 +1,4 @@
-"""Progress of a long command."""
+"""Print the progress of a long command."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import time
 
 
 class Progress:
-    """Print how many images are done: one line that is updated on a terminal, elsewhere new lines.
+    """Printer of the number of finished images.
 
-    Elsewhere a line is printed after each tenth, and after 30 seconds without one.
+    On a terminal it updates one line. Elsewhere it prints a new line after each tenth of the images, and after 30
+    seconds without a line.
 
     Args:
-        verb: past participle that starts the line, such as "rendered".
+        verb: first word of the line, such as "rendered".
     """
 
     def __init__(self, verb: str) -> None:
@@ -21,7 +22,7 @@ class Progress:
         self.tenths = 0
 
     def __call__(self, done: int, total: int) -> None:
-        """Print that `done` of `total` images are done, if it is time."""
+        """Print that `done` of `total` images are finished, unless the last line is too recent."""
         text = f"{self.verb} {done}/{total} images, {time.monotonic() - self.start:.0f} s"
         if sys.stderr.isatty():
             print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)

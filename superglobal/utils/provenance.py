@@ -1,4 +1,4 @@
-"""Versions of the code and of the packages that results depend on."""
+"""Record the versions of the code and of the packages that results depend on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, str] | None:
-    """Return the commit of the code and whether it has local changes; None outside a checkout."""
+    """Return the commit of the code, and "True" if there are local changes. Return None outside a Git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
