@@ -78,7 +78,7 @@ def test_only_listed_images_are_extracted(server, images, tmp_path):
     members = [(f"/some/folder/{image.name}", image.read_bytes()) for image in images]
     server.files[ARCHIVE_ADDRESS] = pack([*members, *others])
     summary = download_source(OXFORD, tmp_path / "data", server.options())
-    assert "skipped 4 files in no list" in summary
+    assert "skipped 4 files that are in no list" in summary
     assert {path.name: path.read_bytes() for path in extracted(tmp_path / "data")} == {
         image.name: image.read_bytes() for image in images
     }
@@ -112,7 +112,7 @@ def test_a_name_that_is_not_utf8_is_skipped(server, tmp_path):
     invalid = header("café.jpg").tobuf(tarfile.GNU_FORMAT, encoding="latin-1")
     # The invalid name comes first, so that the images are read after it.
     server.files[ARCHIVE_ADDRESS] = gzip.compress(invalid + gzip.decompress(server.files[ARCHIVE_ADDRESS]))
-    assert "skipped 1 files in no list" in download_source(OXFORD, tmp_path, server.options())
+    assert "skipped 1 files that are in no list" in download_source(OXFORD, tmp_path, server.options())
 
 
 @pytest.mark.parametrize("data", [b"<!DOCTYPE html><p>moved</p>", b"", "cut"], ids=["page", "empty", "cut"])
@@ -141,7 +141,7 @@ def test_archives_are_stored_compressed_for_any_content_encoding(server, tmp_pat
 
 def test_insufficient_disk_space_is_an_error_before_the_download(server, tmp_path):
     server.claimed[ARCHIVE_ADDRESS] = 2 * shutil.disk_usage(tmp_path).free
-    with pytest.raises(InputError, match=r"roxford5k needs .* GB more in .* are free: nothing was downloaded"):
+    with pytest.raises(InputError, match=r"roxford5k needs .* GB more in .* are free, so nothing was downloaded"):
         download_source(OXFORD, tmp_path, server.options())
     assert ARCHIVE_ADDRESS not in server.requests
 

@@ -66,7 +66,7 @@ def test_revisited_sets_are_downloaded_and_load(name, toy, tmp_path):
     dataset = revisited_set(tmp_path, name)
     require_images([("queries", dataset.queries, ""), ("database", dataset.database, "")])
     assert files_below(tmp_path / name / "jpg") == files_below(toy / "toy" / "jpg")
-    assert ("skipped 20 files that are known not to be images" in summary) == (name == "rparis6k")
+    assert ("skipped 20 files that are known to be corrupt" in summary) == (name == "rparis6k")
     assert dict(server.requests) == before  # nothing was requested again
     assert again.startswith(f"{len(dataset.queries) + len(dataset.database)} of ")
     assert not [path for path in (tmp_path / name).rglob("*") if path.suffix in (".tgz", ".part", ".json", ".lock")]
@@ -135,7 +135,7 @@ def test_features_are_downloaded_and_checked(toy, tmp_path):
         target.unlink()
         recorded.unlink()
         server.files[address(last.urls[0])] = b"<!DOCTYPE html><title>Sign in</title>"
-        with pytest.raises(InputError, match=r"gave another file, now removed: .* is a web page"):
+        with pytest.raises(InputError, match=r"returned a wrong file, which was removed: .* is a web page"):
             download_source(source, tmp_path, server.options())
         assert not target.exists()
 
@@ -181,7 +181,7 @@ def test_a_wrong_md5_is_an_error(toy, tmp_path):
         with pytest.raises(InputError) as caught:
             download_source(source, tmp_path, server.options())
         target = tmp_path / "gldv2" / bad.path
-        assert re.search(rf"its md5 is [0-9a-f]{{32}}, expected {'0' * 32}", str(caught.value))
+        assert re.search(rf"its md5 is [0-9a-f]{{32}}: expected {'0' * 32}", str(caught.value))
         assert "1 of 2 archives failed" in str(caught.value)
         assert not target.exists()
         assert not part_path(target).exists()
@@ -194,7 +194,7 @@ def test_an_archive_that_differs_from_the_first_download_is_an_error(server, tmp
     download_source(OXFORD, tmp_path, server.options())
     next((tmp_path / "roxford5k" / "jpg").iterdir()).unlink()
     server.files[ARCHIVE_ADDRESS] = pack([("x.jpg", b"another")])
-    with pytest.raises(InputError, match=r"its sha256 is .* as at the first download \(remove the \.sha256 file"):
+    with pytest.raises(InputError, match=r"its sha256 is .* \(first download; remove the \.sha256 file"):
         download_source(OXFORD, tmp_path, server.options())
 
 
@@ -213,7 +213,7 @@ def test_lost_images_are_extracted_again(server, tmp_path):
 
 def test_images_copied_by_the_user_are_not_downloaded_again(server, toy, tmp_path):
     shutil.copytree(toy / "toy" / "jpg", tmp_path / "roxford5k" / "jpg")
-    assert "images from elsewhere" in overview(tmp_path)
+    assert "images from another source" in overview(tmp_path)
     download_source(OXFORD, tmp_path, server.options())
     assert ARCHIVE_ADDRESS not in server.requests
 
@@ -305,7 +305,7 @@ def test_a_failed_google_drive_download_explains_the_manual_steps(tmp_path, monk
     for name in ("https_proxy", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with pytest.raises(
-        InputError, match=r"CVNet's weights could not be downloaded from Google Drive \(ProxyError"
+        InputError, match=r"the weights of CVNet could not be downloaded from Google Drive \(ProxyError"
     ) as caught:
         download_google_drive(SOURCES["cvnet"], tmp_path, DownloadOptions(timeout=2, tries=1))
     for part in (
