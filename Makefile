@@ -4,7 +4,7 @@ PYTHON ?= python3
 EXTRAS ?= cpu,offline,tune,slurm,serve,download,export,plots,tensorboard,vectordb,docs,dev
 BIN := .venv/bin
 STAMP := .venv/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(EXTRAS)
-# One process per core, one thread each: small networks gain nothing from more.
+# Tests run in one process per core with one thread each, because small networks are not faster with more threads.
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 

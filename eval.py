@@ -1,4 +1,7 @@
-"""Evaluate retrieval: python eval.py dataset=roxford5k weights=PATH (settings: conf/eval.yaml)."""
+"""Evaluate retrieval, e.g. python eval.py dataset=roxford5k weights=PATH.
+
+The settings are in conf/eval.yaml; --help describes them.
+"""
 
 import sys
 

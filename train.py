@@ -1,4 +1,8 @@
-"""Train a retrieval network: python train.py (GLDv2; settings: conf/train.yaml), or experiment=quickstart (toy set)."""
+"""Train a retrieval network.
+
+python train.py trains on GLDv2-clean, and python train.py experiment=quickstart on the toy set. The settings are in
+conf/train.yaml; --help describes them.
+"""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Command line: `superglobal COMMAND ...`, one function per command.
+"""Command line interface: `superglobal COMMAND ...`, with one function per command.
 
-Every command takes its arguments as a list and returns the exit status: 0 done, 2 a mistake that the user can fix.
-Commands import what they need when they run, so that `superglobal --help` starts at once.
+Every command takes its arguments as a list and returns the exit status: 0 for success, 2 for an error that the user can
+fix. Modules with slow imports are imported when a command runs, so that `superglobal --help` starts immediately.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from superglobal.errors import InputError
 # Command -> (module in this folder, function, line of `superglobal --help`).
 COMMANDS = {
     "evaluate": ("hydra_commands", "evaluate", "evaluate retrieval on a data set or on your own photos"),
-    "train": ("hydra_commands", "train", "train a network on landmarks"),
+    "train": ("hydra_commands", "train", "train a network on landmark images"),
     "tune": ("hydra_commands", "tune", "choose pooling and reranking settings without the test set"),
-    "compare-rerankers": ("hydra_commands", "compare_rerankers", "compare all rerankers on one first search"),
-    "serve": ("hydra_commands", "serve", "search by photo in the browser"),
+    "compare-rerankers": ("hydra_commands", "compare_rerankers", "compare rerankers on the same search results"),
+    "serve": ("hydra_commands", "serve", "serve a page in the browser to search by photo"),
     "download": ("download", "main", "download data sets and weights"),
     "prepare-gldv2": ("prepare_gldv2", "main", "check the GLDv2 images and write the index for training"),
     "toy-data": ("toy_data", "main", "render a small data set of toy landmarks"),
     "store": ("store", "main", "inspect, verify, merge or export descriptor stores"),
-    "report": ("report", "main", "compare results in tables and a chart, or two results query by query"),
+    "report": ("report", "main", "compare results in tables and a chart, or compare two results query by query"),
     "visualize": ("visualize", "main", "draw figures of one result"),
     "score-gldv2": ("score_gldv2", "main", "score a GLDv2 submission file"),
     "convert-weights": ("models", "convert_weights", "convert a CVNet checkpoint to safetensors"),
@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Args:
-        arguments: command and its arguments; those of the process by default.
+        arguments: name of the command and its arguments; by default, the arguments of the process.
+
+    Returns:
+        Exit status.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"superglobal {__version__}")
     parser.add_argument(
-        "command", metavar="COMMAND", choices=COMMANDS, help="`superglobal COMMAND --help` lists its options"
+        "command", metavar="COMMAND", choices=COMMANDS, help="command to run; `superglobal COMMAND --help` describes it"
     )
     command = parser.parse_args(words[:1] or ["--help"]).command
     module, function, _ = COMMANDS[command]

@@ -1,7 +1,9 @@
-"""Download data sets and weights, e.g. superglobal download roxford5k rparis6k
+"""Download data sets and weights.
 
-Partial downloads are resumed, files are verified (checksums, lists) and archives are unpacked to the folders that
-evaluation and training read.
+Example: superglobal download roxford5k rparis6k
+
+Partial downloads are resumed, files are verified by checksums or lists, and archives are unpacked into the folders from
+which evaluation and training read.
 """
 
 from __future__ import annotations
@@ -21,40 +23,58 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "superglobal download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", type=_name, help=", ".join(SOURCE_NAMES))
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of all data sets (paths.data)")
-    parser.add_argument("--list", action="store_true", help="list the data sets, their sizes and what is present")
-    parser.add_argument("--jobs", type=int, default=4, help="number of archives downloaded at once")
-    parser.add_argument("--keep", action="store_true", help="keep archives after unpacking")
-    parser.add_argument("--packed", action="store_true", help="GLDv2: do not unpack; train.py reads it by data.tars=")
-    parser.add_argument("--timeout", type=float, default=60, help="seconds to wait for a silent server")
+    names = f"data sets and weights to download: {', '.join(SOURCE_NAMES)}"
+    parser.add_argument("names", nargs="*", metavar="NAME", type=_name, help=names)
     parser.add_argument(
-        "--tries", type=int, default=5, help="attempts without a new byte before the next mirror is used"
+        "--data", type=Path, default=Path("data"), help="folder of all data sets (paths.data); data by default"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list everything that can be downloaded, the sizes, and what is present"
+    )
+    parser.add_argument("--jobs", type=int, default=4, help="number of archives downloaded at the same time (4)")
+    parser.add_argument("--keep", action="store_true", help="keep the archives after unpacking them")
+    parser.add_argument(
+        "--packed", action="store_true", help="do not unpack GLDv2's archives; train.py data.tars=FOLDER reads them"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=60, help="seconds to wait for a server that sends no data (60)"
+    )
+    parser.add_argument(
+        "--tries", type=int, default=5, help="attempts without any new data before the next mirror is used (5)"
     )
     parser.add_argument(
         "--base-url",
         action="append",
         default=[],
         metavar="URL",
-        help="download https://host/path from URL/host/path; several are tried in turn",
+        help="mirror: download https://host/path from URL/host/path; if given several times, mirrors are tried in turn",
     )
     return parser
 
 
 def _name(text: str) -> str:
     if text not in SOURCE_NAMES:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {', '.join(SOURCE_NAMES)}")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(SOURCE_NAMES)}")
     return text
 
 
 def _exit_on_interrupt(number: int, frame: object) -> None:
-    """Exit without waiting for transfers: every file on disk is complete or a partial download that is resumed."""
+    """Exit without waiting for transfers; files on disk are either complete or partial downloads that are resumed."""
     os.write(2, b"\ninterrupted: run the same command again to resume\n")
     os._exit(130)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Download what was named; a failure of one name does not stop the others. Ctrl-C exits with status 130."""
+    """Download the named data sets and weights, or list them.
+
+    If a download fails, the remaining ones continue.
+
+    Args:
+        arguments: arguments of the command.
+
+    Returns:
+        Exit status: 2 if a download failed. Ctrl-C exits with status 130.
+    """
     parser = _parser()
     args = parser.parse_args(arguments)
     if args.list:
@@ -63,9 +83,9 @@ def main(arguments: Sequence[str]) -> int:
         print(overview(args.data))
         return 0
     if not args.names:
-        parser.error(f"name one or more of {', '.join(SOURCE_NAMES)}; --list describes them")
+        parser.error(f"no NAME was given: expected one or more of {', '.join(SOURCE_NAMES)}; --list describes them")
     if args.jobs < 1 or args.tries < 1 or not args.timeout > 0:
-        parser.error("--jobs and --tries must be at least 1, and --timeout above 0")
+        parser.error("invalid number: expected --jobs and --tries of at least 1 and --timeout above 0")
     signal.signal(signal.SIGINT, _exit_on_interrupt)
     from superglobal.download.fetch import DownloadOptions
     from superglobal.download.sources import download_source

@@ -1,4 +1,4 @@
-"""Commands configured by Hydra: evaluate (eval.py), train (train.py), tune, compare-rerankers and serve."""
+"""Define the commands configured by Hydra: evaluate (eval.py), train (train.py), tune, compare-rerankers and serve."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ _process_arguments: list[str] | None = None
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
-    """Evaluate; `python eval.py` passes no arguments, and Hydra reads those of the process."""
+    """Run an evaluation; without `arguments`, as in `python eval.py`, Hydra reads those of the process."""
     return _run("eval", _evaluate, arguments)
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
-    """Train; `python train.py` passes no arguments, and Hydra reads those of the process."""
+    """Run a training; without `arguments`, as in `python train.py`, Hydra reads those of the process."""
     return _run("train", _train, arguments)
 
 
 def tune(arguments: Sequence[str] | None = None) -> int:
-    """Tune pooling and reranking."""
+    """Tune the settings of pooling and reranking."""
     return _run("tune", _tune, arguments)
 
 
 def compare_rerankers(arguments: Sequence[str] | None = None) -> int:
-    """Compare rerankers."""
+    """Compare rerankers on the same search results."""
     return _run("compare", _compare_rerankers, arguments)
 
 
 def serve(arguments: Sequence[str] | None = None) -> int:
-    """Serve the search page until Ctrl-C."""
+    """Serve the search page until Ctrl-C is pressed."""
     return _run("serve", _serve, arguments)
 
 
 def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequence[str] | None) -> int:
     """Compose the configuration and run the task once, or once per job of a sweep.
 
-    Hydra reads `sys.argv`, where the command's name would be an override. Lightning starts the other processes of a
-    run with the `sys.argv` that the task sees, so the task restores it.
+    Hydra reads `sys.argv` and would take the name of the command for a setting, so the name is removed from it. Lightning
+    starts further processes with the `sys.argv` of the running task, so the task restores it by `_output_dir`.
     """
     global _process_arguments
     try:
@@ -68,8 +68,8 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
 
 
 def _output_dir() -> Path:
-    """Restore `sys.argv`, and return the folder of this job's results."""
-    if _process_arguments is not None:  # None in a process that a cluster launcher started
+    """Restore `sys.argv` and return the results folder of this job."""
+    if _process_arguments is not None:  # It is None in a process that a cluster launcher started.
         sys.argv = _process_arguments
     return Path(HydraConfig.get().runtime.output_dir)
 
@@ -105,7 +105,7 @@ def _train(cfg: DictConfig) -> float:
     try:
         return train(cfg, folder)
     except InputError as error:
-        # The error may be that of one process alone, such as a corrupt image among its own.
+        # An error such as a corrupt image may occur in only one of several processes, so each process prints its own.
         _print_error(error, every_process=True)
         if not sweeping():
             sys.exit(2)

@@ -1,4 +1,4 @@
-"""Commands that load a network and write it in another form: convert-weights, export and share."""
+"""Define the commands that load a network and write it in another format: convert-weights, export and share."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from superglobal.errors import InputError
 if TYPE_CHECKING:
     from superglobal.models.network import RetrievalNetwork
 
-_EXPORT = """Export a network to ONNX or torch.export, e.g. superglobal export WEIGHTS FILE.onnx
+_EXPORT = """Export a network to ONNX or torch.export.
 
-The exported model takes (B, 3, H, W) float32 RGB in 0..1, normalizes, computes all scales and returns (B, D)
-descriptors of unit norm; the metadata of the file says so. Without --size it accepts every image size, without --batch
-every batch size. It is compared with the network on several sizes and kept only if they agree.
+Example: superglobal export WEIGHTS FILE.onnx
+
+The exported model takes images as (B, 3, H, W) float32 RGB in 0..1 and returns (B, D) descriptors of unit norm. It
+includes the normalization of the pixels and all scales. The metadata of the file describes inputs and outputs. Without
+--size the model accepts any image size, and without --batch any batch size. The command compares the exported model with
+the network on images of several sizes, and writes the file only if they agree within --tolerance.
 """
-_SHARE = """Write a model folder that others load with one line, e.g. superglobal share WEIGHTS FOLDER
+_SHARE = """Write a model folder that others can load with one line of code.
 
-FOLDER contains the weights, config.json and a model card with the settings of the training and the results. Load it
-with superglobal.load_model("FOLDER") or evaluate it with `python eval.py weights=FOLDER`. If you push it to the Hugging
-Face Hub, the name is "hf:owner/name".
+Example: superglobal share WEIGHTS FOLDER
+
+The folder contains the weights, config.json, and a model card with the training settings and the results. Load it with
+superglobal.load_model("FOLDER"), or evaluate it with `python eval.py weights=FOLDER`. With --push, the folder is also
+uploaded to the Hugging Face Hub, where "hf:owner/name" takes the place of FOLDER.
 """
 
 
@@ -34,9 +39,15 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 
 def convert_weights(arguments: Sequence[str]) -> int:
-    """Convert a CVNet checkpoint to safetensors with its provenance."""
-    parser = _parser("convert-weights", "Convert a CVNet checkpoint, e.g. CVPR2022_CVNet_R50.pyth r50.safetensors")
-    parser.add_argument("source", type=Path, help="CVNet file (model_state with encoder_q.* or globalmodel.*)")
+    """Convert a CVNet checkpoint to safetensors, and record its source in the metadata."""
+    description = (
+        "Convert a CVNet checkpoint to safetensors.\n\n"
+        "Example: superglobal convert-weights CVPR2022_CVNet_R50.pyth r50.safetensors"
+    )
+    parser = _parser("convert-weights", description)
+    parser.add_argument(
+        "source", type=Path, help="CVNet checkpoint, with the keys encoder_q.* or globalmodel.* in model_state"
+    )
     parser.add_argument("target", type=Path, help="safetensors file to write")
     args = parser.parse_args(arguments)
     from superglobal.models.factory import load_model
@@ -44,24 +55,32 @@ def convert_weights(arguments: Sequence[str]) -> int:
 
     source = read_weights(args.source)
     if source.kind != "cvnet":
-        raise InputError(f"{args.source}: no CVNet checkpoint; expected keys encoder_q.* or globalmodel.*")
+        raise InputError(
+            f"{args.source}: not a CVNet checkpoint; expected the keys encoder_q.* or globalmodel.*. Give a file of the "
+            "CVNet authors, such as CVPR2022_CVNet_R50.pyth"
+        )
     network = load_model(args.source, pooling="gem", scales=1)
     save_weights(network, args.target, {**source.provenance, "converter": f"superglobal {__version__}"}, False)
-    print(f"{args.target}: {source.backbone}, whitening {source.dim}, {len(source.state)} tensors")
+    print(f"Wrote {args.target}: {source.backbone}, whitening to {source.dim} dimensions, {len(source.state)} tensors")
     if source.ignored:
         names = ", ".join(source.ignored[:3])
-        print(f"ignored {len(source.ignored)} tensors of CVNet-Rerank ({names}, ...)")
+        print(f"Ignored {len(source.ignored)} tensors of CVNet-Rerank ({names}, ...)")
     return 0
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Export a network and print its differences from the original."""
+    """Export a network, and print how much the exported model differs from it."""
     parser = _parser("export", _EXPORT)
     _add_network_arguments(parser)
     parser.add_argument("file", type=Path, help="file to write, .onnx or .pt2")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="fixed image size in pixels")
-    parser.add_argument("--batch", type=int, help="fixed number of images")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a component (1e-4)")
+    parser.add_argument("--batch", type=int, help="fixed number of images per batch")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest allowed difference between components of the descriptors of both models (1e-4)",
+    )
     args = parser.parse_args(arguments)
     from superglobal.models.export import export_network
 
@@ -71,24 +90,32 @@ def export(arguments: Sequence[str]) -> int:
         shape = f"{batch} x {height} x {width} px"
         print(f"{shape:>22}: lowest cosine {c.min_cosine:.7f}, largest difference {c.max_difference:.1e}")
     megabytes = args.file.stat().st_size / 1e6
-    print(f"{args.file}: {megabytes:.1f} MB; images (B, 3, H, W) float32 RGB in 0..1 -> descriptors")
+    print(f"Wrote {args.file}: {megabytes:.1f} MB; input: images (B, 3, H, W) float32 RGB in 0..1; output: descriptors")
     return 0
 
 
 def share(arguments: Sequence[str]) -> int:
-    """Write a model folder, upload it if asked, and print how to use it."""
+    """Write a model folder, upload it if requested, and print how to load it."""
     parser = _parser("share", _SHARE)
     _add_network_arguments(parser)
-    parser.add_argument("folder", type=Path, help="new or empty folder")
-    parser.add_argument("--results", type=Path, nargs="+", default=[], help="results.json files, or folders of results")
-    parser.add_argument("--license", default="unknown", help="of the weights, as on the Hub: cc-by-4.0, mit, ...")
+    parser.add_argument("folder", type=Path, help="new or empty folder to write")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="results for the model card: results.json files, or folders that contain them",
+    )
+    parser.add_argument(
+        "--license", default="unknown", help="license of the weights, in the Hub's notation: cc-by-4.0, mit, ..."
+    )
     parser.add_argument("--name", help="title of the model card")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="also upload to this repository of the Hub")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub to upload the folder to")
+    parser.add_argument("--private", action="store_true", help="if --push creates the repository, make it private")
     args = parser.parse_args(arguments)
     folder: Path = args.folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already exists, expected a new or empty folder")
+        raise InputError(f"{folder}: already exists; expected a new or empty folder, so choose another name")
     from superglobal.models.hub import model_card, push_to_hub, save_pretrained
     from superglobal.reporting.model_card import read_card_results
 
@@ -96,18 +123,23 @@ def share(arguments: Sequence[str]) -> int:
     results = read_card_results(args.results, network)
     card = model_card(network, results=results, license=args.license, name=args.name, repo_id=args.push)
     save_pretrained(network, folder, card)
-    print(f'{folder}: superglobal.load_model("{folder}"), python eval.py weights={folder}')
+    print(f'Wrote {folder}. Load it by superglobal.load_model("{folder}") or python eval.py weights={folder}')
     if args.push:
         url = push_to_hub(network, args.push, card, private=args.private or None)
-        print(f'{url}: superglobal.load_model("hf:{args.push}"), python eval.py weights=hf:{args.push}')
+        hub = f"hf:{args.push}"
+        print(f'Uploaded {url}. Load it by superglobal.load_model("{hub}") or python eval.py weights={hub}')
     return 0
 
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", help="as weights= of eval.py: a path, hf:owner/name, timm, package or random")
-    parser.add_argument("--backbone", help="timm name of the backbone, if the weights do not say it")
-    parser.add_argument("--pooling", help="gem, superglobal or cvnet_global; that of the weights by default")
-    parser.add_argument("--scales", help="1, 3, 5 or a list such as 0.7071,1.0; those of the weights, or 3, by default")
+    parser.add_argument(
+        "weights", help="weights of the network, as for eval.py: a path, hf:owner/name, timm, package or random"
+    )
+    parser.add_argument("--backbone", help="name of the backbone in timm, needed if the weights do not contain it")
+    parser.add_argument("--pooling", help="pooling: gem, superglobal or cvnet_global; by default, that of the weights")
+    parser.add_argument(
+        "--scales", help="1, 3, 5 or a list such as 0.7071,1.0; by default, those of the weights, or 3 scales"
+    )
 
 
 def _load_network(args: argparse.Namespace) -> RetrievalNetwork:

@@ -1,4 +1,7 @@
-"""Check the images of GLDv2 and write the index that training uses, e.g. superglobal prepare-gldv2 --root data/gldv2"""
+"""Check the images of GLDv2 and write the index file that training uses.
+
+Example: superglobal prepare-gldv2 --root data/gldv2
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,39 @@ from pathlib import Path
 
 
 def _exit_on_interrupt(number: int, frame: object) -> None:
-    """Exit without waiting for the shard in progress: results are written atomically."""
+    """Exit without waiting for the shard in progress, because results are written atomically."""
     os.write(2, b"\ninterrupted: run the same command again to resume\n")
     os._exit(130)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check the images, write index and report; status 1 for corrupt images, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser("superglobal prepare-gldv2", description=__doc__)
-    parser.add_argument("--root", type=Path, default=Path("data/gldv2"), help="folder of the list and of train/")
-    parser.add_argument("--table", default="train_clean.csv", help="the list; train.csv for data=gldv2 and gldv2x")
-    parser.add_argument("--tars", type=Path, help="folder of images_000.tar, ... to read instead of train/")
-    parser.add_argument("--workers", type=int, help="number of processes; one per CPU by default")
-    parser.add_argument("--decode", action="store_true", help="decode each image, to find damage inside the file too")
+    """Check the images, and write the index and a report.
+
+    Args:
+        arguments: arguments of the command.
+
+    Returns:
+        Exit status: 1 if images are corrupt. Ctrl-C exits with status 130.
+    """
+    parser = argparse.ArgumentParser(
+        "superglobal prepare-gldv2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path("data/gldv2"),
+        help="folder that contains the training list and train/; data/gldv2 by default",
+    )
+    parser.add_argument(
+        "--table",
+        default="train_clean.csv",
+        help="training list: train_clean.csv (default), or train.csv for data=gldv2 and data=gldv2x",
+    )
+    parser.add_argument("--tars", type=Path, help="folder of images_000.tar, ..., read instead of train/")
+    parser.add_argument("--workers", type=int, help="number of processes; by default, one per CPU core")
+    parser.add_argument(
+        "--decode", action="store_true", help="decode every image completely, which also finds damage inside files"
+    )
     args = parser.parse_args(arguments)
     from superglobal.data.prepare_gldv2 import prepare
     from superglobal.utils.progress import Progress
@@ -40,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     share = len(prepared.corrupt) / prepared.n_images
     print(
         f"{len(prepared.corrupt)} of {prepared.n_images} images are corrupt ({share:.4%}); download them again and "
-        "repeat this command, or train without them: data.max_corrupt_fraction is the largest fraction that training "
-        "accepts"
+        "repeat this command, or train without them: training accepts corrupt images up to the fraction "
+        "data.max_corrupt_fraction"
     )
     return 1

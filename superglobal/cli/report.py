@@ -1,6 +1,9 @@
-"""Compare the results of several runs in tables and a chart, e.g. superglobal report outputs/eval/sweep/...
+"""Compare the results of several runs in tables and a chart.
 
-With --baseline OTHER, compare two results query by query: which queries FOLDER improves and worsens, with figures.
+Example: superglobal report outputs/eval/sweep/...
+
+With --baseline OTHER, compare two results query by query instead: list the queries for which FOLDER is better or worse
+than OTHER, and draw their results.
 """
 
 from __future__ import annotations
@@ -11,15 +14,17 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print one table per data set; write the tables, a list of all runs and a chart to the first folder."""
+    """Print one table per data set, and write the tables, a list of all runs and a chart into the first folder."""
     parser = argparse.ArgumentParser(
         "superglobal report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, nargs="+", help="folder of a sweep, or folders of results")
-    parser.add_argument("--baseline", type=Path, metavar="OTHER", help="one result to compare one FOLDER with")
+    parser.add_argument("folder", type=Path, nargs="+", help="folder of a sweep, or several folders of results")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="OTHER", help="results folder with which the one FOLDER is compared"
+    )
     args = parser.parse_args(arguments)
     if args.baseline is not None and len(args.folder) > 1:
-        parser.error("--baseline compares one FOLDER with one OTHER")
+        parser.error(f"--baseline: got {len(args.folder)} folders; expected one FOLDER to compare with OTHER")
     if args.baseline is None:
         from superglobal.reporting.tables import write_tables
 

@@ -1,7 +1,10 @@
-"""Score a GLDv2 submission, e.g. superglobal score-gldv2 retrieval_solution_v2.1.csv submission.csv
+"""Score a GLDv2 submission file.
 
-The solution file decides the task. Retrieval: CSV with id and images (up to 100 ids, best first, separated by spaces);
-recognition: CSV with id and landmarks (a landmark_id, a space, a score). An evaluation of GLDv2 writes such a file.
+Example: superglobal score-gldv2 retrieval_solution_v2.1.csv submission.csv
+
+The solution file determines the task. A retrieval submission is a CSV file with the columns id and images (up to 100
+image ids, best first, separated by spaces). A recognition submission has the columns id and landmarks (a landmark id, a
+space and a score). Evaluations on GLDv2 write such files.
 """
 
 from __future__ import annotations
@@ -12,16 +15,18 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print mAP@100, or GAP and top-1 accuracy, for the public, the private and all test images."""
+    """Print mAP@100 (retrieval), or GAP and top-1 accuracy (recognition), for public, private and all test images."""
     parser = argparse.ArgumentParser(
         "superglobal score-gldv2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("solution", type=Path, help="retrieval_solution_v2.1.csv or recognition_solution_v2.1.csv")
-    parser.add_argument("submission", type=Path, help="file to score")
+    parser.add_argument(
+        "solution", type=Path, help="ground truth: retrieval_solution_v2.1.csv or recognition_solution_v2.1.csv"
+    )
+    parser.add_argument("submission", type=Path, help="submission file to score")
     args = parser.parse_args(arguments)
     from superglobal.metrics.gldv2 import score_submission
     from superglobal.reporting.results import print_metrics
 
     result = score_submission(args.solution, args.submission)
-    print_metrics(f"{args.submission} by {args.solution.name}", {"submission": result.to_dict()})
+    print_metrics(f"{args.submission} scored with {args.solution.name}", {"submission": result.to_dict()})
     return 0

@@ -1,7 +1,10 @@
-"""Inspect, verify, merge or export descriptor stores: superglobal store info|verify|merge|export [--help]
+"""Inspect, verify, merge or export descriptor stores.
 
-A store is a folder under outputs/stores. Stores of one list that independent jobs filled, each in its own folder, are
-merged into one; export writes .npy (with the names in a file of their own) or .parquet.
+Example: superglobal store info outputs/stores/STORE
+
+A store is a folder in outputs/stores. Independent jobs can extract shards of the same list of images, each into a store
+of its own; `merge` combines these stores. `export` writes a .npy file, with the names of the images in a second file, or
+a .parquet file.
 """
 
 from __future__ import annotations
@@ -17,26 +20,32 @@ def _parser() -> argparse.ArgumentParser:
         "superglobal store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="print settings, number of rows, dtype and size")
-    verify = commands.add_parser("verify", help="check that rows are finite and of unit norm, the list and checksums")
-    verify.add_argument("--record", action="store_true", help="record the checksums of the files for the next verify")
+    info = commands.add_parser("info", help="print the settings, number of rows, dtype and size of a store")
+    verify = commands.add_parser(
+        "verify", help="check that all rows are finite and of unit norm, and check the list of images and the checksums"
+    )
+    verify.add_argument(
+        "--record", action="store_true", help="write the checksums of the files, which later calls compare"
+    )
     export = commands.add_parser("export", help="write all descriptors to one file")
     for command in (info, verify, export):
-        command.add_argument("folder", type=Path)
-    export.add_argument("file", type=Path, help=".npy or .parquet")
-    merge = commands.add_parser("merge", help="merge stores that each hold a part of one list")
-    merge.add_argument("parts", type=Path, nargs="+")
-    merge.add_argument("--into", type=Path, required=True, help="a new folder, or a store of the same list")
+        command.add_argument("folder", type=Path, help="folder of the store")
+    export.add_argument("file", type=Path, help="file to write, .npy or .parquet")
+    merge = commands.add_parser("merge", help="merge stores that contain different shards of the same list of images")
+    merge.add_argument("stores", metavar="store", type=Path, nargs="+", help="folder of a store to merge")
+    merge.add_argument(
+        "--into", type=Path, required=True, help="folder of the merged store: a new folder, or a store of the same list"
+    )
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a sub-command and print its result."""
+    """Run a subcommand and print its result."""
     args = _parser().parse_args(arguments)
     from superglobal.retrieval import store_tools
 
     if args.command == "merge":
-        store = store_tools.merge([store_tools.open_validated(part) for part in args.parts], args.into)
+        store = store_tools.merge([store_tools.open_validated(folder) for folder in args.stores], args.into)
         print(f"{store.folder}: {len(store) - len(store.missing)} of {len(store)} rows")
         return 0
     store = store_tools.open_validated(args.folder)
@@ -44,9 +53,9 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps(store_tools.store_info(store), indent=1))
     elif args.command == "verify":
         rows = store_tools.verify(store, args.record)
-        result = f"{rows} rows are sound, {len(store.skipped)} skipped, {len(store.missing)} missing"
+        result = f"{rows} rows are valid, {len(store.skipped)} skipped, {len(store.missing)} missing"
         if store_tools.recorded_checksums(store) is None:
-            result += "; no checksums to compare with (--record writes them for the next time)"
+            result += "; checksums were not compared, because none are recorded (--record writes them)"
         print(f"{store.folder}: {result}")
     else:
         print(f"{args.file}: {store_tools.export(store, args.file)} rows")

@@ -1,4 +1,7 @@
-"""Render a small data set of toy landmarks, e.g. superglobal toy-data --size small --out data/toy"""
+"""Render a small data set of toy landmarks.
+
+Example: superglobal toy-data --size small --out data/toy
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,34 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Render the data set, and draw the contact sheet if asked; status 130 for Ctrl-C."""
+    """Render the data set, and draw a contact sheet if requested.
+
+    Args:
+        arguments: arguments of the command.
+
+    Returns:
+        Exit status: 0, or 130 after Ctrl-C.
+    """
     from superglobal.toy.make import make_toy
     from superglobal.toy.plan import SIZES
     from superglobal.toy.sheet import write_sheet
     from superglobal.utils.progress import Progress
 
-    parser = argparse.ArgumentParser("superglobal toy-data", description=__doc__)
-    parser.add_argument("--size", choices=list(SIZES), default="small")
-    parser.add_argument("--out", type=Path, default=Path("data/toy"), help="folder; a finished data set is kept")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds give other landmarks")
-    parser.add_argument("--workers", type=int, help="number of processes; one per CPU by default")
-    parser.add_argument("--sheet", type=Path, help="also write a contact sheet (JPEG) to this file")
+    parser = argparse.ArgumentParser(
+        "superglobal toy-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="size of the data set; small by default")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("data/toy"),
+        help="folder to write, data/toy by default; a complete data set in it is kept",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the landmarks; each seed gives different landmarks (0)"
+    )
+    parser.add_argument("--workers", type=int, help="number of processes; by default, one per CPU core")
+    parser.add_argument("--sheet", type=Path, help="JPEG file to write a contact sheet to")
     args = parser.parse_args(arguments)
     try:
         summary = make_toy(args.out, args.size, args.seed, args.workers, Progress("rendered"))
@@ -31,5 +50,5 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     for title in ("photos", "pairs"):
         print(f"{title}: " + ", ".join(f"{count} {name}" for name, count in summary[title].items()))
-    print(f"{args.out}: toy set {summary['size']}, seed {summary['seed']}")
+    print(f"Wrote {args.out}: toy set of size {summary['size']}, seed {summary['seed']}")
     return 0

@@ -1,13 +1,16 @@
-"""Draw figures of one result: superglobal visualize FOLDER [sheets activation curves similarities map]
+"""Draw figures of one result.
 
-FOLDER is the results folder that an evaluation printed; the figures go to its figures/, with an index.html. They come
-from stored results and descriptors: only `activation` runs the network, on the images that it shows.
+Example: superglobal visualize outputs/eval/roxford5k/... sheets curves
 
-sheets        ranked results before and after reranking, side by side; the worst and the most improved queries first
-activation    regions of a query and of its results that make them similar
-curves        precision-recall curves, per protocol
-similarities  distribution over positive and over negative pairs
-map           descriptors projected to a plane, colored by landmark
+FOLDER is the results folder that an evaluation printed. The figures and an index.html are written to FOLDER/figures.
+They are drawn from the stored results and descriptors. Only `activation` runs the network, on the images that it shows.
+
+Kinds of figures:
+  sheets        ranked results before and after reranking, side by side, of the worst and the most improved queries
+  activation    heat maps of the regions of a query and of its results that make them similar
+  curves        precision-recall curves for each protocol
+  similarities  distributions of the similarity of positive and of negative pairs
+  map           descriptors projected onto a plane, colored by landmark
 """
 
 from __future__ import annotations
@@ -24,21 +27,40 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "superglobal visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="of one result")
-    parser.add_argument("kinds", nargs="*", metavar="KIND", type=_kind, help="all that apply by default")
-    parser.add_argument("--order", choices=("worst", "improved", "worsened", "given"), help="of the queries")
-    parser.add_argument("--queries", type=int, help="number of queries; 24 for sheets, 2 for activation")
-    parser.add_argument("--numbers", type=int, nargs="+", default=[], help="these queries (number in rankings.csv)")
-    parser.add_argument("--ranks", type=int, help="results per query; 10 for sheets, 4 for activation")
-    parser.add_argument("--map", choices=("pca", "tsne"), default="pca", dest="method", help="tsne needs scikit-learn")
-    parser.add_argument("--images", type=int, default=1000, help="largest number of images on the map")
-    parser.add_argument("--seed", type=int, default=0, help="of random samples")
+    parser.add_argument("folder", type=Path, help="results folder of an evaluation")
+    parser.add_argument(
+        "kinds", nargs="*", metavar="KIND", type=_kind, help="kinds of figures; by default, all that the result allows"
+    )
+    parser.add_argument(
+        "--order",
+        choices=("worst", "improved", "worsened", "given"),
+        help="which queries sheets and activation show: those with the lowest score (worst), those that reranking "
+        "improved or worsened most, or those at the start of the list (given); by default, worst and improved",
+    )
+    parser.add_argument(
+        "--queries", type=int, help="number of queries to show; by default, 24 in sheets and 2 in activation"
+    )
+    parser.add_argument(
+        "--numbers", type=int, nargs="+", default=[], help="show exactly these queries (column number of rankings.csv)"
+    )
+    parser.add_argument(
+        "--ranks", type=int, help="number of results per query; by default, 10 in sheets and 4 in activation"
+    )
+    parser.add_argument(
+        "--map",
+        choices=("pca", "tsne"),
+        default="pca",
+        dest="method",
+        help="projection of the map: pca (default), or tsne, which needs scikit-learn",
+    )
+    parser.add_argument("--images", type=int, default=1000, help="maximum number of images on the map (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice of images and of t-SNE (0)")
     return parser
 
 
 def _kind(text: str) -> str:
     if text not in KINDS:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {', '.join(KINDS)}")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(KINDS)}")
     return text
 
 
@@ -49,10 +71,10 @@ def main(arguments: Sequence[str]) -> int:
     from superglobal.evaluation.ranking_sheets import FigureOptions
     from superglobal.evaluation.visualize import visualize
 
-    paths, left_out = visualize(folder, kinds, FigureOptions(**options | {"numbers": tuple(options["numbers"])}))
+    paths, reasons = visualize(folder, kinds, FigureOptions(**options | {"numbers": tuple(options["numbers"])}))
     for path in paths:
         print(path)
-    for reason in left_out:
-        print(f"left out: {reason}", file=sys.stderr)
-    print(f"all of them: {paths[0].parent / 'index.html'}")
+    for reason in reasons:
+        print(f"Not drawn: {reason}", file=sys.stderr)
+    print(f"Page with all figures: {paths[0].parent / 'index.html'}")
     return 0

@@ -1,6 +1,7 @@
-"""Typed schemas of every setting, registered with Hydra.
+"""Typed schemas of all settings, registered with Hydra.
 
-With them Hydra reads `pooling.regional=off` as false, not as the text "off", which is true, and rejects unknown names.
+The schemas give every setting a type, so that Hydra converts `pooling.regional=off` to false. Without them the value
+would be the string "off", which counts as true. Hydra also rejects names that no schema contains.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ENTRIES = (
         "eval",
         "eval.py",
         EvalConfig,
-        "Evaluate retrieval: extract descriptors, search, rerank, score. With -m, a sweep that ends in a table.",
+        "Evaluate retrieval: extract descriptors, search, rerank and score. With -m, run a sweep and print a table.",
         (
             "python eval.py dataset=roxford5k weights=r50.safetensors",
             "python eval.py -m dataset=roxford5k,rparis6k weights=r50.safetensors 'ablation=glob(*)'",
@@ -38,7 +39,7 @@ ENTRIES = (
         "train",
         "train.py",
         TrainConfig,
-        "Train a network on landmarks in GLDv2's layout. The same command resumes an interrupted training.",
+        "Train a network on landmarks in GLDv2's layout. Run the same command again to resume an interrupted run.",
         (
             "python train.py experiment=r50_gldv2_clean",
             "python train.py experiment=quickstart optim.epochs=5 name=short",
@@ -48,28 +49,28 @@ ENTRIES = (
         "tune",
         "superglobal tune",
         TuneConfig,
-        "Choose pooling and reranking for a trained network on its held-out landmarks or on labeled photos.",
+        "Choose pooling and reranking settings for a trained network on its held-out landmarks or on labeled photos.",
         ("superglobal tune name=quickstart trials=200",),
     ),
     Entry(
         "compare",
         "superglobal compare-rerankers",
         CompareConfig,
-        "Compare rerankers on the same stored descriptors and the same first search.",
+        "Compare rerankers on the same stored descriptors and the same results of the first search.",
         ("superglobal compare-rerankers dataset=toy name=quickstart 'rerankers=[none,superglobal,mutual]'",),
     ),
     Entry(
         "serve",
         "superglobal serve",
         ServeConfig,
-        "Serve a search page: upload a photo and see the results and the effect of reranking.",
+        "Serve a search page in the browser: upload a photo, see the most similar images and the effect of reranking.",
         (
             "superglobal serve dataset=folder dataset.database=photos backbone=efficientnet_lite0",
             "superglobal serve store=outputs/stores/...",
         ),
     ),
 )
-"""The commands that Hydra configures."""
+"""Commands that Hydra configures."""
 
 OLD_SETTINGS = {
     "statistics": "use whitening=none, center or pca",
@@ -86,19 +87,29 @@ OLD_SETTINGS = {
     "distractors.skip_budget": "use distractors.max_corrupt_fraction",
     "validation.images": "use validation.max_images",
 }
-"""Former settings and what replaces them."""
+"""Former name of a setting -> advice on what to use instead."""
 
 
 def reject_old_settings(arguments: Iterable[str]) -> None:
-    """Raise InputError if a command line contains a setting that was renamed or removed."""
+    """Reject command lines that contain a setting that was renamed or removed.
+
+    Args:
+        arguments: arguments of the command line, such as "whitening.kind=pca".
+
+    Raises:
+        InputError: an argument names a former setting; the message contains its replacement.
+    """
     for argument in arguments:
         name = argument.lstrip("+~").partition("=")[0]
         if name in OLD_SETTINGS:
-            raise InputError(f"{argument}: there is no setting {name}; {OLD_SETTINGS[name]}")
+            raise InputError(f"{argument}: the setting {name} no longer exists; {OLD_SETTINGS[name]}")
 
 
 def register() -> None:
-    """Register schemas, help pages, pooling presets and ablation rows with Hydra, before a command composes."""
+    """Register schemas, help texts, pooling presets and ablation rows with Hydra.
+
+    Call it before Hydra composes a configuration.
+    """
     store = ConfigStore.instance()
     for preset, settings in PRESETS.items():
         store.store(group="pooling", name=preset, node=settings)
@@ -109,7 +120,7 @@ def register() -> None:
         store.store(group="ablation", name=row, node=node, package="_global_")
     for entry in ENTRIES:
         store.store(name=f"{entry.name}_schema", node=entry.schema)
-        # Only --help needs the text, which takes time to make.
+        # The text takes time to make, and only --help needs it.
         text = help_text(entry) if {"--help", "-h"} & set(sys.argv) else ""
         if not sys.argv[0].endswith(("eval.py", "train.py")):
             text = text.replace("python eval.py", "superglobal evaluate").replace(

@@ -1,4 +1,4 @@
-"""Settings that training, evaluation and tuning share, and the validation of all settings."""
+"""Settings shared by training, evaluation and tuning, and the functions that validate all settings."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from superglobal.models.pooling import PoolingConfig, make_pooling
 
 C = TypeVar("C")
 TRAIN_LISTS = ("train_clean.csv", "train.csv")
-"""GLDv2's training lists."""
+"""File names of GLDv2's training lists."""
 SEEDS = 2**32
-"""Seeds of training and data sets are smaller than this."""
+"""Number of valid seeds of trainings and data sets: 0 to SEEDS - 1."""
 
 
 def conf_dir() -> Path:
-    """Return the folder of the Hydra configurations: the installed one, or `conf/` of the checkout.
+    """Return the folder of the Hydra configurations.
+
+    It is `conf/` inside the installed package, or `conf/` of the checkout.
 
     Raises:
-        InputError: neither exists.
+        InputError: neither folder exists.
     """
     package = Path(__file__).parents[1]
     for folder in (package / "conf", package.parent / "conf"):
@@ -37,19 +39,22 @@ def conf_dir() -> Path:
 def setting(
     default: Any, *, minimum: float | None = None, maximum: float = math.inf, choices: Iterable[Any] = ()
 ) -> Any:
-    """Declare a dataclass field with its choices or its range, for `validate_values` and the reference page.
+    """Declare a dataclass field with its choices or its range.
+
+    `validate_values` checks them, and the reference page of the settings shows them.
 
     Args:
-        default: value.
-        minimum, maximum: range of a number, or of every number of a list; both ends are allowed.
-        choices: allowed values, or allowed elements of a list.
+        default: default value of the setting.
+        minimum: smallest allowed number; for a list, the limit applies to every element.
+        maximum: largest allowed number; for a list, the limit applies to every element.
+        choices: allowed values; for a list, the allowed elements.
     """
     limits = {"choices": tuple(choices)} if minimum is None else {"minimum": minimum, "maximum": maximum}
     return field(default=default, metadata=limits)
 
 
 def allowed_values(declared: Field[Any]) -> str:
-    """Return the choices or the range of a field in words, such as "an integer >= 1"; "" if it has neither."""
+    """Return the choices or the range of a field as text, such as "an integer >= 1"; "" if it has neither."""
     if declared.metadata.get("choices"):
         return f"one of {', '.join(map(str, declared.metadata['choices']))}"
     if "minimum" not in declared.metadata:
@@ -59,20 +64,20 @@ def allowed_values(declared: Field[Any]) -> str:
 
 
 def range_text(kind: str, minimum: float, maximum: float = math.inf) -> str:
-    """Return a range in words, such as "a number from 0 to 1"."""
+    """Return a range as text, such as "a number from 0 to 1"."""
     low, high = (f"{limit:.6g}" if isinstance(limit, float) else str(limit) for limit in (minimum, maximum))
     return f"{kind} from {low} to {high}" if math.isfinite(maximum) else f"{kind} >= {low}"
 
 
 def validate_values(config: Any, prefix: str = "") -> None:
-    """Check the fields of a dataclass, and of the dataclasses in it, against their choices and ranges.
+    """Check the fields of a dataclass and of nested dataclasses against their choices and ranges.
 
     Args:
-        config: object; fields that are None are not checked.
-        prefix: put before the names of fields in messages, such as "optim.".
+        config: dataclass object; fields that are None are not checked.
+        prefix: text before the names of fields in messages, such as "optim.".
 
     Raises:
-        InputError: a value is not allowed, or not a finite number.
+        InputError: a value is not allowed, or is not a finite number.
     """
     for declared in fields(config):
         value, limits = getattr(config, declared.name), declared.metadata
@@ -90,20 +95,21 @@ def validate_values(config: Any, prefix: str = "") -> None:
 def validate_config(cfg: DictConfig, schema: type[C]) -> C:
     """Convert a composed configuration to typed objects and validate them.
 
-    Settings that are null or "auto" and depend on nothing but other settings are filled in.
+    Settings that are null or "auto" are replaced by their final values where other settings determine them.
 
     Args:
         cfg: composed configuration.
-        schema: its dataclass, such as `EvalConfig`, which has a method `validate`.
+        schema: dataclass of the configuration, such as `EvalConfig`; it has a method `validate`.
+
+    Returns:
+        The validated configuration as an object of `schema`.
 
     Raises:
-        InputError: a setting is missing, is not allowed, or contradicts another.
+        InputError: a setting is missing, is not allowed, or contradicts another setting.
     """
     missing = sorted(str(key) for key in OmegaConf.missing_keys(cfg))
     if missing:
-        raise InputError(
-            f"missing settings: {', '.join(missing)}; give them on the command line, e.g. {missing[0]}=..."
-        )
+        raise InputError(f"missing settings: {', '.join(missing)}; add them to the command line, e.g. {missing[0]}=...")
     config: Any = OmegaConf.to_object(cfg)
     assert isinstance(config, schema)
     validate_values(config)
@@ -112,7 +118,7 @@ def validate_config(cfg: DictConfig, schema: type[C]) -> C:
 
 
 def _overrides(self: Any) -> dict[str, Any]:
-    """Return the settings that are not null, as `load_model` takes them."""
+    """Return the settings that are not null, in the form that `load_model` accepts."""
     return {name: value for name, value in vars(self).items() if value is not None and name != "tuned_on"}
 
 
@@ -120,10 +126,11 @@ def _validate_pooling(self: Any) -> None:
     make_pooling(self.overrides())
 
 
-_POOLING = """Pooling (`conf/pooling`): settings that replace those in the weights file; null keeps them.
+_POOLING = """Pooling (`conf/pooling`): settings that replace those in the weights file; null keeps those in the file.
 
 Args:
-    tuned_on: images on which `superglobal tune` chose the settings; results repeat it. It changes no number.
+    tuned_on: name of the images on which `superglobal tune` chose the settings. It is shown with every result and
+        changes no number.
 """
 PoolingOverrides: Any = make_dataclass(
     "PoolingOverrides",
@@ -137,11 +144,11 @@ PoolingOverrides: Any = make_dataclass(
 
 @dataclass
 class BackboneConfig:
-    """A timm model (`conf/backbone`).
+    """Backbone, a timm model (`conf/backbone`).
 
     Args:
-        name: its name in timm.
-        weights: the weights to load where the top-level `weights` is null.
+        name: name of the model in timm.
+        weights: weights to load if the top-level setting `weights` is null.
     """
 
     name: str = MISSING
@@ -150,13 +157,13 @@ class BackboneConfig:
 
 @dataclass
 class TrainerConfig:
-    """Devices, in Lightning's terms (`conf/trainer`).
+    """Devices and processes (`conf/trainer`); the names are those of Lightning's Trainer.
 
     Args:
-        accelerator: "auto" (a GPU if there is one), "cpu" or "gpu".
+        accelerator: type of device: "auto" (a GPU if there is one), "cpu" or "gpu".
         devices: number of devices, or a list of their indices.
-        strategy: "auto", or "ddp" for several devices.
-        num_workers: processes per device that decode images.
+        strategy: method of distributing the work: "auto", or "ddp" for several devices.
+        num_workers: number of processes per device that decode images.
         progress: show progress bars.
     """
 
@@ -169,14 +176,16 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """Trackers besides the CSV file, which is always written (`conf/logger`).
+    """Loggers in addition to the CSV files, which are always written (`conf/logger`).
 
     Args:
-        wandb: log to Weights & Biases; without a key it stays offline, unless WANDB_MODE is set.
-        tensorboard: write event files into the folder of the run.
-        project, entity, tags: of the run in Weights & Biases; the data set and the ablation become tags, too.
-        images: number of queries, spread evenly over the list, that an evaluation shows with their first results
-            (`figures.ranks`).
+        wandb: log to Weights & Biases. Without an API key the run stays offline, unless WANDB_MODE is set.
+        tensorboard: write TensorBoard event files into the folder of the run.
+        project: project of the run in Weights & Biases.
+        entity: user or team of the run in Weights & Biases; null for your default.
+        tags: tags of the run in Weights & Biases; the names of the data set and of the ablation are added to them.
+        images: number of queries whose first results (`figures.ranks`) an evaluation logs as images; they are spread
+            evenly over the list of queries.
     """
 
     wandb: bool = True
@@ -187,20 +196,23 @@ class LoggerConfig:
     images: int = setting(8, minimum=0)
 
     def validate(self) -> None:
-        """Raise InputError if TensorBoard is enabled and not installed."""
+        """Check that TensorBoard is installed if it is enabled; otherwise raise InputError."""
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InputError(
-                "logger.tensorboard=true: TensorBoard is not installed; pip install tensorboard, or use logger=csv"
+                "logger.tensorboard=true: TensorBoard is not installed; run `pip install tensorboard`, or use "
+                "logger=csv"
             )
 
 
 def require_wandb(logger: LoggerConfig) -> None:
-    """Raise InputError if Weights & Biases is enabled and not installed.
+    """Check that the package wandb is installed if logging to Weights & Biases is enabled; otherwise raise InputError.
 
-    Only runs that log to it call this: a finished run can be opened without the package.
+    Only runs that log call this function, because a finished run can be opened without the package.
     """
     if logger.wandb and importlib.util.find_spec("wandb") is None:
-        raise InputError("logger.wandb=true: the package wandb is not installed; pip install wandb, or use logger=csv")
+        raise InputError(
+            "logger.wandb=true: the package wandb is not installed; run `pip install wandb`, or use logger=csv"
+        )
 
 
 @dataclass
@@ -208,9 +220,9 @@ class PathsConfig:
     """Folders (`conf/paths`).
 
     Args:
-        data: data sets.
-        outputs: results and trainings.
-        stores: stored descriptors and indexes, which later runs reuse.
+        data: folder of the data sets.
+        outputs: folder of the results and training runs.
+        stores: folder of the stored descriptors and indexes, which later runs reuse.
     """
 
     data: str = "data"

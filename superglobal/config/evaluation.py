@@ -41,7 +41,7 @@ _LOADER_LIMITS: dict[str, dict[str, Any]] = {
 
 
 def _make_loader_settings() -> Any:
-    """Make a dataclass of the arguments of all loaders of evaluation sets, apart from `name` and `root`."""
+    """Create a dataclass with the arguments of all loaders of evaluation sets, except `name` and `root`."""
     settings: dict[str, tuple[str, Any, Any]] = {}
     descriptions: dict[str, dict[str, list[str]]] = {}
     for kind, loader in loaders().items():
@@ -54,8 +54,8 @@ def _make_loader_settings() -> Any:
             _, known, value = settings.setdefault(name, (name, hint, setting(default, **_LOADER_LIMITS.get(name, {}))))
             if (known, value.default) != (hint, default):
                 raise InputError(
-                    f"dataset.{name}: the loader of dataset.kind={kind} gives it another type or default than an "
-                    "earlier loader; rename it"
+                    f"dataset.{name}: the loader of dataset.kind={kind} declares another type or default than an "
+                    "earlier loader; rename the argument"
                 )
             descriptions.setdefault(name, {}).setdefault(words[name], []).append(kind)
     lines = [
@@ -67,7 +67,10 @@ def _make_loader_settings() -> Any:
 
 
 def _setting_type(hint: Any, required: bool) -> Any:
-    """Return the type of the setting of an argument: paths are texts, and null stands for a missing argument."""
+    """Return the type of the setting for an argument.
+
+    Paths are strings in a configuration, and null stands for a required argument that was not given.
+    """
     types = [member for member in get_args(hint) or (hint,) if member is not Path]
     return Union[(*types, *([type(None)] if required else []))]
 
@@ -80,16 +83,16 @@ class DatasetConfig(LoaderSettings):
     """An evaluation set (`conf/dataset`).
 
     Args:
-        kind: "revisited" (`<root>/<name>/{jpg/,gnd_<name>.pkl}`), "folder" (your own photos), "descriptors" (no images,
-            only the files of `descriptors.*`), or in GLDv2's layout "gldv2" (test images searched for in the index),
-            "gldv2_val" (training images of held-out landmarks) and "gldv2_recognition" (test images searched for among
-            training images).
-        name: name of the set and of its results.
-        role: purpose of its results: "test" (reported; no setting is chosen on it), "validation" (settings are chosen
-            on it) or "train" (the network was trained on it).
-        root: folder of the set; revisited: the folder that contains it.
-        trained: default of the top-level `name` for this set.
-        max_side: shrink larger images to this longer side in pixels; null keeps their size.
+        kind: layout of the set: "revisited" (`<root>/<name>/{jpg/,gnd_<name>.pkl}`), "folder" (your own photos),
+            "descriptors" (no images, only the files of `descriptors.*`), or one of GLDv2's: "gldv2" (queries: the test
+            images; database: the index images), "gldv2_val" (training images of held-out landmarks) or
+            "gldv2_recognition" (queries: the test images; database: the training images).
+        name: name of the set in files and results.
+        role: use of the set: "test" (its results are reported, and no setting is chosen on it), "validation" (settings
+            are chosen on it) or "train" (the network was trained on it).
+        root: folder of the set; for "revisited", the parent of that folder.
+        trained: default of the top-level setting `name` for this set.
+        max_side: images with a longer side above this number of pixels are shrunk to it; null keeps their size.
     """
 
     kind: str = setting(MISSING, choices=(*loaders(), "descriptors"))
@@ -100,21 +103,21 @@ class DatasetConfig(LoaderSettings):
     max_side: int | None = setting(None, minimum=1)
 
     def validate(self) -> None:
-        """Raise InputError if the images of a folder set are not given."""
+        """Check that the image folder of dataset=folder is given; otherwise raise InputError."""
         if self.kind == "folder" and not self.database:
-            raise InputError("dataset=folder: dataset.database=FOLDER is missing")
+            raise InputError("dataset=folder: the image folder is missing; add dataset.database=FOLDER")
 
 
 @dataclass
 class DistractorsConfig:
-    """Images added to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`.
+    """Distractors, images added to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`.
 
     Args:
-        name: name of their folder and of the list in it; null for none.
-        root: folder that contains that folder.
-        unreadable: treatment of missing and corrupt images: "error" ends the run; "skip" lists them in `skipped.txt`
-            of their store and never ranks them.
-        max_corrupt_fraction: largest fraction of them that may be skipped.
+        name: name of the folder of the distractors and of the list in it; null for no distractors.
+        root: parent of that folder.
+        unreadable: treatment of missing and corrupt distractors: "error" stops the run; "skip" lists them in
+            `skipped.txt` of their descriptor store and leaves them out of all rankings.
+        max_corrupt_fraction: largest fraction of the distractors that may be skipped.
     """
 
     name: str | None = None
@@ -125,10 +128,10 @@ class DistractorsConfig:
 
 @dataclass
 class DescriptorsConfig:
-    """Your own descriptors in place of extraction.
+    """Your own descriptors, used instead of extracting descriptors.
 
     Args:
-        query, database: .npy files, (N, D) float, unit L2 norm, in the order of the lists of the data set.
+        query, database: .npy file with (N, D) floats, each row of unit L2 norm, in the order of the data set's list.
     """
 
     query: str | None = None
@@ -137,18 +140,18 @@ class DescriptorsConfig:
 
 @dataclass
 class ExtractionConfig:
-    """How descriptors are extracted; only `precision` and `decoder` change them by more than rounding.
+    """Extraction of descriptors; only `precision` and `decoder` change the descriptors by more than rounding.
 
     Args:
-        precision: of the weights and maps of the backbone. "auto" is float32 on every device until a measurement of
-            mAP allows another. Pooling is always in float32.
-        decoder: of JPEG files: "cpu", or "gpu" to decode them on the CUDA device (nvJPEG). Its pixels differ slightly,
-            so the descriptors are stored separately. Other formats, and files that are rotated or shrunk, are decoded
-            on the CPU.
-        batch_size: maximum number of images, all of one size, in a batch.
+        precision: number type of the backbone's weights and feature maps. "auto" is float32 on every device. Pooling is
+            always computed in float32.
+        decoder: device that decodes JPEG files: "cpu", or "gpu" for the CUDA device (nvJPEG). The pixels differ
+            slightly, so each decoder has its own descriptor stores. Other formats, and images that are rotated or
+            shrunk, are always decoded on the CPU.
+        batch_size: maximum number of images in a batch; all images of a batch have the same size.
         batch_pixels: maximum number of pixels in a batch; null for as many as fit in memory.
-        shard: "3/16" extracts the third of 16 shards of the images and stops, so that 16 jobs can split the work;
-            null extracts all images.
+        shard: one shard of the images, so that several jobs can split the work: "3/16" extracts the third of 16 shards
+            and stops; null extracts all images.
     """
 
     precision: str = setting("auto", choices=("auto", *PRECISIONS))
@@ -158,7 +161,7 @@ class ExtractionConfig:
     shard: str | None = None
 
     def parse_shard(self) -> tuple[int, int]:
-        """Return (index, count) of `shard`, the index counted from 0.
+        """Return (index, count) of `shard`; the index starts at 0.
 
         Raises:
             InputError: `shard` is not of the form k/n with 1 <= k <= n.
@@ -172,22 +175,24 @@ class ExtractionConfig:
         return k - 1, n
 
 
-_RERANK = """Reranking (`conf/rerank`) by one kind of reranker. null is the kind's default, in parentheses below. A
-parameter that the kind does not have raises an error.
+_RERANK = """Reranking (`conf/rerank`). null stands for the default of the chosen kind, shown in parentheses below.
+Setting a parameter that the kind does not have raises an error.
 
 Args:
-    enabled: false is no reranking.
-    kind: {kinds}.
-    junk: "keep" reranks one list with junk in it, as SuperGlobal's code does; "drop" reranks a list for each protocol
-        from which the images that it ignores are removed, as CVNet's does. Only scores differ, not lists and figures.
+    enabled: rerank the results of the search; false for no reranking.
+    kind: reranking method: {kinds}.
+    junk: treatment of junk images, which the protocol ignores. "keep" reranks one list that contains them, as in
+        SuperGlobal's code; "drop" reranks a separate list for each protocol without them, as in CVNet's code. The
+        setting changes only the scores; the saved rankings and figures are those of "keep".
 {parameters}
-    tuned_on: images on which the parameters were chosen, as in `PoolingOverrides`.
+    tuned_on: name of the images on which `superglobal tune` chose the parameters. It is shown with every result and
+        changes no number.
 """
 _NO_PARAMETERS = ("enabled", "kind", "junk", "tuned_on")
 
 
 def _make_rerank_config() -> Any:
-    """Make `RerankConfig` from the parameters of all rerankers."""
+    """Create the dataclass `RerankConfig` from the parameters of all rerankers."""
     types: dict[str, set[type]] = {}
     words: dict[str, dict[str, list[str]]] = {}
     for reranker in RERANKERS.values():
@@ -218,35 +223,35 @@ RerankConfig: Any = _make_rerank_config()
 
 
 def rerank_parameters(rerank: RerankConfig) -> dict[str, Any]:
-    """Return the parameters that are set, of any kind."""
+    """Return the reranking parameters that are not null, by name."""
     values = {f.name: getattr(rerank, f.name) for f in fields(rerank) if f.name not in _NO_PARAMETERS}
     return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
 class WhiteningConfig:
-    """Transformation of all descriptors before the search, fitted without labels on the database (`conf/whitening`).
+    """Whitening of all descriptors before the search, fitted without labels on the database (`conf/whitening`).
 
     Args:
-        kind: "none", "center" (subtract the mean of the database) or "pca" (PCA whitening).
-        dims: pca: number of axes kept; null for all.
+        kind: type of whitening: "none", "center" (subtract the mean of the database) or "pca" (PCA whitening).
+        dims: number of axes that "pca" keeps; null for all.
     """
 
     kind: str = setting("none", choices=WHITENING_KINDS)
     dims: int | None = setting(None, minimum=1)
 
     def validate(self) -> None:
-        """Raise InputError for `dims` without PCA."""
+        """Check that `dims` is null unless `kind` is "pca"; otherwise raise InputError."""
         if self.dims is not None and self.kind != "pca":
-            raise InputError(f"whitening.dims={self.dims}: only whitening=pca has axes")
+            raise InputError(f"whitening.dims={self.dims}: only PCA whitening has axes; add whitening=pca")
 
 
 @dataclass
 class StoreConfig:
-    """Descriptors on disk.
+    """Storage of descriptors on disk.
 
     Args:
-        dtype: "float32", or "float16" for half the size.
+        dtype: number type of the stored descriptors: "float32", or "float16" for half the size.
     """
 
     dtype: str = setting("float32", choices=DTYPES)
@@ -254,11 +259,11 @@ class StoreConfig:
 
 @dataclass
 class FiguresConfig:
-    """The sheet of queries with their ranked results.
+    """Figure of an evaluation (`sheet.png`): queries with their ranked results.
 
     Args:
-        queries: number of queries, spread evenly over the list; 0 for no sheet.
-        ranks: number of results of each.
+        queries: number of queries shown, spread evenly over the list; 0 for no figure.
+        ranks: number of results shown per query.
     """
 
     queries: int = setting(8, minimum=0)
@@ -267,19 +272,22 @@ class FiguresConfig:
 
 @dataclass
 class EvalConfig:
-    """Everything `eval.py` takes.
+    """Top-level settings of `eval.py`.
 
     Args:
-        weights: path of a weights file or of a shared model's folder, "hf:owner/name" (a shared model on the Hugging
-            Face Hub), "timm", "package" or "random"; null takes `backbone.weights`, or else the export of the training
-            run `name`.
-        name: name of a training run.
-        scales: 1, 3, 5 or a list of factors; null for a shared model's own, and otherwise 3.
-        antialias: filter when a scale shrinks the image; the paper does not. null for a shared model's own, and
-            otherwise false.
-        k: results kept per query: at least `rerank.M` and as many as the metric needs, at most the database.
-        ablation: name of the row, an option of `ablation=`.
-        seed: of the bootstrap and of random weights.
+        weights: weights of the network: path of a weights file or of a shared model's folder, "hf:owner/name" (a shared
+            model on the Hugging Face Hub), "timm" (timm's pretrained weights), "package" (weights from a Python
+            package) or "random". null uses `backbone.weights`, or if that is null too, the exported weights of the
+            training run `name`.
+        name: name of the training run to evaluate if no weights are given.
+        scales: image scales: their number (1, 3 or 5), or a list of factors. null uses the scales of a shared model,
+            and 3 for other weights.
+        antialias: apply an antialiasing filter when a scale shrinks the image; the paper applies none. null uses the
+            setting of a shared model, and false for other weights.
+        k: number of results kept per query. It is raised to `rerank.M` and to the number that the metric needs, and
+            limited to the size of the database.
+        ablation: name of the ablation row, set by the group `ablation=`; the other settings must match the row.
+        seed: seed of the bootstrap and of random weights.
     """
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -305,7 +313,7 @@ class EvalConfig:
     seed: int = setting(0, minimum=0, maximum=2**63 - 1)
 
     def validate(self) -> None:
-        """Check what depends on several settings; resolve "auto" and null where other settings decide.
+        """Check settings that depend on each other, and replace "auto" and null where other settings determine them.
 
         Raises:
             InputError: settings contradict each other, or a package is missing.
@@ -331,21 +339,30 @@ class EvalConfig:
     def _validate_descriptors(self) -> None:
         d, own, distractors = self.dataset, self.descriptors, self.distractors.name
         if (own.query is None) != (own.database is None):
-            raise InputError("descriptors.query and descriptors.database go together: give both .npy files")
+            raise InputError(
+                "descriptors: only one of descriptors.query and descriptors.database is set; give both .npy files"
+            )
         if d.kind == "descriptors" and own.query is None:
-            raise InputError("dataset=descriptors needs descriptors.query=Q.npy descriptors.database=X.npy")
+            raise InputError(
+                "dataset=descriptors: the descriptors are missing; add descriptors.query=Q.npy descriptors.database=X.npy"
+            )
         if d.kind == "descriptors" and distractors is not None:
             raise InputError(
-                f"distractors={distractors}: dataset=descriptors has no images; add their rows to descriptors.database"
+                f"distractors={distractors}: dataset=descriptors has no images; use distractors=none and append the "
+                "descriptors of the distractors to descriptors.database"
             )
         if d.kind.startswith("gldv2") and distractors is not None:
-            raise InputError(f"distractors={distractors}: GLDv2's sets have none; use distractors=none with {d.name}")
+            raise InputError(
+                f"distractors={distractors}: {d.name} cannot be combined with distractors; use distractors=none"
+            )
 
     def _validate_rerank(self) -> None:
-        """Check reranking against the data set and the index."""
+        """Check that the reranking settings fit the data set and the index."""
         d, rerank = self.dataset, self.rerank
         if rerank.junk == "drop" and d.kind != "revisited":
-            raise InputError(f"rerank.junk=drop: {d.name} has no junk; only Revisited sets have")
+            raise InputError(
+                f"rerank.junk=drop: {d.name} has no junk images; use rerank.junk=keep (only Revisited sets have junk)"
+            )
         if not rerank.enabled:
             return
         if d.kind == "gldv2_recognition" and rerank.M is not None and d.neighbors > rerank.M:
@@ -356,17 +373,17 @@ class EvalConfig:
         reranker = get_reranker(rerank.kind)
         if d.kind == "gldv2_recognition" and reranker.distances and d.votes != "nearest":
             raise InputError(
-                f"dataset.votes={d.votes}: rerank.kind={rerank.kind} returns distances, of which sums have no meaning; "
-                "use dataset.votes=nearest or another rerank="
+                f"dataset.votes={d.votes}: rerank.kind={rerank.kind} returns distances, which cannot be summed as "
+                "votes; use dataset.votes=nearest or another rerank="
             )
         if reranker.searches_again is not None and self.index.kind != "flat":
             raise InputError(
-                f"rerank.kind={rerank.kind} searches the whole database again, exactly, which cannot be compared with "
-                f"the approximate lists of index={self.index.kind}; use index=flat"
+                f"index={self.index.kind}: rerank.kind={rerank.kind} repeats the search exactly, which cannot be "
+                "compared with an approximate first search; use index=flat"
             )
 
     def _validate_ablation(self) -> None:
-        """Check that the settings are those of the row that `ablation` names, under which tables list the result."""
+        """Check that the settings match the ablation row, because tables list the result under its name."""
         if self.ablation is None:
             return
         if self.ablation not in ABLATIONS:
@@ -376,36 +393,39 @@ class EvalConfig:
         for switch, expected, value in zip(MODULES, ABLATIONS[self.ablation], values, strict=True):
             if expected != value:
                 state = "on" if expected else "off"
-                raise InputError(f"ablation={self.ablation} means {switch} {state}; drop the ablation or the override")
+                raise InputError(
+                    f"ablation={self.ablation} requires {switch} {state}; remove the ablation or the other setting"
+                )
         if self.rerank.enabled and self.rerank.kind != "superglobal":
             raise InputError(
-                f"ablation={self.ablation} means the paper's reranking; drop it, or rerank={self.rerank.kind}"
+                f"ablation={self.ablation} requires the paper's reranking; remove the ablation or "
+                f"rerank={self.rerank.kind}"
             )
 
 
 @dataclass
 class CompareConfig(EvalConfig):
-    """Everything `superglobal compare-rerankers` takes: what `eval.py` takes, with `rerankers` in place of `rerank`.
+    """Top-level settings of `superglobal compare-rerankers`: those of `eval.py`, with `rerankers` instead of `rerank`.
 
     Args:
-        rerankers: options of `conf/rerank`, each optionally followed by settings, such as "superglobal K=1"; the others
-            are compared with the first.
+        rerankers: rerankers to compare: options of `conf/rerank`, each optionally followed by settings, such as
+            "superglobal K=1". The first is the baseline of the others.
     """
 
     rerankers: list[str] = field(default_factory=list)
 
 
 def complete_rerank(rerank: RerankConfig) -> None:
-    """Put the kind's defaults where parameters are null.
+    """Replace parameters that are null by the defaults of the kind of reranker.
 
     Raises:
-        InputError: a parameter that the kind does not have, or one out of range.
+        InputError: a parameter does not belong to the kind, or is out of range.
     """
     reranker = get_reranker(rerank.kind)
     for key, value in reranker.complete(rerank_parameters(rerank), "rerank.").items():
         setattr(rerank, key, value)
     if rerank.junk == "drop" and reranker.searches_again is not None:
         raise InputError(
-            f"rerank.junk=drop: {rerank.kind} searches the whole database again and has no shortlist; use "
+            f"rerank.junk=drop: rerank.kind={rerank.kind} searches the whole database again and has no shortlist; use "
             "rerank.junk=keep"
         )

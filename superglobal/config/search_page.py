@@ -15,15 +15,16 @@ from superglobal.reranking.registry import get_reranker
 
 @dataclass
 class PageConfig:
-    """The search page.
+    """Search page.
 
     Args:
-        host: address to listen at; "127.0.0.1" is reachable from this machine only, "0.0.0.0" from everywhere.
-        port: 0 for any free port.
+        host: address on which the page listens; "127.0.0.1" allows access from this machine only, "0.0.0.0" from all
+            machines that can reach it.
+        port: port on which the page listens; 0 for any free port.
         results: maximum number of results shown.
-        samples: number of images of the data set offered at a time.
+        samples: number of example images of the data set shown at a time; 0 for none.
         max_upload: maximum size of an uploaded file, in MB.
-        max_megapixels: maximum size of an uploaded image.
+        max_megapixels: maximum size of an uploaded image, in megapixels.
     """
 
     host: str = "127.0.0.1"
@@ -36,17 +37,18 @@ class PageConfig:
 
 @dataclass
 class ServeConfig(EvalConfig):
-    """Everything `superglobal serve` takes: what `eval.py` takes, except what scores results, and `page`.
+    """Top-level settings of `superglobal serve`: those of `eval.py` and `page`; loggers and figures have no effect.
 
     Args:
-        store: folder of a store, which records its images and its network; or the settings of `eval.py`.
+        store: folder of a descriptor store to search; the store determines the images and the network. If it is not
+            given, the settings of `eval.py` determine them, including `store.dtype`.
     """
 
     store: Any = field(default_factory=StoreConfig)
     page: PageConfig = field(default_factory=PageConfig)
 
     def validate(self) -> None:
-        """Check what `EvalConfig` checks, and what a page cannot show.
+        """Check the settings as `EvalConfig` does, and reject settings that the page does not support.
 
         Raises:
             InputError: settings contradict each other, or a package is missing.
@@ -54,19 +56,27 @@ class ServeConfig(EvalConfig):
         super().validate()
         shard, devices = self.extraction.shard, self.trainer.devices
         if self.dataset.kind == "descriptors" or self.descriptors.query is not None:
-            raise InputError("descriptors: the page extracts descriptors itself, from images; use another dataset=")
+            raise InputError(
+                "dataset=descriptors: the search page extracts descriptors from images itself; use another dataset= and "
+                "no descriptors.*"
+            )
         if self.rerank.enabled and not {"M", "K", "beta"} <= get_reranker(self.rerank.kind).parameters.keys():
             raise InputError(
-                f"rerank={self.rerank.kind}: the page has controls for M, K and beta; use rerank=superglobal, "
-                "mutual or none"
+                f"rerank={self.rerank.kind}: the search page only has controls for M, K and beta; use "
+                "rerank=superglobal, mutual or none"
             )
         if shard is not None:
-            raise InputError(f"extraction.shard={shard}: the page searches the whole database; leave it out")
+            raise InputError(
+                f"extraction.shard={shard}: the search page searches the whole database; remove extraction.shard"
+            )
         if importlib.util.find_spec("gradio") is None:
-            raise InputError("superglobal serve: Gradio is not installed; pip install gradio")
+            raise InputError("superglobal serve: Gradio is not installed; run `pip install gradio`")
         if not (devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)):
             raise InputError(
-                f"trainer.devices={devices}: expected 1, because the page is one process; extract with eval.py first"
+                f"trainer.devices={devices}: expected 1, because the search page is a single process; to use several "
+                "devices, extract the descriptors with eval.py first"
             )
         if not self.page.host:
-            raise InputError("page.host: expected an address, such as 127.0.0.1 (this machine only) or 0.0.0.0")
+            raise InputError(
+                "page.host is empty: expected an address, such as 127.0.0.1 (this machine only) or 0.0.0.0"
+            )

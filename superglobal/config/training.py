@@ -27,20 +27,24 @@ from superglobal.models.heads import HEADS, validate_kind
 
 @dataclass
 class FitConfig(TrainerConfig):
-    """Where and how training runs; these settings are not meant to change what is learned.
+    """Devices, speed and checkpoints of a training; these settings are not meant to change what is learned.
 
     Args:
-        devices: number of devices per machine, list of their indices, or "auto" for all GPUs (one process on a CPU).
+        devices: number of devices per machine, a list of their indices, or "auto" for all GPUs (without a GPU, one
+            process on the CPU).
         num_nodes: number of machines.
-        precision: "auto" is bf16-mixed on GPUs that support it, 16-mixed on other GPUs, and 32-true on CPUs.
-        accumulate: number of parts in which a device computes its share of a batch, to save memory. It changes batch
-            norm, CurricularFace's moving threshold and sampled classes (`head.negatives`), and nothing else.
+        precision: number type of the computation; "auto" is bf16-mixed on GPUs that support it, 16-mixed on other GPUs,
+            and 32-true on CPUs.
+        accumulate: number of parts into which each device splits its images of a batch, to save memory. It affects only
+            batch norm, CurricularFace's moving threshold and the sampling of classes (`head.negatives`).
         channels_last: use the memory layout in which convolutions are fastest.
-        compile: compile the network with torch.compile, which takes minutes at the start and makes steps faster.
-        deterministic: use only operations whose results are the same bit for bit on a GPU, which are slower.
-        log_every: steps between two points of a curve; then the losses since the last one are checked to be finite.
-        save_every_steps, save_every_minutes: how often a checkpoint is written, besides the end of every epoch; null
-            for never.
+        compile: compile the network with torch.compile; this takes minutes at the start and makes the steps faster.
+        deterministic: use only operations that give bit-identical results on a GPU when repeated; they are slower.
+        log_every: number of steps between two points of the logged curves; at each point the losses since the last
+            point are checked to be finite.
+        save_every_steps: number of steps between two checkpoints within an epoch; null for none.
+        save_every_minutes: minutes between two checkpoints within an epoch; null for none. At the end of an epoch a
+            checkpoint is always written.
     """
 
     devices: Any = "auto"
@@ -57,25 +61,26 @@ class FitConfig(TrainerConfig):
 
 @dataclass
 class DataConfig:
-    """A training set in GLDv2's layout (`conf/data`).
+    """Training set in GLDv2's layout (`conf/data`).
 
     Args:
-        name: name of the set.
-        role: always "train"; held-out landmarks are the validation set.
-        root: folder of `table` and of `train/a/b/c/<id>.jpg`.
-        table: training list.
-        classes_of: use only landmarks that this list contains, too.
-        leave_out: file of landmark ids, one per line, that are not used.
-        tars: folder of the official tar files to read images from, in place of the folder tree.
-        min_images: landmarks with fewer images are not used.
-        max_corrupt_fraction: maximum fraction of images that may be missing or unreadable; others replace them.
+        name: name of the training set.
+        role: use of the set, always "train"; the held-out landmarks are the validation set.
+        root: folder that contains the training list `table` and the images `train/a/b/c/<id>.jpg`.
+        table: file name of the training list.
+        classes_of: second training list; only landmarks that both lists contain are used. null for no second list.
+        leave_out: file with the ids of landmarks that are not used, one per line; null for none.
+        tars: folder of the official tar files, from which images are read instead of the folder `train/`; null reads
+            from `train/`.
+        min_images: minimum number of images per landmark; landmarks with fewer images are not used.
+        max_corrupt_fraction: maximum fraction of images that may be missing or corrupt; other images replace them.
         image_size: side of the square training images, in pixels.
-        stages: other sides for the first epochs, as [epochs, side] pairs: [[8, 256], [4, 384]] is 256 px for eight
-            epochs, 384 px for four, and then `image_size`.
+        stages: image sizes of the first epochs as [epochs, side] pairs: with [[8, 256], [4, 384]], eight epochs use
+            256 px, four use 384 px, and the others use `image_size`.
         crop: smallest fraction of an image's area that a random crop covers.
         flip: mirror half of the images at random.
         jitter: strength of random changes of brightness, contrast and saturation.
-        reduced_decode: decode a JPEG at 1/2, 1/4 or 1/8 of its size where its crop still has enough pixels.
+        reduced_decode: decode a JPEG at 1/2, 1/4 or 1/8 of its size if the crop still has enough pixels.
     """
 
     name: str = MISSING
@@ -97,17 +102,20 @@ class DataConfig:
 
 @dataclass
 class HeadConfig:
-    """Margin head (`conf/head`): the classifier that the network is trained with.
+    """Margin head (`conf/head`), the classifier on which the network is trained.
 
     Args:
-        kind: loss.
-        scale: factor of every cosine.
-        margin: in radians, up to pi/2; cosface: a difference of cosines, up to 1.
-        dynamic_margin: arcface, cosface: margins from 0.05 (largest class) to 0.5 (smallest) in place of `margin`.
-        easy_margin: arcface: no margin where the angle is above 90 degrees, in place of a linear continuation.
-        centers: number of centers per class, of which the nearest counts.
-        class_weights: weight images by 1 / log(1 + number of images of their class).
-        negatives: fraction of the classes that a step compares with; it always includes those of the batch.
+        kind: type of margin loss.
+        scale: factor by which all cosines are multiplied.
+        margin: margin of the correct class: for "cosface" a difference of cosines, up to 1; for the other kinds an
+            angle in radians, up to pi/2.
+        dynamic_margin: use a margin per class instead of `margin`, from 0.05 for the largest class to 0.5 for the
+            smallest ("arcface" and "cosface" only).
+        easy_margin: use no margin for angles above 90 degrees, instead of a linear continuation ("arcface" only).
+        centers: number of centers per class; an image is compared with the nearest center of each class.
+        class_weights: weight the loss of each image by 1 / log(1 + number of images of its class).
+        negatives: fraction of all classes that each step compares the images with, chosen at random; the classes of the
+            batch are always included.
     """
 
     kind: str = setting("arcface", choices=HEADS)
@@ -120,7 +128,7 @@ class HeadConfig:
     negatives: float = setting(1.0, minimum=1e-4, maximum=1)
 
     def validate(self) -> None:
-        """Raise InputError for a margin that the kind of head does not have."""
+        """Check that the kind of head supports the margin settings; otherwise raise InputError."""
         validate_kind(self.kind, self.dynamic_margin, self.easy_margin)
         limit = 1 if self.kind == "cosface" else math.pi / 2
         if self.margin > limit:
@@ -129,16 +137,16 @@ class HeadConfig:
 
 @dataclass
 class ValidationConfig:
-    """Retrieval during training: held-out landmarks select the best network; evaluation sets are only reported.
+    """Validation during training; held-out landmarks select the best network, and evaluation sets are only reported.
 
     Args:
-        fraction: fraction of the landmarks that is held out.
-        max_images: maximum number of images to validate on, in whole landmarks.
-        max_side: shrink larger images to this longer side in pixels; null keeps their size.
-        every_epochs: epochs between two validations; training always ends with one.
-        every_steps: steps between two validations within an epoch; null for none.
-        sets: evaluation sets in Revisited layout, as paths below `paths.data`; missing ones are skipped.
-        patience: number of validations without a new best after which training stops; null for never.
+        fraction: fraction of the landmarks that is held out from training.
+        max_images: maximum number of held-out images used for validation; only complete landmarks are used.
+        max_side: images with a longer side above this number of pixels are shrunk to it; null keeps their size.
+        every_epochs: number of epochs between two validations; training always ends with a validation.
+        every_steps: number of steps between two further validations within an epoch; null for none.
+        sets: evaluation sets in the Revisited layout, as paths below `paths.data`; missing sets are skipped.
+        patience: number of validations without improvement after which training stops; null for never.
     """
 
     fraction: float = setting(0.01, minimum=0, maximum=0.5)
@@ -152,22 +160,23 @@ class ValidationConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimizer (`conf/optim`) and its schedule by steps: linear warm-up, then cosine decay to zero.
+    """Optimizer and learning rate schedule (`conf/optim`): linear warm-up, then cosine decay to zero, step by step.
 
     Args:
-        name: "sgd" (with Nesterov momentum) or "adamw".
+        name: optimizer: "sgd" (with Nesterov momentum) or "adamw".
         lr: peak learning rate of the network.
-        head_lr: factor of the learning rate for the head.
-        weight_decay: of weights; biases, norms and GeM's p have none.
-        momentum: of sgd.
-        warmup: fraction of all steps.
-        batch_size: images per step, over all devices together.
-        epochs: number of passes over the images.
+        head_lr: factor by which the learning rate is multiplied for the head.
+        weight_decay: weight decay; it is not applied to biases, normalization layers and GeM's p.
+        momentum: momentum of "sgd".
+        warmup: fraction of all steps during which the learning rate rises.
+        batch_size: number of images per step, over all devices together.
+        epochs: number of passes over the training images.
         clip: maximum norm of the gradient; null for no limit.
-        ema: decay of the moving average of the network's weights, which is then validated and exported; null for none.
-            It needs about 5 / (1 - ema) steps to forget the initial weights.
-        batch_norm: "train"; "frozen" (statistics, scale and shift do not change); "sync" (statistics over all GPUs).
-        freeze_backbone: train only pooling, whitening and head.
+        ema: decay of the exponential moving average of the network's weights, which is validated and exported instead
+            of the weights; null for no average. It takes about 5 / (1 - ema) steps to forget the initial weights.
+        batch_norm: mode of batch norm: "train", "frozen" (statistics, scale and shift do not change) or "sync"
+            (statistics are computed over all GPUs).
+        freeze_backbone: train only pooling, whitening layer and head.
     """
 
     name: str = setting("sgd", choices=("sgd", "adamw"))
@@ -186,14 +195,19 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything `train.py` takes.
+    """Top-level settings of `train.py`.
 
     Args:
-        name: name of the run; its folder is `<paths.outputs>/train/<name>`, where `eval.py name=` finds the export.
-        weights: initial weights: "random", "timm", "package" or a path; null takes `backbone.weights`, or else "timm".
-        dim: outputs of the whitening layer, that of the weights or a new one; 0 for none, null for that of the weights.
-        resume: "auto" (from the newest checkpoint that loads) or "restart" (its checkpoints are removed).
-        seed: of weights, order, augmentation and the choice of held-out landmarks.
+        name: name of the run. Its folder is `<paths.outputs>/train/<name>`, and `eval.py name=` loads the weights that
+            it exports there.
+        weights: initial weights: "random", "timm" (timm's pretrained weights), "package" (weights from a Python
+            package) or the path of a weights file. null uses `backbone.weights`, or if that is null too, "timm".
+        dim: number of outputs of the whitening layer, which is created if the weights have none; 0 for no whitening
+            layer, null for the layer of the weights.
+        resume: start of a run whose folder exists: "auto" resumes from the newest checkpoint that can be loaded,
+            "restart" deletes the checkpoints and starts from the beginning.
+        seed: seed of the initial weights, the order of the images, the augmentation and the choice of held-out
+            landmarks.
     """
 
     name: str = "superglobal"
@@ -212,21 +226,26 @@ class TrainConfig:
     seed: int = setting(0, minimum=0, maximum=SEEDS - 1)
 
     def validate(self) -> None:
-        """Check what depends on several settings.
+        """Check settings that depend on each other.
 
         Raises:
             InputError: settings contradict each other, or a package is missing.
         """
         stages, optim = self.data.stages, self.optim
         if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
-            raise InputError(f"name={self.name}: expected the name of a folder inside paths.outputs")
+            raise InputError(
+                f"name={self.name}: expected a relative path without .., because it names the folder of the run"
+            )
         if any(len(stage) != 2 or min(stage) < 1 for stage in stages):
             raise InputError(f"data.stages={stages}: expected [epochs, side] pairs, e.g. [[8,256],[4,384]]")
         if stages and sum(epochs for epochs, _ in stages) >= optim.epochs:
-            raise InputError(f"data.stages={stages}: expected fewer epochs in all than optim.epochs={optim.epochs}")
+            raise InputError(
+                f"data.stages={stages}: expected fewer epochs in total than optim.epochs={optim.epochs}; reduce them or "
+                "increase optim.epochs"
+            )
         if optim.batch_size % self.trainer.accumulate:
             raise InputError(
-                f"optim.batch_size={optim.batch_size}: expected a multiple of "
+                f"optim.batch_size={optim.batch_size}: not divisible; expected a multiple of "
                 f"trainer.accumulate={self.trainer.accumulate}"
             )
         self.head.validate()

@@ -14,15 +14,16 @@ _BENCHMARKS = ("roxford5k", "rparis6k", "gldv2_test")
 
 @dataclass
 class SpaceConfig:
-    """Search space of `superglobal tune`; the paper's value is always among the choices.
+    """Search space of `superglobal tune`; the paper's values are always included.
 
-    Windows need no feature maps of their own. Each list of scales needs some, and each alpha all of them once more.
+    Each entry of `scales` needs additional feature maps, and each entry of `relup_alphas` a complete set of feature
+    maps of its own. Entries of `windows` need none.
 
     Args:
-        windows: of RegionalGeM, in cells; 1 switches it off.
-        scales: numbers of scales.
-        relup_alphas: lower bounds of ReLUP; 0 switches it off, as for backbones that do not support it.
-        rerank: search M, K and beta, too; false searches and scores without reranking.
+        windows: window sizes of Regional-GeM to try, in cells; 1 turns Regional-GeM off.
+        scales: numbers of image scales to try.
+        relup_alphas: lower bounds of ReLUP to try; 0 turns ReLUP off. Backbones that do not support ReLUP ignore them.
+        rerank: also search the reranking parameters M, K and beta; false searches and scores without reranking.
     """
 
     windows: list[int] = field(default_factory=lambda: [1, 3, 5, 7], metadata={"choices": (1, 3, 5, 7, 9, 11)})
@@ -35,19 +36,22 @@ class SpaceConfig:
 
 @dataclass
 class TuneConfig:
-    """Everything `superglobal tune` takes.
+    """Top-level settings of `superglobal tune`.
 
     Args:
-        name: name of the tuning, and by default of the training run whose network is tuned.
-        run: folder of that run, which has its export and its held-out landmarks.
-        data_root: folder of the training list, if the images have moved since the training.
-        dataset: validation set in place of the held-out landmarks (`conf/dataset`).
-        allow_test: tune on a set whose role is "test"; all results with these settings are marked.
-        backbone, weights, antialias: as in `EvalConfig`; without weights, the export of `run`.
+        name: name of the tuning run, and by default of the training run whose network is tuned.
+        run: folder of the training run, which contains the exported weights and the record of the held-out landmarks.
+        data_root: folder of the training list, if the images were moved after the training; null for the recorded one.
+        dataset: validation set used instead of the held-out landmarks (`conf/dataset`); null for the held-out
+            landmarks.
+        allow_test: allow tuning on a set whose role is "test"; all results with the tuned settings are marked.
+        backbone: backbone of the network (`conf/backbone`); null for the backbone of the weights.
+        weights: weights of the network, as for `eval.py`; null for the exported weights of `run`.
+        antialias: apply an antialiasing filter when a scale shrinks the image, as for `eval.py`.
         space: search space.
-        trials: number of settings that are tried, including the paper's.
-        max_images: maximum number of validation images, in whole landmarks drawn by `seed`.
-        seed: of the draw, the halves, the search, the bootstrap and random weights.
+        trials: number of combinations of settings to try, including the paper's.
+        max_images: maximum number of validation images; complete landmarks are chosen at random.
+        seed: seed of the choice of landmarks, the split into two halves, the search, the bootstrap and random weights.
     """
 
     name: str = "superglobal"
@@ -66,30 +70,37 @@ class TuneConfig:
     seed: int = setting(0, minimum=0, maximum=SEEDS - 1)
 
     def validate(self) -> None:
-        """Raise InputError for a set that settings cannot or must not be chosen on, or if Optuna is not installed."""
+        """Check that settings may be chosen on the data set and that Optuna is installed; otherwise raise InputError."""
         if self.dataset is not None:
             self.dataset.validate()
             _validate_tuning_set(self.dataset, self.allow_test)
         if importlib.util.find_spec("optuna") is None:
-            raise InputError("superglobal tune: Optuna is not installed; pip install optuna")
+            raise InputError("superglobal tune: Optuna is not installed; run `pip install optuna`")
 
 
 def _validate_tuning_set(d: DatasetConfig, allow_test: bool) -> None:
     if d.kind == "descriptors":
-        raise InputError("dataset=descriptors: pooling is tuned on feature maps, which need images")
+        raise InputError("dataset=descriptors: tuning needs images to compute feature maps; use another dataset=")
     if d.kind == "folder" and not d.labels:
         raise InputError(
-            "dataset=folder: tuning needs ground truth; use dataset.labels=true, with one sub-folder per landmark"
+            "dataset=folder: tuning needs ground truth; add dataset.labels=true and use one sub-folder per landmark"
         )
     if d.kind == "gldv2_recognition":
-        raise InputError(f"{d.name}: tuning needs average precision per query, which recognition does not have")
+        raise InputError(
+            f"dataset={d.name}: tuning needs an average precision per query, which recognition sets do not have; use a "
+            "retrieval set"
+        )
     if d.role == "train":
-        raise InputError(f"dataset.role=train: {d.name}: settings chosen on training images do not fit other images")
+        raise InputError(
+            f"dataset.role=train: settings chosen on the training images of {d.name} do not generalize to other images; "
+            "use a validation set"
+        )
     if d.name in _BENCHMARKS and d.role != "test":
-        raise InputError(f"dataset.role={d.role}: {d.name} is a benchmark; its role is test")
+        raise InputError(f"dataset.role={d.role}: {d.name} is a benchmark, so expected dataset.role=test")
     if d.role == "test" and not allow_test:
         raise InputError(
-            f"{d.name}: its role is test. Settings that are chosen on a test set make its numbers worthless. Tune on "
-            "the held-out landmarks of a training (name=RUN without dataset=) or on your own photos (dataset=folder "
-            "dataset.labels=true). allow_test=true tunes on it all the same, and marks every result"
+            f"dataset={d.name}: expected a validation set, but the role of this set is test. Results on a test set are "
+            "too optimistic if settings were chosen on it. Tune on the held-out landmarks of a training run (name=RUN "
+            "without dataset=) or on your own photos (dataset=folder dataset.labels=true). To tune on the test set "
+            "anyway, add allow_test=true; every result will be marked"
         )

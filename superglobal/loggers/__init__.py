@@ -1,6 +1,6 @@
-"""Loggers: CSV always, Weights & Biases and TensorBoard if enabled.
+"""Loggers of evaluations and trainings: CSV files always, Weights & Biases and TensorBoard if enabled.
 
-A run writes its own files first, so a logger that fails causes a warning and does not end the run.
+A failing logger causes a warning and does not stop the run, because the run also writes its results to files itself.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 
 class _SafeTracker:
-    """A tracker whose failures become warnings.
+    """Wrapper of a tracker that turns its exceptions into warnings.
 
-    Trackers have `close(error)`, where `error` is what ended the run, if anything, and those of evaluations
-    `log(record)`; trainings log through Lightning.
+    A tracker logs one run to one service. Its method `close(error)` receives the exception that ended the run, or None.
+    Trackers of evaluations also have a method `log(record)`; trainings log through Lightning instead.
     """
 
     def __init__(self, name: str, folder: Path, start: Callable[[], Any]) -> None:
@@ -40,8 +40,8 @@ class _SafeTracker:
     def _call(self, action: Callable[..., Any], *args: Any) -> Any:
         try:
             return action(*args)
-        except Exception as error:  # of the tracker, its settings or the network
-            log.warning("%s failed (%s); everything else is in %s", self.name, error, self.folder)
+        except Exception as error:  # Any failure of the tracker, its settings or the network connection.
+            log.warning("%s failed (%s); the run continues, and its results are in %s", self.name, error, self.folder)
             return None
 
     def log(self, record: EvaluationRecord) -> None:
@@ -55,7 +55,7 @@ class _SafeTracker:
 
 @contextmanager
 def _trackers(folder: Path, starts: dict[str, Callable[[], Any] | None]) -> Iterator[list[_SafeTracker]]:
-    """Start the trackers in the first process, and close them after the run, also after Ctrl-C or SIGTERM."""
+    """Start the trackers in the first process, and close them after the run, even after Ctrl-C or SIGTERM."""
     names = starts if first_process() else ()
     trackers = [_SafeTracker(name, folder, start) for name in names if (start := starts[name]) is not None]
     error: BaseException | None = None
@@ -73,15 +73,17 @@ def _trackers(folder: Path, starts: dict[str, Callable[[], Any] | None]) -> Iter
 def evaluation_loggers(
     config: EvalConfig, folder: Path, sweep: str | None
 ) -> Iterator[Callable[[EvaluationRecord], None]]:
-    """Yield a function that logs the result of an evaluation; open during the run, to show runs that fail.
+    """Yield a function that logs the result of an evaluation.
+
+    The context surrounds the whole run, so that the loggers also show runs that fail.
 
     Args:
-        config: Settings of the run.
-        folder: Folder of the run; `csv/`, `wandb/` and `tensorboard/` are created there.
-        sweep: Name of the sweep that the run belongs to.
+        config: settings of the run.
+        folder: folder of the run, in which `csv/`, `wandb/` and `tensorboard/` are created.
+        sweep: name of the sweep that the run belongs to; None for a single run.
 
     Raises:
-        InputError: W&B is enabled and not installed.
+        InputError: W&B is enabled but not installed.
     """
     require_wandb(config.logger)
 
@@ -121,11 +123,11 @@ def training_loggers(
     """Yield the Lightning loggers of a training.
 
     Args:
-        config: Settings of the run.
-        folder: Folder of the run; `curves.csv`, `wandb/` and `tensorboard/` are created there.
-        step: Step at which the run resumes; later points belong to steps that are repeated.
-        about: Further facts as plain types: git state, versions.
-        sweep: Name of the sweep that the run belongs to.
+        config: settings of the run.
+        folder: folder of the run, in which `curves.csv`, `wandb/` and `tensorboard/` are created.
+        step: step at which the run resumes; logged points of later steps are dropped, because these steps are repeated.
+        about: further facts about the run as plain types, such as the git state and versions.
+        sweep: name of the sweep that the run belongs to; None for a single run.
     """
     from superglobal.loggers.csv_tensorboard import CurveFile, TensorBoardCurves
 

@@ -1,4 +1,4 @@
-"""CSV and TensorBoard: the numbers of an evaluation, and the curves of a training."""
+"""Log the numbers of an evaluation and the curves of a training to CSV files and TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _TENSORBOARD = "tensorboard"
 
 
 class CurveFile(Logger):
-    """A CSV with a row per step and a column per number, to which a resumed run appends.
+    """CSV file with one row per step and one column per number; a resumed run appends to it.
 
-    Lightning's CSVLogger would overwrite the file of the interrupted run.
+    Lightning's CSVLogger is not used, because it would overwrite the file of the interrupted run.
 
     Args:
-        path: The file.
-        step: Step at which the run resumes; later rows are dropped.
+        path: path of the file.
+        step: step at which the run resumes; later rows are dropped.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -39,7 +39,7 @@ class CurveFile(Logger):
         self.path = path
         self.rows: list[dict[str, Any]] = []
         if path.is_file() and step:
-            # A row that was cut off has no line ending.
+            # If the run was interrupted while it wrote the last row, that row is incomplete and has no line ending.
             complete = path.read_text().rpartition("\n")[0]
             self.rows = [row for row in csv.DictReader(io.StringIO(complete)) if int(row["step"]) <= step]
         self.columns: list[str] = list(dict.fromkeys(key for row in self.rows for key in row)) or ["step"]
@@ -54,7 +54,7 @@ class CurveFile(Logger):
         return ""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: training.json has the settings."""
+        """Do nothing, because training.json contains the settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -70,7 +70,9 @@ class CurveFile(Logger):
             with self.path.open("a", newline="") as file:
                 file.write(self._text([row], header=False))
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be written ({error.strerror}); free disk space") from error
+            raise InputError(
+                f"{self.path}: cannot be written ({error.strerror}); check the disk space and the permissions"
+            ) from error
 
     def _text(self, rows: list[dict[str, Any]], header: bool) -> str:
         text = io.StringIO()
@@ -82,7 +84,7 @@ class CurveFile(Logger):
 
 
 class CsvEvaluation:
-    """The numbers of an evaluation as a CSV of one row, and its settings, by Lightning's logger."""
+    """Tracker that writes the numbers of an evaluation to a CSV file of one row, and its settings to YAML."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -94,11 +96,14 @@ class CsvEvaluation:
         logger.finalize("success")
 
     def close(self, error: BaseException | None) -> None:
-        """Do nothing: no file is open."""
+        """Do nothing, because no file is open."""
 
 
 class TensorBoardEvaluation:
-    """Numbers, settings, histograms of AP per query, and images of queries with their first results."""
+    """Tracker that logs an evaluation to TensorBoard.
+
+    It logs numbers, settings, histograms of the AP per query, and images of queries with their first results.
+    """
 
     def __init__(self, config: EvalConfig, folder: Path) -> None:
         self.config = config
@@ -127,7 +132,7 @@ class TensorBoardEvaluation:
 
 
 class StopAfterFailure(Logger):
-    """Mixin for a Lightning logger that stops, with a warning, after its first failure."""
+    """Mixin for Lightning loggers: after its first failure, the logger prints a warning and stops logging."""
 
     title: str
     has_failed = False
@@ -138,15 +143,15 @@ class StopAfterFailure(Logger):
                 super().log_metrics(*args, **kwargs)  # type: ignore[safe-super]
         except Exception as error:
             self.has_failed = True
-            log.warning("%s failed (%s); the curves continue in curves.csv", self.title, error)
+            log.warning("%s failed (%s) and is stopped; curves.csv still records the curves", self.title, error)
 
 
 class TensorBoardCurves(StopAfterFailure, TensorBoardLogger):
-    """The curves of a training.
+    """Curves of a training in TensorBoard.
 
     Args:
-        folder: Folder of the run.
-        step: Step at which the run resumes; TensorBoard hides later points of the interrupted run.
+        folder: folder of the run.
+        step: step at which the run resumes; TensorBoard hides later points of the interrupted run.
     """
 
     title = "TensorBoard"

@@ -1,4 +1,4 @@
-"""What an evaluation logs: its numbers, its scores per query, and images of its rankings."""
+"""The record that an evaluation passes to its loggers: numbers, scores per query, and images of rankings."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ from superglobal.retrieval.rows import Rows
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """The result of an evaluation, with what figures and tables are made from."""
+    """Result of an evaluation, together with the data that figures and tables need."""
 
-    summary: Mapping[str, Any]  # the content of results.json
-    results: Mapping[str, Result]  # per stage; empty without labels
+    summary: Mapping[str, Any]  # content of results.json
+    results: Mapping[str, Result]  # by stage; empty without labels
     stages: Stages
     names: Names
-    queries: np.ndarray  # (Q, D) of unit norm
+    queries: np.ndarray  # (Q, D) descriptors of unit norm
     database: Rows  # N descriptors of unit norm
     dataset: EvaluationSet | None  # None for descriptors without a data set
     images: Sequence[ImageItem]  # of the database, including distractors
 
     def numbers(self) -> dict[str, float]:
-        """Return `search/map/medium` and so on in percent, seconds per stage, and milliseconds per query."""
+        """Return the numbers of the evaluation by name.
+
+        These are the metrics in percent, such as "search/map/medium", the seconds of each stage, and the milliseconds
+        per query.
+        """
         numbers = {f"seconds/{stage}": value for stage, value in self.summary["seconds"].items()}
         if (time := milliseconds_per_query(self.summary)) is not None:
             numbers["ms_per_query"] = time
@@ -45,9 +49,12 @@ class EvaluationRecord:
         return numbers
 
     def per_query(self, limit: int) -> tuple[list[str], list[list[Any]]]:
-        """Return columns and rows of AP per query and stage in percent, and its change by reranking.
+        """Return the columns and rows of a table of the scores per query and stage.
 
-        Cells of queries that do not count are None. Of more than `limit` queries, a selection is spread evenly.
+        AP is in percent. The last column is the change by reranking. Cells of queries that do not count are None.
+
+        Args:
+            limit: maximum number of rows; if there are more queries, rows are chosen evenly over the list.
         """
         columns = {
             f"{stage} {name}": [_percent(name, value) for value in values]
@@ -67,21 +74,21 @@ class EvaluationRecord:
         return ["number", "query", "landmark", *columns], rows
 
     def landmark(self, query: int) -> str:
-        """Return the landmark of a query, "" if unknown."""
+        """Return the landmark of a query, or "" if it is unknown."""
         return "" if self.names.clusters is None else str(self.names.clusters[query])
 
     @property
     def has_images(self) -> bool:
-        """Return whether images can be shown: own descriptors may come without images."""
+        """Return whether images can be shown; there may be none if the user provided the descriptors."""
         return self.dataset is not None and self.summary["config"]["descriptors"]["query"] is None
 
     def query_image(self, query: int) -> Image.Image:
-        """Return a query's image with its box; requires `has_images`."""
+        """Return the image of a query with its box drawn; requires `has_images`."""
         assert self.dataset is not None
         return query_thumbnail(self.dataset.queries[query])
 
     def result_images(self, query: int, stage: str, ranks: int) -> Image.Image:
-        """Return the first results of a stage side by side; requires `has_images`."""
+        """Return an image of the first results of a stage side by side; requires `has_images`."""
         assert self.dataset is not None
         scores, ids = self.stages[stage]
         return result_strip(self.dataset, self.images, query, scores[query, :ranks], ids[query, :ranks])

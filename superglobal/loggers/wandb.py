@@ -1,4 +1,7 @@
-"""Runs of Weights & Biases: started without a question, offline without a key, always finished."""
+"""Runs of Weights & Biases (W&B).
+
+A run starts without asking the user a question, is offline if there is no API key, and is finished even after an error.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +32,23 @@ from superglobal.utils.io import write_atomically
 from superglobal.utils.provenance import git_state
 
 log = logging.getLogger(__name__)
-_TIMEOUT = 30  # seconds that a server has to answer, unless WANDB_INIT_TIMEOUT is set
+_TIMEOUT = 30  # seconds to wait for the server, unless WANDB_INIT_TIMEOUT is set
 _INTERRUPTED = 255  # exit code that W&B shows as killed
-_MAX_ROWS = 10_000  # rows of a table that W&B shows
-_MAX_AXES = 64
+_MAX_ROWS = 10_000  # maximum number of rows that W&B shows in a table
+_MAX_AXES = 64  # maximum number of principal axes in the table of descriptors
 
 
 class TrackedRun:
-    """A W&B run in a folder, in whose `wandb/` W&B writes; it keeps its id when the folder's run is resumed.
+    """W&B run that writes into `wandb/` of a folder, and keeps its id when the run in the folder is resumed.
 
     Args:
+        settings: settings of the loggers.
+        folder: folder of the run.
+        name: name of the run in W&B.
         job_type: "train" or "eval".
-        group: The sweep that the run belongs to.
-        tags: In addition to those of the settings.
+        group: name of the sweep that the run belongs to; None for a single run.
+        tags: tags in addition to those of the settings.
+        config: settings of the run, shown by W&B.
     """
 
     def __init__(
@@ -55,7 +62,8 @@ class TrackedRun:
         tags: Sequence[str],
         config: Mapping[str, Any],
     ) -> None:
-        # By default W&B stages the images of tables in the home folder, from where an offline run uploads them later.
+        # By default W&B keeps the images of tables in the home folder, where an offline run needs them until `wandb
+        # sync`. They are kept in the folder of the run instead.
         self._staging = None if "WANDB_DATA_DIR" in os.environ else str((folder / "wandb").resolve())
         if self._staging:
             os.environ["WANDB_DATA_DIR"] = self._staging
@@ -78,13 +86,13 @@ class TrackedRun:
             raise
 
     def finish(self, error: BaseException | None) -> None:
-        """Finish the run with the status that `error` implies."""
+        """Finish the run as successful (`error` is None), failed, or interrupted (Ctrl-C or SIGTERM)."""
         try:
             code = 0
             if isinstance(error, Exception):
                 code = 1
                 self.run.summary.update({"status": "failed", "error": str(error) or type(error).__name__})
-            elif error is not None:  # Ctrl-C, SIGTERM
+            elif error is not None:  # Ctrl-C and SIGTERM raise other BaseExceptions.
                 code = _INTERRUPTED
                 self.run.summary["status"] = "interrupted"
             self.run.finish(exit_code=code)
@@ -92,9 +100,14 @@ class TrackedRun:
             self._unset_staging()
 
     def log_reference(self, name: str, kind: str, path: Path, metadata: Mapping[str, Any], checksum: bool) -> None:
-        """Log an artifact that refers to a file or folder, of which nothing is copied or uploaded.
+        """Log an artifact that refers to a file or folder without copying or uploading it.
 
-        With `checksum`, the contents are read, and different contents are a new version of the artifact.
+        Args:
+            name: name of the artifact.
+            kind: type of the artifact, such as "model".
+            path: file or folder.
+            metadata: metadata of the artifact.
+            checksum: read the contents, so that changed contents become a new version of the artifact.
         """
         artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name)[:128], kind, metadata=plain_types(metadata))
         artifact.add_reference(f"file://{path.resolve()}", name=path.name, checksum=checksum)
@@ -111,34 +124,37 @@ def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
     settings = wandb.Settings(silent=True, init_timeout=timeout)
     try:
         run = wandb.init(**options, mode=mode, settings=settings)
-    except wandb.Error as error:  # no answer, or the key is rejected
+    except wandb.Error as error:  # The server did not respond, or rejected the key.
         if mode == "offline":
             raise
         log.warning("W&B online failed (%s); this process continues offline", str(error).splitlines()[0])
-        wandb.teardown()  # or it would still hold the run's id
-        # The other jobs of a sweep do not wait again.
+        wandb.teardown()  # Otherwise the failed start would keep the id of the run.
+        # The variable also applies to the other jobs of a sweep, so that they do not wait for the server again.
         os.environ["WANDB_MODE"] = mode = "offline"
         run = wandb.init(**options, mode=mode, settings=settings)
     if mode == "offline":
-        log.info("W&B offline: `wandb sync %s/wandb/offline-run-*` uploads the run", folder)
+        log.info("W&B is offline; `wandb sync %s/wandb/offline-run-*` uploads the run", folder)
     elif run.url:
-        log.info("W&B: %s", run.url)
+        log.info("W&B shows the run at %s", run.url)
     return run
 
 
 def _mode() -> str:
-    """Return the mode of WANDB_MODE or `wandb offline`; "offline" without a key, for which W&B would ask."""
+    """Return the mode set by WANDB_MODE or `wandb offline`; "offline" without an API key, so that W&B asks for none."""
     mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
     if mode in ("online", "shared", "run") and not _has_key():
         if "WANDB_MODE" in os.environ:
-            log.warning("WANDB_MODE=%s, but there is no key (`wandb login`, WANDB_API_KEY): offline", mode)
+            log.warning(
+                "WANDB_MODE=%s: there is no API key, so the run is offline; set one by `wandb login` or WANDB_API_KEY",
+                mode,
+            )
         return "offline"
     return "offline" if mode == "dryrun" else mode
 
 
 def _has_key() -> bool:
-    """Look for a key in the environment, the settings and the login file, without the network."""
-    with contextlib.redirect_stderr(io.StringIO()):  # or every job of a sweep would print a line
+    """Return whether the environment, the settings or the login file contain an API key, without network access."""
+    with contextlib.redirect_stderr(io.StringIO()):  # Otherwise every job of a sweep would print a line.
         return wandb.login(prompt=False, verify=False)
 
 
@@ -150,13 +166,13 @@ def _run_id(folder: Path) -> str:
 
 
 class WandbCurves(StopAfterFailure, WandbLogger):
-    """The curves of a training."""
+    """Curves of a training in W&B."""
 
     title = "W&B"
 
 
 class WandbTraining:
-    """A training: its curves, and at its end the best network, at `export`, as an artifact."""
+    """Tracker of a training; it logs the curves and, at the end, the exported network as an artifact."""
 
     def __init__(
         self, config: TrainConfig, settings: Mapping[str, Any], folder: Path, export: Path, sweep: str | None
@@ -179,7 +195,7 @@ class WandbTraining:
 
 
 class WandbEvaluation:
-    """An evaluation; the run is open during the evaluation, to show it if it fails."""
+    """Tracker of an evaluation; the W&B run starts before the evaluation, so that it also shows failures."""
 
     def __init__(self, config: EvalConfig, folder: Path, sweep: str | None) -> None:
         self.config, self.folder = config, folder
@@ -192,7 +208,7 @@ class WandbEvaluation:
         self.tracked.run.summary["status"] = "no result"
 
     def log(self, record: EvaluationRecord) -> None:
-        """Log everything as one point."""
+        """Log all numbers, tables and images of an evaluation as one point."""
         run, summary = self.tracked.run, record.summary
         keys = ("dataset", "role", "tuned_on", "protocol", "counts", "about", "versions")
         facts = {**{key: summary[key] for key in keys}, "git": git_state()}
@@ -214,7 +230,7 @@ class WandbEvaluation:
         self.tracked.finish(error)
 
     def _rankings(self, record: EvaluationRecord, queries: list[int]) -> tuple[list[str], list[list[Any]]]:
-        """Return a row per query: its image, AP before and after reranking, and its first results."""
+        """Return columns and rows of a table of queries: the image, AP per stage, and the first results per stage."""
         ranks = self.config.figures.ranks
         columns, values = record.per_query(len(record.names.queries))
         rows = []
@@ -228,7 +244,10 @@ class WandbEvaluation:
         return [*columns, *image, *(f"first results of {stage}" for stage in record.stages)], rows
 
     def _descriptors(self, record: EvaluationRecord, queries: list[int]) -> tuple[list[str], list[list[Any]]]:
-        """Return queries and their first results by the principal axes of their descriptors, for W&B's projections."""
+        """Return columns and rows of a table of queries and their first results, for the projections of W&B.
+
+        The columns `axis0`, `axis1` and so on contain the descriptors in the basis of their principal axes.
+        """
         ids = list(record.stages.values())[-1][1][queries, : self.config.figures.ranks]
         X = np.concatenate([record.queries[queries], record.database.take(ids.ravel())]).astype(np.float64)
         left, scale, _ = np.linalg.svd(X - X.mean(axis=0), full_matrices=False)
@@ -255,7 +274,7 @@ class WandbEvaluation:
             name = f"model-{weights.parent.name}-{weights.stem}"
             self.tracked.log_reference(name, "model", weights, metadata, checksum=True)
         for title, store in about.get("stores", {}).items():
-            # The name of a store contains its fingerprint, so gigabytes need not be read.
+            # The name of a store contains its fingerprint, so its gigabytes need not be read for a checksum.
             for folder in Path(self.config.paths.stores).glob(f"*-{title}-{store['fingerprint'][:16]}"):
                 metadata = {"fingerprint": store["fingerprint"], "dtype": store["dtype"], "network": network}
                 self.tracked.log_reference(folder.name, "descriptors", folder, metadata, checksum=False)

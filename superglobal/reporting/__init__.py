@@ -1,1 +1,1 @@
-"""What is written and drawn of results: files, tables, charts, pictures. Nothing here imports Lightning or Hydra."""
+"""Write results as files, tables, charts and figures. No module of this package imports Lightning or Hydra."""

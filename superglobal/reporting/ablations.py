@@ -1,4 +1,4 @@
-"""The ablations of the method: which modules each row of the table enables, and which a finished run had."""
+"""Ablations of the method: the modules that each row of the table enables, and the modules of a finished run."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 MODULES = ("gem_plus", "regional", "scale", "relup", "rerank")
-"""The modules of the method: four of pooling, and reranking."""
+"""Modules of the method: four of pooling, and reranking."""
 ABLATIONS: dict[str, tuple[bool, ...]] = {
     **{name: tuple(i < count for i in range(len(MODULES))) for count, name in enumerate(("gem", *MODULES))},
     **{f"no_{name}": tuple(module != name for module in MODULES) for name in MODULES},
 }
-"""The options of `ablation=`, in the order of the paper, and which of `MODULES` each enables: none, then one more per
-row, then all but one."""
+"""Option of `ablation=` -> whether it enables each of `MODULES`.
+
+The options have the order of the paper: first none of the modules, then one more in each row, then all but one.
+"""
 ABLATION_SETTINGS = (*(f"pooling.{name}" for name in MODULES[:4]), "rerank.enabled", "rerank")
-"""The settings in which the rows of an ablation differ."""
+"""Settings in which the rows of an ablation differ."""
 States = tuple[bool | str | None, ...]
-"""State of each of `MODULES`: on, off, a variant by name, or None if unknown."""
+"""State of each of `MODULES`: True (on), False (off), the name of a variant, or None if unknown."""
 
 
 def module_states(result: Mapping[str, Any]) -> States:

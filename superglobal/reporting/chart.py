@@ -1,4 +1,4 @@
-"""A chart of the tables of a comparison: a row per configuration, a mark per score."""
+"""Draw the tables of a comparison as a chart with a row per configuration and a mark per score."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from typing import Any
 from superglobal.reporting.table_rows import CITATION, DatasetTable, Effect, Row
 from superglobal.utils.io import write_atomically
 
-_COLORS = ("#4393c3", "#1a9850", "#d6604d", "#762a83", "#b8860b")  # by protocol
-_MARKERS = ("o", "D", "s", "^")  # by variant; those of the set without distractors are filled
+_COLORS = ("#4393c3", "#1a9850", "#d6604d", "#762a83", "#b8860b")  # one per protocol
+_MARKERS = ("o", "D", "s", "^")  # one per variant; marks of the set without distractors are filled
 _ROW_HEIGHT, _MARGINS, _PANEL_WIDTH, _MODULE_WIDTH = 0.24, 1.15, 5.2, 0.16  # inches
 _MAX_ROWS = 120
 
 
 def draw_chart(path: Path, tables: Sequence[DatasetTable]) -> None:
-    """Write a PNG with a panel per data set, and beside it the main effects of a full factorial.
+    """Write a PNG with one panel per data set, and the main effects of a full factorial in a panel next to it.
 
-    The rows of a full factorial are sorted by the main score, and dots show which modules are on; other rows have the
-    order of the table. Published scores are stars below the measured rows. Tables without a score are left out.
+    In a full factorial the rows are sorted by the main score, and dots show which modules are on. Otherwise the rows
+    have the order of the table. Published scores are shown as stars below the measured rows.
+
+    Args:
+        path: file to write; no file is written if no table has scores.
+        tables: one table per data set; tables without scores are skipped.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -59,12 +63,12 @@ def draw_chart(path: Path, tables: Sequence[DatasetTable]) -> None:
 
 
 def _names_height(table: DatasetTable) -> float:
-    """Return the space for the names of the modules, in inches."""
+    """Return the height of the names of the modules above the rows, in inches."""
     return 0.35 if table.effects else 0.0
 
 
 def _rows(table: DatasetTable) -> list[Row]:
-    """Return the rows that have a score, in the order of the chart."""
+    """Return the rows that have scores, in the order of the chart."""
     rows = [row for row in table.rows if any(cell.scores for cell in row.cells.values())]
     if table.effects:
         rows.sort(key=lambda row: -max(cell.scores.get(table.main) or 0 for cell in row.cells.values()))
@@ -87,7 +91,7 @@ def _draw_rows(axes: Any, table: DatasetTable) -> None:
                 if (score := cell.scores.get(protocol)) is not None:
                     face = "white" if variant else color
                     axes.plot(score, y, marker, color=color, markerfacecolor=face, markersize=5.5, zorder=3)
-    # A line through the baseline shows which rows are better.
+    # A vertical line through the baseline makes it easy to see which rows are better.
     baseline = next(iter(table.rows[0].cells.values()), None)
     for protocol, color in colors.items():
         if baseline is not None and not baseline.gains and (score := baseline.scores.get(protocol)) is not None:
@@ -129,7 +133,7 @@ def _draw_legend(axes: Any, table: DatasetTable, colors: dict[str, str]) -> None
 
 
 def _draw_modules(axes: Any, table: DatasetTable, rows: Sequence[Row]) -> None:
-    """Draw dots left of the panel, a column per module, dark where it is on."""
+    """Draw a column of dots for each module to the left of the panel; dark dots mean that the module is on."""
     step = _MODULE_WIDTH / _PANEL_WIDTH
     columns = [-step * (len(table.modules) - i) + step * 0.3 for i in range(len(table.modules))]
     for y, row in enumerate(rows):
@@ -144,7 +148,7 @@ def _draw_modules(axes: Any, table: DatasetTable, rows: Sequence[Row]) -> None:
 
 
 def _draw_effects(axes: Any, table: DatasetTable, effects: Sequence[Effect], variant: str) -> None:
-    """Draw the main effects on one variant of the set as bars, with the interval under the main protocol."""
+    """Draw the main effects on one variant of the data set as bars, with the interval for the main protocol."""
     count = len(table.protocols)
     for i, effect in enumerate(effects):
         for number, protocol in enumerate(table.protocols):

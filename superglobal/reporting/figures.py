@@ -1,5 +1,6 @@
-"""Figures of a result, and the numbers that they show: precision over recall, similarities, a map of descriptors, heat
-maps. Only the functions that draw import matplotlib.
+"""Compute and draw the figures of a result: precision-recall curves, similarities, a map of descriptors, heat maps.
+
+Only the functions that draw import matplotlib.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 RECALL_BINS = 100
 BINS = 200
 EDGES = np.linspace(-1, 1, BINS + 1)
-"""Edges of the bins of similarities: [low, high), the last bin is closed."""
+"""Edges of the bins of similarities. A bin includes its lower edge; the last bin includes both edges."""
 PROJECTIONS = ("pca", "tsne")
 _STAGES = {"search": ("#0072b2", "--"), "rerank": ("#d55e00", "-")}
 _LANDMARK_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
@@ -39,7 +40,7 @@ _HEAT = "inferno"
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Create a figure without pyplot: no window and no global state, whatever backend is set."""
+    """Create a figure without pyplot, and so without a window or global state, regardless of matplotlib's backend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -57,11 +58,15 @@ def _save(figure: Figure, path: Path) -> None:
 def trapezoidal_steps(ranks: Any, n_positives: int) -> np.ndarray:
     """Return the precision-recall curve whose area is `metrics.revisited.average_precision`.
 
-    Recall rises in n_positives equal steps. Along step j precision goes from j / r_j (1 if r_j = 0) to
-    (j + 1) / (r_j + 1).
+    Recall rises in n_positives equal steps. In step j, precision goes linearly from j / r_j (1 if r_j = 0) to
+    (j + 1) / (r_j + 1), where r_j is the rank of the j-th retrieved positive.
 
-    ranks: (P,) 0-based ranks of the retrieved positives, without ignored images.
-    Returns (n_positives, 2) precision at both ends of each step; 0 for positives that were not retrieved.
+    Args:
+        ranks: (P,) 0-based ranks of the retrieved positives, without ignored images.
+        n_positives: number of positives.
+
+    Returns:
+        (n_positives, 2) precision at both ends of each step; 0 for positives that were not retrieved.
     """
     r = np.sort(np.asarray(ranks, dtype=np.int64))
     steps, j = np.zeros((n_positives, 2)), np.arange(len(r))
@@ -73,8 +78,13 @@ def trapezoidal_steps(ranks: Any, n_positives: int) -> np.ndarray:
 def rectangular_steps(predicted: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) -> np.ndarray:
     """Return the precision-recall curve whose area is `metrics.gldv2.average_precision_at`.
 
-    predicted: (m,) ids, best first; relevant: ids of the positives.
-    Returns (min(len(relevant), depth), 2) precision at both ends of each step, which are equal.
+    Args:
+        predicted: (m,) ids, best first.
+        relevant: ids of the positives.
+        depth: number of predictions that count.
+
+    Returns:
+        (min(len(relevant), depth), 2) precision at both ends of each step, which are equal.
     """
     ranks = np.flatnonzero(first_hits(predicted, relevant, depth)) + 1
     steps = np.zeros((min(len(relevant), depth), 2))
@@ -83,12 +93,17 @@ def rectangular_steps(predicted: np.ndarray, relevant: np.ndarray, depth: int = 
 
 
 def precision_over_recall(steps: np.ndarray, bins: int = RECALL_BINS) -> np.ndarray:
-    """Return (bins,) the mean precision over equal parts of recall; their mean is the area under the curve.
+    """Return the mean precision in equal intervals of recall; their mean is the area under the curve.
 
-    steps: (n, 2), n >= 1, precision at both ends of n equal steps, linear between them.
+    Args:
+        steps: (n, 2), n >= 1, precision at both ends of n equal steps, linear between them.
+        bins: number of intervals.
+
+    Returns:
+        (bins,) float64 in 0..1.
     """
     n = len(steps)
-    area_before = np.concatenate([[0.0], np.cumsum(steps.mean(axis=1))])  # in steps
+    area_before = np.concatenate([[0.0], np.cumsum(steps.mean(axis=1))])  # The unit of width is one step.
     edges = np.linspace(0, n, bins + 1)
     step = np.minimum(edges.astype(np.int64), n - 1)
     inside = edges - step
@@ -104,10 +119,14 @@ def precision_curves(steps: Sequence[np.ndarray], bins: int = RECALL_BINS) -> np
 def draw_curves(
     path: Path, title: str, curves: Mapping[str, Mapping[str, np.ndarray]], counts: Mapping[str, int], metric: str
 ) -> None:
-    """Draw precision over recall, a panel per protocol and a line per stage.
+    """Draw precision over recall, with one panel per protocol and one line per stage.
 
-    curves: stage -> protocol -> (bins,) mean precision, NaN without queries; counts: protocol -> number of queries;
-    metric: name of the area.
+    Args:
+        path: PNG file to write.
+        title: title of the figure.
+        curves: stage -> protocol -> (bins,) mean precision, NaN without queries.
+        counts: protocol -> number of queries.
+        metric: name of the metric that is the area under the curve.
     """
     protocols = list(next(iter(curves.values())))
     figure = _figure(4.2 * len(protocols) + 0.3, 4.4)
@@ -128,7 +147,7 @@ def draw_curves(
 
 
 def bin_of(scores: np.ndarray) -> np.ndarray:
-    """Return the bin of each similarity in -1..1."""
+    """Return the index of the bin of each similarity in -1..1."""
     return np.clip(np.floor((scores + 1) * (BINS / 2)), 0, BINS - 1).astype(np.int64)
 
 
@@ -141,11 +160,18 @@ def similarity_counts(
     device: str | torch.device | None = None,
     block_rows: int = 65536,
 ) -> dict[str, np.ndarray]:
-    """Count the similarities of all pairs of a query and a database image per bin, by relevance, exactly.
+    """Count all pairs of a query and a database image by relevance and by bin of their similarity, exactly.
 
-    Q: (Q, D) queries; X: (N, D) database, or anything that `as_rows` takes, read once; skipped rows are not counted.
-    relevant: per query, relevance -> ids, disjoint; exclude: (Q,) one id per query that is not counted.
-    Returns (BINS,) int64 counts of each relevance, and of "negative", which are all other images.
+    Args:
+        Q: (Q, D) queries.
+        X: (N, D) database, or any other argument of `as_rows`; it is read once, and skipped rows are not counted.
+        relevant: for each query, relevance -> ids; the ids are disjoint.
+        exclude: (Q,) one id per query that is not counted; None to count all.
+        device: device of the computation; None for the default.
+        block_rows: number of database rows read at a time.
+
+    Returns:
+        Relevance -> (BINS,) int64 counts; "negative" contains all images of no other relevance.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
@@ -156,7 +182,7 @@ def similarity_counts(
 
 
 def _count_pairs(queries: np.ndarray, rows: Rows, ids: Sequence[Any], exclude: np.ndarray | None) -> np.ndarray:
-    """Return (BINS,) counts of the given ids of each query."""
+    """Return (BINS,) int64 counts of the pairs of each query with its given ids."""
     query_of = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
     row_of = np.concatenate([np.asarray(row, np.int64) for row in ids])
     counted = ~np.isin(row_of, rows.skipped)
@@ -167,11 +193,11 @@ def _count_pairs(queries: np.ndarray, rows: Rows, ids: Sequence[Any], exclude: n
 
 
 class _BinCounter:
-    """Count the pairs of every block (a consumer of `scan`); float64 decides pairs near an edge."""
+    """Consumer of `scan` that counts the pairs of each block; pairs near an edge are recomputed in float64."""
 
     def __init__(self, tolerance: float) -> None:
         self.counts = np.zeros(BINS, np.int64)
-        # Nearer to an edge than this, in bins, float32 does not determine the side.
+        # Within this distance of an edge, in bins, the error of float32 could move a similarity to the next bin.
         self._guard = BINS / 2 * tolerance + 1e-4
 
     def finish(self) -> float:
@@ -190,15 +216,18 @@ class _BinCounter:
 def draw_similarities(
     path: Path, title: str, counts: Mapping[str, np.ndarray], reranked: Mapping[str, np.ndarray]
 ) -> None:
-    """Draw the distribution of similarities by relevance, each of area 1.
+    """Draw the distribution of similarities for each relevance; each distribution has area 1.
 
-    counts: relevance -> (BINS,) pairs; reranked: relevance -> scores of the listed images after reranking, empty for no
-    second panel.
+    Args:
+        path: PNG file to write.
+        title: title of the figure.
+        counts: relevance -> (BINS,) number of pairs.
+        reranked: relevance -> scores of the listed images after reranking; empty for no second panel.
     """
     figure = _figure(6.6 if not reranked else 11.6, 4.4)
     figure.suptitle(title)
     panels = figure.subplots(1, 1 + bool(reranked), squeeze=False)[0]
-    # Two bins are drawn as one, or the lines would be too noisy.
+    # Two bins are drawn as one, because the lines would otherwise be too noisy.
     _draw_densities(panels[0], {name: c.reshape(-1, 2).sum(axis=1) for name, c in counts.items()}, EDGES[::2])
     panels[0].set(xlabel="similarity (cosine)", title="search: all pairs of query and image", ylabel="density")
     if reranked:
@@ -226,9 +255,16 @@ def _draw_densities(axes: Any, counts: Mapping[str, np.ndarray], edges: np.ndarr
 
 
 def sample_images(landmarks: Sequence[str | None], count: int, skipped: np.ndarray, seed: int) -> np.ndarray:
-    """Return (n,) ascending ids of at most `count` images; at most half have no landmark if the others suffice.
+    """Choose images for the map at random, at least half of them with a known landmark if there are enough.
 
-    landmarks: of each image, None if unknown; skipped: ids without a descriptor.
+    Args:
+        landmarks: landmark of each image, None if unknown.
+        count: maximum number of images.
+        skipped: ids without a descriptor.
+        seed: seed of the choice.
+
+    Returns:
+        (n,) ids in ascending order.
     """
     rng = np.random.default_rng(seed)
     known = np.array([landmark is not None for landmark in landmarks])
@@ -240,10 +276,14 @@ def sample_images(landmarks: Sequence[str | None], count: int, skipped: np.ndarr
 
 
 def principal_plane(X: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Project onto the two axes of largest variance, by SVD; the largest entry of each axis is positive.
+    """Project onto the two axes of largest variance by SVD; the sign of an axis makes its largest entry positive.
 
-    X: (n, D) rows that define the axes; others: (m, D) further rows to project.
-    Returns (n, 2) and (m, 2) coordinates, and the fraction of the variance on each axis.
+    Args:
+        X: (n, D) rows that define the axes.
+        others: (m, D) further rows to project.
+
+    Returns:
+        (n, 2) and (m, 2) coordinates, and the fraction of the variance on each axis.
     """
     mean = X.mean(axis=0, dtype=np.float64)
     _, lengths, axes = np.linalg.svd(X.astype(np.float64) - mean, full_matrices=False)
@@ -254,26 +294,45 @@ def principal_plane(X: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.n
 def project(X: np.ndarray, others: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Project onto a plane by `principal_plane`, or by t-SNE (van der Maaten and Hinton, 2008) of all rows together.
 
-    X: (n, D) images; others: (m, D) queries; method: one of `PROJECTIONS`.
-    Returns (n, 2) and (m, 2) coordinates, and the labels of the two axes.
-    Raises InputError if there are fewer than five images, or scikit-learn is missing.
+    Args:
+        X: (n, D) images.
+        others: (m, D) queries.
+        method: one of `PROJECTIONS`.
+        seed: seed of t-SNE.
+
+    Returns:
+        (n, 2) and (m, 2) coordinates, and the labels of the two axes.
+
+    Raises:
+        InputError: there are fewer than five images, or scikit-learn is not installed.
     """
     if len(X) < 5:
-        raise InputError(f"map of {len(X)} images: expected at least 5")
+        raise InputError(f"map: got {len(X)} images, expected at least 5")
     if method == "pca":
         points, more, fractions = principal_plane(X, others)
         return points, more, [f"axis {i + 1} ({100 * part:.1f} % of the variance)" for i, part in enumerate(fractions)]
     try:
         from sklearn.manifold import TSNE
     except ImportError as error:
-        raise InputError("t-SNE needs scikit-learn: pip install scikit-learn, or use --map pca") from error
+        raise InputError(
+            "--map tsne: scikit-learn is not installed; run `pip install scikit-learn`, or use --map pca"
+        ) from error
     rows = np.concatenate([X, others])
     points = TSNE(init="pca", perplexity=min(30.0, (len(rows) - 1) / 3), random_state=seed).fit_transform(rows)
     return points[: len(X)], points[len(X) :], ["t-SNE 1", "t-SNE 2"]
 
 
 def grid_cells(points: np.ndarray, columns: int, rows: int) -> dict[tuple[int, int], int]:
-    """Return (column, row from below) -> index of the (n, 2) point nearest to the center of that cell of a grid."""
+    """Return for each cell of a grid the point that is nearest to the center of the cell.
+
+    Args:
+        points: (n, 2) points; the grid covers their bounding box.
+        columns: number of columns of the grid.
+        rows: number of rows of the grid.
+
+    Returns:
+        (column, row) -> index of the point; rows are counted from the bottom, and empty cells are missing.
+    """
     low, size = points.min(axis=0), np.maximum(np.ptp(points, axis=0), 1e-12)
     position = (points - low) / size * [columns, rows]
     cell = np.minimum(position.astype(np.int64), [columns - 1, rows - 1])
@@ -295,8 +354,14 @@ def draw_map(
 ) -> None:
     """Draw descriptors on a plane, colored by landmark, with the queries as stars, and a second panel of thumbnails.
 
-    images, queries: (n, 2) points and the landmark of each, None if unknown; thumbnails: index of an image, one of
-    `grid_cells` -> (h, w, 3) uint8, empty for no second panel; grid: columns and rows of `grid_cells`.
+    Args:
+        path: PNG file to write.
+        title: title of the figure.
+        axis_labels: labels of the two axes.
+        images: (n, 2) points of the images, and the landmark of each, None if unknown.
+        queries: (m, 2) points of the queries, and the landmark of each, None if unknown.
+        thumbnails: index of an image chosen by `grid_cells` -> (h, w, 3) uint8; empty for no second panel.
+        grid: number of columns and rows of `grid_cells`.
     """
     figure = _figure(17 if thumbnails else 9.5, 7.6)
     figure.suptitle(title)
@@ -311,7 +376,7 @@ def draw_map(
 
 
 def _landmark_styles(landmarks: Sequence[str | None]) -> dict[str | None, tuple[str, str]]:
-    """Return color and marker of the landmarks with most images; the others have none."""
+    """Return the color and the marker of each of the landmarks with the most images."""
     names, counts = np.unique([name for name in landmarks if name is not None] or [""], return_counts=True)
     largest = [str(name) for name in names[np.argsort(-counts, kind="stable")][:_MAX_LANDMARKS]]
     count = len(_LANDMARK_COLORS)
@@ -339,7 +404,7 @@ def _draw_points(axes: Any, images: Any, queries: Any, styles: Mapping[str | Non
 
 
 def _draw_thumbnails(axes: Any, cells: Any, landmarks: Any, thumbnails: Any, styles: Any) -> None:
-    """Draw each thumbnail in its cell, with a frame in the color of its landmark."""
+    """Draw each thumbnail in its cell of the grid, with a frame in the color of its landmark."""
     from matplotlib.patches import Rectangle
 
     for (column, row), index in cells.items():
@@ -349,23 +414,26 @@ def _draw_thumbnails(axes: Any, cells: Any, landmarks: Any, thumbnails: Any, sty
         axes.imshow(image, extent=(left, left + width, bottom, bottom + height), interpolation="antialiased")
         color = styles.get(landmarks[index], (_OTHER,))[0]
         axes.add_patch(Rectangle((left, bottom), width, height, fill=False, edgecolor=color, linewidth=2))
-    axes.set(xticks=[], yticks=[], aspect="equal", title="the image in the center of each part of the map")
+    axes.set(xticks=[], yticks=[], aspect="equal", title="the image nearest to the center of each grid cell")
 
 
 @dataclass(frozen=True)
 class HeatPanel:
-    """One image of a heat map."""
+    """One image in a figure of heat maps."""
 
     image: np.ndarray  # (H, W, 3) uint8
-    shares: np.ndarray | None  # (H, W) what each pixel adds to a similarity; None for the image alone
+    shares: np.ndarray | None  # (H, W) contribution of each pixel to a similarity; None to draw the image alone
     caption: str
-    relevance: str  # a key of `COLORS`, for the frame
+    relevance: str  # key of `COLORS` that determines the color of the frame
 
 
 def draw_heat_maps(path: Path, title: str, columns: Sequence[Sequence[HeatPanel | None]]) -> None:
-    """Draw heat over images, from black (no share, or a negative one) to yellow (the largest share of the image).
+    """Draw heat maps over images, from black (zero or negative contribution) to yellow (largest of the image).
 
-    columns: panels from top to bottom, of equal length; None leaves a place empty.
+    Args:
+        path: PNG file to write.
+        title: title of the figure.
+        columns: panels of each column from top to bottom; columns have equal lengths, and None leaves a cell empty.
     """
     from matplotlib.cm import ScalarMappable
 
@@ -382,19 +450,19 @@ def draw_heat_maps(path: Path, title: str, columns: Sequence[Sequence[HeatPanel 
         for spine in axes.spines.values():
             spine.set(color=COLORS[panel.relevance], linewidth=3)
     bar = figure.colorbar(ScalarMappable(cmap=_HEAT), ax=grid, shrink=0.5, aspect=30)
-    bar.set_label("share of the similarity, relative to the largest of the image", fontsize=8)
+    bar.set_label("contribution to the similarity, relative to the largest in the image", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     _save(figure, path)
 
 
 def heat_overlay(image: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Return the image in gray with its shares in color: (H, W, 3) uint8. Negative shares count as zero."""
+    """Return the gray image overlaid with its contributions in color, (H, W, 3) uint8; negative ones count as zero."""
     from matplotlib import colormaps
 
     strength = np.clip(shares, 0, None)
     strength = strength / max(strength.max(), 1e-12)
     color = colormaps[_HEAT](strength)[..., :3]
     gray = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) / 255
-    # Bright images are dimmed, or dark heat on them would look strong.
+    # The image is dimmed, because dark heat on a bright image would otherwise look like a large contribution.
     cover = 0.45 + 0.2 * strength[..., None]
     return np.clip(255 * ((1 - cover) * 0.8 * gray + cover * color), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Results of evaluations for model cards: read, checked against the weights, and prepared for the template."""
+"""Read results of evaluations for model cards, check that they belong to the weights, and format them."""
 
 from __future__ import annotations
 
@@ -18,33 +18,38 @@ _STAGES = {"search": "", "rerank": ", reranked"}
 
 
 def read_card_results(paths: Sequence[str | Path], network: RetrievalNetwork) -> list[CardResult]:
-    """Read results of a network for `superglobal.model_card`.
+    """Read the results of a network for `superglobal.model_card`.
 
     Args:
         paths: `results.json` files of `eval.py`, or folders that contain such files.
-        network: with the same weights as in the results; its settings may differ.
+        network: network whose weights were evaluated; its other settings may differ from those of the results.
+
+    Returns:
+        One entry per result.
 
     Raises:
-        InputError: a result is missing, has no numbers, or is of other weights or of no network.
+        InputError: a result is missing, has no metrics, or was computed with other weights or without a network.
     """
     digest = weights_digest(network.state_dict())
     card_results = []
     for path in map(Path, paths):
-        for place, summary in _read(path):
+        for source, summary in _read(path):
             if summary["status"] != "ok" or not summary["metrics"]:
-                reason = "evaluated without labels" if summary["status"] == "ok" else summary["status"]
-                raise InputError(f"{place}: has no numbers ({reason}); leave it out")
+                reason = "evaluated without labels" if summary["status"] == "ok" else f"status {summary['status']}"
+                raise InputError(f"{source}: the result has no metrics ({reason}); leave it out")
             weights = summary["about"].get("network", {}).get("weights")
             if weights != digest:
-                source = f"weights {weights[:12]}..." if weights else "your own descriptors, without a network"
-                raise InputError(f"{place}: results of {source}, expected weights {digest[:12]}...; leave it out")
+                evaluated = f"the weights {weights[:12]}..." if weights else "your own descriptors, without a network"
+                raise InputError(
+                    f"{source}: the result is of {evaluated}; expected the weights {digest[:12]}...; leave it out"
+                )
             card_results.append(_card_result(summary))
     return card_results
 
 
 def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     if path.is_dir():
-        # An ablation contains rows that do not apply to the backbone.
+        # An ablation may contain rows that do not apply to the backbone; they have the status "n/a".
         return [(path / row["run"], row) for row in read_results(path) if row["status"] != "n/a"]
     return [(path, read_result(path))]
 
@@ -53,7 +58,7 @@ def _card_result(summary: Mapping[str, Any]) -> CardResult:
     tuned_on = summary["tuned_on"]
     warning = f"**Settings tuned on {', '.join(tuned_on)}.**" if tuned_on else ""
     if any(name.endswith(report.TEST_MARK) for name in tuned_on):
-        warning += " **These numbers do not estimate the quality on other images; do not compare them.**"
+        warning += " **They are too optimistic for other images; do not compare them with other results.**"
     rows = [
         {"stage": stage, "protocol": protocol, **report.metric_cells(metrics, protocol)}
         for stage, metrics in summary["metrics"].items()
@@ -65,7 +70,7 @@ def _card_result(summary: Mapping[str, Any]) -> CardResult:
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
-    """List the settings that the numbers depend on."""
+    """Return the settings on which the metrics depend, as a list of texts."""
     counts, protocol, versions = summary["counts"], summary["protocol"], summary["versions"]
     notes = [
         f"{counts['queries']} queries, {counts['database']} images; role of the set: {summary['role']}",
@@ -83,7 +88,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _entries(summary: Mapping[str, Any]) -> list[EvalResult]:
-    """Return one entry per stage and protocol for the card's metadata."""
+    """Return one metadata entry of the card per stage and protocol."""
     tuned = f"; settings tuned on {', '.join(summary['tuned_on'])}" if summary["tuned_on"] else ""
     entries = []
     for stage, metrics in summary["metrics"].items():
