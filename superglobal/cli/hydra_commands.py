@@ -47,8 +47,8 @@ def serve(arguments: Sequence[str] | None = None) -> int:
 def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequence[str] | None) -> int:
     """Compose the configuration and run the task once, or once per job of a sweep.
 
-    Hydra reads `sys.argv` and would take the name of the command for a setting, so the name is removed from it. Lightning
-    starts further processes with the `sys.argv` of the running task, so the task restores it by `_output_dir`.
+    Hydra reads `sys.argv` and would take the name of the command for a setting, so this function removes the name.
+    Lightning starts further processes with the `sys.argv` of the running task, so `_output_dir` restores it.
     """
     global _process_arguments
     try:

@@ -19,8 +19,8 @@ Example: superglobal export WEIGHTS FILE.onnx
 
 The exported model takes images as (B, 3, H, W) float32 RGB in 0..1 and returns (B, D) descriptors of unit norm. It
 includes the normalization of the pixels and all scales. The metadata of the file describes inputs and outputs. Without
---size the model accepts any image size, and without --batch any batch size. The command compares the exported model with
-the network on images of several sizes, and writes the file only if they agree within --tolerance.
+--size the model accepts any image size, and without --batch any batch size. The command compares the exported model
+with the network on images of several sizes, and writes the file only if they agree within --tolerance.
 """
 _SHARE = """Write a model folder that others can load with one line of code.
 
@@ -61,7 +61,7 @@ def convert_weights(arguments: Sequence[str]) -> int:
         )
     network = load_model(args.source, pooling="gem", scales=1)
     save_weights(network, args.target, {**source.provenance, "converter": f"superglobal {__version__}"}, False)
-    print(f"Wrote {args.target}: {source.backbone}, whitening to {source.dim} dimensions, {len(source.state)} tensors")
+    print(f"Wrote {args.target}: {source.backbone}, {source.dim} dimensions, {len(source.state)} tensors")
     if source.ignored:
         names = ", ".join(source.ignored[:3])
         print(f"Ignored {len(source.ignored)} tensors of CVNet-Rerank ({names}, ...)")

@@ -3,8 +3,8 @@
 Example: superglobal store info outputs/stores/STORE
 
 A store is a folder in outputs/stores. Independent jobs can extract shards of the same list of images, each into a store
-of its own; `merge` combines these stores. `export` writes a .npy file, with the names of the images in a second file, or
-a .parquet file.
+of its own; `merge` combines these stores. `export` writes a .parquet file, or a .npy file and a second file with the
+names of the images.
 """
 
 from __future__ import annotations

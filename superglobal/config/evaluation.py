@@ -344,7 +344,7 @@ class EvalConfig:
             )
         if d.kind == "descriptors" and own.query is None:
             raise InputError(
-                "dataset=descriptors: the descriptors are missing; add descriptors.query=Q.npy descriptors.database=X.npy"
+                "dataset=descriptors: the files are missing; add descriptors.query=Q.npy descriptors.database=X.npy"
             )
         if d.kind == "descriptors" and distractors is not None:
             raise InputError(

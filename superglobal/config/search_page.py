@@ -57,8 +57,8 @@ class ServeConfig(EvalConfig):
         shard, devices = self.extraction.shard, self.trainer.devices
         if self.dataset.kind == "descriptors" or self.descriptors.query is not None:
             raise InputError(
-                "dataset=descriptors: the search page extracts descriptors from images itself; use another dataset= and "
-                "no descriptors.*"
+                "dataset=descriptors: the search page extracts descriptors from images itself; use another dataset= "
+                "without descriptors.*"
             )
         if self.rerank.enabled and not {"M", "K", "beta"} <= get_reranker(self.rerank.kind).parameters.keys():
             raise InputError(

@@ -240,8 +240,8 @@ class TrainConfig:
             raise InputError(f"data.stages={stages}: expected [epochs, side] pairs, e.g. [[8,256],[4,384]]")
         if stages and sum(epochs for epochs, _ in stages) >= optim.epochs:
             raise InputError(
-                f"data.stages={stages}: expected fewer epochs in total than optim.epochs={optim.epochs}; reduce them or "
-                "increase optim.epochs"
+                f"data.stages={stages}: expected fewer epochs in total than optim.epochs={optim.epochs}; increase "
+                "optim.epochs or shorten the stages"
             )
         if optim.batch_size % self.trainer.accumulate:
             raise InputError(

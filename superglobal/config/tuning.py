@@ -70,7 +70,7 @@ class TuneConfig:
     seed: int = setting(0, minimum=0, maximum=SEEDS - 1)
 
     def validate(self) -> None:
-        """Check that settings may be chosen on the data set and that Optuna is installed; otherwise raise InputError."""
+        """Check that settings may be chosen on the data set, and that Optuna is installed; raise InputError if not."""
         if self.dataset is not None:
             self.dataset.validate()
             _validate_tuning_set(self.dataset, self.allow_test)
@@ -92,8 +92,8 @@ def _validate_tuning_set(d: DatasetConfig, allow_test: bool) -> None:
         )
     if d.role == "train":
         raise InputError(
-            f"dataset.role=train: settings chosen on the training images of {d.name} do not generalize to other images; "
-            "use a validation set"
+            f"dataset.role=train: settings chosen on the training images of {d.name} do not generalize to other "
+            "images; use a validation set"
         )
     if d.name in _BENCHMARKS and d.role != "test":
         raise InputError(f"dataset.role={d.role}: {d.name} is a benchmark, so expected dataset.role=test")

@@ -1,4 +1,4 @@
-"""Comparisons of runs query by query: the interval of a gain, and the queries that a run wins and loses."""
+"""Compare runs query by query: the interval of a gain, and the queries for which a run is better or worse."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ from superglobal.utils.io import write_atomically
 _CORRECT = "correct"
 _EQUAL = 1e-9
 _SUMMARY = ("protocol", "queries", "won", "lost", "equal", "mean difference", "95 %")
-_MAX_PRINTED = 10  # queries won, and queries lost
+_MAX_PRINTED = 10  # maximum number of won queries, and of lost queries, that are printed
 
 
 @dataclass(frozen=True)
 class PerQuery:
-    """The scores per query of one stage of a run."""
+    """Scores per query of one stage of a run."""
 
     queries: list[str]
-    landmarks: list[str]  # a query without a known landmark counts as a landmark of its own
-    measure: str  # "AP", or for recognition "correct" (1 or 0)
+    landmarks: list[str]  # each query without a known landmark is treated as a separate landmark
+    measure: str  # "AP", or "correct" (1 or 0) for recognition
     scores: dict[str, np.ndarray]  # protocol -> (Q,) in 0..1, NaN where the query does not count
 
 
 def read_per_query(folder: Path, stage: str) -> PerQuery:
-    """Read the scores of one stage.
+    """Read the scores per query of one stage.
+
+    Args:
+        folder: folder of the result.
+        stage: "search" or "rerank".
 
     Raises:
-        InputError: The file is missing, damaged, or without scores of this stage.
+        InputError: the file is missing or damaged, or contains no scores of this stage.
     """
     path = folder / "per_query.csv"
     scores, measure = {}, "AP"
@@ -54,20 +58,21 @@ def read_per_query(folder: Path, stage: str) -> PerQuery:
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: missing or damaged ({error!r}); run eval.py again") from error
     if not scores:
-        raise InputError(f"{path}: no scores of {stage}; run eval.py again")
+        raise InputError(f"{path}: contains no scores of the stage {stage}; run eval.py again")
     return PerQuery(queries, [name or f"query {i}" for i, name in enumerate(landmarks)], measure, scores)
 
 
 def gain_interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the gain in the main metric, averaged over pairs, in percent.
+    """Return the 95 % bootstrap interval of the gain in the main metric, averaged over pairs of runs.
 
-    Landmarks are drawn with replacement; the queries are the same in all runs.
+    The bootstrap draws landmarks with replacement.
 
     Args:
-        pairs: (result, baseline), as `runs.read_results` returns them.
+        pairs: (result, baseline) in the form that `runs.read_results` returns.
 
     Returns:
-        None if the queries differ, the metric is not a mean over queries, or a run is its own baseline.
+        (low, high) in percent; None if the queries differ, the metric is not a mean over queries, or a run is its own
+        baseline.
     """
     differences, first = [], None
     for result, baseline in pairs:
@@ -79,7 +84,7 @@ def gain_interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) 
             runs.append(read_per_query(run["folder"], stage))
             if protocol not in runs[-1].scores:
                 path = run["folder"] / "per_query.csv"
-                raise InputError(f"{path}: damaged, without the protocol {protocol}; run eval.py again")
+                raise InputError(f"{path}: damaged, the protocol {protocol} is missing; run eval.py again")
             aps.append(runs[-1].scores[protocol])
         first = first or runs[0]
         if any(run.queries != first.queries for run in runs):
@@ -95,7 +100,7 @@ def gain_interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) 
 def _mean_and_interval(
     differences: np.ndarray, landmarks: Sequence[str], seed: int
 ) -> tuple[float, tuple[float, float]]:
-    """Return the mean and its 95 % interval by drawing whole landmarks; NaN where they are undefined."""
+    """Return the mean and its 95 % interval from a bootstrap over landmarks; NaN where they are undefined."""
     counted = ~np.isnan(differences)
     if not counted.any():
         return float("nan"), (float("nan"), float("nan"))
@@ -110,37 +115,37 @@ class PairedComparison:
     queries: Sequence[str]
     landmarks: Sequence[str]
     measure: str  # "AP" or "correct"
-    main: str  # the protocol that orders the queries
+    main: str  # protocol by whose differences the queries are sorted
     scores: Mapping[str, np.ndarray]  # protocol -> (Q,) in 0..1, NaN where the query does not count
     baseline_scores: Mapping[str, np.ndarray]
-    seed: int  # of the bootstrap
+    seed: int  # seed of the bootstrap
 
     def difference(self, protocol: str | None = None) -> np.ndarray:
-        """Return (Q,) `scores` minus `baseline_scores`, by default of the main protocol."""
+        """Return (Q,) `scores` minus `baseline_scores` under a protocol, by default the main one."""
         protocol = protocol or self.main
         return self.scores[protocol] - self.baseline_scores[protocol]
 
     def order(self) -> np.ndarray:
-        """Return (Q,) query numbers by descending difference; queries that do not count come last."""
+        """Return (Q,) query numbers sorted by descending difference; queries that do not count come last."""
         return np.argsort(-self.difference(), kind="stable")
 
     def counts(self, protocol: str | None = None) -> dict[str, int]:
-        """Return how many queries are won, lost and equal."""
+        """Return the number of queries that are won, lost and equal."""
         difference = self.difference(protocol)
         kinds = {"won": difference > _EQUAL, "lost": difference < -_EQUAL, "equal": np.abs(difference) <= _EQUAL}
         return {kind: int(mask.sum()) for kind, mask in kinds.items()}
 
     def most_won(self, limit: int) -> list[int]:
-        """Return the numbers of at most `limit` won queries, the largest difference first."""
+        """Return the numbers of at most `limit` won queries, sorted by decreasing gain."""
         return self.order()[: min(limit, self.counts()["won"])].tolist()
 
     def most_lost(self, limit: int) -> list[int]:
-        """Return the numbers of at most `limit` lost queries, the largest difference first."""
+        """Return the numbers of at most `limit` lost queries, sorted by decreasing loss."""
         counted = int((~np.isnan(self.difference())).sum())
         return self.order()[:counted][::-1][: min(limit, self.counts()["lost"])].tolist()
 
     def mean(self, protocol: str | None = None) -> tuple[float, tuple[float, float]]:
-        """Return the mean difference and its 95 % interval by drawing whole landmarks; NaN where undefined."""
+        """Return the mean difference and its 95 % interval from a bootstrap over landmarks; NaN where undefined."""
         return _mean_and_interval(self.difference(protocol), self.landmarks, self.seed)
 
 
@@ -150,38 +155,45 @@ def read_comparison(
     """Compare the last stages of two results.
 
     Args:
-        folder, baseline_folder: Folders of the two results.
-        result, baseline: Their `results.json`.
+        folder: folder of the result.
+        result: content of its `results.json`.
+        baseline_folder: folder of the baseline.
+        baseline: content of its `results.json`.
 
     Raises:
-        InputError: A result has no scores, or metrics, protocols or queries differ.
+        InputError: a result has no scores per query, or the metrics, protocols or queries of the results differ.
     """
-    for place, run in ((folder, result), (baseline_folder, baseline)):
+    for run_folder, run in ((folder, result), (baseline_folder, baseline)):
         if not run["metrics"]:
-            raise InputError(
-                f"{place}: no scores per query (no labels, or status {run['status']}); compare another result"
-            )
+            reason = "evaluated without labels" if run["status"] == "ok" else f"status {run['status']}"
+            raise InputError(f"{run_folder}: the result has no scores per query ({reason}); compare another result")
     (stage, main), (baseline_stage, _) = main_protocol(result), main_protocol(baseline)
     keys = metric_key(result["metrics"][stage]), metric_key(baseline["metrics"][baseline_stage])
     if keys[0] != keys[1]:
-        raise InputError(f"{folder} uses {METRICS[keys[0]]}, {baseline_folder} {METRICS[keys[1]]}: not comparable")
-    own, other = read_per_query(folder, stage), read_per_query(baseline_folder, baseline_stage)
-    if (own.queries, own.landmarks) != (other.queries, other.landmarks):
         raise InputError(
-            f"{folder} ({result['dataset']}, {len(own.queries)} queries) and {baseline_folder} ({baseline['dataset']}, "
-            f"{len(other.queries)}) have different queries; compare results of the same queries"
+            f"{folder} has the metric {METRICS[keys[0]]}, and {baseline_folder} has {METRICS[keys[1]]}: the results "
+            "are not comparable; expected the same metric"
         )
-    common = [protocol for protocol in own.scores if protocol in other.scores]
+    scored, compared = read_per_query(folder, stage), read_per_query(baseline_folder, baseline_stage)
+    if (scored.queries, scored.landmarks) != (compared.queries, compared.landmarks):
+        raise InputError(
+            f"{folder} ({result['dataset']}, {len(scored.queries)} queries) and {baseline_folder} "
+            f"({baseline['dataset']}, {len(compared.queries)} queries) have different queries; compare results of the "
+            "same queries"
+        )
+    common = [protocol for protocol in scored.scores if protocol in compared.scores]
     if main not in common:
-        protocols = f"{folder} has {', '.join(own.scores)}, {baseline_folder} has {', '.join(other.scores)}"
-        raise InputError(f"different protocols: {protocols}: not comparable")
+        raise InputError(
+            f"{folder} has the protocols {', '.join(scored.scores)}, and {baseline_folder} has "
+            f"{', '.join(compared.scores)}: the results are not comparable; expected {main} in both"
+        )
     return PairedComparison(
-        own.queries,
-        own.landmarks,
-        own.measure,
+        scored.queries,
+        scored.landmarks,
+        scored.measure,
         main,
-        {protocol: own.scores[protocol] for protocol in common},
-        {protocol: other.scores[protocol] for protocol in common},
+        {protocol: scored.scores[protocol] for protocol in common},
+        {protocol: compared.scores[protocol] for protocol in common},
         result["config"].get("seed", 0),
     )
 
@@ -189,13 +201,14 @@ def read_comparison(
 def write_comparison(target: Path, comparison: PairedComparison, folder: Path, baseline: Path) -> None:
     """Write `queries.csv` and `queries.md` into `target`, and print the most won and the most lost queries.
 
-    In percent: per query the score of the baseline, that of the result and their difference, sorted by the difference;
-    then the differences under the other protocols.
+    The files contain one row per query, sorted by the difference: the score of the baseline, the score of the result,
+    their difference, and the differences under the other protocols, all in percent.
 
     Args:
-        target: Folder to write to.
-        comparison: What is written.
-        folder, baseline: Folders of the two results, for the title.
+        target: folder to write to.
+        comparison: comparison to write.
+        folder: folder of the result, shown in the title.
+        baseline: folder of the baseline, shown in the title.
     """
     others = [protocol for protocol in comparison.scores if protocol != comparison.main]
     score = f"{comparison.main} {comparison.measure}"

@@ -1,4 +1,4 @@
-"""Sheets of queries with their ranked results, before and after reranking, or by two runs."""
+"""Draw sheets of queries with their ranked results, before and after reranking or from two runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from superglobal.data.images import ImageItem, read_image
 from superglobal.reporting.results import Stages
 from superglobal.utils.io import write_atomically
 
-# Pixels: longest side of an image, its border, the gap between cells, the captions, and the titles of a comparison.
+# All sizes are in pixels: longer side of an image, its border, gap between cells, height of captions and of the titles
+# of a comparison, and gap between the two rankings of a comparison.
 _SIDE, _BORDER, _GAP, _CAPTION, _TITLE, _BETWEEN = 148, 5, 6, 14, 22, 18
 _FRAME = _SIDE + 2 * _BORDER
 _CELL, _LINE = _FRAME + _GAP, _FRAME + _CAPTION + _GAP
@@ -31,7 +32,7 @@ COLORS = {
     "query": "#0072b2",
     "unlabeled": "#bdbdbd",
 }
-"""Relevance of an image to a query -> color, of the palette by Okabe and Ito for color-blind readers."""
+"""Relevance of an image to a query -> color; the palette of Okabe and Ito is readable for color-blind people."""
 RELEVANCES = {
     "revisited": ("easy", "hard", "junk", "negative"),
     "labels": ("positive", "junk", "negative"),
@@ -43,35 +44,35 @@ RELEVANCES = {
 
 @dataclass(frozen=True)
 class Ranking:
-    """One ranking of a query."""
+    """Ranking of a query by one stage or run."""
 
     name: str
-    scores: np.ndarray  # (k,) of the results to show, best first
-    ids: np.ndarray  # (k,) -1 leaves a cell empty
+    scores: np.ndarray  # (k,) scores of the results to show, best first
+    ids: np.ndarray  # (k,) ids of these results; -1 leaves a cell empty
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One or two rankings of a query."""
+    """One or two rankings of the same query."""
 
     query: int
     title: str
     rankings: Sequence[Ranking]
-    full: Sequence[np.ndarray]  # (n,) all known ids of each, to find the rank of an image in the other ranking
+    full: Sequence[np.ndarray]  # (n,) complete list of ids of each ranking, to look up the rank of an image
 
 
 def draw_sheet(
     path: Path, dataset: EvaluationSet, database: Sequence[ImageItem], stages: Stages, queries: int, ranks: int
 ) -> None:
-    """Write a PNG with one line per query and stage; the border of a result shows its relevance.
+    """Write a PNG with one row per query and stage; the color of a result's border shows its relevance.
 
     Args:
-        path: The PNG.
-        dataset: Queries and, if known, ground truth.
-        database: Images by id, including distractors.
-        stages: Rankings of each stage.
-        queries: Number of queries, spread evenly over the list.
-        ranks: Number of results per query.
+        path: PNG file to write.
+        dataset: queries and, if known, ground truth.
+        database: images by id, including distractors.
+        stages: rankings of each stage.
+        queries: number of queries, chosen evenly over the list.
+        ranks: number of results per query.
     """
     shown = spread_evenly(len(dataset.queries), queries)
     ranks = min(ranks, next(iter(stages.values()))[1].shape[1])
@@ -91,16 +92,16 @@ def draw_sheet(
 def draw_comparisons(
     path: Path, dataset: EvaluationSet, database: Sequence[ImageItem], comparisons: Sequence[Comparison]
 ) -> None:
-    """Write a PNG with each query followed by its rankings side by side, five results per line.
+    """Write a PNG that shows each query and its rankings side by side, with five results per row.
 
-    Below a result are its rank, score and relevance, and with two rankings its rank in the other one; a triangle marks
-    whether it moved up or down.
+    The caption of a result contains its rank, score and relevance. If there are two rankings, it also contains the rank
+    in the other ranking, and a triangle shows whether the result moved up or down.
 
     Args:
-        path: The PNG.
-        dataset: Queries and, if known, ground truth.
-        database: Images by id, including distractors.
-        comparisons: In the order of the sheet.
+        path: PNG file to write.
+        dataset: queries and, if known, ground truth.
+        database: images by id, including distractors.
+        comparisons: comparisons in the order of the sheet.
     """
     width = _CELL + max(len(c.rankings) for c in comparisons) * (_COLUMNS * _CELL + _BETWEEN) + _GAP
     heights = [2 * _TITLE + _LINE * max(-(-len(r.ids) // _COLUMNS) for r in c.rankings) for c in comparisons]
@@ -144,13 +145,13 @@ def _draw_comparison(
 
 
 def find_rank(ids: np.ndarray, image: int) -> int | None:
-    """Return the 0-based rank of an image in a list of ids; None if it is not listed."""
+    """Return the 0-based rank of an image in a list of ids; None if the list does not contain it."""
     ranks = np.flatnonzero(ids == image)
     return int(ranks[0]) if len(ranks) else None
 
 
 def _draw_movement(sheet: Image.Image, x: int, y: int, rank: int, other_rank: int | None, is_later: bool) -> None:
-    """Write the rank in the other list below a cell, in the later list with a triangle up or down."""
+    """Draw the rank in the other ranking below a cell; in the later ranking, also draw a triangle up or down."""
     draw, right = ImageDraw.Draw(sheet), x + _FRAME - 2
     text = "not listed" if other_rank is None else f"{'from' if is_later else 'to'} {other_rank + 1}"
     middle = y + _FRAME + _CAPTION // 2 + 1
@@ -164,7 +165,7 @@ def _draw_movement(sheet: Image.Image, x: int, y: int, rank: int, other_rank: in
 
 
 def relevance(dataset: EvaluationSet, query: int, image: int) -> str:
-    """Return the relevance of a database image to a query, a key of `COLORS`."""
+    """Return the relevance of a database image to a query as a key of `COLORS`."""
     if dataset.gnd is None:
         return "unlabeled"
     entry: dict[str, Any] = dataset.gnd[query]
@@ -174,13 +175,14 @@ def relevance(dataset: EvaluationSet, query: int, image: int) -> str:
 def result_strip(
     dataset: EvaluationSet, database: Sequence[ImageItem], query: int, scores: np.ndarray, ids: np.ndarray
 ) -> Image.Image:
-    """Draw results of a query side by side, with rank and score below each; the border shows the relevance.
+    """Draw results of a query side by side, each with its rank and score; the border shows the relevance.
 
     Args:
-        dataset: Ground truth, if known.
-        database: Images by id, including distractors.
-        query: Number of the query.
-        scores, ids: (k,) its first results.
+        dataset: ground truth, if known.
+        database: images by id, including distractors.
+        query: number of the query.
+        scores: (k,) scores of the results, best first.
+        ids: (k,) ids of the results.
     """
     strip = Image.new("RGB", (_CELL * max(1, len(ids)), _FRAME + _CAPTION), "white")
     for rank, (score, image) in enumerate(zip(scores, ids.tolist(), strict=True)):
@@ -190,7 +192,7 @@ def result_strip(
 
 
 def query_thumbnail(item: ImageItem) -> Image.Image:
-    """Return the whole image of a query, reduced, with its box."""
+    """Return a thumbnail of the whole image of a query, with its box drawn."""
     image = Image.fromarray(read_image(item.path))
     if item.box is not None:
         width = max(2, round(max(image.size) / _SIDE * 2))
@@ -200,12 +202,12 @@ def query_thumbnail(item: ImageItem) -> Image.Image:
 
 
 def thumbnail(item: ImageItem) -> Image.Image:
-    """Return a reduced image."""
+    """Return a thumbnail of an image."""
     return Image.fromarray(read_image(item.path, max_side=_SIDE))
 
 
 def spread_evenly(count: int, limit: int) -> list[int]:
-    """Return at most `limit` of the numbers 0..count - 1, spread evenly."""
+    """Return at most `limit` of the numbers from 0 to count - 1, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int)).tolist() if count and limit else []
 
 

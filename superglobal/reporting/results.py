@@ -1,8 +1,8 @@
-"""The results of one run as files and as a console table (tables of many runs: tables.py).
+"""Write the results of one run to files and to the console (`tables` does so for several runs).
 
-A run's folder contains `results.json` (metrics, settings, fingerprints, versions, times), `per_query.csv` (AP per
-query and stage), `rankings.npz` (ids and scores), and `rankings.csv` and `rankings.json` (names and scores of the first
-results of the last stage).
+The folder of a run contains `results.json` (metrics, settings, fingerprints, versions and times), `per_query.csv` (AP
+per query and stage), `rankings.npz` (ids and scores), and `rankings.csv` and `rankings.json` (names and scores of the
+first results of the last stage).
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from superglobal.utils.provenance import versions
 
 FORMAT = "superglobal-result-2"
 TEST_MARK = "(test set)"
-"""Suffix of the entries of `tuned_on` whose settings were chosen on a test set."""
+"""Suffix of `tuned_on` if settings were chosen on a test set."""
 METRICS = {"map": "mAP", "mAP@100": "mAP@100", "GAP": "GAP"}
-"""Keys of the main metric in `results.json`, with their names in tables."""
-_MAX_LISTED, _MAX_ROWS = 100, 500_000  # named results per query, and of all queries together
+"""Key of the main metric in `results.json` -> its name in tables."""
+_MAX_LISTED, _MAX_ROWS = 100, 500_000  # maximum number of results in rankings.csv, per query and in total
 _JUNK_DROPPED = "removed before reranking, with a separate list for each protocol"
-_WHITENING = {"center": "mean subtracted", "pca": "whitened by the covariance"}
+_WHITENING = {"center": "whitening: subtracted the mean", "pca": "whitening: PCA"}
 Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
 """Stage ("search", "rerank") -> (scores, ids), each of shape (Q, k), best first."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """Names of the queries and of the database (including distractors), and the landmark of each query if known."""
+    """Names of the images of a run."""
 
     queries: Sequence[str]
-    database: Sequence[str]
-    clusters: Sequence[str] | None
+    database: Sequence[str]  # including distractors
+    clusters: Sequence[str] | None  # landmark of each query; None if unknown
 
 
 def summarize(
@@ -57,14 +57,14 @@ def summarize(
     """Return the content of `results.json`.
 
     Args:
-        config: Settings of the run as plain types.
-        about: Weights, network identity, fingerprints and device.
-        names: Names of the images; the counts are taken from them.
-        results: Metrics per stage; empty without labels.
-        seconds: Time per stage.
+        config: settings of the run as plain types.
+        about: weights, network identity, fingerprints and device.
+        names: names of the images, which determine the counts of images.
+        results: metrics of each stage; empty without labels.
+        seconds: duration of each stage.
     """
     dataset = config["dataset"]
-    # Own descriptors do not say how the queries were cropped.
+    # If the user provided the descriptors, it is unknown how the images were cropped and shrunk.
     extracted = "network" in about
     definition = next(iter(results.values())).definition if results else RetrievalResult.definition
     header = _header(config)
@@ -94,7 +94,9 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     dataset, distractors = config["dataset"], config["distractors"]
     name = dataset["name"]
     if dataset["kind"] == name == "folder" and dataset["database"]:
-        name = Path(dataset["database"]).resolve().name or name  # Sets of own images differ by folder.
+        name = (
+            Path(dataset["database"]).resolve().name or name
+        )  # The folder distinguishes different sets of own photos.
     name += f"+{distractors['name']}" if distractors["name"] else ""
     if dataset["kind"] == "revisited" and not dataset["crop_query"]:
         name += " (uncropped)"
@@ -113,12 +115,15 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tuned_on(config: Mapping[str, Any]) -> list[str]:
-    """Return the sets on which pooling or reranking were tuned; empty for the paper's settings and settings by hand."""
+    """Return the names of the sets on which `superglobal tune` chose pooling or reranking; empty without tuning."""
     return sorted({group["tuned_on"] for group in (config["pooling"], config["rerank"]) if group.get("tuned_on")})
 
 
 def main_metric(summary: Mapping[str, Any]) -> float:
-    """Return the main metric of the last stage in 0..1: mAP (Medium, or over labels), mAP@100 or GAP; NaN if none."""
+    """Return the main metric of the last stage in 0..1, NaN without metrics.
+
+    It is mAP (of the Medium protocol, or over labels), mAP@100 or GAP, depending on the data set.
+    """
     if not summary["metrics"]:
         return math.nan
     stage, protocol = main_protocol(summary)
@@ -133,7 +138,7 @@ def main_protocol(summary: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def metric_key(metrics: Mapping[str, Any]) -> str:
-    """Return the key of `METRICS` that a stage has."""
+    """Return the key of the main metric of a stage, one of `METRICS`."""
     return next(key for key in METRICS if key in metrics)
 
 
@@ -145,7 +150,7 @@ def main_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:
 def write_result(
     folder: Path, summary: Mapping[str, Any], results: Mapping[str, Result], stages: Stages, names: Names
 ) -> None:
-    """Write the files of a run; `results.json` is written last and marks the run as finished."""
+    """Write the result files of a run; `results.json` is written last and marks the run as finished."""
     arrays: dict[str, Any] = {
         f"{stage}_{kind}": a for stage, pair in stages.items() for kind, a in zip(("scores", "ids"), pair, strict=True)
     }
@@ -162,10 +167,10 @@ def write_status(folder: Path, config: Any, status: str, reason: str) -> None:
     """Write the `results.json` of a run without metrics.
 
     Args:
-        folder: Folder of the run.
-        config: Settings of the run as plain types.
-        status: "n/a" for a row that does not apply, "failed" for a run that ended in an error.
-        reason: Shown to the user.
+        folder: folder of the run.
+        config: settings of the run as plain types.
+        status: "n/a" for an ablation row that does not apply to the backbone, "failed" for a run that raised an error.
+        reason: explanation for the user.
     """
     _write_summary(folder, {**_header(config), "status": status, "reason": reason})
 
@@ -175,12 +180,12 @@ def _write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def modules_text(summary: Mapping[str, Any]) -> str:
-    """Return the modules that were on: the default depends on the weights, and readers could not guess it."""
+    """Return the modules that were on, as text; they are shown because their default depends on the weights."""
     rerank = summary["config"]["rerank"]
     text = f"rerank {rerank_label(rerank)}" if rerank["enabled"] else "no rerank"
     whitening = summary["about"].get("whitening")
     if whitening is not None:
-        text = f"{_WHITENING[whitening['kind']]} of {whitening['rows']} searched images; {text}"
+        text = f"{_WHITENING[whitening['kind']]} of {whitening['rows']} database images; {text}"
     network = summary["about"].get("network")
     if network is None:
         return text
@@ -191,7 +196,7 @@ def modules_text(summary: Mapping[str, Any]) -> str:
 
 
 def print_result(summary: Mapping[str, Any], folder: Path) -> None:
-    """Print the metrics of a run, the modules that were on, and every mark that qualifies the numbers."""
+    """Print the metrics of a run, the modules that were on, and everything that limits what the metrics mean."""
     if summary["metrics"]:
         counts = summary["counts"]
         size = f"{counts['queries']} queries, {counts['database']} images"
@@ -205,24 +210,25 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
         lines.append(f"settings tuned on {', '.join(summary['tuned_on'])}")
     if summary["about"].get("skipped"):
         lines.append(
-            f"{summary['about']['skipped']} distractors are unreadable and never ranked: skipped.txt of their store"
+            f"{summary['about']['skipped']} distractors are missing or corrupt and were not ranked; skipped.txt in "
+            "their descriptor store lists them"
         )
-    lines.append(", ".join(f"{stage} {value:.2f} s" for stage, value in summary["seconds"].items()))
+    lines.append("time: " + ", ".join(f"{stage} {value:.2f} s" for stage, value in summary["seconds"].items()))
     console().print("\n".join([*lines, f"results in {folder}"]), soft_wrap=True, highlight=False, markup=False)
 
 
 def image_sizes_text(protocol: Mapping[str, Any]) -> str:
-    """Return the image sizes that the network saw; results are comparable only if these are equal."""
+    """Return the image sizes that the network processed as text; only results with equal sizes are comparable."""
     shrunk = f"shrunk to a longer side of {protocol['max_side']} px" if protocol["max_side"] else "not shrunk"
     return f"images: {shrunk}; enlarged to a shorter side of {protocol['min_side']} px if smaller"
 
 
 def print_metrics(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print a table with one row per stage and protocol, in percent.
+    """Print a table of metrics in percent, with one row per stage and protocol.
 
     Args:
-        title: Title of the table.
-        metrics: Stage -> `to_dict` of its result.
+        title: title of the table.
+        metrics: stage -> metrics, as returned by `to_dict` of the stage's result.
     """
     rows = [
         {"stage": stage, "protocol": protocol, **metric_cells(values, protocol)}
@@ -233,7 +239,7 @@ def print_metrics(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def metric_cells(metrics: Mapping[str, Any], protocol: str) -> dict[str, str]:
-    """Return the cells of one stage and protocol by column."""
+    """Return the table cells of one stage and protocol: column -> text."""
     cells = {METRICS[metric_key(metrics)]: percent(main_scores(metrics)[protocol])}
     if "GAP_landmarks_only" in metrics:
         cells["GAP, landmarks only"] = percent(metrics["GAP_landmarks_only"][protocol])
@@ -251,17 +257,17 @@ def metric_cells(metrics: Mapping[str, Any], protocol: str) -> dict[str, str]:
 
 
 def approximation_text(index: Mapping[str, Any]) -> str:
-    """Return the settings of an approximate index and its difference from exact search."""
+    """Return the settings of an approximate index and its differences from exact search as text."""
     text = f"approximate search: {', '.join(f'{name} {value}' for name, value in index['settings'].items())}"
     if "compared_to_exact" not in index:
         return text
     exact = index["compared_to_exact"]
     recall = f"recall@{exact['k']} {exact['recall']:.4f} (minimum {exact['min_recall']:.4f})"
-    text += f"\ncompared to exact search, {exact['queries']} queries: {recall}"
+    text += f"\ncompared to exact search of {exact['queries']} queries: {recall}"
     for key, metric in METRICS.items():
         for protocol, value in exact.get(f"{key}_difference", {}).items():
             text += "" if value is None else f", {protocol} {metric} {100 * value:+.2f}"
-    return text if any(f"{key}_difference" in exact for key in METRICS) else f"{text}; recall only"
+    return text if any(f"{key}_difference" in exact for key in METRICS) else f"{text}; metrics were not compared"
 
 
 def _write_rankings(folder: Path, stages: Stages, names: Names) -> None:
@@ -271,7 +277,7 @@ def _write_rankings(folder: Path, stages: Stages, names: Names) -> None:
     for number, (row_scores, row_ids) in enumerate(zip(scores[:, :depth], ids[:, :depth], strict=True)):
         images = [names.database[i] for i in row_ids]
         values = [round(float(s), 6) if math.isfinite(s) else None for s in row_scores]
-        # Several queries may be boxes of one image; the number distinguishes them.
+        # Several queries may be boxes in the same image, so only the number identifies a query.
         query = names.queries[number]
         results = [{"image": image, "score": value} for image, value in zip(images, values, strict=True)]
         rankings.append({"number": number, "query": query, "results": results})
@@ -295,20 +301,20 @@ def _write_per_query(folder: Path, results: Mapping[str, Result], names: Names) 
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """Return rows as CSV."""
+    """Format rows as CSV."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue()
 
 
 def markdown_text(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
+    """Format a table as Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
-    """Print a table whose first `left` columns are aligned to the left, the others to the right."""
+    """Print a table; the first `left` columns are aligned to the left, the other columns to the right."""
     table = Table(title=escape(title))
     for i, column in enumerate(columns):
         table.add_column(escape(column), justify="left" if i < left else "right")
@@ -318,23 +324,23 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def console() -> Console:
-    """Return a console of 160 columns if there is no terminal: rich assumes 80 and would truncate names in a log."""
+    """Return a console; without a terminal it has 160 columns, because rich's 80 would truncate names in log files."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=160)
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """Return a number in 0..1 in percent, and "-" for None."""
+    """Format a number in 0..1 in percent; None becomes "-"."""
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
 def percent_range(low: float | None, high: float | None) -> str:
-    """Return an interval in 0..1 in percent, and "-" for None."""
+    """Format an interval in 0..1 in percent; None becomes "-"."""
     return "-" if low is None or high is None else f"{percent(low, 1)}-{percent(high, 1)}"
 
 
 def plain_types(value: Any) -> Any:
-    """Convert to types of JSON; infinities become text, since JSON has none."""
+    """Convert a value to JSON types; infinities and NaN become strings, because JSON does not support them."""
     if isinstance(value, Mapping):
         return {str(k): plain_types(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

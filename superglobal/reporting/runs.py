@@ -1,4 +1,4 @@
-"""Finished runs: read their `results.json`, sort them into the order of a table, and find the baseline of each."""
+"""Read the `results.json` of finished runs, sort the runs into table rows, and assign a baseline to each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from superglobal.reporting.results import FORMAT, METRICS, TEST_MARK, main_proto
 from superglobal.reranking.registry import rerank_label
 from superglobal.utils.io import EXPORT
 
-# Settings that change no number, or that another column or the row's name shows.
+# These settings have no column of their own: they change no number, or another column or the row's name shows them.
 _HIDDEN_SETTINGS = (
     "ablation",
     "paths.",
@@ -31,7 +31,7 @@ _HIDDEN_SETTINGS = (
     "pooling.tuned_on",
     "rerank.tuned_on",
 )
-# Settings of a data set that its name does not show.
+# These settings of a data set need a column, because the name of the data set does not contain them.
 _DATASET_SETTINGS = ("database", "max_side", "solution", "table", "landmarks", "seed", "neighbors", "votes")
 _REQUIRED_KEYS = ("ablation", "dataset", "weights", "status", "metrics", "config")
 
@@ -40,17 +40,18 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read every `results.json` below a folder.
 
     Returns:
-        The results; each with two more keys, `folder` (absolute) and `run` (its path below `folder`).
+        The results in the order of the jobs. Two keys are added to each: `folder`, its absolute path, and `run`, its
+        path relative to the given folder.
 
     Raises:
-        InputError: No result was found, or one is damaged.
+        InputError: there is no result, or a result is damaged.
     """
     results = [
         {**read_result(path), "run": path.parent.relative_to(folder).as_posix(), "folder": path.parent.resolve()}
         for path in sorted(folder.rglob("results.json"), key=_job_order)
     ]
     if not results:
-        raise InputError(f"{folder}: no results.json in it; give the folder that eval.py printed")
+        raise InputError(f"{folder}: contains no results.json; give the folder that eval.py printed")
     return results
 
 
@@ -58,7 +59,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read one `results.json`.
 
     Raises:
-        InputError: The file is missing, damaged, or of another version.
+        InputError: the file is missing or damaged, or has another format version.
     """
     try:
         result = json.loads(path.read_bytes())
@@ -71,21 +72,21 @@ def read_result(path: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise InputError(f"{path}: format {version!r}, expected {FORMAT!r}; run eval.py again")
     if missing:
-        raise InputError(f"{path}: damaged, without {', '.join(missing)}; run eval.py again")
+        raise InputError(f"{path}: damaged, the keys {', '.join(missing)} are missing; run eval.py again")
     return result
 
 
 def _job_order(path: Path) -> tuple[str, int, str]:
-    """Sort the jobs of a sweep by number, so that 10 follows 9."""
+    """Return a sort key that orders the jobs of a sweep by number, so that 10 follows 9."""
     number = path.parent.name.split("_")[0]
     return path.parent.parent.as_posix(), int(number) if number.isdecimal() else -1, path.as_posix()
 
 
 def read_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Read the results of several folders; `run` is then the path below the folder that they have in common.
+    """Read the results of several folders; `run` is their path relative to the common parent folder.
 
     Raises:
-        InputError: A folder has no result, or a result is damaged.
+        InputError: a folder contains no result, or a result is damaged.
     """
     if len(folders) == 1:
         return read_results(folders[0])
@@ -97,17 +98,17 @@ def read_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run as a row of a table."""
+    """Run as a row of a table."""
 
     result: dict[str, Any]
-    weights: str  # the shortest name that distinguishes them from those of the other rows
+    weights: str  # short name of the weights that differs from the names in other rows
     name: str
-    settings: dict[str, str]  # those in which the rows differ
-    baseline: dict[str, Any] | None  # itself for the first run of its kind, None for a run without metrics
+    settings: dict[str, str]  # settings in which the rows differ
+    baseline: dict[str, Any] | None  # result to compare with; `result` itself for a baseline, None without metrics
 
 
 def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
-    """Return the runs sorted by data set, weights, and row of the ablation; otherwise in the given order."""
+    """Return the runs as rows, sorted by data set, weights and ablation row, and otherwise in the given order."""
     order = {name: i for i, name in enumerate(ABLATIONS)}
     weights = list(dict.fromkeys(str(result["weights"]) for result in results))
     short_names = _short_names(weights)
@@ -118,17 +119,18 @@ def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
     settings = [flatten(result["config"]) for result in results]
     _merge_rerank_settings(settings, results)
     is_ablation = [result["ablation"] in order for result in results]
-    # The name of an ablation's row says which modules are on.
+    # In an ablation the settings of the modules need no columns, because the names of the rows contain them.
     columns = _differing_settings(settings, hidden=ABLATION_SETTINGS if all(is_ablation) else ())
     baselines: dict[tuple[str, ...], dict[str, Any]] = {}
     rows = []
     for result, own_settings, in_ablation in zip(results, settings, is_ablation, strict=True):
         name = result["ablation"] or result["run"]
-        # A number that was maximized on the test set is marked as such in every table.
+        # Every table marks results whose settings were chosen on the test set.
         name += "".join(f" (tuned on {images})" for images in result.get("tuned_on", ()) if images.endswith(TEST_MARK))
         values = {key: str(own_settings.get(key, "")) for key in columns}
         others = [value for key, value in values.items() if key not in ABLATION_SETTINGS]
-        # In an ablation every combination of the other settings has its own baseline; in a plain sweep it is row one.
+        # In an ablation each combination of the other settings has its own baseline. In another sweep the first run on
+        # a data set is the baseline.
         key = (result["dataset"], values.get("dataset.database", ""))
         if in_ablation:
             key = (result["dataset"], str(result["weights"]), *others)
@@ -138,9 +140,9 @@ def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
 
 
 def scores_in_percent(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the main metric of the last stage in percent.
+    """Return the main metric of the last stage in percent: protocol -> score.
 
-    The keys are the protocols; metrics other than mAP are named in the key, so that nobody takes them for mAP.
+    The keys of metrics other than mAP also contain the name of the metric, so that they are not mistaken for mAP.
     """
     if not result["metrics"]:
         return {}
@@ -150,18 +152,18 @@ def scores_in_percent(result: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def milliseconds_per_query(result: Mapping[str, Any]) -> float | None:
-    """Return the time of search and reranking per query; None if nothing was searched."""
+    """Return the time of search and reranking per query in milliseconds; None without a search."""
     seconds, queries = result.get("seconds", {}), result.get("counts", {}).get("queries")
     return 1000 * (seconds["search"] + seconds.get("rerank", 0)) / queries if queries and "search" in seconds else None
 
 
 def missing_text(result: Mapping[str, Any]) -> str:
-    """Return the text that replaces the numbers of a run without metrics."""
+    """Return the text shown instead of the metrics of a run without metrics: "failed" or "n/a"."""
     return "failed" if result["status"] == "failed" else "n/a"
 
 
 def _merge_rerank_settings(settings: list[dict[str, Any]], results: Sequence[Mapping[str, Any]]) -> None:
-    """Replace `rerank.*` by one setting if several kinds of reranking occur: their parameters differ."""
+    """Replace the settings `rerank.*` by one setting `rerank` if the runs use rerankers with different parameters."""
     kinds = {values.get("rerank.kind", "superglobal") for values in settings if values.get("rerank.enabled")}
     if len(kinds) > 1:
         for values, result in zip(settings, results, strict=True):
@@ -171,13 +173,13 @@ def _merge_rerank_settings(settings: list[dict[str, Any]], results: Sequence[Map
 
 
 def _short_names(weights: Sequence[str]) -> dict[str, str]:
-    """Shorten the path of a training's export to the name of the training, if the names remain different."""
+    """Return path -> name, with the name of the training run instead of the path of its weights, if unambiguous."""
     names = {path: Path(path).parent.name if path.endswith(f"/{EXPORT}") else path for path in weights}
     return names if len(set(names.values())) == len(names) else {path: path for path in weights}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted name."""
+    """Return nested settings as a flat dictionary: dotted name -> value."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -185,7 +187,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differing_settings(settings: Sequence[Mapping[str, Any]], hidden: Sequence[str]) -> list[str]:
-    """Return the names of the settings that differ between runs and have no other column."""
+    """Return the names of the settings that differ between runs and need a column."""
     keys = dict.fromkeys(key for values in settings for key in values)
     shown = [key for key in keys if not key.startswith(_HIDDEN_SETTINGS) and key not in hidden]
     shown += [key for name in _DATASET_SETTINGS if (key := f"dataset.{name}") in keys]

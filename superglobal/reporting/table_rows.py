@@ -1,5 +1,7 @@
-"""One table per data set in the paper's layout: a row per configuration, the set with and without distractors side by
-side, the published numbers of the same configurations, and the main effects of a full factorial.
+"""Build one table per data set in the layout of the paper.
+
+A table has one row per configuration, and the data set with and without distractors side by side. It also contains
+published scores of the same configurations, and the main effects of a full factorial.
 """
 
 from __future__ import annotations
@@ -31,47 +33,47 @@ CITATION = "Shao et al., ICCV 2023, arXiv:2308.06954"
 
 @dataclass(frozen=True)
 class Cell:
-    """Metrics of one run in percent, by protocol."""
+    """Metrics of one run in percent."""
 
-    scores: Mapping[str, float | None]  # empty for a run without metrics
-    gains: Mapping[str, float | None]  # over the baseline; empty for a baseline
+    scores: Mapping[str, float | None]  # by protocol; empty for a run without metrics
+    gains: Mapping[str, float | None]  # gains over the baseline by protocol; empty for a baseline
     interval: tuple[float, float] | None  # 95 % interval of the gain under the main protocol
-    milliseconds: float | None  # per query
+    milliseconds: float | None  # time per query
     missing: str = ""  # "n/a" or "failed" for a run without metrics
 
 
 @dataclass
 class Row:
-    """A configuration."""
+    """Configuration, shown as a row of the table."""
 
     name: str  # empty if the columns identify the row
     weights: str
     modules: tuple[bool | str, ...]  # state of each of `DatasetTable.modules`
     settings: tuple[str, ...]  # value of each of `DatasetTable.settings`
-    cells: dict[str, Cell] = field(default_factory=dict)  # by variant of the data set
+    cells: dict[str, Cell] = field(default_factory=dict)  # metrics by variant of the data set
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Main effect of a module: the mean, over all pairs of runs that differ in it alone, of the gain by enabling it."""
+    """Main effect of a module: the mean gain by enabling it, over all pairs of runs that differ only in this module."""
 
     module: str
     variant: str
     weights: str
     pairs: int
-    gains: Mapping[str, float | None]  # in percent, by protocol
+    gains: Mapping[str, float | None]  # mean gain in percent, by protocol
     interval: tuple[float, float] | None  # 95 % interval under the main protocol
 
 
 @dataclass(frozen=True)
 class Published:
-    """Scores of the paper on one data set, in percent by protocol, with CVNet's weights and all modules of pooling."""
+    """Published scores of the paper on one data set, with CVNet's weights and all modules of pooling."""
 
     dataset: str
     backbone: str
     reranked: bool
-    scores: tuple[tuple[str, float], ...]
-    source: str  # where the scores were read
+    scores: tuple[tuple[str, float], ...]  # (protocol, score in percent)
+    source: str  # publication from which the scores were copied
 
     @property
     def short_name(self) -> str:
@@ -84,26 +86,26 @@ class Published:
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """Everything measured on one data set."""
+    """Table of all results on one data set."""
 
     name: str
-    variants: tuple[str, ...]  # "" is the set itself, others are its distractors, such as "+revisitop1m"
-    protocols: tuple[str, ...]  # columns of each variant
-    main: str  # the protocol of intervals
+    variants: tuple[str, ...]  # "" for the set itself; otherwise the added distractors, such as "+revisitop1m"
+    protocols: tuple[str, ...]  # one column per protocol and variant
+    main: str  # protocol for which intervals are computed
     metric: str
-    modules: tuple[str, ...]  # `MODULES` if the rows differ in them and all states are known; else empty
+    modules: tuple[str, ...]  # `MODULES` if the rows differ in them and all states are known; otherwise empty
     settings: tuple[str, ...]  # other settings in which the rows differ
     rows: tuple[Row, ...]
-    published: tuple[Published, ...]  # scores of the paper for configurations in the table, not measured here
-    effects: tuple[Effect, ...]  # of a full factorial; else empty
+    published: tuple[Published, ...]  # published scores of configurations in the table, which were not measured here
+    effects: tuple[Effect, ...]  # main effects of a full factorial; otherwise empty
 
     @property
     def several_weights(self) -> bool:
-        """Return whether the rows have different weights, so that a column must name them."""
+        """Return whether the rows have different weights, so that the table needs a column for them."""
         return len({row.weights for row in self.rows}) > 1
 
     def label(self, row: Row) -> str:
-        """Return a configuration as one line: its name, or the list of its modules, and its settings."""
+        """Return a configuration as one line of text: its name or its modules, and its settings."""
         words = [row.weights] if self.several_weights else []
         if row.name:
             words.append(row.name)
@@ -124,7 +126,10 @@ def dataset_tables(results: Sequence[dict[str, Any]]) -> list[DatasetTable]:
 
 
 def _name_and_variant(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Split "roxford5k+revisitop1m (3 unreadable)" into "roxford5k" and "+revisitop1m (3 unreadable)"."""
+    """Split the name of a data set, e.g. "roxford5k+revisitop1m (3 unreadable)", into name and distractors.
+
+    In the example the result is ("roxford5k", "+revisitop1m (3 unreadable)").
+    """
     name, distractors = result["dataset"], result["config"].get("distractors", {}).get("name")
     if not distractors:
         return name, ""
@@ -147,7 +152,8 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
     for run, state, variant in zip(runs, states, variants, strict=True):
         modules = tuple(value for value in state if value is not None) if has_modules else ()
         values = tuple(run.settings[key] for key in settings)
-        # The folder of a job is no name if columns identify the row; a second run of the same gets a row of its own.
+        # If columns identify the row, its name does not repeat the folder of the job. A second run of the same
+        # configuration gets a separate row.
         row_name = run.name
         if not run.result["ablation"] and (has_modules or settings):
             row_name = run.name.replace(run.result["run"], "", 1)
@@ -177,13 +183,13 @@ def _metric_and_main(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _shown_by_modules(key: str, runs: Sequence[RunRow]) -> bool:
-    """Return whether the columns of modules determine a setting; they do not determine the kind of reranking."""
+    """Return whether the columns of the modules already show a setting; they do not show the kind of reranking."""
     kinds = {run.settings[key] for run in runs} - {"none"}
     return key in ABLATION_SETTINGS and (key != "rerank" or len(kinds) == 1)
 
 
 def _shown_by_weights(key: str, runs: Sequence[RunRow]) -> bool:
-    """Return whether the name of the weights determines a setting."""
+    """Return whether the name of the weights already determines a setting."""
     values = {(run.weights, run.settings[key]) for run in runs}
     return 1 < len(values) == len({run.weights for run in runs})
 
@@ -201,10 +207,10 @@ def _cell(run: RunRow) -> Cell:
 
 
 def _main_effects(runs: Sequence[RunRow], states: Sequence[States], variants: Sequence[str]) -> list[Effect]:
-    """Return the main effects of the weights and variants that have a run for each combination of the modules."""
+    """Return the main effects for all weights and variants with a run for each combination of the modules."""
     groups: dict[tuple[str, str], dict[States, dict[str, Any]]] = {}
     for run, state, variant in zip(runs, states, variants, strict=True):
-        # A module that is neither on nor off, such as ReLUP in a variant of its own, has no pair.
+        # A run with a module that is neither on nor off, such as another variant of ReLUP, belongs to no pair.
         if run.result["metrics"] and all(isinstance(value, bool) for value in state):
             groups.setdefault((variant, run.weights), {})[state] = run.result
     effects = []
@@ -234,20 +240,20 @@ def _effect(i: int, variant: str, weights: str, runs: Mapping[States, dict[str, 
 
 _WEBSITE = "paperswithcode.com/paper/global-features-are-all-you-need-for-image"
 _SUMMARIES = "summaries of the paper by others"
-# Only numbers that could be confirmed; none of the paper's table of modules could be.
+# The list contains only scores that could be confirmed. No score of the paper's ablation table could be.
 _PUBLISHED = (
     Published("roxford5k", "resnet101", False, (("hard", 72.1),), _SUMMARIES),
     Published("rparis6k", "resnet101", False, (("hard", 83.5),), _SUMMARIES),
     Published("roxford5k", "resnet101", True, (("hard", 80.2),), _WEBSITE),
     Published("rparis6k", "resnet101", True, (("hard", 86.7),), _WEBSITE),
 )
-# The paper's pooling. GeM+ has its own exponent, so that of GeM does not matter.
+# Settings of the paper's pooling. The settings of GeM are left out, because GeM+ has an exponent of its own.
 _POOLING = {k: v for k, v in asdict(PoolingConfig(relup="on")).items() if k not in ("p", "eps", "learn_p")}
 _SCALES, _WEIGHTS_FORMAT = [0.7071, 1.0, 1.4142], "CVNet"
 
 
 def published_for(result: Mapping[str, Any]) -> Published | None:
-    """Return the paper's scores for exactly the data set, network and configuration of a result; None if unknown."""
+    """Return the published scores for the same data set, network and configuration as a result; None if unknown."""
     config, about = result["config"], result.get("about", {})
     network = about.get("network")
     if network is None or about.get("weights_format") != _WEIGHTS_FORMAT or not _is_paper_protocol(config):
@@ -255,12 +261,12 @@ def published_for(result: Mapping[str, Any]) -> Published | None:
     pooling = {k: math.inf if network["pooling"].get(k) == "inf" else network["pooling"].get(k) for k in _POOLING}
     if pooling != _POOLING or network["scales"] != _SCALES or network["antialias"]:
         return None
-    wanted = (config["dataset"]["name"], network["backbone"], config["rerank"]["enabled"])
-    return next((paper for paper in _PUBLISHED if (paper.dataset, paper.backbone, paper.reranked) == wanted), None)
+    key = (config["dataset"]["name"], network["backbone"], config["rerank"]["enabled"])
+    return next((paper for paper in _PUBLISHED if (paper.dataset, paper.backbone, paper.reranked) == key), None)
 
 
 def _is_paper_protocol(config: Mapping[str, Any]) -> bool:
-    """Return whether data set, search and reranking are those of the paper."""
+    """Return whether the data set, the search and the reranking are configured as in the paper."""
     dataset, rerank = config["dataset"], config["rerank"]
     is_paper_rerank = not rerank["enabled"] or (
         rerank["kind"] == "superglobal"

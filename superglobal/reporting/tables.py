@@ -1,4 +1,4 @@
-"""Tables of many runs: a list of all runs, and for each data set a table to read (console, Markdown, CSV, LaTeX)."""
+"""Write tables of several runs: a list of all runs, and a table per data set (console, Markdown, CSV and LaTeX)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from superglobal.reporting.table_rows import CITATION, Cell, DatasetTable, Effec
 from superglobal.utils.io import write_atomically
 
 FormatCell = Callable[[Cell, str], list[str]]
-"""Format the metrics of a run on a variant of the data set as texts."""
+"""Function that formats the metrics of a run on a variant of the data set as the texts of several columns."""
 _NOTE = f"as published ({CITATION}), not measured here"
 
 
@@ -44,13 +44,17 @@ def write_tables(folder: Path, *others: Path) -> list[dict[str, Any]]:
     """Compare all results below the folders, on the console and in files in the first folder.
 
     `table.csv` and `table.md` list every run with all its metrics. For each data set, `table-NAME` (.csv, .md, .tex)
-    has a row per configuration, and `chart.png` shows those rows.
+    has one row per configuration. `chart.png` shows the rows of all data sets.
+
+    Args:
+        folder: first folder, to which the files are written.
+        others: further folders.
 
     Returns:
-        The results.
+        All results.
 
     Raises:
-        InputError: A folder has no results, a result is damaged, or a file cannot be written.
+        InputError: a folder contains no results, a result is damaged, or a file cannot be written.
     """
     results = read_all([folder, *others])
     columns, rows = _run_list(results)
@@ -66,7 +70,7 @@ def write_tables(folder: Path, *others: Path) -> list[dict[str, Any]]:
 
 
 def _by_file_name(tables: Sequence[DatasetTable]) -> dict[str, DatasetTable]:
-    """Return the tables by valid file names that are all different."""
+    """Return file name -> table; the names are valid file names and all different."""
     named: dict[str, DatasetTable] = {}
     for table in tables:
         plain = re.sub(r"[^\w.-]+", "-", table.name).strip("-.") or "set"
@@ -79,9 +83,9 @@ def _by_file_name(tables: Sequence[DatasetTable]) -> dict[str, DatasetTable]:
 
 
 def _run_list(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and rows of the list of all runs, with the metrics of the last stage in percent.
+    """Return the columns and rows of the list of all runs, with the metrics of the last stage in percent.
 
-    Every setting in which the runs differ has a column, so that no two rows look alike.
+    Every setting in which the runs differ has a column, so that all rows can be distinguished.
     """
     runs = run_rows(results)
     settings = list(dict.fromkeys(key for run in runs for key in run.settings))
@@ -118,7 +122,10 @@ def _gain_cells(run: RunRow) -> list[str]:
 
 
 def as_csv(table: DatasetTable) -> str:
-    """Return all numbers, in percent; `source` marks the rows of the paper, `effect of` those of main effects."""
+    """Return all numbers of a table as CSV, in percent.
+
+    The column `source` marks published scores, and the column `effect of` marks the main effects of modules.
+    """
     heads = _head_columns(table)
     columns = ["source", "effect of", *heads]
     for variant in table.variants:
@@ -140,7 +147,7 @@ def as_csv(table: DatasetTable) -> str:
 
 
 def as_markdown(table: DatasetTable) -> str:
-    """Return the table and its main effects; published scores are in italics."""
+    """Return the table and its main effects as Markdown; published scores are in italics."""
     columns = _columns(table, f"95 % of {table.main} gain", "ms per query")
 
     def cells(cell: Cell, _: str) -> list[str]:
@@ -155,15 +162,18 @@ def as_markdown(table: DatasetTable) -> str:
     text = f"**{table.name}**, {_title(table)}\n\n" + markdown_text(columns, [*_rows(table, cells), *paper])
     if paper:
         sources = ", ".join(dict.fromkeys(paper.source for paper in table.published))
-        text += f"\nIn italics: {_NOTE}; read in {sources}.\n"
+        text += f"\nScores in italics are {_NOTE}; source: {sources}.\n"
     if table.effects:
         text += f"\n**{_effects_title(table)}**\n\n" + markdown_text(*_effects_table(table))
     return text
 
 
 def _print(table: DatasetTable) -> None:
-    """Print the table; to save width, the modules are a list, and only the main protocol's gain is shown."""
-    note = f"paper: {_NOTE}" if table.published else None
+    """Print the table on the console.
+
+    To save width, the modules are listed in one column, and only the gain under the main protocol is shown.
+    """
+    note = f"Scores of the paper are {_NOTE}." if table.published else None
     shown = Table(title=escape(f"{table.name}, {_title(table, 'gain over')}"), caption=note)
     shown.add_column("")
     for variant in table.variants:
@@ -201,9 +211,9 @@ _LATEX = str.maketrans(
 
 
 def as_latex(table: DatasetTable) -> str:
-    """Return the table and its main effects for booktabs; the best measured score of each column is bold.
+    """Return the table and its main effects as LaTeX for the package booktabs.
 
-    Published scores follow after a rule, in italics and never bold.
+    The best measured score of each column is bold. Published scores follow below a rule, in italics and never bold.
     """
     heads = len(_head_columns(table))
     columns = [_latex(name) for name in _columns(table, f"95 % of {table.main}", "ms/query", with_variant=False)]
@@ -252,12 +262,12 @@ def _latex_effects(table: DatasetTable) -> list[str]:
 
 
 def _latex(text: str) -> str:
-    """Escape text; two hyphens do not become a dash."""
+    """Escape text for LaTeX, and separate double hyphens, which LaTeX would turn into a dash."""
     return text.translate(_LATEX).replace("--", "-{}-")
 
 
 def _latex_numbers(text: str) -> str:
-    """Set signed numbers in math mode, for a real minus sign."""
+    """Put signed numbers into math mode, so that LaTeX prints a minus sign instead of a hyphen."""
     return re.sub(r"[+-][\d.]+", lambda match: f"${match[0]}$", text)
 
 
@@ -297,12 +307,15 @@ def _columns(table: DatasetTable, interval: str, time: str, with_variant: bool =
 def _rows(
     table: DatasetTable, cells: Callable[[Cell, str], list[str]], on: str = "✓", off: str = ""
 ) -> list[list[str]]:
-    """Return the measured rows; `cells` formats the metrics of a run."""
+    """Return the rows of the measured configurations; `cells` formats the metrics of a run."""
     return [[*_head_cells(table, row, on, off), *_variant_cells(table, row, cells)] for row in table.rows]
 
 
 def _variant_cells(table: DatasetTable, row: Row, cells: FormatCell) -> list[str]:
-    """Return the texts of all variants: empty without a run, "failed" or "n/a" as scores of a run without metrics."""
+    """Return the cells of a row for all variants of the data set.
+
+    Cells are empty if there is no run. Without metrics, the scores are "failed" or "n/a" and the other cells are empty.
+    """
     width = len(cells(Cell({}, {}, None, None), ""))
     count = len(table.protocols)
     texts = []
@@ -318,7 +331,7 @@ def _variant_cells(table: DatasetTable, row: Row, cells: FormatCell) -> list[str
 
 
 def _published_rows(table: DatasetTable, width: int, digits: int = 1) -> list[list[str]]:
-    """Return the rows of the paper: scores of the set without distractors, without gains, intervals or times."""
+    """Return the rows of published scores, for the set without distractors and without gains, intervals or times."""
     blank = [""] * (len(_head_columns(table)) - 1)
     rows = [[paper.name, *blank, *_published_scores(table, paper.scores, digits)] for paper in table.published]
     return [[*row, *[""] * (width - len(row))] for row in rows]
@@ -360,7 +373,7 @@ def _effect_cells(table: DatasetTable, effect: Effect | None) -> list[str]:
 
 
 def _scores(table: DatasetTable, cell: Cell) -> list[str]:
-    """Return the scores by protocol; a dash where no query counts."""
+    """Return the scores of all protocols as text; "-" if no query counts."""
     values = [(cell.scores.get(protocol), protocol in cell.scores) for protocol in table.protocols]
     return [("-" if known else "") if value is None else f"{value:.2f}" for value, known in values]
 

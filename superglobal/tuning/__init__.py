@@ -1,1 +1,1 @@
-"""Choose pooling and reranking settings after training, on a validation set."""
+"""Choose the settings of pooling and reranking for a trained network on a validation set."""

@@ -1,4 +1,4 @@
-"""Feature maps on disk: computed once, so that other pooling settings do not need the network again."""
+"""Store feature maps on disk, so that each pooling setting can be tried without running the network again."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _PROGRESS_SECONDS = 20.0
 
 
 class MapStore:
-    """Feature maps (C, H, W) float32 of images by one backbone, in one safetensors file per image.
+    """Store of feature maps (C, H, W) float32 of one backbone, with one safetensors file per image.
 
-    The name of the folder is the fingerprint of everything that changes a map (weights, ReLUP, resizing), and the name
-    of a file that of the image's name, box and content. A file contains the maps of all scales; it is written
-    atomically, and again if a scale is missing.
+    The folder is named by a fingerprint of everything that changes a map: weights, ReLUP and resizing. A file is named
+    by a fingerprint of the image's name, box and content. It contains the maps of all scales. Files are written
+    atomically, and a file that lacks a scale is written again.
 
     Args:
-        folder: folder of all map stores.
-        network: on the CPU; `configure` may change its pooling.
-        max_side: larger images are shrunk to this longer side, in pixels.
+        folder: parent folder of all map stores.
+        network: network on the CPU; its pooling settings may be changed by `configure`.
+        max_side: longer side in pixels to which larger images are shrunk; None for no limit.
     """
 
     def __init__(self, folder: Path, network: RetrievalNetwork, max_side: int | None) -> None:
@@ -61,11 +61,11 @@ class MapStore:
         self.folder = folder / _digest(json.dumps(self.identity, sort_keys=True))
 
     def path(self, line: str) -> Path:
-        """Return the file of the image with this line of `ExtractionList.lines`."""
+        """Return the path of an image's file, given the image's line in `ExtractionList.lines`."""
         return self.folder / f"{_digest(line)}.safetensors"
 
     def missing(self, images: ExtractionList, grid: Sequence[Settings]) -> list[int]:
-        """Return the rows of images that lack maps for any settings of the grid."""
+        """Return the row numbers of the images whose file lacks a map for some settings of the grid."""
         rows = []
         for row, line in enumerate(images.lines()):
             stored = _stored(self.path(line))
@@ -74,7 +74,7 @@ class MapStore:
         return rows
 
     def size(self, images: ExtractionList, rows: Sequence[int], grid: Sequence[Settings]) -> int:
-        """Estimate the bytes of the maps of these images, from the sizes in their headers."""
+        """Estimate the size of the maps of some images in bytes, from the image sizes in the file headers."""
         cells, sizes = 0, images.sizes()
         for row in rows:
             height, width = sizes[row]
@@ -91,10 +91,17 @@ class MapStore:
     def fill(
         self, images: ExtractionList, rows: Sequence[int], grid: Sequence[Settings], device: str, workers: int
     ) -> None:
-        """Compute and write the maps of these images for all settings of the grid.
+        """Compute and write the maps of some images for all settings of the grid.
+
+        Args:
+            images: list of images.
+            rows: row numbers of the images to compute.
+            grid: settings whose maps are needed.
+            device: device of the network.
+            workers: number of processes that decode images.
 
         Raises:
-            InputError: an image is corrupt, or a file cannot be written; finished images stay.
+            InputError: an image is corrupt, or a file cannot be written. Finished files are kept.
         """
         write_atomically(self.folder / "maps.json", json.dumps(self.identity, indent=1).encode())
         lines = images.lines()
@@ -118,7 +125,7 @@ class MapStore:
 
     def _compute(self, image: Tensor, grid: Sequence[Settings]) -> dict[str, Tensor]:
         maps: dict[str, Tensor] = {}
-        # Longer lists of scales mostly contain the shorter ones.
+        # Settings with the most scales come first, because their maps mostly include those of fewer scales.
         for settings in sorted(grid, key=lambda settings: -settings.scales):
             keys = self._keys(settings, (image.shape[-2], image.shape[-1]))
             if not maps.keys() >= set(keys):
@@ -128,12 +135,12 @@ class MapStore:
         return maps
 
     def descriptors(self, settings: Settings, images: ExtractionList, pooling: RetrievalNetwork) -> np.ndarray:
-        """Return the network's descriptors with these settings, from the stored maps.
+        """Compute descriptors from the stored maps.
 
         Args:
-            settings: of pooling.
+            settings: pooling settings.
             images: images whose maps are stored.
-            pooling: network that pools and whitens, on its device; it is configured with the settings.
+            pooling: network whose pooling and whitening layers are applied; this method configures it.
 
         Returns:
             (N, D) float32, unit norm.
@@ -152,15 +159,16 @@ class MapStore:
                     keys = self._keys(settings, (int(metadata["height"]), int(metadata["width"])))
                     maps = [file.get_tensor(key)[None] for key in keys]
             except (SafetensorError, OSError, KeyError) as error:
-                raise InputError(f"{path}: missing or damaged ({error}); delete it and run again") from error
+                raise InputError(f"{path}: missing or damaged ({error}); delete it and run the command again") from error
             with torch.inference_mode(), full_precision():
                 rows.append(pooling.descriptors(maps)[0].cpu().numpy())
         return np.stack(rows)
 
     def _keys(self, settings: Settings, size: tuple[int, int]) -> list[str]:
-        """Return the names of an image's maps in its file, by scale.
+        """Return the names of the maps in an image's file, one per scale.
 
-        Settings change the map of a scale only if the image is so small that the network enlarges it.
+        The name contains the minimum side only for small images that the network enlarges, because for other images the
+        map of a scale does not depend on the settings.
         """
         configure(self.network, settings)
         min_side = self.network.min_side()
@@ -172,7 +180,7 @@ class MapStore:
 
 
 def _stored(path: Path) -> tuple[tuple[int, int], set[str]] | None:
-    """Return (height, width) of the image and the names of its maps, None if there is no valid file."""
+    """Return the (height, width) of an image and the names of its stored maps; None without a valid file."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -182,13 +190,13 @@ def _stored(path: Path) -> tuple[tuple[int, int], set[str]] | None:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise InputError if fewer than `needed` bytes are free on the disk of `folder`, which need not exist yet."""
+    """Check that `needed` bytes are free on the disk of `folder`, which need not exist; raise InputError if not."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"{folder}: the feature maps need {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; lower "
-            "max_images, shorten space.relup_alphas or space.scales, or set paths.outputs to a folder on another disk"
+            f"{folder}: not enough disk space, the feature maps need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
+            "free; lower max_images, shorten space.relup_alphas or space.scales, or set paths.outputs to another disk"
         )
 
 

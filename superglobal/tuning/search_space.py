@@ -1,4 +1,4 @@
-"""The settings that tuning chooses from, the search among them, and its outcome."""
+"""Define the settings that tuning searches, run the search, and evaluate its outcome."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ _SHORTLIST_LENGTHS = (25, 50, 100, 200, 400, 800)
 
 @dataclass(frozen=True)
 class Settings:
-    """One choice of settings; the defaults are the paper's.
+    """One combination of settings; the defaults are those of the paper.
 
     Args:
         gem_plus_p: exponent of GeM+.
-        regional_window, regional_p: of RegionalGeM; a window of 1 cell switches it off.
+        regional_window: window size of Regional-GeM in cells; 1 turns Regional-GeM off.
+        regional_p: exponent of Regional-GeM.
         scale: use Scale-GeM instead of the mean over the scales.
-        scales: number of scales: 1, 3 or 5.
-        relup_alpha: lower bound of ReLUP; 0 switches it off.
-        M, K, beta: of reranking.
+        scales: number of scales, 1, 3 or 5.
+        relup_alpha: lower bound of ReLUP; 0 turns ReLUP off.
+        M: number of reranked images.
+        K: number of neighbors in reranking.
+        beta: weight of the neighbors in reranking.
     """
 
     gem_plus_p: float = 4.6
@@ -48,7 +51,7 @@ class Settings:
     beta: float = 0.15
 
     def pooling(self) -> dict[str, Any]:
-        """Return the settings of `PoolingConfig`, without the constants of modules that are off."""
+        """Return the settings of `PoolingConfig`, without the parameters of modules that are off."""
         regional = self.regional_window > 1
         return {
             "gem_plus": True,
@@ -62,27 +65,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings that were tried, and their mAP (0..1) on the half that is searched."""
+    """Settings that were tried, and their score."""
 
     settings: Settings
-    score: float
+    score: float  # mAP in 0..1 on the search half
 
 
 def configure(network: RetrievalNetwork, settings: Settings) -> None:
-    """Make a network pool with the settings, except for ReLUP, which is inside the backbone."""
+    """Apply the pooling settings to a network, except ReLUP, which is part of the backbone."""
     pooling = {key: value for key, value in settings.pooling().items() if not key.startswith("relup")}
     network.pooling.config = replace(network.config, **pooling)
     network.scales = make_scales(settings.scales)
 
 
 def choices(space: SpaceConfig, has_relup: bool, reachable: int) -> dict[str, Any]:
-    """Return Optuna's distribution of each setting; all of them contain the paper's value.
+    """Return Optuna's distribution of each setting to search; all distributions contain the paper's value.
 
     Args:
-        space: lists to choose from.
+        space: configured search space.
         has_relup: whether the backbone supports ReLUP.
-        reachable: number of images that a query can find. A larger M is the same as all of them, for which the paper's
-            400 is kept.
+        reachable: number of images that a query can find. Values of M above it have the same effect, so all of them are
+            removed except the paper's 400.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -110,18 +113,21 @@ def search(
     seed: int,
     journal: Path,
 ) -> list[Trial]:
-    """Try `first`, then what Optuna's TPE proposes, up to `trials` in all.
+    """Try the settings `first`, and then settings proposed by Optuna's TPE sampler.
 
-    Every finished trial is on disk, and each proposal depends only on the seed and the trials before it: a search that
-    was interrupted, or is given more trials, resumes as if it had never stopped.
+    Every finished trial is saved, and a proposal depends only on the seed and the earlier trials. A search that was
+    interrupted, or that is repeated with more trials, therefore gives the same trials as a search without interruption.
 
     Args:
-        distributions: of the settings that are searched; the others stay as in `first`.
-        first: first trial.
-        score: function from settings to mAP, 0..1.
-        trials: number of trials.
+        distributions: distributions of the settings to search; all other settings stay as in `first`.
+        first: settings of the first trial.
+        score: function that computes the mAP of settings, in 0..1.
+        trials: total number of trials.
         seed: seed of the proposals.
-        journal: file of the trials.
+        journal: file in which the trials are saved.
+
+    Returns:
+        All trials in order, including those of earlier calls.
 
     Raises:
         InputError: the journal is damaged.
@@ -136,14 +142,14 @@ def search(
         study = optuna.create_study(storage=storage, study_name="pooling", direction="maximize", load_if_exists=True)
         done = study.get_trials(states=(TrialState.COMPLETE,))
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{journal}: damaged or not writable ({error!r}); remove it to restart the search") from error
+        raise InputError(f"{journal}: damaged or not writable ({error!r}); delete it to restart the search") from error
     if done:
-        log.info("Found %d finished trials", len(done))
+        log.info("Resuming the search after %d finished trials", len(done))
     else:
         params = {name: value for name, value in asdict(first).items() if name in distributions}
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=score(first)))
     for number in range(max(1, len(done)), trials):
-        # Each trial has its own sampler: the state of a common one would be lost with the process.
+        # Each trial uses a new sampler with its own seed, because the state of a shared sampler is not saved on disk.
         sampler_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, multivariate=True, constant_liar=False)
         trial = study.ask(distributions)
@@ -155,7 +161,7 @@ def search(
 
 
 def _with_params(first: Settings, params: dict[str, Any]) -> Settings:
-    """Replace settings, rounded: steps of 0.2 add up to 4.6000000000000005 instead of 4.6."""
+    """Return `first` with other values; floats are rounded, because steps of 0.2 add up to 4.6000000000000005."""
     rounded: dict[str, Any] = {
         name: round(value, 6) if isinstance(value, float) else value for name, value in params.items()
     }
@@ -163,22 +169,27 @@ def _with_params(first: Settings, params: dict[str, Any]) -> Settings:
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """Return the trial with the highest score, the earliest of equals."""
+    """Return the trial with the highest score; of equal scores, the earliest trial."""
     return max(trials, key=lambda trial: trial.score)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The winner in comparison with the paper's settings; mAP in 0..1.
+    """Comparison of the best settings with the paper's settings; all mAP in 0..1.
+
+    Settings are searched on the search half of the landmarks, and compared on the check half.
 
     Attributes:
-        tuned_on: images, as every result with the settings names them.
-        winner, paper: settings.
-        search_half, check_half: mAP of (winner, paper) on the half that was searched and on the other one.
+        tuned_on: name of the images, which is shown with every result that uses the settings.
+        winner: best settings.
+        paper: settings of the paper.
+        search_half: mAP of (winner, paper) on the search half.
+        check_half: mAP of (winner, paper) on the check half.
         interval: 95 % interval of the gain on the check half, from a bootstrap over landmarks.
         trials: number of trials.
-        queries, landmarks: of the check half.
-        rerank: whether reranking was searched; otherwise it was off.
+        queries: number of queries of the check half.
+        landmarks: number of landmarks of the check half.
+        rerank: True if reranking was searched, False if it was off.
     """
 
     tuned_on: str
@@ -194,19 +205,19 @@ class Outcome:
 
     @property
     def gain(self) -> float:
-        """Gain of mAP on the check half."""
+        """Return the gain in mAP on the check half."""
         return self.check_half[0] - self.check_half[1]
 
     @property
     def verdict(self) -> str:
         low, high = (f"{100 * value:+.1f}" for value in self.interval)
-        gain = f"{100 * self.gain:+.2f} mAP on the half that was not searched (95 % {low} to {high})"
+        gain = f"{100 * self.gain:+.2f} mAP on the half that was not searched (95 % interval {low} to {high})"
         if self.gain <= 0:
             return f"NO GAIN: {gain}; keep the paper's settings"
-        return f"gain {gain}" + ("" if self.interval[0] > 0 else "; the interval contains zero: it may be chance")
+        return f"gain {gain}" + ("" if self.interval[0] > 0 else "; the gain may be due to chance")
 
     def overrides(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the winner as settings below `pooling` and below `rerank`, with `tuned_on`."""
+        """Return the winner as the settings of the groups `pooling` and `rerank`, each with `tuned_on`."""
         w, mark = self.winner, {"tuned_on": self.tuned_on}
         parameters = {"M": w.M, "K": w.K, "beta": w.beta} if self.rerank else {}
         return {**w.pooling(), **mark}, {"enabled": self.rerank, **parameters, **mark}
@@ -221,15 +232,16 @@ def compare(
     rerank: bool,
     seed: int,
 ) -> Outcome:
-    """Compare the best trial with the first, which has the paper's settings, on both halves.
+    """Compare the best trial with the first trial, which has the paper's settings, on both halves.
 
     Args:
-        trials: in order; the earlier of equals wins.
-        ap: (Q,) average precision of every query with the best trial's settings, and with the first one's; NaN for
-            queries without a positive.
-        searched: (Q,) bool, queries of the half that was searched.
+        trials: trials in order.
+        ap: two arrays (Q,) with the average precision of every query, with the settings of the best trial and of the
+            first trial; NaN for queries without a positive.
+        searched: (Q,) bool, True for queries of the search half.
         clusters: landmark of each query.
-        tuned_on, rerank: see `Outcome`.
+        tuned_on: name of the images.
+        rerank: whether reranking was searched.
         seed: seed of the bootstrap.
     """
     counted = ~np.isnan(ap[1])
@@ -250,7 +262,7 @@ def compare(
 
 
 def write_outcome(folder: Path, name: str, outcome: Outcome, trials: Sequence[Trial]) -> None:
-    """Write `trials.csv`, `result.json`, and options `pooling=<name>` and `rerank=<name>` below `conf`."""
+    """Write `trials.csv`, `result.json`, and the options `pooling=<name>` and `rerank=<name>` in `conf/`."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["trial", *asdict(trials[0].settings), "mAP"])
@@ -269,16 +281,19 @@ def write_outcome(folder: Path, name: str, outcome: Outcome, trials: Sequence[Tr
 
 
 def usage(folder: Path, name: str, outcome: Outcome, weights: str) -> str:
-    """Return the commands that evaluate with the winner, by its files and by its values."""
+    """Return two commands that evaluate with the winner: one uses the written option files, one lists all values."""
     rest = f"dataset=... weights={shlex.quote(weights)}"
     pooling, rerank = outcome.overrides()
     values = [f"scales={outcome.winner.scales}"]
     values += [f"pooling.{key}={json.dumps(value)}" for key, value in pooling.items()]
     values += [f"rerank.{key}={json.dumps(value)}" for key, value in rerank.items()]
-    # `tuned_on` has spaces, which need quotes from the shell besides those for Hydra.
+    # `tuned_on` contains spaces, so the shell needs quotes in addition to those for Hydra.
     by_value = " ".join(f"'{value}'" if " " in value else value for value in values)
     by_file = f"--config-dir {shlex.quote(str(folder / 'conf'))} {rest} pooling={name} rerank={name}"
-    return f"to use it:   python eval.py {by_file}\nor by value: python eval.py {rest} {by_value}"
+    return (
+        f"Evaluate with these settings: python eval.py {by_file}\n"
+        f"or, without the written files: python eval.py {rest} {by_value}"
+    )
 
 
 def _comments(outcome: Outcome) -> str:
@@ -289,12 +304,13 @@ def _comments(outcome: Outcome) -> str:
     lines = (
         outcome.verdict,
         f"Tuned on {outcome.tuned_on}: best of {outcome.trials} trials, of which the first has the paper's settings.",
-        f"mAP in percent, winner and paper: {search_half} on the half that was searched, {check_half} on the other",
-        f"({outcome.queries} queries of {outcome.landmarks} landmarks there; both have all images in the database).",
+        f"mAP in percent of these and of the paper's settings: {search_half} on the half that was searched,",
+        f"{check_half} on the other half ({outcome.queries} queries of {outcome.landmarks} landmarks).",
+        "The database contains all images in both halves.",
     )
     return "".join(f"# {line}\n" for line in lines)
 
 
 def _yaml(section: dict[str, Any], indent: int) -> str:
-    """Return settings as YAML; JSON quotes "on", "off" and texts, for YAML and for Hydra's command line alike."""
+    """Format settings as YAML; the values are JSON, which quotes strings such as "on" that YAML reads as booleans."""
     return "".join(f"{' ' * indent}{key}: {json.dumps(value)}\n" for key, value in section.items())

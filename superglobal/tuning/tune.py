@@ -41,17 +41,17 @@ log = logging.getLogger(__name__)
 
 
 def tune(cfg: DictConfig, folder: Path) -> float:
-    """Search settings on half of a validation set's landmarks, check them on the other half, and write both scores.
+    """Search settings on half of a validation set's landmarks, check them on the other half, and write the results.
 
     Args:
         cfg: composed `TuneConfig`.
-        folder: of this tuning; it resumes if it was interrupted with the same settings, weights and images.
+        folder: folder of this tuning run. An interrupted run with the same settings, weights and images is resumed.
 
     Returns:
-        Gain of the winner over the paper's settings on the half that was not searched, in mAP, 0..1.
+        Gain of the best settings over the paper's settings on the half that was not searched, in mAP, 0..1.
 
     Raises:
-        InputError: input is missing or invalid, the set is a test set, or `folder` contains another tuning.
+        InputError: input is missing or invalid, the set is a test set, or `folder` contains a run with other settings.
     """
     config = validate_config(cfg, TuneConfig)
     dataset, max_side, tuned_on = _validation_set(config)
@@ -81,20 +81,20 @@ def tune(cfg: DictConfig, folder: Path) -> float:
     name = f"{config.name}_tuned"
     write_outcome(folder, name, outcome, trials)
     for half, scores in (("searched", outcome.search_half), ("other", outcome.check_half)):
-        print(f"mAP on the {half} half: winner {percent(scores[0])}, paper {percent(scores[1])}")
+        print(f"mAP on the {half} half: best settings {percent(scores[0])}, paper's settings {percent(scores[1])}")
     print(f"{outcome.verdict}\n{usage(folder, name, outcome, network.weights_label)}", flush=True)
     return outcome.gain
 
 
 class Scorer:
-    """Average precision of every query, computed from stored maps with the result of `eval.py`.
+    """Compute the average precision of every query from stored feature maps; the values equal those of `eval.py`.
 
     Args:
         dataset: evaluation set.
-        lists: the database and, if they are other images, the queries.
-        stores: map store of each alpha of ReLUP.
-        network: pools and whitens, on its device.
-        rerank: rerank after the search.
+        lists: database images and, if they are not the same, query images.
+        stores: map store for each lower bound of ReLUP.
+        network: network whose pooling and whitening layers are applied, on its device.
+        rerank: whether to rerank after the search.
     """
 
     def __init__(
@@ -112,7 +112,14 @@ class Scorer:
         self.rerank = rerank
 
     def average_precision(self, settings: Settings) -> np.ndarray:
-        """Return (Q,) float64 in 0..1 (Medium of a Revisited set), NaN for a query without a positive."""
+        """Return the average precision of every query.
+
+        Args:
+            settings: settings of pooling and reranking.
+
+        Returns:
+            (Q,) float64 in 0..1, under the Medium protocol for Revisited sets; NaN for queries without a positive.
+        """
         store, dataset = self.stores[settings.relup_alpha], self.dataset
         X = store.descriptors(settings, self.lists[0], self.network)
         Q = X if dataset.leave_one_out else store.descriptors(settings, self.lists[1], self.network)
@@ -131,7 +138,7 @@ class Scorer:
 
 
 def _validation_set(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]:
-    """Return the validation set, its `max_side`, and the `tuned_on` of results."""
+    """Return the validation set, its `max_side`, and the text of `tuned_on`."""
     d = config.dataset
     if d is None:
         dataset, max_side = held_out_set(Path(config.run), config.data_root)
@@ -144,14 +151,17 @@ def _validation_set(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]
 
 
 def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int | None]:
-    """Return the held-out images of a training run, each a query against all others, and their `max_side`.
+    """Return the held-out images of a training run as an evaluation set, and their `max_side`.
+
+    Each image is a query that is searched for among all other images. Images that the run recorded as corrupt are left
+    out.
 
     Args:
-        run: folder of the run, with its `training.json`; images that the run found corrupt are left out.
-        data_root: folder of the training list; None for the folder in the record.
+        run: folder of the training run, which contains `training.json`.
+        data_root: folder of the training list; None for the folder recorded in `training.json`.
 
     Raises:
-        InputError: the record or the training list is missing, or the images are in tar files.
+        InputError: `training.json` or the training list is missing, or the images are in tar files.
     """
     record = run / "training.json"
     try:
@@ -161,17 +171,17 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
         root, tars = Path(data_root or content["root"]), content["tars"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{run}: no record of a training ({error!r}); give name= or run= of one, or a validation set: "
-            "dataset=folder dataset.database=FOLDER dataset.labels=true"
+            f"{run}: contains no training run ({error!r}); give the name= or run= of a training run, or a validation "
+            "set: dataset=folder dataset.database=FOLDER dataset.labels=true"
         ) from error
     if not (root / d["table"]).is_file():
         raise InputError(
-            f"{root / d['table']}: the training list of {run} is missing; give its folder, data_root=FOLDER"
+            f"{root / d['table']}: the training list of {run} is missing; give its folder by data_root=FOLDER"
         )
     if tars is not None and data_root is None:
         raise InputError(
-            f"{run}: its images are in the tar files of {tars}, and tuning needs single files; unpack them, and give "
-            f"data_root=FOLDER of {d['table']} and train/a/b/c/<id>.jpg"
+            f"{run}: the training images are in the tar files in {tars}, but tuning needs image files; unpack the tar "
+            f"files and give data_root=FOLDER, the folder of {d['table']} and train/a/b/c/<id>.jpg"
         )
     images = read_train(root, d["table"], d["min_images"], d["classes_of"], d["leave_out"])
     images = split_landmarks(images, v["fraction"], seed)[1]
@@ -194,16 +204,24 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
 
 
 def limit_images(dataset: EvaluationSet, max_images: int, seed: int) -> EvaluationSet:
-    """Reduce a leave-one-out set to whole landmarks drawn by `seed`: at least four, otherwise `max_images` at most.
+    """Reduce a leave-one-out set to complete landmarks chosen at random.
+
+    Other sets are returned unchanged, because each query needs the complete database.
+
+    Args:
+        dataset: evaluation set.
+        max_images: maximum number of images; it may be exceeded, because at least four landmarks are kept.
+        seed: seed of the choice.
 
     Raises:
-        InputError: the set has queries of its own, so that its database must stay whole, and too many images.
+        InputError: a set that cannot be reduced has more than `max_images` images.
     """
     if not dataset.leave_one_out:
         count = len(dataset.database) + len(dataset.queries)
         if count > max_images:
             raise InputError(
-                f"max_images={max_images}: {dataset.name} has {count} images; raise it to store their maps"
+                f"max_images={max_images}: {dataset.name} has {count} images and cannot be reduced; set max_images="
+                f"{count} or more"
             )
         return dataset
     assert dataset.clusters is not None
@@ -221,38 +239,43 @@ def limit_images(dataset: EvaluationSet, max_images: int, seed: int) -> Evaluati
 
 
 def draw_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.ndarray:
-    """Draw half of the landmarks, on whose queries settings are chosen.
+    """Choose half of the landmarks at random; settings are searched on their queries.
 
     Args:
         clusters: landmark of each query.
-        counted: (Q,) bool, queries with a positive.
-        seed: seed of the draw.
+        counted: (Q,) bool, True for queries with a positive.
+        seed: seed of the choice.
 
     Returns:
-        (Q,) bool.
+        (Q,) bool, True for the queries of the chosen landmarks.
 
     Raises:
-        InputError: fewer than four landmarks have such queries.
+        InputError: fewer than four landmarks have queries with a positive.
     """
     names = np.unique(np.array(clusters)[counted])
     if len(names) < 4:
         raise InputError(
-            f"tuning needs at least four landmarks with two images or more, got {len(names)}: two to choose on and two "
-            "to check on"
+            f"tuning needs two landmarks to search settings and two to check them: expected at least 4 landmarks with "
+            f"two images or more, got {len(names)}; add images"
         )
     half = np.random.default_rng(seed).permutation(len(names))[: len(names) // 2]
     return np.isin(np.array(clusters), names[half])
 
 
 def _extraction_lists(dataset: EvaluationSet, max_side: int | None) -> list[ExtractionList]:
-    """Return the database and, if they are other images, the queries, after checking every file."""
+    """Return the database images and, if they are not the same, the query images, after checking every file."""
     items = {"database": dataset.database} | ({} if dataset.leave_one_out else {"queries": dataset.queries})
     checked = require_images([(title, images, dataset.how_to_get) for title, images in items.items()])
     return [ExtractionList(title, dataset.name, images, checked[title], max_side) for title, images in items.items()]
 
 
 def _load_network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
-    """Load the network with all modules on; ReLUP with `alpha`, off for 0, and the paper's if supported for None."""
+    """Load the network with all modules on.
+
+    Args:
+        config: settings of the tuning run.
+        alpha: lower bound of ReLUP; 0 turns ReLUP off, None uses the paper's value if the backbone supports ReLUP.
+    """
     weights = config.weights or (config.backbone.weights if config.backbone else None)
     relup: dict[str, Any] = {"relup": "auto"}
     if alpha is not None:
@@ -268,7 +291,7 @@ def _load_network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
 
 
 def _identity(config: TuneConfig, network: RetrievalNetwork, lists: list[ExtractionList]) -> dict[str, Any]:
-    """Return what distinguishes one tuning from another, as plain types: search space, seed, network and images."""
+    """Return everything that identifies a tuning run: search space, seed, network and images, as plain types."""
     space = {key: sorted(value) if isinstance(value, list) else value for key, value in asdict(config.space).items()}
     images = [line for images in lists for line in images.lines()]
     identity = {"space": space, "seed": config.seed, "network": network.identity(), "images": images}
@@ -276,18 +299,22 @@ def _identity(config: TuneConfig, network: RetrievalNetwork, lists: list[Extract
 
 
 def _write_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Write the identity of this tuning. Raises InputError, and writes nothing, if the folder contains another one."""
+    """Write the identity of a tuning run into its folder.
+
+    Raises:
+        InputError: the folder contains a run with another identity; nothing is written.
+    """
     record = folder / "tuning.json"
     if record.is_file():
         try:
             before, now = flatten(json.loads(record.read_text())), flatten(identity)
         except ValueError as error:
-            raise InputError(f"{record}: damaged ({error}); remove {folder} to tune again") from error
+            raise InputError(f"{record}: damaged ({error}); delete {folder} to tune again") from error
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if differing:
             raise InputError(
-                f"{folder} contains a tuning with different settings: {', '.join(differing[:6])}. Remove the folder, "
-                "or give a new name= with run= of the training"
+                f"{folder}: contains a tuning run with different settings: {', '.join(differing[:6])}. Delete the folder, "
+                "or use a new name= together with run= of the training"
             )
     write_atomically(record, json.dumps(identity, indent=1).encode())
 
@@ -295,7 +322,7 @@ def _write_identity(folder: Path, identity: dict[str, Any]) -> None:
 def _compute_maps(
     config: TuneConfig, lists: list[ExtractionList], max_side: int | None, relup: bool, device: str
 ) -> dict[float, MapStore]:
-    """Compute the missing feature maps of every image, and return their stores by ReLUP's alpha."""
+    """Compute the missing feature maps of all images, and return the map stores by the lower bound of ReLUP."""
     space = config.space
     grid = [Settings(regional_window=w, scales=n) for w in {5, *space.windows} for n in {3, *space.scales}]
     alphas = sorted({0.014, *space.relup_alphas}) if relup else [0.0]
@@ -304,7 +331,7 @@ def _compute_maps(
     todo = [(store, images, store.missing(images, grid)) for store in stores.values() for images in lists]
     needed = sum(store.size(images, rows, grid) for store, images, rows in todo)
     log.info(
-        "Computing %d of %d feature maps, about %.2f GB in %s; ReLUP's alpha %s",
+        "Computing %d of %d files of feature maps, about %.2f GB in %s, with the lower bounds %s of ReLUP",
         sum(len(rows) for _, _, rows in todo),
         len(alphas) * sum(len(images.items) for images in lists),
         needed / 1e9,
