@@ -56,8 +56,8 @@ def convert_weights(arguments: Sequence[str]) -> int:
     source = read_weights(args.source)
     if source.kind != "cvnet":
         raise InputError(
-            f"{args.source}: not a CVNet checkpoint; expected the keys encoder_q.* or globalmodel.*. Give a file of the "
-            "CVNet authors, such as CVPR2022_CVNet_R50.pyth"
+            f"{args.source}: not a CVNet checkpoint; expected the keys encoder_q.* or globalmodel.*. Give a file of "
+            "the CVNet authors, such as CVPR2022_CVNet_R50.pyth"
         )
     network = load_model(args.source, pooling="gem", scales=1)
     save_weights(network, args.target, {**source.provenance, "converter": f"superglobal {__version__}"}, False)

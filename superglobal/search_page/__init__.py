@@ -1,1 +1,1 @@
-"""Search page in the browser: find the images of a data set that are similar to a photo."""
+"""Search page in the browser, which finds the images of a data set that are similar to a photo."""

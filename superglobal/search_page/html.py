@@ -1,4 +1,4 @@
-"""Render what the page shows as HTML; every name that comes from outside is escaped."""
+"""Render the contents of the search page as HTML; all file names and messages are escaped."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from superglobal.data.images import IMAGE_EXTENSIONS
 from superglobal.search_page.image_search import Hit, Query, SearchResult
 
 STAGES = ("decode", "extract", "search", "rerank")
-_MAX_HEIGHT = 320  # px of the query image
+_MAX_HEIGHT = 320  # maximum height of the query image, in CSS pixels
 _JPEG_QUALITY = 85
 _FILE_INPUT = f'<input type="file" accept="image/*,{",".join(IMAGE_EXTENSIONS)}" aria-label="Photo to search for">'
 
 
 def encode_jpeg(pixels: np.ndarray) -> bytes:
-    """Encode (H, W, 3) uint8 as a JPEG."""
+    """Encode an image (H, W, 3) uint8 as JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return buffer.getvalue()
 
 
 def render_header(name: str, facts: Sequence[str]) -> str:
-    """Render the title, the name of the data set and facts about it."""
+    """Render the title of the page, the name of the data set and facts about it."""
     spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
     return f'<header class="sg-header"><h1>Search by photo</h1><p><b>{escape(name)}</b>{spans}</p></header>'
 
@@ -36,29 +36,29 @@ def render_upload(max_megabytes: int) -> str:
     """Render the field for the first upload."""
     return (
         f'<label class="sg-drop">{_FILE_INPUT}<b>Choose a photo</b>'
-        f"<span>or drop it here, or paste it</span><span>at most {max_megabytes} MB</span></label>"
+        f"<span>or drop or paste one here</span><span>at most {max_megabytes} MB</span></label>"
     )
 
 
 def render_query(query: Query) -> str:
-    """Render the whole query image with its box."""
+    """Render the whole query image with its box and the buttons below it."""
     width, height = query.size
-    name, box, searched, button = escape(query.image.name), "hidden", "all of it", ""
+    name, box, searched, button = escape(query.image.name), "hidden", "the whole photo", ""
     if query.box is not None:
         x1, y1, x2, y2 = query.box
         sides = {"left": x1 / width, "top": y1 / height, "width": (x2 - x1) / width, "height": (y2 - y1) / height}
         box = f'style="{"; ".join(f"{side}: {100 * value:.3f}%" for side, value in sides.items())}"'
         searched = f"the box, {_size(x2 - x1, y2 - y1)}"
-        button = '<button type="button" data-whole>Whole photo</button>'
+        button = '<button type="button" data-whole>Search whole photo</button>'
     frame = f"aspect-ratio: {width} / {height}; width: min(100%, {_MAX_HEIGHT * width / height:.1f}px)"
     source = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(query.preview)).decode()}"
     return (
         f'<div class="sg-photo" style="{frame}"><img src="{source}" alt="{name}" draggable="false">'
         f'<div class="sg-box" {box}></div></div>'
         f'<p class="sg-about"><b title="{name}">{name}</b>'
-        f"<span>{_size(width, height)}; searched for: {searched}</span></p>"
-        '<p class="sg-hint">Draw a box on the photo to search for a part of it.</p>'
-        f'<p class="sg-actions">{button}<label class="sg-button">Another photo{_FILE_INPUT}</label></p>'
+        f"<span>{_size(width, height)}; the query is {searched}</span></p>"
+        '<p class="sg-hint">To search for a part of the photo, draw a box on it.</p>'
+        f'<p class="sg-actions">{button}<label class="sg-button">Choose another photo{_FILE_INPUT}</label></p>'
     )
 
 
@@ -72,7 +72,12 @@ def render_error(text: str) -> str:
 
 
 def render_examples(examples: Sequence[tuple[str, str, str]], text: str) -> str:
-    """Render examples (pick such as "queries/3", URL of the thumbnail, name), found by `text` if it is not empty."""
+    """Render buttons with example images.
+
+    Args:
+        examples: (key of the image such as "queries/3", URL of its thumbnail, name) of each example.
+        text: text by which the user filtered the names; "" without a filter.
+    """
     if not examples:
         return f'<p class="sg-hint">No file name contains “{escape(text)}”.</p>' if text else ""
     buttons = "".join(
@@ -84,36 +89,43 @@ def render_examples(examples: Sequence[tuple[str, str, str]], text: str) -> str:
 
 
 def render_empty(total: int) -> str:
-    """Render the place of the results before the first search."""
-    return f'<p class="sg-empty">Results appear here: the most similar of {total:,} photos, best first.</p>'
+    """Render the text shown before the first search instead of results."""
+    return f'<p class="sg-empty">The most similar of {total:,} photos will appear here, best first.</p>'
 
 
 def render_results(result: SearchResult, names: Sequence[str], url: str, total: int) -> str:
-    """Render the grid of results; `names` are by id, `url` is the prefix of thumbnails, `total` can be found."""
+    """Render the grid of results.
+
+    Args:
+        result: results of a search.
+        names: names of the database images by id.
+        url: prefix of the URLs of thumbnails.
+        total: number of images that the search could return.
+    """
     cards = "".join(_card(hit, names[hit.id], url, result.reranked) for hit in result.hits)
     return f'<p class="sg-summary">{summary(result, total)}</p><div class="sg-results">{cards}</div>'
 
 
 def summary(result: SearchResult, total: int) -> str:
-    """Say how many results are shown and what reranking moved."""
+    """Return a sentence that tells how many results are shown and how reranking changed their ranks."""
     shown = len(result.hits)
-    text = f"The first {shown:,} of {total:,} photos"
+    text = f"Showing the first {shown:,} of {total:,} photos"
     if not result.reranked:
-        return f"{text}, by similarity."
+        return f"{text}, sorted by similarity."
     moved = [hit for hit in result.hits if hit.rank != hit.rank_before]
     if not moved:
-        return f"{text}, reranked: none of them moved."
-    text = f"{text}, reranked: {len(moved)} moved"
+        return f"{text}. Reranking did not change their ranks."
+    text = f"{text}. Reranking changed the rank of {len(moved)} of them"
     entered = sum(hit.rank_before > shown for hit in moved)
-    text += f", {entered} came from beyond the first {shown}" if entered else ""
+    text += f"; {entered} had a rank beyond {shown}" if entered else ""
     top = max(moved, key=lambda hit: hit.rank_before - hit.rank)
     return f"{text}; the largest gain is {top.rank_before} → {top.rank}." if top.rank_before > top.rank else f"{text}."
 
 
 def movement(hit: Hit) -> str:
-    """Render how reranking moved an image."""
+    """Render the change of an image's rank by reranking."""
     if hit.rank_before == hit.rank:
-        return '<span class="sg-move sg-same" title="did not move">=</span>'
+        return '<span class="sg-move sg-same" title="same rank before and after reranking">=</span>'
     arrow, kind = ("▲", "sg-up") if hit.rank_before > hit.rank else ("▼", "sg-down")
     title = f"rank {hit.rank_before} before reranking, {hit.rank} after"
     return f'<span class="sg-move {kind}" title="{title}">{hit.rank_before} → {hit.rank} {arrow}</span>'
@@ -121,23 +133,23 @@ def movement(hit: Hit) -> str:
 
 def _card(hit: Hit, name: str, url: str, reranked: bool) -> str:
     shown, images = escape(name), f"{url}/database"
-    score, kind = "&ndash;", "not among the M reranked photos"
+    score, kind = "&ndash;", "no score, because the photo is not among the M reranked photos"
     if hit.score is not None:
-        score, kind = f"{hit.score:.3f}", "score of the reranking" if reranked else "cosine similarity"
+        score, kind = f"{hit.score:.3f}", "score after reranking" if reranked else "cosine similarity"
     moved = movement(hit) if reranked else ""
     return (
         f'<figure class="sg-hit" data-id="{hit.id}" data-rank="{hit.rank}">'
-        f'<a href="{images}/large/{hit.id}.jpg" target="_blank" rel="noopener" title="{shown}: open it larger">'
+        f'<a href="{images}/large/{hit.id}.jpg" target="_blank" rel="noopener" title="Open {shown} in a larger size">'
         f'<img src="{images}/small/{hit.id}.jpg" alt="{shown}" loading="lazy"></a>'
         f'<figcaption><p><span class="sg-rank">{hit.rank}</span>'
         f'<span class="sg-score" title="{kind}">{score}</span>{moved}</p>'
         f'<p class="sg-name" title="{shown}">{shown}</p>'
-        f'<button type="button" data-pick="database/{hit.id}">Search with this</button></figcaption></figure>'
+        f'<button type="button" data-pick="database/{hit.id}">Search for this photo</button></figcaption></figure>'
     )
 
 
 def render_times(seconds: dict[str, float]) -> str:
-    """Render the time of each stage and its share of the total."""
+    """Render the duration of each stage and its fraction of the total."""
     stages, total = [stage for stage in STAGES if stage in seconds], sum(seconds.values())
     bar = "".join(f'<i class="sg-{stage}" style="flex-grow: {seconds[stage] / total:.4f}"></i>' for stage in stages)
     texts = "".join(

@@ -1,4 +1,4 @@
-"""Search behind the page: an image or a box in it goes in, ranked images of the database come out."""
+"""Search a database by an image, or by a box in an image, for the search page."""
 
 from __future__ import annotations
 
@@ -22,66 +22,69 @@ from superglobal.retrieval.search import search
 from superglobal.retrieval.whitening import Whitening
 
 FirstStage = Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
-"""(queries (Q, D), k, excluded ids (Q,) or None) -> scores (Q, k) and ids (Q, k), best first."""
-_MAX_DECODED = 4  # images decoded at the same time, each of up to hundreds of MB
-_PREVIEW_SIDE = 800  # pixels, longer side of the query image shown beside its results
+"""Function: (queries (Q, D), k, excluded ids (Q,) or None) -> scores (Q, k) and ids (Q, k), best first."""
+_MAX_DECODED = 4  # maximum number of images decoded at the same time; each can take hundreds of MB
+_PREVIEW_SIDE = 800  # longer side of the query image that the page shows, in pixels
 
 
 @dataclass(frozen=True)
 class QueryImage:
-    """An image to search for."""
+    """Image to search for."""
 
-    name: str  # shown on the page
+    name: str  # name shown on the page
     path: Path
-    id: int | None = None  # of a database image, which is excluded from its own results
+    id: int | None = None  # id of a database image, which is excluded from its own results; None for other images
 
 
 @dataclass(frozen=True)
 class Query:
-    """An image with its descriptor."""
+    """Query image with its descriptor."""
 
     image: QueryImage
     box: Box | None  # in pixels of the upright image; None for the whole image
     size: tuple[int, int]  # (width, height) of the whole upright image, in pixels
-    preview: np.ndarray  # (h, w, 3) uint8, the whole image shrunk
+    preview: np.ndarray  # (h, w, 3) uint8, reduced version of the whole image
     descriptor: np.ndarray  # (1, D) float32, unit norm, before whitening
-    seconds: dict[str, float]  # of "decode" and "extract"
+    seconds: dict[str, float]  # duration of "decode" and "extract"
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A database image in the results."""
+    """Database image in the results of a search."""
 
     id: int
-    rank: int  # from 1
-    rank_before: int  # from 1, before reranking
-    score: float | None  # of the last stage; None beyond the M reranked images
+    rank: int  # starts at 1
+    rank_before: int  # rank before reranking, starts at 1
+    score: float | None  # score of the last stage; None for images that are not among the M reranked ones
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Hits, best first, and the seconds of "search" and "rerank"."""
+    """Results of a search."""
 
-    hits: list[Hit]
+    hits: list[Hit]  # best first
     reranked: bool
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # duration of "search" and, if reranked, of "rerank"
 
 
 @dataclass
 class ImageSearch:
-    """A database that can be searched by image; thread-safe, one thread at a time uses the network."""
+    """Database that can be searched by image.
+
+    The methods are thread-safe; only one thread at a time uses the network.
+    """
 
     network: RetrievalNetwork  # in evaluation mode, on `device`
-    database: Rows  # descriptors of the network, after `whitening`
-    images: Sequence[ImageItem]  # of the database, by id
-    names: Sequence[str]  # of the database, by id
-    max_side: int | None = None  # longer side in pixels that the database images were shrunk to; None for no limit
+    database: Rows  # descriptors of the database images by `network`, after `whitening`
+    images: Sequence[ImageItem]  # database images by id
+    names: Sequence[str]  # names of the database images by id
+    max_side: int | None = None  # longer side in pixels to which the database images were shrunk; None for no limit
     device: str = "cpu"
-    kind: str = "superglobal"  # of reranking
-    parameters: Mapping[str, Any] = field(default_factory=dict)  # of reranking, without M, K and beta
-    whitening: Whitening | None = None  # applied to queries
-    first_stage: FirstStage | None = None  # search of an index; None for exact search
-    max_pixels: int = 100_000_000  # images with more are rejected
+    kind: str = "superglobal"  # kind of reranking
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # parameters of reranking, except M, K and beta
+    whitening: Whitening | None = None  # whitening to apply to queries
+    first_stage: FirstStage | None = None  # search with an approximate index; None for exact search
+    max_pixels: int = 100_000_000  # images with more pixels are rejected
 
     def __post_init__(self) -> None:
         self._network_lock = threading.Lock()
@@ -91,22 +94,26 @@ class ImageSearch:
         return len(self.database)
 
     def database_image(self, number: int) -> QueryImage:
-        """Return a database image as query; raises InputError if there is no such id."""
+        """Return a database image as a query image.
+
+        Raises:
+            InputError: there is no image with this id.
+        """
         if not 0 <= number < len(self):
-            raise InputError(f"no photo {number} in a database of {len(self)}")
+            raise InputError(f"there is no photo {number}: expected a number from 0 to {len(self) - 1}")
         return QueryImage(self.names[number], self.images[number].path, number)
 
     def count_reachable(self, image: QueryImage | None = None) -> int:
-        """Return the number of images that a search can find."""
+        """Return the number of database images that a search can return."""
         excluded = image is not None and image.id is not None
         return len(self.database) - len(self.database.skipped) - excluded
 
     def extract(self, image: QueryImage, box: Box | None = None) -> Query:
-        """Decode an image and extract its descriptor, or that of a box in it.
+        """Decode an image, and extract the descriptor of the whole image or of a box.
 
         Raises:
-            InputError: the file is gone, is not an image, has more than `max_pixels`, or the box is empty. The message
-                contains the name of the image and never its path.
+            InputError: the file was deleted, is not an image, has more than `max_pixels`, or the box is empty. The
+                message contains the name of the image but not its path, which the page must not reveal.
         """
         seconds: dict[str, float] = {}
         with self._decoding:
@@ -115,9 +122,9 @@ class ImageSearch:
                     whole = self._decode(image.path)
                     pixels = shrink(whole if box is None else crop(whole, box), self.max_side)
             except OSError as error:
-                raise InputError(f"{image.name} cannot be read ({error.strerror}); upload it again") from error
+                raise InputError(f"{image.name}: cannot be read ({error.strerror}); upload it again") from error
             except CorruptImageError as error:
-                raise InputError(f"{image.name} cannot be searched for: {error}") from error
+                raise InputError(f"{image.name}: cannot be used as a query: {error}") from error
             with self._network_lock, _timed(seconds, "extract"):
                 descriptor = extract(self.network, np.array(pixels, order="C"))
             height, width = whole.shape[:2]
@@ -126,16 +133,22 @@ class ImageSearch:
     def find_similar(
         self, query: Query, *, M: int = 400, K: int = 9, beta: float = 0.15, rerank: bool = True, count: int = 40
     ) -> SearchResult:
-        """Search and, if `rerank`, rerank; return at most `count` hits.
+        """Search for the images most similar to a query, and rerank them if requested.
 
-        `M` is limited to the images that can be found.
+        Args:
+            query: query with its descriptor.
+            M: number of images to rerank; larger values than the number of images that can be returned are reduced.
+            K: number of neighbors in reranking.
+            beta: weight of the neighbors in reranking.
+            rerank: whether to rerank.
+            count: maximum number of hits.
 
         Raises:
-            InputError: there is no image to find, or the reranking rejects K or beta.
+            InputError: the database contains no image that can be returned, or K or beta is invalid.
         """
         reachable = self.count_reachable(query.image)
         if reachable < 1:
-            raise InputError("the database has no other photo to be found")
+            raise InputError("the database contains no other photos; add photos to search among")
         k = min(max(M, count), reachable)
         exclude = None if query.image.id is None else np.array([query.image.id])
         seconds: dict[str, float] = {}
@@ -162,7 +175,7 @@ class ImageSearch:
         return SearchResult(hits[:count], rerank, seconds)
 
     def _decode(self, path: Path) -> np.ndarray:
-        """Return (H, W, 3) uint8, upright; check the size in the header before decoding."""
+        """Decode an image to (H, W, 3) uint8, upright, after checking the size in its header."""
         data = path.read_bytes()
         width, height = image_size(data)
         if width * height > self.max_pixels:
@@ -182,7 +195,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SearchDatabase:
-    """A named database that can be searched, and example queries of its data set."""
+    """Named database that can be searched, with example queries from the same data set."""
 
     name: str
     search: ImageSearch

@@ -1,4 +1,4 @@
-"""Lay out the page in Gradio and answer its events."""
+"""Build the search page in Gradio and handle its events."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ from superglobal.search_page import html
 from superglobal.search_page.image_search import Query, QueryImage, SearchDatabase
 
 _HERE = Path(__file__).parent
-_KEEP_SECONDS = 3600  # of an upload and its descriptor
-_MAX_VALUES = {"M": 2000, "K": 50, "beta": 1.0}  # of the sliders, unless the database has fewer or the settings more
+_KEEP_SECONDS = 3600  # time for which an upload and its descriptor are kept
+# Maximum values of the sliders. They are lower for smaller databases, and higher if the settings start with more.
+_MAX_VALUES = {"M": 2000, "K": 50, "beta": 1.0}
 
-Answer = Callable[..., tuple[Any, ...]]
+Callback = Callable[..., tuple[Any, ...]]
 
 
-def with_message(answer: Answer) -> Answer:
-    """Put the message of an InputError, or an empty one, before the outputs (query, viewer, results, times)."""
+def with_message(callback: Callback) -> Callback:
+    """Wrap a callback so that it also returns an error message, before its outputs (query, viewer, results, times).
 
-    @wraps(answer)
+    The message is "" if the callback succeeds. If it raises an InputError, its other outputs stay unchanged.
+    """
+
+    @wraps(callback)
     def wrapped(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         try:
-            return "", *answer(*args, **kwargs)
+            return "", *callback(*args, **kwargs)
         except InputError as error:
             return html.render_error(str(error)), *[gr.skip()] * 4
 
@@ -40,7 +44,7 @@ def with_message(answer: Answer) -> Answer:
 
 @dataclass(frozen=True)
 class PageCallbacks:
-    """Answer the events of the page; the state of a user is passed with each event."""
+    """Callbacks for the events of the page; the state of a user is passed with each event."""
 
     config: ServeConfig
     database: SearchDatabase
@@ -51,20 +55,20 @@ class PageCallbacks:
     def photo(self, rerank: bool, M: float, K: float, beta: float, event: gr.EventData) -> tuple[Any, ...]:
         """Search for an uploaded file."""
         path, name = Path(str(event._data.get("path", ""))), str(event._data.get("name", "photo"))
-        # The browser sends the path of its upload, and could send any other.
+        # The browser sends the path of the uploaded file. A manipulated request could contain any other path.
         if not path.resolve().is_relative_to(self.uploads.resolve()) or not path.is_file():
-            raise InputError(f"{name} was not uploaded here; choose it again")
+            raise InputError(f"{name}: the upload was not found; choose the photo again")
         return self._search_image(QueryImage(Path(name).name or "photo", path), None, rerank, M, K, beta)
 
     @with_message
     def pick(self, rerank: bool, M: float, K: float, beta: float, event: gr.EventData) -> tuple[Any, ...]:
-        """Search for an image of the data set, "database/12" or "queries/3"; a query has its box."""
+        """Search for an image of the data set, given as "database/12" or "queries/3"; a query is cropped to its box."""
         title, _, text = str(event._data.get("pick", "")).partition("/")
         number = int(text) if text.isascii() and text.isdigit() else -1
         if title != "queries":
             return self._search_image(self.database.search.database_image(number), None, rerank, M, K, beta)
         if not 0 <= number < len(self.database.queries):
-            raise InputError(f"there is no query {text}")
+            raise InputError(f"there is no query {text}: expected a number from 0 to {len(self.database.queries) - 1}")
         item = self.database.queries[number]
         image = QueryImage(self.database.query_names[number], item.path)
         return self._search_image(image, item.box, rerank, M, K, beta)
@@ -73,11 +77,11 @@ class PageCallbacks:
     def box(
         self, query: Query | None, rerank: bool, M: float, K: float, beta: float, event: gr.EventData
     ) -> tuple[Any, ...]:
-        """Search for a box of the image, (x1, y1, x2, y2) in 0..1 of its sides."""
+        """Search for a box in the image; the event contains (x1, y1, x2, y2) as fractions of its sides in 0..1."""
         box = event._data.get("box")
         is_box = isinstance(box, list) and len(box) == 4
         if query is None or not is_box or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
-            raise InputError("choose a photo first, then draw a box on it")
+            raise InputError("no photo is chosen: choose a photo first, and then draw a box on it")
         width, height = query.size
         x1, y1, x2, y2 = (min(1.0, max(0.0, v)) * side for v, side in zip(box, (width, height) * 2, strict=True))
         # Extend the box to whole pixels, at least one.
@@ -88,28 +92,34 @@ class PageCallbacks:
     def whole(self, query: Query | None, rerank: bool, M: float, K: float, beta: float) -> tuple[Any, ...]:
         """Search for the whole image instead of the box."""
         if query is None:
-            raise InputError("choose a photo first")
+            raise InputError("no photo is chosen: choose a photo first")
         return self._search_image(query.image, None, rerank, M, K, beta)
 
     @with_message
     def settings(self, query: Query | None, rerank: bool, M: float, K: float, beta: float) -> tuple[Any, ...]:
-        """Search again with other settings and the same descriptor."""
+        """Search again for the same descriptor with other settings."""
         if query is None:
             return (gr.skip(),) * 4
         return gr.skip(), gr.skip(), *self._search(query, rerank, M, K, beta)
 
     def problem(self, event: gr.EventData) -> str:
-        """Report an upload that failed in the browser."""
+        """Return the message for an upload that failed in the browser."""
         name, limit = str(event._data.get("name", "the file")), self.config.page.max_upload
         size = event._data.get("bytes")
         if isinstance(size, int | float) and size > limit * 10**6:
             return html.render_error(
-                f"{name} has {size / 1e6:,.1f} MB, more than the {limit} MB allowed: make it smaller"
+                f"{name}: the file has {size / 1e6:,.1f} MB; expected at most {limit} MB, so choose a smaller file"
             )
-        return html.render_error(f"{name} could not be uploaded; try again")
+        return html.render_error(f"{name}: the upload failed; try again")
 
     def examples(self, text: str, turn: int) -> str:
-        """Show images whose names contain `text`, or without one a random sample: of queries if there are any."""
+        """Render example images of the data set.
+
+        Args:
+            text: only images whose names contain this text are shown. "" shows a random sample of the queries, or of
+                the database if there are no queries.
+            turn: number of samples shown so far, the seed of the sample.
+        """
         lists = {"queries": self.database.query_names, "database": self.database.search.names}
         count, text = self.config.page.samples, text.strip()
         if text:
@@ -144,7 +154,16 @@ class PageCallbacks:
 
 
 def make_page(config: ServeConfig, database: SearchDatabase, uploads: Path) -> tuple[gr.Blocks, dict[str, Any]]:
-    """Return the page and its theme and CSS as options of `gr.mount_gradio_app`; `uploads` is the folder of uploads."""
+    """Build the page.
+
+    Args:
+        config: settings of the page.
+        database: database to search.
+        uploads: folder of uploaded files.
+
+    Returns:
+        The page, and its theme and CSS as arguments of `gr.mount_gradio_app`.
+    """
     url = f"photos/{database.search.database.fingerprint()[:16]}"
     with gr.Blocks(
         title=f"Search by photo: {database.name}",
@@ -153,7 +172,7 @@ def make_page(config: ServeConfig, database: SearchDatabase, uploads: Path) -> t
         delete_cache=(600, _KEEP_SECONDS),
     ) as page:
         _lay_out(config, database, PageCallbacks(config, database, uploads, url))
-    # Fonts of the system, so that the page makes no request to other servers.
+    # The theme uses fonts of the system, so that the page sends no request to other servers.
     theme = gr.themes.Default(
         primary_hue="teal",
         neutral_hue="slate",
@@ -169,8 +188,9 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
     plain: dict[str, Any] = {"apply_default_css": False}
     query, turn = gr.State(None, time_to_live=_KEEP_SECONDS), gr.State(0)
     device = "GPU" if search.device != "cpu" else "CPU"
-    descriptor = f"{search.network.backbone.name}, {search.database.dim} numbers a photo"
-    gr.HTML(html.render_header(database.name, [f"{len(search):,} photos", descriptor, f"on the {device}"]), **plain)
+    descriptor = f"descriptors with {search.database.dim} dimensions by {search.network.backbone.name}"
+    facts = [f"{len(search):,} photos", descriptor, f"computed on the {device}"]
+    gr.HTML(html.render_header(database.name, facts), **plain)
     with gr.Row(elem_id="sg-columns"):
         with gr.Column(scale=1, min_width=300, elem_id="sg-left"):
             upload, max_bytes = html.render_upload(config.page.max_upload), config.page.max_upload * 10**6
@@ -181,17 +201,17 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
             if config.page.samples:
                 start = "a query of the data set" if len(database.queries) else "a photo of the data set"
                 with gr.Row(elem_id="sg-choose"):
-                    gr.HTML(f'<p class="sg-label">Or start from {start}</p>', **plain)
+                    gr.HTML(f'<p class="sg-label">Or choose {start}</p>', **plain)
                     text = gr.Textbox(
-                        placeholder="part of a file name", label="Part of a file name", max_length=200, container=False
+                        placeholder="Filter by file name", label="Filter by file name", max_length=200, container=False
                     )
-                    others = gr.Button("Others", size="sm", scale=0, min_width=80)
+                    others = gr.Button("Show others", size="sm", scale=0, min_width=80)
                 examples = gr.HTML(callbacks.examples("", 0), js_on_load=script, elem_id="sg-samples", **plain)
             times = gr.HTML("", elem_id="sg-times", **plain)
             results = gr.HTML(html.render_empty(len(search)), js_on_load=script, elem_id="sg-found", **plain)
     outputs = [message, query, viewer, results, times]
-    # Without Gradio's queue: its event stream closes after an answer while the next request is under way, which then is
-    # never answered (Gradio 6.31). `ImageSearch` limits what runs at the same time.
+    # Gradio's queue is disabled. With it, the event stream closes after a response, and a request sent at that moment
+    # never receives a response (Gradio 6.31). `ImageSearch` limits the number of concurrent computations instead.
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
     busy: dict[str, Any] = {**quiet, "show_progress": "minimal", "show_progress_on": [results]}
     viewer.photo(callbacks.photo, settings, outputs, **busy)
@@ -199,30 +219,30 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
     viewer.whole(callbacks.whole, [query, *settings], outputs, **busy)
     viewer.problem(callbacks.problem, None, message, **quiet)
     results.pick(callbacks.pick, settings, outputs, **busy)
-    # While a slider moves, only the last of its values is searched with.
+    # With "always_last", a moving slider does not start a search for each intermediate value.
     changes = [setting.change for setting in settings]
     gr.on(changes, callbacks.settings, [query, *settings], outputs, trigger_mode="always_last", **quiet)
     if config.page.samples:
         examples.pick(callbacks.pick, settings, outputs, **busy)
         others.click(lambda n: (n + 1, "", callbacks.examples("", n + 1)), turn, [turn, text, examples], **quiet)
-        # The event `input` does not occur when a text is cleared.
+        # The event `change` is used, because `input` does not occur when the text is cleared.
         gr.on([text.change], callbacks.examples, [text, turn], examples, trigger_mode="always_last", **quiet)
 
 
 def _settings(config: ServeConfig, reachable: int) -> list[Any]:
-    """Return the controls of rerank, M, K and beta; no slider exceeds what the database has."""
+    """Create the controls for rerank, M, K and beta; the database size limits the values of the sliders."""
     r = config.rerank
     M, K, beta = (value if value is not None else default for value, default in ((r.M, 400), (r.K, 9), (r.beta, 0.15)))
     with gr.Group(elem_id="sg-settings"):
         return [
-            gr.Checkbox(r.enabled, label="Rerank", info="and show what moved", elem_id="sg-rerank"),
-            _slider("M", "photos reranked", 1, min(reachable, max(_MAX_VALUES["M"], M)), M, 1),
-            _slider("K", "neighbors that refine", 1, min(max(reachable - 1, 1), max(_MAX_VALUES["K"], K)), K, 1),
-            _slider("beta", "their weight", min(0.0, beta), max(_MAX_VALUES["beta"], beta), beta, 0.01),
+            gr.Checkbox(r.enabled, label="Rerank", info="and show changed ranks", elem_id="sg-rerank"),
+            _slider("M", "number of photos to rerank", 1, min(reachable, max(_MAX_VALUES["M"], M)), M, 1),
+            _slider("K", "number of neighbors", 1, min(max(reachable - 1, 1), max(_MAX_VALUES["K"], K)), K, 1),
+            _slider("beta", "weight of the neighbors", min(0.0, beta), max(_MAX_VALUES["beta"], beta), beta, 0.01),
         ]
 
 
 def _slider(name: str, info: str, low: float, high: float, value: float, step: float) -> gr.Slider:
-    # A slider needs two different ends, even for a database of one image.
+    # A slider needs two different limits, even for a database of one image.
     top = max(high, low + step)
     return gr.Slider(low, top, min(value, high), step=step, label=name, info=info, elem_id=f"sg-{name.lower()}")

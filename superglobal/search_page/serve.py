@@ -1,4 +1,4 @@
-"""Open the database of the search page, extract what is missing, and serve the page."""
+"""Open the database of the search page, extract missing descriptors, and serve the page."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def serve(cfg: DictConfig) -> None:
         cfg: composed `ServeConfig`.
 
     Raises:
-        InputError: input or settings are missing, invalid or contradict each other, or the address is taken.
+        InputError: inputs or settings are missing, invalid or contradict each other, or the address is in use.
     """
     from superglobal.search_page.server import open_socket, run_server
 
     config, folder = read_config(cfg)
-    # Listen first, so that a taken address is reported before minutes of extraction.
+    # The socket is opened first, so that an address in use is reported before minutes of extraction.
     with open_socket(config.page.host, config.page.port) as listener:
         run_server(config, open_database(config, folder), listener)
 
@@ -52,21 +52,22 @@ def read_config(cfg: DictConfig) -> tuple[ServeConfig, Path | None]:
     """Return the validated configuration and, if `store` is a folder, that folder.
 
     Raises:
-        InputError: an invalid setting, or a store that does not record what is needed.
+        InputError: a setting is invalid, or the store lacks information that is needed to search it.
     """
     folder = None if OmegaConf.is_config(cfg.store) else Path(str(cfg.store))
     return validate_config(cfg if folder is None else _with_settings_of_store(cfg, folder), ServeConfig), folder
 
 
 def open_database(config: ServeConfig, folder: Path | None = None) -> SearchDatabase:
-    """Open the database to search; missing descriptors are extracted into the same stores as by `eval.py`.
+    """Open the database to search, and extract missing descriptors into the same stores as `eval.py`.
 
     Args:
-        config: `dataset` may be a folder of images without queries or labels.
+        config: settings of the page; unlike for `eval.py`, dataset=folder needs neither queries nor labels.
         folder: folder of a complete store to search instead; None for the stores of the data set.
 
     Raises:
-        InputError: input is missing (one message names all of it), or the store has other images, settings or weights.
+        InputError: inputs are missing (one message lists all of them), or the store has other images, settings or
+            weights.
     """
     d = config.dataset
     if d.kind == "folder" and d.query is None and not d.labels:
@@ -117,7 +118,7 @@ def _make_database(
 
 
 def _shown_name(root: Path, item: ImageItem) -> str:
-    """Return the path below `root`, or only the file name, so that the page shows no path of this machine."""
+    """Return the path of an image relative to `root`, or only its file name, so that the page reveals no other path."""
     return item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else item.path.name
 
 
@@ -131,15 +132,19 @@ def _index_search(config: ServeConfig, rows: Rows, device: str) -> FirstStage:
 
 
 def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Return the configuration with all settings that changed the descriptors of the store in `folder`.
+    """Return the configuration with the data set, weights and extraction settings of the store in `folder`.
 
     Raises:
-        InputError: no store, a store of other images than a database, or one that does not record its images.
+        InputError: the folder contains no store, the store is not of database images, or it does not record its images
+            or weights.
     """
     store = DescriptorStore.open(folder)
     identity, record = store.manifest["identity"], store.manifest.get("provenance", {})
     if record.get("images", "database") != "database":
-        raise InputError(f"{folder}: a store of {record['images']}; give that of the database beside it")
+        raise InputError(
+            f"{folder}: the store contains {record['images']}; expected database images, so give the store of the "
+            "database in the same parent folder"
+        )
     given = OmegaConf.to_container(cfg.dataset)
     assert isinstance(given, dict)
     is_given = given["kind"] != "???"
@@ -148,21 +153,24 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
     missing = [name for name, value in needed.items() if not value]
     if missing:
         raise InputError(
-            f"{folder}: this store does not record its {' and '.join(missing)}; add dataset=... and weights=... (or "
-            "backbone=...) as given to eval.py"
+            f"{folder}: the store does not record its {' and '.join(missing)}; add the dataset=... and weights=... (or "
+            "backbone=...) with which eval.py extracted it"
         )
     dataset = given
     if not is_given:
         dataset = {key: value for key, value in (record.get("dataset") or {}).items() if key in given}
         if dataset["kind"] == "folder":
-            dataset |= {"query": None, "labels": False}  # The queries may be gone, and the page does not need them.
+            dataset |= {
+                "query": None,
+                "labels": False,
+            }  # The queries may have been deleted, and the page does not need them.
     decoder = identity.get("decoder", "cpu")
-    if cfg.extraction.decoder not in ("cpu", decoder):  # "cpu" is the default, and not a request.
+    if cfg.extraction.decoder not in ("cpu", decoder):  # "cpu" is the default, so the user did not choose it.
         raise InputError(
             f"extraction.decoder={cfg.extraction.decoder}: {folder} was extracted with extraction.decoder={decoder}; "
             "leave out extraction.decoder or store="
         )
-    # GeM's p comes with the weights; `_open_store` compares it.
+    # GeM's p is part of the weights, and `_open_store` compares it with that of the store.
     pooling = {key: value for key, value in identity["pooling"].items() if key != "p"}
     return OmegaConf.merge(
         cfg,
@@ -180,24 +188,30 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
 
 
 def _open_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionList]) -> DescriptorStore:
-    """Open the store in `folder`; raises InputError unless it is complete, of this network and of these images."""
+    """Open the store in `folder`, and check that it is complete and belongs to the network and the images.
+
+    Raises:
+        InputError: there is no such store.
+    """
     store = DescriptorStore.open(folder)
     stored = store.manifest["identity"]
-    if network.config.p != stored["pooling"]["p"]:  # It was set when the descriptors were extracted.
+    if network.config.p != stored["pooling"]["p"]:  # The user changed p for the extraction.
         network.set_p(stored["pooling"]["p"])
-    own = json.loads(json.dumps(store_identity(network, lists[0].max_side, stored.get("decoder", "cpu"))))
-    different = [key for key in stored if own.get(key) != stored[key]]
+    identity = json.loads(json.dumps(store_identity(network, lists[0].max_side, stored.get("decoder", "cpu"))))
+    different = [key for key in stored if identity.get(key) != stored[key]]
     if different:
         raise InputError(
             f"{folder}: weights={network.weights_label} do not match the store in {', '.join(different)}; give the "
-            "weights that it was extracted with (and seed= of random ones), or leave out store="
+            "weights with which the store was extracted (and their seed= if they are random), or leave out store="
         )
     if len(lists) > 1:
-        raise InputError(f"store={folder} is a database without distractors; leave out store= to search them too")
+        raise InputError(
+            f"store={folder}: the store contains no distractors; leave out store= to search distractors, too"
+        )
     if store.names != lists[0].lines():
         raise InputError(
-            f"{folder}: the images of {lists[0].name} have changed since; leave out store= and give dataset=... to "
-            "extract what is new or changed"
+            f"{folder}: the images of {lists[0].name} have changed since the extraction; leave out store= and give "
+            "dataset=... to extract new and changed images"
         )
     if len(store.missing):
         raise InputError(

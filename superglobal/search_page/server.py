@@ -1,4 +1,8 @@
-"""Serve the page: thumbnails of the data set by number, of Gradio only what the page uses, and nothing else."""
+"""Serve the search page.
+
+The server provides thumbnails of the data set by number, and those parts of Gradio that the page uses. It rejects all
+other requests.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +29,14 @@ from superglobal.search_page.html import encode_jpeg
 from superglobal.search_page.image_search import SearchDatabase
 
 log = logging.getLogger(__name__)
-THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # pixels, longer side
-_CACHED_THUMBNAILS = 4096  # small ones, about 15 KB each
-# Gradio also serves uploads, fetches URLs on request, and has more that this page does not use.
+THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # longer side in pixels
+_CACHED_THUMBNAILS = 4096  # maximum number of small thumbnails in memory, about 15 KB each
+# All other paths are rejected. Gradio would, for example, also serve uploaded files and fetch URLs on request.
 _ALLOWED = re.compile(
     r"/|/(photos|assets|static|svelte)/.*|/(theme\.css|favicon\.ico|manifest\.json|config|robots\.txt)/?|"
     r"/gradio_api/(upload|upload_progress|run/predict|heartbeat/\w+|startup-events)/?"
 )
-# The browser sends no request to other servers, whatever a script attempts.
+# With this content security policy, the browser sends no requests to other servers, even if a script tries to.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; frame-ancestors 'none'"
@@ -40,20 +44,20 @@ _POLICY = (
 
 
 class Thumbnails:
-    """JPEGs of the images of several lists; recent small ones are cached.
+    """JPEG thumbnails of the images in several lists; recently used small thumbnails are cached.
 
     Args:
-        lists: title -> images, by number.
+        lists: title -> images by number.
     """
 
     def __init__(self, lists: Mapping[str, Sequence[ImageItem]]) -> None:
         self._lists = dict(lists)
         self._small = lru_cache(_CACHED_THUMBNAILS)(lambda title, number: self._render(title, number, "small"))
-        # Decoding takes tens of MB per image, so the number of images at the same time is limited.
+        # Decoding takes tens of MB per image, so the number of images decoded at the same time is limited.
         self._decoding = threading.BoundedSemaphore(os.cpu_count() or 1)
 
     def jpeg(self, title: str, number: int, size: str) -> bytes | None:
-        """Return the thumbnail; None for an unknown list, number or size, and for a missing or damaged file."""
+        """Return a thumbnail, or None if the list, number or size does not exist, or the file is missing or corrupt."""
         if title not in self._lists or size not in THUMBNAIL_SIDES or not 0 <= number < len(self._lists[title]):
             return None
         try:
@@ -72,7 +76,11 @@ class Thumbnails:
 
 @contextmanager
 def open_socket(host: str, port: int) -> Iterator[socket.socket]:
-    """Open a socket that listens at an address; raises InputError if the address is taken or not of this machine."""
+    """Open a socket that listens on an address.
+
+    Raises:
+        InputError: the address is in use, or does not belong to this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,38 +89,40 @@ def open_socket(host: str, port: int) -> Iterator[socket.socket]:
             listener.listen(128)
         except OSError as error:
             raise InputError(
-                f"page.host={host} page.port={port}: cannot listen there ({error.strerror or error}); page.port=0 "
-                "takes any free port"
+                f"page.host={host} page.port={port}: cannot listen on this address ({error.strerror or error}); use "
+                "another page.port, or page.port=0 for any free port"
             ) from error
         yield listener
 
 
 def run_server(config: ServeConfig, database: SearchDatabase, listener: socket.socket) -> None:
-    """Serve the page on a listening socket until Ctrl-C or SIGTERM; then delete the uploads."""
+    """Serve the page on a listening socket until Ctrl-C or SIGTERM, and then delete all uploads."""
     with tempfile.TemporaryDirectory(prefix="superglobal-page-") as uploads:
-        # Gradio reads these when it is imported: a folder for the uploads of this page alone, no telemetry.
+        # Gradio reads these variables when it is imported. They set a folder for uploads and disable telemetry.
         os.environ.update(GRADIO_TEMP_DIR=uploads, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
         import uvicorn
 
         app = make_app(config, database, Path(uploads))
-        # An open page holds a connection, which would delay the end of the server.
+        # A page that is open in a browser keeps a connection, for which the server would wait when it shuts down.
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
         server = uvicorn.Server(uvicorn.Config(app, **options))
         logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
-        # uvicorn raises the signal again when it has ended, before the uploads are deleted.
+        # uvicorn raises SIGTERM again after its shutdown. Without this handler it would end the process before the
+        # uploads are deleted.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         host, port = listener.getsockname()[:2]
         if _local_names(config.page.host) is None:
-            log.warning("page.host=%s: everyone who can reach this machine can search and see these photos", host)
-        print(f"the page: http://{f'[{host}]' if ':' in host else host}:{port}    (Ctrl-C ends it)", flush=True)
+            log.warning("page.host=%s: everyone who can reach this machine can see and search these photos", host)
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(f"Open {address} in a browser; press Ctrl-C to stop the server.", flush=True)
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
-            print("the page is closed", flush=True)
+            print("The search page has stopped.", flush=True)
 
 
 def make_app(config: ServeConfig, database: SearchDatabase, uploads: Path) -> Any:
-    """Return the ASGI application; `uploads` is the folder of uploaded files."""
+    """Create the ASGI application of the page; `uploads` is the folder of uploaded files."""
     import gradio as gr
     from fastapi import FastAPI, Response
 
@@ -151,7 +161,7 @@ def make_app(config: ServeConfig, database: SearchDatabase, uploads: Path) -> An
 
 
 def _local_names(host: str) -> frozenset[str] | None:
-    """Return the host names of a page for this machine only; None if other machines can reach it."""
+    """Return the allowed host names of a page that only this machine can reach; None if other machines can reach it."""
     try:
         is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -160,17 +170,18 @@ def _local_names(host: str) -> frozenset[str] | None:
 
 
 class _RequestFilter:
-    """ASGI middleware that rejects requests which the page does not send itself, and adds the security policy."""
+    """ASGI middleware that rejects requests that the page itself would not send, and adds the security policy."""
 
     def __init__(self, app: Any, local_names: frozenset[str] | None) -> None:
         self.app, self.local_names = app, local_names
 
     def _rejection(self, scope: Any) -> int | None:
-        """Return the HTTP status of a request that is rejected; None for others."""
+        """Return the HTTP status with which a request is rejected; None if it is accepted."""
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         if self.local_names is not None:
-            # Another site may resolve its name to this machine (DNS rebinding), or send requests across origins.
+            # Other sites could access the page by resolving their name to this machine (DNS rebinding), or by requests
+            # from another origin.
             if urlsplit(f"//{host}").hostname not in self.local_names:
                 return 400
             origin = headers.get(b"origin")

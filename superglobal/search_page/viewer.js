@@ -1,7 +1,8 @@
-// Runs once per gr.HTML element that uses it; `element` stays, its contents come from the server.
-// Every element: a click on a button with data-pick searches for that image of the data set.
-// The viewer alone (`props.max_bytes`, the largest upload): an image is chosen, dropped or pasted, and a box drawn on it.
-const MIN_DRAG = 8; // px on the screen; a shorter drag is a click
+// This script runs once for each gr.HTML element that uses it. The server replaces the contents of `element`, so all
+// events are handled on `element` itself.
+// In every element, a click on a button with data-pick searches for that image of the data set.
+// Only the viewer has `props.max_bytes` (maximum size of an upload). In it, users upload a photo and draw a box on it.
+const MIN_DRAG = 8; // A shorter movement, in pixels on the screen, counts as a click.
 
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-pick]');
@@ -58,7 +59,7 @@ function acceptUploads() {
 function acceptBoxes() {
   let drag = null;
 
-  // (x, y) in 0..1 of the image.
+  // Return the position of the pointer as (x, y), fractions of the width and height of the photo in 0..1.
   function position(photo, event) {
     const { left, top, width, height } = photo.getBoundingClientRect();
     const clamp = (value) => Math.min(1, Math.max(0, value));

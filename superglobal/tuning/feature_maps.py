@@ -159,7 +159,9 @@ class MapStore:
                     keys = self._keys(settings, (int(metadata["height"]), int(metadata["width"])))
                     maps = [file.get_tensor(key)[None] for key in keys]
             except (SafetensorError, OSError, KeyError) as error:
-                raise InputError(f"{path}: missing or damaged ({error}); delete it and run the command again") from error
+                raise InputError(
+                    f"{path}: missing or damaged ({error}); delete it and run the command again"
+                ) from error
             with torch.inference_mode(), full_precision():
                 rows.append(pooling.descriptors(maps)[0].cpu().numpy())
         return np.stack(rows)

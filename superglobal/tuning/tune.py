@@ -313,8 +313,8 @@ def _write_identity(folder: Path, identity: dict[str, Any]) -> None:
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         if differing:
             raise InputError(
-                f"{folder}: contains a tuning run with different settings: {', '.join(differing[:6])}. Delete the folder, "
-                "or use a new name= together with run= of the training"
+                f"{folder}: contains a tuning run with different settings: {', '.join(differing[:6])}; delete the "
+                "folder, or use a new name= together with run= of the training"
             )
     write_atomically(record, json.dumps(identity, indent=1).encode())
 
