@@ -110,7 +110,7 @@ def test_zero_neighbors_keep_the_results_of_the_search(data, tmp_path):
         ("rerank=adba rerank.n=-1", r"rerank\.n=-1: expected an integer >= 0"),
         ("rerank.second=third", "rerank.second=third: expected one of refined, original"),
         ("whitening.kind=median", "expected one of none, center, pca"),
-        ("whitening=center whitening.dims=3", "only whitening=pca has axes"),
+        ("whitening=center whitening.dims=3", "only PCA whitening has axes"),
         ("whitening=pca whitening.dims=0", "an integer >= 1"),
     ],
 )

@@ -92,8 +92,8 @@ def test_invalid_settings_raise_errors_that_name_them(override, error, message):
     [
         ("rerank=aqe index=hnsw", r"rerank\.kind=aqe searches the whole database again.* index=hnsw; use index=flat"),
         ("rerank=adba index=flat_fp16", r"rerank\.kind=adba searches the whole database again"),
-        ("ablation=rerank rerank=mutual", r"ablation=rerank means the paper's reranking; drop it, or rerank=mutual"),
-        ("ablation=no_scale rerank=aqe", r"ablation=no_scale means the paper's reranking"),
+        ("ablation=rerank rerank=mutual", r"ablation=rerank requires the paper's reranking; remove the ablation or rerank=mutual"),
+        ("ablation=no_scale rerank=aqe", r"ablation=no_scale requires the paper's reranking"),
         (
             "dataset=gldv2_recognition rerank=kreciprocal",
             r"dataset\.votes=similarity: .*kreciprocal .*votes=nearest",
@@ -214,7 +214,7 @@ def test_an_override_keeps_the_rest_of_a_preset():
 )
 def test_old_settings_raise_errors_that_name_the_replacement(argument):
     with pytest.raises(
-        InputError, match=r"there is no setting (statistics|extraction|pictures)[.a-z]*; (use|it was removed)"
+        InputError, match=r"the setting (statistics|extraction|pictures)[.a-z]* no longer exists; (use|it was removed)"
     ):
         reject_old_settings(["dataset=toy", argument])
 

@@ -230,7 +230,7 @@ def test_an_evaluation_reports_its_index_and_the_difference_to_exact_search(data
         assert difference <= 1e-12  # relevant images that are not found add nothing
     output = " ".join(capsys.readouterr().out.split())
     assert "approximate search: kind ivf_flat" in output
-    assert "compared to exact search, 6 queries: recall@6" in output
+    assert "compared to exact search of 6 queries: recall@6" in output
     whole = run(tmp_path, *mini(data), "index=flat_fp16")  # all 24 rows are listed
     assert whole["metrics"] == exact["metrics"]
     assert json.dumps(whole["about"]["index"]["compared_to_exact"]["map_difference"]) == json.dumps(

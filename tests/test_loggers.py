@@ -244,7 +244,7 @@ def test_curves_that_fail_stop_with_one_warning_and_the_training_continues(tmp_p
     curves.log_metrics({"loss": 1.0}, step=4)
     curves.close(None)
     assert [event.step for event in events(tmp_path / "tensorboard").Scalars("loss")] == [1]
-    assert caplog.text.count("TensorBoard failed (no space); the curves continue in curves.csv") == 1
+    assert caplog.text.count("TensorBoard failed (no space) and is stopped; curves.csv still records the curves") == 1
 
 
 def test_a_tracker_that_fails_is_closed_and_costs_a_warning(toy_data, tmp_path, caplog):
@@ -281,7 +281,7 @@ def test_a_sweep_at_a_terminal_without_a_key_asks_nothing(toy_data, tmp_path):
     os.close(ours)
     shown = text.decode()
     assert process.wait(timeout=200) == 0, shown
-    assert "there is no key" in shown
+    assert "there is no API key" in shown
     assert "2 jobs, 1 different extractions" in shown
     runs = [read_offline_run(folder) for folder in sorted((tmp_path / "tried").glob("*_*"))]
     assert [run.run.run_group for run in runs] == ["tried"] * 2

@@ -51,7 +51,7 @@ def page(tmp_path_factory) -> Iterator[SimpleNamespace]:
     told: list[str] = []
     for line in server.stdout:
         told.append(line)
-        if line.startswith("the page: "):
+        if line.startswith("Open http"):
             break
     found = re.search(r"http://127\.0\.0\.1:\d+", "".join(told))
     assert found, "".join(told)
@@ -62,7 +62,7 @@ def page(tmp_path_factory) -> Iterator[SimpleNamespace]:
         assert server.wait(timeout=30) == 0
     rest, _ = server.communicate(timeout=30)
     assert server.returncode == 0, rest
-    assert "the page is closed" in rest
+    assert "The search page has stopped." in rest
     assert "Traceback" not in rest
     assert not list(temporary.glob("superglobal-page-*")), "uploads are left behind"
 

@@ -74,7 +74,7 @@ def test_a_photo_of_the_database_does_not_find_itself(evaluated):
     search = evaluated.opened.search
     found = search.find_similar(search.extract(search.database_image(3)), M=400, count=400)
     assert sorted(hit.id for hit in found.hits) == [i for i in range(24) if i != 3]
-    with pytest.raises(InputError, match="no photo 24"):
+    with pytest.raises(InputError, match="there is no photo 24"):
         search.database_image(24)
 
 
@@ -133,7 +133,7 @@ def test_faults_of_a_photo_name_it_and_not_its_place(evaluated, tmp_path):
     }
     for name, reason in {**reasons, "gone": "upload it again"}.items():
         path = next(iter(tmp_path.glob(f"{name}.*")), tmp_path / "gone.jpg")
-        with pytest.raises(InputError, match=rf"^holiday\.jpg .*{reason}") as error:
+        with pytest.raises(InputError, match=rf"^holiday\.jpg: .*{reason}") as error:
             search.extract(QueryImage("holiday.jpg", path))
         assert str(tmp_path) not in str(error.value)
 
@@ -164,14 +164,14 @@ def test_a_store_of_a_folder_needs_no_query_and_follows_its_weights(tmp_path):
         with pytest.raises(InputError, match=what):
             open_search_database(tmp_path, f"store={place}", other)
     texture(9, 9).save(photos / "label0" / "new.jpg")
-    with pytest.raises(InputError, match="have changed since; leave out store="):
+    with pytest.raises(InputError, match="have changed since the extraction; leave out store="):
         open_search_database(tmp_path, f"store={place}")
 
 
 def test_what_a_store_does_not_say_is_asked_for(evaluated, tmp_path):
     place = next(path for path in evaluated.before if "-database-" in path.name)
     queries = next(path for path in evaluated.before if "-queries-" in path.name)
-    with pytest.raises(InputError, match="a store of queries"):
+    with pytest.raises(InputError, match="the store contains queries"):
         read_config(compose_serve_config(f"store={queries}"))
     with pytest.raises(InputError, match="no descriptor store"):
         read_config(compose_serve_config(f"store={tmp_path}"))
@@ -197,7 +197,7 @@ def test_what_a_store_does_not_say_is_asked_for(evaluated, tmp_path):
         ("page.max_upload=0", "page.max_upload=0"),
         ("page.host=''", "page.host"),
         ("extraction.shard=1/2", "extraction.shard"),
-        ("trainer.devices=2", "one process"),
+        ("trainer.devices=2", "single process"),
         ("dataset=descriptors", "descriptors"),
     ],
 )
@@ -216,7 +216,7 @@ def test_an_address_that_is_taken_is_told_before_anything_is_described():
         other.bind(("127.0.0.1", 0))
         other.listen()
         with (
-            pytest.raises(InputError, match=r"page.port=0 takes any"),
+            pytest.raises(InputError, match=r"or page\.port=0 for any free port"),
             open_socket("127.0.0.1", other.getsockname()[1]),
         ):
             pass
@@ -226,9 +226,9 @@ def test_movement_and_summary_say_what_reranking_did():
     hits = [Hit(7, 1, 1, 1.2), Hit(3, 2, 9, 1.1), Hit(5, 3, 2, 1.0), Hit(4, 4, 4, None)]
     assert [re.sub("<[^>]*>", "", html.movement(hit)) for hit in hits] == ["=", "9 → 2 ▲", "2 → 3 ▼", "="]
     told = html.summary(SearchResult(hits, True, {}), 20)
-    assert "2 moved, 1 came from beyond the first 4; the largest gain is 9 → 2." in told
+    assert "changed the rank of 2 of them; 1 had a rank beyond 4; the largest gain is 9 → 2." in told
     assert "by similarity" in html.summary(SearchResult(hits, False, {}), 20)
-    assert "none of them moved" in html.summary(SearchResult(hits[:1], True, {}), 20)
+    assert "Reranking did not change their ranks" in html.summary(SearchResult(hits[:1], True, {}), 20)
 
 
 def test_a_name_is_text_and_nothing_else():
@@ -270,7 +270,7 @@ def test_only_what_was_uploaded_here_is_searched_for(answers, evaluated, tmp_pat
     outside = [evaluated.opened.queries[0].path, answers.uploads / ".." / "x", answers.uploads / "link.jpg", "", "/"]
     for path in outside:
         message, *rest = answers.photo(*SETTINGS, event(path=str(path), name="x"))
-        assert "was not uploaded here" in message
+        assert "the upload was not found" in message
         assert rest == [gr.skip()] * 4
 
 

@@ -230,7 +230,7 @@ def test_share_writes_a_card_with_the_results(shared, evaluated, tmp_path, capsy
     text = card.text
     for words in (
         "**Settings tuned on mini (test set).**",
-        "do not estimate the quality on other images",
+        "too optimistic for other images",
         "queries cropped to their boxes",
         "trapezoidal",
         "6 queries, 24 images",
@@ -246,7 +246,7 @@ def test_share_writes_a_card_with_the_results(shared, evaluated, tmp_path, capsy
 def test_results_of_other_weights_are_an_error(shared, evaluated, tmp_path):
     (path,) = evaluated.rglob("results.json")
     other = network(scales=1, pooling="gem", dim=16, seed=9)
-    with pytest.raises(InputError, match="results of weights"):
+    with pytest.raises(InputError, match="the result is of the weights"):
         read_card_results([path], other)
     result = json.loads(path.read_text())
     del result["about"]["network"]
@@ -254,7 +254,7 @@ def test_results_of_other_weights_are_an_error(shared, evaluated, tmp_path):
     (tmp_path / "failed.json").write_text(json.dumps({**result, "status": "failed", "metrics": {}}))
     (tmp_path / "other.json").write_text("{}")
     model = superglobal.load_model(shared)
-    for name, message in (("own", "own descriptors"), ("failed", "no numbers"), ("other", "not a result of eval")):
+    for name, message in (("own", "own descriptors"), ("failed", "no metrics"), ("other", "not a result of eval")):
         with pytest.raises(InputError, match=message):
             read_card_results([tmp_path / f"{name}.json"], model)
 

@@ -75,8 +75,8 @@ def test_parts_that_jobs_filled_become_one_store_and_one_file(tmp_path, script, 
     merged = DescriptorStore.open(tmp_path / "m")
     np.testing.assert_array_equal(merged.block(0, 100), whole)
     assert merged.skipped.tolist() == [7]
-    assert script("verify", tmp_path / "m").rstrip().endswith("(--record writes them for the next time)")
-    assert "99 rows are sound, 1 skipped, 0 missing" in script("verify", tmp_path / "m", "--record")
+    assert script("verify", tmp_path / "m").rstrip().endswith("(--record writes them)")
+    assert "99 rows are valid, 1 skipped, 0 missing" in script("verify", tmp_path / "m", "--record")
     assert script("verify", tmp_path / "m").rstrip().endswith("0 missing")
     about = json.loads(script("info", tmp_path / "m"))
     assert (about["rows"], about["written"], about["dtype"], about["identity"]) == (100, 99, dtype, ABOUT)

@@ -91,7 +91,7 @@ def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed
         ("optim.batch_norm=batch", "expected one of train, frozen, sync"),
         ("optim.batch_norm=sync", "expected GPUs"),
         ("optim.ema=1", "optim.ema"),
-        ("data.stages=[[3,96]]", "expected fewer epochs in all than"),
+        ("data.stages=[[3,96]]", "expected fewer epochs in total than"),
         ("data.stages=[[1,32]] pooling=superglobal data.image_size=96", r"data\.stages=.*at least 65 px"),
         ("resume=yes", "expected one of auto, restart"),
         ("trainer.precision=bf16-true", "expected one of auto, 32-true"),

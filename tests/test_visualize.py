@@ -242,7 +242,7 @@ def test_weights_and_scores_that_changed_are_refused(copied):
 
 
 def test_folders_without_a_result_and_results_without_numbers(mini, tmp_path):
-    with pytest.raises(InputError, match=r"no results\.json in it"):
+    with pytest.raises(InputError, match=r"contains no results\.json"):
         visualize(tmp_path, [], FEW)
     shutil.copytree(mini, tmp_path / "a")
     row = json.loads((tmp_path / "a" / "results.json").read_text())
@@ -295,8 +295,8 @@ def test_the_commands_say_what_is_wrong(mini, tmp_path, capsys):
         assert cli.main([str(word) for word in words]) == 2
         said = capsys.readouterr()
         assert said.out == ""
-        assert said.err.startswith(f"error: {tmp_path}: no results.json in it")
+        assert said.err.startswith(f"error: {tmp_path}: contains no results.json")
     with pytest.raises(SystemExit) as stop:
         cli.main(["visualize", str(mini), "mpa"])
     assert stop.value.code == 2
-    assert "'mpa': expected sheets" in capsys.readouterr().err
+    assert "'mpa': expected one of sheets" in capsys.readouterr().err
