@@ -92,7 +92,10 @@ def test_invalid_settings_raise_errors_that_name_them(override, error, message):
     [
         ("rerank=aqe index=hnsw", r"rerank\.kind=aqe searches the whole database again.* index=hnsw; use index=flat"),
         ("rerank=adba index=flat_fp16", r"rerank\.kind=adba searches the whole database again"),
-        ("ablation=rerank rerank=mutual", r"ablation=rerank requires the paper's reranking; remove the ablation or rerank=mutual"),
+        (
+            "ablation=rerank rerank=mutual",
+            r"ablation=rerank requires the paper's reranking; remove the ablation or rerank=mutual",
+        ),
         ("ablation=no_scale rerank=aqe", r"ablation=no_scale requires the paper's reranking"),
         (
             "dataset=gldv2_recognition rerank=kreciprocal",

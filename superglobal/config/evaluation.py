@@ -378,8 +378,8 @@ class EvalConfig:
             )
         if reranker.searches_again is not None and self.index.kind != "flat":
             raise InputError(
-                f"index={self.index.kind}: rerank.kind={rerank.kind} repeats the search exactly, which cannot be "
-                "compared with an approximate first search; use index=flat"
+                f"rerank.kind={rerank.kind} searches the whole database again exactly, so its results cannot be "
+                f"compared with those of the approximate index={self.index.kind}; use index=flat"
             )
 
     def _validate_ablation(self) -> None:
