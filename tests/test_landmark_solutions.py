@@ -24,6 +24,7 @@ A, B, C, D, E = (f"0{i}23456789abcdef" for i in range(1, 6))
 
 
 def x(number: int) -> str:
+    """Return the id of an index image."""
     return f"fedcba98765432{number:02d}"
 
 
@@ -35,38 +36,43 @@ RECOGNITION = f"id,landmarks,Usage\n{A},0 12,Public\n{B},,Public\n{C},100,Ignore
 
 
 def write(folder: Path, text: str, name: str = "solution.csv") -> Path:
+    """Write a text file and return its path."""
     (folder / name).write_text(text)
     return folder / name
 
 
-def test_the_organizers_retrieval_solution(tmp_path):
-    found = read_solution(write(tmp_path, RETRIEVAL))
-    assert (found.task, found.ids.tolist()) == ("retrieval", [B.encode(), C.encode(), D.encode()])
-    assert [one.tolist() for one in found.truth] == [[x(10).encode(), x(0).encode()], [x(0).encode()], [x(20).encode()]]
-    assert {name: part.tolist() for name, part in found.parts.items()} == {
+def test_the_organizers_retrieval_solution_is_read(tmp_path):
+    solution = read_solution(write(tmp_path, RETRIEVAL))
+    assert (solution.task, solution.ids.tolist()) == ("retrieval", [B.encode(), C.encode(), D.encode()])
+    assert [images.tolist() for images in solution.truth] == [
+        [x(10).encode(), x(0).encode()],
+        [x(0).encode()],
+        [x(20).encode()],
+    ]
+    assert {name: part.tolist() for name, part in solution.parts.items()} == {
         "public": [True, False, False],
         "private": [False, True, True],
         "all": [True] * 3,
     }
-    assert found.ignored == {A.encode(), E.encode()}
+    assert solution.ignored == {A.encode(), E.encode()}
 
 
-def test_the_organizers_recognition_solution(tmp_path):
-    found = read_solution(write(tmp_path, RECOGNITION))
-    assert (found.task, found.ids.tolist()) == ("recognition", [A.encode(), B.encode(), D.encode()])
-    assert [one.tolist() for one in found.truth] == [[0, 12], [], [1]]
-    assert found.public.tolist() == [True, True, False]
-    # A labelled image may be ignored.
-    assert found.ignored == {C.encode(), E.encode()}
+def test_the_organizers_recognition_solution_is_read(tmp_path):
+    solution = read_solution(write(tmp_path, RECOGNITION))
+    assert (solution.task, solution.ids.tolist()) == ("recognition", [A.encode(), B.encode(), D.encode()])
+    assert [landmarks.tolist() for landmarks in solution.truth] == [[0, 12], [], [1]]
+    assert solution.public.tolist() == [True, True, False]
+    # A labeled image may be ignored.
+    assert solution.ignored == {C.encode(), E.encode()}
 
 
-def test_the_organizers_retrieval_predictions(tmp_path):
+def test_the_organizers_retrieval_predictions_are_read(tmp_path):
     text = f"id,images\n{A},{x(50)} \n{D},{x(60)}\n{B},{x(10)} {x(0)} {x(20)}\n\n{E},\n"
-    found = read_retrieval_submission(write(tmp_path, text, "mine.csv"), read_solution(write(tmp_path, RETRIEVAL)))
-    assert [one.tolist() for one in found] == [[x(i).encode() for i in (10, 0, 20)], [], [x(60).encode()]]
+    lists = read_retrieval_submission(write(tmp_path, text, "mine.csv"), read_solution(write(tmp_path, RETRIEVAL)))
+    assert [images.tolist() for images in lists] == [[x(i).encode() for i in (10, 0, 20)], [], [x(60).encode()]]
 
 
-def test_the_organizers_recognition_predictions(tmp_path):
+def test_the_organizers_recognition_predictions_are_read(tmp_path):
     text = f"id,landmarks\n{A},12 0.1 \n{D},0 19.0\n{B},\n\n{E},14 0.01\n"
     classes, scores = read_recognition_submission(
         write(tmp_path, text, "mine.csv"), read_solution(write(tmp_path, RECOGNITION))
@@ -94,7 +100,7 @@ def test_the_organizers_recognition_predictions(tmp_path):
         (f"id,landmarks,Usage\n{A},7 7,Public\n", ["line 2", "7 is listed twice"]),
     ],
 )
-def test_bad_solutions_are_named(tmp_path, text, words):
+def test_invalid_solutions_raise_errors_that_name_the_line(tmp_path, text, words):
     with pytest.raises(InputError) as caught:
         read_solution(write(tmp_path, text))
     for word in ["solution.csv", *words]:
@@ -114,14 +120,14 @@ def test_bad_solutions_are_named(tmp_path, text, words):
         (RECOGNITION, f"id,landmarks\n{A},12 nan\n", ["line 2", "expected a landmark_id, a space"]),
     ],
 )
-def test_bad_submissions_are_named(tmp_path, solution, text, words):
+def test_invalid_submissions_raise_errors_that_name_the_line(tmp_path, solution, text, words):
     with pytest.raises(InputError) as caught:
         score_submission(write(tmp_path, solution), write(tmp_path, text, "mine.csv"))
     for word in ["mine.csv", *words]:
         assert word in str(caught.value)
 
 
-def test_files_that_are_none(tmp_path):
+def test_missing_and_unreadable_files_raise_errors(tmp_path):
     with pytest.raises(InputError, match=r"not found: .*none\.csv"):
         read_solution(tmp_path / "none.csv")
     (tmp_path / "bytes.csv").write_bytes(b"id,images,Usage\n\xff\xfe")
@@ -131,12 +137,12 @@ def test_files_that_are_none(tmp_path):
         read_solution(write(tmp_path, RETRIEVAL), "recognition")
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_written_submissions_are_read_back(tmp_path):
     solution = read_solution(write(tmp_path, RETRIEVAL))
-    lists = [np.array([x(i).encode() for i in one], "S16") for one in ([3, 1], [], [2])]
+    lists = [np.array([x(i).encode() for i in images], "S16") for images in ([3, 1], [], [2])]
     (tmp_path / "mine.csv").write_bytes(retrieval_submission(solution.ids, lists))
-    assert [one.tolist() for one in read_retrieval_submission(tmp_path / "mine.csv", solution)] == [
-        one.tolist() for one in lists
+    assert [images.tolist() for images in read_retrieval_submission(tmp_path / "mine.csv", solution)] == [
+        images.tolist() for images in lists
     ]
 
     solution = read_solution(write(tmp_path, RECOGNITION))
@@ -146,13 +152,13 @@ def test_what_is_written_is_read_back(tmp_path):
     assert (classes.tolist(), read.tolist()) == ([5, 0, 7], scores.tolist())
 
 
-def test_the_command_scores_any_submission(tmp_path):
+def test_the_command_scores_a_submission_file(tmp_path):
     solution = write(tmp_path, RETRIEVAL)
-    # B: hits at 1 and 3 of two; C: none; D: no prediction.
-    mine = write(tmp_path, f"id,images\n{B},{x(0)} {x(50)} {x(10)}\n{C},{x(50)}\n", "mine.csv")
+    # B has two relevant images, at ranks 1 and 3; C has no hit; D has no prediction.
+    submission = write(tmp_path, f"id,images\n{B},{x(0)} {x(50)} {x(10)}\n{C},{x(50)}\n", "mine.csv")
     expected = (1 + 2 / 3) / 2 / 3
-    assert score_submission(solution, mine).map["all"] == pytest.approx(expected)
-    command = [sys.executable, "-m", "superglobal", "score-gldv2", str(solution), str(mine)]
+    assert score_submission(solution, submission).map["all"] == pytest.approx(expected)
+    command = [sys.executable, "-m", "superglobal", "score-gldv2", str(solution), str(submission)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "mAP@100" in done.stdout

@@ -1,4 +1,4 @@
-"""Metrics: the reference's numbers to 1e-9, and a brute-force oracle that walks the ranked list."""
+"""Metrics compared to the reference to 1e-9 and to a brute-force walk along the ranked list."""
 
 import json
 from pathlib import Path
@@ -33,14 +33,15 @@ KS = (1, 5, 10)
 
 
 def unit(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:
+    """Return n random unit vectors."""
     x = rng.standard_normal((n, dim)).astype(np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def walk(ranking: list[int], positive: set[int], ignored: set[int], ks=KS) -> tuple[float, list[float]]:
-    """AP and precisions by walking the list: the area under the precision-recall curve, one step per image."""
+    """Compute AP (the area under the precision-recall curve) and precisions by walking along the list."""
     area, hits, seen, old = 0.0, 0, 0, 1.0
-    found_at = []
+    positions = []
     for image in ranking:
         if image in ignored:
             continue
@@ -48,21 +49,24 @@ def walk(ranking: list[int], positive: set[int], ignored: set[int], ks=KS) -> tu
         if image in positive:
             hits += 1
             area += (old + hits / seen) / 2 / len(positive)
-            found_at.append(seen)
+            positions.append(seen)
         old = hits / seen
     precisions = []
     for k in ks:
-        depth = min(k, found_at[-1]) if found_at else k
-        precisions.append(sum(place <= depth for place in found_at) / depth)
+        depth = min(k, positions[-1]) if positions else k
+        precisions.append(sum(position <= depth for position in positions) / depth)
     return area, precisions
 
 
-def assert_walks(result: RetrievalResult, rankings: list[list[int]], gnd: list[dict], protocols=REVISITED) -> None:
+def assert_equals_walk(
+    result: RetrievalResult, rankings: list[list[int]], gnd: list[dict], protocols=REVISITED
+) -> None:
+    """Assert that a result equals the walk along every ranking."""
     for name, protocol in protocols.items():
         aps, precisions = [], []
-        for query, one in enumerate(gnd):
-            positive = {int(i) for part in protocol.positive for i in one[part]}
-            ignored = {int(i) for part in protocol.ignored for i in one.get(part, ())}
+        for query, labels in enumerate(gnd):
+            positive = {int(i) for part in protocol.positive for i in labels[part]}
+            ignored = {int(i) for part in protocol.ignored for i in labels.get(part, ())}
             if not positive:
                 assert np.isnan(result.ap[name][query])
                 continue
@@ -79,6 +83,7 @@ def assert_walks(result: RetrievalResult, rankings: list[list[int]], gnd: list[d
 
 
 def random_gnd(rng: np.random.Generator, n: int, queries: int) -> list[dict[str, list[int]]]:
+    """Return random ground truth."""
     gnd = []
     for _ in range(queries):
         order = rng.permutation(n)
@@ -89,11 +94,12 @@ def random_gnd(rng: np.random.Generator, n: int, queries: int) -> list[dict[str,
 
 
 def brute_rankings(Q: np.ndarray, X: np.ndarray) -> list[list[int]]:
+    """Return the ids of all rows by (-score, id), with scores in float64."""
     scores = [[float(np.sum(q * x)) for x in X.astype(np.float64)] for q in Q.astype(np.float64)]
-    return [sorted(range(len(X)), key=lambda i, s=one: (-s[i], i)) for one in scores]
+    return [sorted(range(len(X)), key=lambda i, s=row: (-s[i], i)) for row in scores]
 
 
-def test_average_precision_by_hand() -> None:
+def test_average_precision_equals_values_computed_by_hand() -> None:
     assert average_precision([0]) == 1
     assert average_precision([0, 1, 2]) == 1
     assert average_precision([1]) == pytest.approx((0 + 1 / 2) / 2)
@@ -116,14 +122,14 @@ def test_precision_stops_at_the_last_positive() -> None:
 
 @pytest.mark.parametrize("stage", ["before", "after"])
 @pytest.mark.parametrize("case", list(CASES))
-def test_goldens_of_the_reference(case: str, stage: str) -> None:
+def test_metrics_equal_those_of_the_reference(case: str, stage: str) -> None:
     arrays, golden = np.load(DATA / "rerank.npz"), CASES[case]
     X, Q, ranks = (arrays[f"{case}_{part}"] for part in ("X", "Q", "ranks"))
     options = {"M": golden["M"], "K": golden["K"], "beta": golden["beta"]}
     shortlist = rerank(Q, X, search(Q, X, golden["M"])[1], **options)[1] if stage == "after" else None
     full = arrays[f"{case}_{'reranked' if stage == 'after' else 'ranks'}"]
     results = [
-        evaluate(Q, X, golden["gnd"], ids=shortlist, ks=KS),  # ranks counted by streaming
+        evaluate(Q, X, golden["gnd"], ids=shortlist, ks=KS),  # ranks are counted block by block
         revisited_map(Q, concat(X[:100], X[100:]), golden["gnd"], ids=shortlist),
         score_ranks(ranks_from_rankings(full, golden["gnd"]), ks=KS),
         score_ranks(
@@ -135,8 +141,8 @@ def test_goldens_of_the_reference(case: str, stage: str) -> None:
             expected = golden[stage][letter]
             assert result.map[name] == pytest.approx(expected["map"], abs=1e-9)
             assert list(result.mp[name].values()) == pytest.approx(expected["mp@k"], abs=1e-9)
-            for ap, wanted in zip(result.ap[name], expected["ap"], strict=True):
-                assert np.isnan(ap) if wanted is None else ap == pytest.approx(wanted, abs=1e-9)
+            for ap, expected_ap in zip(result.ap[name], expected["ap"], strict=True):
+                assert np.isnan(ap) if expected_ap is None else ap == pytest.approx(expected_ap, abs=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,12 +152,12 @@ def test_evaluate_equals_the_walk(seed: int, n: int, queries: int, distinct: int
     X = unit(rng, min(distinct, n), 6)[rng.integers(min(distinct, n), size=n)]  # ties
     Q, gnd = unit(rng, queries, 6), random_gnd(rng, n, queries)
     rankings = brute_rankings(Q, X)
-    assert_walks(evaluate(Q, X, gnd, block_rows=17), rankings, gnd)
+    assert_equals_walk(evaluate(Q, X, gnd, block_rows=17), rankings, gnd)
     order = rng.permutation(n)  # the same images in another order, without ties
     if distinct >= n and len(np.unique(X, axis=0)) == n:
-        place = np.argsort(order)
-        moved = [{key: place[np.array(one[key], int)] for key in ("easy", "hard", "junk")} for one in gnd]
-        assert_walks(evaluate(Q, X[order], moved), rankings, gnd)
+        new_ids = np.argsort(order)
+        moved = [{key: new_ids[np.array(labels[key], int)] for key in ("easy", "hard", "junk")} for labels in gnd]
+        assert_equals_walk(evaluate(Q, X[order], moved), rankings, gnd)
 
 
 @settings(max_examples=40, deadline=None)
@@ -165,24 +171,24 @@ def test_reranked_shortlists_and_truncated_lists_equal_the_walk(seed: int, n: in
         [*short, *(i for i in full if i not in set(short))]
         for short, full in zip(shuffled.tolist(), brute_rankings(Q, X), strict=True)
     ]
-    assert_walks(evaluate(Q, X, gnd, ids=shuffled), rankings, gnd)
-    assert_walks(score_ranks(ranks_from_rankings(shuffled, gnd)), shuffled.tolist(), gnd)
+    assert_equals_walk(evaluate(Q, X, gnd, ids=shuffled), rankings, gnd)
+    assert_equals_walk(score_ranks(ranks_from_rankings(shuffled, gnd)), shuffled.tolist(), gnd)
     padded = np.concatenate([shuffled, np.full((3, 4), -1)], axis=1)
-    assert_walks(score_ranks(ranks_from_rankings(padded, gnd)), shuffled.tolist(), gnd)
+    assert_equals_walk(score_ranks(ranks_from_rankings(padded, gnd)), shuffled.tolist(), gnd)
 
 
-def test_leave_one_out_with_labels() -> None:
+def test_leave_one_out_with_labels_equals_the_walk() -> None:
     rng = np.random.default_rng(1)
     X, labels = unit(rng, 60, 5), rng.integers(6, size=60)
     gnd = [{"positive": np.flatnonzero((labels == label) & (np.arange(60) != i))} for i, label in enumerate(labels)]
     result = evaluate(X, X, gnd, LABELS, exclude=np.arange(60))
     rankings = [[i for i in row if i != query] for query, row in enumerate(brute_rankings(X, X))]
-    assert_walks(result, rankings, gnd, LABELS)
+    assert_equals_walk(result, rankings, gnd, LABELS)
     ids = search(X, X, 20, exclude=np.arange(60))[1]
-    assert_walks(evaluate(X, X, gnd, LABELS, ids=ids, exclude=np.arange(60)), rankings, gnd, LABELS)
+    assert_equals_walk(evaluate(X, X, gnd, LABELS, ids=ids, exclude=np.arange(60)), rankings, gnd, LABELS)
 
 
-def test_queries_without_positives_and_all_junk() -> None:
+def test_queries_without_positives_are_not_counted() -> None:
     X, Q = unit(np.random.default_rng(2), 10, 4), unit(np.random.default_rng(3), 2, 4)
     junk = {"easy": [], "hard": [], "junk": list(range(10))}
     result = evaluate(Q, X, [junk, {"easy": list(range(10)), "hard": [], "junk": []}])
@@ -195,12 +201,12 @@ def test_queries_without_positives_and_all_junk() -> None:
     assert empty.queries == {"easy": 0, "medium": 0, "hard": 0}
 
 
-def test_interval_draws_whole_landmarks() -> None:
-    """Ten landmarks of five equal queries: the interval is that of ten values, not of fifty."""
+def test_the_interval_resamples_whole_landmarks() -> None:
+    """With ten landmarks of five equal queries each, the interval is that of ten values, not of fifty."""
     rng = np.random.default_rng(4)
     aps = rng.uniform(size=10)
     landmarks = np.repeat(np.arange(10), 5)
-    ranks = [{"positive": np.array([int(100 * aps[one])])} for one in landmarks]
+    ranks = [{"positive": np.array([int(100 * aps[landmark])])} for landmark in landmarks]
     wide = score_ranks(ranks, LABELS, clusters=landmarks)
     narrow = score_ranks(ranks, LABELS)
     low, high = wide.interval["all"]
@@ -211,8 +217,8 @@ def test_interval_draws_whole_landmarks() -> None:
     assert np.isnan(one_cluster.interval["all"]).all()
 
 
-def test_queries_of_one_landmark_are_found_by_their_positives() -> None:
-    """Easy for one query may be hard for the next; what they share is the union."""
+def test_queries_with_common_positives_are_grouped_by_landmark() -> None:
+    """An image may be easy for one query and hard for another, so the union of both is compared."""
     rng = np.random.default_rng(5)
     X, Q = unit(rng, 40, 6), unit(rng, 4, 6)
     sets = [((0, 1, 2), (3,)), ((3, 1), (0, 2, 9)), ((10, 11), (12,)), ((12,), (10, 30))]
@@ -227,9 +233,9 @@ def test_queries_of_one_landmark_are_found_by_their_positives() -> None:
 
 
 @pytest.mark.parametrize("name", ["roxford5k", "rparis6k"])
-def test_official_ground_truth_with_random_descriptors(name: str) -> None:
+def test_scores_with_official_ground_truth_equal_the_walk(name: str) -> None:
     if not GND.is_dir():
-        pytest.skip(f"the official ground truth is not here ({GND})")
+        pytest.skip(f"the official ground truth does not exist ({GND})")
     from superglobal.data.revisited import load_ground_truth
 
     truth = load_ground_truth(GND / f"gnd_{name}.pkl")
@@ -238,12 +244,12 @@ def test_official_ground_truth_with_random_descriptors(name: str) -> None:
     scores = Q.astype(np.float64) @ X.T.astype(np.float64)  # no ties among random vectors
     rankings = np.argsort(-scores, axis=1)
     result = revisited_map(Q, X, truth)
-    assert_walks(result, rankings.tolist(), truth.gnd)
+    assert_equals_walk(result, rankings.tolist(), truth.gnd)
     assert result.queries == {"easy": 68 if name == "roxford5k" else 70, "medium": 70, "hard": 70}
     ids = search(Q, X, 400)[1]
     reranked = rerank(Q, X, ids)[1]
     rankings[:, :400] = reranked
-    assert_walks(revisited_map(Q, X, truth, ids=reranked), rankings.tolist(), truth.gnd)
+    assert_equals_walk(revisited_map(Q, X, truth, ids=reranked), rankings.tolist(), truth.gnd)
 
 
 def test_errors_name_the_query() -> None:
@@ -280,7 +286,7 @@ def test_errors_name_the_query() -> None:
             ranks_from_rankings(rankings, [good, good])
 
 
-def test_the_interval_of_a_gain_draws_whole_landmarks():
+def test_the_interval_of_a_gain_resamples_whole_landmarks():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(6), [1, 2, 3, 4, 5, 6])
     gain = rng.normal(size=6)[labels] + 0.01 * rng.normal(size=len(labels))
@@ -288,8 +294,8 @@ def test_the_interval_of_a_gain_draws_whole_landmarks():
     drawn = []
     for _ in range(4000):
         chosen = rng.integers(6, size=6)
-        drawn.append(np.concatenate([gain[labels == one] for one in chosen]).mean())
+        drawn.append(np.concatenate([gain[labels == landmark] for landmark in chosen]).mean())
     assert (low, high) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.06)
-    # Queries of one landmark are not independent: drawn one by one the interval would be narrower.
+    # Queries of one landmark are not independent: resampling single queries would give a narrower interval.
     narrow = cluster_interval(gain, np.arange(len(gain)), seed=3)
     assert high - low > 1.2 * (narrow[1] - narrow[0])

@@ -1,4 +1,4 @@
-"""The network beyond the goldens: sizes, backbones, inputs, identity."""
+"""The network: image sizes, backbones, inputs and identity (descriptor values: test_goldens.py)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from superglobal.models.network import make_scales
 
 @pytest.fixture(scope="module")
 def model():
+    """Return a random network."""
     return superglobal.load_model("random", backbone="resnet18")
 
 
 def noise(height, width, seed=0):
+    """Return a random image."""
     return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(("scales", "side"), [(1, 65), (3, 92), (5, 130)])
-def test_the_smallest_image_that_is_not_enlarged(scales, side):
+def test_min_side_is_the_smallest_side_that_is_not_enlarged(scales, side):
     network = superglobal.load_model("random", backbone="resnet18", scales=scales)
     assert network.min_side() == side
     exact = network.normalize(torch.from_numpy(noise(side, side).transpose(2, 0, 1).copy())[None])
@@ -118,7 +120,7 @@ def test_loading_a_model_keeps_the_state_of_torchs_generator():
 
 
 @pytest.mark.parametrize(("scales", "message"), [(2, "1, 3, 5"), ([], "0.1..4"), ([0.0, 1], "0.1..4")])
-def test_invalid_scales_are_an_error(scales, message):
+def test_invalid_scales_raise_errors(scales, message):
     with pytest.raises(InputError, match=message):
         make_scales(scales)
 
@@ -126,6 +128,6 @@ def test_invalid_scales_are_an_error(scales, message):
 @pytest.mark.parametrize(
     ("backbone", "message"), [("resnet5O", "no such model"), ("mixer_s16_224", "images of any size")]
 )
-def test_unsupported_backbones_are_an_error(backbone, message):
+def test_unsupported_backbones_raise_errors(backbone, message):
     with pytest.raises(InputError, match=message):
         superglobal.load_model("random", backbone=backbone)

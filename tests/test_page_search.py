@@ -1,4 +1,4 @@
-"""The search behind the page, what it answers and what it shows, without a browser."""
+"""The search page without a browser: search results, callbacks and rendered HTML."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ PLAIN = [o for o in BASE if not o.startswith(("logger", "figures"))]
 
 
 def stores(outputs: Path) -> list[Path]:
+    """Return the folders of all stores."""
     return sorted((outputs / "stores").iterdir())
 
 
 @pytest.fixture(scope="module")
 def evaluated(data, tmp_path_factory) -> SimpleNamespace:
-    """An evaluation of "mini" with rerank.M=6, and the page's search over the same stores."""
+    """Evaluate "mini" with rerank.M=6 and open the search of the page for the same stores."""
     outputs = tmp_path_factory.mktemp("outputs")
     result = run(outputs, *mini(data), "rerank.M=6")
     before = stores(outputs)
-    made = open_search_database(outputs, *PLAIN, *mini(data))
-    return SimpleNamespace(outputs=outputs, result=result, before=before, opened=made, data=data)
+    database = open_search_database(outputs, *PLAIN, *mini(data))
+    return SimpleNamespace(outputs=outputs, result=result, before=before, opened=database, data=data)
 
 
 def test_the_page_searches_the_stores_of_eval(evaluated):
@@ -53,7 +54,7 @@ def test_the_page_searches_the_stores_of_eval(evaluated):
     assert list(evaluated.opened.search.names[:2]) == ["l0_000001.jpg", "l0_000002.jpg"]
 
 
-def test_a_query_finds_what_eval_found_in_that_order(evaluated):
+def test_queries_give_the_rankings_of_eval(evaluated):
     rankings = np.load(evaluated.result["folder"] / "rankings.npz")
     search = evaluated.opened.search
     for number, item in enumerate(evaluated.opened.queries):
@@ -62,64 +63,64 @@ def test_a_query_finds_what_eval_found_in_that_order(evaluated):
         assert [hit.id for hit in plain.hits] == rankings["search_ids"][number].tolist()
         assert all(hit.rank == hit.rank_before for hit in plain.hits)
         assert np.allclose([hit.score for hit in plain.hits], rankings["search_scores"][number], atol=1e-5)
-        found = search.find_similar(query, M=6, count=24)
+        reranked = search.find_similar(query, M=6, count=24)
         ids = rankings["rerank_ids"][number].tolist()
-        assert [hit.id for hit in found.hits] == ids
-        assert [plain.hits[hit.rank_before - 1].id for hit in found.hits] == ids
-        assert [hit.score is None for hit in found.hits] == [False] * 6 + [True] * 18
-        assert set(query.seconds | found.seconds) == {"decode", "extract", "search", "rerank"}
+        assert [hit.id for hit in reranked.hits] == ids
+        assert [plain.hits[hit.rank_before - 1].id for hit in reranked.hits] == ids
+        assert [hit.score is None for hit in reranked.hits] == [False] * 6 + [True] * 18
+        assert set(query.seconds | reranked.seconds) == {"decode", "extract", "search", "rerank"}
 
 
-def test_a_photo_of_the_database_does_not_find_itself(evaluated):
+def test_a_database_image_does_not_find_itself(evaluated):
     search = evaluated.opened.search
-    found = search.find_similar(search.extract(search.database_image(3)), M=400, count=400)
-    assert sorted(hit.id for hit in found.hits) == [i for i in range(24) if i != 3]
+    result = search.find_similar(search.extract(search.database_image(3)), M=400, count=400)
+    assert sorted(hit.id for hit in result.hits) == [i for i in range(24) if i != 3]
     with pytest.raises(InputError, match="there is no photo 24"):
         search.database_image(24)
 
 
-def test_a_box_is_described_as_the_file_of_its_crop(evaluated, tmp_path):
+def test_a_box_has_the_descriptor_of_its_crop(evaluated, tmp_path):
     search = evaluated.opened.search
     whole, part = tmp_path / "whole.png", tmp_path / "part.png"
-    picture = Image.open(evaluated.opened.queries[0].path).convert("RGB")
-    picture.save(whole)
-    picture.crop((10, 5, 101, 90)).save(part)
+    image = Image.open(evaluated.opened.queries[0].path).convert("RGB")
+    image.save(whole)
+    image.crop((10, 5, 101, 90)).save(part)
     boxed = search.extract(QueryImage("whole", whole), (10.0, 5.0, 101.0, 90.0))
     assert np.allclose(boxed.descriptor, search.extract(QueryImage("part", part)).descriptor, atol=1e-6)
-    assert boxed.size == picture.size
-    assert boxed.preview.shape[:2] == picture.size[::-1]
+    assert boxed.size == image.size
+    assert boxed.preview.shape[:2] == image.size[::-1]
 
 
-def test_several_threads_get_what_each_gets_alone(evaluated):
+def test_concurrent_searches_equal_sequential_searches(evaluated):
     search = evaluated.opened.search
 
-    def answer(number: int) -> list[tuple[int, int]]:
-        found = search.find_similar(search.extract(search.database_image(number)), M=4 + number, K=2)
-        return [(hit.id, hit.rank_before) for hit in found.hits]
+    def search_database_image(number: int) -> list[tuple[int, int]]:
+        result = search.find_similar(search.extract(search.database_image(number)), M=4 + number, K=2)
+        return [(hit.id, hit.rank_before) for hit in result.hits]
 
-    alone = [answer(number) for number in range(8)]
+    sequential = [search_database_image(number) for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(answer, range(8))) == alone
+        assert list(pool.map(search_database_image, range(8))) == sequential
 
 
 @pytest.mark.parametrize("override", ["whitening=center", "index=hnsw", "rerank=mutual", "distractors.name=noise"])
-def test_other_settings_of_eval_hold_on_the_page_too(evaluated, override):
+def test_settings_of_eval_also_apply_to_the_page(evaluated, override):
     result = run(evaluated.outputs, *mini(evaluated.data), "rerank.M=6", override)
-    made = open_search_database(evaluated.outputs, *PLAIN, *mini(evaluated.data), override)
+    database = open_search_database(evaluated.outputs, *PLAIN, *mini(evaluated.data), override)
     rankings = np.load(result["folder"] / "rankings.npz")
-    item = made.queries[2]
-    found = made.search.find_similar(
-        made.search.extract(QueryImage("query", item.path), item.box), M=6, **_given(override)
+    item = database.queries[2]
+    search_result = database.search.find_similar(
+        database.search.extract(QueryImage("query", item.path), item.box), M=6, **_search_parameters(override)
     )
-    assert [hit.id for hit in found.hits] == rankings["rerank_ids"][2].tolist()
-    assert all("/" not in name for name in made.search.names)
+    assert [hit.id for hit in search_result.hits] == rankings["rerank_ids"][2].tolist()
+    assert all("/" not in name for name in database.search.names)
 
 
-def _given(override: str) -> dict[str, Any]:
+def _search_parameters(override: str) -> dict[str, Any]:
     return {"K": 5, "beta": 0.3} if override == "rerank=mutual" else {}
 
 
-def test_faults_of_a_photo_name_it_and_not_its_place(evaluated, tmp_path):
+def test_errors_about_uploads_name_the_file_but_not_its_path(evaluated, tmp_path):
     search = evaluated.opened.search
     (tmp_path / "text.jpg").write_text("no photo")
     (tmp_path / "bomb.png").write_bytes(png_of(60_000, 60_000))
@@ -138,44 +139,44 @@ def test_faults_of_a_photo_name_it_and_not_its_place(evaluated, tmp_path):
         assert str(tmp_path) not in str(error.value)
 
 
-def test_a_store_alone_says_what_it_needs(evaluated, monkeypatch, tmp_path):
+def test_the_page_takes_its_settings_from_a_store(evaluated, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    place = next(path for path in evaluated.before if "-database-" in path.name)
-    config, folder = read_config(compose_serve_config(f"store={place}"))
+    store = next(path for path in evaluated.before if "-database-" in path.name)
+    config, folder = read_config(compose_serve_config(f"store={store}"))
     assert (config.dataset.name, config.weights, config.scales) == ("mini", "random", [1.0])
-    made = open_database(config, folder)
-    assert made.search.database.fingerprint() == evaluated.opened.search.database.fingerprint()
-    query = made.search.extract(made.search.database_image(0))
+    database = open_database(config, folder)
+    assert database.search.database.fingerprint() == evaluated.opened.search.database.fingerprint()
+    query = database.search.extract(database.search.database_image(0))
     same = evaluated.opened.search.extract(evaluated.opened.search.database_image(0))
     np.testing.assert_array_equal(query.descriptor, same.descriptor)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_store_of_a_folder_needs_no_query_and_follows_its_weights(tmp_path):
+def test_a_store_of_a_folder_needs_no_query_and_its_weights_must_match(tmp_path):
     photos = write_folders(tmp_path / "photos", 3, 2)
-    given = ["dataset=folder", f"dataset.database={photos}", *PLAIN, "pooling.p=2.5"]
-    first = open_search_database(tmp_path, *given)
+    overrides = ["dataset=folder", f"dataset.database={photos}", *PLAIN, "pooling.p=2.5"]
+    first = open_search_database(tmp_path, *overrides)
     assert first.name == "photos"
     assert not len(first.queries)
-    (place,) = stores(tmp_path)
-    assert len(open_search_database(tmp_path, f"store={place}").search) == 6
+    (store,) = stores(tmp_path)
+    assert len(open_search_database(tmp_path, f"store={store}").search) == 6
     seed = "weights=random do not match the store in weights"
-    for other, what in (("seed=1", seed), ("weights=package", "backbone=resnet18")):
-        with pytest.raises(InputError, match=what):
-            open_search_database(tmp_path, f"store={place}", other)
+    for override, message in (("seed=1", seed), ("weights=package", "backbone=resnet18")):
+        with pytest.raises(InputError, match=message):
+            open_search_database(tmp_path, f"store={store}", override)
     texture(9, 9).save(photos / "label0" / "new.jpg")
     with pytest.raises(InputError, match="have changed since the extraction; leave out store="):
-        open_search_database(tmp_path, f"store={place}")
+        open_search_database(tmp_path, f"store={store}")
 
 
-def test_what_a_store_does_not_say_is_asked_for(evaluated, tmp_path):
-    place = next(path for path in evaluated.before if "-database-" in path.name)
+def test_information_missing_from_a_store_is_reported(evaluated, tmp_path):
+    store = next(path for path in evaluated.before if "-database-" in path.name)
     queries = next(path for path in evaluated.before if "-queries-" in path.name)
     with pytest.raises(InputError, match="the store contains queries"):
         read_config(compose_serve_config(f"store={queries}"))
     with pytest.raises(InputError, match="no descriptor store"):
         read_config(compose_serve_config(f"store={tmp_path}"))
-    old = shutil.copytree(place, tmp_path / "old")
+    old = shutil.copytree(store, tmp_path / "old")
     manifest = json.loads((old / "manifest.json").read_text())
     manifest["provenance"] = {"device": "cpu"}
     (old / "manifest.json").write_text(json.dumps(manifest))
@@ -201,109 +202,117 @@ def test_what_a_store_does_not_say_is_asked_for(evaluated, tmp_path):
         ("dataset=descriptors", "descriptors"),
     ],
 )
-def test_settings_that_no_page_can_have_are_refused(override, match):
+def test_settings_that_the_page_does_not_support_raise_errors(override, match):
     with pytest.raises(InputError, match=match):
         read_config(compose_serve_config("dataset=toy", "backbone=resnet18", "weights=random", override))
 
 
-def test_without_a_data_set_or_a_store_the_choice_is_named():
+def test_a_missing_dataset_or_store_is_reported():
     with pytest.raises(InputError, match=r"missing settings: dataset\.kind"):
         read_config(compose_serve_config())
 
 
-def test_an_address_that_is_taken_is_told_before_anything_is_described():
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
+def test_a_port_in_use_is_reported():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
         with (
             pytest.raises(InputError, match=r"or page\.port=0 for any free port"),
-            open_socket("127.0.0.1", other.getsockname()[1]),
+            open_socket("127.0.0.1", listener.getsockname()[1]),
         ):
             pass
 
 
-def test_movement_and_summary_say_what_reranking_did():
+def test_movement_and_summary_show_rank_changes():
     hits = [Hit(7, 1, 1, 1.2), Hit(3, 2, 9, 1.1), Hit(5, 3, 2, 1.0), Hit(4, 4, 4, None)]
     assert [re.sub("<[^>]*>", "", html.movement(hit)) for hit in hits] == ["=", "9 → 2 ▲", "2 → 3 ▼", "="]
-    told = html.summary(SearchResult(hits, True, {}), 20)
-    assert "changed the rank of 2 of them; 1 had a rank beyond 4; the largest gain is 9 → 2." in told
+    summary = html.summary(SearchResult(hits, True, {}), 20)
+    assert "changed the rank of 2 of them; 1 had a rank beyond 4; the largest gain is 9 → 2." in summary
     assert "by similarity" in html.summary(SearchResult(hits, False, {}), 20)
     assert "Reranking did not change their ranks" in html.summary(SearchResult(hits[:1], True, {}), 20)
 
 
-def test_a_name_is_text_and_nothing_else():
+def test_file_names_are_escaped_in_html():
     name = '"><script>alert(1)</script>.jpg'
-    shown = html.render_results(SearchResult([Hit(0, 1, 1, 0.5)], True, {}), [name], "photos/x", 1)
-    shown += (
+    rendered = html.render_results(SearchResult([Hit(0, 1, 1, 0.5)], True, {}), [name], "photos/x", 1)
+    rendered += (
         html.render_error(name)
         + html.render_examples([("database/0", "photos/x", name)], "")
         + html.render_header(name, [name])
     )
-    assert "<script" not in shown
-    assert '"">' not in shown
+    assert "<script" not in rendered
+    assert '"">' not in rendered
 
 
 @pytest.fixture
-def answers(evaluated, tmp_path) -> PageCallbacks:
+def callbacks(evaluated, tmp_path) -> PageCallbacks:
+    """Return the callbacks of the page."""
     config, _ = read_config(compose_serve_config(*PLAIN, *mini(evaluated.data)))
     (tmp_path / "uploads").mkdir()
     return PageCallbacks(config, evaluated.opened, tmp_path / "uploads", "photos/x")
 
 
 def event(**data: Any) -> gr.EventData:
+    """Return a Gradio event with data."""
     return gr.EventData(None, data)
 
 
 SETTINGS = (True, 10, 3, 0.15)
 
 
-def test_only_what_was_uploaded_here_is_searched_for(answers, evaluated, tmp_path):
-    good = answers.uploads / "a" / "photo.jpg"
+def test_only_uploaded_files_are_accepted_as_queries(callbacks, evaluated, tmp_path):
+    good = callbacks.uploads / "a" / "photo.jpg"
     good.parent.mkdir()
     shutil.copy(evaluated.opened.queries[0].path, good)
-    message, query, _, results, times = answers.photo(*SETTINGS, event(path=str(good), name="../mine.jpg"))
+    message, query, _, results, times = callbacks.photo(*SETTINGS, event(path=str(good), name="../mine.jpg"))
     assert message == ""
     assert query.image.name == "mine.jpg"
     assert 'data-rank="1"' in results
     assert "extract" in times
-    (answers.uploads / "link.jpg").symlink_to(evaluated.opened.queries[0].path)
-    outside = [evaluated.opened.queries[0].path, answers.uploads / ".." / "x", answers.uploads / "link.jpg", "", "/"]
+    (callbacks.uploads / "link.jpg").symlink_to(evaluated.opened.queries[0].path)
+    outside = [
+        evaluated.opened.queries[0].path,
+        callbacks.uploads / ".." / "x",
+        callbacks.uploads / "link.jpg",
+        "",
+        "/",
+    ]
     for path in outside:
-        message, *rest = answers.photo(*SETTINGS, event(path=str(path), name="x"))
+        message, *rest = callbacks.photo(*SETTINGS, event(path=str(path), name="x"))
         assert "the upload was not found" in message
         assert rest == [gr.skip()] * 4
 
 
 @pytest.mark.parametrize("pick", ["database/24", "queries/6", "database/-1", "elsewhere/../etc", "", "queries/²"])
-def test_a_pick_that_is_none_is_a_message(answers, pick):
-    message, *rest = answers.pick(*SETTINGS, event(pick=pick))
+def test_an_invalid_pick_shows_a_message(callbacks, pick):
+    message, *rest = callbacks.pick(*SETTINGS, event(pick=pick))
     assert 'role="alert"' in message
     assert rest == [gr.skip()] * 4
 
 
 @pytest.mark.parametrize("box", [None, [0, 0, 1], ["a", 0, 1, 1], [float("nan"), 0, 1, 1], {"x": 1}])
-def test_a_box_that_is_none_is_a_message(answers, box):
-    query = answers.pick(*SETTINGS, event(pick="queries/0"))[1]
+def test_an_invalid_box_shows_a_message(callbacks, box):
+    query = callbacks.pick(*SETTINGS, event(pick="queries/0"))[1]
     assert query.box is not None
-    assert 'role="alert"' in answers.box(query, *SETTINGS, event(box=box))[0]
-    assert 'role="alert"' in answers.box(None, *SETTINGS, event(box=[0, 0, 1, 1]))[0]
-    assert answers.whole(query, *SETTINGS)[1].box is None
+    assert 'role="alert"' in callbacks.box(query, *SETTINGS, event(box=box))[0]
+    assert 'role="alert"' in callbacks.box(None, *SETTINGS, event(box=[0, 0, 1, 1]))[0]
+    assert callbacks.whole(query, *SETTINGS)[1].box is None
 
 
-def test_samples_are_the_queries_or_what_has_the_words_in_its_name(answers):
-    assert set(re.findall(r'data-pick="(\w+)/\d+"', answers.examples("", 0))) == {"queries"}
-    found = answers.examples(" L3_ ", 0)
-    assert len(re.findall("data-pick", found)) == 5
-    assert "database/12" in found
-    assert "No file name" in answers.examples("<nowhere>", 0)
-    assert "<nowhere>" not in answers.examples("<nowhere>", 0)
+def test_examples_are_queries_or_images_with_matching_names(callbacks):
+    assert set(re.findall(r'data-pick="(\w+)/\d+"', callbacks.examples("", 0))) == {"queries"}
+    examples = callbacks.examples(" L3_ ", 0)
+    assert len(re.findall("data-pick", examples)) == 5
+    assert "database/12" in examples
+    assert "No file name" in callbacks.examples("<nowhere>", 0)
+    assert "<nowhere>" not in callbacks.examples("<nowhere>", 0)
 
 
-def test_thumbnails_are_of_the_lists_alone_and_small(evaluated, tmp_path):
+def test_thumbnails_are_small_and_only_of_listed_images(evaluated, tmp_path):
     Image.effect_noise((3000, 1000), 50).convert("RGB").save(tmp_path / "large.jpg")
     items = [ImageItem(tmp_path / "large.jpg"), ImageItem(tmp_path / "gone.jpg")]
-    pictures = Thumbnails({"database": items})
-    sizes = [Image.open(io.BytesIO(pictures.jpeg("database", 0, size) or b"")).size for size in ("small", "large")]
+    thumbnails = Thumbnails({"database": items})
+    sizes = [Image.open(io.BytesIO(thumbnails.jpeg("database", 0, size) or b"")).size for size in ("small", "large")]
     assert sizes == [(240, 80), (1280, 427)]
-    wrong = [("database", 1, "small"), ("database", 2, "small"), ("database", -1, "small"), ("queries", 0, "small")]
-    assert all(pictures.jpeg(*one) is None for one in [*wrong, ("database", 0, "huge")])
+    invalid = [("database", 1, "small"), ("database", 2, "small"), ("database", -1, "small"), ("queries", 0, "small")]
+    assert all(thumbnails.jpeg(*arguments) is None for arguments in [*invalid, ("database", 0, "huge")])

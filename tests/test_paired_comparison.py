@@ -1,4 +1,4 @@
-"""Two results query by query: differences, counts, intervals, order, and what cannot be compared."""
+"""Comparison of two results query by query: differences, counts, intervals, order and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LANDMARKS = [f"place{i // 2}" for i in range(8)]
 
 
 def write(folder, medium, hard=None, stage="search", queries=8, kind="map"):
-    """A run's files, as far as a comparison reads them."""
+    """Write the files of a run that a comparison reads, and return its result."""
     folder.mkdir(parents=True)
     hard = medium if hard is None else hard
     lines = [f"query,landmark,{stage} medium AP,{stage} hard AP"]
@@ -29,35 +29,36 @@ def write(folder, medium, hard=None, stage="search", queries=8, kind="map"):
 
 @pytest.fixture
 def pair(tmp_path):
-    ours = [0.5, 0.9, 0.2, 0.4, math.nan, 0.7, 0.1, 0.3]
-    theirs = [0.5, 0.4, 0.6, 0.3, 0.2, 0.75, 0.1 + 1e-13, 0.3]
-    rows = write(tmp_path / "a", ours, stage="rerank"), write(tmp_path / "b", theirs, stage="search")
-    return tmp_path, rows, np.array(ours), np.array(theirs)
+    """Write two results; return the folder, the results and the scores."""
+    scores = [0.5, 0.9, 0.2, 0.4, math.nan, 0.7, 0.1, 0.3]
+    baseline_scores = [0.5, 0.4, 0.6, 0.3, 0.2, 0.75, 0.1 + 1e-13, 0.3]
+    rows = write(tmp_path / "a", scores, stage="rerank"), write(tmp_path / "b", baseline_scores, stage="search")
+    return tmp_path, rows, np.array(scores), np.array(baseline_scores)
 
 
-def test_differences_counts_order_mean_and_interval(pair):
-    folder, (a, b), ours, theirs = pair
-    found = read_comparison(folder / "a", a, folder / "b", b)
-    difference = ours - theirs
-    np.testing.assert_array_equal(found.difference(), difference)
-    assert found.counts() == {"won": 2, "lost": 2, "equal": 3}
-    assert found.main == "medium"
-    order = found.order().tolist()
+def test_differences_counts_order_mean_and_interval_are_correct(pair):
+    folder, (a, b), scores, baseline_scores = pair
+    comparison = read_comparison(folder / "a", a, folder / "b", b)
+    difference = scores - baseline_scores
+    np.testing.assert_array_equal(comparison.difference(), difference)
+    assert comparison.counts() == {"won": 2, "lost": 2, "equal": 3}
+    assert comparison.main == "medium"
+    order = comparison.order().tolist()
     assert order[:3] == [1, 3, 0]
-    assert order[-1] == 4  # which does not count
-    assert found.most_won(9) == [1, 3]
-    assert found.most_lost(9) == [2, 5]
-    assert found.most_lost(1) == [2]
+    assert order[-1] == 4  # a query without a score comes last
+    assert comparison.most_won(9) == [1, 3]
+    assert comparison.most_lost(9) == [2, 5]
+    assert comparison.most_lost(1) == [2]
     counted = ~np.isnan(difference)
-    mean, interval = found.mean()
+    mean, interval = comparison.mean()
     assert mean == pytest.approx(difference[counted].mean())
     assert interval == cluster_interval(difference[counted], np.array(LANDMARKS)[counted], 3)
 
 
-def test_the_table_has_every_query_most_won_first(pair, capsys):
+def test_the_table_lists_every_query_with_the_largest_gain_first(pair, capsys):
     folder, (a, b), *_ = pair
-    found = read_comparison(folder / "a", a, folder / "b", b)
-    write_comparison(folder / "out", found, folder / "a", folder / "b")
+    comparison = read_comparison(folder / "a", a, folder / "b", b)
+    write_comparison(folder / "out", comparison, folder / "a", folder / "b")
     with (folder / "out" / "queries.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["number"] for row in rows][:2] == ["1", "3"]
@@ -80,34 +81,40 @@ def test_the_table_has_every_query_most_won_first(pair, capsys):
     assert "+50.00" in printed
 
 
-def test_swapped_it_is_the_opposite(pair):
+def test_swapping_the_results_negates_the_differences(pair):
     folder, (a, b), *_ = pair
-    one, other = read_comparison(folder / "a", a, folder / "b", b), read_comparison(folder / "b", b, folder / "a", a)
-    np.testing.assert_array_equal(one.difference(), -other.difference())
-    assert (one.counts()["won"], one.counts()["lost"]) == (other.counts()["lost"], other.counts()["won"])
+    comparison, swapped = (
+        read_comparison(folder / "a", a, folder / "b", b),
+        read_comparison(folder / "b", b, folder / "a", a),
+    )
+    np.testing.assert_array_equal(comparison.difference(), -swapped.difference())
+    assert (comparison.counts()["won"], comparison.counts()["lost"]) == (
+        swapped.counts()["lost"],
+        swapped.counts()["won"],
+    )
 
 
-def test_recognition_is_compared_by_what_is_right(tmp_path):
+def test_recognition_is_compared_by_correct_predictions(tmp_path):
     rows = []
-    for name, right in (("a", "1011"), ("b", "0111")):
+    for name, correct in (("a", "1011"), ("b", "0111")):
         row = write(tmp_path / name, [0.5] * 8, kind="GAP")
         lines = ["query,landmark,search class,search score,search correct"]
-        lines += [f"q{i},l{i},7,0.5,{v}" for i, v in enumerate(right)]
+        lines += [f"q{i},l{i},7,0.5,{v}" for i, v in enumerate(correct)]
         (tmp_path / name / "per_query.csv").write_text("\n".join(lines) + "\n")
         rows.append(row)
-    found = read_comparison(tmp_path / "a", rows[0], tmp_path / "b", rows[1])
-    assert found.measure == "correct"
-    assert found.counts() == {"won": 1, "lost": 1, "equal": 2}
+    comparison = read_comparison(tmp_path / "a", rows[0], tmp_path / "b", rows[1])
+    assert comparison.measure == "correct"
+    assert comparison.counts() == {"won": 1, "lost": 1, "equal": 2}
 
 
-def test_what_cannot_be_compared_is_named(pair):
+def test_results_that_cannot_be_compared_raise_errors(pair):
     folder, (a, _), *_ = pair
     short = write(folder / "short", [0.5] * 8, queries=5)
-    other = write(folder / "gap", [0.5] * 8, kind="GAP")
+    recognition = write(folder / "gap", [0.5] * 8, kind="GAP")
     with pytest.raises(InputError, match="different queries"):
         read_comparison(folder / "a", a, folder / "short", short)
     with pytest.raises(InputError, match=r"a uses mAP, .*gap GAP: not comparable"):
-        read_comparison(folder / "a", a, folder / "gap", other)
+        read_comparison(folder / "a", a, folder / "gap", recognition)
     labels = write(folder / "labels", [0.5] * 8)
     labels["metrics"] = {"search": {"map": {"all": 0.5}}}
     path = folder / "labels" / "per_query.csv"

@@ -24,7 +24,7 @@ from superglobal.models.pooling import (
 )
 
 
-def test_values_of_the_reference_modules():
+def test_functions_have_the_values_of_the_reference_modules():
     grid = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [0.7, 0.8, 0.9]])[None, None]
     expected = [0.37239, 0.412465, 0.45436, 0.487479, 0.527425, 0.569434, 0.620697, 0.661148, 0.703719]
     torch.testing.assert_close(regional_gem(grid).flatten(), torch.tensor(expected), atol=1e-6, rtol=0)
@@ -35,7 +35,7 @@ def test_values_of_the_reference_modules():
     torch.testing.assert_close(clamped, torch.tensor([0.014, 0.014, 0.014, 0.5]))
 
 
-def test_regional_gem_is_a_windowed_gem():
+def test_regional_gem_averages_a_windowed_gem_and_the_input():
     x = torch.rand(2, 3, 6, 7, dtype=torch.float32)
     padded = F.pad(x, (2, 2, 2, 2), mode="reflect")
     windows = padded.unfold(2, 5, 1).unfold(3, 5, 1).flatten(4)
@@ -75,7 +75,7 @@ def test_learned_p_has_a_gradient_only_if_it_is_used():
     assert not MapPooling(PoolingConfig(gem_plus=False, learn_p=False)).p.requires_grad
 
 
-def test_finite_scale_gem_is_the_reference_formula_and_independent_of_the_batch():
+def test_finite_scale_gem_equals_the_reference_for_any_batch():
     vectors = torch.randn(3, 2, 16)
     alone = scale_gem(vectors[:, :1], p=10)
     gamma = vectors[:, :1].min()
@@ -99,7 +99,7 @@ def test_a_map_too_small_for_the_window_is_an_error():
     ("value", "mode"),
     [(True, "on"), (False, "off"), ("ON", "on"), ("false", "off"), ("reference_off", "reference_off")],
 )
-def test_relup_switch_values(value, mode):
+def test_relup_values_become_modes(value, mode):
     assert relup_mode(value) == mode
 
 
@@ -116,13 +116,13 @@ def test_relup_switch_values(value, mode):
         ({"eps": "small"}, "a number"),
     ],
 )
-def test_a_wrong_setting_lists_the_choices(pooling, message):
+def test_invalid_settings_list_the_choices(pooling, message):
     with pytest.raises(InputError, match=message):
         make_pooling(pooling)
 
 
 def test_deterministic_padding_has_the_same_values_and_gradients():
-    """torch's own padding has no deterministic gradient on a GPU."""
+    """The padding of torch has no deterministic gradient on a GPU."""
     results = []
     for deterministic in (False, True):
         x = torch.rand(2, 3, 6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
@@ -152,6 +152,7 @@ MODULES = [
 
 
 def example(module):
+    """Return a random input of a module."""
     shape = (3, 2, 16) if isinstance(module, ScaleGeM) else (2, 3, 6, 7)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -165,7 +166,7 @@ def test_the_modules_have_the_values_of_the_reference():
 
 
 @pytest.mark.parametrize(
-    ("make", "problem"),
+    ("create", "problem"),
     [
         (lambda: GeM(0), "p=0: expected a positive number"),
         (lambda: GeM(-3.0), "p=-3.0: expected a positive number"),
@@ -175,13 +176,13 @@ def test_the_modules_have_the_values_of_the_reference():
     ],
     ids=["gem_zero", "gem_negative", "scale_negative", "window_even", "weight_large"],
 )
-def test_values_without_a_meaning_are_errors(make, problem):
+def test_invalid_module_arguments_raise_errors(create, problem):
     with pytest.raises(InputError, match=problem):
-        make()
+        create()
 
 
 @pytest.mark.parametrize(("module", "function"), MODULES, ids=[repr(module) for module, _ in MODULES])
-def test_a_module_is_its_function(module, function):
+def test_modules_compute_their_functions(module, function):
     x = example(module)
     assert torch.equal(module(x), function(x))
     if isinstance(module, ScaleGeM):
@@ -189,7 +190,7 @@ def test_a_module_is_its_function(module, function):
 
 
 @pytest.mark.parametrize("module", [module for module, _ in MODULES], ids=repr)
-def test_a_module_has_the_gradients_of_finite_differences(module):
+def test_gradients_of_modules_equal_finite_differences(module):
     x = example(module).double().abs().add(0.2).requires_grad_()
     assert torch.autograd.gradcheck(module, (x,))
 
@@ -226,7 +227,7 @@ def test_modules_show_their_settings():
 
 
 @pytest.mark.parametrize("gem_plus", [True, False])
-def test_modules_compute_what_the_network_computes(gem_plus):
+def test_modules_compute_the_pooling_of_the_network(gem_plus):
     x = example(RegionalGeM())
     pool = GeM(4.6, eps=1e-8) if gem_plus else GeM(3.0, learnable=True)
     assert torch.equal(MapPooling(PoolingConfig(gem_plus=gem_plus))(x), pool(RegionalGeM()(x)))

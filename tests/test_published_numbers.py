@@ -1,4 +1,4 @@
-"""Scores of the paper in tables: only beside exactly their configuration, and marked as not measured."""
+"""Scores of the paper in tables: shown only for exactly the same configuration, and marked as not measured."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ RERANKED = {"enabled": True, "kind": "superglobal", "junk": "keep", **get_rerank
 
 
 def paper_about(backbone="resnet101", weights_format="CVNet", **pooling):
+    """Return the `about` section of a result in the configuration of the paper."""
     stored = {k: str(v) if v == float("inf") else v for k, v in asdict(PoolingConfig(relup="on", **pooling)).items()}
     network = {"backbone": backbone, "pooling": stored, "scales": [0.7071, 1.0, 1.4142], "antialias": False}
     return {"network": network, "weights_format": weights_format}
 
 
-def test_the_papers_numbers_stand_beside_their_own_configuration_and_are_marked(tmp_path, capsys):
+def test_scores_of_the_paper_are_shown_for_their_configuration_and_marked(tmp_path, capsys):
     runs = [("rerank", RERANKED), ("no_rerank", RERANKED | {"enabled": False})]
     for number, (label, rerank) in enumerate(runs):
         more = {f"rerank__{key}": value for key, value in rerank.items()}
@@ -55,7 +56,7 @@ def test_the_papers_numbers_stand_beside_their_own_configuration_and_are_marked(
         assert ("*80.2*" if kind == "md" else r"\textit{80.2}") in line
         assert "paper" in line
     assert "not measured" in capsys.readouterr().out
-    # A mark of its own under the line: a golden pixel is not asked for, but the picture differs by it.
+    # The chart has an extra legend for the stars of the paper, so it is higher than without them.
     with_stars = (tmp_path / "chart.png").read_bytes()
     for path in tmp_path.glob("*/results.json"):
         path.write_text(path.read_text().replace('"CVNet"', '"other"'))
@@ -82,12 +83,12 @@ def test_the_papers_numbers_stand_beside_their_own_configuration_and_are_marked(
         {"rerank__kind": "aqe"},
     ],
 )
-def test_any_other_configuration_has_no_row_of_the_papers(tmp_path, change):
+def test_other_configurations_have_no_scores_of_the_paper(tmp_path, change):
     same = {f"rerank__{key}": value for key, value in RERANKED.items()} | PAPER
     settings = {"dataset": "roxford5k", "about": paper_about(), **same}
     job(tmp_path / "same", np.full((3, 12), 0.5), **settings)
     job(tmp_path / "other", np.full((3, 12), 0.5), **(settings | change))
-    (same,), (other,) = (read_results(tmp_path / name) for name in ("same", "other"))
+    (same,), (changed,) = (read_results(tmp_path / name) for name in ("same", "other"))
     assert published_for(same) is not None
     assert dict(published_for(same).scores) == {"hard": 80.2}
-    assert published_for(other) is None
+    assert published_for(changed) is None

@@ -1,4 +1,4 @@
-"""Query expansion and database augmentation against loops in float64, and the second search."""
+"""Query expansion and database augmentation compared to loops in float64, and the search after them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from superglobal.retrieval.store import DescriptorStore
 
 
 def unit(x: np.ndarray) -> np.ndarray:
+    """Normalize vectors to unit length."""
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def slow_average(v, X, n, alpha, own=None):
+def slow_average(v, X, n, alpha, excluded=None):
+    """Compute the weighted average of a vector and its n nearest rows, except for the excluded row."""
     similarity = X @ v
-    others = sorted((j for j in range(len(X)) if j != own), key=lambda j: (-similarity[j], j))[:n]
-    total = v + sum((max(similarity[j], 0) ** alpha * X[j] if similarity[j] > 0 else 0 * X[j]) for j in others)
+    neighbors = sorted((j for j in range(len(X)) if j != excluded), key=lambda j: (-similarity[j], j))[:n]
+    total = v + sum((max(similarity[j], 0) ** alpha * X[j] if similarity[j] > 0 else 0 * X[j]) for j in neighbors)
     return total / np.linalg.norm(total)
 
 
@@ -35,29 +37,31 @@ def test_expanded_queries_and_augmented_rows_equal_loops(n, alpha):
     expected = [slow_average(q, wide, n, alpha) for q in Q.astype(np.float64)]
     np.testing.assert_allclose(expand_queries(Q, X, n, alpha), expected, atol=1e-6)
     excluded = rng.integers(40, size=5)
-    expected = [slow_average(q, wide, n, alpha, own) for q, own in zip(Q.astype(np.float64), excluded, strict=True)]
+    expected = [slow_average(q, wide, n, alpha, row) for q, row in zip(Q.astype(np.float64), excluded, strict=True)]
     np.testing.assert_allclose(expand_queries(Q, X, n, alpha, exclude=excluded), expected, atol=1e-6)
-    expected = [slow_average(x, wide, n, alpha, own) for own, x in enumerate(wide)]
+    expected = [slow_average(x, wide, n, alpha, row) for row, x in enumerate(wide)]
     for block_rows in (1, 7, 4096):
         got = augment_database(X, n, alpha, block_rows=block_rows)
         np.testing.assert_allclose(got.block(0, 40), expected, atol=1e-6)
 
 
-def test_a_photo_is_not_its_own_neighbour():
-    """Leave-one-out: without `exclude` each query would find itself first and stay where it is."""
+def test_an_image_is_not_its_own_neighbor():
+    """Without `exclude`, each query of a leave-one-out search would find itself first and not change."""
     X = clustered(np.random.default_rng(10), 30)
-    own = np.arange(30)
+    rows = np.arange(30)
     assert np.abs(expand_queries(X, X, 1, 0.0) - X).max() < 1e-6
-    nearest = X[search(X, X, 1, exclude=own)[1][:, 0]]
-    np.testing.assert_allclose(expand_queries(X, X, 1, 0.0, exclude=own), unit(X + nearest), atol=1e-6)
+    nearest = X[search(X, X, 1, exclude=rows)[1][:, 0]]
+    np.testing.assert_allclose(expand_queries(X, X, 1, 0.0, exclude=rows), unit(X + nearest), atol=1e-6)
     np.testing.assert_allclose(augment_database(X, 1, 0.0).block(0, 30), unit(X + nearest), atol=1e-6)
 
 
-def test_skipped_rows_expand_nothing_and_cannot_be_augmented(tmp_path):
-    """A query is expanded by the rows that are left, all of them where more are asked for."""
+def test_skipped_rows_are_not_used_and_cannot_be_augmented(tmp_path):
+    """A query is expanded by the rows that were not skipped, at most by all of them."""
     rng = np.random.default_rng(17)
     X, Q = clustered(rng, 30), clustered(rng, 4)
-    skipped = np.unique(search(Q, X, 1)[1][:3])  # nearest of three queries: who took them would end elsewhere
+    skipped = np.unique(
+        search(Q, X, 1)[1][:3]
+    )  # the nearest rows of three queries, so that using them would change the result
     store = DescriptorStore.open_or_create(tmp_path / "s", {}, [str(i) for i in range(30)], X.shape[1])
     kept = np.setdiff1d(np.arange(30), skipped)
     store.write_rows(kept, X[kept])
@@ -65,16 +69,16 @@ def test_skipped_rows_expand_nothing_and_cannot_be_augmented(tmp_path):
     store.flush()
     for n in (2, len(kept) + 1, 100):
         np.testing.assert_allclose(expand_queries(Q, store, n), expand_queries(Q, X[kept], n), atol=1e-6)
-        own = kept[:4]
+        rows = kept[:4]
         expected = expand_queries(Q, X[kept], n, exclude=np.arange(4))
-        np.testing.assert_allclose(expand_queries(Q, store, n, exclude=own), expected, atol=1e-6)
+        np.testing.assert_allclose(expand_queries(Q, store, n, exclude=rows), expected, atol=1e-6)
     with pytest.raises(InputError, match=f"{len(skipped)} rows were skipped .* cannot be averaged"):
         augment_database(store, 5)
     again = apply_reranker("aqe", {"n": 5, "alpha": 3.0}, Q, as_rows(store), search(Q, store, 20)[1])
     assert not np.isin(again.ids, skipped).any()
 
 
-def test_no_neighbours_is_the_identity():
+def test_zero_neighbors_change_nothing():
     rng = np.random.default_rng(11)
     X, Q = clustered(rng, 20), clustered(rng, 3)
     np.testing.assert_array_equal(expand_queries(Q, X, 0), Q)
@@ -82,7 +86,7 @@ def test_no_neighbours_is_the_identity():
     np.testing.assert_array_equal(augment_database(X[:1], 5).block(0, 1), X[:1])
 
 
-def test_an_augmented_database_on_disk_is_that_in_memory(tmp_path):
+def test_augmented_databases_on_disk_and_in_memory_are_equal(tmp_path):
     X = clustered(np.random.default_rng(12), 50)
     path = tmp_path / "augmented.npy"
     on_disk = augment_database(concat(X[:20], X[20:].astype(np.float32)), 3, path=path, block_rows=8)
@@ -93,26 +97,26 @@ def test_an_augmented_database_on_disk_is_that_in_memory(tmp_path):
         augment_database(X, 3, path=tmp_path / "nowhere" / "x.npy")
 
 
-def test_the_database_is_searched_by_blocks():
-    """Never more than `block_rows` rows are asked for together, and their neighbours are gathered by parts."""
+def test_the_database_is_augmented_in_blocks():
+    """At most `block_rows` rows are searched at once, and their neighbors are read in parts."""
 
     class Watched:
         def __init__(self, array):
-            self.array, self.shape, self.most = array, array.shape, 0
+            self.array, self.shape, self.max_rows = array, array.shape, 0
 
         def block(self, start, stop):
             return self.array[start:stop]
 
         def take(self, ids):
-            self.most = max(self.most, len(ids))
+            self.max_rows = max(self.max_rows, len(ids))
             return self.array[ids]
 
     source = Watched(clustered(np.random.default_rng(13), 600))
     augment_database(source, 4, block_rows=16)
-    assert source.most <= 16 * (4 + 33)
+    assert source.max_rows <= 16 * (4 + 33)
 
 
-def test_expansion_refuses_what_it_cannot_use():
+def test_invalid_parameters_raise_errors():
     X = clustered(np.random.default_rng(14), 10)
     for values, message in (({"n": -1}, "n=-1: expected"), ({"alpha": -1.0}, "alpha"), ({"alpha": np.nan}, "alpha")):
         with pytest.raises(InputError, match=message):
@@ -121,7 +125,7 @@ def test_expansion_refuses_what_it_cannot_use():
             augment_database(X, **values)
 
 
-def test_a_second_search_ranks_the_whole_database_anew():
+def test_query_expansion_and_augmentation_search_the_whole_database():
     rng = np.random.default_rng(15)
     X, Q = as_rows(clustered(rng, 60)), clustered(rng, 4)
     ids = search(Q, X, 20)[1]
@@ -132,8 +136,8 @@ def test_a_second_search_ranks_the_whole_database_anew():
     adba = apply_reranker("adba", {"n": 5, "alpha": 3.0}, Q, X, ids)
     assert adba.queries is Q
     np.testing.assert_array_equal(adba.ids, search(Q, augment_database(X, 5, 3.0), 20)[1])
-    own = apply_reranker("kreciprocal", {"M": 10}, Q, X, ids)
-    np.testing.assert_array_equal(own.shortlist, rerank(Q, X, ids, 10, method="kreciprocal")[1])
+    shortlisted = apply_reranker("kreciprocal", {"M": 10}, Q, X, ids)
+    np.testing.assert_array_equal(shortlisted.shortlist, rerank(Q, X, ids, 10, method="kreciprocal")[1])
 
 
 def test_a_database_too_large_for_memory_leaves_no_file(tmp_path, monkeypatch):

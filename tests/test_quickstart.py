@@ -1,4 +1,4 @@
-"""The demo from end to end on the smallest toy set, and again with everything present."""
+"""The quickstart from end to end on the smallest toy set, and a second run that reuses everything."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def demo(data: Path, outputs: Path) -> str:
+    """Run scripts/quickstart.py and return its output."""
     command = [sys.executable, "scripts/quickstart.py", "--size", "tiny", "--name", "short", "--data", str(data)]
     command += ["--outputs", str(outputs), "optim.epochs=4", "validation.fraction=0.25", "trainer.num_workers=0"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
@@ -24,7 +25,7 @@ def demo(data: Path, outputs: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_demo_ends_with_a_table_and_a_picture_and_reuses_what_is_there(tmp_path):
+def test_the_quickstart_writes_a_table_and_a_figure_and_reuses_results(tmp_path):
     text = demo(tmp_path / "data", tmp_path)
     for stage in ("[1/5] render", "rendered", "[2/5] train", "[5/5] one table"):
         assert stage in text

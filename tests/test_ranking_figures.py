@@ -1,4 +1,4 @@
-"""The numbers behind the pictures, against brute force; and that the pictures show them."""
+"""Numbers behind the figures, compared to brute force, and their colors in the figures."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ from superglobal.reporting.ranking_figures import COLORS, Comparison, Ranking, d
 
 
 def unit(rng, *shape):
+    """Return random unit vectors of this shape."""
     x = rng.normal(size=shape)
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def colours(picture):
-    packed = np.unique(picture[..., :3].astype(np.int64) @ [1 << 16, 1 << 8, 1])
+def colors_of(image):
+    """Return the set of colors of an image."""
+    packed = np.unique(image[..., :3].astype(np.int64) @ [1 << 16, 1 << 8, 1])
     return {(int(p) >> 16, int(p) >> 8 & 255, int(p) & 255) for p in packed}
 
 
 def brute_curve(ranks, n, bins):
-    """Mean precision over parts of recall, from the trapezoids' definition at many points."""
+    """Compute the mean precision in bins of recall, from the definition of the trapezoids at many points."""
     points = (np.arange(bins * 2000) + 0.5) / (bins * 2000)
     values = np.zeros(len(points))
     for i, recall in enumerate(points):
@@ -53,13 +55,13 @@ def brute_curve(ranks, n, bins):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_curve_is_the_brute_force_one_and_its_area_is_ap(seed):
+def test_the_curve_equals_brute_force_and_its_area_is_the_ap(seed):
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 30))
     ranks = np.sort(rng.choice(200, rng.integers(0, n + 1), replace=False))
-    found = precision_over_recall(trapezoidal_steps(rng.permutation(ranks), n), 10)
-    np.testing.assert_allclose(found, brute_curve(ranks, n, 10), atol=2e-3)
-    assert found.mean() == pytest.approx(average_precision(ranks, n), abs=1e-12)
+    curve = precision_over_recall(trapezoidal_steps(rng.permutation(ranks), n), 10)
+    np.testing.assert_allclose(curve, brute_curve(ranks, n, 10), atol=2e-3)
+    assert curve.mean() == pytest.approx(average_precision(ranks, n), abs=1e-12)
 
 
 def test_the_curve_of_a_perfect_ranking_is_one_everywhere():
@@ -68,7 +70,7 @@ def test_the_curve_of_a_perfect_ranking_is_one_everywhere():
 
 
 @pytest.mark.parametrize(("n", "depth"), [(3, 100), (40, 25), (7, 5)])
-def test_of_landmarks_the_area_is_ap_at_a_hundred(n, depth):
+def test_the_area_under_rectangular_steps_is_ap_at_the_depth(n, depth):
     rng = np.random.default_rng(n)
     predicted, relevant = rng.permutation(60), rng.permutation(60)[:n]
     steps = rectangular_steps(predicted, relevant, depth)
@@ -85,48 +87,48 @@ def test_a_query_without_a_positive_has_no_curve():
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True])
-def test_similarities_are_counted_as_by_brute_force_at_edges_too(leave_one_out):
+def test_similarity_counts_equal_brute_force_also_at_edges(leave_one_out):
     rng = np.random.default_rng(0)
     X = unit(rng, 500, 8)
     Q = X[:30].copy() if leave_one_out else unit(rng, 30, 8)
-    # Some exactly on an edge: products of axes are 0, 1 and -1.
+    # Some scores are exactly on an edge of a bin: products of axes are 0, 1 and -1.
     X[100:108], X[108:116] = np.eye(8), -np.eye(8)
     Q[3:11] = np.eye(8)
     if leave_one_out:
         X[:30] = Q
     exclude = np.arange(30) if leave_one_out else None
     sets = [{"positive": p[:6], "junk": p[6:9]} for p in (rng.permutation(np.arange(30, 500)) for _ in Q)]
-    found = similarity_counts(Q, X, sets, exclude=exclude, block_rows=64)
+    counts = similarity_counts(Q, X, sets, exclude=exclude, block_rows=64)
     scores = (Q[:, None].astype(np.float64) * X[None]).sum(axis=2)
     kind = np.full(scores.shape, "negative", dtype="U8")
-    for query, one in enumerate(sets):
-        for name, ids in one.items():
+    for query, labels in enumerate(sets):
+        for name, ids in labels.items():
             kind[query, ids] = name
         if leave_one_out:
-            kind[query, query] = "gone"
+            kind[query, query] = "excluded"
     for name in ("positive", "junk", "negative"):
         brute = np.bincount(bin_of(scores[kind == name]), minlength=BINS)
-        np.testing.assert_array_equal(found[name], brute, err_msg=name)
-    assert sum(one.sum() for one in found.values()) == scores.size - 30 * leave_one_out
+        np.testing.assert_array_equal(counts[name], brute, err_msg=name)
+    assert sum(bins.sum() for bins in counts.values()) == scores.size - 30 * leave_one_out
 
 
-def test_bins_are_what_the_edges_say():
+def test_bins_match_their_edges():
     assert list(bin_of(np.array([-1.0, 0.0, 0.005, 1.0, 1.0000001]))) == [0, BINS // 2, BINS // 2, BINS - 1, BINS - 1]
     assert EDGES[BINS // 2] == 0
 
 
-def test_the_plane_is_that_of_most_variance():
+def test_the_principal_plane_has_the_largest_variance():
     rng = np.random.default_rng(1)
     X = rng.normal(size=(200, 6)) * [1, 9, 1, 1, 4, 1]
-    points, others, shares = principal_plane(X, X[:3])
+    points, projected, shares = principal_plane(X, X[:3])
     values = np.linalg.eigvalsh(np.cov(X.T, bias=True))[::-1]
     np.testing.assert_allclose(points.var(axis=0), values[:2])
     np.testing.assert_allclose(shares, values[:2] / values.sum())
-    np.testing.assert_allclose(others, points[:3])
+    np.testing.assert_allclose(projected, points[:3])
     assert abs(np.corrcoef(points[:, 0], X[:, 1])[0, 1]) > 0.99
 
 
-def test_tsne_keeps_clusters_together_and_is_the_same_again():
+def test_tsne_keeps_clusters_together_and_is_reproducible():
     rng = np.random.default_rng(2)
     X = np.concatenate([rng.normal(size=(20, 6)), rng.normal(size=(20, 6)) + 30]).astype(np.float32)
     points, marked, _ = project(X, X[:2], "tsne", 0)
@@ -139,30 +141,31 @@ def test_tsne_keeps_clusters_together_and_is_the_same_again():
     assert marked.shape == (2, 2)
 
 
-def test_a_map_of_four_images_is_refused():
+def test_a_map_of_four_images_is_an_error():
     with pytest.raises(InputError, match="at least 5"):
         project(np.eye(4), np.eye(4), "pca", 0)
 
 
-def test_a_sample_is_bounded_seeded_without_skipped_and_half_of_known_landmarks():
+def test_samples_are_seeded_limited_and_half_from_labeled_landmarks():
     groups = ["a"] * 100 + [None] * 1000
-    found = sample_images(groups, 60, np.array([0, 500]), 0)
-    assert len(found) == 60 == len(set(found))
-    assert (found < 100).sum() == 30
-    assert not {0, 500} & set(found.tolist())
-    assert np.array_equal(found, sample_images(groups, 60, np.array([0, 500]), 0))
-    assert not np.array_equal(found, sample_images(groups, 60, np.array([0, 500]), 1))
+    sample = sample_images(groups, 60, np.array([0, 500]), 0)
+    assert len(sample) == 60 == len(set(sample))
+    assert (sample < 100).sum() == 30
+    assert not {0, 500} & set(sample.tolist())
+    assert np.array_equal(sample, sample_images(groups, 60, np.array([0, 500]), 0))
+    assert not np.array_equal(sample, sample_images(groups, 60, np.array([0, 500]), 1))
     assert len(sample_images(groups, 5000, np.array([], int), 0)) == 1100
     assert (sample_images(["a"] * 10 + [None] * 2, 8, np.array([], int), 0) < 10).sum() == 6
 
 
-def test_thumbnails_are_spread_one_a_cell_and_nearest_its_middle():
+def test_each_grid_cell_has_the_thumbnail_nearest_to_its_center():
     points = np.array([[0, 0], [1.2, 1.2], [1.0, 1.0], [4, 4], [0.2, 4]], float)
     assert grid_cells(points, 2, 2) == {(0, 0): 2, (1, 1): 3, (0, 1): 4}
 
 
 @pytest.fixture
-def shown(tmp_path):
+def small_set(tmp_path):
+    """Return a small evaluation set and its images."""
     paths = []
     for i in range(14):
         paths.append(tmp_path / f"{i}.jpg")
@@ -174,8 +177,8 @@ def shown(tmp_path):
     return dataset, items
 
 
-def test_two_rankings_stand_side_by_side_with_their_borders_and_movement(shown, tmp_path):
-    dataset, items = shown
+def test_two_rankings_are_drawn_side_by_side_with_borders_and_rank_changes(small_set, tmp_path):
+    dataset, items = small_set
     before, after = np.array([4, 1, 2, 3, 5, 6]), np.array([1, 2, 4, 3, 5, 7])
     rankings = [Ranking("a", np.linspace(0.9, 0.4, 6), before), Ranking("b", np.linspace(0.9, 0.4, 6), after)]
     path = tmp_path / "sheet.png"
@@ -188,23 +191,25 @@ def test_two_rankings_stand_side_by_side_with_their_borders_and_movement(shown, 
     for side, ids in enumerate((before, after)):
         for rank, image in enumerate(ids):
             x = left + side * (5 * cell + 18) + rank % 5 * cell
-            colour = ImageColor.getrgb(COLORS[kinds.get(int(image), "negative")])
-            assert tuple(sheet[top + rank // 5 * line, x]) == colour, (side, rank)
-    assert (0xFF, 0xE6, 0x00) in colours(sheet[top : top + 158, :cell])  # the query's box
-    # Under image 1, which came up from place 2, and image 4, which went down.
+            color = ImageColor.getrgb(COLORS[kinds.get(int(image), "negative")])
+            assert tuple(sheet[top + rank // 5 * line, x]) == color, (side, rank)
+    assert (0xFF, 0xE6, 0x00) in colors_of(sheet[top : top + 158, :cell])  # the query's box
+    # Below image 1, which moved up from rank 2, and image 4, which moved down.
     under = sheet[top + 160 : top + 174]
     after_left = left + 5 * cell + 18
-    assert ImageColor.getrgb(COLORS["query"]) in colours(under[:, after_left : after_left + cell - 8])
-    assert ImageColor.getrgb(COLORS["negative"]) in colours(under[:, after_left + 2 * cell : after_left + 3 * cell - 8])
-    assert ImageColor.getrgb(COLORS["query"]) not in colours(under[:, left : left + 5 * cell - 8])
+    assert ImageColor.getrgb(COLORS["query"]) in colors_of(under[:, after_left : after_left + cell - 8])
+    assert ImageColor.getrgb(COLORS["negative"]) in colors_of(
+        under[:, after_left + 2 * cell : after_left + 3 * cell - 8]
+    )
+    assert ImageColor.getrgb(COLORS["query"]) not in colors_of(under[:, left : left + 5 * cell - 8])
 
 
-def test_where_an_image_was():
+def test_find_rank_returns_the_position_of_an_image():
     assert find_rank(np.array([5, 3, 9]), 9) == 2
     assert find_rank(np.array([5, 3, 9]), 4) is None
 
 
-def test_heat_is_bright_where_shares_are_and_nowhere_else():
+def test_heat_maps_are_bright_only_at_positive_contributions():
     photo = np.full((40, 60, 3), 90, np.uint8)
     shares = np.zeros((40, 60))
     shares[5:15, 40:50] = 0.01
@@ -214,7 +219,7 @@ def test_heat_is_bright_where_shares_are_and_nowhere_else():
     assert heat[35, 5] == heat[20, 20]
 
 
-def test_figures_are_written_and_show_what_they_are_given(tmp_path):
+def test_figures_are_written_with_the_expected_colors(tmp_path):
     curve = np.linspace(1, 0.2, 100)
     lines = {"search": {"easy": curve, "hard": np.full(100, np.nan)}, "rerank": {"easy": curve, "hard": curve * np.nan}}
     plots.draw_curves(tmp_path / "curves.png", "t", lines, {"easy": 3, "hard": 0}, "mAP")
@@ -227,15 +232,15 @@ def test_figures_are_written_and_show_what_they_are_given(tmp_path):
     plots.draw_map(tmp_path / "map.png", "t", ["x", "y"], (points, known), (points[:2], ["a", "b"]), photos, (4, 3))
     panel = plots.HeatPanel(np.zeros((20, 30, 3), np.uint8), np.ones((20, 30)), "c", "hard")
     plots.draw_heat_maps(tmp_path / "activation.png", "t", [[panel, None], [panel, panel]])
-    wanted = {
+    expected = {
         "curves": ["#0072b2", "#d55e00"],
         "similarities": [COLORS["easy"], COLORS["negative"]],
         "map": ["#0072b2", "#bdbdbd", "#ff00ff"],
         "activation": [COLORS["hard"]],
     }
-    for name, seen in wanted.items():
-        picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
-        assert min(picture.shape[:2]) > 300
-        assert picture.std() > 10
-        for colour in seen:
-            assert ImageColor.getrgb(colour) in colours(picture), (name, colour)
+    for name, expected_colors in expected.items():
+        image = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
+        assert min(image.shape[:2]) > 300
+        assert image.std() > 10
+        for color in expected_colors:
+            assert ImageColor.getrgb(color) in colors_of(image), (name, color)

@@ -1,4 +1,4 @@
-"""exact_ranks: equal to a full sort by (-float64 score, id), however many rows tie."""
+"""exact_ranks: equal to a full sort by (-float64 score, id), also with many ties."""
 
 import time
 
@@ -16,7 +16,7 @@ from superglobal.retrieval.search import search
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_equals_a_full_sort(data: st.DataObject) -> None:
+def test_ranks_equal_a_full_sort(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
     n = data.draw(st.integers(1, 150), label="N")
     dim = data.draw(st.integers(1, 9), label="D")
@@ -26,57 +26,57 @@ def test_equals_a_full_sort(data: st.DataObject) -> None:
     exclude = rng.integers(n, size=4) if data.draw(st.booleans(), label="exclude") else None
     targets = [rng.permutation(n)[: data.draw(st.integers(0, n))] for _ in range(4)]
     if exclude is not None:
-        targets = [one[one != skip] for one, skip in zip(targets, exclude, strict=True)]
+        targets = [ids[ids != skip] for ids, skip in zip(targets, exclude, strict=True)]
     rows = data.draw(st.sampled_from([1, 13, 1000]), label="block_rows")
-    found = exact_ranks(Q, X, targets, block_rows=rows, exclude=exclude)
+    ranks = exact_ranks(Q, X, targets, block_rows=rows, exclude=exclude)
     expected = sorted_ranks(Q, X, exclude)
-    assert len(found) == 4
-    for number, one in enumerate(found):
-        assert one.dtype == np.int64
-        np.testing.assert_array_equal(one, expected[number, targets[number]])
+    assert len(ranks) == 4
+    for number, query_ranks in enumerate(ranks):
+        assert query_ranks.dtype == np.int64
+        np.testing.assert_array_equal(query_ranks, expected[number, targets[number]])
 
 
-def test_near_ties_below_float32_are_right() -> None:
+def test_near_ties_below_float32_precision_are_ranked_correctly() -> None:
     rng = np.random.default_rng(1)
     X = unit(rng, 400, 128)
     X[:200] = X[0]
     X[np.arange(200), rng.integers(128, size=200)] *= np.float32(1 + 2e-7)
     Q = np.concatenate([unit(rng, 3, 128), X[:1]])
     expected = sorted_ranks(Q, X)
-    for number, one in enumerate(exact_ranks(Q, X, [np.arange(400)] * 4, block_rows=90)):
-        np.testing.assert_array_equal(one, expected[number])
+    for number, ranks in enumerate(exact_ranks(Q, X, [np.arange(400)] * 4, block_rows=90)):
+        np.testing.assert_array_equal(ranks, expected[number])
 
 
-def test_agrees_with_search_over_a_larger_database() -> None:
+def test_ranks_agree_with_search_over_a_larger_database() -> None:
     rng = np.random.default_rng(2)
     X, Q = unit(rng, 9000, 64), unit(rng, 20, 64)
     X[rng.integers(9000, size=900)] = X[:900]
     ids = search(Q, X, 300)[1]
-    for one in exact_ranks(Q, X, list(ids), block_rows=2000):
-        np.testing.assert_array_equal(one, np.arange(300))
+    for ranks in exact_ranks(Q, X, list(ids), block_rows=2000):
+        np.testing.assert_array_equal(ranks, np.arange(300))
 
 
-def test_a_database_of_one_image_repeated_is_ranked_by_id_and_quickly() -> None:
+def test_a_database_of_identical_images_is_ranked_by_id_and_quickly() -> None:
     X = np.repeat(unit(np.random.default_rng(3), 1, 512), 5000, axis=0)
     Q = unit(np.random.default_rng(4), 30, 512)
     targets = [np.random.default_rng(i).permutation(5000)[:200] for i in range(30)]
     start = time.perf_counter()
-    found = exact_ranks(Q, X, targets)
+    ranks = exact_ranks(Q, X, targets)
     # Every pair of query and row is a near-tie; equal rows are scored once, so this takes a fraction of a second.
     assert time.perf_counter() - start < 8
-    for one, wanted in zip(found, targets, strict=True):
-        np.testing.assert_array_equal(one, wanted)
+    for query_ranks, expected in zip(ranks, targets, strict=True):
+        np.testing.assert_array_equal(query_ranks, expected)
 
 
 @pytest.mark.parametrize("share", [0, 0.3])
-def test_many_queries_with_few_targets(share: float) -> None:
-    """Recognition searches for 117,577 queries at once, of which not all have targets: each gets a small table."""
+def test_many_queries_with_few_targets_are_ranked_correctly(share: float) -> None:
+    """Recognition has 117,577 queries, some without targets, so every query has only a small table."""
     rng = np.random.default_rng(6)
     X, Q = unit(rng, 60, 8), unit(rng, 3000, 8)
     targets = [rng.permutation(60)[:20] if rng.random() < share else np.empty(0, np.int64) for _ in Q]
     order = sorted_ranks(Q, X)
-    for number, found in enumerate(exact_ranks(Q, X, targets, block_rows=40)):
-        np.testing.assert_array_equal(found, order[number, targets[number]])
+    for number, ranks in enumerate(exact_ranks(Q, X, targets, block_rows=40)):
+        np.testing.assert_array_equal(ranks, order[number, targets[number]])
 
 
 def test_errors_name_the_query() -> None:

@@ -1,4 +1,4 @@
-"""Every recipe composes, means what its comments say, and runs two steps."""
+"""Every recipe composes, has the intended settings, and trains two steps."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ TINY = [
 ]
 
 
-def composed(*overrides: str):
+def compose_train_config(*overrides: str):
+    """Compose the configuration of a training."""
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("train", overrides=list(overrides))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_runs_two_steps(toy_data, tmp_path, recipe):
-    places = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}"]
-    # One of the large networks is enough on a CPU: what is special about a recipe does not depend on it.
+def test_a_recipe_trains_two_steps(toy_data, tmp_path, recipe):
+    paths = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}"]
+    # A single recipe runs with its large network, to save time; the settings of the others do not depend on it.
     small = [] if recipe == "r50_256_sanity" else ["backbone=test_resnet"]
-    cfg = composed(f"experiment={recipe}", *TINY, *places, *small)
+    cfg = compose_train_config(f"experiment={recipe}", *TINY, *paths, *small)
     folder = tmp_path / "run"
     score = fit(cfg, folder)
     assert 0 < score <= 1
@@ -59,14 +60,14 @@ def test_a_recipe_runs_two_steps(toy_data, tmp_path, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipe_is_valid_and_its_run_has_its_name(recipe):
-    config = validate_config(composed(f"experiment={recipe}"), TrainConfig)
+def test_a_recipe_is_valid_and_names_its_run(recipe):
+    config = validate_config(compose_train_config(f"experiment={recipe}"), TrainConfig)
     assert config.name == recipe
     assert config.backbone.name == BACKBONES[recipe]
 
 
-def test_stages_of_size():
-    config = validate_config(composed("experiment=subcenter_dynamic"), TrainConfig)
+def test_stages_set_the_image_size_of_an_epoch():
+    config = validate_config(compose_train_config("experiment=subcenter_dynamic"), TrainConfig)
     sides = [
         image_size_in_epoch(config.data.image_size, config.data.stages, epoch) for epoch in range(config.optim.epochs)
     ]
@@ -74,9 +75,9 @@ def test_stages_of_size():
     assert [image_size_in_epoch(3, [[2, 1], [1, 2]], epoch) for epoch in range(5)] == [1, 1, 2, 3, 3]
 
 
-def test_a_frozen_backbone_stays_as_it_is(toy_data, tmp_path):
-    places = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}"]
-    cfg = composed("experiment=finetune_whitening", *TINY, *places, "backbone=test_resnet", "optim.ema=0.5")
+def test_a_frozen_backbone_does_not_change(toy_data, tmp_path):
+    paths = [f"paths.data={toy_data}", f"paths.outputs={tmp_path}"]
+    cfg = compose_train_config("experiment=finetune_whitening", *TINY, *paths, "backbone=test_resnet", "optim.ema=0.5")
     fit(cfg, tmp_path / "run")
     before = load_model("random", backbone="test_resnet", dim=2048, seed=0).state_dict()
     after = load_last_checkpoint(tmp_path / "run")["state_dict"]
@@ -87,7 +88,7 @@ def test_a_frozen_backbone_stays_as_it_is(toy_data, tmp_path):
             assert not torch.equal(after[f"average.module.{key}"], after[f"network.{key}"])
 
 
-def test_slurm_is_a_launcher(toy_data):
+def test_the_slurm_launcher_composes(toy_data):
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides=["launcher=slurm", "trainer.num_nodes=2"], return_hydra_config=True)

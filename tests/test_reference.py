@@ -1,4 +1,4 @@
-"""`--help` and docs/reference/configuration.md say what the schemas say."""
+"""`--help` and docs/reference/configuration.md show the settings of the schemas."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def dotted(config, prefix=""):
+    """Yield the dotted names of all settings."""
     for key, value in config.items():
         if isinstance(value, dict):
             yield from dotted(value, f"{prefix}{key}.")
@@ -26,7 +27,7 @@ def dotted(config, prefix=""):
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_every_setting_of_a_composed_configuration_is_described(entry):
+def test_every_setting_of_a_composed_configuration_is_documented(entry):
     register()
     overrides = ["backbone=resnet50", "dataset=roxford5k"] if entry.name != "train" else []
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -34,14 +35,14 @@ def test_every_setting_of_a_composed_configuration_is_described(entry):
     described = [name for section in sections(entry.schema) for one in section.settings for name in one.names]
     assert sorted(described) == sorted(set(described))
     names = set(dotted(composed))
-    # A setting that may be a text or a group of settings is described as a whole.
+    # A setting that may be a string or a group of settings has a single entry.
     whole = {name for name in described if any(one.startswith(f"{name}.") for one in names)}
     under = {name for name in names if name.startswith(tuple(f"{one}." for one in whole))}
     assert names == under | {*described} - whole
     assert len(whole) <= 1
 
 
-def test_a_setting_without_words_is_an_error():
+def test_a_setting_without_a_description_is_an_error():
     @dataclass
     class Silent:
         """Says nothing.
@@ -57,7 +58,7 @@ def test_a_setting_without_words_is_an_error():
         list(sections(Silent))
 
 
-def test_names_words_and_defaults_are_those_of_the_schema():
+def test_names_descriptions_and_defaults_come_from_the_schema():
     @dataclass
     class Inner:
         """Inside.
@@ -81,7 +82,7 @@ def test_names_words_and_defaults_are_those_of_the_schema():
         path: str = "${root}/x"
         inner: Inner = field(default_factory=Inner)
 
-    # Annotations are texts in this file; the classes are local.
+    # Annotations are strings in this file, which cannot be resolved because the classes are local.
     Outer.__annotations__["inner"] = Inner
     outer, inner = sections(Outer)
     assert (outer.prefix, outer.words, outer.settings[0].defaults) == ("", "Outside.", ("<root>/x",))
@@ -90,13 +91,13 @@ def test_names_words_and_defaults_are_those_of_the_schema():
     assert (pair.names, pair.defaults, pair.words) == (("inner.a", "inner.b"), ("null", "[1, 2]"), "two lines.")
 
 
-def test_the_page_is_up_to_date():
+def test_the_configuration_page_is_up_to_date():
     text = (ROOT / "docs" / "reference" / "configuration.md").read_text()
     assert text == reference_page(ENTRIES), "run: python scripts/config_reference.py"
 
 
 @pytest.mark.parametrize("script", ["eval.py", "train.py"])
-def test_help_is_a_page_for_users(script):
+def test_help_describes_the_settings(script):
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"python {script} " in done.stdout

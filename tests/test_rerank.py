@@ -1,4 +1,4 @@
-"""rerank: the reference's goldens, the formula in plain float64, and its edges."""
+"""rerank compared to outputs of the reference and to the formula in plain float64, and edge cases."""
 
 import json
 from pathlib import Path
@@ -21,17 +21,19 @@ SETTINGS = {name: {"M": case["M"], "K": case["K"], "beta": case["beta"]} for nam
 
 
 def unit(rng: np.random.Generator, n: int, dim: int) -> np.ndarray:
+    """Return n random unit vectors."""
     x = rng.standard_normal((n, dim)).astype(np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def clustered(rng: np.random.Generator, n: int, dim: int, centres: int = 8) -> np.ndarray:
-    x = unit(rng, centres, dim)[rng.integers(centres, size=n)] + 0.15 * rng.standard_normal((n, dim))
+def clustered(rng: np.random.Generator, n: int, dim: int, centers: int = 8) -> np.ndarray:
+    """Return n unit vectors around random centers."""
+    x = unit(rng, centers, dim)[rng.integers(centers, size=n)] + 0.15 * rng.standard_normal((n, dim))
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 def slow_scores(q: np.ndarray, T: np.ndarray, K: int, beta: float) -> dict[str, np.ndarray]:
-    """One query, one row at a time, float64: the formula as it is written."""
+    """Compute the formula of the paper for a query, row by row in float64."""
     q, T = q.astype(np.float64), T.astype(np.float64)
     R, totals = np.zeros_like(T), []
     for i in range(len(T)):
@@ -46,14 +48,14 @@ def slow_scores(q: np.ndarray, T: np.ndarray, K: int, beta: float) -> dict[str, 
     return {"s1": s1, "e": e, "s2": s2, "final": (s1 + s2) / 2, "total": np.array(totals)}
 
 
-def assert_same_order(found: np.ndarray, expected: np.ndarray, score: dict[int, float]) -> None:
-    """Equal up to swaps between images whose float64 scores differ by less than 1e-6."""
-    assert sorted(found) == sorted(expected)
-    for a, b in zip(found, expected, strict=True):
+def assert_same_order(order: np.ndarray, expected: np.ndarray, score: dict[int, float]) -> None:
+    """Assert the same order, up to swaps of images whose float64 scores differ by less than 1e-6."""
+    assert sorted(order) == sorted(expected)
+    for a, b in zip(order, expected, strict=True):
         assert a == b or abs(score[a] - score[b]) < 1e-6
 
 
-def test_worked_example_of_the_method() -> None:
+def test_a_worked_example_gives_the_expected_scores() -> None:
     X = np.array([[1, 0, 0], [0.9, 0.1, 0], [0.8, 0.3, 0.1], [0.1, 1, 0], [0, 0.9, 0.2], [0, 0.1, 1]], np.float32)
     Q = np.array([[0.7, 0.5, 0.1]], np.float32)
     X /= np.linalg.norm(X, axis=1, keepdims=True)
@@ -72,7 +74,7 @@ def test_worked_example_of_the_method() -> None:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_goldens_of_the_reference(name: str) -> None:
+def test_reranking_equals_the_reference(name: str) -> None:
     arrays = np.load(DATA / "rerank.npz")
     X, Q, ranks = arrays[f"{name}_X"], arrays[f"{name}_Q"], arrays[f"{name}_ranks"]
     M, K, beta = SETTINGS[name].values()
@@ -89,7 +91,7 @@ def test_goldens_of_the_reference(name: str) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_equals_the_formula(data: st.DataObject) -> None:
+def test_reranking_equals_the_formula(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
     n = data.draw(st.integers(1, 40), label="N")
     X, Q = clustered(rng, n, 12), clustered(rng, 3, 12)
@@ -105,13 +107,13 @@ def test_equals_the_formula(data: st.DataObject) -> None:
         # Negative similarities can nearly cancel the weights; dividing by a small total magnifies rounding.
         smallest = min(1.0, float(np.abs(slow["total"]).min()))
         assume(smallest > 0.1)
-        wanted = [by_id[i] for i in out[query, :depth]]
-        np.testing.assert_allclose(scores[query, :depth], wanted, rtol=0, atol=2e-6 / smallest**3)
+        expected = [by_id[i] for i in out[query, :depth]]
+        np.testing.assert_allclose(scores[query, :depth], expected, rtol=0, atol=2e-6 / smallest**3)
         np.testing.assert_array_equal(out[query, depth:], ids[query, depth:])
     assert (np.diff(scores[:, :depth], axis=1) <= 0).all()
 
 
-def test_each_batch_size_and_source_gives_the_same() -> None:
+def test_batch_size_and_source_do_not_change_the_result() -> None:
     rng = np.random.default_rng(1)
     X, Q = clustered(rng, 300, 32), clustered(rng, 7, 32)
     ids = search(Q, X, 60)[1]
@@ -124,7 +126,7 @@ def test_each_batch_size_and_source_gives_the_same() -> None:
         np.testing.assert_array_equal(rerank(torch.from_numpy(Q), source, torch.from_numpy(ids), M=50)[1], order)
 
 
-def test_inputs_are_left_as_they_were() -> None:
+def test_inputs_are_not_modified() -> None:
     rng = np.random.default_rng(2)
     X, Q = clustered(rng, 100, 16), clustered(rng, 3, 16)
     ids = search(Q, X, 30)[1]
@@ -142,7 +144,7 @@ def test_permuting_the_database_permutes_the_ids() -> None:
     np.testing.assert_array_equal(order[rerank(Q, X[order], search(Q, X[order], 80)[1])[1]], expected)
 
 
-def test_candidates_as_vectors_give_what_ids_give() -> None:
+def test_candidate_vectors_give_the_same_result_as_ids() -> None:
     rng = np.random.default_rng(4)
     X, Q = clustered(rng, 200, 16), clustered(rng, 5, 16)
     ids = search(Q, X, 40)[1]
@@ -150,9 +152,9 @@ def test_candidates_as_vectors_give_what_ids_give() -> None:
     by_vector, order = rerank_candidates(Q, X[ids], batch_size=2)
     np.testing.assert_array_equal(np.take_along_axis(ids, order, axis=1), out)
     np.testing.assert_allclose(by_vector, scores, atol=1e-6)
-    one, single = rerank_candidates(Q[0], torch.from_numpy(X[ids[0]]))
-    assert one.shape == single.shape == (40,)
-    np.testing.assert_array_equal(single, order[0])
+    single_scores, single_order = rerank_candidates(Q[0], torch.from_numpy(X[ids[0]]))
+    assert single_scores.shape == single_order.shape == (40,)
+    np.testing.assert_array_equal(single_order, order[0])
     assert rerank_candidates(Q, X[ids].astype(np.float16))[1].shape == (5, 40)
     np.testing.assert_array_equal(rerank_candidates(Q.tolist(), X[ids].tolist())[1], order)
     with pytest.raises(InputError, match="M=2: all candidates are reranked"):
@@ -168,8 +170,8 @@ def test_equal_scores_are_ordered_by_id() -> None:
     np.testing.assert_allclose(scores, 1, atol=1e-6)
 
 
-def test_a_row_is_its_own_first_neighbour_even_beside_a_longer_copy() -> None:
-    """Norms within the tolerance: the copy scores 1.0005 against the row, the row itself only 1."""
+def test_a_row_is_its_own_first_neighbor_despite_a_longer_copy() -> None:
+    """The copy has a norm within the tolerance and scores 1.0005 with the row, more than the row with itself."""
     rng = np.random.default_rng(8)
     X, Q = clustered(rng, 20, 8), clustered(rng, 1, 8)
     X[10:] = X[:10] * np.float32(1.0005)
@@ -179,8 +181,8 @@ def test_a_row_is_its_own_first_neighbour_even_beside_a_longer_copy() -> None:
     np.testing.assert_allclose(scores[0], final[np.argsort(ids[0])[out[0]]], atol=2e-6)
 
 
-def test_negative_neighbours_pull_the_other_way() -> None:
-    """With M = 2 and opposite vectors the neighbour's weight is -beta, as in the reference."""
+def test_neighbors_of_negative_similarity_have_negative_weights() -> None:
+    """With M = 2, a neighbor of negative similarity has a negative weight, as in the reference."""
     X = np.array([[1, 0], [-0.6, 0.8]], np.float32)
     scores, _ = rerank(X[:1], X, np.array([[0, 1]]), K=1, beta=0.5)
     w = 0.5 * -0.6
@@ -189,19 +191,19 @@ def test_negative_neighbours_pull_the_other_way() -> None:
     np.testing.assert_allclose(scores, [(R @ X[0] + R @ e) / 2], atol=1e-6)
 
 
-def test_memory_stays_with_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than `batch_size` shortlists are ever gathered, and never their (M, K+1, D) neighbours."""
+def test_memory_is_limited_by_the_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most `batch_size` shortlists are in memory, and never their (M, K+1, D) neighbors."""
     rng = np.random.default_rng(6)
     X, Q = clustered(rng, 300, 16), clustered(rng, 10, 16)
     ids = search(Q, X, 100)[1]
-    seen = []
+    shapes = []
     run = shortlists.score_batch
-    monkeypatch.setattr(shortlists, "score_batch", lambda *args: seen.append(args[3].shape) or run(*args))
+    monkeypatch.setattr(shortlists, "score_batch", lambda *args: shapes.append(args[3].shape) or run(*args))
     rerank(Q, X, ids, batch_size=4)
-    assert seen == [(4, 100, 16), (4, 100, 16), (2, 100, 16)]
+    assert shapes == [(4, 100, 16), (4, 100, 16), (2, 100, 16)]
 
 
-def test_errors_name_the_thing() -> None:
+def test_invalid_arguments_raise_errors_that_name_them() -> None:
     rng = np.random.default_rng(7)
     X, Q = unit(rng, 30, 8), unit(rng, 2, 8)
     ids = search(Q, X, 10)[1]

@@ -1,4 +1,4 @@
-"""Rerankers of shortlists, each against loops in float64, and their edge cases."""
+"""Rerankers of shortlists compared to loops in float64, and edge cases."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ SHORTLIST = (rerank, rerank_mutual, kreciprocal, diffuse)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
+    """Normalize vectors to unit length."""
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def ranked(similarity: np.ndarray, i: int, k: int) -> list[int]:
-    """Image i and its k nearest: itself first, ties by the lower number."""
-    others = sorted((j for j in range(len(similarity)) if j != i), key=lambda j: (-similarity[i, j], j))
-    return [i, *others[:k]]
+    """Return image i and its k nearest images; i comes first, and ties are sorted by id."""
+    neighbors = sorted((j for j in range(len(similarity)) if j != i), key=lambda j: (-similarity[i, j], j))
+    return [i, *neighbors[:k]]
 
 
 def slow_superglobal(q, T, K, beta, second, include_query):
+    """Score candidates T for the query q as SuperGlobal, by loops."""
     S = T @ T.T
     R = []
     for i in range(len(T)):
@@ -55,6 +57,7 @@ def slow_superglobal(q, T, K, beta, second, include_query):
 
 
 def slow_mutual(q, T, K, beta, k_query):
+    """Score candidates T for the query q with mutual neighbors, by loops."""
     S = T @ T.T
     near = [ranked(S, i, K) for i in range(len(T))]
     R = []
@@ -74,6 +77,7 @@ def slow_mutual(q, T, K, beta, k_query):
 
 
 def slow_kreciprocal(q, T, k1, k2, lambda_):
+    """Score candidates T for the query q by k-reciprocal encoding, by loops."""
     images = np.vstack([q, T])
     size = len(images)
     S = images @ images.T
@@ -102,6 +106,7 @@ def slow_kreciprocal(q, T, k1, k2, lambda_):
 
 
 def slow_diffusion(q, T, kq, kd, alpha, gamma):
+    """Score candidates T for the query q by diffusion, by loops."""
     M = len(T)
     S = T @ T.T
     near = [ranked(S, i, kd) for i in range(M)]
@@ -119,13 +124,13 @@ def slow_diffusion(q, T, kq, kd, alpha, gamma):
     return np.linalg.inv(np.eye(M) - alpha * A) @ y
 
 
-def check(found, expected, Q, X, ids, M, tolerance=2e-6):
-    """Scores belong to their ids, sorted, and what is after the shortlist stays."""
-    scores, out = found
+def assert_reranked(result, expected, Q, X, ids, M, tolerance=2e-6):
+    """Assert that the scores equal the expected ones, are sorted, and that ids after the shortlist are unchanged."""
+    scores, out = result
     depth = min(M, ids.shape[1])
     for query, head in enumerate(ids[:, :depth]):
-        wanted = expected(Q[query].astype(np.float64), X[head].astype(np.float64))
-        by_id = dict(zip(head.tolist(), wanted.tolist(), strict=True))
+        expected_scores = expected(Q[query].astype(np.float64), X[head].astype(np.float64))
+        by_id = dict(zip(head.tolist(), expected_scores.tolist(), strict=True))
         assert sorted(out[query, :depth]) == sorted(head)
         np.testing.assert_allclose(scores[query, :depth], [by_id[i] for i in out[query, :depth]], atol=tolerance)
         assert (np.diff(scores[query, :depth]) <= 0).all()
@@ -157,8 +162,8 @@ CASES = {
 @pytest.mark.parametrize("name", list(CASES))
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_equals_the_slow_form(name, data):
-    """Random databases, of a few images too, fewer than any k."""
+def test_rerankers_equal_their_loops(name, data):
+    """Random databases include some with fewer images than any k."""
     function, slow, options = CASES[name]
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
     n = data.draw(st.sampled_from([1, 2, 3, 8, 25]), label="N")
@@ -166,12 +171,12 @@ def test_equals_the_slow_form(name, data):
     ids = search(Q, X, n)[1]
     M = data.draw(st.sampled_from([1, 6, 20, 400]), label="M")
     for values in options:
-        found = function(Q, X, ids, M, **values, batch_size=data.draw(st.sampled_from([1, 2, 16])))
-        check(found, lambda q, T, v=values: slow(q, T, **v), Q, X, ids, M, tolerance=1e-5)
+        result = function(Q, X, ids, M, **values, batch_size=data.draw(st.sampled_from([1, 2, 16])))
+        assert_reranked(result, lambda q, T, v=values: slow(q, T, **v), Q, X, ids, M, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("function", SHORTLIST)
-def test_sources_and_device_change_nothing(function):
+def test_sources_and_device_do_not_change_the_result(function):
     rng = np.random.default_rng(1)
     X, Q = clustered(rng, 60), clustered(rng, 4)
     ids = search(Q, X, 30)[1]
@@ -183,19 +188,21 @@ def test_sources_and_device_change_nothing(function):
 
 
 @pytest.mark.parametrize("function", SHORTLIST)
-def test_identical_images_stand_together(function):
-    """Every image twice: ties in every list of neighbours leave a ranking and scores that are always the same."""
+def test_rankings_with_identical_images_are_reproducible(function):
+    """Every image occurs twice, so all lists of neighbors have ties; results must be reproducible."""
     rng = np.random.default_rng(2)
     X, Q = np.repeat(clustered(rng, 12), 2, axis=0), clustered(rng, 2)
     ids = search(Q, X, 24)[1]
     scores, order = function(Q, X, ids)
     assert [sorted(row) for row in order] == [list(range(24))] * 2
     assert np.isfinite(scores).all()
-    if function is not rerank:  # which of two twins is the tenth neighbour may turn on rounding, and weigh
+    if (
+        function is not rerank
+    ):  # rounding may decide which of two equal images is the tenth neighbor, and change the scores
         np.testing.assert_allclose(function(Q, X, ids, batch_size=1)[0], scores, rtol=1e-5, atol=1e-6)
 
 
-def test_all_images_equal():
+def test_equal_images_have_equal_scores():
     X = np.repeat(unit(np.ones((1, 8))), 9, axis=0)
     ids = np.array([[5, 3, 7, 0]])
     for function, order in ((rerank_mutual, [0, 3, 5, 7]), (kreciprocal, ids[0]), (diffuse, ids[0])):
@@ -208,21 +215,21 @@ def test_all_images_equal():
     ("function", "values"),
     [(kreciprocal, {"lambda_": 1.0}), (diffuse, {"alpha": 0.0}), (diffuse, {"alpha": 0.0, "kq": 99})],
 )
-def test_parameters_that_leave_the_first_stage_as_it_was(function, values):
+def test_neutral_parameters_keep_the_order_of_the_search(function, values):
     rng = np.random.default_rng(3)
     X, Q = clustered(rng, 80), clustered(rng, 6)
     ids = search(Q, X, 40)[1]
     np.testing.assert_array_equal(function(Q, X, ids, 30, **values)[1], ids)
 
 
-def test_mutual_without_neighbours_or_expansion_is_the_first_stage():
+def test_mutual_without_neighbors_or_expansion_keeps_the_order_of_the_search():
     rng = np.random.default_rng(4)
     X, Q = clustered(rng, 50), clustered(rng, 4)
     ids = search(Q, X, 50)[1]
     np.testing.assert_array_equal(rerank_mutual(Q, X, ids, beta=0.0, k_query=0)[1], ids)
 
 
-def test_candidates_take_the_same_options():
+def test_rerank_candidates_accepts_the_same_options():
     rng = np.random.default_rng(5)
     X, Q = clustered(rng, 60), clustered(rng, 4)
     ids = search(Q, X, 30)[1]
@@ -254,14 +261,14 @@ def test_candidates_take_the_same_options():
         (partial(rerank, method="adba"), {}, r"method=adba: .* call augment_database"),
     ],
 )
-def test_parameters_out_of_range_are_told(function, values, message):
+def test_invalid_parameters_raise_errors(function, values, message):
     X = clustered(np.random.default_rng(6), 10)
     with pytest.raises(InputError, match=message):
         function(X[:2], X, search(X[:2], X, 5)[1], **values)
 
 
 @pytest.mark.parametrize("function", SHORTLIST)
-def test_a_bad_row_is_named(function):
+def test_a_row_that_is_not_a_unit_vector_is_named(function):
     X = clustered(np.random.default_rng(7), 10)
     ids = search(X[:2], X, 5)[1]
     X = X.copy()
@@ -270,7 +277,7 @@ def test_a_bad_row_is_named(function):
         function(clustered(np.random.default_rng(8), 2), X, ids)
 
 
-def test_every_kind_declares_its_parameters():
+def test_every_reranker_declares_its_parameters():
     defaults = {"M": 400, "K": 9, "beta": 0.15, "second": "refined", "include_query": False}
     assert get_reranker("superglobal").complete({}) == defaults
     for kind, reranker in RERANKERS.items():

@@ -1,4 +1,4 @@
-"""A training that was killed ends as the uninterrupted one does: the same weights and losses, bit for bit."""
+"""A killed and resumed training has the same weights and losses as an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from runs import command, curves_without_times, load_last_checkpoint, run_comman
 from superglobal.models.network import weights_digest
 from superglobal.models.weights import read_weights
 
-# Saved after steps 2, 4, 5 (the end of the first epoch), 6, 8, ...
+# Checkpoints are saved after steps 2, 4, 5 (the end of the first epoch), 6, 8, ...
 KILLED_BEFORE = {"mid-epoch": 7, "end of epoch": 5}
 CELLS = list(itertools.product(KILLED_BEFORE, (0, 2), (1, 2), (1, 2)))
 IN_CI = [("mid-epoch", 2, 1, 2), ("end of epoch", 0, 1, 1), ("mid-epoch", 0, 2, 1)]
 
 
 def settings(workers: int, processes: int, accumulate: int) -> list[str]:
+    """Return the overrides of a training."""
     return [
         "optim.ema=0.9",
         "head=subcenter",
@@ -33,20 +34,20 @@ def settings(workers: int, processes: int, accumulate: int) -> list[str]:
     ]
 
 
-def equal(one, other) -> bool:
-    """Of nested plain types and tensors."""
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
+def equal(first, second) -> bool:
+    """Return whether nested plain types and tensors are equal."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(toy_data, tmp_path_factory):
-    """(processes, accumulate) -> folder of a training that nobody disturbed, each run once and without workers."""
+    """Return a function (processes, accumulate) -> folder of an uninterrupted training without workers."""
     done = {}
 
     def folder(processes: int, accumulate: int):
@@ -63,7 +64,7 @@ def uninterrupted(toy_data, tmp_path_factory):
 @pytest.mark.parametrize(
     "cell", [pytest.param(c, marks=() if c in IN_CI else pytest.mark.slow, id="-".join(map(str, c))) for c in CELLS]
 )
-def test_a_killed_training_ends_as_the_uninterrupted_one(cell, toy_data, uninterrupted, tmp_path):
+def test_a_killed_training_resumes_to_the_result_of_an_uninterrupted_one(cell, toy_data, uninterrupted, tmp_path):
     moment, workers, processes, accumulate = cell
     words = settings(workers, processes, accumulate)
     step = KILLED_BEFORE[moment]
@@ -76,15 +77,15 @@ def test_a_killed_training_ends_as_the_uninterrupted_one(cell, toy_data, uninter
     text = train(toy_data, tmp_path, *words)
     assert f"step {5 if step == 5 else 6}/15" in text
     assert curves_without_times(folder) == curves_without_times(whole)
-    mine, theirs = load_last_checkpoint(folder), load_last_checkpoint(whole)
+    resumed, expected = load_last_checkpoint(folder), load_last_checkpoint(whole)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
-        assert equal(mine[part], theirs[part]), part
-    exports = [read_weights(place / "best.safetensors") for place in (folder, whole)]
+        assert equal(resumed[part], expected[part]), part
+    exports = [read_weights(run / "best.safetensors") for run in (folder, whole)]
     assert weights_digest(exports[0].state) == weights_digest(exports[1].state)
 
 
-def test_two_kills_one_of_them_while_saving(toy_data, uninterrupted, tmp_path):
-    """The checkpoint before stays, and what was left half-written is cleaned away."""
+def test_a_training_resumes_after_two_kills_one_while_saving(toy_data, uninterrupted, tmp_path):
+    """The previous checkpoint is kept, and the incomplete file is removed."""
     words = settings(0, 1, 1)
     script = command(toy_data, tmp_path, *words, script="tests/interrupted_training.py")
     run_command(script, -signal.SIGKILL, KILL_SAVING="4")

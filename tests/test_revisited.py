@@ -1,4 +1,4 @@
-"""The Revisited loaders: ground truth from any honest pickle, nothing from a hostile one, sets and distractors."""
+"""Loaders of the Revisited sets: ground truth from valid pickles only, evaluation sets and distractors."""
 
 import io
 import os
@@ -20,12 +20,14 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def truth(**first_query: Any) -> dict[str, Any]:
+    """Return ground truth of two queries, with changes to the first one."""
     first = {"bbx": [1, 2.5, 30, 40], "easy": [0], "hard": [2, 1], "junk": []} | first_query
     second = {"bbx": [0, 0, 9, 9], "easy": [], "hard": [], "junk": [3]}
     return {"imlist": ["a_1", "b_2", "c_3", "d_4"], "qimlist": ["old_hall_000013", "gate"], "gnd": [first, second]}
 
 
 def write(path: Path, data: Any, protocol: int = 4) -> Path:
+    """Write data as a pickle and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(data, protocol))
     return path
@@ -42,7 +44,7 @@ def write(path: Path, data: Any, protocol: int = 4) -> Path:
         lambda ids: np.array(ids, dtype=object),
     ],
 )
-def test_ids_in_any_plain_form(kind: Any, protocol: int, tmp_path: Path) -> None:
+def test_ids_are_read_from_any_plain_type(kind: Any, protocol: int, tmp_path: Path) -> None:
     data = truth(easy=kind([0]), hard=kind([1, 2]), junk=range(3, 4), bbx=np.array([1, 2.5, 30, 40]))
     data["imlist"] = np.array(data["imlist"])
     data["qimlist"] = np.array(data["qimlist"], dtype=object)
@@ -58,7 +60,7 @@ def test_ids_in_any_plain_form(kind: Any, protocol: int, tmp_path: Path) -> None
     assert loaded.gnd[1]["easy"].shape == (0,)
 
 
-def test_order_is_kept_and_box_may_be_missing(tmp_path: Path) -> None:
+def test_the_order_of_ids_is_kept_and_boxes_may_be_missing(tmp_path: Path) -> None:
     data = truth()
     del data["gnd"][1]["bbx"]
     loaded = load_ground_truth(write(tmp_path / "gnd.pkl", data))
@@ -66,8 +68,8 @@ def test_order_is_kept_and_box_may_be_missing(tmp_path: Path) -> None:
     assert loaded.gnd[1]["bbx"] is None
 
 
-def test_pickle_of_python_2(tmp_path: Path) -> None:
-    # As Python 2 and numpy 1 write it: byte strings, numpy.core, raw array data as str.
+def test_pickles_of_python_2_are_read(tmp_path: Path) -> None:
+    # The file has the form that Python 2 and NumPy 1 write: byte strings, numpy.core, raw array data as str.
     data = pickle.dumps(truth(easy=np.array([0, 3])), 2).replace(b"numpy._core", b"numpy.core")
     (tmp_path / "gnd.pkl").write_bytes(data)
     assert load_ground_truth(tmp_path / "gnd.pkl").gnd[0]["easy"].tolist() == [0, 3]
@@ -82,7 +84,7 @@ def test_pickle_of_python_2(tmp_path: Path) -> None:
 
 
 class Call:
-    """Pickles as a call of anything."""
+    """Object whose pickle calls an arbitrary function."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.reduced = (function, arguments)
@@ -102,17 +104,17 @@ class Call:
         (lambda canary: Call(np.save, str(canary), 1), "save"),
     ],
 )
-def test_hostile_pickle_runs_nothing(attack: Any, named: str, protocol: int, tmp_path: Path) -> None:
+def test_malicious_pickles_run_no_code(attack: Any, named: str, protocol: int, tmp_path: Path) -> None:
     canary = tmp_path / "canary.npy"
     path = write(tmp_path / "gnd_evil.pkl", truth(easy=attack(canary)), protocol)
     with pytest.raises(InputError, match=rf"gnd_evil\.pkl: .* contains code \([\w.]*({named})"):
         load_ground_truth(path)
     assert not canary.exists()
-    pickle.loads(path.read_bytes())  # the attack is a real one: an ordinary load runs it
+    pickle.loads(path.read_bytes())  # the attack works: an ordinary load runs it
     assert canary.exists()
 
 
-def test_dotted_names_and_crafted_arrays_are_refused(tmp_path: Path) -> None:
+def test_dotted_names_and_crafted_arrays_raise_errors(tmp_path: Path) -> None:
     path = tmp_path / "gnd.pkl"
     path.write_bytes(b"\x80\x04\x8c\x05numpy\x8c\x10dtype.__reduce__\x93.")
     with pytest.raises(InputError, match=r"numpy\.dtype\.__reduce__"):
@@ -121,7 +123,7 @@ def test_dotted_names_and_crafted_arrays_are_refused(tmp_path: Path) -> None:
     path.write_bytes(
         b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR(I1\n(I1\nt"
         + dtype
-        + b"I00\nS'AAAAAAAA'\ntb."  # an object array whose "objects" are eight raw bytes
+        + b"I00\nS'AAAAAAAA'\ntb."  # an object array that contains eight raw bytes
     )
     with pytest.raises(InputError, match="array of type 'O8'"):
         load_ground_truth(path)
@@ -130,7 +132,7 @@ def test_dotted_names_and_crafted_arrays_are_refused(tmp_path: Path) -> None:
         load_ground_truth(path)
 
 
-def test_damaged_pickles(tmp_path: Path) -> None:
+def test_damaged_pickles_raise_errors(tmp_path: Path) -> None:
     whole = pickle.dumps(truth(easy=np.array([0])))
     path = tmp_path / "gnd.pkl"
     for data in [whole[:k] for k in range(0, len(whole), 7)] + [b"<html>404</html>", b"\x80\x09.", bytes(100)]:
@@ -157,12 +159,12 @@ def test_damaged_pickles(tmp_path: Path) -> None:
         ({"bbx": [1, 2, 3, float("inf")]}, r"bbx: .*expected four numbers"),
     ],
 )
-def test_contradictory_ground_truth(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_contradictory_ground_truth_raises_errors(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"gnd_x\.pkl: .*{message}"):
         load_ground_truth(write(tmp_path / "gnd_x.pkl", truth(**change)))
 
 
-def test_missing_fields(tmp_path: Path) -> None:
+def test_missing_fields_raise_errors(tmp_path: Path) -> None:
     for key in ("imlist", "qimlist", "gnd"):
         data = truth()
         del data[key]
@@ -178,17 +180,17 @@ def test_missing_fields(tmp_path: Path) -> None:
         load_ground_truth(write(tmp_path / "gnd.pkl", [1, 2]))
 
 
-def test_revisited_set(tmp_path: Path) -> None:
+def test_revisited_set_lists_images_queries_and_landmarks(tmp_path: Path) -> None:
     data = truth()
     data["imlist"][1] = "b_2.png"
     write(tmp_path / "mine" / "gnd_mine.pkl", data)
-    found = revisited_set(tmp_path, "mine")
+    dataset = revisited_set(tmp_path, "mine")
     jpg = tmp_path / "mine" / "jpg"
-    assert found.database[:2] == [ImageItem(jpg / "a_1.jpg"), ImageItem(jpg / "b_2.png")]
-    assert found.queries[0] == ImageItem(jpg / "old_hall_000013.jpg", (1.0, 2.5, 30.0, 40.0))
-    assert found.clusters == ["old_hall_000013", "gate"]
-    assert (found.protocols, found.leave_one_out, found.name) == ("revisited", False, "mine")
-    assert found.gnd is not None
+    assert dataset.database[:2] == [ImageItem(jpg / "a_1.jpg"), ImageItem(jpg / "b_2.png")]
+    assert dataset.queries[0] == ImageItem(jpg / "old_hall_000013.jpg", (1.0, 2.5, 30.0, 40.0))
+    assert dataset.clusters == ["old_hall_000013", "gate"]
+    assert (dataset.protocols, dataset.leave_one_out, dataset.name) == ("revisited", False, "mine")
+    assert dataset.gnd is not None
     assert [item.box for item in revisited_set(tmp_path, "mine", crop_query=False).queries] == [None, None]
     data["imlist"][1] = "../../etc/passwd"
     write(tmp_path / "mine" / "gnd_mine.pkl", data)
@@ -196,7 +198,7 @@ def test_revisited_set(tmp_path: Path) -> None:
         revisited_set(tmp_path, "mine")
 
 
-def test_landmarks_follow_the_positives(tmp_path: Path) -> None:
+def test_queries_with_common_positives_have_the_same_landmark(tmp_path: Path) -> None:
     positives = [[0, 1, 2, 3], [9], [2, 3, 4, 5], [4, 5, 6, 7], [7, 8, 10, 11], []]
     gnd = [{"easy": ids[:1], "hard": ids[1:], "junk": []} for ids in positives]
     data = {"imlist": [f"i{i}" for i in range(12)], "qimlist": list("abcdef"), "gnd": gnd}
@@ -214,32 +216,32 @@ def test_missing_set_names_the_download_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "database", "landmarks"), [("roxford5k", 4993, 12), ("rparis6k", 6322, 11)])
-def test_official_ground_truth(name: str, database: int, landmarks: int) -> None:
+def test_the_official_ground_truth_is_read(name: str, database: int, landmarks: int) -> None:
     path = SHARED / "gnd" / f"gnd_{name}.pkl"
     if not path.is_file():
-        pytest.skip(f"{path} is not there")
+        pytest.skip(f"{path} does not exist")
     loaded = load_ground_truth(path)
     assert (loaded.name, len(loaded.imlist), len(loaded.qimlist)) == (name, database, 70)
     assert len(set(query_landmarks(loaded))) == landmarks
-    original = pickle.loads(path.read_bytes())  # the official file, trusted here only to compare
+    original = pickle.loads(path.read_bytes())  # the official file can be trusted
     for entry, raw in zip(loaded.gnd, original["gnd"], strict=True):
         assert entry["bbx"] == tuple(raw["bbx"])
         assert all(entry[key].tolist() == list(raw[key]) for key in ("easy", "hard", "junk"))
 
 
-def test_real_set_is_complete() -> None:
+def test_the_real_images_are_complete() -> None:
     if not SHARED.is_dir():
-        pytest.skip(f"{SHARED} is not there")
-    found = revisited_set(SHARED, "roxford_mini")
-    assert len(set(found.clusters or [])) == 12
+        pytest.skip(f"{SHARED} does not exist")
+    dataset = revisited_set(SHARED, "roxford_mini")
+    assert len(set(dataset.clusters or [])) == 12
     distractors = load_distractors(SHARED, "distractors_mini")
-    sets = [("queries", found.queries, ""), ("database", found.database, ""), ("distractors", distractors, "")]
+    sets = [("queries", dataset.queries, ""), ("database", dataset.database, ""), ("distractors", distractors, "")]
     checked = require_images(sets)
     counts = {title: len(report.signatures) for title, report in checked.items()}
     assert counts == dict(queries=70, database=775, distractors=154)
 
 
-def test_distractors(tmp_path: Path) -> None:
+def test_distractors_are_read_from_their_list(tmp_path: Path) -> None:
     folder = tmp_path / "extra"
     folder.mkdir()
     (folder / "extra.txt").write_text("a b.JPG\n\n  sub/c.png  \r\nd\n", encoding="utf-8")
@@ -261,7 +263,7 @@ def test_distractors(tmp_path: Path) -> None:
         load_distractors(tmp_path, "revisitop1m")
 
 
-def test_one_message_lists_everything_missing(tmp_path: Path) -> None:
+def test_one_message_lists_all_missing_images(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30)).save(buffer, "JPEG")
     good, cut = tmp_path / "good.jpg", tmp_path / "cut.jpg"

@@ -1,4 +1,4 @@
-"""Which photos a step is made of depends on the seed and the step alone."""
+"""The images of a training step depend only on the seed and the step."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from superglobal.errors import InputError
 LENGTH, BATCH, SEED = 53, 12, 4
 
 
-def steps(epochs: int, begin: int = 0, **how: int) -> list[list[list[tuple[int, int]]]]:
-    """Per step from `begin` on, its parts, as Lightning goes through the epochs."""
-    batches = EpochBatches(LENGTH, BATCH, SEED, **how)
+def steps(epochs: int, begin: int = 0, **options: int) -> list[list[list[tuple[int, int]]]]:
+    """Return the parts of every step from `begin` on, iterating over the epochs like Lightning."""
+    batches = EpochBatches(LENGTH, BATCH, SEED, **options)
     batches.start_at(begin)
     parts = []
     for epoch in range(begin // batches.steps, epochs):
         batches.set_epoch(epoch)
         parts += list(batches)
-    k = how.get("accumulate", 1)
+    k = options.get("accumulate", 1)
     return [parts[i : i + k] for i in range(0, len(parts), k)]
 
 
-def test_every_epoch_is_another_permutation_cut_into_whole_steps():
-    found = steps(3)
-    assert len(found) == 3 * (LENGTH // BATCH)
-    epochs = [[place for parts in found[4 * e : 4 * e + 4] for part in parts for place in part] for e in range(3)]
+def test_every_epoch_is_a_new_permutation_in_complete_steps():
+    all_steps = steps(3)
+    assert len(all_steps) == 3 * (LENGTH // BATCH)
+    epochs = [[key for parts in all_steps[4 * e : 4 * e + 4] for part in parts for key in part] for e in range(3)]
     for number, epoch in enumerate(epochs):
-        indices = [index for of, index in epoch if of == number]
+        indices = [index for key_epoch, index in epoch if key_epoch == number]
         assert len(indices) == len(set(indices)) == 48
         assert set(indices) <= set(range(LENGTH))
     assert len({tuple(index for _, index in epoch) for epoch in epochs}) == 3
-    assert steps(3) == found
+    assert steps(3) == all_steps
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(2, 1), (3, 2), (1, 4), (4, 3)])
-def test_processes_and_parts_share_the_same_steps(world, accumulate):
+def test_processes_and_accumulated_parts_divide_the_same_steps(world, accumulate):
     whole = steps(2)
     ranks = [steps(2, accumulate=accumulate, rank=rank, world=world) for rank in range(world)]
     for k, (step,) in enumerate(whole):
@@ -46,7 +46,7 @@ def test_processes_and_parts_share_the_same_steps(world, accumulate):
 
 
 @pytest.mark.parametrize("begin", range(12))
-def test_batches_continue_at_any_step(begin):
+def test_batches_can_resume_at_any_step(begin):
     assert steps(3, begin, accumulate=2) == steps(3, accumulate=2)[begin:]
 
 

@@ -1,4 +1,4 @@
-"""Exact orders in spaces whose float32 scores are off by far more than those of usual descriptors."""
+"""Exact orders for vectors whose float32 scores have much larger errors than those of usual descriptors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ ROWS, QUERIES, K = 600, 12, 40
 
 
 def dominant(rng, dim):
+    """Return vectors with one dominant component."""
     X = np.full((ROWS, dim), 1e-4) + 1e-6 * rng.standard_normal((ROWS, dim))
     X[:, 0] = 1
     return X
 
 
 def softmax(rng, dim):
+    """Return softmax outputs."""
     X = np.exp(3 * rng.standard_normal((ROWS, dim)))
     return X / X.sum(axis=1, keepdims=True)
 
@@ -38,7 +40,7 @@ SPACES = {
 
 
 def space(name: str, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Queries, some of them copies of rows, and rows, some of them copies of others, as float32 unit vectors."""
+    """Return queries and rows as float32 unit vectors; some are copies of other rows."""
     rng = np.random.default_rng(dim)
     X = SPACES[name](rng, dim)
     X[-50:] = X[:50]
@@ -47,15 +49,15 @@ def space(name: str, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def order(Q: np.ndarray, X: np.ndarray) -> np.ndarray:
-    """(Q, N) ids by (-score, id)."""
-    query_of, row_of = (one.ravel() for one in np.indices((len(Q), len(X))))
+    """Return the (Q, N) ids by (-score, id)."""
+    query_of, row_of = (grid.ravel() for grid in np.indices((len(Q), len(X))))
     scores = pair_scores(Q, X, query_of, row_of).reshape(len(Q), len(X))
     return np.lexsort((np.broadcast_to(np.arange(len(X)), scores.shape), -scores), axis=1)
 
 
 @pytest.fixture(params=["cpu", "accelerator"])
 def device(request, monkeypatch) -> None:
-    """The path of the CPU, and that of accelerators run on the CPU."""
+    """Use the code for the CPU, or the code for accelerators run on the CPU."""
     if request.param == "accelerator":
         treat_as_accelerator(monkeypatch)
 
@@ -67,11 +69,11 @@ def test_ids_and_ranks_are_exact(name, dim, device):
     expected = order(Q, X)
     rank_of = np.argsort(expected, axis=1)
     targets = [np.random.default_rng(1).choice(ROWS, 100, replace=False) for _ in Q]
-    own = [rank_of[query, one].tolist() for query, one in enumerate(targets)]
-    (_, ids), found = search_and_rank(Q, X, K, targets, block_rows=150)
+    expected_ranks = [rank_of[query, ids_of].tolist() for query, ids_of in enumerate(targets)]
+    (_, ids), ranks = search_and_rank(Q, X, K, targets, block_rows=150)
     np.testing.assert_array_equal(ids, expected[:, :K])
-    assert [one.tolist() for one in found] == own
-    assert [one.tolist() for one in exact_ranks(Q, X, targets)] == own
+    assert [ids_of.tolist() for ids_of in ranks] == expected_ranks
+    assert [ids_of.tolist() for ids_of in exact_ranks(Q, X, targets)] == expected_ranks
     np.testing.assert_array_equal(search(Q, X, K, backend="torch", block_rows=200)[1], expected[:, :K])
 
 
@@ -82,28 +84,28 @@ def test_faiss_is_exact(name):
     expected = order(Q, X)
     np.testing.assert_array_equal(search(Q, X, K, backend="faiss", block_rows=150)[1], expected[:, :K])
     targets = [np.arange(0, ROWS, 11) for _ in Q]
-    (_, ids), found = search_and_rank(Q, X, K, targets, backend="faiss", block_rows=150)
+    (_, ids), ranks = search_and_rank(Q, X, K, targets, backend="faiss", block_rows=150)
     np.testing.assert_array_equal(ids, expected[:, :K])
     rank_of = np.argsort(expected, axis=1)
-    assert [one.tolist() for one in found] == [rank_of[q, one].tolist() for q, one in enumerate(targets)]
+    assert [ids_of.tolist() for ids_of in ranks] == [rank_of[q, ids_of].tolist() for q, ids_of in enumerate(targets)]
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_parts_and_bins_are_exact(name):
+def test_ranks_over_parts_and_similarity_bins_are_exact(name):
     Q, X = space(name, 2048)
     rank_of = np.argsort(order(Q, X), axis=1)
     targets = [np.arange(0, 300, 7) for _ in Q]
     scores = target_scores(Q, X[:300], targets)
     parts = [count_better(Q, X[low : low + 300], scores, targets, low) for low in (0, 300)]
-    for query, one in enumerate(targets):
-        np.testing.assert_array_equal(sum(part[query] for part in parts), rank_of[query, one])
-    query_of, row_of = (one.ravel() for one in np.indices((len(Q), len(X))))
+    for query, ids_of in enumerate(targets):
+        np.testing.assert_array_equal(sum(part[query] for part in parts), rank_of[query, ids_of])
+    query_of, row_of = (grid.ravel() for grid in np.indices((len(Q), len(X))))
     counts = np.bincount(bin_of(pair_scores(Q, X, query_of, row_of)))
-    found = similarity_counts(Q, X, [{} for _ in Q])["negative"]
-    np.testing.assert_array_equal(found[: len(counts)], counts)
+    negative_counts = similarity_counts(Q, X, [{} for _ in Q])["negative"]
+    np.testing.assert_array_equal(negative_counts[: len(counts)], counts)
 
 
-def test_usual_descriptors_take_one_pass(caplog):
+def test_usual_descriptors_need_only_one_pass(caplog):
     Q, X = space("usual", 2048)
     with caplog.at_level(logging.INFO):
         search(Q, X, K)

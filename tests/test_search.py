@@ -1,4 +1,4 @@
-"""search: the same exact ids from every backend, through ties, duplicates, blocks and joined sources."""
+"""search: the same exact ids from every backend, with ties, duplicates, blocks and concatenated sources."""
 
 import importlib.util
 import sys
@@ -24,7 +24,7 @@ BACKENDS = ["torch", pytest.param("faiss", marks=pytest.mark.skipif(
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_equals_brute_force(backend: str, data: st.DataObject) -> None:
+def test_results_equal_brute_force(backend: str, data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
     n = data.draw(st.integers(2, 150), label="N")
     dim = data.draw(st.integers(1, 9), label="D")
@@ -42,10 +42,10 @@ def test_equals_brute_force(backend: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_thousands_of_duplicates_at_the_edge(backend: str) -> None:
+def test_thousands_of_duplicates_at_rank_k_are_ordered_by_id(backend: str) -> None:
     rng = np.random.default_rng(3)
     X = unit(rng, 6000, 64)
-    X[rng.permutation(6000)[:4000]] = X[0]  # one image 4,000 times, its copies far more than k + over-fetch
+    X[rng.permutation(6000)[:4000]] = X[0]  # 4,000 copies of an image, far more than k and the extra candidates
     Q = np.concatenate([X[:1], unit(rng, 4, 64)])
     for rows in (500, 65536):
         ids = search(Q, X, 100, backend=backend, block_rows=rows)[1]
@@ -56,8 +56,8 @@ def test_thousands_of_duplicates_at_the_edge(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_near_ties_at_the_edge_are_decided_in_float64(backend: str) -> None:
-    """300 rows whose scores differ by about 1e-9: far below what a float32 product resolves."""
+def test_near_ties_at_rank_k_are_decided_in_float64(backend: str) -> None:
+    """The scores of 300 rows differ by about 1e-9, far below the resolution of a float32 product."""
     rng = np.random.default_rng(4)
     X = unit(rng, 500, 256)
     X[:300] = X[0]
@@ -73,7 +73,7 @@ def test_permuting_the_database_permutes_the_ids() -> None:
     np.testing.assert_array_equal(order[search(Q, X[order], 60)[1]], search(Q, X, 60)[1])
 
 
-def test_sources_of_every_kind_give_the_same_ids(tmp_path) -> None:
+def test_all_types_of_sources_give_the_same_ids(tmp_path) -> None:
     rng = np.random.default_rng(6)
     X, Q = unit(rng, 300, 16).astype(np.float16), unit(rng, 5, 16)
     np.save(tmp_path / "x.npy", X[100:])
@@ -100,18 +100,18 @@ def test_sources_of_every_kind_give_the_same_ids(tmp_path) -> None:
     assert joined.block(295, 400).shape == (5, 16)
 
 
-def test_memory_map_is_searched_without_being_read_whole() -> None:
-    """Blocks are views: no block larger than asked for is ever read."""
+def test_sources_are_read_in_blocks() -> None:
+    """No block larger than `block_rows` is read."""
 
     class Watched:
         shape = (1000, 8)
-        widest = 0
+        max_rows = 0
 
         def __init__(self) -> None:
             self.x = unit(np.random.default_rng(0), 1000, 8)
 
         def block(self, start: int, stop: int) -> np.ndarray:
-            self.widest = max(self.widest, stop - start)
+            self.max_rows = max(self.max_rows, stop - start)
             return self.x[start:stop]
 
         def take(self, ids: np.ndarray) -> np.ndarray:
@@ -119,11 +119,11 @@ def test_memory_map_is_searched_without_being_read_whole() -> None:
 
     source = Watched()
     search(source.x[:3], source, 10, block_rows=128)
-    assert source.widest == 128
+    assert source.max_rows == 128
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_errors_name_the_thing(backend: str) -> None:
+def test_invalid_arguments_raise_errors_that_name_them(backend: str) -> None:
     rng = np.random.default_rng(7)
     X, Q = unit(rng, 50, 8), unit(rng, 3, 8)
 
@@ -160,7 +160,7 @@ def test_errors_name_the_thing(backend: str) -> None:
         concat(X, X[:, :7])
 
 
-def test_without_faiss_torch_serves_and_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_without_faiss_uses_torch_and_errors_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(8)
     X, Q = unit(rng, 50, 8), unit(rng, 3, 8)
     monkeypatch.setitem(sys.modules, "faiss", None)  # importing it raises ImportError
@@ -169,7 +169,7 @@ def test_without_faiss_torch_serves_and_the_package_is_named(monkeypatch: pytest
         search(Q, X, 9, backend="faiss")
 
 
-def test_faiss_searches_what_it_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faiss_is_used_only_if_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
     assert resolve_backend("auto", FAISS_MAX_ROWS, 400, "cpu") == "faiss"
     assert resolve_backend("auto", FAISS_MAX_ROWS + 1, 400, "cpu") == "torch"
@@ -185,7 +185,7 @@ def test_faiss_searches_what_it_is_fast_at(monkeypatch: pytest.MonkeyPatch) -> N
         resolve_backend("faiss", 5000, 400, "cuda")
 
 
-def test_full_precision_restores_what_was_set() -> None:
+def test_full_precision_restores_the_previous_settings() -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
@@ -197,7 +197,7 @@ def test_full_precision_restores_what_was_set() -> None:
         torch.set_float32_matmul_precision(before)
 
 
-def test_validate_block_accepts_any_norm_unless_unit_is_asked() -> None:
+def test_validate_block_accepts_any_norm_unless_unit_is_set() -> None:
     block = np.full((3, 4), 7, np.float32)
     validate_block(block, 0, "x")
     with pytest.raises(InputError, match="x: row 100 has norm 14"):

@@ -1,4 +1,4 @@
-"""Ranks over parts of a database: the sum over the parts is the exact rank in the whole, ties included."""
+"""Ranks over parts of a database: their sum is the exact rank in the whole database, including ties."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from superglobal.retrieval.store import DescriptorStore
 
 
 def ranks_over(Q, parts, targets, **options):
-    """Per query the ranks of targets in all parts, as machines that have a part each would find them."""
+    """Compute the ranks of targets from separate parts, as machines with one part each would."""
     starts = np.cumsum([0] + [len(part) for part in parts[:-1]])
-    scores = [np.full(len(one), np.nan) for one in targets]
+    scores = [np.full(len(ids), np.nan) for ids in targets]
     for part, start in zip(parts, starts, strict=True):
-        here = [(one >= start) & (one < start + len(part)) for one in targets]
-        found = target_scores(Q, part, [one[mine] - start for one, mine in zip(targets, here, strict=True)])
-        for values, mine, own in zip(scores, here, found, strict=True):
-            values[mine] = own
-    placed = zip(parts, starts.tolist(), strict=True)
-    counts = [count_better(Q, part, scores, targets, start, **options) for part, start in placed]
-    return [np.sum(one, axis=0) for one in zip(*counts, strict=True)]
+        masks = [(ids >= start) & (ids < start + len(part)) for ids in targets]
+        part_scores = target_scores(Q, part, [ids[mask] - start for ids, mask in zip(targets, masks, strict=True)])
+        for values, mask, new_values in zip(scores, masks, part_scores, strict=True):
+            values[mask] = new_values
+    pairs = zip(parts, starts.tolist(), strict=True)
+    counts = [count_better(Q, part, scores, targets, start, **options) for part, start in pairs]
+    return [np.sum(query_counts, axis=0) for query_counts in zip(*counts, strict=True)]
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_the_sum_over_parts_is_the_rank_in_the_whole(data):
+def test_ranks_summed_over_parts_equal_the_ranks_in_the_whole(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
     n = data.draw(st.integers(2, 120), label="N")
     X = with_duplicates(rng, n, 5, data.draw(st.integers(1, n), label="distinct"))
@@ -38,16 +38,16 @@ def test_the_sum_over_parts_is_the_rank_in_the_whole(data):
     exclude = rng.integers(n, size=4) if data.draw(st.booleans(), label="exclude") else None
     targets = [rng.permutation(n)[: data.draw(st.integers(0, n))] for _ in range(4)]
     if exclude is not None:
-        targets = [one[one != skip] for one, skip in zip(targets, exclude, strict=True)]
+        targets = [ids[ids != skip] for ids, skip in zip(targets, exclude, strict=True)]
     rows = data.draw(st.sampled_from([1, 13, 1000]), label="block_rows")
-    found = ranks_over(Q, np.split(X, cuts), targets, block_rows=rows, exclude=exclude)
+    rank_lists = ranks_over(Q, np.split(X, cuts), targets, block_rows=rows, exclude=exclude)
     expected = sorted_ranks(Q, X, exclude)
-    for number, (one, whole) in enumerate(zip(found, exact_ranks(Q, X, targets, exclude=exclude), strict=True)):
-        np.testing.assert_array_equal(one, expected[number, targets[number]])
-        np.testing.assert_array_equal(one, whole)
+    for number, (ranks, whole) in enumerate(zip(rank_lists, exact_ranks(Q, X, targets, exclude=exclude), strict=True)):
+        np.testing.assert_array_equal(ranks, expected[number, targets[number]])
+        np.testing.assert_array_equal(ranks, whole)
 
 
-def test_near_ties_across_parts_are_right():
+def test_near_ties_across_parts_are_ranked_correctly():
     rng = np.random.default_rng(1)
     X = unit(rng, 300, 64)
     X[:200] = X[0]
@@ -55,11 +55,11 @@ def test_near_ties_across_parts_are_right():
     X = X[rng.permutation(300)]
     Q = np.concatenate([unit(rng, 3, 64), X[:1]])
     expected = sorted_ranks(Q, X)
-    for number, one in enumerate(ranks_over(Q, np.split(X, [90, 91, 200]), [np.arange(300)] * 4, block_rows=50)):
-        np.testing.assert_array_equal(one, expected[number])
+    for number, ranks in enumerate(ranks_over(Q, np.split(X, [90, 91, 200]), [np.arange(300)] * 4, block_rows=50)):
+        np.testing.assert_array_equal(ranks, expected[number])
 
 
-def test_skipped_rows_of_a_part_count_for_nothing_and_have_no_rank(tmp_path):
+def test_skipped_rows_of_a_part_are_not_counted_and_have_no_rank(tmp_path):
     rng = np.random.default_rng(2)
     X, Q = unit(rng, 60, 8), unit(rng, 3, 8)
     skipped = np.array([31, 44])
@@ -69,15 +69,15 @@ def test_skipped_rows_of_a_part_count_for_nothing_and_have_no_rank(tmp_path):
     store.flush()
     kept = np.setdiff1d(np.arange(60), skipped)
     whole = sorted_ranks(Q, X[kept])
-    for query, one in enumerate(ranks_over(Q, [X[:20], store], [kept] * 3)):
-        np.testing.assert_array_equal(one, whole[query])
+    for query, ranks in enumerate(ranks_over(Q, [X[:20], store], [kept] * 3)):
+        np.testing.assert_array_equal(ranks, whole[query])
     with pytest.raises(InputError, match="image 11 was skipped"):
         target_scores(Q, store, [[11], [], []])
     with pytest.raises(InputError, match="image 31 was skipped"):
         count_better(Q, store, [[0.5], [], []], [[31], [], []], 20)
 
 
-def test_bad_targets_are_named():
+def test_invalid_targets_raise_errors_that_name_the_query():
     rng = np.random.default_rng(3)
     X, Q = unit(rng, 20, 8), unit(rng, 2, 8)
     none = np.empty(0)

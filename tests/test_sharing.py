@@ -32,10 +32,12 @@ IMAGE = np.random.default_rng(0).integers(0, 255, (100, 130, 3), dtype=np.uint8)
 
 
 def network(**settings):
+    """Return a random network."""
     return superglobal.load_model("random", **{"backbone": "test_resnet", **settings})
 
 
 def run(*words: object, **env: str) -> str:
+    """Run Python with arguments and return its output."""
     done = subprocess.run(
         [sys.executable, *map(str, words)], cwd=ROOT, env=environment(**env), capture_output=True, text=True
     )
@@ -45,6 +47,7 @@ def run(*words: object, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Path:
+    """Save a model and return its folder."""
     folder = tmp_path_factory.mktemp("shared") / "model"
     save_pretrained(network(scales=1, pooling="gem", dim=16), folder)
     return folder
@@ -60,7 +63,7 @@ def shared(tmp_path_factory) -> Path:
         {"pooling": "cvnet_global", "dim": 8},
     ],
 )
-def test_a_folder_gives_the_network_that_was_saved(tmp_path, settings):
+def test_a_saved_folder_restores_the_network(tmp_path, settings):
     saved = network(**settings)
     saved.backbone.std = (0.25, 0.2, 0.3)
     saved.std.copy_(torch.tensor(saved.backbone.std).view(3, 1, 1))
@@ -76,16 +79,21 @@ def test_a_folder_gives_the_network_that_was_saved(tmp_path, settings):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     text = (tmp_path / "a" / CONFIG).read_text()
     assert "somebody" not in text
-    json.loads(text, parse_constant=pytest.fail)  # Infinity and NaN are no JSON
+    json.loads(text, parse_constant=pytest.fail)  # Infinity and NaN are not valid JSON
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
 
 def test_settings_override_the_stored_ones(shared):
     assert superglobal.load_model(shared).scales == (1.0,)
     assert not superglobal.load_model(shared).config.gem_plus
-    other = superglobal.load_model(shared, scales=3, pooling={"gem_plus": True}, antialias=True, trainable=True)
-    assert (len(other.scales), other.config.gem_plus, other.config.regional, other.antialias) == (3, True, False, True)
-    assert other.training
+    overridden = superglobal.load_model(shared, scales=3, pooling={"gem_plus": True}, antialias=True, trainable=True)
+    assert (len(overridden.scales), overridden.config.gem_plus, overridden.config.regional, overridden.antialias) == (
+        3,
+        True,
+        False,
+        True,
+    )
+    assert overridden.training
     with pytest.raises(InputError, match="for test_resnet"):
         superglobal.load_model(shared, backbone="resnet18")
 
@@ -143,22 +151,22 @@ def test_damaged_and_missing_files_are_named(shared, tmp_path):
         superglobal.load_model(shared / WEIGHTS, backbone="test_resnet")
 
 
-def test_a_network_that_could_not_be_loaded_again_is_not_saved(tmp_path):
+def test_networks_that_could_not_be_loaded_are_not_saved(tmp_path):
     changed = network()
     changed.extra = torch.nn.Linear(2, 2)
-    for other, message in (
+    for invalid, message in (
         (changed, "2 unexpected: extra"),
         (network().half(), "float16"),
         (optimize_for_inference([network()])[0], "changed layers"),
     ):
         with pytest.raises(InputError, match=message):
-            save_pretrained(other, tmp_path / "m")
+            save_pretrained(invalid, tmp_path / "m")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         save_pretrained(network(), tmp_path / "file")
 
 
-IN_BOTH_DIRECTIONS = """
+PUSH_AND_LOAD = """
 import superglobal
 model = superglobal.load_model("random", backbone="test_resnet", scales=1, seed=3)
 print(superglobal.push_to_hub(model, "somebody/small", commit_message="first"))
@@ -188,7 +196,7 @@ def test_a_hub_repository_restores_the_pushed_network(tmp_path):
     with hub() as server:
         first = server.commit("somebody/small", 1)
         env = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_test", "no_proxy": "127.0.0.1"}
-        run("-c", f"FIRST = {first!r}\n{IN_BOTH_DIRECTIONS}", **env)
+        run("-c", f"FIRST = {first!r}\n{PUSH_AND_LOAD}", **env)
         states = server.repositories["somebody/small"]
     assert [sorted(state) for state in states] == [[], *[["README.md", CONFIG, WEIGHTS]] * 2]
     assert 'load_model("hf:somebody/small")' in states[1]["README.md"].decode()
@@ -196,19 +204,19 @@ def test_a_hub_repository_restores_the_pushed_network(tmp_path):
 
 @pytest.fixture(scope="module")
 def evaluated(shared, data, tmp_path_factory) -> Path:
-    """Results of eval.py on the shared model as it is, with settings that say they were tuned."""
+    """Evaluate the shared model with settings that are marked as tuned."""
     outputs = tmp_path_factory.mktemp("outputs")
     settings = ["dataset=revisited", "dataset.name=mini", f"weights={shared}", "rerank.tuned_on='mini (test set)'"]
-    places = [f"paths.data={data}", f"paths.outputs={outputs}", "logger=csv", "figures.queries=0"]
-    run("eval.py", *settings, *places, "trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false")
+    paths = [f"paths.data={data}", f"paths.outputs={outputs}", "logger=csv", "figures.queries=0"]
+    run("eval.py", *settings, *paths, "trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false")
     return outputs
 
 
-def test_a_shared_model_is_evaluated_as_it_was_shared(shared, evaluated):
+def test_a_shared_model_is_evaluated_with_its_settings(shared, evaluated):
     (path,) = evaluated.rglob("results.json")
     about = json.loads(path.read_text())["about"]
-    wanted = superglobal.load_model(shared).identity()
-    assert about["network"] == json.loads(json.dumps(wanted).replace("Infinity", '"inf"'))
+    expected = superglobal.load_model(shared).identity()
+    assert about["network"] == json.loads(json.dumps(expected).replace("Infinity", '"inf"'))
 
 
 def test_share_writes_a_card_with_the_results(shared, evaluated, tmp_path, capsys):
@@ -221,7 +229,7 @@ def test_share_writes_a_card_with_the_results(shared, evaluated, tmp_path, capsy
     assert superglobal.load_model(folder).identity() == superglobal.load_model(shared).identity()
     card = ModelCard.load(folder / "README.md")
     assert (card.data.library_name, card.data.license, card.data.model_name) == ("superglobal", "cc-by-4.0", "Mini")
-    listed = {(one.dataset_name, one.metric_name): one.metric_value for one in card.data.eval_results}
+    listed = {(entry.dataset_name, entry.metric_name): entry.metric_value for entry in card.data.eval_results}
     assert len(listed) == 6
     for stage, words in (("search", ""), ("rerank", ", reranked")):
         for protocol, value in result["metrics"][stage]["map"].items():
@@ -243,7 +251,7 @@ def test_share_writes_a_card_with_the_results(shared, evaluated, tmp_path, capsy
     assert "already exists" in capsys.readouterr().err
 
 
-def test_results_of_other_weights_are_an_error(shared, evaluated, tmp_path):
+def test_results_of_different_weights_are_an_error(shared, evaluated, tmp_path):
     (path,) = evaluated.rglob("results.json")
     other = network(scales=1, pooling="gem", dim=16, seed=9)
     with pytest.raises(InputError, match="the result is of the weights"):
@@ -262,13 +270,13 @@ def test_results_of_other_weights_are_an_error(shared, evaluated, tmp_path):
 def test_the_card_names_the_source_of_converted_weights(cvnet_checkpoint, tmp_path):
     model = superglobal.load_model(cvnet_checkpoint(50), scales=1)
     save_weights(model, tmp_path / "r50.safetensors", {**model.provenance, "converter": "superglobal"}, False)
-    for one in (model, superglobal.load_model(tmp_path / "r50.safetensors")):
-        text = model_card(one).text
+    for loaded in (model, superglobal.load_model(tmp_path / "r50.safetensors")):
+        text = model_card(loaded).text
         assert "CVNet's files contain no license" in text
         assert "r50.pyth" in text
 
 
-BY_TORCH_HUB = """
+LOAD_WITH_TORCH_HUB = """
 import ast, sys, torch
 model = torch.hub.load(sys.argv[1], "superglobal", source="local", weights=sys.argv[2])
 print(type(model).__name__, tuple(model(torch.zeros(1, 3, 70, 80)).shape))
@@ -282,9 +290,9 @@ for name, module in list(sys.modules.items()):
 """
 
 
-def test_torch_hub_loads_it_with_the_dependencies_that_are_listed(shared, tmp_path):
-    # From elsewhere, so that the package is found by torch.hub alone.
-    words = [sys.executable, "-P", "-c", BY_TORCH_HUB, str(ROOT), str(shared)]
+def test_torch_hub_loads_a_shared_model_with_the_listed_dependencies(shared, tmp_path):
+    # The process runs in another folder, so that only torch.hub finds the package.
+    words = [sys.executable, "-P", "-c", LOAD_WITH_TORCH_HUB, str(ROOT), str(shared)]
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

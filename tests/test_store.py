@@ -1,4 +1,4 @@
-"""DescriptorStore: by row, resumable, shared, and never a number from somewhere else."""
+"""DescriptorStore: rows are written in any order, resumable, shared between processes, and never mixed up."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ ABOUT = {"weights": "w", "scales": [1.0]}
 
 
 def unit(n, d=8, seed=0):
+    """Return n random unit vectors."""
     x = np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def create(folder, images=IMAGES, about=ABOUT, shard_rows=10):
+    """Open or create a store of 8 dimensions."""
     return DescriptorStore.open_or_create(folder, about, images, 8, shard_rows)
 
 
-def test_rows_come_back_in_their_place_whatever_the_order(tmp_path):
+def test_rows_are_stored_in_their_positions_in_any_write_order(tmp_path):
     X = unit(25)
     store = create(tmp_path / "s")
     for row in np.random.default_rng(1).permutation(25):
         store.write_rows([row], X[[row]])
     store.flush()
-    for again in (store, create(tmp_path / "s"), DescriptorStore.open(tmp_path / "s")):
-        assert np.array_equal(again.block(0, 25), X)
-        assert np.array_equal(again.block(7, 21), X[7:21])
-        assert again.block(4, 4).shape == (0, 8)
+    for opened in (store, create(tmp_path / "s"), DescriptorStore.open(tmp_path / "s")):
+        assert np.array_equal(opened.block(0, 25), X)
+        assert np.array_equal(opened.block(7, 21), X[7:21])
+        assert opened.block(4, 4).shape == (0, 8)
         ids = np.array([[24, 0], [9, 10]])
-        assert np.array_equal(again.take(ids), X[ids])
+        assert np.array_equal(opened.take(ids), X[ids])
         with pytest.raises(InputError, match=r"rows 5\.\.26 are outside 0\.\.25"):
-            again.block(5, 26)
+            opened.block(5, 26)
     assert store.names == IMAGES
 
 
-def test_rows_are_given_as_integers_and_descriptors_as_any_array(tmp_path):
+def test_row_numbers_must_be_integers_and_descriptors_any_array(tmp_path):
     store = create(tmp_path / "s")
     store.write_rows([0], unit(1).tolist())
     store.write_rows([1], torch.from_numpy(unit(1)))
@@ -69,6 +71,7 @@ def test_unfinished_rows_are_missing_and_never_read(tmp_path):
 
 
 def fill(folder, rows, die):
+    """Write rows to a store; kill the process afterwards if `die`."""
     store = create(folder)
     X = unit(25)
     for row in rows:
@@ -80,7 +83,7 @@ def fill(folder, rows, die):
     store.flush()
 
 
-def test_two_processes_fill_one_store_and_a_killed_one_leaves_only_whole_rows(tmp_path):
+def test_two_processes_fill_a_store_and_a_killed_one_leaves_complete_rows(tmp_path):
     folder = tmp_path / "s"
     context = multiprocessing.get_context("spawn")
     jobs = [context.Process(target=fill, args=(folder, r, d)) for r, d in ((range(13), False), (range(13, 24), True))]
@@ -101,7 +104,7 @@ def test_two_processes_fill_one_store_and_a_killed_one_leaves_only_whole_rows(tm
     ("about", "images"),
     [({**ABOUT, "scales": [2.0]}, IMAGES), (ABOUT, [*IMAGES[:-1], "image24 10-abd"]), (ABOUT, IMAGES[:-1])],
 )
-def test_other_settings_or_images_are_refused(tmp_path, about, images):
+def test_a_store_of_different_settings_or_images_is_an_error(tmp_path, about, images):
     create(tmp_path / "s")
     assert fingerprint(about, images) != fingerprint(ABOUT, IMAGES)
     with pytest.raises(InputError, match="other weights, settings or images"):
@@ -109,7 +112,7 @@ def test_other_settings_or_images_are_refused(tmp_path, about, images):
 
 
 @pytest.mark.parametrize("row", [np.zeros(8), np.full(8, np.nan), np.ones(8), unit(1, 7)[0]])
-def test_a_row_that_is_no_unit_vector_is_refused(tmp_path, row):
+def test_rows_that_are_not_unit_vectors_raise_errors(tmp_path, row):
     store = create(tmp_path / "s")
     with pytest.raises(InputError, match="row 2"):
         store.write_rows([2], row.astype(np.float32)[None])
@@ -117,7 +120,7 @@ def test_a_row_that_is_no_unit_vector_is_refused(tmp_path, row):
     assert len(store.missing) == 25
 
 
-def test_damaged_stores_are_named(tmp_path):
+def test_damaged_stores_raise_errors_that_name_the_file(tmp_path):
     create(tmp_path / "s")
     shard = tmp_path / "s" / "shard-00001.npy"
     shard.write_bytes(shard.read_bytes()[:50])
@@ -130,13 +133,13 @@ def test_damaged_stores_are_named(tmp_path):
         DescriptorStore.open(tmp_path / "nowhere")
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written"):
         create(tmp_path / "file" / "s")
 
 
-def test_the_manifest_says_what_the_rows_are(tmp_path):
+def test_the_manifest_describes_the_rows(tmp_path):
     create(tmp_path / "s")
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
     assert manifest["identity"] == ABOUT

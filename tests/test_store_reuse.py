@@ -1,4 +1,4 @@
-"""Rows of other stores: taken where the images are the same, never from damage, and never a reason to stop."""
+"""Reuse of rows of other stores: only for identical images, never damaged rows, and never a reason to fail."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ X = unit(np.random.default_rng(0), 60, 8)
 
 
 def store_of(folder, images, rows=(), dtype="float32", about=ABOUT):
-    """Row i is image images[i]; `rows` are written."""
+    """Create a store whose row i is image images[i], and write `rows`."""
     names = [f"image{i}" for i in images]
     store = DescriptorStore.open_or_create(folder, about, names, 8, 16, dtype=dtype)
     rows = np.array(rows, np.int64)
@@ -29,22 +29,22 @@ def store_of(folder, images, rows=(), dtype="float32", about=ABOUT):
 
 
 @pytest.mark.parametrize(("first", "second"), [("float32", "float32"), ("float16", "float16"), ("float32", "float16")])
-def test_rows_of_the_same_images_come_bit_for_bit_in_blocks(tmp_path, monkeypatch, first, second):
+def test_rows_of_the_same_images_are_reused_bit_for_bit(tmp_path, monkeypatch, first, second):
     monkeypatch.setattr(store_tools, "_BLOCK", 7)
-    other = store_of(tmp_path / "a", range(40), range(35), first)
-    other.skip(np.array([3, 36]))
-    other.flush()
-    store = store_of(tmp_path / "b", [*range(59, 9, -1), 3], [30], second)  # row 30 is image 29, its own
+    source = store_of(tmp_path / "a", range(40), range(35), first)
+    source.skip(np.array([3, 36]))
+    source.flush()
+    store = store_of(tmp_path / "b", [*range(59, 9, -1), 3], [30], second)  # row 30, image 29, is already written
     assert reuse_rows(tmp_path, store) == 24
     again = DescriptorStore.open(tmp_path / "b")
-    taken = [row for row, image in enumerate(range(59, 9, -1)) if image < 35]
-    assert np.flatnonzero(again.done).tolist() == taken
-    images = 59 - np.array(taken)
+    reused = [row for row, image in enumerate(range(59, 9, -1)) if image < 35]
+    assert np.flatnonzero(again.done).tolist() == reused
+    images = 59 - np.array(reused)
     direct = store_of(tmp_path / "direct", range(60), range(60), second)
-    np.testing.assert_array_equal(again.read_rows(np.array(taken)), direct.read_rows(images))
+    np.testing.assert_array_equal(again.read_rows(np.array(reused)), direct.read_rows(images))
 
 
-def test_what_is_damaged_elsewhere_is_named_and_passed_over(tmp_path, caplog):
+def test_damaged_stores_and_rows_are_reported_and_not_reused(tmp_path, caplog):
     for name, damaged in (("a", "manifest.json"), ("b", "names.json"), ("c", "shard-00001.npy")):
         folder = store_of(tmp_path / name, range(20), range(20)).folder
         (folder / damaged).write_bytes((folder / damaged).read_bytes()[:-9])
@@ -58,14 +58,14 @@ def test_what_is_damaged_elsewhere_is_named_and_passed_over(tmp_path, caplog):
     store = store_of(tmp_path / "new", range(40))
     assert reuse_rows(tmp_path, store) == 28
     assert store.missing.tolist() == [2, 5, *range(30, 40)]
-    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 5
-    for place, text in zip(("a", "b", "c", "ca", "d"), told, strict=True):
-        assert str(tmp_path / place) in text
-    assert "row 2 is damaged" in told[-1]
+    messages = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(messages) == 5
+    for name, text in zip(("a", "b", "c", "ca", "d"), messages, strict=True):
+        assert str(tmp_path / name) in text
+    assert "row 2 is damaged" in messages[-1]
 
 
-def test_an_evaluation_goes_on_beside_a_damaged_store(data, tmp_path, caplog):
+def test_an_evaluation_ignores_a_damaged_store(data, tmp_path, caplog):
     foreign = tmp_path / "stores" / "foreign"
     foreign.mkdir(parents=True)
     (foreign / "manifest.json").write_bytes(b'{"format": "superglobal-store-1", \xff')

@@ -1,4 +1,4 @@
-"""superglobal store: parts merged, names for a database, and a damaged file named whatever is asked for."""
+"""`superglobal store`: merging, export with names, and errors that name damaged files."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ ABOUT = {"weights": "w"}
 
 
 def names(count: int) -> list[str]:
+    """Return image names."""
     return [f"image{i}" for i in range(count)]
 
 
 def paths(count: int) -> list[str]:
+    """Return relative paths of images."""
     return [f"set/jpg/{i % 3}/image{i}.jpg" for i in range(count)]
 
 
 def part_of(folder: Path, X: np.ndarray, rows, skipped=(), dtype: str = "float32") -> DescriptorStore:
-    """A store of all of X that has some rows, and skips others."""
+    """Create a store of X, write some of its rows and skip others."""
     store = DescriptorStore.open_or_create(folder, ABOUT, names(len(X)), X.shape[1], 40, dtype=dtype)
     rows = np.setdiff1d(rows, skipped)
     store.write_rows(rows, X[rows])
@@ -46,7 +48,7 @@ def part_of(folder: Path, X: np.ndarray, rows, skipped=(), dtype: str = "float32
 
 
 def command(*words: object, status: int = 0) -> str:
-    """As a user runs it."""
+    """Run `superglobal store` in a process of its own, which must exit with `status`, and return its output."""
     line = [sys.executable, "-m", "superglobal", "store", *map(str, words)]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
@@ -55,18 +57,18 @@ def command(*words: object, status: int = 0) -> str:
 
 @pytest.fixture
 def script(capsys):
-    """The same without the seconds that a process takes to start."""
+    """Run `superglobal store` in this process, which saves the time to start a process."""
 
     def run(*words: object, status: int = 0) -> str:
-        found, said = cli.main(["store", *map(str, words)]), capsys.readouterr()
-        assert found == status, said
-        return said.out + said.err
+        exit_status, output = cli.main(["store", *map(str, words)]), capsys.readouterr()
+        assert exit_status == status, output
+        return output.out + output.err
 
     return run
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_parts_that_jobs_filled_become_one_store_and_one_file(tmp_path, script, dtype):
+def test_parts_are_merged_verified_and_exported(tmp_path, script, dtype):
     X = unit(np.random.default_rng(0), 100, 16)
     whole = part_of(tmp_path / "whole", X, np.arange(100), [7], dtype).block(0, 100)
     part_of(tmp_path / "p0", X, np.arange(0, 50), [7], dtype)
@@ -90,7 +92,7 @@ def test_parts_that_jobs_filled_become_one_store_and_one_file(tmp_path, script, 
     np.testing.assert_array_equal(np.array(table["descriptor"].to_pylist(), dtype), whole[kept].astype(dtype))
 
 
-def test_what_verify_and_merge_refuse(tmp_path, script):
+def test_verify_merge_and_export_report_invalid_stores(tmp_path, script):
     X = unit(np.random.default_rng(0), 50, 16)
     for name in ("a", "b"):
         part_of(tmp_path / name, X, np.arange(50))
@@ -112,8 +114,8 @@ def test_what_verify_and_merge_refuse(tmp_path, script):
     assert "names.json or the manifest" in script("verify", tmp_path / "b", status=2)
 
 
-def test_a_list_of_images_that_is_not_the_one_that_was_described_is_not_merged(tmp_path):
-    """Under it, rows would be found by names of other images."""
+def test_a_store_with_a_changed_list_of_images_is_not_merged(tmp_path):
+    """Otherwise, rows would be assigned to the names of different images."""
     X = unit(np.random.default_rng(0), 20, 8)
     part = part_of(tmp_path / "a", X, np.arange(20))
     (part.folder / "names.json").write_text(json.dumps(names(20)[::-1]))
@@ -122,7 +124,7 @@ def test_a_list_of_images_that_is_not_the_one_that_was_described_is_not_merged(t
     assert not (tmp_path / "m").exists()
 
 
-def test_merging_keeps_what_was_skipped_and_why_unless_another_part_has_it(tmp_path):
+def test_merging_keeps_skipped_rows_unless_another_part_contains_them(tmp_path):
     X = unit(np.random.default_rng(0), 60, 8)
     parts = [
         part_of(tmp_path / "a", X, np.arange(0, 20), [2, 5, 41]),
@@ -132,10 +134,10 @@ def test_merging_keeps_what_was_skipped_and_why_unless_another_part_has_it(tmp_p
     for order in (parts, parts[::-1]):
         merged = upkeep.merge(order, tmp_path / f"m{order[0].folder.name}")
         assert merged.skipped.tolist() == [5, 21]
-        told = read_skipped(merged.folder, 60)
-        assert told == {5: f"{'a' if order is parts else 'b'}/5.jpg\ttruncated", 21: "b/21.jpg\ttruncated"}
+        reasons = read_skipped(merged.folder, 60)
+        assert reasons == {5: f"{'a' if order is parts else 'b'}/5.jpg\ttruncated", 21: "b/21.jpg\ttruncated"}
         np.testing.assert_array_equal(merged.read_rows(np.array([2, 41])), X[[2, 41]])
-    # Into what a part skipped, too.
+    # Rows that are skipped in the target are filled, too.
     first = upkeep.merge(parts[:1], tmp_path / "again")
     assert first.skipped.tolist() == [2, 5, 41]
     upkeep.merge(parts[1:], tmp_path / "again")
@@ -145,7 +147,7 @@ def test_merging_keeps_what_was_skipped_and_why_unless_another_part_has_it(tmp_p
     assert not len(again.missing)
 
 
-def test_names_are_paths_and_each_is_there_once(tmp_path):
+def test_names_of_rows_are_unique_relative_paths(tmp_path):
     data, elsewhere = tmp_path / "data", tmp_path / "elsewhere" / "q.jpg"
     items = [
         ImageItem(data / "set" / "a" / "x.jpg"),
@@ -155,13 +157,13 @@ def test_names_are_paths_and_each_is_there_once(tmp_path):
         ImageItem(data / "set" / "b" / "x.jpg", (1.5, 2, 30, 41)),
         ImageItem(tmp_path / "photos" / "c" / "é.jpg"),
         ImageItem(elsewhere),
-        ImageItem(data / "set" / "\udcff.jpg"),  # a name that is no UTF-8
+        ImageItem(data / "set" / "\udcff.jpg"),  # a name that is not valid UTF-8
         ImageItem(data / "set" / "b" / "x.jpg#2"),
         ImageItem(data / "set" / "b" / "x.jpg"),
     ]
     report = CheckReport([""] * len(items), [(1, 1)] * len(items), [], [])
-    found = ExtractionList("database", "set", items, report, None, roots=[data, tmp_path / "photos"]).paths()
-    assert found == [
+    row_paths = ExtractionList("database", "set", items, report, None, roots=[data, tmp_path / "photos"]).paths()
+    assert row_paths == [
         "set/a/x.jpg",
         "set/b/x.jpg",
         "set/b/x.jpg#2",
@@ -174,13 +176,13 @@ def test_names_are_paths_and_each_is_there_once(tmp_path):
         "set/b/x.jpg#3",
     ]
     store = part_of(tmp_path / "s", unit(np.random.default_rng(0), len(items), 8), np.arange(len(items)))
-    record_paths(store.folder, found)
+    record_paths(store.folder, row_paths)
     assert upkeep.export(store, tmp_path / "x.npy") == len(items)
-    assert (tmp_path / "x.txt").read_text().splitlines() == found
-    record_paths(store.folder, ["a\nb", *found[1:]])
+    assert (tmp_path / "x.txt").read_text().splitlines() == row_paths
+    record_paths(store.folder, ["a\nb", *row_paths[1:]])
     with pytest.raises(InputError, match=r"has a line break; export to \.parquet"):
         upkeep.export(store, tmp_path / "y.npy")
-    record_paths(store.folder, ["c/é.jpg", *found[1:]])
+    record_paths(store.folder, ["c/é.jpg", *row_paths[1:]])
     with pytest.raises(InputError, match=r"paths\.json: .* a different path for each row; run the evaluation again"):
         upkeep.export(store, tmp_path / "y.npy")
     (store.folder / "paths.json").unlink()
@@ -188,19 +190,19 @@ def test_names_are_paths_and_each_is_there_once(tmp_path):
         upkeep.export(store, tmp_path / "y.npy")
 
 
-def test_an_evaluation_names_its_rows_also_in_stores_of_before(data, tmp_path):
+def test_an_evaluation_names_the_rows_of_new_and_existing_stores(data, tmp_path):
     result = run(tmp_path, *mini(data), "k=5", "rerank=none")
-    places = {path.parent.name.split("-")[1]: path for path in (tmp_path / "stores").glob("*/paths.json")}
-    found = {title: json.loads(path.read_text()) for title, path in places.items()}
-    assert found["database"][:3] == [f"mini/jpg/l0_{i:06d}.jpg" for i in (1, 2, 3)]
-    assert found["queries"][5] == "mini/jpg/l5_000000.jpg#4.5,3.2,118,95"
-    places["database"].unlink()
+    files = {path.parent.name.split("-")[1]: path for path in (tmp_path / "stores").glob("*/paths.json")}
+    row_paths = {title: json.loads(path.read_text()) for title, path in files.items()}
+    assert row_paths["database"][:3] == [f"mini/jpg/l0_{i:06d}.jpg" for i in (1, 2, 3)]
+    assert row_paths["queries"][5] == "mini/jpg/l5_000000.jpg#4.5,3.2,118,95"
+    files["database"].unlink()
     again = run(tmp_path, *mini(data), "k=5", "rerank=none")
     assert again["about"]["extracted"] == {"database": 0, "queries": 0}
-    assert upkeep.export(DescriptorStore.open(places["database"].parent), tmp_path / "x.npy") == 24
-    assert (tmp_path / "x.txt").read_text().splitlines() == found["database"]
+    assert upkeep.export(DescriptorStore.open(files["database"].parent), tmp_path / "x.npy") == 24
+    assert (tmp_path / "x.txt").read_text().splitlines() == row_paths["database"]
     listed = (result["folder"] / "rankings.csv").read_text().splitlines()[1].split(",")[3]
-    assert f"mini/{listed}" in found["database"]
+    assert f"mini/{listed}" in row_paths["database"]
     photos = write_folders(tmp_path / "photos")
     run(tmp_path / "o", "dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "rerank=none", "k=5")
     (path,) = (tmp_path / "o" / "stores").glob("*/paths.json")
@@ -213,7 +215,7 @@ COMMANDS = ("info", "verify", "merge", "export")
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
-    """A store that has every file it can have."""
+    """Create a store with all optional files."""
     folder = tmp_path_factory.mktemp("sound") / "s"
     store = part_of(folder, unit(np.random.default_rng(0), 30, 8), np.arange(30), [4, 9])
     upkeep.verify(store, record=True)
@@ -222,6 +224,7 @@ def sound(tmp_path_factory) -> Path:
 
 
 def copy(sound: Path, folder: Path) -> Path:
+    """Copy a store."""
     folder.mkdir()
     for path in sound.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
@@ -229,24 +232,26 @@ def copy(sound: Path, folder: Path) -> Path:
 
 
 def words(command: str, folder: Path) -> list[str]:
+    """Return the arguments of a command for a store."""
     more = {"merge": ["--into", str(folder.parent / "m")], "export": [str(folder.parent / "x.npy")]}
     return [command, str(folder), *more.get(command, [])]
 
 
 def damages(data: bytes) -> list[bytes]:
+    """Return damaged versions of a file."""
     rng = np.random.default_rng(len(data))
     flipped = np.frombuffer(data, np.uint8).copy()
     flipped[rng.integers(len(data), size=20)] = 0xFF
     return [b"", data[: len(data) // 2], flipped.tobytes(), b"null", rng.bytes(len(data)), data[:-9] + b"\0\t\xe2]}"]
 
 
-def test_a_header_that_ends_in_the_middle_of_a_line_is_damage(sound, tmp_path):
+def test_a_truncated_npy_header_is_reported_as_damage(sound, tmp_path):
     path = copy(sound, tmp_path / "s") / "done.npy"
     data = path.read_bytes()
     path.write_bytes(data.replace(b"}", b"(").replace(b"\n", b" "))
     with pytest.raises(InputError, match=r"done\.npy: missing or damaged"):
         DescriptorStore.open(path.parent)
-    path.write_bytes(data[:-1])  # NumPy alone would fill it up with a zero
+    path.write_bytes(data[:-1])  # NumPy would append a zero
     with pytest.raises(InputError, match=r"done\.npy: missing or damaged"):
         DescriptorStore.open(path.parent)
     assert path.read_bytes() == data[:-1]
@@ -256,18 +261,18 @@ def test_a_header_that_ends_in_the_middle_of_a_line_is_damage(sound, tmp_path):
 def test_a_damaged_file_is_named_by_every_command(sound, tmp_path, script, name):
     folder = copy(sound, tmp_path / "s")
     whole = (folder / name).read_bytes()
-    ways = [script] * 5 + [command]
-    for data, way in zip(damages(whole), ways, strict=True):
-        if name.startswith("shard") and way is command:
-            continue  # another number in a row is the checksums' to find
+    runners = [script] * 5 + [command]
+    for data, runner in zip(damages(whole), runners, strict=True):
+        if name.startswith("shard") and runner is command:
+            continue  # only checksums detect a changed number in a row
         (folder / name).write_bytes(data)
-        # A process takes seconds to start: each file has one command that is run as one.
-        for one in COMMANDS if way is script else [COMMANDS[len(name) % 4]]:
-            said = way(*words(one, folder), status=2)
-            assert said.startswith("error: ")
-            assert said.count("\n") == 1
-            assert str(folder / name) in said
-            assert "delete" in said or "remove" in said or "run the evaluation" in said
+        # Starting a process takes seconds, so only one command per file runs in a process of its own.
+        for subcommand in COMMANDS if runner is script else [COMMANDS[len(name) % 4]]:
+            output = runner(*words(subcommand, folder), status=2)
+            assert output.startswith("error: ")
+            assert output.count("\n") == 1
+            assert str(folder / name) in output
+            assert "delete" in output or "remove" in output or "run the evaluation" in output
     assert {path.name for path in tmp_path.iterdir()} == {"s"}  # nothing was written
     (folder / name).write_bytes(whole)
     script(*words("verify", folder))

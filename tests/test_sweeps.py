@@ -1,4 +1,4 @@
-"""Sweeps whose jobs share work, and processes started together: who describes what, and what stands in the table."""
+"""Sweeps whose jobs share extraction, and processes started together: extracted images and rows of the table."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from superglobal.training.trainer import launched_externally
 
 
 def table(outputs: Path) -> list[dict[str, str]]:
+    """Read the rows of table.csv."""
     with next(outputs.rglob("table.csv")).open() as file:
         return list(csv.DictReader(file))
 
 
 def jobs(outputs: Path) -> list[dict]:
-    """Results by the number of their job."""
+    """Read the results of all jobs in the order of their numbers."""
     paths = sorted((outputs / "eval/sweep").rglob("results.json"), key=lambda path: path.as_posix())
     return [json.loads(path.read_text()) for path in paths]
 
 
-def alone(data: Path, outputs: Path, *overrides: str) -> dict:
-    """The same settings in a run of their own."""
+def run_alone(data: Path, outputs: Path, *overrides: str) -> dict:
+    """Run the same settings in a separate evaluation."""
     return run_here(outputs, *mini(data), "rerank=none", *overrides)
 
 
-def test_a_job_that_fails_takes_none_of_its_siblings_with_it(data, tmp_path):
-    """x^3000 is 0 in float32: that descriptor has no direction. The jobs around it share their passes with it."""
+def test_a_failing_job_does_not_affect_other_jobs(data, tmp_path):
+    """x^3000 is 0 in float32, so this descriptor is invalid. All three jobs share their passes over the images."""
     text = run_program(tmp_path, "-m", *revisited(data, "pooling=gem", "pooling.p=3,3000,4", "rerank=none"), status=2)
     assert "one pass over the images serves 3 networks of the sweep" in text
     assert text.count("has norm 0.0, expected 1") == 1
@@ -48,37 +49,37 @@ def test_a_job_that_fails_takes_none_of_its_siblings_with_it(data, tmp_path):
     assert first["about"]["extracted"] == {"database": 24, "queries": 6}
     assert last["about"]["extracted"] == {"database": 0, "queries": 0}
     for job, p in ((first, 3), (last, 4)):
-        single = alone(data, tmp_path / "alone", "pooling=gem", f"pooling.p={p}")
+        single = run_alone(data, tmp_path / "alone", "pooling=gem", f"pooling.p={p}")
         assert job["metrics"] == single["metrics"]
     by_p = {row["pooling.p"]: row for row in table(tmp_path)}
     assert by_p["3000.0"]["medium"] == by_p["3000.0"]["gain"] == "failed"
     assert by_p["3.0"]["medium"] == f"{100 * first['metrics']['search']['map']['medium']:.2f}"
 
 
-def test_parts_and_poolings_in_one_sweep(data, tmp_path):
-    """Of each part the first job describes for both poolings; with the last part both go on to their results."""
+def test_a_sweep_may_combine_shards_and_poolings(data, tmp_path):
+    """The first job of each shard extracts for both poolings, and both have results after the last shard."""
     switches = ["extraction.shard=1/2,2/2", "pooling.regional=true,false"]
     text = run_program(tmp_path, "-m", *revisited(data, "rerank=none", *switches))
     assert text.count("Extracted shard 1/2; ") == 2
-    found = jobs(tmp_path)
-    assert [job["config"]["pooling"]["regional"] for job in found] == [True, False]
-    assert found[0]["about"]["extracted"]["database"] == 12
-    assert found[1]["about"]["extracted"]["database"] == 0
-    for job in found:
+    results = jobs(tmp_path)
+    assert [job["config"]["pooling"]["regional"] for job in results] == [True, False]
+    assert results[0]["about"]["extracted"]["database"] == 12
+    assert results[1]["about"]["extracted"]["database"] == 0
+    for job in results:
         regional = job["config"]["pooling"]["regional"]
-        whole = alone(data, tmp_path / "whole", f"pooling.regional={str(regional).lower()}")
+        whole = run_alone(data, tmp_path / "whole", f"pooling.regional={str(regional).lower()}")
         assert job["metrics"] == whole["metrics"]
         assert job["about"]["network"] == whole["about"]["network"]
     assert [row["pooling.regional"] for row in table(tmp_path)] == ["True", "False"]
 
 
-def test_a_sweep_of_indexes_says_in_its_table_how_each_searched(data, tmp_path):
-    """What changes a number has a column; how it is compared with exact search has none."""
+def test_the_table_of_a_sweep_over_indexes_shows_their_settings(data, tmp_path):
+    """Settings that change results have a column; those of the comparison with exact search have none."""
     settings = [["index=flat"], *(["index=ivf_flat", "index.nlist=6", f"index.nprobe={n}"] for n in (1, 2))]
     scores = []
-    for one in settings:
-        backend = ["index.backend=torch"] if one == ["index=flat"] else []
-        scores.append(alone(data, tmp_path, *one, *backend, "k=6")["metrics"]["search"]["map"]["medium"])
+    for overrides in settings:
+        backend = ["index.backend=torch"] if overrides == ["index=flat"] else []
+        scores.append(run_alone(data, tmp_path, *overrides, *backend, "k=6")["metrics"]["search"]["map"]["medium"])
     assert len(set(scores)) == 3
     write_tables(tmp_path)
     rows = table(tmp_path)
@@ -88,9 +89,9 @@ def test_a_sweep_of_indexes_says_in_its_table_how_each_searched(data, tmp_path):
     assert [row["medium"] for row in rows] == [f"{100 * score:.2f}" for score in scores]
 
 
-def test_processes_started_together_wait_for_one_another_though_nothing_is_missing(data, tmp_path):
-    """One of them may still have found a row missing: it would wait for a process that has gone on."""
-    single = alone(data, tmp_path)
+def test_processes_started_together_finish_even_if_nothing_is_missing(data, tmp_path):
+    """Otherwise, a process that found a missing row would wait for another one that did not."""
+    single = run_alone(data, tmp_path)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     two = ["trainer.devices=2", "trainer.strategy=ddp", "rerank=none", f"paths.outputs={tmp_path}"]
     words = [*torchrun, str(ROOT / "eval.py"), *revisited(data, *two)]
@@ -107,7 +108,7 @@ def test_processes_started_together_wait_for_one_another_though_nothing_is_missi
     assert all(np.isfinite(store.block(0, len(store))).all() for store in stores)
 
 
-SECOND_KILLED = f"""
+KILL_SECOND_PROCESS = f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from superglobal.retrieval.store import DescriptorStore
@@ -120,44 +121,46 @@ def killed(self, rows, descriptors):
     write(self, rows, descriptors)
 DescriptorStore.write_rows = killed
 path = {str(ROOT / "eval.py")!r}
-exec(compile(open(path).read(), path, "exec"))  # by this file's own name: so is the second process started
+exec(compile(open(path).read(), path, "exec"))  # keeps the name of this file, with which the second process is started
 """
 
 
-def test_when_one_of_two_processes_is_killed_the_same_command_ends_with_the_same_store(tmp_path):
+def test_a_run_with_a_killed_process_resumes_to_the_same_store(tmp_path):
     write_revisited(tmp_path, landmarks=12, views=7)
-    (tmp_path / "killed.py").write_text(SECOND_KILLED)
-    one, two = tmp_path / "one", tmp_path / "two"
-    processes = ["rerank=none", "trainer.devices=2", "trainer.strategy=ddp", f"paths.outputs={two}"]
-    words = [sys.executable, str(tmp_path / "killed.py"), *revisited(tmp_path, *processes)]
+    (tmp_path / "kill_second_process.py").write_text(KILL_SECOND_PROCESS)
+    single, double = tmp_path / "one", tmp_path / "two"
+    processes = ["rerank=none", "trainer.devices=2", "trainer.strategy=ddp", f"paths.outputs={double}"]
+    words = [sys.executable, str(tmp_path / "kill_second_process.py"), *revisited(tmp_path, *processes)]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode not in (0, 1), done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-    assert not list(two.rglob("results.json"))
-    (store,) = (two / "stores").glob("mini-database-*")
+    assert not list(double.rglob("results.json"))
+    (store,) = (double / "stores").glob("mini-database-*")
     missing = len(DescriptorStore.open(store).missing)
     assert 0 < missing <= 72
-    again, whole = alone(tmp_path, two), alone(tmp_path, one)
+    again, whole = run_alone(tmp_path, double), run_alone(tmp_path, single)
     assert again["about"]["extracted"]["database"] == missing
     assert again["metrics"] == whole["metrics"]
-    (other,) = (one / "stores").glob("mini-database-*")
-    assert other.name == store.name
-    assert np.abs(DescriptorStore.open(store).block(0, 72) - DescriptorStore.open(other).block(0, 72)).max() < 1e-6
+    (single_store,) = (single / "stores").glob("mini-database-*")
+    assert single_store.name == store.name
+    assert (
+        np.abs(DescriptorStore.open(store).block(0, 72) - DescriptorStore.open(single_store).block(0, 72)).max() < 1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("variables", "together"),
     [
         ({}, False),
-        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, False),  # Lightning's own second process
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, False),  # second process started by Lightning
         ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "1"}, False),
         ({"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}, True),
         ({"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "job"}, False),
         ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "job"}, True),
-        ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}, False),  # an interactive shell starts none
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}, False),  # an interactive shell starts no tasks
     ],
 )
-def test_who_is_started_together(monkeypatch, variables, together):
+def test_externally_launched_processes_are_detected(monkeypatch, variables, together):
     for name in ("WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "SLURM_JOB_NAME"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -1,4 +1,4 @@
-"""Tables of many runs: each with its own baseline, gains with intervals over the same queries, in every format."""
+"""Tables of many runs: baselines, gains with intervals over the same queries, and all file formats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LANDMARKS = [f"place{i // 3}" for i in range(12)]
 
 
 def write(folder, weights, label, ap):
-    """A run's files, as far as the table reads them."""
+    """Write the files of a run that the table reads."""
     folder.mkdir(parents=True)
     score = float(np.mean(ap))
     stage = {
@@ -37,22 +37,23 @@ def write(folder, weights, label, ap):
     row |= {"metrics": {"search": stage}, "config": {"seed": 0, "ablation": label, "weights": weights}}
     (folder / "results.json").write_text(json.dumps(row))
     lines = ["query,landmark,search medium AP"]
-    lines += [f"q{i},{place},{value!r}" for i, (place, value) in enumerate(zip(LANDMARKS, ap, strict=True))]
+    lines += [f"q{i},{landmark},{value!r}" for i, (landmark, value) in enumerate(zip(LANDMARKS, ap, strict=True))]
     (folder / "per_query.csv").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
 def runs(tmp_path):
+    """Write four runs; return their folder and their scores."""
     rng = np.random.default_rng(0)
     scores = {}
-    # Jobs in an order that is neither the ladder's nor the networks', and 10 after 9.
+    # The order of jobs differs from that of ablations and networks, and job 10 comes after job 9.
     for number, (weights, label) in enumerate([("a", "relup"), ("b", "gem"), ("a", "gem"), ("b", "relup")], 8):
         scores[weights, label] = rng.uniform(0.2, 0.8, 12).tolist()
         write(tmp_path / f"{number}_job", weights, label, scores[weights, label])
     return tmp_path, scores
 
 
-def test_every_network_has_its_own_ladder_and_baseline(runs):
+def test_every_network_has_its_own_ablations_and_baseline(runs):
     folder, scores = runs
     write_tables(folder)
     with (folder / "table.csv").open() as file:
@@ -73,7 +74,7 @@ def test_every_network_has_its_own_ladder_and_baseline(runs):
         assert row["hard"] == "-"
 
 
-def test_a_training_is_called_by_its_name_where_that_tells_it(tmp_path):
+def test_trainings_are_shown_by_name_if_it_is_unique(tmp_path):
     for number, name in enumerate(("one", "two")):
         write(tmp_path / str(number), f"outputs/train/{name}/best.safetensors", "gem", [0.5] * 12)
     write_tables(tmp_path)
@@ -83,14 +84,14 @@ def test_a_training_is_called_by_its_name_where_that_tells_it(tmp_path):
     assert "elsewhere/train/two/best.safetensors" in (tmp_path / "table.csv").read_text()
 
 
-def test_a_run_without_its_queries_is_named(runs):
+def test_a_run_without_scores_per_query_is_named(runs):
     folder, _ = runs
     (folder / "9_job" / "per_query.csv").unlink()
     with pytest.raises(InputError, match=r"9_job/per_query\.csv: missing"):
         write_tables(folder)
 
 
-def test_metrics_of_other_sets_go_by_their_names_and_are_not_mixed(runs):
+def test_metrics_of_different_datasets_have_separate_columns(runs):
     folder, _ = runs
     scores = {"all": 0.5, "public": None}
     ranked = {
@@ -98,30 +99,32 @@ def test_metrics_of_other_sets_go_by_their_names_and_are_not_mixed(runs):
         "interval": {"all": [0.4, 0.6], "public": [None] * 2},
         "precision": {"all": {"10": 0.3}},
     }
-    recognised = {
+    recognition = {
         "GAP": {"all": 0.25},
         "GAP_landmarks_only": {"all": 0.4},
         "top1": {"all": 0.75},
         "queries": {"all": 9},
     }
-    for number, (name, stage) in enumerate((("index", ranked), ("landmarks", recognised))):
-        place = folder / f"{20 + number}_job"
-        write(place, "a", "", [0.5] * 12)
-        row = json.loads((place / "results.json").read_text()) | {"dataset": name, "metrics": {"search": stage}}
-        (place / "results.json").write_text(json.dumps(row))
-        text = (place / "per_query.csv").read_text()
-        (place / "per_query.csv").write_text(text.replace("search medium AP", "search all AP"))
+    for number, (name, stage) in enumerate((("index", ranked), ("landmarks", recognition))):
+        run = folder / f"{20 + number}_job"
+        write(run, "a", "", [0.5] * 12)
+        row = json.loads((run / "results.json").read_text()) | {"dataset": name, "metrics": {"search": stage}}
+        (run / "results.json").write_text(json.dumps(row))
+        text = (run / "per_query.csv").read_text()
+        (run / "per_query.csv").write_text(text.replace("search medium AP", "search all AP"))
     write_tables(folder)
     with (folder / "table.csv").open() as file:
-        found = {row["data set"]: row for row in csv.DictReader(file)}
-    assert found["index"]["mAP@100 all"] == "50.00"
-    assert found["index"]["95 % mAP@100 all"] == "40.0-60.0"
-    assert (found["index"]["P@10 all"], found["index"]["mAP@100 public"]) == ("30.0", "-")
-    assert (found["landmarks"]["GAP all"], found["landmarks"]["top-1 all"]) == ("25.00", "75.00")
-    assert found["index"]["medium"] == found["index"]["GAP all"] == found["landmarks"]["mAP@100 all"] == ""
-    assert found["d"]["mAP@100 all"] == ""
-    assert (found["landmarks"]["gain"], found["landmarks"]["95 % gain"]) == ("+0.00", "")
-    assert "all" not in found["index"]
+        by_dataset = {row["data set"]: row for row in csv.DictReader(file)}
+    assert by_dataset["index"]["mAP@100 all"] == "50.00"
+    assert by_dataset["index"]["95 % mAP@100 all"] == "40.0-60.0"
+    assert (by_dataset["index"]["P@10 all"], by_dataset["index"]["mAP@100 public"]) == ("30.0", "-")
+    assert (by_dataset["landmarks"]["GAP all"], by_dataset["landmarks"]["top-1 all"]) == ("25.00", "75.00")
+    assert (
+        by_dataset["index"]["medium"] == by_dataset["index"]["GAP all"] == by_dataset["landmarks"]["mAP@100 all"] == ""
+    )
+    assert by_dataset["d"]["mAP@100 all"] == ""
+    assert (by_dataset["landmarks"]["gain"], by_dataset["landmarks"]["95 % gain"]) == ("+0.00", "")
+    assert "all" not in by_dataset["index"]
 
 
 PROTOCOLS = ("easy", "medium", "hard")
@@ -129,7 +132,7 @@ SWITCHED = ("gem_plus", "regional", "scale", "relup")
 
 
 def job(folder, aps, *, dataset="d", distractors=None, label="", status="ok", milliseconds=2.0, about=None, **settings):
-    """A run's files: AP by protocol (None for no number), and settings by dotted name with __ for the dot."""
+    """Write the files of a run: AP by protocol (None without metrics) and settings, with __ for dots in names."""
     folder.mkdir(parents=True)
     config = {"seed": 0, "ablation": label, "weights": "w", "pooling": {}, "rerank": {"enabled": False}}
     config |= {"dataset": {"name": dataset}, "distractors": {"name": distractors}}
@@ -152,19 +155,20 @@ def job(folder, aps, *, dataset="d", distractors=None, label="", status="ok", mi
 
 
 def rows_of(path):
+    """Read the rows of a CSV file."""
     with path.open() as file:
         return list(csv.DictReader(file))
 
 
 def latex_cells(path, tabular=0):
-    """The cells of a tabular, row by row, without what is between the rows."""
+    """Return the cells of a LaTeX table row by row, without its rules."""
     text = path.read_text().split(r"\begin{tabular}")[tabular + 1].split(r"\end{tabular}")[0]
     text = re.sub(r"\\(toprule|midrule|bottomrule|cmidrule\(lr\)\{[\d-]+\})", "", text.split("\n", 1)[1])
     rows = [row.strip() for row in re.split(r"\\\\(?=\n)", text)]
     return [[cell.strip() for cell in re.split(r"(?<!\\)&", row)] for row in rows if row]
 
 
-def test_a_data_set_has_one_table_with_its_distractors_beside(tmp_path, capsys):
+def test_a_dataset_and_its_distractors_share_one_table(tmp_path, capsys):
     rng = np.random.default_rng(1)
     scores = {}
     for number, (k, distractors) in enumerate([(3, None), (3, "big_set"), (5, None), (5, "big_set"), (7, None)]):
@@ -198,24 +202,27 @@ def test_a_data_set_has_one_table_with_its_distractors_beside(tmp_path, capsys):
     assert cells[0] == ["", r"\multicolumn{5}{c}{d}", r"\multicolumn{5}{c}{+big\_set}"]
     assert len({len(row) for row in cells[1:]}) == 1
     assert cells[3][3].startswith(r"\textbf{") == (rows[1]["hard"] == max(row["hard"] for row in rows))
-    shown = capsys.readouterr().out
-    assert all(value in shown for row in rows for name in PROTOCOLS if (value := row[f"{name} +big_set"]))
+    output = capsys.readouterr().out
+    assert all(value in output for row in rows for name in PROTOCOLS if (value := row[f"{name} +big_set"]))
 
 
-def test_latex_and_markdown_set_any_name_as_it_is(tmp_path):
+def test_names_are_escaped_in_latex_and_markdown(tmp_path):
     name = r"50% of_a & b|c #1 {x} ~^\ --"
     for number, k in enumerate((3, 5)):
         job(tmp_path / f"{number}_job", np.full((3, 12), 0.5), dataset=name, rerank__K=k, rerank__kind=f"{name}{k}")
     write_tables(tmp_path)
     (path,) = tmp_path.glob("table-*.tex")
     assert re.fullmatch(r"table-[\w.-]+\.tex", path.name)
-    found = next(cell for cell in latex_cells(path)[-1] if "x\\}" in cell)
-    assert found == r"50\% of\_a \& b\textbar{}c \#1 \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{} -{}-5"
+    cell_text = next(cell for cell in latex_cells(path)[-1] if "x\\}" in cell)
+    assert (
+        cell_text == r"50\% of\_a \& b\textbar{}c \#1 \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{} -{}-5"
+    )
     plain = path.with_suffix(".md").read_text().splitlines()
     assert len({len(re.split(r"(?<!\\)\|", line)) for line in plain if line.startswith("|")}) == 1
 
 
 def factorial(folder, jobs, **more):
+    """Write runs of a factorial and return their scores by state."""
     rng, scores = np.random.default_rng(2), {}
     for number, state in enumerate(jobs):
         scores[state] = rng.uniform(0.2, 0.8, (3, 12))
@@ -224,7 +231,7 @@ def factorial(folder, jobs, **more):
     return scores
 
 
-def test_a_full_factorial_says_what_each_module_is_worth(tmp_path):
+def test_a_full_factorial_shows_the_main_effect_of_each_module(tmp_path):
     states = list(itertools.product((False, True), repeat=5))
     scores = factorial(tmp_path, states)
     write_tables(tmp_path)
@@ -233,8 +240,8 @@ def test_a_full_factorial_says_what_each_module_is_worth(tmp_path):
     assert [tuple(row[name] == "on" for name in (*SWITCHED, "rerank")) for row in rows[:32]] == states
     for row, module in zip(rows[32:], (*SWITCHED, "rerank"), strict=True):
         assert row["effect of"] == module
-        place = (*SWITCHED, "rerank").index(module)
-        pairs = [(state, (*state[:place], False, *state[place + 1 :])) for state in states if state[place]]
+        position = (*SWITCHED, "rerank").index(module)
+        pairs = [(state, (*state[:position], False, *state[position + 1 :])) for state in states if state[position]]
         difference = np.mean([scores[on] - scores[off] for on, off in pairs], axis=0)
         for i, name in enumerate(PROTOCOLS):
             assert float(row[f"gain {name}"]) == pytest.approx(100 * difference[i].mean(), abs=0.006)
@@ -244,13 +251,13 @@ def test_a_full_factorial_says_what_each_module_is_worth(tmp_path):
         "module", "gem\\_plus", "regional", "scale", "relup", "rerank",
     ]  # fmt: skip
     assert "mean of 16 pairs" in (tmp_path / "table-d.md").read_text()
-    picture = Image.open(tmp_path / "chart.png")
-    assert min(picture.size) > 600
-    assert np.asarray(picture).std() > 20
+    chart = Image.open(tmp_path / "chart.png")
+    assert min(chart.size) > 600
+    assert np.asarray(chart).std() > 20
     assert (tmp_path / "chart.png").stat().st_size < 200_000
 
 
-def test_a_run_beside_a_full_factorial_is_no_part_of_its_effects(tmp_path):
+def test_additional_runs_do_not_change_the_effects_of_a_full_factorial(tmp_path):
     states = [(*state, False, False, False) for state in itertools.product((False, True), repeat=2)]
     factorial(tmp_path / "whole", states)
     factorial(tmp_path / "more", [*states, (True, True, False, "reference_off", False)])
@@ -261,7 +268,7 @@ def test_a_run_beside_a_full_factorial_is_no_part_of_its_effects(tmp_path):
     assert [row for row in more if row["effect of"]] == whole[4:]
 
 
-def test_where_no_query_counts_there_is_a_dash(tmp_path):
+def test_metrics_without_queries_are_shown_as_a_dash(tmp_path):
     for number, label in enumerate(("gem", "relup")):
         write(tmp_path / f"{number}_job", "a", label, [0.5] * 12)
         result, scores = (tmp_path / f"{number}_job" / name for name in ("results.json", "per_query.csv"))
@@ -292,14 +299,14 @@ def test_a_damaged_result_is_named(runs, text, reason):
         write_tables(folder)
 
 
-def test_half_a_factorial_says_no_effects(tmp_path):
+def test_an_incomplete_factorial_has_no_effects(tmp_path):
     factorial(tmp_path, list(itertools.product((False, True), repeat=5))[:-1])
     write_tables(tmp_path)
     assert len(rows_of(tmp_path / "table-d.csv")) == 31
     assert "main effects" not in (tmp_path / "table-d.md").read_text()
 
 
-def test_several_folders_are_one_comparison_and_twins_keep_their_rows(tmp_path):
+def test_several_folders_are_compared_in_one_table(tmp_path):
     for name in ("one", "two"):
         job(tmp_path / name / "deep" / "run", np.full((3, 12), 0.4 if name == "one" else 0.6), rerank__K=3)
     done = subprocess.run(
@@ -313,13 +320,13 @@ def test_several_folders_are_one_comparison_and_twins_keep_their_rows(tmp_path):
     assert not list((tmp_path / "two").glob("*.csv"))
 
 
-def test_another_metric_goes_by_its_name_in_the_table_of_its_set(tmp_path):
+def test_tables_of_a_dataset_name_its_metric(tmp_path):
     for number, k in enumerate((3, 5)):
-        place = tmp_path / f"{number}_job"
-        job(place, np.full((3, 12), 0.5), dataset="index", rerank__K=k)
-        row = json.loads((place / "results.json").read_text())
+        run = tmp_path / f"{number}_job"
+        job(run, np.full((3, 12), 0.5), dataset="index", rerank__K=k)
+        row = json.loads((run / "results.json").read_text())
         row["metrics"] = {"search": {"GAP": {"all": 0.25 + 0.1 * number}}}
-        (place / "results.json").write_text(json.dumps(row))
+        (run / "results.json").write_text(json.dumps(row))
     write_tables(tmp_path)
     first, second = rows_of(tmp_path / "table-index.csv")
     assert (first["GAP all"], second["GAP all"], second["gain GAP all"]) == ("25.00", "35.00", "+10.00")

@@ -1,4 +1,4 @@
-"""The toy set: the same pixels everywhere, official layouts, rules that follow from photos.csv, a resumable script."""
+"""The toy set: identical pixels on all machines, official layouts, ground truth from photos.csv, and resuming."""
 
 from __future__ import annotations
 
@@ -24,32 +24,36 @@ from superglobal.toy.plan import SIZES, Shot, Size, plan
 from superglobal.toy.trace import cast, landmark_mask
 
 SEED = 3
-# A set of a few dozen photos, for what has to be rendered more than once.
+# A set of a few dozen images, for tests that render it more than once.
 MICRO = Size(96, (2, 3), 2, (1, 2), 3, 2, 1, 2, (1, 2), (1, 1))
 
 
 @pytest.fixture
 def micro(monkeypatch):
+    """Add the size micro."""
     monkeypatch.setitem(SIZES, "micro", MICRO)
 
 
 @pytest.fixture
 def tiny(toy_data) -> Path:
+    """Return the folder of the toy set of size tiny."""
     return toy_data / "toy"
 
 
 def rows(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def contents(root: Path) -> dict[str, str]:
+    """Return the hash of every file below a folder."""
     files = (path for path in root.rglob("*") if path.is_file())
     return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-# Frozen. The renderer was measured identical on Python 3.11, 3.12, 3.13 with NumPy 2.4, 1.26, 2.1, and with the SIMD
-# loops of NumPy switched off.
+# Fixed hashes of pixels. The renderer gave identical pixels on Python 3.11, 3.12 and 3.13 with NumPy 2.4, 1.26 and
+# 2.1, and with the SIMD loops of NumPy disabled.
 PIXELS = {
     "train": "3757589f1457993f",
     "test": "cfab62b75f09ce5f",
@@ -67,7 +71,7 @@ def test_pixels_are_the_same_on_every_machine(kind):
     assert digest.hexdigest()[:16] == PIXELS[kind], "pixels changed: raise toy.VERSION and update these digests"
 
 
-def test_draws_are_what_they_say():
+def test_random_draws_are_in_their_ranges_and_reproducible():
     draws = RandomStream("test", 1)
     reals = [draws.uniform(2, 3) for _ in range(2000)]
     assert min(reals) >= 2
@@ -79,7 +83,7 @@ def test_draws_are_what_they_say():
     assert RandomStream("test", 1).uniform() == RandomStream("test", 1).uniform() != RandomStream("test", 2).uniform()
 
 
-def test_workers_interruption_and_lost_photos_change_nothing(tmp_path, micro, monkeypatch):
+def test_workers_interruptions_and_lost_images_do_not_change_the_set(tmp_path, micro, monkeypatch):
     alone, pooled, broken = tmp_path / "alone", tmp_path / "pooled", tmp_path / "broken"
     summary = toy.make_toy(alone, "micro", SEED, workers=1)
     assert toy.make_toy(pooled, "micro", SEED, workers=2) == summary
@@ -98,16 +102,18 @@ def test_workers_interruption_and_lost_photos_change_nothing(tmp_path, micro, mo
     (broken / "toy" / "jpg" / ".place000_000000.jpg.killed").touch()
     toy.make_toy(broken, "micro", SEED, workers=1)
     assert contents(broken) == reference
-    assert all(path.stat().st_mtime_ns == changed for path, changed in half.items()), "a whole photo was rendered again"
+    assert all(path.stat().st_mtime_ns == changed for path, changed in half.items()), (
+        "a complete image was rendered again"
+    )
 
     next((broken / "toy" / "jpg").iterdir()).unlink()
     toy.make_toy(broken, "micro", SEED, workers=1)
     assert contents(broken) == reference
-    monkeypatch.setattr(make, "take", None)  # a finished set is found, not made
+    monkeypatch.setattr(make, "take", None)  # a finished set is reused, not rendered
     assert toy.make_toy(broken, "micro", SEED) == summary
 
 
-def test_seeds_differ():
+def test_different_seeds_give_different_images():
     shot = Shot("x.jpg", "database", "evaluation", 1, 0)
     first, second = (frame(seed, 96, shot) for seed in (1, 2))
     assert first.photo.yaw != second.photo.yaw
@@ -115,7 +121,7 @@ def test_seeds_differ():
     assert not np.array_equal(first.pixels(), second.pixels())
 
 
-def test_revisited_loader_reads_it(tiny):
+def test_the_revisited_loader_reads_the_toy_set(tiny):
     data = revisited_set(tiny, "toy")
     distractors = load_distractors(tiny, "toy_distractors")
     require_images([("queries", data.queries, ""), ("database", data.database, ""), ("distractors", distractors, "")])
@@ -131,7 +137,7 @@ def test_revisited_loader_reads_it(tiny):
     assert all(sum(len(entry[kind]) for kind in ("easy", "hard", "junk")) == 7 for entry in data.gnd)
 
 
-def test_gldv2_tree_and_lists(tiny):
+def test_gldv2_folders_match_their_lists(tiny):
     base = tiny / "gldv2"
     lists = {split: [row["id"] for row in rows(base / f"{split}.csv")] for split in ("train", "index", "test")}
     for split, ids in lists.items():
@@ -148,7 +154,7 @@ def test_gldv2_tree_and_lists(tiny):
     assert not set(index.values()) & set(train.values())
 
 
-def test_gldv2_solutions(tiny):
+def test_gldv2_solutions_match_the_landmarks(tiny):
     base = tiny / "gldv2"
     index = {row["id"]: row["landmark_id"] for row in rows(base / "index_image_to_landmark.csv")}
     retrieval = {row["id"]: row for row in rows(base / "retrieval_solution_v2.1.csv")}
@@ -156,15 +162,15 @@ def test_gldv2_solutions(tiny):
     assert list(retrieval) == list(recognition) == [row["id"] for row in rows(base / "test.csv")]
     ignored = [row for row in retrieval.values() if row["Usage"] == "Ignored"]
     assert all(row["images"] == "None" for row in ignored)
-    asked = [row for row in retrieval.values() if row["Usage"] != "Ignored"]
-    assert {row["Usage"] for row in asked} == {"Public", "Private"}
-    assert all(len({index[image] for image in row["images"].split()}) == 1 for row in asked)
+    scored = [row for row in retrieval.values() if row["Usage"] != "Ignored"]
+    assert {row["Usage"] for row in scored} == {"Public", "Private"}
+    assert all(len({index[image] for image in row["images"].split()}) == 1 for row in scored)
     places = {Path(photo["file"]).stem: photo["place"] for photo in rows(tiny / "photos.csv")}
-    assert {row["id"] for row in asked} <= {image for image, place in places.items() if place == "evaluation"}
+    assert {row["id"] for row in scored} <= {image for image, place in places.items() if place == "evaluation"}
     train = {row["landmark_id"] for row in rows(base / "train.csv")}
-    labelled = {image for image, row in recognition.items() if row["landmarks"]}
-    assert all(recognition[image]["landmarks"] in train for image in labelled)
-    assert labelled == {image for image in recognition if places[image] == "train"}
+    labeled = {image for image, row in recognition.items() if row["landmarks"]}
+    assert all(recognition[image]["landmarks"] in train for image in labeled)
+    assert labeled == {image for image in recognition if places[image] == "train"}
     assert sum(places[image] == "streets" for image in recognition) == 6
 
 
@@ -177,14 +183,14 @@ def test_training_and_evaluation_landmarks_are_disjoint(tiny):
     assert places["query"] == places["database"] == places["index"]
     assert not places["train"] & places["query"]
     assert not {(p["place"], p["landmark"]) for p in photos if p["set"] == "distractor"} & places["query"]
-    # Look-alikes: several evaluation landmarks, and distractors, have one style.
+    # Several evaluation landmarks and distractors have the same style, so that they look alike.
     styles = [{p["style"] for p in photos if p["set"] == kind} for kind in ("query", "distractor")]
     assert len(styles[0]) < len(places["query"])
     assert styles[0] & styles[1]
     assert len({hashlib.sha256((tiny / p["file"]).read_bytes()).digest() for p in photos}) == len(photos)
 
 
-def test_easy_hard_junk_follow_from_the_csv(tiny):
+def test_easy_hard_and_junk_follow_from_photos_csv(tiny):
     photos = rows(tiny / "photos.csv")
     database = [p for p in photos if p["set"] == "database"]
     truth = load_ground_truth(tiny / "toy" / "gnd_toy.pkl")
@@ -209,17 +215,17 @@ def test_easy_hard_junk_follow_from_the_csv(tiny):
     assert seen == {"easy", "hard", "junk"}
 
 
-def test_visible_share_and_box_on_a_rendered_mask():
+def test_visible_share_and_box_equal_those_of_a_rendered_mask():
     checked = 0
     for shot in [shot for shot in plan(SIZES["tiny"], SEED) if shot.set in ("query", "database")][::6]:
-        taken = frame(SEED, 160, shot)
-        photo, camera = taken.photo, taken.view.camera
-        mask = landmark_mask(taken.trace, taken.landmark)
+        rendered = frame(SEED, 160, shot)
+        photo, camera = rendered.photo, rendered.view.camera
+        mask = landmark_mask(rendered.trace, rendered.landmark)
         height, width = camera.height, camera.width
-        # A frame nine times as wide and high, a ray per pixel, nothing but the landmark.
+        # Render only the landmark, in a frame nine times as wide and high, with one ray per pixel.
         xs = np.arange(-4 * width, 5 * width, dtype=np.float32) + np.float32(0.5)
         ys = np.arange(-4 * height, 5 * height, dtype=np.float32) + np.float32(0.5)
-        whole = np.count_nonzero(cast(camera, xs, ys, taken.landmark.solids).surface > 0)
+        whole = np.count_nonzero(cast(camera, xs, ys, rendered.landmark.solids).surface > 0)
         assert photo.share == pytest.approx(mask.mean() * width * height / whole, abs=0.05)
         if photo.share:
             fine = mask[2 * photo.y1 : 2 * photo.y2, 2 * photo.x1 : 2 * photo.x2]
@@ -231,7 +237,7 @@ def test_visible_share_and_box_on_a_rendered_mask():
     assert checked > 5
 
 
-def test_boxes_of_queries_lie_inside_their_photos(tiny):
+def test_boxes_of_queries_are_inside_their_images(tiny):
     data = revisited_set(tiny, "toy")
     for item in data.queries:
         height, width = read_image(item.path).shape[:2]
@@ -243,14 +249,14 @@ def test_boxes_of_queries_lie_inside_their_photos(tiny):
     assert all(float(photo["share"]) >= 0.55 for photo in photos)
 
 
-def test_a_photo_depends_on_its_own_key_alone():
+def test_an_image_depends_only_on_its_own_key():
     shot = Shot("x.jpg", "database", "evaluation", 5, 2)
     later = frame(SEED, 96, shot).pixels()
     frame(SEED, 96, Shot("y.jpg", "database", "evaluation", 4, 0)).pixels()
     assert np.array_equal(later, frame(SEED, 96, shot).pixels())
 
 
-def test_errors_name_the_place_and_the_mend(tmp_path, micro):
+def test_errors_name_the_folder_and_a_fix(tmp_path, micro):
     toy.make_toy(tmp_path / "set", "micro", SEED, workers=1)
     with pytest.raises(InputError, match=r"seed 3\): expected .*seed 4; remove the folder, or choose another"):
         toy.make_toy(tmp_path / "set", "micro", 4)
@@ -272,21 +278,21 @@ def test_errors_name_the_place_and_the_mend(tmp_path, micro):
         toy.make_toy(tmp_path / "mine", "micro", 0)
     with pytest.raises(InputError, match="is a file: expected a folder"):
         toy.make_toy(tmp_path / "mine" / "holiday.jpg", "micro", 0)
-    for bad in ({"size": "huge"}, {"seed": -1}, {"workers": 0}):
+    for invalid in ({"size": "huge"}, {"seed": -1}, {"workers": 0}):
         with pytest.raises(InputError, match="toy data set: "):
-            toy.make_toy(tmp_path / "new", **({"size": "micro"} | bad))
+            toy.make_toy(tmp_path / "new", **({"size": "micro"} | invalid))
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command_reuses_the_set_and_draws_the_sheet(tiny, tmp_path, capsys):
+def test_the_command_reuses_the_set_and_writes_the_overview_image(tiny, tmp_path, capsys):
     def run(*arguments: str) -> int:
         return cli.main(["toy-data", "--size", "tiny", "--out", str(tiny), *arguments])
 
     sheet = tmp_path / "docs" / "sheet.jpg"
     assert run("--seed", str(SEED), "--sheet", str(sheet)) == 0
-    said = capsys.readouterr()
-    assert "12 query" in said.out
-    assert "rendered" not in said.err
+    output = capsys.readouterr()
+    assert "12 query" in output.out
+    assert "rendered" not in output.err
     assert read_image(sheet).shape[1] > 900
     assert run("--seed", "99") == 2
     assert capsys.readouterr().err.startswith("error: toy data set: ")

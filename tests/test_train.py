@@ -1,4 +1,4 @@
-"""train.py as a user runs it, and what eval.py makes of its export: real processes on the toy set."""
+"""train.py as a user runs it, and the evaluation of its export: real processes on the toy set."""
 
 from __future__ import annotations
 
@@ -32,25 +32,26 @@ from superglobal.training.train import train as fit
 
 
 def run(script: str, *overrides: str, status: int = 0) -> str:
+    """Run a script, which must exit with `status`, and return its output."""
     return run_command([sys.executable, str(ROOT / script), *overrides], status)
 
 
 @pytest.fixture(scope="module")
 def trained(toy_data, tmp_path_factory) -> Path:
-    """Outputs of one short training with every tracker."""
+    """Run a short training with every tracker and return its outputs."""
     outputs = tmp_path_factory.mktemp("outputs")
     words = [word for word in command(toy_data, outputs) if word != "logger=csv"]
     run_command([*words, "logger.tensorboard=true", "logger.tags=[short]"])
     return outputs
 
 
-def test_a_training_leaves_curves_checkpoints_and_the_best_network(toy_data, trained):
+def test_a_training_writes_curves_checkpoints_and_the_best_network(toy_data, trained):
     folder = trained / "train" / "quickstart"
     assert {"best.safetensors", "checkpoints", "curves.csv", "training.json"} <= {
         path.name for path in folder.iterdir()
     }
     losses, scores = values(folder, "train/loss"), values(folder, "val/map")
-    assert len(scores) == 4  # the first before training
+    assert len(scores) == 4  # the first one is before training
     scores = scores[1:]
     assert values(folder, "step")[-1] == 15
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
@@ -67,10 +68,10 @@ def test_a_training_leaves_curves_checkpoints_and_the_best_network(toy_data, tra
     for i, scores_of_i in enumerate(X @ X.T):
         order = np.argsort(-scores_of_i, kind="stable")
         hits = held.labels[order[order != i]] == held.labels[i]
-        found = np.arange(1, hits.sum() + 1)
-        places = np.flatnonzero(hits)
-        before = np.divide(found - 1, places, out=np.ones(len(places)), where=places > 0)
-        precisions.append(np.mean((before + found / (places + 1)) / 2))
+        hit_counts = np.arange(1, hits.sum() + 1)
+        positions = np.flatnonzero(hits)
+        before = np.divide(hit_counts - 1, positions, out=np.ones(len(positions)), where=positions > 0)
+        precisions.append(np.mean((before + hit_counts / (positions + 1)) / 2))
     assert np.mean(precisions) == pytest.approx(max(scores), abs=1e-6)
     about = read_weights(folder / "best.safetensors")
     assert about.backbone == "test_resnet"
@@ -79,9 +80,9 @@ def test_a_training_leaves_curves_checkpoints_and_the_best_network(toy_data, tra
     assert about.pooling["gem_plus"] is False
 
 
-def test_trackers_have_the_same_curves_and_say_where_the_network_lies(trained):
+def test_trackers_record_the_same_curves_and_the_path_of_the_network(trained):
     folder = trained / "train" / "quickstart"
-    run, found = read_offline_run(folder), events(folder / "tensorboard")
+    run, written_events = read_offline_run(folder), events(folder / "tensorboard")
     assert run.exit_code == 0
     assert (run.run.job_type, run.run.run_id) == ("train", (folder / "wandb_id").read_text())
     assert "short" in run.run.tags
@@ -91,21 +92,21 @@ def test_trackers_have_the_same_curves_and_say_where_the_network_lies(trained):
         points = [(point["trainer/global_step"], point[name]) for point in run.history if name in point]
         assert [step for step, _ in points] == [step for step, _ in written]
         assert [value for _, value in points] == pytest.approx([value for _, value in written])
-        assert [(event.step, event.value) for event in found.Scalars(name)] == [
+        assert [(event.step, event.value) for event in written_events.Scalars(name)] == [
             (step, pytest.approx(value, rel=1e-5)) for step, value in written
         ]
     assert run.summary["val/map"]["max"] == pytest.approx(max(values(folder, "val/map")))
     assert references(run, "model") == [f"file://{folder / 'best.safetensors'}"]
 
 
-def test_checkpoints_hold_plain_types_and_which_landmark_a_class_is(toy_data, trained):
+def test_checkpoints_contain_plain_types_and_the_landmarks_of_classes(toy_data, trained):
     state = torch.load(trained / "train" / "quickstart" / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["state_dict"]
     photos, _ = split_landmarks(read_train(toy_data / "toy" / "gldv2"), 0.25, seed=0)
     assert state["landmarks"].tolist() == photos.landmarks.tolist()
 
 
-def test_eval_takes_the_export_and_its_score_is_that_of_a_plain_script(toy_data, trained, tmp_path):
+def test_eval_scores_the_export_like_a_plain_script(toy_data, trained, tmp_path):
     run("eval.py", "dataset=toy", f"paths.data={toy_data}", f"paths.outputs={trained}")
     (path,) = (trained / "eval" / "toy").rglob("results.json")
     got = json.loads(path.read_text())
@@ -121,8 +122,8 @@ def test_eval_takes_the_export_and_its_score_is_that_of_a_plain_script(toy_data,
     ]
     Q = superglobal.extract(model, items)
     first = np.argsort(-(Q @ X.T), axis=1, kind="stable")
-    _, again = superglobal.rerank(Q, X, first[:, :400])
-    for stage, orders in (("search", first), ("rerank", again)):
+    _, reranked = superglobal.rerank(Q, X, first[:, :400])
+    for stage, orders in (("search", first), ("rerank", reranked)):
         for protocol, (good, ignored) in {
             "easy": (["easy"], ["junk", "hard"]),
             "medium": (["easy", "hard"], ["junk"]),
@@ -130,26 +131,26 @@ def test_eval_takes_the_export_and_its_score_is_that_of_a_plain_script(toy_data,
         }.items():
             precisions = []
             for order, entry in zip(orders, truth["gnd"], strict=True):
-                wanted = {i for key in good for i in entry[key]}
-                if not wanted:
+                relevant = {i for key in good for i in entry[key]}
+                if not relevant:
                     continue
                 skipped = {i for key in ignored for i in entry[key]}
                 kept = [i for i in order if i not in skipped]
                 area, seen = 0.0, 0
-                for place, image in enumerate(kept):
-                    if image in wanted:
-                        area += (seen / place if place else 1.0) / 2 + (seen + 1) / (place + 1) / 2
+                for position, image in enumerate(kept):
+                    if image in relevant:
+                        area += (seen / position if position else 1.0) / 2 + (seen + 1) / (position + 1) / 2
                         seen += 1
-                precisions.append(area / len(wanted))
+                precisions.append(area / len(relevant))
             assert got["metrics"][stage]["map"][protocol] == pytest.approx(np.mean(precisions), abs=1e-9)
 
 
-def test_a_finished_training_is_kept_and_another_one_refused(toy_data, trained):
+def test_a_finished_training_is_kept_and_different_settings_are_an_error(toy_data, trained):
     folder = trained / "train" / "quickstart"
     before = {
         path: path.stat().st_mtime_ns
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix not in (".log", "")  # but for the log and the lock
+        if path.is_file() and path.suffix not in (".log", "")  # except for the log and the lock
     }
     assert "already trained" in train(toy_data, trained, "trainer.log_every=5", "pooling.relup=false")
     text = train(toy_data, trained, "optim.lr=0.004", status=2)
@@ -160,7 +161,7 @@ def test_a_finished_training_is_kept_and_another_one_refused(toy_data, trained):
     assert set(before) == {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".log", "")}
 
 
-def test_an_export_that_is_gone_is_not_said_to_be_there(toy_data, trained, tmp_path):
+def test_a_missing_export_of_a_finished_training_is_an_error(toy_data, trained, tmp_path):
     folder = tmp_path / "train" / "quickstart"
     shutil.copytree(trained / "train" / "quickstart", folder)
     (folder / "best.safetensors").unlink()
@@ -174,43 +175,43 @@ def test_an_export_that_is_gone_is_not_said_to_be_there(toy_data, trained, tmp_p
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "''"])
-def test_a_run_stays_inside_its_folder(toy_data, tmp_path, name):
+def test_run_names_with_paths_are_an_error(toy_data, tmp_path, name):
     with pytest.raises(InputError, match="name="):
         fit(compose_config(toy_data, tmp_path, f"name={name}"), tmp_path / "run")
 
 
-def test_a_start_that_kept_no_step_holds_no_folder(toy_data, tmp_path):
+def test_a_run_that_saved_no_step_can_be_started_with_other_settings(toy_data, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(InputError, match="loss is not finite"):
         fit(compose_config(toy_data, tmp_path, "optim.lr=1e8"), folder)
     assert 0 < fit(compose_config(toy_data, tmp_path, "optim.epochs=1"), folder) <= 1
 
 
-def test_other_photos_or_an_unfinished_run_of_other_settings_are_another_training(toy_data, trained, tmp_path):
+def test_different_images_or_settings_of_a_run_are_an_error(toy_data, trained, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(toy_data / "toy" / "gldv2", data / "toy" / "gldv2")
     run_folder = tmp_path / "train" / "quickstart"
     shutil.copytree(trained / "train" / "quickstart", run_folder)
-    photo = read_train(data / "toy" / "gldv2").path(0)
-    original = photo.read_bytes()
-    other = next(path for path in (data / "toy" / "gldv2" / "index").rglob("*.jpg"))
-    photo.write_bytes(other.read_bytes())
+    image = read_train(data / "toy" / "gldv2").path(0)
+    original = image.read_bytes()
+    different = next(path for path in (data / "toy" / "gldv2" / "index").rglob("*.jpg"))
+    image.write_bytes(different.read_bytes())
     with pytest.raises(InputError, match="different images"):
         fit(compose_config(data, tmp_path), run_folder)
-    photo.write_bytes(original)
+    image.write_bytes(original)
     assert fit(compose_config(data, tmp_path), run_folder) == max(values(run_folder, "val/map")[1:])
     (run_folder / "best.safetensors").unlink()
     with pytest.raises(InputError, match="different settings"):
         fit(compose_config(data, tmp_path, "optim.lr=0.004"), run_folder)
 
 
-def test_the_same_seed_gives_the_same_weights_whatever_the_workers(toy_data, trained, tmp_path):
+def test_the_same_seed_gives_the_same_weights_with_any_workers(toy_data, trained, tmp_path):
     train(toy_data, tmp_path, "trainer.num_workers=2")
     first, second = (read_weights(root / "train" / "quickstart" / "best.safetensors") for root in (trained, tmp_path))
     assert weights_digest(first.state) == weights_digest(second.state)
 
 
-def test_superglobal_pooling_trains_and_is_what_eval_then_uses(toy_data, tmp_path):
+def test_superglobal_pooling_can_be_trained_and_is_used_by_eval(toy_data, tmp_path):
     train(toy_data, tmp_path, "pooling=superglobal", "name=inside", "data.image_size=96", "optim.epochs=1")
     common = [
         "dataset=toy",
@@ -228,7 +229,7 @@ def test_superglobal_pooling_trains_and_is_what_eval_then_uses(toy_data, tmp_pat
 
 
 @pytest.mark.parametrize(("images", "landmarks"), [(7, 2), (12, 4), (1, 2), (100, 5)])
-def test_validation_takes_whole_landmarks(images, landmarks):
+def test_limited_validation_uses_complete_landmarks(images, landmarks):
     photos = TrainList(
         Path("x"), np.array([f"{i:016x}".encode() for i in range(15)]), np.repeat(range(5), 3), np.arange(5)
     )
@@ -240,12 +241,12 @@ def test_validation_takes_whole_landmarks(images, landmarks):
     assert np.array_equal(without.indices, chosen.indices[1:])
 
 
-def test_validation_by_steps_watches_evaluation_sets_and_stops_when_nothing_gets_better(toy_data, tmp_path):
-    """With nothing to learn, every validation gives the same: the first is the best, the second is one too many."""
-    still = ["optim.lr=0", "optim.batch_norm=frozen", "pooling.learn_p=off", "optim.name=sgd"]
-    how = ["validation.sets=[toy/toy,elsewhere]", "validation.every_steps=2", "validation.patience=1"]
+def test_validation_every_n_steps_scores_sets_and_stops_without_progress(toy_data, tmp_path):
+    """Without changes of the weights, all scores are equal, so training stops after the second validation."""
+    frozen = ["optim.lr=0", "optim.batch_norm=frozen", "pooling.learn_p=off", "optim.name=sgd"]
+    validation = ["validation.sets=[toy/toy,elsewhere]", "validation.every_steps=2", "validation.patience=1"]
     folder = tmp_path / "run"
-    fit(compose_config(toy_data, tmp_path, *still, *how), folder)
+    fit(compose_config(toy_data, tmp_path, *frozen, *validation), folder)
     assert load_last_checkpoint(folder)["global_step"] == 4
     scores = values(folder, "val/map")
     assert len(scores) == 3
@@ -259,13 +260,13 @@ def test_validation_by_steps_watches_evaluation_sets_and_stops_when_nothing_gets
     assert read_weights(folder / "best.safetensors").provenance["origin"]["step"] == 2
 
 
-def test_the_moving_average_is_what_is_validated_and_exported(toy_data, tmp_path):
-    """Against the average over the checkpoints of every step."""
-    decay, seen = 0.5, []
+def test_the_moving_average_is_validated_and_exported(toy_data, tmp_path):
+    """Compare to the average over the weights of every step."""
+    decay, weights_of_steps = 0.5, []
 
     class Keep(CheckpointCallback):
         def on_step(self, trainer, module, epoch_ends):
-            seen.append({name: p.detach().clone() for name, p in module.network.named_parameters()})
+            weights_of_steps.append({name: p.detach().clone() for name, p in module.network.named_parameters()})
             super().on_step(trainer, module, epoch_ends)
 
     folder = tmp_path / "run"
@@ -274,16 +275,16 @@ def test_the_moving_average_is_what_is_validated_and_exported(toy_data, tmp_path
         fit(compose_config(toy_data, tmp_path, f"optim.ema={decay}", "optim.epochs=1"), folder)
     finally:
         training.CheckpointCallback = original
-    average = seen[0]
-    for weights in seen[1:]:
+    average = weights_of_steps[0]
+    for weights in weights_of_steps[1:]:
         average = {name: decay * average[name] + (1 - decay) * weights[name] for name in weights}
     exported = read_weights(folder / "best.safetensors").state
     for name, tensor in average.items():
         assert torch.allclose(exported[name], tensor, atol=1e-6), name
-    assert not torch.equal(exported["whitening.weight"], seen[-1]["whitening.weight"])
+    assert not torch.equal(exported["whitening.weight"], weights_of_steps[-1]["whitening.weight"])
 
 
-def test_weights_decay_and_biases_norms_and_the_exponent_do_not():
+def test_weight_decay_excludes_biases_norms_and_the_gem_exponent():
     network = superglobal.load_model("random", backbone="test_resnet", pooling="gem", dim=8, trainable=True)
     decayed, plain = parameter_groups("network", network, 0.1, 0.05)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
@@ -293,7 +294,7 @@ def test_weights_decay_and_biases_norms_and_the_exponent_do_not():
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
 
 
-def test_a_sweep_takes_one_device_of_one_machine_a_job(toy_data, tmp_path):
+def test_a_sweep_requires_one_device_per_job(toy_data, tmp_path):
     python, script, *words = command(toy_data, tmp_path, "trainer.devices=2", "seed=0,1")
     text = run_command([python, script, "-m", *words], 2)
     assert text.count("trainer.devices=2 on 1 machines: expected one device per job of a sweep") == 2
@@ -302,7 +303,7 @@ def test_a_sweep_takes_one_device_of_one_machine_a_job(toy_data, tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_settings_of_the_optimizer_do_what_they_say(toy_data, trained, tmp_path):
+def test_optimizer_settings_take_effect(toy_data, trained, tmp_path):
     fit(
         compose_config(toy_data, tmp_path, "optim.head_lr=7", "optim.epochs=1", "trainer.precision=bf16-mixed"),
         tmp_path / "a",
@@ -315,12 +316,18 @@ def test_settings_of_the_optimizer_do_what_they_say(toy_data, trained, tmp_path)
     exported = read_weights(tmp_path / "a" / "best.safetensors").state
     assert {tensor.dtype for tensor in exported.values() if tensor.is_floating_point()} == {torch.float32}
 
-    still = ["optim.name=sgd", "optim.weight_decay=0", "optim.momentum=0", "optim.batch_norm=frozen", "optim.epochs=1"]
-    fit(compose_config(toy_data, tmp_path, *still, "optim.clip=1e-5"), tmp_path / "b")
+    plain_sgd = [
+        "optim.name=sgd",
+        "optim.weight_decay=0",
+        "optim.momentum=0",
+        "optim.batch_norm=frozen",
+        "optim.epochs=1",
+    ]
+    fit(compose_config(toy_data, tmp_path, *plain_sgd, "optim.clip=1e-5"), tmp_path / "b")
     start = superglobal.load_model("random", backbone="test_resnet", pooling="gem", dim=32).state_dict()
     moved = load_last_checkpoint(tmp_path / "b")["state_dict"]
     length = sum((moved[f"network.{key}"] - tensor).double().square().sum() for key, tensor in start.items()) ** 0.5
-    assert 0 < length <= 5 * 0.002 * 1e-5  # steps, learning rate, longest gradient
+    assert 0 < length <= 5 * 0.002 * 1e-5  # number of steps, learning rate, largest gradient
 
 
 def test_the_image_size_follows_the_stages(toy_data, tmp_path):
@@ -329,7 +336,7 @@ def test_the_image_size_follows_the_stages(toy_data, tmp_path):
     assert [images[epoch, 3].image.shape[-1] for epoch in range(3)] == [32, 64, 64]
 
 
-def test_the_export_tells_its_training_in_a_model_card(toy_data, trained, tmp_path):
+def test_the_model_card_of_an_export_describes_its_training(toy_data, trained, tmp_path):
     folder = trained / "train" / "quickstart"
     model = superglobal.load_model(folder / "best.safetensors")
     superglobal.save_pretrained(model, tmp_path)
@@ -344,7 +351,7 @@ def test_the_export_tells_its_training_in_a_model_card(toy_data, trained, tmp_pa
         "Pooling during training: GeM.",
     ):
         assert words in card.text, words
-    # What is shared names no place on this machine.
+    # Shared files do not contain paths of this machine.
     for name in ("README.md", "config.json"):
         assert str(toy_data) not in (tmp_path / name).read_text()
     again = superglobal.load_model(tmp_path)

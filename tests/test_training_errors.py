@@ -20,7 +20,7 @@ from superglobal.training.train import train as fit
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Weights of an untrained test_resnet with 32 outputs."""
+    """Save the weights of an untrained test_resnet with 32 outputs."""
     path = tmp_path_factory.mktemp("weights") / "random.safetensors"
     save_weights(superglobal.load_model("random", backbone="test_resnet", dim=32), path, {})
     return path
@@ -36,7 +36,7 @@ def weights(tmp_path_factory) -> Path:
         ),
     ],
 )
-def test_without_data_one_message_says_all(tmp_path, script, words):
+def test_missing_data_is_reported_in_one_message(tmp_path, script, words):
     text = run_command(
         [sys.executable, str(ROOT / script), f"paths.data={tmp_path}", f"paths.outputs={tmp_path / 'out'}"], 2
     )
@@ -45,7 +45,7 @@ def test_without_data_one_message_says_all(tmp_path, script, words):
     assert "Traceback" not in text
 
 
-def test_missing_photos_are_counted_before_anything_is_trained(toy_data, tmp_path):
+def test_missing_images_are_counted_before_training(toy_data, tmp_path):
     source = toy_data / "toy" / "gldv2"
     root = tmp_path / "gldv2"
     root.mkdir()
@@ -56,20 +56,20 @@ def test_missing_photos_are_counted_before_anything_is_trained(toy_data, tmp_pat
     assert not (tmp_path / "train" / "quickstart" / "checkpoints").exists()
 
 
-def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed(toy_data, tmp_path):
-    """Its header and its end are sound, so that the check beforehand passes it."""
+def test_corrupt_images_are_replaced_and_listed_up_to_the_allowed_fraction(toy_data, tmp_path):
+    """The header and the end of the image are valid, so that the check before training accepts it."""
     root = tmp_path / "gldv2"
     shutil.copytree(toy_data / "toy" / "gldv2", root)
     photos, _ = split_landmarks(read_train(root), 0.25, seed=0)
-    bad, gone = photos.path(5), photos.path(9)
-    break_scan(bad)
-    gone.unlink()
-    places = [f"data.root={root}", "trainer.num_workers=2"]
-    text = train(tmp_path, tmp_path, *places, "data.max_corrupt_fraction=0.1")
+    corrupt, missing = photos.path(5), photos.path(9)
+    break_scan(corrupt)
+    missing.unlink()
+    overrides = [f"data.root={root}", "trainer.num_workers=2"]
+    text = train(tmp_path, tmp_path, *overrides, "data.max_corrupt_fraction=0.1")
     assert "replaced a corrupt image" in text
     listed = (tmp_path / "train" / "quickstart" / "corrupt_images.txt").read_text().splitlines()
-    assert sorted(line.split("\t")[0] for line in listed) == sorted(map(str, (bad, gone)))
-    text = train(tmp_path, tmp_path, *places, "name=strict", "data.max_corrupt_fraction=0.013", status=2)
+    assert sorted(line.split("\t")[0] for line in listed) == sorted(map(str, (corrupt, missing)))
+    text = train(tmp_path, tmp_path, *overrides, "name=strict", "data.max_corrupt_fraction=0.013", status=2)
     assert "2 of 90 images" in text
     assert "more than data.max_corrupt_fraction=0.013 allows" in text
     assert "Traceback" not in text
@@ -100,14 +100,14 @@ def test_a_photo_that_breaks_off_inside_is_replaced_within_the_budget_and_listed
         ("backbone=resnet50 weights=FILE dim=null", "backbone=resnet50 contradicts .* test_resnet"),
     ],
 )
-def test_a_wrong_setting_is_refused_and_named(toy_data, weights, tmp_path, override, message):
+def test_invalid_settings_raise_errors_that_name_them(toy_data, weights, tmp_path, override, message):
     override = override.replace("FILE", str(weights))
     with pytest.raises(InputError, match=message):
         fit(compose_config(toy_data, tmp_path, *override.split()), tmp_path / "run")
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_a_sweep_goes_on_after_a_job_that_failed_and_ends_with_its_status(toy_data, tmp_path):
+def test_a_sweep_continues_after_a_failed_job_and_returns_its_status(toy_data, tmp_path):
     python, script, *words = command(toy_data, tmp_path, "optim.name=adam,adamw", "optim.epochs=1")
     text = run_command([python, script, "-m", *words], 2)
     assert "expected one of sgd, adamw" in text

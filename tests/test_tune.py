@@ -1,4 +1,4 @@
-"""Tuning: stored maps give the network's scores, the search finds what is there, test sets are refused or marked."""
+"""Tuning: scores of stored feature maps, the search of settings, and the rejection or marking of test sets."""
 
 from __future__ import annotations
 
@@ -44,13 +44,14 @@ SMALL = ["space.scales=[1]", "space.windows=[3]", "space.relup_alphas=[0.0]"]
 
 
 def config(script: str, *overrides: str):
+    """Compose a configuration."""
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose(script, overrides=list(overrides))
 
 
 def run(*words: str, status: int = 0) -> str:
-    """Return the output of `python WORDS`, which must end with this status."""
+    """Run `python WORDS`, which must exit with `status`, and return its output."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"COLUMNS": "200"}
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == status, done.stdout + done.stderr
@@ -59,7 +60,7 @@ def run(*words: str, status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Six labels, four photos each; one so small that five scales of it must be enlarged, one that is shrunk."""
+    """Write six labels of four images; one is enlarged because it is small, and one is shrunk."""
     folder = write_folders(tmp_path_factory.mktemp("own") / "photos", landmarks=6, views=4)
     texture(0, 1, (60, 50)).save(folder / "label0/1.jpg")
     texture(1, 2, (1100, 300)).save(folder / "label1/2.jpg")
@@ -68,7 +69,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory) -> Path:
-    """Random weights with a whitening layer and, as if trained so, plain GeM."""
+    """Save random weights with a whitening layer and GeM as the trained pooling."""
     network = superglobal.load_model("random", backbone="test_resnet", pooling="gem", dim=32, seed=5)
     path = tmp_path_factory.mktemp("weights") / "best.safetensors"
     save_weights(network, path, {})
@@ -84,7 +85,7 @@ def export(tmp_path_factory) -> Path:
         Settings(1.0, 7, 1.0, False, 3, 0.014, 400, 1, 0.6),
     ],
 )
-def test_stored_maps_give_the_scores_of_eval(photos, export, tmp_path, settings):
+def test_stored_feature_maps_give_the_scores_of_eval(photos, export, tmp_path, settings):
     dataset = folder_set(photos, labels=True)
     checked = require_images([("database", dataset.database, "")])["database"]
     images = ExtractionList("database", "folder", dataset.database, checked, 1024)
@@ -102,70 +103,70 @@ def test_stored_maps_give_the_scores_of_eval(photos, export, tmp_path, settings)
     assert np.abs(store.descriptors(settings, images, network) - X).max() < 1e-6
     overrides = [f"pooling.{key}={value}" for key, value in values.items()] + [f"scales={settings.scales}"]
     overrides += [f"rerank.M={settings.M}", f"rerank.K={settings.K}", f"rerank.beta={settings.beta}"]
-    own = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", f"weights={export}"]
+    base = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", f"weights={export}"]
     rest = ["logger=csv", "figures.queries=0", f"paths.outputs={tmp_path}", *QUIET]
     result = tmp_path / "result"
     result.mkdir()
-    score = evaluate(config("eval", *own, *overrides, *rest), result)
+    score = evaluate(config("eval", *base, *overrides, *rest), result)
     with (result / "per_query.csv").open() as file:
         expected = [float(row["rerank all AP"]) for row in csv.DictReader(file)]
     assert got == pytest.approx(expected, abs=1e-6)
     assert got.mean() == pytest.approx(score, abs=1e-6)
 
 
-def test_maps_are_kept_completed_and_never_taken_for_others(photos, export, tmp_path):
+def test_stored_maps_are_reused_completed_and_never_mixed_up(photos, export, tmp_path):
     dataset = folder_set(photos, labels=True)
     checked = require_images([("database", dataset.database[:5], "")])["database"]
     images = ExtractionList("database", "folder", dataset.database[:5], checked, 1024)
     network = superglobal.load_model(export, pooling={"relup": "off"})
     store = MapStore(tmp_path, network, 1024)
-    one, three = [Settings(scales=1)], [Settings(scales=1), Settings(scales=3)]
-    said = store.size(images, range(5), one)
-    store.fill(images, [0, 2], one, "cpu", 0)
-    assert store.missing(images, one) == [1, 3, 4]
-    store.fill(images, [1, 3, 4], one, "cpu", 0)
-    held = sum(path.stat().st_size for path in store.folder.glob("*.safetensors"))
-    assert said <= held <= said + 5 * 400  # what is said beforehand, and the files' headers
-    assert store.missing(images, three) == [0, 1, 2, 3, 4]
+    single_scale, three_scales = [Settings(scales=1)], [Settings(scales=1), Settings(scales=3)]
+    estimated = store.size(images, range(5), single_scale)
+    store.fill(images, [0, 2], single_scale, "cpu", 0)
+    assert store.missing(images, single_scale) == [1, 3, 4]
+    store.fill(images, [1, 3, 4], single_scale, "cpu", 0)
+    stored = sum(path.stat().st_size for path in store.folder.glob("*.safetensors"))
+    assert estimated <= stored <= estimated + 5 * 400  # the estimated size, and the headers of the files
+    assert store.missing(images, three_scales) == [0, 1, 2, 3, 4]
     store.path(images.lines()[3]).write_bytes(b"cut")
-    assert store.missing(images, one) == [3]
+    assert store.missing(images, single_scale) == [3]
     with pytest.raises(InputError, match="damaged"):
-        store.descriptors(one[0], images, network)
-    for other in (
+        store.descriptors(single_scale[0], images, network)
+    for network_variant in (
         superglobal.load_model(export, pooling={"relup": "on"}),
         superglobal.load_model("random", backbone="test_resnet", pooling={"relup": "off"}),
         superglobal.load_model(export, pooling={"relup": "off"}, antialias=True),
     ):
-        assert len(MapStore(tmp_path, other, 1024).missing(images, one)) == 5
+        assert len(MapStore(tmp_path, network_variant, 1024).missing(images, single_scale)) == 5
     with pytest.raises(InputError, match="free"):
         require_space(tmp_path, 10**18)
 
 
-def planted(folder: Path) -> Scorer:
-    """Maps whose mean tells the landmark, under spikes that tell nothing: the smaller p, the better."""
+def planted_scorer(folder: Path) -> Scorer:
+    """Store feature maps whose mean identifies the landmark, with random spikes, so that a smaller p is better."""
     rng = np.random.default_rng(0)
     network = superglobal.load_model("random", backbone="test_resnet", pooling={"relup": "off"}, dim=0)
     store = MapStore(folder, network, None)
     channels, labels = network.backbone.channels, np.repeat(np.arange(8), 4)
-    colour = rng.uniform(0.5, 1.5, (8, channels))
+    color = rng.uniform(0.5, 1.5, (8, channels))
     items = [ImageItem(Path(f"{i}.jpg")) for i in range(len(labels))]
     checked = CheckReport([str(i) for i in range(len(labels))], [(256, 256)] * len(labels), [], [])
     images = ExtractionList("database", "planted", items, checked, None)
     store.folder.mkdir(parents=True)
     for line, label in zip(images.lines(), labels, strict=True):
-        x = colour[label][:, None, None] * rng.uniform(0.5, 1.5, (channels, 8, 8))
+        x = color[label][:, None, None] * rng.uniform(0.5, 1.5, (channels, 8, 8))
         x[np.arange(channels), rng.integers(8, size=channels), rng.integers(8, size=channels)] += rng.exponential(
             6, channels
         )
         maps = {scale: torch.tensor(x, dtype=torch.float32) for scale in ("0.7071", "1", "1.4142")}
         save_file(maps, store.path(line), {"height": "256", "width": "256"})
-    gnd = [{"positive": np.setdiff1d(np.flatnonzero(labels == own), i)} for i, own in enumerate(labels)]
+    gnd = [{"positive": np.setdiff1d(np.flatnonzero(labels == label), i)} for i, label in enumerate(labels)]
     dataset = EvaluationSet("planted", items, items, gnd, list(map(str, labels)), "labels", True, folder, "")
     return Scorer(dataset, [images], {0.0: store}, network, rerank=False)
 
 
-def test_a_planted_optimum_is_found_and_holds_on_the_other_half(tmp_path):
-    scorer = planted(tmp_path / "maps")
+def test_a_planted_optimum_is_found_and_improves_the_other_half(tmp_path):
+    scorer = planted_scorer(tmp_path / "maps")
     space = choices(SpaceConfig(windows=[1, 3], scales=[3], rerank=False), has_relup=False, reachable=31)
     half = draw_half(scorer.dataset.clusters, np.ones(32, bool), seed=0)
     first = Settings(relup_alpha=0.0)
@@ -178,7 +179,7 @@ def test_a_planted_optimum_is_found_and_holds_on_the_other_half(tmp_path):
     winner = max(trials, key=lambda trial: trial.score)
     assert winner.settings.gem_plus_p < 3
     assert winner.score > trials[0].score + 0.1
-    ap = [scorer.average_precision(one) for one in (winner.settings, first)]
+    ap = [scorer.average_precision(candidate) for candidate in (winner.settings, first)]
     outcome = compare(trials, ap, half, scorer.dataset.clusters, "planted (validation set)", False, 0)
     assert outcome.search_half == (winner.score, trials[0].score)
     assert outcome.gain > 0.05
@@ -186,7 +187,7 @@ def test_a_planted_optimum_is_found_and_holds_on_the_other_half(tmp_path):
     assert (outcome.queries, outcome.landmarks) == (16, 4)
 
 
-def test_no_gain_is_said_in_the_files(tmp_path):
+def test_written_files_state_that_there_is_no_gain(tmp_path):
     trials = [Trial(Settings(), 0.5), Trial(Settings(gem_plus_p=2.0, regional_window=1), 0.6)]
     half = np.array([True] * 4 + [False] * 4)
     ap = [np.array([0.6] * 4 + [0.4] * 4), np.full(8, 0.5)]
@@ -200,15 +201,15 @@ def test_no_gain_is_said_in_the_files(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["gain"] == pytest.approx(-0.1)
 
 
-def test_by_value_the_settings_are_those_of_the_files(tmp_path):
+def test_printed_overrides_equal_the_written_files(tmp_path):
     winner = Settings(gem_plus_p=2.2, regional_window=1, scale=False, scales=1, relup_alpha=0.0, K=3)
     trials = [Trial(Settings(), 0.5), Trial(winner, 0.6)]
     half, ap = np.array([True] * 4 + [False] * 4), [np.full(8, 0.6), np.full(8, 0.5)]
     outcome = compare(trials, ap, half, [*"aabbccdd"], "my own (validation set)", True, 0)
     write_outcome(tmp_path, "mine_tuned", outcome, trials)
     line = usage(tmp_path, "mine_tuned", outcome, "a b.safetensors").splitlines()[1]
-    given = [part for part in shlex.split(line.partition("eval.py ")[2]) if part != "dataset=..."]
-    got = validate_config(config("eval", *given), EvalConfig)
+    arguments = [part for part in shlex.split(line.partition("eval.py ")[2]) if part != "dataset=..."]
+    got = validate_config(config("eval", *arguments), EvalConfig)
     written = OmegaConf.load(tmp_path / "conf/pooling/mine_tuned.yaml")
     assert {key: getattr(got.pooling, key) for key in written.pooling} == dict(written.pooling)
     written = OmegaConf.load(tmp_path / "conf/rerank/mine_tuned.yaml")
@@ -218,10 +219,11 @@ def test_by_value_the_settings_are_those_of_the_files(tmp_path):
 
 
 def bowl(settings: Settings) -> float:
+    """Score settings by their distance to an optimum."""
     return 1 - abs(settings.gem_plus_p - 2.4) / 10 - abs(settings.K - 4) / 40 - abs(settings.beta - 0.5)
 
 
-def test_a_seed_gives_the_same_search_interrupted_or_not(tmp_path):
+def test_a_seed_gives_the_same_search_with_and_without_interruption(tmp_path):
     space = choices(SpaceConfig(), has_relup=True, reachable=300)
     whole = search(space, Settings(), bowl, 18, 3, tmp_path / "whole")
     calls = 0
@@ -237,12 +239,12 @@ def test_a_seed_gives_the_same_search_interrupted_or_not(tmp_path):
         search(space, Settings(), interrupted, 18, 3, tmp_path / "again")
     assert search(space, Settings(), bowl, 18, 3, tmp_path / "again") == whole
     assert search(space, Settings(), interrupted, 18, 3, tmp_path / "again") == whole
-    assert calls == 14  # a finished search tries nothing
+    assert calls == 14  # a finished search runs no trials
     assert search(space, Settings(), bowl, 18, 4, tmp_path / "other") != whole
     assert len({trial.settings for trial in whole}) > 12
 
 
-def test_the_papers_values_are_always_among_the_choices():
+def test_the_choices_always_include_the_values_of_the_paper():
     narrow = SpaceConfig(windows=[1], scales=[1], relup_alphas=[0.0])
     for name, distribution in choices(narrow, has_relup=True, reachable=10).items():
         assert distribution._contains(distribution.to_internal_repr(getattr(Settings(), name))), name
@@ -263,12 +265,12 @@ def test_the_papers_values_are_always_among_the_choices():
         (["trials=0"], "trials=0"),
     ],
 )
-def test_what_cannot_be_tuned_on_is_refused(overrides, message):
+def test_invalid_tuning_configurations_raise_errors(overrides, message):
     with pytest.raises(InputError, match=message):
         validate_config(config("tune", *overrides), TuneConfig)
 
 
-def test_roles():
+def test_datasets_have_their_roles():
     assert validate_config(config("tune", "dataset=toy", "allow_test=true"), TuneConfig).dataset.role == "test"
     assert (
         validate_config(config("tune", "dataset=toy", "dataset.role=validation"), TuneConfig).dataset.role
@@ -281,27 +283,29 @@ def test_roles():
         assert config("train", f"data={data}").data.role == "train"
 
 
-def test_the_written_configuration_gives_the_score_that_was_found_and_marks_a_test_set(data, tmp_path, capsys):
+def test_written_settings_reproduce_the_score_and_mark_a_test_set(data, tmp_path, capsys):
     outputs = f"paths.outputs={tmp_path}"
-    own = ["dataset=revisited", "dataset.name=mini", f"paths.data={data}", "backbone=test_resnet", "weights=random"]
-    tuned = [*own, *SMALL, *QUIET, "name=marked", "trials=3", "allow_test=true", outputs]
+    base = ["dataset=revisited", "dataset.name=mini", f"paths.data={data}", "backbone=test_resnet", "weights=random"]
+    tuned = [*base, *SMALL, *QUIET, "name=marked", "trials=3", "allow_test=true", outputs]
     folder = tmp_path / "tune"
     folder.mkdir()
     tune(config("tune", *tuned), folder)
-    (use,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("Evaluate with these settings:"))
+    (usage_line,) = (
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("Evaluate with these settings:")
+    )
     with pytest.raises(InputError, match=r"contains a tuning run with different settings: network\.weights, seed"):
         tune(config("tune", *tuned, "seed=1"), folder)
     with pytest.raises(InputError, match="max_images"):
         tune(config("tune", *tuned, "max_images=10"), folder)
 
-    script, *printed = shlex.split(use.partition("python ")[2])
+    script, *printed = shlex.split(usage_line.partition("python ")[2])
     printed = [part for part in printed if part != "dataset=..."]
-    text = run(script, *printed, *own, "logger=csv", "figures.queries=0", outputs, *QUIET)
+    text = run(script, *printed, *base, "logger=csv", "figures.queries=0", outputs, *QUIET)
     assert "tuned on mini (test set)" in text
     (result,) = (tmp_path / "eval").rglob("results.json")
-    got, found = json.loads(result.read_text()), json.loads((folder / "result.json").read_text())
-    # Six landmarks of one query each: both halves weigh the same.
-    halves = (found["search_half"][0] + found["check_half"][0]) / 2
+    got, tuned_result = json.loads(result.read_text()), json.loads((folder / "result.json").read_text())
+    # There are six landmarks of one query each, so both halves have the same weight.
+    halves = (tuned_result["search_half"][0] + tuned_result["check_half"][0]) / 2
     assert got["metrics"]["rerank"]["map"]["medium"] == pytest.approx(halves, abs=1e-6)
     assert (got["tuned_on"], got["role"]) == (["mini (test set)"], "test")
     write_tables(tmp_path / "eval")
@@ -310,15 +314,15 @@ def test_the_written_configuration_gives_the_score_that_was_found_and_marks_a_te
 
 @pytest.fixture(scope="module")
 def trained(toy_data, tmp_path_factory) -> Path:
-    """Outputs of one short training on the toy set."""
+    """Run a short training on the toy set and return its outputs."""
     outputs = tmp_path_factory.mktemp("outputs")
     settings = ["data.image_size=64", "validation.fraction=0.4", "optim.epochs=1", "optim.batch_size=8", "dim=32"]
-    places = [f"paths.data={toy_data}", f"paths.outputs={outputs}", "logger=csv"]
-    train(config("train", "experiment=quickstart", *settings, *places, *QUIET), outputs / "train/quickstart")
+    paths = [f"paths.data={toy_data}", f"paths.outputs={outputs}", "logger=csv"]
+    train(config("train", "experiment=quickstart", *settings, *paths, *QUIET), outputs / "train/quickstart")
     return outputs
 
 
-def test_the_held_out_landmarks_are_those_of_the_training(trained):
+def test_tuning_uses_the_held_out_landmarks_of_the_training(trained):
     run_folder = trained / "train/quickstart"
     dataset, max_side = held_out_set(run_folder, None)
     weights = read_weights(run_folder / "best.safetensors")
@@ -338,9 +342,9 @@ def test_the_held_out_landmarks_are_those_of_the_training(trained):
         held_out_set(trained, None)
 
 
-def test_a_run_on_the_held_out_landmarks_from_the_command_line(trained, toy_data, caplog):
-    places = [f"paths.data={toy_data}", f"paths.outputs={trained}"]
-    command = ["name=quickstart", "trials=4", *SMALL, *places, *QUIET]
+def test_the_command_tunes_on_held_out_landmarks(trained, toy_data, caplog):
+    paths = [f"paths.data={toy_data}", f"paths.outputs={trained}"]
+    command = ["name=quickstart", "trials=4", *SMALL, *paths, *QUIET]
     text = run("-m", "superglobal", "tune", *command)
     folder = trained / "tune/quickstart"
     before = (folder / "trials.csv").read_bytes()
@@ -362,4 +366,4 @@ def test_a_run_on_the_held_out_landmarks_from_the_command_line(trained, toy_data
     tune(config("tune", *command), folder)
     assert "Computing 0 of " in caplog.text
     assert (folder / "trials.csv").read_bytes() == before
-    assert "too optimistic" in run("-m", "superglobal", "tune", "dataset=toy", *places, status=2)
+    assert "too optimistic" in run("-m", "superglobal", "tune", "dataset=toy", *paths, status=2)

@@ -18,28 +18,31 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def folder(tmp_path):
+    """Write a query and a folder of images, and return the folder."""
     texture(2, 7).save(tmp_path / "query.jpg")
     return write_folders(tmp_path / "images", landmarks=4)
 
 
 def command(folder: Path) -> list[str]:
+    """Return the command line of the example."""
     query, database = folder.parent / "query.jpg", folder.parent / "db"
     return [*map(str, ["examples/vectordb.py", folder, query, "--folder", database, "--show", 9, "--M", 8])]
 
 
 def run_again(monkeypatch, words: list[str]) -> int:
-    """Exit status of the example, in this process."""
+    """Run the example in this process and return its exit status."""
     monkeypatch.setattr(sys, "argv", words)
     return runpy.run_path(str(ROOT / "examples" / "vectordb.py"))["main"]()
 
 
 def lists(output: str) -> tuple[list[str], list[str]]:
+    """Return the images before and after reranking."""
     rows = [line.split() for line in output.split("after reranking")[1].splitlines() if line]
     return [row[1] for row in rows], [row[3] for row in rows]
 
 
 def expected(folder: Path) -> tuple[list[str], list[str]]:
-    """By `search` and `rerank` on all descriptors."""
+    """Return the results of `search` and `rerank` on all descriptors."""
     paths = sorted(folder.rglob("*.jpg"))
     model = superglobal.load_model("package")
     X = superglobal.extract(model, paths, max_side=1024)
@@ -49,7 +52,7 @@ def expected(folder: Path) -> tuple[list[str], list[str]]:
     return tuple([str(paths[i]) for i in row[0]] for row in (ids, reranked))
 
 
-def test_the_results_are_those_of_search_and_rerank_and_follow_the_folder(folder, monkeypatch, capsys):
+def test_results_equal_those_of_search_and_rerank_also_after_changes(folder, monkeypatch, capsys):
     words = [sys.executable, *command(folder)]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Pictures of finished results of every kind of data set; what is gone or changed is named with its mend."""
+"""Figures of finished results for every kind of dataset, and errors about missing or changed files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from superglobal.evaluation.saved_run import FinishedRun, precision
 from superglobal.evaluation.visualize import DRAWN, landmarks_of, visualize
 
 ROOT = Path(__file__).parents[1]
-SEEN = ("sheets", "activation", "precision", "similarities.png")
+FIGURE_NAMES = ("sheets", "activation", "precision", "similarities.png")
 FEW = FigureOptions(queries=1, ranks=2)
 
 
 def evaluated(folder: Path, root: Path, *overrides: str) -> Path:
-    """A result in `folder`, of data in `root`."""
+    """Evaluate data in `root` and return the result folder."""
     register()
     base = ["backbone=resnet18", "weights=random", "scales=1", "logger=csv", "figures.queries=0"]
     base += ["trainer.accelerator=cpu", "trainer.num_workers=0", "trainer.progress=false", f"paths.data={root}"]
@@ -42,12 +42,12 @@ def evaluated(folder: Path, root: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A `paths.data` with the set "mini", the distractors "noise", and `photos`."""
-    place = tmp_path_factory.mktemp("visualize")
-    write_revisited(place)
-    write_distractors(place)
-    write_folders(place / "photos")
-    return place
+    """Write a `paths.data` with the set "mini", the distractors "noise", and `photos`."""
+    folder = tmp_path_factory.mktemp("visualize")
+    write_revisited(folder)
+    write_distractors(folder)
+    write_folders(folder / "photos")
+    return folder
 
 
 MINI = ("dataset=revisited", "dataset.name=mini")
@@ -56,12 +56,13 @@ FOLDER = ("dataset=folder", "dataset.database={root}/photos")
 
 @pytest.fixture(scope="module")
 def mini(root) -> Path:
+    """Evaluate the set "mini" with distractors."""
     return evaluated(root / "mini_result", root, *MINI, "distractors=list", "distractors.name=noise", "pooling=gem")
 
 
 @pytest.fixture
 def copied(mini, root, tmp_path):
-    """The result of `mini`, with a data set and stores of its own that may be spoilt."""
+    """Copy the result of `mini`, its dataset and its stores, for tests that damage them."""
     shutil.copytree(root / "mini", tmp_path / "mini")
     shutil.copytree(root / "noise", tmp_path / "noise")
     shutil.copytree(root / "out", tmp_path / "out")
@@ -72,14 +73,16 @@ def copied(mini, root, tmp_path):
     return tmp_path
 
 
-def looked_at(paths):
+def assert_figures_not_empty(paths):
+    """Assert that figures are large and not empty."""
     for path in paths:
-        picture = np.asarray(Image.open(path).convert("RGB"))
-        assert min(picture.shape[:2]) > 150, path
-        assert picture.std() > 10, path
+        image = np.asarray(Image.open(path).convert("RGB"))
+        assert min(image.shape[:2]) > 150, path
+        assert image.std() > 10, path
 
 
-def recorded(run: FinishedRun, stage: str, protocol: str) -> np.ndarray:
+def recorded_ap(run: FinishedRun, stage: str, protocol: str) -> np.ndarray:
+    """Return the recorded AP of all queries."""
     return np.array([float(v or "nan") for v in run.per_query[f"{stage} {protocol} AP"]])
 
 
@@ -96,34 +99,34 @@ def recorded(run: FinishedRun, stage: str, protocol: str) -> np.ndarray:
     ],
     ids=str,
 )
-def test_the_area_under_every_querys_curve_is_its_recorded_ap(root, tmp_path, overrides):
+def test_the_area_under_the_curve_of_every_query_is_its_recorded_ap(root, tmp_path, overrides):
     if "index=hnsw" in overrides:
         pytest.importorskip("faiss")
     run = FinishedRun(evaluated(tmp_path / "r", root, *(o.format(root=root) for o in overrides), "pooling=gem"))
-    found = precision(run)
-    assert set(found) == set(run.summary["metrics"])
-    for stage, by_protocol in found.items():
+    curves = precision(run)
+    assert set(curves) == set(run.summary["metrics"])
+    for stage, by_protocol in curves.items():
         assert set(by_protocol) == set(run.summary["metrics"][stage]["map"])
         for protocol, rows in by_protocol.items():
-            np.testing.assert_allclose(rows.mean(axis=1), recorded(run, stage, protocol), atol=1e-9)
-    looked_at(visualize(run.folder, ["curves"], FEW)[0])
+            np.testing.assert_allclose(rows.mean(axis=1), recorded_ap(run, stage, protocol), atol=1e-9)
+    assert_figures_not_empty(visualize(run.folder, ["curves"], FEW)[0])
 
 
-def test_all_kinds_of_a_revisited_set_and_a_page_that_shows_them(mini):
+def test_all_figures_of_a_revisited_set_are_drawn_and_shown_on_a_page(mini):
     before = json.loads((mini / "results.json").read_text())
     paths, left_out = visualize(mini, [], FEW)
     assert left_out == []
     names = {path.name for path in paths}
     assert {"precision-recall.png", "similarities.png", "map-pca.png", "sheets-worst-01.png"} <= names
     assert sum(name.startswith("activation-") for name in names) == 1
-    looked_at(paths)
+    assert_figures_not_empty(paths)
     page = (mini / "figures" / "index.html").read_text()
     assert all(f'src="{name}"' in page for name in names)
     assert "://" not in page
     assert json.loads((mini / "results.json").read_text()) == before
 
 
-def test_many_queries_are_paged_and_old_pages_go(mini):
+def test_many_queries_are_split_into_pages_and_old_pages_are_removed(mini):
     first, _ = visualize(mini, ["sheets"], FigureOptions(order="given", numbers=(0, 1, 2, 3, 4, 5, 0, 1, 2), ranks=1))
     assert [path.name for path in first] == ["sheets-chosen-01.png", "sheets-chosen-02.png"]
     second, _ = visualize(mini, ["sheets"], FigureOptions(numbers=(4,), ranks=6))
@@ -131,7 +134,7 @@ def test_many_queries_are_paged_and_old_pages_go(mini):
     assert not first[1].exists()
 
 
-def test_the_order_of_queries():
+def test_queries_are_ordered_by_their_scores():
     scores = {"search": np.array([0.5, 0.1, np.nan, 0.9]), "rerank": np.array([0.7, 0.1, np.nan, 0.2])}
     assert order_queries(scores, "worst", 4).tolist() == [1, 3, 0, 2]
     assert order_queries(scores, "improved", 4).tolist() == [0]
@@ -143,10 +146,10 @@ def test_the_order_of_queries():
         order_queries({}, "worst", 4)
 
 
-def test_own_photos_with_and_without_labels(root, tmp_path):
-    labelled = evaluated(tmp_path / "a", root, *(o.format(root=root) for o in FOLDER), "dataset.labels=true")
-    looked_at(visualize(labelled, ["sheets", "similarities"], FEW)[0])
-    run = FinishedRun(labelled)
+def test_figures_of_folders_with_and_without_labels(root, tmp_path):
+    labeled = evaluated(tmp_path / "a", root, *(o.format(root=root) for o in FOLDER), "dataset.labels=true")
+    assert_figures_not_empty(visualize(labeled, ["sheets", "similarities"], FEW)[0])
+    run = FinishedRun(labeled)
     assert landmarks_of(run.dataset, 9) == [f"label{i // 3}" for i in range(9)]
     query = f"dataset.query={root / 'photos' / 'label1'}"
     plain = evaluated(tmp_path / "b", root, *(o.format(root=root) for o in FOLDER), query)
@@ -159,23 +162,23 @@ def test_own_photos_with_and_without_labels(root, tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["gldv2_test", "gldv2_recognition"])
-def test_gldv2(toy_data, tmp_path, dataset):
-    place = f"dataset.root={toy_data / 'toy' / 'gldv2'}"
+def test_figures_of_gldv2_sets_are_drawn(toy_data, tmp_path, dataset):
+    dataset_root = f"dataset.root={toy_data / 'toy' / 'gldv2'}"
     out = [f"paths.outputs={tmp_path}", "rerank.M=20", "pooling=gem"]
-    folder = evaluated(tmp_path / "r", toy_data, f"dataset={dataset}", place, *out)
+    folder = evaluated(tmp_path / "r", toy_data, f"dataset={dataset}", dataset_root, *out)
     kinds = ["sheets", "curves"] if dataset == "gldv2_recognition" else []
     paths, left_out = visualize(folder, kinds, FEW)
     assert not left_out
-    assert {path.name.split("-")[0] for path in paths} >= ({"sheets", "precision"} if kinds else {*SEEN, "map"})
-    looked_at(paths)
+    assert {path.name.split("-")[0] for path in paths} >= ({"sheets", "precision"} if kinds else {*FIGURE_NAMES, "map"})
+    assert_figures_not_empty(paths)
     run = FinishedRun(folder)
     if not kinds:
         rows = precision(run)["rerank"]["all"]
-        np.testing.assert_allclose(rows.mean(axis=1), recorded(run, "rerank", "all"), atol=1e-9)
+        np.testing.assert_allclose(rows.mean(axis=1), recorded_ap(run, "rerank", "all"), atol=1e-9)
         assert {"public", "private"} <= set(precision(run)["search"])
 
 
-def test_own_descriptors_have_a_map_and_with_a_data_set_all_but_activation(root, tmp_path):
+def test_user_provided_descriptors_have_all_figures_except_activation(root, tmp_path):
     x = np.random.default_rng(0).normal(size=(30, 8))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     np.save(tmp_path / "q.npy", x[:6].astype(np.float32))
@@ -196,14 +199,16 @@ def test_own_descriptors_have_a_map_and_with_a_data_set_all_but_activation(root,
         visualize(known, ["curves"], FEW)
 
 
-def test_what_is_gone_is_named_with_its_mend(copied):
+def test_missing_images_and_stores_raise_errors_with_a_fix(copied):
     result = copied / "result"
     run = FinishedRun(result)
-    worst = run.dataset.queries[int(order_queries({"rerank": recorded(run, "rerank", "medium")}, "worst", 6)[0])].path
+    worst = run.dataset.queries[
+        int(order_queries({"rerank": recorded_ap(run, "rerank", "medium")}, "worst", 6)[0])
+    ].path
     worst.rename(copied / "away.jpg")
     with pytest.raises(InputError, match=rf"image not found: {worst}; restore it.*need no images"):
         visualize(result, ["sheets"], FEW)
-    looked_at(visualize(result, ["curves", "similarities", "map"], FEW)[0])
+    assert_figures_not_empty(visualize(result, ["curves", "similarities", "map"], FEW)[0])
     (copied / "away.jpg").rename(worst)
     (result / ".hydra").mkdir()
     (result / ".hydra" / "overrides.yaml").write_text("- dataset=revisited\n- 'scales=[1.0, 2.0]'\n")
@@ -217,10 +222,10 @@ def test_what_is_gone_is_named_with_its_mend(copied):
     assert paths
 
 
-def test_photos_that_are_others_now_are_not_shown_under_old_numbers(root, tmp_path):
+def test_a_changed_folder_of_images_is_an_error(root, tmp_path):
     shutil.copytree(root / "photos", tmp_path / "photos")
-    place = f"dataset.database={tmp_path / 'photos'}"
-    folder = evaluated(tmp_path / "r", root, "dataset=folder", place, "dataset.labels=true")
+    database = f"dataset.database={tmp_path / 'photos'}"
+    folder = evaluated(tmp_path / "r", root, "dataset=folder", database, "dataset.labels=true")
     shutil.copy(tmp_path / "photos" / "label0" / "0.jpg", tmp_path / "photos" / "label0" / "00.jpg")
     with pytest.raises(InputError, match="9 queries and 9 images then, 10 and 10 now"):
         visualize(folder, ["sheets"], FEW)
@@ -229,7 +234,7 @@ def test_photos_that_are_others_now_are_not_shown_under_old_numbers(root, tmp_pa
         visualize(folder, ["sheets"], FEW)
 
 
-def test_weights_and_scores_that_changed_are_refused(copied):
+def test_changed_weights_or_scores_are_an_error(copied):
     path = copied / "result" / "results.json"
     row = json.loads(path.read_text())
     path.write_text(json.dumps(row | {"config": row["config"] | {"seed": 5}}))
@@ -241,7 +246,7 @@ def test_weights_and_scores_that_changed_are_refused(copied):
         visualize(copied / "result", ["curves"], FEW)
 
 
-def test_folders_without_a_result_and_results_without_numbers(mini, tmp_path):
+def test_folders_without_results_or_metrics_raise_errors(mini, tmp_path):
     with pytest.raises(InputError, match=r"contains no results\.json"):
         visualize(tmp_path, [], FEW)
     shutil.copytree(mini, tmp_path / "a")
@@ -257,31 +262,31 @@ def test_folders_without_a_result_and_results_without_numbers(mini, tmp_path):
         visualize(mini, [], FigureOptions(numbers=(6,)))
 
 
-def test_two_results_are_compared_with_pictures_and_without_photos_too(mini, root, tmp_path, caplog):
-    other = evaluated(tmp_path / "other", root, *MINI, "rerank=none", "pooling=gem")
-    paths = compare_runs(mini, other, ranks=4)
-    place = mini / "comparison" / f"{tmp_path.name}-other"
-    looked_at(paths)
-    table = (place / "queries.csv").read_text().splitlines()
+def test_two_results_are_compared_with_and_without_images(mini, root, tmp_path, caplog):
+    baseline = evaluated(tmp_path / "other", root, *MINI, "rerank=none", "pooling=gem")
+    paths = compare_runs(mini, baseline, ranks=4)
+    output = mini / "comparison" / f"{tmp_path.name}-other"
+    assert_figures_not_empty(paths)
+    table = (output / "queries.csv").read_text().splitlines()
     assert len(table) == 7
-    found, runs = [], (FinishedRun(mini), FinishedRun(other))
+    aps, runs = [], (FinishedRun(mini), FinishedRun(baseline))
     for run, stage in zip(runs, ("rerank", "search"), strict=True):
-        found.append(recorded(run, stage, "medium"))
-    gain = found[0] - found[1]
+        aps.append(recorded_ap(run, stage, "medium"))
+    gain = aps[0] - aps[1]
     assert table[1].split(",")[0] == str(int(np.argmax(gain)))
     sheets = {"won-01.png": (gain > 1e-9).any(), "lost-01.png": (gain < -1e-9).any()}
     assert any(sheets.values())
-    assert set(paths) == {place / name for name, drawn in sheets.items() if drawn}
+    assert set(paths) == {output / name for name, drawn in sheets.items() if drawn}
     with pytest.raises(InputError, match="the baseline is the same result"):
         compare_runs(mini, mini)
-    spoilt = json.loads((other / "results.json").read_text())
-    spoilt["config"]["dataset"]["root"] = str(tmp_path / "nowhere")
-    (other / "results.json").write_text(json.dumps(spoilt))
-    assert compare_runs(mini, other) == []
+    changed = json.loads((baseline / "results.json").read_text())
+    changed["config"]["dataset"]["root"] = str(tmp_path / "nowhere")
+    (baseline / "results.json").write_text(json.dumps(changed))
+    assert compare_runs(mini, baseline) == []
     assert "without figures" in caplog.text
 
 
-def test_the_command_says_what_it_made(mini):
+def test_the_command_prints_the_written_files(mini):
     words = [sys.executable, "-m", "superglobal", "visualize", str(mini), "map", "--images", "10"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -289,13 +294,13 @@ def test_the_command_says_what_it_made(mini):
     assert done.stdout.strip().endswith("index.html")
 
 
-def test_the_commands_say_what_is_wrong(mini, tmp_path, capsys):
+def test_invalid_arguments_of_the_commands_print_messages(mini, tmp_path, capsys):
     assert tuple(DRAWN) == KINDS
     for words in (("visualize", tmp_path, "map"), ("report", mini, "--baseline", tmp_path)):
         assert cli.main([str(word) for word in words]) == 2
-        said = capsys.readouterr()
-        assert said.out == ""
-        assert said.err.startswith(f"error: {tmp_path}: contains no results.json")
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err.startswith(f"error: {tmp_path}: contains no results.json")
     with pytest.raises(SystemExit) as stop:
         cli.main(["visualize", str(mini), "mpa"])
     assert stop.value.code == 2

@@ -1,7 +1,7 @@
 """An installed wheel works without a checkout, from any folder.
 
-This does not prove that the declared dependencies are complete or resolvable, nor anything about other versions of
-Python or other systems: the packages are those of the environment that runs the tests.
+The packages are those of the environment that runs the tests, so the tests do not show that the declared dependencies
+are complete or resolvable, or that other versions of Python or other systems work.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*words: object, cwd: Path) -> str:
+    """Run a command and return its output."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("WANDB")}
     done = subprocess.run([*map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -31,7 +32,7 @@ def run(*words: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a source distribution, which is built from a copy of the checkout's files."""
+    """Build a wheel from a source distribution of a copy of the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in ("superglobal", "conf"):
@@ -49,26 +50,26 @@ def wheel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def program(wheel, tmp_path_factory) -> Path:
-    """The command of a new environment that sees this one's packages, but not the checkout."""
+    """Install the wheel into a new environment that uses the packages of this one, and return its command."""
     environment = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=environment)
     python = environment / "bin" / "python"
     (packages,) = environment.glob("lib/python*/site-packages")
-    # A path in a .pth file gives the packages of a folder, and leaves its own .pth files (editable installations) out.
+    # A path in a .pth file adds the packages of a folder, but not those of its own .pth files (editable installs).
     (packages / "base.pth").write_text(sysconfig.get_path("purelib"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
     run(*pip, "install", "--no-deps", wheel, cwd=environment)
-    where = run(python, "-c", "import superglobal; print(superglobal.__file__)", cwd=environment)
-    assert Path(where.strip()).is_relative_to(packages)
+    location = run(python, "-c", "import superglobal; print(superglobal.__file__)", cwd=environment)
+    assert Path(location.strip()).is_relative_to(packages)
     return environment / "bin" / "superglobal"
 
 
-def test_a_wheel_has_the_files_of_the_package_and_the_configurations(wheel):
+def test_a_wheel_contains_the_package_and_the_configurations(wheel):
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = {path for path in (ROOT / "superglobal").rglob("*") if path.is_file() and path.suffix != ".pyc"}
-    wanted = {f"superglobal/{path.relative_to(ROOT / 'superglobal').as_posix()}" for path in package}
-    wanted |= {f"superglobal/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
-    assert files == wanted
+    expected = {f"superglobal/{path.relative_to(ROOT / 'superglobal').as_posix()}" for path in package}
+    expected |= {f"superglobal/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert files == expected
 
 
 def test_a_checkout_uses_its_own_configurations():

@@ -1,4 +1,4 @@
-"""Statistics of the database: against numpy on the whole matrix, by blocks, stored, and the same bits everywhere."""
+"""Whitening: equal to NumPy on the whole matrix, fitted in blocks, stored, and bit-identical for every block size."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from superglobal.retrieval.whitening import Whitening, stored_whitening
 
 
 def unit(x: np.ndarray) -> np.ndarray:
+    """Normalize vectors to unit length."""
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture
 def X():
+    """Return 700 unit vectors with a mean and unequal variances."""
     rng = np.random.default_rng(0)
     return unit(rng.standard_normal((700, 24)) * np.linspace(1, 3, 24) + 2)
 
 
-def test_the_mean_is_taken_out_and_the_norm_restored(X):
-    found = Whitening("center").fit(X)
+def test_centering_subtracts_the_mean_and_normalizes(X):
+    whitening = Whitening("center").fit(X)
     wide = X.astype(np.float64)
     expected = unit(wide - wide.mean(axis=0))
-    rows = found.transform_rows(X)
+    rows = whitening.transform_rows(X)
     assert rows.shape == (700, 24)
     np.testing.assert_allclose(rows.block(0, 700), expected, atol=1e-6)
     ids = np.array([[3, 699], [3, 0]])
@@ -35,21 +37,23 @@ def test_the_mean_is_taken_out_and_the_norm_restored(X):
 
 
 @pytest.mark.parametrize("dims", [None, 5])
-def test_whitened_rows_have_equal_variance_in_every_axis(X, dims):
-    found = Whitening("pca", dims).fit(X)
+def test_whitened_rows_have_equal_variance_along_every_axis(X, dims):
+    whitening = Whitening("pca", dims).fit(X)
     wide = X.astype(np.float64)
     centered = wide - wide.mean(axis=0)
-    projected = centered @ found.components_.T
+    projected = centered @ whitening.components_.T
     assert projected.shape == (700, dims or 24)
     np.testing.assert_allclose(projected.T @ projected / 700, np.eye(dims or 24), atol=1e-8)
-    np.testing.assert_allclose(found.transform(X), unit(projected), atol=1e-6)
-    np.testing.assert_array_equal(found.transform_rows(X).block(0, 700), found.transform(X))
+    np.testing.assert_allclose(whitening.transform(X), unit(projected), atol=1e-6)
+    np.testing.assert_array_equal(whitening.transform_rows(X).block(0, 700), whitening.transform(X))
     values, vectors = np.linalg.eigh(np.cov(wide.T, bias=True))
     kept = vectors[:, ::-1][:, : dims or 24]
-    np.testing.assert_allclose(np.abs(np.einsum("dk,kd->k", kept, found.components_)) ** -2, values[::-1][: dims or 24])
+    np.testing.assert_allclose(
+        np.abs(np.einsum("dk,kd->k", kept, whitening.components_)) ** -2, values[::-1][: dims or 24]
+    )
 
 
-def test_blocks_and_half_precision_and_joined_sources(X, monkeypatch):
+def test_blocks_half_precision_and_concatenated_sources_give_the_same_fit(X, monkeypatch):
     whole = Whitening("pca").fit(X)
     monkeypatch.setattr(module, "_BLOCK_ROWS", 64)
     parts = Whitening("pca").fit(concat(X[:100], X[100:]))
@@ -60,24 +64,24 @@ def test_blocks_and_half_precision_and_joined_sources(X, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["center", "pca"])
-def test_a_row_has_the_same_bits_wherever_it_is_read(X, kind, monkeypatch):
-    """Exact ranks compare a row read on its own with itself in a block: search and ranks agree to the last place."""
+def test_a_row_is_bit_identical_in_every_block(X, kind, monkeypatch):
+    """Exact ranks compare a row read alone with the same row read in a block, so both must be identical."""
     monkeypatch.setattr(module, "_PRODUCT_ROWS", 32)
-    found = Whitening(kind).fit(X)
-    rows = found.transform_rows(np.concatenate([X, X[:50]]))
+    whitening = Whitening(kind).fit(X)
+    rows = whitening.transform_rows(np.concatenate([X, X[:50]]))
     whole = rows.block(0, 750)
     np.testing.assert_array_equal(whole[700:], whole[:50])
     for start in (0, 1, 31, 33, 700):
         np.testing.assert_array_equal(rows.block(start, start + 40), whole[start : start + 40])
     ids = np.random.default_rng(1).permutation(750)
     np.testing.assert_array_equal(rows.take(ids), whole[ids])
-    queries = found.transform_rows(X[::70]).block(0, 10)
+    queries = whitening.transform_rows(X[::70]).block(0, 10)
     order = search(queries, rows, 750)[1]
     for row, ranks in zip(order, exact_ranks(queries, rows, list(order)), strict=True):
         np.testing.assert_array_equal(ranks, np.arange(len(row)))
 
 
-def test_stored_once_and_read_back(X, tmp_path, monkeypatch):
+def test_whitening_is_stored_once_and_read_back(X, tmp_path, monkeypatch):
     first, name = stored_whitening(X, "pca", 7, tmp_path, ["a", "b"])
     monkeypatch.setattr(Whitening, "fit", None)
     again, same = stored_whitening(X, "pca", 7, tmp_path, ["a", "b"])
@@ -91,7 +95,7 @@ def test_stored_once_and_read_back(X, tmp_path, monkeypatch):
     assert len(names | {name}) == 5
 
 
-def test_a_damaged_file_is_told(X, tmp_path):
+def test_a_damaged_whitening_file_is_an_error(X, tmp_path):
     stored_whitening(X, "center", None, tmp_path, ["a"])
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-30])
@@ -99,7 +103,7 @@ def test_a_damaged_file_is_told(X, tmp_path):
         stored_whitening(X, "center", None, tmp_path, ["a"])
 
 
-def test_what_cannot_be_is_told(X):
+def test_invalid_arguments_raise_input_errors(X):
     with pytest.raises(InputError, match=r"20 database images are too few for 24 axes; use whitening\.dims="):
         Whitening("pca").fit(X[:20])
     with pytest.raises(InputError, match=r"dims=25: expected an integer in 1\.\.24"):

@@ -1,4 +1,4 @@
-"""The check of GLDv2's images as a user runs it, in a folder tree and in tar files, and the index that it writes."""
+"""`superglobal prepare-gldv2`: the check of images in folders and tar files, and the index that it writes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ENVIRONMENT = environment(PYTHONPATH=str(ROOT))
 
 @pytest.fixture
 def run(capfd):
-    """Run the command in this process, which saves the imports; two tests run it in a process of its own."""
+    """Run the command in this process to save imports; two tests run it in a process of its own."""
 
     def call(*arguments: object, status: int) -> str:
         try:
@@ -48,7 +48,7 @@ def run(capfd):
 
 @pytest.fixture
 def root(toy_data, tmp_path) -> Path:
-    """A copy of the toy set's training photos and lists."""
+    """Copy the training images and the lists of the toy set."""
     root = tmp_path / "gldv2"
     shutil.copytree(toy_data / "toy" / "gldv2" / "train", root / "train")
     for name in ("train.csv", "train_clean.csv"):
@@ -57,7 +57,7 @@ def root(toy_data, tmp_path) -> Path:
 
 
 def damage(photos: TrainList) -> dict[Path, str]:
-    """Damage one image in each way; return a word of the reason for each."""
+    """Damage one image in each way; return a part of the reason for each."""
     paths = [photos.path(index) for index in range(5)]
     paths[0].unlink()
     paths[1].write_bytes(b"")
@@ -67,7 +67,7 @@ def damage(photos: TrainList) -> dict[Path, str]:
     return dict(zip(paths, ["missing", "empty", "truncated", "not an image", "not an image"], strict=True))
 
 
-def test_an_undamaged_tree(root):
+def test_undamaged_folders_pass_the_check(root):
     command = [*COMMAND, "--root", str(root), "--workers", "1"]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     photos = read_train(root, min_images=1)
@@ -107,7 +107,7 @@ def test_damage_inside_a_file_is_detected_by_decoding(root):
     assert "damaged" in reason
 
 
-def test_tar_files_give_the_images_of_the_tree(run, root, tmp_path):
+def test_tar_files_give_the_images_of_the_folders(run, root, tmp_path):
     tree = read_train(root)
     folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
     prepare(root, workers=1)
@@ -124,7 +124,7 @@ def test_tar_files_give_the_images_of_the_tree(run, root, tmp_path):
             assert photos.read(i) == tar.extractfile(photos.location(i).split(":")[1]).read()
 
 
-def test_tar_files_that_change_during_a_run_give_no_other_images(root, tmp_path):
+def test_tar_files_that_change_during_a_run_raise_errors(root, tmp_path):
     folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
     prepare(root, tars=folder, workers=1)
     photos = read_train(root, tars=folder)
@@ -138,7 +138,7 @@ def test_tar_files_that_change_during_a_run_give_no_other_images(root, tmp_path)
         read_train(root).read(0) and pickle.loads(pickle.dumps(photos)).read(0)
 
 
-def test_a_tar_file_that_is_cut_off_or_lacks_an_image(root, tmp_path):
+def test_truncated_tar_files_and_missing_members_are_reported(root, tmp_path):
     everything = read_train(root, min_images=1)
     total = len(everything)
     lacking = TrainList(everything.root, everything.ids[1:], everything.labels[1:], everything.landmarks)
@@ -158,7 +158,7 @@ def test_a_tar_file_that_is_cut_off_or_lacks_an_image(root, tmp_path):
     assert f"{total} images, 3 missing or corrupt" in prepared.report.read_text()
 
 
-def test_an_index_that_does_not_fit_is_an_error_that_names_the_command(root, tmp_path):
+def test_an_index_that_does_not_match_is_an_error_that_names_the_command(root, tmp_path):
     folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
     table = "train_clean.csv"
     command = f"superglobal prepare-gldv2 --root {root} --table {table}"
@@ -188,7 +188,7 @@ def test_an_index_that_does_not_fit_is_an_error_that_names_the_command(root, tmp
 
 
 def test_a_killed_run_resumes(root, tmp_path, monkeypatch):
-    """Finished shards are not checked again: an image that was lost from one in the meantime is not noticed."""
+    """Finished shards are not checked again, so an image removed from one in the meantime is not noticed."""
     monkeypatch.setattr(module, "_SHARD", 16)
     photos = read_train(root, min_images=1)
     order = np.argsort(photos.ids)
@@ -204,19 +204,19 @@ prepare_gldv2.prepare(sys.argv[1], workers=1, progress=kill)
     assert not (root / "train_clean.index.npz").exists()
     parts = sorted((root / ".train_clean.index.parts").glob("*.npz"))
     assert parts
-    parts.append(parts[0].with_name(f"{16 * len(parts):08d}.npz"))  # the first missing one
+    parts.append(parts[0].with_name(f"{16 * len(parts):08d}.npz"))  # the first missing shard
     lost = [photos.path(int(order[0])), photos.path(int(order[16 * (len(parts) - 1)]))]
     for path in lost:
         path.unlink()
     assert [location for location, _ in prepare(root, workers=1).corrupt] == [str(lost[1])]
-    # A finished run leaves no shards: the next one checks every image again.
+    # A finished run leaves no shards, so the next run checks every image again.
     assert [location for location, _ in prepare(root, workers=1).corrupt] == sorted(str(path) for path in lost)
 
 
-def test_ctrl_c_says_how_to_resume(root):
+def test_ctrl_c_prints_how_to_resume(root):
     stuck = next((root / "train").rglob("*.jpg"))
     stuck.unlink()
-    os.mkfifo(stuck)  # opening it waits for ever, so that the run cannot end too soon
+    os.mkfifo(stuck)  # opening a pipe blocks, so that the run cannot end too early
     command = [*COMMAND, "--root", str(root), "--decode", "--workers", "2", "--table", "train.csv"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
@@ -238,19 +238,19 @@ def test_ctrl_c_says_how_to_resume(root):
         (["--root", "ROOT", "--table", "train.txt"], ["training list not found"]),
     ],
 )
-def test_wrong_arguments_are_named(run, root, arguments, words):
+def test_invalid_arguments_print_a_message(run, root, arguments, words):
     text = run(*(word.replace("ROOT", str(root)) for word in arguments), status=2)
     assert all(word in text for word in words)
 
 
-def test_a_list_without_its_tree_is_an_error(root):
+def test_a_list_without_images_is_an_error(root):
     shutil.rmtree(root / "train")
     with pytest.raises(InputError, match="images not found") as caught:
         prepare(root, workers=1)
     assert "https://" in str(caught.value)
 
 
-def test_an_index_of_other_arrays_is_damaged(root):
+def test_an_index_with_unexpected_arrays_is_an_error(root):
     prepare(root, workers=1)
     np.savez(root / "train_clean.index.npz", ids=np.zeros(3))
     with pytest.raises(InputError, match="damaged"):

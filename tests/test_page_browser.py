@@ -1,4 +1,4 @@
-"""The search page in a real browser, and at its doors."""
+"""The search page in a real browser, and the requests that its server accepts."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Iterator[SimpleNamespace]:
-    """A page over photos of textures, started as a user starts it, which describes them first."""
-    place = tmp_path_factory.mktemp("page")
-    photos = write_folders(place / "photos", LANDMARKS, VIEWS)
-    (place / "secret.jpg").write_bytes((photos / "label0" / "0.jpg").read_bytes())
+    """Start the page for a folder of textures as a user does; it extracts their descriptors first."""
+    folder = tmp_path_factory.mktemp("page")
+    photos = write_folders(folder / "photos", LANDMARKS, VIEWS)
+    (folder / "secret.jpg").write_bytes((photos / "label0" / "0.jpg").read_bytes())
     words = ["dataset=folder", f"dataset.database={photos}", "backbone=efficientnet_lite0", "scales=1", "page.port=0"]
-    words += ["page.max_upload=1", "rerank.K=3", f"paths.outputs={place}", *QUIET]
+    words += ["page.max_upload=1", "rerank.K=3", f"paths.outputs={folder}", *QUIET]
     command = [sys.executable, "-m", "superglobal", "serve", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    temporary = place / "temporary"
+    temporary = folder / "temporary"
     temporary.mkdir()
     server = subprocess.Popen(command, cwd=ROOT, env=environment(TMPDIR=str(temporary)), **pipes)
     assert server.stdout is not None
-    told: list[str] = []
+    lines: list[str] = []
     for line in server.stdout:
-        told.append(line)
+        lines.append(line)
         if line.startswith("Open http"):
             break
-    found = re.search(r"http://127\.0\.0\.1:\d+", "".join(told))
-    assert found, "".join(told)
-    yield SimpleNamespace(address=found[0], place=place, photos=photos, told="".join(told), server=server)
-    # As an open page holds one.
-    with urllib.request.urlopen(f"{found[0]}/gradio_api/heartbeat/x", timeout=10):
+    match = re.search(r"http://127\.0\.0\.1:\d+", "".join(lines))
+    assert match, "".join(lines)
+    yield SimpleNamespace(address=match[0], folder=folder, photos=photos, log="".join(lines), server=server)
+    # An open page holds such a connection.
+    with urllib.request.urlopen(f"{match[0]}/gradio_api/heartbeat/x", timeout=10):
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=30) == 0
     rest, _ = server.communicate(timeout=30)
@@ -69,8 +69,9 @@ def page(tmp_path_factory) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture(scope="module")
 def browser(page, tmp_path_factory) -> Iterator[webdriver.Chrome]:
+    """Start Chromium without a window."""
     if not (CHROMIUM.exists() and DRIVER.exists()):
-        pytest.skip("no Chromium here: apt-get install -y chromium chromium-driver")
+        pytest.skip("Chromium is not installed: apt-get install -y chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
@@ -83,50 +84,56 @@ def browser(page, tmp_path_factory) -> Iterator[webdriver.Chrome]:
 
 @pytest.fixture
 def visit(page, browser) -> webdriver.Chrome:
-    """The page as it is before anything is chosen."""
+    """Open the page without a query."""
     browser.get(page.address)
     wait(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".sg-drop input[type=file]"))
     return browser
 
 
 def wait(browser: webdriver.Chrome, condition: Any) -> Any:
+    """Wait until a condition is true and return its value."""
     return WebDriverWait(browser, 20, 0.05).until(lambda _: condition())
 
 
 def shown(browser: webdriver.Chrome) -> str:
-    """The results as text; empty before there are any."""
+    """Return the text of the results; empty before the first search."""
     return browser.execute_script("return document.querySelector('.sg-results')?.innerText ?? ''")
 
 
-def changed(browser: webdriver.Chrome, action: Any) -> None:
-    """Do something and wait until the results have changed."""
+def wait_for_change(browser: webdriver.Chrome, action: Any) -> None:
+    """Run an action and wait until the results have changed."""
     before = shown(browser)
     action()
     wait(browser, lambda: shown(browser) not in ("", before))
 
 
 def upload(browser: webdriver.Chrome, path: Path) -> None:
-    changed(browser, lambda: send(browser, path))
+    """Upload an image and wait for its results."""
+    wait_for_change(browser, lambda: send(browser, path))
 
 
 def send(browser: webdriver.Chrome, path: Path) -> None:
+    """Choose a file for upload."""
     browser.find_element(By.CSS_SELECTOR, "#sg-viewer input[type=file]").send_keys(str(path))
 
 
 def names(browser: webdriver.Chrome) -> list[str]:
+    """Return the names of the results."""
     return [e.get_attribute("title") or "" for e in browser.find_elements(By.CSS_SELECTOR, ".sg-name")]
 
 
 def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
+    """Return the texts of all elements of a CSS selector."""
     return [e.text for e in browser.find_elements(By.CSS_SELECTOR, selector)]
 
 
 def message(browser: webdriver.Chrome) -> str:
+    """Wait for an error message and return it."""
     return wait(browser, lambda: texts(browser, "#sg-message [role=alert]"))[0]
 
 
 def draw(browser: webdriver.Chrome, x1: float, y1: float, x2: float, y2: float) -> None:
-    """A box, in shares of the photo's sides."""
+    """Draw a box on the query image; coordinates are fractions of its sides."""
     photo = browser.find_element(By.CSS_SELECTOR, ".sg-photo")
     width, height = photo.size["width"], photo.size["height"]
     points = [(round((x - 0.5) * width), round((y - 0.5) * height)) for x, y in ((x1, y1), (x2, y2))]
@@ -136,17 +143,17 @@ def draw(browser: webdriver.Chrome, x1: float, y1: float, x2: float, y2: float) 
 
 @pytest.fixture(scope="module")
 def other_view(tmp_path_factory) -> Path:
-    """A photo of landmark 4 that the database has not."""
+    """Save an image of landmark 4 that is not in the database."""
     path = tmp_path_factory.mktemp("queries") / "view.jpg"
     texture(4, VIEWS + 3).save(path)
     return path
 
 
-def test_missing_photos_were_described_first_with_the_news_in_the_terminal(page):
-    assert "24 images, 0 in store, 24 to extract" in page.told
+def test_missing_descriptors_are_extracted_first_and_progress_is_printed(page):
+    assert "24 images, 0 in store, 24 to extract" in page.log
 
 
-def test_the_page_names_the_data_set_and_its_size(visit):
+def test_the_page_shows_the_dataset_and_its_size(visit):
     assert visit.title == "Search by photo: photos"
     header = visit.find_element(By.CSS_SELECTOR, ".sg-header").text
     assert "photos" in header
@@ -155,7 +162,7 @@ def test_the_page_names_the_data_set_and_its_size(visit):
     assert shown(visit) == ""
 
 
-def test_an_upload_gives_the_expected_photo_first(visit, other_view):
+def test_an_upload_finds_the_expected_image_first(visit, other_view):
     upload(visit, other_view)
     assert names(visit)[0].startswith("label4/")
     assert {name.split("/")[0] for name in names(visit)[:VIEWS]} == {"label4"}
@@ -166,67 +173,67 @@ def test_an_upload_gives_the_expected_photo_first(visit, other_view):
     wait(visit, lambda: visit.execute_script("return document.querySelector('.sg-hit img').naturalWidth") == 120)
 
 
-def test_reranking_can_be_switched_off_and_on_and_shows_what_moved(visit, other_view):
+def test_reranking_can_be_toggled_and_shows_rank_changes(visit, other_view):
     upload(visit, other_view)
     reranked, moves = names(visit), texts(visit, ".sg-move")
     assert len(moves) == 24
     assert any("▲" in move for move in moves)
-    changed(visit, visit.find_element(By.CSS_SELECTOR, "#sg-rerank input").click)
+    wait_for_change(visit, visit.find_element(By.CSS_SELECTOR, "#sg-rerank input").click)
     plain = names(visit)
     assert texts(visit, ".sg-move") == []
     assert "rerank" not in texts(visit, "#sg-times")[0]
-    for place, (name, move) in enumerate(zip(reranked, moves, strict=True), 1):
+    for rank, (name, move) in enumerate(zip(reranked, moves, strict=True), 1):
         before = plain.index(name) + 1
-        assert move == "=" if before == place else move.startswith(f"{before} → {place}")
-    changed(visit, visit.find_element(By.CSS_SELECTOR, "#sg-rerank input").click)
+        assert move == "=" if before == rank else move.startswith(f"{before} → {rank}")
+    wait_for_change(visit, visit.find_element(By.CSS_SELECTOR, "#sg-rerank input").click)
     assert names(visit) == reranked
 
 
-def test_sliders_end_where_the_database_does_and_search_again(visit, other_view):
+def test_sliders_are_limited_by_the_database_and_search_again(visit, other_view):
     upload(visit, other_view)
     sliders = {name: visit.find_element(By.CSS_SELECTOR, f"#sg-{name} input[type=range]") for name in "mk"}
     assert {name: slider.get_attribute("max") for name, slider in sliders.items()} == {"m": "24", "k": "23"}
     number = visit.find_element(By.CSS_SELECTOR, "#sg-m input[type=number]")
-    changed(visit, lambda: (number.clear(), number.send_keys("5\t")))
+    wait_for_change(visit, lambda: (number.clear(), number.send_keys("5\t")))
     wait(visit, lambda: texts(visit, ".sg-score").count("\N{EN DASH}") == 19)
-    changed(visit, lambda: sliders["k"].send_keys("\ue012" * 8))  # arrow left
+    wait_for_change(visit, lambda: sliders["k"].send_keys("\ue012" * 8))  # arrow left
     assert visit.find_element(By.CSS_SELECTOR, "#sg-k input[type=number]").get_attribute("value") == "1"
 
 
-def test_a_box_searches_for_a_part_and_is_shown_on_the_whole_photo(visit, tmp_path):
+def test_a_box_restricts_the_query_and_is_shown_on_the_image(visit, tmp_path):
     both = Image.new("RGB", (260, 96), "grey")
     both.paste(texture(1, VIEWS + 1), (0, 0))
     both.paste(texture(4, VIEWS + 1), (140, 0))
     both.save(tmp_path / "both.png")
     upload(visit, tmp_path / "both.png")
     for box, label in (((0.02, 0.03, 0.46, 0.97), "label1/"), ((0.54, 0.03, 0.98, 0.97), "label4/")):
-        changed(visit, lambda box=box: draw(visit, *box))
+        wait_for_change(visit, lambda box=box: draw(visit, *box))
         assert names(visit)[0].startswith(label)
         frame, photo = (visit.find_element(By.CSS_SELECTOR, s).rect for s in (".sg-box", ".sg-photo"))
         assert abs((frame["x"] - photo["x"]) / photo["width"] - box[0]) < 0.02
         assert abs(frame["width"] / photo["width"] - (box[2] - box[0])) < 0.03
     assert "the box, 1" in visit.find_element(By.CSS_SELECTOR, ".sg-about").text
-    changed(visit, visit.find_element(By.CSS_SELECTOR, "[data-whole]").click)
+    wait_for_change(visit, visit.find_element(By.CSS_SELECTOR, "[data-whole]").click)
     assert not visit.find_element(By.CSS_SELECTOR, ".sg-box").is_displayed()
     assert "all of it" in visit.find_element(By.CSS_SELECTOR, ".sg-about").text
 
 
-def test_a_photo_of_the_data_set_can_be_found_by_name_and_searched_with(visit):
+def test_a_database_image_can_be_found_by_name_and_used_as_query(visit):
     text = visit.find_element(By.CSS_SELECTOR, "#sg-choose textarea, #sg-choose input")
     text.send_keys("label3/2")
     wait(visit, lambda: len(visit.find_elements(By.CSS_SELECTOR, ".sg-samples button")) == 1)
-    changed(visit, visit.find_element(By.CSS_SELECTOR, ".sg-samples button").click)
+    wait_for_change(visit, visit.find_element(By.CSS_SELECTOR, ".sg-samples button").click)
     text.send_keys("\ue003" * 8)  # backspace
     wait(visit, lambda: len(visit.find_elements(By.CSS_SELECTOR, ".sg-samples button")) == 12)
-    found = names(visit)
-    assert {name.split("/")[0] for name in found[: VIEWS - 1]} == {"label3"}
-    assert "label3/2.jpg" not in found
-    assert len(found) == 23
-    changed(visit, visit.find_element(By.CSS_SELECTOR, '.sg-hit[data-rank="5"] button').click)
-    assert visit.find_element(By.CSS_SELECTOR, ".sg-about b").text == found[4]
+    result_names = names(visit)
+    assert {name.split("/")[0] for name in result_names[: VIEWS - 1]} == {"label3"}
+    assert "label3/2.jpg" not in result_names
+    assert len(result_names) == 23
+    wait_for_change(visit, visit.find_element(By.CSS_SELECTOR, '.sg-hit[data-rank="5"] button').click)
+    assert visit.find_element(By.CSS_SELECTOR, ".sg-about b").text == result_names[4]
 
 
-def test_a_bad_file_gives_a_message_and_the_page_goes_on(visit, other_view, tmp_path):
+def test_an_invalid_upload_shows_a_message_and_the_page_still_works(visit, other_view, tmp_path):
     (tmp_path / "bad.jpg").write_text("this is no photo")
     (tmp_path / "bomb.png").write_bytes(png_of(60_000, 60_000))
     (tmp_path / "big.jpg").write_bytes(b"\xff" * 1_200_000)
@@ -240,7 +247,7 @@ def test_a_bad_file_gives_a_message_and_the_page_goes_on(visit, other_view, tmp_
     assert texts(visit, "#sg-message [role=alert]") == []
 
 
-def test_nothing_is_wider_than_a_phone(visit, other_view):
+def test_the_page_fits_on_the_screen_of_a_phone(visit, other_view):
     upload(visit, other_view)
     metrics = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     visit.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -250,17 +257,18 @@ def test_nothing_is_wider_than_a_phone(visit, other_view):
         visit.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_no_request_leaves_this_machine_and_no_error_is_logged(visit, page, other_view):
-    """Of everything that the tests above have done in this browser."""
+def test_the_browser_sends_no_external_requests_and_logs_no_errors(visit, page, other_view):
+    """The logs cover everything that the tests above have done in this browser."""
     upload(visit, other_view)
     events = [json.loads(entry["message"])["message"] for entry in visit.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    assert len(asked) > 20
-    assert [url for url in asked if not url.startswith((f"{page.address}/", "data:", "blob:", "chrome:"))] == []
+    urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert len(urls) > 20
+    assert [url for url in urls if not url.startswith((f"{page.address}/", "data:", "blob:", "chrome:"))] == []
     assert [entry for entry in visit.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
-def asked(address: str, **headers: str) -> tuple[int, bytes]:
+def request_page(address: str, **headers: str) -> tuple[int, bytes]:
+    """Send a request; return its status and its body."""
     try:
         with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as answer:
             return answer.status, answer.read()
@@ -268,21 +276,26 @@ def asked(address: str, **headers: str) -> tuple[int, bytes]:
         return error.code, error.read()
 
 
-def test_no_file_is_served_but_small_pictures_of_the_data_set(page):
-    for path in ("/etc/passwd", page.place / "secret.jpg", page.photos / "label0" / "0.jpg", ROOT / "README.md"):
-        for way in (f"gradio_api/file={path}", f"gradio_api/file/{path}", f"file={path}", f"static/../../../../{path}"):
-            assert asked(f"{page.address}/{way}")[0] in (403, 404), way
-    status, picture = asked(f"{page.address}/photos/x/database/small/0.jpg")
+def test_only_thumbnails_of_the_dataset_are_served(page):
+    for path in ("/etc/passwd", page.folder / "secret.jpg", page.photos / "label0" / "0.jpg", ROOT / "README.md"):
+        for route in (
+            f"gradio_api/file={path}",
+            f"gradio_api/file/{path}",
+            f"file={path}",
+            f"static/../../../../{path}",
+        ):
+            assert request_page(f"{page.address}/{route}")[0] in (403, 404), route
+    status, content = request_page(f"{page.address}/photos/x/database/small/0.jpg")
     assert status == 200
-    assert Image.open(io.BytesIO(picture)).size == (120, 96)
+    assert Image.open(io.BytesIO(content)).size == (120, 96)
     for wrong in ("database/small/24", "queries/small/0", "database/small/-1", "database/huge/0"):
-        assert asked(f"{page.address}/photos/x/{wrong}.jpg")[0] == 404
+        assert request_page(f"{page.address}/photos/x/{wrong}.jpg")[0] == 404
     for wrong in ("database/small/..%2f..%2fsecret", "database/small/%2e%2e", "../../secret"):
-        assert asked(f"{page.address}/photos/x/{wrong}.jpg")[0] in (404, 422)
+        assert request_page(f"{page.address}/photos/x/{wrong}.jpg")[0] in (404, 422)
 
 
-def test_what_the_page_does_not_use_of_gradio_is_not_there(page):
-    ways = [
+def test_unused_routes_of_gradio_are_disabled(page):
+    routes = [
         "proxy=https://example.org",
         "file=https://example.org",
         "info",
@@ -291,14 +304,20 @@ def test_what_the_page_does_not_use_of_gradio_is_not_there(page):
         "vibe-code",
         "call/x",
     ]
-    for way in [*(f"gradio_api/{way}" for way in ways), "monitoring", "monitoring/summary", "docs", "openapi.json"]:
-        assert asked(f"{page.address}/{way}") == (404, b""), way
-    assert asked(page.address, Host="evil.example")[0] == 400
-    assert asked(page.address, Origin="http://evil.example")[0] == 403
-    assert asked(page.address, Origin=page.address.rstrip("/"))[0] == 200
+    for route in [
+        *(f"gradio_api/{route}" for route in routes),
+        "monitoring",
+        "monitoring/summary",
+        "docs",
+        "openapi.json",
+    ]:
+        assert request_page(f"{page.address}/{route}") == (404, b""), route
+    assert request_page(page.address, Host="evil.example")[0] == 400
+    assert request_page(page.address, Origin="http://evil.example")[0] == 403
+    assert request_page(page.address, Origin=page.address.rstrip("/"))[0] == 200
 
 
-def test_an_upload_is_limited_whatever_the_browser_says(page):
+def test_the_server_limits_the_size_of_uploads(page):
     body = (
         b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
         + b"a" * 1_100_000
@@ -311,11 +330,11 @@ def test_an_upload_is_limited_whatever_the_browser_says(page):
     assert error.value.code == 413
 
 
-def test_the_page_is_for_this_machine_alone(page):
+def test_the_page_only_listens_on_this_machine(page):
     port = int(page.address.rsplit(":", 1)[1])
     listening_at = [
         line.split()[1]
         for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
         if line.split()[3] == "0A" and int(line.split()[1].split(":")[1], 16) == port
     ]
-    assert [place.split(":")[0] for place in listening_at] == ["0100007F"]
+    assert [address.split(":")[0] for address in listening_at] == ["0100007F"]

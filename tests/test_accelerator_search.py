@@ -1,4 +1,4 @@
-"""The path of accelerators, run on the CPU: the same ids, ranks and messages as the path of the CPU."""
+"""The code for accelerators, run on the CPU, gives the same ids, ranks and messages as the code for the CPU."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Custom:
-    """A source with nothing but what is required, which remembers the threads that read it."""
+    """Source with only the required methods, which records the threads that read it."""
 
-    def __init__(self, x: np.ndarray, bad: int | None = None) -> None:
-        self._x, self._bad = x, bad
+    def __init__(self, x: np.ndarray, bad_row: int | None = None) -> None:
+        self._x, self._bad_row = x, bad_row
         self.shape = x.shape
         self.threads: set[int] = set()
 
     def block(self, start: int, stop: int) -> np.ndarray:
         self.threads.add(threading.get_ident())
-        if self._bad is not None and start <= self._bad < stop:
-            raise InputError(f"row {self._bad} cannot be read")
+        if self._bad_row is not None and start <= self._bad_row < stop:
+            raise InputError(f"row {self._bad_row} cannot be read")
         return self._x[start:stop]
 
     def take(self, ids: np.ndarray) -> np.ndarray:
@@ -54,11 +54,13 @@ class Custom:
 
 
 class Concurrent(Custom):
+    """Source that several threads may read."""
+
     concurrent = True
 
 
-def made(kind: str, X: np.ndarray, folder) -> tuple[object, np.ndarray, np.ndarray]:
-    """A source of rows near X, their float32 values, and the rows that it skips."""
+def create_source(kind: str, X: np.ndarray, folder) -> tuple[object, np.ndarray, np.ndarray]:
+    """Return a source of rows close to X, their float32 values, and the rows that it skips."""
     half = X.astype(np.float16)
     if kind == "float16 map":
         np.save(folder / "x.npy", half)
@@ -99,7 +101,7 @@ def test_ids_and_ranks_equal_brute_force(tmp_path, accelerator, kind: str, block
     X = with_duplicates(rng, N, D, 70)
     X[100:120] = X[0]
     X[np.arange(100, 120), rng.integers(D, size=20)] *= np.float32(1 + 2e-7)
-    source, X, skipped = made(kind, X, tmp_path)
+    source, X, skipped = create_source(kind, X, tmp_path)
     Q = np.concatenate([unit(rng, 3, D), X[:1] / np.linalg.norm(X[:1])])
     kept = np.setdiff1d(np.arange(N), skipped)
     exclude = rng.choice(kept, 4)
@@ -107,22 +109,22 @@ def test_ids_and_ranks_equal_brute_force(tmp_path, accelerator, kind: str, block
         options = {"block_rows": block_rows, "exclude": excluded}
         lists = [without(X, skipped, Q[q : q + 1], N, None if excluded is None else excluded[q : q + 1])[0]
                  for q in range(4)]  # fmt: skip
-        targets = [rng.permutation(one)[:count] for one, count in zip(lists, (0, 5, 60, 150), strict=True)]
-        (scores, ids), found = search_and_rank(Q, source, 40, targets, **options)
-        np.testing.assert_array_equal(ids, [one[:40] for one in lists])
-        for one, wanted, whole in zip(found, targets, lists, strict=True):
-            np.testing.assert_array_equal(one, [np.flatnonzero(whole == i)[0] for i in wanted])
+        targets = [rng.permutation(rows)[:count] for rows, count in zip(lists, (0, 5, 60, 150), strict=True)]
+        (scores, ids), ranks = search_and_rank(Q, source, 40, targets, **options)
+        np.testing.assert_array_equal(ids, [order[:40] for order in lists])
+        for target_ranks, target_ids, order in zip(ranks, targets, lists, strict=True):
+            np.testing.assert_array_equal(target_ranks, [np.flatnonzero(order == i)[0] for i in target_ids])
         alone = search(Q, source, 40, **options, dtype=np.float64)
         np.testing.assert_array_equal(alone[1], ids)
         np.testing.assert_array_equal(alone[0].astype(np.float32), scores)
-        for one, other in zip(exact_ranks(Q, source, targets, **options), found, strict=True):
-            np.testing.assert_array_equal(one, other)
+        for actual, expected in zip(exact_ranks(Q, source, targets, **options), ranks, strict=True):
+            np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_results_equal_those_of_the_cpu(tmp_path, monkeypatch, kind: str) -> None:
     rng = np.random.default_rng(KINDS.index(kind))
-    source, X, skipped = made(kind, unit(rng, N, D), tmp_path)
+    source, X, skipped = create_source(kind, unit(rng, N, D), tmp_path)
     Q = unit(rng, 6, D)
     kept = np.setdiff1d(np.arange(N), skipped)
     targets = [rng.choice(kept, 20, replace=False) for _ in range(6)]
@@ -137,27 +139,27 @@ def test_all_results_equal_those_of_the_cpu(tmp_path, monkeypatch, kind: str) ->
         for method in ("superglobal", "mutual", "kreciprocal", "diffusion"):
             yield from rerank(Q, source, ids, 50, method=method, batch_size=4)
         yield from rerank_candidates(Q, candidates, batch_size=4)
-        sets = [{"easy": one[:3]} for one in targets]
+        sets = [{"easy": ids[:3]} for ids in targets]
         yield from similarity_counts(Q, source, sets, block_rows=64).values()
 
     expected = list(results())
     treat_as_accelerator(monkeypatch)
-    # The tensors of the source were read as arrays of the CPU; they have to be wrapped again.
+    # Tensors were treated as arrays of the CPU above, so the source has to be created again.
     if "tensor" in kind:
-        source = made(kind, X, tmp_path / "again")[0] if "store" not in kind else source
-    for one, other in zip(results(), expected, strict=True):
-        np.testing.assert_array_equal(one, other)
+        source = create_source(kind, X, tmp_path / "again")[0] if "store" not in kind else source
+    for actual, expected_values in zip(results(), expected, strict=True):
+        np.testing.assert_array_equal(actual, expected_values)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "store" not in kind and kind != "mixed"])
 @pytest.mark.parametrize(
     ("value", "message"), [(np.nan, "has NaN"), (np.inf, "has NaN or infinite"), (3, "has norm"), (1.002, "has norm")]
 )
-def test_a_bad_row_is_named(tmp_path, accelerator, kind: str, value: float, message: str) -> None:
+def test_an_invalid_row_is_named(tmp_path, accelerator, kind: str, value: float, message: str) -> None:
     rng = np.random.default_rng(0)
     X, Q = unit(rng, N, D), unit(rng, 3, D)
     X[131] *= value
-    source = made(kind, X, tmp_path)[0]
+    source = create_source(kind, X, tmp_path)[0]
     for run in (lambda: search(Q, source, 5, block_rows=50), lambda: exact_ranks(Q, source, [[0]] * 3)):
         with pytest.raises(InputError, match=f": row 131 {message}"):
             run()
@@ -165,7 +167,7 @@ def test_a_bad_row_is_named(tmp_path, accelerator, kind: str, value: float, mess
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_damage_to_a_store_is_seen(tmp_path, accelerator, dtype: str, value: float) -> None:
+def test_damage_to_a_store_is_detected(tmp_path, accelerator, dtype: str, value: float) -> None:
     rng = np.random.default_rng(0)
     X, Q = unit(rng, N, D), unit(rng, 3, D)
     store_of(tmp_path / "s", X, dtype)
@@ -180,18 +182,19 @@ def test_damage_to_a_store_is_seen(tmp_path, accelerator, dtype: str, value: flo
 
 
 def readers() -> list[str]:
-    return [one.name for one in threading.enumerate() if one.name.startswith("descriptor-reader")]
+    """Return the names of running reader threads."""
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("descriptor-reader")]
 
 
-def test_an_error_while_reading_ahead_surfaces_and_ends_the_thread(accelerator) -> None:
+def test_an_error_in_the_reader_thread_is_raised_and_ends_the_thread(accelerator) -> None:
     rng = np.random.default_rng(1)
     X, Q = unit(rng, N, D), unit(rng, 3, D)
     with pytest.raises(InputError, match="row 120 cannot be read"):
-        search(Q, Concurrent(X, bad=120), 5, block_rows=20)
+        search(Q, Concurrent(X, bad_row=120), 5, block_rows=20)
     assert not readers()
 
 
-def test_the_thread_ends_when_a_consumer_raises(accelerator) -> None:
+def test_the_reader_thread_ends_if_a_consumer_raises(accelerator) -> None:
     rng = np.random.default_rng(2)
     X, Q = unit(rng, N, D), unit(rng, 3, D)
 
@@ -206,22 +209,22 @@ def test_the_thread_ends_when_a_consumer_raises(accelerator) -> None:
 
     with pytest.raises(ValueError, match="enough") as caught:
         scan.scan(Q, as_rows(X), lambda tolerance: [Failing()], None, None, 20)
-    assert caught.value.__traceback__ is not None  # the frames are still alive
+    assert caught.value.__traceback__ is not None  # the traceback still references the frames
     assert not readers()
 
 
-def test_only_sources_that_allow_it_are_read_by_another_thread(accelerator) -> None:
+def test_only_concurrent_sources_are_read_by_another_thread(accelerator) -> None:
     rng = np.random.default_rng(3)
     X, Q = unit(rng, N, D), unit(rng, 3, D)
-    own, shared = Custom(X), Concurrent(X)
-    for source in (own, shared):
+    custom, concurrent = Custom(X), Concurrent(X)
+    for source in (custom, concurrent):
         np.testing.assert_array_equal(search(Q, source, 20, block_rows=20)[1], brute_force(Q, X, 20))
-    assert own.threads == {threading.get_ident()}
-    assert threading.get_ident() not in shared.threads
+    assert custom.threads == {threading.get_ident()}
+    assert threading.get_ident() not in concurrent.threads
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_the_callers_gradient_mode_does_not_matter(accelerator, mode) -> None:
+def test_results_do_not_depend_on_the_gradient_mode(accelerator, mode) -> None:
     rng = np.random.default_rng(9)
     X, Q = unit(rng, N, D), unit(rng, 3, D)
     expected = brute_force(Q, X, 20)
@@ -236,18 +239,18 @@ def test_the_callers_gradient_mode_does_not_matter(accelerator, mode) -> None:
             assert rerank(Q, source, expected, 10)[1].shape == (3, 20)
 
 
-def test_blocks_are_copied_as_they_are_stored(accelerator, monkeypatch, tmp_path) -> None:
+def test_blocks_are_copied_in_their_stored_dtype(accelerator, monkeypatch, tmp_path) -> None:
     X = unit(np.random.default_rng(4), N, D)
     store = store_of(tmp_path / "s", X, "float16")
     rows, mixed = as_rows(store), concat(store, X)
     assert rows.stored_dtype == np.float16
     assert mixed.stored_dtype == np.float32
     assert rows.host_buffer(3, torch.device("cpu")).dtype == torch.float16
-    seen = []
+    block_lengths = []
     for start, block in scan.device_blocks(rows, 70, 2, torch.device("cpu")):
         np.testing.assert_array_equal(block.numpy(), store.block(start, min(start + 70, N)))
-        seen.append(len(block))
-    assert seen == [70, 70, 20]
+        block_lengths.append(len(block))
+    assert block_lengths == [70, 70, 20]
     monkeypatch.setattr(scan, "STAGED_BYTES", 1100 * D * 2)
     large = as_rows(np.repeat(X.astype(np.float16), 10, axis=0))
     lengths = [len(block) for _, block in scan.device_blocks(large, 65536, 2, torch.device("cpu"))]
@@ -266,8 +269,8 @@ def test_tensors_on_the_device_are_not_copied(accelerator) -> None:
     np.testing.assert_array_equal(rows.take_on(ids, X.device).numpy(), X.numpy()[ids])
 
 
-def test_thousands_of_near_ties_on_the_device(accelerator) -> None:
-    """Crowds of copies are scored once in float64, whole blocks tie with targets, and scores rise with the row."""
+def test_thousands_of_near_ties_are_ranked_exactly(accelerator) -> None:
+    """Many rows are equal, entire blocks tie with targets, and scores increase with the row."""
     rng = np.random.default_rng(6)
     X = unit(rng, 6000, 32)
     X[rng.permutation(6000)[:4000]] = X[0]
@@ -276,19 +279,19 @@ def test_thousands_of_near_ties_on_the_device(accelerator) -> None:
     targets = [rng.choice(6000, 300, replace=False) for _ in range(3)]
     order = sorted_ranks(Q, X)
     for source in (X, torch.from_numpy(X)):
-        (_, ids), found = search_and_rank(Q, source, 100, targets, block_rows=500)
+        (_, ids), rank_lists = search_and_rank(Q, source, 100, targets, block_rows=500)
         np.testing.assert_array_equal(ids, brute_force(Q, X, 100))
-        for query, one in enumerate(found):
-            np.testing.assert_array_equal(one, order[query, targets[query]])
+        for query, query_ranks in enumerate(rank_lists):
+            np.testing.assert_array_equal(query_ranks, order[query, targets[query]])
 
 
 class Sequential(torch.Tensor):
-    """A float32 tensor whose matrix products add one product after the other, as those of accelerators may."""
+    """Float32 tensor whose matrix products sum sequentially, as those of accelerators may."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function in (torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.addmm_):
-            *total, a, b = (one.as_subclass(torch.Tensor) for one in args)
+            *total, a, b = (arg.as_subclass(torch.Tensor) for arg in args)
             terms = a[:, None, :] * b.T[None]
             sums = torch.zeros(terms.shape[:2])
             for number in range(terms.shape[-1]):
@@ -298,8 +301,8 @@ class Sequential(torch.Tensor):
 
 
 @pytest.mark.parametrize("dim", [64, 256, 512, 2048])
-def test_products_that_are_summed_one_by_one_stay_within_the_tolerance(accelerator, dim) -> None:
-    """Of descriptors without negative values, where rounding errors do not cancel; of copies, whose scores are 1."""
+def test_sequentially_summed_products_are_within_the_tolerance(accelerator, dim) -> None:
+    """The descriptors have no negative values, so rounding errors do not cancel, and include copies with score 1."""
     rng = np.random.default_rng(7)
     X = np.maximum(rng.standard_normal((300, dim), np.float32), 0) + np.float32(0.01)
     X /= np.linalg.norm(X, axis=1, keepdims=True)
@@ -308,7 +311,7 @@ def test_products_that_are_summed_one_by_one_stay_within_the_tolerance(accelerat
     assert np.abs(scores - X[:100].astype(np.float64) @ X.T.astype(np.float64)).max() < TOLERANCE
 
 
-def test_pairs_are_scored_alike_by_any_number_of_threads(monkeypatch, tmp_path) -> None:
+def test_pair_scores_do_not_depend_on_the_number_of_threads(monkeypatch, tmp_path) -> None:
     rng = np.random.default_rng(8)
     X, Q = unit(rng, N, 512), unit(rng, 5, 512)
     store = DescriptorStore.open_or_create(tmp_path / "s", {}, [str(i) for i in range(N)], 512, 40, dtype="float16")
@@ -331,7 +334,7 @@ def test_pairs_are_scored_alike_by_any_number_of_threads(monkeypatch, tmp_path) 
 
 
 @pytest.mark.parametrize("dim", [1, 63, 64, 65, 200, 2048])
-def test_pair_scores_have_the_same_bits_on_every_path(dim):
+def test_pair_scores_are_bit_identical_in_all_implementations(dim):
     rng = np.random.default_rng(dim)
     Q, X = rng.standard_normal((5, dim), np.float32), rng.standard_normal((40, dim), np.float32).astype(np.float16)
     query_of, row_of = rng.integers(5, size=300), rng.integers(40, size=300)

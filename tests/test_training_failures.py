@@ -1,4 +1,4 @@
-"""What can befall a training, provoked: it says what happened, loses nothing, and goes on when asked again."""
+"""Failures during training: each is reported, saved progress is kept, and the same command resumes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SAVED = ["trainer.save_every_steps=2"]
 
 @pytest.fixture(scope="module")
 def checkpoint(toy_data, tmp_path_factory):
-    """The folder of a finished short training."""
+    """Run a short training and return its folder."""
     outputs = tmp_path_factory.mktemp("outputs")
     train(toy_data, outputs, *SAVED)
     return outputs / "train" / "quickstart"
@@ -44,8 +44,8 @@ def checkpoint(toy_data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("number", "processes", "group"), [("SIGUSR2", 1, True), ("SIGINT", 1, False), ("SIGTERM", 2, False)]
 )
-def test_a_signal_saves_and_the_same_command_goes_on(toy_data, tmp_path, number, processes, group):
-    """To the first process alone, or to all of them as a terminal or SLURM sends it; workers included."""
+def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(toy_data, tmp_path, number, processes, group):
+    """The signal goes to the first process, or to all processes and workers, as from a terminal or SLURM."""
     process = start_training(toy_data, tmp_path, "trainer.num_workers=1", f"trainer.devices={processes}")
     (os.killpg if group else os.kill)(process.pid, getattr(signal, number))
     text = process.communicate(timeout=60)[0]
@@ -60,8 +60,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(toy_data, tmp_path, number,
     assert len(losses) == load_last_checkpoint(tmp_path / "train" / "quickstart")["global_step"] > step
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(toy_data, tmp_path):
-    """A limit on the size of files stands for the disk: the error comes in the middle of writing."""
+def test_a_full_disk_keeps_the_previous_checkpoint(toy_data, tmp_path):
+    """A limit on file sizes simulates the full disk, so that writing fails in the middle of the file."""
     run_command(
         command(toy_data, tmp_path, *SAVED, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="3"
     )
@@ -77,7 +77,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(toy_data, tmp_path):
     train(toy_data, tmp_path, *SAVED)
 
 
-def test_a_place_that_cannot_be_written_is_told_at_the_start(toy_data, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_at_the_start(toy_data, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "checkpoints").write_text("in the way")
@@ -89,7 +89,7 @@ def test_a_place_that_cannot_be_written_is_told_at_the_start(toy_data, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "flipped"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(checkpoint, tmp_path, caplog, damage):
+def test_training_resumes_from_the_previous_checkpoint_if_the_last_is_damaged(checkpoint, tmp_path, caplog, damage):
     whole = (checkpoint / "checkpoints" / "last.ckpt").read_bytes()
     (tmp_path / "previous.ckpt").write_bytes(whole)
     middle = len(whole) // 2
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(checkpoin
     assert newest_checkpoint(tmp_path / "nothing here") is None
 
 
-def test_resuming_from_the_one_before_is_exact_too(toy_data, checkpoint, tmp_path):
+def test_resuming_from_the_previous_checkpoint_is_exact(toy_data, checkpoint, tmp_path):
     run_command(
         command(toy_data, tmp_path, *SAVED, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="9"
     )
@@ -118,7 +118,7 @@ def test_resuming_from_the_one_before_is_exact_too(toy_data, checkpoint, tmp_pat
     assert values(folder, "train/loss") == values(checkpoint, "train/loss")
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+def test_malicious_checkpoints_run_no_code(tmp_path):
     canary = tmp_path / "canary"
 
     class Evil:
@@ -132,14 +132,14 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     assert not canary.exists()
 
 
-def test_beginning_anew_forgets_the_checkpoints(toy_data, tmp_path):
+def test_restarting_ignores_the_checkpoints(toy_data, tmp_path):
     run_command(command(toy_data, tmp_path, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="7")
     text = train(toy_data, tmp_path, "resume=restart")
     assert "resuming from" not in text
     assert len(values(tmp_path / "train" / "quickstart", "train/loss")) == 15
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_its_photos(toy_data, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_lists_its_images(toy_data, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(InputError, match=r"epoch 1, step \d+: the loss is not finite; .*\.jpg.*lower optim\.lr"):
         fit(compose_config(toy_data, tmp_path, "optim.lr=1e8"), folder)
@@ -148,19 +148,19 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_photos(toy_data, tmp_pat
     assert not list((folder / "checkpoints").glob("*.ckpt"))
 
 
-def test_it_ends_all_processes_together(toy_data, tmp_path):
+def test_a_loss_that_is_not_finite_ends_all_processes(toy_data, tmp_path):
     begin = time.monotonic()
     text = train(toy_data, tmp_path, "optim.lr=1e8", "trainer.devices=2", "trainer.log_every=3", status=2)
     assert time.monotonic() - begin < 120
     assert "the loss is not finite" in text
     listing = (tmp_path / "train" / "quickstart" / "nonfinite.txt").read_text().splitlines()
-    assert len(listing) == 12  # of both processes
+    assert len(listing) == 12  # images of both processes
     assert "Traceback" not in text
 
 
-def test_a_dead_worker_ends_the_run_with_the_cause(toy_data, tmp_path):
+def test_a_dead_worker_ends_the_run_with_a_message(toy_data, tmp_path):
     process = start_training(toy_data, tmp_path, "trainer.num_workers=1")
-    # The oldest is the training's own; a validation that is just running has another.
+    # The oldest worker is that of training; a running validation has another worker.
     os.kill(min(pid for pid in children(process.pid) if "train.py" in read_proc(pid, "cmdline")), signal.SIGKILL)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 2, text
@@ -170,7 +170,7 @@ def test_a_dead_worker_ends_the_run_with_the_cause(toy_data, tmp_path):
     assert load_last_checkpoint(tmp_path / "train" / "quickstart")["global_step"] > 0
 
 
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(toy_data, tmp_path):
+def test_a_second_run_in_the_folder_of_a_running_one_is_an_error(toy_data, tmp_path):
     process = start_training(toy_data, tmp_path)
     words = ["optim.epochs=500", "trainer.save_every_steps=1"]
     text = train(toy_data, tmp_path, *words, status=2)
@@ -181,7 +181,7 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(toy_da
         pass
 
 
-def test_the_tracker_goes_on_with_the_same_run(toy_data, tmp_path):
+def test_a_resumed_training_continues_its_wandb_run(toy_data, tmp_path):
     words = command(toy_data, tmp_path, "logger=wandb", script="tests/interrupted_training.py")
     words.remove("logger=csv")
     run_command(words, -signal.SIGKILL, KILL_AT="7")
@@ -195,32 +195,34 @@ def test_the_tracker_goes_on_with_the_same_run(toy_data, tmp_path):
     assert all(run.endswith(name) for run in runs)
 
 
-def test_a_signal_while_validating_breaks_it_off_and_it_is_made_up_for(toy_data, checkpoint, tmp_path):
-    """A validation may take longer than whoever sent the signal waits."""
+def test_a_signal_interrupts_a_validation_which_is_repeated_on_resuming(toy_data, checkpoint, tmp_path):
+    """A validation may take longer than the sender of the signal waits."""
     script = command(toy_data, tmp_path, *SAVED, script="tests/interrupted_training.py")
     text = run_command(script, 143, TERM_VALIDATING="5")
     folder = tmp_path / "train" / "quickstart"
     assert "saved at step 5" in text
-    assert len(values(folder, "val/map")) == 1  # of the start
+    assert len(values(folder, "val/map")) == 1  # the score before training
     train(toy_data, tmp_path, *SAVED)
     assert curves_without_times(folder) == curves_without_times(checkpoint)
 
 
-def test_a_held_out_photo_that_breaks_off_inside_is_listed_and_left_out(toy_data, tmp_path):
+def test_corrupt_held_out_images_are_listed_and_left_out(toy_data, tmp_path):
     root = tmp_path / "gldv2"
     shutil.copytree(toy_data / "toy" / "gldv2", root)
     _, held = split_landmarks(read_train(root), 0.25, seed=0)
-    bad = held.path(2)
-    break_scan(bad)  # passes the check beforehand
-    places = [f"data.root={root}", "optim.epochs=1"]
-    assert 0 < fit(compose_config(tmp_path, tmp_path, *places, "data.max_corrupt_fraction=0.1"), tmp_path / "run") <= 1
+    corrupt = held.path(2)
+    break_scan(corrupt)  # the check before training accepts it
+    overrides = [f"data.root={root}", "optim.epochs=1"]
+    assert (
+        0 < fit(compose_config(tmp_path, tmp_path, *overrides, "data.max_corrupt_fraction=0.1"), tmp_path / "run") <= 1
+    )
     (line,) = (tmp_path / "run" / "corrupt_images.txt").read_text().splitlines()
-    assert line.startswith(f"{bad}\t")
+    assert line.startswith(f"{corrupt}\t")
     with pytest.raises(InputError, match=r"1 of 90 images .* more than data\.max_corrupt_fraction=0\.001"):
-        fit(compose_config(tmp_path, tmp_path, *places, "data.max_corrupt_fraction=0.001"), tmp_path / "strict")
+        fit(compose_config(tmp_path, tmp_path, *overrides, "data.max_corrupt_fraction=0.001"), tmp_path / "strict")
 
 
-def test_a_photo_lost_or_mended_meanwhile_does_not_end_a_training(toy_data, tmp_path):
+def test_a_training_resumes_with_lost_or_restored_images(toy_data, tmp_path):
     root = tmp_path / "gldv2"
     shutil.copytree(toy_data / "toy" / "gldv2", root)
     photos, _ = split_landmarks(read_train(root), 0.25, seed=0)
@@ -238,7 +240,7 @@ def test_a_photo_lost_or_mended_meanwhile_does_not_end_a_training(toy_data, tmp_
     assert "different images: 1 of 90" in text
 
 
-def test_slurm_tasks_that_would_train_side_by_side_are_refused(toy_data, tmp_path, monkeypatch):
+def test_independent_slurm_tasks_are_an_error(toy_data, tmp_path, monkeypatch):
     for name, value in {"NTASKS": "2", "JOB_NAME": "job", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(InputError, match=r"SLURM|Lightning rejects"):

@@ -1,4 +1,4 @@
-"""Training on photos some of which are bad: stand-ins, the file of bad photos, the budget before and during a run."""
+"""Training images some of which are corrupt: replacements, the list of corrupt images and their maximum number."""
 
 from __future__ import annotations
 
@@ -40,25 +40,28 @@ TABLE = "train_clean.csv"
 
 @pytest.fixture
 def root(toy_data, tmp_path) -> Path:
-    """A copy of the toy set's training photos and clean list."""
+    """Copy the training images and the clean list of the toy set."""
     shutil.copytree(toy_data / "toy" / "gldv2" / "train", tmp_path / "gldv2" / "train")
     shutil.copy(toy_data / "toy" / "gldv2" / TABLE, tmp_path / "gldv2")
     return tmp_path / "gldv2"
 
 
 def side(epoch: int) -> int:
+    """Return the image size of an epoch."""
     return 32 + 16 * epoch
 
 
 def dataset(photos: TrainList, seed: int = 0) -> TrainingDataset:
+    """Return a training dataset."""
     return TrainingDataset(photos, Augment(0.3, True, 0.2), side, seed)
 
 
-def same(one: TrainingImage, other: TrainingImage) -> bool:
-    return torch.equal(one.image, other.image) and one[1:] == other[1:]
+def same(first: TrainingImage, second: TrainingImage) -> bool:
+    """Return whether two training images are equal."""
+    return torch.equal(first.image, second.image) and first[1:] == second[1:]
 
 
-def test_a_photo_depends_on_seed_epoch_and_index_alone(root):
+def test_an_image_depends_only_on_seed_epoch_and_index(root):
     photos = read_train(root)
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -72,15 +75,15 @@ def test_a_photo_depends_on_seed_epoch_and_index_alone(root):
     assert not torch.equal(first.image, dataset(photos, seed=1)[(1, 5)].image)
 
 
-def test_tree_and_tar_files_give_the_same_photos_to_any_workers(root, tmp_path):
+def test_folders_and_tar_files_give_the_same_images_with_any_workers(root, tmp_path):
     photos = read_train(root)
     folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
     prepare(root, tars=folder, workers=1)
     packed = dataset(read_train(root, tars=folder))
-    packed[(0, 0)]  # a tar file is open before the workers are made
-    places = [(0, index) for index in range(len(photos))]
+    packed[(0, 0)]  # a tar file is open before the workers are started
+    keys = [(0, index) for index in range(len(photos))]
     for workers in (0, 2):
-        batches = DataLoader(packed, 8, sampler=places, num_workers=workers, collate_fn=collate)
+        batches = DataLoader(packed, 8, sampler=keys, num_workers=workers, collate_fn=collate)
         assert all(
             same(TrainingImage(x, y, i, []), dataset(photos)[(0, i)])
             for b in batches
@@ -89,56 +92,60 @@ def test_tree_and_tar_files_give_the_same_photos_to_any_workers(root, tmp_path):
 
 
 def missing(path: Path) -> None:
+    """Remove a file."""
     path.unlink()
 
 
 def empty(path: Path) -> None:
+    """Empty a file."""
     path.write_bytes(b"")
 
 
 def truncated(path: Path) -> None:
+    """Remove the last 200 bytes of a file."""
     path.write_bytes(path.read_bytes()[:-200])
 
 
 def page(path: Path) -> None:
+    """Replace a file by a web page."""
     path.write_bytes(b"<html>404</html>")
 
 
 @pytest.mark.parametrize(
-    ("harm", "reason"),
+    ("damage", "reason"),
     [(missing, "missing"), (empty, "empty"), (truncated, "truncated"), (page, "not an image"), (break_scan, "damaged")],
 )
-def test_another_photo_stands_in_for_a_bad_one_the_same_after_a_restart(root, harm: Callable, reason):
+def test_corrupt_images_have_the_same_replacement_after_a_restart(root, damage: Callable, reason):
     photos = read_train(root)
-    harm(photos.path(7))
-    shown = dataset(photos)[(0, 7)]
-    assert shown.index != 7
-    assert shown.label == photos.labels[shown.index]
-    ((index, why),) = shown.corrupt
+    damage(photos.path(7))
+    image = dataset(photos)[(0, 7)]
+    assert image.index != 7
+    assert image.label == photos.labels[image.index]
+    ((index, problem),) = image.corrupt
     assert index == 7
-    assert reason in why
-    assert same(shown, dataset(read_train(root))[(0, 7)])
+    assert reason in problem
+    assert same(image, dataset(read_train(root))[(0, 7)])
     assert len({dataset(photos)[(epoch, 7)].index for epoch in range(6)}) > 1
 
 
-def test_bad_stand_ins_are_reported_too_and_only_then_is_there_an_end(root):
+def test_corrupt_replacements_are_reported_and_replaced_while_possible(root):
     photos = read_train(root)
     for index in range(0, len(photos), 2):
         photos.path(index).unlink()
-    shown = [dataset(photos)[(0, index)] for index in range(len(photos))]
-    assert all(photo.index % 2 for photo in shown)
-    assert max(len(photo.corrupt) for photo in shown) > 1
-    assert all(index % 2 == 0 for photo in shown for index, _ in photo.corrupt)
+    images = [dataset(photos)[(0, index)] for index in range(len(photos))]
+    assert all(image.index % 2 for image in images)
+    assert max(len(image.corrupt) for image in images) > 1
+    assert all(index % 2 == 0 for image in images for index, _ in image.corrupt)
     for index in range(1, len(photos), 2):
         photos.path(index).unlink()
     error = dataset(photos)[(0, 3)]
     assert isinstance(error, InputError)
     assert f"image cannot be read: {photos.path(3)}: missing" in str(error)
     assert "superglobal prepare-gldv2" in str(error)
-    assert collate([shown[0], error]) is error
+    assert collate([images[0], error]) is error
 
 
-def test_a_batch_goes_where_lightning_moves_it(root):
+def test_lightning_moves_all_tensors_of_a_batch(root):
     photos = read_train(root)
     photos.path(2).unlink()
     batch = collate([dataset(photos)[(0, index)] for index in range(4)])
@@ -148,15 +155,16 @@ def test_a_batch_goes_where_lightning_moves_it(root):
     moved = move_data_to_device(batch, torch.device("cpu"))
     assert isinstance(moved, Batch)
     assert moved.corrupt == [(2, "missing")]
-    assert torch.equal(moved.labels, photos_labels(photos, batch))
+    assert torch.equal(moved.labels, batch_labels(photos, batch))
 
 
-def photos_labels(photos: TrainList, batch: Batch) -> torch.Tensor:
+def batch_labels(photos: TrainList, batch: Batch) -> torch.Tensor:
+    """Return the labels of the images of a batch."""
     return torch.from_numpy(photos.labels[batch.indices.numpy()]).long()
 
 
 class Slow(Dataset):
-    """A hundred numbers, each after a while."""
+    """Dataset of 100 numbers that takes 20 ms for each."""
 
     def __len__(self) -> int:
         return 100
@@ -166,14 +174,14 @@ class Slow(Dataset):
         return index
 
 
-def test_a_dead_worker_is_told_where_a_batch_is_waited_for_and_nowhere_else():
+def test_a_dead_worker_raises_an_error_only_when_a_batch_is_requested():
     before = set(multiprocessing.active_children())
     batches = iter(ImageLoader(Slow(), batch_size=None, num_workers=1))
     assert next(batches) == 0
     (worker,) = set(multiprocessing.active_children()) - before
     worker.kill()
     begin = time.monotonic()
-    while time.monotonic() < begin + 0.5:  # where torch's handler would raise
+    while time.monotonic() < begin + 0.5:  # the signal handler of torch would raise an error here
         pass
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         list(batches)
@@ -181,27 +189,28 @@ def test_a_dead_worker_is_told_where_a_batch_is_waited_for_and_nowhere_else():
 
 
 @pytest.fixture
-def bad_photos(tmp_path) -> Callable[..., CorruptImageList]:
+def corrupt_list(tmp_path) -> Callable[..., CorruptImageList]:
+    """Return a function that opens the list of corrupt images."""
     return partial(CorruptImageList, tmp_path / "run" / "corrupt_images.txt", location="photo {}".format)
 
 
-def test_bad_photos_are_listed_once_over_restarts(bad_photos, caplog):
-    listed = bad_photos(total=1000, budget=0.01)
+def test_corrupt_images_are_listed_once_over_several_restarts(corrupt_list, caplog):
+    listed = corrupt_list(total=1000, budget=0.01)
     listed.add([])
     assert not listed.file.exists()
     listed.add([(3, "missing"), (3, "missing"), (5, "damaged\theader\n(x)")])
     assert "photo 3: missing" in caplog.text
-    bad_photos(total=1000, budget=0.01).add([[5, "damaged"], [6, "missing"]])
+    corrupt_list(total=1000, budget=0.01).add([[5, "damaged"], [6, "missing"]])
     assert listed.file.read_text() == "photo 3\tmissing\nphoto 5\tdamaged header (x)\nphoto 6\tmissing\n"
     assert len(caplog.records) == 1
 
 
-def test_one_photo_more_than_the_budget_ends_the_run(bad_photos):
-    listed = bad_photos(total=1000, budget=0.002)
+def test_more_corrupt_images_than_allowed_end_the_run(corrupt_list):
+    listed = corrupt_list(total=1000, budget=0.002)
     listed.add([(1, "missing"), (2, "missing")])
     listed.add([(1, "missing"), (2, "missing")])
     with pytest.raises(InputError) as caught:
-        bad_photos(total=1000, budget=0.002).add([(3, "missing")])
+        corrupt_list(total=1000, budget=0.002).add([(3, "missing")])
     for word in (
         "3 of 1000",
         "0.300%",
@@ -214,11 +223,11 @@ def test_one_photo_more_than_the_budget_ends_the_run(bad_photos):
     with pytest.raises(InputError):
         listed.add([(1, "missing")])
     with pytest.raises(InputError):
-        bad_photos(total=10, budget=0).file.unlink() or bad_photos(total=10, budget=0).add([(1, "missing")])
+        corrupt_list(total=10, budget=0).file.unlink() or corrupt_list(total=10, budget=0).add([(1, "missing")])
 
 
-def test_processes_that_add_at_the_same_time_lose_nothing_and_list_nothing_twice(bad_photos):
-    listed = bad_photos(total=1000, budget=1)
+def test_concurrent_processes_list_every_corrupt_image_exactly_once(corrupt_list):
+    listed = corrupt_list(total=1000, budget=1)
     code = (
         "import sys\nfrom pathlib import Path\nfrom superglobal.data.train_dataset import CorruptImageList\n"
         "bad = CorruptImageList(Path(sys.argv[1]), 1000, 1, 'photo {}'.format)\n"
@@ -232,7 +241,9 @@ def test_processes_that_add_at_the_same_time_lose_nothing_and_list_nothing_twice
 
 
 @pytest.fixture
-def required(root):
+def check_images(root):
+    """Return a function that splits the training list and checks its images."""
+
     def call(budget: float = 0.1, tars: Path | None = None):
         lists = split_landmarks(read_train(root, tars=tars), 0.25, seed=0)
         return lists, *check_training_images(lists, root, TABLE, tars, budget)
@@ -240,33 +251,33 @@ def required(root):
     return call
 
 
-def test_the_check_beforehand_is_the_same_with_an_index_and_without(root, tmp_path, required):
-    (train, held), bad, codes = required(0)
+def test_the_check_before_training_is_the_same_with_and_without_an_index(root, tmp_path, check_images):
+    (train, held), bad, codes = check_images(0)
     assert bad == [[], []]
     folder = make_tars(read_train(root, min_images=1), tmp_path / "tars")
     with pytest.raises(InputError, match=re.escape(f"--root {root} --table {TABLE} --tars {folder}")):
-        required(tars=folder)
+        check_images(tars=folder)
     prepare(root, tars=folder, workers=1)
-    _, again, indexed = required(0, folder)
-    assert again == bad
+    _, repeated, indexed = check_images(0, folder)
+    assert repeated == bad
     assert np.array_equal(indexed, codes)
     assert codes.all()
     train.path(4).unlink()
     held.path(1).write_bytes(b"")
     (root / "train_clean.index.npz").unlink()
     expected = [[(4, "missing")], [(1, "empty file (0 bytes)")]]
-    _, looked, other = required()
+    _, found, new_codes = check_images()
     prepare(root, workers=1)
-    assert (looked, other) == (expected, other)
-    _, again, indexed = required()
-    assert again == expected
-    assert np.array_equal(indexed, other)
-    assert np.flatnonzero(other != codes).tolist() == np.flatnonzero(other == 0).tolist() == [4, len(train) + 1]
+    assert (found, new_codes) == (expected, new_codes)
+    _, repeated, indexed = check_images()
+    assert repeated == expected
+    assert np.array_equal(indexed, new_codes)
+    assert np.flatnonzero(new_codes != codes).tolist() == np.flatnonzero(new_codes == 0).tolist() == [4, len(train) + 1]
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-def test_more_than_the_budget_ends_it_before_anything_is_computed(root, required, indexed):
-    lists, *_ = required()
+def test_more_corrupt_images_than_allowed_are_an_error_before_training(root, check_images, indexed):
+    lists, *_ = check_images()
     train = lists[0]
     total = sum(len(part) for part in lists)
     for index in range(10, 18):
@@ -274,15 +285,15 @@ def test_more_than_the_budget_ends_it_before_anything_is_computed(root, required
     train.path(20).write_bytes(b"x")
     if indexed:
         prepare(root, workers=1)
-    assert required(9 / total)
+    assert check_images(9 / total)
     with pytest.raises(InputError) as caught:
-        required(8.5 / total)
+        check_images(8.5 / total)
     for word in (f"8 of {total} images missing, 1 corrupt", "... and 4 more", "data.max_corrupt_fraction"):
         assert word in str(caught.value)
 
 
-def test_a_set_without_photos_is_counted(root, required):
+def test_a_training_set_without_images_is_an_error(root, check_images):
     shutil.rmtree(root / "train")
     total = len(read_train(root))
     with pytest.raises(InputError, match=f"{total} of {total} images missing"):
-        required()
+        check_images()

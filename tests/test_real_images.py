@@ -1,4 +1,4 @@
-"""The whole pipeline on real photos with real weights: mini-ROxford, where it is at hand."""
+"""The whole pipeline on real images with real weights: mini-ROxford, if it is available."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# E/M/H mAP in percent that the reference's own modules give on these features (GeM p=3, one scale, no whitening).
+# Easy, medium and hard mAP in percent of the reference modules on these features (GeM p=3, one scale, no whitening).
 SEARCH, RERANK = (59.5, 48.2, 20.6), (49.5, 43.3, 23.1)
 
 
