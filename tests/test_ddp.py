@@ -51,7 +51,7 @@ def test_gradient_accumulation_may_change_when_a_run_is_resumed(
 ):
     """A user does this after running out of memory; tested within an epoch and at its end."""
     words = [*EXACT, "trainer.save_every_steps=3"]
-    script = command(toy_data, tmp_path, *words, f"trainer.accumulate={before}", script="tests/interrupted_training.py")
+    script = command(toy_data, tmp_path, *words, f"trainer.accumulate={before}", script="tests/killed.py")
     run_command(script, -signal.SIGKILL, KILL_AT=step)
     train(toy_data, tmp_path, *words, f"trainer.accumulate={after}")
     assert_equal(outcome(tmp_path), single_process)

@@ -68,9 +68,7 @@ def test_a_killed_training_resumes_to_the_result_of_an_uninterrupted_one(cell, t
     moment, workers, processes, accumulate = cell
     words = settings(workers, processes, accumulate)
     step = KILLED_BEFORE[moment]
-    run_command(
-        command(toy_data, tmp_path, *words, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT=str(step)
-    )
+    run_command(command(toy_data, tmp_path, *words, script="tests/killed.py"), -signal.SIGKILL, KILL_AT=str(step))
     folder, whole = tmp_path / "train" / "quickstart", uninterrupted(processes, accumulate)
     assert not (folder / "nonfinite.txt").exists()
     assert max(values(folder, "step")) == step
@@ -87,7 +85,7 @@ def test_a_killed_training_resumes_to_the_result_of_an_uninterrupted_one(cell, t
 def test_a_training_resumes_after_two_kills_one_while_saving(toy_data, uninterrupted, tmp_path):
     """The previous checkpoint is kept, and the incomplete file is removed."""
     words = settings(0, 1, 1)
-    script = command(toy_data, tmp_path, *words, script="tests/interrupted_training.py")
+    script = command(toy_data, tmp_path, *words, script="tests/killed.py")
     run_command(script, -signal.SIGKILL, KILL_SAVING="4")
     folder = tmp_path / "train" / "quickstart"
     assert load_last_checkpoint(folder)["global_step"] == 2

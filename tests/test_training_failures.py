@@ -62,9 +62,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(toy_data, tmp_
 
 def test_a_full_disk_keeps_the_previous_checkpoint(toy_data, tmp_path):
     """A limit on file sizes simulates the full disk, so that writing fails in the middle of the file."""
-    run_command(
-        command(toy_data, tmp_path, *SAVED, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="3"
-    )
+    run_command(command(toy_data, tmp_path, *SAVED, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="3")
     folder = tmp_path / "train" / "quickstart"
     before = (folder / "checkpoints" / "last.ckpt").read_bytes()
     words = ["bash", "-c", 'ulimit -f 3000; exec "$@"', "limited", *command(toy_data, tmp_path, *SAVED)]
@@ -107,9 +105,7 @@ def test_training_resumes_from_the_previous_checkpoint_if_the_last_is_damaged(ch
 
 
 def test_resuming_from_the_previous_checkpoint_is_exact(toy_data, checkpoint, tmp_path):
-    run_command(
-        command(toy_data, tmp_path, *SAVED, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="9"
-    )
+    run_command(command(toy_data, tmp_path, *SAVED, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="9")
     folder = tmp_path / "train" / "quickstart"
     path = folder / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:5000])
@@ -133,7 +129,7 @@ def test_malicious_checkpoints_run_no_code(tmp_path):
 
 
 def test_restarting_ignores_the_checkpoints(toy_data, tmp_path):
-    run_command(command(toy_data, tmp_path, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="7")
+    run_command(command(toy_data, tmp_path, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="7")
     text = train(toy_data, tmp_path, "resume=restart")
     assert "resuming from" not in text
     assert len(values(tmp_path / "train" / "quickstart", "train/loss")) == 15
@@ -182,7 +178,7 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_an_error(toy_data, tmp_p
 
 
 def test_a_resumed_training_continues_its_wandb_run(toy_data, tmp_path):
-    words = command(toy_data, tmp_path, "logger=wandb", script="tests/interrupted_training.py")
+    words = command(toy_data, tmp_path, "logger=wandb", script="tests/killed.py")
     words.remove("logger=csv")
     run_command(words, -signal.SIGKILL, KILL_AT="7")
     folder = tmp_path / "train" / "quickstart"
@@ -197,7 +193,7 @@ def test_a_resumed_training_continues_its_wandb_run(toy_data, tmp_path):
 
 def test_a_signal_interrupts_a_validation_which_is_repeated_on_resuming(toy_data, checkpoint, tmp_path):
     """A validation may take longer than the sender of the signal waits."""
-    script = command(toy_data, tmp_path, *SAVED, script="tests/interrupted_training.py")
+    script = command(toy_data, tmp_path, *SAVED, script="tests/killed.py")
     text = run_command(script, 143, TERM_VALIDATING="5")
     folder = tmp_path / "train" / "quickstart"
     assert "saved at step 5" in text
@@ -229,9 +225,7 @@ def test_a_training_resumes_with_lost_or_restored_images(toy_data, tmp_path):
     first, second = (photos.path(i).rename(tmp_path / f"{i}.jpg") for i in (3, 4))
     shutil.copy(second, photos.path(4))
     words = [*SAVED, f"data.root={root}", "data.max_corrupt_fraction=0.1"]
-    run_command(
-        command(toy_data, tmp_path, *words, script="tests/interrupted_training.py"), -signal.SIGKILL, KILL_AT="7"
-    )
+    run_command(command(toy_data, tmp_path, *words, script="tests/killed.py"), -signal.SIGKILL, KILL_AT="7")
     first.rename(photos.path(3))
     photos.path(4).unlink()
     assert "step 6/15" in train(toy_data, tmp_path, *words)

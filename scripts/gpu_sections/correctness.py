@@ -261,7 +261,7 @@ def _start_resume(report: Report, running: Background) -> tuple[list[str], Progr
     settings += ["trainer.deterministic=true", "trainer.num_workers=0"]
     whole, killed = (_training_words(report, name, *settings, data="data_tiny") for name in ("whole", "killed"))
     undisturbed = running.start(["train.py", *whole])
-    return killed, undisturbed, running.start(["tests/interrupted_training.py", *killed], {"KILL_AT": "7"})
+    return killed, undisturbed, running.start(["tests/killed.py", *killed], {"KILL_AT": "7"})
 
 
 def _resume(report: Report, words: list[str], undisturbed: Program, killed: Program) -> None:
