@@ -1,7 +1,7 @@
-"""Compare the package with straightforward implementations, in the same run: python scripts/bench.py rerank [--help]
+"""Compare the package with straightforward implementations in the same run: python scripts/bench.py rerank [--help].
 
-Read the ratios; the seconds are those of this machine at this moment. --json FILE writes the table's numbers too, with
-the machine and the versions.
+Compare the ratios, because the seconds depend on the machine and its load. --json FILE also writes the numbers, the
+machine and the versions to a file.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ FORMAT = "superglobal-benchmark-1"
 
 
 def main() -> int:
-    """Run the module of that name in scripts/benches; exit status 2 for an InputError."""
+    """Run the chosen benchmark of scripts/benches, and return the exit status, which is 2 for an InputError."""
     names = sorted(module.name for module in pkgutil.iter_modules(benches.__path__) if module.name != "common")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
     parser.add_argument("benchmark", choices=names)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="file for the numbers, the machine and the versions")
     arguments, rest = parser.parse_known_args()
     try:
         rows = importlib.import_module(f"benches.{arguments.benchmark}").main(rest)

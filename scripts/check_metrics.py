@@ -1,9 +1,9 @@
-"""Check the metric code end to end: the official example features must give the published ROxford/RParis scores.
+"""Check that the official example descriptors give the published scores on ROxford5k and RParis6k.
 
     python scripts/check_metrics.py FOLDER
 
-FOLDER holds gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat of roxford5k, rparis6k or both. Exit status: 0 all
-equal to within 0.01 percentage points, 1 a difference, 2 something missing.
+FOLDER contains gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat of roxford5k, rparis6k or both. The exit status is 0
+if all scores agree to within 0.01 percentage points, 1 if a score differs, and 2 if files are missing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from superglobal.metrics.evaluate import revisited_map
 from superglobal.metrics.revisited import RetrievalResult
 
 KS = (1, 5, 10)
-# Published with the features (filipradenovic/revisitop, README): mAP and mP@1, 5, 10 in percent.
+# Scores published with the descriptors (filipradenovic/revisitop, README): mAP and mP@1, 5, 10 in percent.
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "roxford5k": {
         "easy": (84.81, 97.06, 92.06, 86.49),
@@ -32,15 +32,15 @@ PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
         "hard": (56.32, 94.29, 90.29, 89.14),
     },
 }
-TOLERANCE = 0.01
+TOLERANCE = 0.01  # percentage points
 
 
 def load_features(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return query and database descriptors, (Q, D) and (N, D) float32, from the official .mat file (D along rows)."""
+    """Load the query descriptors, (Q, D) float32, and the database descriptors, (N, D) float32, of a .mat file."""
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise InputError("reading .mat files needs SciPy: pip install scipy") from error
+        raise InputError("reading .mat files needs the package scipy; install it: pip install scipy") from error
     arrays: dict[str, Any] = loadmat(path, variable_names=["Q", "X"])
     if "Q" not in arrays or "X" not in arrays:
         raise InputError(f"{path}: expected the arrays Q (D, queries) and X (D, images); download the file again")
@@ -61,7 +61,7 @@ def compare(name: str, result: RetrievalResult) -> bool:
 
 
 def missing_message(folder: Path) -> str:
-    """Return where to get the files, for a folder without a complete pair."""
+    """Return the error message for a folder without a complete pair of files."""
     return (
         f"no pair of gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat in {folder.resolve()}; "
         "download them to data/revisited-features: superglobal download revisited-features"
@@ -69,9 +69,9 @@ def missing_message(folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check every data set that has its two files in the folder; return the exit status."""
+    """Check each data set whose two files are in the folder, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the official files are")
+    parser.add_argument("folder", type=Path, help="folder of the official files")
     folder = parser.parse_args(arguments).folder
     pairs = {name: (folder / f"gnd_{name}.pkl", folder / f"{name}_resnet_rsfm120k_gem.mat") for name in PUBLISHED}
     present = {name: pair for name, pair in pairs.items() if all(path.is_file() for path in pair)}
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(missing_message(folder), file=sys.stderr)
         return 2
     for name in pairs.keys() - present.keys():
-        print(f"{name}: not checked, its files are not in {folder}")
+        print(f"{name}: not checked, because its files are not in {folder}")
     try:
         agree = [
             compare(name, revisited_map(*load_features(features), load_ground_truth(truth)))

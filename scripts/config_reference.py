@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference" / "configuration.md"
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page and print its path."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     register()
     write_atomically(PAGE, reference_page(ENTRIES).encode())

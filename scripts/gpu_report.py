@@ -1,8 +1,8 @@
-"""Prove the GPU path and measure it: python scripts/gpu_report.py [--minutes 8] [--out FOLDER]
+"""Check the package on a GPU and measure its speed: python scripts/gpu_report.py [--minutes 8] [--out FOLDER].
 
-Runs on one GPU without network or data. Each section runs in a process of its own; an exception becomes a row. Writes
-report.json, report.md and one log per section. `--device cpu` runs every section on a CPU at a reduced size, in one to
-four minutes.
+The script needs one GPU, but no network and no data. Each section runs in its own process, and an exception becomes a
+row of the report. It writes report.json, report.md and one log per section. `--device cpu` runs every section on a CPU
+at a reduced size in one to four minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-# Asking for a GPU must not initialize CUDA in this process: the sections' processes are forked from it.
+# Checking for a GPU must not initialize CUDA in this process, because the processes of the sections are forked from it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from gpu_sections.common import Report, Row, format_row
@@ -35,19 +35,23 @@ from superglobal.utils.provenance import git_state, versions
 
 FORMAT = "superglobal-gpu-report-1"
 STATUSES = ("passed", "measured", "failed", "timeout", "skipped", "interrupted")
-# In the order of their value, with the share of the time that each may take.
+# The most important section comes first. Each number is the fraction of the total time that the section may take.
 SECTIONS = {"correctness": 0.3, "extraction": 0.26, "training": 0.22, "search": 0.15, "processes": 0.07}
 
 
 def main() -> int:
-    """Run the chosen sections; exit status 1 if a row failed."""
+    """Run the chosen sections, write the report, and return the exit status, which is 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8, help="for everything; 15 allow compiling (default: 8)")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="time limit of the report; 15 minutes include compilation (default: 8)"
+    )
     parser.add_argument("--out", type=Path, help="folder of the report (default: outputs/gpu_report/<date>)")
-    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
-    sizes = "small repeats less than full, tiny is for a CPU"
-    parser.add_argument("--size", choices=("full", "small", "tiny"), help=f"{sizes} (default: full, on a CPU tiny)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to run (default: all)"
+    )
+    sizes = "small has fewer repetitions than full, tiny is for a CPU"
+    parser.add_argument("--size", choices=("full", "small", "tiny"), help=f"{sizes} (default: full, or tiny on a CPU)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device to check (default: cuda)")
     args = parser.parse_args()
     card = _card() if args.device == "cuda" else {}
     args.out = args.out or Path(f"outputs/gpu_report/{time.strftime('%Y-%m-%d_%H-%M-%S')}")
@@ -55,7 +59,7 @@ def main() -> int:
     if problem := _problem(args, card):
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    # An interrupt ends the section in progress; what was measured is reported.
+    # After an interrupt the current section ends, and the report contains the rows measured so far.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)
     lines, work = args.out / "rows.jsonl", Path(tempfile.mkdtemp(prefix="gpu_report_"))
@@ -64,13 +68,13 @@ def main() -> int:
     seconds: dict[str, float] = {}
     interrupted = False
     for number, name in enumerate(args.sections):
-        rest = sum(SECTIONS[other] for other in args.sections[number:])
+        remaining = sum(SECTIONS[section] for section in args.sections[number:])
         began = time.monotonic()
-        deadline = began + (end - began) * SECTIONS[name] / rest
+        deadline = began + (end - began) * SECTIONS[name] / remaining
         report = Report(name, lines.resolve(), args.device, args.size, deadline, work)
         interrupted = not _run_section(report, args.out / f"{name}.log")
         seconds[name] = time.monotonic() - began
-        print(f"{name}: {seconds[name]:.0f} s, {time.monotonic() - start:.0f} s in all", flush=True)
+        print(f"{name}: {seconds[name]:.0f} s, {time.monotonic() - start:.0f} s in total", flush=True)
         if interrupted:
             break
     shutil.rmtree(work, ignore_errors=True)
@@ -97,20 +101,20 @@ def main() -> int:
 
 
 def _problem(args: argparse.Namespace, card: dict[str, Any]) -> str | None:
-    """Return what is wrong with the arguments."""
+    """Return an error message if the arguments are invalid."""
     if args.device == "cuda" and not card:
         return "nvidia-smi finds no GPU; use --device cpu to try the script"
     if not 0 < args.minutes < 1e6:
-        return f"--minutes {args.minutes}: expected a positive number"
+        return f"--minutes={args.minutes}: expected a positive number"
     if len(set(args.sections)) < len(args.sections):
-        return f"--sections {' '.join(args.sections)}: name each section once"
+        return f"--sections {' '.join(args.sections)}: expected each section at most once"
     if args.out.exists() and (not args.out.is_dir() or (args.out / "report.json").exists()):
-        return f"--out {args.out}: expected a folder without a report"
+        return f"--out={args.out}: expected a folder without a report; choose another folder"
     return None
 
 
 def _card() -> dict[str, Any]:
-    """Return name, driver and memory of the first GPU without initializing CUDA, which a fork would not survive."""
+    """Return the name, driver and memory of the first GPU, without initializing CUDA, which does not support forks."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
     try:
         text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -121,10 +125,10 @@ def _card() -> dict[str, Any]:
 
 
 def _run_section(report: Report, log: Path) -> bool:
-    """Run a section in a forked process, which has everything imported already, and end it at its deadline.
+    """Run a section in a forked process, which need not import the packages again, and end it at its deadline.
 
     Returns:
-        Whether the report goes on: False after an interrupt.
+        False after an interrupt, else True.
     """
     process = multiprocessing.get_context("fork").Process(target=_section, args=(report, log))
     process.start()
@@ -132,13 +136,13 @@ def _run_section(report: Report, log: Path) -> bool:
     try:
         process.join(max(1.0, report.left()) + 5)
         if process.is_alive():
-            status, note = "timeout", "the time of the section was over"
+            status, note = "timeout", "the section reached its time limit"
         elif process.exitcode:
-            note = f"the process ended with {process.exitcode}; see {log}"
+            note = f"the process ended with exit status {process.exitcode}; see {log}"
     except KeyboardInterrupt:
         status, note = "interrupted", "the report was interrupted"
     if process.is_alive():
-        with suppress(ProcessLookupError):  # it may end by itself at this moment
+        with suppress(ProcessLookupError):  # The process may end by itself at this moment.
             os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
     if note:
@@ -147,7 +151,7 @@ def _run_section(report: Report, log: Path) -> bool:
 
 
 def _section(report: Report, log: Path) -> None:
-    """Run one section, its output in a log file as well as on the console."""
+    """Run one section, and write its output to a log file and to the console."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     tee = subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE)
@@ -167,22 +171,22 @@ def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
     ]
     text += [
         "",
-        "`passed` and `failed` are checks of the condition in the last column; `measured` rows are figures. `skipped` "
-        "rows say why; `timeout` rows were running when the time of their section was over. `ratio` is the result "
-        "over that of the baseline: more is faster for rates, less is faster for times.",
+        "`passed` and `failed` rows are checks of the condition in the last column. `measured` rows are measurements. "
+        "The note of a `skipped` row is the reason. A `timeout` row was running when its section reached its time "
+        "limit. `ratio` is the result divided by that of the baseline: larger rates and smaller times are faster.",
     ]
     for section in dict.fromkeys(row.section for row in rows):
         text += [
             "",
             f"### {section.capitalize()}",
             "",
-            "| what | status | result | ratio | note |",
+            "| measurement | status | result | ratio | note |",
             "|---|---|---|---|---|",
         ]
         text += [_line(row) for row in rows if row.section == section]
     plan = [row for row in rows if row.predicted]
     if plan:
-        text += ["", "### Plan", "", "What changes were expected to bring before they were measured.", ""]
+        text += ["", "### Plan", "", "Gains that were predicted before the measurement, and measured gains.", ""]
         text += ["| change | predicted | measured |", "|---|---|---|"]
         text += [f"| {row.name} | {row.predicted} | {_result(row)} {_ratio(row)} |" for row in plan]
     return "\n".join(text) + "\n"

@@ -1,7 +1,7 @@
-"""Run superglobal from end to end on rendered landmarks: python scripts/quickstart.py (what `make demo` runs).
+"""Train and evaluate a small network on rendered landmarks: python scripts/quickstart.py, or `make demo`.
 
-Renders the toy set, trains a small network on it, and evaluates it with and without every module, beside the untrained
-network. Results of an earlier run are reused.
+The script renders the toy data set, trains a small network on it, and evaluates the network with and without each
+module, and the untrained network for comparison. Results of an earlier run are reused.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> int:
-    """Run the stages one after the other and print their seconds; stop at the first that fails."""
+    """Run the stages one after the other, print the time of each, and stop if a stage fails."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", default="small", help="of the toy set: tiny, small or large")
-    parser.add_argument("--seed", default="0", help="of the toy set: other seeds give other landmarks")
-    parser.add_argument("--name", default="quickstart", help="of the training")
-    parser.add_argument("--data", type=Path, default=Path("data"))
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"))
-    parser.add_argument("overrides", nargs="*", help="settings of train.py, e.g. optim.epochs=5 (with a --name)")
+    parser.add_argument("--size", default="small", help="size of the toy data set: tiny, small or large")
+    parser.add_argument("--seed", default="0", help="seed of the toy data set; each seed gives different landmarks")
+    parser.add_argument("--name", default="quickstart", help="name of the training run")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of the results")
+    parser.add_argument(
+        "overrides", nargs="*", help="settings of train.py, e.g. optim.epochs=5; give such a run its own --name"
+    )
     args = parser.parse_args()
     folder = args.outputs / "eval" / "demo" / args.name
     stages = _stages(args, folder)
@@ -37,19 +39,19 @@ def main() -> int:
             return status
         print(f"[{number}/{len(stages)}] {title}: {time.monotonic() - began:.0f} s", flush=True)
     sheets = sorted((ROOT / folder).glob("trained/*ablation=rerank*/sheet.png"), key=lambda path: path.stat().st_mtime)
-    print(f"\nall in {time.monotonic() - start:.0f} s\ntable:   {folder / 'table.md'}\npicture: {sheets[-1]}")
+    print(f"\ntotal time: {time.monotonic() - start:.0f} s\ntable:  {folder / 'table.md'}\nfigure: {sheets[-1]}")
     return 0
 
 
 def _stages(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    places = [f"paths.data={args.data}", f"paths.outputs={args.outputs}"]
+    paths = [f"paths.data={args.data}", f"paths.outputs={args.outputs}"]
     toy = ["--size", args.size, "--seed", args.seed, "--out", str(args.data / "toy")]
-    evaluate = ["dataset=toy", "logger=csv", "trainer.num_workers=0", *places]
+    evaluate = ["dataset=toy", "logger=csv", "trainer.num_workers=0", *paths]
     untrained = ["ablation=gem", "backbone=test_resnet", "weights=random", f"hydra.run.dir={folder}/untrained"]
     trained = ["ablation=glob(*)", f"name={args.name}", f"hydra.sweep.dir={folder}/trained"]
     return {
         "render landmarks": ["-m", "superglobal", "toy-data", *toy],
-        "train": ["train.py", "experiment=quickstart", f"name={args.name}", *places, *args.overrides],
+        "train": ["train.py", "experiment=quickstart", f"name={args.name}", *paths, *args.overrides],
         "evaluate the untrained network": ["eval.py", *evaluate, *untrained],
         "evaluate module by module": ["eval.py", "-m", *evaluate, *trained],
         "one table": ["-m", "superglobal", "report", str(folder)],

@@ -1,4 +1,4 @@
-"""Short trainings on random images, as the benchmarks and the GPU report measure them."""
+"""Run short trainings on random images, for the benchmarks and the GPU report."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class RandomImages(Dataset):
     """Random images in memory.
 
     Args:
-        count: number of images; 64 of them differ.
-        side: pixels.
-        classes: number of labels.
+        count: number of images, which repeat 64 different ones.
+        side: height and width of the images in pixels.
+        classes: number of classes.
     """
 
     def __init__(self, count: int, side: int, classes: int) -> None:
@@ -44,7 +44,7 @@ class RandomImages(Dataset):
 
 
 class StepTimes(pl.Callback):
-    """Record the time at which each step begins, in seconds."""
+    """Callback that records the time at which each step begins, in seconds."""
 
     def __init__(self) -> None:
         self.begins: list[float] = []
@@ -56,11 +56,16 @@ class StepTimes(pl.Callback):
 def make_network_and_head(
     backbone: str, dim: int, classes: int, head: str = "arcface", scale: float = 16, margin: float = 0.1, **options: Any
 ) -> tuple[Any, Any]:
-    """Return an untrained network and its margin head, with the same weights at every call.
+    """Return an untrained network and its margin head, with the same weights in every call.
 
     Args:
-        backbone, dim, options: of `load_model`.
-        classes, head, scale, margin: of `make_head`.
+        backbone: see `load_model`.
+        dim: number of dimensions of the descriptors.
+        classes: number of classes.
+        head: kind of head, see `make_head`.
+        scale: scale of the logits.
+        margin: margin of the head.
+        **options: further arguments of `load_model`.
     """
     torch.manual_seed(0)
     network = load_model("random", backbone=backbone, scales=1, dim=dim, trainable=True, **options)
@@ -76,7 +81,7 @@ def fit(
     callbacks: Sequence[pl.Callback],
     loggers: Sequence[Logger] = (),
 ) -> tuple[TrainingModule, TrainingDataModule]:
-    """Train through the Trainer for one pass over the images; return the modules of the network and of the data."""
+    """Train for one epoch with the Trainer, and return the training module and the data module."""
     data = TrainingDataModule(images, optim.batch_size, 1, config.num_workers, 0)  # type: ignore[arg-type]
     steps = len(images) // optim.batch_size
     module = TrainingModule(network, head, optim, steps, np.arange(images.classes), config)

@@ -22,10 +22,10 @@ SECTIONS = ["correctness", "extraction", "training", "search", "processes"]
 # Rows that are skipped on a CPU.
 ON_A_GPU = {
     "out-of-memory halving",
-    "where the time goes",
+    "time per operation",
     "GPU decoder",
-    "framework, compiled",
-    "variants of the bare loop",
+    "Trainer, compiled",
+    "variants of the plain loop",
 }
 
 

@@ -45,7 +45,7 @@ def test_the_quickstart_writes_a_table_and_a_figure_and_reuses_results(tmp_path)
     assert trained["gem"]["gain"] == "+0.00"
     low, high = (float(v) for v in trained["rerank"]["95 % gain"].split(" to "))
     assert low <= float(trained["rerank"]["gain"]) <= high
-    sheet = Path(re.search(r"picture: (.+)", text)[1])
+    sheet = Path(re.search(r"figure: (.+)", text)[1])
     assert np.asarray(Image.open(sheet)).std() > 20
 
     again = demo(tmp_path / "data", tmp_path)

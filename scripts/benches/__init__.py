@@ -1,1 +1,1 @@
-"""The benchmarks behind scripts/bench.py, one module each with `main(argv)`."""
+"""Benchmarks of scripts/bench.py. Each module has a function `main(argv)`."""

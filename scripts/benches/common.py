@@ -1,4 +1,4 @@
-"""Measure each variant in its own process, so that its peak memory does not contain that of the others."""
+"""Measure each variant of a benchmark in its own process, so that the peak memory is that of one variant."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 Measured = dict[str, Any]
-"""A row of a benchmark's table, as plain types."""
+"""A row of the table of a benchmark, in JSON types."""
 
 
 def _status(key: str) -> float:
-    """Return a line of /proc/self/status in MB, e.g. VmRSS; on other systems than Linux the peak so far."""
+    """Return a value of /proc/self/status in MB, e.g. VmRSS. Without /proc, return the peak of the process so far."""
     try:
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
@@ -24,7 +24,7 @@ def _status(key: str) -> float:
 
 
 def _measure(make: Callable[[], Callable[[], Any]], repeats: int, answers: Any) -> None:
-    """Build inputs and run `repeats` times in a child process; send (median seconds, MB above the inputs, result)."""
+    """Build the inputs, run `repeats` times, and send (median seconds, MB in addition to the inputs, last result)."""
     run = make()
     before = _status("VmRSS")
     seconds = []
@@ -47,6 +47,8 @@ def measured(make: Callable[[], Callable[[], Any]], repeats: int) -> tuple[float
             break
         except queue.Empty:
             if not process.is_alive():
-                raise RuntimeError(f"the benchmark process ended with {process.exitcode}; out of memory?") from None
+                raise RuntimeError(
+                    f"the benchmark process ended with exit status {process.exitcode}, possibly out of memory"
+                ) from None
     process.join()
     return answer

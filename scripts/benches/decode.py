@@ -1,4 +1,4 @@
-"""Measure decoding and augmentation of training images, in images per second on one core."""
+"""Measure the decoding and augmentation of training images, in images per second on one core."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from superglobal.data.images import decode_image, image_size
 from superglobal.data.train_dataset import Augment
 
 SIZES, SIDES = ((800, 600), (1600, 1200)), (256, 512)
-CROP, JITTER = 0.3, 0.2  # conf/data
+CROP, JITTER = 0.3, 0.2  # defaults in conf/data
 
 
 def synthetic(width: int, height: int, count: int) -> list[bytes]:
-    """Return JPEG files of quality 90 with shapes of all sizes and a little noise, about as large as images."""
+    """Return JPEG files of quality 90 with patterns of all sizes and some noise, about as large as those of photos."""
     rng, files = np.random.default_rng(0), []
     for _ in range(count):
         pixels = rng.normal(0, 4, (height, width, 3))
@@ -45,17 +45,17 @@ def _seconds(run: Callable[[bytes], object], images: list[bytes]) -> float:
 
 
 def _compare(title: str, images: list[bytes], rounds: int) -> list[Measured]:
-    variants: dict[str, Callable[[bytes], object]] = {"decoded in full, nothing else": decode_image}
+    variants: dict[str, Callable[[bytes], object]] = {"decoded at full size only": decode_image}
     for side in SIDES:
         for reduced in (False, True):
             augment = Augment(CROP, True, JITTER, reduced=reduced)
-            name = f"augmented to {side} px, decoded {'reduced' if reduced else 'in full'}"
+            name = f"augmented to {side} px, decoded at {'reduced' if reduced else 'full'} size"
             variants[name] = lambda data, augment=augment, side=side: augment(data, side)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
             seconds[name].append(_seconds(run, images))
-    floor = statistics.median(seconds["decoded in full, nothing else"])
+    floor = statistics.median(seconds["decoded at full size only"])
     print(f"{title}: {len(images)} images of {sum(map(len, images)) / len(images) / 1e3:.0f} KB on average")
     rows: list[Measured] = []
     for name, values in seconds.items():
@@ -66,11 +66,15 @@ def _compare(title: str, images: list[bytes], rounds: int) -> list[Measured]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare decoding and augmentation with decoding alone, in turns."""
+    """Compare decoding and augmentation with decoding alone. The variants alternate."""
     parser = argparse.ArgumentParser("bench.py decode", description=__doc__)
-    parser.add_argument("--images", type=Path, help="folder of JPEGs; generated ones of two sizes by default")
-    parser.add_argument("--count", type=int, default=24, help="images per size")
-    parser.add_argument("--rounds", type=int, default=5, help="of all variants in turn; the median is shown")
+    parser.add_argument(
+        "--images", type=Path, help="folder of JPEG files; by default images of two sizes are generated"
+    )
+    parser.add_argument("--count", type=int, default=24, help="number of images per size")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="number of measurements of each variant; the median is printed"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
@@ -78,5 +82,5 @@ def main(argv: list[str]) -> list[Measured]:
         images = [path.read_bytes() for path in sorted(args.images.rglob("*.jpg"))[: args.count]]
         pixels = statistics.median(np.prod(image_size(image)) for image in images)
         return _compare(f"{args.images}, {pixels / 1e6:.1f} megapixels (median)", images, args.rounds)
-    found = (_compare(f"{w} x {h}", synthetic(w, h, args.count), args.rounds) for w, h in SIZES)
-    return [row for rows in found for row in rows]
+    tables = (_compare(f"{w} x {h}", synthetic(w, h, args.count), args.rounds) for w, h in SIZES)
+    return [row for rows in tables for row in rows]

@@ -1,8 +1,9 @@
-"""Compare extraction with the plain network, one image at a time, and with its convolutions alone.
+"""Compare extraction with the unoptimized network on single images, and with the time of its convolutions.
 
-Plain is timm's network as it comes: eager, unfolded batch norms, NCHW, inference mode, the same scales and pooling. The
-floor is the sum of the convolutions' own time, each called alone with the batch's shapes in its faster layout, batch
-norm folded in. All run in turns in one process with the same threads; medians. Decoding is left out.
+The unoptimized network is timm's network with the same scales and pooling, in eager and inference mode, in NCHW and
+with separate batch normalization. The lower bound is the sum of the times of all convolutions: each one runs alone on
+the shapes of the batch, with folded batch normalization and in the faster of two layouts. All variants alternate in one
+process with the same number of threads, and medians are printed. Decoding is not included.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ Call = tuple[nn.Conv2d, Tensor]
 
 
 def _calls(network: RetrievalNetwork, images: Tensor) -> list[Call]:
-    """Return every convolution with its input, for one image at all scales."""
+    """Return each convolution with its input for one image at all scales."""
     calls: list[Call] = []
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, nn.Conv2d)
         calls.append((module, inputs[0]))
 
-    hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [m.register_forward_pre_hook(record) for m in network.modules() if isinstance(m, nn.Conv2d)]
     network(images)
     for hook in hooks:
         hook.remove()
@@ -41,7 +42,7 @@ def _calls(network: RetrievalNetwork, images: Tensor) -> list[Call]:
 
 
 def _floor(calls: list[Call], batch: int, sync: Callable[[], None]) -> Callable[[], float]:
-    """Return a function that measures the seconds of all convolutions, each in its faster layout."""
+    """Return a function that measures the total seconds of all convolutions, each in its faster layout."""
     layouts: list[Any] = [torch.contiguous_format, torch.channels_last]
 
     def run() -> float:
@@ -64,15 +65,19 @@ def _floor(calls: list[Call], batch: int, sync: Callable[[], None]) -> Callable[
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Measure extraction, the plain network and the convolutions in turns, with the cosine of each precision."""
+    """Measure extraction, the unoptimized network and the convolutions, and the cosine of each precision."""
     parser = argparse.ArgumentParser("bench.py extract", description=__doc__)
-    parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--height", type=int, default=768)
-    parser.add_argument("--scales", type=int, default=3)
-    parser.add_argument("--batch", type=int, help="images at once; 1 on a CPU, 16 on a GPU by default")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precisions", nargs="+", default=["float32"], choices=list(PRECISIONS))
+    parser.add_argument("--backbone", default="resnet50", help="name of the backbone in timm")
+    parser.add_argument("--width", type=int, default=1024, help="width of the images in pixels")
+    parser.add_argument("--height", type=int, default=768, help="height of the images in pixels")
+    parser.add_argument("--scales", type=int, default=3, help="number of scales")
+    parser.add_argument("--batch", type=int, help="number of images per batch; by default 1 on a CPU and 16 on a GPU")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="number of measurements of each variant; the median is printed"
+    )
+    parser.add_argument(
+        "--precisions", nargs="+", default=["float32"], choices=list(PRECISIONS), help="precisions to measure"
+    )
     args = parser.parse_args(argv)
     cuda = torch.cuda.is_available()
     device, sync = ("cuda", torch.cuda.synchronize) if cuda else ("cpu", lambda: None)
@@ -93,10 +98,12 @@ def main(argv: list[str]) -> list[Measured]:
         def one_by_one() -> Tensor:
             return torch.cat([plain(images[i : i + 1]) for i in range(batch)])
 
-        runs: dict[str, Callable[[], Tensor]] = {"plain, one at a time": one_by_one}
-        runs |= {f"ours, {name}": lambda net=net: forward_variants([net], images)[0] for name, net in fast.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in (*runs, "floor")}
-        found = {name: run() for name, run in runs.items()}
+        runs: dict[str, Callable[[], Tensor]] = {"unoptimized, one image": one_by_one}
+        runs |= {
+            f"superglobal, {name}": lambda net=net: forward_variants([net], images)[0] for name, net in fast.items()
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in (*runs, "lower bound")}
+        descriptors = {name: run() for name, run in runs.items()}
         for _ in range(args.rounds):
             for name, run in runs.items():
                 sync()
@@ -104,17 +111,18 @@ def main(argv: list[str]) -> list[Measured]:
                 run()
                 sync()
                 seconds[name].append(time.perf_counter() - start)
-            seconds["floor"].append(floor())
+            seconds["lower bound"].append(floor())
     print(f"{args.backbone}, {args.width} x {args.height} px, {args.scales} scales, batch {batch}, {device}")
-    base, least = (statistics.median(seconds[name]) for name in ("plain, one at a time", "floor"))
+    base, bound = (statistics.median(seconds[name]) for name in ("unoptimized, one image", "lower bound"))
     rows: list[Measured] = []
     for name, values in seconds.items():
         own = statistics.median(values)
-        text = f"  {name:24}{batch / own:8.3f} images/s{base / own:7.2f} x plain{least / own:7.2f} of the floor"
-        row: Measured = {"variant": name, "images_per_second": batch / own, "ratio": base / own, "floor": least / own}
-        if name in found:
-            row["least_cosine"] = float((found[name] * found["plain, one at a time"]).sum(1).min())
-            text += f"  least cosine {row['least_cosine']:.6f}"
+        text = f"  {name:24}{batch / own:8.3f} images/s{base / own:7.2f} x unoptimized{bound / own:7.2f} of the bound"
+        row: Measured = {"variant": name, "images_per_second": batch / own, "ratio": base / own, "floor": bound / own}
+        if name in descriptors:
+            cosines = (descriptors[name] * descriptors["unoptimized, one image"]).sum(1)
+            row["least_cosine"] = float(cosines.min())
+            text += f"  smallest cosine {row['least_cosine']:.6f}"
         print(text)
         rows.append(row)
     return rows

@@ -1,7 +1,7 @@
-"""Compare a training step of every head with a linear softmax classifier of the same size, in the same run.
+"""Compare a training step of each head with a linear softmax classifier of the same size in the same run.
 
-On the CPU the time is the processor's (of all threads), which other load on the machine hardly changes; on a GPU it is
-the clock's.
+On a CPU the processor time of all threads is measured, because it hardly depends on the load of the machine. On a GPU
+the elapsed time is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benches.common import Measured, measured
 from superglobal.models.heads import make_head
 
 BATCH, DIM = 64, 2048
-CLASSES = (81_313, 203_094)  # GLDv2-clean, GLDv2
+CLASSES = (81_313, 203_094)  # numbers of classes of GLDv2-clean and GLDv2
 HEADS = [
     ("arcface", 1, 1.0),
     ("cosface", 1, 1.0),
@@ -31,11 +31,11 @@ HEADS = [
     ("curricularface", 1, 0.1),
     ("arcface", 3, 1.0),
     ("arcface", 3, 0.1),
-]  # kind, centres, negatives
+]  # kind, number of centers per class, fraction of the negative classes
 
 
 class Linear(nn.Module):
-    """Compute the baseline: (B, D) and labels (B,) -> cross entropy of inner products, without norms or margin."""
+    """Linear classifier with the cross entropy of inner products, without normalization or margin."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -46,7 +46,10 @@ class Linear(nn.Module):
 
 
 def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Callable[[], tuple[float, float]]:
-    """Run forward and backward in float32; return (lowest processor seconds, MB of the GPU above the inputs)."""
+    """Return a function that runs a forward and a backward pass in float32.
+
+    Its result is (smallest processor seconds of all calls, MB of GPU memory in addition to the inputs).
+    """
     torch.manual_seed(0)
     with torch.device(device):
         x = torch.randn(BATCH, DIM, requires_grad=True)
@@ -73,26 +76,26 @@ def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Cal
         return min(spent), (torch.cuda.max_memory_allocated() - before) / 2**20
 
     if device == "cuda":
-        run()  # libraries load their kernels at the first call
+        run()  # CUDA libraries load their kernels in the first call.
     return run
 
 
 def _measured(make: Callable[[], Callable[[], Any]], repeats: int, device: str) -> tuple[float, float]:
-    """Return (seconds, MB above weights and batch)."""
+    """Return (seconds, MB in addition to the weights and the batch)."""
     clock, of_process, (processor, of_gpu) = measured(make, repeats)
     return (clock, of_gpu) if device == "cuda" else (processor, of_process)
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Measure time and memory of a training step of every head, at the two sizes of GLDv2."""
+    """Measure the time and memory of a training step of each head, for the numbers of classes of GLDv2."""
     parser = argparse.ArgumentParser("bench.py heads", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="steps of each")
-    parser.add_argument("--memory-limit-gb", type=float, default=12, help="larger heads are not run")
-    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES)
+    parser.add_argument("--repeats", type=int, default=3, help="number of steps of each head")
+    parser.add_argument("--memory-limit-gb", type=float, default=12, help="skip heads that need more memory, in GB")
+    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES, help="numbers of classes")
     arguments = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"batch {BATCH}, D={DIM}, float32, forward and backward; {device}, {torch.get_num_threads()} threads\n")
-    print("| classes | head | centres | negatives | time | ratio | memory above weights and batch | ratio |")
+    print("| classes | head | centers | negatives | time | ratio | memory besides weights and batch | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     rows: list[Measured] = []
     for classes in arguments.classes:
@@ -102,18 +105,20 @@ def main(argv: list[str]) -> list[Measured]:
             kind, centers, negatives = head
             size = classes * centers * DIM * 4 / 1e9
             if 2 * size > arguments.memory_limit_gb:
-                need = f"{classes:,} x {centers} x {DIM} x 4 bytes = {size:.1f} GB of weights, as much of gradient"
-                print(f"| {classes:,} | {kind} | {centers} | {negatives:g} | not run: {need} | | | |")
+                need = (
+                    f"{classes:,} x {centers} x {DIM} x 4 bytes = {size:.1f} GB for weights, and the same for gradients"
+                )
+                print(f"| {classes:,} | {kind} | {centers} | {negatives:g} | skipped: {need} | | | |")
                 continue
-            found = _measured(partial(_step, classes, device, head), arguments.repeats, device)
-            rows.append(_row(classes, kind, centers, negatives, found, base))
+            result = _measured(partial(_step, classes, device, head), arguments.repeats, device)
+            rows.append(_row(classes, kind, centers, negatives, result, base))
     return rows
 
 
 def _row(
-    classes: int, name: str, centers: int, negatives: float, found: tuple[float, float], base: tuple[float, float]
+    classes: int, name: str, centers: int, negatives: float, result: tuple[float, float], base: tuple[float, float]
 ) -> Measured:
-    (seconds, megabytes), (base_seconds, base_megabytes) = found, base
+    (seconds, megabytes), (base_seconds, base_megabytes) = result, base
     print(
         f"| {classes:,} | {name} | {centers} | {negatives:g} | {seconds:.3f} s | {seconds / base_seconds:.2f} x "
         f"| {megabytes:.0f} MB | {megabytes / base_megabytes:.2f} x |",

@@ -1,4 +1,4 @@
-"""Measure loading generated lists of the size of GLDv2, and the memory that they cost each worker."""
+"""Measure the time to load generated lists of the size of GLDv2, and the memory that each worker needs for them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from benches.common import Measured, measured
 from superglobal.data.gldv2 import TrainList, read_train
 from superglobal.data.samplers import EpochBatches
 
-LISTS = {"train.csv": (4_132_914, 203_094), "train_clean.csv": (1_580_470, 81_313)}  # images, landmarks
+LISTS = {"train.csv": (4_132_914, 203_094), "train_clean.csv": (1_580_470, 81_313)}  # numbers of images and landmarks
 URL = "http://upload.wikimedia.org/wikipedia/commons/{:x}/Some_church_of_a_town,_seen_from_the_river.jpg"
 
 
 def write_list(root: Path, table: str, images: int, landmarks: int) -> None:
-    """Write random ids with landmarks of all sizes, one of more than ten thousand images."""
+    """Write a list of random ids with landmarks of all sizes. The largest has more than ten thousand images."""
     rng = np.random.default_rng(0)
     share = 1 / (np.arange(landmarks) + 20) ** 0.8
     of = np.concatenate([np.arange(landmarks), rng.choice(landmarks, images - landmarks, p=share / share.sum())])
@@ -40,7 +40,7 @@ def write_list(root: Path, table: str, images: int, landmarks: int) -> None:
 
 
 def straightforward_read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return (N,) S16 ids and (N,) int64 landmarks, sorted, read by the csv module into Python lists."""
+    """Read a list with the csv module into Python lists, and return sorted ids, (N,) S16, and landmarks, (N,) int64."""
     csv.field_size_limit(2**31 - 1)
     with path.open(newline="") as file:
         pairs = []
@@ -51,7 +51,7 @@ def straightforward_read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array([name for _, name in pairs], "S16"), np.array([landmark for landmark, _ in pairs])
 
 
-def _ours(root: Path, table: str) -> Callable[[], Any]:
+def _superglobal(root: Path, table: str) -> Callable[[], Any]:
     return lambda: len(read_train(root, table, min_images=1))
 
 
@@ -60,7 +60,7 @@ def _baseline(root: Path, table: str) -> Callable[[], Any]:
 
 
 def _private() -> float:
-    """Return the MB that are private to this process."""
+    """Return the memory that is private to this process in MB."""
     with open("/proc/self/smaps_rollup") as lines:
         return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
@@ -73,7 +73,10 @@ def _work(images: TrainList | None, answers: Any) -> None:
 
 
 def _workers(root: Path, table: str) -> Callable[[], Any]:
-    """Return the MB of a worker that has read a seventh of the list, above those of one without a list."""
+    """Return a function that measures the memory of a worker that reads one seventh of the list.
+
+    Its result is the difference in MB to a worker without a list, for each start method.
+    """
 
     def run() -> dict[str, float]:
         images, added = read_train(root, table, min_images=1), {}
@@ -92,10 +95,12 @@ def _workers(root: Path, table: str) -> Callable[[], Any]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare read_train with the csv module; measure the memory of workers and the first order of an epoch."""
+    """Compare read_train with the csv module, and measure the memory of workers and the time to order an epoch."""
     parser = argparse.ArgumentParser("bench.py lists", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="runs of read_train; the median is shown")
-    parser.add_argument("--share", type=float, default=1.0, help="of GLDv2's size, for a quick try")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs of read_train; the median is printed")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="size of the lists as a fraction of GLDv2, for a quick test"
+    )
     args = parser.parse_args(argv)
     rows: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -104,17 +109,20 @@ def main(argv: list[str]) -> list[Measured]:
             images, landmarks = int(images * args.share), int(landmarks * args.share)
             write_list(root, table, images, landmarks)
             print(f"{table}: {images} images of {landmarks} landmarks, {(root / table).stat().st_size / 1e6:.0f} MB")
-            own, own_megabytes, count = measured(partial(_ours, root, table), args.repeats)
+            own, own_megabytes, count = measured(partial(_superglobal, root, table), args.repeats)
             assert count == images
-            print(f"  {'read_train':32}{own:8.2f} s{1:8.1f} x{own_megabytes:8.0f} MB above the imports")
+            print(f"  {'read_train':32}{own:8.2f} s{1:8.1f} x{own_megabytes:8.0f} MB besides the imports")
             seconds, megabytes, _ = measured(partial(_baseline, root, table), 1)
             print(f"  {'csv module, Python lists':32}{seconds:8.2f} s{seconds / own:8.1f} x{megabytes:8.0f} MB")
             _, _, added = measured(partial(_workers, root, table), 1)
-            print("  a worker adds: " + ", ".join(f"{value:.0f} MB ({name})" for name, value in added.items()))
+            print(
+                "  additional memory of a worker: "
+                + ", ".join(f"{value:.0f} MB ({name})" for name, value in added.items())
+            )
             start = time.perf_counter()
             next(iter(EpochBatches(images, 256, 0)))
             drawn = time.perf_counter() - start
-            print(f"  first draw of an epoch's order: {drawn:.2f} s")
+            print(f"  time to the first batch of an epoch: {drawn:.2f} s")
             row = {"list": table, "images": images, "landmarks": landmarks, "seconds": own, "megabytes": own_megabytes}
             row |= {"baseline_seconds": seconds, "baseline_megabytes": megabytes, "ratio": seconds / own}
             rows.append(row | {"worker_megabytes": added, "first_draw_seconds": drawn})

@@ -1,4 +1,4 @@
-"""Compare reranking with straightforward forms of it, and with the Gram product of the shortlists alone."""
+"""Compare reranking with straightforward implementations, and with the Gram product of the candidates alone."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ import torch
 
 from benches.common import Measured, measured
 
-N_QUERIES, N_ROWS, DIM, DEPTH, K, BETA = 70, 4993, 2048, 400, 9, 0.15  # ROxford5k under the paper's settings
+N_QUERIES, N_ROWS, DIM, DEPTH, K, BETA = 70, 4993, 2048, 400, 9, 0.15  # size of ROxford5k and settings of the paper
 
 
 def clustered(n_queries: int = N_QUERIES, n_rows: int = N_ROWS, dim: int = DIM) -> tuple[np.ndarray, np.ndarray]:
     """Return unit vectors around a few hundred centers: queries (Q, D) and database (N, D), float32."""
     rng = np.random.default_rng(0)
-    centres = rng.standard_normal((300, dim), dtype=np.float32)
-    x = centres[rng.integers(300, size=n_queries + n_rows)]
+    centers = rng.standard_normal((300, dim), dtype=np.float32)
+    x = centers[rng.integers(300, size=n_queries + n_rows)]
     x += rng.standard_normal(x.shape, dtype=np.float32)
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     return x[:n_queries], x[n_queries:]
 
 
 def straightforward_rerank(Q: np.ndarray, X: np.ndarray, ids: np.ndarray, chunk: int | None = None) -> np.ndarray:
-    """Rerank as the formula is written, with every refined descriptor computed from its (K+1, D) neighbors.
+    """Rerank with a direct implementation of the formula, which gathers the K+1 neighbors of each candidate.
 
-    `chunk`: queries at a time, all of them by default, as the reference does it.
+    Args:
+        Q: (Q, D) float32 queries.
+        X: (N, D) float32 database.
+        ids: (Q, M) int64 candidates.
+        chunk: number of queries at a time; by default all queries, as in the reference.
+
+    Returns:
+        (Q, M) int64 reranked candidates.
     """
     orders = []
     for start in range(0, len(Q), chunk or len(Q)):
@@ -53,7 +60,7 @@ def _inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return Q, X, np.argsort(-(Q @ X.T), axis=1)[:, :DEPTH].astype(np.int64)
 
 
-def _ours() -> Callable[[], Any]:
+def _superglobal() -> Callable[[], Any]:
     from superglobal.reranking.registry import rerank
 
     Q, X, ids = _inputs()
@@ -82,13 +89,15 @@ def _gram() -> Callable[[], Any]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare superglobal.rerank with the straightforward forms and with the Gram product of the shortlists."""
+    """Compare superglobal.rerank with straightforward implementations and with the Gram product of the candidates."""
     parser = argparse.ArgumentParser("bench.py rerank", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="of each variant, in turns; the median is shown")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of rounds over all variants; the median is printed"
+    )
     repeats = parser.parse_args(argv).repeats
     variants = {
-        # The fast ones several times a turn: a process's first run finds memory cold.
-        "superglobal.rerank": (_ours, 3),
+        # The fast variants run three times per round, because the first run in a process is slower.
+        "superglobal.rerank": (_superglobal, 3),
         "Gram product alone (not a reranking)": (_gram, 3),
         "straightforward, 4 queries at a time": (_chunked, 1),
         "straightforward, all queries at once": (_whole, 1),
@@ -107,8 +116,8 @@ def main(argv: list[str]) -> list[Measured]:
     rows: list[Measured] = []
     for name, (seconds, megabytes, order) in results.items():
         agreed = None if order is None else float((order == own_order).mean())
-        same = "" if agreed is None else f"   same place: {agreed:.4%}"
-        print(f"{name:38}{seconds:8.3f} s{seconds / own_seconds:8.1f} x{megabytes:8.0f} MB above inputs{same}")
+        same = "" if agreed is None else f"   same ranks: {agreed:.4%}"
+        print(f"{name:38}{seconds:8.3f} s{seconds / own_seconds:8.1f} x{megabytes:8.0f} MB besides inputs{same}")
         row = {"variant": name, "seconds": seconds, "ratio": seconds / own_seconds, "megabytes": megabytes}
         rows.append(row | {"same_place": agreed})
     return rows

@@ -1,4 +1,4 @@
-"""Compare search and exact ranks over a million rows on disk with reading, converting and multiplying them."""
+"""Compare search and exact ranks over a million rows on disk with only reading, converting and multiplying the rows."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ K, STEP = 400, 16384
 
 
 def random_units(seed: int, rows: int, dim: int) -> np.ndarray:
-    """Return random rows, (rows, D) float32."""
+    """Return random unit vectors, (rows, D) float32."""
     x = np.random.default_rng(seed).standard_normal((rows, dim), dtype=np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def filled_store(folder: Path, rows: int, dim: int, dtype: str) -> DescriptorStore:
-    """Write random unit vectors to `folder`, or use those of an earlier call."""
+    """Return a store of random unit vectors in `folder`, which is reused if it exists."""
     identity = {"made_by": "bench.py search"}
-    place = folder / f"bench-{rows}x{dim}-{dtype}"
-    store = DescriptorStore.open_or_create(place, identity, [f"{i:08d}.jpg" for i in range(rows)], dim, dtype=dtype)
+    path = folder / f"bench-{rows}x{dim}-{dtype}"
+    store = DescriptorStore.open_or_create(path, identity, [f"{i:08d}.jpg" for i in range(rows)], dim, dtype=dtype)
     missing = store.missing
     for start in range(0, len(missing), STEP):
         ids = missing[start : start + STEP]
@@ -46,16 +46,16 @@ def filled_store(folder: Path, rows: int, dim: int, dtype: str) -> DescriptorSto
 
 
 def targets(n_queries: int, n_rows: int, ground_truth: str | None) -> Any:
-    """Return the sets of ids of a ground truth, or random ones of their size."""
+    """Return the ids of a ground truth, or random ids in sets of the same sizes."""
     if ground_truth is not None:
         return load_ground_truth(ground_truth).gnd[:n_queries]
     rng = np.random.default_rng(1)
     ids = [rng.choice(min(n_rows, 5000), 300, replace=False) for _ in range(n_queries)]
-    return [{"easy": one[:50], "hard": one[50:100], "junk": one[100:]} for one in ids]
+    return [{"easy": row[:50], "hard": row[50:100], "junk": row[100:]} for row in ids]
 
 
 def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
-    """Read every row, convert it to float32 in a buffer and multiply; the sum prevents shortcuts."""
+    """Read each row, convert it to float32 and multiply it with the queries. The sum makes use of all results."""
     q, total = torch.from_numpy(Q), 0.0
     buffer = np.empty((rows, Q.shape[1]), np.float32)
     for shard in shards:
@@ -67,7 +67,7 @@ def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
 
 
 class Peak:
-    """Record the peak of this process's anonymous memory above its start, in MB, every 5 ms."""
+    """Context that records the largest increase of the anonymous memory of this process, in MB, every 5 ms."""
 
     def __enter__(self) -> Peak:
         self._before, self.value, self._over = _anonymous(), 0.0, threading.Event()
@@ -90,29 +90,33 @@ def _anonymous() -> float:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare search and exact ranks in one pass over rows on disk with the product of the same rows."""
+    """Compare search and exact ranks in one pass over rows on disk with the product of the same rows and queries."""
     parser = argparse.ArgumentParser("bench.py search", description=__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=2048)
-    parser.add_argument("--queries", type=int, default=70)
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
-    parser.add_argument("--folder", type=Path, help="for the rows (4.1 GB), kept; by default a temporary one")
-    parser.add_argument("--ground-truth", help="gnd_roxford5k.pkl, for its sets of ids; by default random ones")
-    parser.add_argument("--repeats", type=int, default=5, help="of each variant, in turns; the median is shown")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="number of database rows")
+    parser.add_argument("--dim", type=int, default=2048, help="number of dimensions")
+    parser.add_argument("--queries", type=int, default=70, help="number of queries")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the rows")
+    parser.add_argument(
+        "--folder", type=Path, help="folder in which to keep the rows (4.1 GB); by default a temporary one"
+    )
+    parser.add_argument("--ground-truth", help="file gnd_roxford5k.pkl whose ids are ranked; by default random ids")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="number of rounds over all variants; the median is printed"
+    )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         return run(args, args.folder or Path(temporary))
 
 
 def run(args: argparse.Namespace, folder: Path) -> list[Measured]:
-    """Write and open the rows, then measure all variants in turns."""
+    """Write and open the rows, then measure all variants, which alternate."""
     filled_store(folder, args.rows, args.dim, args.dtype)
     Q = random_units(-1 % 2**32, args.queries, args.dim)
     gnd = targets(args.queries, args.rows, args.ground_truth)
     start = time.perf_counter()
     store = DescriptorStore.open(folder / f"bench-{args.rows}x{args.dim}-{args.dtype}")
     opened = time.perf_counter() - start
-    ids = [np.concatenate([one[name] for name in ("easy", "hard", "junk")]) for one in gnd]
+    ids = [np.concatenate([entry[name] for name in ("easy", "hard", "junk")]) for entry in gnd]
     shards = sorted(store.folder.glob("shard-*.npy"))
     size = sum(p.stat().st_size for p in shards) / 1e9
     print(
@@ -121,18 +125,18 @@ def run(args: argparse.Namespace, folder: Path) -> list[Measured]:
     )
     maps = [np.load(path, mmap_mode="r+") for path in shards]
     variants: dict[str, Callable[[], Any]] = {
-        "read, convert, multiply alone": lambda: bare(maps, Q),
+        "read, convert and multiply only": lambda: bare(maps, Q),
         "search and ranks in one pass": lambda: search_and_rank(Q, store, K, ids, backend="torch"),
-        "the same, search by FAISS": lambda: search_and_rank(Q, store, K, ids, backend="faiss"),
-        "search by FAISS, then ranks": lambda: (search(Q, store, K, backend="faiss"), exact_ranks(Q, store, ids)),
-        "search alone": lambda: search(Q, store, K, backend="torch"),
-        "search alone, by FAISS": lambda: search(Q, store, K, backend="faiss"),
-        "exact ranks alone": lambda: exact_ranks(Q, store, ids),
-        "ranks and every metric": lambda: evaluate(Q, store, gnd),
+        "one pass, search with FAISS": lambda: search_and_rank(Q, store, K, ids, backend="faiss"),
+        "search with FAISS, then ranks": lambda: (search(Q, store, K, backend="faiss"), exact_ranks(Q, store, ids)),
+        "search only": lambda: search(Q, store, K, backend="torch"),
+        "search only, with FAISS": lambda: search(Q, store, K, backend="faiss"),
+        "exact ranks only": lambda: exact_ranks(Q, store, ids),
+        "ranks and all metrics": lambda: evaluate(Q, store, gnd),
     }
     if importlib.util.find_spec("faiss") is None:
         variants = {name: run for name, run in variants.items() if "FAISS" not in name}
-    bare(maps, Q)  # reads the file into the page cache
+    bare(maps, Q)  # Read the files into the page cache.
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     peaks = dict.fromkeys(variants, 0.0)
     for _ in range(args.repeats):
@@ -145,7 +149,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[Measured]:
     base = [statistics.median(column) for column in zip(*next(iter(seconds.values())), strict=True)]
     rows: list[Measured] = []
     for name, values in seconds.items():
-        # What else the machine does stretches the clock; the processor's own time says what the work costs.
+        # Other load on the machine increases the elapsed time, but hardly the processor time.
         wall, cpu = (statistics.median(column) for column in zip(*values, strict=True))
         print(
             f"{name:32}{wall:8.2f} s{wall / base[0]:6.2f} x{cpu:8.2f} s of CPU{cpu / base[1]:6.2f} x"

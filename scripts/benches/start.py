@@ -1,4 +1,4 @@
-"""Compare the start-up time of commands with that of importing torch."""
+"""Compare the start-up time of commands with the time to import torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COMMANDS = {
     "import torch": ["-c", "import torch"],
     "eval.py --help": ["eval.py", "--help"],
     "superglobal store --help": ["-m", "superglobal", "store", "--help"],
-    "all that an evaluation imports": ["-c", "import superglobal.evaluation.pipeline"],
+    "imports of an evaluation": ["-c", "import superglobal.evaluation.pipeline"],
 }
 
 
 def seconds(words: list[str]) -> tuple[float, float]:
-    """Return wall clock and processor time of one call, in seconds."""
+    """Return the elapsed time and the processor time of one call, in seconds."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -33,13 +33,13 @@ def seconds(words: list[str]) -> tuple[float, float]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Measure the start-up of each command in turn; print medians."""
+    """Measure the start-up time of each command, and print medians. The commands alternate."""
     parser = argparse.ArgumentParser("bench.py start", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="number of calls of each command")
     repeats = parser.parse_args(argv).repeats
     times = {name: [] for name in COMMANDS}
     for words in COMMANDS.values():
-        seconds(words)  # the files are warm
+        seconds(words)  # Read the files into the page cache.
     for _ in range(repeats):
         for name, words in COMMANDS.items():
             times[name].append(seconds(words))

@@ -1,9 +1,9 @@
-"""Compare a training step of the framework with a bare PyTorch loop of the same network, head, data and optimizer.
+"""Compare a training step of the Trainer with a plain PyTorch loop of the same network, head, data and optimizer.
 
-Both have the moving average of the weights, the schedule, gradient clipping, a look at the loss and a row of the curves
-every `--log-every` steps, and batches from the same loader without workers; neither validates, and saving is not
-counted. They take turns in one process, a block of steps each; a step's time is that between the beginnings of two, the
-median of a block, and of the blocks again.
+Both have the moving average of the weights, the schedule and gradient clipping. Both check the loss and write a row of
+the curves every `--log-every` steps, and both read batches from the same loader without workers. Neither validates, and
+the time to save checkpoints is not counted. They alternate in one process, one block of steps each. The time of a step
+is the time between the beginnings of two steps; the median over a block is taken, and then the median over all blocks.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from superglobal.training.checkpointing import CheckpointCallback
 from superglobal.training.module import parameter_groups, warmup_cosine
 from superglobal.training.trainer import precision
 
-CLASSES, FIRST = 100, 10  # steps at the beginning of a block that do not count
+CLASSES, FIRST = 100, 10  # number of classes, and of steps at the beginning of a block that are not counted
 
 
 def parts(args: argparse.Namespace) -> tuple[Any, Any, OptimConfig]:
+    """Return the network, the head and the optimizer settings."""
     network, head = make_network_and_head(args.backbone, args.dim, CLASSES, pooling="gem")
     return network, head, OptimConfig(name="sgd", lr=1e-4, clip=10, ema=0.99, batch_size=args.batch, epochs=1)
 
 
 def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
-    """Train in a plain loop; return the times at which steps begin, and the seconds spent waiting for data."""
+    """Train in a plain loop, and return the times at which steps begin, and the seconds spent waiting for data."""
     network, head, o = parts(args)
     network.to(device, memory_format=torch.channels_last)
     head.to(device)
@@ -81,30 +82,30 @@ def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], f
 
 
 def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
-    """Train through the Trainer with the callbacks of a training; return the same as `bare`."""
+    """Train with the Trainer and the callbacks of a training run, and return the same values as `bare`."""
     network, head, o = parts(args)
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        guard = NonFiniteGuard(args.log_every, place, str)
+        path = Path(folder)
+        guard = NonFiniteGuard(args.log_every, path, str)
         times = StepTimes()
         callbacks = [times, StepSeed(0), CurveLogger(args.log_every, args.batch), guard]
-        callbacks.append(CheckpointCallback(place, None, None, guard))
+        callbacks.append(CheckpointCallback(path, None, None, guard))
         images = RandomImages(args.steps * args.batch, args.side, CLASSES)
-        _, data = fit(network, head, o, args.fit, images, callbacks, [CurveFile(place / "curves.csv", 0)])
+        _, data = fit(network, head, o, args.fit, images, callbacks, [CurveFile(path / "curves.csv", 0)])
     return times.begins, data.waited
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare the step of the framework with that of the bare loop."""
+    """Compare a step of the Trainer with a step of the plain loop."""
     parser = argparse.ArgumentParser("bench.py train", description=__doc__)
-    parser.add_argument("--backbone", default="test_resnet")
-    parser.add_argument("--side", type=int, default=64, help="pixels")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=200, help="of a block")
-    parser.add_argument("--blocks", type=int, default=5, help="of each, in turn")
-    parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--backbone", default="test_resnet", help="name of the backbone")
+    parser.add_argument("--side", type=int, default=64, help="height and width of the images in pixels")
+    parser.add_argument("--batch", type=int, default=4, help="number of images per step")
+    parser.add_argument("--dim", type=int, default=64, help="number of dimensions of the descriptors")
+    parser.add_argument("--steps", type=int, default=200, help="number of steps per block")
+    parser.add_argument("--blocks", type=int, default=5, help="number of blocks of each variant")
+    parser.add_argument("--log-every", type=int, default=50, help="number of steps between two rows of the curves")
+    parser.add_argument("--accelerator", default="auto", help="as for trainer.accelerator of train.py")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> list[Measured]:
             steps = [after - before for before, after in itertools.pairwise(begun)][FIRST:]
             seconds[name].append(statistics.median(steps))
             waits[name].append(waited / (begun[-1] - begun[0]))
-    what = f"{args.backbone}, {args.batch} images of {args.side} px a step, EMA, a row every {args.log_every} steps"
+    what = f"{args.backbone}, {args.batch} images of {args.side} px per step, EMA, a row every {args.log_every} steps"
     print(f"{what}; {precision(args.fit)} on {device}, {torch.get_num_threads()} threads")
     base = statistics.median(seconds["bare"])
     rows: list[Measured] = []
@@ -127,8 +128,8 @@ def main(argv: list[str]) -> list[Measured]:
         own = statistics.median(values)
         spread = f"{1000 * min(values):.2f}-{1000 * max(values):.2f}"
         speed = f"{args.batch / own:.0f} images/s, waiting for data {statistics.median(waits[name]):.1%}"
-        print(f"{name:12}{1000 * own:8.2f} ms a step (blocks {spread}){own / base:6.2f} x  {speed}")
+        print(f"{name:12}{1000 * own:8.2f} ms per step (blocks {spread}){own / base:6.2f} x  {speed}")
         row = {"variant": name, "milliseconds": 1000 * own, "ratio": own / base, "images_per_second": args.batch / own}
         rows.append(row | {"waiting": statistics.median(waits[name])})
-    print(f"the framework adds {1000 * (statistics.median(seconds['framework']) - base):.2f} ms a step")
+    print(f"the Trainer adds {1000 * (statistics.median(seconds['framework']) - base):.2f} ms per step")
     return rows

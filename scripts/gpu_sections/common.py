@@ -1,4 +1,4 @@
-"""Rows of the GPU report, timing, and generated images."""
+"""Write rows of the GPU report, measure times, run commands, and generate images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 T = TypeVar("T")
 Program = subprocess.Popen[str]
 
-# Width, height and count of the commonest images of ROxford5k and RParis6k together (9,335 of 11,315).
+# Width, height and number of images of the most common sizes in ROxford5k and RParis6k (9,335 of 11,315 images).
 REVISITED_SIZES = (
     (1024, 768, 4390),
     (768, 1024, 2601),
@@ -48,11 +48,11 @@ REVISITED_SIZES = (
 
 
 class Skip(Exception):
-    """Raised for a row that this machine cannot run; the message is the reason."""
+    """Error for a row that this machine cannot run. The message is the reason."""
 
 
 class OutOfTime(Exception):
-    """Raised for a row that is not done in its time."""
+    """Error for a row that reached its time limit."""
 
 
 @dataclass
@@ -60,13 +60,16 @@ class Row:
     """One line of the report.
 
     Attributes:
-        section, name: what was run.
+        section: name of the section.
+        name: description of the measurement.
         status: "measured", "passed", "failed", "timeout", "skipped" or "interrupted".
-        value, unit: the result.
-        ratio, baseline: value over the baseline's value, and the name of the baseline.
-        expected: the condition that decides between "passed" and "failed".
-        predicted: the gain that was expected before the measurement.
-        note: anything else, for a failed row the error.
+        value: result, or None.
+        unit: unit of the result.
+        ratio: result divided by that of the baseline.
+        baseline: name of the baseline.
+        expected: condition for "passed".
+        predicted: gain that was predicted before the measurement.
+        note: further information; the error of a failed row.
     """
 
     section: str
@@ -82,15 +85,15 @@ class Row:
 
 
 class Report:
-    """Append rows of one section to a file as they are measured, so that a killed section keeps its rows.
+    """Report of one section, which appends each row to a file immediately, so that a killed section keeps its rows.
 
     Args:
-        section: its name.
-        path: JSON lines.
+        section: name of the section.
+        path: file of the rows, as JSON lines.
         device: "cuda" or "cpu".
         size: "full", "small" or "tiny".
-        deadline: `time.monotonic()` at which the section must end.
-        work: folder for images, stores and trainings.
+        deadline: value of `time.monotonic()` at which the section must end.
+        work: folder for images, stores and training runs.
     """
 
     def __init__(self, section: str, path: Path, device: str, size: str, deadline: float, work: Path) -> None:
@@ -99,7 +102,7 @@ class Report:
         self.cuda = device == "cuda"
 
     def current(self) -> str:
-        """Return the name of the row that was begun last."""
+        """Return the name of the row that was started last."""
         return self._current.read_text() if self._current.exists() else "start of the section"
 
     @property
@@ -107,7 +110,7 @@ class Report:
         return self.work / f"{self.section}.current"
 
     def pick(self, full: T, small: T, tiny: T) -> T:
-        """Return the value for the size of this report."""
+        """Return the argument that belongs to the size of this report."""
         return {"full": full, "small": small, "tiny": tiny}[self.size]
 
     def left(self) -> float:
@@ -117,7 +120,15 @@ class Report:
     def add(
         self, name: str, value: float | None = None, unit: str = "", *, passed: bool | None = None, **more: Any
     ) -> None:
-        """Write one row; `passed` makes it a check, `more` are further fields of `Row`."""
+        """Write one row.
+
+        Args:
+            name: see `Row`.
+            value: see `Row`.
+            unit: see `Row`.
+            passed: result of a check; None for a measurement.
+            **more: further fields of `Row`.
+        """
         status = more.pop("status", {None: "measured", True: "passed", False: "failed"}[passed])
         row = Row(self.section, name, status, None if value is None else float(value), unit, **more)
         with self.path.open("a") as file:
@@ -125,14 +136,19 @@ class Report:
         print(f"[{self.section}] {format_row(row)}", flush=True)
 
     def run(self, name: str, function: Callable[[], T], need: float = 0) -> T | None:
-        """Call `function`; turn an exception, or less than `need` seconds left, into a row.
+        """Call a function, and add a row if it fails or if there is too little time to call it.
+
+        Args:
+            name: name of the row.
+            function: function to call.
+            need: seconds that must be left to call the function.
 
         Returns:
-            The result, or None if there is none.
+            The result of the function, or None if it failed or was not called.
         """
         if self.left() < need and self.size != "tiny":
             left = max(0.0, self.left())
-            note = f"needs about {need:.0f} s, {left:.0f} s left" if left else "the time of the section was over"
+            note = f"needs about {need:.0f} s, {left:.0f} s left" if left else "the section reached its time limit"
             self.add(name, status="skipped", note=note)
             return None
         self._current.write_text(name)
@@ -151,12 +167,12 @@ class Report:
         return None
 
     def require_gpu(self, what: str) -> None:
-        """Raise Skip on a CPU."""
+        """Raise `Skip` on a CPU."""
         if not self.cuda:
             raise Skip(f"{what} needs a GPU")
 
     def seconds(self, function: Callable[[], Any], repeats: int = 5, warmup: int = 2) -> float:
-        """Return the median seconds of one call, the device synchronized before and after."""
+        """Return the median seconds of one call. The device is synchronized before and after each call."""
         for _ in range(warmup):
             function()
         times = []
@@ -169,7 +185,7 @@ class Report:
         return statistics.median(times)
 
     def synchronize(self) -> None:
-        """Wait for the device."""
+        """Wait until the device has finished all work."""
         if self.cuda:
             torch.cuda.synchronize()
 
@@ -185,13 +201,13 @@ def format_row(row: Row) -> str:
 
 
 class Background:
-    """Programs that run beside other work; leaving the context ends those that still run."""
+    """Context for programs that run in the background. At its end, those that still run are killed."""
 
     def __init__(self) -> None:
         self._programs: list[Program] = []
 
     def start(self, words: Sequence[object], env: dict[str, str] | None = None) -> Program:
-        """Start one of the project's programs as `command` does."""
+        """Start a program as `command` does, and kill it at the end of the context."""
         self._programs.append(command(words, env))
         return self._programs[-1]
 
@@ -204,9 +220,9 @@ class Background:
 
 
 def command(words: Sequence[object], env: dict[str, str] | None = None) -> Program:
-    """Start one of the project's programs with this interpreter."""
+    """Start a program of this repository with this Python interpreter."""
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    # Several programs run at a time.
+    # Several programs run at the same time, so each one uses a quarter of the cores.
     threads = str(max(1, (os.cpu_count() or 1) // 4))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": threads} | (env or {})
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -214,11 +230,11 @@ def command(words: Sequence[object], env: dict[str, str] | None = None) -> Progr
 
 
 def finish(process: Program, timeout: float, status: int = 0) -> str:
-    """Return the output of a program from `command`.
+    """Wait for a program that `command` started, and return its output.
 
     Raises:
-        RuntimeError: it ends with another status.
-        OutOfTime: it does not end in `timeout` seconds.
+        RuntimeError: the program ends with an exit status other than `status`.
+        OutOfTime: the program runs longer than `timeout` seconds.
     """
     try:
         text, _ = process.communicate(timeout=max(1.0, timeout))
@@ -228,12 +244,12 @@ def finish(process: Program, timeout: float, status: int = 0) -> str:
         raise OutOfTime(f"{process.args[1]} ran longer than {timeout:.0f} s: {text[-500:]}") from None  # type: ignore[index]
     print(text, flush=True)
     if process.returncode != status:
-        raise RuntimeError(f"{process.args[1]} ended with {process.returncode}: {text[-500:]}")  # type: ignore[index]
+        raise RuntimeError(f"{process.args[1]} ended with exit status {process.returncode}: {text[-500:]}")  # type: ignore[index]
     return text
 
 
 def differences(expected: Any, found: Any) -> int:
-    """Return how many ids and ranks differ."""
+    """Return the number of ids and ranks that differ."""
     ((_, ids), ranks), ((_, other_ids), other_ranks) = expected, found
     return int((ids != other_ids).sum()) + sum(int((a != b).sum()) for a, b in zip(ranks, other_ranks, strict=True))
 
@@ -246,7 +262,7 @@ def sizes(count: int) -> list[tuple[int, int]]:
 
 
 def write_jpegs(folder: Path, dimensions: Sequence[tuple[int, int]]) -> list[Path]:
-    """Write one generated JPEG per (width, height), in parallel; call it before the first use of CUDA."""
+    """Write one generated JPEG per (width, height) in parallel. It forks, so CUDA must not be initialized yet."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:05d}.jpg" for number in range(len(dimensions))]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
@@ -255,7 +271,7 @@ def write_jpegs(folder: Path, dimensions: Sequence[tuple[int, int]]) -> list[Pat
 
 
 def _write_jpeg(path: Path, size: tuple[int, int], seed: int) -> None:
-    """Write shapes of all sizes and a little noise at quality 90: about as many bytes as a photo has."""
+    """Write a JPEG of quality 90 with patterns of all sizes and some noise, about as large as that of a photo."""
     rng, (width, height) = np.random.default_rng(seed), size
     pixels = rng.normal(0, 4, (height, width, 3)).astype(np.float32)
     for cells in (4, 16, 64, 256):

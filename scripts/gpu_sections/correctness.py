@@ -1,4 +1,4 @@
-"""The GPU computes what the CPU computes: descriptors, orders, training, resuming, and running out of memory."""
+"""Check that the GPU gives the results of the CPU: descriptors, rankings, training, resuming, and low memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TOY_PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def main(report: Report) -> None:
-    """Train and resume in the background, and check the rest meanwhile."""
+    """Train and resume in the background, and run the other checks in the meantime."""
     photos = write_jpegs(report.work / "memory", sizes(report.pick(48, 48, 4)))
     running = Background()
     with running:
@@ -52,19 +52,19 @@ def main(report: Report) -> None:
         report.run("goldens of the reference implementation", lambda: _goldens(report), need=15)
         for rendering in toy:
             finish(rendering, report.left())
-        training = report.run("training on the toy set", lambda: _start_training(report, running), need=40)
+        training = report.run("training on the toy data set", lambda: _start_training(report, running), need=40)
         resumed = report.run("resuming a killed training", lambda: _start_resume(report, running), need=20)
-        report.run("orders of search, ranks and rerankers", lambda: _orders(report), need=10)
+        report.run("rankings of search, ranks and rerankers", lambda: _orders(report), need=10)
         report.run("out-of-memory halving", lambda: _out_of_memory(report, photos), need=10)
         report.run("training loss of 20 steps", lambda: _losses(report), need=10)
         if resumed is not None:
             report.run("resuming a killed training", lambda: _resume(report, *resumed), need=10)
         if training is not None:
-            report.run("precision on the toy set", lambda: _precisions(report, *training), need=10)
+            report.run("precision on the toy data set", lambda: _precisions(report, *training), need=10)
 
 
 def _toy_data(report: Report, running: Background) -> list[Program]:
-    """Start rendering the toy set of the precisions and the tiny one of the resumed training."""
+    """Start to render two toy data sets: one to compare precisions, and a tiny one to resume a training run."""
     sizes = {"data": report.pick("small", "small", "tiny"), "data_tiny": "tiny"}
     return [
         running.start(["-m", "superglobal", "toy-data", "--size", size, "--out", report.work / name / "toy"])
@@ -73,7 +73,7 @@ def _toy_data(report: Report, running: Background) -> list[Program]:
 
 
 def _goldens(report: Report) -> None:
-    """Descriptors of the reference (tests/data) by the plain network and by the one that extraction uses."""
+    """Compare the plain network and the optimized network with descriptors of the reference (tests/data)."""
     sys.path[:0] = [str(ROOT / "tests"), str(DATA)]
     from goldens import FILES, by_settings, goldens, settings
     from synth_ckpt import synth_state
@@ -91,9 +91,9 @@ def _goldens(report: Report) -> None:
             network = load_model(weights, **settings(keys[0])[1])
             images = [image_tensor(read_image(DATA / "images" / settings(key)[0])) for key in keys]
             truth = torch.from_numpy(np.stack([expected[key] for key in keys]))
-            # Folding costs a pass on the CPU, half precision another: not for every switch.
+            # Optimization and half precision take time, so test them only for the first settings.
             folds = keys is chosen[0]
-            # The plain network last: fast copies are made on the CPU.
+            # Test the plain network last, because optimized copies are created on the CPU.
             for name in ("float32, folded", *cosines, "float32") if folds else ("float32",):
                 network.precision = name.split(",")[0]
                 model = (optimize_for_inference([network])[0] if name != "float32" else network).to(report.device)
@@ -112,10 +112,10 @@ def _goldens(report: Report) -> None:
 
 
 def _orders(report: Report) -> None:
-    """Ids of search, exact ranks and rerankers on both devices, with duplicates among the rows."""
+    """Compare search, exact ranks and rerankers on both devices, with duplicates among the rows."""
     rows, dim, depth = report.pick((20_000, 2048, 400), (20_000, 1024, 400), (2_000, 64, 100))
     Q, X = clustered(70, rows, dim)
-    X[rows // 2 : rows // 2 + 500] = X[:500]  # copies of images: equal scores, ordered by id
+    X[rows // 2 : rows // 2 + 500] = X[:500]  # Duplicate rows have equal scores and are ordered by id.
     half = X.astype(np.float16)
     half_tensor = torch.from_numpy(half).to(report.device)
     _products(report)
@@ -135,7 +135,7 @@ def _orders(report: Report) -> None:
 
 
 def _products(report: Report) -> None:
-    """Rough scores of descriptors without negative values, with copies: exact orders rest on their error."""
+    """Measure the error of float32 scores of non-negative vectors, which exact rankings rely on."""
     rng = np.random.default_rng(2)
     worst = 0.0
     for dim in (64, 256, 512, 2048):
@@ -147,14 +147,16 @@ def _products(report: Report) -> None:
         with full_precision():
             rough = inner_products(vectors[:70], vectors)
         worst = max(worst, float((rough.double() - vectors[:70].double() @ vectors.double().T).abs().max()))
-    # On a CPU it depends on the library's matrix product.
+    # On a CPU the error depends on the matrix product of the library, so it is not checked.
     check: dict[str, Any] = {"passed": worst < TOLERANCE, "expected": f"< {TOLERANCE:g}"} if report.cuda else {}
-    report.add("float32 scores of unit vectors: largest error", worst, "(scores are -1 to 1)", **check)
+    report.add("float32 scores of unit vectors: largest error", worst, "(scores from -1 to 1)", **check)
 
 
 def _compare_orders(report: Report, name: str, expected: Any, found: Any) -> None:
     different = differences(expected, found)
-    report.add(f"{name}: ids and ranks that differ from the CPU's", different, passed=different == 0, expected="0")
+    report.add(
+        f"{name}: ids and ranks that differ from those of the CPU", different, passed=different == 0, expected="0"
+    )
 
 
 def _compare_reranker(report: Report, kind: str, Q: np.ndarray, X: np.ndarray, ids: np.ndarray) -> None:
@@ -162,16 +164,16 @@ def _compare_reranker(report: Report, kind: str, Q: np.ndarray, X: np.ndarray, i
     lists = np.tile(np.arange(ids.shape[1]), (len(Q), 1)) if kind == "adba" else ids
     M = min(get_reranker(kind).complete({}).get("M") or lists.shape[1], lists.shape[1])
     values = get_reranker(kind).complete({"M": M} if "M" in get_reranker(kind).parameters else {})
-    one, other = (
+    on_cpu, on_device = (
         apply_reranker(kind, values, Q, small, lists, device=device) for device in ("cpu", str(report.device))
     )
-    swapped = one.ids != other.ids
-    # Two orders of rows whose scores differ by rounding are both right.
-    finite = np.isfinite(one.scores)
-    gap = float(np.abs(np.where(finite, one.scores, 0) - np.where(finite, other.scores, 0)).max())
-    note = f"{int(swapped.sum())} of {swapped.size} places differ"
+    swapped = on_cpu.ids != on_device.ids
+    # Compare the scores, because any order of rows whose scores differ only by rounding is correct.
+    finite = np.isfinite(on_cpu.scores)
+    gap = float(np.abs(np.where(finite, on_cpu.scores, 0) - np.where(finite, on_device.scores, 0)).max())
+    note = f"{int(swapped.sum())} of {swapped.size} ids differ"
     report.add(
-        f"reranker {kind}: largest difference of scores to the CPU",
+        f"reranker {kind}: largest difference of the scores from those of the CPU",
         gap,
         passed=gap < 2e-6,
         expected="< 2e-6",
@@ -180,7 +182,7 @@ def _compare_reranker(report: Report, kind: str, Q: np.ndarray, X: np.ndarray, i
 
 
 def _out_of_memory(report: Report, photos: list[Path]) -> None:
-    """Extraction under a limit that one batch passes: batches are halved and the descriptors are the same."""
+    """Check that batches over a memory limit are halved, and that the descriptors stay the same."""
     report.require_gpu("a memory limit")
     network = load_model("random", backbone="resnet50", dim=128, scales=3)
     whole, _ = extract_all(report, network, photos, "memory_whole", batch_size=2)
@@ -201,7 +203,7 @@ def _out_of_memory(report: Report, photos: list[Path]) -> None:
     halved = [message for message in messages if "out of GPU memory" in message]
     difference = float(np.abs(whole - capped).max())
     report.add(
-        "out-of-memory halving: batches halved under a limit of 6 GB", len(halved), passed=bool(halved), expected=">= 1"
+        "out-of-memory halving: halved batches with a limit of 6 GB", len(halved), passed=bool(halved), expected=">= 1"
     )
     text = "out-of-memory halving: largest difference of the descriptors"
     report.add(text, difference, passed=difference < 1e-5, expected="< 1e-5", note="; ".join(halved)[:200])
@@ -216,7 +218,7 @@ class _Losses(pl.Callback):
 
 
 def _losses(report: Report) -> None:
-    """Losses of 20 steps in strict float32, on both devices, through the Trainer."""
+    """Compare the losses of 20 steps of the Trainer in strict float32 on both devices."""
     from trainings import RandomImages, fit, make_network_and_head
 
     from superglobal.config.training import FitConfig, OptimConfig
@@ -231,44 +233,44 @@ def _losses(report: Report) -> None:
         with full_precision():
             fit(network, head, optim, config, RandomImages(20 * batch, side, 100), [watch])
         losses.append(torch.stack(watch.values).double().cpu())
-    one, other = losses
-    difference = float(((one - other).abs() / one.abs()).max())
-    name = f"training loss of {len(one)} steps, {backbone}, float32: largest relative difference to the CPU"
+    on_cpu, on_device = losses
+    difference = float(((on_cpu - on_device).abs() / on_cpu.abs()).max())
+    name = f"training loss of {len(on_cpu)} steps, {backbone}, float32: largest relative difference from the CPU"
     report.add(
-        name, difference, passed=difference < 1e-3, expected="< 1e-3", note=f"loss {one[0]:.3f} to {one[-1]:.3f}"
+        name, difference, passed=difference < 1e-3, expected="< 1e-3", note=f"loss {on_cpu[0]:.3f} to {on_cpu[-1]:.3f}"
     )
 
 
 def _training_words(report: Report, name: str, *overrides: str, data: str = "data") -> list[str]:
-    places = [f"paths.data={report.work / data}", f"paths.outputs={report.work / 'outputs'}", f"name={name}"]
+    paths = [f"paths.data={report.work / data}", f"paths.outputs={report.work / 'outputs'}", f"name={name}"]
     accelerator = "gpu" if report.cuda else "cpu"
     words = ["experiment=quickstart", "logger=csv", f"trainer.accelerator={accelerator}", "trainer.devices=1"]
-    return [*words, "trainer.progress=false", *places, *overrides]
+    return [*words, "trainer.progress=false", *paths, *overrides]
 
 
 def _start_training(report: Report, running: Background) -> tuple[Program, float]:
-    """Start the quickstart's training in the background."""
+    """Start the training run of the quickstart in the background."""
     tiny = ["optim.epochs=2", "data.image_size=64", "validation.fraction=0.25", "trainer.num_workers=0"]
     more = report.pick(["trainer.num_workers=4"], ["trainer.num_workers=4", "optim.epochs=12"], tiny)
     return running.start(["train.py", *_training_words(report, "toy", *more)]), time.monotonic()
 
 
 def _start_resume(report: Report, running: Background) -> tuple[list[str], Program, Program]:
-    """Start a training that nobody disturbs and one that is killed before its step 7."""
+    """Start an uninterrupted training run, and one that is killed before step 7."""
     settings = ["optim.epochs=3", "optim.batch_size=12", "data.image_size=96", "data.table=train.csv", "dim=32"]
     settings += ["pooling.regional=true", "head=subcenter", "head.negatives=0.5", "optim.ema=0.9"]
     settings += ["validation.fraction=0.25", "trainer.log_every=1", "trainer.save_every_steps=2"]
     settings += ["trainer.deterministic=true", "trainer.num_workers=0"]
     whole, killed = (_training_words(report, name, *settings, data="data_tiny") for name in ("whole", "killed"))
-    undisturbed = running.start(["train.py", *whole])
-    return killed, undisturbed, running.start(["tests/killed.py", *killed], {"KILL_AT": "7"})
+    uninterrupted = running.start(["train.py", *whole])
+    return killed, uninterrupted, running.start(["tests/killed.py", *killed], {"KILL_AT": "7"})
 
 
-def _resume(report: Report, words: list[str], undisturbed: Program, killed: Program) -> None:
-    """Resume the killed training: it ends with the bits of the undisturbed one, on a GPU too."""
+def _resume(report: Report, words: list[str], uninterrupted: Program, killed: Program) -> None:
+    """Resume the killed training run, and check that its weights are those of the uninterrupted run, bit for bit."""
     finish(killed, report.left(), -signal.SIGKILL)
     finish(command(["train.py", *words]), report.left())
-    finish(undisturbed, report.left())
+    finish(uninterrupted, report.left())
     folder = report.work / "outputs" / "train"
     ends = [
         torch.load(folder / name / "checkpoints" / "last.ckpt", weights_only=True, map_location="cpu")
@@ -278,17 +280,17 @@ def _resume(report: Report, words: list[str], undisturbed: Program, killed: Prog
     states = [end["state_dict"] for end in ends]
     different = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
     report.add(
-        f"a training killed at step 7 of {steps[0]} and resumed: tensors that differ from an undisturbed one's",
+        f"run killed at step 7 of {steps[0]} and resumed: tensors that differ from those of an uninterrupted run",
         len(different),
         passed=steps[0] == steps[1] and not different,
-        expected="0, bit for bit, with trainer.deterministic=true",
+        expected="0 (bit-identical, with trainer.deterministic=true)",
     )
 
 
 def _precisions(report: Report, process: Program, began: float) -> None:
-    """What each precision changes of the toy set's mAP, with the toy-trained network."""
+    """Measure how much each precision changes the mAP of the network trained on the toy data set."""
     finish(process, report.left() - 15)
-    report.add("training the toy network beside other work", time.monotonic() - began, "s")
+    report.add("training on the toy data set while other checks run", time.monotonic() - began, "s")
     runs = {"cpu float32": ("cpu", "float32")}
     kinds = report.pick(TOY_PRECISIONS, TOY_PRECISIONS, ("bfloat16",))
     runs |= {f"{report.device.type} {kind}": (report.device.type, kind) for kind in kinds}
@@ -305,24 +307,24 @@ def _precisions(report: Report, process: Program, began: float) -> None:
     base = started["cpu float32"][0]
     truth = _descriptors(base)
     for name, (folder, _) in itertools.islice(started.items(), 1, None):
-        ours, theirs = (json.loads((place / "results.json").read_text()) for place in (folder, base))
-        paired = read_comparison(folder, ours, base, theirs)
+        result, baseline = (json.loads((path / "results.json").read_text()) for path in (folder, base))
+        paired = read_comparison(folder, result, base, baseline)
         cosine = float((_descriptors(folder) * truth).sum(1).min())
-        # Float32 on another device is the same to rounding, which may swap two images of equal score.
+        # Float32 on another device differs only by rounding, which can swap images of almost equal scores.
         is_check = "float32" in name
         for protocol in paired.scores:
             mean, (low, high) = paired.mean(protocol)
             report.add(
-                f"toy set, {protocol}: mAP on {name} less that on cpu float32",
+                f"toy data set, {protocol}: mAP with {name} minus mAP with cpu float32",
                 100 * mean,
                 "points",
                 passed=abs(100 * mean) < 0.02 if is_check else None,
                 expected="within 0.02" if is_check else "",
-                note=f"95 % interval {100 * low:.3f} to {100 * high:.3f}; smallest cosine {cosine:.7f}",
+                note=f"95% interval {100 * low:.3f} to {100 * high:.3f}; smallest cosine {cosine:.7f}",
             )
 
 
 def _descriptors(folder: Path) -> np.ndarray:
-    (place,) = (folder / "stores").glob("*-database-*")
-    store = DescriptorStore.open(place)
+    (path,) = (folder / "stores").glob("*-database-*")
+    store = DescriptorStore.open(path)
     return store.block(0, len(store))

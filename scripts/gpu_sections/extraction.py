@@ -1,4 +1,4 @@
-"""Images per second of extraction against two baselines, where the time goes, and the whole pipeline on JPEGs."""
+"""Measure the speed of extraction and of two baselines, its time per operation, and the whole pipeline on JPEGs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from superglobal.models.pooling import gem
 from superglobal.utils.precision import full_precision
 
 DIM, SCALES = 2048, 3
-# Kernels by what they belong to; the first that fits counts.
+# Parts of kernel names that identify each operation; the first match is used.
 KERNELS = {
     "copies": ("memcpy", "memset"),
     "resize": ("upsample",),
@@ -41,9 +41,9 @@ KERNELS = {
 
 
 def main(report: Report) -> None:
-    """Measure the ceilings, then ResNet-50, the pipeline, and ResNet-101."""
+    """Measure the peak speeds of the device, then ResNet-50, the pipeline, and ResNet-101."""
     photos = write_jpegs(report.work / "photos", sizes(report.pick(1024, 384, 6)))
-    peaks = report.run("ceilings", lambda: _ceilings(report)) or {}
+    peaks = report.run("peak speeds", lambda: _ceilings(report)) or {}
     backbones = report.pick(["resnet50", "resnet101"], ["resnet50"], ["test_resnet"])
     report.run(backbones[0], lambda: _rates(report, backbones[0], peaks))
     report.run("pipeline", lambda: _pipeline(report, backbones[0], photos), need=20)
@@ -53,7 +53,7 @@ def main(report: Report) -> None:
 
 
 def _ceilings(report: Report) -> dict[str, float]:
-    """FLOP/s of a large matrix product per precision on random data, and bytes/s of a copy on the device."""
+    """Measure the FLOP/s of a large matrix product in each precision, and the bytes/s of a copy on the device."""
     side = report.pick(8192, 8192, 512)
     peaks = {}
     for name, dtype, setting in (
@@ -68,16 +68,16 @@ def _ceilings(report: Report) -> dict[str, float]:
         with full_precision(), _precision(matmul=setting):
             seconds = report.seconds(lambda a=a, b=b: a @ b, repeats=report.pick(5, 5, 1))  # type: ignore[misc]
         peaks[name] = 2 * side**3 / seconds
-        report.add(f"ceiling: matrix product of {side} x {side}, {name}", peaks[name] / 1e12, "TFLOP/s")
+        report.add(f"peak: matrix product of {side} x {side}, {name}", peaks[name] / 1e12, "TFLOP/s")
     x = torch.empty(report.pick(2**30, 2**30, 2**22), dtype=torch.float32, device=report.device)
     seconds = report.seconds(lambda: torch.empty_like(x).copy_(x))
-    report.add("ceiling: copy on the device, bytes read and written", 2 * x.numel() * 4 / seconds / 1e12, "TB/s")
+    report.add("peak: copy on the device, bytes read and written", 2 * x.numel() * 4 / seconds / 1e12, "TB/s")
     return peaks
 
 
 @contextmanager
 def _precision(**settings: str) -> Iterator[None]:
-    """Set float32 precision of CUDA's `matmul` or cuDNN's `conv` for a while."""
+    """Set the float32 precision of CUDA matrix products (`matmul`) or cuDNN convolutions (`conv`) during the block."""
     library: Any = torch.backends
     backends = {"matmul": library.cuda.matmul, "conv": library.cudnn.conv}
     before = {name: backends[name].fp32_precision for name in settings}
@@ -92,7 +92,7 @@ def _precision(**settings: str) -> Iterator[None]:
 
 @contextmanager
 def _benchmark() -> Iterator[None]:
-    """Let cuDNN search for the fastest algorithm."""
+    """Let cuDNN search for the fastest algorithms during the block."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield
@@ -101,7 +101,7 @@ def _benchmark() -> Iterator[None]:
 
 
 def _shape(report: Report) -> tuple[int, int, int]:
-    """Return height, width and number of the images."""
+    """Return the height, width and number of the images of a batch."""
     return report.pick((768, 1024, 16), (768, 1024, 16), (96, 128, 2))
 
 
@@ -112,7 +112,7 @@ def _images(report: Report) -> Tensor:
 
 
 def _flops(network: RetrievalNetwork, height: int, width: int) -> int:
-    """FLOPs of the backbone on one image at all scales, a multiplication and an addition counted as two."""
+    """Return the FLOPs of the backbone for one image at all scales. A multiply-add counts as two."""
     backbone = Backbone(network.backbone.name).eval().to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for scale in network.scales:
@@ -121,14 +121,14 @@ def _flops(network: RetrievalNetwork, height: int, width: int) -> int:
 
 
 def _timm_batched(backbone: str, device: torch.device, half: bool) -> Callable[[Tensor], Tensor]:
-    """Return timm's network with GeM, a linear layer and three scales: batched, NHWC, autocast if `half`."""
+    """Return timm's network with GeM, a linear layer and three scales, for batches in NHWC, with autocast if `half`."""
     net: Any = timm.create_model(backbone, num_classes=0).eval().to(device, memory_format=torch.channels_last)
     layer = torch.nn.Linear(net.num_features, DIM).to(device)
     mean, std = (
         torch.tensor(v, device=device).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     )
 
-    def describe(images: Tensor) -> Tensor:
+    def extract(images: Tensor) -> Tensor:
         x = (images.float() / 255 - mean) / std
         vectors = []
         for scale in (0.7071, 1.0, 1.4142):
@@ -139,7 +139,7 @@ def _timm_batched(backbone: str, device: torch.device, half: bool) -> Callable[[
             vectors.append(F.normalize(layer(gem(feature_map))))
         return F.normalize(torch.stack(vectors).mean(0))
 
-    return describe
+    return extract
 
 
 def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
@@ -149,7 +149,7 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
     plain = load_model("random", backbone=backbone, dim=DIM, scales=SCALES)
     flops = _flops(plain, height, width)
     what = f"{backbone}, {width} x {height}, {SCALES} scales"
-    report.add(f"{what}: FLOPs of an image", flops / 1e9, "GFLOP")
+    report.add(f"{what}: FLOPs per image", flops / 1e9, "GFLOP")
     copies = {}
     for name in report.pick(
         ("float32", "float16", "bfloat16"), ("float32", "float16", "bfloat16"), ("float32", "bfloat16")
@@ -162,11 +162,11 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
     def one_at_a_time() -> Tensor:
         return torch.cat([plain(image[None]) for image in images])
 
-    base = "the reference's way"
+    base = "reference loop"
 
     def add(name: str, function: Callable[[], Tensor], peak: str, truth: Tensor | None = None, **more: Any) -> float:
         seconds = report.seconds(function, repeats)
-        note = f"{flops * batch / seconds / peaks[peak]:.0%} of the {peak} ceiling" if peak in peaks else ""
+        note = f"{flops * batch / seconds / peaks[peak]:.0%} of the {peak} peak" if peak in peaks else ""
         if truth is not None:
             note += f"; smallest cosine to strict float32 {float((function() * truth).sum(1).min()):.7f}"
         rate = batch / seconds
@@ -177,20 +177,22 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
     rates: dict[str, float] = {}
     tf32 = "tf32" if report.cuda else "float32"
     with torch.inference_mode():
-        # What the reference's loop runs at with PyTorch's own settings, which let convolutions use TF32.
-        rates[base] = add(f"{base} (one image at a time, NCHW, unfolded, TF32 convolutions)", one_at_a_time, tf32)
+        # The loop of the reference uses PyTorch's default settings, which enable TF32 in convolutions.
+        rates[base] = add(
+            f"{base} (one image at a time, NCHW, separate batch normalization, TF32 convolutions)", one_at_a_time, tf32
+        )
         timm_rates = {}
         for half in (False, True):
             name = f"plain timm batched, {'bfloat16 autocast' if half else 'TF32 convolutions'}"
-            describe = _timm_batched(backbone, report.device, half)
-            timm_rates[half] = add(name, lambda describe=describe: describe(images), "bfloat16" if half else tf32)
+            extract = _timm_batched(backbone, report.device, half)
+            timm_rates[half] = add(name, lambda extract=extract: extract(images), "bfloat16" if half else tf32)
         with full_precision():
             add("one image at a time, strict float32", one_at_a_time, "float32")
             truth = forward_variants([copies["float32"]], images)[0]
-            ours = {}
+            speeds = {}
             for name, network in copies.items():
                 run = lambda network=network: forward_variants([network], images)[0]  # noqa: E731
-                ours[name] = add(f"superglobal {name}", run, name, truth)
+                speeds[name] = add(f"superglobal {name}", run, name, truth)
             network = copies["float32"]
             half = copies["float16" if report.cuda else "bfloat16"]
             if report.cuda:
@@ -202,21 +204,23 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
                         run = lambda name=name: forward_variants([copies[name]], images)[0]  # noqa: E731
                         gain = {"predicted": "1.1 x without", "ratio": None}
                         rate = add(f"superglobal {name}, cudnn.benchmark", run, name, truth, **gain)
-                        report.add(f"{what}: gain of cudnn.benchmark, {name}", rate / ours[name], "x")
+                        report.add(f"{what}: gain of cudnn.benchmark, {name}", rate / speeds[name], "x")
             report.add(
-                f"{what}: superglobal bfloat16 over plain timm in bfloat16", ours["bfloat16"] / timm_rates[True], "x"
+                f"{what}: superglobal in bfloat16 divided by plain timm in bfloat16",
+                speeds["bfloat16"] / timm_rates[True],
+                "x",
             )
             for size in report.pick((1, 4, 32), (1,), ()):
                 some = images.repeat(2, 1, 1, 1)[:size]
                 seconds = report.seconds(lambda some=some: forward_variants([half], some), repeats)  # type: ignore[misc]
                 report.add(f"{what}: superglobal float16, batch {size}", size / seconds, "images/s")
             report.run("new sizes", lambda: _new_sizes(report, what, half, images))
-            report.run("where the time goes", lambda: _profile(report, what, half, images))
+            report.run("time per operation", lambda: _profile(report, what, half, images))
             report.run("pooling", lambda: _pooling(report, what, half, images))
 
 
 def _compiled(report: Report, backbone: str, precision: str) -> None:
-    """Extraction with the backbone compiled, and not; sizes are dynamic, as an evaluation needs them."""
+    """Compare extraction with and without a compiled backbone. Sizes are dynamic, as in an evaluation."""
     images = _images(report)
     network = load_model("random", backbone=backbone, dim=DIM, scales=SCALES)
     network.precision = precision
@@ -224,10 +228,12 @@ def _compiled(report: Report, backbone: str, precision: str) -> None:
     compiled.backbone.compile(dynamic=True)
     with torch.inference_mode(), full_precision():
         start = time.perf_counter()
-        found = forward_variants([compiled], images)[0]
+        descriptors = forward_variants([compiled], images)[0]
         report.synchronize()
         note = f"first batch after {time.perf_counter() - start:.0f} s"
-        note += f"; smallest cosine to eager {float((forward_variants([eager], images)[0] * found).sum(1).min()):.7f}"
+        note += (
+            f"; smallest cosine to eager {float((forward_variants([eager], images)[0] * descriptors).sum(1).min()):.7f}"
+        )
         base, seconds = (report.seconds(lambda n=n: forward_variants([n], images)) for n in (eager, compiled))
     what = f"{backbone}, {images.shape[3]} x {images.shape[2]}, {SCALES} scales"
     what += f": superglobal {precision}, backbone compiled"
@@ -237,7 +243,7 @@ def _compiled(report: Report, backbone: str, precision: str) -> None:
 
 
 def _new_sizes(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
-    """What the first batch of a size costs beyond any other: cuDNN plans each convolution anew."""
+    """Measure the additional time of the first batch of a size, for which cuDNN plans each convolution again."""
     height = images.shape[-2]
     first, again = [], []
     for less in range(1, report.pick(9, 5, 3)):
@@ -245,21 +251,21 @@ def _new_sizes(report: Report, what: str, network: RetrievalNetwork, images: Ten
         for times in (first, again):
             times.append(report.seconds(lambda some=some: forward_variants([network], some), 1, 0))  # type: ignore[misc]
     extra = 1e3 * (statistics.median(first) - statistics.median(again))
-    report.add(f"{what}: the first batch of a size takes longer by", extra, "ms")
+    report.add(f"{what}: additional time of the first batch of a size", extra, "ms")
 
 
 def _pooling(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
-    """Seconds of pooling the largest map."""
+    """Measure the time to pool the largest feature map."""
     x = images.repeat(1, 1, 2, 2)[:, :, : int(images.shape[-2] * 1.4142), : int(images.shape[-1] * 1.4142)]
     feature_map = network.backbone(network.normalize(x)).clone()
     eager = report.seconds(lambda: network.pooling(feature_map))
     bytes_read = feature_map.numel() * feature_map.element_size()
-    note = f"a map of {bytes_read / 1e6:.0f} MB"
+    note = f"a feature map of {bytes_read / 1e6:.0f} MB"
     report.add(f"{what}: pooling of a batch at the largest scale", 1e3 * eager, "ms", note=note)
 
 
 def _profile(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
-    """Share of the device's time by kind of kernel, from torch.profiler."""
+    """Measure with torch.profiler the fraction of the GPU time that each operation takes."""
     report.require_gpu("the profile")
     from torch.profiler import ProfilerActivity, profile
 
@@ -279,13 +285,13 @@ def _profile(report: Report, what: str, network: RetrievalNetwork, images: Tenso
         spent[kind] += own
     total = sum(spent.values())
     for kind, own in sorted(spent.items(), key=lambda pair: -pair[1]):
-        report.add(f"{what}, float16: share of the GPU's time, {kind}", 100 * own / total, "%")
+        report.add(f"{what}, float16: fraction of the GPU time, {kind}", 100 * own / total, "%")
     for name, own in sorted(kernels.items(), key=lambda pair: -pair[1])[:15]:
         print(f"  {100 * own / total:5.1f} % {name[:150]}", flush=True)
 
 
 def _pipeline(report: Report, backbone: str, photos: list[Path]) -> None:
-    """From JPEG files in ROxford5k's sizes to a complete store: decoding, transfer, network and writing together."""
+    """Measure extraction from JPEG files in the sizes of ROxford5k to a complete store."""
     cores = os.cpu_count() or 1
     workers = report.pick(cores - 2, cores - 2, 0)
     start = time.perf_counter()
@@ -306,7 +312,7 @@ def _pipeline(report: Report, backbone: str, photos: list[Path]) -> None:
 def _whole(
     report: Report, network: RetrievalNetwork, photos: list[Path], workers: int, how: dict[str, Any], title: str
 ) -> None:
-    # The start-up of workers is part of every run: the difference of two runs is without it.
+    # Each run includes the start-up of the workers, so the rate is computed from the difference of two runs.
     few, many = photos[: len(photos) // 4], photos
     if how["precision"] == "float32":
         few, many = few[: len(few) // 4], few
@@ -315,12 +321,14 @@ def _whole(
         for part in (few, many)
     )
     rate = (len(many) - len(few)) / max(1e-9, many_seconds - few_seconds)
-    note = f"{len(many)} images in {many_seconds:.1f} s with the start-up; {workers} workers"
-    report.add(f"files to store, {network.backbone.name}, ROxford5k's sizes: {title}", rate, "images/s", note=note)
+    note = f"{len(many)} images in {many_seconds:.1f} s including the start-up; {workers} workers"
+    report.add(
+        f"from files to store, {network.backbone.name}, sizes of ROxford5k: {title}", rate, "images/s", note=note
+    )
 
 
 def _decoder(report: Report, photos: list[Path]) -> None:
-    """Speed of nvJPEG, and how far its pixels are from the CPU decoder's."""
+    """Measure the speed of nvJPEG, and the difference of its pixels from those of the CPU decoder."""
     report.require_gpu("nvJPEG")
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -330,11 +338,13 @@ def _decoder(report: Report, photos: list[Path]) -> None:
     except RuntimeError as error:
         raise Skip(f"torchvision cannot decode on this GPU: {error}") from error
     seconds = report.seconds(lambda: decode_jpeg(files, ImageReadMode.RGB, device=report.device))
-    report.add("decoding JPEGs on the GPU, 64 at once", len(files) / seconds, "images/s")
+    report.add("decoding JPEGs on the GPU in batches of 64", len(files) / seconds, "images/s")
     pairs = [
-        (one.cpu().numpy().astype(int), decode_image(f.numpy().tobytes()))
-        for one, f in zip(decoded, files, strict=True)
+        (image.cpu().numpy().astype(int), decode_image(f.numpy().tobytes()))
+        for image, f in zip(decoded, files, strict=True)
     ]
-    differences = [np.abs(one.transpose(1, 2, 0) - other) for one, other in pairs]
+    differences = [np.abs(on_gpu.transpose(1, 2, 0) - on_cpu) for on_gpu, on_cpu in pairs]
     mean, largest = np.mean([d.mean() for d in differences]), max(int(d.max()) for d in differences)
-    report.add("pixels of the GPU decoder: mean difference to the CPU's", mean, "of 255", note=f"largest {largest}")
+    report.add(
+        "pixels of the GPU decoder: mean difference from the CPU decoder", mean, "of 255", note=f"largest {largest}"
+    )

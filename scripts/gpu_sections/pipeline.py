@@ -1,4 +1,4 @@
-"""Extract descriptors as an evaluation does, without its command."""
+"""Extract descriptors with the pipeline of an evaluation."""
 
 from __future__ import annotations
 
@@ -22,10 +22,18 @@ from superglobal.training.trainer import make_trainer
 def extract_all(
     report: Report, network: RetrievalNetwork, photos: list[Path], name: str, workers: int = 2, **how: Any
 ) -> tuple[np.ndarray, float]:
-    """Extract images into a new store; `how` are settings of `ExtractionConfig`.
+    """Extract the descriptors of images into a new store.
+
+    Args:
+        report: report of the section.
+        network: network to use.
+        photos: image files.
+        name: name of the store.
+        workers: number of processes that read images.
+        **how: settings of `ExtractionConfig`.
 
     Returns:
-        (N, D) float32 descriptors, and the seconds from the first to the last image, start-up of workers included.
+        The descriptors, (N, D) float32, and the seconds of the extraction, including the start-up of the workers.
     """
     items = [ImageItem(path) for path in photos]
     images = ExtractionList("database", name, items, check_images(items), None)

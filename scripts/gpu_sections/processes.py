@@ -1,4 +1,4 @@
-"""Several processes: DistributedDataParallel starts, steps and ends with NCCL and gloo."""
+"""Check that training with DistributedDataParallel runs with NCCL and gloo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu_sections.common import OutOfTime, Report, Skip, command, finish
 
 
 def main(report: Report) -> None:
-    """NCCL with one process, gloo and NCCL with two on the same device, all at a time."""
+    """Check NCCL with one process, and gloo and NCCL with two processes on one device, all at the same time."""
     cases = [("nccl", 1), ("gloo", 2), ("nccl", 2)] if report.cuda else [("gloo", 2)]
     with ThreadPoolExecutor() as pool:
         for backend, world in cases:
@@ -30,7 +30,7 @@ def _run(report: Report, backend: str, world: int, name: str) -> None:
         port = free.getsockname()[1]
     started = []
     for rank in range(world):
-        # Each process believes to be a machine with one device: on one machine Lightning asks for a device for each.
+        # Each process acts as a machine with one device, because Lightning needs one device per process on a machine.
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
         env |= {"NODE_RANK": str(rank), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
         started.append(command([Path(__file__), backend, world, report.device.type], env))
@@ -39,19 +39,19 @@ def _run(report: Report, backend: str, world: int, name: str) -> None:
     except (OutOfTime, RuntimeError) as error:
         text = str(error)
         if "Duplicate GPU" in text or "duplicate" in text.lower():
-            raise Skip("NCCL refuses two processes on one GPU") from error
+            raise Skip("NCCL does not support two processes on one GPU") from error
         raise
     finally:
         for process in started:
             process.kill()
     losses = [next(line for line in text.splitlines() if line.startswith("losses")) for text in texts]
     different = len(set(losses)) - 1
-    what = f"{name}: 8 steps, processes with other weights than the first"
+    what = f"{name}: processes whose weights differ from the first process after 8 steps"
     report.add(what, different, passed=not different, expected="0", note=losses[0][:120])
 
 
 def _train(backend: str, world: int, device: str) -> None:
-    """Train for 8 steps in this process and print the mean losses and the norm of the weights."""
+    """Train for 8 steps in this process, and print the mean losses and the norm of the weights."""
     from pytorch_lightning.strategies import DDPStrategy
     from trainings import RandomImages, fit, make_network_and_head
 

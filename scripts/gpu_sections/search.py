@@ -1,4 +1,4 @@
-"""Exact search and ranks of a million rows, and the latency of reranking."""
+"""Measure exact search and ranks over a million rows, and the latency of reranking."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEPTH, BLOCK = 400, 65536
 
 
 def main(report: Report) -> None:
-    """Fill a store with random unit vectors, made on the device, and measure."""
+    """Measure search over random unit vectors, and reranking."""
     report.run("a million rows", lambda: _million(report), need=20)
     report.run("reranking", lambda: _reranking(report), need=10)
 
@@ -32,7 +32,8 @@ def _million(report: Report) -> None:
     rows, dim, queries = report.pick((1_000_000, 2048, 70), (1_000_000, 2048, 70), (20_000, 64, 10))
     Q = random_units(1, queries, dim)
     X = _rows(report, rows, dim)
-    ids = [np.concatenate([one[name] for name in ("easy", "hard", "junk")]) for one in targets(queries, rows, None)]
+    gnd = targets(queries, rows, None)
+    ids = [np.concatenate([entry[name] for name in ("easy", "hard", "junk")]) for entry in gnd]
     what = f"{rows:,} x {dim} float16, {queries} queries"
     results: dict[str, Any] = {}
     base = _bare(report, what, Q, X)
@@ -40,10 +41,12 @@ def _million(report: Report) -> None:
     def measure(name: str, function: Callable[[], Any]) -> None:
         results[name] = function()
         seconds = report.seconds(function, report.pick(5, 3, 1), 0)
-        report.add(f"{what}: {name}", seconds, "s", ratio=seconds / base, baseline="the bare product")
+        report.add(f"{what}: {name}", seconds, "s", ratio=seconds / base, baseline="only the product")
 
     on_device = {
-        "plain chunked topk in torch, rows on the device (near-ties unsettled)": partial(_chunked_topk, report, Q, X),
+        "plain chunked topk in torch, rows on the device (near ties not resolved)": partial(
+            _chunked_topk, report, Q, X
+        ),
         "search, rows on the device": partial(search, Q, X, DEPTH, device=report.device),
         "search and exact ranks, rows on the device": partial(search_and_rank, Q, X, DEPTH, ids, device=report.device),
         "search, one query, rows on the device": partial(search, Q[:1], X, DEPTH, device=report.device),
@@ -59,10 +62,10 @@ def _million(report: Report) -> None:
     }
     for name, function in in_store.items():
         report.run(name, partial(measure, name, function), need=8 if "CPU" in name else 0)
-    for name, found in results.items():
+    for name, result in results.items():
         if name.startswith("search and exact ranks, ") and "search and exact ranks on the CPU" in results:
-            different = differences(results["search and exact ranks on the CPU"], found)
-            text = f"{name}: ids and ranks that differ from the CPU's"
+            different = differences(results["search and exact ranks on the CPU"], result)
+            text = f"{name}: ids and ranks that differ from those of the CPU"
             report.add(text, different, passed=different == 0, expected="0")
 
 
@@ -77,19 +80,19 @@ def _rows(report: Report, rows: int, dim: int) -> torch.Tensor:
 
 
 def _store(report: Report, X: torch.Tensor) -> DescriptorStore:
-    """Return a store of the same rows."""
+    """Return a store of the rows."""
     lines = [f"{i:08d}.jpg" for i in range(len(X))]
-    place = report.work / "million"
-    store = DescriptorStore.open_or_create(place, {"made_by": "gpu_report"}, lines, X.shape[1], dtype="float16")
+    path = report.work / "million"
+    store = DescriptorStore.open_or_create(path, {"made_by": "gpu_report"}, lines, X.shape[1], dtype="float16")
     for start in range(0, len(X), BLOCK):
         block = X[start : start + BLOCK].cpu().numpy()
         store.copy_rows(np.arange(start, start + len(block)), block)
     store.flush()
-    return DescriptorStore.open(place)
+    return DescriptorStore.open(path)
 
 
 def _bare(report: Report, what: str, Q: np.ndarray, X: torch.Tensor) -> float:
-    """Return the seconds of the product of all rows with the queries."""
+    """Return the seconds that the product of all rows with the queries takes."""
     q = torch.from_numpy(Q).to(X.device)
 
     def run() -> float:
@@ -117,7 +120,7 @@ def _chunked_topk(report: Report, Q: np.ndarray, X: torch.Tensor) -> np.ndarray:
 
 
 def _faiss(report: Report, X: torch.Tensor, Q: np.ndarray) -> None:
-    """Exact search by FAISS on the same device."""
+    """Measure exact search with FAISS on the same device."""
     try:
         import faiss
     except ImportError:
@@ -138,11 +141,11 @@ def _faiss(report: Report, X: torch.Tensor, Q: np.ndarray) -> None:
     report.add(f"{len(X):,} x {X.shape[1]}, {len(Q)} queries: FAISS flat", seconds, "s")
     ids, expected = (search(Q, X, DEPTH, backend=name, device=X.device)[1] for name in ("faiss", "torch"))
     different = int((ids != expected).sum())
-    report.add("search by FAISS: ids that differ from torch's", different, passed=different == 0, expected="0")
+    report.add("search with FAISS: ids that differ from those of torch", different, passed=different == 0, expected="0")
 
 
 def _plain_rerank(Q: torch.Tensor, X: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Rerank as the formula is written, on tensors of any device; 16 queries at a time."""
+    """Rerank with a direct implementation of the formula on the device of the tensors, 16 queries at a time."""
     orders = []
     for start in range(0, len(Q), 16):
         q, own = Q[start : start + 16], ids[start : start + 16]
@@ -161,7 +164,7 @@ def _plain_rerank(Q: torch.Tensor, X: torch.Tensor, ids: torch.Tensor) -> torch.
 
 
 def _reranking(report: Report) -> None:
-    """Milliseconds per query at M = 400 for 1, 70 and 1,000 queries."""
+    """Measure the milliseconds per query with M = 400 for 1, 70 and 1,000 queries."""
     rows, dim, depth = report.pick((20_000, 2048, DEPTH), (20_000, 2048, DEPTH), (1_000, 64, 50))
     counts = report.pick((1, 70, 1000), (1, 70, 1000), (1, 10))
     Q, X = clustered(max(counts), rows, dim)
@@ -171,13 +174,13 @@ def _reranking(report: Report) -> None:
     for count in counts:
         plain = report.seconds(lambda count=count: _plain_rerank(Q_device[:count], X_device, ids_device[:count]), 3, 1)  # type: ignore[misc]
         name = f"reranking, M={depth}, {count} queries"
-        report.add(f"{name}: the formula in plain torch, rows on the device", 1e3 * plain / count, "ms a query")
+        report.add(f"{name}: formula in plain torch, rows on the device", 1e3 * plain / count, "ms per query")
         for title, database in {"rows on the device": X_device, "rows in memory": half}.items():
             run = partial(rerank, Q[:count], database, ids[:count], depth, device=report.device)
             seconds = report.seconds(run, 3, 1)
             more: dict[str, Any] = {"ratio": seconds / plain, "baseline": "plain torch"}
-            report.add(f"{name}: superglobal, {title}", 1e3 * seconds / count, "ms a query", **more)
+            report.add(f"{name}: superglobal, {title}", 1e3 * seconds / count, "ms per query", **more)
     count = min(70, len(Q))
     cpu = report.seconds(lambda: rerank(Q[:count], half, ids[:count], depth), 1, 0)
     name = f"reranking, M={depth}, {count} queries: superglobal on the CPU"
-    report.add(name, 1e3 * cpu / count, "ms a query")
+    report.add(name, 1e3 * cpu / count, "ms per query")

@@ -1,4 +1,4 @@
-"""A training step of ResNet-50 with GLDv2-clean's classes, against a bare PyTorch loop; the pipeline that feeds it."""
+"""Measure a training step of ResNet-50 with the classes of GLDv2-clean, a plain PyTorch loop, and the data pipeline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLASSES, DIM = 81_313, 2048
 
 
 class _Setting:
-    """Sizes of the step."""
+    """Network, image and batch sizes of a training step."""
 
     def __init__(self, report: Report) -> None:
         self.backbone, self.side, self.batch, self.classes, self.dim, self.steps = report.pick(
@@ -39,23 +39,23 @@ class _Setting:
         self.precision = "bf16-mixed"
 
     def parts(self) -> tuple[Any, Any, OptimConfig]:
-        """Return network, head and optimizer settings."""
+        """Return the network, the head and the optimizer settings."""
         network, head = make_network_and_head(self.backbone, self.dim, self.classes, scale=45.25, margin=0.15)
         return network, head, OptimConfig(name="sgd", lr=1e-3, batch_size=self.batch, epochs=1)
 
 
 def main(report: Report) -> None:
-    """Measure the bare loop, the framework, both compiled, the shares, and the data pipeline."""
+    """Measure the plain loop, the Trainer, the parts of a step, the data pipeline, variants, and compilation."""
     photos = write_jpegs(report.work / "training", [(800, 600), (1024, 768)] * report.pick(128, 64, 2))
     setting = _Setting(report)
-    peak = report.run("ceiling", lambda: _peak(report))
+    peak = report.run("peak speed", lambda: _peak(report))
     flops = _flops(setting)
-    bare = report.run("bare loop", lambda: _bare(report, setting, peak, flops), need=15)
-    report.run("framework", lambda: _framework(report, setting, False, bare), need=20)
-    report.run("shares", lambda: _shares(report, setting, bare), need=10)
+    bare = report.run("plain loop", lambda: _bare(report, setting, peak, flops), need=15)
+    report.run("Trainer", lambda: _framework(report, setting, False, bare), need=20)
+    report.run("parts of a step", lambda: _shares(report, setting, bare), need=10)
     report.run("data pipeline", lambda: _data(report, setting, photos, bare), need=15)
-    report.run("variants of the bare loop", lambda: _variants(report, setting, peak, flops, bare), need=20)
-    report.run("framework, compiled", lambda: _framework(report, setting, True, bare), need=110)
+    report.run("variants of the plain loop", lambda: _variants(report, setting, peak, flops, bare), need=20)
+    report.run("Trainer, compiled", lambda: _framework(report, setting, True, bare), need=110)
 
 
 def _peak(report: Report) -> float:
@@ -65,7 +65,7 @@ def _peak(report: Report) -> float:
 
 
 def _flops(setting: _Setting) -> float:
-    """FLOPs of a step on one image: three times those of the forward pass."""
+    """Return the FLOPs of a step per image: three times those of the forward pass."""
     backbone = Backbone(setting.backbone).eval().to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(torch.empty(1, 3, setting.side, setting.side, device="meta"))
@@ -73,9 +73,9 @@ def _flops(setting: _Setting) -> float:
 
 
 def _bare(
-    report: Report, setting: _Setting, peak: float | None, flops: float, title: str = "bare PyTorch loop", **how: Any
+    report: Report, setting: _Setting, peak: float | None, flops: float, title: str = "plain PyTorch loop", **how: Any
 ) -> float:
-    """Return images/s of a loop without the framework, its images on the device already."""
+    """Return the images/s of a plain loop whose images are already on the device."""
     network, head, o = setting.parts()
     network.to(report.device, memory_format=how.get("layout", torch.channels_last))
     head.to(report.device)
@@ -102,7 +102,7 @@ def _bare(
 
     if report.cuda:
         torch.cuda.reset_peak_memory_stats()
-    together = report.pick(5, 5, 1)  # steps between two synchronizations, so that the host runs ahead as in a training
+    together = report.pick(5, 5, 1)  # steps between two synchronizations, as in a training run
 
     def steps() -> None:
         for _ in range(together):
@@ -113,18 +113,18 @@ def _bare(
     finally:
         torch.backends.cudnn.benchmark = before
     rate = setting.batch / seconds
-    note = f"{1e3 * seconds:.1f} ms a step"
+    note = f"{1e3 * seconds:.1f} ms per step"
     if report.cuda:
         note += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
     if peak:
-        note += f", {flops * rate / peak:.0%} of the bfloat16 ceiling"
+        note += f", {flops * rate / peak:.0%} of the bfloat16 peak"
     what = f"{setting.backbone}, {setting.side} px, batch {setting.batch}, {setting.classes:,} classes, bfloat16"
     report.add(f"{what}: {title}", rate, "images/s", note=note, **how.get("row", {}))
     return rate
 
 
 class _Tf32(torch.nn.Module):
-    """A head whose float32 matrix products use TF32."""
+    """Wrapper of a head whose float32 matrix products use TF32."""
 
     def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()
@@ -136,9 +136,9 @@ class _Tf32(torch.nn.Module):
 
 
 def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | None) -> None:
-    """Measure the Trainer with the callbacks of a training."""
+    """Measure the Trainer with the callbacks of a training run."""
     if compiled:
-        report.require_gpu("compiling the step in the time of a report")
+        report.require_gpu("compiling the step in a short time")
     network, head, o = setting.parts()
     accelerator = "gpu" if report.cuda else "cpu"
     workers = report.pick(8, 8, 0)
@@ -154,23 +154,25 @@ def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | 
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     _, data = fit(network, head, o, config, images, callbacks)
-    # The host runs ahead of the GPU: only the mean over many steps is the GPU's speed.
+    # The GPU works asynchronously, so only the mean over many steps is its speed.
     first = setting.steps // 3
     waits = [after - before for before, after in itertools.pairwise(times.begins)]
     seconds = statistics.mean(waits[first:])
     rate = setting.batch / seconds
-    note = f"{1e3 * seconds:.1f} ms a step, waited {data.waited:.1f} s of {time.perf_counter() - start:.1f} s for data"
+    note = (
+        f"{1e3 * seconds:.1f} ms per step, waited {data.waited:.1f} s of {time.perf_counter() - start:.1f} s for data"
+    )
     if report.cuda:
         note += f", {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
     if compiled:
         note += f"; first step {waits[0]:.0f} s"
     name = f"superglobal's Trainer{', trainer.compile=true' if compiled else ''}"
     more: dict[str, Any] = {"predicted": "1.2 x"} if compiled else {}
-    report.add(name, rate, "images/s", ratio=rate / bare if bare else None, baseline="bare loop", note=note, **more)
+    report.add(name, rate, "images/s", ratio=rate / bare if bare else None, baseline="plain loop", note=note, **more)
 
 
 def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
-    """Share of the step that pooling and whitening, head, and optimizer take, each run alone."""
+    """Measure the time of pooling and whitening, of the head, and of the optimizer, each of which runs alone."""
     network, head, _ = setting.parts()
     network.to(report.device, memory_format=torch.channels_last)
     head.to(report.device)
@@ -202,12 +204,12 @@ def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
     step = setting.batch / bare if bare else None
     for name, function in times.items():
         seconds = report.seconds(function)
-        note = f"{seconds / step:.1%} of the bare step" if step else ""
-        report.add(f"share of the step: {name}", 1e3 * seconds, "ms", note=note)
+        note = f"{seconds / step:.1%} of a step of the plain loop" if step else ""
+        report.add(f"part of a step: {name}", 1e3 * seconds, "ms", note=note)
 
 
 class _Photos(Dataset):
-    """Augmented JPEGs, as a training reads them."""
+    """Augmented JPEG images, as in a training run."""
 
     def __init__(self, files: list[bytes], count: int, side: int) -> None:
         self.files, self.count, self.side = files, count, side
@@ -221,7 +223,7 @@ class _Photos(Dataset):
 
 
 def _data(report: Report, setting: _Setting, photos: list[Any], bare: float | None) -> None:
-    """Images/s that the cores decode and augment, against what the step takes."""
+    """Compare the images/s that the CPU decodes and augments with those of a training step."""
     cores = os.cpu_count() or 1
     batches = report.pick(24, 12, 2)
     files = [photo.read_bytes() for photo in photos]
@@ -235,15 +237,13 @@ def _data(report: Report, setting: _Setting, photos: list[Any], bare: float | No
     for _ in loader:
         times.append(time.perf_counter())
     rate = setting.batch * (len(times) - 1) / (times[-1] - times[0])
-    note = f"{cores} cores; 800 x 600 and 1024 x 768 photos"
+    note = f"{cores} cores; 800 x 600 and 1024 x 768 images"
     name = f"decoding and augmenting to {setting.side} px"
-    report.add(
-        name, rate, "images/s", ratio=rate / bare if bare else None, baseline="what the bare step takes", note=note
-    )
+    report.add(name, rate, "images/s", ratio=rate / bare if bare else None, baseline="plain loop", note=note)
 
 
 def _variants(report: Report, setting: _Setting, peak: float | None, flops: float, bare: float | None) -> None:
-    """Changes that only a GPU can judge."""
+    """Measure changes whose effect depends on the GPU."""
     report.require_gpu("the comparison of layouts and optimizers")
     for title, how, predicted in (
         ("fused SGD", {"fused": True}, "1.02 x"),
@@ -268,6 +268,6 @@ def _variant(
     row: dict[str, Any],
     how: dict[str, Any],
 ) -> None:
-    rate = _bare(report, setting, peak, flops, f"bare loop, {title}", **how)
+    rate = _bare(report, setting, peak, flops, f"plain loop, {title}", **how)
     if bare:
         report.add(f"gain of {title}", rate / bare, "x", **row)
