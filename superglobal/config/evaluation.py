@@ -59,7 +59,7 @@ def _make_loader_settings() -> Any:
                 )
             descriptions.setdefault(name, {}).setdefault(words[name], []).append(kind)
     lines = [
-        f"    {name}: " + " ".join(f"{', '.join(kinds)}: {text}" for text, kinds in of_name.items())
+        f"    {name}: " + " ".join(f"For kind {', '.join(kinds)}: {text}" for text, kinds in of_name.items())
         for name, of_name in descriptions.items()
     ]
     doc = "\n".join(["Settings of the loaders of evaluation sets.", "", "Args:", *lines])
@@ -80,7 +80,7 @@ LoaderSettings: Any = _make_loader_settings()
 
 @dataclass
 class DatasetConfig(LoaderSettings):
-    """An evaluation set (`conf/dataset`).
+    """Evaluation set (`conf/dataset`).
 
     Args:
         kind: layout of the set: "revisited" (`<root>/<name>/{jpg/,gnd_<name>.pkl}`), "folder" (your own photos),
@@ -332,17 +332,17 @@ class EvalConfig:
         self._validate_rerank()
         self._validate_ablation()
         if self.scales is not None:
-            from superglobal.models.network import make_scales  # imports timm, which takes seconds
+            from superglobal.models.network import make_scales  # This import loads timm, which takes seconds.
 
             make_scales(self.scales)
 
     def _validate_descriptors(self) -> None:
-        d, own, distractors = self.dataset, self.descriptors, self.distractors.name
-        if (own.query is None) != (own.database is None):
+        d, files, distractors = self.dataset, self.descriptors, self.distractors.name
+        if (files.query is None) != (files.database is None):
             raise InputError(
                 "descriptors: only one of descriptors.query and descriptors.database is set; give both .npy files"
             )
-        if d.kind == "descriptors" and own.query is None:
+        if d.kind == "descriptors" and files.query is None:
             raise InputError(
                 "dataset=descriptors: the files are missing; add descriptors.query=Q.npy descriptors.database=X.npy"
             )

@@ -26,7 +26,7 @@ _PREFACE = (
 )
 # The docstrings of these classes describe the fields of a schema; by default, it is the schema's own docstring.
 _DOCUMENTED_BY = {PoolingOverrides: (PoolingOverrides, PoolingConfig)}
-# Options of `pooling=` that are no files in conf/.
+# These options of `pooling=` are not files in conf/, so they are described here.
 _PRESETS = {
     "cvnet_global": "Pooling of CVNet's global branch",
     "gem": "GeM pooling without SuperGlobal's modules",
@@ -37,7 +37,7 @@ _PRESETS = {
 class Entry(NamedTuple):
     """Command that Hydra configures."""
 
-    name: str  # of its configuration in conf/
+    name: str  # name of its configuration in conf/
     script: str  # command as users type it
     schema: type
     purpose: str  # first line of its help
@@ -86,12 +86,12 @@ def sections(schema: type, prefix: str = "") -> Iterator[Section]:
     documented = _DOCUMENTED_BY.get(schema, [kind for kind in schema.__mro__ if dataclasses.is_dataclass(kind)])
     settings, described = [], set[str]()
     for names, text in itertools.chain.from_iterable(_argument_lines(kind).items() for kind in documented):
-        if own := [name for name in names if name in plain and name not in described]:
-            limits = dict.fromkeys(_limits(plain[name], text) for name in own)
-            defaults = dict.fromkeys(_default(plain[name]) for name in own)
-            names = tuple(prefix + name for name in own)
-            settings.append(Setting(names, tuple(defaults), " ".join([text, *limits]).strip()))
-            described.update(own)
+        if new_names := [name for name in names if name in plain and name not in described]:
+            limits = dict.fromkeys(_limits(plain[name], text) for name in new_names)
+            defaults = dict.fromkeys(_default(plain[name]) for name in new_names)
+            prefixed_names = tuple(prefix + name for name in new_names)
+            settings.append(Setting(prefixed_names, tuple(defaults), " ".join([text, *limits]).strip()))
+            described.update(new_names)
     if missing := plain.keys() - described:
         raise LookupError(f"{schema.__name__}: no docstring describes {', '.join(sorted(missing))}")
     summary = inspect.cleandoc(schema.__doc__ or "").split("\n\n")[0]

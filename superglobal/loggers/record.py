@@ -29,7 +29,7 @@ class EvaluationRecord:
     queries: np.ndarray  # (Q, D) descriptors of unit norm
     database: Rows  # N descriptors of unit norm
     dataset: EvaluationSet | None  # None for descriptors without a data set
-    images: Sequence[ImageItem]  # of the database, including distractors
+    images: Sequence[ImageItem]  # database images by id, including distractors
 
     def numbers(self) -> dict[str, float]:
         """Return the numbers of the evaluation by name.

@@ -12,7 +12,7 @@ from superglobal.utils.io import write_atomically
 
 _COLORS = ("#4393c3", "#1a9850", "#d6604d", "#762a83", "#b8860b")  # one per protocol
 _MARKERS = ("o", "D", "s", "^")  # one per variant; marks of the set without distractors are filled
-_ROW_HEIGHT, _MARGINS, _PANEL_WIDTH, _MODULE_WIDTH = 0.24, 1.15, 5.2, 0.16  # inches
+_ROW_HEIGHT, _MARGINS, _PANEL_WIDTH, _MODULE_WIDTH = 0.24, 1.15, 5.2, 0.16  # all in inches
 _MAX_ROWS = 120
 
 

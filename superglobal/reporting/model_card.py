@@ -58,7 +58,7 @@ def _card_result(summary: Mapping[str, Any]) -> CardResult:
     tuned_on = summary["tuned_on"]
     warning = f"**Settings tuned on {', '.join(tuned_on)}.**" if tuned_on else ""
     if any(name.endswith(report.TEST_MARK) for name in tuned_on):
-        warning += " **They are too optimistic for other images; do not compare them with other results.**"
+        warning += " **These numbers are too optimistic for other images; do not compare them with other results.**"
     rows = [
         {"stage": stage, "protocol": protocol, **report.metric_cells(metrics, protocol)}
         for stage, metrics in summary["metrics"].items()

@@ -21,7 +21,7 @@ from superglobal.utils.io import write_atomically
 _SIDE, _BORDER, _GAP, _CAPTION, _TITLE, _BETWEEN = 148, 5, 6, 14, 22, 18
 _FRAME = _SIDE + 2 * _BORDER
 _CELL, _LINE = _FRAME + _GAP, _FRAME + _CAPTION + _GAP
-_COLUMNS = 5  # results per line of a comparison
+_COLUMNS = 5  # number of results per row of a comparison
 _BOX = "#ffe600"
 COLORS = {
     "easy": "#009e73",

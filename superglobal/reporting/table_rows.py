@@ -240,7 +240,7 @@ def _effect(i: int, variant: str, weights: str, runs: Mapping[States, dict[str, 
 
 _WEBSITE = "paperswithcode.com/paper/global-features-are-all-you-need-for-image"
 _SUMMARIES = "summaries of the paper by others"
-# The list contains only scores that could be confirmed. No score of the paper's ablation table could be.
+# The list contains only scores that could be confirmed. This was not possible for the paper's ablation table.
 _PUBLISHED = (
     Published("roxford5k", "resnet101", False, (("hard", 72.1),), _SUMMARIES),
     Published("rparis6k", "resnet101", False, (("hard", 83.5),), _SUMMARIES),

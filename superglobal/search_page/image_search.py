@@ -148,7 +148,7 @@ class ImageSearch:
         """
         reachable = self.count_reachable(query.image)
         if reachable < 1:
-            raise InputError("the database contains no other photos; add photos to search among")
+            raise InputError("the database contains no other photos; add photos to it")
         k = min(max(M, count), reachable)
         exclude = None if query.image.id is None else np.array([query.image.id])
         seconds: dict[str, float] = {}

@@ -68,7 +68,7 @@ class PageCallbacks:
         if title != "queries":
             return self._search_image(self.database.search.database_image(number), None, rerank, M, K, beta)
         if not 0 <= number < len(self.database.queries):
-            raise InputError(f"there is no query {text}: expected a number from 0 to {len(self.database.queries) - 1}")
+            raise InputError(f"there is no query {text}; choose one of the images on the page")
         item = self.database.queries[number]
         image = QueryImage(self.database.query_names[number], item.path)
         return self._search_image(image, item.box, rerank, M, K, beta)
