@@ -215,7 +215,7 @@ def test_a_box_restricts_the_query_and_is_shown_on_the_image(visit, tmp_path):
     assert "the box, 1" in visit.find_element(By.CSS_SELECTOR, ".sg-about").text
     wait_for_change(visit, visit.find_element(By.CSS_SELECTOR, "[data-whole]").click)
     assert not visit.find_element(By.CSS_SELECTOR, ".sg-box").is_displayed()
-    assert "all of it" in visit.find_element(By.CSS_SELECTOR, ".sg-about").text
+    assert "the whole photo" in visit.find_element(By.CSS_SELECTOR, ".sg-about").text
 
 
 def test_a_database_image_can_be_found_by_name_and_used_as_query(visit):
@@ -237,7 +237,7 @@ def test_an_invalid_upload_shows_a_message_and_the_page_still_works(visit, other
     (tmp_path / "bad.jpg").write_text("this is no photo")
     (tmp_path / "bomb.png").write_bytes(png_of(60_000, 60_000))
     (tmp_path / "big.jpg").write_bytes(b"\xff" * 1_200_000)
-    for name, reason in (("bad.jpg", "not an image"), ("bomb.png", "60000 x 60000"), ("big.jpg", "1 MB allowed")):
+    for name, reason in (("bad.jpg", "not an image"), ("bomb.png", "60000 x 60000"), ("big.jpg", "at most 1 MB")):
         send(visit, tmp_path / name)
         wait(visit, lambda name=name: message(visit).startswith(name))
         assert reason in message(visit)

@@ -188,8 +188,12 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
     plain: dict[str, Any] = {"apply_default_css": False}
     query, turn = gr.State(None, time_to_live=_KEEP_SECONDS), gr.State(0)
     device = "GPU" if search.device != "cpu" else "CPU"
-    descriptor = f"descriptors with {search.database.dim} dimensions by {search.network.backbone.name}"
-    facts = [f"{len(search):,} photos", descriptor, f"computed on the {device}"]
+    facts = [
+        f"{len(search):,} photos",
+        f"backbone {search.network.backbone.name}",
+        f"{search.database.dim}-dimensional descriptors",
+        f"searched on the {device}",
+    ]
     gr.HTML(html.render_header(database.name, facts), **plain)
     with gr.Row(elem_id="sg-columns"):
         with gr.Column(scale=1, min_width=300, elem_id="sg-left"):
