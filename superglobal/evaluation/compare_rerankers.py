@@ -38,7 +38,7 @@ def compare(cfg: DictConfig, folder: Path, sources: Sequence[Path]) -> list[dict
 
     Args:
         cfg: composed `CompareConfig`.
-        folder: `comparison.json` and `table.md` are written here.
+        folder: folder for `comparison.json` and `table.md`.
         sources: configuration folders; a name in `rerankers` is looked up as `rerank/NAME.yaml` in this order.
 
     Returns:
@@ -64,14 +64,16 @@ def compare(cfg: DictConfig, folder: Path, sources: Sequence[Path]) -> list[dict
         return []
     skipped = len(inputs.database.skipped)
     if skipped and any(settings.enabled and settings.kind == "adba" for _, settings in rerankers):
-        raise InputError(f"{skipped} distractors were skipped, which adba cannot average; remove it from rerankers=")
+        raise InputError(
+            f"{skipped} distractors were skipped, and adba cannot average them; remove adba from rerankers="
+        )
     rows = _score_rerankers(config, inputs, rerankers, folder)
     _report(config, inputs, rows, folder)
     return rows
 
 
 def _read_reranker(words: str, sources: Sequence[Path]) -> RerankConfig:
-    """Return the settings of "NAME key=value ...": those in `rerank/NAME.yaml`, with the values that follow it."""
+    """Return the settings of "NAME key=value ...": those in `rerank/NAME.yaml`, overridden by the given values."""
     name, *overrides = words.split() or [""]
     path = next((p for p in (source / "rerank" / f"{name}.yaml" for source in sources) if p.is_file()), None)
     if path is None:
@@ -85,7 +87,7 @@ def _read_reranker(words: str, sources: Sequence[Path]) -> RerankConfig:
     assert isinstance(settings, RerankConfig)
     complete_rerank(settings)
     if settings.junk != "keep":
-        raise InputError(f"rerankers: {words!r}: expected rerank.junk=keep; python eval.py takes other values")
+        raise InputError(f"rerankers: {words!r}: expected rerank.junk=keep; use python eval.py for other values")
     return settings
 
 
@@ -97,7 +99,7 @@ def _score_rerankers(
     Q, X, exclude, device = task.queries, task.database, task.exclude, task.device
     k = max(shortlist_size(config.k, settings, inputs) for _, settings in rerankers)
     options: dict[str, Any] = {"backend": config.index.backend, "device": device, "exclude": exclude}
-    search(Q, X, k, **options)  # Warm up: the first search reads the database from disk.
+    search(Q, X, k, **options)  # not measured, because the first search reads the database from disk
     with _measure(device) as search_cost:
         _, ids = search(Q, X, k, **options)
     rows: list[dict[str, Any]] = []
@@ -134,7 +136,7 @@ def _score_rerankers(
 
 @contextmanager
 def _measure(device: str) -> Iterator[dict[str, Any]]:
-    """Measure the milliseconds of a block and its peak memory in MB above that before; None if unknown."""
+    """Measure the milliseconds of a block and its additional peak memory in MB; None if unknown."""
     cost: dict[str, Any] = {}
     before = _peak_memory(device, reset=True)
     start = time.perf_counter()
@@ -155,7 +157,7 @@ def _peak_memory(device: str, reset: bool) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         if reset:
-            # Return freed memory to the system, so that using it again counts.
+            # Freed memory is returned to the system, so that the measurement counts its reuse.
             gc.collect()
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)
@@ -188,5 +190,5 @@ def _report(config: CompareConfig, inputs: Inputs, rows: list[dict[str, Any]], f
     size = f"{len(inputs.queries)} queries, {len(inputs.database)} images"
     print_table(f"{config.dataset.name}: {size}, weights {inputs.about['weights']}", columns, lines)
     out = console()
-    out.print("MB: peak memory above that before; adba averages the database once, which takes most of its time")
+    out.print("MB: additional peak memory; adba averages the database once, which takes most of its time")
     out.print(f"results in {folder}", soft_wrap=True, highlight=False, markup=False)

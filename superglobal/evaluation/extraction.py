@@ -1,4 +1,4 @@
-"""Open the descriptor stores of an evaluation and extract the rows that are missing."""
+"""Extraction of the missing rows of an evaluation's descriptor stores."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from superglobal.training.trainer import launched_externally, translate_process_
 from superglobal.utils.provenance import versions
 
 log = logging.getLogger(__name__)
-# Bytes per pixel of a scale that the float32 activations of a ResNet take. A network that needs more runs out of memory
-# once and then continues with smaller batches.
+# Bytes of the float32 activations of a ResNet per pixel of the scaled image. A network that needs more runs out of
+# memory once and then continues with smaller batches.
 _BYTES_PER_PIXEL = 600
 _MEMORY_FRACTION = 0.5
 _CPU_BATCH_PIXELS = 2**20
@@ -46,21 +46,21 @@ def extract_lists(
 ) -> tuple[list[DescriptorStore], dict[str, int]]:
     """Open the store of each image list under `folder` and extract the missing rows in one pass over the images.
 
-    Rows of other stores under `folder` with the same images, network and settings are reused: an image added to a
-    folder costs one extraction.
+    Rows of other stores under `folder` with the same images, network and settings are reused, so that an image added to
+    a folder requires only one extraction.
 
     Args:
-        networks: on the CPU. The stores of all are filled; those of the first are returned.
+        networks: networks on the CPU. The stores of all networks are filled; those of the first one are returned.
         lists: checked image lists.
         folder: parent folder of the stores.
         trainer: runs the extraction.
         settings: `extraction` of the configuration.
         num_workers: processes that decode images.
-        dtype: of the stores, "float32" or "float16".
+        dtype: dtype of the stores, "float32" or "float16".
 
     Returns:
         The stores of the first network (incomplete if `settings.shard` is one of several), and the number of rows that
-        were missing by title.
+        were missing, by title.
 
     Raises:
         InputError: an image is unreadable, a store cannot be written, or a process died. Finished rows are kept for the
@@ -74,21 +74,23 @@ def extract_lists(
         for network in networks
     ]
     for i, images in enumerate(lists):
-        for own in stores:
-            _skip_unreadable(own[i], images, trainer.is_global_zero)
+        for network_stores in stores:
+            _skip_unreadable(network_stores[i], images, trainer.is_global_zero)
         if trainer.is_global_zero:
             paths = images.paths()
-            for own in stores:
-                if os.access(own[i].folder, os.W_OK):  # A complete store of another user may be read-only.
-                    record_paths(own[i].folder, paths)
-    # A run with complete stores extracts nothing for the other jobs of its sweep: otherwise each of them would try
-    # again a job that fails.
+            for network_stores in stores:
+                if os.access(network_stores[i].folder, os.W_OK):  # another user's complete store may be read-only
+                    record_paths(network_stores[i].folder, paths)
+    # A run with complete stores extracts nothing for the other jobs of its sweep. Otherwise, every job would repeat the
+    # extraction of a job that fails.
     open_stores = stores if any(len(store.missing) for store in stores[0]) else []
-    missing = [{row for own in open_stores for row in own[i].missing.tolist()} for i in range(len(lists))]
+    missing = [
+        {row for network_stores in open_stores for row in network_stores[i].missing.tolist()} for i in range(len(lists))
+    ]
     for images, rows in zip(lists, missing, strict=True):
         total = len(images.items)
         log.info("%s: %d images, %d in store, %d to extract", images.title, total, total - len(rows), len(rows))
-    # Processes started together may disagree on what is missing, and have to wait for one another.
+    # Processes that were started together may see different rows as missing, and must wait for each other.
     if any(missing) or launched_externally():
         if check_decoder is not None:
             check_decoder()
@@ -109,7 +111,7 @@ def _extract_missing(
 ) -> None:
     """Plan the batches of this process and shard and extract them; `missing` are the rows of each list."""
     if len(networks) > 1:
-        log.info("one pass over the images serves %d networks of the sweep", len(networks))
+        log.info("extracting descriptors of %d networks of the sweep in one pass over the images", len(networks))
     sizes = [images.sizes() for images in lists]
     pixels = settings.batch_pixels or _default_batch_pixels(networks[0], trainer.strategy.root_device)
     process = trainer.global_rank, trainer.world_size
@@ -119,7 +121,7 @@ def _extract_missing(
     image_lists = [(images.items, images.max_side) for images in lists]
     data = ExtractionDataModule(image_lists, batches, num_workers, settings.decoder)
     module = ExtractionModule(*_group_by_backbone(optimize_for_inference(networks), stores), lists, batches)
-    run_extraction(trainer, module, data, [store for own in stores for store in own])
+    run_extraction(trainer, module, data, [store for network_stores in stores for store in network_stores])
     if data.decoded_on_cpu:
         log.warning("GPU JPEG decoder: %d images were decoded on the CPU instead", data.decoded_on_cpu)
 
@@ -127,10 +129,10 @@ def _extract_missing(
 def run_extraction(
     trainer: pl.Trainer, module: ExtractionModule, data: ExtractionDataModule, stores: Sequence[DescriptorStore]
 ) -> None:
-    """Extract all batches in all processes; flush finished rows to the stores however it ends.
+    """Extract all batches in all processes, and flush finished rows to the stores even after an error.
 
     Raises:
-        InputError: as `extract_lists`.
+        InputError: see `extract_lists`.
     """
     try:
         try:
@@ -138,26 +140,30 @@ def run_extraction(
         finally:
             try:
                 module.drain()
-            finally:  # A GPU that failed cannot deliver its last batch.
-                for failure in dict.fromkeys(module.failures):  # not contained in the error that ended the run
+            finally:  # drain() raises if the GPU failed before it computed the last batch
+                for failure in dict.fromkeys(module.failures):  # the error that ended the run does not contain them
                     log.warning("%s", failure)
                 for store in stores:
                     store.flush()
         trainer.strategy.barrier()
     except SystemExit as end:
-        if end.code == 1:  # Lightning exits so after Ctrl-C.
-            log.error("interrupted; the same command continues with the missing images")
+        if end.code == 1:  # Lightning's exit status after Ctrl-C
+            log.error("interrupted; run the same command to resume with the missing images")
             sys.exit(130)
         raise
     except RuntimeError as error:
-        input_error = translate_process_error(error, trainer.world_size, "evaluation", "with what is missing")
+        input_error = translate_process_error(error, trainer.world_size, "evaluation", "with the missing images")
         if input_error is None:
             raise
         raise input_error from error
 
 
 def _skip_unreadable(store: DescriptorStore, images: ExtractionList, writes: bool) -> None:
-    """Mark images that the check could not read as skipped; reject a store with skipped rows if none may be."""
+    """Mark images that the check could not read as skipped.
+
+    Raises:
+        InputError: rows are skipped although none may be, or too many images are unreadable.
+    """
     if images.max_corrupt_fraction is None:
         if len(store.skipped):
             raise InputError(
@@ -187,7 +193,7 @@ def _require_few_corrupt(store: DescriptorStore, images: ExtractionList, unreada
 def _group_by_backbone(
     networks: Sequence[RetrievalNetwork], stores: Sequence[list[DescriptorStore]]
 ) -> tuple[list[list[RetrievalNetwork]], list[list[list[DescriptorStore]]]]:
-    """Group networks that share a backbone, and their stores accordingly."""
+    """Group networks that share a backbone, and group their stores in the same way."""
     groups: dict[int, list[int]] = {}
     for i, network in enumerate(networks):
         groups.setdefault(id(network.backbone), []).append(i)
@@ -198,7 +204,7 @@ def _group_by_backbone(
 
 
 def _default_batch_pixels(network: RetrievalNetwork, device: torch.device) -> int:
-    """Return the pixels of a batch that should fit in memory at the network's largest scale."""
+    """Return an estimate of the number of pixels per batch that fits in memory at the network's largest scale."""
     if device.type != "cuda":
         return _CPU_BATCH_PIXELS
     memory = torch.cuda.get_device_properties(device).total_memory * _MEMORY_FRACTION
@@ -207,7 +213,7 @@ def _default_batch_pixels(network: RetrievalNetwork, device: torch.device) -> in
 
 
 def store_identity(network: RetrievalNetwork, max_side: int | None, decoder: str) -> dict[str, Any]:
-    """Return everything but the images that changes a stored descriptor; the CPU decoder is not mentioned."""
+    """Return all settings that affect a stored descriptor, without the images; the CPU decoder is omitted."""
     return {**network.identity(), "max_side": max_side, **({} if decoder == "cpu" else {"decoder": decoder})}
 
 
@@ -219,12 +225,12 @@ def _open_store(
     dtype: str,
     check_decoder: Callable[[], dict[str, Any]] | None,
 ) -> DescriptorStore:
-    """Open or create the store of an image list; a new one reuses rows of others and records its provenance."""
+    """Open or create the store of an image list. A new store reuses rows of others and records its provenance."""
     identity = store_identity(network, images.max_side, "cpu" if check_decoder is None else "gpu")
     lines = images.lines()
     path = folder / f"{images.name}-{images.title}-{fingerprint(identity, lines, dtype)[:16]}"
     is_new = not path.exists()
-    # With `weights` and `dataset`, the search page can open the store on its own.
+    # `weights` and `dataset` enable the search page to open the store without further settings.
     weights = Path(network.weights_label)
     provenance = {
         "device": device,

@@ -1,4 +1,4 @@
-"""Load what an evaluation searches: descriptors, from stores or files, and what is known about their images."""
+"""Inputs of an evaluation: descriptors from stores or files, data set, distractors, network and whitening."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _RELUP_ROWS = ("relup", "no_relup")
 
 
 class NotApplicableError(InputError):
-    """A row of the ablation table that does not apply to the backbone."""
+    """Error for a row of the ablation table that does not apply to the backbone."""
 
 
 class StageTimer:
@@ -57,13 +57,13 @@ class StageTimer:
 
 @dataclass
 class Inputs:
-    """Descriptors to search and what is known about their images."""
+    """Descriptors to search, with their data set and provenance."""
 
-    queries: Rows  # Q, unit norm
-    database: Rows  # N, unit norm, including the distractors
+    queries: Rows  # (Q, D), unit norm
+    database: Rows  # (N, D), unit norm, including the distractors
     dataset: EvaluationSet | None  # None if there are only descriptors
     distractors: list[ImageItem]  # they follow the images of the data set in the database
-    about: dict[str, Any] = field(default_factory=dict)  # for results.json: weights, network, stores
+    about: dict[str, Any] = field(default_factory=dict)  # weights, network and stores, for results.json
 
     @classmethod
     def from_stores(
@@ -73,7 +73,7 @@ class Inputs:
         distractors: list[ImageItem],
         about: dict[str, Any],
     ) -> Inputs:
-        """Join the stores by title; without "queries", the database is its own queries."""
+        """Join the stores by title; without a store of "queries", the database images are the queries."""
         queries = as_rows(stores.get("queries", stores["database"]), "queries")
         parts = [stores[title] for title in ("database", "distractors") if title in stores]
         return cls(queries, concat(*parts, name="database"), dataset, distractors, about)
@@ -83,7 +83,7 @@ class Inputs:
         return self.queries.block(0, len(self.queries))
 
     def exclude(self) -> np.ndarray | None:
-        """Return (Q,) int64, the id of each query itself, if the queries are the database; None otherwise."""
+        """Return the id of each query in the database, (Q,) int64, if the queries are the database; else None."""
         leave_one_out = self.dataset is not None and self.dataset.leave_one_out
         return np.arange(len(self.queries)) if leave_one_out else None
 
@@ -92,10 +92,10 @@ def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
     """Load the descriptors to search, extract those that are missing, and apply the whitening.
 
     Returns:
-        The inputs; None in all processes but the first, and if other shards still have to extract images.
+        The inputs; None in all processes but the first, and if images remain for other shards.
 
     Raises:
-        InputError: input is missing or unreadable; one message names all of it.
+        InputError: inputs are missing or unreadable; one message lists all problems.
         NotApplicableError: the row of the ablation table does not apply to the backbone.
     """
     if config.descriptors.query is not None:
@@ -144,7 +144,7 @@ def load_sources(
     """Load the data set, the distractors and the network, and check the images, with or without the `queries`.
 
     Raises:
-        InputError: input is missing or unreadable; one message names all of it.
+        InputError: inputs are missing or unreadable; one message lists all problems.
     """
     problems: list[str] = []
     dataset = _try(problems, lambda: evaluation_set(config.dataset))
@@ -158,7 +158,7 @@ def load_sources(
 
 
 def _try(problems: list[str], load: Callable[[], T]) -> T | None:
-    """Return what a function loads, or None after adding its InputError to the list."""
+    """Return the result of `load`, or None after adding the message of its InputError to `problems`."""
     try:
         return load()
     except InputError as error:
@@ -167,18 +167,22 @@ def _try(problems: list[str], load: Callable[[], T]) -> T | None:
 
 
 def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
-    """Return the configured set, its images unchecked; None for descriptors. Raises InputError for invalid files."""
+    """Return the configured data set, or None for descriptors. Image files are not checked.
+
+    Raises:
+        InputError: the files that list the images are missing or invalid.
+    """
     return None if d.kind == "descriptors" else load_evaluation_set(**asdict(d))
 
 
 def distractor_images(config: EvalConfig) -> list[ImageItem]:
-    """Return the configured distractors; raises InputError if their list is missing or invalid."""
+    """Return the configured distractors. Raises InputError if their list is missing or invalid."""
     d = config.distractors
     return load_distractors(d.root, d.name) if d.name else []
 
 
 def load_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distractors: list[ImageItem]) -> Inputs:
-    """Load the files of `descriptors.*`; raises InputError if one is unreadable or does not match the data set."""
+    """Load the files of `descriptors.*`. Raises InputError if a file is unreadable or does not match the data set."""
     queries, database = (_load_npy(str(p)) for p in (config.descriptors.query, config.descriptors.database))
     if dataset is not None:
         images = {"query": len(dataset.queries), "database": len(dataset.database) + len(distractors)}
@@ -196,12 +200,14 @@ def _load_npy(path: str) -> Rows:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_FAULTS as error:
-        raise InputError(f"{path}: not a readable .npy file of descriptors ({error})") from error
+        raise InputError(
+            f"{path}: not a readable .npy file of descriptors ({error}); write it by numpy.save"
+        ) from error
     return as_rows(array, path)
 
 
 def load_network(config: EvalConfig) -> RetrievalNetwork:
-    """Load the configured network in evaluation mode on the CPU; raises InputError if its weights are missing."""
+    """Load the configured network in evaluation mode on the CPU. Raises InputError if its weights are missing."""
     backbone = config.backbone
     network = load_model(
         config.weights or (backbone.weights if backbone else None) or _trained_weights(config),
@@ -220,10 +226,10 @@ def _trained_weights(config: EvalConfig) -> str:
     path = export_path(config.paths.outputs, config.name)
     if path.is_file():
         if is_unfinished(path.parent):
-            log.warning("%s: this training is not finished; evaluating its best network so far", path.parent)
+            log.warning("%s: this training run is not finished; evaluating its best network so far", path.parent)
         return str(path)
     runs = sorted(export.parent.name for export in path.parent.parent.glob(f"*/{path.name}"))
-    hint = f" (finished runs: {', '.join(runs)}; choose one by name=)" if runs else ""
+    hint = f" (finished runs: {', '.join(runs)}; choose one with name=)" if runs else ""
     raise InputError(
         f"weights: none given, and there is no trained network at {path}{hint}. Train one by python train.py, or give "
         "weights=PATH of a CVNet checkpoint or a superglobal export, backbone=efficientnet_lite0 (no download needed), "
@@ -238,7 +244,7 @@ def _check_image_lists(
     problems: list[str],
     queries: bool,
 ) -> list[ExtractionList]:
-    """Return the image lists to extract after checking every file; an error names the other `problems`, too."""
+    """Check all image files and return the image lists to extract. An error also lists the other `problems`."""
     sets: list[tuple[str, str, Sequence[ImageItem], str]] = []
     if dataset is not None:
         sets.append(("database", dataset.name, dataset.database, dataset.how_to_get))
@@ -253,7 +259,7 @@ def _check_image_lists(
     elif d.name and distractors:
         sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
     reports = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
-    # Absolute paths, so that a store can be opened from any folder.
+    # The recorded paths are absolute, so that a store can be opened from any folder.
     source = asdict(config.dataset)
     source |= {
         key: str(Path(source[key]).resolve()) for key in ("root", "database", "query") if source[key] is not None
@@ -269,7 +275,10 @@ def _check_image_lists(
 
 
 def _sibling_networks(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNetwork]:
-    """Return networks of the sweep's other jobs that extract the same images; equal ReLUP settings share a backbone."""
+    """Return the networks of the sweep's other jobs that extract the same images.
+
+    Networks with equal ReLUP settings share a backbone.
+    """
     networks = [network]
     for overrides in sibling_poolings(config):
         try:
@@ -280,7 +289,7 @@ def _sibling_networks(config: EvalConfig, network: RetrievalNetwork) -> list[Ret
                 networks.append(sharing[0].variant(pooling))
             else:
                 networks.append(load_network(replace(config, pooling=PoolingOverrides(**overrides))))
-        except InputError:  # The job itself will report it.
+        except InputError:  # the job of this network reports the error
             continue
     return networks[1:]
 
@@ -293,7 +302,7 @@ def apply_whitening(config: EvalConfig, inputs: Inputs, timer: StageTimer) -> In
     with timer.time("whitening"):
         stores = inputs.about.get("stores")
         if stores is None:
-            # Descriptors from files have no fingerprint to store the whitening by.
+            # Descriptors from files have no fingerprint, so their whitening is not stored.
             whitening, fingerprint = Whitening(s.kind, s.dims).fit(inputs.database), None
         else:
             fingerprints = [stores[title]["fingerprint"] for title in ("database", "distractors") if title in stores]

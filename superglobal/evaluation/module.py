@@ -1,4 +1,4 @@
-"""Extraction under Lightning: any number of processes write the descriptor of each image into its row of a store."""
+"""Extraction by Lightning: one or several processes write the descriptor of each image into its row of a store."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)
 _REPORT_INTERVAL = 30.0  # seconds
-# Devices that compute asynchronously: their descriptors are written while they compute the next batch.
+# These devices compute asynchronously, so descriptors are written while the next batch is computed.
 _ASYNCHRONOUS = ("cuda",)
 
 
 @dataclass(frozen=True)
 class ExtractionList:
-    """Images that share a store."""
+    """Images whose descriptors are in one store."""
 
     title: str  # "database", "queries" or "distractors"
-    name: str  # of the data set
+    name: str  # name of the data set
     items: Sequence[ImageItem]
-    checked: CheckReport  # of these images
-    max_side: int | None  # longer side in pixels to which larger images are shrunk; None leaves them
-    max_corrupt_fraction: float | None = None  # share of the images that may be unreadable, in 0..1; None for none
+    checked: CheckReport  # result of the check of these images
+    max_side: int | None  # longer side in pixels to which larger images are shrunk; None to keep the size
+    max_corrupt_fraction: float | None = None  # largest fraction of unreadable images, in 0..1; None to allow none
     roots: Sequence[Path] = ()  # recorded paths are relative to the first of these folders that contains the image
     source: dict[str, Any] | None = None  # settings of the data set, recorded in the store
 
     def lines(self) -> list[str]:
-        """Return one line per row for the fingerprint: file name, box and content, but not the folder."""
+        """Return one line per row for the fingerprint: file name, box and content, without the folder."""
         return [
             f"{item.path.name} {item.box or ''} {signature}"
             for item, signature in zip(self.items, self.checked.signatures, strict=True)
@@ -58,7 +58,7 @@ class ExtractionList:
     def paths(self) -> list[str]:
         """Return a unique name of each image: its path relative to one of `roots`.
 
-        The box of a crop is appended, `a.jpg#12,30,540,400`, and a number to repetitions.
+        The box of a crop is appended, as in `a.jpg#12,30,540,400`. A number is appended to repeated names.
         """
         roots = [os.path.join(os.path.abspath(root), "") for root in self.roots]
         counts: Counter[str] = Counter()
@@ -70,7 +70,7 @@ class ExtractionList:
             if item.box is not None:
                 name += "#" + ",".join(f"{value:g}" for value in item.box)
             unique = name
-            while unique in names:  # A file may itself be called a.jpg#2.
+            while unique in names:  # the name of a file may end with #2, too
                 counts[name] += 1
                 unique = f"{name}#{counts[name] + 1}"
             names[unique] = None
@@ -85,21 +85,21 @@ class ExtractionList:
 class _PendingBatch:
     """Descriptors of one batch by one group of networks that are not written yet."""
 
-    list_index: int  # of the image list
-    rows: list[int]  # (B,) of the images in it
-    descriptors: list[Tensor]  # per network (B, D) on the host, valid once `copied` has happened
-    stores: Sequence[Sequence[DescriptorStore]]  # per network, one store per image list
-    is_first_group: bool  # whether the first network of the group is that of this run
+    list_index: int  # index of the image list
+    rows: list[int]  # (B,) rows of the images in the list
+    descriptors: list[Tensor]  # for each network (B, D) on the host, valid after the event `copied`
+    stores: Sequence[Sequence[DescriptorStore]]  # for each network, one store per image list
+    is_first_group: bool  # true if the first network of the group is the network of this run
     copied: torch.cuda.Event | None  # recorded after the copies; None if they are complete
 
 
 class ExtractionModule(pl.LightningModule):
-    """Extract batches of images with one or several networks and write each descriptor into its row of its store.
+    """Extract batches of images with one or several networks and write each descriptor into its row of a store.
 
     Args:
-        networks: in evaluation mode, in groups that share their feature maps (`forward_variants`).
-        stores: per group and network, one per image list.
-        lists: the image lists, to name an image that fails.
+        networks: networks in evaluation mode, in groups that share their feature maps (`forward_variants`).
+        stores: for each group and network, one store per image list.
+        lists: image lists, for error messages.
         batches: all batches of this process, to report the progress.
     """
 
@@ -112,12 +112,14 @@ class ExtractionModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.groups = networks
-        self.networks = nn.ModuleList(network for group in networks for network in group)  # registered to move together
+        self.networks = nn.ModuleList(
+            network for group in networks for network in group
+        )  # registered, so that they move to a device together
         self.stores = stores
         self.lists = lists
         self.failures: list[str] = []
         self.pending: list[_PendingBatch] = []
-        self.max_pixels = math.inf  # pixels for which memory has room at once
+        self.max_pixels = math.inf  # largest number of pixels that fit in memory at once
         self.total_pixels = sum(len(batch.rows) * batch.size[0] * batch.size[1] for batch in batches)
         self.pixels_done, self.images_done = 0, 0
         self.start_time = self.last_report = time.monotonic()
@@ -125,16 +127,16 @@ class ExtractionModule(pl.LightningModule):
     def predict_step(self, batch: list[LoadedBatch], batch_idx: int) -> int:
         """Extract one batch and write its descriptors; return the number of images done.
 
-        On a GPU the descriptors of the previous batch are written while the GPU computes this one. A single process
-        stops at once if an image fails. Several processes raise the error at the end, together: one that stopped
-        alone would leave the others waiting. Finished rows are kept in both cases.
+        On a GPU, the descriptors of the previous batch are written while the GPU computes this batch. A single process
+        stops at once if an image fails. Several processes raise the error together at the end, because they would
+        wait for a process that stops alone. Finished rows are kept in both cases.
         """
         for list_index, rows, images, faults in batch:
-            images_of_batch = self.lists[list_index]
+            image_list = self.lists[list_index]
             for row, fault, lasting in faults:
-                if lasting and images_of_batch.max_corrupt_fraction is not None:
+                if lasting and image_list.max_corrupt_fraction is not None:
                     stores = [network_stores[list_index] for group in self.stores for network_stores in group]
-                    skip_rows(stores, images_of_batch, [(row, fault)])
+                    skip_rows(stores, image_list, [(row, fault)])
                 else:
                     self.failures.append(fault)
             with full_precision():
@@ -153,13 +155,13 @@ class ExtractionModule(pl.LightningModule):
         """Write all pending descriptors except those of the last `keep` batches."""
         while len(self.pending) > keep:
             self._write(self.pending[0])
-            del self.pending[0]  # Only after the write, so that an interrupted write is repeated.
+            del self.pending[0]  # after the write, so that an interrupted write is repeated
 
     def _extract(self, group: Sequence[RetrievalNetwork], images: Tensor) -> list[Tensor]:
-        """Return (B, D) per network, computed in as many parts as memory requires.
+        """Return the descriptors (B, D) of each network, computed in as many parts as memory requires.
 
         Raises:
-            InputError: memory has no room for a single image.
+            InputError: a single image does not fit in memory.
         """
         count, area = len(images), images.shape[-2:].numel()
         step = max(1, min(count, int(min(self.max_pixels, count * area) // area)))
@@ -170,17 +172,17 @@ class ExtractionModule(pl.LightningModule):
             if step == 1:
                 size = f"{images.shape[-1]} x {images.shape[-2]}"
                 raise InputError(
-                    f"out of GPU memory with one image of {size} px: set dataset.max_side, or fewer scales"
+                    f"out of GPU memory with one image of {size} px: set dataset.max_side, or use fewer scales"
                 ) from error
             self.max_pixels = step // 2 * area
-        log.info("out of GPU memory with %d images of %d pixels: %d at once from now on", step, area, step // 2)
+        log.info("out of GPU memory with %d images of %d pixels: continuing with %d at a time", step, area, step // 2)
         torch.cuda.empty_cache()
         return self._extract(group, images)
 
     def _write(self, batch: _PendingBatch) -> None:
-        """Write the descriptors of a batch; record only failures of this run's own store.
+        """Write the descriptors of a batch, and record failures only for the store of this run.
 
-        Other runs of a sweep find the rows of their stores missing and extract them again.
+        The other runs of a sweep extract the missing rows of their stores again.
         """
         if batch.copied is not None:
             batch.copied.synchronize()
@@ -204,7 +206,7 @@ class ExtractionModule(pl.LightningModule):
             log.info("extracted %d images, %.1f images/s, about %.0f min left", self.images_done, speed, minutes)
 
     def on_predict_start(self) -> None:
-        """End the run on SIGTERM, so that finished rows are flushed: Lightning's handler would only set a flag."""
+        """End the run on SIGTERM, so that finished rows are flushed, because Lightning's handler only sets a flag."""
         if in_main_thread():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
@@ -213,7 +215,7 @@ class ExtractionModule(pl.LightningModule):
         self.raise_failures()
 
     def raise_failures(self) -> None:
-        """Raise InputError in every process if images failed in any, with all of them."""
+        """Raise an InputError in all processes that lists the failed images of all processes, if there are any."""
         failures = self.failures
         if self.trainer.world_size > 1:
             by_process: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
@@ -235,7 +237,13 @@ def _copy_to_host(descriptors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cu
 
 
 def skip_rows(stores: Sequence[DescriptorStore], images: ExtractionList, faults: Sequence[tuple[int, str]]) -> None:
-    """Mark rows of stores as skipped; record the images and `faults` (row, reason) in `skipped.txt` of each store."""
+    """Mark rows of stores as skipped, and record the images and reasons in the `skipped.txt` of each store.
+
+    Args:
+        stores: stores of the image list.
+        images: the image list.
+        faults: row and reason of each image to skip.
+    """
     for store in stores if faults else ():
         done = store.done
         new = [(row, reason) for row, reason in faults if not done[row]]

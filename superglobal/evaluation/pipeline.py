@@ -41,14 +41,14 @@ _PROTOCOLS = {"revisited": REVISITED, "labels": LABELS}
 
 @dataclass(frozen=True)
 class Task:
-    """What is searched, and how the results are scored."""
+    """Descriptors to search, and the ground truth that scores the results."""
 
     inputs: Inputs
     queries: np.ndarray  # (Q, D) float32, unit norm
-    exclude: np.ndarray | None  # (Q,) the id that each query must not find; None for none
-    device: str  # of exact search and reranking
+    exclude: np.ndarray | None  # (Q,) ids, one per query, excluded from its results; None to exclude none
+    device: str  # device of exact search and reranking
     scorer: Scorer | None  # computes mAP from ranks; None without labels and for GLDv2
-    truth: RetrievalTruth | RecognitionTruth | None  # of GLDv2's metrics; None for other sets
+    truth: RetrievalTruth | RecognitionTruth | None  # ground truth of GLDv2's metrics; None for other sets
 
     @property
     def database(self) -> Rows:
@@ -61,8 +61,8 @@ class FirstStage:
 
     scores: np.ndarray  # (Q, k), best first
     ids: np.ndarray  # (Q, k)
-    ranks: list[np.ndarray]  # per query, of the scorer's targets; -1 for those that an index did not list
-    about: dict[str, Any]  # for results.json: "search" is the backend, "index" has facts about an approximate one
+    ranks: list[np.ndarray]  # for each query, ranks of the scorer's targets; -1 if an index did not return them
+    about: dict[str, Any]  # for results.json: "search" is the backend, "index" describes an approximate index
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> float:
@@ -70,7 +70,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
 
     Args:
         cfg: composed `EvalConfig`.
-        folder: the results are written here.
+        folder: folder for the results.
 
     Returns:
         The main metric after the last stage, in 0..1: mAP (Medium, or over labels), mAP@100 or GAP. NaN without labels,
@@ -108,7 +108,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
 
 
 def make_task(config: EvalConfig, inputs: Inputs) -> Task:
-    """Return what is searched and how it is scored."""
+    """Return the descriptors to search, with the ground truth that scores the results."""
     dataset, queries, exclude = inputs.dataset, inputs.query_block(), inputs.exclude()
     truth = None if dataset is None else dataset.landmark_truth
     scorer = None
@@ -146,10 +146,10 @@ def results_per_query(config: EvalConfig, task: Task) -> int:
 
 
 def shortlist_size(k: int, rerank: RerankConfig, inputs: Inputs) -> int:
-    """Return k, or `rerank.M` if that is more, but at most the number of images that a query can find.
+    """Return the larger of k and `rerank.M`, but at most the number of images that a search can return.
 
     Raises:
-        InputError: a query can find no image.
+        InputError: a search cannot return any image.
     """
     reachable = len(inputs.database) - len(inputs.database.skipped) - (inputs.exclude() is not None)
     if reachable < 1:
@@ -161,7 +161,7 @@ def search_database(config: EvalConfig, task: Task, k: int) -> FirstStage:
     """Search as `index` configures: exactly, or by an approximate index.
 
     Raises:
-        InputError: invalid descriptors, or an index that cannot be built.
+        InputError: descriptors are invalid, or the index cannot be built.
     """
     Q, X, scorer, exclude, device = task.queries, task.database, task.scorer, task.exclude, task.device
     if config.index.kind != "flat":
@@ -187,7 +187,7 @@ def open_configured_index(config: EvalConfig, X: Rows, device: str) -> Approxima
 
 
 def _compare_with_exact(config: EvalConfig, task: Task, scores: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
-    """Return the recall of exact search and the difference in the main metric, on a random sample of the queries."""
+    """Compare results with exact search on a random sample of the queries: recall and difference in the main metric."""
     sample = np.sort(np.random.default_rng(config.seed).permutation(len(task.queries))[: config.index.compare])
     scorer = None if task.scorer is None else task.scorer.subset(sample)
     truth = None if task.truth is None else subset(task.truth, sample)
@@ -231,7 +231,7 @@ def rerank_results(config: EvalConfig, task: Task, ids: np.ndarray, folder: Path
 
 
 def score_stages(config: EvalConfig, task: Task, first: FirstStage, reranked: Reranked | None) -> dict[str, Result]:
-    """Return the scores by stage ("search", "rerank"); none without labels."""
+    """Return the scores by stage ("search", "rerank"); an empty dict without labels."""
     if task.truth is not None:
         stages: dict[str, FirstStage | Reranked] = {
             "search": first,
@@ -249,7 +249,7 @@ def score_stages(config: EvalConfig, task: Task, first: FirstStage, reranked: Re
 
 
 def shortlist_reranker(config: EvalConfig, task: Task) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Return a function: indices (n,) of queries and their shortlists (n, m) of ids -> the shortlists reranked."""
+    """Return a function from query numbers (n,) and their shortlists of ids (n, m) to the reranked shortlists."""
 
     def reorder(queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
         parameters = rerank_parameters(config.rerank)
@@ -260,9 +260,9 @@ def shortlist_reranker(config: EvalConfig, task: Task) -> Callable[[np.ndarray, 
 
 
 def ranks_after_reranking(task: Task, scorer: Scorer, ranks: list[np.ndarray], reranked: Reranked) -> list[np.ndarray]:
-    """Return the ranks of the scorer's targets after reranking, per query.
+    """Return, for each query, the ranks of the scorer's targets after reranking.
 
-    Ranks in a reordered shortlist follow from the ranks of the search; those of changed vectors are counted again.
+    For a reordered shortlist, they follow from the ranks of the search. For new descriptors, they are counted again.
     """
     if reranked.shortlist is not None:
         return scorer.reranked(ranks, reranked.shortlist)
@@ -280,7 +280,7 @@ def write_report(
 ) -> EvaluationRecord:
     """Write the files of a result into `folder`, print its table, and return the record for the loggers.
 
-    `search`: see `FirstStage.about`.
+    `search` is `FirstStage.about`.
     """
     inputs, dataset, X = task.inputs, task.inputs.dataset, task.database
     if dataset is None:

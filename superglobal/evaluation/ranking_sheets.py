@@ -1,4 +1,4 @@
-"""Draw sheets of ranked results of a finished evaluation, or of two side by side."""
+"""Sheets of ranked results of a finished evaluation, or of two evaluations side by side."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _MAX_NAME = 90  # last characters of a folder's path, shown as the name of its r
 
 @dataclass(frozen=True)
 class FigureOptions:
-    """What figures show; None is the default of each figure."""
+    """Contents of figures; None selects the default of a figure."""
 
-    order: str | None = None  # of queries: "worst", "improved", "worsened", "given"; None for worst, then improved
+    order: str | None = None  # order of queries: "worst", "improved", "worsened", "given"; None: worst, then improved
     queries: int | None = None  # number of queries
     ranks: int | None = None  # number of results per query
-    numbers: tuple[int, ...] = ()  # these queries (number in rankings.csv), instead of `order` and `queries`
+    numbers: tuple[int, ...] = ()  # numbers of the queries in rankings.csv, instead of `order` and `queries`
     images: int = 1000  # maximum number of images on the map
     method: str = "pca"  # projection of the map, one of `reporting.figures.PROJECTIONS`
-    seed: int = 0  # of random samples
+    seed: int = 0  # seed of random samples
 
     def validate(self, count: int) -> None:
         """Raise InputError for values out of range; `count` is the number of queries of the result."""
@@ -45,7 +45,10 @@ class FigureOptions:
 
 
 def scores_by_stage(run: FinishedRun) -> dict[str, np.ndarray]:
-    """Return stage -> (Q,) AP of the main protocol, or 1 and 0 for right and wrong recognition; NaN if not counted."""
+    """Return each stage's scores (Q,): AP of the main protocol, or 1 and 0 for correct and wrong recognition.
+
+    Queries that do not count have NaN.
+    """
     if not run.summary["metrics"]:
         return {}
     protocol = main_protocol(run.summary)[1]
@@ -59,9 +62,15 @@ def scores_by_stage(run: FinishedRun) -> dict[str, np.ndarray]:
 
 
 def order_queries(scores: dict[str, np.ndarray], order: str, count: int) -> np.ndarray:
-    """Return the numbers of the `count` queries in an order; "improved" and "worsened" have only those that changed so.
+    """Return the numbers of the queries in an order; "improved" and "worsened" only include queries that changed so.
 
-    Queries with NaN in `scores` (stage -> (Q,)) come last. Raises InputError without labels or without reranking.
+    Args:
+        scores: scores (Q,) by stage, empty without labels. Queries with NaN are last.
+        order: "worst", "improved", "worsened" or "given".
+        count: number of queries Q.
+
+    Raises:
+        InputError: the order requires labels or reranking, and the result has none.
     """
     if order == "given":
         return np.arange(count)
@@ -78,26 +87,26 @@ def order_queries(scores: dict[str, np.ndarray], order: str, count: int) -> np.n
 
 
 def select_queries(run: FinishedRun, options: FigureOptions, count: int) -> dict[str, np.ndarray]:
-    """Return order -> numbers of the queries to show, by default `count`; raises InputError if there are none."""
+    """Return the numbers of the queries to show by order, by default `count`. Raises InputError if there are none."""
     if options.numbers:
         return {"chosen": np.array(options.numbers)}
     scores, total = scores_by_stage(run), run.summary["counts"]["queries"]
     orders = [options.order] if options.order else ["worst", "improved"][: len(scores)] or ["given"]
     selected = {order: order_queries(scores, order, total)[: options.queries or count] for order in orders}
     if options.order and not len(selected[options.order]):
-        raise InputError(f"order={options.order}: no query was {options.order} by reranking")
+        raise InputError(f"order={options.order}: no query was {options.order} by reranking; use order=worst")
     return {order: numbers for order, numbers in selected.items() if len(numbers)}
 
 
 def require_images(run: FinishedRun, kind: str) -> None:
     """Raise InputError if the result has descriptors only."""
     if run.dataset is None:
-        raise InputError(f"{kind}: the result was made from descriptors without images; only map applies")
+        raise InputError(f"{kind}: the result has descriptors without images; only map can be drawn")
 
 
 @contextmanager
 def with_image_hint(run: FinishedRun) -> Iterator[None]:
-    """Add to an error about an unreadable image what to do about it."""
+    """Add a hint to errors about unreadable images."""
     try:
         yield
     except InputError as error:
@@ -105,11 +114,11 @@ def with_image_hint(run: FinishedRun) -> Iterator[None]:
             raise
         is_absolute = Path(run.config.dataset.root).is_absolute()
         hint = "" if is_absolute else f", and run this in the folder where {run.command()} ran"
-        raise InputError(f"{error}; restore it{hint}; curves, similarities and map need no images") from error
+        raise InputError(f"{error}; restore the image{hint}; curves, similarities and map need no images") from error
 
 
 def draw_sheets(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw ranked results before and after reranking, the worst and the most improved queries first."""
+    """Draw ranked results before and after reranking, by default of the worst and the most improved queries."""
     require_images(run, "sheets")
     assert run.dataset is not None
     scores, names = scores_by_stage(run), file_names(run.dataset.queries, run.dataset.root)
@@ -158,13 +167,14 @@ def _draw_pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence
 def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET, ranks: int = 10) -> list[Path]:
     """Compare a result with a baseline query by query, on the console and in a folder below `<folder>/comparison/`.
 
-    `queries.csv` and `queries.md` have every query, the largest gain first; `won-01.png` and `lost-01.png` show the
-    rankings of the largest gains and losses side by side. Without images only the tables are written.
+    `queries.csv` and `queries.md` contain all queries, the largest gain first. `won-01.png` and `lost-01.png` show the
+    rankings of the largest gains and losses side by side. Without images, only the tables are written.
 
     Args:
-        folder, baseline: folders of one result each.
-        queries: maximum number of queries shown of either kind.
-        ranks: results shown per query.
+        folder: folder of one result.
+        baseline: folder of the result to compare with.
+        queries: maximum number of queries with gains, and of queries with losses, in the figures.
+        ranks: number of results shown per query.
 
     Returns:
         The paths of the sheets.
@@ -172,19 +182,19 @@ def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET,
     Raises:
         InputError: the results cannot be compared.
     """
-    run, other = FinishedRun(folder), FinishedRun(baseline)
-    if run.folder.resolve() == other.folder.resolve():
-        raise InputError(f"{run.folder}: the baseline is the same result; give another one to compare with")
-    comparison = read_comparison(run.folder, run.summary, other.folder, other.summary)
-    # Jobs of two sweeps have the same names, so the name of the sweep is part of the folder's.
-    target = run.folder / "comparison" / "-".join(other.folder.resolve().parts[-2:])
-    write_comparison(target, comparison, run.folder, other.folder)
-    # Read both rankings here: damaged files are an error, unlike missing images.
-    stages = [list(finished.stages.values())[-1] for finished in (other, run)]
+    run, baseline_run = FinishedRun(folder), FinishedRun(baseline)
+    if run.folder.resolve() == baseline_run.folder.resolve():
+        raise InputError(f"{run.folder}: the baseline is the same result; give another result to compare with")
+    comparison = read_comparison(run.folder, run.summary, baseline_run.folder, baseline_run.summary)
+    # Jobs of two sweeps can have equal names, so the name of the sweep is part of the folder name.
+    target = run.folder / "comparison" / "-".join(baseline_run.folder.resolve().parts[-2:])
+    write_comparison(target, comparison, run.folder, baseline_run.folder)
+    # Both rankings are read here, because damaged files are an error, unlike missing images.
+    stages = [list(finished.stages.values())[-1] for finished in (baseline_run, run)]
     try:
-        return _draw_paired_sheets(run, other, stages, comparison, target, queries, ranks)
+        return _draw_paired_sheets(run, baseline_run, stages, comparison, target, queries, ranks)
     except InputError as error:
-        log.warning("without figures: %s", error)
+        log.warning("no figures are drawn: %s", error)
         return []
 
 

@@ -1,4 +1,4 @@
-"""Open a finished evaluation from its folder: settings, rankings, ground truth, stored descriptors, network."""
+"""Access to a finished evaluation by its folder: settings, rankings, ground truth, stored descriptors, network."""
 
 from __future__ import annotations
 
@@ -40,35 +40,40 @@ from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.store import DescriptorStore
 
-# Differences between machines that the scores of the same descriptors, and a mean of precisions, may have.
+# Largest differences between machines in the scores of the same descriptors, and in a mean of precisions.
 _SCORE_TOLERANCE = 1e-4
 _MEAN_TOLERANCE = 1e-4
 
 
 class FinishedRun:
-    """The result that `eval.py` wrote into a folder, and what it was made from. Everything is read on first use.
+    """Result that `eval.py` wrote into a folder, with its inputs. Files are read on first use.
 
-    The constructor and all attributes raise InputError if something is missing, damaged or has changed since.
+    The constructor and all attributes raise InputError if a file is missing or damaged, or has changed since the
+    evaluation.
 
     Args:
-        folder: folder of one result, or with one result below it.
+        folder: folder of one result, or folder with one result in a subfolder.
     """
 
     def __init__(self, folder: Path) -> None:
         results = read_results(folder)
         if len(results) > 1:
-            places = ", ".join(str(folder / result["run"]) for result in results[:3])
-            raise InputError(f"{folder}: it contains {len(results)} results; give the folder of one, such as {places}")
+            examples = ", ".join(str(folder / result["run"]) for result in results[:3])
+            raise InputError(f"{folder}: contains {len(results)} results; give the folder of one, such as {examples}")
         self.summary = results[0]
         self.folder = folder / self.summary["run"]
         if self.summary.get("status") != "ok":
             reason = self.summary.get("reason", "no reason given")
-            raise InputError(f"{self.folder}: no results to show, the run is {self.summary.get('status')}: {reason}")
+            raise InputError(
+                f"{self.folder}: the run has no results, its status is {self.summary.get('status')}: {reason}"
+            )
         try:
             settings = OmegaConf.merge(OmegaConf.structured(EvalConfig), self.summary["config"])
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"{self.folder}: settings of another version ({reason}); run eval.py again") from error
+            raise InputError(
+                f"{self.folder}: its settings are from another version ({reason}); run eval.py again"
+            ) from error
         self.config = validate_config(settings, EvalConfig)  # type: ignore[arg-type]
 
     @property
@@ -77,7 +82,7 @@ class FinishedRun:
         return self.config.descriptors.query is not None
 
     def command(self) -> str:
-        """Return the command that made this result, as far as the folder records it."""
+        """Return the command that made this result, if the folder contains it, or a description."""
         path = self.folder / ".hydra" / "overrides.yaml"
         if not path.is_file():
             return "python eval.py with the settings in results.json"
@@ -85,7 +90,7 @@ class FinishedRun:
 
     @cached_property
     def dataset(self) -> EvaluationSet | None:
-        """Queries, database and ground truth, checked to be those of the result; None if it has descriptors only."""
+        """Queries, database and ground truth, after checking that they have not changed; None for descriptors."""
         dataset = evaluation_set(self.config.dataset)
         if dataset is not None:
             self._require_same_images(dataset)
@@ -109,7 +114,7 @@ class FinishedRun:
             with np.load(path, allow_pickle=False) as file:
                 names = [name for name in ("search", "rerank") if f"{name}_ids" in file]
                 return {name: (file[f"{name}_scores"], file[f"{name}_ids"]) for name in names}
-        except Exception as error:  # A damaged zip file can raise any exception.
+        except Exception as error:  # a damaged zip file can raise any exception
             raise self._unreadable(path, error) from error
 
     @cached_property
@@ -134,13 +139,13 @@ class FinishedRun:
             stores = {title: self._store(title) for title in self.summary["about"]["stores"]}
             inputs = Inputs.from_stores(stores, self.dataset, self.distractors, dict(self.summary["about"]))
         inputs = apply_whitening(self.config, inputs, StageTimer())
-        # Descriptor files have no fingerprint: the best score of each query tells whether they are the same.
+        # Descriptor files have no fingerprint, so the best score of each query is compared with the recorded score.
         scores, ids = self.stages["search"]
         if len(ids) != len(inputs.queries) or ids.max() >= len(inputs.database):
             raise InputError(f"{self.folder}: the number of descriptors has changed; run again: {self.command()}")
         best = pair_scores(inputs.query_block(), inputs.database, np.arange(len(ids)), ids[:, 0])
         if np.abs(best - scores[:, 0]).max() > _SCORE_TOLERANCE:
-            raise InputError(f"{self.folder}: made from other descriptors than these; run again: {self.command()}")
+            raise InputError(f"{self.folder}: the descriptors have changed; run again: {self.command()}")
         return inputs
 
     def network(self) -> RetrievalNetwork:
@@ -148,7 +153,8 @@ class FinishedRun:
         network = load_network(self.config)
         if network.identity()["weights"] != self.summary["about"]["network"]["weights"]:
             raise InputError(
-                f"weights={network.weights_label}: not the weights that made {self.folder}; run again: {self.command()}"
+                f"weights={network.weights_label}: not the weights of the result {self.folder}; run again: "
+                f"{self.command()}"
             )
         return network
 
@@ -160,20 +166,22 @@ class FinishedRun:
         name = config.distractors.name if title == "distractors" else config.dataset.name
         path = Path(config.paths.stores) / f"{name}-{title}-{fingerprint[:16]}"
         if not (path / "manifest.json").is_file():
-            raise InputError(f"{path}: the stored descriptors are gone; extract them again: {self.command()}")
+            raise InputError(f"{path}: the stored descriptors are missing; extract them again: {self.command()}")
         store = DescriptorStore.open(path)
         if store.fingerprint() != fingerprint:
-            raise InputError(f"{path}: images were skipped or repaired since; run again: {self.command()}")
+            raise InputError(
+                f"{path}: images were skipped or repaired after the evaluation; run again: {self.command()}"
+            )
         return store
 
     def _require_same_images(self, dataset: EvaluationSet) -> None:
-        """Compare counts and file names: an image added to a folder shifts the ids of all images after it."""
+        """Compare counts and file names, because an image added to a folder shifts the ids of all images after it."""
         images = chain_sequences(dataset.database, self.distractors)
         counts = self.summary["counts"]
         before = counts["queries"], counts["database"] + self.summary["about"].get("skipped", 0)
         change = None
         if before != (len(dataset.queries), len(images)):
-            change = f"{before[0]} queries and {before[1]} images then, {len(dataset.queries)} and {len(images)} now"
+            change = f"{before[0]} queries and {before[1]} images before, {len(dataset.queries)} and {len(images)} now"
         else:
             query_names, names = file_names(dataset.queries, dataset.root), file_names(images, dataset.root)
             ids = list(self.stages.values())[-1][1]
@@ -184,9 +192,9 @@ class FinishedRun:
                         query = int(row["number"])
                         image = int(ids[query, int(row["rank"]) - 1])
                         if row["query"] != query_names[query]:
-                            change = f"query {query} was {row['query']}, and is {query_names[query]}"
+                            change = f"query {query} was {row['query']}, now it is {query_names[query]}"
                         elif row["image"] != names[image]:
-                            change = f"image {image} was {row['image']}, and is {names[image]}"
+                            change = f"image {image} was {row['image']}, now it is {names[image]}"
                         if change:
                             break
             except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -198,7 +206,7 @@ class FinishedRun:
 
 
 def relevance_sets(dataset: EvaluationSet) -> list[dict[str, Any]]:
-    """Return the ids of each set of the ground truth ("easy", "positive", ...) by query."""
+    """Return, for each query, the ids of each set of the ground truth ("easy", "positive", ...)."""
     return [{name: ids for name, ids in entry.items() if name != "bbx"} for entry in dataset.gnd or []]
 
 
@@ -206,10 +214,11 @@ def mean_precision(run: FinishedRun) -> tuple[dict[str, dict[str, np.ndarray]], 
     """Return the mean precision over recall and the number of queries.
 
     Returns:
-        stage -> protocol or part -> (bins,), whose mean is the metric in `results.json`; protocol -> queries.
+        By stage and by protocol or part, an array (bins,) with the metric of `results.json` as mean; and by protocol,
+        the number of queries.
 
     Raises:
-        InputError: there are no labels, a store is gone, or the area under a curve is not the recorded metric.
+        InputError: there are no labels, a store is missing, or the area under a curve is not the recorded metric.
     """
     means: dict[str, dict[str, np.ndarray]] = {}
     for stage, by_protocol in precision(run).items():
@@ -222,16 +231,16 @@ def mean_precision(run: FinishedRun) -> tuple[dict[str, dict[str, np.ndarray]], 
             if metric is not None and not abs(area - metric) < _MEAN_TOLERANCE:
                 raise InputError(
                     f"{run.folder}: {stage}, {protocol}: the area under the curve is {area:.5f}, but results.json has "
-                    f"{metric:.5f}; something has changed since. Run again: {run.command()}"
+                    f"{metric:.5f}; files have changed since the evaluation. Run again: {run.command()}"
                 )
     return means, dict(run.summary["metrics"]["search"]["queries"])
 
 
 def precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
-    """Return stage -> protocol or part -> (Q, bins) precision over recall of each query; NaN for those not counted."""
+    """Return, by stage and by protocol or part, the precision over recall (Q, bins); NaN for queries not counted."""
     dataset = run.dataset
     if dataset is None or dataset.gnd is None:
-        raise InputError("curves: precision needs labels, and this result has none")
+        raise InputError("curves: precision needs labels, but this result has none")
     truth = dataset.landmark_truth
     if isinstance(truth, RecognitionTruth):
         return {stage: _recognition_precision(truth, run, stage) for stage in run.stages}
@@ -248,7 +257,7 @@ def _retrieval_precision(truth: RetrievalTruth, ids: np.ndarray) -> dict[str, np
 
 
 def _recognition_precision(truth: RecognitionTruth, run: FinishedRun, stage: str) -> dict[str, np.ndarray]:
-    """Return part -> (1, bins) of all predictions in one list, most confident first; GAP is the area."""
+    """Return, by part, the curve (1, bins) of all predictions in one list, most confident first; GAP is its area."""
     scores, correct = (
         np.array([float(value or "nan") for value in run.per_query[f"{stage} {column}"]])
         for column in ("score", "correct")
@@ -280,7 +289,7 @@ def _revisited_precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
         ranks = sets["positive"]
         return trapezoidal_steps(ranks[ranks >= 0], len(ranks))
 
-    # An approximate index knows only the ranks of the images that it lists.
+    # With an approximate index, only the ranks of the listed images are known.
     if config.index.kind == "flat":
         X, exclude = task.database, task.exclude
         first = exact_ranks(task.queries, X, scorer.targets, device=task.device, exclude=exclude)

@@ -1,4 +1,4 @@
-"""Sweeps of evaluations: one pass over the images for all jobs, tables and a chart at the end."""
+"""Sweeps of evaluations, with one pass over the images for all jobs, and tables and a chart at the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _JOBS = "jobs.json"
 # Settings that do not change descriptors.
 _AFTER_EXTRACTION = ("rerank", "index", "k", "whitening", "logger", "figures", "trainer")
-# Jobs with the same values of these extract the same images with the same network, except for its pooling.
+# Jobs with the same values of these settings extract the same images with the same network, except for its pooling.
 _EXTRACTION = (
     *("dataset", "distractors", "descriptors", "backbone", "weights", "name", "scales", "antialias"),
     *("extraction", "store", "paths", "seed"),
@@ -39,10 +39,13 @@ _EXTRACTION = (
 
 
 class EvaluationSweep(Callback):
-    """Hydra callback: tell each job of a sweep about the others, merge their results, exit with 2 if one failed."""
+    """Hydra callback that lists the jobs of a sweep for extraction, and merges their results.
+
+    The sweep exits with status 2 if a job failed.
+    """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        # Other launchers run jobs in parallel, so the first cannot extract for the others.
+        # Other launchers run jobs in parallel, so the first job cannot extract for the other jobs.
         if not config.hydra.launcher._target_.endswith("BasicLauncher"):
             return
         choices = _choices(config)
@@ -66,10 +69,10 @@ class EvaluationSweep(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         if not any(folder.rglob("results.json")):
-            log.info("no job has results: no table is written")
+            log.info("no table is written, because no job has results")
             return
         rows = write_tables(folder)
-        log.info("table.csv (all runs), table-*.md, .csv, .tex (by data set) and chart.png: %s", folder)
+        log.info("wrote table.csv (all runs), table-*.md, .csv, .tex (by data set) and chart.png to %s", folder)
         if any(row["status"] == "failed" for row in rows):
             sys.exit(2)
 
@@ -79,17 +82,17 @@ def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
     path = Path(HydraConfig.get().sweep.dir) / _JOBS if sweeping() else None
     if path is None or not path.is_file():
         return []
-    # Through JSON, as the file: tuples become lists.
-    own = json.loads(json.dumps(_job(config)))
+    # The conversion to JSON and back turns tuples into lists, as in the file.
+    this_job = json.loads(json.dumps(_job(config)))
     poolings: list[dict[str, Any]] = []
     for job in json.loads(path.read_text()):
-        if job["shared"] == own["shared"] and job["pooling"] not in [*poolings, own["pooling"]]:
+        if job["shared"] == this_job["shared"] and job["pooling"] not in [*poolings, this_job["pooling"]]:
             poolings.append(job["pooling"])
     return poolings
 
 
 def _choices(config: DictConfig) -> list[list[str]]:
-    """Return lists of overrides; each job has one of each list, as in Hydra's basic sweeper."""
+    """Return lists of overrides, of which each job has one per list, as in Hydra's basic sweeper."""
     loader = GlobalHydra.instance().config_loader()
     swept = config.hydra.sweeper.params or {}
     lines = [*(f"{key}={value}" for key, value in swept.items()), *config.hydra.overrides.task]
@@ -102,7 +105,7 @@ def _choices(config: DictConfig) -> list[list[str]]:
 
 
 def _extraction_settings(config_name: str, overrides: list[str]) -> dict[str, Any] | None:
-    """Return the settings of a job's extraction; None if the job will fail, with an error of its own."""
+    """Return the settings of a job's extraction; None if they are invalid, which the job itself reports."""
     try:
         config = validate_config(compose(config_name, overrides=overrides), EvalConfig)
     except (HydraException, OmegaConfBaseException, InputError):

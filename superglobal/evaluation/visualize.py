@@ -1,4 +1,4 @@
-"""Draw figures of a finished evaluation from what it stored; no descriptor is extracted again."""
+"""Figures of a finished evaluation, drawn from its saved results and stored descriptors."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from superglobal.reporting.results import METRICS, metric_key
 from superglobal.utils.io import write_atomically
 
 log = logging.getLogger(__name__)
-_MAX_QUERIES = 1000  # of the similarity histograms; of more, a random sample is drawn
-_GRID = (9, 8)  # thumbnails beside the map
+_MAX_QUERIES = 1000  # maximum number of queries in the similarity histograms; a random sample of more queries is used
+_GRID = (9, 8)  # grid of thumbnails beside the map
 _THUMBNAIL_SIDE = 96  # pixels
 _PANEL_SIDE = 480  # pixels of an image in an activation figure
 
@@ -45,13 +45,13 @@ def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tup
     Args:
         folder: folder of one result.
         kinds: keys of `DRAWN`; empty for all that apply.
-        options: what the figures show.
+        options: contents of the figures.
 
     Returns:
         The paths of the figures and, if all kinds were requested, the reasons why some do not apply.
 
     Raises:
-        InputError: a requested kind does not apply or lacks what it needs, or no figure could be drawn.
+        InputError: a requested kind does not apply, its inputs are missing, or no figure could be drawn.
     """
     run = FinishedRun(folder)
     options.validate(run.summary["counts"]["queries"])
@@ -74,13 +74,14 @@ def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tup
 
 
 def draw_activation(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw which places of a query and of its first results make them similar, one figure per query.
+    """Draw the regions of a query and of its first results that make them similar, one figure per query.
 
-    Only the images shown go through the network. The shares are exact (`models/attribution.py`), summed over scales.
+    The network only processes the images in the figures. The contributions of regions are exact
+    (`models/attribution.py`) and summed over scales.
     """
     if run.uses_descriptor_files:
         raise InputError(
-            "activation: needs a network, and the descriptors came from files; try curves, similarities, map"
+            "activation: requires a network, but the descriptors are from files; draw curves, similarities or map"
         )
     require_images(run, "activation")
     assert run.dataset is not None
@@ -88,13 +89,13 @@ def draw_activation(run: FinishedRun, target: Path, options: FigureOptions) -> l
     names = file_names(run.dataset.queries, run.dataset.root)
     whitening = run.config.whitening.kind
     details = "" if whitening == "none" else f", before whitening={whitening}"
-    details += f", {len(network.scales)} scales together" if len(network.scales) > 1 else ", one scale"
+    details += f", sum of {len(network.scales)} scales" if len(network.scales) > 1 else ", one scale"
     paths = []
     for query in map(int, next(iter(select_queries(run, options, 2).values()))):
         ids = list(run.stages.values())[-1][1][query][: options.ranks or 4]
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(names[query]).stem)[:60]
         path = target / f"activation-{query:04d}-{name}.png"
-        title = f"query {query}: {names[query]}. What makes two descriptors similar{details}"
+        title = f"query {query}: {names[query]}. Contributions of regions to the similarity{details}"
         with with_image_hint(run):
             columns = _activation_columns(run, network, query, [int(image) for image in ids if image >= 0])
             figures.draw_heat_maps(path, title, columns)
@@ -105,7 +106,10 @@ def draw_activation(run: FinishedRun, target: Path, options: FigureOptions) -> l
 def _activation_columns(
     run: FinishedRun, network: RetrievalNetwork, query: int, ids: Sequence[int]
 ) -> list[list[HeatPanel | None]]:
-    """Return columns of images, shares of the query and shares of the result; the first column is the query alone."""
+    """Return one column per image: the image and the contributions of regions of the query and of the image.
+
+    The first column shows the query and its similarity with itself.
+    """
     assert run.dataset is not None
     max_side = run.config.dataset.max_side
     items = [run.dataset.queries[query], *(run.images[image] for image in ids)]
@@ -136,17 +140,17 @@ def _activation_columns(
 
 
 def _shares_text(shares: Contributions) -> str:
-    """Return the positive and negative shares of a similarity and that of the bias, in one line."""
+    """Return the sums of positive and negative contributions to a similarity, and that of the bias, in one line."""
     values = np.concatenate([scale.ravel() for scale in shares.maps])
     parts = [f"{values[values > 0].sum():+.3f}", f"{values[values < 0].sum():+.3f}"]
-    text = f"places {' '.join(part for part in parts if abs(float(part)) >= 5e-4)}"
+    text = f"regions {' '.join(part for part in parts if abs(float(part)) >= 5e-4)}"
     return text + (f", bias {shares.bias:+.3f}" if abs(shares.bias) >= 5e-4 else "")
 
 
 def draw_curves(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw precision over recall, per protocol and stage."""
+    """Draw precision over recall, for each protocol and stage."""
     if not run.summary["metrics"]:
-        raise InputError("curves: precision needs labels, and this result has none")
+        raise InputError("curves: precision needs labels, but this result has none")
     curves, counts = mean_precision(run)
     metric = METRICS[metric_key(run.summary["metrics"]["search"])]
     path = target / "precision-recall.png"
@@ -158,7 +162,7 @@ def draw_similarities(run: FinishedRun, target: Path, options: FigureOptions) ->
     """Draw histograms of the similarities of positive and negative pairs."""
     dataset = run.dataset
     if dataset is None or dataset.gnd is None:
-        raise InputError("similarities: positive pairs need labels, and this result has none")
+        raise InputError("similarities: positive pairs need labels, but this result has none")
     inputs, device, sets = run.inputs, search_device(run.config), relevance_sets(dataset)
     queries = np.arange(len(sets))
     title = _title(run)
@@ -180,7 +184,7 @@ def draw_similarities(run: FinishedRun, target: Path, options: FigureOptions) ->
 
 
 def _reranked_scores(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the scores after reranking of the listed images, by their relevance to the query."""
+    """Return the scores of the images in the reranked shortlists, by their relevance to the query."""
     if "rerank" not in run.stages:
         return {}
     assert run.dataset is not None
@@ -204,7 +208,7 @@ def draw_map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Pat
     landmarks = [None] * total if dataset is None else landmarks_of(dataset, total)
     ids = figures.sample_images(landmarks, options.images, inputs.database.skipped, seed)
     queries = np.empty(0, np.int64)
-    # With leave-one-out the queries are the database images, which are on the map already.
+    # With leave-one-out, the queries are database images, which the map already shows.
     if dataset is None or not dataset.leave_one_out:
         order = np.random.default_rng([seed, 1]).permutation(len(inputs.queries))
         queries = np.sort(order[: max(1, options.images // 4)])
@@ -225,7 +229,7 @@ def draw_map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Pat
 
 
 def _thumbnails(items: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]:
-    """Return small images by number; none if one is missing, since the map shows descriptors."""
+    """Return small images by number; an empty dict if an image is missing, because the map does not need them."""
     try:
         return {n: read_image(item.path, max_side=_THUMBNAIL_SIDE) for n, item in items}
     except InputError as error:
@@ -236,7 +240,7 @@ def _thumbnails(items: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]
 def landmarks_of(dataset: EvaluationSet, total: int) -> list[str | None]:
     """Return the landmark of each of `total` database images; None if it is unknown, and for junk.
 
-    An image that is positive for queries of several landmarks counts to the last.
+    An image that is positive for queries of several landmarks is assigned to the last of them.
     """
     landmarks: list[str | None] = [None] * total
     if isinstance(dataset.landmark_truth, RecognitionTruth):
@@ -277,4 +281,4 @@ DRAWN: dict[str, Callable[[FinishedRun, Path, FigureOptions], list[Path]]] = {
     "similarities": draw_similarities,
     "map": draw_map,
 }
-"""Kinds of figures."""
+"""Function that draws each kind of figure."""

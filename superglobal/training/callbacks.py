@@ -28,8 +28,8 @@ _MAX_LISTED = 8
 class StepCallback(Callback, ABC):
     """Call `on_step` once after each optimizer step.
 
-    The call is not made between accumulated batches. For the last step of an epoch it is made at the end of the epoch,
-    where a checkpoint resumes in the next epoch.
+    It is not called between accumulated batches. For the last step of an epoch, it is called at the end of the epoch,
+    so that a checkpoint resumes in the next epoch.
     """
 
     last_step = -1
@@ -49,7 +49,7 @@ class StepCallback(Callback, ABC):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        # A run that stops early within an epoch ends it at a step that was handled already.
+        # If a run stops early within an epoch, the last step was already handled.
         if self.last_step != trainer.global_step:
             self.on_step(trainer, pl_module, True)
 
@@ -57,7 +57,7 @@ class StepCallback(Callback, ABC):
 class StepSeed(Callback):
     """Seed torch before each batch by (seed, rank, step, part), so that dropout does not depend on earlier batches.
 
-    Saving the state of the generator is not enough: creating the iterator of a DataLoader uses the generator too.
+    Saving the state of the generator is not enough, because creating the iterator of a DataLoader also uses it.
     """
 
     def __init__(self, seed: int) -> None:
@@ -80,7 +80,7 @@ def cpu_process_group(trainer: pl.Trainer) -> Any:
 
 
 def any_rank(group: Any, *flags: bool) -> list[bool]:
-    """Return each flag, true if it is true in any process of the group; all processes must call this."""
+    """Combine flags of all processes: each is true if it is true in any process. All processes must call this."""
     if group is None:
         return list(flags)
     values = torch.tensor([float(flag) for flag in flags])
@@ -91,9 +91,9 @@ def any_rank(group: Any, *flags: bool) -> list[bool]:
 class CurveLogger(StepCallback):
     """Log curves every `every` steps, and progress every minute.
 
-    Logged are the loss, the accuracy and the cosine with the correct landmark of the step, over all processes; the
-    learning rates and the p of GeM; and since the last point the images/s, the fraction of time spent waiting for data
-    and the peak GPU memory in GB. Validation and saving are excluded from the time.
+    The curves are the loss, the accuracy and the cosine with the correct landmark of the step, over all processes; the
+    learning rates and the p of GeM; and, since the last point, the images/s, the fraction of time spent waiting for
+    data and the peak GPU memory in GB. Validation and saving are excluded from the time.
 
     Args:
         every: number of steps between two points.
@@ -112,7 +112,7 @@ class CurveLogger(StepCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # At the end of the batch the schedule has advanced already.
+        # The rates are read before the batch, because the schedule has already advanced at its end.
         (optimizer,) = trainer.optimizers
         self.rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
 
@@ -184,7 +184,7 @@ class NonFiniteGuard(StepCallback):
     Args:
         every: number of steps between two checks.
         folder: run directory; the images of the batch are listed in its `nonfinite.txt`.
-        location: index of an image -> its location.
+        location: function from the index of an image to its location.
     """
 
     def __init__(self, every: int, folder: Path, location: Callable[[int], str]) -> None:
@@ -229,7 +229,7 @@ class NonFiniteGuard(StepCallback):
             )
 
     def _loss_message(self, trainer: pl.Trainer, window: list[tuple[int, Tensor, Tensor]]) -> str:
-        """List the images of the first step with a non-finite loss in the file, and return the message."""
+        """Write the images of the first step with a non-finite loss to `nonfinite.txt`, and return the message."""
         first = next(((step, indices.tolist()) for step, indices, finite in window if not finite), None)
         firsts: list[Any] = [first]
         if trainer.world_size > 1:
@@ -253,5 +253,5 @@ class NonFiniteGuard(StepCallback):
 
     @staticmethod
     def _step(trainer: pl.Trainer, batch_idx: int) -> int:
-        """Return the step of a batch; Lightning has counted it already if the batch completes it."""
+        """Return the step of a batch; Lightning has already counted the step if this batch completes it."""
         return trainer.global_step + ((batch_idx + 1) % trainer.accumulate_grad_batches != 0)

@@ -1,4 +1,4 @@
-"""Atomic checkpoints, and signals that save one and end the run."""
+"""Atomic checkpoints, and signals that save a checkpoint and end the run."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints atomically and keep the one before as `previous.ckpt`.
+    """Write checkpoints atomically and keep the previous one as `previous.ckpt`.
 
-    Lightning writes through the folder for temporary files. If that is another file system, a full disk leaves a
-    truncated file under the final name, and a missing permission is not reported.
+    Lightning first writes to the folder for temporary files. If that folder is on another file system, a full disk
+    leaves a truncated file under the final name, and a missing permission is not reported.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; InputError if that fails."""
+        """Write a checkpoint. Raises InputError if it cannot be written."""
         path = Path(path)
         with atomic_file(path, path.with_name(PREVIOUS)) as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch replaces the error of the file.
+            except RuntimeError as error:  # torch raises it instead of the file's OSError
                 cause = error.__context__
                 raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
 
@@ -59,7 +59,7 @@ class CheckpointCallback(StepCallback):
     """Save a checkpoint at the end of each epoch, every given number of steps or minutes, and on a signal.
 
     SIGTERM, Ctrl-C, SIGUSR1 and SIGUSR2 (sent by SLURM and submitit before the end of a job) end the run after the
-    current step with a checkpoint and exit status 128 + the number of the signal. A second Ctrl-C ends it immediately.
+    current step with a checkpoint and exit status 128 + the number of the signal. A second Ctrl-C ends the run at once.
 
     Args:
         folder: folder of the checkpoints.
@@ -82,12 +82,12 @@ class CheckpointCallback(StepCallback):
 
     @property
     def asked_to_stop(self) -> bool:
-        """Whether this process has received a signal."""
+        """True if this process has received a signal."""
         return self.received is not None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.group = cpu_process_group(trainer)
-        # The handlers of Lightning broadcast in the handler, perhaps in the middle of another collective.
+        # Lightning's own handlers run a broadcast, which may interrupt another collective operation.
         if in_main_thread():
             self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         if trainer.is_global_zero:
@@ -113,21 +113,21 @@ class CheckpointCallback(StepCallback):
         if any(stop):
             number = next(number for number, flag in zip(_SIGNALS, stop, strict=True) if flag)
             name = signal.Signals(number).name
-            log.warning("%s: saved at step %d; run the same command to resume", name, trainer.global_step)
-            # If another process ends with a status other than 0, Lightning kills the first one.
+            log.warning("%s: saved a checkpoint at step %d; run the same command to resume", name, trainer.global_step)
+            # If another process ends with a status other than 0, Lightning kills the first process.
             sys.exit(128 + number if trainer.is_global_zero else 0)
 
     def _receive(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        # Logging in a handler might wait for a lock that this thread holds.
+        # Logging in a signal handler could wait forever for a lock that this thread has acquired.
         with contextlib.suppress(OSError):
             sys.stderr.write(f"\n{signal.Signals(number).name}: saving a checkpoint after this step\n")
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """Return the newest valid checkpoint and its step, None if there are no checkpoints. A damaged one is renamed.
+    """Return the newest valid checkpoint and its step; None without checkpoints. A damaged `last.ckpt` is renamed.
 
     Raises:
         InputError: all checkpoints are damaged.
@@ -142,17 +142,17 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
         except _DAMAGED as error:
             reason = f"corrupt or incomplete ({first_line(error)})"
             if isinstance(error, pickle.UnpicklingError):
-                reason = "damaged, or contains code, which was not run"
+                reason = "damaged, or contains code (which was not run)"
             damaged.append(f"{path} ({size} bytes): {reason}")
             continue
         for text in damaged:
             log.warning("%s; resuming from %s, step %d", text, path, step)
         if damaged and first_process():
-            # The next save would replace the valid one by it.
+            # Otherwise, the next save would replace the valid previous checkpoint by the damaged file.
             (folder / LAST).replace(folder / f"{LAST}.damaged")
         return path, step
     if damaged:
-        raise InputError("\n".join([*damaged, "no valid checkpoint to resume from; resume=restart trains again"]))
+        raise InputError("\n".join([*damaged, "no valid checkpoint to resume from; set resume=restart to train again"]))
     return None
 
 

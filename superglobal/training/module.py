@@ -28,7 +28,7 @@ class TrainingModule(pl.LightningModule):
 
     Args:
         network: network to train, with its pooling and whitening.
-        head: (B, D) descriptors and (B,) labels -> loss.
+        head: margin head that computes the loss from descriptors (B, D) and labels (B,).
         optim: optimizer and schedule.
         total_steps: number of steps of the whole training, for the schedule.
         landmarks: (classes,) int64 landmark_id of each class, stored in checkpoints.
@@ -56,7 +56,8 @@ class TrainingModule(pl.LightningModule):
         self.accumulate = fit.accumulate
         self.landmarks = torch.from_numpy(landmarks)
         self.layout = torch.channels_last if fit.channels_last else torch.contiguous_format
-        # DistributedDataParallel lays out gradients by the strides of the parameters; changing them later is not exact.
+        # The layout is set before DistributedDataParallel lays out the gradients by the strides of the parameters,
+        # because a later change is not exact.
         network.to(memory_format=self.layout)
         if optim.freeze_backbone:
             network.backbone.requires_grad_(False)
@@ -167,7 +168,7 @@ class TrainingModule(pl.LightningModule):
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Return the factor on the peak learning rate at a step: linear to 1 in `warmup` steps, then a cosine to 0."""
+    """Return the factor of the peak learning rate at a step: linear to 1 in `warmup` steps, then a cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))) / 2

@@ -1,4 +1,4 @@
-"""Run directory of a training: its lock, the record of its settings, and whether it is finished."""
+"""Run directory of a training run: lock, record of the settings, and completion."""
 
 from __future__ import annotations
 
@@ -28,45 +28,45 @@ def export_path(outputs: str, name: str) -> Path:
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Create a run directory and lock it, so that one process trains in it; the lock ends with its process.
+    """Create a run directory and lock it for this process; the lock ends with the process.
 
     Raises:
-        InputError: another process trains there, or the folder cannot be written.
+        InputError: another process is training in the folder, or the folder cannot be written.
     """
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be written ({error.strerror}); change paths.outputs") from error
-    with file_lock(folder / "lock", f"{folder}: another training is running there", "or give a new name="):
+    with file_lock(folder / "lock", f"{folder}: another process is training there", "or give a new name="):
         yield
 
 
 def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: bool) -> float | None:
-    """Check that a run directory belongs to this training, and write its record.
+    """Check that a run directory belongs to this training run, and write its record.
 
     Args:
         folder: run directory.
-        record: JSON types; "identity" has the settings that a resumed run must share.
-        codes: (N,) uint64 codes of the contents of the images, 0 for a corrupt one. Images may become corrupt or be
-            repaired while a training is interrupted, but not change otherwise.
+        record: record of the run, as JSON types; "identity" contains the settings that a resumed run must share.
+        codes: (N,) uint64 codes of the contents of the images, 0 for corrupt images. While a run is interrupted, images
+            may become corrupt or be repaired, but may not change otherwise.
         restart: remove the checkpoints of an unfinished run.
 
     Returns:
-        The score of a finished run, None for any other.
+        The score of a finished run; None if the run is not finished.
 
     Raises:
-        InputError: the directory belongs to another training or is damaged; it is left unchanged.
+        InputError: the directory belongs to another run or is damaged; it stays unchanged.
     """
     existing = _read_record(folder)
     score = finished_score(folder)
     if existing is None and (folder / EXPORT).is_file():
         existing = {}
     if score is None and not (folder / EXPORT).is_file() and not any((folder / CHECKPOINTS).glob("*.ckpt")):
-        existing = None  # Nothing was trained yet.
+        existing = None  # the run ended before it saved a checkpoint
     if existing and existing.get("format") != FORMAT:
         raise InputError(
-            f"{folder} contains a training of an earlier version, which cannot be resumed; its network can still be "
-            "evaluated. Give a new name=, or remove the folder"
+            f"{folder} contains a training run of an earlier version, which cannot be resumed; its network can still "
+            "be evaluated. Give a new name=, or remove the folder"
         )
     if existing is not None:
         _require_same_settings(folder, existing.get("identity", {}), record["identity"])
@@ -83,18 +83,18 @@ def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: 
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Return whether a training was started in a folder and is not finished."""
+    """Return whether the folder contains an unfinished training run."""
     return (folder / _RECORD).is_file() and finished_score(folder) is None
 
 
 def finished_score(folder: Path) -> float | None:
-    """Return the score of a finished training, None if it is not finished or its network is missing."""
+    """Return the score of a finished run; None if the run is not finished or its network is missing."""
     score = (_read_record(folder) or {}).get("finished")
     return None if score is None or not (folder / EXPORT).is_file() else float(score)
 
 
 def finish_run(folder: Path, score: float) -> None:
-    """Record that the training is finished."""
+    """Record the score of a finished run."""
     record = _read_record(folder)
     assert record is not None
     _write_record(folder, {**record, "finished": score})
@@ -105,7 +105,9 @@ def _require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, 
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if differing:
         values = {key: str(before.get(key)) for key in differing[:6]}
-        shown = [f"{key} ({value if len(value) <= 24 else f'{value[:20]}...'} there)" for key, value in values.items()]
+        shown = [
+            f"{key} ({value if len(value) <= 24 else f'{value[:20]}...'} in that run)" for key, value in values.items()
+        ]
         raise InputError(
             f"{folder} contains a run with different settings: {', '.join(shown)}. Give a new name=, or remove the "
             "folder"
@@ -113,7 +115,7 @@ def _require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, 
 
 
 def _require_same_images(folder: Path, codes: np.ndarray) -> np.ndarray:
-    """Return the codes, those of corrupt images replaced by the recorded ones; InputError if an image has changed."""
+    """Return the codes, with the recorded codes for corrupt images. Raises InputError if an image has changed."""
     path = folder / _CODES
     try:
         before = np.load(path, allow_pickle=False)
@@ -129,7 +131,7 @@ def _require_same_images(folder: Path, codes: np.ndarray) -> np.ndarray:
 
 
 def _remove_outputs(folder: Path) -> None:
-    """Remove the outputs of an unfinished training except for its record and its log."""
+    """Remove the outputs of an unfinished run except for its record and its log."""
     try:
         shutil.rmtree(folder / CHECKPOINTS)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)

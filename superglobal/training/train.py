@@ -1,4 +1,4 @@
-"""Train a network on images of landmarks, and export the one that retrieves held-out landmarks best."""
+"""Training of a network on images of landmarks, and export of the state that is best on held-out landmarks."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig, folder: Path) -> float:
-    """Train a network, validate it by retrieval, and export the best one.
+    """Train a network, validate it by retrieval, and export its best state.
 
     Args:
         cfg: composed `TrainConfig`.
-        folder: run directory, with the exported `best.safetensors`. A finished run of the same settings, weights and
-            images is not repeated; an unfinished one is resumed from its newest checkpoint.
+        folder: run directory, where `best.safetensors` is exported. A finished run with the same settings, weights and
+            images is not repeated; an unfinished run is resumed from its newest checkpoint.
 
     Returns:
         The best validation mAP, in 0..1, in all processes.
 
     Raises:
-        InputError: input is missing or invalid, the folder contains another run or is in use, or the training failed.
+        InputError: inputs are missing or invalid, the folder contains another run or is in use, or the training failed.
     """
     config = validate_config(cfg, TrainConfig)
     first = first_process()
@@ -71,10 +71,10 @@ def train(cfg: DictConfig, folder: Path) -> float:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     training, held_out = _training_lists(config)
     network = _load_network(config)
-    # Invalid settings of Lightning and the batch size are errors before any file is written.
+    # Lightning's settings and the batch size are validated before any file is written.
     world = make_fit_trainer(config.trainer, config.optim, [], []).world_size
     EpochBatches(len(training), config.optim.batch_size, config.seed, config.trainer.accumulate, world=world)
-    # The other processes are children of the first one or wait for it, so that it checks the images for all.
+    # Other processes are children of the first process or wait for it, so only the first process checks the images.
     corrupt: list[CorruptImages] = [[], []]
     record: dict[str, Any] = {}
     codes = np.zeros(0, np.uint64)
@@ -91,7 +91,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
         if first and not (folder / EXPORT).is_file():
             raise InputError(
                 f"{folder / EXPORT}: not found; the best network was exported before the training was interrupted. "
-                "resume=restart trains again"
+                "Set resume=restart to train again"
             )
         if first:
             finish_run(folder, score)
@@ -133,15 +133,15 @@ def _load_network(config: TrainConfig) -> RetrievalNetwork:
     if config.optim.batch_norm == "sync":
         if not torch.cuda.is_available():
             raise InputError("optim.batch_norm=sync: expected GPUs; use train or frozen")
-        # The function of torch would drop the activation in the layers of timm.
+        # torch's own function would drop the activation in timm's batch norm layers.
         network = timm.layers.convert_sync_batchnorm(network)
     return network
 
 
 def _record(config: TrainConfig, network: RetrievalNetwork, training: TrainList, held_out: TrainList) -> dict[str, Any]:
-    """Return the record of the run, JSON types; a resumed run must have the same "identity"."""
+    """Return the record of the run, as JSON types; a resumed run must have the same "identity"."""
     settings = asdict(config)
-    # The device and the paths may change, and `network.identity` has the settings of the network in one form.
+    # The device and the paths may change. `network.identity` contains the settings of the network.
     for name in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim", "resume"):
         del settings[name]
     for name in ("role", "root", "tars", "max_corrupt_fraction"):
@@ -167,7 +167,7 @@ def _validation_sets(config: TrainConfig) -> list[EvaluationSet]:
         if (folder / f"gnd_{folder.name}.pkl").is_file():
             sets.append(revisited_set(folder.parent, folder.name))
         elif first:
-            # The two benchmarks of the default are often not downloaded.
+            # These two benchmarks are the default, and many users have not downloaded them.
             level = logging.INFO if name in ("roxford5k", "rparis6k") else logging.WARNING
             log.log(level, "validation.sets: skipped %s, not found", folder / f"gnd_{folder.name}.pkl")
     if first:
@@ -186,7 +186,7 @@ def _fit(
     corrupt: list[CorruptImages],
     record: dict[str, Any],
 ) -> float:
-    """Train `network` in place, export it whenever it is the best, and return the best validation mAP."""
+    """Train `network` in place, export each new best state, and return the best validation mAP."""
     o, t = config.optim, config.trainer
     steps = EpochBatches(len(training), o.batch_size, config.seed, t.accumulate).steps
     counts = np.bincount(training.labels, minlength=len(training.landmarks))
@@ -217,7 +217,7 @@ def _fit(
     )
     callbacks: list[Callback] = [StepSeed(config.seed), CorruptImageCallback(lists[0])]
     callbacks += [CurveLogger(every, o.batch_size), guard, validation, checkpoints]
-    # On a restart the other processes may still see checkpoints that the first one is removing.
+    # On a restart, other processes may still see checkpoints that the first process is removing.
     ignore = config.resume == "restart" and not first_process()
     checkpoint, step = (None if ignore else newest_checkpoint(folder / CHECKPOINTS)) or (None, 0)
     if checkpoint is not None:
@@ -229,7 +229,7 @@ def _fit(
 
 
 def _export(folder: Path, record: dict[str, Any], best: RetrievalNetwork, score: float, step: int) -> None:
-    best.set_p(None)  # The learned p becomes part of the identity of the network.
+    best.set_p(None)  # stores the learned p in the configuration of the network
     save_weights(best, folder / EXPORT, {**record, "val_map": score, "step": step})
 
 

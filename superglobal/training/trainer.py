@@ -33,13 +33,13 @@ from superglobal.training.checkpointing import AtomicCheckpointIO
 from superglobal.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
-# Lightning's warnings at each start that do not apply here.
+# Warnings that Lightning prints at each start and that do not apply here.
 _IRRELEVANT_WARNINGS: list[tuple[str, type[Warning]]] = [
     (".*LeafSpec.*is deprecated", FutureWarning),
-    (".*your dataloader is not resumable", UserWarning),  # The order continues at the step.
-    (".*in eval mode at the start of training", UserWarning),  # Frozen layers are.
+    (".*your dataloader is not resumable", UserWarning),  # our order of images resumes at the step
+    (".*in eval mode at the start of training", UserWarning),  # frozen layers are in evaluation mode
     (".*does not have many workers", UserWarning),
-    (".*smaller than the logging interval", UserWarning),  # CurveLogger logs the curves.
+    (".*smaller than the logging interval", UserWarning),  # CurveLogger logs the curves
 ]
 _LOST_CONNECTION = (
     "Connection closed by peer",
@@ -67,7 +67,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
         warnings.filterwarnings("ignore", pattern, category)
     devices = t.devices
     nodes = options.get("num_nodes", 1)
-    # SLURM starts the processes of a job itself.
+    # SLURM itself starts the processes of a job, so several devices are possible.
     if sweeping() and not SLURMEnvironment.detect():
         single = devices in (1, "1", "auto") or (isinstance(devices, list) and len(devices) == 1)
         if not single or nodes > 1:
@@ -80,7 +80,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
             devices = 1
     try:
         if SLURMEnvironment.detect():
-            # Lightning's automatic requeue saves in a signal handler; `CheckpointCallback` does not.
+            # Lightning's automatic requeue would save in a signal handler. `CheckpointCallback` saves after the step.
             options["plugins"] = [*options.get("plugins", ()), SLURMEnvironment(auto_requeue=False)]
         trainer = pl.Trainer(
             accelerator=t.accelerator,
@@ -178,7 +178,7 @@ _END_DELAY = 8  # seconds
 
 
 def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
-    """Create the Trainer of `run_fit`; InputError as in `make_trainer`."""
+    """Create the Trainer of `run_fit`. Raises InputError as `make_trainer` does."""
     return make_trainer(
         t,
         precision(t),
@@ -197,7 +197,10 @@ def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], lo
 
 
 def precision(t: FitConfig) -> str:
-    """Return Lightning's name of the precision; "auto" is bfloat16 autocast if the GPU has it, float32 on a CPU."""
+    """Return Lightning's name of the precision.
+
+    "auto" is float32 on a CPU, bfloat16 autocast on a GPU that supports it, and float16 autocast on other GPUs.
+    """
     if t.precision != "auto":
         return t.precision
     if t.accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
@@ -206,26 +209,26 @@ def precision(t: FitConfig) -> str:
 
 
 def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModule, checkpoint: Path | None) -> None:
-    """Train, from a checkpoint if one is given.
+    """Train, starting from `checkpoint` if it is not None.
 
     Raises:
         InputError: the training ended because of its input, too little memory, or another process.
     """
     _end_with_first_process()
     if trainer.precision == "64-true":
-        # Lightning loads the checkpoint before it converts the module, which would round the weights.
+        # Lightning would load the checkpoint before it converts the module, which would round the weights.
         module.double()
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except InputError:
         if not trainer.is_global_zero:
-            # Lightning kills the first process when another one ends, perhaps before it has printed its message.
+            # Lightning kills the first process when another one ends, which could prevent the first one's message.
             time.sleep(_END_DELAY)
         raise
     except SystemExit as end:
-        if end.code is None:  # Lightning handled SIGTERM, before the first step.
+        if end.code is None:  # Lightning handled SIGTERM before the first step
             sys.exit(128 + signal.SIGTERM)
-        if end.code == 1:  # Lightning handled the second Ctrl-C.
+        if end.code == 1:  # Lightning handled the second Ctrl-C
             log.error("interrupted; run the same command to resume from the last checkpoint")
             sys.exit(130)
         raise
@@ -242,7 +245,7 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
 
 
 def _end_with_first_process() -> None:
-    """End a process that the first one started as soon as that ends, even if it is killed."""
+    """End this process as soon as the first process, which started it, ends or is killed."""
     if "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] == "0" or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     parent = os.getppid()

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 class RetrievalValidation(StepCallback):
-    """Compute the mAP of held-out images, each searched for among all others, and of evaluation sets.
+    """Compute the mAP of held-out images, each of which is a query among all others, and of evaluation sets.
 
     Descriptors are extracted at one scale, as in training, in strict float32, and scored by the functions of the
     evaluation. The network with the best mAP ("val/map", 0..1) is exported; the mAP of the evaluation sets
@@ -44,16 +44,16 @@ class RetrievalValidation(StepCallback):
     first epoch.
 
     Args:
-        held_out: images of landmarks that are not used for training; corrupt ones are dropped.
+        held_out: images of landmarks that are not used for training; corrupt images are dropped.
         corrupt_images: list of corrupt images, by their index in the held-out list.
         every_epochs: number of epochs between validations; the last step is always validated.
-        every_steps: number of steps between validations; None for none.
+        every_steps: number of steps between further validations; None to validate only by epochs.
         sets: evaluation sets.
         patience: number of validations without a new best before training stops; None for no limit.
-        export: (network, val/map, step) -> None, called in the first process for each new best.
+        export: function of network, val/map and step that the first process calls for each new best.
         num_workers: number of processes that decode images.
-        asked_to_stop: whether this process has to end; the validation is then canceled, and repeated when the training
-            is resumed.
+        asked_to_stop: function that returns whether this process must end; the validation is then canceled, and
+            repeated when the training is resumed.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RetrievalValidation(StepCallback):
         self.asked_to_stop = asked_to_stop
         self.best = -1.0
         self.stale = 0
-        self.pending = False  # A validation was canceled.
+        self.pending = False  # true if a validation was canceled
         self.group: Any = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class RetrievalValidation(StepCallback):
         self.best, self.stale, self.pending = state_dict["best"], state_dict["stale"], state_dict["owed"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Only the first process has checked the images and dropped the corrupt ones.
+        # Only the first process has checked the images and dropped corrupt images.
         self.held_out.indices = trainer.strategy.broadcast(self.held_out.indices)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -200,7 +200,7 @@ class RetrievalValidation(StepCallback):
     def _extract(
         self, trainer: pl.Trainer, network: RetrievalNetwork, images: ImageDataset | HeldOutDataset
     ) -> tuple[np.ndarray | None, list[tuple[int, InputError]]]:
-        """Extract descriptors, each process those of its images, and return all of them in all processes.
+        """Extract descriptors, divided among the processes, and return all of them in all processes.
 
         Returns:
             (n, D) float32 descriptors, zero for corrupt images, or None if the validation is canceled; and the row and
