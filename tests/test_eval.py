@@ -91,7 +91,7 @@ def test_a_signal_ends_a_run_and_keeps_the_extracted_rows(tmp_path, number, stat
     process.send_signal(number)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == status, text
-    assert ("the same command continues with the missing images" in text) == (number == signal.SIGINT)
+    assert ("run the same command to resume with the missing images" in text) == (number == signal.SIGINT)
     (store,) = (tmp_path / "o" / "stores").glob("mini-database-*")
     assert rows <= len(DescriptorStore.open(store)) - len(DescriptorStore.open(store).missing) < 440
 
@@ -272,7 +272,7 @@ def test_the_first_job_of_a_sweep_extracts_for_all_jobs_with_the_same_images(dat
     """Sweep eight poolings, with and without ReLUP, over two lists of scales, which cannot share feature maps."""
     switches = [f"pooling.{name}=true,false" for name in ("gem_plus", "regional", "relup")]
     text = run_program(tmp_path, "-m", *revisited(data, "rerank=none", *switches), "scales=1,[0.8]")
-    assert text.count("one pass over the images serves 8 networks of the sweep") == 2
+    assert text.count("extracting descriptors of 8 networks of the sweep in one pass") == 2
     jobs = sorted((tmp_path / "eval").rglob("results.json"), key=lambda path: int(path.parent.name.split("_")[0]))
     results_of_jobs = [json.loads(path.read_text()) for path in jobs]
     counts = [job["about"]["extracted"]["database"] for job in results_of_jobs]

@@ -40,7 +40,7 @@ def run_alone(data: Path, outputs: Path, *overrides: str) -> dict:
 def test_a_failing_job_does_not_affect_other_jobs(data, tmp_path):
     """x^3000 is 0 in float32, so this descriptor is invalid. All three jobs share their passes over the images."""
     text = run_program(tmp_path, "-m", *revisited(data, "pooling=gem", "pooling.p=3,3000,4", "rerank=none"), status=2)
-    assert "one pass over the images serves 3 networks of the sweep" in text
+    assert "extracting descriptors of 3 networks of the sweep in one pass" in text
     assert text.count("has norm 0.0, expected 1") == 1
     assert "Traceback" not in text
     first, failed, last = jobs(tmp_path)

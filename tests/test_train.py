@@ -155,7 +155,7 @@ def test_a_finished_training_is_kept_and_different_settings_are_an_error(toy_dat
     assert "already trained" in train(toy_data, trained, "trainer.log_every=5", "pooling.relup=false")
     text = train(toy_data, trained, "optim.lr=0.004", status=2)
     assert str(folder) in text
-    assert "different settings: settings.optim.lr (0.002 there). Give a new name=" in text
+    assert "different settings: settings.optim.lr (0.002 in that run). Give a new name=" in text
     assert "Traceback" not in text
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert set(before) == {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".log", "")}

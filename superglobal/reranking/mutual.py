@@ -44,7 +44,7 @@ def mutual_scores(
     best = first_columns(s1, near.shape[-1])
     batch = torch.arange(len(T), device=T.device)[:, None]
     nearer = in_steps(gram[batch, best]) > in_steps(first[batch, best])[..., None]
-    nearer.scatter_(2, best[..., None], False)  # an image is not its own neighbor
+    nearer.scatter_(2, best[..., None], False)  # an image does not count as a neighbor of itself
     joins = nearer.sum(dim=-1) < k_query
     members = refined(T, near, weights, best) * joins[..., None]
     count = joins.sum(dim=1, keepdim=True)

@@ -1,1 +1,1 @@
-"""Descriptor store, search, reranking, metrics. Nothing here imports Lightning or Hydra."""
+"""Descriptor stores, search, exact ranks and whitening. These modules import neither Lightning nor Hydra."""

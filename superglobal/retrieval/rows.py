@@ -60,7 +60,7 @@ class Rows:
         """float16 if all sources are stored in float16, else float32; both represent all rows exactly."""
         skipped = [low + getattr(source, "skipped", []) for source, low in zip(sources, self._starts, strict=False)]
         self.skipped: np.ndarray = np.concatenate([np.asarray(ids, np.int64) for ids in skipped])
-        """(n,) ids that search, ranks and reranking leave out, ascending."""
+        """(n,) ids that search, ranks and reranking ignore, ascending."""
 
     @property
     def dim(self) -> int:
@@ -139,7 +139,7 @@ class Rows:
         return torch.empty((rows, self.dim), dtype=dtype, pin_memory=device.type == "cuda")
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
-        """Yield (source, low, high) for rows start..stop-1, where rows low..high-1 of the source are meant."""
+        """Yield (source, low, high) for rows start..stop-1, with low..high-1 counted within the source."""
         for source, low, high in zip(self._sources, self._starts[:-1], self._starts[1:], strict=True):
             if max(start, low) < min(stop, high):
                 yield source, max(start, low) - low, min(stop, high) - low
