@@ -347,9 +347,8 @@ def test_an_evaluation_without_the_wandb_package_needs_logger_csv(toy_data, tmp_
     command = [sys.executable, "-c", code, "dataset=toy", *FAST, *paths]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2
-    assert "error: logger.wandb=true: the package wandb is not installed; run `pip install wandb`, or use logger=csv" in (
-        done.stderr
-    )
+    message = "the package wandb is not installed; run `pip install wandb`, or use logger=csv"
+    assert f"error: logger.wandb=true: {message}" in done.stderr
     done = subprocess.run([*command, "logger=csv"], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/results.json").is_file()
