@@ -20,8 +20,8 @@ $(STAMP):
 	rm -f .venv/.installed-*
 	touch $@
 
-demo: install ## render landmarks, train on them and evaluate every module, in minutes
-	$(BIN)/python scripts/quickstart.py
+demo: install ## render landmarks, train on them and evaluate every module, in ten minutes
+	$(BIN)/python scripts/demo.py
 
 test: install ## run the tests, apart from the long ones
 	$(PYTEST) -m 'not slow'

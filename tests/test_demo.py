@@ -1,4 +1,4 @@
-"""The quickstart from end to end on the smallest toy set, and a second run that reuses everything."""
+"""The demo from end to end on the smallest toy set, and a second run that reuses everything."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def demo(data: Path, outputs: Path) -> str:
-    """Run scripts/quickstart.py and return its output."""
-    command = [sys.executable, "scripts/quickstart.py", "--size", "tiny", "--name", "short", "--data", str(data)]
+    """Run scripts/demo.py and return its output."""
+    command = [sys.executable, "scripts/demo.py", "--size", "tiny", "--name", "short", "--data", str(data)]
     command += ["--outputs", str(outputs), "optim.epochs=4", "validation.fraction=0.25", "trainer.num_workers=0"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
@@ -25,16 +25,16 @@ def demo(data: Path, outputs: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_quickstart_writes_a_table_and_a_figure_and_reuses_results(tmp_path):
+def test_the_demo_writes_a_table_and_a_figure_and_reuses_results(tmp_path):
     text = demo(tmp_path / "data", tmp_path)
     for stage in ("[1/5] render", "rendered", "[2/5] train", "[5/5] one table"):
         assert stage in text
-    folder = tmp_path / "eval" / "demo" / "short"
+    folder = tmp_path / "eval" / "short"
     with (folder / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
-    untrained = [row for row in rows if row["weights"] == "random"]
-    assert [row["run"] for row in untrained] == ["gem"]
+    before = [row for row in rows if row["weights"] == "package"]
+    assert [row["run"] for row in before] == ["gem"]
     trained = {row["run"]: row for row in rows if row["weights"] == "short"}
     assert list(trained) == [
         "gem", "gem_plus", "regional", "scale", "relup", "rerank",
