@@ -1,4 +1,4 @@
-"""Typed schemas of all settings, registered with Hydra.
+"""Define typed schemas for all settings, and register them with Hydra.
 
 The schemas give every setting a type, so that Hydra converts `pooling.regional=off` to false. Without them the value
 would be the string "off", which counts as true. Hydra also rejects names that no schema contains.
@@ -70,7 +70,7 @@ ENTRIES = (
         ),
     ),
 )
-"""Commands that Hydra configures."""
+"""Commands that Hydra configures, in the order of the configuration reference."""
 
 OLD_SETTINGS = {
     "statistics": "use whitening=none, center or pca",
@@ -87,7 +87,7 @@ OLD_SETTINGS = {
     "distractors.skip_budget": "use distractors.max_corrupt_fraction",
     "validation.images": "use validation.max_images",
 }
-"""Former name of a setting -> advice on what to use instead."""
+"""Name of a setting that was renamed or removed -> advice on what to do instead."""
 
 
 def reject_old_settings(arguments: Iterable[str]) -> None:
@@ -97,7 +97,7 @@ def reject_old_settings(arguments: Iterable[str]) -> None:
         arguments: arguments of the command line, such as "whitening.kind=pca".
 
     Raises:
-        InputError: an argument names a former setting; the message contains its replacement.
+        InputError: an argument contains such a setting; the message says what to use instead.
     """
     for argument in arguments:
         name = argument.lstrip("+~").partition("=")[0]
@@ -120,7 +120,7 @@ def register() -> None:
         store.store(group="ablation", name=row, node=node, package="_global_")
     for entry in ENTRIES:
         store.store(name=f"{entry.name}_schema", node=entry.schema)
-        # The text takes time to make, and only --help needs it.
+        # Only --help needs the text, which takes time to generate.
         text = help_text(entry) if {"--help", "-h"} & set(sys.argv) else ""
         if not sys.argv[0].endswith(("eval.py", "train.py")):
             text = text.replace("python eval.py", "superglobal evaluate").replace(

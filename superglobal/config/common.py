@@ -1,4 +1,4 @@
-"""Settings shared by training, evaluation and tuning, and the functions that validate all settings."""
+"""Define the settings that training, evaluation and tuning share, and the validation of all settings."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from superglobal.models.pooling import PoolingConfig, make_pooling
 
 C = TypeVar("C")
 TRAIN_LISTS = ("train_clean.csv", "train.csv")
-"""File names of GLDv2's training lists."""
+"""File names of GLDv2's training lists: the cleaned list and the full list."""
 SEEDS = 2**32
-"""Number of valid seeds of trainings and data sets: 0 to SEEDS - 1."""
+"""Number of valid seeds for training runs and data sets. The valid seeds are 0 to SEEDS - 1."""
 
 
 def conf_dir() -> Path:
-    """Return the folder of the Hydra configurations.
+    """Return the folder that contains the Hydra configuration files.
 
-    It is `conf/` inside the installed package, or `conf/` of the checkout.
+    It is `conf/` inside the installed package, or `conf/` at the top level of a checkout.
 
     Raises:
         InputError: neither folder exists.
@@ -39,22 +39,25 @@ def conf_dir() -> Path:
 def setting(
     default: Any, *, minimum: float | None = None, maximum: float = math.inf, choices: Iterable[Any] = ()
 ) -> Any:
-    """Declare a dataclass field with its choices or its range.
+    """Declare a dataclass field and the values that it allows.
 
-    `validate_values` checks them, and the reference page of the settings shows them.
+    `validate_values` checks the value of the field. `--help` and the configuration reference show the allowed values.
 
     Args:
         default: default value of the setting.
-        minimum: smallest allowed number; for a list, the limit applies to every element.
-        maximum: largest allowed number; for a list, the limit applies to every element.
-        choices: allowed values; for a list, the allowed elements.
+        minimum: smallest allowed number; for a list, the limit applies to every element. None for no range.
+        maximum: largest allowed number; for a list, the limit applies to every element. It requires `minimum`.
+        choices: allowed values; for a list, the allowed elements. Empty for no choices.
+
+    Returns:
+        A `dataclasses.field` whose metadata contains the choices or the range.
     """
     limits = {"choices": tuple(choices)} if minimum is None else {"minimum": minimum, "maximum": maximum}
     return field(default=default, metadata=limits)
 
 
 def allowed_values(declared: Field[Any]) -> str:
-    """Return the choices or the range of a field as text, such as "an integer >= 1"; "" if it has neither."""
+    """Return the allowed values of a field as text, such as "an integer >= 1"; "" if every value is allowed."""
     if declared.metadata.get("choices"):
         return f"one of {', '.join(map(str, declared.metadata['choices']))}"
     if "minimum" not in declared.metadata:
@@ -64,20 +67,26 @@ def allowed_values(declared: Field[Any]) -> str:
 
 
 def range_text(kind: str, minimum: float, maximum: float = math.inf) -> str:
-    """Return a range as text, such as "a number from 0 to 1"."""
+    """Return a range as text, such as "a number from 0 to 1".
+
+    Args:
+        kind: type of the values with its article, such as "a number".
+        minimum: smallest value.
+        maximum: largest value; infinity for no upper limit.
+    """
     low, high = (f"{limit:.6g}" if isinstance(limit, float) else str(limit) for limit in (minimum, maximum))
     return f"{kind} from {low} to {high}" if math.isfinite(maximum) else f"{kind} >= {low}"
 
 
 def validate_values(config: Any, prefix: str = "") -> None:
-    """Check the fields of a dataclass and of nested dataclasses against their choices and ranges.
+    """Check that all fields of a dataclass object, including nested dataclasses, have values that `setting` allows.
 
     Args:
         config: dataclass object; fields that are None are not checked.
-        prefix: text before the names of fields in messages, such as "optim.".
+        prefix: text to put before the field names in error messages, such as "optim.".
 
     Raises:
-        InputError: a value is not allowed, or is not a finite number.
+        InputError: a value is not one of the choices, is out of range, or is infinite or NaN.
     """
     for declared in fields(config):
         value, limits = getattr(config, declared.name), declared.metadata
@@ -93,13 +102,13 @@ def validate_values(config: Any, prefix: str = "") -> None:
 
 
 def validate_config(cfg: DictConfig, schema: type[C]) -> C:
-    """Convert a composed configuration to typed objects and validate them.
+    """Convert a configuration that Hydra composed to typed objects, and validate it.
 
     Settings that are null or "auto" are replaced by their final values where other settings determine them.
 
     Args:
-        cfg: composed configuration.
-        schema: dataclass of the configuration, such as `EvalConfig`; it has a method `validate`.
+        cfg: configuration composed by Hydra.
+        schema: dataclass that describes the configuration, such as `EvalConfig`; it must have a method `validate`.
 
     Returns:
         The validated configuration as an object of `schema`.
@@ -118,7 +127,7 @@ def validate_config(cfg: DictConfig, schema: type[C]) -> C:
 
 
 def _overrides(self: Any) -> dict[str, Any]:
-    """Return the settings that are not null, in the form that `load_model` accepts."""
+    """Return the pooling settings that are not null, as a dictionary for the `pooling` argument of `load_model`."""
     return {name: value for name, value in vars(self).items() if value is not None and name != "tuned_on"}
 
 
@@ -126,11 +135,11 @@ def _validate_pooling(self: Any) -> None:
     make_pooling(self.overrides())
 
 
-_POOLING = """Pooling (`conf/pooling`): settings that replace those in the weights file; null keeps those in the file.
+_POOLING = """Pooling (`conf/pooling`). A setting replaces the one in the weights file; null keeps the one in the file.
 
 Args:
-    tuned_on: name of the images on which `superglobal tune` chose the settings. It is shown with every result and
-        changes no number.
+    tuned_on: name of the image set on which `superglobal tune` chose the settings. It is shown with every result, but
+        does not affect the scores.
 """
 PoolingOverrides: Any = make_dataclass(
     "PoolingOverrides",
@@ -144,7 +153,7 @@ PoolingOverrides: Any = make_dataclass(
 
 @dataclass
 class BackboneConfig:
-    """Backbone, a timm model (`conf/backbone`).
+    """Backbone (`conf/backbone`), which is a timm model.
 
     Args:
         name: name of the model in timm.
@@ -184,8 +193,8 @@ class LoggerConfig:
         project: project of the run in Weights & Biases.
         entity: user or team of the run in Weights & Biases; null for your default.
         tags: tags of the run in Weights & Biases; the names of the data set and of the ablation are added to them.
-        images: number of queries whose first results (`figures.ranks`) an evaluation logs as images; they are spread
-            evenly over the list of queries.
+        images: number of queries for which an evaluation logs the images of the top `figures.ranks` results. The
+            queries are spread evenly over the list of all queries.
     """
 
     wandb: bool = True
@@ -196,7 +205,7 @@ class LoggerConfig:
     images: int = setting(8, minimum=0)
 
     def validate(self) -> None:
-        """Check that TensorBoard is installed if it is enabled; otherwise raise InputError."""
+        """Raise InputError if logging to TensorBoard is enabled but TensorBoard is not installed."""
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InputError(
                 "logger.tensorboard=true: TensorBoard is not installed; run `pip install tensorboard`, or use "
@@ -205,9 +214,10 @@ class LoggerConfig:
 
 
 def require_wandb(logger: LoggerConfig) -> None:
-    """Check that the package wandb is installed if logging to Weights & Biases is enabled; otherwise raise InputError.
+    """Raise InputError if logging to Weights & Biases is enabled but the package wandb is not installed.
 
-    Only runs that log call this function, because a finished run can be opened without the package.
+    Call this function only before a run that logs, because the configuration of a finished run can be validated
+    without the package.
     """
     if logger.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError(
@@ -222,7 +232,7 @@ class PathsConfig:
     Args:
         data: folder of the data sets.
         outputs: folder of the results and training runs.
-        stores: folder of the stored descriptors and indexes, which later runs reuse.
+        stores: folder of the stored descriptors and search indexes, which later runs reuse.
     """
 
     data: str = "data"

@@ -1,4 +1,4 @@
-"""Settings of `eval.py` and of the commands that share them."""
+"""Define the settings of `eval.py`, most of which other commands share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ _LOADER_LIMITS: dict[str, dict[str, Any]] = {
 
 
 def _make_loader_settings() -> Any:
-    """Create a dataclass with the arguments of all loaders of evaluation sets, except `name` and `root`."""
+    """Create a dataclass whose fields are the arguments of all evaluation-set loaders, except `name` and `root`.
+
+    Raises:
+        InputError: two loaders declare an argument of the same name with different types or defaults.
+    """
     settings: dict[str, tuple[str, Any, Any]] = {}
     descriptions: dict[str, dict[str, list[str]]] = {}
     for kind, loader in loaders().items():
@@ -62,14 +66,16 @@ def _make_loader_settings() -> Any:
         f"    {name}: " + " ".join(f"For kind {', '.join(kinds)}: {text}" for text, kinds in of_name.items())
         for name, of_name in descriptions.items()
     ]
-    doc = "\n".join(["Settings of the loaders of evaluation sets.", "", "Args:", *lines])
+    doc = "\n".join(["Settings of the evaluation-set loaders.", "", "Args:", *lines])
     return make_dataclass("LoaderSettings", settings.values(), namespace={"__doc__": doc})
 
 
 def _setting_type(hint: Any, required: bool) -> Any:
-    """Return the type of the setting for an argument.
+    """Return the type of the setting that corresponds to an argument of a loader.
 
-    Paths are strings in a configuration, and null stands for a required argument that was not given.
+    Args:
+        hint: type of the argument. `Path` is removed from a union, because a configuration contains paths as strings.
+        required: the argument has no default. The setting then also allows null, its default.
     """
     types = [member for member in get_args(hint) or (hint,) if member is not Path]
     return Union[(*types, *([type(None)] if required else []))]
@@ -87,11 +93,11 @@ class DatasetConfig(LoaderSettings):
             "descriptors" (no images, only the files of `descriptors.*`), or one of GLDv2's: "gldv2" (queries: the test
             images; database: the index images), "gldv2_val" (training images of held-out landmarks) or
             "gldv2_recognition" (queries: the test images; database: the training images).
-        name: name of the set in files and results.
-        role: use of the set: "test" (its results are reported, and no setting is chosen on it), "validation" (settings
-            are chosen on it) or "train" (the network was trained on it).
+        name: name of the set, used in file names and results.
+        role: purpose of the set: "test" (its results are reported, and no setting is chosen on it), "validation"
+            (settings are chosen on it) or "train" (the network was trained on it).
         root: folder of the set; for "revisited", the parent of that folder.
-        trained: default of the top-level setting `name` for this set.
+        trained: training run to evaluate on this set if the top-level setting `name` is not given.
         max_side: images with a longer side above this number of pixels are shrunk to it; null keeps their size.
     """
 
@@ -103,7 +109,7 @@ class DatasetConfig(LoaderSettings):
     max_side: int | None = setting(None, minimum=1)
 
     def validate(self) -> None:
-        """Check that the image folder of dataset=folder is given; otherwise raise InputError."""
+        """Raise InputError if dataset=folder is given without an image folder."""
         if self.kind == "folder" and not self.database:
             raise InputError("dataset=folder: the image folder is missing; add dataset.database=FOLDER")
 
@@ -113,7 +119,8 @@ class DistractorsConfig:
     """Distractors, images added to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`.
 
     Args:
-        name: name of the folder of the distractors and of the list in it; null for no distractors.
+        name: name of the folder that contains the distractors, and of the list in that folder; null for no
+            distractors.
         root: parent of that folder.
         unreadable: treatment of missing and corrupt distractors: "error" stops the run; "skip" lists them in
             `skipped.txt` of their descriptor store and leaves them out of all rankings.
@@ -131,7 +138,8 @@ class DescriptorsConfig:
     """Your own descriptors, used instead of extracting descriptors.
 
     Args:
-        query, database: .npy file with (N, D) floats, each row of unit L2 norm, in the order of the data set's list.
+        query, database: .npy file with an array of floats, (N, D). Each row is a descriptor of unit L2 norm, and the
+            rows have the order of the data set's queries or database images.
     """
 
     query: str | None = None
@@ -175,18 +183,18 @@ class ExtractionConfig:
         return k - 1, n
 
 
-_RERANK = """Reranking (`conf/rerank`). null stands for the default of the chosen kind, shown in parentheses below.
-Setting a parameter that the kind does not have raises an error.
+_RERANK = """Reranking (`conf/rerank`). A parameter that is null has the default of the chosen kind, shown in
+parentheses below. Setting a parameter that the kind does not have raises an error.
 
 Args:
     enabled: rerank the results of the search; false for no reranking.
     kind: reranking method: {kinds}.
     junk: treatment of junk images, which the protocol ignores. "keep" reranks one list that contains them, as in
-        SuperGlobal's code; "drop" reranks a separate list for each protocol without them, as in CVNet's code. The
-        setting changes only the scores; the saved rankings and figures are those of "keep".
+        SuperGlobal's code. "drop" removes them first, and reranks a separate list for each protocol, as in CVNet's
+        code. The setting changes only the metrics; the saved rankings and figures are always those of "keep".
 {parameters}
-    tuned_on: name of the images on which `superglobal tune` chose the parameters. It is shown with every result and
-        changes no number.
+    tuned_on: name of the image set on which `superglobal tune` chose the parameters. It is shown with every result, but
+        does not affect the scores.
 """
 _NO_PARAMETERS = ("enabled", "kind", "junk", "tuned_on")
 
@@ -223,25 +231,25 @@ RerankConfig: Any = _make_rerank_config()
 
 
 def rerank_parameters(rerank: RerankConfig) -> dict[str, Any]:
-    """Return the reranking parameters that are not null, by name."""
+    """Return the reranking parameters that are not null: name -> value."""
     values = {f.name: getattr(rerank, f.name) for f in fields(rerank) if f.name not in _NO_PARAMETERS}
     return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass
 class WhiteningConfig:
-    """Whitening of all descriptors before the search, fitted without labels on the database (`conf/whitening`).
+    """Whitening (`conf/whitening`): applied to all descriptors before search; fitted on the database without labels.
 
     Args:
         kind: type of whitening: "none", "center" (subtract the mean of the database) or "pca" (PCA whitening).
-        dims: number of axes that "pca" keeps; null for all.
+        dims: number of principal axes that "pca" keeps; null for all.
     """
 
     kind: str = setting("none", choices=WHITENING_KINDS)
     dims: int | None = setting(None, minimum=1)
 
     def validate(self) -> None:
-        """Check that `dims` is null unless `kind` is "pca"; otherwise raise InputError."""
+        """Raise InputError if `dims` is set although `kind` is not "pca"."""
         if self.dims is not None and self.kind != "pca":
             raise InputError(f"whitening.dims={self.dims}: only PCA whitening has axes; add whitening=pca")
 
@@ -259,7 +267,7 @@ class StoreConfig:
 
 @dataclass
 class FiguresConfig:
-    """Figure of an evaluation (`sheet.png`): queries with their ranked results.
+    """Figure that an evaluation draws (`sheet.png`): some queries with their top results.
 
     Args:
         queries: number of queries shown, spread evenly over the list; 0 for no figure.
@@ -279,14 +287,14 @@ class EvalConfig:
             model on the Hugging Face Hub), "timm" (timm's pretrained weights), "package" (weights from a Python
             package) or "random". null uses `backbone.weights`, or if that is null too, the exported weights of the
             training run `name`.
-        name: name of the training run to evaluate if no weights are given.
+        name: name of the training run that is evaluated if no weights are given.
         scales: image scales: their number (1, 3 or 5), or a list of factors. null uses the scales of a shared model,
             and 3 for other weights.
         antialias: apply an antialiasing filter when a scale shrinks the image; the paper applies none. null uses the
             setting of a shared model, and false for other weights.
         k: number of results kept per query. It is raised to `rerank.M` and to the number that the metric needs, and
             limited to the size of the database.
-        ablation: name of the ablation row, set by the group `ablation=`; the other settings must match the row.
+        ablation: name of a row of the ablation table, set by the group `ablation=`; the other settings must match it.
         seed: seed of the bootstrap and of random weights.
     """
 
@@ -313,7 +321,9 @@ class EvalConfig:
     seed: int = setting(0, minimum=0, maximum=2**63 - 1)
 
     def validate(self) -> None:
-        """Check settings that depend on each other, and replace "auto" and null where other settings determine them.
+        """Check settings that depend on each other, and replace values that other settings determine.
+
+        The replaced values are the precision "auto", and null for the reranking parameters and `index.compare`.
 
         Raises:
             InputError: settings contradict each other, or a package is missing.
@@ -357,7 +367,7 @@ class EvalConfig:
             )
 
     def _validate_rerank(self) -> None:
-        """Check that the reranking settings fit the data set and the index."""
+        """Raise InputError if the data set or the index does not support the reranking settings."""
         d, rerank = self.dataset, self.rerank
         if rerank.junk == "drop" and d.kind != "revisited":
             raise InputError(
@@ -383,7 +393,7 @@ class EvalConfig:
             )
 
     def _validate_ablation(self) -> None:
-        """Check that the settings match the ablation row, because tables list the result under its name."""
+        """Raise InputError if the settings do not match the ablation row, under whose name tables list the result."""
         if self.ablation is None:
             return
         if self.ablation not in ABLATIONS:
@@ -408,18 +418,19 @@ class CompareConfig(EvalConfig):
     """Top-level settings of `superglobal compare-rerankers`: those of `eval.py`, with `rerankers` instead of `rerank`.
 
     Args:
-        rerankers: rerankers to compare: options of `conf/rerank`, each optionally followed by settings, such as
-            "superglobal K=1". The first is the baseline of the others.
+        rerankers: rerankers to compare. Each is an option of `conf/rerank`, optionally followed by settings, such as
+            "superglobal K=1". The first reranker is the baseline for the others.
     """
 
     rerankers: list[str] = field(default_factory=list)
 
 
 def complete_rerank(rerank: RerankConfig) -> None:
-    """Replace parameters that are null by the defaults of the kind of reranker.
+    """Replace reranking parameters that are null by the defaults of the chosen kind, in place.
 
     Raises:
-        InputError: a parameter does not belong to the kind, or is out of range.
+        InputError: the kind does not have a parameter that is set, a value is out of range, or the kind does not
+            support `junk`.
     """
     reranker = get_reranker(rerank.kind)
     for key, value in reranker.complete(rerank_parameters(rerank), "rerank.").items():

@@ -1,4 +1,4 @@
-"""Settings of the search page, `superglobal serve`."""
+"""Define the settings of the search page, which `superglobal serve` starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PageConfig:
             machines that can reach it.
         port: port on which the page listens; 0 for any free port.
         results: maximum number of results shown.
-        samples: number of example images of the data set shown at a time; 0 for none.
+        samples: number of example images from the data set that are shown at a time; 0 for none.
         max_upload: maximum size of an uploaded file, in MB.
         max_megapixels: maximum size of an uploaded image, in megapixels.
     """
@@ -37,10 +37,10 @@ class PageConfig:
 
 @dataclass
 class ServeConfig(EvalConfig):
-    """Top-level settings of `superglobal serve`: those of `eval.py` and `page`; loggers and figures have no effect.
+    """Top-level settings of `superglobal serve`: those of `eval.py`, and `page`; loggers and figures have no effect.
 
     Args:
-        store: folder of a descriptor store to search; the store determines the images and the network. If it is not
+        store: folder of the descriptor store to search, which determines the images and the network. If it is not
             given, the settings of `eval.py` determine them, including `store.dtype`.
     """
 

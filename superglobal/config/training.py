@@ -1,4 +1,4 @@
-"""Settings of `train.py`."""
+"""Define the settings of `train.py`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from superglobal.models.heads import HEADS, validate_kind
 
 @dataclass
 class FitConfig(TrainerConfig):
-    """Devices, speed and checkpoints of a training; these settings are not meant to change what is learned.
+    """Devices, speed and checkpoints of a training run; these settings are not meant to change what it learns.
 
     Args:
         devices: number of devices per machine, a list of their indices, or "auto" for all GPUs (without a GPU, one
@@ -35,16 +35,17 @@ class FitConfig(TrainerConfig):
         num_nodes: number of machines.
         precision: number type of the computation; "auto" is bf16-mixed on GPUs that support it, 16-mixed on other GPUs,
             and 32-true on CPUs.
-        accumulate: number of parts into which each device splits its images of a batch, to save memory. It affects only
-            batch norm, CurricularFace's moving threshold and the sampling of classes (`head.negatives`).
+        accumulate: number of micro-batches into which each device splits its images of a batch, to save memory. It
+            affects only batch norm, CurricularFace's moving threshold and the sampling of classes (`head.negatives`).
         channels_last: use the memory layout in which convolutions are fastest.
-        compile: compile the network with torch.compile; this takes minutes at the start and makes the steps faster.
+        compile: compile the network with torch.compile; this takes minutes at the start, and then makes the steps
+            faster.
         deterministic: use only operations that give bit-identical results on a GPU when repeated; they are slower.
-        log_every: number of steps between two points of the logged curves; at each point the losses since the last
-            point are checked to be finite.
-        save_every_steps: number of steps between two checkpoints within an epoch; null for none.
-        save_every_minutes: minutes between two checkpoints within an epoch; null for none. At the end of an epoch a
-            checkpoint is always written.
+        log_every: number of steps between two points of the logged curves. At each point, the run checks that all
+            losses since the previous point are finite.
+        save_every_steps: number of steps between two checkpoints within an epoch; null for no such checkpoints.
+        save_every_minutes: minutes between two checkpoints within an epoch; null for no such checkpoints. A checkpoint
+            is always written at the end of an epoch.
     """
 
     devices: Any = "auto"
@@ -65,11 +66,11 @@ class DataConfig:
 
     Args:
         name: name of the training set.
-        role: use of the set, always "train"; the held-out landmarks are the validation set.
+        role: purpose of the set, always "train"; the held-out landmarks are the validation set.
         root: folder that contains the training list `table` and the images `train/a/b/c/<id>.jpg`.
         table: file name of the training list.
         classes_of: second training list; only landmarks that both lists contain are used. null for no second list.
-        leave_out: file with the ids of landmarks that are not used, one per line; null for none.
+        leave_out: file with the ids of landmarks that are not used, one per line; null to use all landmarks.
         tars: folder of the official tar files, from which images are read instead of the folder `train/`; null reads
             from `train/`.
         min_images: minimum number of images per landmark; landmarks with fewer images are not used.
@@ -102,7 +103,7 @@ class DataConfig:
 
 @dataclass
 class HeadConfig:
-    """Margin head (`conf/head`), the classifier on which the network is trained.
+    """Margin head (`conf/head`): the classifier that is trained together with the network.
 
     Args:
         kind: type of margin loss.
@@ -114,8 +115,8 @@ class HeadConfig:
         easy_margin: use no margin for angles above 90 degrees, instead of a linear continuation ("arcface" only).
         centers: number of centers per class; an image is compared with the nearest center of each class.
         class_weights: weight the loss of each image by 1 / log(1 + number of images of its class).
-        negatives: fraction of all classes that each step compares the images with, chosen at random; the classes of the
-            batch are always included.
+        negatives: fraction of all classes that each step compares the images with. The classes are chosen at random,
+            but those of the batch are always included.
     """
 
     kind: str = setting("arcface", choices=HEADS)
@@ -128,7 +129,7 @@ class HeadConfig:
     negatives: float = setting(1.0, minimum=1e-4, maximum=1)
 
     def validate(self) -> None:
-        """Check that the kind of head supports the margin settings; otherwise raise InputError."""
+        """Raise InputError if the kind of head does not support the margin settings."""
         validate_kind(self.kind, self.dynamic_margin, self.easy_margin)
         limit = 1 if self.kind == "cosface" else math.pi / 2
         if self.margin > limit:
@@ -137,16 +138,18 @@ class HeadConfig:
 
 @dataclass
 class ValidationConfig:
-    """Validation during training; held-out landmarks select the best network, and evaluation sets are only reported.
+    """Validation during training. Held-out landmarks select the best network; evaluation sets are only reported.
 
     Args:
         fraction: fraction of the landmarks that is held out from training.
-        max_images: maximum number of held-out images used for validation; only complete landmarks are used.
+        max_images: maximum number of held-out images used for validation; a landmark is used with all of its images or
+            not at all.
         max_side: images with a longer side above this number of pixels are shrunk to it; null keeps their size.
         every_epochs: number of epochs between two validations; training always ends with a validation.
-        every_steps: number of steps between two further validations within an epoch; null for none.
+        every_steps: number of steps between two additional validations within an epoch; null for none.
         sets: evaluation sets in the Revisited layout, as paths below `paths.data`; missing sets are skipped.
-        patience: number of validations without improvement after which training stops; null for never.
+        patience: number of validations without improvement after which training stops early; null to train for all
+            epochs.
     """
 
     fraction: float = setting(0.01, minimum=0, maximum=0.5)
@@ -160,7 +163,7 @@ class ValidationConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimizer and learning rate schedule (`conf/optim`): linear warm-up, then cosine decay to zero, step by step.
+    """Optimizer and learning rate schedule (`conf/optim`): linear warm-up, then cosine decay to zero, updated every step.
 
     Args:
         name: optimizer: "sgd" (with Nesterov momentum) or "adamw".
@@ -172,8 +175,9 @@ class OptimConfig:
         batch_size: number of images per step, over all devices together.
         epochs: number of passes over the training images.
         clip: maximum norm of the gradient; null for no limit.
-        ema: decay of the exponential moving average of the network's weights, which is validated and exported instead
-            of the weights; null for no average. It takes about 5 / (1 - ema) steps to forget the initial weights.
+        ema: decay of the exponential moving average of the network's weights. The average is validated and exported
+            instead of the weights, and takes about 5 / (1 - ema) steps to forget the initial weights. null for no
+            average.
         batch_norm: mode of batch norm: "train", "frozen" (statistics, scale and shift do not change) or "sync"
             (statistics are computed over all GPUs).
         freeze_backbone: train only pooling, whitening layer and head.
@@ -204,7 +208,7 @@ class TrainConfig:
             package) or the path of a weights file. null uses `backbone.weights`, or if that is null too, "timm".
         dim: number of outputs of the whitening layer, which is created if the weights have none; 0 for no whitening
             layer, null for the layer of the weights.
-        resume: start of a run whose folder exists: "auto" resumes from the newest checkpoint that can be loaded,
+        resume: action if the folder of the run exists: "auto" resumes from the newest checkpoint that can be loaded;
             "restart" deletes the checkpoints and starts from the beginning.
         seed: seed of the initial weights, the order of the images, the augmentation and the choice of held-out
             landmarks.

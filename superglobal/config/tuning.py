@@ -1,4 +1,4 @@
-"""Settings of `superglobal tune`."""
+"""Define the settings of `superglobal tune`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _BENCHMARKS = ("roxford5k", "rparis6k", "gldv2_test")
 class SpaceConfig:
     """Search space of `superglobal tune`; the paper's values are always included.
 
-    Each entry of `scales` needs additional feature maps, and each entry of `relup_alphas` a complete set of feature
-    maps of its own. Entries of `windows` need none.
+    Feature maps are extracted once and reused. A larger number in `scales` requires additional feature maps, and each
+    value in `relup_alphas` requires a separate set of all feature maps. The values in `windows` require none.
 
     Args:
         windows: window sizes of Regional-GeM to try, in cells; 1 turns Regional-GeM off.
         scales: numbers of image scales to try.
         relup_alphas: lower bounds of ReLUP to try; 0 turns ReLUP off. Backbones that do not support ReLUP ignore them.
-        rerank: also search the reranking parameters M, K and beta; false searches and scores without reranking.
+        rerank: also tune the reranking parameters M, K and beta; false tunes the pooling without reranking.
     """
 
     windows: list[int] = field(default_factory=lambda: [1, 3, 5, 7], metadata={"choices": (1, 3, 5, 7, 9, 11)})
@@ -41,17 +41,18 @@ class TuneConfig:
     Args:
         name: name of the tuning run, and by default of the training run whose network is tuned.
         run: folder of the training run, which contains the exported weights and the record of the held-out landmarks.
-        data_root: folder of the training list, if the images were moved after the training; null for the recorded one.
+        data_root: folder of the training list, if it was moved after training; null for the folder that the training
+            run recorded.
         dataset: validation set used instead of the held-out landmarks (`conf/dataset`); null for the held-out
             landmarks.
-        allow_test: allow tuning on a set whose role is "test"; all results with the tuned settings are marked.
+        allow_test: allow tuning on a set whose role is "test"; all results with the tuned settings are marked as such.
         backbone: backbone of the network (`conf/backbone`); null for the backbone of the weights.
         weights: weights of the network, as for `eval.py`; null for the exported weights of `run`.
         antialias: apply an antialiasing filter when a scale shrinks the image, as for `eval.py`.
         space: search space.
         trials: number of combinations of settings to try, including the paper's.
-        max_images: maximum number of validation images; complete landmarks are chosen at random.
-        seed: seed of the choice of landmarks, the split into two halves, the search, the bootstrap and random weights.
+        max_images: maximum number of validation images; landmarks are chosen at random, each with all of its images.
+        seed: seed for choosing landmarks, splitting them into two halves, the search, the bootstrap and random weights.
     """
 
     name: str = "superglobal"
@@ -70,7 +71,7 @@ class TuneConfig:
     seed: int = setting(0, minimum=0, maximum=SEEDS - 1)
 
     def validate(self) -> None:
-        """Check that settings may be chosen on the data set, and that Optuna is installed; raise InputError if not."""
+        """Raise InputError if settings must not be chosen on the data set, or if Optuna is not installed."""
         if self.dataset is not None:
             self.dataset.validate()
             _validate_tuning_set(self.dataset, self.allow_test)
