@@ -1,4 +1,4 @@
-"""`python -m superglobal COMMAND ...`."""
+"""Run the command line: `python -m superglobal COMMAND ...` is the same as `superglobal COMMAND ...`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The public names of the package `superglobal`."""
+"""Import all names that make up the public Python API of the package `superglobal`."""
 
 from superglobal.data.folder import folder_set as folder_set
 from superglobal.data.images import ImageItem as ImageItem

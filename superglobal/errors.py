@@ -1,13 +1,13 @@
-"""Define the error class for every problem that a user can fix."""
+"""Define the error that is raised for every problem that the user can fix."""
 
 
 class InputError(ValueError):
     """Error for invalid input. The message says what is wrong, where it is wrong, and how to fix it.
 
-    All commands print it without a traceback and exit with status 2.
+    All commands print the message without a traceback and exit with status 2.
     """
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of the message of an error, at most 200 characters, or its type if the message is empty."""
+    """Return the first line of an error's message, cut to 200 characters, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

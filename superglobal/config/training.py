@@ -163,7 +163,7 @@ class ValidationConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimizer and learning rate schedule (`conf/optim`): linear warm-up, then cosine decay to zero, updated every step.
+    """Optimizer (`conf/optim`) and learning rate schedule: linear warm-up and cosine decay to zero, updated every step.
 
     Args:
         name: optimizer: "sgd" (with Nesterov momentum) or "adamw".

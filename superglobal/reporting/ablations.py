@@ -1,4 +1,4 @@
-"""Ablations of the method: the modules that each row of the table enables, and the modules of a finished run."""
+"""Define the rows of the ablation table, and determine which modules of the method a finished run used."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ from collections.abc import Mapping
 from typing import Any
 
 MODULES = ("gem_plus", "regional", "scale", "relup", "rerank")
-"""Modules of the method: four of pooling, and reranking."""
+"""Modules of SuperGlobal: four pooling modules, and reranking."""
 ABLATIONS: dict[str, tuple[bool, ...]] = {
     **{name: tuple(i < count for i in range(len(MODULES))) for count, name in enumerate(("gem", *MODULES))},
     **{f"no_{name}": tuple(module != name for module in MODULES) for name in MODULES},
 }
-"""Option of `ablation=` -> whether it enables each of `MODULES`.
+"""Row of the ablation table, which is also an option of `ablation=` -> one bool for each of `MODULES`: is it enabled?
 
-The options have the order of the paper: first none of the modules, then one more in each row, then all but one.
+The order is that of the paper: first no module, then one more module in each row, then all modules but one.
 """
 ABLATION_SETTINGS = (*(f"pooling.{name}" for name in MODULES[:4]), "rerank.enabled", "rerank")
-"""Settings in which the rows of an ablation differ."""
+"""Settings in which the rows of the ablation table differ."""
 States = tuple[bool | str | None, ...]
-"""State of each of `MODULES`: True (on), False (off), the name of a variant, or None if unknown."""
+"""States of all `MODULES`. Each is True (on), False (off), the name of a variant of the module, or None if unknown."""
 
 
 def module_states(result: Mapping[str, Any]) -> States:
-    """Return the state of each of `MODULES` in a run."""
+    """Return the state of each of `MODULES` in a run.
+
+    Args:
+        result: content of the run's `results.json`.
+    """
     if result["ablation"] in ABLATIONS:
         return ABLATIONS[result["ablation"]]
     config = result["config"]

@@ -1,4 +1,4 @@
-"""Draw the tables of a comparison as a chart with a row per configuration and a mark per score."""
+"""Draw tables of results as a chart, with one row per configuration and one mark per score."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from superglobal.reporting.table_rows import CITATION, DatasetTable, Effect, Row
 from superglobal.utils.io import write_atomically
 
 _COLORS = ("#4393c3", "#1a9850", "#d6604d", "#762a83", "#b8860b")  # one per protocol
-_MARKERS = ("o", "D", "s", "^")  # one per variant; marks of the set without distractors are filled
+_MARKERS = ("o", "D", "s", "^")  # one per variant of the data set; the marks without distractors are filled
 _ROW_HEIGHT, _MARGINS, _PANEL_WIDTH, _MODULE_WIDTH = 0.24, 1.15, 5.2, 0.16  # all in inches
 _MAX_ROWS = 120
 
 
 def draw_chart(path: Path, tables: Sequence[DatasetTable]) -> None:
-    """Write a PNG with one panel per data set, and the main effects of a full factorial in a panel next to it.
+    """Draw one panel of scores per data set, and write the chart to a PNG file.
 
-    In a full factorial the rows are sorted by the main score, and dots show which modules are on. Otherwise the rows
-    have the order of the table. Published scores are shown as stars below the measured rows.
+    If the runs of a data set form a full factorial design, its rows are sorted by the main score, dots show which
+    modules are on, and a second panel shows the main effects of the modules. Otherwise the rows have the order of the
+    table. Published scores are shown as stars below the measured rows.
 
     Args:
-        path: file to write; no file is written if no table has scores.
+        path: PNG file to write; no file is written if no table has scores.
         tables: one table per data set; tables without scores are skipped.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -63,12 +64,12 @@ def draw_chart(path: Path, tables: Sequence[DatasetTable]) -> None:
 
 
 def _names_height(table: DatasetTable) -> float:
-    """Return the height of the names of the modules above the rows, in inches."""
+    """Return the height, in inches, of the space above the rows in which the names of the modules are written."""
     return 0.35 if table.effects else 0.0
 
 
 def _rows(table: DatasetTable) -> list[Row]:
-    """Return the rows that have scores, in the order of the chart."""
+    """Return the rows that have scores, in the order of the chart: at most `_MAX_ROWS` rows."""
     rows = [row for row in table.rows if any(cell.scores for cell in row.cells.values())]
     if table.effects:
         rows.sort(key=lambda row: -max(cell.scores.get(table.main) or 0 for cell in row.cells.values()))
@@ -91,7 +92,7 @@ def _draw_rows(axes: Any, table: DatasetTable) -> None:
                 if (score := cell.scores.get(protocol)) is not None:
                     face = "white" if variant else color
                     axes.plot(score, y, marker, color=color, markerfacecolor=face, markersize=5.5, zorder=3)
-    # A vertical line through the baseline makes it easy to see which rows are better.
+    # Vertical lines through the scores of the baseline make it easy to see which rows are better.
     baseline = next(iter(table.rows[0].cells.values()), None)
     for protocol, color in colors.items():
         if baseline is not None and not baseline.gains and (score := baseline.scores.get(protocol)) is not None:
@@ -133,7 +134,7 @@ def _draw_legend(axes: Any, table: DatasetTable, colors: dict[str, str]) -> None
 
 
 def _draw_modules(axes: Any, table: DatasetTable, rows: Sequence[Row]) -> None:
-    """Draw a column of dots for each module to the left of the panel; dark dots mean that the module is on."""
+    """Draw one column of dots per module to the left of the panel. A dark dot means that the module is on."""
     step = _MODULE_WIDTH / _PANEL_WIDTH
     columns = [-step * (len(table.modules) - i) + step * 0.3 for i in range(len(table.modules))]
     for y, row in enumerate(rows):
@@ -148,7 +149,14 @@ def _draw_modules(axes: Any, table: DatasetTable, rows: Sequence[Row]) -> None:
 
 
 def _draw_effects(axes: Any, table: DatasetTable, effects: Sequence[Effect], variant: str) -> None:
-    """Draw the main effects on one variant of the data set as bars, with the interval for the main protocol."""
+    """Draw main effects as bars, and the 95 % interval of the effect under the main protocol as a line.
+
+    Args:
+        axes: axes to draw into.
+        table: table that contains the effects.
+        effects: effects on one variant of the data set.
+        variant: name of this variant.
+    """
     count = len(table.protocols)
     for i, effect in enumerate(effects):
         for number, protocol in enumerate(table.protocols):

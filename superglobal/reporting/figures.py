@@ -1,5 +1,6 @@
-"""Compute and draw the figures of a result: precision-recall curves, similarities, a map of descriptors, heat maps.
+"""Compute and draw figures of a result.
 
+The figures are precision-recall curves, distributions of similarities, a map of descriptors, and heat maps of images.
 Only the functions that draw import matplotlib.
 """
 
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RECALL_BINS = 100
+"""Number of recall intervals of a precision-recall curve."""
 BINS = 200
+"""Number of histogram bins for similarities from -1 to 1."""
 EDGES = np.linspace(-1, 1, BINS + 1)
-"""Edges of the bins of similarities. A bin includes its lower edge; the last bin includes both edges."""
+"""Edges of the histogram bins. A bin includes its lower edge; the last bin includes both edges."""
 PROJECTIONS = ("pca", "tsne")
 _STAGES = {"search": ("#0072b2", "--"), "rerank": ("#d55e00", "-")}
 _LANDMARK_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
@@ -40,7 +43,7 @@ _HEAT = "inferno"
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Create a figure without pyplot, and so without a window or global state, regardless of matplotlib's backend."""
+    """Create a figure of the given size in inches. It does not use pyplot, and so has no window and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -56,17 +59,18 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def trapezoidal_steps(ranks: Any, n_positives: int) -> np.ndarray:
-    """Return the precision-recall curve whose area is `metrics.revisited.average_precision`.
+    """Return the precision-recall curve of a query, whose area is `metrics.revisited.average_precision`.
 
-    Recall rises in n_positives equal steps. In step j, precision goes linearly from j / r_j (1 if r_j = 0) to
-    (j + 1) / (r_j + 1), where r_j is the rank of the j-th retrieved positive.
+    Recall rises from 0 to 1 in n_positives equal steps, one per positive. In step j = 0, 1, ..., precision changes
+    linearly from j / r_j (1 if r_j = 0) to (j + 1) / (r_j + 1), where r_j is the rank of the j-th retrieved positive.
 
     Args:
-        ranks: (P,) 0-based ranks of the retrieved positives, without ignored images.
-        n_positives: number of positives.
+        ranks: (P,) 0-based ranks of the retrieved positives, in a ranking without the ignored images.
+        n_positives: number of positives, including those that were not retrieved.
 
     Returns:
-        (n_positives, 2) precision at both ends of each step; 0 for positives that were not retrieved.
+        (n_positives, 2) float64 precision at the start and the end of each step; 0 for positives that were not
+        retrieved.
     """
     r = np.sort(np.asarray(ranks, dtype=np.int64))
     steps, j = np.zeros((n_positives, 2)), np.arange(len(r))
@@ -76,15 +80,16 @@ def trapezoidal_steps(ranks: Any, n_positives: int) -> np.ndarray:
 
 
 def rectangular_steps(predicted: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) -> np.ndarray:
-    """Return the precision-recall curve whose area is `metrics.gldv2.average_precision_at`.
+    """Return the precision-recall curve of a query, whose area is `metrics.gldv2.average_precision_at`.
 
     Args:
-        predicted: (m,) ids, best first.
+        predicted: (m,) ids of the retrieved images, best first.
         relevant: ids of the positives.
-        depth: number of predictions that count.
+        depth: number of retrieved images that count.
 
     Returns:
-        (min(len(relevant), depth), 2) precision at both ends of each step, which are equal.
+        (min(len(relevant), depth), 2) float64 precision at the start and the end of each step of recall; the two are
+        equal, because precision is constant within a step.
     """
     ranks = np.flatnonzero(first_hits(predicted, relevant, depth)) + 1
     steps = np.zeros((min(len(relevant), depth), 2))
@@ -93,17 +98,20 @@ def rectangular_steps(predicted: np.ndarray, relevant: np.ndarray, depth: int = 
 
 
 def precision_over_recall(steps: np.ndarray, bins: int = RECALL_BINS) -> np.ndarray:
-    """Return the mean precision in equal intervals of recall; their mean is the area under the curve.
+    """Return the mean precision in each of several equal intervals of recall.
+
+    The mean over all intervals is the area under the curve.
 
     Args:
-        steps: (n, 2), n >= 1, precision at both ends of n equal steps, linear between them.
+        steps: (n, 2) precision at the start and the end of n >= 1 equal steps of recall, with linear interpolation in
+            between.
         bins: number of intervals.
 
     Returns:
-        (bins,) float64 in 0..1.
+        (bins,) float64 mean precision, from 0 to 1.
     """
     n = len(steps)
-    area_before = np.concatenate([[0.0], np.cumsum(steps.mean(axis=1))])  # The unit of width is one step.
+    area_before = np.concatenate([[0.0], np.cumsum(steps.mean(axis=1))])  # Recall is measured in steps.
     edges = np.linspace(0, n, bins + 1)
     step = np.minimum(edges.astype(np.int64), n - 1)
     inside = edges - step
@@ -112,21 +120,21 @@ def precision_over_recall(steps: np.ndarray, bins: int = RECALL_BINS) -> np.ndar
 
 
 def precision_curves(steps: Sequence[np.ndarray], bins: int = RECALL_BINS) -> np.ndarray:
-    """Return (Q, bins) `precision_over_recall` of each query; NaN for a query without a positive."""
+    """Return the `precision_over_recall` of each query, (Q, bins) float64; NaN for a query without positives."""
     return np.stack([precision_over_recall(s, bins) if len(s) else np.full(bins, np.nan) for s in steps])
 
 
 def draw_curves(
     path: Path, title: str, curves: Mapping[str, Mapping[str, np.ndarray]], counts: Mapping[str, int], metric: str
 ) -> None:
-    """Draw precision over recall, with one panel per protocol and one line per stage.
+    """Draw precision-recall curves, with one panel per protocol and one curve per stage (search, rerank).
 
     Args:
         path: PNG file to write.
         title: title of the figure.
-        curves: stage -> protocol -> (bins,) mean precision, NaN without queries.
+        curves: stage -> protocol -> (bins,) mean precision in equal intervals of recall; NaN if there are no queries.
         counts: protocol -> number of queries.
-        metric: name of the metric that is the area under the curve.
+        metric: name of the metric that the area under the curve equals, shown in the legend.
     """
     protocols = list(next(iter(curves.values())))
     figure = _figure(4.2 * len(protocols) + 0.3, 4.4)
@@ -147,7 +155,7 @@ def draw_curves(
 
 
 def bin_of(scores: np.ndarray) -> np.ndarray:
-    """Return the index of the bin of each similarity in -1..1."""
+    """Return, for each similarity from -1 to 1, the index of its histogram bin; the bins are those of `EDGES`."""
     return np.clip(np.floor((scores + 1) * (BINS / 2)), 0, BINS - 1).astype(np.int64)
 
 
@@ -160,18 +168,23 @@ def similarity_counts(
     device: str | torch.device | None = None,
     block_rows: int = 65536,
 ) -> dict[str, np.ndarray]:
-    """Count all pairs of a query and a database image by relevance and by bin of their similarity, exactly.
+    """Compute one histogram of similarities per relevance, over all pairs of a query and a database image.
+
+    The counts are exact: rounding never moves a pair to a neighboring bin.
 
     Args:
-        Q: (Q, D) queries.
-        X: (N, D) database, or any other argument of `as_rows`; it is read once, and skipped rows are not counted.
-        relevant: for each query, relevance -> ids; the ids are disjoint.
-        exclude: (Q,) one id per query that is not counted; None to count all.
+        Q: (Q, D) query descriptors.
+        X: (N, D) database descriptors, or any other type that `as_rows` accepts. The database is read once, and rows
+            that it marks as skipped are not counted.
+        relevant: for each query, name of a relevance, such as "easy" -> ids of the database images with this relevance.
+            An image has at most one relevance to a query.
+        exclude: (Q,) id of one database image per query that is not counted, such as the query itself; None to count
+            all images.
         device: device of the computation; None for the default.
         block_rows: number of database rows read at a time.
 
     Returns:
-        Relevance -> (BINS,) int64 counts; "negative" contains all images of no other relevance.
+        Relevance -> (BINS,) int64 number of pairs in each bin. "negative" contains the pairs with no other relevance.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
@@ -182,7 +195,7 @@ def similarity_counts(
 
 
 def _count_pairs(queries: np.ndarray, rows: Rows, ids: Sequence[Any], exclude: np.ndarray | None) -> np.ndarray:
-    """Return (BINS,) int64 counts of the pairs of each query with its given ids."""
+    """Return the histogram, (BINS,) int64, of the similarities between each query and the database images in `ids`."""
     query_of = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
     row_of = np.concatenate([np.asarray(row, np.int64) for row in ids])
     counted = ~np.isin(row_of, rows.skipped)
@@ -193,11 +206,11 @@ def _count_pairs(queries: np.ndarray, rows: Rows, ids: Sequence[Any], exclude: n
 
 
 class _BinCounter:
-    """Consumer of `scan` that counts the pairs of each block; pairs near an edge are recomputed in float64."""
+    """Histogram of all similarities that `scan` computes. Similarities near a bin edge are recomputed in float64."""
 
     def __init__(self, tolerance: float) -> None:
         self.counts = np.zeros(BINS, np.int64)
-        # Within this distance of an edge, in bins, the error of float32 could move a similarity to the next bin.
+        # Width, in bins, of the zone around an edge where a float32 rounding error could move a pair to another bin.
         self._guard = BINS / 2 * tolerance + 1e-4
 
     def finish(self) -> float:
@@ -216,18 +229,18 @@ class _BinCounter:
 def draw_similarities(
     path: Path, title: str, counts: Mapping[str, np.ndarray], reranked: Mapping[str, np.ndarray]
 ) -> None:
-    """Draw the distribution of similarities for each relevance; each distribution has area 1.
+    """Draw the distribution of similarities for each relevance. Each distribution is normalized to area 1.
 
     Args:
         path: PNG file to write.
         title: title of the figure.
-        counts: relevance -> (BINS,) number of pairs.
-        reranked: relevance -> scores of the listed images after reranking; empty for no second panel.
+        counts: relevance -> (BINS,) number of pairs in each bin, from `similarity_counts`.
+        reranked: relevance -> scores after reranking of the images in the shortlists; empty for no second panel.
     """
     figure = _figure(6.6 if not reranked else 11.6, 4.4)
     figure.suptitle(title)
     panels = figure.subplots(1, 1 + bool(reranked), squeeze=False)[0]
-    # Two bins are drawn as one, because the lines would otherwise be too noisy.
+    # Draw two bins as one, because the curves would otherwise be too noisy.
     _draw_densities(panels[0], {name: c.reshape(-1, 2).sum(axis=1) for name, c in counts.items()}, EDGES[::2])
     panels[0].set(xlabel="similarity (cosine)", title="search: all pairs of query and image", ylabel="density")
     if reranked:
@@ -255,16 +268,18 @@ def _draw_densities(axes: Any, counts: Mapping[str, np.ndarray], edges: np.ndarr
 
 
 def sample_images(landmarks: Sequence[str | None], count: int, skipped: np.ndarray, seed: int) -> np.ndarray:
-    """Choose images for the map at random, at least half of them with a known landmark if there are enough.
+    """Choose images for the map at random.
+
+    At least half of the images have a known landmark, if there are enough such images.
 
     Args:
-        landmarks: landmark of each image, None if unknown.
-        count: maximum number of images.
-        skipped: ids without a descriptor.
-        seed: seed of the choice.
+        landmarks: landmark of each database image; None if unknown.
+        count: maximum number of images to choose.
+        skipped: ids of the images that have no descriptor, and so cannot be chosen.
+        seed: seed of the random choice.
 
     Returns:
-        (n,) ids in ascending order.
+        (n,) int64 ids of the chosen images, in ascending order.
     """
     rng = np.random.default_rng(seed)
     known = np.array([landmark is not None for landmark in landmarks])
@@ -276,14 +291,17 @@ def sample_images(landmarks: Sequence[str | None], count: int, skipped: np.ndarr
 
 
 def principal_plane(X: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Project onto the two axes of largest variance by SVD; the sign of an axis makes its largest entry positive.
+    """Project vectors onto their first two principal components.
+
+    The sign of a component is chosen so that its entry of largest magnitude is positive.
 
     Args:
-        X: (n, D) rows that define the axes.
-        others: (m, D) further rows to project.
+        X: (n, D) vectors that define the components.
+        others: (m, D) more vectors to project onto the same components.
 
     Returns:
-        (n, 2) and (m, 2) coordinates, and the fraction of the variance on each axis.
+        The coordinates of `X`, (n, 2), the coordinates of `others`, (m, 2), and the fraction of the variance that each
+        component explains, (2,); all float64.
     """
     mean = X.mean(axis=0, dtype=np.float64)
     _, lengths, axes = np.linalg.svd(X.astype(np.float64) - mean, full_matrices=False)
@@ -292,16 +310,18 @@ def principal_plane(X: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def project(X: np.ndarray, others: np.ndarray, method: str, seed: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Project onto a plane by `principal_plane`, or by t-SNE (van der Maaten and Hinton, 2008) of all rows together.
+    """Project descriptors onto a plane by PCA or t-SNE (van der Maaten and Hinton, 2008).
+
+    PCA is fitted on the images only, see `principal_plane`; t-SNE is fitted on images and queries together.
 
     Args:
-        X: (n, D) images.
-        others: (m, D) queries.
+        X: (n, D) descriptors of the images.
+        others: (m, D) descriptors of the queries.
         method: one of `PROJECTIONS`.
         seed: seed of t-SNE.
 
     Returns:
-        (n, 2) and (m, 2) coordinates, and the labels of the two axes.
+        The coordinates of the images, (n, 2), the coordinates of the queries, (m, 2), and labels for the two axes.
 
     Raises:
         InputError: there are fewer than five images, or scikit-learn is not installed.
@@ -323,7 +343,7 @@ def project(X: np.ndarray, others: np.ndarray, method: str, seed: int) -> tuple[
 
 
 def grid_cells(points: np.ndarray, columns: int, rows: int) -> dict[tuple[int, int], int]:
-    """Return for each cell of a grid the point that is nearest to the center of the cell.
+    """Lay a grid over points, and return the point in each cell that is nearest to the center of the cell.
 
     Args:
         points: (n, 2) points; the grid covers their bounding box.
@@ -331,7 +351,7 @@ def grid_cells(points: np.ndarray, columns: int, rows: int) -> dict[tuple[int, i
         rows: number of rows of the grid.
 
     Returns:
-        (column, row) -> index of the point; rows are counted from the bottom, and empty cells are missing.
+        (column, row) -> index of the point. Rows are counted from the bottom, and cells without points are left out.
     """
     low, size = points.min(axis=0), np.maximum(np.ptp(points, axis=0), 1e-12)
     position = (points - low) / size * [columns, rows]
@@ -352,16 +372,19 @@ def draw_map(
     thumbnails: Mapping[int, np.ndarray],
     grid: tuple[int, int],
 ) -> None:
-    """Draw descriptors on a plane, colored by landmark, with the queries as stars, and a second panel of thumbnails.
+    """Draw projected descriptors as points, colored by landmark, with the queries as stars.
+
+    A second panel divides the same plane into a grid, and shows a thumbnail of one image in each cell.
 
     Args:
         path: PNG file to write.
         title: title of the figure.
         axis_labels: labels of the two axes.
-        images: (n, 2) points of the images, and the landmark of each, None if unknown.
-        queries: (m, 2) points of the queries, and the landmark of each, None if unknown.
-        thumbnails: index of an image chosen by `grid_cells` -> (h, w, 3) uint8; empty for no second panel.
-        grid: number of columns and rows of `grid_cells`.
+        images: coordinates of the images, (n, 2), and the landmark of each image; None if unknown.
+        queries: coordinates of the queries, (m, 2), and the landmark of each query; None if unknown.
+        thumbnails: index of an image that `grid_cells` chose -> its thumbnail, (h, w, 3) uint8; empty for no second
+            panel.
+        grid: numbers of columns and rows of the grid of thumbnails, as for `grid_cells`.
     """
     figure = _figure(17 if thumbnails else 9.5, 7.6)
     figure.suptitle(title)
@@ -376,7 +399,7 @@ def draw_map(
 
 
 def _landmark_styles(landmarks: Sequence[str | None]) -> dict[str | None, tuple[str, str]]:
-    """Return the color and the marker of each of the landmarks with the most images."""
+    """Choose the landmarks with the most images, and return the color and the marker of each: landmark -> style."""
     names, counts = np.unique([name for name in landmarks if name is not None] or [""], return_counts=True)
     largest = [str(name) for name in names[np.argsort(-counts, kind="stable")][:_MAX_LANDMARKS]]
     count = len(_LANDMARK_COLORS)
@@ -419,21 +442,24 @@ def _draw_thumbnails(axes: Any, cells: Any, landmarks: Any, thumbnails: Any, sty
 
 @dataclass(frozen=True)
 class HeatPanel:
-    """One image in a figure of heat maps."""
+    """Panel in a figure of heat maps, which shows one image."""
 
     image: np.ndarray  # (H, W, 3) uint8
-    shares: np.ndarray | None  # (H, W) contribution of each pixel to a similarity; None to draw the image alone
+    shares: np.ndarray | None  # (H, W) contribution of each pixel to a similarity; None for no heat map
     caption: str
     relevance: str  # key of `COLORS` that determines the color of the frame
 
 
 def draw_heat_maps(path: Path, title: str, columns: Sequence[Sequence[HeatPanel | None]]) -> None:
-    """Draw heat maps over images, from black (zero or negative contribution) to yellow (largest of the image).
+    """Draw images overlaid with heat maps that show how much each pixel contributes to a similarity.
+
+    The colors range from black (zero or negative contribution) to yellow (largest contribution in the image).
 
     Args:
         path: PNG file to write.
         title: title of the figure.
-        columns: panels of each column from top to bottom; columns have equal lengths, and None leaves a cell empty.
+        columns: for each column of the figure, its panels from top to bottom. All columns have the same length; None
+            leaves a cell empty.
     """
     from matplotlib.cm import ScalarMappable
 
@@ -456,13 +482,18 @@ def draw_heat_maps(path: Path, title: str, columns: Sequence[Sequence[HeatPanel 
 
 
 def heat_overlay(image: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Return the gray image overlaid with its contributions in color, (H, W, 3) uint8; negative ones count as zero."""
+    """Convert an image to gray, overlay it with a heat map, and return the result, (H, W, 3) uint8.
+
+    Args:
+        image: (H, W, 3) uint8.
+        shares: (H, W) contribution of each pixel to a similarity; negative contributions count as zero.
+    """
     from matplotlib import colormaps
 
     strength = np.clip(shares, 0, None)
     strength = strength / max(strength.max(), 1e-12)
     color = colormaps[_HEAT](strength)[..., :3]
     gray = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2) / 255
-    # The image is dimmed, because dark heat on a bright image would otherwise look like a large contribution.
+    # Dim the image. Otherwise a dark color of the heat map on a bright image would look like a large contribution.
     cover = 0.45 + 0.2 * strength[..., None]
     return np.clip(255 * ((1 - cover) * 0.8 * gray + cover * color), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Read results of evaluations for model cards, check that they belong to the weights, and format them."""
+"""Read evaluation results for a model card, check that they belong to the weights of the model, and format them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _STAGES = {"search": "", "rerank": ", reranked"}
 
 
 def read_card_results(paths: Sequence[str | Path], network: RetrievalNetwork) -> list[CardResult]:
-    """Read the results of a network for `superglobal.model_card`.
+    """Read evaluation results of a network for `superglobal.model_card`.
 
     Args:
-        paths: `results.json` files of `eval.py`, or folders that contain such files.
-        network: network whose weights were evaluated; its other settings may differ from those of the results.
+        paths: `results.json` files written by `eval.py`, or folders that contain such files.
+        network: network whose weights were evaluated; its other settings may differ from those of the evaluations.
 
     Returns:
-        One entry per result.
+        One `CardResult` per result.
 
     Raises:
         InputError: a result is missing, has no metrics, or was computed with other weights or without a network.
@@ -49,7 +49,7 @@ def read_card_results(paths: Sequence[str | Path], network: RetrievalNetwork) ->
 
 def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     if path.is_dir():
-        # An ablation may contain rows that do not apply to the backbone; they have the status "n/a".
+        # Skip rows of an ablation table that do not apply to the backbone, such as ReLUP without a ResNet.
         return [(path / row["run"], row) for row in read_results(path) if row["status"] != "n/a"]
     return [(path, read_result(path))]
 
@@ -70,7 +70,7 @@ def _card_result(summary: Mapping[str, Any]) -> CardResult:
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
-    """Return the settings on which the metrics depend, as a list of texts."""
+    """Return one line of text for each setting on which the metrics depend."""
     counts, protocol, versions = summary["counts"], summary["protocol"], summary["versions"]
     notes = [
         f"{counts['queries']} queries, {counts['database']} images; role of the set: {summary['role']}",
@@ -88,7 +88,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _entries(summary: Mapping[str, Any]) -> list[EvalResult]:
-    """Return one metadata entry of the card per stage and protocol."""
+    """Return the metadata entries of the model card, one for each stage and protocol that has a score."""
     tuned = f"; settings tuned on {', '.join(summary['tuned_on'])}" if summary["tuned_on"] else ""
     entries = []
     for stage, metrics in summary["metrics"].items():

@@ -1,4 +1,4 @@
-"""Compare runs query by query: the interval of a gain, and the queries for which a run is better or worse."""
+"""Compare runs query by query: compute confidence intervals of gains, and find queries that became better or worse."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from superglobal.utils.io import write_atomically
 _CORRECT = "correct"
 _EQUAL = 1e-9
 _SUMMARY = ("protocol", "queries", "won", "lost", "equal", "mean difference", "95 %")
-_MAX_PRINTED = 10  # maximum number of won queries, and of lost queries, that are printed
+_MAX_PRINTED = 10  # maximum number of won queries to print, and of lost queries
 
 
 @dataclass(frozen=True)
 class PerQuery:
-    """Scores per query of one stage of a run."""
+    """Scores of all queries in one stage (search or rerank) of a run."""
 
     queries: list[str]
-    landmarks: list[str]  # each query without a known landmark is treated as a separate landmark
-    measure: str  # "AP", or "correct" (1 or 0) for recognition
-    scores: dict[str, np.ndarray]  # protocol -> (Q,) in 0..1, NaN where the query does not count
+    landmarks: list[str]  # one per query; a query whose landmark is unknown has a landmark of its own
+    measure: str  # name of the score: "AP", or "correct" (1 or 0) for recognition
+    scores: dict[str, np.ndarray]  # protocol -> (Q,) float64 from 0 to 1; NaN for queries that do not count
 
 
 def read_per_query(folder: Path, stage: str) -> PerQuery:
-    """Read the scores per query of one stage.
+    """Read the scores of all queries in one stage of a run from its `per_query.csv`.
 
     Args:
-        folder: folder of the result.
+        folder: folder of the run.
         stage: "search" or "rerank".
 
     Raises:
@@ -63,16 +63,19 @@ def read_per_query(folder: Path, stage: str) -> PerQuery:
 
 
 def gain_interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> tuple[float, float] | None:
-    """Return the 95 % bootstrap interval of the gain in the main metric, averaged over pairs of runs.
+    """Return the 95 % confidence interval of the gain in the main metric, averaged over pairs of runs.
 
-    The bootstrap draws landmarks with replacement.
+    The interval is computed by a bootstrap that resamples landmarks with replacement.
 
     Args:
-        pairs: (result, baseline) in the form that `runs.read_results` returns.
+        pairs: pairs of a result and its baseline, each in the form that `runs.read_results` returns.
 
     Returns:
-        (low, high) in percent; None if the queries differ, the metric is not a mean over queries, or a run is its own
-        baseline.
+        (low, high) in percentage points; None if the runs have different queries, the metric is not a mean over
+        queries, or a run is its own baseline.
+
+    Raises:
+        InputError: a `per_query.csv` is missing or damaged.
     """
     differences, first = [], None
     for result, baseline in pairs:
@@ -100,7 +103,7 @@ def gain_interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) 
 def _mean_and_interval(
     differences: np.ndarray, landmarks: Sequence[str], seed: int
 ) -> tuple[float, tuple[float, float]]:
-    """Return the mean and its 95 % interval from a bootstrap over landmarks; NaN where they are undefined."""
+    """Return the mean, and its 95 % interval from a bootstrap over landmarks; all NaN if no query counts."""
     counted = ~np.isnan(differences)
     if not counted.any():
         return float("nan"), (float("nan"), float("nan"))
@@ -110,55 +113,58 @@ def _mean_and_interval(
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Scores per query of a result and of its baseline."""
+    """Scores of all queries in a result and in its baseline."""
 
     queries: Sequence[str]
     landmarks: Sequence[str]
     measure: str  # "AP" or "correct"
-    main: str  # protocol by whose differences the queries are sorted
-    scores: Mapping[str, np.ndarray]  # protocol -> (Q,) in 0..1, NaN where the query does not count
+    main: str  # main protocol; `order`, `most_won` and `most_lost` use its scores
+    scores: Mapping[str, np.ndarray]  # protocol -> (Q,) float64 from 0 to 1; NaN for queries that do not count
     baseline_scores: Mapping[str, np.ndarray]
     seed: int  # seed of the bootstrap
 
     def difference(self, protocol: str | None = None) -> np.ndarray:
-        """Return (Q,) `scores` minus `baseline_scores` under a protocol, by default the main one."""
+        """Return `scores` minus `baseline_scores` under a protocol, by default the main protocol: (Q,) float64."""
         protocol = protocol or self.main
         return self.scores[protocol] - self.baseline_scores[protocol]
 
     def order(self) -> np.ndarray:
-        """Return (Q,) query numbers sorted by descending difference; queries that do not count come last."""
+        """Return the query numbers sorted by descending difference, (Q,) int64; queries that do not count come last."""
         return np.argsort(-self.difference(), kind="stable")
 
     def counts(self, protocol: str | None = None) -> dict[str, int]:
-        """Return the number of queries that are won, lost and equal."""
+        """Return the numbers of queries that are "won" (better than the baseline), "lost" (worse) and "equal"."""
         difference = self.difference(protocol)
         kinds = {"won": difference > _EQUAL, "lost": difference < -_EQUAL, "equal": np.abs(difference) <= _EQUAL}
         return {kind: int(mask.sum()) for kind, mask in kinds.items()}
 
     def most_won(self, limit: int) -> list[int]:
-        """Return the numbers of at most `limit` won queries, sorted by decreasing gain."""
+        """Return the indices of the `limit` queries with the largest gains, best first; fewer if fewer are won."""
         return self.order()[: min(limit, self.counts()["won"])].tolist()
 
     def most_lost(self, limit: int) -> list[int]:
-        """Return the numbers of at most `limit` lost queries, sorted by decreasing loss."""
+        """Return the indices of the `limit` queries with the largest losses, worst first; fewer if fewer are lost."""
         counted = int((~np.isnan(self.difference())).sum())
         return self.order()[:counted][::-1][: min(limit, self.counts()["lost"])].tolist()
 
     def mean(self, protocol: str | None = None) -> tuple[float, tuple[float, float]]:
-        """Return the mean difference and its 95 % interval from a bootstrap over landmarks; NaN where undefined."""
+        """Return the mean difference and its 95 % interval from a bootstrap over landmarks; NaN if no query counts."""
         return _mean_and_interval(self.difference(protocol), self.landmarks, self.seed)
 
 
 def read_comparison(
     folder: Path, result: Mapping[str, Any], baseline_folder: Path, baseline: Mapping[str, Any]
 ) -> PairedComparison:
-    """Compare the last stages of two results.
+    """Read the scores of all queries of a result and of its baseline, each in the last stage of the run.
 
     Args:
         folder: folder of the result.
-        result: content of its `results.json`.
+        result: content of the `results.json` in `folder`.
         baseline_folder: folder of the baseline.
-        baseline: content of its `results.json`.
+        baseline: content of the `results.json` in `baseline_folder`.
+
+    Returns:
+        The comparison, with the protocols that both results have.
 
     Raises:
         InputError: a result has no scores per query, or the metrics, protocols or queries of the results differ.
@@ -199,13 +205,14 @@ def read_comparison(
 
 
 def write_comparison(target: Path, comparison: PairedComparison, folder: Path, baseline: Path) -> None:
-    """Write `queries.csv` and `queries.md` into `target`, and print the most won and the most lost queries.
+    """Write a comparison to `queries.csv` and `queries.md`, and print the queries with the largest gains and losses.
 
-    The files contain one row per query, sorted by the difference: the score of the baseline, the score of the result,
-    their difference, and the differences under the other protocols, all in percent.
+    The files contain one row per query, sorted by descending difference. A row contains the score of the baseline, the
+    score of the result and their difference under the main protocol, and the differences under the other protocols, all
+    in percent.
 
     Args:
-        target: folder to write to.
+        target: folder into which the files are written.
         comparison: comparison to write.
         folder: folder of the result, shown in the title.
         baseline: folder of the baseline, shown in the title.

@@ -16,8 +16,8 @@ from superglobal.data.images import ImageItem, read_image
 from superglobal.reporting.results import Stages
 from superglobal.utils.io import write_atomically
 
-# All sizes are in pixels: longer side of an image, its border, gap between cells, height of captions and of the titles
-# of a comparison, and gap between the two rankings of a comparison.
+# Sizes in pixels: longer side of a thumbnail, width of its border, gap between cells, height of a caption, height of a
+# title line of a comparison, and gap between the two rankings of a comparison.
 _SIDE, _BORDER, _GAP, _CAPTION, _TITLE, _BETWEEN = 148, 5, 6, 14, 22, 18
 _FRAME = _SIDE + 2 * _BORDER
 _CELL, _LINE = _FRAME + _GAP, _FRAME + _CAPTION + _GAP
@@ -32,47 +32,49 @@ COLORS = {
     "query": "#0072b2",
     "unlabeled": "#bdbdbd",
 }
-"""Relevance of an image to a query -> color; the palette of Okabe and Ito is readable for color-blind people."""
+"""Relevance of an image to a query -> color. The colors are from the color-blind safe palette of Okabe and Ito."""
 RELEVANCES = {
     "revisited": ("easy", "hard", "junk", "negative"),
     "labels": ("positive", "junk", "negative"),
     "landmarks": ("positive", "negative"),
     "none": ("unlabeled",),
 }
-"""`EvaluationSet.protocols` -> possible relevances of an image to a query."""
+"""Value of `EvaluationSet.protocols` -> possible relevances of an image to a query, which are keys of `COLORS`."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Ranking of a query by one stage or run."""
+    """Top results of a query, as ranked by one stage of a run."""
 
-    name: str
+    name: str  # title above the results
     scores: np.ndarray  # (k,) scores of the results to show, best first
-    ids: np.ndarray  # (k,) ids of these results; -1 leaves a cell empty
+    ids: np.ndarray  # (k,) database ids of these results; -1 leaves a cell empty
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One or two rankings of the same query."""
+    """One or two rankings of the database for the same query, to be shown side by side."""
 
-    query: int
+    query: int  # index of the query
     title: str
     rankings: Sequence[Ranking]
-    full: Sequence[np.ndarray]  # (n,) complete list of ids of each ranking, to look up the rank of an image
+    full: Sequence[np.ndarray]  # all ids of each ranking, (n,) int64, in which the rank of an image is looked up
 
 
 def draw_sheet(
     path: Path, dataset: EvaluationSet, database: Sequence[ImageItem], stages: Stages, queries: int, ranks: int
 ) -> None:
-    """Write a PNG with one row per query and stage; the color of a result's border shows its relevance.
+    """Write a PNG file with one row per query and stage, which shows the query and its top results.
+
+    The color of the border of a result shows its relevance.
 
     Args:
         path: PNG file to write.
-        dataset: queries and, if known, ground truth.
-        database: images by id, including distractors.
-        stages: rankings of each stage.
-        queries: number of queries, chosen evenly over the list.
-        ranks: number of results per query.
+        dataset: evaluation set that contains the queries and, if known, the ground truth.
+        database: database images, indexed by id, including distractors.
+        stages: scores and ids of all queries for each stage.
+        queries: number of queries to show; they are spread evenly over the list of all queries.
+        ranks: number of results to show per query.
     """
     shown = spread_evenly(len(dataset.queries), queries)
     ranks = min(ranks, next(iter(stages.values()))[1].shape[1])
@@ -92,16 +94,16 @@ def draw_sheet(
 def draw_comparisons(
     path: Path, dataset: EvaluationSet, database: Sequence[ImageItem], comparisons: Sequence[Comparison]
 ) -> None:
-    """Write a PNG that shows each query and its rankings side by side, with five results per row.
+    """Write a PNG file that shows each query and its rankings side by side, with five results per row.
 
-    The caption of a result contains its rank, score and relevance. If there are two rankings, it also contains the rank
-    in the other ranking, and a triangle shows whether the result moved up or down.
+    The caption of a result contains its rank, score and relevance. If there are two rankings, the caption also contains
+    the rank in the other ranking, and a triangle in the second ranking shows if the result moved up or down.
 
     Args:
         path: PNG file to write.
-        dataset: queries and, if known, ground truth.
-        database: images by id, including distractors.
-        comparisons: comparisons in the order of the sheet.
+        dataset: evaluation set that contains the queries and, if known, the ground truth.
+        database: database images, indexed by id, including distractors.
+        comparisons: comparisons to draw, from top to bottom.
     """
     width = _CELL + max(len(c.rankings) for c in comparisons) * (_COLUMNS * _CELL + _BETWEEN) + _GAP
     heights = [2 * _TITLE + _LINE * max(-(-len(r.ids) // _COLUMNS) for r in c.rankings) for c in comparisons]
@@ -151,7 +153,16 @@ def find_rank(ids: np.ndarray, image: int) -> int | None:
 
 
 def _draw_movement(sheet: Image.Image, x: int, y: int, rank: int, other_rank: int | None, is_later: bool) -> None:
-    """Draw the rank in the other ranking below a cell; in the later ranking, also draw a triangle up or down."""
+    """Draw the rank of an image in the other ranking below its cell, and mark a changed rank with a triangle.
+
+    Args:
+        sheet: image to draw into.
+        x: left edge of the cell.
+        y: upper edge of the cell.
+        rank: 0-based rank in the ranking that is drawn.
+        other_rank: 0-based rank in the other ranking; None if the image is not in it.
+        is_later: the ranking that is drawn is the second one. Only then is the triangle drawn.
+    """
     draw, right = ImageDraw.Draw(sheet), x + _FRAME - 2
     text = "not listed" if other_rank is None else f"{'from' if is_later else 'to'} {other_rank + 1}"
     middle = y + _FRAME + _CAPTION // 2 + 1
@@ -165,7 +176,7 @@ def _draw_movement(sheet: Image.Image, x: int, y: int, rank: int, other_rank: in
 
 
 def relevance(dataset: EvaluationSet, query: int, image: int) -> str:
-    """Return the relevance of a database image to a query as a key of `COLORS`."""
+    """Return the relevance of the database image with the id `image` to a query, as a key of `COLORS`."""
     if dataset.gnd is None:
         return "unlabeled"
     entry: dict[str, Any] = dataset.gnd[query]
@@ -175,14 +186,19 @@ def relevance(dataset: EvaluationSet, query: int, image: int) -> str:
 def result_strip(
     dataset: EvaluationSet, database: Sequence[ImageItem], query: int, scores: np.ndarray, ids: np.ndarray
 ) -> Image.Image:
-    """Draw results of a query side by side, each with its rank and score; the border shows the relevance.
+    """Draw the results of a query side by side, each with its rank and score.
+
+    The color of the border of a result shows its relevance.
 
     Args:
-        dataset: ground truth, if known.
-        database: images by id, including distractors.
-        query: number of the query.
+        dataset: evaluation set that contains the ground truth, if known.
+        database: database images, indexed by id, including distractors.
+        query: index of the query.
         scores: (k,) scores of the results, best first.
-        ids: (k,) ids of the results.
+        ids: (k,) database ids of the results.
+
+    Returns:
+        RGB image of one row of k thumbnails.
     """
     strip = Image.new("RGB", (_CELL * max(1, len(ids)), _FRAME + _CAPTION), "white")
     for rank, (score, image) in enumerate(zip(scores, ids.tolist(), strict=True)):
@@ -192,7 +208,7 @@ def result_strip(
 
 
 def query_thumbnail(item: ImageItem) -> Image.Image:
-    """Return a thumbnail of the whole image of a query, with its box drawn."""
+    """Return an RGB thumbnail of the whole, uncropped image of a query, with a frame around the query's box, if any."""
     image = Image.fromarray(read_image(item.path))
     if item.box is not None:
         width = max(2, round(max(image.size) / _SIDE * 2))
@@ -202,12 +218,12 @@ def query_thumbnail(item: ImageItem) -> Image.Image:
 
 
 def thumbnail(item: ImageItem) -> Image.Image:
-    """Return a thumbnail of an image."""
+    """Return an RGB thumbnail of an image; if the image has a box, it is ignored."""
     return Image.fromarray(read_image(item.path, max_side=_SIDE))
 
 
 def spread_evenly(count: int, limit: int) -> list[int]:
-    """Return at most `limit` of the numbers from 0 to count - 1, evenly spaced."""
+    """Choose at most `limit` evenly spaced integers from 0 to count - 1, and return them in ascending order."""
     return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int)).tolist() if count and limit else []
 
 

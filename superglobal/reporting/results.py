@@ -1,8 +1,8 @@
-"""Write the results of one run to files and to the console (`tables` does so for several runs).
+"""Write the results of one run to files, and print them. The module `tables` does so for several runs.
 
 The folder of a run contains `results.json` (metrics, settings, fingerprints, versions and times), `per_query.csv` (AP
-per query and stage), `rankings.npz` (ids and scores), and `rankings.csv` and `rankings.json` (names and scores of the
-first results of the last stage).
+of each query in each stage), `rankings.npz` (ids and scores of the results), and `rankings.csv` and `rankings.json`
+(names and scores of the top results of the last stage).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from superglobal.utils.provenance import versions
 
 FORMAT = "superglobal-result-2"
 TEST_MARK = "(test set)"
-"""Suffix of `tuned_on` if settings were chosen on a test set."""
+"""Suffix of a name in `tuned_on` if it is the name of a test set."""
 METRICS = {"map": "mAP", "mAP@100": "mAP@100", "GAP": "GAP"}
-"""Key of the main metric in `results.json` -> its name in tables."""
-_MAX_LISTED, _MAX_ROWS = 100, 500_000  # maximum number of results in rankings.csv, per query and in total
+"""Key of a main metric in `results.json` -> name of the metric in tables. Each result has one of these metrics."""
+_MAX_LISTED, _MAX_ROWS = 100, 500_000  # maximum number of rows in rankings.csv, per query and in total
 _JUNK_DROPPED = "removed before reranking, with a separate list for each protocol"
 _WHITENING = {"center": "whitening: subtracted the mean", "pca": "whitening: PCA"}
 Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -40,7 +40,7 @@ Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Names:
-    """Names of the images of a run."""
+    """Names of the queries and the database images of a run, and the landmarks of the queries."""
 
     queries: Sequence[str]
     database: Sequence[str]  # including distractors
@@ -54,17 +54,17 @@ def summarize(
     results: Mapping[str, Result],
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return the content of `results.json`.
+    """Return the content of `results.json` for a run that succeeded.
 
     Args:
-        config: settings of the run as plain types.
-        about: weights, network identity, fingerprints and device.
-        names: names of the images, which determine the counts of images.
-        results: metrics of each stage; empty without labels.
-        seconds: duration of each stage.
+        config: settings of the run as nested dictionaries of JSON types.
+        about: description of the run: weights, network, fingerprints and device.
+        names: names of the images, from which the images are counted.
+        results: stage -> metrics; empty if the data set has no labels.
+        seconds: stage -> duration in seconds.
     """
     dataset = config["dataset"]
-    # If the user provided the descriptors, it is unknown how the images were cropped and shrunk.
+    # If the user provided the descriptors, it is not known how the images were cropped and resized.
     extracted = "network" in about
     definition = next(iter(results.values())).definition if results else RetrievalResult.definition
     header = _header(config)
@@ -120,9 +120,12 @@ def tuned_on(config: Mapping[str, Any]) -> list[str]:
 
 
 def main_metric(summary: Mapping[str, Any]) -> float:
-    """Return the main metric of the last stage in 0..1, NaN without metrics.
+    """Return the main metric of the last stage, from 0 to 1; NaN if the run has no metrics.
 
-    It is mAP (of the Medium protocol, or over labels), mAP@100 or GAP, depending on the data set.
+    Depending on the data set, it is mAP (of the Medium protocol if there are several protocols), mAP@100 or GAP.
+
+    Args:
+        summary: content of `results.json`.
     """
     if not summary["metrics"]:
         return math.nan
@@ -132,25 +135,35 @@ def main_metric(summary: Mapping[str, Any]) -> float:
 
 
 def main_protocol(summary: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the stage and protocol of `main_metric`."""
+    """Return the stage and the protocol that `main_metric` uses: the last stage, and "medium" or "all"."""
     stage = list(summary["metrics"])[-1]
     return stage, "medium" if "medium" in main_scores(summary["metrics"][stage]) else "all"
 
 
 def metric_key(metrics: Mapping[str, Any]) -> str:
-    """Return the key of the main metric of a stage, one of `METRICS`."""
+    """Return the key of the main metric, one of `METRICS`, given the metrics of a stage in `results.json`."""
     return next(key for key in METRICS if key in metrics)
 
 
 def main_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the main metric of a stage by protocol, in 0..1."""
+    """Return the main metric of a stage: protocol -> value from 0 to 1, or None if no query counts."""
     return metrics[metric_key(metrics)]
 
 
 def write_result(
     folder: Path, summary: Mapping[str, Any], results: Mapping[str, Result], stages: Stages, names: Names
 ) -> None:
-    """Write the result files of a run; `results.json` is written last and marks the run as finished."""
+    """Write the result files of a run into its folder.
+
+    `results.json` is written last, and so marks the run as finished.
+
+    Args:
+        folder: folder of the run.
+        summary: content of `results.json`, from `summarize`.
+        results: stage -> metrics; empty if the data set has no labels.
+        stages: scores and ids of each stage.
+        names: names of the images.
+    """
     arrays: dict[str, Any] = {
         f"{stage}_{kind}": a for stage, pair in stages.items() for kind, a in zip(("scores", "ids"), pair, strict=True)
     }
@@ -168,8 +181,9 @@ def write_status(folder: Path, config: Any, status: str, reason: str) -> None:
 
     Args:
         folder: folder of the run.
-        config: settings of the run as plain types.
-        status: "n/a" for an ablation row that does not apply to the backbone, "failed" for a run that raised an error.
+        config: settings of the run as nested dictionaries of JSON types.
+        status: "n/a" for an ablation row that does not apply to the backbone, or "failed" for a run that raised an
+            error.
         reason: explanation for the user.
     """
     _write_summary(folder, {**_header(config), "status": status, "reason": reason})
@@ -180,7 +194,7 @@ def _write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def modules_text(summary: Mapping[str, Any]) -> str:
-    """Return the modules that were on, as text; they are shown because their default depends on the weights."""
+    """Return a text that lists the modules that were on in a run: whitening, pooling and reranking."""
     rerank = summary["config"]["rerank"]
     text = f"rerank {rerank_label(rerank)}" if rerank["enabled"] else "no rerank"
     whitening = summary["about"].get("whitening")
@@ -196,7 +210,15 @@ def modules_text(summary: Mapping[str, Any]) -> str:
 
 
 def print_result(summary: Mapping[str, Any], folder: Path) -> None:
-    """Print the metrics of a run, the modules that were on, and everything that limits what the metrics mean."""
+    """Print the metrics of a run, the modules that were on, and notes that help to interpret the metrics.
+
+    The notes are the image sizes, the accuracy of an approximate search, the image sets on which settings were tuned,
+    and the number of distractors that were not ranked.
+
+    Args:
+        summary: content of `results.json`.
+        folder: folder of the run, which is printed at the end.
+    """
     if summary["metrics"]:
         counts = summary["counts"]
         size = f"{counts['queries']} queries, {counts['database']} images"
@@ -218,7 +240,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def image_sizes_text(protocol: Mapping[str, Any]) -> str:
-    """Return the image sizes that the network processed as text; only results with equal sizes are comparable."""
+    """Return the limits on the sizes of the images as text. Only results with the same limits are comparable."""
     shrunk = f"shrunk to a longer side of {protocol['max_side']} px" if protocol["max_side"] else "not shrunk"
     return f"images: {shrunk}; enlarged to a shorter side of {protocol['min_side']} px if smaller"
 
@@ -228,7 +250,7 @@ def print_metrics(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
 
     Args:
         title: title of the table.
-        metrics: stage -> metrics, as returned by `to_dict` of the stage's result.
+        metrics: stage -> metrics, as in `results.json`.
     """
     rows = [
         {"stage": stage, "protocol": protocol, **metric_cells(values, protocol)}
@@ -239,7 +261,12 @@ def print_metrics(title: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def metric_cells(metrics: Mapping[str, Any], protocol: str) -> dict[str, str]:
-    """Return the table cells of one stage and protocol: column -> text."""
+    """Return the cells of a table row for one stage and protocol: column -> text.
+
+    Args:
+        metrics: metrics of the stage, as in `results.json`.
+        protocol: protocol of the row.
+    """
     cells = {METRICS[metric_key(metrics)]: percent(main_scores(metrics)[protocol])}
     if "GAP_landmarks_only" in metrics:
         cells["GAP, landmarks only"] = percent(metrics["GAP_landmarks_only"][protocol])
@@ -257,7 +284,7 @@ def metric_cells(metrics: Mapping[str, Any], protocol: str) -> dict[str, str]:
 
 
 def approximation_text(index: Mapping[str, Any]) -> str:
-    """Return the settings of an approximate index and its differences from exact search as text."""
+    """Return the settings of an approximate index, and how its results differ from those of exact search, as text."""
     text = f"approximate search: {', '.join(f'{name} {value}' for name, value in index['settings'].items())}"
     if "compared_to_exact" not in index:
         return text
@@ -301,20 +328,20 @@ def _write_per_query(folder: Path, results: Mapping[str, Result], names: Names) 
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """Format rows as CSV."""
+    """Return rows of cells as CSV text."""
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     return text.getvalue()
 
 
 def markdown_text(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Format a table as Markdown."""
+    """Return a table as Markdown text, with the columns as its header."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
-    """Print a table; the first `left` columns are aligned to the left, the other columns to the right."""
+    """Print a table on the console. The first `left` columns are left-aligned, and the others are right-aligned."""
     table = Table(title=escape(title))
     for i, column in enumerate(columns):
         table.add_column(escape(column), justify="left" if i < left else "right")
@@ -324,23 +351,23 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def console() -> Console:
-    """Return a console; without a terminal it has 160 columns, because rich's 80 would truncate names in log files."""
+    """Return a rich console. If the output is not a terminal, the console has 160 columns instead of rich's 80."""
     plain = Console()
     return plain if plain.is_terminal else Console(width=160)
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """Format a number in 0..1 in percent; None becomes "-"."""
+    """Return a number from 0 to 1 as text in percent, without the percent sign; None becomes "-"."""
     return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
 def percent_range(low: float | None, high: float | None) -> str:
-    """Format an interval in 0..1 in percent; None becomes "-"."""
+    """Return an interval in the range from 0 to 1 as text in percent, such as "61.2-66.0"; None becomes "-"."""
     return "-" if low is None or high is None else f"{percent(low, 1)}-{percent(high, 1)}"
 
 
 def plain_types(value: Any) -> Any:
-    """Convert a value to JSON types; infinities and NaN become strings, because JSON does not support them."""
+    """Convert a nested value to JSON types. Infinities and NaN become strings, because JSON does not support them."""
     if isinstance(value, Mapping):
         return {str(k): plain_types(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Read the `results.json` of finished runs, sort the runs into table rows, and assign a baseline to each."""
+"""Read the `results.json` files of finished runs, arrange the runs as table rows, and assign a baseline to each run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from superglobal.reporting.results import FORMAT, METRICS, TEST_MARK, main_proto
 from superglobal.reranking.registry import rerank_label
 from superglobal.utils.io import EXPORT
 
-# These settings have no column of their own: they change no number, or another column or the row's name shows them.
+# Prefixes of the settings that get no column in a table: they do not affect the scores, or another column or the name
+# of the row shows them.
 _HIDDEN_SETTINGS = (
     "ablation",
     "paths.",
@@ -31,7 +32,7 @@ _HIDDEN_SETTINGS = (
     "pooling.tuned_on",
     "rerank.tuned_on",
 )
-# These settings of a data set need a column, because the name of the data set does not contain them.
+# Settings of a data set that get a column in a table, because the name of the data set does not show them.
 _DATASET_SETTINGS = ("database", "max_side", "solution", "table", "landmarks", "seed", "neighbors", "votes")
 _REQUIRED_KEYS = ("ablation", "dataset", "weights", "status", "metrics", "config")
 
@@ -40,11 +41,11 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read every `results.json` below a folder.
 
     Returns:
-        The results in the order of the jobs. Two keys are added to each: `folder`, its absolute path, and `run`, its
-        path relative to the given folder.
+        The results, in the order of the jobs of a sweep. Two keys are added to each: `folder` is the absolute path of
+        its folder, and `run` is the path of its folder relative to the given folder.
 
     Raises:
-        InputError: there is no result, or a result is damaged.
+        InputError: the folder contains no result, or a result is damaged.
     """
     results = [
         {**read_result(path), "run": path.parent.relative_to(folder).as_posix(), "folder": path.parent.resolve()}
@@ -77,13 +78,17 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _job_order(path: Path) -> tuple[str, int, str]:
-    """Return a sort key that orders the jobs of a sweep by number, so that 10 follows 9."""
+    """Return a sort key for the `results.json` files of a sweep that orders them by job number, so 10 follows 9."""
     number = path.parent.name.split("_")[0]
     return path.parent.parent.as_posix(), int(number) if number.isdecimal() else -1, path.as_posix()
 
 
 def read_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Read the results of several folders; `run` is their path relative to the common parent folder.
+    """Read every `results.json` below several folders, each file once.
+
+    Returns:
+        The results as from `read_results`, except that with several folders `run` is relative to their common parent
+        folder.
 
     Raises:
         InputError: a folder contains no result, or a result is damaged.
@@ -98,17 +103,17 @@ def read_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RunRow:
-    """Run as a row of a table."""
+    """One run, as a row of a table."""
 
     result: dict[str, Any]
-    weights: str  # short name of the weights that differs from the names in other rows
-    name: str
-    settings: dict[str, str]  # settings in which the rows differ
-    baseline: dict[str, Any] | None  # result to compare with; `result` itself for a baseline, None without metrics
+    weights: str  # short name of the weights, different from the names of all other weights in the table
+    name: str  # row of the ablation table, or path of the run
+    settings: dict[str, str]  # values of the settings in which the rows differ
+    baseline: dict[str, Any] | None  # result of the baseline, which may be this run; None for a run without metrics
 
 
 def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
-    """Return the runs as rows, sorted by data set, weights and ablation row, and otherwise in the given order."""
+    """Return one row per run, sorted by data set, weights and ablation row, and otherwise in the order of the input."""
     order = {name: i for i, name in enumerate(ABLATIONS)}
     weights = list(dict.fromkeys(str(result["weights"]) for result in results))
     short_names = _short_names(weights)
@@ -119,18 +124,18 @@ def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
     settings = [flatten(result["config"]) for result in results]
     _merge_rerank_settings(settings, results)
     is_ablation = [result["ablation"] in order for result in results]
-    # In an ablation the settings of the modules need no columns, because the names of the rows contain them.
+    # In an ablation table the settings of the modules need no columns, because the names of the rows show them.
     columns = _differing_settings(settings, hidden=ABLATION_SETTINGS if all(is_ablation) else ())
     baselines: dict[tuple[str, ...], dict[str, Any]] = {}
     rows = []
     for result, own_settings, in_ablation in zip(results, settings, is_ablation, strict=True):
         name = result["ablation"] or result["run"]
-        # Every table marks results whose settings were chosen on the test set.
+        # Mark results whose settings were chosen on a test set in every table.
         name += "".join(f" (tuned on {images})" for images in result.get("tuned_on", ()) if images.endswith(TEST_MARK))
         values = {key: str(own_settings.get(key, "")) for key in columns}
         others = [value for key, value in values.items() if key not in ABLATION_SETTINGS]
-        # In an ablation each combination of the other settings has its own baseline. In another sweep the first run on
-        # a data set is the baseline.
+        # The baseline is the first run on a data set. In an ablation table there is one baseline for each combination
+        # of weights and other settings.
         key = (result["dataset"], values.get("dataset.database", ""))
         if in_ablation:
             key = (result["dataset"], str(result["weights"]), *others)
@@ -140,9 +145,9 @@ def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
 
 
 def scores_in_percent(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the main metric of the last stage in percent: protocol -> score.
+    """Return the main metric of the last stage in percent: protocol -> score, or None if no query counts.
 
-    The keys of metrics other than mAP also contain the name of the metric, so that they are not mistaken for mAP.
+    For metrics other than mAP, the name of the metric is put before the name of the protocol.
     """
     if not result["metrics"]:
         return {}
@@ -152,18 +157,21 @@ def scores_in_percent(result: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def milliseconds_per_query(result: Mapping[str, Any]) -> float | None:
-    """Return the time of search and reranking per query in milliseconds; None without a search."""
+    """Return the time per query for search and reranking, in milliseconds; None if the run has no search time."""
     seconds, queries = result.get("seconds", {}), result.get("counts", {}).get("queries")
     return 1000 * (seconds["search"] + seconds.get("rerank", 0)) / queries if queries and "search" in seconds else None
 
 
 def missing_text(result: Mapping[str, Any]) -> str:
-    """Return the text shown instead of the metrics of a run without metrics: "failed" or "n/a"."""
+    """Return the text that tables show for a run without metrics: "failed" or "n/a"."""
     return "failed" if result["status"] == "failed" else "n/a"
 
 
 def _merge_rerank_settings(settings: list[dict[str, Any]], results: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the settings `rerank.*` by one setting `rerank` if the runs use rerankers with different parameters."""
+    """Replace the settings `rerank.*` by one setting `rerank`, in place, if the runs use several kinds of rerankers.
+
+    Different kinds have different parameters, for which a table would need many mostly empty columns.
+    """
     kinds = {values.get("rerank.kind", "superglobal") for values in settings if values.get("rerank.enabled")}
     if len(kinds) > 1:
         for values, result in zip(settings, results, strict=True):
@@ -173,13 +181,13 @@ def _merge_rerank_settings(settings: list[dict[str, Any]], results: Sequence[Map
 
 
 def _short_names(weights: Sequence[str]) -> dict[str, str]:
-    """Return path -> name, with the name of the training run instead of the path of its weights, if unambiguous."""
+    """Return path of weights -> short name: the name of the training run that exported them, if all names differ."""
     names = {path: Path(path).parent.name if path.endswith(f"/{EXPORT}") else path for path in weights}
     return names if len(set(names.values())) == len(names) else {path: path for path in weights}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as a flat dictionary: dotted name -> value."""
+    """Return nested settings as a flat dictionary: dotted name, after `prefix` -> value."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -187,7 +195,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differing_settings(settings: Sequence[Mapping[str, Any]], hidden: Sequence[str]) -> list[str]:
-    """Return the names of the settings that differ between runs and need a column."""
+    """Return the names of the settings that differ between runs and get a column in a table.
+
+    Args:
+        settings: flat settings of each run.
+        hidden: names of settings that get no column, in addition to `_HIDDEN_SETTINGS`.
+    """
     keys = dict.fromkeys(key for values in settings for key in values)
     shown = [key for key in keys if not key.startswith(_HIDDEN_SETTINGS) and key not in hidden]
     shown += [key for name in _DATASET_SETTINGS if (key := f"dataset.{name}") in keys]

@@ -1,7 +1,8 @@
-"""Build one table per data set in the layout of the paper.
+"""Build one table of results per data set, in the layout of the paper's tables.
 
-A table has one row per configuration, and the data set with and without distractors side by side. It also contains
-published scores of the same configurations, and the main effects of a full factorial.
+A table has one row per configuration, and shows the scores without and with distractors side by side. It also contains
+published scores of the same configurations, and, if the runs form a full factorial design, the main effects of the
+modules.
 """
 
 from __future__ import annotations
@@ -33,47 +34,47 @@ CITATION = "Shao et al., ICCV 2023, arXiv:2308.06954"
 
 @dataclass(frozen=True)
 class Cell:
-    """Metrics of one run in percent."""
+    """Metrics of one run, with scores in percent and gains in percentage points."""
 
-    scores: Mapping[str, float | None]  # by protocol; empty for a run without metrics
-    gains: Mapping[str, float | None]  # gains over the baseline by protocol; empty for a baseline
-    interval: tuple[float, float] | None  # 95 % interval of the gain under the main protocol
-    milliseconds: float | None  # time per query
+    scores: Mapping[str, float | None]  # protocol -> score; empty for a run without metrics
+    gains: Mapping[str, float | None]  # protocol -> gain over the baseline; empty for a baseline
+    interval: tuple[float, float] | None  # 95 % confidence interval of the gain under the main protocol
+    milliseconds: float | None  # time per query for search and reranking
     missing: str = ""  # "n/a" or "failed" for a run without metrics
 
 
 @dataclass
 class Row:
-    """Configuration, shown as a row of the table."""
+    """One configuration, as a row of a table."""
 
-    name: str  # empty if the columns identify the row
-    weights: str
-    modules: tuple[bool | str, ...]  # state of each of `DatasetTable.modules`
-    settings: tuple[str, ...]  # value of each of `DatasetTable.settings`
-    cells: dict[str, Cell] = field(default_factory=dict)  # metrics by variant of the data set
+    name: str  # empty if other columns identify the row
+    weights: str  # short name of the weights
+    modules: tuple[bool | str, ...]  # state of each module in `DatasetTable.modules`
+    settings: tuple[str, ...]  # value of each setting in `DatasetTable.settings`
+    cells: dict[str, Cell] = field(default_factory=dict)  # variant of the data set -> metrics
 
 
 @dataclass(frozen=True)
 class Effect:
-    """Main effect of a module: the mean gain by enabling it, over all pairs of runs that differ only in this module."""
+    """Main effect of a module: its mean gain over all pairs of runs that differ only in this module being on or off."""
 
     module: str
-    variant: str
+    variant: str  # variant of the data set, as in `DatasetTable.variants`
     weights: str
-    pairs: int
-    gains: Mapping[str, float | None]  # mean gain in percent, by protocol
-    interval: tuple[float, float] | None  # 95 % interval under the main protocol
+    pairs: int  # number of pairs of runs
+    gains: Mapping[str, float | None]  # protocol -> mean gain in percentage points
+    interval: tuple[float, float] | None  # 95 % confidence interval of the gain under the main protocol
 
 
 @dataclass(frozen=True)
 class Published:
-    """Published scores of the paper on one data set, with CVNet's weights and all modules of pooling."""
+    """Scores that the paper reports for one data set and backbone, with CVNet's weights and all pooling modules."""
 
     dataset: str
     backbone: str
     reranked: bool
     scores: tuple[tuple[str, float], ...]  # (protocol, score in percent)
-    source: str  # publication from which the scores were copied
+    source: str  # place from which the scores were copied
 
     @property
     def short_name(self) -> str:
@@ -86,26 +87,26 @@ class Published:
 
 @dataclass(frozen=True)
 class DatasetTable:
-    """Table of all results on one data set."""
+    """Table of the results on one data set, with and without distractors."""
 
     name: str
-    variants: tuple[str, ...]  # "" for the set itself; otherwise the added distractors, such as "+revisitop1m"
-    protocols: tuple[str, ...]  # one column per protocol and variant
-    main: str  # protocol for which intervals are computed
-    metric: str
+    variants: tuple[str, ...]  # "" for the set without distractors; otherwise the distractors, such as "+revisitop1m"
+    protocols: tuple[str, ...]  # one column of scores per protocol and variant
+    main: str  # main protocol, for which confidence intervals are computed
+    metric: str  # name of the metric, such as "mAP"
     modules: tuple[str, ...]  # `MODULES` if the rows differ in them and all states are known; otherwise empty
-    settings: tuple[str, ...]  # other settings in which the rows differ
+    settings: tuple[str, ...]  # names of the other settings in which the rows differ
     rows: tuple[Row, ...]
-    published: tuple[Published, ...]  # published scores of configurations in the table, which were not measured here
-    effects: tuple[Effect, ...]  # main effects of a full factorial; otherwise empty
+    published: tuple[Published, ...]  # scores that the paper reports for configurations in the table
+    effects: tuple[Effect, ...]  # main effects if the runs form a full factorial design; otherwise empty
 
     @property
     def several_weights(self) -> bool:
-        """Return whether the rows have different weights, so that the table needs a column for them."""
+        """True if the rows have different weights, so that the table needs a column for them."""
         return len({row.weights for row in self.rows}) > 1
 
     def label(self, row: Row) -> str:
-        """Return a configuration as one line of text: its name or its modules, and its settings."""
+        """Return a row's configuration as one line of text: its name or its modules, and its settings."""
         words = [row.weights] if self.several_weights else []
         if row.name:
             words.append(row.name)
@@ -118,7 +119,7 @@ class DatasetTable:
 
 
 def dataset_tables(results: Sequence[dict[str, Any]]) -> list[DatasetTable]:
-    """Return a table for each data set, in the order of the results."""
+    """Return one table per data set, in the order in which the data sets appear in the results."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         groups.setdefault(_name_and_variant(result)[0], []).append(result)
@@ -126,9 +127,9 @@ def dataset_tables(results: Sequence[dict[str, Any]]) -> list[DatasetTable]:
 
 
 def _name_and_variant(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Split the name of a data set, e.g. "roxford5k+revisitop1m (3 unreadable)", into name and distractors.
+    """Split the data set name in a result into the name without distractors and the name of the variant.
 
-    In the example the result is ("roxford5k", "+revisitop1m (3 unreadable)").
+    For example, "roxford5k+revisitop1m (3 unreadable)" becomes ("roxford5k", "+revisitop1m (3 unreadable)").
     """
     name, distractors = result["dataset"], result["config"].get("distractors", {}).get("name")
     if not distractors:
@@ -152,7 +153,7 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
     for run, state, variant in zip(runs, states, variants, strict=True):
         modules = tuple(value for value in state if value is not None) if has_modules else ()
         values = tuple(run.settings[key] for key in settings)
-        # If columns identify the row, its name does not repeat the folder of the job. A second run of the same
+        # If other columns identify the row, leave the folder of the job out of its name. A second run of the same
         # configuration gets a separate row.
         row_name = run.name
         if not run.result["ablation"] and (has_modules or settings):
@@ -176,20 +177,20 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
 
 
 def _metric_and_main(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the key of the metric, and the name of the main protocol in `scores_in_percent`."""
+    """Return the key of a result's main metric, and the name of its main protocol as `scores_in_percent` spells it."""
     stage, protocol = main_protocol(result)
     names = dict(zip(main_scores(result["metrics"][stage]), scores_in_percent(result), strict=True))
     return metric_key(result["metrics"][stage]), names[protocol]
 
 
 def _shown_by_modules(key: str, runs: Sequence[RunRow]) -> bool:
-    """Return whether the columns of the modules already show a setting; they do not show the kind of reranking."""
+    """Return True if the module columns already show a setting. They do not show which reranker is used."""
     kinds = {run.settings[key] for run in runs} - {"none"}
     return key in ABLATION_SETTINGS and (key != "rerank" or len(kinds) == 1)
 
 
 def _shown_by_weights(key: str, runs: Sequence[RunRow]) -> bool:
-    """Return whether the name of the weights already determines a setting."""
+    """Return True if the weights already determine the value of a setting, which therefore needs no column."""
     values = {(run.weights, run.settings[key]) for run in runs}
     return 1 < len(values) == len({run.weights for run in runs})
 
@@ -207,10 +208,16 @@ def _cell(run: RunRow) -> Cell:
 
 
 def _main_effects(runs: Sequence[RunRow], states: Sequence[States], variants: Sequence[str]) -> list[Effect]:
-    """Return the main effects for all weights and variants with a run for each combination of the modules."""
+    """Return the main effects of the modules, for all weights and variants whose runs form a full factorial design.
+
+    Args:
+        runs: runs on one data set.
+        states: states of the modules in each run.
+        variants: variant of the data set in each run.
+    """
     groups: dict[tuple[str, str], dict[States, dict[str, Any]]] = {}
     for run, state, variant in zip(runs, states, variants, strict=True):
-        # A run with a module that is neither on nor off, such as another variant of ReLUP, belongs to no pair.
+        # Skip runs with a module that is neither on nor off, such as a variant of ReLUP.
         if run.result["metrics"] and all(isinstance(value, bool) for value in state):
             groups.setdefault((variant, run.weights), {})[state] = run.result
     effects = []
@@ -222,12 +229,14 @@ def _main_effects(runs: Sequence[RunRow], states: Sequence[States], variants: Se
 
 
 def _is_full_factorial(runs: Mapping[States, Any], varied: Sequence[int]) -> bool:
+    """Return True if there is a run for each on/off combination of the modules whose indices are in `varied`."""
     first = next(iter(runs))
     choices = [(False, True) if i in varied else (state,) for i, state in enumerate(first)]
     return all(state in runs for state in itertools.product(*choices))
 
 
 def _effect(i: int, variant: str, weights: str, runs: Mapping[States, dict[str, Any]]) -> Effect:
+    """Return the main effect of module `i`, given the results of a full factorial design by the states of modules."""
     pairs = [(run, runs[(*state[:i], False, *state[i + 1 :])]) for state, run in runs.items() if state[i] is True]
     scores = [(scores_in_percent(on), scores_in_percent(off)) for on, off in pairs]
     gains: dict[str, float | None] = {}
@@ -240,20 +249,20 @@ def _effect(i: int, variant: str, weights: str, runs: Mapping[States, dict[str, 
 
 _WEBSITE = "paperswithcode.com/paper/global-features-are-all-you-need-for-image"
 _SUMMARIES = "summaries of the paper by others"
-# The list contains only scores that could be confirmed. This was not possible for the paper's ablation table.
+# The list contains only scores that could be confirmed. The scores of the paper's ablation table could not.
 _PUBLISHED = (
     Published("roxford5k", "resnet101", False, (("hard", 72.1),), _SUMMARIES),
     Published("rparis6k", "resnet101", False, (("hard", 83.5),), _SUMMARIES),
     Published("roxford5k", "resnet101", True, (("hard", 80.2),), _WEBSITE),
     Published("rparis6k", "resnet101", True, (("hard", 86.7),), _WEBSITE),
 )
-# Settings of the paper's pooling. The settings of GeM are left out, because GeM+ has an exponent of its own.
+# Settings of the paper's pooling. The settings of GeM are left out, because GeM+ uses a separate exponent.
 _POOLING = {k: v for k, v in asdict(PoolingConfig(relup="on")).items() if k not in ("p", "eps", "learn_p")}
 _SCALES, _WEIGHTS_FORMAT = [0.7071, 1.0, 1.4142], "CVNet"
 
 
 def published_for(result: Mapping[str, Any]) -> Published | None:
-    """Return the published scores for the same data set, network and configuration as a result; None if unknown."""
+    """Return the paper's scores for the data set, network and settings of a result, or None if it reports none."""
     config, about = result["config"], result.get("about", {})
     network = about.get("network")
     if network is None or about.get("weights_format") != _WEIGHTS_FORMAT or not _is_paper_protocol(config):
@@ -266,7 +275,7 @@ def published_for(result: Mapping[str, Any]) -> Published | None:
 
 
 def _is_paper_protocol(config: Mapping[str, Any]) -> bool:
-    """Return whether the data set, the search and the reranking are configured as in the paper."""
+    """Return True if the data set, the search and the reranking are configured as in the paper."""
     dataset, rerank = config["dataset"], config["rerank"]
     is_paper_rerank = not rerank["enabled"] or (
         rerank["kind"] == "superglobal"

@@ -1,4 +1,7 @@
-"""Write tables of several runs: a list of all runs, and a table per data set (console, Markdown, CSV and LaTeX)."""
+"""Write tables that compare several runs: one list of all runs, and one table per data set.
+
+The tables are printed, and written as Markdown, CSV and LaTeX.
+"""
 
 from __future__ import annotations
 
@@ -36,22 +39,22 @@ from superglobal.reporting.table_rows import CITATION, Cell, DatasetTable, Effec
 from superglobal.utils.io import write_atomically
 
 FormatCell = Callable[[Cell, str], list[str]]
-"""Function that formats the metrics of a run on a variant of the data set as the texts of several columns."""
+"""Function that maps the metrics of a run, and the variant of the data set, to the texts of the columns they fill."""
 _NOTE = f"as published ({CITATION}), not measured here"
 
 
 def write_tables(folder: Path, *others: Path) -> list[dict[str, Any]]:
-    """Compare all results below the folders, on the console and in files in the first folder.
+    """Compare all results below one or more folders: print tables, and write tables and a chart to files.
 
-    `table.csv` and `table.md` list every run with all its metrics. For each data set, `table-NAME` (.csv, .md, .tex)
-    has one row per configuration. `chart.png` shows the rows of all data sets.
+    `table.csv` and `table.md` list every run with all of its metrics. For each data set, `table-NAME.csv`, `.md` and
+    `.tex` have one row per configuration. `chart.png` shows the rows of all data sets.
 
     Args:
-        folder: first folder, to which the files are written.
-        others: further folders.
+        folder: first folder with results, into which the files are written.
+        others: more folders with results.
 
     Returns:
-        All results.
+        All results, as from `read_all`.
 
     Raises:
         InputError: a folder contains no results, a result is damaged, or a file cannot be written.
@@ -70,7 +73,7 @@ def write_tables(folder: Path, *others: Path) -> list[dict[str, Any]]:
 
 
 def _by_file_name(tables: Sequence[DatasetTable]) -> dict[str, DatasetTable]:
-    """Return file name -> table; the names are valid file names and all different."""
+    """Return file name without ending -> table. The names are those of the data sets, made valid and unique."""
     named: dict[str, DatasetTable] = {}
     for table in tables:
         plain = re.sub(r"[^\w.-]+", "-", table.name).strip("-.") or "set"
@@ -83,9 +86,9 @@ def _by_file_name(tables: Sequence[DatasetTable]) -> dict[str, DatasetTable]:
 
 
 def _run_list(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return the columns and rows of the list of all runs, with the metrics of the last stage in percent.
+    """Return the column names and the rows of the list of all runs, with the metrics of the last stage in percent.
 
-    Every setting in which the runs differ has a column, so that all rows can be distinguished.
+    There is one column for each setting in which the runs differ, so that all rows can be distinguished.
     """
     runs = run_rows(results)
     settings = list(dict.fromkeys(key for run in runs for key in run.settings))
@@ -102,6 +105,7 @@ def _run_list(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metrics of the last stage in percent: column -> text. Empty for a run without metrics."""
     if not result["metrics"]:
         return {}
     stage, main = main_protocol(result)
@@ -122,9 +126,10 @@ def _gain_cells(run: RunRow) -> list[str]:
 
 
 def as_csv(table: DatasetTable) -> str:
-    """Return all numbers of a table as CSV, in percent.
+    """Return a table, its published scores and its main effects as CSV text, with all scores in percent.
 
-    The column `source` marks published scores, and the column `effect of` marks the main effects of modules.
+    The column `source` tells measured from published scores. A row with a module in the column `effect of` contains the
+    main effect of this module.
     """
     heads = _head_columns(table)
     columns = ["source", "effect of", *heads]
@@ -147,7 +152,7 @@ def as_csv(table: DatasetTable) -> str:
 
 
 def as_markdown(table: DatasetTable) -> str:
-    """Return the table and its main effects as Markdown; published scores are in italics."""
+    """Return a table and its main effects as Markdown text. Published scores are in italics."""
     columns = _columns(table, f"95 % of {table.main} gain", "ms per query")
 
     def cells(cell: Cell, _: str) -> list[str]:
@@ -169,9 +174,9 @@ def as_markdown(table: DatasetTable) -> str:
 
 
 def _print(table: DatasetTable) -> None:
-    """Print the table on the console.
+    """Print a table and its main effects on the console.
 
-    To save width, the modules are listed in one column, and only the gain under the main protocol is shown.
+    To save width, all modules are in one column, and only the gain under the main protocol is shown.
     """
     note = f"Scores of the paper are {_NOTE}." if table.published else None
     shown = Table(title=escape(f"{table.name}, {_title(table, 'gain over')}"), caption=note)
@@ -211,9 +216,9 @@ _LATEX = str.maketrans(
 
 
 def as_latex(table: DatasetTable) -> str:
-    """Return the table and its main effects as LaTeX for the package booktabs.
+    """Return a table and its main effects as LaTeX code that uses the package booktabs.
 
-    The best measured score of each column is bold. Published scores follow below a rule, in italics and never bold.
+    The best measured score of each column is bold. Published scores are below a rule, in italics and never bold.
     """
     heads = len(_head_columns(table))
     columns = [_latex(name) for name in _columns(table, f"95 % of {table.main}", "ms/query", with_variant=False)]
@@ -262,12 +267,12 @@ def _latex_effects(table: DatasetTable) -> list[str]:
 
 
 def _latex(text: str) -> str:
-    """Escape text for LaTeX, and separate double hyphens, which LaTeX would turn into a dash."""
+    """Escape text for LaTeX, and separate the hyphens of "--", which LaTeX would print as one dash."""
     return text.translate(_LATEX).replace("--", "-{}-")
 
 
 def _latex_numbers(text: str) -> str:
-    """Put signed numbers into math mode, so that LaTeX prints a minus sign instead of a hyphen."""
+    """Put the signed numbers in a text into math mode, so that LaTeX prints a minus sign instead of a hyphen."""
     return re.sub(r"[+-][\d.]+", lambda match: f"${match[0]}$", text)
 
 
@@ -284,7 +289,7 @@ def _title(table: DatasetTable, gain: str = "in brackets the gain over") -> str:
 
 
 def _head_columns(table: DatasetTable) -> list[str]:
-    """Return the columns that identify a row."""
+    """Return the names of the columns that identify a row: run, weights, modules and settings, as far as needed."""
     name = ["run"] if table.published or any(row.name for row in table.rows) else []
     return [*name, *(["weights"] if table.several_weights else []), *table.modules, *table.settings] or ["run"]
 
@@ -307,14 +312,22 @@ def _columns(table: DatasetTable, interval: str, time: str, with_variant: bool =
 def _rows(
     table: DatasetTable, cells: Callable[[Cell, str], list[str]], on: str = "✓", off: str = ""
 ) -> list[list[str]]:
-    """Return the rows of the measured configurations; `cells` formats the metrics of a run."""
+    """Return the text of all rows with measured scores.
+
+    Args:
+        table: table to format.
+        cells: function that formats the metrics of a run, see `FormatCell`.
+        on: text for a module that is on.
+        off: text for a module that is off.
+    """
     return [[*_head_cells(table, row, on, off), *_variant_cells(table, row, cells)] for row in table.rows]
 
 
 def _variant_cells(table: DatasetTable, row: Row, cells: FormatCell) -> list[str]:
-    """Return the cells of a row for all variants of the data set.
+    """Return the texts of the metrics in a row, for all variants of the data set.
 
-    Cells are empty if there is no run. Without metrics, the scores are "failed" or "n/a" and the other cells are empty.
+    For a variant without a run, all texts are empty. For a run without metrics, the scores are "failed" or "n/a", and
+    the other texts are empty.
     """
     width = len(cells(Cell({}, {}, None, None), ""))
     count = len(table.protocols)
@@ -331,7 +344,10 @@ def _variant_cells(table: DatasetTable, row: Row, cells: FormatCell) -> list[str
 
 
 def _published_rows(table: DatasetTable, width: int, digits: int = 1) -> list[list[str]]:
-    """Return the rows of published scores, for the set without distractors and without gains, intervals or times."""
+    """Return the rows of published scores, padded with empty cells to `width` columns.
+
+    The scores are those without distractors. Gains, intervals and times are empty.
+    """
     blank = [""] * (len(_head_columns(table)) - 1)
     rows = [[paper.name, *blank, *_published_scores(table, paper.scores, digits)] for paper in table.published]
     return [[*row, *[""] * (width - len(row))] for row in rows]
@@ -359,7 +375,7 @@ def _effects_table(table: DatasetTable) -> tuple[list[str], list[list[str]]]:
 
 
 def _effects_by_module(table: DatasetTable) -> dict[tuple[str, str], dict[str, Effect]]:
-    """Return (module, weights) -> variant -> effect."""
+    """Return the main effects of a table: (module, weights) -> variant -> effect."""
     effects: dict[tuple[str, str], dict[str, Effect]] = {}
     for effect in table.effects:
         effects.setdefault((effect.module, effect.weights), {})[effect.variant] = effect
@@ -373,7 +389,7 @@ def _effect_cells(table: DatasetTable, effect: Effect | None) -> list[str]:
 
 
 def _scores(table: DatasetTable, cell: Cell) -> list[str]:
-    """Return the scores of all protocols as text; "-" if no query counts."""
+    """Return the scores of a run as text, one per protocol: "-" if no query counts, "" if the protocol is missing."""
     values = [(cell.scores.get(protocol), protocol in cell.scores) for protocol in table.protocols]
     return [("-" if known else "") if value is None else f"{value:.2f}" for value, known in values]
 
