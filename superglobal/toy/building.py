@@ -1,4 +1,4 @@
-"""Construct buildings of eight forms from convex solids.
+"""Construct random buildings of eight types (palace, church, ...) from convex solids.
 
 The front of a building is near y = 0, and its floor plan is centered at x = 0. All lengths are in meters.
 """
@@ -14,15 +14,17 @@ from superglobal.toy.texture import Texture
 
 
 class Builder:
-    """Builder of one building from boxes, roofs, towers, columns and domes.
+    """Constructs one building from boxes, roofs, towers, columns and domes.
+
+    Each method adds one element, or one whole building, to `solids`.
 
     Args:
-        rng: source of random numbers.
+        rng: random number generator.
         style: style of the building.
         roof: texture of the roofs.
 
     Attributes:
-        solids: the solids of the building so far.
+        solids: the solids added so far.
     """
 
     def __init__(self, rng: RandomStream, style: Style, roof: Texture) -> None:
@@ -30,12 +32,21 @@ class Builder:
         self.solids: list[Solid] = []
 
     def wall(self, width: float, height: float, front: bool = False) -> Texture:
-        """Return the texture of a random wall."""
+        """Draw a random wall and return its texture.
+
+        Args:
+            width: width of the wall in meters.
+            height: height of the wall in meters.
+            front: whether the wall can have doors and an ornament.
+        """
         layout = draw_layout(self.rng, self.style, width, height, front)
         return draw_facade(self.rng, self.style, layout)
 
     def box(self, x: float, width: float, y: float, depth: float, z: float, height: float, front: bool = False) -> None:
-        """Add a box centered at `x`, with its front at `y` and its bottom at `z`."""
+        """Add a box with random walls, centered at `x`, with its front at `y` and its bottom at `z`.
+
+        If `front` is True, the front and back walls can have doors and an ornament.
+        """
         face = self.wall(width, height, front)
         side = self.wall(depth, height)
         self.solids.append(block(x, width, y, depth, z, height, face, side, self.style.roof))
@@ -43,7 +54,18 @@ class Builder:
     def ridge(
         self, x: float, width: float, y: float, depth: float, z: float, rise: float, hip: float, turn: bool
     ) -> None:
-        """Add a gable roof (`hip` is 0) or a hipped roof. Its ridge is parallel to the x axis, or to y if `turn`."""
+        """Add a gable roof or a hipped roof on the box centered at `x` with its front at `y`.
+
+        Args:
+            x: horizontal center of the box.
+            width: width of the box along x.
+            y: position of the front of the box.
+            depth: depth of the box along y.
+            z: height of the eaves above the ground.
+            rise: height of the ridge above the eaves.
+            hip: horizontal distance between an end of the ridge and the nearest eaves; 0 for a gable roof.
+            turn: whether the ridge is parallel to the y axis instead of the x axis.
+        """
         x0, x1, y0, y1, top = x - width / 2 - 0.4, x + width / 2 + 0.4, y - 0.4, y + depth + 0.4, z + rise
         a, b, c, d = (x0, y0, z), (x1, y0, z), (x1, y1, z), (x0, y1, z)
         if turn:
@@ -58,13 +80,16 @@ class Builder:
         self.solids.append(solid([*faces, ((a, b, c, d), None, self.style.trim)]))
 
     def spire(self, x: float, y: float, radius: float, z: float, rise: float, sides: int) -> None:
-        """Add a pyramid whose base is a regular polygon around (x, y)."""
+        """Add a pyramid of height `rise`. Its base is a regular polygon with center (x, y, z) and `sides` sides."""
         base = ring(x, y, radius, z, sides)
         faces = [((base[i - 1], base[i], (x, y, z + rise)), self.roof, self.style.roof) for i in range(sides)]
         self.solids.append(solid([*faces, (base, None, self.style.roof)]))
 
     def prism(self, x: float, y: float, radius: float, z: float, height: float, sides: int, thin: bool = False) -> None:
-        """Add a drum with windows, or a plain column that casts no shadow if `thin`."""
+        """Add an upright prism. Its base is a regular polygon with center (x, y, z) and `sides` sides.
+
+        The faces have windows, unless `thin` is True. Then the prism is a plain column that casts no shadow.
+        """
         low, high = ring(x, y, radius, z, sides), ring(x, y, radius, z + height, sides)
         texture = None if thin else self.wall(2 * radius * sine(180 / sides), height)
         color = self.style.trim
@@ -72,7 +97,7 @@ class Builder:
         self.solids.append(solid([*faces, (low, None, color), (high, None, color)], casts=not thin))
 
     def dome(self, x: float, y: float, radius: float, z: float, rise: float) -> None:
-        """Add a dome: rings of ten faces that narrow towards a lantern."""
+        """Add a dome with center (x, y, z) and a lantern on top. It consists of three decagonal frustums."""
         levels = [(0.0, 1.0), (0.45, 0.92), (0.78, 0.68), (1.0, 0.14)]
         for (low, wide), (high, narrow) in itertools.pairwise(levels):
             a, b = ring(x, y, radius * wide, z + rise * low, 10), ring(x, y, radius * narrow, z + rise * high, 10)
@@ -81,7 +106,14 @@ class Builder:
         self.prism(x, y, radius * 0.14, z + rise, rise * 0.3, 6, thin=True)
 
     def portico(self, x: float, width: float, height: float, deep: float) -> None:
-        """Add a row of columns with a pediment in front of the building."""
+        """Add a portico in front of the building: a row of columns that carries a pediment.
+
+        Args:
+            x: horizontal center of the portico.
+            width: width of the portico.
+            height: height of the columns.
+            deep: distance by which the portico projects from the building.
+        """
         count, radius = self.rng.choice((4, 4, 6, 8)), min(0.55, width / 22)
         for i in range(count):
             at = x - width / 2 + radius + (width - 2 * radius) * i / (count - 1)
@@ -91,7 +123,7 @@ class Builder:
         self.ridge(x, width + 0.2, -deep - 0.1, deep + 0.1, height + 1.2, width * self.rng.uniform(0.14, 0.24), 0, True)
 
     def top(self, x: float, width: float, y: float, depth: float, z: float) -> None:
-        """Add a random roof, possibly flat, on a box."""
+        """Add a random roof at height `z` to the box centered at `x` with its front at `y`. It may be flat."""
         kind, rise = (
             self.rng.choice(("hip", "hip", "gable", "flat")),
             self.rng.uniform(2.0, 0.34 * min(width, depth) + 2.5),
@@ -101,7 +133,7 @@ class Builder:
             self.ridge(x, width, y, depth, z, rise, 0.45 * min(width, depth) if kind == "hip" else 0, turn)
 
     def turret(self, x: float, y: float, side: float, height: float, z: float = 0.0) -> None:
-        """Add a square or octagonal tower around (x, y) with a random cap."""
+        """Add a square or octagonal tower with a random cap. Its center is (x, y, z), and it is about `side` wide."""
         if self.rng.chance(0.65):
             self.box(x, side, y - side / 2, side, z, height)
             corners = 4
@@ -118,7 +150,7 @@ class Builder:
             self.dome(x, y, side * 0.5, z + height, side * self.rng.uniform(0.5, 0.8))
 
     def palace(self) -> None:
-        """Add a wide block with a roof, and often a projection, portico, turrets or pavilions."""
+        """Add a palace: a wide box with a roof, often with a projecting center, a portico, turrets or pavilions."""
         rng = self.rng
         width, depth, height = rng.uniform(20, 36), rng.uniform(10, 16), rng.uniform(10, 18)
         self.box(0, width, 0, depth, 0, height, front=True)
@@ -137,7 +169,7 @@ class Builder:
                 self.top(side * width * 0.5, width * 0.24, -1.5, depth, height * 0.8)
 
     def church(self) -> None:
-        """Add a nave with a gable roof and up to two towers."""
+        """Add a church: a nave with a gable roof and up to two towers."""
         rng = self.rng
         width, depth, height = rng.uniform(11, 18), rng.uniform(20, 32), rng.uniform(10, 17)
         self.box(0, width, 0, depth, 0, height, front=True)
@@ -152,7 +184,7 @@ class Builder:
             self.turret(x, side / 2 - (1.0 if plan == "middle" else -2.0), side, height * rng.uniform(1.5, 2.2))
 
     def basilica(self) -> None:
-        """Add a block with a dome, and often a portico or two towers."""
+        """Add a basilica: a box with a dome, often with a portico or two towers."""
         rng = self.rng
         width, depth, height = rng.uniform(18, 28), rng.uniform(18, 26), rng.uniform(10, 14)
         self.box(0, width, 0, depth, 0, height, front=True)
@@ -167,7 +199,7 @@ class Builder:
                 self.turret(sign * width * 0.45, 2.5, 4.0, height * rng.uniform(1.3, 1.7))
 
     def tower(self) -> None:
-        """Add a tower of two to four stages, often with a side wing."""
+        """Add a tower with two to four stages, each narrower than the one below, and often a side wing."""
         rng = self.rng
         side, height, stages = rng.uniform(7, 11), rng.uniform(24, 40), rng.integer(2, 4)
         foot = 0.0
@@ -187,7 +219,7 @@ class Builder:
             self.top(x, wing, 1.0, side, low)
 
     def townhall(self) -> None:
-        """Add a block with a roof and a tower, and often dormers."""
+        """Add a town hall: a box with a roof and a tower, often with dormers."""
         rng = self.rng
         width, depth, height = rng.uniform(18, 30), rng.uniform(9, 14), rng.uniform(10, 16)
         self.box(0, width, 0, depth, 0, height, front=True)
@@ -202,7 +234,7 @@ class Builder:
                 self.ridge(x, 3.0, -0.3, 3.4, height + 2.2, 2.4, 0, True)
 
     def temple(self) -> None:
-        """Add a block behind a portico, and often side wings or a dome."""
+        """Add a temple: a box behind a portico, often with side wings or a dome."""
         rng = self.rng
         width, depth, height = rng.uniform(14, 26), rng.uniform(16, 26), rng.uniform(8, 12)
         self.box(0, width * 0.88, 0, depth, 0, height, front=True)
@@ -217,7 +249,7 @@ class Builder:
             self.dome(0, depth / 2, width * 0.23, height + 5, width * 0.2)
 
     def fort(self) -> None:
-        """Add a block with battlements and corner towers, and often a keep."""
+        """Add a fort: a box with battlements and corner towers, often with a keep."""
         rng = self.rng
         width, depth, height = rng.uniform(22, 34), rng.uniform(14, 22), rng.uniform(8, 14)
         self.box(0, width, 0, depth, 0, height, front=True)
@@ -231,7 +263,7 @@ class Builder:
             self.solids.append(block(x, 1.3, -0.1, 0.8, height, 1.1, None, None, self.style.wall, casts=False))
 
     def modern(self) -> None:
-        """Add two or three stacked blocks with flat roofs, and often a tower."""
+        """Add a modern building: two or three stacked boxes with flat roofs, often with a tower."""
         rng = self.rng
         z, width, depth = 0.0, rng.uniform(16, 30), rng.uniform(12, 18)
         for level in range(rng.integer(2, 3)):
