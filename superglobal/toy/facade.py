@@ -1,4 +1,4 @@
-"""Draw facades from the style of a group of landmarks and the layout of each single wall."""
+"""Draw facades. A facade follows from a style, shared by a group of landmarks, and the layout of one wall."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from superglobal.toy.texture import TEXELS, Canvas, Texture, darker, whole_bytes
 
 @dataclass(frozen=True)
 class Style:
-    """Properties that the landmarks of one group share.
+    """Architectural style, shared by a group of landmarks.
 
     Attributes:
         wall: color of the walls.
-        second: second color of the walls, for example of shutters and stripes.
+        second: second color of the walls, used for example for shutters and stripes.
         trim: color of frames, columns and moldings.
         roof: color of the roofs.
         glass: color of the windows.
-        material: one of `MATERIALS`.
-        windows: two of `OPENINGS`.
+        material: wall material, one of `MATERIALS`.
+        windows: two window shapes from `OPENINGS`.
         between: element between the bays: "column", "pilaster" or "nothing".
         cornice: height of the cornice in meters.
         hood: whether rectangular windows have a hood.
         shutters: whether rectangular windows have shutters.
-        forms: two of `FORMS`.
+        forms: two building types from `FORMS`. Each landmark has one of them.
     """
 
     wall: Color
@@ -79,19 +79,21 @@ def draw_style(rng: RandomStream) -> Style:
 
 @dataclass
 class Layout:
-    """Arrangement of one wall, which distinguishes a building from the others of its style.
+    """Arrangement of the windows, doors and ornament of one wall.
+
+    The layout distinguishes a building from other buildings of the same style.
 
     Attributes:
         bays: widths of the bays in meters, from left to right.
         floors: heights of the floors in meters, from bottom to top.
-        windows: shape of the windows of each floor, one of `OPENINGS`.
+        windows: window shape of each floor, one of `OPENINGS`.
         slim: width of a window as a fraction of its bay.
         blank: (floor, bay) pairs without a window.
-        doors: bays with a door on the ground floor.
-        door: shape of the doors.
+        doors: indices of the bays with a door on the ground floor.
+        door: shape of the doors: "arch", "rect" or "pointed".
         arcade: whether the ground floor has arches instead of windows.
-        ornament: kind of ornament, or "" for none.
-        ornament_at: center (x), bottom (z) and size of the ornament in meters.
+        ornament: "rose", "clock", "niche", "shield", "frieze", or "" for none.
+        ornament_at: horizontal center, bottom and size of the ornament in meters.
     """
 
     bays: list[float]
@@ -107,7 +109,10 @@ class Layout:
 
 
 def draw_layout(rng: RandomStream, style: Style, width: float, height: float, front: bool) -> Layout:
-    """Return a random layout of a wall. Only a `front` has doors and an ornament."""
+    """Return a random layout for a wall of `width` x `height` meters.
+
+    Only the layout of a `front` can have doors and an ornament.
+    """
     floors = _split(rng, height, rng.uniform(3.0, 5.2))
     bays = _rhythm(rng, width, rng.uniform(2.2, 4.2))
     layout = Layout(bays, floors, [rng.choice(style.windows) for _ in floors], rng.uniform(0.36, 0.62))
@@ -130,7 +135,11 @@ def draw_layout(rng: RandomStream, style: Style, width: float, height: float, fr
 
 
 def _split(rng: RandomStream, total: float, size: float) -> list[float]:
-    """Divide `total` meters into floors of about `size` meters, one of which may be taller."""
+    """Divide a height of `total` meters into floors of about `size` meters. A random floor may be taller.
+
+    Returns:
+        The heights of the floors in meters; they sum to `total`.
+    """
     count = max(1, round(total / size))
     parts = [1.0] * count
     parts[rng.integer(0, count - 1)] = rng.choice((1.0, 1.3, 1.7))
@@ -139,7 +148,11 @@ def _split(rng: RandomStream, total: float, size: float) -> list[float]:
 
 
 def _rhythm(rng: RandomStream, total: float, size: float) -> list[float]:
-    """Divide `total` meters into symmetric bays of about `size` meters, two of which may be wider."""
+    """Divide a width of `total` meters symmetrically into bays of about `size` meters. A mirrored pair may be wider.
+
+    Returns:
+        The widths of the bays in meters; they sum to `total`.
+    """
     count = max(1, round(total / size))
     parts = [1.0] * count
     if count > 2 and rng.chance(0.6):
@@ -150,7 +163,7 @@ def _rhythm(rng: RandomStream, total: float, size: float) -> list[float]:
 
 
 def draw_facade(rng: RandomStream, style: Style, layout: Layout) -> Texture:
-    """Draw a wall: material, windows, moldings, doors and ornament."""
+    """Draw the wall described by `style` and `layout`, and return its texture."""
     width, height = math.fsum(layout.bays), math.fsum(layout.floors)
     canvas = Canvas(width, height, style.wall)
     _lay_material(canvas, rng, style)
@@ -169,7 +182,7 @@ def draw_facade(rng: RandomStream, style: Style, layout: Layout) -> Texture:
 
 
 def _lay_material(canvas: Canvas, rng: RandomStream, style: Style) -> None:
-    """Draw the bricks, stones or panels of the wall."""
+    """Draw the bricks, stones or panels of the wall over the whole canvas. Plaster leaves the canvas unchanged."""
     block, course, joint, spread = {
         "plaster": (0.0, 0.0, 0, 0),
         "brick": (0.5, 0.25, 26, 44),
@@ -195,7 +208,17 @@ def _lay_material(canvas: Canvas, rng: RandomStream, style: Style) -> None:
 def _floor(
     canvas: Canvas, rng: RandomStream, style: Style, layout: Layout, floor: int, foot: float, tall: float
 ) -> None:
-    """Draw the windows, doors or arches of one floor."""
+    """Draw the windows, doors or arches of one floor.
+
+    Args:
+        canvas: canvas of the wall.
+        rng: random number generator.
+        style: style of the building.
+        layout: layout of the wall.
+        floor: index of the floor; 0 is the ground floor.
+        foot: height of the bottom of the floor in meters.
+        tall: height of the floor in meters.
+    """
     left = 0.0
     for bay, wide in enumerate(layout.bays):
         middle = left + wide / 2
@@ -221,7 +244,19 @@ def _opening(
     height: float,
     deep: float,
 ) -> None:
-    """Draw a window or an arch of an arcade, with its frame, glass, bars, hood and shutters."""
+    """Draw a window, with its frame, glass, bars, hood and shutters, or an arch of an arcade.
+
+    Args:
+        canvas: canvas of the wall.
+        rng: random number generator.
+        style: style of the building.
+        kind: shape, one of `OPENINGS`.
+        x: horizontal center in meters.
+        z: height of the bottom in meters.
+        width: width in meters.
+        height: height in meters.
+        deep: relief of the glass in meters, negative because it is recessed. Below -0.5 it is an arch of an arcade.
+    """
     outline = "arch" if kind == "twin" else "rect" if kind == "wide" else kind
     if style.shutters and kind == "rect" and deep > -0.5:
         for side in (-1, 1):
@@ -248,7 +283,10 @@ def _opening(
 
 
 def _door(canvas: Canvas, style: Style, kind: str, x: float, width: float, height: float) -> None:
-    """Draw a door with its frame."""
+    """Draw a door and its stepped frame, centered at `x` at the bottom of the wall.
+
+    `kind` is the shape of the door; `width` and `height` include the frame.
+    """
     for ring in range(3):
         shrink = 1 - 0.13 * ring
         shade = style.trim if ring % 2 == 0 else darker(style.trim, 0.75)
@@ -258,7 +296,10 @@ def _door(canvas: Canvas, style: Style, kind: str, x: float, width: float, heigh
 
 
 def _verticals(canvas: Canvas, style: Style, bays: Sequence[float], height: float) -> None:
-    """Draw columns or pilasters, with bases and capitals, at the edges of the bays."""
+    """Draw columns or pilasters, with bases and capitals, at the edges of the bays.
+
+    `bays` are the widths of the bays, and `height` is the height of the wall, in meters.
+    """
     half = 0.3 if style.between == "column" else 0.24
     top = height - style.cornice - 0.3
     edges = [math.fsum(bays[:i]) for i in range(len(bays) + 1)]
@@ -272,7 +313,7 @@ def _verticals(canvas: Canvas, style: Style, bays: Sequence[float], height: floa
 
 
 def _ornament(canvas: Canvas, style: Style, layout: Layout) -> None:
-    """Draw the ornament, if the wall has one and it is not too low."""
+    """Draw the ornament of the layout. Draw nothing if it has none, or if its bottom is below 1.5 m."""
     x, z, size = layout.ornament_at
     if not layout.ornament or z < 1.5:
         return
