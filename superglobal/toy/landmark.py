@@ -1,4 +1,4 @@
-"""Construct the landmark of a given number, with the plain houses and trees around it."""
+"""Construct a landmark from its number, and the plain houses and trees around it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from superglobal.toy.texture import Texture, ground_texture, roof_texture
 
 TRAINING, EVALUATION, DISTRACTORS, STREETS = "train", "evaluation", "distractors", "streets"
 STYLE_GROUP = 2  # number of consecutive landmarks that share a style
-HOUSES = 10  # number of houses in the pool for all backgrounds
+HOUSES = 10  # number of different houses from which all backgrounds are composed
 
 
 @dataclass(frozen=True)
 class Landmark:
-    """A building and its fixed surroundings.
+    """A building with its surroundings, which are the same in all its images.
+
+    A street is represented as a landmark without a building.
 
     Attributes:
-        solids: the building; empty for a street.
-        houses: the houses around it.
-        trees: (x, y, height) of each tree.
+        solids: solids of the building; empty for a street.
+        houses: solids of the houses around the building.
+        trees: (x, y, height) of each tree in meters.
         ground: texture of the ground.
-        width: extent along x in meters, symmetric about x = 0.
-        depth: extent along y in meters.
-        height: extent along z in meters.
+        width: extent of the building along x in meters, symmetric about x = 0. For a street, the width, depth and
+            height are those of the empty place in the center.
+        depth: extent of the building along y in meters.
+        height: extent of the building along z in meters.
     """
 
     solids: tuple[Solid, ...]
@@ -40,10 +43,14 @@ class Landmark:
 
 
 def style_number(split: str, number: int) -> tuple[str, int]:
-    """Return the (split, group) that determines the style of a landmark.
+    """Return the (split, group number) that determines the style of a landmark.
 
-    A group is `STYLE_GROUP` landmarks with consecutive numbers. Every second group of distractors has the style of an
-    evaluation group, so that these distractors look like evaluation landmarks.
+    A group consists of `STYLE_GROUP` landmarks with consecutive numbers. Every second group of distractors has the
+    style of an evaluation group, so that these distractors look like evaluation landmarks.
+
+    Args:
+        split: split of the landmark, e.g. "train".
+        number: number of the landmark in its split.
     """
     group = number // STYLE_GROUP
     return (EVALUATION, group // 2) if split == DISTRACTORS and group % 2 == 0 else (split, group)
@@ -51,13 +58,16 @@ def style_number(split: str, number: int) -> tuple[str, int]:
 
 @lru_cache(maxsize=4)
 def landmark_of(seed: int, split: str, number: int) -> Landmark:
-    """Return landmark `number` of a split, with the style of its group. A street consists only of houses."""
+    """Return landmark number `number` of a split, in the style of its group.
+
+    For the split "streets", return houses and trees without a building.
+    """
     if split == STREETS:
         return _street(seed, number)
     style_split, group = style_number(split, number)
     style = draw_style(RandomStream(seed, style_split, "style", group))
     rng = RandomStream(seed, split, "landmark", number)
-    # Landmarks of the same style differ in their paint.
+    # Landmarks of the same style differ in the colors of their walls and roofs.
     style = replace(style, wall=rng.tint(style.wall, 70), roof=rng.tint(style.roof, 50))
     builder = Builder(rng, style, roof_texture(rng, style.roof))
     form = style.forms[0] if rng.chance(0.65) else style.forms[1]
@@ -70,7 +80,7 @@ def landmark_of(seed: int, split: str, number: int) -> Landmark:
 
 
 def _street(seed: int, number: int) -> Landmark:
-    """Return houses and trees without a landmark."""
+    """Return street number `number`: houses and trees without a building."""
     rng = RandomStream(seed, STREETS, number)
     width, depth = rng.uniform(4, 24), rng.uniform(4, 12)
     houses, trees = _surroundings(rng, house_pool(seed), width, depth)
@@ -79,13 +89,13 @@ def _street(seed: int, number: int) -> Landmark:
 
 @dataclass(frozen=True)
 class House:
-    """A plain house of the background.
+    """A plain house in the background.
 
     Attributes:
-        width: in meters.
-        depth: in meters.
-        height: in meters, without the roof.
-        walls: textures of the front and of the side.
+        width: width in meters.
+        depth: depth in meters.
+        height: height in meters, without the roof.
+        walls: textures of the front and of the sides.
         style: style of the house.
         roof: texture of the roof.
     """
@@ -100,7 +110,10 @@ class House:
 
 @lru_cache(maxsize=2)
 def house_pool(seed: int) -> tuple[House, ...]:
-    """Return the houses of all backgrounds, which are shared so that a background hardly identifies its landmark."""
+    """Return the `HOUSES` houses from which all backgrounds are composed.
+
+    All landmarks use the same houses, so that the background says little about which landmark an image shows.
+    """
     pool = []
     for number in range(HOUSES):
         rng = RandomStream(seed, "house", number)
@@ -114,7 +127,18 @@ def house_pool(seed: int) -> tuple[House, ...]:
 def _surroundings(
     rng: RandomStream, pool: tuple[House, ...], width: float, depth: float
 ) -> tuple[tuple[Solid, ...], tuple[tuple[float, float, float], ...]]:
-    """Return houses to the left, to the right and behind a landmark, and the (x, y, height) of some trees."""
+    """Return random houses and trees around a landmark.
+
+    Args:
+        rng: random number generator.
+        pool: houses to choose from.
+        width: width of the landmark in meters.
+        depth: depth of the landmark in meters.
+
+    Returns:
+        The solids of houses to the left, to the right and behind the landmark, and the (x, y, height) of trees in
+        meters.
+    """
     houses: list[Solid] = []
     gap = rng.choice((1.0, 6.0, 12.0, 25.0))
     for side in (-1, 1):
@@ -133,7 +157,7 @@ def _surroundings(
 
 
 def place(house: House, x: float, y: float) -> list[Solid]:
-    """Return the solids of a house with its roof, centered at `x`, with its front at `y`."""
+    """Return the solids of a house and its roof. The house is centered at `x`, with its front at `y`, in meters."""
     builder = Builder(RandomStream("house"), house.style, house.roof)
     front, side = house.walls
     builder.solids.append(block(x, house.width, y, house.depth, 0, house.height, front, side, house.style.roof))
