@@ -1,4 +1,4 @@
-"""Write the lists and ground truths of the toy data set, and classify images as easy, hard or junk."""
+"""Write the image lists and ground-truth files of the toy data set. Classify images as easy, hard or junk."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from superglobal.toy.landmark import EVALUATION, TRAINING
 from superglobal.toy.photo import COLUMNS, Photo
 from superglobal.utils.io import write_atomically
 
-JUNK_SHARE = 0.15  # junk images show less of the landmark
-EASY_SHARE = 0.6  # easy images show at least this much of the landmark
+JUNK_SHARE = 0.15  # junk images show less than this fraction of the landmark
+EASY_SHARE = 0.6  # easy images show at least this fraction of the landmark
 EASY_YAW = 30.0  # maximum difference of the yaw angles of an easy pair, in degrees
 EASY_SCALE = 2.0  # maximum ratio of the scales of an easy pair
-CLEAN_SHARE = 0.2  # images in train_clean.csv show at least this much of the landmark
+CLEAN_SHARE = 0.2  # images in train_clean.csv show at least this fraction of the landmark
 
 
 def relation(query: Photo, photo: Photo) -> str:
-    """Classify a database image that shows the landmark of the query.
+    """Classify a database image of the same landmark as the query.
 
     Returns:
-        "junk" if less than `JUNK_SHARE` of the landmark is visible. "easy" if at least `EASY_SHARE` is visible, the yaw
-        angles differ by at most `EASY_YAW` degrees, the scales (pixels per meter) differ by a factor of at most
-        `EASY_SCALE`, and both images or neither were taken at night. "hard" otherwise.
+        "junk" if less than `JUNK_SHARE` of the landmark is visible in the database image. "easy" if at least
+        `EASY_SHARE` is visible in it, the yaw angles differ by at most `EASY_YAW` degrees, the scales (pixels per
+        meter) differ by a factor of at most `EASY_SCALE`, and both images or neither show a night scene. "hard"
+        otherwise.
     """
     if photo.share < JUNK_SHARE:
         return "junk"
@@ -38,7 +39,11 @@ def relation(query: Photo, photo: Photo) -> str:
 
 
 def write_layouts(root: Path, photos: Sequence[Photo]) -> dict[str, int]:
-    """Write all lists and ground truths below `root`, and return the numbers of easy, hard and junk pairs."""
+    """Write all image lists and ground-truth files below `root`, in the layouts of the official data sets.
+
+    Returns:
+        The numbers of "easy", "hard" and "junk" pairs of a query and a database image.
+    """
     sets: dict[str, list[Photo]] = defaultdict(list)
     for photo in photos:
         sets[photo.set].append(photo)
@@ -52,20 +57,20 @@ def write_layouts(root: Path, photos: Sequence[Photo]) -> dict[str, int]:
 
 
 def name_of(photo: Photo) -> str:
-    """Return the file name without ".jpg", as in the lists of all layouts."""
+    """Return the file name without ".jpg", which identifies the image in the lists of all data sets."""
     return PurePosixPath(photo.file).stem
 
 
 def landmark_id(photo: Photo) -> int:
-    """Return the landmark_id in the GLDv2 lists.
+    """Return the `landmark_id` of an image in the GLDv2 lists.
 
-    As in GLDv2, the ids are not consecutive, and the ids of the index differ from those of training.
+    As in GLDv2, the ids are not consecutive, and the index images have other ids than the training images.
     """
     return 101 + 7 * photo.landmark if photo.place == TRAINING else 50_003 + 11 * photo.landmark
 
 
 def _write_revisited(folder: Path, queries: Sequence[Photo], database: Sequence[Photo]) -> dict[str, int]:
-    """Write `gnd_toy.pkl`, and return the numbers of easy, hard and junk pairs."""
+    """Write `gnd_toy.pkl` to `folder`, and return the numbers of "easy", "hard" and "junk" pairs."""
     counts = {"easy": 0, "hard": 0, "junk": 0}
     gnd: list[dict[str, Any]] = []
     for query in queries:
@@ -83,7 +88,7 @@ def _write_revisited(folder: Path, queries: Sequence[Photo], database: Sequence[
 
 
 def _write_train(folder: Path, photos: Sequence[Photo]) -> None:
-    """Write `train.csv` and `train_clean.csv`."""
+    """Write `train.csv`, which lists all training images, and `train_clean.csv`, which lists the clear ones."""
     ordered = sorted(photos, key=name_of)
     _write_csv(
         folder / "train.csv",
@@ -99,7 +104,7 @@ def _write_train(folder: Path, photos: Sequence[Photo]) -> None:
 
 
 def _write_index(folder: Path, photos: Sequence[Photo]) -> None:
-    """Write `index.csv` and `index_image_to_landmark.csv`."""
+    """Write `index.csv` and `index_image_to_landmark.csv`, the lists of the index images and of their landmarks."""
     ordered = sorted(photos, key=name_of)
     _write_csv(folder / "index.csv", ("id",), ([name_of(p)] for p in ordered))
     rows = ([name_of(p), str(landmark_id(p))] for p in ordered)
@@ -107,10 +112,11 @@ def _write_index(folder: Path, photos: Sequence[Photo]) -> None:
 
 
 def _write_test(folder: Path, photos: Sequence[Photo], index: Sequence[Photo]) -> None:
-    """Write `test.csv` and the solutions of retrieval and recognition.
+    """Write `test.csv` and the solution files (ground truth) of the retrieval and recognition tasks.
 
-    The solution of retrieval lists index images of an evaluation landmark, and that of recognition the id of a training
-    landmark. As in GLDv2, an image without a solution is "Ignored" in retrieval and has no landmark in recognition.
+    The retrieval solution of a test image lists the index images of its landmark, if that is an evaluation landmark.
+    The recognition solution is the id of its landmark, if that is a training landmark. As in GLDv2, a test image
+    without a solution is marked "Ignored" in the retrieval file and has an empty landmark in the recognition file.
     """
     ordered = sorted(photos, key=name_of)
     relevant: dict[int, list[str]] = defaultdict(list)
@@ -129,7 +135,7 @@ def _write_test(folder: Path, photos: Sequence[Photo], index: Sequence[Photo]) -
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a CSV file atomically."""
+    """Write a CSV file with this header and these rows atomically."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
