@@ -1,15 +1,16 @@
 """Render the toy data set: images of landmarks in the layouts of the official data sets.
 
-You can try and test every command on it without a download. Its folder contains:
+With it you can try and test every command without a download. Its folder contains:
 
-- `gldv2/`: train, index and test images as a/b/c/<id>.jpg, with the lists and solutions of GLDv2;
+- `gldv2/`: train, index and test images as a/b/c/<id>.jpg, with the same lists and solution files as GLDv2;
 - `toy/`: `jpg/` and `gnd_toy.pkl`, as in Revisited Oxford and Paris;
-- `toy_distractors/`: `jpg/` and `toy_distractors.txt`;
-- `photos.csv`: one row per image with its pose, light, visible fraction and box;
+- `toy_distractors/`: `jpg/` and its list of images, `toy_distractors.txt`;
+- `photos.csv`: one row per image with its camera pose, light, visible fraction and bounding box;
 - `toy.json`: a summary, written when the data set is complete.
 
-Training, evaluation (index, retrieval queries, `toy/`) and distractors have different landmarks. Recognition assigns
-training landmarks to images, so the test split also contains images of training landmarks.
+The training images, the evaluation images (index, retrieval queries and `toy/`) and the distractors show different
+landmarks. The recognition task assigns training landmarks to test images, so the test split also contains images of
+training landmarks.
 
 A data set depends only on its size and seed. The pixels are the same on every machine. The JPEG files are the same
 wherever libjpeg is the same.
@@ -39,23 +40,26 @@ from superglobal.utils.io import write_atomically
 VERSION = 2
 _FINISHED, _STARTED = "toy.json", "toy.unfinished.json"
 Progress = Callable[[int, int], None]
-"""Function that is called with the number of finished images and the number of all images."""
+"""Callback that receives the number of finished images and the total number of images."""
 
 
 def make_toy(
     out: str | Path, size: str = "small", seed: int = 0, workers: int | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Render the toy data set into `out`. Resume an interrupted call, and keep a complete data set as it is.
+    """Render the toy data set into `out`.
+
+    If `out` contains a part of this data set, render only what is missing. If it is complete, change nothing.
 
     Args:
-        out: folder, which must be new, be empty, or contain the same data set.
-        size: name of one of `SIZES`.
-        seed: non-negative seed; each seed gives different landmarks.
+        out: output folder. It must be new or empty, or contain a data set of the same version, size and seed.
+        size: a key of `SIZES`.
+        seed: non-negative integer; each seed gives different landmarks.
         workers: number of processes; None for one per CPU that this process may use.
-        progress: function that is called after each landmark with the numbers of finished and of all images.
+        progress: function called after each landmark with the number of finished images and the total number.
 
     Returns:
-        The contents of `toy.json`: version, size, seed, and the numbers of images and of easy, hard and junk pairs.
+        The contents of `toy.json`: "version", "size", "seed", "photos" (the number of images of each set), and "pairs"
+        (the numbers of easy, hard and junk pairs).
 
     Raises:
         InputError: the size is unknown, the seed or the number of workers is out of range, `out` contains other files,
@@ -71,7 +75,7 @@ def make_toy(
     done = _claim(out, identity)
     if done and all((out / shot.file).is_file() for shot in shots):
         return done
-    (out / _FINISHED).unlink(missing_ok=True)  # Some images have been deleted since.
+    (out / _FINISHED).unlink(missing_ok=True)  # The summary is out of date if images were deleted after it was written.
     write_atomically(out / _STARTED, json.dumps(identity).encode())
     photos: dict[Shot, Photo] = {}
     for batch in _render(out, seed, chosen.side, shots, workers or _cpus()):
@@ -79,7 +83,7 @@ def make_toy(
         if progress:
             progress(len(photos), len(shots))
     pairs = write_layouts(out, [photos[shot] for shot in shots])
-    for stale in out.rglob(".*.jpg.*"):  # Workers that were killed while writing left these files.
+    for stale in out.rglob(".*.jpg.*"):  # Temporary files left by workers that were killed while writing.
         stale.unlink()
     summary = identity | {"photos": dict(Counter(shot.set for shot in shots)), "pairs": pairs}
     write_atomically(out / _FINISHED, (json.dumps(summary, indent=1) + "\n").encode())
@@ -88,7 +92,11 @@ def make_toy(
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the summary of the complete data set in `out`, or None if the data set must be rendered.
+    """Return the summary of the data set in `out` if it is complete, or None if it must be rendered.
+
+    Args:
+        out: output folder.
+        identity: version, size and seed of the requested data set.
 
     Raises:
         InputError: `out` is a file, is not readable, or contains a different data set or other files.
@@ -122,15 +130,28 @@ def _claim(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _render(out: Path, seed: int, side: int, shots: list[Shot], workers: int) -> Iterator[dict[Shot, Photo]]:
-    """Render the images in batches of one landmark, so that each landmark is constructed only once."""
+    """Render the images in batches, and yield the rows of `photos.csv` of each finished batch.
+
+    A batch contains all images of one landmark, so that each landmark is constructed only once.
+
+    Args:
+        out: output folder.
+        seed: seed of the data set.
+        side: longer side of the images in pixels.
+        shots: the images to render.
+        workers: number of processes.
+
+    Raises:
+        InputError: a worker process died.
+    """
     groups: dict[tuple[str, int], list[Shot]] = {}
     for shot in shots:
         groups.setdefault((shot.place, shot.landmark), []).append(shot)
     if workers == 1:
         yield from (_take_all(out, seed, side, batch) for batch in groups.values())
         return
-    # A forked worker starts without importing anything, and it is safe here because it uses only NumPy and Pillow. On
-    # other systems than Linux fork is not safe.
+    # Forked workers start fast because they do not have to import the modules again. Forking is safe here because the
+    # workers use only NumPy and Pillow; on systems other than Linux it is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     # Ctrl-C in a terminal ends the workers immediately and silently, which is safe because file writes are atomic.
     with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
@@ -146,7 +167,7 @@ def _render(out: Path, seed: int, side: int, shots: list[Shot], workers: int) ->
 
 
 def _take_all(out: Path, seed: int, side: int, shots: list[Shot]) -> dict[Shot, Photo]:
-    """Render the images of one batch in a worker."""
+    """Render the images of one batch, and return the row of `photos.csv` of each."""
     return {shot: take(out, seed, side, shot) for shot in shots}
 
 
