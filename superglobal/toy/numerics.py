@@ -2,12 +2,13 @@
 
 The pixels of the toy data set must not depend on the machine. The renderer therefore uses only:
 
-- the raw integers of PCG64, because NumPy guarantees these but not the output of its distributions;
+- the raw integers of the PCG64 generator, because NumPy guarantees that these never change, unlike the numbers drawn
+  from its distributions;
 - elementwise + - * / and sqrt in float32 or integers, because every machine rounds them correctly;
-- sines rounded to 1e-9, because math libraries differ in the last digit.
+- sines and cosines rounded to 9 decimal places, because math libraries differ in the last digit.
 
-It avoids sums over arrays, matrix products, powers and exponentials: the last bit of their results depends on the
-machine.
+It avoids floating-point sums over arrays, matrix products, powers and exponentials, because their rounding differs
+between machines.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ from numpy.typing import NDArray
 
 Vector = tuple[float, float, float]
 Color = tuple[float, float, float]
-"""Red, green and blue as displayed, 0 to 255, or a factor for each of them."""
+"""Red, green and blue: gamma-encoded values from 0 to 255, or one factor per channel."""
 Floats = NDArray[np.floating]
-"""Arrays of float32. The wider type is needed because mypy cannot always infer float32."""
+"""Array of float32. The type also allows other precisions because mypy cannot always infer float32."""
 Bytes = NDArray[np.uint8]
 T = TypeVar("T")
 NOISE = 256  # side of the noise tile, in texels
 
 
 class RandomStream:
-    """Random number generator that depends only on its key, e.g. `RandomStream(seed, "train", 3, "view", 7)`."""
+    """Random number generator seeded by a key, e.g. `RandomStream(seed, "train", 3, "view", 7)`.
+
+    Equal keys give equal numbers.
+
+    Args:
+        key: integers and strings.
+    """
 
     def __init__(self, *key: int | str) -> None:
         digest = hashlib.sha256("/".join(str(part) for part in key).encode()).digest()
@@ -43,11 +50,11 @@ class RandomStream:
         return low + (high - low) * ((int(self._bits.random_raw()) >> 11) * 2.0**-53)
 
     def bell(self, spread: float) -> float:
-        """Return a random number in [-spread, spread] with a bell-shaped distribution around 0."""
+        """Return a random number in [-spread, spread], the mean of three uniform numbers (roughly Gaussian)."""
         return spread * (self.uniform(-1, 1) + self.uniform(-1, 1) + self.uniform(-1, 1)) / 3
 
     def integer(self, low: int, high: int) -> int:
-        """Return a uniform random integer from `low` to `high`, both included."""
+        """Return a uniform random integer in [low, high], with both ends included."""
         return low + int(self.uniform(0, high - low + 1))
 
     def chance(self, probability: float) -> bool:
@@ -59,25 +66,29 @@ class RandomStream:
         return choices[self.integer(0, len(choices) - 1)]
 
     def bytes(self, *shape: int) -> Bytes:
-        """Return an array of uniform random uint8 of the given shape."""
+        """Return an array of the given shape filled with uniform random uint8 values."""
         count = math.prod(shape)
         raw = np.asarray(self._bits.random_raw((count + 7) // 8), np.uint64)
         return raw.astype("<u8").view(np.uint8)[:count].reshape(shape)
 
     def tint(self, color: Color, spread: float) -> Color:
-        """Return a color near `color`: all channels are shifted together, and each one separately."""
+        """Return a random color near `color`.
+
+        Each channel is shifted by the sum of two random numbers: one in [-spread, spread] that all channels share, and
+        one in [-spread / 3, spread / 3] of its own. The result is clipped to [8, 250].
+        """
         common = self.uniform(-spread, spread)
         red, green, blue = (min(250.0, max(8.0, c + common + self.uniform(-spread, spread) / 3)) for c in color)
         return red, green, blue
 
 
 def sine(degrees: float) -> float:
-    """Return the sine of an angle in degrees, rounded to 9 digits."""
+    """Return the sine of an angle in degrees, rounded to 9 decimal places."""
     return round(math.sin(math.radians(degrees)), 9)
 
 
 def cosine(degrees: float) -> float:
-    """Return the cosine of an angle in degrees, rounded to 9 digits."""
+    """Return the cosine of an angle in degrees, rounded to 9 decimal places."""
     return round(math.cos(math.radians(degrees)), 9)
 
 
@@ -99,7 +110,11 @@ def unit(a: Vector) -> Vector:
 
 @lru_cache(maxsize=4)
 def noise_tile(cell: int) -> Bytes:
-    """Return smooth periodic noise, (256, 256) uint8: a sum of blobs of `cell`, `cell` / 2 and `cell` / 4 texels."""
+    """Return a tile of smooth noise, (256, 256) uint8, that repeats seamlessly.
+
+    It is the weighted mean of three random grids, upsampled to the size of the tile. Their cells are `cell`, `cell` / 2
+    and `cell` / 4 texels wide. `cell` must be a power of 2.
+    """
     rng = RandomStream("noise", cell)
     total = np.zeros((NOISE, NOISE), np.int64)
     for weight, size in ((4, cell), (2, max(1, cell // 2)), (1, max(1, cell // 4))):
@@ -109,7 +124,7 @@ def noise_tile(cell: int) -> Bytes:
 
 
 def _stretch(rows: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
-    """Upsample the rows of a periodic array by `factor`, with linear interpolation in integers."""
+    """Multiply the number of rows of a periodic array by `factor`, by linear interpolation in integer arithmetic."""
     part = np.arange(factor)[None, :, None]
     mixed = (rows[:, None] * (factor - part) + np.roll(rows, -1, axis=0)[:, None] * part) // factor
     return mixed.reshape(-1, rows.shape[1])
