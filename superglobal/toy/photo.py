@@ -1,4 +1,4 @@
-"""Render one planned image: its pixels, its JPEG file, and its row in `photos.csv`."""
+"""Render one image of the toy data set: its pixels, its JPEG file, and its row in `photos.csv`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from superglobal.toy.view import QUERY, View, draw_view
 from superglobal.utils.io import write_atomically
 
 QUERY_SHARE = 0.55  # a query shows at least this fraction of its landmark
-_ATTEMPTS = 40  # maximum number of cameras that are tried for a query
+_ATTEMPTS = 40  # maximum number of random views tried for a query
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,26 @@ class Photo:
 
     Attributes:
         file: path of the image, relative to the folder of the data set.
-        set: train, index, test, query, database or distractor.
-        place: set of landmarks that contains `landmark`; "streets" for images without a landmark.
-        landmark: number of the landmark.
-        view: number of the image among those of its landmark.
-        style: group of landmarks with the same style, e.g. "train-3"; "" without a landmark.
-        yaw: horizontal angle of the camera around the landmark, in degrees; 0 is in front.
-        pitch: angle of the optical axis above the horizon, in degrees.
-        distance: distance of the camera, in meters.
+        set: "train", "index", "test", "query", "database" or "distractor".
+        place: set of landmarks that contains `landmark`: "train", "evaluation" or "distractors"; "streets" for images
+            without a landmark.
+        landmark: number of the landmark in that set.
+        view: number of the image among the images of its landmark in the same `set`.
+        style: group of landmarks with the same style, e.g. "train-3"; "" for images without a landmark.
+        yaw: horizontal angle of the camera around the landmark in degrees; 0 is in front of the landmark.
+        pitch: angle of the optical axis above the horizon in degrees.
+        distance: distance between the camera and the landmark in meters.
         focal: focal length in pixels.
         width: width of the image in pixels.
         height: height of the image in pixels.
-        light: kind of light, see `superglobal.toy.view.LIGHTS`.
-        share: fraction of the landmark that is visible: its pixels in the image, divided by its pixels in an unlimited
-            image without occluders.
-        x1: left edge of the box of the visible part, in pixels; all edges are 0 if nothing is visible.
-        y1: top edge of the box.
-        x2: right edge of the box.
-        y2: bottom edge of the box.
+        light: kind of light, one of `superglobal.toy.view.LIGHTS`.
+        share: visible fraction of the landmark: the number of its pixels in the image, divided by their number if
+            nothing were in front of the landmark and the image were large enough to contain all of it.
+        x1: left edge of the bounding box of the visible part of the landmark in pixels. All four edges are 0 if
+            nothing of it is visible.
+        y1: top edge of the bounding box.
+        x2: right edge of the bounding box.
+        y2: bottom edge of the bounding box.
         occluders: kinds of occluders in the scene, separated by spaces.
     """
 
@@ -82,7 +84,14 @@ COLUMNS = tuple(field.name for field in fields(Photo))
 
 @dataclass(frozen=True)
 class Taken:
-    """An image with a known camera and traced scene, whose colors are not rendered yet."""
+    """An image whose camera is chosen and whose rays are traced, but whose colors are not rendered yet.
+
+    Attributes:
+        landmark: the landmark of the scene.
+        view: camera, light and occluders.
+        trace: intersections of the rays with the scene.
+        photo: row of `photos.csv`.
+    """
 
     landmark: Landmark
     view: View
@@ -90,15 +99,20 @@ class Taken:
     photo: Photo
 
     def pixels(self) -> Bytes:
-        """Return the image before JPEG compression, (H, W, 3) uint8."""
+        """Render the image, and return its pixels before JPEG compression: (H, W, 3) uint8."""
         return render(self.trace, self.landmark, self.view)
 
 
 def frame(seed: int, side: int, shot: Shot) -> Taken:
-    """Choose the camera, light and occluders of an image, and trace its rays.
+    """Choose the camera, light and occluders of an image at random, and trace its rays.
 
-    The result depends only on the seed, the size and the key of the shot. The cameras of queries are drawn again until
-    at least `QUERY_SHARE` of the landmark is visible.
+    The result depends only on `seed`, `side` and `shot.key`. For a query, random views are drawn until at least
+    `QUERY_SHARE` of the landmark is visible, at most 40 times.
+
+    Args:
+        seed: seed of the data set.
+        side: longer side of the image in pixels.
+        shot: the planned image.
     """
     landmark = landmark_of(seed, shot.place, shot.landmark)
     for attempt in range(_ATTEMPTS):
@@ -118,7 +132,14 @@ def frame(seed: int, side: int, shot: Shot) -> Taken:
 
 
 def take(root: Path, seed: int, side: int, shot: Shot) -> Photo:
-    """Write the image below `root`, unless it exists, and return its row of `photos.csv`."""
+    """Write the JPEG file of an image, unless it exists, and return the row of the image in `photos.csv`.
+
+    Args:
+        root: folder of the data set.
+        seed: seed of the data set.
+        side: longer side of the image in pixels.
+        shot: the planned image.
+    """
     taken = frame(seed, side, shot)
     path = root / shot.file
     if not path.exists():
@@ -127,7 +148,7 @@ def take(root: Path, seed: int, side: int, shot: Shot) -> Photo:
 
 
 def jpeg(pixels: Bytes, quality: int) -> bytes:
-    """Return the JPEG file of an image, (H, W, 3) uint8."""
+    """Encode an image, (H, W, 3) uint8, as JPEG with the given quality, and return the contents of the file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return buffer.getvalue()
