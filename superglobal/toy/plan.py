@@ -1,4 +1,4 @@
-"""Plan the images of a toy data set: its size, and one `Shot` per image."""
+"""Plan the images of a toy data set: the predefined sizes, and one `Shot` per image to render."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from superglobal.toy.view import ORDINARY, QUERY
 
 @dataclass(frozen=True)
 class Size:
-    """Numbers of landmarks and images.
+    """Numbers of landmarks and images in a toy data set.
 
     Attributes:
-        side: longer side of the images, in pixels.
-        train: number of training landmarks, and number of images of each.
+        side: longer side of the images in pixels.
+        train: number of training landmarks, and number of images per landmark.
         evaluation: number of evaluation landmarks, which differ from the training landmarks.
-        queries: number of Revisited queries of each landmark with an even and with an odd number.
-        database: number of Revisited database images of each evaluation landmark.
-        index: number of GLDv2 index images of each evaluation landmark.
-        retrieval: number of GLDv2 test images of each evaluation landmark.
-        recognition: number of GLDv2 test images of training landmarks.
-        distractors: number of distractor landmarks, and number of images of each.
-        streets: number of images without a landmark, among the distractors and among the GLDv2 test images.
+        queries: number of queries in the Revisited layout, per evaluation landmark with an even number and per
+            evaluation landmark with an odd number.
+        database: number of database images in the Revisited layout, per evaluation landmark.
+        index: number of GLDv2 index images, per evaluation landmark.
+        retrieval: number of GLDv2 test images, per evaluation landmark.
+        recognition: total number of GLDv2 test images that show training landmarks.
+        distractors: number of distractor landmarks, and number of images per landmark.
+        streets: number of distractors without a landmark, and number of GLDv2 test images without a landmark.
     """
 
     side: int
@@ -53,13 +54,13 @@ class Shot:
     """One image to render.
 
     Attributes:
-        file: path relative to the folder of the data set.
-        set: train, index, test, query, database or distractor.
-        place: set of landmarks that contains `landmark`: train, evaluation or distractors; or streets, which are images
+        file: path of the image, relative to the folder of the data set.
+        set: "train", "index", "test", "query", "database" or "distractor".
+        place: set of landmarks that contains `landmark`: "train", "evaluation" or "distractors"; "streets" for images
             without a landmark.
-        landmark: number of the landmark.
-        view: number of the image among those of its landmark.
-        purpose: "query" for the restricted cameras of queries, or "ordinary".
+        landmark: number of the landmark in that set.
+        view: number of the image among the images of its landmark in the same `set`.
+        purpose: "query" for a well-framed image with few occluders, or "ordinary".
     """
 
     file: str
@@ -71,15 +72,15 @@ class Shot:
 
     @property
     def key(self) -> tuple[str, str, int, int]:
-        """Values that determine the image, together with the seed and the size."""
+        """Key of the image. It determines the image, together with the seed and the size of the data set."""
         return self.set, self.place, self.landmark, self.view
 
 
 def size_of(name: str) -> Size:
-    """Return the size with this name.
+    """Return the `Size` with the name `name`.
 
     Raises:
-        InputError: the name is not in `SIZES`.
+        InputError: `name` is not in `SIZES`.
     """
     if name not in SIZES:
         raise InputError(f"toy data set: size={name!r}: expected one of {', '.join(SIZES)}")
@@ -87,17 +88,17 @@ def size_of(name: str) -> Size:
 
 
 def plan(size: Size, seed: int) -> list[Shot]:
-    """Return all images, in the order of `photos.csv`."""
+    """Return one `Shot` per image of the data set, in the order of the rows of `photos.csv`."""
     return [*_gldv2(size, seed), *_revisited(size), *_distractors(size)]
 
 
 def image_id(seed: int, split: str, place: str, landmark: int, view: int) -> str:
-    """Return the GLDv2 id of an image, 16 hexadecimal digits."""
+    """Return the GLDv2 id of an image, 16 hexadecimal digits of a hash of the arguments."""
     return hashlib.sha256(f"{seed}/{split}/{place}/{landmark}/{view}".encode()).hexdigest()[:16]
 
 
 def _gldv2(size: Size, seed: int) -> Iterator[Shot]:
-    """Plan the train, index and test images."""
+    """Yield the train, index and test images of the GLDv2 layout."""
 
     def shot(split: str, place: str, landmark: int, view: int, purpose: str = ORDINARY) -> Shot:
         name = image_id(seed, split, place, landmark, view)
@@ -113,7 +114,7 @@ def _gldv2(size: Size, seed: int) -> Iterator[Shot]:
 
 
 def _revisited(size: Size) -> Iterator[Shot]:
-    """Plan the queries and the database of the Revisited layout."""
+    """Yield the query and database images of the Revisited layout."""
     for landmark in range(size.evaluation):
         for view in range(size.queries[landmark % 2]):
             yield Shot(f"toy/jpg/place{landmark:03d}_q{view:05d}.jpg", "query", EVALUATION, landmark, view, QUERY)
@@ -122,7 +123,7 @@ def _revisited(size: Size) -> Iterator[Shot]:
 
 
 def _distractors(size: Size) -> Iterator[Shot]:
-    """Plan the distractors."""
+    """Yield the distractors: images of distractor landmarks, then images without a landmark."""
     folder = "toy_distractors/jpg"
     for landmark in range(size.distractors[0]):
         for view in range(size.distractors[1]):
