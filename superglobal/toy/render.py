@@ -1,4 +1,4 @@
-"""Render the pixels of a traced scene: textures, sun and shadows, sky, haze, and camera imperfections."""
+"""Compute the pixels of a traced scene, with textures, sunlight, shadows, sky, haze and camera imperfections."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from superglobal.toy.texture import LEVELS, TEXELS, Texture
 from superglobal.toy.trace import FIRST, GROUND, SKY, SPRITE, SUPER, Trace, weighted
 from superglobal.toy.view import Faults, Light, View
 
-# Light of each stored value. It is a square instead of a power of 2.2, because powers depend on the machine. `_develop`
-# computes the inverse, a square root.
+# Linear light of each 8-bit value. It uses an exponent of 2 instead of the usual 2.2, because the rounding of `pow`
+# differs between machines. `_develop` applies the inverse, a square root.
 _LINEAR = (np.arange(256, dtype=np.float32) * np.float32(1 / 255)) * (
     np.arange(256, dtype=np.float32) * np.float32(1 / 255)
 )
-_HAZE_REACH = 220.0  # distance in meters at which the strongest haze hides one half
+_HAZE_REACH = 220.0  # distance in meters at which haze of strength 1 replaces half of the color
 _FLOODED = 0.2  # fraction of the floodlight that reaches surfaces other than the landmark
 
 
 def render(trace: Trace, landmark: Landmark, view: View) -> Bytes:
-    """Return the image before JPEG compression, (H, W, 3) uint8."""
+    """Render an image, and return its pixels before JPEG compression: (H, W, 3) uint8.
+
+    Args:
+        trace: intersections of the rays of the image with the scene.
+        landmark: the landmark of the scene.
+        view: camera, light and camera imperfections.
+    """
     light = view.light
     solids = [*landmark.solids, *landmark.houses]
     n_faces = sum(len(solid.faces) for solid in landmark.solids)
@@ -48,7 +54,7 @@ def render(trace: Trace, landmark: Landmark, view: View) -> Bytes:
 
 
 def _groups(surface: NDArray[np.int16]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield each visible surface with the indices of its rays."""
+    """Yield each visible surface once, with the flat indices of the rays that hit it: (n,) int64."""
     flat = surface.ravel()
     order = np.argsort(flat, kind="stable")
     edges = np.flatnonzero(np.diff(flat[order])) + 1
@@ -57,26 +63,26 @@ def _groups(surface: NDArray[np.int16]) -> Iterator[tuple[int, NDArray[np.int64]
 
 
 def _ground_face(texture: Texture) -> Face:
-    """Return the ground as a face."""
+    """Return the ground as a horizontal face with the given texture."""
     return Face((0.0, 0.0, 1.0), 0.0, (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (-4096.0, -4096.0), texture, (120, 120, 120))
 
 
 def _shade(
     trace: Trace, rays: NDArray[np.int64], face: Face, solids: Sequence[Solid], owner: int, view: View, flood: float
 ) -> Floats:
-    """Return the light that the camera receives from the hit points of some rays on a face.
+    """Compute the light that the camera receives along some rays, which all hit the same face.
 
     Args:
-        trace: the traced scene.
-        rays: (n,) indices of the rays.
+        trace: intersections of the rays of the image with the scene.
+        rays: (n,) flat indices of the rays.
         face: face that the rays hit.
-        solids: all solids of the scene, which cast shadows.
-        owner: index of the solid of the face; -1 for the ground.
-        view: view of the image.
+        solids: all solids of the scene; they can cast shadows on the face.
+        owner: index in `solids` of the solid that has the face; -1 for the ground.
+        view: camera and light.
         flood: factor on the direct light.
 
     Returns:
-        (n, 3) float32, linear.
+        Linear light, (n, 3) float32.
     """
     light = view.light
     depth = trace.depth.ravel()[rays]
@@ -97,7 +103,7 @@ def _shade(
     if facing > 0 and not texture.flat:
         sun *= _relief_sun(texture, level, u, v, height, face, light.sun)
     cells = _cells(texture, level, u, v)
-    # Recessed parts receive less light from the sky.
+    # Recessed windows and doors receive less light from the sky.
     sky = np.float32(_openness(face)) * np.where(height < -0.1, np.float32(0.7), np.float32(1))
     shaded = _lit(_LINEAR[texture.color[level][cells]], sun, sky, light)
     if light.glow:
@@ -107,19 +113,32 @@ def _shade(
 
 
 def _openness(face: Face) -> float:
-    """Return the fraction of the light of the sky that reaches a face."""
+    """Return the fraction of the skylight that a face receives: 1 if it faces up, 0.72 if it is vertical."""
     return 0.72 + 0.28 * face.normal[2]
 
 
 def _lit(albedo: Floats, sun: Floats, sky: Floats | np.float32, light: Light) -> Floats:
-    """Return the reflected light, (n, 3)."""
+    """Compute the light reflected by n points of a surface.
+
+    Args:
+        albedo: (n, 3) linear color of the surface.
+        sun: (n,) fraction of the direct light that each point receives.
+        sky: (n,) fraction of the skylight that each point receives, or one number for all points.
+        light: the illumination.
+
+    Returns:
+        Linear light, (n, 3) float32.
+    """
     sunlight, skylight = np.asarray(light.sunlight, np.float32), np.asarray(light.skylight, np.float32)
     total = sun[:, None] * sunlight + np.broadcast_to(sky, sun.shape)[:, None] * skylight
     return albedo * total
 
 
 def _level(footprint: float) -> int:
-    """Return the texture level whose texels are about as large as `footprint`, the width of a ray in meters."""
+    """Return the texture level whose texels are about as wide as `footprint`.
+
+    `footprint` is the distance in meters between neighboring rays where they hit the surface.
+    """
     level = 0
     while level < LEVELS - 1 and footprint * TEXELS > 1.5 * 2**level:
         level += 1
@@ -127,7 +146,10 @@ def _level(footprint: float) -> int:
 
 
 def _cells(texture: Texture, level: int, u: Floats, v: Floats) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return the rows and columns of the texels at the coordinates (u, v) in meters."""
+    """Return the rows and columns of the texels, in a level of the texture, at the coordinates (u, v) in meters.
+
+    Coordinates outside a texture that does not repeat give the nearest texel.
+    """
     rows, columns = texture.relief[level].shape
     scale = np.float32(TEXELS / 2**level)
     row, column = (np.clip(a * scale, -1e6, 1e6).astype(np.int32) for a in (v, u))
@@ -139,9 +161,19 @@ def _cells(texture: Texture, level: int, u: Floats, v: Floats) -> tuple[NDArray[
 def _parallax(
     texture: Texture, level: int, u: Floats, v: Floats, ray: tuple[Floats, Floats, Floats], face: Face
 ) -> tuple[Floats, Floats, Floats]:
-    """Return the coordinates (u, v) where the rays hit the relief, and its height there, in meters.
+    """Find where the rays hit the relief of a texture (parallax mapping), approximately.
 
-    The hit points are approximated in two steps, starting from the hit points (u, v) on the plane of the wall.
+    Args:
+        texture: texture of the face.
+        level: texture level.
+        u: (n,) horizontal texture coordinates where the rays hit the plane of the face, in meters.
+        v: (n,) vertical texture coordinates of the same points.
+        ray: x, y and z of the directions of the rays, (n,) each.
+        face: face that the rays hit.
+
+    Returns:
+        The coordinates u and v where the rays hit the relief, and the height of the relief there, in meters: (n,)
+        float32 each. They are the result of two steps of fixed-point iteration.
     """
     if texture.flat:
         return u, v, np.zeros(u.shape, np.float32)
@@ -155,7 +187,20 @@ def _parallax(
 
 
 def _relief_sun(texture: Texture, level: int, u: Floats, v: Floats, height: Floats, face: Face, sun: Vector) -> Floats:
-    """Return 0 for the points that are in the shadow of the relief of their own face, and 1 for the others."""
+    """Compute the shadows that the relief of a face casts on the face itself.
+
+    Args:
+        texture: texture of the face.
+        level: texture level.
+        u: (n,) horizontal texture coordinates of the points in meters.
+        v: (n,) vertical texture coordinates of the points in meters.
+        height: (n,) height of the relief at the points in meters.
+        face: the face.
+        sun: unit vector towards the sun.
+
+    Returns:
+        (n,) float32, 0 for points in shadow and 1 for the others.
+    """
     out = max(0.1, dot(sun, face.normal))
     right, up = (max(-3.0, min(3.0, dot(sun, axis) / out)) for axis in (face.along, face.up))
     free = np.ones(u.shape, np.float32)
@@ -166,7 +211,19 @@ def _relief_sun(texture: Texture, level: int, u: Floats, v: Floats, height: Floa
 
 
 def _sunny(face: Face, u: Floats, v: Floats, solids: Sequence[Solid], owner: int, sun: Vector) -> Floats:
-    """Return 0 for the points that are in the shadow of another solid, and 1 for the others."""
+    """Compute the shadows that other solids cast on a face.
+
+    Args:
+        face: the face.
+        u: (n,) horizontal texture coordinates of the points in meters.
+        v: (n,) vertical texture coordinates of the points in meters.
+        solids: all solids of the scene.
+        owner: index in `solids` of the solid that has the face; -1 for the ground.
+        sun: unit vector towards the sun.
+
+    Returns:
+        (n,) float32, 0 for points in shadow and 1 for the others.
+    """
     free = np.ones(u.shape, bool)
     bounds = (float(u.min()), float(u.max()), float(v.min()), float(v.max()))
     for number, solid in enumerate(solids):
@@ -176,7 +233,10 @@ def _sunny(face: Face, u: Floats, v: Floats, solids: Sequence[Solid], owner: int
 
 
 def _may_shade(solid: Solid, face: Face, sun: Vector, bounds: tuple[float, float, float, float]) -> bool:
-    """Return True if the solid is in front of the face and its shadow can reach the bounds (u1, u2, v1, v2)."""
+    """Return False if the solid certainly casts no shadow on a rectangle of the face, else True.
+
+    `bounds` are the texture coordinates (u1, u2, v1, v2) of the rectangle in meters.
+    """
     heights = [dot(face.normal, corner) - face.offset for corner in solid.corners]
     if max(heights) < 0.02:
         return False
@@ -193,7 +253,10 @@ def _may_shade(solid: Solid, face: Face, sun: Vector, bounds: tuple[float, float
 
 
 def _blocked(solid: Solid, face: Face, u: Floats, v: Floats, sun: Vector) -> NDArray[np.bool_]:
-    """Return the mask of the points (u, v) of `face` from which the solid hides the sun, (n,)."""
+    """Return the mask (n,) of the points of `face` that are in the shadow of the solid.
+
+    `u` and `v`, (n,) each, are the texture coordinates of the points in meters.
+    """
     near, far = np.full(u.shape, 0.02, np.float32), np.full(u.shape, 1e6, np.float32)
     for side in solid.faces:
         # Solve normal . (point + t sun) <= offset for t, where normal . point is linear in u and v.
@@ -213,7 +276,14 @@ def _blocked(solid: Solid, face: Face, u: Floats, v: Floats, sun: Vector) -> NDA
 
 
 def _sky(trace: Trace, rays: NDArray[np.int64], light: Light, look: int) -> Floats:
-    """Return the light of the sky with its clouds, (n, 3) float32, linear."""
+    """Return the linear light of the sky and its clouds along some rays, (n, 3) float32.
+
+    Args:
+        trace: intersections of the rays of the image with the scene.
+        rays: (n,) flat indices of the rays.
+        light: the illumination.
+        look: seed of the clouds.
+    """
     x, y, z = (part.ravel()[rays] for part in trace.ray)
     rise = np.clip(z / np.sqrt(x * x + y * y + z * z), 0, 1)
     horizon, zenith = (_LINEAR[[int(c) for c in color]] for color in (light.horizon, light.zenith))
@@ -229,7 +299,10 @@ def _sky(trace: Trace, rays: NDArray[np.int64], light: Light, look: int) -> Floa
 
 
 def _add_haze(colors: Floats, trace: Trace, light: Light) -> None:
-    """Blend the colors with that of the horizon, in place. The haze increases with the depth; the sky has none."""
+    """Blend the colors (n, 3) of all rays with the color of the horizon, in place.
+
+    The blending weight increases with the depth. The sky is not changed.
+    """
     depth = trace.depth.ravel()
     share = np.float32(light.haze) * (depth / (depth + np.float32(_HAZE_REACH)))
     share = np.where(trace.surface.ravel() == SKY, np.float32(0), share)[:, None]
@@ -237,13 +310,22 @@ def _add_haze(colors: Floats, trace: Trace, light: Light) -> None:
 
 
 def _merge(fine: Floats) -> Floats:
-    """Average the rays of each pixel."""
+    """Average the 2 x 2 rays of each pixel: (2H, 2W, 3) -> (H, W, 3)."""
     columns = fine[:, 0::2] + fine[:, 1::2]
     return (columns[0::2] + columns[1::2]) * np.float32(0.25)
 
 
 def _develop(linear: Floats, faults: Faults, rng: RandomStream) -> Bytes:
-    """Apply the imperfections of the camera and convert the light to stored values: (H, W, 3) float32 -> uint8."""
+    """Apply the camera imperfections to an image, and convert it from linear light to 8-bit values.
+
+    Args:
+        linear: (H, W, 3) float32 linear light.
+        faults: the camera imperfections.
+        rng: random number generator for the noise.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
     height, width = linear.shape[:2]
     gain = np.asarray([max(0.3, c) * faults.exposure for c in faults.cast], np.float32)
     image = linear * gain
@@ -251,7 +333,7 @@ def _develop(linear: Floats, faults: Faults, rng: RandomStream) -> Bytes:
         y = ((np.arange(height, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / height) - 1)[:, None]
         x = ((np.arange(width, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / width) - 1)[None, :]
         image = image * (1 - np.float32(faults.vignette / 2) * (x * x + y * y))[..., None]
-    # Compress highlights smoothly instead of clipping them, then invert the square of `_LINEAR`.
+    # Compress highlights smoothly instead of clipping them. Then take the square root, the inverse of `_LINEAR`.
     image = np.sqrt(np.clip(image * np.float32(1.15) / (np.float32(0.3) * image + np.float32(0.9)), 0, 1))
     gray = image[..., 0] * np.float32(0.3) + image[..., 1] * np.float32(0.59) + image[..., 2] * np.float32(0.11)
     image = gray[..., None] + (image - gray[..., None]) * np.float32(faults.saturation)
@@ -265,7 +347,7 @@ def _develop(linear: Floats, faults: Faults, rng: RandomStream) -> Bytes:
 
 
 def _soften(image: Floats, axis: int) -> Floats:
-    """Blur one axis with the kernel (1, 2, 1) / 4. The edges are repeated."""
+    """Blur an image along one axis with the kernel (1, 2, 1) / 4. The border pixels are repeated."""
     size = image.shape[axis]
     before = image.take(np.maximum(np.arange(size) - 1, 0), axis)
     after = image.take(np.minimum(np.arange(size) + 1, size - 1), axis)
@@ -273,7 +355,7 @@ def _soften(image: Floats, axis: int) -> Floats:
 
 
 def _smear(image: Floats, length: int) -> Floats:
-    """Blur horizontally over `length` pixels, as if the camera moved."""
+    """Apply horizontal motion blur: average `length` neighboring pixels. The border pixels are repeated."""
     width = image.shape[1]
     total = image
     for shift in range(1, length):
