@@ -1,4 +1,4 @@
-"""Draw a contact sheet of a toy data set: queries with easy, hard and junk images, distractors, training images."""
+"""Draw a contact sheet of a toy data set: queries and their database images, distractors, and training images."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from superglobal.toy.layout import relation
 from superglobal.toy.photo import Photo
 from superglobal.utils.io import write_atomically
 
-CELL, TITLE, COLUMNS = 132, 14, 9  # side of a cell and height of its title in pixels, cells per row
+CELL, TITLE, COLUMNS = 132, 14, 9  # side of a cell in pixels, height of its title in pixels, and cells per row
 Cell = tuple[str, Photo]
-"""Title and image."""
+"""Title and image of a cell."""
 
 
 def read_photos(root: Path) -> list[Photo]:
-    """Return the rows of `photos.csv` in the folder of a data set."""
+    """Load the rows of `photos.csv` from the folder of a data set."""
     with (root / "photos.csv").open(newline="", encoding="utf-8") as file:
         return [_photo(row) for row in csv.DictReader(file)]
 
 
 def _photo(row: dict[str, str]) -> Photo:
-    """Convert the values of a row to the types of the fields."""
+    """Convert the strings of a CSV row to the types of the fields of `Photo`."""
     kinds = {"str": str, "int": int, "float": float}
     return Photo(**{name: kinds[str(Photo.__annotations__[name])](value) for name, value in row.items()})
 
 
 def write_sheet(root: Path, path: Path, landmarks: int = 6) -> None:
-    """Write a JPEG contact sheet of the complete data set in `root`.
+    """Write a contact sheet of a complete data set as a JPEG file.
 
     Args:
         root: folder of the data set.
         path: file to write.
-        landmarks: maximum number of evaluation landmarks, one row each.
+        landmarks: maximum number of evaluation landmarks to show, one per row.
     """
     photos = read_photos(root)
     queried = {photo.landmark for photo in photos if photo.set == "query"}
-    pairs = (number // 2 * STYLE_GROUP + number % 2 for number in range(landmarks))  # two landmarks of each style
+    # Rows 2i and 2i + 1 show two landmarks of the same style.
+    pairs = (number // 2 * STYLE_GROUP + number % 2 for number in range(landmarks))
     rows = [_landmark_row(photos, number) for number in pairs if number in queried]
     distractors = [photo for photo in photos if photo.set == "distractor"]
     step = max(1, len(distractors) // COLUMNS)
@@ -58,7 +59,7 @@ def write_sheet(root: Path, path: Path, landmarks: int = 6) -> None:
 
 
 def _landmark_row(photos: Sequence[Photo], landmark: int) -> list[Cell]:
-    """Return a query and up to three easy, four hard and one junk image of its landmark."""
+    """Return the cells of one evaluation landmark: a query, then up to three easy, four hard and one junk image."""
     query = next(p for p in photos if p.set == "query" and p.landmark == landmark)
     database = [p for p in photos if p.set == "database" and p.landmark == landmark]
     row = [("query", query)]
@@ -68,7 +69,16 @@ def _landmark_row(photos: Sequence[Photo], landmark: int) -> list[Cell]:
 
 
 def _draw(sheet: Image.Image, x: int, y: int, title: str, path: Path, boxed: Photo | None) -> None:
-    """Draw one cell, with the box of `boxed` around the landmark."""
+    """Draw one cell of the contact sheet.
+
+    Args:
+        sheet: image to draw on.
+        x: left edge of the cell in pixels.
+        y: top edge of the cell in pixels.
+        title: title above the image.
+        path: image to show.
+        boxed: row of the image, to draw the bounding box of its landmark; None for no box.
+    """
     with Image.open(path) as image:
         picture = image.convert("RGB")
     if boxed:
