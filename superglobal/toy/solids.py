@@ -1,4 +1,4 @@
-"""Represent convex solids with textured faces.
+"""Construct convex solids with textured faces.
 
 Coordinates are in meters: x points to the right along the front of a building, y away from the viewer, and z upwards.
 """
@@ -13,23 +13,27 @@ from superglobal.toy.numerics import Color, Vector, cosine, cross, dot, sine, un
 from superglobal.toy.texture import Texture
 
 Polygon = tuple[Sequence[Vector], Texture | None, Color]
-"""Corners in clockwise or counterclockwise order, texture, and the color of a face without a texture."""
+"""A face of a solid: its corners in clockwise or counterclockwise order, its texture or None, and its color.
+
+The color is used if there is no texture.
+"""
 
 
 @dataclass(frozen=True)
 class Face:
-    """A face of a solid, which lies in the half-space `normal . p <= offset`.
+    """A face of a solid.
 
-    A point p has the texture coordinates (p . along - start[0], p . up - start[1]) in meters.
+    The solid lies in the half-space of the points p with `normal . p <= offset`. The texture coordinates of a point p
+    of the face are `(p . along - start[0], p . up - start[1])` in meters.
 
     Attributes:
         normal: unit vector that points out of the solid.
-        offset: distance of the plane from the origin along `normal`, in meters.
+        offset: signed distance of the plane of the face from the origin, along `normal`, in meters.
         along: unit vector of the horizontal texture axis.
         up: unit vector of the vertical texture axis.
-        start: origin of the texture coordinates.
-        texture: texture, or None for a plain face.
-        color: color of a plain face.
+        start: offset of the texture coordinates in meters.
+        texture: texture of the face, or None for a face of a single color.
+        color: color of a face without a texture.
     """
 
     normal: Vector
@@ -43,12 +47,12 @@ class Face:
 
 @dataclass(frozen=True)
 class Solid:
-    """A convex solid, the intersection of the half-spaces of its faces.
+    """A convex solid: the intersection of the half-spaces of its faces.
 
     Attributes:
         faces: the faces.
-        corners: the corners.
-        casts: whether it casts shadows on other solids.
+        corners: the positions of the corners in meters.
+        casts: whether the solid casts shadows on other solids.
     """
 
     faces: tuple[Face, ...]
@@ -57,7 +61,7 @@ class Solid:
 
 
 def solid(polygons: Sequence[Polygon], casts: bool = True) -> Solid:
-    """Return the convex solid bounded by `polygons`."""
+    """Return the convex solid whose faces are `polygons`. It casts shadows on other solids if `casts` is True."""
     corners = tuple(dict.fromkeys(corner for points, _, _ in polygons for corner in points))
     total = len(corners)
     middle = (
@@ -69,7 +73,7 @@ def solid(polygons: Sequence[Polygon], casts: bool = True) -> Solid:
 
 
 def _face(points: Sequence[Vector], middle: Vector, texture: Texture | None, color: Color) -> Face:
-    """Return the face through `points`, whose normal points away from `middle`."""
+    """Return the face with the corners `points`. Its normal points away from `middle`, a point inside the solid."""
     a, b, c = points[:3]
     normal = unit(cross((b[0] - a[0], b[1] - a[1], b[2] - a[2]), (c[0] - a[0], c[1] - a[1], c[2] - a[2])))
     if dot(normal, middle) > dot(normal, a):
@@ -82,7 +86,10 @@ def _face(points: Sequence[Vector], middle: Vector, texture: Texture | None, col
 
 
 def ring(x: float, y: float, radius: float, z: float, sides: int) -> list[Vector]:
-    """Return the corners of a horizontal regular polygon, which has a side and not a corner at the front."""
+    """Return the corners of a horizontal regular polygon with center (x, y, z) and circumradius `radius`.
+
+    A side of the polygon, not a corner, faces the front.
+    """
     angles = [360 * (i + 0.5) / sides for i in range(sides)]
     return [(x + radius * sine(angle), y - radius * cosine(angle), z) for angle in angles]
 
@@ -91,7 +98,20 @@ def block(
     x: float, width: float, y: float, depth: float, z: float, height: float,
     front: Texture | None, side: Texture | None, color: Color, casts: bool = True,
 ) -> Solid:  # fmt: skip
-    """Return a box centered at `x`, with its front at `y` and its bottom at `z`. The back looks like the front."""
+    """Return a box centered at `x`, with its front at `y` and its bottom at `z`.
+
+    Args:
+        x: horizontal center of the box in meters.
+        width: extent along x in meters.
+        y: position of the front in meters.
+        depth: extent along y in meters.
+        z: height of the bottom in meters.
+        height: extent along z in meters.
+        front: texture of the front and the back; None for a single color.
+        side: texture of the left and right sides; None for a single color.
+        color: color of the top, the bottom, and the walls without a texture.
+        casts: whether the box casts shadows on other solids.
+    """
     x0, x1, y0, y1, z1 = x - width / 2, x + width / 2, y, y + depth, z + height
     walls: list[Polygon] = [(((x0, y, z), (x1, y, z), (x1, y, z1), (x0, y, z1)), front, color) for y in (y0, y1)]
     walls += [(((x, y0, z), (x, y1, z), (x, y1, z1), (x, y0, z1)), side, color) for x in (x0, x1)]
