@@ -1,4 +1,4 @@
-"""Draw the occluders: flat sprites of trees, people, vans and lamps, and the pattern of a scaffold."""
+"""Draw the occluders: flat sprites of trees, people, vans and street lamps, and the pattern of a scaffold."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SKIN: tuple[Color, ...] = ((226, 184, 156), (196, 146, 112), (124, 84, 60), (84,
 
 
 def draw_sprite(kind: str, look: int, x: Floats, y: Floats, aspect: float) -> tuple[Mask, Bytes]:
-    """Draw a sprite.
+    """Draw a sprite, sampled on a grid of h x w positions.
 
     Args:
         kind: "tree", "person", "van" or "lamp".
         look: seed of the shape and colors.
-        x: (1, w) horizontal positions, from -1 to 1.
-        y: (h, 1) vertical positions, from 0 at the bottom to 1.
-        aspect: width divided by height.
+        x: (1, w) horizontal positions of the grid, from -1 at the left edge of the sprite to 1 at the right edge.
+        y: (h, 1) vertical positions of the grid, from 0 at the bottom of the sprite to 1 at the top.
+        aspect: width of the sprite divided by its height.
 
     Returns:
-        Mask (h, w) and colors (h, w, 3).
+        Mask of the positions that the sprite covers, (h, w), and their colors, (h, w, 3) uint8.
     """
     rng = RandomStream("sprite", kind, look)
     canvas = Cutout(x, y)
@@ -34,15 +34,17 @@ def draw_sprite(kind: str, look: int, x: Floats, y: Floats, aspect: float) -> tu
 
 
 class Cutout:
-    """Canvas of a sprite, with the coordinates of the sprite.
+    """Canvas with a transparent background, sampled on a grid of h x w positions.
+
+    All coordinates are in the units of `x` and `y`.
 
     Args:
-        x: (1, w) horizontal positions.
-        y: (h, 1) vertical positions.
+        x: (1, w) horizontal positions of the grid.
+        y: (h, 1) vertical positions of the grid.
 
     Attributes:
-        mask: (h, w) where something is drawn.
-        color: (h, w, 3) uint8.
+        mask: (h, w) bool, True where something has been drawn.
+        color: (h, w, 3) uint8, the colors where `mask` is True.
     """
 
     def __init__(self, x: Floats, y: Floats) -> None:
@@ -51,22 +53,25 @@ class Cutout:
         self.color = np.zeros((*self.mask.shape, 3), np.uint8)
 
     def fill(self, where: Mask, color: Color | Bytes) -> None:
-        """Draw the positions of the mask `where`."""
+        """Draw over the positions where the mask `where` (h, w) is True.
+
+        `color` is one color, or the colors of all positions, (h, w, 3) uint8.
+        """
         self.color = np.where(where[..., None], np.asarray(color, np.uint8), self.color)
         self.mask |= where
 
     def rectangle(self, x0: float, x1: float, y0: float, y1: float, color: Color) -> None:
-        """Draw a filled rectangle."""
+        """Draw a filled rectangle with horizontal extent [x0, x1] and vertical extent [y0, y1]."""
         self.fill((self.x >= x0) & (self.x <= x1) & (self.y >= y0) & (self.y <= y1), color)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float) -> Mask:
-        """Return the mask of an ellipse with center (x, y) and radii (rx, ry)."""
+        """Return the mask (h, w) of an ellipse with center (x, y) and semi-axes (rx, ry), without drawing it."""
         across, above = (self.x - np.float32(x)) * np.float32(1 / rx), (self.y - np.float32(y)) * np.float32(1 / ry)
         return across * across + above * above < 1
 
 
 def _tree(canvas: Cutout, rng: RandomStream, aspect: float) -> None:
-    """Draw a tree."""
+    """Draw a random broad-leaved tree or conifer over the whole canvas."""
     trunk = rng.uniform(0.03, 0.06) / aspect
     canvas.rectangle(-trunk, trunk, 0, 0.5, rng.tint((86, 66, 50), 16))
     rows = (canvas.y * 97).astype(np.int32) + rng.integer(0, 255)
@@ -75,7 +80,7 @@ def _tree(canvas: Cutout, rng: RandomStream, aspect: float) -> None:
     rows, columns = (canvas.y * 577).astype(np.int32), (canvas.x * np.float32(288.5 * aspect)).astype(np.int32)
     leaves += noise_tile(16)[rows % NOISE, columns % NOISE] // 2
     crown = np.zeros(canvas.mask.shape, bool)
-    if rng.chance(0.25):  # Draw a conifer.
+    if rng.chance(0.25):  # The tree is a conifer.
         crown = (abs(canvas.x) < (1 - canvas.y) * np.float32(0.9)) & (canvas.y > 0.12)
     else:
         for _ in range(rng.integer(6, 11)):
@@ -88,7 +93,7 @@ def _tree(canvas: Cutout, rng: RandomStream, aspect: float) -> None:
 
 
 def _person(canvas: Cutout, rng: RandomStream, aspect: float) -> None:
-    """Draw a person."""
+    """Draw a person in random clothes over the whole canvas."""
     skin, top, legs = rng.choice(SKIN), rng.tint(rng.choice(CLOTHES), 16), rng.tint(rng.choice(CLOTHES), 16)
     for side in (-1, 1):
         canvas.rectangle(side * 0.24 - 0.17, side * 0.24 + 0.17, 0, 0.5, legs)
@@ -100,7 +105,7 @@ def _person(canvas: Cutout, rng: RandomStream, aspect: float) -> None:
 
 
 def _van(canvas: Cutout, rng: RandomStream, aspect: float) -> None:
-    """Draw a van."""
+    """Draw a van of random color over the whole canvas."""
     body = rng.tint(rng.choice(((210, 212, 214), (170, 40, 40), (40, 60, 120), (60, 62, 66), (214, 178, 60))), 12)
     canvas.rectangle(-1, 1, 0.16, 0.72, body)
     canvas.rectangle(-0.8, 0.85, 0.6, 1.0, body)
@@ -112,22 +117,24 @@ def _van(canvas: Cutout, rng: RandomStream, aspect: float) -> None:
 
 
 def _lamp(canvas: Cutout, rng: RandomStream, aspect: float) -> None:
-    """Draw a street lamp."""
+    """Draw a street lamp over the whole canvas."""
     canvas.rectangle(-0.12, 0.12, 0, 0.9, (40, 44, 44))
     canvas.fill(canvas.ellipse(0, 0.94, 0.7, 0.06), (226, 220, 196))
 
 
 def scaffold_pattern(look: int, x: Floats, z: Floats, height: float) -> tuple[Mask, Bytes]:
-    """Draw a scaffold with poles every 2.2 m, boards every 2 m, and a net over a part of its height.
+    """Draw a scaffold, sampled on a grid of h x w positions.
+
+    It has poles every 2.2 m, boards every 2 m, and a net that covers a random range of heights.
 
     Args:
         look: seed of the net.
-        x: horizontal positions in meters from the lower left corner.
-        z: vertical positions in meters from the lower left corner.
+        x: horizontal positions of the grid in meters from the lower left corner; broadcasts to (h, w).
+        z: vertical positions of the grid in meters from the lower left corner; broadcasts to (h, w).
         height: height of the scaffold in meters.
 
     Returns:
-        Mask and colors, (h, w) and (h, w, 3).
+        Mask of the positions that the scaffold covers, (h, w), and their colors, (h, w, 3) uint8.
     """
     rng = RandomStream("scaffold", look)
     net_from, net_to = sorted((rng.uniform(0, height), rng.uniform(0, height)))
