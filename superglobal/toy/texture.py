@@ -1,4 +1,4 @@
-"""Draw the textures of walls, roofs and grounds: color, relief and the light of windows at night."""
+"""Draw the textures of walls, roofs and the ground: color, relief, and windows that are lit at night."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from numpy.typing import NDArray
 from superglobal.toy.numerics import NOISE, Bytes, Color, Floats, RandomStream, noise_tile
 
 TEXELS = 16  # texels per meter at level 0
-LEVELS = 4  # number of levels; each has half the resolution of the one before
+LEVELS = 4  # number of mipmap levels; each has half the resolution of the previous one
 
 
 @dataclass(frozen=True)
 class Texture:
-    """Texture of a surface, with one array per level. Row 0 is at the bottom.
+    """Texture of a surface at several resolutions (mipmap).
+
+    `color`, `relief` and `glow` contain one array per level; the first one has `TEXELS` texels per meter, and each
+    following one has half the resolution. Row 0 of an array is at the bottom.
 
     Attributes:
-        color: (h, w, 3) uint8 as displayed.
-        relief: (h, w) float32, distance from the plane towards the viewer in meters.
-        glow: (h, w) uint8, 255 at windows that are lit at night.
+        color: (h, w, 3) uint8, gamma-encoded.
+        relief: (h, w) float32, height above the plane of the surface in meters; negative for recesses.
+        glow: (h, w) uint8, 255 at windows that are lit at night and 0 elsewhere, averaged at lower resolutions.
         tiled: whether the texture repeats.
         flat: whether the relief is 0 everywhere.
     """
@@ -34,12 +37,19 @@ class Texture:
 
 
 class Canvas:
-    """Canvas on which a texture is drawn; x points to the right, z upwards.
+    """Canvas on which a texture is drawn.
+
+    All coordinates are in meters from the lower left corner; x points to the right, and z upwards.
 
     Args:
-        width: in meters.
-        height: in meters.
+        width: width of the canvas in meters.
+        height: height of the canvas in meters.
         color: background color.
+
+    Attributes:
+        color: (h, w, 3) uint8 colors drawn so far, gamma-encoded.
+        relief: (h, w) float32 height above the plane of the surface in meters.
+        glow: (h, w) uint8 light of the windows at night.
     """
 
     def __init__(self, width: float, height: float, color: Color) -> None:
@@ -51,12 +61,15 @@ class Canvas:
         self.glow = np.zeros((rows, columns), np.uint8)
 
     def _window(self, x0: float, x1: float, z0: float, z1: float) -> tuple[slice, slice]:
-        """Return the rows and columns of a rectangle given in meters."""
+        """Convert a rectangle from meters to texels, and return its rows and columns."""
         rows = slice(max(0, round(z0 * TEXELS)), max(0, round(z1 * TEXELS)))
         return rows, slice(max(0, round(x0 * TEXELS)), max(0, round(x1 * TEXELS)))
 
     def band(self, x0: float, x1: float, z0: float, z1: float, color: Color, relief: float = 0.0) -> None:
-        """Draw a filled rectangle."""
+        """Draw a filled rectangle with horizontal extent [x0, x1] and vertical extent [z0, z1].
+
+        `relief` is its height above the plane of the surface in meters.
+        """
         area = self._window(x0, x1, z0, z1)
         self.color[area] = whole_bytes(color)
         self.relief[area] = relief
@@ -65,7 +78,18 @@ class Canvas:
     def shape(
         self, kind: str, x: float, z: float, width: float, height: float, color: Color, relief: float, glow: int = 0
     ) -> None:
-        """Draw a filled shape (see `_inside`) centered at `x`, with its bottom at `z`."""
+        """Draw a filled shape.
+
+        Args:
+            kind: "arch", "pointed", "circle", "gable", or anything else for a rectangle.
+            x: horizontal center of the shape.
+            z: bottom of the shape.
+            width: width of the shape.
+            height: height of the shape.
+            color: color of the shape.
+            relief: height of the shape above the plane of the surface; negative for a recess.
+            glow: light of the shape at night, 0 to 255.
+        """
         area = self._window(x - width / 2, x + width / 2, z, z + height)
         rows, columns = self.relief[area].shape
         if not rows or not columns:
@@ -78,7 +102,11 @@ class Canvas:
         self.glow[area][mask] = glow
 
     def round_off(self, x0: float, x1: float, z0: float, z1: float, depth: float) -> None:
-        """Turn a rectangle into half a column: its relief becomes round, and its sides become darker."""
+        """Turn a rectangle into a half column: give it a round relief, and darken its left and right sides.
+
+        The rectangle has the horizontal extent [x0, x1] and the vertical extent [z0, z1]. `depth` is the maximum of the
+        relief in meters.
+        """
         area = self._window(x0, x1, z0, z1)
         columns = self.relief[area].shape[1]
         if not columns:
@@ -89,7 +117,10 @@ class Canvas:
         self.color[area] = (self.color[area] * (0.72 + 0.28 * bulge)[None, :, None]).astype(np.uint8)
 
     def weather(self, rng: RandomStream, strength: float) -> None:
-        """Add stains and grain to the whole texture."""
+        """Add random stains and grain to the colors of the whole canvas.
+
+        They change the brightness by a fraction of at most `strength` each.
+        """
         rows, columns = self.relief.shape
         stain = _cut(noise_tile(32), rng, rows, columns).astype(np.int32) - 128
         grain = _cut(noise_tile(4), rng, rows, columns).astype(np.int32) - 128
@@ -97,7 +128,7 @@ class Canvas:
         self.color = np.clip(self.color * gain[..., None] // 256, 0, 255).astype(np.uint8)
 
     def texture(self, tiled: bool = False) -> Texture:
-        """Return the texture with all its levels."""
+        """Return what has been drawn as a texture with `LEVELS` levels. `tiled` is True if the texture repeats."""
         color, relief, glow = [self.color], [self.relief], [self.glow]
         for _ in range(LEVELS - 1):
             color.append((_quarter(color[-1].astype(np.uint16)) // 4).astype(np.uint8))
@@ -108,31 +139,34 @@ class Canvas:
 
 
 def _quarter(a: NDArray) -> NDArray:
-    """Return the sums of 2 x 2 blocks. If a side is odd, its last row or column is repeated."""
+    """Return the sums over the 2 x 2 blocks of an array: (h, w, ...) -> (ceil(h / 2), ceil(w / 2), ...).
+
+    If the number of rows or columns is odd, the last one is repeated.
+    """
     rows, columns = a.shape[0] + a.shape[0] % 2, a.shape[1] + a.shape[1] % 2
     even = np.pad(a, [(0, rows - a.shape[0]), (0, columns - a.shape[1])] + [(0, 0)] * (a.ndim - 2), mode="edge")
     return (even[::2, ::2] + even[1::2, ::2]) + (even[::2, 1::2] + even[1::2, 1::2])
 
 
 def whole_bytes(color: Color) -> tuple[int, int, int]:
-    """Return a color as integers from 0 to 255."""
+    """Convert the channels of a color to integers from 0 to 255. Values outside this range are clipped."""
     red, green, blue = (min(255, max(0, int(c))) for c in color)
     return red, green, blue
 
 
 def _cut(tile: Bytes, rng: RandomStream, rows: int, columns: int) -> Bytes:
-    """Return a random crop of a periodic tile, (rows, columns)."""
+    """Return a random crop of shape (rows, columns) from the plane covered by copies of a 256 x 256 tile."""
     top, left = rng.integer(0, NOISE - 1), rng.integer(0, NOISE - 1)
     return tile[np.ix_((np.arange(rows) + top) % NOISE, (np.arange(columns) + left) % NOISE)]
 
 
 def _inside(kind: str, x: NDArray, z: NDArray, width: float, height: float) -> NDArray[np.bool_]:
-    """Return the mask of a shape.
+    """Return the mask (h, w) of the positions on a grid that are inside a shape.
 
     Args:
         kind: "arch", "pointed", "circle", "gable", or anything else for a rectangle.
-        x: distances from the vertical center line in meters.
-        z: distances from the bottom in meters.
+        x: (1, w) horizontal positions relative to the center of the shape in meters.
+        z: (h, 1) vertical positions relative to the bottom of the shape in meters.
         width: width of the shape in meters.
         height: height of the shape in meters.
     """
@@ -154,7 +188,7 @@ def _inside(kind: str, x: NDArray, z: NDArray, width: float, height: float) -> N
 
 
 def roof_texture(rng: RandomStream, color: Color) -> Texture:
-    """Return a repeating texture of roof tiles, 4 x 4 m."""
+    """Draw roof tiles in random shades of `color`, and return a texture of 4 x 4 m that repeats."""
     canvas = Canvas(4, 4, color)
     for row in range(10):
         canvas.band(0, 4, row * 0.4, row * 0.4 + 0.1, darker(color, 0.7))
@@ -165,7 +199,7 @@ def roof_texture(rng: RandomStream, color: Color) -> Texture:
 
 
 def ground_texture(rng: RandomStream) -> Texture:
-    """Return a repeating texture of paving, asphalt or grass, 8 x 8 m."""
+    """Draw paving, asphalt or grass, chosen at random, and return a texture of 8 x 8 m that repeats."""
     kind = rng.choice(("paving", "paving", "asphalt", "grass"))
     color: Color = {"paving": (158, 150, 140), "asphalt": (98, 98, 102), "grass": (92, 118, 62)}[kind]
     canvas = Canvas(8, 8, rng.tint(color, 14))
@@ -179,5 +213,5 @@ def ground_texture(rng: RandomStream) -> Texture:
 
 
 def darker(color: Color, factor: float) -> Color:
-    """Return the color multiplied by a factor, which is below 1 for a darker color."""
+    """Multiply a color by a factor. Factors below 1 make it darker, and factors above 1 brighter."""
     return color[0] * factor, color[1] * factor, color[2] * factor
