@@ -1,4 +1,4 @@
-"""Trace the rays of an image: intersect them with the ground and the solids, then add the occluders."""
+"""Trace the camera rays of an image: find what each ray hits first, among the ground, the solids and the occluders."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from superglobal.toy.view import Camera, Occluder, View
 
 SKY, GROUND, FIRST = -1, 0, 1
 SPRITE = 32_000
-SUPER = 2  # rays per pixel in each direction
+SUPER = 2  # rays per pixel along x and along y (supersampling)
 NEAR = 0.3  # minimum depth in meters
 FAR = 1e6  # depth of the sky in meters
 
 
 @dataclass
 class Trace:
-    """Intersections of the rays with the scene.
+    """First intersections of a grid of h x w camera rays with the scene.
 
     Attributes:
-        xs: (w,) horizontal positions of the rays in pixels.
-        ys: (h,) vertical positions of the rays in pixels.
-        ray: x, y and z of the directions, (h, w) each, scaled to length 1 along the optical axis.
-        depth: (h, w) distance along the optical axis in meters.
-        surface: (h, w) surface that is hit: SKY, GROUND, FIRST + index into `faces`, or SPRITE.
-        paint: (h, w, 3) colors where the surface is SPRITE.
-        faces: faces of all solids.
+        xs: (w,) horizontal image positions of the rays in pixels.
+        ys: (h,) vertical image positions of the rays in pixels.
+        ray: x, y and z of the ray directions, (h, w) each. A direction is scaled so that its component along the
+            optical axis is 1.
+        depth: (h, w) distance of the intersections along the optical axis in meters.
+        surface: (h, w) what each ray hits: `SKY`, `GROUND`, `FIRST` + an index into `faces`, or `SPRITE` (an occluder).
+        paint: (h, w, 3) uint8 color of the occluder where `surface` is `SPRITE`.
+        faces: faces of all solids traced so far.
     """
 
     xs: Floats
@@ -45,12 +46,22 @@ class Trace:
 
 
 def sample_positions(size: int) -> Floats:
-    """Return the positions of the rays along a side of `size` pixels, (size * SUPER,), in pixels."""
+    """Return the ray positions along an image side of `size` pixels: (size * SUPER,) float32, in pixels."""
     return (np.arange(size * SUPER, dtype=np.float32) + np.float32(0.5)) * np.float32(1 / SUPER)
 
 
 def cast(camera: Camera, xs: Floats, ys: Floats, solids: Sequence[Solid]) -> Trace:
-    """Intersect the rays through the positions `xs` and `ys` with the sky, the ground and the solids."""
+    """Cast a ray from the camera through each image position, and find what it hits: a solid, the ground or the sky.
+
+    Args:
+        camera: the camera.
+        xs: (w,) horizontal image positions in pixels.
+        ys: (h,) vertical image positions in pixels.
+        solids: the solids of the scene.
+
+    Returns:
+        The first intersections of the h x w rays, without occluders.
+    """
     across = ((xs - np.float32(camera.cx)) * np.float32(1 / camera.focal))[None, :]
     above = ((np.float32(camera.cy) - ys) * np.float32(1 / camera.focal))[:, None]
     x, y, z = (
@@ -68,9 +79,10 @@ def cast(camera: Camera, xs: Floats, ys: Floats, solids: Sequence[Solid]) -> Tra
 
 
 def _meet(trace: Trace, camera: Camera, solid: Solid) -> None:
-    """Add one solid to the trace.
+    """Intersect the rays with one solid, and update the rays that hit it before anything else, in place.
 
-    A ray enters a convex solid at the last plane, among the faces turned to the camera, that it crosses.
+    The solid is convex. A ray therefore enters it through the last plane that the ray crosses, among the planes of the
+    faces that are turned to the camera.
     """
     area = _reach(trace, camera, solid.corners)
     if area is None:
@@ -80,7 +92,7 @@ def _meet(trace: Trace, camera: Camera, solid: Solid) -> None:
     far = trace.depth[area].copy()
     which = np.zeros(x.shape, np.int16)
     for number, face in enumerate(solid.faces):
-        room = face.offset - dot(face.normal, camera.eye)  # It is negative if the camera is outside this face.
+        room = face.offset - dot(face.normal, camera.eye)  # Negative if this face is turned to the camera.
         slope = weighted((x, y, z), face.normal)
         slope = np.where(slope == 0, np.float32(1e-9), slope)
         t = np.float32(room) / slope
@@ -98,7 +110,7 @@ def _meet(trace: Trace, camera: Camera, solid: Solid) -> None:
 
 
 def weighted(parts: tuple[Floats, Floats, Floats], weights: Vector) -> Floats:
-    """Return the weighted sum of three arrays, (h, w). Terms with weight 0 are skipped."""
+    """Return the weighted sum of three float32 arrays of the same shape. Terms with weight 0 are skipped."""
     total: Floats | None = None
     for part, weight in zip(parts, weights, strict=True):
         if weight:
@@ -108,7 +120,7 @@ def weighted(parts: tuple[Floats, Floats, Floats], weights: Vector) -> Floats:
 
 
 def _reach(trace: Trace, camera: Camera, corners: Sequence[Vector]) -> tuple[slice, slice] | None:
-    """Return the rows and columns of the rays that can hit a solid, or None if no ray can."""
+    """Return the rows and columns of the rays that can hit a solid with these corners, or None if no ray can."""
     seen = [camera.project(corner) for corner in corners]
     if max(z for _, _, z in seen) <= NEAR:
         return None
@@ -118,14 +130,17 @@ def _reach(trace: Trace, camera: Camera, corners: Sequence[Vector]) -> tuple[sli
 
 
 def _range(trace: Trace, xs: Sequence[float], ys: Sequence[float]) -> tuple[slice, slice] | None:
-    """Return the rows and columns of the rays inside the bounding box of some points, or None if there are none."""
+    """Return the rows and columns of the rays inside the bounding box of some image positions.
+
+    `xs` and `ys` are the positions in pixels. If no ray is inside the box, return None.
+    """
     left, right = (int(np.searchsorted(trace.xs, v)) for v in (min(xs) - 0.01, max(xs) + 0.01))
     top, bottom = (int(np.searchsorted(trace.ys, v)) for v in (min(ys) - 0.01, max(ys) + 0.01))
     return (slice(top, bottom), slice(left, right)) if left < right and top < bottom else None
 
 
 def add_occluders(trace: Trace, camera: Camera, occluders: Sequence[Occluder]) -> None:
-    """Draw the occluders over everything that is farther away."""
+    """Draw the occluders into the trace, in place, wherever they are closer to the camera than what the rays hit."""
     for occluder in occluders:
         if occluder.kind == "scaffold":
             _add_scaffold(trace, camera, occluder)
@@ -134,7 +149,7 @@ def add_occluders(trace: Trace, camera: Camera, occluders: Sequence[Occluder]) -
 
 
 def _add_sprite(trace: Trace, camera: Camera, occluder: Occluder) -> None:
-    """Draw a sprite that faces the camera."""
+    """Draw a sprite into the trace, in place. Skip it if it is closer to the camera than 1 m."""
     x, foot, z = camera.project(occluder.at)
     if z < 1.0:
         return
@@ -150,7 +165,7 @@ def _add_sprite(trace: Trace, camera: Camera, occluder: Occluder) -> None:
 
 
 def _add_scaffold(trace: Trace, camera: Camera, occluder: Occluder) -> None:
-    """Draw a scaffold, which is a plane parallel to the front of the building."""
+    """Draw a scaffold into the trace, in place. It is a plane parallel to the front of the building."""
     x0, y, _ = occluder.at
     t = np.float32(y - camera.eye[1]) / np.where(trace.ray[1] > 1e-3, trace.ray[1], np.float32(1e-3))
     across = (t * trace.ray[0] + np.float32(camera.eye[0] - x0 + occluder.width / 2)) * np.float32(1 / occluder.width)
@@ -169,14 +184,25 @@ def _add_scaffold(trace: Trace, camera: Camera, occluder: Occluder) -> None:
 def _cover(
     trace: Trace, area: tuple[slice, slice], mask: NDArray[np.bool_], color: Bytes, depth: np.float32 | Floats
 ) -> None:
-    """Set the depth and color of the rays of `area` where `mask` is True."""
+    """Record a hit on an occluder for some rays, in place.
+
+    Args:
+        trace: the trace to change.
+        area: rows and columns of the rays to which `mask` and `color` belong.
+        mask: (h, w), True for the rays that hit the occluder.
+        color: (h, w, 3) uint8 color of the occluder.
+        depth: distance of the occluder along the optical axis in meters, (h, w) or one number for all rays.
+    """
     trace.depth[area] = np.where(mask, depth, trace.depth[area])
     trace.surface[area] = np.where(mask, np.int16(SPRITE), trace.surface[area])
     trace.paint[area] = np.where(mask[..., None], color, trace.paint[area])
 
 
 def trace_photo(landmark: Landmark, view: View) -> Trace:
-    """Trace the whole scene of an image. The faces of the landmark come first in `faces`."""
+    """Trace all rays of an image, including those that hit occluders.
+
+    The faces of the landmark are the first elements of `faces` in the result.
+    """
     camera = view.camera
     solids = [*landmark.solids, *landmark.houses]
     trace = cast(camera, sample_positions(camera.width), sample_positions(camera.height), solids)
@@ -185,15 +211,16 @@ def trace_photo(landmark: Landmark, view: View) -> Trace:
 
 
 def landmark_mask(trace: Trace, landmark: Landmark) -> NDArray[np.bool_]:
-    """Return the mask of the rays that hit the landmark, (h, w)."""
+    """Return the mask (h, w) of the rays that hit the landmark."""
     faces = sum(len(solid.faces) for solid in landmark.solids)
     return (trace.surface >= FIRST) & (trace.surface < FIRST + faces)
 
 
 def visible_share(trace: Trace, landmark: Landmark, camera: Camera) -> float:
-    """Return the fraction of the landmark that is visible.
+    """Return the visible fraction of the landmark, rounded to 4 decimal places.
 
-    It is the number of its pixels in the image, divided by their number in an unlimited image without occluders.
+    It is the number of pixels of the landmark in the image, divided by their number if nothing were in front of the
+    landmark and the image were large enough to contain all of it. Without a landmark, it is 0.
     """
     if not landmark.solids:
         return 0.0
@@ -210,7 +237,10 @@ def visible_share(trace: Trace, landmark: Landmark, camera: Camera) -> float:
 
 
 def visible_box(trace: Trace, landmark: Landmark) -> tuple[int, int, int, int] | None:
-    """Return the box (x1, y1, x2, y2) of the visible part of the landmark in pixels, or None if nothing is visible."""
+    """Return the bounding box (x1, y1, x2, y2) of the visible part of the landmark in pixels.
+
+    If nothing of the landmark is visible, return None.
+    """
     mask = landmark_mask(trace, landmark)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
