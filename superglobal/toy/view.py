@@ -1,4 +1,4 @@
-"""Draw the random view of an image: camera, light, occluders, and the imperfections of the camera."""
+"""Choose the view of an image at random: camera, light, occluders, and imperfections of the camera."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ORDINARY, QUERY = "ordinary", "query"
 class Camera:
     """A pinhole camera.
 
-    The ray of pixel (x, y) has the direction forward + (x - cx) / focal * right + (cy - y) / focal * up.
+    The ray through pixel (x, y) has the direction `forward + (x - cx) / focal * right + (cy - y) / focal * up`.
 
     Attributes:
-        eye: position in meters.
-        forward: unit vector of the optical axis.
-        right: unit vector to the right in the image.
-        up: unit vector upwards in the image.
+        eye: position of the camera in meters.
+        forward: unit vector along the optical axis.
+        right: unit vector that points to the right in the image.
+        up: unit vector that points upwards in the image.
         focal: focal length in pixels.
         cx: horizontal center of the image in pixels.
         cy: vertical center of the image in pixels.
@@ -42,7 +42,15 @@ class Camera:
     height: int
 
     def project(self, point: Vector) -> tuple[float, float, float]:
-        """Return the position of a point in the image (x, y), in pixels, and its depth in meters."""
+        """Project a point of the scene into the image.
+
+        Args:
+            point: the point in meters.
+
+        Returns:
+            The image position x, y in pixels, and the depth along the optical axis in meters. If the depth is 0.1 m or
+            less, the image position is only approximate.
+        """
         ray = (point[0] - self.eye[0], point[1] - self.eye[1], point[2] - self.eye[2])
         z = dot(ray, self.forward)
         scale = self.focal / z if z > 0.1 else self.focal * 10
@@ -54,10 +62,10 @@ class Light:
     """Illumination of a scene.
 
     Attributes:
-        kind: one of `LIGHTS`.
+        kind: kind of light, one of `LIGHTS`.
         sun: unit vector towards the sun or the floodlight.
-        sunlight: factors on the color of a surface in direct light.
-        skylight: factors on the color of a surface in the light of the sky.
+        sunlight: red, green and blue intensity of the direct light.
+        skylight: red, green and blue intensity of the light from the sky.
         zenith: color of the sky at the zenith.
         horizon: color of the sky at the horizon.
         haze: strength of the haze, 0 to 1.
@@ -78,14 +86,16 @@ class Light:
 
 @dataclass(frozen=True)
 class Occluder:
-    """An upright sprite that faces the camera, or a scaffold parallel to the front of the building.
+    """An object in front of a landmark.
+
+    It is flat: an upright sprite that faces the camera, or a scaffold parallel to the front of the building.
 
     Attributes:
         kind: "tree", "person", "van", "lamp" or "scaffold".
-        at: position of the center of its bottom edge.
-        height: in meters.
-        width: in meters.
-        look: seed of its shape and colors.
+        at: center of the bottom edge in meters.
+        height: height in meters.
+        width: width in meters.
+        look: seed of the shape and colors.
     """
 
     kind: str
@@ -101,12 +111,12 @@ class Faults:
 
     Attributes:
         exposure: factor on the brightness.
-        cast: factors on red, green and blue.
+        cast: factors on red, green and blue (color cast).
         saturation: factor on the saturation; 0 gives a gray image.
         vignette: strength of the darkening towards the corners, 0 to 1.
-        blur: number of passes of a small blur.
-        shake: length of the horizontal motion blur in pixels, 0 for none.
-        noise: strength of the noise in 8-bit levels.
+        blur: how many times a 3 x 3 blur is applied.
+        shake: length of the horizontal motion blur in pixels; 0 for none.
+        noise: strength of the noise; it changes a value by less than twice this number, on the scale from 0 to 255.
         quality: JPEG quality.
     """
 
@@ -122,18 +132,18 @@ class Faults:
 
 @dataclass(frozen=True)
 class View:
-    """Everything that determines an image of a landmark.
+    """Camera, light, occluders and camera imperfections. Together with the landmark, they determine an image.
 
     Attributes:
-        yaw: horizontal angle of the camera around the landmark in degrees; 0 is in front.
+        yaw: horizontal angle of the camera around the landmark in degrees; 0 is in front of the landmark.
         pitch: angle of the optical axis above the horizon in degrees.
-        distance: distance of the camera in meters.
+        distance: distance between the camera and the landmark in meters.
         focal: focal length in pixels.
         camera: the camera.
         light: the illumination.
         occluders: objects in front of the landmark.
         faults: imperfections of the camera.
-        look: seed of the clouds and of the noise.
+        look: seed of the clouds and of the image noise.
     """
 
     yaw: float
@@ -151,7 +161,7 @@ def draw_view(rng: RandomStream, landmark: Landmark, side: int, purpose: str) ->
     """Return a random view of a landmark.
 
     Args:
-        rng: source of random numbers.
+        rng: random number generator.
         landmark: landmark in the center of the scene.
         side: longer side of the image in pixels.
         purpose: "query" for a well-framed image with few occluders, or "ordinary".
@@ -185,14 +195,23 @@ def draw_view(rng: RandomStream, landmark: Landmark, side: int, purpose: str) ->
 
 
 def _frame(rng: RandomStream, side: int) -> tuple[int, int]:
-    """Return a random width and height, of which the longer one is `side`."""
+    """Choose a random aspect ratio, and return the width and height of the image in pixels. The longer is `side`."""
     a, b = rng.choice(SHAPES)
     short = side * min(a, b) // max(a, b)
     return (side, short) if a >= b else (short, side)
 
 
 def _look(eye: Vector, aim: Vector, roll: float, focal: float, width: int, height: int) -> Camera:
-    """Return the camera at `eye` that points to `aim`, rotated around its optical axis by `roll` degrees."""
+    """Return a camera that points from `eye` to `aim`, rotated around its optical axis by `roll` degrees.
+
+    Args:
+        eye: position of the camera in meters.
+        aim: point in the center of the image, in meters.
+        roll: rotation in degrees.
+        focal: focal length in pixels.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+    """
     forward = unit((aim[0] - eye[0], aim[1] - eye[1], aim[2] - eye[2]))
     level = unit(cross(forward, (0.0, 0.0, 1.0)))
     top = cross(level, forward)
@@ -203,7 +222,12 @@ def _look(eye: Vector, aim: Vector, roll: float, focal: float, width: int, heigh
 
 
 def draw_light(rng: RandomStream, yaw: float) -> Light:
-    """Return a random light. The direction of the sun is random; it is behind the building only if backlit."""
+    """Return a random illumination. If its kind is "backlit", the sun is behind the building.
+
+    Args:
+        rng: random number generator.
+        yaw: not used; the direction of the sun does not depend on the camera.
+    """
     kind = rng.choice(LIGHTS)
     azimuth, high = rng.bell(110), rng.uniform(28, 62)
     sun, sky, zenith, horizon = 1.5, 0.62, (84, 134, 206), (186, 208, 232)
@@ -237,7 +261,7 @@ def draw_light(rng: RandomStream, yaw: float) -> Light:
 
 
 def _occluders(rng: RandomStream, landmark: Landmark, camera: Camera, is_query: bool) -> tuple[Occluder, ...]:
-    """Return the trees of the landmark and random occluders, of which a query has fewer."""
+    """Return the trees around the landmark, and random occluders. Queries have fewer of the latter."""
     occluders = [
         Occluder("tree", (x, y, 0.0), height, height * 0.8, number)
         for number, (x, y, height) in enumerate(landmark.trees)
@@ -254,9 +278,9 @@ def _occluders(rng: RandomStream, landmark: Landmark, camera: Camera, is_query: 
         )
     if rng.chance(0.2):
         occluders.append(_between(rng, camera, "lamp", rng.uniform(0.4, 0.9), 0.8, rng.uniform(5, 8), 0.8))
-    if not is_query and rng.chance(0.14):  # A person poses close to the camera.
+    if not is_query and rng.chance(0.14):  # Add a person who poses close to the camera.
         occluders.append(_between(rng, camera, "person", rng.uniform(0.06, 0.12), 0.5, 1.72, 0.5))
-    if not is_query and rng.chance(0.1):  # Branches are close to the camera.
+    if not is_query and rng.chance(0.1):  # Add branches close to the camera.
         occluders.append(
             _between(rng, camera, "tree", rng.uniform(0.16, 0.3), 0.8, rng.uniform(5, 9), rng.uniform(5, 8))
         )
@@ -270,14 +294,14 @@ def _occluders(rng: RandomStream, landmark: Landmark, camera: Camera, is_query: 
 def _between(
     rng: RandomStream, camera: Camera, kind: str, share: float, spread: float, height: float, width: float
 ) -> Occluder:
-    """Return an occluder at a random horizontal position between the camera and the building.
+    """Return an occluder between the camera and the building, at a random horizontal position in the image.
 
     Args:
-        rng: source of random numbers.
+        rng: random number generator.
         camera: the camera.
         kind: kind of occluder.
-        share: distance from the camera, as a fraction of the distance to the building.
-        spread: range of the horizontal positions, as a fraction of the image; 1 is its whole width.
+        share: distance from the camera, as a fraction of the distance between the camera and the building.
+        spread: range of the horizontal positions around the center, as a fraction of the image width.
         height: height of the occluder in meters.
         width: width of the occluder in meters.
     """
@@ -290,7 +314,7 @@ def _between(
 
 
 def _faults(rng: RandomStream, light: Light) -> Faults:
-    """Return random imperfections of the camera. Images at night have more noise."""
+    """Return random camera imperfections. Night images get more noise, and backlit images a longer exposure."""
     warmth = rng.bell(0.08)
     return Faults(
         exposure=rng.uniform(0.8, 1.2) * (1.3 if light.kind == "backlit" else 1.0),
