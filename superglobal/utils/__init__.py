@@ -1,1 +1,1 @@
-"""Helpers for files, processes, numerical precision, progress and versions."""
+"""Helpers for file access, processes, numerical precision, progress reports and version records."""

@@ -1,4 +1,4 @@
-"""Determine the rank before Lightning connects the processes, and end child processes with their parent."""
+"""Find out which process is the first one before Lightning connects the processes. End workers with their parent."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ import threading
 
 
 def first_process() -> bool:
-    """Return True in the process that writes files, from the environment variables of torchrun, Lightning or SLURM."""
+    """Return True in the process with global rank 0, which is the one that writes files.
+
+    The rank is read from the environment variables of torchrun, Lightning or SLURM, in the order that Lightning uses.
+    """
     if int(os.environ.get("NODE_RANK", 0)) > 0:
         return False
-    ranks = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))  # in Lightning's order
+    ranks = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return int(next((rank for rank in ranks if rank is not None), 0)) == 0
 
 
 def in_main_thread() -> bool:
-    """Return True in the main thread, which is the only one that may install signal handlers."""
+    """Return True if the caller runs in the main thread. Python allows only this thread to set signal handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
 def end_with_parent() -> None:
-    """End this process, which `multiprocessing` started, as soon as its parent ends or is killed.
+    """Start a thread that ends this process as soon as its parent ends or is killed.
 
-    The parent process ID cannot be used: for a process from a fork server it is that of the server, which may still run
-    after the parent has ended.
+    In a process that `multiprocessing` did not start, do nothing. The thread does not watch the parent process ID: for
+    a process started by a fork server, this is the ID of the server, which may still run after the parent has ended.
     """
     parent = multiprocessing.parent_process()
 

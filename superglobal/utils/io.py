@@ -1,4 +1,4 @@
-"""Atomic file writes, lock files, and the names of files that several modules use."""
+"""Write files atomically, lock and hash them, and define the file names that several modules use."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ EXPORT, CORRUPT_IMAGES = "best.safetensors", "corrupt_images.txt"
 
 @contextmanager
 def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
-    """Open a temporary file that replaces `path` when the block ends.
+    """Yield a temporary file, open for binary writing, that replaces `path` when the block ends without an error.
 
-    Readers see either the old file or the complete new file. The data is flushed to disk before the replacement.
+    Readers of `path` see either the old file or the complete new file. The data is flushed to disk before the
+    replacement.
 
     Args:
         path: file to write; its folder is created if necessary.
-        backup: path that an existing file is moved to.
+        backup: path to which an existing file is moved; by default, it is overwritten.
 
     Raises:
-        InputError: the folder is not writable or the disk is full. An existing file is not changed.
+        InputError: the folder is not writable, or the disk is full. An existing file is not changed then.
     """
     temporary = None
     try:
@@ -54,7 +55,7 @@ def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file with `atomic_file`.
+    """Write `data` to a file atomically: readers see either the old file or the complete new file.
 
     Raises:
         InputError: see `atomic_file`.
@@ -65,16 +66,18 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iterator[None]:
-    """Hold a lock during the block, so that only one process at a time runs it. The lock ends with the process.
+    """Hold a file lock during the block, so that only one process at a time runs it.
+
+    If the process is killed, the operating system releases the lock.
 
     Args:
-        path: lock file, whose folder must exist.
-        busy: start of the message if another process holds the lock.
-        hint: end of the error message, which follows "wait for it, stop it, ".
+        path: lock file; its folder must exist.
+        busy: start of the message that is shown if another process holds the lock.
+        hint: end of the error message, after "wait for it, stop it, ".
         wait: whether to wait for the other process instead of raising an error.
 
     Raises:
-        InputError: another process holds the lock, or the file cannot be locked.
+        InputError: another process holds the lock and `wait` is False, or the file cannot be locked.
     """
     lock, holder = FileLock(path), path.with_name(f"{path.name}.holder")
     try:
@@ -86,12 +89,12 @@ def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iter
                 raise InputError(f"{busy} ({name}); wait for it, stop it, {hint}") from None
             log.info("%s (%s); waiting for it", busy, name)
             lock.acquire()
-    except (OSError, NotImplementedError) as error:  # filelock: the file system has no locks
+    except (OSError, NotImplementedError) as error:  # filelock raises these if the file system does not support locks.
         lock.release()
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be locked ({reason}); choose a folder on another file system") from error
     try:
-        with suppress(OSError):  # The file is only used for messages.
+        with suppress(OSError):  # Ignore failures, because this file is only used for messages.
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
@@ -101,7 +104,10 @@ def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iter
 
 
 def _read_holder(holder: Path) -> str:
-    """Return the process that holds a lock. Its file may not be written yet, or may be deleted already."""
+    """Return the description of the process that holds a lock, from the file `holder`, for messages.
+
+    The file may not exist, because the process has not written it yet or has already deleted it.
+    """
     try:
         return holder.read_text()
     except OSError:
@@ -109,20 +115,20 @@ def _read_holder(holder: Path) -> str:
 
 
 def digest(path: Path) -> str:
-    """Return the BLAKE2b hash of a file, 32 hexadecimal digits."""
+    """Return the 128-bit BLAKE2b hash of a file as 32 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def umask() -> int:
-    """Return the file mode mask of this process."""
+    """Return the umask of this process: the permission bits that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def _space(path: Path, temporary: str | None) -> str:
-    """Return the end of a message about a failed write: the written and the free bytes, and a hint."""
+    """Return the end of the error message for a failed write: how much was written, how much is free, and a hint."""
     try:
         free = shutil.disk_usage(path.parent).free
         written = os.path.getsize(temporary) if temporary else 0

@@ -1,4 +1,4 @@
-"""Select the precision of the backbone, and compute in strict float32 (TF32 disabled) where exact orders need it."""
+"""Select the precision of the backbone. Compute in strict float32 (TF32 disabled) where rankings must be exact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ AUTO_ON_CUDA = "float32"
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """Return the precision that "auto" means on a Lightning accelerator. Return any other precision unchanged."""
+    """Replace the precision "auto" by the one that it stands for. Return any other precision unchanged.
+
+    Args:
+        precision: "auto" or a key of `PRECISIONS`.
+        accelerator: Lightning accelerator, e.g. "auto", "gpu" or "cpu".
+    """
     if precision != "auto":
         return precision
     cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -25,8 +30,9 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute in strict float32 (TF32 disabled) and with float32 sums in half-precision matrix products.
+    """Disable TF32 and reduced-precision accumulation during the block.
 
+    Float32 products are then computed in full float32, and half-precision matrix products are accumulated in float32.
     The previous settings are restored when the block ends.
     """
     backends: Any = torch.backends  # The type stubs lack these attributes.

@@ -7,13 +7,13 @@ import time
 
 
 class Progress:
-    """Printer of the number of finished images.
+    """Callback that prints the number of finished images to stderr.
 
-    On a terminal it updates one line. Elsewhere it prints a new line after each tenth of the images, and after 30
-    seconds without a line.
+    On a terminal, it updates a single line. In a log file, it prints a new line after each tenth of the images, and
+    whenever 30 seconds have passed since the previous line.
 
     Args:
-        verb: first word of the line, such as "rendered".
+        verb: first word of each line, such as "rendered".
     """
 
     def __init__(self, verb: str) -> None:
@@ -22,7 +22,7 @@ class Progress:
         self.tenths = 0
 
     def __call__(self, done: int, total: int) -> None:
-        """Print that `done` of `total` images are finished, unless the last line is too recent."""
+        """Report that `done` of `total` images are finished. In a log file, print nothing if no line is due."""
         text = f"{self.verb} {done}/{total} images, {time.monotonic() - self.start:.0f} s"
         if sys.stderr.isatty():
             print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)

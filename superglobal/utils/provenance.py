@@ -11,7 +11,7 @@ _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-h
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that results depend on."""
+    """Return the version of Python and of each installed package that results depend on, by package name."""
     installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -22,7 +22,11 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, str] | None:
-    """Return the commit of the code, and "True" if there are local changes. Return None outside a Git checkout."""
+    """Return the state of the Git checkout that contains this code, or None outside a checkout.
+
+    Returns:
+        "commit" is the hash of the commit. "changed" is "True" if tracked files have uncommitted changes, else "False".
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
