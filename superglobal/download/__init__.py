@@ -1,4 +1,8 @@
-"""Download data sets and weights. This module lists the sources; others download (fetch) and unpack (archives)."""
+"""Download data sets and weights.
+
+This module prints the table of all sources. The module `fetch` downloads single files, `archives` unpacks archives, and
+`sources` downloads a complete data set.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,15 @@ from superglobal.data.download_links import GROUPS, SOURCES, Source
 
 
 def extracted_record(archive: Path) -> Path:
-    """Return the path of the file that lists the images extracted from an archive, one per line."""
+    """Return the path of the text file that lists the images extracted from `archive`, one per line."""
     return archive.with_name(f"{archive.name}.files")
 
 
 def overview(data: Path) -> str:
-    """Return a table of all sources, their sizes, and their state below `data`, without contacting a server."""
+    """Return a table of all sources, their sizes, and what exists of them below the folder `data`.
+
+    No server is contacted.
+    """
     lines = [f"{'name':20}{'archives':>17}{'images':>11}  in {data}"]
     for source in SOURCES.values():
         images = f"{source.n_images:,}" if source.n_images else ""
@@ -28,6 +35,7 @@ def overview(data: Path) -> str:
 
 
 def _status(source: Source, root: Path) -> str:
+    """Describe which files and archives of a source exist in its folder `root`."""
     files = sum((root / file.path).is_file() for file in source.files)
     archives = [root / archive.path for archive in source.archives]
     unpacked = sum(extracted_record(archive).is_file() for archive in archives)

@@ -1,7 +1,7 @@
 """Check downloaded files, and extract the images of a source safely from archives.
 
-Archives are untrusted. A member is extracted only to a path that the image list contains, and no image is moved to its
-path before the whole archive has been read.
+Archives are not trusted. A member of an archive is extracted only if its path is in the list of images. Images are
+moved to their final paths only after the whole archive has been read without an error.
 """
 
 from __future__ import annotations
@@ -29,20 +29,29 @@ from superglobal.data.revisited import load_ground_truth
 from superglobal.errors import InputError
 
 TargetOf = Callable[[PurePosixPath], str | None]
-"""Function that maps the name of an archive member to its path in the image folder, or None if it is in no list."""
+"""Function that maps the path of an archive member to the path of the image below the image folder.
+
+It returns None if the member is not in the list of images.
+"""
+# An archive may unpack to at most 3 times its own size plus 64 MB. Archives of images stay below this limit, because
+# images are compressed already.
 _MAX_GROWTH, _MAX_EXTRA = 3, 64 << 20
-# Maximum size of an unpacked archive: 3 times its own size and 64 MB. Images are compressed already, so they stay
-# below.
 _CHUNK = 1 << 20
 _GLDV2_NAME = re.compile(r"[0-9a-f]{16}\.jpg")
 
 
 class DiskFullError(InputError):
-    """Error for a full disk, which stops all downloads."""
+    """Error for a full disk. It stops all downloads."""
 
 
 def disk_error(problem: str, folder: Path, error: OSError) -> InputError:
-    """Return the error to raise for a failed write in `folder`: a `DiskFullError` if the disk is full."""
+    """Return the error to raise after a failed write: a `DiskFullError` if the disk is full, else an `InputError`.
+
+    Args:
+        problem: start of the message: which file could not be written.
+        folder: folder whose free disk space is reported in the message.
+        error: the original error.
+    """
     kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
     free = shutil.disk_usage(folder).free
     return kind(
@@ -52,10 +61,17 @@ def disk_error(problem: str, folder: Path, error: OSError) -> InputError:
 
 
 def listed_images(source: Source, root: Path) -> np.ndarray:
-    """Return the paths of all images in the lists of a source, (N,) S, relative to its image folder.
+    """Return the paths of all images of a source, from its downloaded lists.
+
+    Args:
+        source: a source that has images.
+        root: folder of the source.
+
+    Returns:
+        (N,) array of bytes: paths relative to the image folder of the source.
 
     Raises:
-        InputError: the list is missing or invalid.
+        InputError: a list is missing or invalid.
     """
     folder = root / source.image_folder
     if source.image_list == "revisited":
@@ -72,10 +88,14 @@ def listed_images(source: Source, root: Path) -> np.ndarray:
 
 
 def target_paths(source: Source, names: np.ndarray) -> TargetOf:
-    """Return the function that maps archive members to the listed images `names`.
+    """Return the function that decides which members of an archive are extracted, and to which path.
 
-    The path of a GLDv2 image is given by its id. For any other member, leading folders are removed until the rest of
-    its path is in the list, so that the folders inside an archive do not matter.
+    For GLDv2, the id in the name of a member determines its path. For other sources, leading folders of the member are
+    removed until the rest of its path is in the list, so that the folder structure of an archive does not matter.
+
+    Args:
+        source: source of the archive.
+        names: (N,) array of bytes: paths of the listed images, as returned by `listed_images`.
     """
     listed = np.sort(names)
 
@@ -83,7 +103,7 @@ def target_paths(source: Source, names: np.ndarray) -> TargetOf:
         name = os.fsencode(path)
         if len(name) > listed.itemsize:
             return False
-        row = np.searchsorted(listed, np.array(name, listed.dtype))  # NumPy would copy `listed` for another dtype.
+        row = np.searchsorted(listed, np.array(name, listed.dtype))  # With another dtype, NumPy would copy `listed`.
         return bool(row < len(listed) and listed[row] == name)
 
     def target(member: PurePosixPath) -> str | None:
@@ -96,7 +116,7 @@ def target_paths(source: Source, names: np.ndarray) -> TargetOf:
 
 
 def present_images(folder: Path, names: Iterable[bytes]) -> np.ndarray:
-    """Return a mask of the names that are non-empty files below `folder`, (N,) bool."""
+    """Return the mask (N,) bool of the N `names`, paths relative to `folder`, that are existing non-empty files."""
     prefix = os.fsencode(folder)
 
     def is_present(name: bytes) -> bool:
@@ -113,7 +133,7 @@ def require_format(path: Path) -> None:
     """Check that a downloaded file has the format that its name implies.
 
     Raises:
-        InputError: the file is empty, damaged, in another format, or a web page.
+        InputError: the file is empty, damaged, a web page, or has another format.
     """
     from superglobal.models.weights import read_weights
 
@@ -140,19 +160,24 @@ def require_format(path: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path, target_of: TargetOf) -> tuple[list[str], list[str]]:
-    """Extract the listed images of a .tar, .tar.gz or .tgz file below `folder`; existing images are replaced.
+    """Extract the listed images of a .tar, .tar.gz or .tgz file to `folder`. Existing images are replaced.
+
+    Args:
+        archive: the archive.
+        folder: image folder.
+        target_of: function that returns the path of an archive member below `folder`, or None to skip the member.
 
     Returns:
-        The paths of the extracted images, relative to `folder`, and the names of the members that are in no list.
+        The paths of the extracted images, relative to `folder`, and the names of the skipped members.
 
     Raises:
-        InputError: the archive is incomplete, has special files or members outside the folder, or unpacks to more bytes
-            than images can have. No image is extracted then.
+        InputError: the archive is incomplete, contains special files or paths outside the folder, or unpacks to more
+            bytes than an archive of images can. No image is extracted then.
         DiskFullError: the disk is full.
     """
     temporary = folder / f".{archive.name}.unpacking"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # An interrupted run may have left it.
+        shutil.rmtree(temporary, ignore_errors=True)  # An interrupted run may have left this folder behind.
         temporary.mkdir(parents=True)
         paths, skipped = _extract(archive, temporary, target_of)
         for number, path in enumerate(paths):
@@ -176,11 +201,11 @@ def unpack(archive: Path, folder: Path, target_of: TargetOf) -> tuple[list[str],
 
 
 class _TooLargeError(Exception):
-    """Error for an archive that unpacks to more bytes than images can have."""
+    """Error for an archive that unpacks to more bytes than an archive of images can."""
 
 
 class _Member(tarfile.TarInfo):
-    """A header of an archive. Long names and extended headers are read into memory, so their size is limited."""
+    """Header of an archive member. The size of long names and extended headers is limited, as they are kept in memory."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
@@ -192,7 +217,7 @@ class _Member(tarfile.TarInfo):
 
 
 class _LimitedReader(io.RawIOBase):
-    """A stream that raises `_TooLargeError` after `limit` bytes."""
+    """Stream that raises `_TooLargeError` once more than `limit` bytes have been read from it."""
 
     def __init__(self, stream: gzip.GzipFile | io.BufferedReader, limit: int) -> None:
         self.stream, self.limit, self.size = stream, limit, 0
@@ -206,7 +231,11 @@ class _LimitedReader(io.RawIOBase):
 
 
 def _extract(archive: Path, temporary: Path, target_of: TargetOf) -> tuple[list[str], list[str]]:
-    """Extract images to numbered files, and return their target paths in this order, and the skipped names."""
+    """Extract the listed images of an archive to the files 0, 1, ... in the folder `temporary`.
+
+    Returns:
+        The final paths of these files in the order of their numbers, and the names of the skipped members.
+    """
     numbers: dict[str, int] = {}
     skipped: list[str] = []
     limit = _MAX_GROWTH * archive.stat().st_size + _MAX_EXTRA
@@ -214,9 +243,8 @@ def _extract(archive: Path, temporary: Path, target_of: TargetOf) -> tuple[list[
         stream = _LimitedReader(file, limit)
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
             for member in tar:
-                tarfile.data_filter(
-                    member, str(temporary)
-                )  # This raises an error for paths and links that leave the folder, and for devices.
+                # This raises an error for devices, and for paths and links that lead outside the folder.
+                tarfile.data_filter(member, str(temporary))
                 path = PurePosixPath(member.name)
                 target = target_of(path) if member.isreg() and not member.issparse() else None
                 content = tar.extractfile(member) if target is not None else None
@@ -225,6 +253,6 @@ def _extract(archive: Path, temporary: Path, target_of: TargetOf) -> tuple[list[
                     continue
                 with (temporary / str(numbers.setdefault(target, len(numbers)))).open("wb") as output:
                     shutil.copyfileobj(content, output, _CHUNK)
-        while stream.read():  # The checksum of gzip is at the end.
+        while stream.read():  # Read to the end, where gzip verifies its checksum.
             pass
     return list(numbers), skipped

@@ -1,7 +1,7 @@
-"""Download files by HTTP: resume partial downloads, try several addresses, and verify checksums.
+"""Download files over HTTP: resume partial downloads, try several addresses, and verify checksums.
 
-`<file>.part` is a partial download, and `<file>.part.json` identifies the file on the server. `<file>.md5` or
-`<file>.sha256` contains the checksum of a verified file, in the format of md5sum and sha256sum.
+`<file>.part` is a partial download. `<file>.part.json` identifies the version of the file on the server. `<file>.md5`
+or `<file>.sha256` contains the checksum of a verified file, in the format of the md5sum and sha256sum commands.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ except ImportError as error:
 
 _CHUNK = 1 << 16
 Report = Callable[[int, int | None], None]
-"""Function that is called with the number of bytes on disk and the size of the file, which is None if it is unknown.
+"""Callback that receives the number of bytes on disk, and the size of the file in bytes or None if it is unknown.
 
-It may raise an error to stop the transfer.
+It may raise an error to stop the download.
 """
 
 
@@ -39,13 +39,14 @@ class DownloadOptions:
     """Options of `superglobal download`.
 
     Attributes:
-        base_urls: servers to use instead of the official ones; https://host/path is loaded from <base_url>/host/path.
-        timeout: maximum time without data before a connection is closed, in seconds.
-        tries: maximum number of consecutive attempts without progress before the next address is tried.
-        jobs: number of archives that are downloaded at the same time.
-        keep: keep archives after they have been unpacked.
-        packed: do not unpack archives (only GLDv2, for `data.tars`).
-        pause: time before the second attempt in seconds; it is doubled for each further attempt.
+        base_urls: mirrors to use instead of the official servers; https://host/path is downloaded from
+            <base_url>/host/path.
+        timeout: seconds without data after which a connection is closed.
+        tries: maximum number of consecutive attempts without new data before the next address is tried.
+        jobs: number of archives to download at the same time.
+        keep: whether to keep archives after unpacking them.
+        packed: whether to leave archives packed; only for GLDv2, whose archives can be read with `data.tars`.
+        pause: seconds to wait before the second attempt; the time doubles for each further attempt.
     """
 
     base_urls: tuple[str, ...] = ()
@@ -57,7 +58,7 @@ class DownloadOptions:
     pause: float = 1.0
 
     def addresses(self, urls: Sequence[str]) -> list[str]:
-        """Return the addresses to try, in order."""
+        """Return the addresses to try, in order: `urls`, or their copies on the mirrors if there are any."""
         if not self.base_urls:
             return list(urls)
         paths = [url.split("://", 1)[1] for url in urls]
@@ -65,21 +66,23 @@ class DownloadOptions:
 
 
 def part_path(target: Path) -> Path:
-    """Return the path of a partial download."""
+    """Return the path of the partial download of `target`."""
     return target.with_name(f"{target.name}.part")
 
 
 def download_file(
     urls: Sequence[str], target: Path, options: DownloadOptions, report: Report, checksum: str | None = None
 ) -> None:
-    """Download a file, or the rest of a partial download; `target` appears only when it is complete.
+    """Download a file, or the rest of it if there is a partial download.
+
+    The file appears at `target` only when it is complete and has the right checksum.
 
     Args:
-        urls: official addresses of the same file.
-        target: path of the file; its folder is created.
-        options: see `DownloadOptions`.
-        report: see `Report`.
-        checksum: expected "<algorithm>:<digest>" of the file.
+        urls: official addresses of the file, tried in order.
+        target: path of the file; its folder is created if necessary.
+        options: mirrors, timeout and number of attempts.
+        report: callback for the progress.
+        checksum: expected checksum as "<algorithm>:<digest>"; None to accept any contents.
 
     Raises:
         InputError: the file could not be downloaded from any address.
@@ -103,7 +106,11 @@ def download_file(
 def _download_from(
     url: str, target: Path, options: DownloadOptions, report: Report, checksum: str | None
 ) -> str | None:
-    """Download from one address, in several attempts; return the reason if it fails."""
+    """Try to download a file from one address, in several attempts.
+
+    Returns:
+        None if the file has been downloaded, else the reason of the failure.
+    """
     part, state, reason, failures, largest = part_path(target), _state_path(target), "", 0, 0
     while failures < options.tries:
         if failures:
@@ -114,7 +121,7 @@ def _download_from(
             reason = _reason(error)
             status = error.response.status_code if error.response is not None else 500
             if isinstance(error, ValueError) or (status < 500 and status not in (408, 425, 429)):
-                return reason  # The address is invalid, or another attempt would return the same status.
+                return reason  # Another attempt would fail too: the address is invalid, or the status is permanent.
         except OSError as error:
             raise disk_error(f"{part}: cannot be written", part.parent, error) from error
         else:
@@ -126,16 +133,31 @@ def _download_from(
             part.unlink()
             if not resumed:
                 return problem
-            reason = problem  # The earlier part may have been damaged, so start over.
+            reason = problem  # The partial download that was resumed may have been damaged, so start over.
         size = file_size(part)
         failures, largest = (1, size) if size > largest else (failures + 1, largest)
     return reason
 
 
 def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Report) -> bool:
-    """Download the rest of a file to `part`, and return True if an earlier download was resumed.
+    """Download a file to `part`, or append what is missing if `part` is a partial download.
 
-    Data is appended only if the server confirms with If-Range and Content-Range that its file has not changed.
+    Data is appended only if the server confirms, in its response to the headers Range and If-Range, that the file has
+    not changed. Otherwise the download starts over.
+
+    Args:
+        url: address of the file.
+        part: path of the partial download.
+        state_path: file that identifies the version of the file on the server.
+        timeout: seconds without data after which the connection is closed.
+        report: callback for the progress.
+
+    Returns:
+        True if an earlier download was resumed.
+
+    Raises:
+        RequestException: the connection failed or ended early, or the server returned an error.
+        OSError: `part` cannot be written.
     """
     state = _read_state(state_path, url)
     with part.open("ab") as file:
@@ -145,9 +167,9 @@ def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Re
         if offset == 0 or offset < length:
             headers = {"Accept-Encoding": "identity"}
             if offset:
-                headers |= {"Range": f"bytes={offset}-", "If-Range": state["validator"]}  # requests does not send None.
+                headers |= {"Range": f"bytes={offset}-", "If-Range": state["validator"]}  # requests omits None.
             with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
-                if url.endswith("gz"):  # Some servers declare the compression of a .tgz as a transfer encoding.
+                if url.endswith("gz"):  # Some servers wrongly declare the gzip format of the file as Content-Encoding.
                     response.raw.headers.pop("Content-Encoding", None)
                 if response.status_code in (206, 416):
                     content_range = response.headers.get("Content-Range")
@@ -172,7 +194,12 @@ def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Re
 
 
 def _new_state(url: str, response: requests.Response) -> dict[str, Any]:
-    """Return the address, length and validator (for If-Range) that identify the file of a response."""
+    """Return what identifies the version of the file in a response, to be stored next to the partial download.
+
+    Returns:
+        "url"; "length", the size in bytes or None if it is unknown; and "validator", the ETag or date for the If-Range
+        header, or None if the server sends neither.
+    """
     encoded = response.raw.headers.get("Content-Encoding", "identity") != "identity"
     size = response.headers.get("Content-Length", "")
     etag = response.headers.get("ETag", "W/")
@@ -184,7 +211,10 @@ def _new_state(url: str, response: requests.Response) -> dict[str, Any]:
 
 
 def _read_state(path: Path, url: str) -> dict[str, Any]:
-    """Return the length and validator of a partial download, or None for both if it comes from another address."""
+    """Load the "length" and "validator" of a partial download (see `_new_state`).
+
+    Both are None if the file at `path` is missing or damaged, or if the download came from an address other than `url`.
+    """
     with suppress(OSError, ValueError, AttributeError):
         state = json.loads(path.read_text())
         if state.get("url") == url:
@@ -193,10 +223,12 @@ def _read_state(path: Path, url: str) -> dict[str, Any]:
 
 
 def _state_path(target: Path) -> Path:
+    """Return the path of the file that identifies the version of a partially downloaded file on the server."""
     return target.with_name(f"{target.name}.part.json")
 
 
 def _reason(error: requests.RequestException) -> str:
+    """Describe a failed request for an error message."""
     if error.response is not None:
         return f"status {error.response.status_code} ({error.response.reason}), expected 200"
     if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
@@ -205,7 +237,7 @@ def _reason(error: requests.RequestException) -> str:
 
 
 def remote_size(urls: Sequence[str], options: DownloadOptions) -> int | None:
-    """Return the size of a file in bytes from the first server that reports it, or None if no server does."""
+    """Ask the servers for the size of a file, and return it in bytes, or None if no server reports it."""
     for url in options.addresses(urls):
         with suppress(requests.RequestException, ValueError, KeyError):
             headers = {"Accept-Encoding": "identity"}
@@ -221,7 +253,16 @@ def file_size(path: Path) -> int:
 
 
 def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
-    """Download the published MD5 of `target`, and return "md5:<digest>"."""
+    """Download the MD5 checksum that the authors publish for a file, and return it as "md5:<digest>".
+
+    Args:
+        url: address of a text that contains the checksum.
+        target: the file that the checksum belongs to, for error messages.
+        options: mirrors, timeout and number of attempts.
+
+    Raises:
+        InputError: the text cannot be downloaded or contains no MD5 checksum.
+    """
     text, problem = "", "no address"
     for attempt, address in enumerate(options.addresses([url]) * options.tries):
         if attempt:
@@ -242,25 +283,35 @@ def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
 
 
 def recorded_sha256(target: Path) -> str | None:
-    """Return the "sha256:<digest>" recorded at the first download of a file, or None if there is no record."""
+    """Return the checksum recorded at the first download of a file as "sha256:<digest>", or None without a record."""
     path = checksum_file(target, "sha256")
     digest = path.read_text(errors="replace")[:64] if path.is_file() else ""
     return f"sha256:{digest}" if re.fullmatch("[0-9a-f]{64}", digest) else None
 
 
 def record_checksum(target: Path, algorithm: str, digest: str | None = None) -> None:
-    """Write the checksum of a verified file to its folder. Without `digest`, compute it from the file."""
+    """Record the checksum of a verified file in the same folder.
+
+    Args:
+        target: the file.
+        algorithm: "md5" or "sha256".
+        digest: checksum in hexadecimal digits; by default, it is computed from the file.
+    """
     text = f"{digest or _digest(target, algorithm)}  {target.name}\n"
     write_atomically(checksum_file(target, algorithm), text.encode())
 
 
 def checksum_file(target: Path, algorithm: str) -> Path:
-    """Return the path of the file that contains the checksum of `target`."""
+    """Return the path of the file that contains the checksum of `target`; `algorithm` is "md5" or "sha256"."""
     return target.with_name(f"{target.name}.{algorithm}")
 
 
 def checksum_problem(path: Path, checksum: str | None) -> str | None:
-    """Return a message if a file does not have the checksum "<algorithm>:<digest>", else None."""
+    """Compare a file with its expected checksum, "<algorithm>:<digest>".
+
+    Returns:
+        A description of the difference, or None if the checksum is right or `checksum` is None.
+    """
     algorithm, _, expected = (checksum or "").partition(":")
     if not expected or (digest := _digest(path, algorithm)) == expected:
         return None
@@ -272,5 +323,6 @@ def checksum_problem(path: Path, checksum: str | None) -> str | None:
 
 
 def _digest(path: Path, algorithm: str) -> str:
+    """Return the hash of a file in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()

@@ -1,7 +1,8 @@
-"""Download the sources of data/download_links.py: lists, ground truths, weights, and archives of images in parallel.
+"""Download the data sets and weights that data/download_links.py defines.
 
-All progress is stored on disk, so that a resumed run does not download a file twice. fetch.py documents the files that
-are written for each download. `<archive>.files` lists the images extracted from an archive.
+Archives of images are downloaded in parallel.
+All progress is stored on disk, so that a resumed run downloads no file twice. The docstring of fetch.py describes the
+files that are written next to each download. `<archive>.files` lists the images extracted from an archive.
 """
 
 from __future__ import annotations
@@ -43,16 +44,24 @@ from superglobal.download.fetch import (
 from superglobal.errors import InputError
 from superglobal.utils.io import file_lock, write_atomically
 
-_MAX_SHOWN = 5  # maximum number of files or errors in a message
-_IMAGE_GROWTH = 1.05  # size of the images on disk, including partly filled blocks, relative to their archive
+_MAX_SHOWN = 5  # maximum number of files or errors listed in a message
+_IMAGE_GROWTH = 1.05  # disk space of unpacked images, including partly filled blocks, divided by the archive size
 
 
 def download_source(source: Source, data: Path, options: DownloadOptions) -> str:
-    """Download a source to its folder below `data`, and return a one-line summary. Another call resumes a download.
+    """Download a data set or weights to the folder of the source below `data`. Resume an interrupted download.
+
+    Args:
+        source: what to download.
+        data: folder of all data sets.
+        options: options of the download.
+
+    Returns:
+        A one-line summary.
 
     Raises:
-        InputError: another process downloads to the folder, the disk is too small, a file cannot be downloaded or has
-            the wrong contents, or listed images are in no archive.
+        InputError: another process is downloading to the folder, there is not enough disk space, a file cannot be
+            downloaded or has the wrong contents, or no archive contains some of the listed images.
     """
     if options.packed and not source.name.startswith("gldv2-"):
         raise InputError(
@@ -75,10 +84,10 @@ def download_source(source: Source, data: Path, options: DownloadOptions) -> str
 
 
 def download_google_drive(source: Source, root: Path, options: DownloadOptions) -> None:
-    """Download the missing files of CVNet's Google Drive folder to `root`.
+    """Download the files of CVNet's Google Drive folder that are missing in `root`.
 
     Raises:
-        InputError: gdown is not installed, or the download failed. The message explains the manual download.
+        InputError: gdown is not installed, or the download failed. The message explains how to download by hand.
     """
     if all((root / file.path).is_file() for file in source.files):
         return
@@ -108,7 +117,14 @@ def download_google_drive(source: Source, root: Path, options: DownloadOptions) 
 
 
 def _download_and_check(file: RemoteFile, target: Path, options: DownloadOptions) -> None:
-    """Download a list, a ground truth or weights, and check the format of the file."""
+    """Download a file that is not an archive (list, ground truth or weights), and check its format.
+
+    If the file exists already, only check that it has not changed. A file that passes the format check for the first
+    time gets a record of its SHA-256.
+
+    Raises:
+        InputError: the file cannot be downloaded, has changed, or has a wrong format.
+    """
     checksum, is_new = recorded_sha256(target), not target.is_file()
     if is_new:
         with _ProgressBar(file.name) as bar:
@@ -130,7 +146,10 @@ def _download_and_check(file: RemoteFile, target: Path, options: DownloadOptions
 
 
 def _download_images(source: Source, root: Path, options: DownloadOptions) -> str:
-    """Download and unpack the archives of a source that have missing images, and return a summary."""
+    """Download and unpack the archives of a source, except those whose images all exist. Return a one-line summary.
+
+    With `options.packed`, download all archives and do not unpack them.
+    """
     names, folder = listed_images(source, root), root / source.image_folder
     if not options.packed and present_images(folder, names).all():
         return f"{len(names)} of {len(names)} images in {folder}"
@@ -165,13 +184,20 @@ def _download_images(source: Source, root: Path, options: DownloadOptions) -> st
 
 
 def _is_unpacked(archive: Path, folder: Path) -> bool:
-    """Return True if all images that were extracted from an archive still exist."""
+    """Return True if an archive was unpacked and all its images still exist below `folder`."""
     record = extracted_record(archive)
     return record.is_file() and bool(present_images(folder, record.read_bytes().split(b"\n")[:-1]).all())
 
 
 def _require_space(name: str, root: Path, archives: Sequence[RemoteFile], options: DownloadOptions) -> int | None:
-    """Check before a download that the disk is large enough, and return the size of all archives, None if unknown."""
+    """Check before a download that there is enough disk space.
+
+    Returns:
+        The total size of the archives in bytes, or None if no server reports the size of one of them.
+
+    Raises:
+        InputError: there is not enough disk space.
+    """
     targets = [root / archive.path for archive in archives]
     with ThreadPoolExecutor(options.jobs) as pool:
         remote_sizes = pool.map(lambda archive: remote_size(archive.urls, options), archives)
@@ -187,12 +213,14 @@ def _require_space(name: str, root: Path, archives: Sequence[RemoteFile], option
 
 
 def required_space(sizes: Sequence[int | None], present: Sequence[int], options: DownloadOptions) -> int:
-    """Return the number of free bytes that archives and images need.
+    """Return how many more bytes a download needs on the disk, for the archives and their unpacked images.
+
+    Unless archives are kept, at most `options.jobs` of them exist at the same time.
 
     Args:
-        sizes: sizes of the archives in bytes; unknown sizes (None) are ignored.
-        present: number of bytes of each archive that are on disk already.
-        options: options of the download; unless archives are kept, at most `jobs` of them exist at the same time.
+        sizes: size of each archive in bytes; unknown sizes (None) are ignored.
+        present: how many bytes of each archive are on disk already.
+        options: options of the download.
     """
     known = sorted((size for size in sizes if size is not None), reverse=True)
     archives = sum(known if options.keep or options.packed else known[: options.jobs])
@@ -201,7 +229,14 @@ def required_space(sizes: Sequence[int | None], present: Sequence[int], options:
 
 
 def _download_archive(archive: RemoteFile, target: Path, options: DownloadOptions, report: Report) -> None:
-    """Download an archive until it is complete and has the right checksum."""
+    """Download an archive, unless it exists, and verify its checksum.
+
+    The checksum is the published MD5 or, if none is published, the SHA-256 recorded at an earlier download. An archive
+    whose MD5 was verified by an earlier run is not verified again.
+
+    Raises:
+        InputError: the archive cannot be downloaded or has a wrong checksum.
+    """
     if not (archive.md5_url and target.is_file() and checksum_file(target, "md5").is_file()):
         checksum = published_md5(archive.md5_url, target, options) if archive.md5_url else recorded_sha256(target)
         if not target.is_file():
@@ -214,7 +249,18 @@ def _download_archive(archive: RemoteFile, target: Path, options: DownloadOption
 
 
 def _unpack_archive(archive: RemoteFile, target: Path, folder: Path, target_of: TargetOf, keep: bool) -> list[str]:
-    """Unpack an archive, record its images, and return the names of the files that are in no list."""
+    """Unpack an archive, record which images it contained, and delete it unless `keep` is True.
+
+    Args:
+        archive: source of the archive.
+        target: path of the downloaded archive.
+        folder: image folder.
+        target_of: see `target_paths`.
+        keep: whether to keep the archive.
+
+    Returns:
+        The names of the members that were skipped, because they are not in the list of images.
+    """
     try:
         paths, skipped = unpack(target, folder, target_of)
     except DiskFullError:
@@ -230,11 +276,16 @@ def _unpack_archive(archive: RemoteFile, target: Path, folder: Path, target_of: 
 
 
 class _StoppedError(Exception):
-    """Error that stops a transfer because another one has failed with a full disk."""
+    """Error that stops a download because the disk is full or the program is interrupted."""
 
 
 class _ProgressBar:
-    """Progress bar in bytes that several threads update. It can also stop them."""
+    """Progress bar in bytes that several download threads update. Setting `stopped` stops these threads.
+
+    Args:
+        title: text before the bar.
+        total: number of bytes; None if it is unknown.
+    """
 
     def __init__(self, title: str, total: int | None = None) -> None:
         # In a log file, print each update as a new line.
@@ -249,7 +300,7 @@ class _ProgressBar:
         self.bar.close()
 
     def reporter(self) -> Report:
-        """Return the `Report` of one file."""
+        """Return the progress callback for one file. It adds the progress of the file to the bar."""
         shown = 0
 
         def report(size: int, length: int | None) -> None:
@@ -267,7 +318,18 @@ class _ProgressBar:
 def _run_parallel(
     work: Callable[[RemoteFile, Report], None], archives: Sequence[RemoteFile], bar: _ProgressBar, jobs: int, name: str
 ) -> None:
-    """Run `work` on all archives. If one fails, continue with the others, unless the disk is full."""
+    """Run `work` on all archives in `jobs` threads. If one fails, continue with the others, unless the disk is full.
+
+    Args:
+        work: function of an archive and the progress callback for it.
+        archives: the archives.
+        bar: progress bar of all archives.
+        jobs: number of threads.
+        name: name of the source, for the error message.
+
+    Raises:
+        InputError: one or more archives failed.
+    """
     failures = []
     with ThreadPoolExecutor(jobs) as pool:
         try:
