@@ -1,7 +1,8 @@
-"""Command line interface: `superglobal COMMAND ...`, with one function per command.
+"""Command line interface, `superglobal COMMAND ...`.
 
-Every command takes its arguments as a list and returns the exit status: 0 for success, 2 for an error that the user can
-fix. Modules with slow imports are imported when a command runs, so that `superglobal --help` starts immediately.
+Each command is a function that takes its arguments as a list of strings and returns the exit status: 0 for success, 2
+for an error that the user can fix. Modules that are slow to import are imported only when a command runs, so that
+`superglobal --help` starts immediately.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from importlib import import_module
 from superglobal import __version__
 from superglobal.errors import InputError
 
-# Command -> (module in this folder, function, line of `superglobal --help`).
+# Name of each command: (module in this folder, function, description in `superglobal --help`).
 COMMANDS = {
     "evaluate": ("hydra_commands", "evaluate", "evaluate retrieval on a data set or on your own photos"),
     "train": ("hydra_commands", "train", "train a network on landmark images"),
@@ -35,13 +36,13 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status.
+    """Run one command.
 
     Args:
-        arguments: name of the command and its arguments; by default, the arguments of the process.
+        arguments: name of the command, followed by its arguments; by default, the command line of the process.
 
     Returns:
-        Exit status.
+        The exit status of the command.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(

@@ -20,6 +20,7 @@ from superglobal.errors import InputError
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the argument parser of the command."""
     parser = argparse.ArgumentParser(
         "superglobal download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,27 +54,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _name(text: str) -> str:
+    """Check that an argument is the name of a source, and return it."""
     if text not in SOURCE_NAMES:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(SOURCE_NAMES)}")
     return text
 
 
 def _exit_on_interrupt(number: int, frame: object) -> None:
-    """Exit without waiting for transfers; files on disk are either complete or partial downloads that are resumed."""
+    """Handle Ctrl-C: exit immediately, without waiting for running downloads.
+
+    This is safe because each file on disk is either complete or a partial download that the next run resumes.
+    """
     os.write(2, b"\ninterrupted: run the same command again to resume\n")
     os._exit(130)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Download the named data sets and weights, or list them.
+    """Run `superglobal download`: download the named data sets and weights, or list what can be downloaded.
 
-    If a download fails, the remaining ones continue.
+    If one download fails, the command continues with the next one.
 
     Args:
         arguments: arguments of the command.
 
     Returns:
-        Exit status: 2 if a download failed. Ctrl-C exits with status 130.
+        The exit status: 0, or 2 if a download failed. Ctrl-C exits with status 130.
     """
     parser = _parser()
     args = parser.parse_args(arguments)

@@ -1,4 +1,8 @@
-"""Define the commands configured by Hydra: evaluate (eval.py), train (train.py), tune, compare-rerankers and serve."""
+"""Define the commands that Hydra configures: evaluate (eval.py), train (train.py), tune, compare-rerankers and serve.
+
+Each command returns its exit status. If `arguments` is None, as in `python eval.py`, Hydra reads the command line of
+the process.
+"""
 
 from __future__ import annotations
 
@@ -20,35 +24,44 @@ _process_arguments: list[str] | None = None
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
-    """Run an evaluation; without `arguments`, as in `python eval.py`, Hydra reads those of the process."""
+    """Run the command `evaluate`: evaluate retrieval on a data set. Return the exit status."""
     return _run("eval", _evaluate, arguments)
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
-    """Run a training; without `arguments`, as in `python train.py`, Hydra reads those of the process."""
+    """Run the command `train`: train a network. Return the exit status."""
     return _run("train", _train, arguments)
 
 
 def tune(arguments: Sequence[str] | None = None) -> int:
-    """Tune the settings of pooling and reranking."""
+    """Run the command `tune`: choose pooling and reranking settings without the test set. Return the exit status."""
     return _run("tune", _tune, arguments)
 
 
 def compare_rerankers(arguments: Sequence[str] | None = None) -> int:
-    """Compare rerankers on the same search results."""
+    """Run the command `compare-rerankers`: compare rerankers on the same search results. Return the exit status."""
     return _run("compare", _compare_rerankers, arguments)
 
 
 def serve(arguments: Sequence[str] | None = None) -> int:
-    """Serve the search page until Ctrl-C is pressed."""
+    """Run the command `serve`: serve the search page until Ctrl-C is pressed. Return the exit status."""
     return _run("serve", _serve, arguments)
 
 
 def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequence[str] | None) -> int:
-    """Compose the configuration and run the task once, or once per job of a sweep.
+    """Let Hydra compose the configuration, and run the task with it: once, or once per job of a sweep.
 
-    Hydra reads `sys.argv` and would take the name of the command for a setting, so this function removes the name.
-    Lightning starts further processes with the `sys.argv` of the running task, so `_output_dir` restores it.
+    Hydra reads the settings from `sys.argv`, and would take the name of the command for a setting. `sys.argv` is
+    therefore replaced by `arguments` while Hydra reads it. Lightning starts further processes with the original
+    command line, so `_output_dir` restores `sys.argv` before the task starts.
+
+    Args:
+        config_name: name of the main configuration file in `conf`.
+        task: function of the composed configuration.
+        arguments: settings and options of Hydra; None for the command line of the process.
+
+    Returns:
+        The exit status.
     """
     global _process_arguments
     try:
@@ -68,19 +81,23 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
 
 
 def _output_dir() -> Path:
-    """Restore `sys.argv` and return the results folder of this job."""
-    if _process_arguments is not None:  # It is None in a process that a cluster launcher started.
+    """Restore the `sys.argv` that `_run` replaced, and return the folder for the results of this job."""
+    if _process_arguments is not None:  # It is None in a process that a cluster launcher of Hydra started.
         sys.argv = _process_arguments
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def _print_error(error: InputError, every_process: bool = False) -> None:
+    """Print an error to stderr, in the first process of each machine or in every process."""
     if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)
 
 
 def _evaluate(cfg: DictConfig) -> float:
-    """Run one evaluation; a sweeper reads the returned mAP."""
+    """Run one evaluation, and return its mAP, which Hydra's sweepers read.
+
+    If an evaluation in a sweep fails, print the error, record it in the results folder, and return NaN.
+    """
     from superglobal.evaluation.pipeline import evaluate
     from superglobal.reporting.results import write_status
     from superglobal.training.trainer import sweeping
@@ -97,7 +114,10 @@ def _evaluate(cfg: DictConfig) -> float:
 
 
 def _train(cfg: DictConfig) -> float:
-    """Run one training; a sweeper reads the returned validation mAP."""
+    """Run one training job, and return its validation mAP, which Hydra's sweepers read.
+
+    If a job in a sweep fails, print the error and return NaN.
+    """
     from superglobal.training.train import train
     from superglobal.training.trainer import sweeping
 
@@ -113,7 +133,7 @@ def _train(cfg: DictConfig) -> float:
 
 
 def _tune(cfg: DictConfig) -> float:
-    """Run one tuning; a sweeper reads the returned gain."""
+    """Run one tuning job, and return its gain in mAP over the default settings, which Hydra's sweepers read."""
     from superglobal.tuning.tune import tune
 
     folder = _output_dir()
@@ -125,6 +145,7 @@ def _tune(cfg: DictConfig) -> float:
 
 
 def _compare_rerankers(cfg: DictConfig) -> None:
+    """Compare rerankers. If the input is invalid, print the error and exit with status 2."""
     from superglobal.evaluation.compare_rerankers import compare
 
     folder = _output_dir()
@@ -137,6 +158,7 @@ def _compare_rerankers(cfg: DictConfig) -> None:
 
 
 def _serve(cfg: DictConfig) -> None:
+    """Serve the search page. If the input is invalid, print the error and exit with status 2."""
     from superglobal.search_page.serve import serve
 
     try:

@@ -33,13 +33,17 @@ uploaded to the Hugging Face Hub, where "hf:owner/name" takes the place of FOLDE
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Return an argument parser that has no arguments yet, for the command `superglobal <command>`."""
     return argparse.ArgumentParser(
         f"superglobal {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def convert_weights(arguments: Sequence[str]) -> int:
-    """Convert a CVNet checkpoint to safetensors, and record its source in the metadata."""
+    """Run `superglobal convert-weights`: convert a CVNet checkpoint to safetensors, and return the exit status.
+
+    The metadata of the new file records the source of the weights.
+    """
     description = (
         "Convert a CVNet checkpoint to safetensors.\n\n"
         "Example: superglobal convert-weights CVPR2022_CVNet_R50.pyth r50.safetensors"
@@ -69,7 +73,10 @@ def convert_weights(arguments: Sequence[str]) -> int:
 
 
 def export(arguments: Sequence[str]) -> int:
-    """Export a network, and print how much the exported model differs from it."""
+    """Run `superglobal export`: export a network to ONNX or torch.export, and return the exit status.
+
+    Print how much the descriptors of the exported model differ from those of the network.
+    """
     parser = _parser("export", _EXPORT)
     _add_network_arguments(parser)
     parser.add_argument("file", type=Path, help="file to write, .onnx or .pt2")
@@ -95,7 +102,7 @@ def export(arguments: Sequence[str]) -> int:
 
 
 def share(arguments: Sequence[str]) -> int:
-    """Write a model folder, upload it if requested, and print how to load it."""
+    """Run `superglobal share`: write a model folder, upload it if requested, and return the exit status."""
     parser = _parser("share", _SHARE)
     _add_network_arguments(parser)
     parser.add_argument("folder", type=Path, help="new or empty folder to write")
@@ -132,6 +139,7 @@ def share(arguments: Sequence[str]) -> int:
 
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that select a network: its weights, backbone, pooling and scales."""
     parser.add_argument(
         "weights", help="weights of the network, as for eval.py: a path, hf:owner/name, timm, package or random"
     )
@@ -143,12 +151,14 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_network(args: argparse.Namespace) -> RetrievalNetwork:
+    """Load the network that the arguments of `_add_network_arguments` select."""
     from superglobal.models.factory import load_model
 
     return load_model(args.weights, backbone=args.backbone, pooling=args.pooling, scales=_scales(args.scales))
 
 
 def _scales(text: str | None) -> int | list[float] | None:
+    """Parse the value of `--scales`: a number of scales, or a list of scale factors separated by commas."""
     if text is None:
         return None
     try:

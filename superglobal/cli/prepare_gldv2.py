@@ -14,19 +14,22 @@ from pathlib import Path
 
 
 def _exit_on_interrupt(number: int, frame: object) -> None:
-    """Exit without waiting for the shard in progress, because results are written atomically."""
+    """Handle Ctrl-C: exit immediately, without waiting for the images in progress.
+
+    This is safe because results are written atomically.
+    """
     os.write(2, b"\ninterrupted: run the same command again to resume\n")
     os._exit(130)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check the images, and write the index and a report.
+    """Run `superglobal prepare-gldv2`: check the images, and write the index and a report.
 
     Args:
         arguments: arguments of the command.
 
     Returns:
-        Exit status: 1 if images are corrupt. Ctrl-C exits with status 130.
+        The exit status: 0, or 1 if images are missing or corrupt. Ctrl-C exits with status 130.
     """
     parser = argparse.ArgumentParser(
         "superglobal prepare-gldv2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -15,7 +15,10 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print mAP@100 (retrieval), or GAP and top-1 accuracy (recognition), for public, private and all test images."""
+    """Run `superglobal score-gldv2`, and return the exit status.
+
+    Print mAP@100 (retrieval), or GAP and top-1 accuracy (recognition), for the public, the private and all test images.
+    """
     parser = argparse.ArgumentParser(
         "superglobal score-gldv2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

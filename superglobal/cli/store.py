@@ -2,9 +2,9 @@
 
 Example: superglobal store info outputs/stores/STORE
 
-A store is a folder in outputs/stores. Independent jobs can extract shards of the same list of images, each into a store
-of its own; `merge` combines these stores. `export` writes a .parquet file, or a .npy file and a second file with the
-names of the images.
+A store is a folder of descriptors in outputs/stores. Independent jobs can each extract one shard of the same list of
+images into a separate store; `merge` combines these stores. `export` writes a .parquet file, or a .npy file and a
+second file with the names of the images.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the argument parser of the command and its subcommands."""
     parser = argparse.ArgumentParser(
         "superglobal store", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a subcommand and print its result."""
+    """Run `superglobal store info`, `verify`, `export` or `merge`, print the result, and return the exit status."""
     args = _parser().parse_args(arguments)
     from superglobal.retrieval import store_tools
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Render the data set, and draw a contact sheet if requested.
+    """Run `superglobal toy-data`: render the toy data set, and draw a contact sheet if requested.
 
     Args:
         arguments: arguments of the command.
 
     Returns:
-        Exit status: 0, or 130 after Ctrl-C.
+        The exit status: 0, or 130 after Ctrl-C.
     """
     from superglobal.toy.make import make_toy
     from superglobal.toy.plan import SIZES

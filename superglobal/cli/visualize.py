@@ -24,6 +24,7 @@ KINDS = ("sheets", "activation", "curves", "similarities", "map")
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the argument parser of the command."""
     parser = argparse.ArgumentParser(
         "superglobal visualize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,13 +60,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _kind(text: str) -> str:
+    """Check that an argument is a kind of figure, and return it."""
     if text not in KINDS:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(KINDS)}")
     return text
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Draw the figures and print their paths."""
+    """Run `superglobal visualize`: draw the figures, print their paths, and return the exit status.
+
+    Figures that cannot be drawn are listed on stderr, with the reason.
+    """
     options = vars(_parser().parse_args(arguments))
     folder, kinds = options.pop("folder"), options.pop("kinds")
     from superglobal.evaluation.ranking_sheets import FigureOptions

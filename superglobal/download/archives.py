@@ -205,7 +205,7 @@ class _TooLargeError(Exception):
 
 
 class _Member(tarfile.TarInfo):
-    """Header of an archive member. The size of long names and extended headers is limited, as they are kept in memory."""
+    """Header of an archive member. It limits the size of long names and extended headers, which are kept in memory."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:

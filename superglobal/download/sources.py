@@ -1,8 +1,8 @@
 """Download the data sets and weights that data/download_links.py defines.
 
-Archives of images are downloaded in parallel.
-All progress is stored on disk, so that a resumed run downloads no file twice. The docstring of fetch.py describes the
-files that are written next to each download. `<archive>.files` lists the images extracted from an archive.
+Archives of images are downloaded in parallel. All progress is stored on disk, so that a resumed run downloads no file
+twice. The docstring of fetch.py describes the files that are written next to each download. `<archive>.files` lists the
+images extracted from an archive.
 """
 
 from __future__ import annotations
