@@ -1,4 +1,4 @@
-"""Compare rerankers on the same descriptors and the same search: scores, time and memory."""
+"""Compare the accuracy, time and memory of rerankers on the same descriptors and search results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FORMAT = "superglobal-comparison-1"
 
 
 def compare(cfg: DictConfig, folder: Path, sources: Sequence[Path]) -> list[dict[str, Any]]:
-    """Rerank the results of one search with each of `rerankers` and score all of them.
+    """Rerank the results of one search with each reranker in `rerankers`, and score every ranking.
 
     Args:
         cfg: composed `CompareConfig`.
@@ -42,8 +42,9 @@ def compare(cfg: DictConfig, folder: Path, sources: Sequence[Path]) -> list[dict
         sources: configuration folders; a name in `rerankers` is looked up as `rerank/NAME.yaml` in this order.
 
     Returns:
-        One row per reranker: name, settings, mAP per protocol (0..1), gain of the main protocol over the first row with
-        its interval, milliseconds per query, MB of memory. Empty in all processes but the first.
+        One dict per reranker: its name and settings, the mAP per protocol (0..1), the gain in mAP of the main protocol
+        over the first reranker with its 95 % confidence interval, the milliseconds per query, and the additional peak
+        memory in MB. An empty list in all processes except the first.
 
     Raises:
         InputError: input or settings are missing, invalid or contradict each other.
@@ -73,7 +74,15 @@ def compare(cfg: DictConfig, folder: Path, sources: Sequence[Path]) -> list[dict
 
 
 def _read_reranker(words: str, sources: Sequence[Path]) -> RerankConfig:
-    """Return the settings of "NAME key=value ...": those in `rerank/NAME.yaml`, overridden by the given values."""
+    """Return the settings of one entry of `rerankers`.
+
+    Args:
+        words: the entry, "NAME key=value ...". The values override those in `rerank/NAME.yaml`.
+        sources: configuration folders, in which the file is looked up in this order.
+
+    Raises:
+        InputError: there is no such file, or a key or value is invalid.
+    """
     name, *overrides = words.split() or [""]
     path = next((p for p in (source / "rerank" / f"{name}.yaml" for source in sources) if p.is_file()), None)
     if path is None:
@@ -94,6 +103,14 @@ def _read_reranker(words: str, sources: Sequence[Path]) -> RerankConfig:
 def _score_rerankers(
     config: CompareConfig, inputs: Inputs, rerankers: Sequence[tuple[str, RerankConfig]], folder: Path
 ) -> list[dict[str, Any]]:
+    """Search once, rerank the results with each reranker, and return the rows that `compare` returns.
+
+    Args:
+        config: settings of the comparison.
+        inputs: descriptors and ground truth.
+        rerankers: name and settings of each reranker.
+        folder: folder for large temporary files.
+    """
     dataset, task = inputs.dataset, make_task(config, inputs)
     assert dataset is not None
     Q, X, exclude, device = task.queries, task.database, task.exclude, task.device
@@ -136,7 +153,11 @@ def _score_rerankers(
 
 @contextmanager
 def _measure(device: str) -> Iterator[dict[str, Any]]:
-    """Measure the milliseconds of a block and its additional peak memory in MB; None if unknown."""
+    """Measure the time and the additional peak memory of the block.
+
+    The block receives a dict. After the block, "milliseconds" contains the elapsed time, and "megabytes" the additional
+    peak memory in MB, or None if it is unknown.
+    """
     cost: dict[str, Any] = {}
     before = _peak_memory(device, reset=True)
     start = time.perf_counter()
@@ -149,7 +170,15 @@ def _measure(device: str) -> Iterator[dict[str, Any]]:
 
 
 def _peak_memory(device: str, reset: bool) -> float | None:
-    """Return the peak memory in MB since the last reset: of the GPU, or of this process from Linux's /proc."""
+    """Return the peak memory in MB since the last reset; None if it is unknown.
+
+    On a CUDA device, this is the GPU memory that torch has allocated. On the CPU, it is the memory of this process as
+    reported by Linux in /proc.
+
+    Args:
+        device: device of the computation.
+        reset: whether to reset the peak first.
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         if reset:
@@ -157,7 +186,7 @@ def _peak_memory(device: str, reset: bool) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         if reset:
-            # Freed memory is returned to the system, so that the measurement counts its reuse.
+            # Return freed memory to the system. Otherwise, its reuse would not count as additional memory.
             gc.collect()
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Extraction of the missing rows of an evaluation's descriptor stores."""
+"""Extract the descriptors that are missing from the stores of an evaluation."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from superglobal.training.trainer import launched_externally, translate_process_
 from superglobal.utils.provenance import versions
 
 log = logging.getLogger(__name__)
-# Bytes of the float32 activations of a ResNet per pixel of the scaled image. A network that needs more runs out of
-# memory once and then continues with smaller batches.
+# Estimated memory of a ResNet's float32 activations, in bytes per pixel of the scaled image. A network that needs more
+# runs out of memory once, and then continues with smaller batches.
 _BYTES_PER_PIXEL = 600
-_MEMORY_FRACTION = 0.5
+_MEMORY_FRACTION = 0.5  # fraction of the GPU memory that a batch may use
 _CPU_BATCH_PIXELS = 2**20
 
 
@@ -44,23 +44,23 @@ def extract_lists(
     num_workers: int,
     dtype: str,
 ) -> tuple[list[DescriptorStore], dict[str, int]]:
-    """Open the store of each image list under `folder` and extract the missing rows in one pass over the images.
+    """Open the store of each image list under `folder`, and extract the missing rows in one pass over the images.
 
-    Rows of other stores under `folder` with the same images, network and settings are reused, so that an image added to
-    a folder requires only one extraction.
+    A new store first copies rows with the same image, network and settings from other stores under `folder`. If an
+    image is added to a data set, for example, only this image is extracted.
 
     Args:
         networks: networks on the CPU. The stores of all networks are filled; those of the first one are returned.
         lists: checked image lists.
         folder: parent folder of the stores.
         trainer: runs the extraction.
-        settings: `extraction` of the configuration.
-        num_workers: processes that decode images.
+        settings: section `extraction` of the configuration.
+        num_workers: number of processes that decode images.
         dtype: dtype of the stores, "float32" or "float16".
 
     Returns:
-        The stores of the first network (incomplete if `settings.shard` is one of several), and the number of rows that
-        were missing, by title.
+        The stores of the first network, one per image list, and the number of rows that were missing, by title of the
+        list. The stores are incomplete if other shards still have images to extract.
 
     Raises:
         InputError: an image is unreadable, a store cannot be written, or a process died. Finished rows are kept for the
@@ -81,8 +81,8 @@ def extract_lists(
             for network_stores in stores:
                 if os.access(network_stores[i].folder, os.W_OK):  # another user's complete store may be read-only
                     record_paths(network_stores[i].folder, paths)
-    # A run with complete stores extracts nothing for the other jobs of its sweep. Otherwise, every job would repeat the
-    # extraction of a job that fails.
+    # If the stores of this run are complete, it extracts nothing for the other jobs of its sweep. Otherwise, if the
+    # extraction of one job fails, every other job would repeat it.
     open_stores = stores if any(len(store.missing) for store in stores[0]) else []
     missing = [
         {row for network_stores in open_stores for row in network_stores[i].missing.tolist()} for i in range(len(lists))
@@ -90,7 +90,8 @@ def extract_lists(
     for images, rows in zip(lists, missing, strict=True):
         total = len(images.items)
         log.info("%s: %d images, %d in store, %d to extract", images.title, total, total - len(rows), len(rows))
-    # Processes that were started together may see different rows as missing, and must wait for each other.
+    # Processes that were started together may see different rows as missing. All of them must take part in the
+    # extraction, because they wait for each other.
     if any(missing) or launched_externally():
         if check_decoder is not None:
             check_decoder()
@@ -109,14 +110,24 @@ def _extract_missing(
     settings: ExtractionConfig,
     num_workers: int,
 ) -> None:
-    """Plan the batches of this process and shard and extract them; `missing` are the rows of each list."""
+    """Plan the batches of this process and shard, and extract them.
+
+    Args:
+        networks: networks on the CPU.
+        stores: for each network, one store per image list.
+        lists: image lists.
+        missing: for each image list, the rows to extract.
+        trainer: runs the extraction.
+        settings: section `extraction` of the configuration.
+        num_workers: number of processes that decode images.
+    """
     if len(networks) > 1:
         log.info("extracting descriptors of %d networks of the sweep in one pass over the images", len(networks))
     sizes = [images.sizes() for images in lists]
     pixels = settings.batch_pixels or _default_batch_pixels(networks[0], trainer.strategy.root_device)
     process = trainer.global_rank, trainer.world_size
     plan = plan_batches(sizes, pixels, settings.batch_size, settings.parse_shard(), process)
-    # Lightning stops in a process without data, so such a process extracts one image again.
+    # Lightning ends early in a process without data. A process without missing rows therefore extracts one image again.
     batches = select_missing(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
     image_lists = [(images.items, images.max_side) for images in lists]
     data = ExtractionDataModule(image_lists, batches, num_workers, settings.decoder)
@@ -129,7 +140,7 @@ def _extract_missing(
 def run_extraction(
     trainer: pl.Trainer, module: ExtractionModule, data: ExtractionDataModule, stores: Sequence[DescriptorStore]
 ) -> None:
-    """Extract all batches in all processes, and flush finished rows to the stores even after an error.
+    """Extract all batches in all processes, and flush finished rows to disk even after an error.
 
     Raises:
         InputError: see `extract_lists`.
@@ -141,7 +152,7 @@ def run_extraction(
             try:
                 module.drain()
             finally:  # drain() raises if the GPU failed before it computed the last batch
-                for failure in dict.fromkeys(module.failures):  # the error that ended the run does not contain them
+                for failure in dict.fromkeys(module.failures):  # these are not part of the error that ended the run
                     log.warning("%s", failure)
                 for store in stores:
                     store.flush()
@@ -159,10 +170,15 @@ def run_extraction(
 
 
 def _skip_unreadable(store: DescriptorStore, images: ExtractionList, writes: bool) -> None:
-    """Mark images that the check could not read as skipped.
+    """Mark the rows of unreadable images as skipped, if the image list allows skipping.
+
+    Args:
+        store: store of the image list.
+        images: checked image list.
+        writes: whether this process writes to the store.
 
     Raises:
-        InputError: rows are skipped although none may be, or too many images are unreadable.
+        InputError: too many images are unreadable, or the store has skipped rows although the list allows none.
     """
     if images.max_corrupt_fraction is None:
         if len(store.skipped):
@@ -181,6 +197,7 @@ def _skip_unreadable(store: DescriptorStore, images: ExtractionList, writes: boo
 
 
 def _require_few_corrupt(store: DescriptorStore, images: ExtractionList, unreadable: int = 0) -> None:
+    """Raise InputError if more images are unreadable, or skipped in the store, than the image list allows."""
     count, total = max(unreadable, len(store.skipped)), len(images.items)
     if count > (images.max_corrupt_fraction or 0) * total:
         raise InputError(
@@ -193,7 +210,7 @@ def _require_few_corrupt(store: DescriptorStore, images: ExtractionList, unreada
 def _group_by_backbone(
     networks: Sequence[RetrievalNetwork], stores: Sequence[list[DescriptorStore]]
 ) -> tuple[list[list[RetrievalNetwork]], list[list[list[DescriptorStore]]]]:
-    """Group networks that share a backbone, and group their stores in the same way."""
+    """Group the networks that share a backbone, and return these groups and the stores in the same groups."""
     groups: dict[int, list[int]] = {}
     for i, network in enumerate(networks):
         groups.setdefault(id(network.backbone), []).append(i)
@@ -204,7 +221,7 @@ def _group_by_backbone(
 
 
 def _default_batch_pixels(network: RetrievalNetwork, device: torch.device) -> int:
-    """Return an estimate of the number of pixels per batch that fits in memory at the network's largest scale."""
+    """Estimate how many pixels of input images fit in memory in one batch, at the network's largest scale."""
     if device.type != "cuda":
         return _CPU_BATCH_PIXELS
     memory = torch.cuda.get_device_properties(device).total_memory * _MEMORY_FRACTION
@@ -213,7 +230,7 @@ def _default_batch_pixels(network: RetrievalNetwork, device: torch.device) -> in
 
 
 def store_identity(network: RetrievalNetwork, max_side: int | None, decoder: str) -> dict[str, Any]:
-    """Return all settings that affect a stored descriptor, without the images; the CPU decoder is omitted."""
+    """Return all settings that affect a stored descriptor; the JPEG decoder is included only if it is not "cpu"."""
     return {**network.identity(), "max_side": max_side, **({} if decoder == "cpu" else {"decoder": decoder})}
 
 
@@ -225,7 +242,18 @@ def _open_store(
     dtype: str,
     check_decoder: Callable[[], dict[str, Any]] | None,
 ) -> DescriptorStore:
-    """Open or create the store of an image list. A new store reuses rows of others and records its provenance."""
+    """Open the store of an image list, or create it.
+
+    A new store records its provenance, and copies the rows that other stores under `folder` already contain.
+
+    Args:
+        network: network that extracts the descriptors.
+        images: checked image list.
+        folder: parent folder of the stores.
+        device: device of the extraction, recorded as provenance.
+        dtype: dtype of the store.
+        check_decoder: function that checks the GPU JPEG decoder and describes it; None to decode on the CPU.
+    """
     identity = store_identity(network, images.max_side, "cpu" if check_decoder is None else "gpu")
     lines = images.lines()
     path = folder / f"{images.name}-{images.title}-{fingerprint(identity, lines, dtype)[:16]}"

@@ -1,4 +1,4 @@
-"""Inputs of an evaluation: descriptors from stores or files, data set, distractors, network and whitening."""
+"""Load the inputs of an evaluation: data set, distractors, network, descriptors and whitening."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from superglobal.training.trainer import make_trainer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-# Rows of the ablation table that need a backbone with plain ReLUs.
+# Rows of the ablation table that need a backbone with plain ReLUs, which ReLUP replaces.
 _RELUP_ROWS = ("relup", "no_relup")
 
 
@@ -43,13 +43,14 @@ class NotApplicableError(InputError):
 
 
 class StageTimer:
-    """Measure the seconds of each stage."""
+    """Measure the duration of each stage of an evaluation, and record it in `seconds`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
+        """Measure the duration of the block, and record it under the name `stage`."""
         start = time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - start
@@ -57,13 +58,13 @@ class StageTimer:
 
 @dataclass
 class Inputs:
-    """Descriptors to search, with their data set and provenance."""
+    """Query and database descriptors, with their data set and provenance."""
 
     queries: Rows  # (Q, D), unit norm
     database: Rows  # (N, D), unit norm, including the distractors
     dataset: EvaluationSet | None  # None if there are only descriptors
-    distractors: list[ImageItem]  # they follow the images of the data set in the database
-    about: dict[str, Any] = field(default_factory=dict)  # weights, network and stores, for results.json
+    distractors: list[ImageItem]  # in the database, they follow the images of the data set
+    about: dict[str, Any] = field(default_factory=dict)  # weights, network and stores, recorded in results.json
 
     @classmethod
     def from_stores(
@@ -73,7 +74,15 @@ class Inputs:
         distractors: list[ImageItem],
         about: dict[str, Any],
     ) -> Inputs:
-        """Join the stores by title; without a store of "queries", the database images are the queries."""
+        """Create the inputs from descriptor stores.
+
+        Args:
+            stores: stores by title: "database" and, if they exist, "queries" and "distractors". Without "queries", the
+                database images are the queries.
+            dataset: evaluation set.
+            distractors: distractor images.
+            about: provenance of the descriptors.
+        """
         queries = as_rows(stores.get("queries", stores["database"]), "queries")
         parts = [stores[title] for title in ("database", "distractors") if title in stores]
         return cls(queries, concat(*parts, name="database"), dataset, distractors, about)
@@ -83,7 +92,11 @@ class Inputs:
         return self.queries.block(0, len(self.queries))
 
     def exclude(self) -> np.ndarray | None:
-        """Return the id of each query in the database, (Q,) int64, if the queries are the database; else None."""
+        """Return the database image that each query must not retrieve: itself, in leave-one-out evaluation.
+
+        Returns:
+            (Q,) int64 database ids; None if the queries are not database images.
+        """
         leave_one_out = self.dataset is not None and self.dataset.leave_one_out
         return np.arange(len(self.queries)) if leave_one_out else None
 
@@ -91,8 +104,12 @@ class Inputs:
 def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
     """Load the descriptors to search, extract those that are missing, and apply the whitening.
 
+    Args:
+        config: settings of the evaluation.
+        timer: records the duration of each stage.
+
     Returns:
-        The inputs; None in all processes but the first, and if images remain for other shards.
+        The inputs. None in all processes except the first, and if other shards still have images to extract.
 
     Raises:
         InputError: inputs are missing or unreadable; one message lists all problems.
@@ -141,7 +158,15 @@ def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
 def load_sources(
     config: EvalConfig, timer: StageTimer, queries: bool = True
 ) -> tuple[EvaluationSet, list[ImageItem], RetrievalNetwork, list[ExtractionList]]:
-    """Load the data set, the distractors and the network, and check the images, with or without the `queries`.
+    """Load the data set, the distractors and the network, and check the image files.
+
+    Args:
+        config: settings of the evaluation.
+        timer: records the duration of the check.
+        queries: whether to check and list the query images, too.
+
+    Returns:
+        The data set, the distractors, the network, and the image lists to extract.
 
     Raises:
         InputError: inputs are missing or unreadable; one message lists all problems.
@@ -167,7 +192,10 @@ def _try(problems: list[str], load: Callable[[], T]) -> T | None:
 
 
 def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
-    """Return the configured data set, or None for descriptors. Image files are not checked.
+    """Load the configured evaluation set, without checking its image files.
+
+    Returns:
+        The evaluation set; None for dataset=descriptors, which has no images.
 
     Raises:
         InputError: the files that list the images are missing or invalid.
@@ -176,13 +204,22 @@ def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
 
 
 def distractor_images(config: EvalConfig) -> list[ImageItem]:
-    """Return the configured distractors. Raises InputError if their list is missing or invalid."""
+    """Return the configured distractors, if any. Raises InputError if the list of distractors is missing or invalid."""
     d = config.distractors
     return load_distractors(d.root, d.name) if d.name else []
 
 
 def load_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distractors: list[ImageItem]) -> Inputs:
-    """Load the files of `descriptors.*`. Raises InputError if a file is unreadable or does not match the data set."""
+    """Load query and database descriptors from the files `descriptors.query` and `descriptors.database`.
+
+    Args:
+        config: settings of the evaluation.
+        dataset: evaluation set that the descriptors belong to; None if there are only descriptors.
+        distractors: distractors, whose descriptors follow those of the data set in the database.
+
+    Raises:
+        InputError: a file is unreadable, or its number of rows does not match the images.
+    """
     queries, database = (_load_npy(str(p)) for p in (config.descriptors.query, config.descriptors.database))
     if dataset is not None:
         images = {"query": len(dataset.queries), "database": len(dataset.database) + len(distractors)}
@@ -197,6 +234,7 @@ def load_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distract
 
 
 def _load_npy(path: str) -> Rows:
+    """Open a .npy file of descriptors as a memory map. Raises InputError if it is unreadable."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_FAULTS as error:
@@ -222,7 +260,7 @@ def load_network(config: EvalConfig) -> RetrievalNetwork:
 
 
 def _trained_weights(config: EvalConfig) -> str:
-    """Return the path of the weights that the training run `name` exported."""
+    """Return the path of the weights that the training run `config.name` exported. Raises InputError without a run."""
     path = export_path(config.paths.outputs, config.name)
     if path.is_file():
         if is_unfinished(path.parent):
@@ -244,7 +282,18 @@ def _check_image_lists(
     problems: list[str],
     queries: bool,
 ) -> list[ExtractionList]:
-    """Check all image files and return the image lists to extract. An error also lists the other `problems`."""
+    """Check all image files and return the image lists to extract.
+
+    Args:
+        config: settings of the evaluation.
+        dataset: evaluation set; None if it could not be loaded.
+        distractors: distractor images.
+        problems: messages of other problems, which the error also lists.
+        queries: whether to check and list the query images, too.
+
+    Raises:
+        InputError: an image is unreadable, or `problems` is not empty.
+    """
     sets: list[tuple[str, str, Sequence[ImageItem], str]] = []
     if dataset is not None:
         sets.append(("database", dataset.name, dataset.database, dataset.how_to_get))
@@ -275,9 +324,10 @@ def _check_image_lists(
 
 
 def _sibling_networks(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNetwork]:
-    """Return the networks of the sweep's other jobs that extract the same images.
+    """Return the networks of the other sweep jobs that extract the same images.
 
-    Networks with equal ReLUP settings share a backbone.
+    They share their backbone with `network`, the network of this job, or with each other, if their ReLUP settings are
+    equal.
     """
     networks = [network]
     for overrides in sibling_poolings(config):
@@ -289,13 +339,17 @@ def _sibling_networks(config: EvalConfig, network: RetrievalNetwork) -> list[Ret
                 networks.append(sharing[0].variant(pooling))
             else:
                 networks.append(load_network(replace(config, pooling=PoolingOverrides(**overrides))))
-        except InputError:  # the job of this network reports the error
+        except InputError:  # the sweep job that uses this network reports the error
             continue
     return networks[1:]
 
 
 def apply_whitening(config: EvalConfig, inputs: Inputs, timer: StageTimer) -> Inputs:
-    """Return the inputs with the configured whitening applied, fitted on the searched database."""
+    """Fit the configured whitening on the database, distractors included, and return the whitened inputs.
+
+    A whitening of stored descriptors is saved in `paths.stores`, and loaded from there if it exists. With
+    whitening=none, the inputs are returned unchanged.
+    """
     s = config.whitening
     if s.kind == "none":
         return inputs

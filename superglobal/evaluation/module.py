@@ -1,4 +1,4 @@
-"""Extraction by Lightning: one or several processes write the descriptor of each image into its row of a store."""
+"""Extract descriptors with Lightning, in one or several processes that write them into descriptor stores."""
 
 from __future__ import annotations
 
@@ -31,34 +31,37 @@ from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)
 _REPORT_INTERVAL = 30.0  # seconds
-# These devices compute asynchronously, so descriptors are written while the next batch is computed.
+# These devices compute asynchronously, so the descriptors of a batch are written while the next batch is computed.
 _ASYNCHRONOUS = ("cuda",)
 
 
 @dataclass(frozen=True)
 class ExtractionList:
-    """Images that have their descriptors in the same store."""
+    """List of images whose descriptors belong to one store. Row i of the store is the descriptor of image i."""
 
     title: str  # "database", "queries" or "distractors"
     name: str  # name of the data set
     items: Sequence[ImageItem]
-    checked: CheckReport  # result of the check of these images
-    max_side: int | None  # longer side in pixels to which larger images are shrunk; None to keep the size
-    max_corrupt_fraction: float | None = None  # largest fraction of unreadable images, in 0..1; None to allow none
-    roots: Sequence[Path] = ()  # recorded paths are relative to the first of these folders that contains the image
-    source: dict[str, Any] | None = None  # settings of the data set, recorded in the store
+    checked: CheckReport  # result of checking the image files
+    max_side: int | None  # longer side in pixels to which larger images are shrunk; None for no limit
+    max_corrupt_fraction: float | None = None  # maximum fraction of images to skip as unreadable; None for 0
+    roots: Sequence[Path] = ()  # `paths` are relative to the first of these folders that contains the image
+    source: dict[str, Any] | None = None  # settings of the data set, which the store records
 
     def lines(self) -> list[str]:
-        """Return one line per row for the fingerprint: file name, box and content, without the folder."""
+        """Return one text line per image, from which the fingerprint of the store is computed.
+
+        A line contains the file name without its folder, the box, and a signature of the file's content.
+        """
         return [
             f"{item.path.name} {item.box or ''} {signature}"
             for item, signature in zip(self.items, self.checked.signatures, strict=True)
         ]
 
     def paths(self) -> list[str]:
-        """Return a unique name of each image: its path relative to one of `roots`.
+        """Return a unique name for each image: its path relative to one of `roots`, or else its absolute path.
 
-        The box of a crop is appended, as in `a.jpg#12,30,540,400`. A number is appended to repeated names.
+        The box of a crop is appended, as in `a.jpg#12,30,540,400`. If a name occurs again, a number is appended to it.
         """
         roots = [os.path.join(os.path.abspath(root), "") for root in self.roots]
         counts: Counter[str] = Counter()
@@ -70,37 +73,38 @@ class ExtractionList:
             if item.box is not None:
                 name += "#" + ",".join(f"{value:g}" for value in item.box)
             unique = name
-            while unique in names:  # the name of a file may end with #2, too
+            while unique in names:  # a file name may itself end with #2
                 counts[name] += 1
                 unique = f"{name}#{counts[name] + 1}"
             names[unique] = None
         return list(names)
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Return (height, width) of each image after shrinking, in pixels."""
+        """Return the (height, width) of each image in pixels, after it is shrunk to `max_side`."""
         return [shrunk_size(size, self.max_side) for size in self.checked.sizes]
 
 
 @dataclass(frozen=True)
 class _PendingBatch:
-    """Descriptors of one batch by one group of networks that are not written yet."""
+    """Descriptors that one group of networks has computed for one batch, and that are not written to the stores yet."""
 
-    list_index: int  # index of the image list
-    rows: list[int]  # (B,) rows of the images in the list
-    descriptors: list[Tensor]  # for each network (B, D) on the host, valid after the event `copied`
+    list_index: int  # index of the image list that contains the batch
+    rows: list[int]  # (B,) position of each image in the list, which is its row in the store
+    descriptors: list[Tensor]  # one (B, D) tensor in host memory per network, valid after the event `copied`
     stores: Sequence[Sequence[DescriptorStore]]  # for each network, one store per image list
-    is_first_group: bool  # true if the first network of the group is the network of this run
-    copied: torch.cuda.Event | None  # recorded after the copies; None if they are complete
+    is_first_group: bool  # true if the group contains the network of this run, as its first network
+    copied: torch.cuda.Event | None  # occurs when the copies are complete; None if they already are
 
 
 class ExtractionModule(pl.LightningModule):
     """Extract batches of images with one or several networks and write each descriptor into its row of a store.
 
     Args:
-        networks: networks in evaluation mode, in groups that share their feature maps (`forward_variants`).
-        stores: for each group and network, one store per image list.
-        lists: image lists, for error messages.
-        batches: all batches of this process, to report the progress.
+        networks: groups of networks in evaluation mode; the networks of a group share their feature maps (see
+            `forward_variants`). The first network of the first group is the network of this run.
+        stores: one store for each group, network and image list, nested in this order.
+        lists: image lists to which the batches refer.
+        batches: all batches of this process, used to estimate the remaining time.
     """
 
     def __init__(
@@ -112,24 +116,26 @@ class ExtractionModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.groups = networks
-        self.networks = nn.ModuleList(
-            network for group in networks for network in group
-        )  # registered, so that they move to a device together
+        # This attribute registers the networks as submodules, so that Lightning moves them to the device.
+        self.networks = nn.ModuleList(network for group in networks for network in group)
         self.stores = stores
         self.lists = lists
         self.failures: list[str] = []
         self.pending: list[_PendingBatch] = []
-        self.max_pixels = math.inf  # largest number of pixels that fit in memory at once
+        self.max_pixels = math.inf  # maximum number of pixels to process at once, reduced when GPU memory runs out
         self.total_pixels = sum(len(batch.rows) * batch.size[0] * batch.size[1] for batch in batches)
         self.pixels_done, self.images_done = 0, 0
         self.start_time = self.last_report = time.monotonic()
 
     def predict_step(self, batch: list[LoadedBatch], batch_idx: int) -> int:
-        """Extract one batch and write its descriptors; return the number of images done.
+        """Extract one batch and write its descriptors.
 
-        On a GPU, the descriptors of the previous batch are written while the GPU computes this batch. A single process
-        stops at once if an image fails. Several processes raise the error together at the end, because they would
-        wait for a process that stops alone. Finished rows are kept in both cases.
+        On a GPU, the descriptors of the previous batch are written while the GPU computes this batch. If an image
+        fails, a single process raises the error at once. Several processes raise it together at the end, because the
+        others would wait for a process that stops alone. Finished rows are kept in both cases.
+
+        Returns:
+            Number of images that this process has extracted so far.
         """
         for list_index, rows, images, faults in batch:
             image_list = self.lists[list_index]
@@ -152,13 +158,15 @@ class ExtractionModule(pl.LightningModule):
         return self.images_done
 
     def drain(self, keep: int = 0) -> None:
-        """Write all pending descriptors except those of the last `keep` batches."""
+        """Write pending descriptors to the stores, oldest first, until only `keep` entries of `pending` are left."""
         while len(self.pending) > keep:
             self._write(self.pending[0])
-            del self.pending[0]  # after the write, so that an interrupted write is repeated
+            del self.pending[0]  # removed after the write, so that an interrupted write is repeated
 
     def _extract(self, group: Sequence[RetrievalNetwork], images: Tensor) -> list[Tensor]:
-        """Return the descriptors (B, D) of each network, computed in as many parts as memory requires.
+        """Return the descriptors (B, D) of each network in the group.
+
+        If GPU memory runs out, the batch is divided into smaller parts.
 
         Raises:
             InputError: a single image does not fit in memory.
@@ -180,9 +188,9 @@ class ExtractionModule(pl.LightningModule):
         return self._extract(group, images)
 
     def _write(self, batch: _PendingBatch) -> None:
-        """Write the descriptors of a batch, and record failures only for the store of this run.
+        """Write the descriptors of a batch into the stores, and record an error if this run's store cannot be written.
 
-        The other runs of a sweep extract the missing rows of their stores again.
+        Errors of other stores are ignored, because the sweep jobs that use them extract their missing rows again.
         """
         if batch.copied is not None:
             batch.copied.synchronize()
@@ -195,6 +203,7 @@ class ExtractionModule(pl.LightningModule):
                     self.failures.append(f"{path} or another image of its batch: {error}")
 
     def _report_progress(self, images: int, pixels: int) -> None:
+        """Add finished images and pixels to the totals, and log the progress every `_REPORT_INTERVAL` seconds."""
         self.images_done += images
         self.pixels_done += pixels
         now = time.monotonic()
@@ -206,7 +215,7 @@ class ExtractionModule(pl.LightningModule):
             log.info("extracted %d images, %.1f images/s, about %.0f min left", self.images_done, speed, minutes)
 
     def on_predict_start(self) -> None:
-        """End the run on SIGTERM, so that finished rows are flushed, because Lightning's handler only sets a flag."""
+        """Exit on SIGTERM, so that finished rows are flushed to disk; Lightning's own handler only sets a flag."""
         if in_main_thread():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
@@ -215,7 +224,7 @@ class ExtractionModule(pl.LightningModule):
         self.raise_failures()
 
     def raise_failures(self) -> None:
-        """Raise an InputError in all processes that lists the failed images of all processes, if there are any."""
+        """If an image has failed in any process, raise an InputError in all processes that lists all failed images."""
         failures = self.failures
         if self.trainer.world_size > 1:
             by_process: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
@@ -227,7 +236,11 @@ class ExtractionModule(pl.LightningModule):
 
 
 def _copy_to_host(descriptors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
-    """Return host copies of descriptors and, for CUDA tensors, an event that occurs when the copies are complete."""
+    """Copy descriptors to host memory.
+
+    Returns:
+        The copies and, for CUDA tensors, an event that occurs when they are complete; None for other tensors.
+    """
     if descriptors[0].device.type != "cuda":
         return [x.cpu() for x in descriptors], None
     copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True) for x in descriptors]
@@ -239,9 +252,11 @@ def _copy_to_host(descriptors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cu
 def skip_rows(stores: Sequence[DescriptorStore], images: ExtractionList, faults: Sequence[tuple[int, str]]) -> None:
     """Mark rows of stores as skipped, and record the images and reasons in the `skipped.txt` of each store.
 
+    Rows that are already finished stay unchanged.
+
     Args:
-        stores: stores of the image list.
-        images: the image list.
+        stores: stores whose rows belong to `images`.
+        images: list of images.
         faults: row and reason of each image to skip.
     """
     for store in stores if faults else ():

@@ -41,14 +41,14 @@ _PROTOCOLS = {"revisited": REVISITED, "labels": LABELS}
 
 @dataclass(frozen=True)
 class Task:
-    """Descriptors to search, and the ground truth that scores the results."""
+    """Descriptors to search, and the ground truth for scoring the results."""
 
     inputs: Inputs
     queries: np.ndarray  # (Q, D) float32, unit norm
-    exclude: np.ndarray | None  # (Q,) ids, one per query, excluded from its results; None to exclude none
+    exclude: np.ndarray | None  # (Q,) database id that each query must not retrieve; None to exclude none
     device: str  # device of exact search and reranking
     scorer: Scorer | None  # computes mAP from ranks; None without labels and for GLDv2
-    truth: RetrievalTruth | RecognitionTruth | None  # ground truth of GLDv2's metrics; None for other sets
+    truth: RetrievalTruth | RecognitionTruth | None  # ground truth for the metrics of GLDv2; None for other sets
 
     @property
     def database(self) -> Rows:
@@ -57,24 +57,25 @@ class Task:
 
 @dataclass
 class FirstStage:
-    """Results of the search."""
+    """Results of the search, before reranking."""
 
     scores: np.ndarray  # (Q, k), best first
-    ids: np.ndarray  # (Q, k)
-    ranks: list[np.ndarray]  # for each query, ranks of the scorer's targets; -1 if an index did not return them
-    about: dict[str, Any]  # for results.json: "search" is the backend, "index" describes an approximate index
+    ids: np.ndarray  # (Q, k) database ids
+    ranks: list[np.ndarray]  # for each query, ranks of `Scorer.targets`, its labeled images; -1 if not retrieved
+    about: dict[str, Any]  # for results.json: the backend ("search") and the approximate index, if any ("index")
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> float:
-    """Extract, search, rerank, score and report, as configured.
+    """Run an evaluation: extract descriptors, search, rerank, score the rankings and write the results.
 
     Args:
         cfg: composed `EvalConfig`.
         folder: folder for the results.
 
     Returns:
-        The main metric after the last stage, in 0..1: mAP (Medium, or over labels), mAP@100 or GAP. NaN without labels,
-        for a row of the ablation table that does not apply, and in all processes but the first.
+        The main metric after the last stage, in 0..1: mAP (for Revisited sets, under the Medium protocol), mAP@100 or
+        GAP. NaN without labels, for a row of the ablation table that does not apply, and in all processes except the
+        first.
 
     Raises:
         InputError: input or settings are missing, invalid or contradict each other.
@@ -85,7 +86,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
         try:
             inputs = load_inputs(config, timer)
         except NotApplicableError as error:
-            log.info("ablation=%s: n/a, %s", config.ablation, error)
+            log.info("ablation=%s does not apply, so this run has no metrics: %s", config.ablation, error)
             result_files.write_status(folder, asdict(config), "n/a", str(error))
             return math.nan
         if inputs is None:
@@ -108,7 +109,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
 
 
 def make_task(config: EvalConfig, inputs: Inputs) -> Task:
-    """Return the descriptors to search, with the ground truth that scores the results."""
+    """Combine the inputs with the scorer or ground truth of their data set, and with the device of the search."""
     dataset, queries, exclude = inputs.dataset, inputs.query_block(), inputs.exclude()
     truth = None if dataset is None else dataset.landmark_truth
     scorer = None
@@ -120,7 +121,7 @@ def make_task(config: EvalConfig, inputs: Inputs) -> Task:
 
 
 def search_device(config: EvalConfig) -> str:
-    """Return the device of search and reranking: that of extraction, or the CPU for FAISS without GPU support."""
+    """Return the device for search and reranking: a GPU if it may be used and the search backend supports it."""
     gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     return "cuda" if gpu and (config.index.backend != "faiss" or faiss_on_gpu()) else "cpu"
 
@@ -128,16 +129,25 @@ def search_device(config: EvalConfig) -> str:
 def ground_truth(
     dataset: EvaluationSet, exclude: np.ndarray | None
 ) -> tuple[list[dict[str, Any]], Mapping[str, Protocol]]:
-    """Return the ground truth and the protocols of a data set."""
+    """Return the ground truth and the protocols of a data set.
+
+    Args:
+        dataset: evaluation set.
+        exclude: (Q,) database id that each query must not retrieve; None to exclude none. If it is given, the ground
+            truth is reduced to the positives.
+
+    Returns:
+        For each query, the ids by relevance; and the protocols by name.
+    """
     gnd = dataset.gnd or []
     if exclude is not None:
-        # An excluded image has no rank, so it cannot be listed as junk.
+        # The excluded image has no rank, so it must not stay listed as junk.
         gnd = [{"positive": entry["positive"]} for entry in gnd]
     return gnd, _PROTOCOLS[dataset.protocols]
 
 
 def results_per_query(config: EvalConfig, task: Task) -> int:
-    """Return the number of results kept per query: `k`, or more if the metric or the reranking needs more."""
+    """Return the number of results to keep per query: `k`, or more if the metric or the reranker needs more."""
     needed = 1 if task.truth is None else required_depth(task.truth)
     k = shortlist_size(max(config.k, needed), config.rerank, task.inputs)
     if task.scorer is not None and config.rerank.enabled and config.rerank.junk == "drop":
@@ -146,7 +156,7 @@ def results_per_query(config: EvalConfig, task: Task) -> int:
 
 
 def shortlist_size(k: int, rerank: RerankConfig, inputs: Inputs) -> int:
-    """Return the larger of k and `rerank.M`, but at most the number of images that a search can return.
+    """Return the larger of k and, with reranking, `rerank.M`; at most the number of images that a search can return.
 
     Raises:
         InputError: a search cannot return any image.
@@ -158,7 +168,7 @@ def shortlist_size(k: int, rerank: RerankConfig, inputs: Inputs) -> int:
 
 
 def search_database(config: EvalConfig, task: Task, k: int) -> FirstStage:
-    """Search as `index` configures: exactly, or by an approximate index.
+    """Return k results per query, by exact search or with the approximate index that `config.index` selects.
 
     Raises:
         InputError: descriptors are invalid, or the index cannot be built.
@@ -182,12 +192,23 @@ def search_database(config: EvalConfig, task: Task, k: int) -> FirstStage:
 
 
 def open_configured_index(config: EvalConfig, X: Rows, device: str) -> ApproximateIndex:
-    """Build the index of `config.index` over X, or open it if `paths.stores` contains it."""
+    """Open the approximate index of the descriptors X that `config.index` selects; build it if it is not stored yet."""
     return open_index(X, config.index, Path(config.paths.stores), device=device)
 
 
 def _compare_with_exact(config: EvalConfig, task: Task, scores: np.ndarray, ids: np.ndarray) -> dict[str, Any]:
-    """Compare results with exact search on a random sample of the queries: recall and difference in the main metric."""
+    """Compare the results of an approximate index with exact search, on a random sample of the queries.
+
+    Args:
+        config: settings of the evaluation.
+        task: descriptors and ground truth.
+        scores: (Q, k) scores of the approximate results.
+        ids: (Q, k) ids of the approximate results.
+
+    Returns:
+        The size of the sample, k, the mean and minimum recall of the exact results, and, with labels, the difference in
+        the main metric by protocol.
+    """
     sample = np.sort(np.random.default_rng(config.seed).permutation(len(task.queries))[: config.index.compare])
     scorer = None if task.scorer is None else task.scorer.subset(sample)
     truth = None if task.truth is None else subset(task.truth, sample)
@@ -216,7 +237,14 @@ def _compare_with_exact(config: EvalConfig, task: Task, scores: np.ndarray, ids:
 
 
 def rerank_results(config: EvalConfig, task: Task, ids: np.ndarray, folder: Path) -> Reranked:
-    """Rerank the results (Q, k) of the search as `rerank` configures."""
+    """Rerank search results with the reranker that `config.rerank` selects.
+
+    Args:
+        config: settings of the evaluation.
+        task: descriptors that were searched.
+        ids: (Q, k) ids of the results, best first.
+        folder: folder for large temporary files.
+    """
     return apply_reranker(
         config.rerank.kind,
         rerank_parameters(config.rerank),
@@ -231,7 +259,17 @@ def rerank_results(config: EvalConfig, task: Task, ids: np.ndarray, folder: Path
 
 
 def score_stages(config: EvalConfig, task: Task, first: FirstStage, reranked: Reranked | None) -> dict[str, Result]:
-    """Return the scores by stage ("search", "rerank"); an empty dict without labels."""
+    """Compute the metrics of each stage.
+
+    Args:
+        config: settings of the evaluation.
+        task: descriptors and ground truth.
+        first: results of the search.
+        reranked: results after reranking; None without reranking.
+
+    Returns:
+        Metrics by stage, "search" and "rerank"; an empty dict without labels.
+    """
     if task.truth is not None:
         stages: dict[str, FirstStage | Reranked] = {
             "search": first,
@@ -249,7 +287,11 @@ def score_stages(config: EvalConfig, task: Task, first: FirstStage, reranked: Re
 
 
 def shortlist_reranker(config: EvalConfig, task: Task) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Return a function from query numbers (n,) and their shortlists of ids (n, m) to the reranked shortlists."""
+    """Return a function that reranks shortlists as `config.rerank` specifies.
+
+    The function takes query numbers (n,) and one shortlist of database ids per query (n, m), and returns the reordered
+    shortlists (n, m).
+    """
 
     def reorder(queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
         parameters = rerank_parameters(config.rerank)
@@ -260,9 +302,16 @@ def shortlist_reranker(config: EvalConfig, task: Task) -> Callable[[np.ndarray, 
 
 
 def ranks_after_reranking(task: Task, scorer: Scorer, ranks: list[np.ndarray], reranked: Reranked) -> list[np.ndarray]:
-    """Return, for each query, the ranks of the scorer's targets after reranking.
+    """Return, for each query, the ranks of its labeled images (`Scorer.targets`) after reranking.
 
-    For a reordered shortlist, they follow from the ranks of the search. For new descriptors, they are counted again.
+    If the reranker reordered a shortlist, only the ranks of the images in it change. If it computed new descriptors and
+    searched again, all ranks are computed from the new descriptors.
+
+    Args:
+        task: descriptors and ground truth.
+        scorer: scorer of the ground truth.
+        ranks: for each query, the ranks before reranking.
+        reranked: results of the reranker.
     """
     if reranked.shortlist is not None:
         return scorer.reranked(ranks, reranked.shortlist)
@@ -278,9 +327,16 @@ def write_report(
     seconds: dict[str, float],
     folder: Path,
 ) -> EvaluationRecord:
-    """Write the files of a result into `folder`, print its table, and return the record for the loggers.
+    """Write the result files of an evaluation, print its table, and return the record for the loggers.
 
-    `search` is `FirstStage.about`.
+    Args:
+        config: settings of the evaluation.
+        task: descriptors and ground truth.
+        search: description of the search, `FirstStage.about`.
+        results: metrics by stage; empty without labels.
+        stages: scores (Q, k) and ids (Q, k) by stage.
+        seconds: duration of each stage.
+        folder: folder to write to.
     """
     inputs, dataset, X = task.inputs, task.inputs.dataset, task.database
     if dataset is None:
@@ -312,7 +368,17 @@ def score_set(
     device: str,
     seed: int,
 ) -> RetrievalResult:
-    """Score descriptors, or a reranked `shortlist` (Q, M), by the ground truth and protocols of a data set."""
+    """Compute the mAP of a search, or of reranked shortlists, by the protocols of a data set.
+
+    Args:
+        dataset: evaluation set with ground truth.
+        Q: (Q, D) query descriptors.
+        X: (N, D) database descriptors.
+        shortlist: (Q, M) reranked ids that replace the first results of the search; None to score the search.
+        exclude: (Q,) database id that each query must not retrieve; None to exclude none.
+        device: device to compute on.
+        seed: seed of the confidence intervals.
+    """
     gnd, protocols = ground_truth(dataset, exclude)
     return score_descriptors(
         Q, X, gnd, protocols, shortlist, clusters=dataset.clusters, exclude=exclude, device=device, seed=seed

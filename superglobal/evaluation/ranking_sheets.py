@@ -1,4 +1,4 @@
-"""Sheets of ranked results of a finished evaluation, or of two evaluations side by side."""
+"""Draw sheets of ranked results for a finished evaluation, or for two evaluations side by side."""
 
 from __future__ import annotations
 
@@ -19,23 +19,26 @@ from superglobal.reporting.results import main_protocol
 
 log = logging.getLogger(__name__)
 QUERIES_PER_SHEET = 8
-_MAX_NAME = 90  # last characters of a folder's path, shown as the name of its ranking
+# A figure shows at most this number of trailing characters of a folder's path as the name of its ranking.
+_MAX_NAME = 90
 
 
 @dataclass(frozen=True)
 class FigureOptions:
-    """Contents of figures; None selects the default of a figure."""
+    """Options of the figures. None selects the default of each figure."""
 
-    order: str | None = None  # order of queries: "worst", "improved", "worsened", "given"; None: worst, then improved
-    queries: int | None = None  # number of queries
+    order: str | None = None  # an order of `order_queries`; None for "worst" and "improved"
+    queries: int | None = None  # maximum number of queries per order
     ranks: int | None = None  # number of results per query
-    numbers: tuple[int, ...] = ()  # numbers of the queries in rankings.csv, instead of `order` and `queries`
-    images: int = 1000  # maximum number of images on the map
-    method: str = "pca"  # projection of the map, one of `reporting.figures.PROJECTIONS`
-    seed: int = 0  # seed of random samples
+    numbers: tuple[
+        int, ...
+    ] = ()  # numbers of the queries to draw, as in rankings.csv; they override `order` and `queries`
+    images: int = 1000  # maximum number of database images on the map
+    method: str = "pca"  # projection of the map, a key of `reporting.figures.PROJECTIONS`
+    seed: int = 0  # seed for random samples
 
     def validate(self, count: int) -> None:
-        """Raise InputError for values out of range; `count` is the number of queries of the result."""
+        """Raise InputError if a value is out of range; `count` is the number of queries in the result."""
         for number in self.numbers:
             if not 0 <= number < count:
                 raise InputError(f"query {number}: the result has {count} queries, 0 to {count - 1} (see rankings.csv)")
@@ -45,9 +48,16 @@ class FigureOptions:
 
 
 def scores_by_stage(run: FinishedRun) -> dict[str, np.ndarray]:
-    """Return each stage's scores (Q,): AP of the main protocol, or 1 and 0 for correct and wrong recognition.
+    """Return the scores of all queries after each stage, "search" and "rerank".
 
-    Queries that do not count have NaN.
+    The score of a query is its AP under the main protocol. In a recognition task, it is 1 for a correct prediction and
+    0 for a wrong one. Queries that the metric does not count have NaN.
+
+    Returns:
+        Scores (Q,) by stage; an empty dict without labels.
+
+    Raises:
+        InputError: `per_query.csv` lacks a column.
     """
     if not run.summary["metrics"]:
         return {}
@@ -62,15 +72,16 @@ def scores_by_stage(run: FinishedRun) -> dict[str, np.ndarray]:
 
 
 def order_queries(scores: dict[str, np.ndarray], order: str, count: int) -> np.ndarray:
-    """Return the numbers of the queries in an order; "improved" and "worsened" only include queries that changed so.
+    """Return the numbers of the queries in a given order.
 
     Args:
-        scores: scores (Q,) by stage, empty without labels. Queries with NaN are last.
-        order: "worst", "improved", "worsened" or "given".
+        scores: scores (Q,) by stage, as returned by `scores_by_stage`. Queries with NaN are last.
+        order: "worst" sorts by ascending final score. "improved" and "worsened" return only the queries whose score
+            rose or fell by reranking, the largest change first. "given" keeps the order of the query list.
         count: number of queries Q.
 
     Raises:
-        InputError: the order requires labels or reranking, and the result has none.
+        InputError: the order requires labels or reranking, but the result has none.
     """
     if order == "given":
         return np.arange(count)
@@ -87,7 +98,19 @@ def order_queries(scores: dict[str, np.ndarray], order: str, count: int) -> np.n
 
 
 def select_queries(run: FinishedRun, options: FigureOptions, count: int) -> dict[str, np.ndarray]:
-    """Return the numbers of the queries to show by order, by default `count`. Raises InputError if there are none."""
+    """Select the queries to show.
+
+    Args:
+        run: finished evaluation.
+        options: order and number of queries, or the numbers of the queries.
+        count: maximum number of queries per order, unless the options set one.
+
+    Returns:
+        Query numbers by order. If the options list query numbers, these are returned under the key "chosen".
+
+    Raises:
+        InputError: no query has the requested order, for example because reranking improved none.
+    """
     if options.numbers:
         return {"chosen": np.array(options.numbers)}
     scores, total = scores_by_stage(run), run.summary["counts"]["queries"]
@@ -99,14 +122,14 @@ def select_queries(run: FinishedRun, options: FigureOptions, count: int) -> dict
 
 
 def require_images(run: FinishedRun, kind: str) -> None:
-    """Raise InputError if the result has descriptors only."""
+    """Raise InputError if the evaluation had descriptors but no images; `kind` is the kind of figure."""
     if run.dataset is None:
         raise InputError(f"{kind}: the result has descriptors without images; only map can be drawn")
 
 
 @contextmanager
 def with_image_hint(run: FinishedRun) -> Iterator[None]:
-    """Add a hint to errors about unreadable images."""
+    """Add a hint to an InputError that the block raises for an unreadable image."""
     try:
         yield
     except InputError as error:
@@ -118,7 +141,7 @@ def with_image_hint(run: FinishedRun) -> Iterator[None]:
 
 
 def draw_sheets(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw ranked results before and after reranking, by default of the worst and the most improved queries."""
+    """Draw the first results of the selected queries before and after reranking, and return the paths of the sheets."""
     require_images(run, "sheets")
     assert run.dataset is not None
     scores, names = scores_by_stage(run), file_names(run.dataset.queries, run.dataset.root)
@@ -140,6 +163,7 @@ def draw_sheets(run: FinishedRun, target: Path, options: FigureOptions) -> list[
 
 
 def _score_text(run: FinishedRun, scores: Sequence[float]) -> str:
+    """Format the scores of a query after each stage for the title of its figure; "" without labels."""
     if not scores:
         return ""
     if "search correct" in run.per_query:
@@ -148,11 +172,12 @@ def _score_text(run: FinishedRun, scores: Sequence[float]) -> str:
 
 
 def _percents(scores: Sequence[float]) -> str:
+    """Format scores in 0..1 as percentages joined by arrows, such as "41.2 -> 55.0"; "-" stands for NaN."""
     return " -> ".join("-" if np.isnan(value) else f"{100 * value:.1f}" for value in scores)
 
 
 def _draw_pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence[Comparison]) -> list[Path]:
-    """Write `name-01.png`, ... and remove pages of an earlier call."""
+    """Draw comparisons on pages `<name>-01.png` and so on, remove old pages, and return the paths of the new ones."""
     assert run.dataset is not None
     pages = [comparisons[i : i + QUERIES_PER_SHEET] for i in range(0, len(comparisons), QUERIES_PER_SHEET)]
     paths = [target / f"{name}-{number:02d}.png" for number in range(1, len(pages) + 1)]
@@ -165,15 +190,16 @@ def _draw_pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence
 
 
 def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET, ranks: int = 10) -> list[Path]:
-    """Compare a result with a baseline query by query, on the console and in a folder below `<folder>/comparison/`.
+    """Compare a result with a baseline query by query; print a table, and write tables and figures.
 
-    `queries.csv` and `queries.md` contain all queries, the largest gain first. `won-01.png` and `lost-01.png` show the
-    rankings of the largest gains and losses side by side. Without images, only the tables are written.
+    The files are written into a folder below `<folder>/comparison/`. `queries.csv` and `queries.md` list all queries,
+    the largest gain first. `won-01.png` and `lost-01.png` show both rankings of the queries with the largest gains and
+    losses side by side. Without images, only the tables are written.
 
     Args:
         folder: folder of one result.
         baseline: folder of the result to compare with.
-        queries: maximum number of queries with gains, and of queries with losses, in the figures.
+        queries: maximum number of queries with a gain in the figures, and of queries with a loss.
         ranks: number of results shown per query.
 
     Returns:
@@ -186,15 +212,15 @@ def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET,
     if run.folder.resolve() == baseline_run.folder.resolve():
         raise InputError(f"{run.folder}: the baseline is the same result; give another result to compare with")
     comparison = read_comparison(run.folder, run.summary, baseline_run.folder, baseline_run.summary)
-    # Jobs of two sweeps can have equal names, so the name of the sweep is part of the folder name.
+    # Jobs of two sweeps can have equal names, so the folder name contains the name of the sweep, too.
     target = run.folder / "comparison" / "-".join(baseline_run.folder.resolve().parts[-2:])
     write_comparison(target, comparison, run.folder, baseline_run.folder)
-    # Both rankings are read here, because damaged files are an error, unlike missing images.
+    # Both rankings are read outside `try`: a damaged file is an error, whereas missing images only prevent figures.
     stages = [list(finished.stages.values())[-1] for finished in (baseline_run, run)]
     try:
         return _draw_paired_sheets(run, baseline_run, stages, comparison, target, queries, ranks)
     except InputError as error:
-        log.warning("no figures are drawn: %s", error)
+        log.warning("no figures are drawn, only tables are written: %s", error)
         return []
 
 
@@ -207,13 +233,27 @@ def _draw_paired_sheets(
     queries: int,
     ranks: int,
 ) -> list[Path]:
+    """Draw the rankings of the queries with the largest gains and losses, and return the paths of the sheets.
+
+    Args:
+        run: finished evaluation.
+        baseline: finished evaluation to compare with.
+        stages: scores (Q, k) and ids (Q, k) of the last stage, of the baseline and then of the run.
+        comparison: comparison of the two evaluations.
+        target: folder to write to.
+        queries: maximum number of queries with a gain, and of queries with a loss.
+        ranks: number of results shown per query.
+
+    Raises:
+        InputError: images are missing, or the distractors differ.
+    """
     runs = (baseline, run)
     for finished in runs:
         require_images(finished, "sheets")
     distractors = {finished.config.distractors.name for finished in runs} - {None}
     if len(distractors) > 1:
         raise InputError(f"the results have different distractors ({', '.join(sorted(map(str, distractors)))})")
-    # Distractors follow the database, so the larger database contains the images of both.
+    # Distractors follow the other database images, so the larger database contains the images of both runs.
     larger = max((run, baseline), key=lambda finished: len(finished.images))
     selected = {"won": comparison.most_won(queries), "lost": comparison.most_lost(queries)}
     paths = []

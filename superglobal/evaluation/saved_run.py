@@ -1,4 +1,4 @@
-"""Access to a finished evaluation by its folder: settings, rankings, ground truth, stored descriptors, network."""
+"""Load the settings, rankings, ground truth, descriptors and network of a finished evaluation from its folder."""
 
 from __future__ import annotations
 
@@ -40,19 +40,20 @@ from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.store import DescriptorStore
 
-# Largest differences between machines in the scores of the same descriptors, and in a mean of precisions.
+# Scores and metrics that are computed again may differ from the recorded ones by these values, because rounding differs
+# between machines.
 _SCORE_TOLERANCE = 1e-4
 _MEAN_TOLERANCE = 1e-4
 
 
 class FinishedRun:
-    """Result that `eval.py` wrote into a folder, with its inputs. Files are read on first use.
+    """Result that `eval.py` wrote into a folder, together with the inputs of the evaluation.
 
-    The constructor and all attributes raise InputError if a file is missing or damaged, or has changed since the
-    evaluation.
+    Files are read when they are first needed. The constructor and all attributes raise InputError if a file is missing
+    or damaged, or has changed since the evaluation.
 
     Args:
-        folder: folder of one result, or folder with one result in a subfolder.
+        folder: folder of one result, or a parent folder that contains exactly one result.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,11 +79,11 @@ class FinishedRun:
 
     @property
     def uses_descriptor_files(self) -> bool:
-        """Return whether the descriptors came from files instead of a network."""
+        """Return whether the evaluation read its descriptors from files instead of extracting them."""
         return self.config.descriptors.query is not None
 
     def command(self) -> str:
-        """Return the command that made this result, if the folder contains it, or a description."""
+        """Return the command that produced this result, or a description of it if the command is not recorded."""
         path = self.folder / ".hydra" / "overrides.yaml"
         if not path.is_file():
             return "python eval.py with the settings in results.json"
@@ -90,7 +91,7 @@ class FinishedRun:
 
     @cached_property
     def dataset(self) -> EvaluationSet | None:
-        """Queries, database and ground truth, after checking that they have not changed; None for descriptors."""
+        """Evaluation set, after checking that its images are unchanged; None if only descriptors were evaluated."""
         dataset = evaluation_set(self.config.dataset)
         if dataset is not None:
             self._require_same_images(dataset)
@@ -98,28 +99,29 @@ class FinishedRun:
 
     @cached_property
     def distractors(self) -> list[ImageItem]:
+        """Distractor images; an empty list without distractors."""
         return distractor_images(self.config)
 
     @cached_property
     def images(self) -> Sequence[ImageItem]:
-        """The database images by id, including distractors."""
+        """Database images, including distractors, indexed by database id."""
         assert self.dataset is not None
         return chain_sequences(self.dataset.database, self.distractors)
 
     @cached_property
     def stages(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Scores and ids (Q, k) by stage: "search" and, with reranking, "rerank"."""
+        """Ranked results by stage ("search" and, with reranking, "rerank"): scores (Q, k) and database ids (Q, k)."""
         path = self.folder / "rankings.npz"
         try:
             with np.load(path, allow_pickle=False) as file:
                 names = [name for name in ("search", "rerank") if f"{name}_ids" in file]
                 return {name: (file[f"{name}_scores"], file[f"{name}_ids"]) for name in names}
-        except Exception as error:  # a damaged zip file can raise any exception
+        except Exception as error:  # reading a damaged zip file can raise any exception
             raise self._unreadable(path, error) from error
 
     @cached_property
     def per_query(self) -> dict[str, list[str]]:
-        """Columns of `per_query.csv`; empty without labels."""
+        """Columns of `per_query.csv` by header; empty without labels."""
         path = self.folder / "per_query.csv"
         if not self.summary["metrics"]:
             return {}
@@ -132,7 +134,7 @@ class FinishedRun:
 
     @cached_property
     def inputs(self) -> Inputs:
-        """The descriptors that were searched, from their stores or files."""
+        """Descriptors that the evaluation searched, loaded from their stores or files and whitened in the same way."""
         if self.uses_descriptor_files:
             inputs = load_descriptors(self.config, self.dataset, self.distractors)
         else:
@@ -159,9 +161,11 @@ class FinishedRun:
         return network
 
     def _unreadable(self, path: Path, error: Exception) -> InputError:
+        """Return the InputError for a result file that is missing or damaged; `error` is the original exception."""
         return InputError(f"{path}: missing or damaged ({error!r}); run again: {self.command()}")
 
     def _store(self, title: str) -> DescriptorStore:
+        """Open the store of the image list `title`, such as "database", and check that it has not changed."""
         config, fingerprint = self.config, self.summary["about"]["stores"][title]["fingerprint"]
         name = config.distractors.name if title == "distractors" else config.dataset.name
         path = Path(config.paths.stores) / f"{name}-{title}-{fingerprint[:16]}"
@@ -175,7 +179,10 @@ class FinishedRun:
         return store
 
     def _require_same_images(self, dataset: EvaluationSet) -> None:
-        """Compare counts and file names, because an image added to a folder shifts the ids of all images after it."""
+        """Raise InputError if the number of images or a file name has changed since the evaluation.
+
+        An image added to a folder, for example, shifts the ids of all images after it.
+        """
         images = chain_sequences(dataset.database, self.distractors)
         counts = self.summary["counts"]
         before = counts["queries"], counts["database"] + self.summary["about"].get("skipped", 0)
@@ -206,19 +213,20 @@ class FinishedRun:
 
 
 def relevance_sets(dataset: EvaluationSet) -> list[dict[str, Any]]:
-    """Return, for each query, the ids of each set of the ground truth ("easy", "positive", ...)."""
+    """Return, for each query, the database ids by relevance, such as "easy", "positive" or "junk"."""
     return [{name: ids for name, ids in entry.items() if name != "bbx"} for entry in dataset.gnd or []]
 
 
 def mean_precision(run: FinishedRun) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
-    """Return the mean precision over recall and the number of queries.
+    """Return the mean precision-recall curves, and the number of queries of each curve.
 
     Returns:
-        By stage and by protocol or part, an array (bins,) with the metric of `results.json` as mean; and by protocol,
-        the number of queries.
+        Curves (bins,) by stage and protocol, and numbers of queries by protocol. A curve contains the precision in each
+        of `bins` equal intervals of recall, averaged over the queries. The mean of a curve is its area, which equals
+        the metric in `results.json`. For GLDv2, the protocols are the query subsets "public", "private" and "all".
 
     Raises:
-        InputError: there are no labels, a store is missing, or the area under a curve is not the recorded metric.
+        InputError: there are no labels, a store is missing, or the area under a curve differs from the recorded metric.
     """
     means: dict[str, dict[str, np.ndarray]] = {}
     for stage, by_protocol in precision(run).items():
@@ -237,7 +245,16 @@ def mean_precision(run: FinishedRun) -> tuple[dict[str, dict[str, np.ndarray]], 
 
 
 def precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
-    """Return, by stage and by protocol or part, the precision over recall (Q, bins); NaN for queries not counted."""
+    """Return the precision-recall curve of each query, by stage and protocol.
+
+    Returns:
+        Arrays (Q, bins) with the precision in each of `bins` equal intervals of recall, by stage and protocol. NaN
+        marks queries that a protocol does not count. For GLDv2, the protocols are the query subsets "public",
+        "private" and "all"; its recognition task has one curve (1, bins) for all queries of a subset.
+
+    Raises:
+        InputError: there are no labels, or a file is missing or damaged.
+    """
     dataset = run.dataset
     if dataset is None or dataset.gnd is None:
         raise InputError("curves: precision needs labels, but this result has none")
@@ -250,6 +267,10 @@ def precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _retrieval_precision(truth: RetrievalTruth, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the curves (Q, bins) of GLDv2's retrieval task by query subset, from the ranked ids (Q, k).
+
+    Queries that are not in a subset have NaN.
+    """
     rows = precision_curves(
         [rectangular_steps(row, relevant) for row, relevant in zip(ids, truth.relevant, strict=True)]
     )
@@ -257,7 +278,11 @@ def _retrieval_precision(truth: RetrievalTruth, ids: np.ndarray) -> dict[str, np
 
 
 def _recognition_precision(truth: RecognitionTruth, run: FinishedRun, stage: str) -> dict[str, np.ndarray]:
-    """Return, by part, the curve (1, bins) of all predictions in one list, most confident first; GAP is its area."""
+    """Return the precision-recall curve (1, bins) of GLDv2's recognition task, by query subset.
+
+    The predictions for all queries of a subset are ranked together by descending confidence, and give one curve. The
+    area under the curve is the global average precision (GAP).
+    """
     scores, correct = (
         np.array([float(value or "nan") for value in run.per_query[f"{stage} {column}"]])
         for column in ("score", "correct")
@@ -274,6 +299,7 @@ def _recognition_precision(truth: RecognitionTruth, run: FinishedRun, stage: str
 
 
 def _revisited_precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
+    """Return the curves (Q, bins) by stage and protocol, for sets that are scored by mAP."""
     config, task = run.config, make_task(run.config, run.inputs)
     scorer, ids = task.scorer, run.stages["search"][1]
     assert scorer is not None
@@ -289,7 +315,7 @@ def _revisited_precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
         ranks = sets["positive"]
         return trapezoidal_steps(ranks[ranks >= 0], len(ranks))
 
-    # With an approximate index, only the ranks of the listed images are known.
+    # With an approximate index, only the ranks of the images that it returned are known.
     if config.index.kind == "flat":
         X, exclude = task.database, task.exclude
         first = exact_ranks(task.queries, X, scorer.targets, device=task.device, exclude=exclude)

@@ -1,4 +1,4 @@
-"""Sweeps of evaluations, with one pass over the images for all jobs, and tables and a chart at the end."""
+"""Share extraction between the jobs of an evaluation sweep, and write tables and a chart of their results."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from superglobal.utils.io import write_atomically
 
 log = logging.getLogger(__name__)
 _JOBS = "jobs.json"
-# Settings that do not change descriptors.
+# Settings that do not change the extracted descriptors.
 _AFTER_EXTRACTION = ("rerank", "index", "k", "whitening", "logger", "figures", "trainer")
-# Jobs with the same values of these settings extract the same images with the same network, except for its pooling.
+# Jobs with equal values of these settings extract the same images with the same network, apart from its pooling.
 _EXTRACTION = (
     *("dataset", "distractors", "descriptors", "backbone", "weights", "name", "scales", "antialias"),
     *("extraction", "store", "paths", "seed"),
@@ -39,9 +39,11 @@ _EXTRACTION = (
 
 
 class EvaluationSweep(Callback):
-    """Hydra callback that lists the jobs of a sweep for extraction, and merges their results.
+    """Hydra callback that prepares an evaluation sweep and merges the results of its jobs.
 
-    The sweep exits with status 2 if a job failed.
+    Before the first job, it writes the extraction settings of all jobs to `jobs.json`, so that the first job can also
+    extract the descriptors of the others. After the last job, it writes the tables and the chart, and exits with status
+    2 if a job failed.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -78,7 +80,12 @@ class EvaluationSweep(Callback):
 
 
 def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
-    """Return the `PoolingOverrides.overrides` of the other jobs of the sweep that extract the same images."""
+    """Return the pooling settings of the other sweep jobs that extract the same images.
+
+    Returns:
+        One dict of settings for each different pooling, as returned by `PoolingOverrides.overrides`; an empty list
+        outside a sweep.
+    """
     path = Path(HydraConfig.get().sweep.dir) / _JOBS if sweeping() else None
     if path is None or not path.is_file():
         return []
@@ -92,7 +99,10 @@ def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
 
 
 def _choices(config: DictConfig) -> list[list[str]]:
-    """Return lists of overrides, of which each job has one per list, as in Hydra's basic sweeper."""
+    """Return one list of alternative overrides for each command-line word.
+
+    As in Hydra's basic sweeper, the jobs of the sweep are all combinations of one override from each list.
+    """
     loader = GlobalHydra.instance().config_loader()
     swept = config.hydra.sweeper.params or {}
     lines = [*(f"{key}={value}" for key, value in swept.items()), *config.hydra.overrides.task]
@@ -105,7 +115,7 @@ def _choices(config: DictConfig) -> list[list[str]]:
 
 
 def _extraction_settings(config_name: str, overrides: list[str]) -> dict[str, Any] | None:
-    """Return the settings of a job's extraction; None if they are invalid, which the job itself reports."""
+    """Return the extraction settings of a job, see `_job`; None if they are invalid; the job reports the error."""
     try:
         config = validate_config(compose(config_name, overrides=overrides), EvalConfig)
     except (HydraException, OmegaConfBaseException, InputError):
@@ -115,5 +125,6 @@ def _extraction_settings(config_name: str, overrides: list[str]) -> dict[str, An
 
 
 def _job(config: EvalConfig) -> dict[str, Any]:
+    """Return the extraction settings of a job: "shared" without those of the pooling, and "pooling"."""
     settings = asdict(config)
     return {"shared": {key: settings[key] for key in _EXTRACTION}, "pooling": config.pooling.overrides()}

@@ -1,4 +1,4 @@
-"""Figures of a finished evaluation, drawn from its saved results and stored descriptors."""
+"""Draw figures of a finished evaluation from its saved results and stored descriptors."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from superglobal.reporting.results import METRICS, metric_key
 from superglobal.utils.io import write_atomically
 
 log = logging.getLogger(__name__)
-_MAX_QUERIES = 1000  # maximum number of queries in the similarity histograms; a random sample of more queries is used
-_GRID = (9, 8)  # grid of thumbnails beside the map
-_THUMBNAIL_SIDE = 96  # pixels
-_PANEL_SIDE = 480  # pixels of an image in an activation figure
+_MAX_QUERIES = 1000  # maximum number of queries in the similarity histograms; of more queries, a sample is drawn
+_GRID = (9, 8)  # numbers of columns and rows in the grid of thumbnails beside the map
+_THUMBNAIL_SIDE = 96  # longer side in pixels
+_PANEL_SIDE = 480  # longer side in pixels of an image in an activation figure
 
 
 def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tuple[list[Path], list[str]]:
-    """Draw figures of the result in `folder` into `figures/` below it, and write an `index.html` that shows them.
+    """Draw figures of a result into its subfolder `figures/`, and write an `index.html` that shows them.
 
     Args:
         folder: folder of one result.
-        kinds: keys of `DRAWN`; empty for all that apply.
-        options: contents of the figures.
+        kinds: kinds of figures, keys of `DRAWN`; if empty, all kinds that apply to the result.
+        options: options of the figures.
 
     Returns:
-        The paths of the figures and, if all kinds were requested, the reasons why some do not apply.
+        The paths of the figures and, if `kinds` is empty, the reason for each kind that was not drawn.
 
     Raises:
         InputError: a requested kind does not apply, its inputs are missing, or no figure could be drawn.
@@ -74,10 +74,13 @@ def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tup
 
 
 def draw_activation(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw the regions of a query and of its first results that make them similar, one figure per query.
+    """Draw heat maps of the regions that make a query similar to its first results, one figure per query.
 
-    The network only processes the images in the figures. The contributions of regions are exact
-    (`models/attribution.py`) and summed over scales.
+    The network processes only the images in the figures. The contribution of each region to a similarity is exact (see
+    `models/attribution.py`), and summed over scales.
+
+    Returns:
+        The paths of the figures.
     """
     if run.uses_descriptor_files:
         raise InputError(
@@ -106,9 +109,17 @@ def draw_activation(run: FinishedRun, target: Path, options: FigureOptions) -> l
 def _activation_columns(
     run: FinishedRun, network: RetrievalNetwork, query: int, ids: Sequence[int]
 ) -> list[list[HeatPanel | None]]:
-    """Return one column per image: the image and the contributions of regions of the query and of the image.
+    """Return the panels of an activation figure, in one column for the query and one for each of its results.
 
-    The first column shows the query and its similarity with itself.
+    The column of a result contains its image, and two heat maps of the contributions to the similarity of the query and
+    the result: one on the query and one on the result. The first column contains the image of the query, and a heat map
+    for its similarity with itself.
+
+    Args:
+        run: finished evaluation.
+        network: network that extracted the descriptors, on its device.
+        query: number of the query.
+        ids: database ids of the results, best first.
     """
     assert run.dataset is not None
     max_side = run.config.dataset.max_side
@@ -140,7 +151,7 @@ def _activation_columns(
 
 
 def _shares_text(shares: Contributions) -> str:
-    """Return the sums of positive and negative contributions to a similarity, and that of the bias, in one line."""
+    """Format the sums of the positive and negative contributions of regions, and the contribution of the bias."""
     values = np.concatenate([scale.ravel() for scale in shares.maps])
     parts = [f"{values[values > 0].sum():+.3f}", f"{values[values < 0].sum():+.3f}"]
     text = f"regions {' '.join(part for part in parts if abs(float(part)) >= 5e-4)}"
@@ -148,7 +159,7 @@ def _shares_text(shares: Contributions) -> str:
 
 
 def draw_curves(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw precision over recall, for each protocol and stage."""
+    """Draw the mean precision-recall curve of each protocol and stage, and return the path of the figure."""
     if not run.summary["metrics"]:
         raise InputError("curves: precision needs labels, but this result has none")
     curves, counts = mean_precision(run)
@@ -159,7 +170,7 @@ def draw_curves(run: FinishedRun, target: Path, options: FigureOptions) -> list[
 
 
 def draw_similarities(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw histograms of the similarities of positive and negative pairs."""
+    """Draw histograms of query-image similarities by relevance, such as positive or negative; return the path."""
     dataset = run.dataset
     if dataset is None or dataset.gnd is None:
         raise InputError("similarities: positive pairs need labels, but this result has none")
@@ -184,7 +195,15 @@ def draw_similarities(run: FinishedRun, target: Path, options: FigureOptions) ->
 
 
 def _reranked_scores(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the scores of the images in the reranked shortlists, by their relevance to the query."""
+    """Return the scores after reranking of the images in the shortlists, grouped by relevance to the query.
+
+    Args:
+        run: finished evaluation.
+        queries: (n,) numbers of the queries.
+
+    Returns:
+        Scores by relevance, such as "positive" or "negative"; an empty dict without reranking.
+    """
     if "rerank" not in run.stages:
         return {}
     assert run.dataset is not None
@@ -202,7 +221,7 @@ def _reranked_scores(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndar
 
 
 def draw_map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw a sample of the descriptors on a plane, colored by landmark."""
+    """Draw a sample of the descriptors, projected onto a plane and colored by landmark; return the path."""
     inputs, dataset, method, seed = run.inputs, run.dataset, options.method, options.seed
     total = len(inputs.database)
     landmarks = [None] * total if dataset is None else landmarks_of(dataset, total)
@@ -229,18 +248,22 @@ def draw_map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Pat
 
 
 def _thumbnails(items: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]:
-    """Return small images by number; an empty dict if an image is missing, because the map does not need them."""
+    """Return a thumbnail of each numbered image; an empty dict if an image is unreadable, because none is required."""
     try:
         return {n: read_image(item.path, max_side=_THUMBNAIL_SIDE) for n, item in items}
     except InputError as error:
-        log.warning("map without thumbnails: %s", error)
+        log.warning("cannot load the thumbnails, drawing the map without them: %s", error)
         return {}
 
 
 def landmarks_of(dataset: EvaluationSet, total: int) -> list[str | None]:
-    """Return the landmark of each of `total` database images; None if it is unknown, and for junk.
+    """Return the landmark of each database image; None if it is unknown, as for junk and distractors.
 
-    An image that is positive for queries of several landmarks is assigned to the last of them.
+    An image that is positive for queries of several landmarks is assigned to the last of these landmarks.
+
+    Args:
+        dataset: evaluation set.
+        total: number of database images, including distractors.
     """
     landmarks: list[str | None] = [None] * total
     if isinstance(dataset.landmark_truth, RecognitionTruth):
@@ -254,13 +277,14 @@ def landmarks_of(dataset: EvaluationSet, total: int) -> list[str | None]:
 
 
 def _title(run: FinishedRun) -> str:
+    """Return the names of the data set and the weights, as a title for figures."""
     weights = Path(str(run.summary["weights"]))
     short = weights.parent.name if weights.parent.name and weights.suffix == ".safetensors" else str(weights)
     return f"{run.summary['dataset']}, weights {short}"
 
 
 def _write_index(run: FinishedRun, target: Path) -> None:
-    """Write `index.html`, which shows all figures of the folder and needs no other file."""
+    """Write `index.html`, a page that shows all PNG figures in the folder `target`."""
     names = [html.escape(path.name) for path in sorted(target.glob("*.png"))]
     title = html.escape(f"{_title(run)}: {run.folder.name}")
     body = "".join(
@@ -281,4 +305,4 @@ DRAWN: dict[str, Callable[[FinishedRun, Path, FigureOptions], list[Path]]] = {
     "similarities": draw_similarities,
     "map": draw_map,
 }
-"""Function that draws each kind of figure."""
+"""Drawing function for each kind of figure."""
