@@ -1,6 +1,7 @@
-"""Loggers of evaluations and trainings: CSV files always, Weights & Biases and TensorBoard if enabled.
+"""Loggers for evaluation and training runs.
 
-A failing logger causes a warning and does not stop the run, because the run also writes its results to files itself.
+CSV files are always written. TensorBoard and Weights & Biases (W&B) are optional. If one of these services fails, the
+run continues with a warning, because its results are in files, too.
 """
 
 from __future__ import annotations
@@ -27,10 +28,16 @@ log = logging.getLogger(__name__)
 
 
 class _SafeTracker:
-    """Wrapper of a tracker that turns its exceptions into warnings.
+    """Wrapper around a tracker that turns exceptions of the tracker into warnings.
 
-    A tracker logs one run to one service. Its method `close(error)` receives the exception that ended the run, or None.
-    Trackers of evaluations also have a method `log(record)`; trainings log through Lightning instead.
+    A tracker logs one run to one service, such as TensorBoard. Its method `close(error)` receives the exception that
+    ended the run, or None. The trackers for evaluation runs also have a method `log(record)`. Training runs are logged
+    through Lightning instead.
+
+    Args:
+        name: name of the service.
+        folder: folder of the run, named in warnings.
+        start: function that creates the tracker.
     """
 
     def __init__(self, name: str, folder: Path, start: Callable[[], Any]) -> None:
@@ -38,9 +45,10 @@ class _SafeTracker:
         self.tracker = self._call(start)
 
     def _call(self, action: Callable[..., Any], *args: Any) -> Any:
+        """Return the result of `action(*args)`; if it fails, log a warning and return None."""
         try:
             return action(*args)
-        except Exception as error:  # Any failure of the tracker, its settings or the network connection.
+        except Exception as error:  # Wrong settings or a lost connection, for example, raise various exceptions.
             log.warning("%s failed (%s); the run continues, and its results are in %s", self.name, error, self.folder)
             return None
 
@@ -55,7 +63,12 @@ class _SafeTracker:
 
 @contextmanager
 def _trackers(folder: Path, starts: dict[str, Callable[[], Any] | None]) -> Iterator[list[_SafeTracker]]:
-    """Start the trackers in the first process, and close them after the run, even after Ctrl-C or SIGTERM."""
+    """Start trackers in the first process, and close them when the block ends, even by Ctrl-C or SIGTERM.
+
+    Args:
+        folder: folder of the run.
+        starts: for each service, the function that creates its tracker; None if the service is disabled.
+    """
     names = starts if first_process() else ()
     trackers = [_SafeTracker(name, folder, start) for name in names if (start := starts[name]) is not None]
     error: BaseException | None = None
@@ -75,7 +88,7 @@ def evaluation_loggers(
 ) -> Iterator[Callable[[EvaluationRecord], None]]:
     """Yield a function that logs the result of an evaluation.
 
-    The context surrounds the whole run, so that the loggers also show runs that fail.
+    The context must enclose the whole run, so that a run that fails is logged, too.
 
     Args:
         config: settings of the run.
@@ -120,13 +133,14 @@ def evaluation_loggers(
 def training_loggers(
     config: TrainConfig, folder: Path, step: int, about: dict[str, Any], sweep: str | None
 ) -> Iterator[list[Logger]]:
-    """Yield the Lightning loggers of a training.
+    """Yield the Lightning loggers for a training run.
 
     Args:
         config: settings of the run.
         folder: folder of the run, in which `curves.csv`, `wandb/` and `tensorboard/` are created.
-        step: step at which the run resumes; logged points of later steps are dropped, because these steps are repeated.
-        about: further facts about the run as plain types, such as the git state and versions.
+        step: step at which the run resumes; 0 for a new run. Points that the interrupted run logged after this step are
+            removed, because these steps are repeated.
+        about: further information about the run, such as the git state and package versions, as JSON types.
         sweep: name of the sweep that the run belongs to; None for a single run.
     """
     from superglobal.loggers.csv_tensorboard import CurveFile, TensorBoardCurves

@@ -1,4 +1,4 @@
-"""Log the numbers of an evaluation and the curves of a training to CSV files and TensorBoard."""
+"""Log evaluation results and training curves to CSV files and TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _TENSORBOARD = "tensorboard"
 
 
 class CurveFile(Logger):
-    """CSV file with one row per step and one column per number; a resumed run appends to it.
+    """Lightning logger that writes training curves to a CSV file, one row per logged step and one column per curve.
 
-    Lightning's CSVLogger is not used, because it would overwrite the file of the interrupted run.
+    A resumed run appends to the file. Lightning's CSVLogger would overwrite it.
 
     Args:
         path: path of the file.
-        step: step at which the run resumes; later rows are dropped.
+        step: step at which the run resumes, 0 for a new run; rows of later steps are removed.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -75,6 +75,7 @@ class CurveFile(Logger):
             ) from error
 
     def _text(self, rows: list[dict[str, Any]], header: bool) -> str:
+        """Format rows as CSV, preceded by the column names if `header` is true."""
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
         if header:
@@ -84,7 +85,7 @@ class CurveFile(Logger):
 
 
 class CsvEvaluation:
-    """Tracker that writes the numbers of an evaluation to a CSV file of one row, and its settings to YAML."""
+    """Tracker that writes the scalar results of an evaluation to a one-row CSV file, and its settings to YAML."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -102,7 +103,8 @@ class CsvEvaluation:
 class TensorBoardEvaluation:
     """Tracker that logs an evaluation to TensorBoard.
 
-    It logs numbers, settings, histograms of the AP per query, and images of queries with their first results.
+    It logs the scalar results, the settings, histograms of the AP of the queries, and images of queries with their
+    first results.
     """
 
     def __init__(self, config: EvalConfig, folder: Path) -> None:
@@ -132,7 +134,7 @@ class TensorBoardEvaluation:
 
 
 class StopAfterFailure(Logger):
-    """Mixin for Lightning loggers: after its first failure, the logger prints a warning and stops logging."""
+    """Mixin for Lightning loggers that makes a logger stop, with a warning, after its first failure."""
 
     title: str
     has_failed = False
@@ -147,11 +149,11 @@ class StopAfterFailure(Logger):
 
 
 class TensorBoardCurves(StopAfterFailure, TensorBoardLogger):
-    """Curves of a training in TensorBoard.
+    """TensorBoard logger for the curves of a training run.
 
     Args:
         folder: folder of the run.
-        step: step at which the run resumes; TensorBoard hides later points of the interrupted run.
+        step: step at which the run resumes, 0 for a new run; TensorBoard hides points that were logged after it.
     """
 
     title = "TensorBoard"

@@ -1,4 +1,4 @@
-"""The record that an evaluation passes to its loggers: numbers, scores per query, and images of rankings."""
+"""Define the record of results that an evaluation passes to its loggers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from superglobal.retrieval.rows import Rows
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Result of an evaluation, together with the data that figures and tables need."""
+    """Results of an evaluation, together with the data for tables and figures."""
 
     summary: Mapping[str, Any]  # content of results.json
-    results: Mapping[str, Result]  # by stage; empty without labels
-    stages: Stages
-    names: Names
+    results: Mapping[str, Result]  # metrics by stage ("search", "rerank"); empty without labels
+    stages: Stages  # scores (Q, k) and database ids (Q, k) by stage
+    names: Names  # names of the queries and database images, and landmarks of the queries
     queries: np.ndarray  # (Q, D) descriptors of unit norm
     database: Rows  # N descriptors of unit norm
     dataset: EvaluationSet | None  # None for descriptors without a data set
     images: Sequence[ImageItem]  # database images by id, including distractors
 
     def numbers(self) -> dict[str, float]:
-        """Return the numbers of the evaluation by name.
+        """Return the scalar results of the evaluation by name.
 
-        These are the metrics in percent, such as "search/map/medium", the seconds of each stage, and the milliseconds
-        per query.
+        These are the metrics in percent, such as "search/map/medium", the duration of each stage, such as
+        "seconds/search", and the milliseconds per query, "ms_per_query".
         """
         numbers = {f"seconds/{stage}": value for stage, value in self.summary["seconds"].items()}
         if (time := milliseconds_per_query(self.summary)) is not None:
@@ -49,12 +49,13 @@ class EvaluationRecord:
         return numbers
 
     def per_query(self, limit: int) -> tuple[list[str], list[list[Any]]]:
-        """Return the columns and rows of a table of the scores per query and stage.
+        """Return a table of the scores of each query, as column names and rows.
 
-        AP is in percent. The last column is the change by reranking. Cells of queries that do not count are None.
+        A row contains the number, name and landmark of a query, and its scores after each stage. With reranking, the
+        last column is the change in AP. AP is in percent. A score is None if the metric does not count the query.
 
         Args:
-            limit: maximum number of rows; if there are more queries, rows are chosen evenly over the list.
+            limit: maximum number of rows. If there are more queries, evenly spaced ones are chosen.
         """
         columns = {
             f"{stage} {name}": [_percent(name, value) for value in values]
@@ -79,7 +80,7 @@ class EvaluationRecord:
 
     @property
     def has_images(self) -> bool:
-        """Return whether images can be shown; there may be none if the user provided the descriptors."""
+        """Return whether images can be shown; false if the user provided descriptors, because images may be missing."""
         return self.dataset is not None and self.summary["config"]["descriptors"]["query"] is None
 
     def query_image(self, query: int) -> Image.Image:
@@ -88,21 +89,22 @@ class EvaluationRecord:
         return query_thumbnail(self.dataset.queries[query])
 
     def result_images(self, query: int, stage: str, ranks: int) -> Image.Image:
-        """Return an image of the first results of a stage side by side; requires `has_images`."""
+        """Return one image that shows the first `ranks` results of a stage side by side; requires `has_images`."""
         assert self.dataset is not None
         scores, ids = self.stages[stage]
         return result_strip(self.dataset, self.images, query, scores[query, :ranks], ids[query, :ranks])
 
     def database_image(self, image: int) -> Image.Image:
-        """Return a reduced database image; requires `has_images`."""
+        """Return a thumbnail of a database image; requires `has_images`."""
         return thumbnail(self.images[image])
 
     def relevance(self, query: int, image: int) -> str:
-        """Return the relevance of a database image to a query."""
+        """Return the relevance of a database image to a query, such as "positive", "junk" or "unlabeled"."""
         return "unlabeled" if self.dataset is None else relevance(self.dataset, query, image)
 
 
 def _percent(name: str, value: Any) -> Any:
+    """Convert a value of the column `name`: AP to percent, and NaN to None; other values are returned unchanged."""
     if not isinstance(value, float):
         return value
     if value != value:

@@ -1,6 +1,6 @@
-"""Runs of Weights & Biases (W&B).
+"""Weights & Biases (W&B) runs.
 
-A run starts without asking the user a question, is offline if there is no API key, and is finished even after an error.
+A run never prompts the user. Without an API key, it is offline. It is finished properly even after an error.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ from superglobal.utils.provenance import git_state
 
 log = logging.getLogger(__name__)
 _TIMEOUT = 30  # seconds to wait for the server, unless WANDB_INIT_TIMEOUT is set
-_INTERRUPTED = 255  # exit code that W&B shows as killed
+_INTERRUPTED = 255  # exit code for which W&B shows the status "killed"
 _MAX_ROWS = 10_000  # maximum number of rows that W&B shows in a table
 _MAX_AXES = 64  # maximum number of principal axes in the table of descriptors
 
 
 class TrackedRun:
-    """W&B run that writes into `wandb/` of a folder, and keeps its id when the run in the folder is resumed.
+    """W&B run whose files are in the subfolder `wandb/` of a run's folder.
+
+    The folder also stores the id of the W&B run, so that a resumed training run continues the same W&B run.
 
     Args:
         settings: settings of the loggers.
@@ -62,8 +64,8 @@ class TrackedRun:
         tags: Sequence[str],
         config: Mapping[str, Any],
     ) -> None:
-        # By default W&B keeps the images of tables in the home folder, where an offline run needs them until `wandb
-        # sync`. They are kept in the folder of the run instead.
+        # By default, W&B stores the images of tables in the home folder, and `wandb sync` of an offline run reads them
+        # there. This variable makes W&B store them in the folder of the run instead.
         self._staging = None if "WANDB_DATA_DIR" in os.environ else str((folder / "wandb").resolve())
         if self._staging:
             os.environ["WANDB_DATA_DIR"] = self._staging
@@ -86,13 +88,13 @@ class TrackedRun:
             raise
 
     def finish(self, error: BaseException | None) -> None:
-        """Finish the run as successful (`error` is None), failed, or interrupted (Ctrl-C or SIGTERM)."""
+        """Finish the run with the status that follows from `error`: successful (None), failed, or interrupted."""
         try:
             code = 0
             if isinstance(error, Exception):
                 code = 1
                 self.run.summary.update({"status": "failed", "error": str(error) or type(error).__name__})
-            elif error is not None:  # Ctrl-C and SIGTERM raise other BaseExceptions.
+            elif error is not None:  # Ctrl-C and SIGTERM raise exceptions that are no subclass of Exception.
                 code = _INTERRUPTED
                 self.run.summary["status"] = "interrupted"
             self.run.finish(exit_code=code)
@@ -107,18 +109,20 @@ class TrackedRun:
             kind: type of the artifact, such as "model".
             path: file or folder.
             metadata: metadata of the artifact.
-            checksum: read the contents, so that changed contents become a new version of the artifact.
+            checksum: whether to read the contents for a checksum, so that changed contents create a new version.
         """
         artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", name)[:128], kind, metadata=plain_types(metadata))
         artifact.add_reference(f"file://{path.resolve()}", name=path.name, checksum=checksum)
         self.run.log_artifact(artifact)
 
     def _unset_staging(self) -> None:
+        """Remove the variable WANDB_DATA_DIR if this run has set it."""
         if self._staging and os.environ.get("WANDB_DATA_DIR") == self._staging:
             del os.environ["WANDB_DATA_DIR"]
 
 
 def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
+    """Start a W&B run, offline if the server does not respond or rejects the API key; pass `options` to `wandb.init`."""
     mode: Any = _mode()
     timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", _TIMEOUT))
     settings = wandb.Settings(silent=True, init_timeout=timeout)
@@ -127,8 +131,8 @@ def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
     except wandb.Error as error:  # The server did not respond, or rejected the key.
         if mode == "offline":
             raise
-        log.warning("W&B online failed (%s); this process continues offline", str(error).splitlines()[0])
-        wandb.teardown()  # Otherwise the failed start would keep the id of the run.
+        log.warning("W&B could not start online (%s); this process continues offline", str(error).splitlines()[0])
+        wandb.teardown()  # Otherwise, the failed start would keep the id of the run in use.
         # The variable also applies to the other jobs of a sweep, so that they do not wait for the server again.
         os.environ["WANDB_MODE"] = mode = "offline"
         run = wandb.init(**options, mode=mode, settings=settings)
@@ -140,7 +144,10 @@ def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
 
 
 def _mode() -> str:
-    """Return the mode set by WANDB_MODE or `wandb offline`; "offline" without an API key, so that W&B asks for none."""
+    """Return the W&B mode, such as "online" or "offline", that WANDB_MODE or `wandb offline` has set.
+
+    Without an API key, the mode is "offline", because W&B would ask the user for a key.
+    """
     mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
     if mode in ("online", "shared", "run") and not _has_key():
         if "WANDB_MODE" in os.environ:
@@ -153,12 +160,13 @@ def _mode() -> str:
 
 
 def _has_key() -> bool:
-    """Return whether the environment, the settings or the login file contain an API key, without network access."""
+    """Return whether an API key is in the environment, the settings or the login file; the key is not verified."""
     with contextlib.redirect_stderr(io.StringIO()):  # Otherwise every job of a sweep would print a line.
         return wandb.login(prompt=False, verify=False)
 
 
 def _run_id(folder: Path) -> str:
+    """Return the id of the W&B run, which is stored in the folder on the first call."""
     path = folder / "wandb_id"
     if not path.is_file():
         write_atomically(path, uuid.uuid4().hex[:8].encode())
@@ -166,13 +174,21 @@ def _run_id(folder: Path) -> str:
 
 
 class WandbCurves(StopAfterFailure, WandbLogger):
-    """Curves of a training in W&B."""
+    """W&B logger for the curves of a training run."""
 
     title = "W&B"
 
 
 class WandbTraining:
-    """Tracker of a training; it logs the curves and, at the end, the exported network as an artifact."""
+    """Tracker for a training run that logs the curves and, at the end, the exported network as an artifact.
+
+    Args:
+        config: settings of the training run.
+        settings: these settings and further information about the run, shown by W&B.
+        folder: folder of the run.
+        export: path of the exported network.
+        sweep: name of the sweep that the run belongs to; None for a single run.
+    """
 
     def __init__(
         self, config: TrainConfig, settings: Mapping[str, Any], folder: Path, export: Path, sweep: str | None
@@ -195,7 +211,13 @@ class WandbTraining:
 
 
 class WandbEvaluation:
-    """Tracker of an evaluation; the W&B run starts before the evaluation, so that it also shows failures."""
+    """Tracker for an evaluation run. The W&B run starts before the evaluation, so that it also shows failures.
+
+    Args:
+        config: settings of the evaluation run.
+        folder: folder of the run.
+        sweep: name of the sweep that the run belongs to; None for a single run.
+    """
 
     def __init__(self, config: EvalConfig, folder: Path, sweep: str | None) -> None:
         self.config, self.folder = config, folder
@@ -208,7 +230,7 @@ class WandbEvaluation:
         self.tracked.run.summary["status"] = "no result"
 
     def log(self, record: EvaluationRecord) -> None:
-        """Log all numbers, tables and images of an evaluation as one point."""
+        """Log the scalar results, tables and images of an evaluation in one step, and references to its inputs."""
         run, summary = self.tracked.run, record.summary
         keys = ("dataset", "role", "tuned_on", "protocol", "counts", "about", "versions")
         facts = {**{key: summary[key] for key in keys}, "git": git_state()}
@@ -230,7 +252,7 @@ class WandbEvaluation:
         self.tracked.finish(error)
 
     def _rankings(self, record: EvaluationRecord, queries: list[int]) -> tuple[list[str], list[list[Any]]]:
-        """Return columns and rows of a table of queries: the image, AP per stage, and the first results per stage."""
+        """Return the columns and rows of a table of queries, with their scores, images and first results per stage."""
         ranks = self.config.figures.ranks
         columns, values = record.per_query(len(record.names.queries))
         rows = []
@@ -244,9 +266,10 @@ class WandbEvaluation:
         return [*columns, *image, *(f"first results of {stage}" for stage in record.stages)], rows
 
     def _descriptors(self, record: EvaluationRecord, queries: list[int]) -> tuple[list[str], list[list[Any]]]:
-        """Return columns and rows of a table of queries and their first results, for the projections of W&B.
+        """Return the columns and rows of a table of the descriptors of queries and of their first results.
 
-        The columns `axis0`, `axis1` and so on contain the descriptors in the basis of their principal axes.
+        W&B can show such a table as a two-dimensional projection. The columns `axis0`, `axis1` and so on contain the
+        coordinates of the centered descriptors along their principal axes.
         """
         ids = list(record.stages.values())[-1][1][queries, : self.config.figures.ranks]
         X = np.concatenate([record.queries[queries], record.database.take(ids.ravel())]).astype(np.float64)
@@ -267,6 +290,7 @@ class WandbEvaluation:
         return columns, [[*row, *axis] for row, axis in zip(rows, axes.tolist(), strict=True)]
 
     def _log_references(self, record: EvaluationRecord) -> None:
+        """Log the weights and the descriptor stores as artifacts, by reference."""
         about = record.summary["about"]
         network = about.get("network", {})
         if (weights := Path(about["weights"])).is_file():
@@ -274,14 +298,14 @@ class WandbEvaluation:
             name = f"model-{weights.parent.name}-{weights.stem}"
             self.tracked.log_reference(name, "model", weights, metadata, checksum=True)
         for title, store in about.get("stores", {}).items():
-            # The name of a store contains its fingerprint, so its gigabytes need not be read for a checksum.
+            # The name of a store contains its fingerprint, so it is not necessary to read gigabytes for a checksum.
             for folder in Path(self.config.paths.stores).glob(f"*-{title}-{store['fingerprint'][:16]}"):
                 metadata = {"fingerprint": store["fingerprint"], "dtype": store["dtype"], "network": network}
                 self.tracked.log_reference(folder.name, "descriptors", folder, metadata, checksum=False)
 
 
 def _table(columns: list[str], rows: list[list[Any]]) -> wandb.Table:
-    # Some columns contain both numbers and None.
+    # `allow_mixed_types` is needed because some columns contain both numbers and None.
     return wandb.Table(columns=list(columns), data=rows, allow_mixed_types=True)
 
 
