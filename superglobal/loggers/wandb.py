@@ -122,7 +122,7 @@ class TrackedRun:
 
 
 def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
-    """Start a W&B run, offline if the server does not respond or rejects the API key; pass `options` to `wandb.init`."""
+    """Call `wandb.init` with `options`; start offline if the server does not respond or rejects the API key."""
     mode: Any = _mode()
     timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", _TIMEOUT))
     settings = wandb.Settings(silent=True, init_timeout=timeout)

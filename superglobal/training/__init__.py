@@ -1,1 +1,1 @@
-"""Training of a retrieval network."""
+"""Train a retrieval network."""

@@ -1,4 +1,4 @@
-"""Callbacks of training, most of them by optimizer step: seeds, curves, corrupt images and non-finite values."""
+"""Training callbacks that seed torch, log curves, record corrupt images, and check for non-finite values."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _MAX_LISTED = 8
 
 
 class StepCallback(Callback, ABC):
-    """Call `on_step` once after each optimizer step.
+    """Base class for callbacks whose method `on_step` is called once after each optimizer step.
 
-    It is not called between accumulated batches. For the last step of an epoch, it is called at the end of the epoch,
-    so that a checkpoint resumes in the next epoch.
+    The method is not called between accumulated batches. For the last step of an epoch, it is called at the end of the
+    epoch, so that a run resumes from its checkpoint in the next epoch.
     """
 
     last_step = -1
 
     @abstractmethod
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, epoch_ends: bool) -> None:
-        """Handle the end of step `trainer.global_step`, counted from 1."""
+        """Act after step `trainer.global_step`, counted from 1; `epoch_ends` is true for the last step of an epoch."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -49,15 +49,17 @@ class StepCallback(Callback, ABC):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        # If a run stops early within an epoch, the last step was already handled.
+        # If a run stops early, within an epoch, `on_step` has already been called for the last step.
         if self.last_step != trainer.global_step:
             self.on_step(trainer, pl_module, True)
 
 
 class StepSeed(Callback):
-    """Seed torch before each batch by (seed, rank, step, part), so that dropout does not depend on earlier batches.
+    """Seed torch before each batch, so that dropout does not depend on earlier batches.
 
-    Saving the state of the generator is not enough, because creating the iterator of a DataLoader also uses it.
+    Each seed is computed from the seed of the run, the rank of the process, the step, and the number of the batch
+    within the step. It would not be enough to store the state of the random generator in checkpoints, because creating
+    the iterator of a DataLoader also draws from the generator.
     """
 
     def __init__(self, seed: int) -> None:
@@ -72,15 +74,20 @@ class StepSeed(Callback):
 
 
 def cpu_process_group(trainer: pl.Trainer) -> Any:
-    """Return a CPU process group for `any_rank`, None for a single process; all processes must call this.
+    """Return a CPU process group for `any_rank`; None for a single process. All processes must call this.
 
-    A collective on the GPU would wait for all queued kernels.
+    A collective operation on the GPU would wait for all queued kernels.
     """
     return torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
 
 
 def any_rank(group: Any, *flags: bool) -> list[bool]:
-    """Combine flags of all processes: each is true if it is true in any process. All processes must call this."""
+    """Return, for each flag, whether it is true in any process. All processes must call this.
+
+    Args:
+        group: process group from `cpu_process_group`.
+        flags: flags of this process, in the same order in all processes.
+    """
     if group is None:
         return list(flags)
     values = torch.tensor([float(flag) for flag in flags])
@@ -89,11 +96,12 @@ def any_rank(group: Any, *flags: bool) -> list[bool]:
 
 
 class CurveLogger(StepCallback):
-    """Log curves every `every` steps, and progress every minute.
+    """Log a point of each training curve every `every` steps, and the progress every minute.
 
-    The curves are the loss, the accuracy and the cosine with the correct landmark of the step, over all processes; the
-    learning rates and the p of GeM; and, since the last point, the images/s, the fraction of time spent waiting for
-    data and the peak GPU memory in GB. Validation and saving are excluded from the time.
+    The loss, the accuracy and the cosine with the correct landmark are means over the images of the current step in all
+    processes. The learning rates and the p of GeM are also logged. The images/s and the fraction of time spent waiting
+    for data refer to the time since the previous point, without validation and saving. The GPU memory is the peak so
+    far, in GB.
 
     Args:
         every: number of steps between two points.
@@ -112,7 +120,7 @@ class CurveLogger(StepCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        # The rates are read before the batch, because the schedule has already advanced at its end.
+        # The learning rates are read before the batch, because the schedule has already advanced when the batch ends.
         (optimizer,) = trainer.optimizers
         self.rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
 
@@ -138,11 +146,18 @@ class CurveLogger(StepCallback):
         if time.monotonic() - self.last_report > _REPORT_EVERY:
             self.last_report = time.monotonic()
             speed, wait = values["images_per_second"], values["data_wait"]
-            text = "epoch %d, step %d/%d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for data"
-            epoch, step = trainer.current_epoch + 1, trainer.global_step
-            log.info(text, epoch, step, module.total_steps, loss, speed, 100 * wait)
+            log.info(
+                "epoch %d, step %d/%d: loss %.3f, %.0f images/s, %.0f %% of the time waiting for data",
+                trainer.current_epoch + 1,
+                trainer.global_step,
+                module.total_steps,
+                loss,
+                speed,
+                100 * wait,
+            )
 
     def _speed(self, trainer: pl.Trainer, module: TrainingModule) -> dict[str, float]:
+        """Return the speed and the waiting time since the previous point, and the peak GPU memory."""
         seconds = max(1e-9, time.perf_counter() - self.start - (module.paused - self.paused))
         steps = trainer.global_step - self.step
         speed = {
@@ -155,16 +170,18 @@ class CurveLogger(StepCallback):
         return speed
 
     def _restart(self, trainer: pl.Trainer, module: Any) -> None:
+        """Start to measure the speed from the current step."""
         self.start, self.step = time.perf_counter(), trainer.global_step
         self.paused, self.waited = module.paused, self._waited(trainer)
 
     @staticmethod
     def _waited(trainer: pl.Trainer) -> float:
+        """Return the total seconds that training has waited for images."""
         return trainer.datamodule.waited  # type: ignore[attr-defined]
 
 
 class CorruptImageCallback(pl.Callback):
-    """Add the corrupt images of each batch to the list of the run."""
+    """Add the corrupt images of each batch to the run's list of corrupt images."""
 
     def __init__(self, corrupt_images: CorruptImageList) -> None:
         self.corrupt_images = corrupt_images
@@ -177,14 +194,15 @@ class CorruptImageCallback(pl.Callback):
 
 
 class NonFiniteGuard(StepCallback):
-    """End the run in all processes if a loss or a weight is not finite; no checkpoint contains such a weight.
+    """End the run in all processes if a loss or a weight is not finite.
 
-    Losses stay on the device and are checked every `every` steps, because each check waits for the GPU.
+    Losses stay on the device and are checked only every `every` steps, because each check waits for the GPU.
+    `CheckpointCallback` also calls the check before each save, so that no checkpoint contains such a weight.
 
     Args:
         every: number of steps between two checks.
-        folder: run directory; the images of the batch are listed in its `nonfinite.txt`.
-        location: function from the index of an image to its location.
+        folder: run directory; its `nonfinite.txt` lists the images of the first batch with a non-finite loss.
+        location: function that maps the index of an image to its location.
     """
 
     def __init__(self, every: int, folder: Path, location: Callable[[int], str]) -> None:
@@ -208,7 +226,7 @@ class NonFiniteGuard(StepCallback):
             self.check(trainer, module)
 
     def check(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        """Check the losses since the last check, the weights and the p of GeM; all processes must call this.
+        """Check the losses since the last check, all weights, and the p of GeM. All processes must call this.
 
         Raises:
             InputError: in all processes, if a loss or a weight is not finite, or p is not positive.
@@ -229,7 +247,12 @@ class NonFiniteGuard(StepCallback):
             )
 
     def _loss_message(self, trainer: pl.Trainer, window: list[tuple[int, Tensor, Tensor]]) -> str:
-        """Write the images of the first step with a non-finite loss to `nonfinite.txt`, and return the message."""
+        """List the images of the first step with a non-finite loss in `nonfinite.txt`, and return the error message.
+
+        Args:
+            trainer: trainer of the run.
+            window: step, indices of the images, and finiteness of the loss, for each batch since the last check.
+        """
         first = next(((step, indices.tolist()) for step, indices, finite in window if not finite), None)
         firsts: list[Any] = [first]
         if trainer.world_size > 1:
@@ -248,10 +271,11 @@ class NonFiniteGuard(StepCallback):
 
     @staticmethod
     def _hint(trainer: pl.Trainer, module: TrainingModule) -> str:
+        """Return the end of an error message, which suggests settings that help."""
         half = "" if trainer.precision.startswith(("32", "64")) else ", or trainer.precision=32-true"
         return f"; lower optim.lr ({module.optim.lr}), or set optim.clip{half}, with a new name="
 
     @staticmethod
     def _step(trainer: pl.Trainer, batch_idx: int) -> int:
-        """Return the step of a batch; Lightning has already counted the step if this batch completes it."""
+        """Return the step that a batch belongs to. Lightning has already counted a step that is complete."""
         return trainer.global_step + ((batch_idx + 1) % trainer.accumulate_grad_batches != 0)

@@ -1,4 +1,4 @@
-"""Atomic checkpoints, and signals that save a checkpoint and end the run."""
+"""Write checkpoints atomically, and save one when a signal ends the run."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from superglobal.utils.io import atomic_file
 
 log = logging.getLogger(__name__)
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+# Exceptions that reading a damaged checkpoint raises.
 _DAMAGED = (
     RuntimeError,
     EOFError,
@@ -40,8 +41,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically and keep the previous one as `previous.ckpt`.
 
-    Lightning first writes to the folder for temporary files. If that folder is on another file system, a full disk
-    leaves a truncated file under the final name, and a missing permission is not reported.
+    Lightning's own implementation first writes to the system's folder for temporary files. If that folder is on another
+    file system, a full disk leaves a truncated file under the final name, and a missing write permission is not
+    reported.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -50,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_file(path, path.with_name(PREVIOUS)) as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch raises it instead of the file's OSError
+            except RuntimeError as error:  # torch raises it in place of the OSError of the file
                 cause = error.__context__
                 raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
 
@@ -65,7 +67,7 @@ class CheckpointCallback(StepCallback):
         folder: folder of the checkpoints.
         every_steps: number of steps between checkpoints; None for never.
         every_minutes: minutes between checkpoints; None for never.
-        guard: check for non-finite values before saving.
+        guard: callback that checks for non-finite values before each save.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class CheckpointCallback(StepCallback):
 
     @property
     def asked_to_stop(self) -> bool:
-        """True if this process has received a signal."""
+        """True if this process has received a signal to end the run."""
         return self.received is not None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -118,6 +120,7 @@ class CheckpointCallback(StepCallback):
             sys.exit(128 + number if trainer.is_global_zero else 0)
 
     def _receive(self, number: int, frame: Any) -> None:
+        """Handle a signal by recording it, so that the run ends after this step; a second Ctrl-C ends it at once."""
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
@@ -127,7 +130,7 @@ class CheckpointCallback(StepCallback):
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """Return the newest valid checkpoint and its step; None without checkpoints. A damaged `last.ckpt` is renamed.
+    """Return the newest valid checkpoint and its step; None if there are no checkpoints. Rename a damaged `last.ckpt`.
 
     Raises:
         InputError: all checkpoints are damaged.
@@ -148,7 +151,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
         for text in damaged:
             log.warning("%s; resuming from %s, step %d", text, path, step)
         if damaged and first_process():
-            # Otherwise, the next save would replace the valid previous checkpoint by the damaged file.
+            # Otherwise, the next save would overwrite the valid `previous.ckpt` with the damaged file.
             (folder / LAST).replace(folder / f"{LAST}.damaged")
         return path, step
     if damaged:
@@ -157,7 +160,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
 
 
 def _step_of(path: Path) -> int:
-    """Return the step of a checkpoint after comparing its checksums, which torch ignores."""
+    """Return the step of a checkpoint, after verifying its checksums, which torch does not verify."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged:

@@ -1,4 +1,4 @@
-"""LightningModule of training: training step, optimizer and schedule."""
+"""LightningModule for training: training step, optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from superglobal.models.network import RetrievalNetwork
 
 
 class TrainingModule(pl.LightningModule):
-    """Classify landmarks through a margin head, on images at one scale.
+    """Train a retrieval network to classify landmarks with a margin head, on images at one scale.
 
     Args:
         network: network to train, with its pooling and whitening.
         head: margin head that computes the loss from descriptors (B, D) and labels (B,).
-        optim: optimizer and schedule.
-        total_steps: number of steps of the whole training, for the schedule.
+        optim: settings of the optimizer and the schedule.
+        total_steps: number of optimizer steps of the complete training run, for the schedule.
         landmarks: (classes,) int64 landmark_id of each class, stored in checkpoints.
-        fit: memory layout, accumulation and torch.compile.
+        fit: settings of the memory layout, gradient accumulation and torch.compile.
 
     Attributes:
-        loss: last logged loss, NaN before the first.
-        paused: seconds spent on validation and saving.
+        loss: most recently logged training loss; NaN before the first.
+        paused: seconds spent on validating and on saving checkpoints.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class TrainingModule(pl.LightningModule):
         self.accumulate = fit.accumulate
         self.landmarks = torch.from_numpy(landmarks)
         self.layout = torch.channels_last if fit.channels_last else torch.contiguous_format
-        # The layout is set before DistributedDataParallel lays out the gradients by the strides of the parameters,
-        # because a later change is not exact.
+        # DistributedDataParallel allocates the gradients with the strides of the parameters. The layout is set before
+        # that, because results would not be exactly the same if it changed later.
         network.to(memory_format=self.layout)
         if optim.freeze_backbone:
             network.backbone.requires_grad_(False)
@@ -75,13 +75,13 @@ class TrainingModule(pl.LightningModule):
 
     @property
     def result(self) -> RetrievalNetwork:
-        """The network to validate and export: the moving average if there is one."""
+        """Network to validate and export: the moving average if there is one, or else the trained network."""
         network = self.network if self.average is None else self.average.module
         assert isinstance(network, RetrievalNetwork)
         return network
 
     def train(self, mode: bool = True) -> TrainingModule:
-        """Set training mode, except for frozen layers and the moving average."""
+        """Set training mode; frozen layers and the moving average stay in evaluation mode."""
         super().train(mode)
         if self.optim.freeze_backbone:
             self.network.backbone.eval()
@@ -94,7 +94,7 @@ class TrainingModule(pl.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[RetrievalNetwork]:
-        """Yield `result` in evaluation mode."""
+        """Yield `result` in evaluation mode, and set training mode after the block."""
         self.result.eval()
         try:
             yield self.result
@@ -103,7 +103,7 @@ class TrainingModule(pl.LightningModule):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Exclude the time of the block from the training time."""
+        """Add the duration of the block to `paused`, so that it does not count as training time."""
         start = time.perf_counter()
         try:
             yield
@@ -116,6 +116,14 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch | InputError, batch_idx: int) -> dict[str, Tensor]:
         """Compute the loss of a batch.
+
+        Args:
+            batch: images and labels; an InputError if an image cannot be replaced.
+            batch_idx: number of the batch in the epoch.
+
+        Returns:
+            Scalar tensors: "loss" for the backward pass, and the detached "value" of the loss, the "accuracy", and the
+            mean "cosine" with the correct landmark.
 
         Raises:
             InputError: an image and its replacements are corrupt.
@@ -133,17 +141,17 @@ class TrainingModule(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the landmarks of the classes."""
+        """Store the landmark of each class in the checkpoint."""
         checkpoint["landmarks"] = self.landmarks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Convert the progress of the checkpoint to the current number of batches per step."""
+        """Convert the batch counts in the checkpoint to the current number of accumulated batches per step."""
         # Lightning counts batches, and trainer.accumulate may have changed since the checkpoint.
         steps = self.total_steps // self.optim.epochs
         done = checkpoint["global_step"] % steps
         parts = (done or steps) * self.accumulate
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        # Within an epoch a checkpoint is saved before Lightning counts its batch as completed.
+        # Within an epoch, a checkpoint is saved before Lightning counts the last batch as completed.
         progress.update(ready=parts, started=parts, processed=parts, completed=parts - (done > 0))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -153,7 +161,7 @@ class TrainingModule(pl.LightningModule):
             self.average.update_parameters(self.network)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer and the schedule by steps."""
+        """Return the optimizer and the learning-rate schedule, which advances after each optimizer step."""
         o = self.optim
         groups = parameter_groups("network", self.network, o.lr, o.weight_decay)
         groups += parameter_groups("head", self.head, o.lr * o.head_lr, o.weight_decay)
@@ -168,19 +176,32 @@ class TrainingModule(pl.LightningModule):
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """Return the factor of the peak learning rate at a step: linear to 1 in `warmup` steps, then a cosine to 0."""
+    """Return the learning rate at a step as a fraction of its peak.
+
+    It rises linearly to 1 in `warmup` steps, and then follows a cosine that reaches 0 after `total` steps.
+    """
     if step < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))) / 2
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:
-    """Return the batch norm layers of a module."""
+    """Return all batch norm layers in a module."""
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
 
 
 def parameter_groups(name: str, module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups: weights with decay; biases, norms and the p of GeM (1-D) without."""
+    """Return the parameter groups of a module for the optimizer.
+
+    Biases, parameters of normalization layers and the p of GeM have at most one dimension, and no weight decay. Frozen
+    parameters are left out.
+
+    Args:
+        name: prefix of the names of the groups.
+        module: module with the parameters.
+        lr: peak learning rate.
+        weight_decay: weight decay of parameters with more than one dimension.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"name": name, "params": [p for p in parameters if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},

@@ -1,4 +1,4 @@
-"""Run directory of a training run: lock, record of the settings, and completion."""
+"""Manage the directory of a training run: its lock, the record of its settings, and its final score."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _RECORD, _CODES = "training.json", "images.npy"
 
 
 def export_path(outputs: str, name: str) -> Path:
-    """Return the path of the best network of the training run `name`."""
+    """Return the path to which the training run `name` exports its best network."""
     return Path(outputs) / "train" / name / EXPORT
 
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Create a run directory and lock it for this process; the lock ends with the process.
+    """Create a run directory and lock it for the duration of the block; if the process dies, the lock is released.
 
     Raises:
         InputError: another process is training in the folder, or the folder cannot be written.
@@ -47,12 +47,12 @@ def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: 
     Args:
         folder: run directory.
         record: record of the run, as JSON types; "identity" contains the settings that a resumed run must share.
-        codes: (N,) uint64 codes of the contents of the images, 0 for corrupt images. While a run is interrupted, images
-            may become corrupt or be repaired, but may not change otherwise.
-        restart: remove the checkpoints of an unfinished run.
+        codes: (N,) uint64 codes that identify the contents of the images; 0 for corrupt images. While a run is
+            interrupted, images may become corrupt or be repaired, but must not change in other ways.
+        restart: whether to remove the checkpoints of an unfinished run and start again.
 
     Returns:
-        The score of a finished run; None if the run is not finished.
+        The best validation mAP of a finished run; None if the run is not finished.
 
     Raises:
         InputError: the directory belongs to another run or is damaged; it stays unchanged.
@@ -88,19 +88,20 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def finished_score(folder: Path) -> float | None:
-    """Return the score of a finished run; None if the run is not finished or its network is missing."""
+    """Return the best validation mAP of a finished run; None if it is not finished or its export is missing."""
     score = (_read_record(folder) or {}).get("finished")
     return None if score is None or not (folder / EXPORT).is_file() else float(score)
 
 
 def finish_run(folder: Path, score: float) -> None:
-    """Record the score of a finished run."""
+    """Record that a run is finished, with its best validation mAP as `score`."""
     record = _read_record(folder)
     assert record is not None
     _write_record(folder, {**record, "finished": score})
 
 
 def _require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError if the identity recorded in the folder, `before`, differs from that of this run, `now`."""
     before, now = flatten(before), flatten(now)
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if differing:
@@ -115,7 +116,14 @@ def _require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, 
 
 
 def _require_same_images(folder: Path, codes: np.ndarray) -> np.ndarray:
-    """Return the codes, with the recorded codes for corrupt images. Raises InputError if an image has changed."""
+    """Compare the codes of the images with the recorded codes.
+
+    Returns:
+        The codes; an image that is corrupt now keeps its recorded code.
+
+    Raises:
+        InputError: an image has changed, or the recorded codes cannot be read.
+    """
     path = folder / _CODES
     try:
         before = np.load(path, allow_pickle=False)
@@ -131,7 +139,7 @@ def _require_same_images(folder: Path, codes: np.ndarray) -> np.ndarray:
 
 
 def _remove_outputs(folder: Path) -> None:
-    """Remove the outputs of an unfinished run except for its record and its log."""
+    """Remove the outputs of an unfinished run, but keep its record and its log file."""
     try:
         shutil.rmtree(folder / CHECKPOINTS)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
@@ -144,6 +152,7 @@ def _remove_outputs(folder: Path) -> None:
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:
+    """Return the record in a run directory; None if there is none. Raises InputError if it is damaged."""
     path = folder / _RECORD
     try:
         return json.loads(path.read_text()) if path.is_file() else None
@@ -152,4 +161,5 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write the record of a run into its directory."""
     write_atomically(folder / _RECORD, json.dumps(record, indent=1).encode())

@@ -1,4 +1,4 @@
-"""Training of a network on images of landmarks, and export of the state that is best on held-out landmarks."""
+"""Train a network on images of landmarks, and export the weights with the best mAP on held-out landmarks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 def train(cfg: DictConfig, folder: Path) -> float:
-    """Train a network, validate it by retrieval, and export its best state.
+    """Train a network, validate it by retrieval, and export the weights with the best validation mAP.
 
     Args:
         cfg: composed `TrainConfig`.
@@ -100,7 +100,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
 
 
 def _training_lists(config: TrainConfig) -> tuple[TrainList, TrainList]:
-    """Return the training images and the held-out images."""
+    """Return the lists of training and held-out images. Raises InputError if one has fewer than two landmarks."""
     d, fraction = config.data, config.validation.fraction
     listed = read_train(d.root, d.table, d.min_images, d.classes_of, d.leave_out, d.tars)
     training, held_out = split_landmarks(listed, fraction, config.seed)
@@ -116,6 +116,7 @@ def _training_lists(config: TrainConfig) -> tuple[TrainList, TrainList]:
 
 
 def _load_network(config: TrainConfig) -> RetrievalNetwork:
+    """Load the network to train. Raises InputError if the settings of the training do not fit it."""
     network = load_model(
         config.weights or config.backbone.weights or "timm",
         backbone=config.backbone.name,
@@ -139,9 +140,13 @@ def _load_network(config: TrainConfig) -> RetrievalNetwork:
 
 
 def _record(config: TrainConfig, network: RetrievalNetwork, training: TrainList, held_out: TrainList) -> dict[str, Any]:
-    """Return the record of the run, as JSON types; a resumed run must have the same "identity"."""
+    """Return the record of a training run, as JSON types.
+
+    Its entry "identity" contains the settings, the initial network and the images; a resumed run must have the same
+    identity.
+    """
     settings = asdict(config)
-    # The device and the paths may change. `network.identity` contains the settings of the network.
+    # A resumed run may use another device or other paths. `network.identity` contains the settings of the network.
     for name in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim", "resume"):
         del settings[name]
     for name in ("role", "root", "tars", "max_corrupt_fraction"):
@@ -160,7 +165,7 @@ def _record(config: TrainConfig, network: RetrievalNetwork, training: TrainList,
 
 
 def _validation_sets(config: TrainConfig) -> list[EvaluationSet]:
-    """Return the evaluation sets that exist; the first process checks their images."""
+    """Return those of the configured evaluation sets that are on disk. The first process also checks their images."""
     sets, first = [], first_process()
     for name in config.validation.sets:
         folder = Path(config.paths.data) / name
@@ -186,7 +191,17 @@ def _fit(
     corrupt: list[CorruptImages],
     record: dict[str, Any],
 ) -> float:
-    """Train `network` in place, export each new best state, and return the best validation mAP."""
+    """Train a network in place, export it after each new best validation, and return the best validation mAP.
+
+    Args:
+        config: settings of the training run.
+        folder: run directory.
+        network: initial network.
+        training: training images.
+        held_out: images for validation.
+        corrupt: corrupt images in `training` and in `held_out`, by index.
+        record: record of the run, which the exported file also contains.
+    """
     o, t = config.optim, config.trainer
     steps = EpochBatches(len(training), o.batch_size, config.seed, t.accumulate).steps
     counts = np.bincount(training.labels, minlength=len(training.landmarks))
@@ -229,11 +244,13 @@ def _fit(
 
 
 def _export(folder: Path, record: dict[str, Any], best: RetrievalNetwork, score: float, step: int) -> None:
+    """Save the weights of a network with the record of the run, the validation mAP `score` and the step."""
     best.set_p(None)  # stores the learned p in the configuration of the network
     save_weights(best, folder / EXPORT, {**record, "val_map": score, "step": step})
 
 
 def _data(config: TrainConfig, training: TrainList) -> TrainingDataModule:
+    """Create the data module for the training images."""
     d = config.data
     augment = Augment(d.crop, d.flip, d.jitter, reduced=d.reduced_decode)
     side = partial(image_size_in_epoch, d.image_size, d.stages)
@@ -244,7 +261,13 @@ def _data(config: TrainConfig, training: TrainList) -> TrainingDataModule:
 
 
 def image_size_in_epoch(image_size: int, stages: list[list[int]], epoch: int) -> int:
-    """Return the side of the training images in an epoch, counted from 0: first the stages, then `image_size`."""
+    """Return the side of the square training images in an epoch, in pixels.
+
+    Args:
+        image_size: side after the last stage.
+        stages: number of epochs and side of each stage; the first stage starts with the first epoch.
+        epoch: number of the epoch, starting at 0.
+    """
     for epochs, side in stages:
         if epoch < epochs:
             return side

@@ -1,4 +1,4 @@
-"""Lightning Trainers, sweeps, and errors of other processes."""
+"""Create Lightning Trainers, run the training, recognize sweeps, and explain errors of other processes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ log = logging.getLogger(__name__)
 # Warnings that Lightning prints at each start and that do not apply here.
 _IRRELEVANT_WARNINGS: list[tuple[str, type[Warning]]] = [
     (".*LeafSpec.*is deprecated", FutureWarning),
-    (".*your dataloader is not resumable", UserWarning),  # our order of images resumes at the step
+    (".*your dataloader is not resumable", UserWarning),  # the order of images resumes at the checkpoint's step
     (".*in eval mode at the start of training", UserWarning),  # frozen layers are in evaluation mode
     (".*does not have many workers", UserWarning),
     (".*smaller than the logging interval", UserWarning),  # CurveLogger logs the curves
 ]
+# Texts in errors that are raised if the connection to another process is lost.
 _LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -56,7 +57,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
 
     Args:
         t: devices and strategy.
-        precision: precision of the forward pass; no autocast by default.
+        precision: precision in Lightning's notation; by default float32 without autocast.
         options: further arguments of `pl.Trainer`.
 
     Raises:
@@ -110,7 +111,7 @@ def launched_externally() -> bool:
 
 
 def _launched() -> tuple[str, int | None]:
-    """Return the launcher of this run and its number of processes; None if Lightning starts them."""
+    """Return the launcher of this run and the number of processes it has started; "" and None without a launcher."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun", int(os.environ.get("WORLD_SIZE", 1))
     if SLURMEnvironment.detect():
@@ -119,10 +120,10 @@ def _launched() -> tuple[str, int | None]:
 
 
 def translate_process_error(error: RuntimeError, processes: int, run: str, resume_point: str) -> InputError | None:
-    """Translate the crash of a worker or of another process of the run into an InputError; None for other errors.
+    """Return an InputError that explains the crash of a data worker or of another process; None for other errors.
 
     Args:
-        error: error of Lightning.
+        error: error that ended the run in this process.
         processes: number of processes of the run.
         run: "training" or "evaluation".
         resume_point: where the same command resumes, such as "from the last checkpoint".
@@ -150,18 +151,18 @@ def sweeping() -> bool:
 
 
 def sweep_name() -> str | None:
-    """Return the name of the folder of this multirun, None outside one."""
+    """Return the folder name of the Hydra multirun that this job belongs to; None outside a multirun."""
     return Path(HydraConfig.get().sweep.dir).name if sweeping() else None
 
 
 class TrainingSweep(HydraCallback):
-    """Hydra callback that prints the scores of a sweep, best first, and exits with status 2 if a run failed (NaN)."""
+    """Hydra callback that prints the scores of a sweep, best first, and exits with status 2 if a run failed."""
 
     def __init__(self) -> None:
         self.scores: list[tuple[float, str]] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Store the score of a run."""
+        """Store the score of a finished run; NaN if it failed."""
         if job_return.status == JobStatus.COMPLETED and job_return.hydra_cfg is not None:
             folder = Path(job_return.hydra_cfg.hydra.runtime.output_dir)
             self.scores.append((job_return.return_value, f"{' '.join(job_return.overrides or ())}: {folder}"))
@@ -174,11 +175,11 @@ class TrainingSweep(HydraCallback):
             sys.exit(2)
 
 
-_END_DELAY = 8  # seconds
+_END_DELAY = 8  # seconds that other processes wait after an error, while the first process reports it
 
 
 def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
-    """Create the Trainer of `run_fit`. Raises InputError as `make_trainer` does."""
+    """Create the Trainer for `run_fit` from the training settings. Raises InputError like `make_trainer`."""
     return make_trainer(
         t,
         precision(t),
@@ -197,7 +198,7 @@ def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], lo
 
 
 def precision(t: FitConfig) -> str:
-    """Return Lightning's name of the precision.
+    """Return the configured precision in Lightning's notation.
 
     "auto" is float32 on a CPU, bfloat16 autocast on a GPU that supports it, and float16 autocast on other GPUs.
     """
@@ -209,10 +210,10 @@ def precision(t: FitConfig) -> str:
 
 
 def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModule, checkpoint: Path | None) -> None:
-    """Train, starting from `checkpoint` if it is not None.
+    """Train a module, from the beginning or, if `checkpoint` is not None, from this checkpoint.
 
     Raises:
-        InputError: the training ended because of its input, too little memory, or another process.
+        InputError: the training failed because of its input, too little GPU memory, or a failure of another process.
     """
     _end_with_first_process()
     if trainer.precision == "64-true":
@@ -222,7 +223,8 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except InputError:
         if not trainer.is_global_zero:
-            # Lightning kills the first process when another one ends, which could prevent the first one's message.
+            # When another process ends, Lightning kills the first process. This delay lets the first process report the
+            # error before.
             time.sleep(_END_DELAY)
         raise
     except SystemExit as end:
@@ -245,7 +247,7 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
 
 
 def _end_with_first_process() -> None:
-    """End this process as soon as the first process, which started it, ends or is killed."""
+    """Make this process end when the first process, which has started it, ends or is killed."""
     if "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] == "0" or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     parent = os.getppid()

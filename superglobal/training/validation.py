@@ -1,4 +1,4 @@
-"""Validation during training: mAP of held-out landmarks and of evaluation sets."""
+"""Validate a network during training by its mAP on held-out landmarks and on evaluation sets."""
 
 from __future__ import annotations
 
@@ -36,24 +36,25 @@ log = logging.getLogger(__name__)
 
 
 class RetrievalValidation(StepCallback):
-    """Compute the mAP of held-out images, each of which is a query among all others, and of evaluation sets.
+    """Validate the network by its mAP on held-out images and on evaluation sets.
 
-    Descriptors are extracted at one scale, as in training, in strict float32, and scored by the functions of the
-    evaluation. The network with the best mAP ("val/map", 0..1) is exported; the mAP of the evaluation sets
-    ("<name>/map/easy" and so on) is only logged. The initial network is validated too, so that errors appear before the
-    first epoch.
+    Each held-out image is a query that is searched for among all others. Their mAP is logged as "val/map" (0..1), and
+    the network with the best one is exported. The mAP on the evaluation sets ("<name>/map/easy" and so on) is only
+    logged. Descriptors are extracted at one scale, as in training, in strict float32, and scored by the same functions
+    as in an evaluation. The initial network is validated too, so that errors appear before the first epoch.
 
     Args:
         held_out: images of landmarks that are not used for training; corrupt images are dropped.
-        corrupt_images: list of corrupt images, by their index in the held-out list.
+        corrupt_images: the run's list of corrupt images, to which corrupt held-out images are added.
         every_epochs: number of epochs between validations; the last step is always validated.
         every_steps: number of steps between further validations; None to validate only by epochs.
         sets: evaluation sets.
-        patience: number of validations without a new best before training stops; None for no limit.
-        export: function of network, val/map and step that the first process calls for each new best.
+        patience: number of successive validations without a new best after which training stops; None for no limit.
+        export: function that exports a network, given the network, its val/map and the step. The first process calls it
+            for each new best val/map.
         num_workers: number of processes that decode images.
-        asked_to_stop: function that returns whether this process must end; the validation is then canceled, and
-            repeated when the training is resumed.
+        asked_to_stop: function that returns whether this process must end. In this case, the validation is canceled,
+            and repeated when the run is resumed.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class RetrievalValidation(StepCallback):
         self.best, self.stale, self.pending = state_dict["best"], state_dict["stale"], state_dict["owed"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Only the first process has checked the images and dropped corrupt images.
+        # Only the first process has checked the images, and knows which of them are corrupt.
         self.held_out.indices = trainer.strategy.broadcast(self.held_out.indices)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -132,10 +133,11 @@ class RetrievalValidation(StepCallback):
             trainer.should_stop = True
 
     def _out_of_patience(self) -> bool:
+        """Return whether training must stop, because the last `patience` validations gave no new best."""
         return self.patience is not None and self.stale >= self.patience
 
     def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> float | None:
-        """Return the mAP of the held-out images, in all processes; None if the validation is canceled."""
+        """Log all validation scores, and return the mAP on the held-out images in all processes; None if canceled."""
         with module.pause(), module.evaluating() as network:
             if trainer.world_size > 1:
                 # Batch norm statistics differ between processes until the next forward pass of DDP.
@@ -167,7 +169,7 @@ class RetrievalValidation(StepCallback):
         return score
 
     def _held_out_map(self, X: np.ndarray) -> float:
-        """Return the mAP of (n, D) descriptors of the held-out images, each excluded from its own ranking."""
+        """Return the mAP on the held-out images, with descriptors X (n, D); each is excluded from its own ranking."""
         truth = leave_one_out_truth(self.held_out.labels)
         score = evaluate(X, X, truth, LABELS, exclude=np.arange(len(X)), samples=1).map["all"]
         if score is None or not np.isfinite(score):
@@ -178,6 +180,7 @@ class RetrievalValidation(StepCallback):
         return score
 
     def _loader(self, images: Subset, processes: int, device: torch.device) -> ImageLoader:
+        """Return a loader that reads one image at a time; `processes` is the number of processes of the run."""
         return ImageLoader(
             images,
             num_workers=self.num_workers,
@@ -188,6 +191,7 @@ class RetrievalValidation(StepCallback):
         )
 
     def _report(self, trainer: pl.Trainer, module: TrainingModule, values: dict[str, float]) -> None:
+        """Log the progress of training, and the validation scores `values` by name."""
         others = "".join(f", {name} {value:.4f}" for name, value in values.items() if name != "val/map")
         if trainer.global_step == 0:
             log.info("before training: validation mAP %.4f%s", values["val/map"], others)
@@ -200,11 +204,11 @@ class RetrievalValidation(StepCallback):
     def _extract(
         self, trainer: pl.Trainer, network: RetrievalNetwork, images: ImageDataset | HeldOutDataset
     ) -> tuple[np.ndarray | None, list[tuple[int, InputError]]]:
-        """Extract descriptors, divided among the processes, and return all of them in all processes.
+        """Extract the descriptors of all images; the work is divided among the processes.
 
         Returns:
-            (n, D) float32 descriptors, zero for corrupt images, or None if the validation is canceled; and the row and
-            the error of each corrupt image.
+            In all processes, the (n, D) float32 descriptors, which are zero for corrupt images, or None if the
+            validation is canceled; and the row and the error of each corrupt image.
         """
         device = network.mean.device
         subset = Subset(images, range(trainer.global_rank, len(images), trainer.world_size))
@@ -231,7 +235,7 @@ class RetrievalValidation(StepCallback):
 
 @contextmanager
 def _without_cudnn_benchmark() -> Iterator[None]:
-    """Disable cuDNN's search for the fastest algorithm, which is repeated for each image size."""
+    """Disable cuDNN's search for the fastest algorithm, because it would be repeated for each image size."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -240,5 +244,5 @@ def _without_cudnn_benchmark() -> Iterator[None]:
 
 
 def _whole_images(items: Sequence[ImageItem]) -> ImageDataset:
-    """Return the images of a list at their full size."""
+    """Return a dataset of the images at their full size, without limiting their longer side."""
     return ImageDataset([(items, None)], [(0, row) for row in range(len(items))])
