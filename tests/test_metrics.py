@@ -270,7 +270,7 @@ def test_errors_name_the_query() -> None:
         ([good, good], {"ids": not_top}, "query 0's shortlist is not the top 5"),
         ([good, good], {"ids": ids + 30}, "outside the database"),
         ([good, good], {"ids": ids[:, [0, 0]]}, "lists an id twice"),
-        ([good, good], {"clusters": [1]}, "clusters: expected one label per query, 2"),
+        ([good, good], {"clusters": [1]}, "clusters: expected 2 labels, one per query"),
         ([good, good], {"ks": (0,)}, "ks"),
         ([good, good], {"exclude": [3, 9]}, "query 0: id 3 is excluded"),
     ]

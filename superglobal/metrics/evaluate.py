@@ -31,23 +31,31 @@ def evaluate(
     seed: int = 0,
     samples: int = 2000,
 ) -> RetrievalResult:
-    """Rank the whole database for each query and score the ranks, which are counted exactly in one pass.
+    """Compute mAP and mP@k from the exact rank of every image in the ground truth.
+
+    The ranks are counted in one pass over the database, without sorting it.
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
-        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm. Distractors are rows that are in no set.
-        ground_truth: for each query a dict from set name to ids, or the official dict or object with this list as
-            `gnd`.
+        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm. Rows that the ground truth does not list
+            are distractors.
+        ground_truth: for each query, a dict from set name, such as "easy" or "junk", to database ids; or the official
+            dict or object with this list as `gnd`.
         protocols: for each protocol, the sets that count as positive and the sets that are ignored.
         ids: (Q, M) reranked shortlists, each of which must be a reordering of the first stage's top M. The rank of an
-            image in a shortlist is its position there. Any other image keeps its first-stage rank.
-        ks: depths of the precisions.
-        clusters: (Q,) units of the bootstrap; by default, queries with common positives form a cluster.
+            image in a shortlist is its position there. Any other image keeps its first-stage rank. None scores the
+            first stage.
+        ks: depths k of mP@k.
+        clusters: (Q,) cluster labels. The bootstrap draws whole clusters; by default, queries with common positives
+            form a cluster.
         exclude: (Q,) ids, one per query, removed from the ranking (leave-one-out).
         device: device to compute on; the CPU by default.
-        block_rows: maximum number of rows in a block.
+        block_rows: maximum number of database rows that are processed at a time.
         seed: seed of the bootstrap.
         samples: number of bootstrap samples.
+
+    Returns:
+        Scores by protocol, as fractions in 0..1.
 
     Raises:
         InputError: descriptors are invalid, or a query has an invalid set or shortlist.
@@ -69,8 +77,11 @@ def evaluate(
 def _require_top(last_ranks: Sequence[int], depth: int) -> None:
     """Raise InputError for a shortlist that is not the top `depth` of the first stage.
 
-    `last_ranks` are the first-stage ranks of the image in each shortlist that the first stage ranks last. Distinct ids
-    are the top `depth` exactly if this rank is depth - 1.
+    A shortlist of `depth` distinct ids is the top `depth` if and only if its worst first-stage rank is depth - 1.
+
+    Args:
+        last_ranks: for each query, the worst 0-based first-stage rank of any image in its shortlist.
+        depth: length of the shortlists.
     """
     for query, rank in enumerate(last_ranks):
         if rank != depth - 1:
@@ -81,7 +92,7 @@ def _require_top(last_ranks: Sequence[int], depth: int) -> None:
 
 
 def _last_of_first_stage(queries: np.ndarray, rows: Rows, shortlist: np.ndarray) -> np.ndarray:
-    """Return the id in each shortlist that the first stage ranks last (Q,)."""
+    """Return the id that the first stage ranks last in each shortlist (Q, M): (Q,) int64."""
     query_of = np.repeat(np.arange(len(queries)), shortlist.shape[1])
     scores = pair_scores(queries, rows, query_of, shortlist.ravel()).reshape(shortlist.shape)
     last = np.lexsort((shortlist, -scores), axis=1)[:, -1:]
@@ -98,9 +109,9 @@ def revisited_map(
 ) -> RetrievalResult:
     """Compute mAP and mP@k under the Easy, Medium and Hard protocols of ROxford5k and RParis6k.
 
-    The ranks of all positives are exact, also those beyond the shortlist: they are counted in one pass over the
-    database. Average precision is trapezoidal, and junk is removed before ranks are counted (Radenovic et al., CVPR
-    2018; revisitop's evaluate.py).
+    The ranks of all positives are exact, even beyond the shortlist, because they are counted in one pass over the whole
+    database. Average precision is trapezoidal, and junk images are removed from the ranking before the ranks of the
+    positives are determined (Radenovic et al., CVPR 2018; revisitop's evaluate.py).
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
@@ -108,25 +119,26 @@ def revisited_map(
             that the ground truth does not list.
         ground_truth: an evaluation set from `revisited_set`, a ground truth from `load_ground_truth`, the official dict
             with `gnd`, or for each query a dict with the ids of `easy`, `hard` and `junk`.
-        ids: (Q, M) reranked shortlists, which must be a reordering of the top M of the search. An image in a shortlist
-            has its position there as its rank, and any other image its rank in the search. None scores the search.
+        ids: (Q, M) reranked shortlists, each of which must be a reordering of the top M search results. The rank of an
+            image in a shortlist is its position there. Any other image keeps its rank in the search. None scores the
+            search results.
         ks: depths k of mP@k.
-        clusters: (Q,) labels of landmarks, the units of the bootstrap; by default queries with common positives are
-            one landmark.
+        clusters: (Q,) landmark labels. The bootstrap draws whole landmarks; by default, queries with common positives
+            show the same landmark.
 
     Returns:
-        A result with the dicts `map`, `mp`, `ap`, `interval` (95 %) and `queries` by protocol, "easy", "medium" and
-        "hard"; all scores are fractions in 0..1.
+        A result with the dicts `map`, `mp`, `ap`, `interval` (95 %) and `queries`. Their keys are the protocols "easy",
+        "medium" and "hard". All scores are fractions in 0..1.
 
     Raises:
-        InputError: bad descriptors, or a query with a bad set or shortlist.
+        InputError: descriptors are invalid, or a query has an invalid set or shortlist.
     """
     return evaluate(Q, X, ground_truth, REVISITED, ids, ks, clusters)
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Validated ground truth that lists the targets to rank and scores their ranks; see `make_scorer`."""
+    """Validated ground truth, which lists the images to rank and scores their ranks; see `make_scorer`."""
 
     sets: list[Sets]
     protocols: Mapping[str, Protocol]
@@ -137,7 +149,7 @@ class Scorer:
 
     @property
     def targets(self) -> list[np.ndarray]:
-        """For each query, the ids of all its sets, (n,) int64."""
+        """Ids of all sets of each query, concatenated: one (n,) int64 array per query."""
         return [concatenated(query_sets.values()) for query_sets in self.sets]
 
     @property
@@ -151,16 +163,24 @@ class Scorer:
         return max(counts, default=0)
 
     def subset(self, queries: np.ndarray) -> Scorer:
-        """Return a scorer for the queries with these numbers (n,)."""
+        """Return a scorer for a subset of the queries, given by their indices (n,)."""
         return replace(self, sets=[self.sets[i] for i in queries], clusters=[self.clusters[i] for i in queries])
 
     def score(self, ranks: Sequence[np.ndarray]) -> RetrievalResult:
-        """Score the 0-based ranks of each query's `targets`; -1 marks targets that are missing in a truncated list."""
+        """Score the 0-based ranks of each query's `targets`, in their order; -1 is a target that was not retrieved."""
         by_set = split_by_set(ranks, self.sets)
         return score_ranks(by_set, self.protocols, self.ks, self.clusters, self.seed, self.samples)
 
     def reranked(self, ranks: Sequence[np.ndarray], shortlist: np.ndarray) -> list[np.ndarray]:
-        """Return the ranks after the first stage's top M are reordered to `shortlist` (Q, M)."""
+        """Compute the ranks of the targets after reranking.
+
+        Args:
+            ranks: for each query, the first-stage ranks of its `targets`.
+            shortlist: (Q, M) ids, a reordering of the first stage's top M.
+
+        Returns:
+            For each query, the new 0-based ranks of its `targets`.
+        """
         positions = self.ranks_in_lists(shortlist)
         return [
             np.where(position >= 0, position, query_ranks)
@@ -168,7 +188,11 @@ class Scorer:
         ]
 
     def ranks_in_lists(self, rankings: np.ndarray) -> list[np.ndarray]:
-        """Return ranks in lists (Q, n) of ids, -1 for targets that are not listed; short lists end with -1."""
+        """Return the positions of each query's `targets` in its ranked list, -1 for targets that are not in it.
+
+        Args:
+            rankings: (Q, n) ids, best first; shorter lists are padded with -1.
+        """
         return [_positions(row, targets) for row, targets in zip(rankings, self.targets, strict=True)]
 
 
@@ -183,7 +207,12 @@ def make_scorer(
     seed: int = 0,
     samples: int = 2000,
 ) -> Scorer:
-    """Validate a ground truth (see `evaluate`) against the numbers of queries and of database rows.
+    """Validate a ground truth and return a scorer for it.
+
+    Args:
+        ground_truth, protocols, ks, clusters, seed, samples: see `evaluate`.
+        n_queries: number of query descriptors, which must be the number of queries in the ground truth.
+        n_rows: number of database rows; all ids must be less.
 
     Raises:
         InputError: a set is invalid; the message names the query.
@@ -202,7 +231,14 @@ def make_scorer(
 
 
 def ranks_from_rankings(rankings: Any, ground_truth: Any, protocols: Mapping[str, Protocol] = REVISITED) -> list[Sets]:
-    """Return ranks for `score_ranks` from ranked lists (Q, n) of ids, full or truncated; short lists end with -1.
+    """Look up the ranks of the ground-truth images in ranked lists, for `score_ranks`.
+
+    Args:
+        rankings: (Q, n) integer ids, best first, full or truncated; shorter lists are padded with -1.
+        ground_truth, protocols: see `evaluate`.
+
+    Returns:
+        For each query, a dict from set name to the 0-based ranks of its ids, -1 for ids that are not in the list.
 
     Raises:
         InputError: an id is listed twice, -1 is before an id, or the number of queries is wrong.
@@ -221,7 +257,7 @@ def ranks_from_rankings(rankings: Any, ground_truth: Any, protocols: Mapping[str
 
 
 def _parse_ground_truth(ground_truth: Any, protocols: Mapping[str, Protocol]) -> list[Sets]:
-    """Return, for each query, the id arrays of the sets that the protocols use."""
+    """Return one dict per query, from the names of the sets that the protocols use to ids (n,) int64."""
     wrapped = isinstance(ground_truth, Mapping)
     gnd = ground_truth.get("gnd") if wrapped else getattr(ground_truth, "gnd", ground_truth)
     if not isinstance(gnd, Sequence) or not gnd or not all(isinstance(entry, Mapping) for entry in gnd):
@@ -243,7 +279,13 @@ def _as_ids(values: Any, query: int, name: str) -> np.ndarray:
 
 
 def _validated_ids(sets: Sets, query: int, n_rows: int | None) -> np.ndarray:
-    """Return all ids of the sets of a query, which must be disjoint and inside the database."""
+    """Return the concatenated ids of a query's sets. Raises InputError if an id is repeated or out of range.
+
+    Args:
+        sets: ids by set name.
+        query: index of the query, for messages.
+        n_rows: number of database rows; None if it is unknown.
+    """
     ids = concatenated(sets.values())
     unique, counts = np.unique(ids, return_counts=True)
     if (counts > 1).any():
@@ -258,7 +300,15 @@ def _validated_ids(sets: Sets, query: int, n_rows: int | None) -> np.ndarray:
 
 
 def split_by_set(ranks: Sequence[np.ndarray], sets: Sequence[Sets]) -> list[Sets]:
-    """Split the ranks of each query's concatenated ids by set."""
+    """Split each query's ranks, which follow its concatenated sets, into one array per set.
+
+    Args:
+        ranks: for each query, the ranks of the ids of all its sets, in the order of the sets.
+        sets: for each query, its ids by set name.
+
+    Returns:
+        For each query, its ranks by set name.
+    """
     result = []
     for query_ranks, query_sets in zip(ranks, sets, strict=True):
         ends = np.cumsum([len(ids) for ids in query_sets.values()])
@@ -267,26 +317,30 @@ def split_by_set(ranks: Sequence[np.ndarray], sets: Sequence[Sets]) -> list[Sets
 
 
 def _positions(row: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return the position of each id in `row`, -1 if it does not occur."""
+    """Return the position of each of `ids` (n,) in `row` (m,), -1 if it does not occur: (n,) int64."""
     order = np.argsort(row)
     index = np.minimum(np.searchsorted(row, ids, sorter=order), len(row) - 1)
     return np.where(row[order[index]] == ids, order[index], -1)
 
 
 Reorder = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Function from query numbers (n,) and shortlists of ids (n, m) to the reranked shortlists (n, m)."""
+"""Function that reranks shortlists: it maps query indices (n,) and their shortlists of ids (n, m) to the reranked
+shortlists (n, m)."""
 
 
 def score_without_junk(
     scorer: Scorer, ranks: Sequence[np.ndarray], ids: np.ndarray, reorder: Reorder
 ) -> RetrievalResult:
-    """Score each protocol with separate shortlists, without the images that the protocol ignores.
+    """Rerank and score each protocol separately, after removing the images that it ignores from the shortlists.
 
     Args:
         scorer: scorer of the ground truth.
-        ranks: for each query, the first stage's ranks of `scorer.targets`, -1 if unknown.
-        ids: (Q, k) results of the first stage.
+        ranks: for each query, the first-stage ranks of `scorer.targets`, -1 if unknown.
+        ids: (Q, k) first-stage results.
         reorder: function that reranks shortlists.
+
+    Returns:
+        Scores by protocol.
 
     Raises:
         InputError: a shortlist contains only ignored images.
@@ -303,7 +357,11 @@ def score_without_junk(
 def ranks_without_junk(
     scorer: Scorer, ranks: Sequence[np.ndarray], ids: np.ndarray, reorder: Reorder
 ) -> dict[str, list[Sets]]:
-    """Return, by protocol, the ranks of each query's positives as the set "positive"; see `score_without_junk`."""
+    """Compute the ranks that `score_without_junk` scores, with the same arguments.
+
+    Returns:
+        Dict from protocol name to a list with one dict per query, {"positive": ranks of its positives}.
+    """
     first = split_by_set(ranks, scorer.sets)
     result = {}
     for name, protocol in scorer.protocols.items():
@@ -321,7 +379,16 @@ def ranks_without_junk(
 
 
 def _rerank_without(ids: np.ndarray, ignored: Sequence[np.ndarray], reorder: Reorder) -> list[np.ndarray]:
-    """Return the lists (Q, k) without the ignored ids, reranked; lists of equal length are reranked together."""
+    """Remove the ignored ids of each query from its list, and rerank the rest. Lists of equal length form one batch.
+
+    Args:
+        ids: (Q, k) first-stage results.
+        ignored: for each query, the ids to remove.
+        reorder: function that reranks shortlists.
+
+    Returns:
+        For each query, its reranked ids (at most k).
+    """
     kept = [row[~np.isin(row, query_ignored)] for row, query_ignored in zip(ids, ignored, strict=True)]
     lengths = np.array([len(row) for row in kept])
     if not lengths.min():

@@ -1,9 +1,9 @@
-"""GLDv2's metrics: mAP@100 for retrieval; GAP (micro average precision) and top-1 accuracy for recognition.
+"""GLDv2 metrics: mAP@100 for retrieval, and GAP (micro average precision) and top-1 accuracy for recognition.
 
 Definitions: Weyand et al., CVPR 2020, and the organizers' code (tensorflow/models, delf, google_landmarks_dataset/
-metrics.py). Average precision is rectangular here; that of the Revisited sets (revisited.py) is trapezoidal.
+metrics.py). Average precision is rectangular here, but trapezoidal for the Revisited sets (revisited.py).
 
-All metrics are fractions in 0..1, except positions. Tables multiply them by 100.
+All metrics are fractions in 0..1, except positions. Tables show these fractions in percent.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from superglobal.errors import InputError
 from superglobal.metrics.revisited import cluster_interval, plain
 
 DEPTH = 100
-"""Number of predictions per query that count."""
+"""Number of predictions per query that are scored."""
 Parts = Mapping[str, np.ndarray]
-"""Dict from the name of a part ("public", "private", "all") to a (Q,) bool mask of its queries."""
+"""Parts of the query set: a dict from part name ("public", "private", "all") to a (Q,) bool mask of its queries."""
 
 
 @dataclass(frozen=True)
 class RankedResult:
-    """Scores of ranked lists by part; NaN for a part without queries."""
+    """Scores of ranked lists. The keys of the dicts are the parts of the query set; a part without queries has NaN."""
 
     definition: ClassVar[dict[str, str]] = {
         "average_precision": "rectangular, over the first 100 ranks, divided by min(relevant images, 100)",
@@ -45,17 +45,18 @@ class RankedResult:
     map: dict[str, float]
     """mAP@100."""
     precision: dict[str, dict[int, float]]
-    """Mean fraction of relevant images among the first k."""
+    """Mean fraction of relevant images among the first k predictions, by part and k."""
     position: dict[str, dict[str, float]]
     """"mean" and "median" rank, from 1, of the first relevant image; 101 if none of the first 100 is relevant."""
     interval: dict[str, tuple[float, float]]
     """95 % bootstrap interval of mAP@100."""
     queries: dict[str, int]
+    """Number of queries."""
     ap: dict[str, np.ndarray]
     """Average precision of each query: (Q,) float64 under the key "all"."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types for JSON, NaN as None."""
+        """Return the metrics as plain types for JSON, NaN as None."""
         return {
             f"mAP@{DEPTH}": {name: plain(value) for name, value in self.map.items()},
             "interval": {name: [plain(value) for value in values] for name, values in self.interval.items()},
@@ -73,7 +74,10 @@ class RankedResult:
 
 @dataclass(frozen=True)
 class RecognitionResult:
-    """Scores of one predicted landmark per image, by part; NaN for a part in which no image shows a landmark."""
+    """Scores of one predicted landmark per query image.
+
+    The keys of the dicts are the parts of the query set; a part in which no image shows a landmark has NaN.
+    """
 
     definition: ClassVar[dict[str, str]] = {
         "average_precision": "GAP: all predictions in one list by score, divided by the images that show a landmark",
@@ -81,20 +85,24 @@ class RecognitionResult:
     }
 
     gap: dict[str, float]
+    """Global average precision."""
     gap_landmarks_only: dict[str, float]
+    """Global average precision without the predictions for images that show no landmark."""
     top1: dict[str, float]
+    """Fraction of the queries with a landmark whose prediction is correct."""
     queries: dict[str, int]
+    """Number of queries."""
     with_landmark: dict[str, int]
     """Number of queries that show a landmark."""
     classes: np.ndarray
     """(Q,) int64, predicted landmark ids."""
     scores: np.ndarray
-    """(Q,) float64, NaN for images without a prediction."""
+    """(Q,) float64, confidence of each prediction, NaN for images without one."""
     correct: np.ndarray
     """(Q,) bool, true if the prediction is correct."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types for JSON, NaN as None."""
+        """Return the metrics as plain types for JSON, NaN as None."""
         return {
             "GAP": {name: plain(value) for name, value in self.gap.items()},
             "GAP_landmarks_only": {name: plain(value) for name, value in self.gap_landmarks_only.items()},
@@ -111,12 +119,16 @@ class RecognitionResult:
 
 
 def first_hits(predicted: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) -> np.ndarray:
-    """Mark the hits among the first `depth` predictions: (n,) bool.
+    """Mark the relevant ids among the first `depth` predictions of a query.
 
     Args:
-        predicted: (m,) ids, best first. Only the first occurrence of an id can be a hit, but each one takes a rank.
-        relevant: ids of the same kind.
-        depth: number of predictions that count.
+        predicted: (m,) ids, best first. Only the first occurrence of an id can be a hit, but a repeated id still
+            occupies a rank.
+        relevant: relevant ids of the query.
+        depth: number of predictions that are scored.
+
+    Returns:
+        Mask (min(m, depth),) bool.
     """
     head = np.asarray(predicted)[:depth]
     first = np.zeros(len(head), bool)
@@ -128,9 +140,9 @@ def average_precision_at(hits: np.ndarray, n_relevant: int, depth: int = DEPTH) 
     """Compute average precision: the sum of the precisions at the hits, divided by min(n_relevant, depth).
 
     Args:
-        hits: (n,) bool, the hits among the predictions, best first.
+        hits: (n,) bool, true for each relevant prediction, best first.
         n_relevant: number of relevant images; if it is 0, the result is NaN.
-        depth: number of predictions that count.
+        depth: number of predictions that are scored.
     """
     ranks = np.flatnonzero(hits[:depth]) + 1
     return float((np.arange(1, len(ranks) + 1) / ranks).sum() / min(n_relevant, depth)) if n_relevant else float("nan")
@@ -146,17 +158,22 @@ def score_rankings(
     seed: int = 0,
     samples: int = 2000,
 ) -> RankedResult:
-    """Score ranked lists.
+    """Score one ranked list of predictions per query.
 
     Args:
-        predicted: for each query of the solution, its predicted ids, best first; an empty list counts as 0.
+        predicted: for each query of the solution, its predicted ids, best first. A query with an empty list has an
+            average precision of 0.
         relevant: for each query, its distinct relevant ids, at least one.
-        parts: parts of the queries; by default {"all": all queries}.
-        clusters: (Q,) labels such as landmarks, the units of the bootstrap; by default, each query is one unit.
-        depth: number of predictions per query that count.
-        ks: depths of the precisions, at most `depth`.
+        parts: parts of the query set; by default {"all": all queries}.
+        clusters: (Q,) cluster labels, such as landmarks. The bootstrap draws whole clusters; by default, single
+            queries.
+        depth: number of predictions per query that are scored.
+        ks: depths k of the precisions; values above `depth` are omitted.
         seed: seed of the bootstrap.
         samples: number of bootstrap samples.
+
+    Returns:
+        Scores by part.
 
     Raises:
         InputError: a query has no relevant image, or the numbers of lists and queries differ.
@@ -197,8 +214,11 @@ def score_recognition(
         classes: (Q,) predicted landmark ids.
         scores: (Q,) confidences, NaN for images without a prediction.
         truth: for each image, its landmark ids; empty for an image that shows no landmark.
-        keys: (Q,) image ids, which define the order of equal scores.
-        parts: parts of the images; by default {"all": all images}.
+        keys: (Q,) image ids; predictions with equal scores are sorted by them.
+        parts: parts of the query set; by default {"all": all images}.
+
+    Returns:
+        Scores by part.
     """
     correct = np.array([bool((labels == label).any()) for labels, label in zip(truth, classes, strict=True)], bool)
     predicted = ~np.isnan(scores)
@@ -217,25 +237,30 @@ def score_recognition(
 
 
 def _global_average_precision(right: np.ndarray, n_positives: int) -> float:
-    """Compute GAP from the correctness (n,) bool of the predictions, sorted by score."""
+    """Compute GAP: the sum of the precisions at the correct predictions, divided by `n_positives`.
+
+    Args:
+        right: (n,) bool, true for each correct prediction, by descending score.
+        n_positives: number of images that show a landmark; if it is 0, the result is NaN.
+    """
     precision = np.cumsum(right) / np.arange(1, len(right) + 1)
     return float(precision[right].sum() / n_positives) if n_positives else float("nan")
 
 
 VOTES = ("similarity", "distance", "nearest")
-_MAX_PAIRS = 1 << 24  # pairs of neighbors that are compared at a time
+_MAX_PAIRS = 1 << 24  # maximum number of neighbor pairs that are compared at a time
 
 
 def required_depth(truth: RetrievalTruth | RecognitionTruth) -> int:
-    """Return the number of results per query that `score_truth` needs, if the database has that many."""
+    """Return the number of search results per query that `score_truth` uses, if the database has that many rows."""
     return DEPTH if isinstance(truth, RetrievalTruth) else truth.neighbors
 
 
 def subset(truth: RetrievalTruth | RecognitionTruth, queries: np.ndarray) -> RetrievalTruth | None:
-    """Return the ground truth of the queries with these numbers (n,) int64, or None for recognition.
+    """Return the ground truth of a subset of the queries, given by their indices (n,) int64; None for recognition.
 
-    Recognition is not scored on a sample, because GAP puts the predictions for all queries into one list, and only few
-    queries of a sample show a landmark.
+    Recognition is not scored on a sample of the queries, because GAP sorts the predictions for all queries into one
+    list, and only a few queries in a sample would show a landmark.
     """
     if isinstance(truth, RecognitionTruth):
         return None
@@ -251,13 +276,16 @@ def subset(truth: RetrievalTruth | RecognitionTruth, queries: np.ndarray) -> Ret
 def score_truth(
     truth: RetrievalTruth | RecognitionTruth, scores: np.ndarray, ids: np.ndarray, seed: int = 0
 ) -> RankedResult | RecognitionResult:
-    """Score search results, given as scores (Q, k) and database rows (Q, k), best first.
+    """Score search results against the ground truth of either task.
 
     Args:
         truth: ground truth.
-        scores: (Q, k).
-        ids: (Q, k) database rows.
+        scores: (Q, k) scores of the results, best first.
+        ids: (Q, k) database rows of the results.
         seed: seed of the bootstrap.
+
+    Returns:
+        A `RankedResult` for retrieval, a `RecognitionResult` for recognition.
     """
     if isinstance(truth, RetrievalTruth):
         return score_rankings(list(ids), truth.relevant, truth.parts, truth.clusters, seed=seed)
@@ -265,12 +293,15 @@ def score_truth(
 
 
 def submission(truth: RetrievalTruth | RecognitionTruth, scores: np.ndarray, ids: np.ndarray) -> bytes:
-    """Return the submission file for search results: the 100 best ids per query, or a landmark and its score.
+    """Return the contents of a submission file for search results.
+
+    For retrieval, the file lists the 100 best images of each query. For recognition, it lists the predicted landmark of
+    each query and its score.
 
     Args:
         truth: ground truth.
-        scores: (Q, k), best first.
-        ids: (Q, k) database rows.
+        scores: (Q, k) scores of the results, best first.
+        ids: (Q, k) database rows of the results.
     """
     if isinstance(truth, RetrievalTruth):
         return retrieval_submission(truth.queries, (truth.database[row] for row in ids[:, :DEPTH]))
@@ -278,23 +309,33 @@ def submission(truth: RetrievalTruth | RecognitionTruth, scores: np.ndarray, ids
 
 
 def predictions(truth: RecognitionTruth, scores: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the predicted landmark (Q,) int64 of each query and its score (Q,) float64."""
+    """Predict the landmark of each query by the votes of its nearest neighbors.
+
+    Args:
+        truth: ground truth, with the number of neighbors and the kind of vote.
+        scores: (Q, k) scores of the search results, best first.
+        ids: (Q, k) database rows of the search results.
+
+    Returns:
+        Landmark ids (Q,) int64 and their scores (Q,) float64.
+    """
     return vote(truth.labels[ids[:, : truth.neighbors]], scores[:, : truth.neighbors], truth.votes)
 
 
 def vote(labels: np.ndarray, scores: np.ndarray, votes: str = "similarity") -> tuple[np.ndarray, np.ndarray]:
     """Predict the class of each query by the votes of its k nearest neighbors.
 
-    If two classes have equal sums, the class of the nearer neighbor wins.
+    The class with the largest sum of votes wins. If two classes have equal sums, the class with the nearer neighbor
+    wins.
 
     Args:
         labels: (Q, k) classes of the neighbors, nearest first.
-        scores: (Q, k) similarities s of the neighbors: cosines, or scores of reranking.
-        votes: "similarity" sums s over the neighbors of a class; "distance" sums 2 s - 1, which is 1 minus the squared
-            distance if s is a cosine; "nearest" uses only the nearest neighbor.
+        scores: (Q, k) similarities s of the neighbors: cosines or reranking scores.
+        votes: "similarity": each neighbor votes with s. "distance": it votes with 2 s - 1, which is 1 minus the squared
+            distance if s is a cosine. "nearest": only the nearest neighbor votes, with s.
 
     Returns:
-        (Q,) classes and (Q,) float64 sums.
+        Predicted classes (Q,), and the sums of their votes (Q,) float64.
     """
     weights = np.asarray(scores, np.float64)
     if votes == "nearest":
@@ -315,9 +356,12 @@ def score_submission(solution: str | Path, submission: str | Path, seed: int = 0
     """Score a submission file.
 
     Args:
-        solution: retrieval_solution_v2.1.csv or recognition_solution_v2.1.csv, which determines the task.
-        submission: CSV file with the columns id and images, or id and landmarks.
+        solution: path of retrieval_solution_v2.1.csv or recognition_solution_v2.1.csv; the file determines the task.
+        submission: path of a CSV file with the columns id and images (retrieval), or id and landmarks (recognition).
         seed: seed of the bootstrap.
+
+    Returns:
+        A `RankedResult` for retrieval, a `RecognitionResult` for recognition.
 
     Raises:
         InputError: a file is missing, cannot be read or is inconsistent.

@@ -1,8 +1,8 @@
-"""The Revisited metric: average precision and precision at k from exact ranks.
+"""Metrics of Revisited Oxford and Paris: average precision and precision at k, computed from exact ranks.
 
 Source: Radenovic et al., CVPR 2018, and revisitop's evaluate.py.
 
-All metrics are fractions in 0..1. Tables multiply them by 100.
+All metrics are fractions in 0..1. Tables show them in percent.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ import numpy as np
 from superglobal.errors import InputError
 
 Sets = dict[str, np.ndarray]
-"""Ids or ranks of a query by the name of the set, such as "easy"."""
+"""Ids or ranks of one query: a dict from set name, such as "easy", to an integer array (n,)."""
 
 
 def concatenated(arrays: Iterable[Any]) -> np.ndarray:
-    """Return the concatenation of any number of integer arrays, (n,) int64."""
+    """Concatenate any number of integer arrays, possibly none, to (n,) int64."""
     return np.concatenate([np.empty(0, np.int64), *(np.asarray(array, np.int64) for array in arrays)])
 
 
 class Result(typing.Protocol):
-    """Scores of one ranking of all queries of a data set."""
+    """Interface of the scores of a method on all queries of a data set."""
 
     definition: ClassVar[dict[str, str]]
     """Definitions of the metrics, in words."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types for JSON, NaN as None; the main metric by protocol or part comes first."""
+        """Return the metrics as plain types for JSON, NaN as None. The first entry is the main metric."""
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Return a dict from column name to one value per query, NaN for queries that do not count."""
+        """Return a dict from column name to one value per query, NaN for queries that are not scored."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Sets that count as positive, and sets that are removed from the ranking before the ranks count (`ignored`)."""
+    """Evaluation protocol: the roles of the sets of the ground truth."""
 
     positive: tuple[str, ...]
+    """Names of the sets whose images count as correct results."""
     ignored: tuple[str, ...] = ()
+    """Names of the sets whose images are removed from the ranking before it is scored."""
 
 
 REVISITED: Mapping[str, Protocol] = {
@@ -56,7 +58,7 @@ LABELS: Mapping[str, Protocol] = {"all": Protocol(("positive",), ("junk",))}
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """Scores per protocol, all fractions in 0..1. A protocol that counts no query has NaN and queries = 0."""
+    """Scores by protocol, as fractions in 0..1. If no query has a positive, the scores are NaN and `queries` is 0."""
 
     definition: ClassVar[dict[str, str]] = {
         "average_precision": "trapezoidal, as in Revisited Oxford and Paris",
@@ -68,14 +70,14 @@ class RetrievalResult:
     mp: dict[str, dict[int, float]]
     """Mean precision at each k."""
     ap: dict[str, np.ndarray]
-    """(Q,) float64, NaN for a query without a positive."""
+    """AP of each query: (Q,) float64, NaN for a query without a positive."""
     interval: dict[str, tuple[float, float]]
     """95 % bootstrap interval of mAP; NaN for fewer than two clusters."""
     queries: dict[str, int]
-    """Number of queries that count."""
+    """Number of queries with a positive, over which the means are computed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain types for JSON, NaN as None and the k of `mp` as strings."""
+        """Return the metrics as plain types for JSON, NaN as None and the k of `mp` as strings."""
         return {
             "map": {name: plain(value) for name, value in self.map.items()},
             "mp": {name: {str(k): plain(v) for k, v in values.items()} for name, values in self.mp.items()},
@@ -95,13 +97,14 @@ def plain(value: float) -> float | None:
 
 
 def average_precision(ranks: Any, n_positives: int | None = None) -> float:
-    """Compute trapezoidal average precision from the 0-based ranks of positives, ignored images already removed.
+    """Compute trapezoidal average precision from the ranks of the positives.
 
-    AP = sum_j (1/n) (j/r_j + (j+1)/(r_j+1)) / 2, with j/r_j = 1 where r_j = 0 (revisitop's compute_ap).
+    AP = sum_j (1/n) (j/r_j + (j+1)/(r_j+1)) / 2 for the ascending ranks r_j, j = 0, 1, ..., with j/r_j = 1 where
+    r_j = 0 (revisitop's compute_ap).
 
     Args:
-        ranks: (P,) distinct integers >= 0, in any order.
-        n_positives: number n of positives, if some were not retrieved; these add nothing. P by default.
+        ranks: (P,) distinct 0-based ranks of the retrieved positives after ignored images are removed, in any order.
+        n_positives: number n of all positives, including those that were not retrieved; P by default.
 
     Returns:
         AP in 0..1; NaN if n is 0.
@@ -123,11 +126,14 @@ def average_precision(ranks: Any, n_positives: int | None = None) -> float:
 
 
 def precision_at(ranks: np.ndarray, k: int) -> float:
-    """Compute precision among the first k' = min(k, 1-based rank of the last retrieved positive); 0 if there is none.
+    """Compute the precision at depth k, or at the last retrieved positive if its 1-based rank is less than k.
 
     Args:
-        ranks: (P,) 0-based ranks of the retrieved positives after the removal of ignored images.
+        ranks: (P,) 0-based ranks of the retrieved positives after ignored images are removed.
         k: depth.
+
+    Returns:
+        Precision in 0..1; 0 if no positive was retrieved.
     """
     if not len(ranks):
         return 0.0
@@ -143,27 +149,31 @@ def score_ranks(
     seed: int = 0,
     samples: int = 2000,
 ) -> RetrievalResult:
-    """Score ranks under protocols.
+    """Compute mAP and mP@k from the ranks of the images in the ground truth.
 
-    A positive that is missing from a truncated list adds nothing to AP but counts in n, and it counts as not retrieved
-    for mP@k. Queries without a positive are excluded from all means.
+    A positive that was not retrieved lowers AP, because AP is divided by the number of all positives. Queries without a
+    positive are excluded from all means.
 
     Args:
-        ranks: for each query, a dict from set name to 0-based ranks, -1 for an image missing from a truncated list.
+        ranks: for each query, a dict from set name to 0-based ranks, -1 for an image that was not retrieved.
         protocols: protocols by name.
-        ks: depths of the precisions.
-        clusters: (Q,) labels such as landmarks, the units of the bootstrap; by default, each query is one unit.
+        ks: depths k of mP@k, >= 1.
+        clusters: (Q,) cluster labels, such as landmarks. The bootstrap draws whole clusters; by default, single
+            queries.
         seed: seed of the bootstrap.
         samples: number of bootstrap samples.
 
+    Returns:
+        Scores by protocol.
+
     Raises:
-        InputError: a query does not have a set that a protocol counts as positive.
+        InputError: a query does not have a set that a protocol counts as positive, or `clusters` or `ks` is invalid.
     """
     labels = np.arange(len(ranks)) if clusters is None else np.asarray(clusters)
     if labels.shape != (len(ranks),):
-        raise InputError(f"clusters: expected one label per query, {len(ranks)}, got shape {labels.shape}")
+        raise InputError(f"clusters: expected {len(ranks)} labels, one per query; got an array of shape {labels.shape}")
     if any(k < 1 for k in ks):
-        raise InputError(f"ks: expected depths of at least 1, got {list(ks)}")
+        raise InputError(f"ks: expected depths >= 1, got {list(ks)}")
     result = RetrievalResult({}, {}, {}, {}, {})
     for name, protocol in protocols.items():
         ap = np.full(len(ranks), np.nan)
@@ -184,10 +194,24 @@ def score_ranks(
 
 
 def kept_ranks(sets: Mapping[str, Any], protocol: Protocol, query: int) -> tuple[np.ndarray, int]:
-    """Return the sorted ranks of the retrieved positives, without ignored images, and the number of all positives."""
+    """Return the ranks of a query's positives in the ranking without ignored images.
+
+    Args:
+        sets: 0-based ranks of the query's images by set name, -1 for images that were not retrieved.
+        protocol: protocol that defines the positive and the ignored sets.
+        query: index of the query, for messages.
+
+    Returns:
+        Ascending 0-based ranks of the retrieved positives, and the number of all positives.
+
+    Raises:
+        InputError: a positive set is missing.
+    """
     missing = [name for name in protocol.positive if name not in sets]
     if missing:
-        raise InputError(f"query {query}: expected a set {missing[0]!r}, which the protocol counts; got {sorted(sets)}")
+        raise InputError(
+            f"query {query}: expected a set {missing[0]!r}, which the protocol counts as positive; got {sorted(sets)}"
+        )
     positive = concatenated(sets[name] for name in protocol.positive)
     ignored = concatenated(sets.get(name, ()) for name in protocol.ignored)
     retrieved = np.sort(positive[positive >= 0])
@@ -196,14 +220,14 @@ def kept_ranks(sets: Mapping[str, Any], protocol: Protocol, query: int) -> tuple
 
 
 def cluster_interval(values: np.ndarray, labels: np.ndarray, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean of `values`, by a bootstrap that draws whole clusters.
+    """Compute the 95 % percentile interval of the mean of `values` by a bootstrap that draws whole clusters.
 
-    Queries of one landmark share their positives, so queries are not independent, but clusters are. With differences of
-    AP as values, the result is the interval of a gain.
+    Queries for one landmark share their positives and are therefore not independent, but clusters of queries are. If
+    the values are differences in AP between two methods, the result is the interval of the gain in mAP.
 
     Args:
-        values: (Q,) without NaN.
-        labels: (Q,) cluster of each query.
+        values: (Q,) one value per query, without NaN.
+        labels: (Q,) cluster label of each query.
         seed: seed of the bootstrap.
         samples: number of bootstrap samples.
 
