@@ -1,4 +1,4 @@
-"""Declaration of rerankers, and operations on shortlists that they share."""
+"""Registration of rerankers, and operations on shortlists that they share."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Parameter:
 
     Args:
         help: short description.
-        minimum, maximum: inclusive range of a number.
-        choices: allowed values of a string.
-        default: default value, which `register_reranker` takes from the function's signature; its type is the type of
-            the parameter.
+        minimum, maximum: smallest and largest valid value of a numeric parameter.
+        choices: valid values of a string parameter.
+        default: default value, whose type is the type of the parameter. `register_reranker` reads it from the
+            function's signature.
     """
 
     help: str
@@ -35,7 +35,7 @@ class Parameter:
     default: Any = None
 
     def validate(self, name: str, value: Any) -> None:
-        """Raise InputError if the value has another type, is out of range, or is not among the choices."""
+        """Raise InputError if the value has the wrong type, is out of range, or is not among the choices."""
         kind = type(self.default)
         if kind is str:
             valid, expected = value in self.choices, f"one of {', '.join(self.choices)}"
@@ -55,7 +55,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Reranker:
-    """Reranking method that was registered by `register_reranker`."""
+    """A reranking method. The attributes are described in `register_reranker`, which creates these objects."""
 
     name: str
     help: str
@@ -71,7 +71,7 @@ class Reranker:
 
         Args:
             values: values by parameter name.
-            prefix: text before a parameter's name in messages.
+            prefix: text before a parameter's name in messages, such as "rerank.".
 
         Raises:
             InputError: a parameter is unknown, or a value is invalid.
@@ -87,7 +87,7 @@ class Reranker:
 
 
 RERANKERS: dict[str, Reranker] = {}
-"""All registered rerankers by name; `superglobal.reranking.registry` registers those of this folder."""
+"""All registered rerankers by name; importing `superglobal.reranking.registry` registers those of this folder."""
 _SHORTLIST_SIZE = Parameter("images in the shortlist", minimum=1, default=400)
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -104,20 +104,23 @@ def register_reranker(
 ) -> Callable[[F], F]:
     """Return a decorator that registers a function as a reranker.
 
-    Without `searches_again`, the function scores shortlists. It is called with queries (B, D), shortlists T (B, M, D),
-    their Gram matrices T T^T (B, M, M), which it may overwrite, and its parameters by name. It returns scores (B, M).
-    With "queries", it is called with (Q, X, **parameters, exclude, backend, device); with "database", it is called with
-    (X, **parameters, path, backend, device). See `expand_queries` and `augment_database`.
+    `searches_again` defines the interface of the function:
+
+    - None: the function scores shortlists. It is called with queries (B, D), shortlists T (B, M, D), their Gram
+      matrices T T^T (B, M, M), which it may overwrite, and its parameters by name. It returns scores (B, M).
+    - "queries": the function is called with (Q, X, **parameters, exclude, backend, device) and returns new queries
+      (Q, D), with which the database is searched again. See `expand_queries`.
+    - "database": the function is called with (X, **parameters, path, backend, device) and returns a new database, which
+      is then searched. See `augment_database`.
 
     Args:
         name: value of `rerank.kind` and of `method` in `superglobal.rerank`.
         help: one line of documentation.
         parameters: parameters of the function that users can set; each needs a default in the function's signature.
-        searches_again: "queries" if the function returns new queries (Q, D) for a second search, "database" if it
-            returns a new database.
-        distances: set if scores are negative distances, because their sums have no meaning.
+        searches_again: None, "queries" or "database", as above.
+        distances: set this if the scores are negative distances, which cannot be summed as votes for a landmark.
         dtype: dtype of the function's input tensors.
-        ties: order of equal scores: "id" for the lower id first, "first" for the order of the shortlist.
+        ties: order of images with equal scores: "id" (the lower id first) or "first" (as in the shortlist).
 
     Raises:
         InputError: another function has this name, a parameter is not in the function's signature or has no default
@@ -148,7 +151,7 @@ def register_reranker(
 
 
 def _source(function: Callable[..., Any]) -> tuple[str, str]:
-    """Return module and name, which do not change when a module is reloaded or run again in a notebook."""
+    """Return a function's module and name, which stay the same when a module is reloaded or a notebook cell rerun."""
     return function.__module__, function.__qualname__
 
 
@@ -160,27 +163,38 @@ def score_batch(
     numbers: np.ndarray,
     name: str,
 ) -> np.ndarray:
-    """Compute the scores (B, M) float32 of shortlists, on their device.
+    """Score a batch of shortlists with a reranker, on the device of the shortlists.
 
     Args:
-        reranker: reranker of shortlists.
-        values: values of its parameters.
-        queries: (B, D).
-        shortlists: (B, M, D).
-        numbers: (B, M) numbers of the rows, for messages about invalid rows.
-        name: name of a row, for these messages.
+        reranker: reranker that scores shortlists.
+        values: values of its parameters by name.
+        queries: (B, D) queries.
+        shortlists: (B, M, D) descriptors of the shortlists.
+        numbers: (B, M) ids of these descriptors, for messages about invalid ones.
+        name: what a descriptor is called in these messages, such as "database row".
+
+    Returns:
+        Scores (B, M) float32.
+
+    Raises:
+        InputError: a descriptor is not a unit vector.
     """
     q, T = to_tensor(queries, shortlists.device).to(reranker.dtype), shortlists.to(reranker.dtype)
     with full_precision():
         gram = gram_of(T)
         _check_norms(gram, numbers, name)
         scores = reranker.function(q, T, gram, **{key: value for key, value in values.items() if key != "M"})
-        # The conversion to float32 is before sorting, so that scores that are equal in the result are sorted as equal.
+        # Scores are converted to float32 before they are sorted, so that scores that are equal in float32 are ties.
         return scores.cpu().numpy().astype(np.float32)
 
 
 def _check_norms(gram: torch.Tensor, numbers: np.ndarray, name: str) -> None:
-    """Raise InputError for a row that is not a unit vector; the diagonal of `gram` contains the squared norms."""
+    """Raise InputError for a descriptor that is not a unit vector.
+
+    Args:
+        gram: (B, M, M) Gram matrices, whose diagonals contain the squared norms.
+        numbers, name: as in `score_batch`.
+    """
     norms = gram.diagonal(dim1=1, dim2=2).sqrt().cpu().numpy()
     valid = is_unit(norms)
     if not valid.all():
@@ -189,7 +203,8 @@ def _check_norms(gram: torch.Tensor, numbers: np.ndarray, name: str) -> None:
 
 
 def gram_of(T: torch.Tensor) -> torch.Tensor:
-    """Return T T^T (B, M, M), for which four strips of the upper triangle (5/8 of it) are computed and mirrored."""
+    """Compute the Gram matrices T T^T (B, M, M) of descriptors T (B, M, D)."""
+    # The matrices are symmetric. Four strips that cover the upper triangle (5/8 of a matrix) are computed and mirrored.
     depth = T.shape[1]
     step = -(-depth // 4)
     gram = T.new_empty(len(T), depth, depth)
@@ -201,48 +216,59 @@ def gram_of(T: torch.Tensor) -> torch.Tensor:
 
 
 def dots(T: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return T v (B, M) for vectors v (B, D)."""
-    # The product is computed as v^T T^T, which the CPU's matrix library computes several times faster than T v.
+    """Return the dot products (B, M) of the descriptors T (B, M, D) with the vectors v (B, D)."""
+    # On the CPU, the product v^T T^T is several times faster than the equivalent T v.
     return torch.bmm(v[:, None, :], T.transpose(1, 2))[:, 0]
 
 
 def nearest(similarity: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the `count` most similar columns of each row, the row itself first: (B, N, min(count, N)) int64.
-
-    The order is that of `first_columns`.
+    """Return the indices of the `count` images most similar to each image, including the image itself.
 
     Args:
-        similarity: (B, N, N); its diagonal is ignored.
-        count: number of columns.
+        similarity: (B, N, N) similarities of the images of each shortlist; the diagonals are ignored.
+        count: number of images, including the image itself.
+
+    Returns:
+        Indices (B, N, min(count, N)) int64, the image itself first, then in the order of `first_columns`.
     """
     keys = _order_keys(similarity)
-    # By rounding, a duplicate may score higher than the row itself. Infinity keeps the row in the first position.
+    # Due to rounding, a duplicate may score higher than the image itself. Infinity keeps the image first.
     keys.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     return keys.topk(min(count, keys.shape[-1]), dim=-1).indices
 
 
 def first_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the columns of the `count` largest scores (B, N), best first, ties by the lower column: (B, count).
+    """Return the column indices of the largest scores in each row.
 
-    Scores are compared in steps of about 1e-6, so that rounding, which differs between devices, rarely decides the
-    order of two copies of an image.
+    Scores are rounded to multiples of about 1e-6 before they are compared, so that floating-point errors, which differ
+    between devices, rarely affect the order of two copies of an image.
+
+    Args:
+        scores: (B, N) scores.
+        count: number of columns, <= N.
+
+    Returns:
+        Indices (B, count) int64, best first; among equal scores, the lower index is first.
     """
     return _order_keys(scores).topk(count, dim=-1).indices
 
 
 def in_steps(scores: torch.Tensor) -> torch.Tensor:
-    """Convert scores to whole numbers of steps of about 1e-6, float64; scores outside -256..256 are clamped."""
+    """Express scores as whole multiples of 2^-20, about 1e-6, in float64. Scores are clamped to -256..256 first."""
     return torch.round(scores.double() * 2**20).clamp(-(2.0**28), 2.0**28)
 
 
 def _order_keys(scores: torch.Tensor) -> torch.Tensor:
-    """Return sort keys (..., N), distinct within a row, that order by `in_steps` and then by the lower column."""
+    """Return float64 sort keys (..., N) of scores (..., N): by descending `in_steps`, then by ascending column index.
+
+    The larger key is first, and the keys of a row are distinct.
+    """
     columns = torch.arange(scores.shape[-1], dtype=torch.float64, device=scores.device)
-    # Whole numbers below 2^53 are exact in float64.
+    # The keys are exact, because float64 represents all whole numbers below 2^53.
     return in_steps(scores) * 2**24 - columns
 
 
 def mask_of(near: torch.Tensor, columns: int) -> torch.Tensor:
-    """Convert lists of columns (B, N, k) to a bool matrix (B, N, columns)."""
+    """Convert column indices `near` (B, N, k) to a bool mask (B, N, columns) that is true at these columns."""
     mask = torch.zeros(*near.shape[:2], columns, dtype=torch.bool, device=near.device)
     return mask.scatter_(2, near, True)

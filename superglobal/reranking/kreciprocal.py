@@ -1,13 +1,17 @@
-"""k-reciprocal reranking inside a shortlist (Zhong et al., CVPR 2017), without training and without local features.
+"""k-reciprocal reranking of a shortlist (Zhong et al., CVPR 2017), without training or local features.
 
-    R(p, k)  = images among p's k nearest that have p among their own k nearest
-    R*(p)    = R(p, k1), united with R(q, k1/2) for each q in R(p, k1) if more than 2/3 of R(q, k1/2) is in R(p, k1)
-    V(p, g)  = exp(-d(p, g)) for g in R*(p), else 0, divided by its sum;  V <- mean of V over p's k2 nearest
-    final    = (1 - lambda) Jaccard distance of V(query) and V(g) + lambda d(query, g)
+For images p and g, each of which is the query or an image of its shortlist:
 
-The images are the query and its shortlist. d is the squared Euclidean distance divided by the largest distance of its
-row. The nearest images include the image itself in addition to k others. All this and the defaults are as in the
-authors' code (github.com/zhunzhong07/person-re-ranking, python-version/re_ranking_ranklist.py).
+    d(p, g)  = squared Euclidean distance of p and g, divided by the largest distance of p from any image
+    R(p, k)  = reciprocal neighbors: images among the k nearest to p that also have p among their k nearest
+    R*(p)    = R(p, k1), united with R(r, k1/2) for each r in R(p, k1) if more than 2/3 of R(r, k1/2) is in R(p, k1)
+    V(p, g)  = exp(-d(p, g)) for g in R*(p), else 0, divided by the sum over g (the encoding of p)
+    V'(p, .) = mean of V(r, .) over the k2 images r nearest to p
+    final(g) = (1 - lambda) J(query, g) + lambda d(query, g), where J is the Jaccard distance of V'(query) and V'(g)
+
+In R, an image itself counts as one of its nearest images, in addition to k others; in V', it is one of the k2 images.
+The formulas and the defaults are those of the authors' code (github.com/zhunzhong07/person-re-ranking,
+python-version/re_ranking_ranklist.py).
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from superglobal.reranking.base import Parameter, dots, mask_of, nearest, regist
     "kreciprocal",
     "k-reciprocal encoding (Zhong et al., CVPR 2017)",
     {
-        "k1": Parameter("number of neighbors that must be mutual", minimum=1),
-        "k2": Parameter("number of images, including itself, over which an encoding is averaged", minimum=1),
+        "k1": Parameter("number of neighbors per image, of which only mutual ones count", minimum=1),
+        "k2": Parameter("number of images, including itself, over which an image's encoding is averaged", minimum=1),
         "lambda_": Parameter("weight of the first stage's distance; 1 keeps the first stage's order", 0, 1),
     },
     distances=True,
@@ -33,12 +37,21 @@ from superglobal.reranking.base import Parameter, dots, mask_of, nearest, regist
 def kreciprocal_scores(
     q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, k1: int = 20, k2: int = 6, lambda_: float = 0.3
 ) -> torch.Tensor:
-    """Return the negative final distances (B, M) float64."""
+    """Compute scores of shortlists: the negative final distances, (B, M) float64.
+
+    Args:
+        q: (B, D) queries.
+        T: (B, M, D) shortlists, best first.
+        gram: (B, M, M) Gram matrices T T^T.
+        k1: number of neighbors among which reciprocal neighbors are found.
+        k2: number of images, including itself, over which an image's encoding is averaged.
+        lambda_: weight of the original distance from the query, in 0..1.
+    """
     return -_distances(_with_query(dots(T, q), gram), k1, k2, lambda_)
 
 
 def _with_query(first: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Return the cosines (B, M+1, M+1) of the query, at index 0, and its shortlist.
+    """Add the query to the Gram matrix of its shortlist, at index 0: (B, M+1, M+1).
 
     Args:
         first: (B, M) cosines of the query with its shortlist.
@@ -50,7 +63,12 @@ def _with_query(first: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
 
 
 def _distances(similarity: torch.Tensor, k1: int, k2: int, lambda_: float) -> torch.Tensor:
-    """Return the final distances (B, M) float64 of the shortlist, smallest best."""
+    """Compute the final distances (B, M) float64 of shortlists from their queries.
+
+    Args:
+        similarity: (B, M+1, M+1) cosines of each query, at index 0, and its shortlist.
+        k1, k2, lambda_: as in `kreciprocal_scores`.
+    """
     size = similarity.shape[-1]
     distance = (2 - 2 * similarity).clamp(min=0)
     distance.diagonal(dim1=1, dim2=2).zero_()
@@ -62,21 +80,30 @@ def _distances(similarity: torch.Tensor, k1: int, k2: int, lambda_: float) -> to
     if k2 > 1:
         mean = mask_of(near[..., :k2], size).double()
         V = torch.bmm(mean / mean.sum(dim=-1, keepdim=True), V)
-    # The rows of V sum to 1, so the union of two rows is 2 minus their intersection.
+    # For the Jaccard distance: each row of V sums to 1, so the union of two rows is 2 minus their intersection.
     shared = torch.minimum(V[:, :1], V[:, 1:]).sum(dim=-1)
     return (1 - lambda_) * (1 - shared / (2 - shared)) + lambda_ * distance[:, 0, 1:]
 
 
 def _reciprocal(near: torch.Tensor, k1: int, size: int) -> torch.Tensor:
-    """Return R* of every image as a bool matrix (B, size, size); its own column is always set."""
+    """Return the expanded reciprocal neighbors R* of every image.
+
+    Args:
+        near: (B, size, n) indices of the images nearest to each image, itself first.
+        k1: number of neighbors among which reciprocal neighbors are found.
+        size: number of images, M + 1.
+
+    Returns:
+        Mask (B, size, size) bool, whose row p marks the images of R*(p), which always include p.
+    """
 
     def mutual(k: int) -> torch.Tensor:
         neighbors = mask_of(near[..., : k + 1], size)
         return neighbors & neighbors.transpose(1, 2)
 
-    # The authors' code also rounds k1 / 2 by NumPy, which rounds halves to the even number.
+    # As in the authors' code, k1 / 2 is rounded by NumPy, which rounds halves to the nearest even number.
     wide, narrow = mutual(k1), mutual(int(np.around(k1 / 2)))
-    # Counts of at most M + 1 are exact in float32.
+    # Counts are at most M + 1, so they are exact in float32.
     shared = torch.bmm(wide.float(), narrow.float().transpose(1, 2))
     joins = wide & (3 * shared > 2 * narrow.sum(dim=-1)[:, None, :])
     return wide | (torch.bmm(joins.float(), narrow.float()) > 0)

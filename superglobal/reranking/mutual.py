@@ -1,14 +1,18 @@
 """SuperGlobal's reranking with mutual neighbors only, for descriptors with many wrong neighbors.
 
-    as SuperGlobal, but  w_ij = 0 unless i and j are among each other's K nearest
-    E = images among the best K + 1 by s1 that have the query among their own k_query nearest
-    e = mean of q and the R of E;    s2 = R e;    score = (s1 + s2) / 2, or s1 if E is empty
+The method differs from SuperGlobal's reranking (superglobal.py, which defines w, R, s1 and s2) in these steps:
+
+    w_ij = 0 unless i and j are among each other's K nearest images
+    E = images among the best K + 1 by s1 that have the query among their k_query nearest images
+    e = mean of q and of the refined descriptors of E
+    s2 = R e;    score = (s1 + s2) / 2, or s1 if E is empty
 
 With weak descriptors, a few images are near neighbors of almost all others. In SuperGlobal's reranking, these images
-affect every refined descriptor and, through the maximum, every component of the expanded query. Mutual neighbors need
-no threshold on similarities, which would depend on the network, and no further products, because the Gram matrix is
-already computed. In a mean, a wrong image has only the weight of one image. The form and the constants were chosen on
-rendered landmarks; see docs/guides/reranking.md.
+affect every refined descriptor and, through the maximum, every component of the expanded query. Here they rarely do,
+because they are rarely mutual neighbors, and because one wrong image changes a mean less than a maximum. Mutual
+neighbors need no threshold on similarities, which would depend on the network. They cost no further matrix products,
+because the Gram matrix is already computed. The steps and the constants were chosen on rendered landmarks; see
+docs/guides/reranking.md.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ from superglobal.reranking.superglobal import BETA, combine, normalized, refined
         "K": Parameter("number of neighbors that refine a descriptor", minimum=1),
         "beta": BETA,
         "k_query": Parameter(
-            "an image expands the query if fewer than k_query others are nearer to it; 0 disables the expansion",
+            "an image expands the query if fewer than k_query images are nearer to it than the query is; 0 disables "
+            "the expansion",
             minimum=0,
         ),
     },
@@ -34,7 +39,16 @@ from superglobal.reranking.superglobal import BETA, combine, normalized, refined
 def mutual_scores(
     q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, K: int = 5, beta: float = 0.3, k_query: int = 5
 ) -> torch.Tensor:
-    """Return the final scores (B, M) float64."""
+    """Compute the final scores of shortlists: (B, M) float64.
+
+    Args:
+        q: (B, D) queries.
+        T: (B, M, D) shortlists, best first.
+        gram: (B, M, M) Gram matrices T T^T.
+        K: number of neighbors that refine a descriptor, if they are mutual.
+        beta: weight of a neighbor per unit of similarity.
+        k_query: an image expands the query if fewer than `k_query` images are nearer to it than the query is.
+    """
     near = nearest(gram, K + 1)
     weights = gram.gather(2, near).double() * beta
     weights[..., 0] = 1.0
@@ -54,10 +68,18 @@ def mutual_scores(
 
 
 def _mutual(near: torch.Tensor) -> torch.Tensor:
-    """Return a (B, M, K+1) mask of the neighbors that have the row among their own neighbors, or are the row itself."""
+    """Mark the mutual neighbors among the neighbors of each image.
+
+    Args:
+        near: (B, M, K+1) indices of the images nearest to each image, itself first.
+
+    Returns:
+        Mask (B, M, K+1) bool of the entries of `near` whose own neighbors include the image; the image itself is
+        marked, too.
+    """
     n_queries, depth, width = near.shape
     batch = torch.arange(n_queries, device=near.device)[:, None, None]
     rows = torch.arange(depth, device=near.device)[None, :, None, None]
-    # Neighbors are processed one column at a time, because all at once need a (B, M, K+1, K+1) tensor.
+    # Columns are processed one at a time, because all columns together would need a tensor (B, M, K+1, K+1).
     columns = [(near[batch, near[..., column : column + 1]] == rows).any(dim=-1) for column in range(width)]
     return torch.cat(columns, dim=-1)

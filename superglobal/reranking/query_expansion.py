@@ -1,11 +1,14 @@
-"""Descriptors averaged with their neighbors for a second search: query expansion and database augmentation.
+"""Query expansion and database augmentation: average descriptors with their neighbors, then search again.
 
-    v' = v + sum over v's n nearest x of max(v x, 0)^alpha x,  normalized
+A descriptor v and its n nearest database rows x give the new descriptor
 
-For queries, this is alpha query expansion (Radenovic et al., TPAMI 2018) with the n and alpha that are usually cited
-from the paper; the authors' code has no query expansion to compare with. For database rows and their neighbors in the
-database, it is database augmentation (Turcot and Lowe 2009) with the same weights, in the form of
-github.com/naver/deep-image-retrieval (dirtorch/test_dir.py), which gives no n or alpha; n is a choice of this project.
+    v' = v + sum over x of max(v x, 0)^alpha x,  normalized.
+
+If v is a query, this is alpha query expansion (Radenovic et al., TPAMI 2018), with the values of n and alpha that are
+usually cited from the paper. The authors' code does not contain it, so it could not be compared with theirs. If v is a
+database row, this is database augmentation (Turcot and Lowe, 2009) with the same weights, in the form of
+github.com/naver/deep-image-retrieval (dirtorch/test_dir.py). That code has no default n or alpha; the default n here
+was chosen for this project.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from superglobal.reranking.base import RERANKERS, Parameter, register_reranker
 from superglobal.retrieval.rows import Rows, as_queries, as_rows
 from superglobal.retrieval.search import search
 
-_MAX_ELEMENTS = 1 << 24  # elements of the neighbors that are read at once: 64 MB of float32
+_MAX_ELEMENTS = 1 << 24  # maximum number of elements of the neighbors that are read at a time: 64 MB of float32
 _PARAMETERS = {
     "n": Parameter("number of neighbors that are averaged with a descriptor; 0 keeps the descriptor", minimum=0),
     "alpha": Parameter("exponent of the similarities; negative similarities have weight 0", 0, 1e3),
@@ -41,19 +44,19 @@ def expand_queries(
 ) -> np.ndarray:
     """Average each query with its n nearest database rows, for a second search.
 
-    This is alpha query expansion (Radenovic et al., TPAMI 2018): the weight of a row is its similarity to the power
-    of alpha.
+    This is alpha query expansion (Radenovic et al., TPAMI 2018). The weight of a database row is its similarity to the
+    query, raised to the power of alpha.
 
     Args:
         Q, X, exclude, backend, device: as in `search`.
-        n: number of rows, >= 0; at most all rows are used, and 0 leaves the queries as they are.
-        alpha: power of a similarity, 0..1000; a negative similarity has weight 0.
+        n: number of rows, >= 0. If the database has fewer rows, all are used; 0 leaves the queries unchanged.
+        alpha: exponent of the similarities, 0..1000; a row with negative similarity has weight 0.
 
     Returns:
-        Queries (Q, D) float32, unit L2 norm.
+        New queries (Q, D) float32, unit L2 norm.
 
     Raises:
-        InputError: parameters out of range, or input that `search` rejects.
+        InputError: a parameter is out of range, or `search` rejects the input.
     """
     RERANKERS["aqe"].complete({"n": n, "alpha": alpha})
     rows = as_rows(X, "database")
@@ -76,23 +79,23 @@ def augment_database(
     device: str | torch.device | None = None,
     block_rows: int = 4096,
 ) -> Rows:
-    """Average each database row with its n nearest other rows, to be searched in place of the database.
+    """Average each database row with its n nearest other rows, to replace the database in a search.
 
-    This is database augmentation (Turcot and Lowe, 2009) with the weights of `expand_queries`. It computes N^2 D
-    products, but never an N x N matrix.
+    This is database augmentation (Turcot and Lowe, 2009) with the weights of `expand_queries`. It takes N^2 D
+    multiplications, but never stores an N x N matrix.
 
     Args:
         X, backend, device: as in `search`.
         n, alpha: as in `expand_queries`.
-        path: .npy file for the result, which is then memory-mapped; without it the result is in memory, 4 N D bytes.
-        block_rows: rows whose neighbors are searched in one pass over the database, >= 1.
+        path: .npy file for the result, which is then memory-mapped. None keeps the result in memory (4 N D bytes).
+        block_rows: number of rows whose neighbors are searched in one pass over the database, >= 1.
 
     Returns:
-        The new database (N, D) float32, unit L2 norm, which `search` accepts; `block(0, N)` is its array.
+        The new database (N, D) float32, unit L2 norm, which `search` accepts; call `block(0, N)` for a NumPy array.
 
     Raises:
-        InputError: parameters out of range, a file that cannot be written, rows that were skipped during extraction,
-            or input that `search` rejects.
+        InputError: a parameter is out of range, the file cannot be written, rows were skipped during extraction, or
+            `search` rejects the input.
     """
     RERANKERS["adba"].complete({"n": n, "alpha": alpha})
     if not isinstance(block_rows, int | np.integer) or block_rows < 1:
@@ -101,7 +104,7 @@ def augment_database(
     if len(rows.skipped):
         raise InputError(
             f"{rows.name}: {len(rows.skipped)} rows were skipped during extraction and cannot be averaged; remove "
-            "their images from the list, or use another reranker"
+            "their images from the image list, or use another reranker"
         )
     count = min(n, len(rows) - 1)
     if count < 1:
@@ -118,7 +121,7 @@ def augment_database(
 
 
 def _empty_array(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
-    """Return an array in memory, or in a new file at `path`."""
+    """Return an uninitialized float32 array in memory, or, with `path`, in a new memory-mapped .npy file."""
     if path is None:
         return np.empty(shape, np.float32)
     try:
@@ -126,12 +129,23 @@ def _empty_array(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or error}); the augmented database takes "
-            f"{shape[0] * shape[1] * 4 / 2**30:.1f} GiB: free space or choose another folder"
+            f"{shape[0] * shape[1] * 4 / 2**30:.1f} GiB; free space or choose another folder"
         ) from error
 
 
 def _average(vectors: np.ndarray, rows: Rows, scores: np.ndarray, ids: np.ndarray, alpha: float) -> np.ndarray:
-    """Average vectors (B, D) with their neighbors `ids` (B, n), weighted by `scores`, in float64: (B, D) float32."""
+    """Average vectors with their neighbors, in float64, and normalize the result.
+
+    Args:
+        vectors: (B, D) float32.
+        rows: rows of the database.
+        scores: (B, n) similarities of the neighbors.
+        ids: (B, n) database rows of the neighbors.
+        alpha: exponent of the similarities.
+
+    Returns:
+        (B, D) float32, unit L2 norm.
+    """
     weights = np.maximum(scores, 0, dtype=np.float64) ** alpha
     weights[scores <= 0] = 0  # needed for alpha = 0, because 0 ** 0 is 1
     out = np.empty(vectors.shape, np.float32)

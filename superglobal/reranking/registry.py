@@ -1,4 +1,4 @@
-"""Reranking by method name, with the rerankers of this folder and others registered by `register_reranker`."""
+"""Reranking by method name. The methods are the modules of this folder and any others given to `register_reranker`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from superglobal.retrieval.rows import Rows, as_queries, as_rows, as_shortlists
 from superglobal.retrieval.search import search
 
 __all__ = ["RERANKERS", "Reranked", "apply_reranker", "get_reranker", "rerank", "rerank_candidates", "rerank_label"]
-_IN_MEMORY = 1 << 30  # maximum bytes of an augmented database in memory; a larger one is a temporary file
+_IN_MEMORY = 1 << 30  # largest augmented database, in bytes, that is kept in memory instead of a temporary file
 
 for _module in pkgutil.iter_modules(superglobal.reranking.__path__):
     if _module.name != "registry":
         importlib.import_module(f"superglobal.reranking.{_module.name}")
-# Help texts and messages list SuperGlobal's reranker first, then the others by module, independent of import order.
+# Help texts and messages list SuperGlobal's reranker first and the others by module name, whatever the import order.
 _in_order = sorted(RERANKERS.values(), key=lambda r: (r.name != "superglobal", r.function.__module__))
 RERANKERS.clear()
 RERANKERS.update({reranker.name: reranker for reranker in _in_order})
 
 
 def get_reranker(name: str, label: str = "rerank.kind") -> Reranker:
-    """Return the reranker of this name.
+    """Return the reranker with this name.
 
     Args:
         name: name of the reranker.
-        label: name of the setting, for the message.
+        label: setting or argument that contains the name, for the error message.
 
     Raises:
         InputError: there is no such reranker; the message lists the choices.
@@ -68,30 +68,31 @@ def rerank(
     batch_size: int = 16,
     **parameters: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rerank the first min(M, k) images of each shortlist; the rest keeps its order, with score -inf.
+    """Rerank the first min(M, k) images of each shortlist. The other images follow in their old order, with score -inf.
 
-    "superglobal" is the reranking of the paper as in its reference code (section 3; reference folder
-    modules/reranking). The other methods name their sources in `conf/rerank`.
+    "superglobal" is the method of the paper (section 3) as implemented in its reference code (modules/reranking).
+    `conf/rerank` cites the sources of the other methods.
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
         X: (N, D) database, unit L2 norm: an array, a memory map, a tensor or a `DescriptorStore`.
         ids: (Q, k) integers, best first, as `search` returns them.
         M: number of images that are reranked, >= 1; 400 by default.
-        K: for "superglobal" the number of neighbors that refine a descriptor, >= 1; 9 by default.
-        beta: for "superglobal" the weight of a neighbor per unit of similarity; 0.15 by default.
-        method: "superglobal", "mutual", "kreciprocal", "diffusion", or a registered one.
+        K: for "superglobal" and "mutual", the number of neighbors that refine a descriptor, >= 1; 9 and 5 by default.
+        beta: for "superglobal" and "mutual", the weight of a neighbor per unit of similarity; 0.15 and 0.3 by default.
+        method: "superglobal", "mutual", "kreciprocal", "diffusion", or the name of your own reranker.
         device: device to compute on; the CPU by default.
-        batch_size: shortlists at a time; memory is a few times (batch_size, M, D + M) float32, float64 for
-            "kreciprocal" and "diffusion".
-        parameters: other parameters of the method; those that are not given have the method's defaults.
+        batch_size: number of shortlists that are processed at a time. A batch takes a few times the memory of a tensor
+            (batch_size, M, D + M), float64 for "kreciprocal" and "diffusion", else float32.
+        parameters: other parameters of the method; omitted ones have their defaults.
 
     Returns:
-        Scores (Q, k) float32 and ids (Q, k) int64, best first, equal scores by the lower id ("kreciprocal" and
-        "diffusion": in the order of the shortlist).
+        Scores (Q, k) float32 and ids (Q, k) int64, best first. Among equal scores, the lower id is first; "kreciprocal"
+        and "diffusion" keep the order of the shortlist instead.
 
     Raises:
-        InputError: an unknown method or parameter, a value out of range, ids outside 0..N-1 or repeated, or bad rows.
+        InputError: the method or a parameter is unknown, a value is out of range, an id is repeated or outside 0..N-1,
+            or a descriptor is invalid.
     """
     reranker = _shortlist_reranker(method)
     given = {name: value for name, value in (("M", M), ("K", K), ("beta", beta)) if value is not None}
@@ -128,7 +129,7 @@ def rerank_candidates(
     batch_size: int = 16,
     **parameters: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rerank candidates given as vectors, such as the answer of a vector database.
+    """Rerank candidates that are given as vectors, such as the results of a vector database.
 
     Args:
         Q: (Q, D) queries, or (D,) for a single query, unit L2 norm.
@@ -136,12 +137,12 @@ def rerank_candidates(
         K, beta, method, device, batch_size, parameters: as in `rerank`.
 
     Returns:
-        Scores (Q, M) float32 and order (Q, M) int64, the positions in `candidates`, best first, equal scores by the
-        lower position; both (M,) for a single query.
+        Scores (Q, M) float32, best first, and the positions (Q, M) int64 of the reranked images in `candidates`. Among
+        equal scores, the lower position is first. For a single query, both have shape (M,).
 
     Raises:
-        InputError: an unknown method or parameter, a value out of range, wrong shapes, or vectors that are not finite
-            or not of unit norm.
+        InputError: the method or a parameter is unknown, a value is out of range, a shape is wrong, or a vector is not
+            finite or not of unit norm.
     """
     reranker = _shortlist_reranker(method)
     if "M" in parameters:
@@ -190,7 +191,20 @@ def _score(
     name: str,
     batch_size: Any,
 ) -> np.ndarray:
-    """Return the scores (Q, M) float32, computed by batches; `vectors` reads the shortlists (B, M, D) of a batch."""
+    """Score the shortlists of all queries, batch by batch.
+
+    Args:
+        reranker: reranker that scores shortlists.
+        values: values of its parameters by name.
+        queries: (Q, D) queries.
+        vectors: function that returns the shortlists (B, M, D) of a slice of the queries.
+        numbers: (Q, M) ids of the descriptors in the shortlists, for messages.
+        name: what a descriptor is called in messages.
+        batch_size: number of shortlists per batch.
+
+    Returns:
+        Scores (Q, M) float32.
+    """
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         raise InputError(f"batch_size={batch_size}: expected an integer >= 1")
     batches = (slice(start, start + batch_size) for start in range(0, len(queries), batch_size))
@@ -199,16 +213,20 @@ def _score(
 
 
 def _indexed(device: str | torch.device | None) -> torch.device:
-    """Return the device with its index, as in `tensor.device`; the CPU for None."""
+    """Return the device with its index, such as "cuda:0" for "cuda", as in `tensor.device`; the CPU for None."""
     return torch.empty(0, device=device or "cpu").device
 
 
 def rerank_label(settings: Mapping[str, Any]) -> str:
-    """Describe the settings of a `RerankConfig`, as plain types, in words: the kind and its parameters, or "none"."""
+    """Return a short text for a table: the kind of reranker and its parameters, or "none" without reranking.
+
+    Args:
+        settings: a `RerankConfig` as a dict.
+    """
     if not settings["enabled"]:
         return "none"
     kind = settings.get("kind", "superglobal")
-    # Tables also list runs that failed because their kind is unknown.
+    # The kind may be unknown, because tables also list runs that failed for this reason.
     declared = RERANKERS[kind].parameters if kind in RERANKERS else {}
     words = [kind]
     for name, parameter in declared.items():
@@ -221,12 +239,13 @@ def rerank_label(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Reranked:
-    """Ranking after reranking, and the descriptors that define its exact ranks.
+    """Result of reranking, with the descriptors from which exact ranks are computed.
 
     Attributes:
-        scores, ids: (Q, k), best first.
-        queries, database: descriptors of the first stage, or the new ones if the database was searched again.
-        shortlist: `ids` if a shortlist was reordered; None if the database was searched again.
+        scores, ids: (Q, k) scores and database rows, best first.
+        queries, database: the original descriptors if the shortlists were reordered; the descriptors of the second
+            search if the database was searched again.
+        shortlist: `ids` if the shortlists were reordered; None if the database was searched again.
     """
 
     scores: np.ndarray
@@ -248,18 +267,18 @@ def apply_reranker(
     device: str = "cpu",
     folder: Path | None = None,
 ) -> Reranked:
-    """Rerank the result of `search` by any kind of reranker.
+    """Rerank the result of `search` by any kind of reranker, including those that search again.
 
     Args:
         kind: name of the reranker.
         values: values of its parameters; missing parameters have their defaults.
         Q: (Q, D) queries, unit L2 norm.
         X: (N, D) database, unit L2 norm.
-        ids: (Q, k) results of the first stage.
-        exclude: (Q,) ids, one per query, that the first stage excluded.
+        ids: (Q, k) results of `search`.
+        exclude: (Q,) ids, one per query, that the search excluded.
         backend: backend of a second search.
         device: device to compute on.
-        folder: folder for a temporary file, if a new database is too large for memory.
+        folder: folder for a temporary file if the augmented database is larger than 1 GiB; None keeps it in memory.
     """
     reranker = get_reranker(kind)
     if reranker.searches_again is None:
