@@ -86,7 +86,7 @@ def test_errors_name_the_query() -> None:
         exact_ranks(Q, X, [[0], [3, 20]])
     with pytest.raises(InputError, match="query 0: id -1"):
         exact_ranks(Q, X, [[-1], []])
-    with pytest.raises(InputError, match="one list of ids per query, 2, got 1"):
+    with pytest.raises(InputError, match="expected 2 lists of ids, one per query, got 1"):
         exact_ranks(Q, X, [[0]])
     with pytest.raises(InputError, match="query 1: id 3 is excluded"):
         exact_ranks(Q, X, [[0], [3]], exclude=[1, 3])

@@ -1,4 +1,8 @@
-"""Exact ranks of given database rows, counted in one pass over the database, without sorting it."""
+"""Exact ranks of given database rows, the targets, counted in one pass over the database without sorting it.
+
+A row is ahead of a target of the same query if it has a higher score, or the same score and a lower id. The rank of a
+target is the number of rows ahead of it.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +18,12 @@ from superglobal.retrieval.scan import Block, scan
 from superglobal.retrieval.scores import pair_scores, scored_where
 from superglobal.retrieval.search import Shortlist, resolve_backend
 
-_CELLS = 8192  # cells per query in the table from a score to the number of targets that it beats
-_MAX_CELLS = 1 << 24  # cells of all queries
-_SPREAD = 20.0  # offset between the sort keys of two queries
-_MAX_PENDING = 1 << 16  # float64 scores that are collected before they are compared with the targets
-# float32 arithmetic moves a score by less than this fraction of a cell, in addition to the error of the score itself.
+_CELLS = 8192  # cells per query of the table in `Counter`; a cell is an interval of scores
+_MAX_CELLS = 1 << 24  # maximum number of cells for all queries
+_SPREAD = 20.0  # offset between the sort keys of two consecutive queries
+_MAX_PENDING = 1 << 16  # number of float64 scores that are collected before they are compared with the targets
+# float32 arithmetic shifts the position of a score in the table by less than this fraction of a cell, in addition to
+# the error of the score itself.
 _GUARD = 0.01
 
 
@@ -31,14 +36,16 @@ def exact_ranks(
     block_rows: int = 65536,
     exclude: Any = None,
 ) -> list[np.ndarray]:
-    """Count the 0-based rank of each target in the order (-score, id), by float64 inner products.
+    """Compute the 0-based rank of each target among all database rows.
+
+    Rows are ranked by descending score, the inner product in float64, and rows with equal scores by ascending id.
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
         X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm.
         targets: for each query, the database ids to rank, in any order.
         device: device to compute on; the CPU by default.
-        block_rows: maximum number of rows in a block.
+        block_rows: maximum number of database rows that are processed at a time.
         exclude: (Q,) ids, one per query, removed from the ranking.
 
     Returns:
@@ -66,7 +73,15 @@ def search_and_rank(
     block_rows: int = 65536,
     exclude: Any = None,
 ) -> tuple[tuple[np.ndarray, np.ndarray], list[np.ndarray]]:
-    """Return the results of `search` and of `exact_ranks`, in one pass over X."""
+    """Compute the results of `search` and of `exact_ranks` in one pass over the database.
+
+    Args:
+        Q, X, k, backend, device, block_rows, exclude: see `search`.
+        targets: see `exact_ranks`.
+
+    Returns:
+        The result of `search`, a pair of scores (Q, k) and ids (Q, k); and the result of `exact_ranks`.
+    """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     excluded = as_exclude(exclude, len(queries))
@@ -82,12 +97,15 @@ def search_and_rank(
 
 
 def _check_distinct(ranks: list[np.ndarray], targets: Sequence[Any]) -> list[np.ndarray]:
-    """Return the ranks. Raises RuntimeError if two targets of a query share a rank, which could give AP above 1."""
+    """Return the ranks unchanged. Raises RuntimeError if two targets of a query have the same rank.
+
+    Equal ranks could only result from an error in the computation, and they could give an average precision above 1.
+    """
     for query, (query_ranks, ids) in enumerate(zip(ranks, targets, strict=True)):
         if len(np.unique(query_ranks)) != len(np.unique(np.asarray(ids))):
             raise RuntimeError(
-                f"two targets of query {query} have the same rank: the float32 scores of these descriptors have larger "
-                "errors than were observed; please report this"
+                f"two targets of query {query} have the same rank: the errors of the float32 scores of these "
+                "descriptors are larger than estimated; please report this"
             )
     return ranks
 
@@ -99,7 +117,18 @@ def _counter_factory(
     excluded: np.ndarray | None,
     device: str | torch.device | None,
 ) -> Callable[[float], Counter]:
-    """Return a function that makes a `Counter` for a tolerance. Raises InputError for targets that have no rank."""
+    """Validate and score the targets, and return a function that creates their `Counter` for a tolerance.
+
+    Args:
+        queries: (Q, D) float32.
+        rows: rows of the database.
+        targets: for each query, the database ids to rank.
+        excluded: (Q,) ids, one per query, that are not ranked; None for none.
+        device: device to compute on.
+
+    Raises:
+        InputError: a target has no rank; see `exact_ranks`.
+    """
     ids = _check_targets(targets, len(queries), rows, excluded)
     counts = np.array([len(query_ids) for query_ids in ids])
     flat = np.concatenate(ids)
@@ -108,11 +137,12 @@ def _counter_factory(
 
 
 class Counter:
-    """Counter of the ranks of targets over the blocks of a scan (a consumer of `scan`).
+    """Consumer of `scan` that counts the rows ahead of each target.
 
-    The targets of a query are sorted by score. A table over their range of scores gives the number of targets that a
-    row beats. Only rows in a cell near a target are compared with it, and only if their scores differ by less than the
-    tolerance, they are scored in float64.
+    A row beats a target if it is ahead of it in the ranking. The targets of a query are sorted by score, and their
+    range of scores is divided into cells. A table contains, for each cell, the number of targets that a row with a
+    score in this cell beats. A row whose cell is too close to a target is compared with the targets themselves. If its
+    score differs from a target's score by less than the tolerance, the row is scored again in float64.
     """
 
     def __init__(
@@ -129,12 +159,12 @@ class Counter:
 
         Args:
             queries: (Q, D) float32.
-            scores: (T,) float64, `pair_scores` of the targets, query by query.
-            flat: (T,) int64, ids of the targets.
+            scores: (T,) float64 scores of all targets, query by query, from `pair_scores`.
+            flat: (T,) int64 ids of the targets.
             counts: (Q,) number of targets of each query.
-            device: device of the scores of blocks.
-            tolerance: largest error of the approximate scores of blocks.
-            start: id of the database's first row.
+            device: device on which the blocks are scored.
+            tolerance: largest error of the float32 scores of blocks.
+            start: id of the first row that is scanned; not 0 for a shard of a database.
         """
         n_queries = len(queries)
         self._counts, self._tolerance = counts, tolerance
@@ -142,16 +172,18 @@ class Counter:
         self._queries = queries
         self._start = start
         self._targets = (query_of, scores, flat)
-        # The worst target is first, so that a row's position among the targets is the number of targets that it beats.
+        # Targets are sorted worst first, so that the position of a row among them is the number of targets it beats.
         self._order = np.lexsort((-flat, scores, query_of))
-        # The keys sort by query, then by score, because scores with twice the tolerance lie within -10..10.
+        # The keys sort by query, then by score: scores plus or minus twice the tolerance lie within -10..10, and the
+        # keys of consecutive queries are offset by 20.
         keys = _SPREAD * query_of + scores[self._order]
         self._above, self._below = keys + tolerance, np.append(keys - tolerance, np.inf)
         self._first = np.cumsum(self._counts) - self._counts
-        # Counts of each query: rows that are not compared yet, then rows that beat 0, 1, 2, ... of its targets.
+        # Slots of each query: the number of rows that still must be compared, then the numbers of rows that beat
+        # exactly 0, 1, 2, ... of its targets.
         self._width = 2 + (int(self._counts.max()) if n_queries else 0)
         self._beaten = torch.zeros(n_queries * self._width, dtype=torch.int64, device=torch.device(device or "cpu"))
-        # Buffers are reused for all blocks, because allocation takes longer than the computation.
+        # The buffers are reused for all blocks, because allocating them takes longer than the computation.
         self._buffers: tuple[torch.Tensor, ...] | None = None
         self._keys: tuple[torch.Tensor, ...] | None = None
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
@@ -159,9 +191,10 @@ class Counter:
         self._make_table(torch.device(device or "cpu"))
 
     def _make_table(self, device: torch.device) -> None:
-        """Make the table (Q, cells) from the cell of a score to a slot of `_beaten`; slot 0 means "compare the row".
+        """Create the table (Q, cells), which maps the cell of a score to a slot of `_beaten`.
 
-        The first and the last cell are for scores outside the range of the targets.
+        Slot 0 means that a row in this cell must be compared with the targets. Slot 1 + n means that it beats n
+        targets. The first and the last cell contain the scores outside the range of the targets.
         """
         n_queries, scores = len(self._queries), self._targets[1][self._order]
         low, high = np.zeros(n_queries), np.ones(n_queries)
@@ -192,7 +225,7 @@ class Counter:
         self._offset, self._slot = numbers * self._cells, numbers * self._width
 
     def add(self, block: Block) -> None:
-        """Count which targets the rows of a block beat."""
+        """Count, for each query, how many targets each row of the block beats."""
         scores = block.scores
         if self._buffers is None or self._buffers[0].shape != scores.shape:
             self._buffers = tuple(
@@ -208,7 +241,7 @@ class Counter:
             self._beaten += torch.bincount(slots.ravel(), minlength=len(self._beaten))
             query_of, row_of = self._compare_on_host(query_slots == 0, scores)
         else:
-            # After the transposition, neighbors in memory belong to different queries and rarely add to one counter.
+            # After transposing, adjacent elements belong to different queries and rarely increment the same counter.
             self._beaten += torch.bincount(slots.T.reshape(-1), minlength=len(self._beaten))
             query_of, row_of = self._compare_on_device(query_slots == 0, scores)
         exact = block.pair_scores(query_of, row_of)
@@ -217,18 +250,25 @@ class Counter:
             self._count_pending()
 
     def _compare_on_host(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Count the targets that the pairs in a mask (Q, n) beat; return query and row of pairs that need float64."""
+        """Compare rows with the targets of their queries by float32 scores, on the CPU.
+
+        Args:
+            mask: (Q, n) bool, the pairs of a query and a row of the block to compare.
+            scores: (Q, n) float32 scores of the block.
+
+        Returns:
+            Queries (P,) and rows of the block (P,) of the pairs that float32 cannot decide. The others are counted.
+        """
         query_of, row_of, values = scored_where(mask, scores)
         keys = _SPREAD * query_of + values
-        beaten = np.searchsorted(
-            self._above, keys
-        )  # beaten by more than the tolerance, including targets of earlier queries
+        # Number of targets beaten by more than the tolerance, including the targets of earlier queries.
+        beaten = np.searchsorted(self._above, keys)
         near = self._below[beaten] <= keys
         self._count(query_of[~near], np.maximum(beaten - self._first[query_of], 0)[~near])
         return query_of[near], row_of[near]
 
     def _compare_on_device(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Do the same as `_compare_on_host` on the device, and download only the pairs that need float64."""
+        """Do the same as `_compare_on_host` on an accelerator, and copy only the undecided pairs to the CPU."""
         if self._keys is None:
             self._keys = tuple(
                 torch.from_numpy(keys).to(mask.device) for keys in (self._above, self._below, self._first)
@@ -240,7 +280,7 @@ class Counter:
         beaten = torch.searchsorted(above, keys)
         near = below[beaten] <= keys
         slots = query_of * self._width
-        # Slot 0 of a query is for pairs that are not compared yet.
+        # Slot 0 of a query counts the pairs that are not decided yet.
         slots += torch.where(near, 0, 1 + (beaten - first[query_of]).clamp_(min=0))
         self._beaten += torch.bincount(slots, minlength=len(self._beaten))
         return np.divmod(flat[near].cpu().numpy(), mask.shape[1])
@@ -252,7 +292,7 @@ class Counter:
             self._pending = []
 
     def _count(self, query_of: np.ndarray, beaten: np.ndarray) -> None:
-        """Add P pairs to the counts, given their queries (P,) and the numbers of targets that they beat (P,)."""
+        """Count P pairs of a query and a row, given their queries (P,) and how many targets each row beats (P,)."""
         counts = np.bincount(query_of * self._width + 1 + beaten, minlength=len(self._beaten))
         self._beaten += torch.from_numpy(counts).to(self._beaten.device)
 
@@ -261,7 +301,7 @@ class Counter:
         return 0.0
 
     def ranks(self) -> list[np.ndarray]:
-        """Return the ranks of each query's targets, in their order; call it after `finish`."""
+        """Return one int64 array of ranks per query, in the order of its targets. Call this after `finish`."""
         beaten = self._beaten.cpu().numpy().reshape(-1, self._width)[:, 1:]
         better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)  # rows that beat target j
         query_of = self._targets[0]
@@ -271,9 +311,9 @@ class Counter:
 
 
 def _check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded: np.ndarray | None) -> list[np.ndarray]:
-    """Return the targets as int64 arrays. Raises InputError for ids that have no rank."""
+    """Return the targets as one int64 array per query. Raises InputError for ids that have no rank."""
     if len(targets) != n_queries:
-        raise InputError(f"targets: expected one list of ids per query, {n_queries}, got {len(targets)}")
+        raise InputError(f"targets: expected {n_queries} lists of ids, one per query, got {len(targets)}")
     ids = []
     for query, query_targets in enumerate(targets):
         array = flat_array(query_targets, f"targets of query {query}")
@@ -298,22 +338,25 @@ def _check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded:
 def _count_beaten(
     targets: tuple[np.ndarray, np.ndarray, np.ndarray], query_of: np.ndarray, scores: np.ndarray, ids: np.ndarray
 ) -> np.ndarray:
-    """Return the number of targets of its query that each of P rows beats, by (-score, id): (P,).
+    """For each of P rows, count the targets of the same query that rank below it.
 
-    A row does not beat itself.
+    Rows are ranked by descending score, ties by ascending id. A row that is itself a target does not count itself.
 
     Args:
-        targets: query numbers, float64 scores and ids of all targets.
-        query_of: (P,) query numbers of the rows.
+        targets: query indices, float64 scores and ids of all targets, (T,) each, query by query.
+        query_of: (P,) query indices of the rows.
         scores: (P,) float64 scores of the rows.
         ids: (P,) ids of the rows.
+
+    Returns:
+        (P,) int64 counts.
     """
     target_query, target_score, target_id = targets
     n_rows = len(query_of)
     is_target = np.repeat([False, True], [n_rows, len(target_query)])
     all_queries = np.concatenate([query_of, target_query])
     keys = (
-        is_target,  # at equal id a row sorts before itself as a target, so it does not count itself
+        is_target,  # a row that is also a target sorts before that target, so it does not count itself
         -np.concatenate([ids, target_id]),
         np.concatenate([scores, target_score]),
         all_queries,
@@ -326,18 +369,18 @@ def _count_beaten(
 
 
 def target_scores(Q: Any, X: Any, targets: Sequence[Any]) -> list[np.ndarray]:
-    """Compute the float64 scores of targets in a shard of a database, by which rows are ranked.
+    """Compute the exact scores of targets in one shard of a database, as input to `count_better`.
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
         X: (n, D) rows of the shard, or anything that `as_rows` accepts, unit L2 norm.
-        targets: for each query, ids of rows of this shard, counted from its first row.
+        targets: for each query, row numbers within this shard, 0..n-1.
 
     Returns:
         For each query, a float64 array in the order of its targets.
 
     Raises:
-        InputError: an id is outside the shard, or its row is skipped.
+        InputError: a row is outside the shard, or was skipped during extraction.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
@@ -358,25 +401,26 @@ def count_better(
     block_rows: int = 65536,
     exclude: Any = None,
 ) -> list[np.ndarray]:
-    """Count the rows of a shard that precede each target in the order (-score, id) of the whole database.
+    """Count the rows of one shard of a database that are ahead of each target in the ranking of the whole database.
 
-    The sum over all shards is the rank.
+    The sum of these counts over all shards is the rank of the target. As in `exact_ranks`, rows are ranked by
+    descending score, ties by ascending id.
 
     Args:
         Q: (Q, D) queries, the same for all shards, unit L2 norm.
         X: (n, D) rows start..start+n-1 of the database, or anything that `as_rows` accepts, unit L2 norm.
-        scores: for each query, the `target_scores` of targets from any shard.
+        scores: for each query, the scores of targets in any shard, from `target_scores`.
         ids: for each query, the ids of these targets in the whole database.
         start: id of the shard's first row in the whole database.
         device: device to compute on; the CPU by default.
-        block_rows: maximum number of rows in a block.
+        block_rows: maximum number of database rows that are processed at a time.
         exclude: (Q,) ids in the whole database, one per query, removed from the ranking.
 
     Returns:
-        For each query, an int64 array in the order of its targets.
+        For each query, an int64 array of counts in the order of its targets.
 
     Raises:
-        InputError: scores are not float64 or not of unit vectors, a target is excluded, a target is a skipped row of
+        InputError: the scores are not float64 or not those of unit vectors, a target is excluded or a skipped row of
             this shard, or `search` rejects the descriptors.
     """
     rows = as_rows(X, "database")
@@ -400,7 +444,11 @@ def count_better(
 def _flat_targets(
     scores: Sequence[Any], ids: Sequence[Any], n_queries: int, excluded: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (T,) float64 scores, (T,) int64 ids, and the number of targets per query (Q,)."""
+    """Validate the targets of `count_better`, and concatenate them over all queries.
+
+    Returns:
+        Scores (T,) float64, ids (T,) int64, and the number of targets of each query (Q,).
+    """
     if len(scores) != n_queries or len(ids) != n_queries:
         raise InputError(f"targets: expected scores and ids of {n_queries} queries, got {len(scores)} and {len(ids)}")
     flat_scores, flat_ids = [], []

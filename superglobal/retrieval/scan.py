@@ -1,6 +1,7 @@
-"""One pass over the database: each block is read, multiplied with the queries once, and passed to the consumers.
+"""One pass over the database, in which each block of rows is read and multiplied with the queries only once.
 
-On an accelerator, the next block is read and copied while the device processes the current block.
+Each block is passed to all consumers, such as a search and a computation of exact ranks. On an accelerator, the next
+block is read and copied while the device processes the current block.
 """
 
 from __future__ import annotations
@@ -22,21 +23,22 @@ from superglobal.utils.precision import full_precision
 log = logging.getLogger(__name__)
 
 # Number of dimensions per matrix product on an accelerator. Such a product adds its terms in sequence, so over 2048
-# dimensions its error can exceed the tolerance that exact results require. The sum of products over 64 dimensions stays
-# below the tolerance.
+# dimensions its error can exceed the tolerance that exact results require. Summing products over 64 dimensions each
+# keeps the error below the tolerance.
 _SUMMED_DIMS = 64
-_MARGIN = 2  # ratio of the tolerance to the observed errors, because errors of other pairs may be larger
-_WIDENED = 16  # ratio of the next tolerance to an error that was too large
+_MARGIN = 2  # minimum ratio of the tolerance to the observed errors, because errors of other pairs may be larger
+_WIDENED = 16  # ratio of the increased tolerance to the error that exceeded the previous one
 _MAX_TOLERANCE = 4.0  # more than the difference of any two scores of unit vectors
-# Bytes of one staging buffer. A larger buffer takes longer to pin than it saves. A smaller buffer needs so many kernel
-# launches and synchronizations that they take longer than the copy.
+# Bytes of one staging buffer. Pinning a larger buffer takes longer than it saves. A smaller buffer needs so many kernel
+# launches and synchronizations that they take longer than the copies.
 STAGED_BYTES = 1 << 26
 _BUFFERS = 2  # one is filled while the other is copied
-# Limits of blocks of rows that are on the device already and need no copy. Their float32 values take 512 MB, their
-# scores for all queries 256 MB, and the intermediate results of exact ranks about five times as much as the scores.
+# Size limits for blocks of rows that are already on the device and need not be copied. A block takes up to 512 MB of
+# float32, its scores for all queries up to 256 MB, and the intermediate results of exact ranks about five times as much
+# as the scores.
 _BLOCK_ELEMENTS = 1 << 27
 _SCORE_ELEMENTS = 1 << 26
-_NORM_TOLERANCE = 0.9e-3  # stricter than `validate_block`, which makes the final decision
+_NORM_TOLERANCE = 0.9e-3  # stricter than that of `validate_block`, which makes the final decision
 
 
 class Block:
@@ -44,9 +46,11 @@ class Block:
 
     Attributes:
         start: id of the first row.
-        excluded: (Q,) row of the block that does not count for each query, -1 for none.
-        skipped: (s,) rows of the block that count for no query.
-        error: largest difference observed between an approximate and a float64 score.
+        vectors: (n, D) float32 rows.
+        queries: (Q, D) float32 queries, on the same device.
+        excluded: (Q,) position in the block of the row that is excluded for each query, -1 for none.
+        skipped: (s,) positions in the block of the rows that are skipped for all queries.
+        error: largest observed difference between the float32 and the float64 score of a pair.
     """
 
     def __init__(
@@ -64,8 +68,8 @@ class Block:
             start: id of the first row.
             vectors: (n, D) float32 rows, on the device of the queries.
             queries: (Q, D) float32.
-            excluded: (Q,) ids, one per query, that do not count; -1 for none.
-            skipped: ids of all skipped rows.
+            excluded: (Q,) ids, one per query, of excluded rows of the database; -1 for none.
+            skipped: ids of all skipped rows of the database.
             name: name of the database, for messages.
         """
         self.start = start
@@ -80,10 +84,10 @@ class Block:
 
     @property
     def scores(self) -> torch.Tensor:
-        """(Q, n) float32 inner products on the queries' device, -inf for excluded and skipped rows.
+        """Inner products (Q, n) float32 on the device of the queries, -inf for excluded and skipped rows.
 
         Raises:
-            InputError: a row is not finite, even if its source is `validated`.
+            InputError: a row is not finite. This is checked even if the source of the row is `validated`.
         """
         if self._scores is None:
             with full_precision():
@@ -102,9 +106,15 @@ class Block:
     def pair_scores(
         self, query_of: np.ndarray, row_of: np.ndarray, approximate: np.ndarray | None = None
     ) -> np.ndarray:
-        """Compute the float64 scores (P,) of queries `query_of` (P,) and rows `row_of` (P,) of the block.
+        """Compute the float64 scores of pairs of a query and a row of the block, and update `error`.
 
-        `error` is updated with the largest difference from `approximate` (P,), by default the `scores` of these pairs.
+        Args:
+            query_of: (P,) query index of each pair.
+            row_of: (P,) position of the row in the block.
+            approximate: (P,) scores to compare with for `error`; by default the `scores` of these pairs.
+
+        Returns:
+            Scores (P,) float64.
         """
         if is_host(self.queries.device):
             exact = block_pair_scores(self.queries.numpy(), self.vectors.numpy(), query_of, row_of)
@@ -117,7 +127,7 @@ class Block:
         return exact
 
     def probe(self) -> None:
-        """Score the best row of each query in float64, if `scores` were used, to record their error."""
+        """Update `error` with the best row of each query, if `scores` were computed."""
         if self._scores is not None:
             best, row_of = (tensor.cpu().numpy() for tensor in self._scores.max(dim=1))
             query_of = np.flatnonzero(np.isfinite(best))
@@ -125,7 +135,7 @@ class Block:
 
 
 def inner_products(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Return the inner products (Q, n) float32 of queries (Q, D) and vectors (n, D)."""
+    """Compute the inner products (Q, n) float32 of queries (Q, D) and vectors (n, D), on their device."""
     if is_host(queries.device):
         return queries @ vectors.T
     scores = queries[:, :_SUMMED_DIMS] @ vectors[:, :_SUMMED_DIMS].T
@@ -139,10 +149,10 @@ class Consumer(Protocol):
     """Interface of the objects that process the blocks of `scan`."""
 
     def add(self, block: Block) -> None:
-        """Process a block without keeping a reference to it."""
+        """Process a block. The block is reused afterwards, so do not keep a reference to it."""
 
     def finish(self) -> float:
-        """Complete the result after the last block; return the observed error of approximate scores, or 0."""
+        """Complete the result after the last block, and return the largest observed error of a float32 score, or 0."""
 
 
 C = TypeVar("C", bound=Sequence[Consumer])
@@ -159,18 +169,18 @@ def scan(
 ) -> C:
     """Pass all blocks of the database to consumers, and return the consumers.
 
-    The error of float32 scores depends on the descriptors and on the matrix library. Some scores of every block are
-    computed in float64. If they show a larger error than the tolerance allows, the pass is repeated with a larger
-    tolerance, with which more scores are computed in float64.
+    The error of float32 scores depends on the descriptors and on the matrix library. To observe it, some scores of
+    every block are also computed in float64. If the error is too large for the tolerance, the pass is repeated with new
+    consumers and a larger tolerance, which makes them compute more scores in float64.
 
     Args:
         queries: (Q, D) float32, validated.
         rows: rows of the database.
-        make: function that returns new consumers for a tolerance.
-        excluded: (Q,) ids, one per query, that do not count; skipped rows never count.
-        device: device of the queries and scores.
+        make: function that creates the consumers for a tolerance, the assumed largest error of a float32 score.
+        excluded: (Q,) ids, one per query, that are excluded; skipped rows are always excluded.
+        device: device to compute on; the CPU by default.
         block_rows: maximum number of rows in a block.
-        check: validate that rows are finite even if no consumer uses the scores.
+        check: validate that all rows are finite, even if no consumer uses `Block.scores`, which validates them, too.
     """
     on_device = to_tensor(queries, torch.device(device or "cpu"))
     excluded_ids = np.full(len(queries), -1) if excluded is None else excluded
@@ -194,9 +204,13 @@ def _pass(
     check: bool,
     tolerance: float,
 ) -> float:
-    """Pass blocks to consumers until the error of their scores is too large for the tolerance; return the error."""
+    """Pass the blocks to the consumers, and return the largest observed error of a float32 score.
+
+    The pass ends early if the error is too large for the tolerance. The arguments are those of `scan`.
+    """
     error = 0.0
-    # Close the generator at once if a consumer raises, because the traceback would keep the reading thread alive.
+    # If a consumer raises an exception, close the generator at once. Otherwise the traceback would keep the generator,
+    # and with it the reading thread, alive.
     with closing(_blocks(rows, block_rows, len(queries), queries.device, check)) as blocks:
         for start, vectors in blocks:
             block = Block(start, vectors, queries, excluded, rows.skipped, rows.name)
@@ -212,7 +226,7 @@ def _pass(
 def _blocks(
     rows: Rows, block_rows: int, n_queries: int, device: torch.device, check: bool
 ) -> Generator[tuple[int, torch.Tensor], None, None]:
-    """Yield the first row and the vectors of each `Block`."""
+    """Yield the id of the first row and the vectors (n, D) float32 of each block, on `device`."""
     if is_host(device):
         for start, block in rows.blocks(block_size(block_rows, n_queries, rows.dim)):
             if check and not np.isfinite(block.sum()):
@@ -229,9 +243,20 @@ def _blocks(
 def device_blocks(
     rows: Rows, block_rows: int, n_queries: int, device: torch.device
 ) -> Generator[tuple[int, torch.Tensor]]:
-    """Yield (first row, block) for all rows: (n, D) float32 on `device`, valid until the next block is requested.
+    """Read all rows in blocks on an accelerator.
 
-    Rows are copied in their stored dtype. Close the generator to stop the reading thread before the end.
+    Rows are copied in their stored dtype and converted on the device. If you do not iterate to the end, close the
+    generator to stop the reading thread.
+
+    Args:
+        rows: rows of the database.
+        block_rows: maximum number of rows in a block.
+        n_queries: number of queries, which limits the number of rows in a block by the memory of their scores.
+        device: accelerator.
+
+    Yields:
+        Pairs of the id of the first row of a block, and the block (n, D) float32 on `device`. A block is valid until
+        the next one is requested.
 
     Raises:
         InputError: a row of a source that is not `validated` is not a unit vector.
@@ -250,7 +275,13 @@ def device_blocks(
 
 
 def _validate_on_device(rows: Rows, start: int, block: torch.Tensor) -> None:
-    """Raise InputError for a row that is not a unit vector, in sources that are not `validated`."""
+    """Raise InputError if a row of a source that is not `validated` is not a unit vector.
+
+    Args:
+        rows: rows of the database.
+        start: id of the first row of the block.
+        block: (n, D) float32 rows on an accelerator.
+    """
     for low, high in rows.unvalidated(start, start + len(block)):
         norms = torch.linalg.vector_norm(block[low - start : high - start], dim=1)
         if not bool(((norms - 1).abs() <= _NORM_TOLERANCE).all()):
@@ -258,14 +289,22 @@ def _validate_on_device(rows: Rows, start: int, block: torch.Tensor) -> None:
 
 
 def _staged_blocks(rows: Rows, size: int, device: torch.device) -> Generator[tuple[int, torch.Tensor]]:
-    """Yield blocks that are copied through pinned buffers. A thread reads ahead if the source allows threads."""
+    """Yield pairs (first row, block) as `device_blocks` does, and copy the blocks through pinned host buffers.
+
+    A thread reads the next block ahead if the sources allow it (`Rows.concurrent`).
+
+    Args:
+        rows: rows of the database.
+        size: number of rows per block.
+        device: accelerator.
+    """
     size = min(size, len(rows))
     starts = range(0, len(rows), max(1, size))
     block = torch.empty((size, rows.dim), dtype=torch.float32, device=device)
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     buffers = [_Buffer(rows, size, device, stream) for _ in starts[:_BUFFERS]]
     if stream is not None:
-        # The buffers' memory may still be in use by work that was queued before they were allocated.
+        # The memory of the buffers may still be in use by kernels that were queued before it was allocated for them.
         stream.wait_stream(torch.cuda.current_stream(device))
     reader = ThreadPoolExecutor(1, "descriptor-reader")
     reads: deque[Future[None]] = deque()
@@ -286,12 +325,15 @@ def _staged_blocks(rows: Rows, size: int, device: torch.device) -> Generator[tup
     finally:
         reader.shutdown(cancel_futures=True)
         if stream is not None:
-            # The copies must end before the memory of the buffers is freed, because other streams may reuse it.
+            # The copies must finish before the memory of the buffers is freed, because other streams may reuse it.
             stream.synchronize()
 
 
 class _Buffer:
-    """Host and device buffer for rows in their stored dtype. On CUDA, copies run in a separate stream."""
+    """Pair of buffers for a block of rows in their stored dtype, one on the host and one on the device.
+
+    On CUDA, rows are copied from host to device in a separate stream.
+    """
 
     def __init__(self, rows: Rows, size: int, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._rows = rows
@@ -301,9 +343,11 @@ class _Buffer:
         if stream is not None:
             self._copied, self._converted = torch.cuda.Event(), torch.cuda.Event()
 
-    @torch.inference_mode()  # it applies per thread, and another thread may have created the tensors in this mode
+    # Inference mode applies per thread. This method runs in the reading thread, and it writes to tensors that another
+    # thread may have created in inference mode.
+    @torch.inference_mode()
     def fill(self, start: int) -> None:
-        """Read rows starting at `start`, and start to copy them to the device."""
+        """Read a block of rows starting at row `start`, and start copying it to the device."""
         count = min(len(self._host), len(self._rows) - start)
         if self._stream is None:
             self._rows.read_into(start, start + count, self._host.numpy()[:count])
@@ -317,7 +361,7 @@ class _Buffer:
             self._copied.record(self._stream)
 
     def convert_into(self, out: torch.Tensor) -> None:
-        """Convert the first rows to float32 (n, D), in the current stream."""
+        """Convert the first n rows of the device buffer into `out` (n, D) float32, in the current stream."""
         if self._stream is None:
             out.copy_(self._device[: len(out)])
             return
