@@ -1,4 +1,4 @@
-"""Common access to the rows of arrays, memory maps, tensors, descriptor stores, and several of these joined."""
+"""One interface to the rows of arrays, memory maps, tensors, descriptor stores, and concatenations of these."""
 
 from __future__ import annotations
 
@@ -15,32 +15,42 @@ import torch
 from superglobal.errors import InputError
 
 NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError)
-"""Exceptions that NumPy raises for a damaged `.npy`."""
+"""Exceptions that NumPy raises for a damaged `.npy` file."""
 CHUNK_ELEMENTS = 1 << 17
 """Elements of a chunk that one thread processes: 1 MB of float64, which fits into the cache."""
-_CHUNKS_PER_THREAD = 4  # minimum number of chunks that justifies another thread
+_CHUNKS_PER_THREAD = 4  # minimum number of chunks per thread; fewer do not justify another thread
 _UNIT_TOLERANCE = 1e-3
 _SCORE_ELEMENTS = 1 << 24  # elements of one block of scores: 64 MB of float32
 _BLOCK_ELEMENTS = 1 << 24  # elements of one block of rows: 64 MB of float32
 
 
 class Rows:
-    """Descriptors (N, D) of one or several concatenated sources, read by block or by row as float32.
+    """Descriptors (N, D) of one source or of several concatenated sources, read by block or by row as float32.
 
-    Rows are copied only when they are read. A source is a numpy array or memmap, a torch tensor, or any object
-    with `shape`, `block(start, stop)` and `take(ids)`, such as a DescriptorStore. A source may also have:
+    Rows are copied only when they are read. A source is a NumPy array or memory map, a torch tensor, or any object with
+    `shape`, `block(start, stop)` and `take(ids)`, such as a `DescriptorStore`. A source may have further attributes and
+    methods:
 
-    - `skipped`: ids that are never ranked.
+    - `skipped`: ids of rows that are never ranked.
     - `validated`: true if its rows need no validation.
-    - `fingerprint()`: a digest of its rows.
-    - `converts` and `read_into(start, stop, out)`: true if its rows are not float32, and a method that converts them.
-    - `dtype` and `take_stored(ids)`: the NumPy dtype of its rows, which `read_into` then also accepts, and a method
-      that returns rows of this dtype.
-    - `concurrent`: true if several threads may call its methods at once.
+    - `fingerprint()`: return a digest of its rows.
+    - `converts`: true if its rows are not stored in float32. It then has `read_into(start, stop, out)`, which converts
+      rows to float32 while reading.
+    - `dtype`: NumPy dtype of its stored rows, which `out` may also have. It then has `take_stored(ids)`, which returns
+      rows in this dtype.
+    - `concurrent`: true if several threads may call its methods at the same time.
     """
 
     def __init__(self, sources: Sequence[Any], name: str = "descriptors") -> None:
-        """Join sources; `name` identifies them in messages. Raises InputError if their dimensions differ."""
+        """Concatenate sources.
+
+        Args:
+            sources: sources of rows.
+            name: name of the descriptors, for messages.
+
+        Raises:
+            InputError: the sources have different dimensions.
+        """
         # A source that is a Rows object is replaced by its own sources, so that each source is read directly.
         sources = [source for rows in sources for source in (rows._sources if isinstance(rows, Rows) else [rows])]
         self._sources: list[Any] = sources
@@ -54,10 +64,10 @@ class Rows:
         self.shape: tuple[int, int] = (int(self._starts[-1]), dims[0])
         self.name = name
         self.concurrent = all(getattr(source, "concurrent", False) for source in sources)
-        """True if several threads may read at once."""
+        """True if several threads may read at the same time."""
         half = [getattr(source, "dtype", None) == np.float16 and hasattr(source, "take_stored") for source in sources]
         self.stored_dtype = np.dtype(np.float16 if sources and all(half) else np.float32)
-        """float16 if all sources are stored in float16, else float32; both represent all rows exactly."""
+        """Dtype for copying rows: float16 if all sources are stored in float16, else float32."""
         skipped = [low + getattr(source, "skipped", []) for source, low in zip(sources, self._starts, strict=False)]
         self.skipped: np.ndarray = np.concatenate([np.asarray(ids, np.int64) for ids in skipped])
         """(n,) ids that search, ranks and reranking ignore, ascending."""
@@ -75,7 +85,13 @@ class Rows:
         return self.shape[0]
 
     def block(self, start: int, stop: int, buffer: np.ndarray | None = None) -> np.ndarray:
-        """Return rows start..min(stop, N)-1 as (n, D) float32: a view of the source if possible, else of `buffer`."""
+        """Return consecutive rows as (n, D) float32: a view of the source if possible, else a copy.
+
+        Args:
+            start: first row.
+            stop: end of the range, exclusive; at most N rows are read.
+            buffer: array (m, D) float32 with m >= n, into which a copy is written; None for a new array.
+        """
         stop = min(stop, len(self))
         pieces = list(self._pieces(start, stop))
         if len(pieces) == 1 and not getattr(pieces[0][0], "converts", False):
@@ -86,7 +102,7 @@ class Rows:
         return out
 
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Read rows start..stop-1 into `out` (n, D), float32 or `stored_dtype`."""
+        """Copy rows start..stop-1 into `out` (n, D), whose dtype is float32 or `stored_dtype`."""
         offset = 0
         for source, low, high in self._pieces(start, stop):
             piece = out[offset : offset + high - low]
@@ -97,12 +113,12 @@ class Rows:
             offset += high - low
 
     def is_on(self, device: torch.device) -> bool:
-        """Return whether all rows are tensors on `device`, an accelerator."""
+        """Return True if `device` is an accelerator and all sources are tensors on it."""
         tensors = [_tensor_of(source) for source in self._sources]
         return all(tensor is not None and tensor.device == device for tensor in tensors)
 
     def block_on(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """Return rows start..min(stop, N)-1 as (n, D) float32 on `device`, where they are converted."""
+        """Return rows start..min(stop, N)-1 as (n, D) float32 on `device`; they are converted to float32 there."""
         if is_host(device):
             return to_tensor(self.block(start, stop), device)
         stop = min(stop, len(self))
@@ -114,7 +130,15 @@ class Rows:
         return staged.to(device, non_blocking=True).float()
 
     def take_on(self, ids: np.ndarray, device: torch.device) -> torch.Tensor:
-        """Return the rows with these ids, any shape S, as (*S, D) float32 on `device`, where they are converted."""
+        """Return the rows with the given ids on `device`, where they are converted to float32.
+
+        Args:
+            ids: integers in 0..N-1, of any shape S.
+            device: device of the result.
+
+        Returns:
+            Tensor (*S, D) float32.
+        """
         if is_host(device):
             return to_tensor(self.take(ids), device)
         tensor = self.tensor
@@ -123,7 +147,7 @@ class Rows:
         flat = np.asarray(ids, np.int64).ravel()
         staged = self.host_buffer(flat.size, device)
         values = staged.numpy()
-        # Rows are read in ascending order, so that a chunk reads from few shards.
+        # Rows are read in ascending order, so that each chunk reads from only a few shards.
         order = np.argsort(flat, kind="stable")
 
         def read(chunks: Iterable[slice]) -> None:
@@ -139,13 +163,17 @@ class Rows:
         return torch.empty((rows, self.dim), dtype=dtype, pin_memory=device.type == "cuda")
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
-        """Yield (source, low, high) for rows start..stop-1, with low..high-1 counted within the source."""
+        """Split rows start..stop-1 by source.
+
+        Yields:
+            Triples (source, low, high); the piece is rows low..high-1 of the source.
+        """
         for source, low, high in zip(self._sources, self._starts[:-1], self._starts[1:], strict=True):
             if max(start, low) < min(stop, high):
                 yield source, max(start, low) - low, min(stop, high) - low
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the rows, computed from the sources' fingerprints or, without these, from all values."""
+        """Return a SHA-256 digest of the fingerprints of all sources; for a source without one, of all its values."""
         digest = hashlib.sha256()
         for source in self._sources:
             if hasattr(source, "fingerprint"):
@@ -156,12 +184,12 @@ class Rows:
         return digest.hexdigest()
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Return the rows with these ids, any shape S of integers in 0..N-1: (*S, D) float32."""
+        """Return the rows with the given ids, integers in 0..N-1 of any shape S, as (*S, D) float32."""
         flat = np.asarray(ids, dtype=np.int64).ravel()
         return self._take(flat, np.dtype(np.float32)).reshape(*np.shape(ids), self.dim)
 
     def _take(self, flat: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Return the rows with the ids `flat` (n,): (n, D) of `dtype`, float32 or `stored_dtype`."""
+        """Return the rows with the ids `flat` (n,) as an array (n, D) of `dtype`, float32 or `stored_dtype`."""
         method = "take" if dtype == np.float32 else "take_stored"
         if len(self._sources) == 1:
             return np.asarray(getattr(self._sources[0], method)(flat), dtype=dtype)
@@ -173,9 +201,15 @@ class Rows:
         return rows
 
     def blocks(self, rows: int, check: bool = True) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first row, block) with `rows` rows per block. Each block is valid until the next one is requested.
+        """Read all rows in blocks.
 
-        With `check`, rows are validated unless their source is `validated`.
+        Args:
+            rows: number of rows per block.
+            check: validate all rows whose source is not `validated`.
+
+        Yields:
+            Pairs of the id of the first row of a block, and the block (n, D) float32. A block is valid until the next
+            one is requested.
         """
         needs_buffer = len(self._sources) > 1 or any(getattr(source, "converts", False) for source in self._sources)
         buffer = np.empty((min(rows, len(self)), self.dim), np.float32) if needs_buffer else None
@@ -186,7 +220,7 @@ class Rows:
             yield start, block
 
     def unvalidated(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield the ranges (low, high) of rows in start..stop-1 whose source is not `validated`."""
+        """Yield ranges (low, high), high exclusive, of the rows in start..stop-1 whose source is not `validated`."""
         low = start
         for source, first, last in self._pieces(start, stop):
             high = low + last - first
@@ -236,15 +270,20 @@ class _Array:
 
 
 def _tensor_of(source: Any) -> Any:
-    """Return a source's tensor if it is on an accelerator, else None."""
+    """Return the tensor of a source if it is on an accelerator, else None."""
     return source.tensor if isinstance(source, _Array) else None
 
 
 def as_rows(x: Any, name: str = "descriptors") -> Rows:
-    """Return descriptors (N, D) of any kind as Rows; Rows are returned unchanged.
+    """Wrap descriptors of any kind in `Rows`.
+
+    Args:
+        x: (N, D) NumPy array, memory map or torch tensor; an object with `shape`, `block` and `take`, such as a
+            `DescriptorStore`; or `Rows`, which are returned unchanged.
+        name: name of the descriptors, for messages.
 
     Raises:
-        InputError: the dtype is not float16, float32 or float64, or the shape is not 2-D.
+        InputError: the type is not supported, the dtype is not float16, float32 or float64, or the array is not 2-D.
     """
     if isinstance(x, Rows):
         return x
@@ -252,16 +291,23 @@ def as_rows(x: Any, name: str = "descriptors") -> Rows:
         return Rows([x], name)
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise InputError(
-            f"{name}: expected a numpy array, a torch tensor or an object with shape, block and take, "
+            f"{name}: expected a NumPy array, a torch tensor or an object with shape, block and take, "
             f"got {type(x).__name__}"
         )
     return Rows([_Array(x, name)], name)
 
 
 def concat(*sources: Any, name: str = "descriptors") -> Rows:
-    """Join sources, such as database and distractors, without copying; ids continue from one source to the next."""
+    """Concatenate sources, such as a database and its distractors, without copying them.
+
+    The ids of the second source continue after those of the first, and so on.
+
+    Args:
+        sources: descriptors of the same dimension, of any kind that `as_rows` accepts.
+        name: name of the result, for messages.
+    """
     if not sources:
-        raise InputError(f"{name}: expected at least one source to join")
+        raise InputError(f"{name}: expected at least one source, got none")
     return Rows([as_rows(source, name) for source in sources], name)
 
 
@@ -273,7 +319,7 @@ def validate_block(block: np.ndarray, first_row: int, name: str, unit: bool = Fa
 
     Args:
         block: (n, D) float32.
-        first_row: number of the block's first row, for the message.
+        first_row: id of the first row of the block, for the message.
         name: name of the descriptors, for the message.
         unit: require unit norm.
     """
@@ -287,12 +333,15 @@ def validate_block(block: np.ndarray, first_row: int, name: str, unit: bool = Fa
 
 
 def is_unit(norms: np.ndarray) -> np.ndarray:
-    """Return a mask of the norms within 1e-3 of 1, which includes float16 rounding and excludes NaN."""
+    """Return a bool mask of the norms that differ from 1 by at most 1e-3; NaN is excluded.
+
+    The tolerance allows for the rounding of unit vectors to float16.
+    """
     return np.abs(norms - 1) <= _UNIT_TOLERANCE
 
 
 def norm_fault(norm: float) -> str:
-    """Return an error message with a fix for a descriptor of this invalid norm."""
+    """Return the end of an error message about a descriptor with this invalid norm: what is wrong and how to fix it."""
     if not np.isfinite(norm):
         return "has NaN or infinite values; extract it again"
     if norm < 1e-6:
@@ -301,11 +350,19 @@ def norm_fault(norm: float) -> str:
 
 
 def as_queries(Q: Any, dim: int) -> np.ndarray:
-    """Return query descriptors as a validated (Q, D) float32 array. Raises InputError if D is not `dim`."""
+    """Validate query descriptors and return them as a (Q, D) float32 array.
+
+    Args:
+        Q: (Q, D) descriptors of any kind that `as_rows` accepts.
+        dim: dimension D of the database.
+
+    Raises:
+        InputError: there are no queries, their dimension is not `dim`, or one is not a unit vector.
+    """
     rows = as_rows(Q, "queries")
     if rows.dim != dim or not len(rows):
         raise InputError(
-            f"queries: expected shape (Q, {dim}) with at least one query, as the database has D = {dim}, "
+            f"queries: expected shape (Q, {dim}) with at least one query, because the database has D = {dim}, "
             f"got {rows.shape}; extract both with the same network"
         )
     block = np.ascontiguousarray(rows.block(0, len(rows)))
@@ -314,7 +371,12 @@ def as_queries(Q: Any, dim: int) -> np.ndarray:
 
 
 def flat_array(values: Any, name: str) -> np.ndarray:
-    """Return a list of ids as one array. Raises InputError for a list of lists of different lengths."""
+    """Convert ids to a 1-D array. Raises InputError for nested lists of different lengths.
+
+    Args:
+        values: list or array of ids.
+        name: name of the ids, for the message.
+    """
     try:
         return np.asarray(values).ravel()
     except ValueError as error:
@@ -322,7 +384,7 @@ def flat_array(values: Any, name: str) -> np.ndarray:
 
 
 def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
-    """Validate the ids to exclude, one per query, and return them as (Q,) int64; return None for None."""
+    """Validate the ids to exclude, one per query, and return them as (Q,) int64. None is returned unchanged."""
     if exclude is None:
         return None
     ids = np.asarray(exclude)
@@ -332,7 +394,16 @@ def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
 
 
 def as_shortlists(ids: Any, n_queries: int, n_rows: int) -> np.ndarray:
-    """Return shortlists as (Q, k) int64. Raises InputError for a wrong shape, or an id out of range or repeated."""
+    """Validate shortlists and return them as (Q, k) int64.
+
+    Args:
+        ids: (Q, k) integers, database rows as `search` returns them.
+        n_queries: number of queries Q.
+        n_rows: number of database rows.
+
+    Raises:
+        InputError: the shape or the dtype is wrong, or an id is out of range or repeated within a shortlist.
+    """
     array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
     if array.ndim != 2 or len(array) != n_queries or not array.shape[1] or array.dtype.kind not in "iu":
         raise InputError(
@@ -344,7 +415,7 @@ def as_shortlists(ids: Any, n_queries: int, n_rows: int) -> np.ndarray:
     if outside.any():
         query, column = np.argwhere(outside)[0]
         raise InputError(
-            f"ids: query {query} lists {array[query, column]}, outside the database's 0..{n_rows - 1}; "
+            f"ids: query {query} lists row {array[query, column]}, which is outside the database, 0..{n_rows - 1}; "
             "give the results of a search in this database"
         )
     ordered = np.sort(array, axis=1)
@@ -361,9 +432,16 @@ def block_size(
     max_elements: int = _BLOCK_ELEMENTS,
     max_scores: int = _SCORE_ELEMENTS,
 ) -> int:
-    """Return the number of rows per block: as many as the limits allow but at least 1024, and at most `block_rows`.
+    """Return the number of rows per block that limits the memory of a block and of its scores.
 
-    With the default limits, a block takes about 64 MB of float32, and its scores for all queries about 64 MB.
+    With the default limits, a block and its scores for all queries take up to about 64 MB of float32 each.
+
+    Args:
+        block_rows: maximum number of rows, which always applies.
+        n_queries: number of queries.
+        dim: dimension of the descriptors.
+        max_elements: maximum number of elements of a block, unless this allows fewer than 1024 rows.
+        max_scores: maximum number of scores of a block for all queries, unless this allows fewer than 1024 rows.
     """
     if block_rows < 1:
         raise InputError(f"block_rows={block_rows}: expected an integer >= 1")
@@ -371,7 +449,14 @@ def block_size(
 
 
 def run_in_threads(work: Callable[[Iterable[slice]], None], count: int, step: int, concurrent: bool) -> None:
-    """Call `work` with slices of `step` items out of `count`, in several threads if `concurrent` and worthwhile."""
+    """Process a range of items in chunks, in several threads if there are enough chunks.
+
+    Args:
+        work: function that processes an iterable of chunks, given as slices of the items. It is called once per thread.
+        count: number of items.
+        step: number of items per chunk.
+        concurrent: allow several threads.
+    """
     chunks = [slice(start, min(start + step, count)) for start in range(0, count, step)]
     threads = min(torch.get_num_threads(), len(chunks) // _CHUNKS_PER_THREAD) if concurrent else 1
     if threads < 2:
@@ -384,22 +469,24 @@ def run_in_threads(work: Callable[[Iterable[slice]], None], count: int, step: in
 
 
 def is_host(device: torch.device) -> bool:
-    """Return whether NumPy can read tensors on `device`; every other device is an accelerator."""
+    """Return True if tensors on `device` share memory with NumPy (the CPU). Every other device is an accelerator."""
     return device.type == "cpu"
 
 
 def to_tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Return a numpy array as a tensor on `device`, sharing memory on the CPU. Do not write to the tensor."""
+    """Convert a NumPy array to a tensor on `device`. On the CPU they share memory, so do not write to the tensor."""
     return torch.from_numpy(array).to(device)
 
 
 def copy_into(array: np.ndarray, out: np.ndarray) -> None:
-    """Copy an array into `out`, in the dtype of `out`, by torch, because NumPy is several times slower for float16."""
+    """Copy an array into the array `out`, converting it to the dtype of `out`."""
+    # torch converts float16 several times faster than NumPy.
     torch.from_numpy(out).copy_(torch.from_numpy(array))
 
 
-# torch warns once about read-only arrays, such as memory maps, although nothing here writes to them. Trigger and ignore
-# this warning at import, because `warnings.catch_warnings` is not safe in the threads that read arrays later.
+# torch warns once per process when it wraps a read-only array, such as a memory map, although nothing here writes to
+# it. The warning is triggered and suppressed at import, because `warnings.catch_warnings` is not safe in the threads
+# that read arrays later.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message=".*not writable.*")
     torch.from_numpy(np.frombuffer(bytes(4), np.float32))

@@ -1,4 +1,4 @@
-"""Exact scores of pairs, which define every ranking in this package, and the tolerance of approximate scores."""
+"""Exact scores of pairs of a query and a database row, which define every ranking in this package."""
 
 from __future__ import annotations
 
@@ -17,30 +17,39 @@ TOLERANCE = 1e-6
 Scores that differ by less than twice this error are compared in float64. `scan` increases the tolerance for descriptors
 with larger errors.
 """
-_FEW_PAIRS = 2048  # up to this number of pairs, equal rows are not detected
-_DEVICE_CHUNK_ELEMENTS = 1 << 23  # elements of one chunk of pair scores on an accelerator: 64 MB of float64
-_LANES = 64  # partial sums of a pair score
+_FEW_PAIRS = 2048  # for up to this number of pairs, it is not worthwhile to look for equal rows
+_DEVICE_CHUNK_ELEMENTS = 1 << 23  # elements that are multiplied at a time on an accelerator: 64 MB of float64
+_LANES = 64  # number of partial sums of a pair score
 
 
 def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-    """Compute the inner products of P pairs in float64: (P,) for queries `query_of` (P,) and rows `row_of` (P,) of X.
+    """Compute the inner products of pairs of a query and a row in float64.
 
-    X is anything that `as_rows` accepts. Products of float32 numbers are exact in float64, and each pair is summed
-    separately in an order that depends only on D. Equal vectors therefore have equal scores in every position and on
-    every device, and (-score, id) is a total order that is the same for all backends.
+    Products of float32 numbers are exact in float64, and each pair is summed separately in an order that depends only
+    on D. Equal vectors therefore have equal scores at every position and on every device, and all backends rank rows in
+    the same order: by descending score, then by ascending id.
+
+    Args:
+        Q: (Q, D) float32 queries.
+        X: (N, D) database, or anything that `as_rows` accepts.
+        query_of: (P,) query index of each pair.
+        row_of: (P,) database row of each pair.
+
+    Returns:
+        Scores (P,) float64.
     """
     rows = as_rows(X)
     scores = np.empty(len(query_of), np.float64)
     tensor = rows.tensor
     if tensor is not None:
         return pair_scores_on(torch.from_numpy(Q).to(tensor.device), tensor, query_of, row_of)
-    # Pairs are scored in the order of their rows, so that a chunk reads from few shards and few pages.
+    # Pairs are scored in the order of their rows, so that each chunk reads from only a few shards and memory pages.
     order = np.argsort(row_of, kind="stable")
 
     def score(chunks: Iterable[slice]) -> None:
         for chunk in chunks:
             pairs = order[chunk]
-            products = rows.take(row_of[pairs]).astype(np.float64)  # NumPy is slow at multiplying mixed types
+            products = rows.take(row_of[pairs]).astype(np.float64)  # NumPy multiplies arrays of mixed dtypes slowly
             products *= Q[query_of[pairs]].astype(np.float64)
             scores[pairs] = _sum_rows(products)
 
@@ -51,7 +60,17 @@ def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray)
 def pair_scores_on(
     queries: torch.Tensor, vectors: torch.Tensor, query_of: np.ndarray, row_of: np.ndarray
 ) -> np.ndarray:
-    """Compute `pair_scores` of queries (Q, D) and vectors (n, D) on their device, with the same bits."""
+    """Compute `pair_scores` of tensors on their device, with bitwise equal results.
+
+    Args:
+        queries: (Q, D) float32.
+        vectors: (n, D) database rows on the device of the queries; they are converted to float32.
+        query_of: (P,) query index of each pair.
+        row_of: (P,) row of each pair.
+
+    Returns:
+        Scores (P,) float64.
+    """
     scores = np.empty(len(query_of), np.float64)
     pairs = torch.from_numpy(np.stack([query_of, row_of])).to(vectors.device)
     step = max(1, _DEVICE_CHUNK_ELEMENTS // vectors.shape[1])
@@ -64,16 +83,16 @@ def pair_scores_on(
 
 
 def _sum_rows(products: Any) -> Any:
-    """Sum an array or tensor (P, D) float64 along D in a fixed order: (P,).
+    """Sum each row of an array or tensor (P, D) float64 in a fixed order: (P,).
 
-    Each of 64 partial sums adds every 64th element in sequence. Then the first half of the sums is added to the second
-    half until one sum remains. A fixed order of additions gives the same bits on every device.
+    Each of 64 partial sums adds every 64th element in sequence. Then the two halves of the partial sums are added
+    elementwise until one sum remains. The fixed order gives bitwise equal results on every device.
     """
     count, dim = products.shape
     rounds = dim // _LANES
     lanes = products[:, : rounds * _LANES].reshape(count, rounds, _LANES)
     if isinstance(lanes, np.ndarray):
-        sums = lanes.sum(axis=1)  # in sequence, because NumPy adds elements in pairs only along the last axis
+        sums = lanes.sum(axis=1)  # NumPy adds in sequence here; it uses pairwise summation only along the last axis
     else:
         sums = lanes.new_zeros(count, _LANES)
         for number in range(rounds):
@@ -86,7 +105,19 @@ def _sum_rows(products: Any) -> Any:
 
 
 def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-    """Compute `pair_scores` for a block in memory and score bitwise equal rows once, for data with repeated images."""
+    """Compute `pair_scores` for a block of rows in memory, but score bitwise equal rows only once.
+
+    This saves time if the database contains many copies of an image.
+
+    Args:
+        Q: (Q, D) float32 queries.
+        block: (n, D) float32 rows.
+        query_of: (P,) query index of each pair.
+        row_of: (P,) row of each pair in the block.
+
+    Returns:
+        Scores (P,) float64.
+    """
     if len(row_of) <= _FEW_PAIRS:
         return pair_scores(Q, block, query_of, row_of)
     used, row_of = np.unique(row_of, return_inverse=True)
@@ -98,13 +129,21 @@ def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, ro
 
 
 def scored_where(mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return row, column and score, as float64, of every true entry of a mask (R, C) over scores (R, C)."""
+    """Return the positions and scores of the true entries of a mask.
+
+    Args:
+        mask: (R, C) bool.
+        scores: (R, C) float32, on the device of the mask.
+
+    Returns:
+        Rows (n,) int64, columns (n,) int64 and scores (n,) float64 of the entries, as NumPy arrays.
+    """
     if is_host(mask.device):
         # NumPy finds the true entries faster than torch.
         rows, columns = np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1])
         return rows, columns, scores[rows, columns].double().numpy()
     flat = mask.ravel().nonzero()[:, 0]
-    # Indices and scores are downloaded in one transfer, because indices up to 2^53 are exact in float64.
+    # Indices and scores are copied to the CPU in one transfer, as float64, which represents indices up to 2^53 exactly.
     packed = torch.stack((flat.double(), scores.ravel()[flat].double())).cpu().numpy()
     rows, columns = np.divmod(packed[0].astype(np.int64), scores.shape[1])
     return rows, columns, packed[1]

@@ -1,4 +1,4 @@
-"""Exact nearest neighbors by inner product, with the same ids from every backend."""
+"""Exact nearest-neighbor search by inner product. All backends return the same ids."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from superglobal.retrieval.scores import pair_scores, scored_where
 
 BACKENDS = ("auto", "faiss", "torch")
 FAISS_MAX_ROWS = 20_000
-"""Largest database, in rows, that backend "auto" searches by FAISS: up to this size FAISS takes at most a third longer.
+"""Largest number of database rows that the backend "auto" searches with FAISS.
 
-Ratio of the processor time of search and ranks with FAISS to the time with torch alone, on two cores, measured by
-`python scripts/bench.py search --dtype float32 --rows N`: 1.12 for N = 5,000, 1.31 for 20,000, 1.61 for 50,000 and
-1.64 for 200,000.
+Up to this size, FAISS takes at most a third longer than torch. The ratios of the CPU times of search and exact ranks
+with FAISS and with torch are 1.12 for N = 5,000 rows, 1.31 for 20,000, 1.61 for 50,000 and 1.64 for 200,000, measured
+on two cores by `python scripts/bench.py search --dtype float32 --rows N`.
 """
 FAISS_GPU_RESULTS = 2048
 """Maximum number of results per query that FAISS supports on a GPU."""
-_EXTRA = 32  # candidates from FAISS beyond k, which usually prove that the first k are complete
-_CROWD = 1024  # if a query has more than k + _CROWD undecided candidates, they are scored in float64 at once
+_EXTRA = 32  # number of candidates that FAISS returns beyond k, which usually prove that no other row is in the best k
+_CROWD = 1024  # if a query has more than k + _CROWD undecided candidates, they are scored in float64 immediately
 _BELOW_ALL = np.float32(-2)  # less than every inner product of unit vectors
 
 
@@ -41,25 +41,26 @@ def search(
     exclude: Any = None,
     dtype: Any = np.float32,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k database rows of largest inner product per query, exactly, in the total order (-score, id).
+    """Find the k database rows with the largest inner products with each query, exactly.
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
         X: (N, D) database, unit L2 norm: an array, a memory map, a tensor or a `DescriptorStore`, float16, float32 or
-            float64. It is read once, in blocks.
-        k: results per query, 1..N.
+            float64. It is usually read once, in blocks.
+        k: number of results per query, 1..N.
         backend: "torch" (any device), "faiss" (the CPU, or a GPU with faiss-gpu) or "auto" (FAISS for up to 20,000 rows
-            if it is installed, else torch). All return the same ids, because near-ties are compared by float64 scores.
+            if it is installed, else torch). All return the same ids, because near-ties are decided by float64 scores.
         device: device to compute on; the CPU by default.
-        block_rows: maximum number of rows in a block.
+        block_rows: maximum number of database rows that are processed at a time.
         exclude: (Q,) ids, one per query, that are never returned (leave-one-out).
-        dtype: dtype of the scores; `merge_shortlists` needs float64.
+        dtype: dtype of the returned scores; `merge_shortlists` needs float64.
 
     Returns:
-        Scores (Q, k) of `dtype` and ids (Q, k) int64, best first, equal scores by the lower id.
+        Scores (Q, k) of `dtype` and ids (Q, k) int64, best first. Among equal scores, the lower id is first.
 
     Raises:
-        InputError: k outside 1..N, a bad row (NaN, zero, not of unit norm), or different dimensions.
+        InputError: k is outside 1..N, a row is invalid (NaN, zero or not of unit norm), or the dimensions of queries
+            and database differ.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
@@ -78,25 +79,27 @@ def search(
 def merge_shortlists(
     shards: Sequence[tuple[Any, Any]], k: int | None = None, starts: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge the shortlists of the shards of a database into those of the whole database, exactly.
+    """Merge the search results in the shards of a database into those in the whole database, exactly.
 
     Args:
-        shards: for each shard scores (Q, k_s) float64 and ids (Q, k_s) from `search(..., dtype=np.float64)` with the
-            same queries; k_s is k, or the number of rows of the shard if that is less. An id of -1 pads a short list.
-        k: length of the merged lists; by default that of the longest.
-        starts: for each shard the id of its first row in the whole database; without it the ids are those of the whole
-            database already.
+        shards: for each shard, scores (Q, k_s) float64 and ids (Q, k_s) from `search(..., dtype=np.float64)` with the
+            same queries. k_s is k, or the number of rows of the shard if that is less. Shorter lists may be padded with
+            the id -1.
+        k: length of the merged lists; by default that of the longest list.
+        starts: for each shard, the id of its first row in the whole database. None if the ids already refer to the
+            whole database.
 
     Returns:
-        Scores (Q, k) float64 and ids (Q, k) int64, best first; shorter lists end with -inf and -1.
+        Scores (Q, k) float64 and ids (Q, k) int64, best first; shorter lists are padded with -inf and -1.
 
     Raises:
-        InputError: float32 scores (rows that differ in float64 tie there), other shapes, an id in two shards.
+        InputError: the scores are not float64 (rounding to float32 makes ties of different scores), the shapes do not
+            match, or two shards contain the same id.
     """
     if not shards:
-        raise InputError("shards: expected at least one, got none")
+        raise InputError("shards: expected at least one shard, got none")
     if starts is not None and len(starts) != len(shards):
-        raise InputError(f"starts: expected one for each of {len(shards)} shards, got {len(starts)}")
+        raise InputError(f"starts: expected {len(shards)} row ids, one per shard, got {len(starts)}")
     if k is not None and (not isinstance(k, int | np.integer) or k < 1):
         raise InputError(f"k={k}: expected an integer >= 1")
     pairs = [(np.asarray(scores), np.asarray(ids)) for scores, ids in shards]
@@ -112,18 +115,18 @@ def merge_shortlists(
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if repeated.any():
         raise InputError(
-            f"shards: id {ordered[:, 1:][repeated][0]} is in two of them; give starts, or ids of the whole"
+            f"shards: two shards contain id {ordered[:, 1:][repeated][0]}; give starts, or ids in the whole database"
         )
     order = np.lexsort((ids, -scores), axis=1)[:, : k or max(s.shape[1] for s, _ in pairs)]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
 def faiss_module(label: str = "", instead: str = "index=flat, which gives the exact result") -> Any:
-    """Return the module `faiss`.
+    """Import and return the module `faiss`.
 
     Args:
-        label: start of the error message.
-        instead: settings that do not require FAISS, for the error message.
+        label: start of the error message, such as "backend=faiss: ".
+        instead: setting that does not require FAISS, for the error message.
 
     Raises:
         InputError: FAISS is not installed.
@@ -137,7 +140,7 @@ def faiss_module(label: str = "", instead: str = "index=flat, which gives the ex
 
 
 def faiss_on_gpu() -> bool:
-    """Return whether FAISS is installed with GPU support and a GPU is available."""
+    """Return True if FAISS is installed with GPU support and a GPU is available."""
     try:
         faiss = faiss_module()
     except InputError:
@@ -146,10 +149,16 @@ def faiss_on_gpu() -> bool:
 
 
 def resolve_backend(backend: str, n_rows: int, k: int, device: str | torch.device) -> str:
-    """Return the backend that searches n_rows rows for k results on this device: "faiss" or "torch".
+    """Return the backend to search with, "faiss" or "torch".
 
     "auto" selects FAISS if it is installed, supports the device and k, and the database has at most `FAISS_MAX_ROWS`
-    rows; otherwise torch.
+    rows. Otherwise it selects torch.
+
+    Args:
+        backend: "auto", "faiss" or "torch".
+        n_rows: number of database rows.
+        k: number of results per query.
+        device: device to compute on.
 
     Raises:
         InputError: the backend is unknown, or FAISS is requested and cannot be used.
@@ -182,12 +191,16 @@ def resolve_backend(backend: str, n_rows: int, k: int, device: str | torch.devic
 
 @functools.cache
 def _gpu_resources() -> Any:
-    importlib.import_module("faiss.contrib.torch_utils")  # enables FAISS to read tensors
+    importlib.import_module("faiss.contrib.torch_utils")  # importing it makes FAISS accept tensors
     return faiss_module().StandardGpuResources()
 
 
 def _faiss_best(block: Block, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Search a block by FAISS: scores (Q, count) float32 and rows (Q, count) int64, in approximate order."""
+    """Find the `count` best rows of a block for each query with FAISS, by float32 scores.
+
+    Returns:
+        Scores (Q, count) float32 and positions in the block (Q, count) int64, best first.
+    """
     faiss = faiss_module()
     if is_host(block.queries.device):
         queries, vectors = block.queries.numpy(), block.vectors.numpy()
@@ -200,11 +213,12 @@ def _faiss_best(block: Block, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Shortlist:
-    """Best k rows of each query, collected from the blocks of a scan (a consumer of `scan`).
+    """Consumer of `scan` that collects the best k rows for each query.
 
-    A row is dropped only if its approximate score is below the k-th best so far by more than twice the tolerance,
-    because each of the two scores may be off by the tolerance. At the end, the kept rows are scored in float64. If too
-    many rows are kept, for example copies of one image, they are scored in float64 at once, and equal rows only once.
+    Each query has a floor, below which rows are dropped: the k-th best float32 score so far minus twice the tolerance,
+    because each of the two scores that are compared may be off by the tolerance. At the end, the remaining rows are
+    scored in float64. If too many rows remain, such as copies of one image, they are scored in float64 immediately, and
+    equal rows only once.
     """
 
     def __init__(
@@ -221,10 +235,10 @@ class Shortlist:
         Args:
             queries: (Q, D) float32.
             rows: rows of the database.
-            k: results per query.
-            excluded: (Q,) ids, one per query, that are never returned.
-            faiss: search the blocks by FAISS.
-            tolerance: largest error of the approximate scores.
+            k: number of results per query.
+            excluded: (Q,) ids, one per query, that are never returned; None for none.
+            faiss: search the blocks with FAISS.
+            tolerance: largest error of a float32 score.
 
         Raises:
             InputError: k is less than 1 or larger than the number of rows that can be returned.
@@ -239,7 +253,7 @@ class Shortlist:
         self._unsorted = 0
 
     def add(self, block: Block) -> None:
-        """Keep the rows of a block that may be among the best k."""
+        """Add the rows of a block that may be among the best k."""
         query_of, row_of, scores = self._candidates(block)
         exact = np.zeros(len(query_of), bool)
         crowded = np.flatnonzero(np.bincount(query_of, minlength=len(self._queries)) > self._k + _CROWD)
@@ -262,18 +276,22 @@ class Shortlist:
         return self._error
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores (Q, k) float64 and ids (Q, k), best first, after `finish`."""
+        """Return scores (Q, k) float64 and ids (Q, k) int64, best first. Call this after `finish`."""
         query_of, ids, scores, _ = self._kept
         best = _first(query_of, scores, ids, self._k)
         shape = (len(self._queries), self._k)
         return scores[best].reshape(shape), ids[best].reshape(shape)
 
     def _candidates(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the query, the row in the block and the approximate score of every pair at or above the floor."""
+        """Return all pairs of a query and a row of the block whose float32 score is not below the query's floor.
+
+        Returns:
+            Queries (P,) int64, positions in the block (P,) int64 and float32 scores (P,) as float64.
+        """
         if self._faiss and (candidates := self._faiss_candidates(block)) is not None:
             return candidates
         scores = block.scores
-        # At first every score is above the floor. The k-th best scores of the block give a higher floor.
+        # In the first block, all scores are above the floor. The k-th best score in the block gives a higher one.
         if scores.shape[1] > 2 * self._k and (self._floor == _BELOW_ALL).all():
             self._raise_to_kth(scores)
             return self._above_floor(scores)
@@ -284,15 +302,15 @@ class Shortlist:
         return candidates
 
     def _above_floor(self, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return queries, rows of the block and scores, as float64, of the pairs at or above the floor."""
+        """Return the pairs of a query and a row whose score in `scores` (Q, n) is not below the query's floor."""
         return scored_where(scores >= torch.from_numpy(self._floor).to(scores.device)[:, None], scores)
 
     def _raise_to_kth(self, scores: torch.Tensor) -> None:
-        """Raise the floors to the k-th best of each query's scores (Q, n) in a block of at least k rows."""
+        """Raise the floors by the k-th best score of each query in `scores` (Q, n), n >= k."""
         self._raise_floor(scores.topk(self._k, dim=1).values[:, -1].cpu().numpy())
 
     def _faiss_candidates(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Return the candidates from FAISS; None if more rows of the block may be above the floor."""
+        """Do the same as `_candidates` with FAISS; return None if rows that FAISS did not return may be candidates."""
         n_rows = len(block.vectors)
         count = min(self._k + _EXTRA, n_rows)
         scores, row_of = _faiss_best(block, count)
@@ -307,12 +325,12 @@ class Shortlist:
         return query_of, row_of[query_of, column].astype(np.int64), scores[query_of, column].astype(np.float64)
 
     def _raise_floor(self, reached: np.ndarray) -> None:
-        """Raise the floors, given scores (Q,) that k rows of each query reach up to the tolerance."""
+        """Raise the floors where possible, given the k-th best float32 score (Q,) of each query among some rows."""
         floor = np.nextafter((reached - 2 * self._tolerance).astype(np.float32), np.float32(-np.inf))
         self._floor = np.maximum(self._floor, floor)
 
     def _prune(self) -> None:
-        """Drop rows that cannot be among the best k; score the rest of a query in float64 if many rows remain."""
+        """Drop rows that cannot be among the best k. If many rows of a query remain, score them in float64."""
         query_of, ids, scores, _ = self._kept
         order = np.lexsort((-scores, query_of))
         counts = np.bincount(query_of, minlength=len(self._queries))
@@ -331,7 +349,7 @@ class Shortlist:
         self._unsorted = 0
 
     def _score_exactly(self, selected: np.ndarray) -> None:
-        """Compute the float64 scores of the selected kept rows that do not have one yet."""
+        """Replace the float32 scores of the selected rows by float64 scores. `selected` is a mask of the kept rows."""
         query_of, ids, scores, exact = self._kept
         todo = np.flatnonzero(selected & ~exact)
         computed = pair_scores(self._queries, self._rows, query_of[todo], ids[todo])
@@ -345,7 +363,17 @@ class Shortlist:
 
 
 def _first(query_of: np.ndarray, scores: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
-    """Return the positions of the first k of each query in the order (-score, id), query by query."""
+    """Select the k best of n pairs for each query, by descending score, then by ascending id.
+
+    Args:
+        query_of: (n,) query index of each pair.
+        scores: (n,) scores.
+        ids: (n,) ids.
+        k: maximum number of pairs per query.
+
+    Returns:
+        Indices of the selected pairs, int64, query by query, best first.
+    """
     order = np.lexsort((ids, -scores, query_of))
     ordered = query_of[order]
     rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
