@@ -105,7 +105,7 @@ def test_an_index_is_built_again_only_if_damaged_or_for_other_rows(tmp_path, vec
         return caplog.text
 
     log = open_and_search()
-    assert "500 x 16 values: 0.00 GB" in log
+    assert "500 descriptors of dimension 16: 0.00 GB" in log
     (path,) = tmp_path.glob("*.faiss")
     assert f"loaded {path}" in open_and_search()
     data = bytearray(path.read_bytes())
@@ -191,7 +191,7 @@ def test_defaults_follow_the_guidelines_of_faiss():
 def test_invalid_index_settings_raise_errors_that_name_them(tmp_path, vectors):
     Q, X = vectors
     for settings, message in (
-        (IndexConfig("ivf_flat", nlist=501), "nlist=501: more lists than the 500 rows"),
+        (IndexConfig("ivf_flat", nlist=501), "nlist=501: expected at most the number of rows, 500"),
         (IndexConfig("ivf_pq", pq_m=5), "pq_m=5: expected a divisor of .* 16"),
         (IndexConfig("annoy"), "kind=annoy"),
         (IndexConfig("hnsw", M=1), "M=1: expected an integer >= 2"),

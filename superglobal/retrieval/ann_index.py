@@ -1,8 +1,9 @@
 """Approximate FAISS indexes: settings, defaults, memory use and storage.
 
-Defaults follow FAISS's wiki, "Guidelines to choose an index" (github.com/facebookresearch/faiss/wiki): 4 sqrt(N) lists
-up to a million rows, then 65536, 262144 and 1048576 with an HNSW over their centroids; 30 to 256 training rows per
-list; HNSW with 32 links. `with_defaults` documents the choices that the guidelines leave open.
+The defaults follow "Guidelines to choose an index" in FAISS's wiki (github.com/facebookresearch/faiss/wiki). An
+inverted file (IVF) has 4 sqrt(N) lists for up to a million rows, and 65536, 262144 or 1048576 lists, with an HNSW graph
+over their centroids, for more rows. It is trained on 30 to 256 rows per list. An HNSW index has 32 links per row.
+`with_defaults` documents the choices that the guidelines leave open.
 """
 
 from __future__ import annotations
@@ -28,38 +29,43 @@ from superglobal.retrieval.search import BACKENDS, FAISS_GPU_RESULTS, faiss_modu
 from superglobal.utils.io import digest, file_lock, write_atomically
 
 log = logging.getLogger(__name__)
-_TRAINED_ROWS = 40  # training rows per list; FAISS warns below 39
-_PQ_ROWS = 65536  # training rows of PQ in FAISS
+_TRAINED_ROWS = 40  # training rows per list; FAISS warns if there are fewer than 39
+_PQ_ROWS = 65536  # number of rows on which FAISS trains product quantization (PQ)
 _PROGRESS_SECONDS = 30.0
 _SEED = 1234
 _GPU_LISTS = 2048  # maximum number of lists per query that FAISS searches on a GPU
 _APPROXIMATE = ("flat_fp16", "ivf_flat", "ivf_pq", "hnsw")
 KINDS = ("flat", *_APPROXIMATE)
-COMPARED = 100  # default number of queries of an approximate index that are also searched exactly
+COMPARED = 100  # default number of queries that are also searched exactly, to evaluate an approximate index
 
 
 def _setting(*kinds: str, minimum: int = 1, maximum: float = 2**31 - 1) -> Any:
-    """Declare an integer setting of these kinds of index."""
+    """Declare an optional integer setting of `IndexConfig`.
+
+    Args:
+        kinds: kinds of index that have the setting.
+        minimum, maximum: smallest and largest valid value.
+    """
     return field(default=None, metadata={"kinds": kinds, "minimum": minimum, "maximum": maximum})
 
 
 @dataclass
 class IndexConfig:
-    """Index for the search of the database (`conf/index`).
+    """Index for searching the database (`conf/index`).
 
-    null selects the default of the kind, which mostly depends on the size of the database. A setting that the kind does
-    not have raises an error.
+    null selects the default of the kind of index, which usually depends on the size of the database. A setting that the
+    kind does not have raises an error.
 
     Args:
-        kind: "flat" is exact; "flat_fp16" (every row in float16), "ivf_flat" (rows in nlist lists), "ivf_pq" (lists of
-            rows that are compressed to pq_m bytes) and "hnsw" (a graph, on the CPU) are approximate FAISS indexes,
-            built once and stored under `paths.stores`; their candidates are scored exactly.
-        backend: flat: "auto", "faiss" or "torch", with the same result.
+        kind: "flat" is exact search; "flat_fp16" (all rows in float16), "ivf_flat" (rows in nlist lists), "ivf_pq"
+            (rows in lists, compressed to pq_m bytes each) and "hnsw" (a graph, on the CPU) are approximate FAISS
+            indexes, which are built once and stored under `paths.stores`; their candidates are scored exactly.
+        backend: flat: "auto", "faiss" or "torch"; all give the same result.
         nlist, nprobe: ivf_flat, ivf_pq: number of lists, and number of lists searched per query.
         pq_m: ivf_pq: bytes per row, a divisor of the descriptors' dimension.
         M: hnsw: links per row.
         ef_construction, ef_search: hnsw: search width while the graph is built, and for queries.
-        candidates: all but flat: rows fetched from the index per result.
+        candidates: all but flat: number of candidates that the index returns for each result.
         compare: all but flat: number of queries that are also searched exactly, to measure recall and the difference in
             mAP or mAP@100; 100 by default, 0 for none.
     """
@@ -69,27 +75,32 @@ class IndexConfig:
     nlist: int | None = _setting("ivf_flat", "ivf_pq")
     nprobe: int | None = _setting("ivf_flat", "ivf_pq")
     pq_m: int | None = _setting("ivf_pq")
-    M: int | None = _setting("hnsw", minimum=2, maximum=2048)  # FAISS aborts the process if M is 1
+    M: int | None = _setting("hnsw", minimum=2, maximum=2048)  # with M = 1, FAISS ends the process
     ef_construction: int | None = _setting("hnsw")
     ef_search: int | None = _setting("hnsw")
     candidates: int | None = _setting(*_APPROXIMATE)
     compare: int | None = _setting(*_APPROXIMATE, minimum=0, maximum=math.inf)
 
     def index_settings(self) -> dict[str, Any]:
-        """Return the kind and the settings that define the index, without those that are None."""
+        """Return a dict of the kind and the settings that define the index, without those that are None."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("backend", "compare")}
         return {name: value for name, value in values.items() if value is not None}
 
 
 def validate_index(config: IndexConfig) -> None:
-    """Raise InputError if a kind or backend is unknown, or a setting is unsupported by the kind or out of range."""
+    """Validate the index settings.
+
+    Raises:
+        InputError: the kind or the backend is unknown, FAISS is required but not installed, or a setting is out of
+            range or not supported by the kind.
+    """
     if config.kind not in KINDS:
         raise InputError(f"index.kind={config.kind}: expected one of {', '.join(KINDS)}")
     declared = [f for f in fields(config) if f.name != "kind"]
     known = [f.name for f in declared if config.kind in f.metadata["kinds"]]
     for f in declared:
         value = getattr(config, f.name)
-        # Saved results of a flat index contain compare=0, and they are validated again when they are opened.
+        # compare=0 is valid for a flat index, because saved results contain it and are validated when they are opened.
         if f.name not in known and value not in (None, "auto") and not (f.name == "compare" and value == 0):
             raise InputError(
                 f"index.{f.name}={value}: index={config.kind} has no setting {f.name}; choose from {', '.join(known)}"
@@ -109,13 +120,22 @@ def validate_index(config: IndexConfig) -> None:
 
 
 def with_defaults(config: IndexConfig, n_rows: int, dim: int) -> IndexConfig:
-    """Return the configuration with the default of every setting that is None.
+    """Replace settings that are None by their defaults.
 
-    Choices that FAISS's guidelines leave open: nprobe is 1/32 of nlist, at least 8; pq_m is at most 64, and ivf_pq
-    fetches four candidates per result; ef_construction is 40, as in FAISS, and ef_search is 256.
+    FAISS's guidelines leave these choices open: nprobe is 1/32 of nlist, but at least 8. pq_m is the largest divisor of
+    the dimension up to 64, and ivf_pq fetches four candidates per result. ef_construction is 40, as in FAISS, and
+    ef_search is 256.
+
+    Args:
+        config: settings of an approximate index.
+        n_rows: number of rows in the index.
+        dim: dimension of the descriptors.
+
+    Returns:
+        A copy of the configuration with all settings of its kind.
 
     Raises:
-        InputError: the kind does not have a setting, or a setting does not fit the number of rows or the dimension.
+        InputError: the settings are invalid, or do not fit the number of rows or the dimension.
     """
     validate_index(config)
     kind = config.kind
@@ -126,13 +146,15 @@ def with_defaults(config: IndexConfig, n_rows: int, dim: int) -> IndexConfig:
         full.nlist = config.nlist or max(1, min(_lists(n_rows), n_rows // _TRAINED_ROWS))
         full.nprobe = min(full.nlist, config.nprobe or max(8, full.nlist // 32))
         if full.nlist > n_rows:
-            raise InputError(f"index.nlist={full.nlist}: more lists than the {n_rows} rows; omit it for the default")
+            raise InputError(
+                f"index.nlist={full.nlist}: expected at most the number of rows, {n_rows}; omit it for the default"
+            )
     if kind == "ivf_pq":
         full.pq_m = config.pq_m or max(m for m in range(1, min(64, dim) + 1) if dim % m == 0)
         if dim % full.pq_m:
             raise InputError(f"index.pq_m={full.pq_m}: expected a divisor of the descriptors' dimension, {dim}")
         if n_rows < 256:
-            raise InputError(f"index=ivf_pq: PQ is trained on at least 256 rows, got {n_rows}; use index=flat")
+            raise InputError(f"index=ivf_pq: PQ needs at least 256 rows to train on, got {n_rows}; use index=flat")
     if kind == "hnsw":
         full.M = config.M or 32
         full.ef_construction, full.ef_search = config.ef_construction or 40, config.ef_search or 256
@@ -146,7 +168,7 @@ def _lists(n_rows: int) -> int:
 
 
 def _factory(config: IndexConfig) -> str:
-    """Return the index description for FAISS's index_factory."""
+    """Return the string that describes the index to `faiss.index_factory`."""
     if config.kind == "flat_fp16":
         return "SQfp16"
     if config.kind == "hnsw":
@@ -158,12 +180,16 @@ def _factory(config: IndexConfig) -> str:
 
 
 def memory(config: IndexConfig, n_rows: int, dim: int) -> tuple[int, int]:
-    """Return the bytes of an index, and the additional bytes during the build (training rows or a block).
+    """Estimate the memory of an index.
 
     Args:
         config: configuration from `with_defaults`.
         n_rows: number of rows in the index.
         dim: dimension of the descriptors.
+
+    Returns:
+        Size of the index in bytes, and additional bytes that are needed while it is built, for the training rows or a
+        block of rows.
     """
     block = block_size(65536, 1, dim) * dim * 4
     if config.kind == "flat_fp16":
@@ -182,7 +208,7 @@ def _training_rows(config: IndexConfig, n_rows: int) -> int:
 
 
 class ApproximateIndex:
-    """FAISS index of all rows that are not skipped; see `open_index`."""
+    """FAISS index of all database rows that were not skipped during extraction; see `open_index`."""
 
     def __init__(self, index: Any, rows: Rows, config: IndexConfig, on_gpu: bool) -> None:
         """Wrap a FAISS index.
@@ -191,7 +217,7 @@ class ApproximateIndex:
             index: FAISS index of the rows that are not skipped.
             rows: all rows of the database.
             config: configuration from `with_defaults`.
-            on_gpu: set if the index is on a GPU.
+            on_gpu: set this if the index is on a GPU.
         """
         self.index = index
         self.rows = rows
@@ -206,15 +232,15 @@ class ApproximateIndex:
             )
 
     def search(self, Q: Any, k: int = 400, *, exclude: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the best k of the index's candidates by exact scores, in the order (-score, id).
+        """Score the candidates from the index exactly, and return the best k for each query.
 
         Args:
             Q: (Q, D) queries, unit L2 norm.
-            k: results per query.
+            k: number of results per query.
             exclude: (Q,) ids, one per query, that are never returned.
 
         Returns:
-            Scores (Q, k) float32 and ids (Q, k) int64, best first.
+            Scores (Q, k) float32 and ids (Q, k) int64, best first; among equal scores, the lower id is first.
 
         Raises:
             InputError: k is larger than the number of rows, or the index returns fewer than k results.
@@ -239,7 +265,20 @@ class ApproximateIndex:
         return np.take_along_axis(scores, order, axis=1).astype(np.float32), np.take_along_axis(ids, order, axis=1)
 
     def _candidates(self, queries: np.ndarray, count: int, k: int, excluded: np.ndarray | None) -> np.ndarray:
-        """Return (Q, count) ids, at least k per query, padded with -1; queries with fewer ids search more lists."""
+        """Fetch candidates from the index. A query with fewer than k candidates searches more and more IVF lists.
+
+        Args:
+            queries: (Q, D) queries.
+            count: maximum number of candidates per query.
+            k: minimum number of candidates per query.
+            excluded: (Q,) ids, one per query, that are never returned; None for none.
+
+        Returns:
+            Database ids (Q, count) int64, padded with -1.
+
+        Raises:
+            InputError: a query has fewer than k candidates.
+        """
         ids = np.full((len(queries), count), -1)
         todo, probes = np.arange(len(queries)), self.config.nprobe
         while True:
@@ -259,7 +298,16 @@ class ApproximateIndex:
             probes = min(2 * probes, self._max_probes)
 
     def _search_index(self, queries: np.ndarray, count: int, probes: int | None) -> np.ndarray:
-        """Return (Q, count) row numbers in the FAISS index, padded with -1."""
+        """Search the FAISS index.
+
+        Args:
+            queries: (Q, D) queries.
+            count: number of results per query.
+            probes: number of lists searched per query; None for an index without lists.
+
+        Returns:
+            Row numbers (Q, count) in the index, which omits skipped rows of the database; padded with -1.
+        """
         faiss = faiss_module()
         options = {}
         if probes is not None:
@@ -270,12 +318,12 @@ class ApproximateIndex:
 
 
 def _kept_rows(rows: Rows) -> np.ndarray:
-    """Return the database ids of the index's rows, which are all rows that are not skipped."""
+    """Return the ids (n,) of the database rows that are in the index: all rows that are not skipped."""
     return np.setdiff1d(np.arange(len(rows)), rows.skipped, assume_unique=True)
 
 
 def recall(ids: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """Return the fraction (Q,) of each query's exact ids (Q, k) that are in `ids` (Q, n)."""
+    """Compute the recall of each query: the fraction of its exact results `exact` (Q, k) that are in `ids` (Q, n)."""
     return np.array([np.isin(truth, row).mean() for truth, row in zip(exact, ids, strict=True)])
 
 
@@ -284,9 +332,18 @@ def open_index(
 ) -> ApproximateIndex:
     """Load the index of these rows and settings from `folder`, or build it and store it there.
 
-    If several processes need the same index, one builds it, and the others wait and load it. The memory is logged
-    before the build, and the progress during the build. On a CUDA device, FAISS's GPU package builds and searches the
-    index if it supports the kind.
+    If several processes need the same index, one builds it, and the others wait and load it. The required memory is
+    logged before the index is built, and the progress while it is built. On a CUDA device, the index is built and
+    searched on the GPU if FAISS's GPU package is installed and supports this kind of index.
+
+    Args:
+        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm.
+        config: settings of an approximate index; None values are replaced by their defaults.
+        folder: folder of the stored index.
+        device: device to build and search on; the CPU by default.
+
+    Returns:
+        The index.
 
     Raises:
         InputError: FAISS is not installed, a setting does not fit the rows, or the folder cannot be written.
@@ -319,7 +376,7 @@ def open_index(
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return inode and modification time, which change when the file is replaced; None if there is no file."""
+    """Return the inode and the modification time of a file, which change when it is replaced; None without a file."""
     try:
         status = path.stat()
     except OSError:
@@ -336,7 +393,20 @@ def _build_once(
     config: IndexConfig,
     gpu: Any,
 ) -> Any:
-    """Build and store the index, or load what another process has stored since the stamp `before`."""
+    """Build and store the index, unless another process has stored it in the meantime; then load that one.
+
+    Args:
+        path: file of the index.
+        identity: everything that the index depends on.
+        before: `_stamp` of the file before the caller tried to load it.
+        rows: rows of the database.
+        kept: ids of the rows that are not skipped.
+        config: configuration from `with_defaults`.
+        gpu: FAISS resources of a GPU; None for the CPU.
+
+    Returns:
+        FAISS index on the CPU.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -350,11 +420,11 @@ def _build_once(
 
 
 def _build(rows: Rows, kept: np.ndarray, config: IndexConfig, gpu: Any) -> Any:
-    """Train on a sample and add all rows by blocks; return the index on the CPU."""
+    """Train an index on a sample of the rows, add all rows block by block, and return the index on the CPU."""
     faiss = faiss_module()
     name = f"index {config.kind} ({_factory(config)})"
     index_bytes, additional = memory(config, len(kept), rows.dim)
-    text = "%s: building it from %d x %d values: %.2f GB, and %.2f GB more during the build"
+    text = "%s: building it from %d descriptors of dimension %d: %.2f GB, and another %.2f GB while building"
     log.info(text, name, len(kept), rows.dim, index_bytes / 1e9, additional / 1e9)
     start = reported = time.perf_counter()
     index = faiss.index_factory(rows.dim, _factory(config), faiss.METRIC_INNER_PRODUCT)
@@ -379,7 +449,7 @@ def _build(rows: Rows, kept: np.ndarray, config: IndexConfig, gpu: Any) -> Any:
 
 
 def _save(index: Any, path: Path, identity: Mapping[str, Any]) -> None:
-    """Write the index and then its identity, each atomically."""
+    """Write the index to `path`, and then its identity and checksum to a `.json` file, each atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         faiss_module().write_index(index, str(temporary))
@@ -396,7 +466,11 @@ def _save(index: Any, path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _load(path: Path, identity: Mapping[str, Any]) -> Any:
-    """Return the stored index; None if there is none, or if it is damaged, which logs a warning."""
+    """Load the stored index and compare it with its checksum and `identity`.
+
+    Returns:
+        FAISS index on the CPU. None if no index is stored, or if the stored one is damaged, which logs a warning.
+    """
     if not path.exists():
         return None
     try:
