@@ -112,7 +112,7 @@ def test_invalid_arguments_raise_input_errors(X):
         Whitening("median")
     flat = np.zeros((40, 24), np.float32)
     flat[:, :3] = unit(np.random.default_rng(2).standard_normal((40, 3)))
-    with pytest.raises(InputError, match=r"only 3 of 24 axes have any variance; use whitening\.dims=3"):
+    with pytest.raises(InputError, match=r"only 3 of 24 principal axes have nonzero variance; use whitening\.dims=3"):
         Whitening("pca").fit(flat)
     with pytest.raises(InputError, match="row 0 is a zero vector"):
         search(X[:1], Whitening("center").fit(X[:1]).transform_rows(X[:1]), 1)

@@ -22,7 +22,7 @@ from superglobal.reranking.base import Parameter, dots, mask_of, nearest, regist
     "diffusion",
     "diffusion on the graph of the shortlist (Iscen et al., CVPR 2017)",
     {
-        "kq": Parameter("number of nearest images to the query, from which the diffusion starts", minimum=1),
+        "kq": Parameter("number of images nearest to the query, from which the diffusion starts", minimum=1),
         "kd": Parameter("number of neighbors per image; the graph connects mutual neighbors", minimum=1),
         "alpha": Parameter("fraction of the scores that is passed on to neighbors; 0 keeps the order", 0, 0.9999),
         "gamma": Parameter("exponent of the similarities", 1e-3, 1e3),

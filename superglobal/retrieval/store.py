@@ -1,4 +1,4 @@
-"""Descriptor stores on disk: written in any order by any number of processes, resumable, read by block or by row."""
+"""Descriptor stores on disk, which several processes can fill in any order, and which an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ from superglobal.retrieval.store_files import (
 )
 
 _WRITTEN, _SKIPPED = 1, 2  # values in done.npy; 0 means missing
-# Rows are marked as done only after their bytes are flushed; one flush covers this many rows or seconds.
+# Rows are marked as done only after they are flushed to disk. A flush is due after this many rows or seconds.
 _FLUSH_ROWS = 64
 _FLUSH_SECONDS = 5.0
 
 
 class DescriptorStore:
-    """N descriptors of D dimensions and unit norm; row i belongs to image i of the list.
+    """Folder with N descriptors of dimension D and unit norm; row i is the descriptor of image i of the image list.
 
-    The folder contains `manifest.json`, `names.json`, `done.npy` (one byte per row) and `shard-00000.npy`, ...; several
-    processes may fill different rows at once. A row counts once its byte in `done.npy` is set, which happens after
-    its values are on disk, so that a killed run leaves no partial row. Rows are float32, or float16 rounded from
-    normalized ones; reading returns float32 either way. A row may be `skipped`: it is complete, but search, ranks and
-    reranking leave it out.
+    The folder contains `manifest.json`, `names.json`, `done.npy` (one byte per row) and the shards `shard-00000.npy`,
+    ... with the descriptors. Several processes may fill different rows at the same time. A row is complete when its
+    byte in `done.npy` is set. This happens only after its values are on disk, so an interrupted run leaves no partial
+    row. Rows are stored as float32, or as float16 after normalization; reading returns float32 in both cases. A row may
+    be `skipped`: it is complete, but has no descriptor, and search, ranks and reranking ignore it.
 
-    Create one with `open_or_create` or open one with `open`; search, reranking and whitening accept it as a database.
+    Create a store with `open_or_create`, or open one with `open`. Search, reranking and whitening accept a store as a
+    database.
 
     Attributes:
         folder: folder of the store.
@@ -52,10 +53,10 @@ class DescriptorStore:
     """
 
     validated = True
-    """`write_rows` checks every row, so that readers need not."""
+    """True, because `write_rows` validates every row, so readers need not validate it again."""
 
     concurrent = True
-    """Several threads may read at once."""
+    """True, because several threads may read at the same time."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
@@ -88,16 +89,16 @@ class DescriptorStore:
         """Open the store of these descriptors in `folder`, or create an empty one.
 
         Args:
-            folder: folder of this store alone; its name should contain the fingerprint.
-            identity: everything that changes a descriptor, as plain types, such as `RetrievalNetwork.identity()`.
-            images: N lines, one per row: name and content signature of the image.
-            dim: D.
-            shard_rows: rows per file of a new store.
-            provenance: versions and device, recorded in a new store.
-            dtype: "float32", or "float16" for half the size.
+            folder: folder that contains only this store; its name should contain the fingerprint.
+            identity: everything that affects a descriptor, as plain types, such as `RetrievalNetwork.identity()`.
+            images: N lines, one per row, with the name and the content signature of the image.
+            dim: dimension D of the descriptors.
+            shard_rows: number of rows per file of a new store.
+            provenance: versions and device, which are recorded in a new store.
+            dtype: dtype of the stored values, "float32", or "float16" for half the size.
 
         Returns:
-            The store, whose `missing` rows are to be written.
+            The store. Its `missing` rows must still be written.
 
         Raises:
             InputError: the folder contains other descriptors or a damaged store, or cannot be written.
@@ -127,41 +128,41 @@ class DescriptorStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> DescriptorStore:
-        """Open an existing store.
+        """Open an existing store, complete or not.
 
         Raises:
-            InputError: the folder has no store, or a damaged one.
+            InputError: the folder contains no store or a damaged one.
         """
         return cls(Path(folder), read_manifest(Path(folder)))
 
     @property
     def done(self) -> np.ndarray:
-        """Mask (N,) bool of the complete rows, which are written or skipped."""
+        """Mask (N,) bool of the complete rows, written or skipped."""
         return np.asarray(self._done) != 0
 
     @property
     def written(self) -> np.ndarray:
-        """Rows (n,) int64 that have a descriptor."""
+        """Numbers of the rows that have a descriptor: (n,) int64."""
         return np.flatnonzero(np.asarray(self._done) == _WRITTEN)
 
     @property
     def skipped(self) -> np.ndarray:
-        """Rows (n,) int64 that are complete without a descriptor and are never ranked."""
+        """Numbers of the rows that are complete without a descriptor, and are never ranked: (n,) int64."""
         return np.flatnonzero(np.asarray(self._done) == _SKIPPED)
 
     @property
     def missing(self) -> np.ndarray:
-        """Rows (n,) int64 that are not complete."""
+        """Numbers of the rows that are not complete: (n,) int64."""
         return np.flatnonzero(~self.done)
 
     def fingerprint(self) -> str:
-        """Return the manifest's fingerprint with a digest of the skipped rows."""
+        """Return the fingerprint in the manifest, followed by a digest of the skipped rows if there are any."""
         skipped = hashlib.sha256(self.skipped.tobytes()).hexdigest() if len(self.skipped) else ""
         return self.manifest["fingerprint"] + skipped
 
     @property
     def names(self) -> list[str]:
-        """Image list given at creation.
+        """Image list that the store was created with: one line per row with the name and content signature of an image.
 
         Raises:
             InputError: the list is missing or does not match the fingerprint.
@@ -174,15 +175,15 @@ class DescriptorStore:
         return names
 
     def write_rows(self, rows: np.ndarray, descriptors: np.ndarray) -> None:
-        """Store descriptors; a float16 store normalizes and rounds them.
+        """Validate descriptors and store them. A float16 store normalizes them before it rounds them.
 
         Args:
-            rows: (n,) integers in 0..N-1.
-            descriptors: (n, D), unit L2 norm to 1e-3.
+            rows: (n,) row numbers in 0..N-1.
+            descriptors: (n, D), with L2 norms that differ from 1 by less than 1e-3.
 
         Raises:
-            InputError: a wrong shape, a row out of range, values that are not finite or not of unit norm; then nothing
-                is written.
+            InputError: a shape is wrong, a row is out of range, or values are not finite or not of unit norm. Nothing
+                is written in these cases.
         """
         rows, descriptors = np.asarray(rows), np.asarray(descriptors)
         if not np.issubdtype(rows.dtype, np.integer) and len(rows):
@@ -204,7 +205,12 @@ class DescriptorStore:
         self.copy_rows(rows, descriptors if self.dtype == np.float32 else descriptors / norms[:, None])
 
     def copy_rows(self, rows: np.ndarray, values: np.ndarray) -> None:
-        """Store values (n, D) that were validated before in `rows` (n,), unchanged."""
+        """Store values without validating or normalizing them.
+
+        Args:
+            rows: (n,) row numbers in 0..N-1.
+            values: (n, D) valid descriptors, which are converted to the dtype of the store.
+        """
         shards, within = np.divmod(rows, self._rows_per_shard)
         for shard in np.unique(shards):
             selected = shards == shard
@@ -212,14 +218,14 @@ class DescriptorStore:
         self._mark(rows, _WRITTEN)
 
     def skip(self, rows: np.ndarray, notes: Sequence[str] | None = None) -> None:
-        """Mark rows as complete without a descriptor, for images that cannot be read.
+        """Mark rows as complete without a descriptor, because their images cannot be read.
 
         Args:
-            rows: (n,) integers in 0..N-1.
-            notes: for each row its image, a tab and the reason, for `skipped.txt`.
+            rows: (n,) row numbers in 0..N-1.
+            notes: for each row, a line for `skipped.txt` with the image, a tab and the reason.
 
         Raises:
-            InputError: a row is out of range, or the list cannot be written.
+            InputError: a row is out of range, or `skipped.txt` cannot be written.
         """
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         self._require_inside(rows)
@@ -240,10 +246,10 @@ class DescriptorStore:
             self.flush()
 
     def flush(self) -> None:
-        """Flush written rows to disk, then mark them as done. Call it after the last `write_rows`.
+        """Flush written rows to disk, then mark them as done. Call this after the last `write_rows`.
 
         Raises:
-            InputError: the disk is full or gone; rows marked before stay valid.
+            InputError: the disk is full or not available. Rows that were marked before stay valid.
         """
         if self._unflushed:
             rows = np.array(list(self._unflushed))
@@ -264,11 +270,11 @@ class DescriptorStore:
 
     @property
     def converts(self) -> bool:
-        """True if reading converts to float32."""
+        """True if rows are converted to float32 when they are read."""
         return self.dtype != np.float32
 
     def block(self, start: int, stop: int) -> np.ndarray:
-        """Return rows start..stop-1 as (n, D) float32, a view of the shard if possible.
+        """Return rows start..stop-1 as (n, D) float32: a view of the shard if possible, else a copy.
 
         Raises:
             InputError: the store is not complete.
@@ -282,7 +288,7 @@ class DescriptorStore:
         return out
 
     def read_into(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Read rows start..stop-1 into `out` (n, D), float32 or the store's dtype."""
+        """Copy rows start..stop-1 into `out` (n, D), whose dtype is float32 or the dtype of the store."""
         self._require_complete()
         offset = 0
         for piece in self._pieces(start, stop):
@@ -290,7 +296,7 @@ class DescriptorStore:
             offset += len(piece)
 
     def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield rows start..stop-1 shard by shard, as they are stored."""
+        """Yield views (n, D) of rows start..stop-1 in the dtype of the store, one view per shard."""
         if not 0 <= start <= stop <= len(self):
             raise InputError(f"{self.folder}: rows {start}..{stop} are outside 0..{len(self)}")
         while start < stop:
@@ -300,7 +306,7 @@ class DescriptorStore:
             start += len(piece)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Return the rows `ids`, of any shape (...,), as (..., D) float32.
+        """Return the rows with the given ids, integers in 0..N-1 of any shape S, as (*S, D) float32.
 
         Raises:
             InputError: the store is not complete.
@@ -309,12 +315,22 @@ class DescriptorStore:
         return self.read_rows(ids)
 
     def take_stored(self, ids: np.ndarray) -> np.ndarray:
-        """Return the rows `ids`, of any shape (...,), as (..., D) of the store's dtype."""
+        """Return the rows with the given ids, as `take` does, but in the dtype of the store."""
         self._require_complete()
         return self.read_rows(ids, self.dtype)
 
     def read_rows(self, ids: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
-        """Return rows as `take` does, also of an incomplete store, where missing rows have arbitrary values."""
+        """Return rows as `take` does, but in any dtype and even if the store is not complete.
+
+        Missing and skipped rows have arbitrary values.
+
+        Args:
+            ids: row numbers in 0..N-1, of any shape S.
+            dtype: dtype of the result.
+
+        Returns:
+            Array (*S, D).
+        """
         flat = np.asarray(ids).reshape(-1)
         out = np.empty((len(flat), self.shape[1]), dtype)
         shards, within = np.divmod(flat, self._rows_per_shard)

@@ -1,4 +1,4 @@
-"""Files of a descriptor store (manifest, shards and lists): creation, reading, and detection of damage."""
+"""Create and read the files of a descriptor store (manifest, shards and lists), and detect damaged files."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _MANIFEST_TYPES = {"fingerprint": str, "rows": int, "dim": int, "shard_rows": in
 
 
 def fingerprint(identity: Mapping[str, Any], images: Sequence[str], dtype: str = "float32") -> str:
-    """Return a SHA-256 of everything that affects a stored descriptor, and of the list of images.
+    """Return a SHA-256 digest, in hexadecimal, of everything that affects the stored descriptors.
 
     Args:
         identity: settings as plain types, such as `RetrievalNetwork.identity()` with the image settings added.
-        images: one line per row: name and content signature.
-        dtype: dtype of the stored descriptors; "float32" is not part of the digest.
+        images: one line per row with the name and the content signature of the image.
+        dtype: dtype of the stored descriptors, "float32" or "float16".
     """
     rounded = {} if dtype == "float32" else {"dtype": dtype}
     text = json.dumps({"identity": identity, "images": list(images), **rounded}, sort_keys=True)
@@ -48,7 +48,14 @@ def create_store(
     provenance: Mapping[str, Any],
     dtype: str,
 ) -> None:
-    """Create a store in a temporary folder and rename it, so that concurrent processes share one complete store.
+    """Create a store without descriptors.
+
+    The store is created in a temporary folder, which is then renamed. If several processes create the same store, all
+    of them use the first one that is ready.
+
+    Args:
+        folder: folder of the new store.
+        identity, images, dim, shard_rows, provenance, dtype: as in `DescriptorStore.open_or_create`.
 
     Raises:
         InputError: the folder cannot be written, or the disk is full.
@@ -73,7 +80,8 @@ def create_store(
             path = shard_path(temporary, i)
             np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (count, dim)).flush()
             if hasattr(os, "posix_fallocate"):
-                # Reserve the space of the sparse file, because writing to a memory map on a full disk ends the process.
+                # Reserve disk space for the sparse file now, because a process that writes to a memory map on a full
+                # disk is killed.
                 with path.open("r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         write_atomically(temporary / NAMES, json.dumps(list(images)).encode())
@@ -92,17 +100,20 @@ def create_store(
 
 
 def _rename_new(source: Path, target: Path) -> None:
-    """Rename a folder to a name that must not exist (POSIX would replace an empty folder)."""
+    """Rename a folder. Raises FileExistsError if `target` is already a store.
+
+    An empty folder at `target` is replaced, as POSIX allows.
+    """
     try:
         os.rename(source, target)
     except OSError as error:
-        if (target / "manifest.json").exists():  # another process created the same store first
+        if (target / "manifest.json").exists():  # Another process was faster to create the same store.
             raise FileExistsError(str(target)) from error
         raise
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a store: settings, shape and origin of its descriptors.
+    """Read and validate the manifest of a store, a dict with the settings, shape and origin of its descriptors.
 
     Raises:
         InputError: there is no store, or its manifest is damaged.
@@ -130,7 +141,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Map a `.npy` file of a store, for writing if the file is writable.
+    """Memory-map a `.npy` file of a store, for reading and, if the file is writable, for writing.
+
+    Args:
+        path: the file.
+        shape: expected shape.
+        dtype: expected dtype.
 
     Raises:
         InputError: the file is missing or damaged, or has another shape or dtype.
@@ -139,7 +155,7 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
         return np.zeros(shape, dtype)
     try:
         array = np.lib.format.open_memmap(path, "r")
-        # The file is first opened for reading, because NumPy extends a truncated file that it opens for writing.
+        # Opening the file for reading first detects a truncated file. NumPy would extend it when opening for writing.
         if os.access(path, os.W_OK):
             array = np.lib.format.open_memmap(path, "r+")
     except NPY_FAULTS as error:
@@ -153,27 +169,35 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Return the path of a shard."""
+    """Return the path of the shard with this number, from 0."""
     return folder / f"shard-{number:05d}.npy"
 
 
 def shard_sizes(rows: int, shard_rows: int) -> list[int]:
-    """Return the number of rows of each shard."""
+    """Return the number of rows of each shard of a store with `rows` rows."""
     return [min(shard_rows, rows - start) for start in range(0, rows, shard_rows)]
 
 
 def read_names(folder: Path, rows: int) -> list[str]:
-    """Return the image list of the fingerprint, one line per row.
+    """Read the image list of a store: one line per row with the name and content signature of its image.
+
+    Args:
+        folder: folder of the store.
+        rows: number of rows of the store.
 
     Raises:
         InputError: the list is missing or damaged.
     """
-    fix = f"copy it from another shard of the same list, or delete {folder} to extract again"
+    fix = f"copy it from another store of the same image list, or delete {folder} to extract again"
     return _read_lines(folder / NAMES, rows, fix)
 
 
 def read_paths(folder: Path, rows: int) -> list[str]:
-    """Return the unique path of each row's image, by which users and other programs identify the row.
+    """Read the image path of each row, by which users and other programs identify the row. All paths are different.
+
+    Args:
+        folder: folder of the store.
+        rows: number of rows of the store.
 
     Raises:
         InputError: the list is missing or damaged.
@@ -187,14 +211,29 @@ def read_paths(folder: Path, rows: int) -> list[str]:
 
 
 def record_paths(folder: Path, paths: Sequence[str]) -> None:
-    """Write the paths of all rows, unless the file contains them. Raises InputError if they cannot be written."""
+    """Write the image paths of all rows to `paths.json`, unless the file already contains exactly these paths.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     path, data = folder / PATHS, json.dumps(list(paths)).encode()
     if not (path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data):
         write_atomically(path, data)
 
 
 def read_skipped(folder: Path, rows: int) -> dict[int, str]:
-    """Return a dict from each skipped row to its note: image, tab, reason. Raises InputError if the list is damaged."""
+    """Read the notes about skipped rows from `skipped.txt`.
+
+    Args:
+        folder: folder of the store.
+        rows: number of rows of the store.
+
+    Returns:
+        Dict from row number to note: the image, a tab and the reason. Empty if there is no file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     path = folder / SKIPPED
     if not path.exists():
         return {}
@@ -211,7 +250,15 @@ def read_skipped(folder: Path, rows: int) -> dict[int, str]:
 
 
 def add_skipped(folder: Path, notes: Mapping[int, str]) -> None:
-    """Append skipped rows with their notes: image, tab, reason. Raises InputError if the file cannot be written."""
+    """Append notes about skipped rows to `skipped.txt`.
+
+    Args:
+        folder: folder of the store.
+        notes: dict from row number to note: the image, a tab and the reason.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     try:
         with (folder / SKIPPED).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(_skipped_text(notes))
@@ -220,7 +267,15 @@ def add_skipped(folder: Path, notes: Mapping[int, str]) -> None:
 
 
 def write_skipped(folder: Path, notes: Mapping[int, str]) -> None:
-    """Replace the list of skipped rows, which needs no file if it is empty. Raises InputError if writing fails."""
+    """Replace the contents of `skipped.txt`. No file is created if there are no notes.
+
+    Args:
+        folder: folder of the store.
+        notes: dict from row number to note: the image, a tab and the reason.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     if notes or (folder / SKIPPED).exists():
         write_atomically(folder / SKIPPED, _skipped_text(notes).encode(errors="backslashreplace"))
 
@@ -230,7 +285,13 @@ def _skipped_text(notes: Mapping[int, str]) -> str:
 
 
 def _read_lines(path: Path, rows: int, fix: str) -> list[str]:
-    """Read a JSON list of one string per row."""
+    """Read a JSON list with one string per row.
+
+    Args:
+        path: the file.
+        rows: expected length of the list.
+        fix: what the user can do if the list is missing or damaged, for the message.
+    """
     try:
         lines = json.loads(_read_text(path, fix))
     except ValueError as error:

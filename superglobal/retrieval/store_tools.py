@@ -1,4 +1,4 @@
-"""Operations on whole descriptor stores: inspect, verify, merge, export, and reuse rows of other stores."""
+"""Operations on descriptor stores: inspect, verify, merge and export stores, and reuse rows of other stores."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from superglobal.retrieval.store_files import (
 from superglobal.utils.io import atomic_file, digest, write_atomically
 
 log = logging.getLogger(__name__)
-_BLOCK = 8192  # rows that are read at a time
+_BLOCK = 8192  # number of rows that are read at a time
 _CHECKSUMS = "checksums.json"
 
 
 def open_validated(folder: Path) -> DescriptorStore:
-    """Open a store and validate every list in it.
+    """Open a store and validate its lists: image names, image paths, skipped rows and recorded checksums.
 
     Raises:
         InputError: there is no store, or one of its files is missing or damaged.
@@ -52,7 +52,7 @@ def open_validated(folder: Path) -> DescriptorStore:
 
 
 def store_info(store: DescriptorStore) -> dict[str, Any]:
-    """Return the settings, the numbers of rows and the size of a store, as plain types."""
+    """Return a dict with the settings, the row counts and the size in bytes of a store, as plain types."""
     manifest = store.manifest
     return {
         "folder": str(store.folder),
@@ -67,13 +67,14 @@ def store_info(store: DescriptorStore) -> dict[str, Any]:
 
 
 def verify(store: DescriptorStore, record: bool = False) -> int:
-    """Verify a store against its manifest: the list of images, each written row, and recorded checksums.
+    """Verify a store: its image list, the values of every descriptor, and the checksums of the shards if recorded.
 
-    The shapes of the shards are checked when a store is opened.
+    The shapes of the shards are not verified here, because they are checked whenever a store is opened.
 
     Args:
         store: store to verify.
-        record: write the checksums of the shards, for comparison in later calls; only for a complete store.
+        record: record the checksums of the shards for later calls, instead of comparing them; only for a complete
+            store.
 
     Returns:
         Number of verified rows.
@@ -109,7 +110,11 @@ def verify(store: DescriptorStore, record: bool = False) -> int:
 
 
 def recorded_checksums(store: DescriptorStore) -> dict[str, str] | None:
-    """Return the recorded checksums of the shards, or None. Raises InputError if their file is damaged."""
+    """Return a dict from shard file to recorded checksum; None if no checksums are recorded.
+
+    Raises:
+        InputError: the file of the checksums is damaged.
+    """
     path = store.folder / _CHECKSUMS
     if not path.exists():
         return None
@@ -126,8 +131,16 @@ def recorded_checksums(store: DescriptorStore) -> dict[str, str] | None:
 def merge(stores: Sequence[DescriptorStore], folder: Path) -> DescriptorStore:
     """Merge stores that each contain some rows of the same image list into one store in `folder`.
 
-    A row in several stores must be bitwise equal in all of them. A row that is skipped in some stores and written in
-    another is written. A row that is written in no store stays skipped, with the first recorded reason.
+    A row that is written in several stores must be bitwise equal in all of them. A row that is skipped in some stores
+    and written in another is written in the merged store. A row that is skipped and nowhere written stays skipped, with
+    the first recorded reason.
+
+    Args:
+        stores: stores to merge, at least one.
+        folder: folder of the merged store.
+
+    Returns:
+        The merged store.
 
     Raises:
         InputError: the stores differ in images, weights, settings, dtype or a row, or the folder cannot be written.
@@ -180,13 +193,18 @@ def _merge_rows(store: DescriptorStore, merged: DescriptorStore) -> None:
 
 
 def export(store: DescriptorStore, path: Path) -> int:
-    """Write the descriptors as `.npy`, with the names in a `.txt` of the same name, or as `.parquet`.
+    """Export the descriptors and the image names of a store to `.npy` and `.txt` files, or to a `.parquet` file.
 
-    Parquet has the columns name and descriptor. A name is the row's unique path in `paths.json`. Skipped rows are
-    omitted. Descriptors keep the store's dtype.
+    The names are the image paths in `paths.json`. The `.txt` file, with one name per line, is written next to the
+    `.npy` file. The columns of the Parquet file are `name` and `descriptor`. Skipped rows are omitted. Descriptors keep
+    the dtype of the store.
+
+    Args:
+        store: complete store.
+        path: file to write; its suffix determines the format.
 
     Returns:
-        Number of written rows.
+        Number of exported rows.
 
     Raises:
         InputError: the suffix is unknown, rows or paths are missing, or the file cannot be written.
@@ -230,9 +248,14 @@ def _export_parquet(store: DescriptorStore, rows: np.ndarray, names: list[str], 
 
 
 def reuse_rows(folder: Path, store: DescriptorStore) -> int:
-    """Copy rows of the same images, network and settings from the other stores under `folder`.
+    """Fill missing rows with descriptors that were extracted before, for other stores.
 
-    A damaged store is ignored with a warning.
+    Rows are copied from stores with the same network and settings, for the same images. A damaged store is ignored with
+    a warning.
+
+    Args:
+        folder: folder that contains the other stores.
+        store: store to fill.
 
     Returns:
         Number of copied rows.
@@ -250,7 +273,7 @@ def reuse_rows(folder: Path, store: DescriptorStore) -> int:
             source = DescriptorStore.open(path.parent)
             rows, source_rows = _common_rows(source, store)
         except InputError as error:
-            log.warning("rows of %s are not reused: %s", path.parent, error)
+            log.warning("cannot reuse descriptors of %s, extracting them again: %s", path.parent, error)
             continue
         for start in range(0, len(rows), _BLOCK):
             batch = slice(start, start + _BLOCK)
@@ -260,7 +283,11 @@ def reuse_rows(folder: Path, store: DescriptorStore) -> int:
 
 
 def _common_rows(source: DescriptorStore, store: DescriptorStore) -> tuple[np.ndarray, np.ndarray]:
-    """Return the missing rows (n,) of `store`, and the written rows (n,) of `source` with the same images."""
+    """Find the missing rows of `store` whose images have a descriptor in `source`.
+
+    Returns:
+        Row numbers in `store` and row numbers in `source`, (n,) int64 each. Empty if `source` is less precise.
+    """
     if source.dtype.itemsize < store.dtype.itemsize:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     row_of = {name: row for row, name in enumerate(source.names)}
@@ -270,13 +297,22 @@ def _common_rows(source: DescriptorStore, store: DescriptorStore) -> tuple[np.nd
 
 
 def _copy_valid(source: DescriptorStore, source_rows: np.ndarray, store: DescriptorStore, rows: np.ndarray) -> int:
-    """Copy the valid rows, bitwise if the dtypes are equal, and return their number; the others are extracted again."""
+    """Copy rows of `source` that are unit vectors, and return their number.
+
+    Values are copied unchanged if both stores have the same dtype. Invalid rows stay missing, with a warning.
+
+    Args:
+        source: store to read.
+        source_rows: (n,) row numbers in `source`.
+        store: store to write.
+        rows: (n,) row numbers in `store`.
+    """
     values = source.read_rows(source_rows)
     norms = np.linalg.norm(values.astype(np.float64), axis=1)
     valid = is_unit(norms)
     if not valid.all():
         row, norm = source_rows[~valid][0], norms[~valid][0]
-        log.warning("%s: row %d is damaged (norm %g) and is not reused", source.folder, row, norm)
+        log.warning("%s: row %d is damaged (norm %g); extracting it again", source.folder, row, norm)
     values, norms = values[valid], norms[valid]
     store.copy_rows(rows[valid], values if source.dtype == store.dtype else values / norms[:, None])
     return len(values)

@@ -1,7 +1,9 @@
-"""Whitening with the mean and the covariance of the searched database, without labels.
+"""Whitening of descriptors with the mean m and the covariance C of the searched database, without labels.
 
-center: x <- x - m, normalized                                 m, C: mean and covariance of the database's rows
-pca:    x <- L^-1/2 U^T (x - m), normalized                    C = U L U^T, its `dims` largest eigenvalues
+center: x <- x - m, normalized
+pca:    x <- L^-1/2 U^T (x - m), normalized
+
+L is the diagonal matrix of the `dims` largest eigenvalues of C, and U contains the corresponding eigenvectors.
 """
 
 from __future__ import annotations
@@ -20,22 +22,23 @@ from superglobal.utils.io import atomic_file
 FORMAT = "superglobal-whitening-1"
 KINDS = ("none", "center", "pca")
 _BLOCK_ROWS = 8192
-# Matrix products of one fixed shape give a row the same bits in every position, which exact ranks require.
+# Exact ranks require that equal rows have bitwise equal results at every position, so all matrix products have the same
+# shape, with this number of rows.
 _PRODUCT_ROWS = 256
 
 
 class Whitening:
-    """Center or whiten descriptors by the statistics of a database, with the interface of scikit-learn.
+    """Center or whiten descriptors with the statistics of a database, with the interface of scikit-learn.
 
-    "center" subtracts the mean. "pca" projects the difference on the principal axes, each divided by the root of its
-    eigenvalue. Both normalize the result to unit L2 norm.
+    "center" subtracts the mean. "pca" also projects the difference onto the principal axes, and divides each component
+    by the square root of its eigenvalue. Both normalize the result to unit L2 norm.
 
     Args:
         kind: "pca" or "center".
-        dims: for "pca" the number of principal axes that are kept, 1..D; D by default.
+        dims: for "pca", the number of principal axes that are kept, 1..D; D by default.
 
     Raises:
-        InputError: an unknown kind.
+        InputError: the kind is unknown.
     """
 
     mean_: np.ndarray
@@ -51,14 +54,14 @@ class Whitening:
 
     @property
     def components_(self) -> np.ndarray | None:
-        """Principal axes (dims, D) float64, each divided by the root of its eigenvalue; None for "center"."""
+        """Principal axes (dims, D) float64, each divided by the square root of its eigenvalue; None for "center"."""
         return None if self._axes is None else self._axes.T
 
     def fit(self, X: Any) -> Whitening:
-        """Compute mean and axes in one pass over the rows, in float64.
+        """Compute the mean and the principal axes in float64, in one pass over the rows.
 
-        Rows that a store skips do not count. "pca" needs more rows than axes, because the directions of too few rows
-        become orthogonal after whitening, whatever the images show.
+        Skipped rows of a store are ignored. "pca" needs more rows than axes: whitening makes too few rows orthogonal to
+        each other, whatever their images show.
 
         Args:
             X: (N, D) database: an array, a memory map, a tensor or a `DescriptorStore`.
@@ -67,7 +70,7 @@ class Whitening:
             The object itself.
 
         Raises:
-            InputError: bad rows, or dims out of range or more than the rows allow.
+            InputError: a row is invalid, or `dims` is out of range or too large for the number of rows.
         """
         rows = as_rows(X, "database")
         count = len(rows) - len(rows.skipped)
@@ -89,13 +92,14 @@ class Whitening:
             varying = int((values > 1e-12 * max(values[0], 1e-12)).sum())
             if varying < dims:
                 raise InputError(
-                    f"{rows.name}: only {varying} of {dims} axes have any variance; use whitening.dims={varying or 1}"
+                    f"{rows.name}: only {varying} of {dims} principal axes have nonzero variance; "
+                    f"use whitening.dims={varying or 1}"
                 )
             self._axes = vectors / np.sqrt(values)
         return self
 
     def _resolved_dims(self, dim: int, count: int) -> int:
-        """Return the number of axes; 0 for center."""
+        """Return the number of principal axes for `count` rows of dimension `dim`; 0 for "center"."""
         if self.kind == "center":
             return 0
         dims = dim if self.dims is None else self.dims
@@ -109,19 +113,29 @@ class Whitening:
         return dims
 
     def transform(self, X: Any) -> np.ndarray:
-        """Return descriptors (N, D) as (N, D) or (N, dims) float32, unit norm; a row equal to the mean becomes zero.
+        """Transform descriptors to unit vectors in memory.
+
+        Args:
+            X: (N, D) descriptors, or anything that `as_rows` accepts.
+
+        Returns:
+            (N, D) float32 for "center", (N, dims) float32 for "pca". A row that equals the mean becomes zero.
 
         Raises:
-            InputError: bad rows, or another D than that of `fit`.
+            InputError: `fit` was not called, or D differs from that of `fit`.
         """
         rows = self.transform_rows(X)
         return rows.block(0, len(rows))
 
     def transform_rows(self, X: Any, name: str = "descriptors") -> Rows:
-        """Return descriptors (N, D) as rows that are transformed when they are read, block by block.
+        """Return descriptors as `Rows` that are transformed whenever they are read, block by block.
+
+        Args:
+            X: (N, D) descriptors, or anything that `as_rows` accepts.
+            name: name of the descriptors, for messages.
 
         Raises:
-            InputError: `fit` was not called, or another D.
+            InputError: `fit` was not called, or D differs from that of `fit`.
         """
         if not hasattr(self, "mean_"):
             raise InputError("whitening: not fitted yet; call fit first")
@@ -137,12 +151,12 @@ class Whitening:
                 padded[: len(centered)] = centered
                 centered = (padded @ self._axes)[: len(centered)]
             norms = np.sqrt(np.square(centered).sum(axis=1, keepdims=True))
-            # A row equal to the mean has no direction. It becomes zero, and validation reports it.
+            # A row that equals the mean has no direction. It becomes zero, which validation reports as an error.
             out[start : start + _PRODUCT_ROWS] = centered / np.where(norms < 1e-9, 1, norms)
         return out
 
     def save(self, path: Path, identity: str) -> None:
-        """Write the values of `fit` and their identity to an .npz file."""
+        """Write the results of `fit` to an .npz file, with a text `identity` that `load` compares."""
         arrays: dict[str, Any] = {"identity": np.array(identity), "rows": np.array(self.n_samples_), "mean": self.mean_}
         if self._axes is not None:
             arrays["axes"] = self._axes
@@ -150,10 +164,10 @@ class Whitening:
             np.savez(file, **arrays)
 
     def load(self, path: Path, identity: str) -> Whitening:
-        """Read the values of `save`.
+        """Read the results of `fit` from a file that `save` wrote, and return the object itself.
 
         Raises:
-            InputError: the file is damaged, or has another identity.
+            InputError: the file is damaged or has another identity.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -172,18 +186,18 @@ class Whitening:
 def stored_whitening(
     X: Any, kind: str, dims: int | None, folder: Path, fingerprints: list[str]
 ) -> tuple[Whitening, str]:
-    """Read the whitening of X from `folder`, or compute it and write it there.
+    """Load the whitening of a database from `folder`, or fit it and store it there.
 
     Args:
         X: (N, D) database, or anything that `as_rows` accepts.
         kind: "pca" or "center".
         dims: number of principal axes; see `Whitening`.
-        folder: folder of the file.
-        fingerprints: fingerprints of the stores that X is read from, in order; with kind and dims they identify the
-            whitening.
+        folder: folder of the stored whitening.
+        fingerprints: fingerprints of the stores that X is read from, in order. Together with `kind` and `dims`, they
+            identify the whitening.
 
     Returns:
-        The whitening and its fingerprint.
+        The fitted whitening and its fingerprint.
 
     Raises:
         InputError: `Whitening.fit` rejects the rows, the file is damaged, or the folder cannot be written.
@@ -199,7 +213,7 @@ def stored_whitening(
 
 
 class _Transformed:
-    """Whitened rows as a source of Rows."""
+    """Source of `Rows` that whitens other rows when they are read."""
 
     def __init__(self, rows: Rows, whitening: Whitening) -> None:
         if whitening.mean_.shape != (rows.dim,):
