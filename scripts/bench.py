@@ -1,7 +1,8 @@
-"""Compare the package with straightforward implementations in the same run: python scripts/bench.py rerank [--help].
+"""Compare superglobal with straightforward implementations: python scripts/bench.py rerank [--help].
 
-Compare the ratios, because the seconds depend on the machine and its load. --json FILE also writes the numbers, the
-machine and the versions to a file.
+All variants of a benchmark are measured in the same run. Compare their ratios, because the seconds depend on the
+machine and its load. --json FILE also writes the measurements, a description of the machine and the package versions to
+a file.
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ FORMAT = "superglobal-benchmark-1"
 
 
 def main() -> int:
-    """Run the chosen benchmark of scripts/benches, and return the exit status, which is 2 for an InputError."""
+    """Run the benchmark named on the command line, a module in scripts/benches.
+
+    Returns:
+        The exit status: 0, or 2 after an InputError.
+    """
     names = sorted(module.name for module in pkgutil.iter_modules(benches.__path__) if module.name != "common")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
     )
     parser.add_argument("benchmark", choices=names)
-    parser.add_argument("--json", type=Path, help="file for the numbers, the machine and the versions")
+    parser.add_argument("--json", type=Path, help="file for the measurements, the machine and the package versions")
     arguments, rest = parser.parse_known_args()
     try:
         rows = importlib.import_module(f"benches.{arguments.benchmark}").main(rest)

@@ -1,9 +1,10 @@
-"""Check that the official example descriptors give the published scores on ROxford5k and RParis6k.
+"""Check that the official example descriptors yield the published scores on ROxford5k and RParis6k.
 
     python scripts/check_metrics.py FOLDER
 
-FOLDER contains gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat of roxford5k, rparis6k or both. The exit status is 0
-if all scores agree to within 0.01 percentage points, 1 if a score differs, and 2 if files are missing.
+FOLDER contains the files gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat, where <name> is roxford5k or rparis6k, or
+the files of both. The exit status is 0 if all scores agree to within 0.01 percentage points, 1 if a score differs by
+more, and 2 if files are missing.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from superglobal.metrics.evaluate import revisited_map
 from superglobal.metrics.revisited import RetrievalResult
 
 KS = (1, 5, 10)
-# Scores published with the descriptors (filipradenovic/revisitop, README): mAP and mP@1, 5, 10 in percent.
+# Scores published with the descriptors (filipradenovic/revisitop, README): mAP, mP@1, mP@5 and mP@10 in percent.
 PUBLISHED: dict[str, dict[str, tuple[float, ...]]] = {
     "roxford5k": {
         "easy": (84.81, 97.06, 92.06, 86.49),
@@ -36,7 +37,14 @@ TOLERANCE = 0.01  # percentage points
 
 
 def load_features(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Load the query descriptors, (Q, D) float32, and the database descriptors, (N, D) float32, of a .mat file."""
+    """Load descriptors from a .mat file.
+
+    Returns:
+        The query descriptors, (Q, D) float32, and the database descriptors, (N, D) float32.
+
+    Raises:
+        InputError: scipy is not installed, or the file lacks one of the arrays Q and X.
+    """
     try:
         from scipy.io import loadmat
     except ImportError as error:
@@ -48,7 +56,7 @@ def load_features(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compare(name: str, result: RetrievalResult) -> bool:
-    """Print measured and published values; return True if all agree within the tolerance."""
+    """Print the measured and the published scores of a data set, and return True if all of them agree."""
     print(f"{name:10}{'':8}" + "".join(f"{head:>20}" for head in ("mAP", *(f"mP@{k}" for k in KS))))
     agree = True
     for protocol, published in PUBLISHED[name].items():
@@ -61,7 +69,7 @@ def compare(name: str, result: RetrievalResult) -> bool:
 
 
 def missing_message(folder: Path) -> str:
-    """Return the error message for a folder without a complete pair of files."""
+    """Return the error message for a folder that contains the two files of neither data set."""
     return (
         f"no pair of gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat in {folder.resolve()}; "
         "download them to data/revisited-features: superglobal download revisited-features"
@@ -69,7 +77,7 @@ def missing_message(folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check each data set whose two files are in the folder, and return the exit status."""
+    """Check each data set whose two files are in the folder, and return the exit status (see the top of this file)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of the official files")
     folder = parser.parse_args(arguments).folder

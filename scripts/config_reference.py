@@ -1,4 +1,4 @@
-"""Write docs/reference/configuration.md from the schemas and conf/: python scripts/config_reference.py."""
+"""Generate docs/reference/configuration.md from the schemas and conf/: python scripts/config_reference.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "reference" / "configuration.md"
 
 
 def main() -> None:
-    """Write the page and print its path."""
+    """Write the configuration reference, and print the path of the file."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     register()
     write_atomically(PAGE, reference_page(ENTRIES).encode())

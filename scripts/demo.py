@@ -1,7 +1,8 @@
 """Train and evaluate a network on rendered landmarks: python scripts/demo.py, or `make demo`.
 
-The script renders the toy data set, fine-tunes ImageNet's EfficientNet-Lite0 on it, and evaluates the network with and
-without each module, and the network before training for comparison. Results of an earlier run are reused.
+The script renders the toy data set, fine-tunes an EfficientNet-Lite0 with ImageNet weights on it, and evaluates the
+network before training and, with and without each module of SuperGlobal, after training. It resumes or reuses what an
+earlier run with the same settings has computed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> int:
-    """Run the stages one after the other, print the time of each, and stop if a stage fails."""
+    """Run the stages one after the other, and print the time that each stage takes.
+
+    Returns:
+        The exit status: 0, or that of the first stage that fails.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="medium", help="size of the toy data set: tiny, small, medium or large")
     parser.add_argument("--seed", default="0", help="seed of the toy data set; each seed gives different landmarks")
@@ -31,7 +36,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.outputs / "eval" / args.name
     stages = _stages(args, folder)
-    # Results depend on the number of threads in the last digits.
+    # The last digits of the results depend on the number of threads.
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     start = time.monotonic()
     for number, (title, command) in enumerate(stages.items(), 1):
@@ -47,6 +52,7 @@ def main() -> int:
 
 
 def _stages(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    """Return the stages of the demo in order: title -> command-line arguments for the Python interpreter."""
     paths = [f"paths.data={args.data}", f"paths.outputs={args.outputs}"]
     toy = ["--size", args.size, "--seed", args.seed, "--out", str(args.data / "toy")]
     evaluate = ["dataset=toy", "logger=csv", "trainer.num_workers=0", *paths]
@@ -64,5 +70,5 @@ def _stages(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # The stage has printed its own message.
+    except KeyboardInterrupt:  # The interrupted stage has already printed a message.
         sys.exit(130)

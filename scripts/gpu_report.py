@@ -1,8 +1,8 @@
 """Check the package on a GPU and measure its speed: python scripts/gpu_report.py [--minutes 8] [--out FOLDER].
 
-The script needs one GPU, but no network and no data. Each section runs in its own process, and an exception becomes a
-row of the report. It writes report.json, report.md and one log per section. `--device cpu` runs every section on a CPU
-at a reduced size in one to four minutes.
+The script needs one GPU, but no internet access and no data. Each section of the report runs in a separate process, and
+an exception in a section becomes a row of the report. The script writes report.json, report.md and one log file per
+section. With `--device cpu`, every section runs on the CPU with smaller inputs, which takes one to four minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-# Checking for a GPU must not initialize CUDA in this process, because the processes of the sections are forked from it.
+# Checking for a GPU must not initialize CUDA in this process, because the section processes are forked from it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from gpu_sections.common import Report, Row, format_row
@@ -35,21 +35,25 @@ from superglobal.utils.provenance import git_state, versions
 
 FORMAT = "superglobal-gpu-report-1"
 STATUSES = ("passed", "measured", "failed", "timeout", "skipped", "interrupted")
-# The most important section comes first. Each number is the fraction of the total time that the section may take.
+# Section -> fraction of the total time that it may take. The most important section comes first.
 SECTIONS = {"correctness": 0.3, "extraction": 0.26, "training": 0.22, "search": 0.15, "processes": 0.07}
 
 
 def main() -> int:
-    """Run the chosen sections, write the report, and return the exit status, which is 1 if a row failed."""
+    """Run the chosen sections, and write the report.
+
+    Returns:
+        The exit status: 0, 1 if a row failed, 2 if an argument is invalid, or 130 after an interrupt.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--minutes", type=float, default=8, help="time limit of the report; 15 minutes include compilation (default: 8)"
+        "--minutes", type=float, default=8, help="time limit of the whole report; torch.compile needs 15 (default: 8)"
     )
     parser.add_argument("--out", type=Path, help="folder of the report (default: outputs/gpu_report/<date>)")
     parser.add_argument(
         "--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="sections to run (default: all)"
     )
-    sizes = "small has fewer repetitions than full, tiny is for a CPU"
+    sizes = "size of the inputs: small repeats measurements less often than full; tiny is for a CPU"
     parser.add_argument("--size", choices=("full", "small", "tiny"), help=f"{sizes} (default: full, or tiny on a CPU)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device to check (default: cuda)")
     args = parser.parse_args()
@@ -59,7 +63,7 @@ def main() -> int:
     if problem := _problem(args, card):
         print(f"error: {problem}", file=sys.stderr)
         return 2
-    # After an interrupt the current section ends, and the report contains the rows measured so far.
+    # Treat SIGTERM like Ctrl+C: stop the current section, and write a report of the rows measured so far.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     args.out.mkdir(parents=True, exist_ok=True)
     lines, work = args.out / "rows.jsonl", Path(tempfile.mkdtemp(prefix="gpu_report_"))
@@ -101,7 +105,7 @@ def main() -> int:
 
 
 def _problem(args: argparse.Namespace, card: dict[str, Any]) -> str | None:
-    """Return an error message if the arguments are invalid."""
+    """Return an error message if an argument is invalid, and None otherwise."""
     if args.device == "cuda" and not card:
         return "nvidia-smi finds no GPU; use --device cpu to try the script"
     if not 0 < args.minutes < 1e6:
@@ -114,7 +118,10 @@ def _problem(args: argparse.Namespace, card: dict[str, Any]) -> str | None:
 
 
 def _card() -> dict[str, Any]:
-    """Return the name, driver and memory of the first GPU, without initializing CUDA, which does not support forks."""
+    """Return the name, the driver version and the memory of the first GPU; empty if there is no GPU.
+
+    The values come from nvidia-smi, because a process that has initialized CUDA must not be forked.
+    """
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
     try:
         text = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -125,10 +132,12 @@ def _card() -> dict[str, Any]:
 
 
 def _run_section(report: Report, log: Path) -> bool:
-    """Run a section in a forked process, which need not import the packages again, and end it at its deadline.
+    """Run a section in a separate process, and kill the process at the deadline of the section.
+
+    The process is forked, so that it does not have to import the packages again.
 
     Returns:
-        False after an interrupt, else True.
+        False if the report was interrupted, and True otherwise.
     """
     process = multiprocessing.get_context("fork").Process(target=_section, args=(report, log))
     process.start()
@@ -142,7 +151,7 @@ def _run_section(report: Report, log: Path) -> bool:
     except KeyboardInterrupt:
         status, note = "interrupted", "the report was interrupted"
     if process.is_alive():
-        with suppress(ProcessLookupError):  # The process may end by itself at this moment.
+        with suppress(ProcessLookupError):  # The process may have ended in the meantime.
             os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
     if note:
@@ -151,7 +160,7 @@ def _run_section(report: Report, log: Path) -> bool:
 
 
 def _section(report: Report, log: Path) -> None:
-    """Run one section, and write its output to a log file and to the console."""
+    """Run one section in this process, and copy its output to a log file and the console."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     tee = subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE)
@@ -171,8 +180,8 @@ def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
     ]
     text += [
         "",
-        "`passed` and `failed` rows are checks of the condition in the last column. `measured` rows are measurements. "
-        "The note of a `skipped` row is the reason. A `timeout` row was running when its section reached its time "
+        "`passed` and `failed` rows check the condition in the last column. `measured` rows are measurements. "
+        "The note of a `skipped` row gives the reason. A `timeout` row was running when its section reached its time "
         "limit. `ratio` is the result divided by that of the baseline: larger rates and smaller times are faster.",
     ]
     for section in dict.fromkeys(row.section for row in rows):

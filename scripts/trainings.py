@@ -1,4 +1,4 @@
-"""Run short trainings on random images, for the benchmarks and the GPU report."""
+"""Run short training runs on random images, for the benchmarks and the GPU report."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from superglobal.training.trainer import make_fit_trainer
 
 
 class RandomImages(Dataset):
-    """Random images in memory.
+    """Data set of random images, which are kept in memory.
 
     Args:
-        count: number of images, which repeat 64 different ones.
+        count: number of images. The data set repeats 64 different images.
         side: height and width of the images in pixels.
         classes: number of classes.
     """
@@ -44,7 +44,7 @@ class RandomImages(Dataset):
 
 
 class StepTimes(pl.Callback):
-    """Callback that records the time at which each step begins, in seconds."""
+    """Callback that records the time at which each training step begins, as `time.perf_counter()` in seconds."""
 
     def __init__(self) -> None:
         self.begins: list[float] = []
@@ -56,16 +56,19 @@ class StepTimes(pl.Callback):
 def make_network_and_head(
     backbone: str, dim: int, classes: int, head: str = "arcface", scale: float = 16, margin: float = 0.1, **options: Any
 ) -> tuple[Any, Any]:
-    """Return an untrained network and its margin head, with the same weights in every call.
+    """Return a network and a margin head with random weights, which are the same in every call.
 
     Args:
-        backbone: see `load_model`.
+        backbone: name of the backbone, as in `load_model`.
         dim: number of dimensions of the descriptors.
         classes: number of classes.
-        head: kind of head, see `make_head`.
-        scale: scale of the logits.
+        head: kind of head, as in `make_head`.
+        scale: factor by which the head multiplies all cosines.
         margin: margin of the head.
-        **options: further arguments of `load_model`.
+        **options: more arguments of `load_model`.
+
+    Returns:
+        The network and the head.
     """
     torch.manual_seed(0)
     network = load_model("random", backbone=backbone, scales=1, dim=dim, trainable=True, **options)
@@ -81,7 +84,20 @@ def fit(
     callbacks: Sequence[pl.Callback],
     loggers: Sequence[Logger] = (),
 ) -> tuple[TrainingModule, TrainingDataModule]:
-    """Train for one epoch with the Trainer, and return the training module and the data module."""
+    """Train a network for one epoch with superglobal's Trainer.
+
+    Args:
+        network: network to train.
+        head: margin head to train together with the network.
+        optim: optimizer settings, which include the batch size.
+        config: settings of the Trainer.
+        images: training images.
+        callbacks: callbacks of the Trainer.
+        loggers: loggers of the Trainer.
+
+    Returns:
+        The training module and the data module after training.
+    """
     data = TrainingDataModule(images, optim.batch_size, 1, config.num_workers, 0)  # type: ignore[arg-type]
     steps = len(images) // optim.batch_size
     module = TrainingModule(network, head, optim, steps, np.arange(images.classes), config)

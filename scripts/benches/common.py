@@ -1,4 +1,7 @@
-"""Measure each variant of a benchmark in its own process, so that the peak memory is that of one variant."""
+"""Measure the time and the memory of one variant of a benchmark in a separate process.
+
+The peak memory of the process is then that of the variant alone.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 Measured = dict[str, Any]
-"""A row of the table of a benchmark, in JSON types."""
+"""Measurements of one variant, as a row of the benchmark's table: name -> value of a JSON type."""
 
 
 def _status(key: str) -> float:
-    """Return a value of /proc/self/status in MB, e.g. VmRSS. Without /proc, return the peak of the process so far."""
+    """Return a field of /proc/self/status in MB, e.g. VmRSS. Without /proc, return the peak memory of this process."""
     try:
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
@@ -24,7 +27,7 @@ def _status(key: str) -> float:
 
 
 def _measure(make: Callable[[], Callable[[], Any]], repeats: int, answers: Any) -> None:
-    """Build the inputs, run `repeats` times, and send (median seconds, MB in addition to the inputs, last result)."""
+    """Measure a variant in this process, and put the result of `measured` into the queue `answers`."""
     run = make()
     before = _status("VmRSS")
     seconds = []
@@ -36,7 +39,18 @@ def _measure(make: Callable[[], Callable[[], Any]], repeats: int, answers: Any) 
 
 
 def measured(make: Callable[[], Callable[[], Any]], repeats: int) -> tuple[float, float, Any]:
-    """Run `_measure` in a new process and return its result."""
+    """Measure a variant of a benchmark in a new process.
+
+    Args:
+        make: function that creates the inputs of the variant, and returns a function that runs the variant once.
+        repeats: number of runs.
+
+    Returns:
+        The median seconds of a run, the peak memory in MB in addition to the inputs, and the result of the last run.
+
+    Raises:
+        RuntimeError: the process ended without a result.
+    """
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     process = context.Process(target=_measure, args=(make, repeats, answers))

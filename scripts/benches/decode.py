@@ -1,4 +1,4 @@
-"""Measure the decoding and augmentation of training images, in images per second on one core."""
+"""Measure how many training images per second one CPU core decodes and augments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,18 @@ CROP, JITTER = 0.3, 0.2  # defaults in conf/data
 
 
 def synthetic(width: int, height: int, count: int) -> list[bytes]:
-    """Return JPEG files of quality 90 with patterns of all sizes and some noise, about as large as those of photos."""
+    """Generate JPEG files of quality 90, with patterns of several sizes and some noise.
+
+    Their file sizes are similar to those of photos.
+
+    Args:
+        width: width of the images in pixels.
+        height: height of the images in pixels.
+        count: number of images.
+
+    Returns:
+        The contents of the files.
+    """
     rng, files = np.random.default_rng(0), []
     for _ in range(count):
         pixels = rng.normal(0, 4, (height, width, 3))
@@ -37,6 +48,7 @@ def synthetic(width: int, height: int, count: int) -> list[bytes]:
 
 
 def _seconds(run: Callable[[bytes], object], images: list[bytes]) -> float:
+    """Return the mean seconds per image that a function takes."""
     torch.manual_seed(0)
     start = time.perf_counter()
     for image in images:
@@ -45,6 +57,7 @@ def _seconds(run: Callable[[bytes], object], images: list[bytes]) -> float:
 
 
 def _compare(title: str, images: list[bytes], rounds: int) -> list[Measured]:
+    """Measure decoding alone, and decoding with each augmentation, and print and return one row per variant."""
     variants: dict[str, Callable[[bytes], object]] = {"decoded at full size only": decode_image}
     for side in SIDES:
         for reduced in (False, True):
@@ -66,7 +79,10 @@ def _compare(title: str, images: list[bytes], rounds: int) -> list[Measured]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare decoding and augmentation with decoding alone. The variants alternate."""
+    """Compare decoding and augmenting images with only decoding them, and return one row per variant.
+
+    The variants take turns, so that changes in the load of the machine affect all of them.
+    """
     parser = argparse.ArgumentParser("bench.py decode", description=__doc__)
     parser.add_argument(
         "--images", type=Path, help="folder of JPEG files; by default images of two sizes are generated"

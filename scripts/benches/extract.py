@@ -1,9 +1,10 @@
-"""Compare extraction with the unoptimized network on single images, and with the time of its convolutions.
+"""Compare the time to extract descriptors with that of an unoptimized network, and with a lower bound.
 
-The unoptimized network is timm's network with the same scales and pooling, in eager and inference mode, in NCHW and
-with separate batch normalization. The lower bound is the sum of the times of all convolutions: each one runs alone on
-the shapes of the batch, with folded batch normalization and in the faster of two layouts. All variants alternate in one
-process with the same number of threads, and medians are printed. Decoding is not included.
+The unoptimized network is timm's network with the same scales and pooling. It processes one image at a time in eager
+mode, in the memory layout NCHW and with separate batch normalization. The lower bound is the total time of all
+convolutions, each of which runs alone on inputs of the same shapes, with folded batch normalization and in the faster
+of two memory layouts. The variants take turns in one process with the same number of threads, and medians are printed. The
+time to decode images is not included.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Call = tuple[nn.Conv2d, Tensor]
 
 
 def _calls(network: RetrievalNetwork, images: Tensor) -> list[Call]:
-    """Return each convolution with its input for one image at all scales."""
+    """Return every call of a convolution when the network processes images at all scales: (convolution, input)."""
     calls: list[Call] = []
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -42,7 +43,13 @@ def _calls(network: RetrievalNetwork, images: Tensor) -> list[Call]:
 
 
 def _floor(calls: list[Call], batch: int, sync: Callable[[], None]) -> Callable[[], float]:
-    """Return a function that measures the total seconds of all convolutions, each in its faster layout."""
+    """Return a function that measures the lower bound: the total seconds of all convolutions for one batch.
+
+    Args:
+        calls: convolutions and their inputs for one image, from `_calls`.
+        batch: number of images per batch.
+        sync: function that waits until the device has finished.
+    """
     layouts: list[Any] = [torch.contiguous_format, torch.channels_last]
 
     def run() -> float:
@@ -65,7 +72,12 @@ def _floor(calls: list[Call], batch: int, sync: Callable[[], None]) -> Callable[
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Measure extraction, the unoptimized network and the convolutions, and the cosine of each precision."""
+    """Measure extraction in each precision, the unoptimized network and the lower bound.
+
+    Returns:
+        One row per variant. For each precision, it contains the smallest cosine similarity between a descriptor and
+        that of the unoptimized network in float32.
+    """
     parser = argparse.ArgumentParser("bench.py extract", description=__doc__)
     parser.add_argument("--backbone", default="resnet50", help="name of the backbone in timm")
     parser.add_argument("--width", type=int, default=1024, help="width of the images in pixels")

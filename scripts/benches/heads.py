@@ -1,7 +1,7 @@
-"""Compare a training step of each head with a linear softmax classifier of the same size in the same run.
+"""Compare the time and memory of a training step with each margin head to those of a linear softmax classifier.
 
-On a CPU the processor time of all threads is measured, because it hardly depends on the load of the machine. On a GPU
-the elapsed time is measured.
+On a CPU the processor time of all threads is measured, because the load of the machine hardly affects it. On a GPU the
+elapsed time is measured.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HEADS = [
 
 
 class Linear(nn.Module):
-    """Linear classifier with the cross entropy of inner products, without normalization or margin."""
+    """Linear softmax classifier with cross-entropy loss, without normalization or margin."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -46,9 +46,15 @@ class Linear(nn.Module):
 
 
 def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Callable[[], tuple[float, float]]:
-    """Return a function that runs a forward and a backward pass in float32.
+    """Return a function that runs one forward and one backward pass of a head in float32.
 
-    Its result is (smallest processor seconds of all calls, MB of GPU memory in addition to the inputs).
+    The function returns the smallest processor time of all its calls so far, in seconds, and the peak GPU memory in
+    addition to the weights and the batch, in MB (0 on a CPU).
+
+    Args:
+        classes: number of classes.
+        device: "cuda" or "cpu".
+        head: kind, number of centers and fraction of negative classes of the head; None for the linear classifier.
     """
     torch.manual_seed(0)
     with torch.device(device):
@@ -81,13 +87,17 @@ def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Cal
 
 
 def _measured(make: Callable[[], Callable[[], Any]], repeats: int, device: str) -> tuple[float, float]:
-    """Return (seconds, MB in addition to the weights and the batch)."""
+    """Measure a training step, and return its seconds and its peak memory in addition to weights and batch, in MB."""
     clock, of_process, (processor, of_gpu) = measured(make, repeats)
     return (clock, of_gpu) if device == "cuda" else (processor, of_process)
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Measure the time and memory of a training step of each head, for the numbers of classes of GLDv2."""
+    """Measure a training step with each head, by default with the numbers of classes of GLDv2-clean and GLDv2.
+
+    Returns:
+        One row per head and number of classes.
+    """
     parser = argparse.ArgumentParser("bench.py heads", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="number of steps of each head")
     parser.add_argument("--memory-limit-gb", type=float, default=12, help="skip heads that need more memory, in GB")
@@ -118,6 +128,7 @@ def main(argv: list[str]) -> list[Measured]:
 def _row(
     classes: int, name: str, centers: int, negatives: float, result: tuple[float, float], base: tuple[float, float]
 ) -> Measured:
+    """Print and return one row: a result, and its ratio to the result `base` of the linear classifier."""
     (seconds, megabytes), (base_seconds, base_megabytes) = result, base
     print(
         f"| {classes:,} | {name} | {centers} | {negatives:g} | {seconds:.3f} s | {seconds / base_seconds:.2f} x "

@@ -1,4 +1,7 @@
-"""Measure the time to load generated lists of the size of GLDv2, and the memory that each worker needs for them."""
+"""Measure the time to load training lists as large as those of GLDv2, and the memory that each worker needs for them.
+
+The lists are generated.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,16 @@ URL = "http://upload.wikimedia.org/wikipedia/commons/{:x}/Some_church_of_a_town,
 
 
 def write_list(root: Path, table: str, images: int, landmarks: int) -> None:
-    """Write a list of random ids with landmarks of all sizes. The largest has more than ten thousand images."""
+    """Generate a training list with random ids, and write it in the format of GLDv2.
+
+    The landmarks have between one and more than ten thousand images.
+
+    Args:
+        root: folder to write to.
+        table: name of the file, one of `LISTS`, which determines its format.
+        images: number of images.
+        landmarks: number of landmarks.
+    """
     rng = np.random.default_rng(0)
     share = 1 / (np.arange(landmarks) + 20) ** 0.8
     of = np.concatenate([np.arange(landmarks), rng.choice(landmarks, images - landmarks, p=share / share.sum())])
@@ -40,7 +52,11 @@ def write_list(root: Path, table: str, images: int, landmarks: int) -> None:
 
 
 def straightforward_read(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a list with the csv module into Python lists, and return sorted ids, (N,) S16, and landmarks, (N,) int64."""
+    """Read a training list with Python's csv module, without optimization.
+
+    Returns:
+        The ids, (N,) S16, and the landmarks, (N,) int64, both sorted by landmark and then by id.
+    """
     csv.field_size_limit(2**31 - 1)
     with path.open(newline="") as file:
         pairs = []
@@ -60,12 +76,13 @@ def _baseline(root: Path, table: str) -> Callable[[], Any]:
 
 
 def _private() -> float:
-    """Return the memory that is private to this process in MB."""
+    """Return the memory, in MB, that this process does not share with other processes."""
     with open("/proc/self/smaps_rollup") as lines:
         return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
 def _work(images: TrainList | None, answers: Any) -> None:
+    """Read every seventh entry of a list, as a worker does, and put the memory of this process into a queue."""
     for row in range(0 if images is None else len(images)):
         if row % 7 == 0:
             images.path(row), int(images.labels[row])
@@ -73,9 +90,9 @@ def _work(images: TrainList | None, answers: Any) -> None:
 
 
 def _workers(root: Path, table: str) -> Callable[[], Any]:
-    """Return a function that measures the memory of a worker that reads one seventh of the list.
+    """Return a function that measures the memory of a worker process that reads one seventh of a list.
 
-    Its result is the difference in MB to a worker without a list, for each start method.
+    The function returns, for each start method of processes, how many MB more the worker needs than one without a list.
     """
 
     def run() -> dict[str, float]:
@@ -95,11 +112,14 @@ def _workers(root: Path, table: str) -> Callable[[], Any]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare read_train with the csv module, and measure the memory of workers and the time to order an epoch."""
+    """Compare `read_train` with the csv module, and return one row per list.
+
+    Also measure the memory of workers, and the time until the first batch of an epoch has been drawn.
+    """
     parser = argparse.ArgumentParser("bench.py lists", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="number of runs of read_train; the median is printed")
     parser.add_argument(
-        "--share", type=float, default=1.0, help="size of the lists as a fraction of GLDv2, for a quick test"
+        "--share", type=float, default=1.0, help="size of the lists as a fraction of GLDv2's; small for a quick test"
     )
     args = parser.parse_args(argv)
     rows: list[Measured] = []

@@ -1,4 +1,7 @@
-"""Compare reranking with straightforward implementations, and with the Gram product of the candidates alone."""
+"""Compare `superglobal.rerank` with a direct implementation of its formula, and with a lower bound.
+
+The lower bound is the time to compute only the inner products between the candidates of each query (their Gram matrix).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,16 @@ N_QUERIES, N_ROWS, DIM, DEPTH, K, BETA = 70, 4993, 2048, 400, 9, 0.15  # size of
 
 
 def clustered(n_queries: int = N_QUERIES, n_rows: int = N_ROWS, dim: int = DIM) -> tuple[np.ndarray, np.ndarray]:
-    """Return unit vectors around a few hundred centers: queries (Q, D) and database (N, D), float32."""
+    """Generate random unit vectors that form 300 clusters.
+
+    Args:
+        n_queries: number Q of queries.
+        n_rows: number N of database vectors.
+        dim: number D of dimensions.
+
+    Returns:
+        The queries, (Q, D) float32, and the database, (N, D) float32.
+    """
     rng = np.random.default_rng(0)
     centers = rng.standard_normal((300, dim), dtype=np.float32)
     x = centers[rng.integers(300, size=n_queries + n_rows)]
@@ -26,16 +38,18 @@ def clustered(n_queries: int = N_QUERIES, n_rows: int = N_ROWS, dim: int = DIM) 
 
 
 def straightforward_rerank(Q: np.ndarray, X: np.ndarray, ids: np.ndarray, chunk: int | None = None) -> np.ndarray:
-    """Rerank with a direct implementation of the formula, which gathers the K+1 neighbors of each candidate.
+    """Rerank with a direct implementation of SuperGlobal's formula.
+
+    It copies the descriptors of the K+1 nearest neighbors of every candidate, which takes much memory.
 
     Args:
-        Q: (Q, D) float32 queries.
-        X: (N, D) float32 database.
-        ids: (Q, M) int64 candidates.
-        chunk: number of queries at a time; by default all queries, as in the reference.
+        Q: (Q, D) float32 query descriptors.
+        X: (N, D) float32 database descriptors.
+        ids: (Q, M) int64 database ids of the candidates, best first.
+        chunk: number of queries processed at a time; None for all queries, as in the authors' code.
 
     Returns:
-        (Q, M) int64 reranked candidates.
+        (Q, M) int64 ids of the candidates in their new order.
     """
     orders = []
     for start in range(0, len(Q), chunk or len(Q)):
@@ -56,6 +70,7 @@ def straightforward_rerank(Q: np.ndarray, X: np.ndarray, ids: np.ndarray, chunk:
 
 
 def _inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return queries, database, and the ids of the `DEPTH` nearest database vectors of each query."""
     Q, X = clustered()
     return Q, X, np.argsort(-(Q @ X.T), axis=1)[:, :DEPTH].astype(np.int64)
 
@@ -89,7 +104,10 @@ def _gram() -> Callable[[], Any]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare superglobal.rerank with straightforward implementations and with the Gram product of the candidates."""
+    """Measure the time and the memory of each variant of reranking, and return one row per variant.
+
+    A row also contains the fraction of results that have the same rank as with `superglobal.rerank`.
+    """
     parser = argparse.ArgumentParser("bench.py rerank", description=__doc__)
     parser.add_argument(
         "--repeats", type=int, default=3, help="number of rounds over all variants; the median is printed"

@@ -1,4 +1,7 @@
-"""Compare search and exact ranks over a million rows on disk with only reading, converting and multiplying the rows."""
+"""Measure exact search, and the computation of exact ranks, over a million descriptors on disk.
+
+The baseline only reads the same descriptors, converts them to float32 and multiplies them with the queries.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,20 @@ K, STEP = 400, 16384
 
 
 def random_units(seed: int, rows: int, dim: int) -> np.ndarray:
-    """Return random unit vectors, (rows, D) float32."""
+    """Return random unit vectors, (rows, dim) float32. The same seed always gives the same vectors."""
     x = np.random.default_rng(seed).standard_normal((rows, dim), dtype=np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def filled_store(folder: Path, rows: int, dim: int, dtype: str) -> DescriptorStore:
-    """Return a store of random unit vectors in `folder`, which is reused if it exists."""
+    """Create a descriptor store of random unit vectors in `folder`, or complete an existing one, and return it.
+
+    Args:
+        folder: folder that contains the store.
+        rows: number of vectors.
+        dim: number of dimensions.
+        dtype: "float16" or "float32".
+    """
     identity = {"made_by": "bench.py search"}
     path = folder / f"bench-{rows}x{dim}-{dtype}"
     store = DescriptorStore.open_or_create(path, identity, [f"{i:08d}.jpg" for i in range(rows)], dim, dtype=dtype)
@@ -46,7 +56,13 @@ def filled_store(folder: Path, rows: int, dim: int, dtype: str) -> DescriptorSto
 
 
 def targets(n_queries: int, n_rows: int, ground_truth: str | None) -> Any:
-    """Return the ids of a ground truth, or random ids in sets of the same sizes."""
+    """Return the ground truth of each query: relevance ("easy", "hard" or "junk") -> database ids.
+
+    Args:
+        n_queries: number of queries.
+        n_rows: number of database descriptors.
+        ground_truth: file gnd_<name>.pkl to load; None for random ids, about as many as in ROxford5k.
+    """
     if ground_truth is not None:
         return load_ground_truth(ground_truth).gnd[:n_queries]
     rng = np.random.default_rng(1)
@@ -55,7 +71,16 @@ def targets(n_queries: int, n_rows: int, ground_truth: str | None) -> Any:
 
 
 def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
-    """Read each row, convert it to float32 and multiply it with the queries. The sum makes use of all results."""
+    """Read descriptors, convert them to float32, multiply them with the queries, and do nothing else.
+
+    Args:
+        shards: arrays of descriptors on disk, each (n, D).
+        Q: (Q, D) float32 queries.
+        rows: number of descriptors processed at a time.
+
+    Returns:
+        The sum of all inner products, so that every product is used.
+    """
     q, total = torch.from_numpy(Q), 0.0
     buffer = np.empty((rows, Q.shape[1]), np.float32)
     for shard in shards:
@@ -67,7 +92,10 @@ def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
 
 
 class Peak:
-    """Context that records the largest increase of the anonymous memory of this process, in MB, every 5 ms."""
+    """Context manager that measures the largest increase of the anonymous memory of this process, in MB.
+
+    The memory is sampled every 5 ms, and the increase since the start of the block is in `value`.
+    """
 
     def __enter__(self) -> Peak:
         self._before, self.value, self._over = _anonymous(), 0.0, threading.Event()
@@ -85,12 +113,13 @@ class Peak:
 
 
 def _anonymous() -> float:
+    """Return the anonymous memory of this process in MB, which excludes the pages of memory-mapped files."""
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare search and exact ranks in one pass over rows on disk with the product of the same rows and queries."""
+    """Parse the arguments of the benchmark, run it, and return one row per variant."""
     parser = argparse.ArgumentParser("bench.py search", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="number of database rows")
     parser.add_argument("--dim", type=int, default=2048, help="number of dimensions")
@@ -109,7 +138,7 @@ def main(argv: list[str]) -> list[Measured]:
 
 
 def run(args: argparse.Namespace, folder: Path) -> list[Measured]:
-    """Write and open the rows, then measure all variants, which alternate."""
+    """Write the descriptors to `folder`, measure all variants, which take turns, and return one row per variant."""
     filled_store(folder, args.rows, args.dim, args.dtype)
     Q = random_units(-1 % 2**32, args.queries, args.dim)
     gnd = targets(args.queries, args.rows, args.ground_truth)

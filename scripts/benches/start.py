@@ -1,4 +1,4 @@
-"""Compare the start-up time of commands with the time to import torch."""
+"""Compare the time that commands need to start with the time to import torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def seconds(words: list[str]) -> tuple[float, float]:
-    """Return the elapsed time and the processor time of one call, in seconds."""
+    """Run Python once with the given arguments, and return the elapsed time and the processor time in seconds."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -33,7 +33,10 @@ def seconds(words: list[str]) -> tuple[float, float]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Measure the start-up time of each command, and print medians. The commands alternate."""
+    """Measure the start-up time of each command, print the medians, and return one row per command.
+
+    The commands take turns, so that changes in the load of the machine affect all of them.
+    """
     parser = argparse.ArgumentParser("bench.py start", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, help="number of calls of each command")
     repeats = parser.parse_args(argv).repeats

@@ -1,9 +1,11 @@
-"""Compare a training step of the Trainer with a plain PyTorch loop of the same network, head, data and optimizer.
+"""Compare the time of a training step in superglobal's Trainer with that in a plain PyTorch loop.
 
-Both have the moving average of the weights, the schedule and gradient clipping. Both check the loss and write a row of
-the curves every `--log-every` steps, and both read batches from the same loader without workers. Neither validates, and
-the time to save checkpoints is not counted. They alternate in one process, one block of steps each. The time of a step
-is the time between the beginnings of two steps; the median over a block is taken, and then the median over all blocks.
+Network, head, data and optimizer are the same. Both variants update a moving average of the weights and a learning
+rate schedule, clip gradients, and read batches from the same loader without worker processes. Every `--log-every`
+steps, both check the loss and write a row of the training curves. Neither runs a validation, and the time to save
+checkpoints is not counted. The variants take turns in one process, one block of steps each. The time of a step is
+measured from its start to the start of the next step. The result is the median over all blocks of the median over the
+steps of a block.
 """
 
 from __future__ import annotations
@@ -33,17 +35,21 @@ from superglobal.training.checkpointing import CheckpointCallback
 from superglobal.training.module import parameter_groups, warmup_cosine
 from superglobal.training.trainer import precision
 
-CLASSES, FIRST = 100, 10  # number of classes, and of steps at the beginning of a block that are not counted
+CLASSES, FIRST = 100, 10  # number of classes, and number of steps at the start of a block that are not counted
 
 
 def parts(args: argparse.Namespace) -> tuple[Any, Any, OptimConfig]:
-    """Return the network, the head and the optimizer settings."""
+    """Return a network, a head and optimizer settings, which are the same in every call."""
     network, head = make_network_and_head(args.backbone, args.dim, CLASSES, pooling="gem")
     return network, head, OptimConfig(name="sgd", lr=1e-4, clip=10, ema=0.99, batch_size=args.batch, epochs=1)
 
 
 def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
-    """Train in a plain loop, and return the times at which steps begin, and the seconds spent waiting for data."""
+    """Train one block of steps in a plain PyTorch loop.
+
+    Returns:
+        The times at which the steps begin, as `time.perf_counter()`, and the total seconds spent waiting for data.
+    """
     network, head, o = parts(args)
     network.to(device, memory_format=torch.channels_last)
     head.to(device)
@@ -82,7 +88,7 @@ def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], f
 
 
 def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
-    """Train with the Trainer and the callbacks of a training run, and return the same values as `bare`."""
+    """Train one block of steps with the Trainer and the callbacks of train.py, and return the same values as `bare`."""
     network, head, o = parts(args)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
@@ -96,7 +102,7 @@ def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[floa
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare a step of the Trainer with a step of the plain loop."""
+    """Measure the time of a training step in both variants, and return one row per variant."""
     parser = argparse.ArgumentParser("bench.py train", description=__doc__)
     parser.add_argument("--backbone", default="test_resnet", help="name of the backbone")
     parser.add_argument("--side", type=int, default=64, help="height and width of the images in pixels")
@@ -105,7 +111,7 @@ def main(argv: list[str]) -> list[Measured]:
     parser.add_argument("--steps", type=int, default=200, help="number of steps per block")
     parser.add_argument("--blocks", type=int, default=5, help="number of blocks of each variant")
     parser.add_argument("--log-every", type=int, default=50, help="number of steps between two rows of the curves")
-    parser.add_argument("--accelerator", default="auto", help="as for trainer.accelerator of train.py")
+    parser.add_argument("--accelerator", default="auto", help="type of device, as for trainer.accelerator of train.py")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
