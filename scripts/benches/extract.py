@@ -3,8 +3,8 @@
 The unoptimized network is timm's network with the same scales and pooling. It processes one image at a time in eager
 mode, in the memory layout NCHW and with separate batch normalization. The lower bound is the total time of all
 convolutions, each of which runs alone on inputs of the same shapes, with folded batch normalization and in the faster
-of two memory layouts. The variants take turns in one process with the same number of threads, and medians are printed. The
-time to decode images is not included.
+of two memory layouts. The variants take turns in one process with the same number of threads, and medians are printed.
+The time to decode images is not included.
 """
 
 from __future__ import annotations

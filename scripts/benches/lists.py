@@ -119,7 +119,7 @@ def main(argv: list[str]) -> list[Measured]:
     parser = argparse.ArgumentParser("bench.py lists", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="number of runs of read_train; the median is printed")
     parser.add_argument(
-        "--share", type=float, default=1.0, help="size of the lists as a fraction of GLDv2's; small for a quick test"
+        "--share", type=float, default=1.0, help="size of the lists as a fraction of GLDv2, e.g. 0.01 for a quick test"
     )
     args = parser.parse_args(argv)
     rows: list[Measured] = []

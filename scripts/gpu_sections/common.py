@@ -1,4 +1,4 @@
-"""Write rows of the GPU report, measure times, run commands, and generate images."""
+"""Write rows of the GPU report, measure times, run programs, and generate images, for all sections of the report."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ REVISITED_SIZES = (
 
 
 class Skip(Exception):
-    """Error for a row that this machine cannot run. The message is the reason."""
+    """Error that skips a row which this machine cannot measure. The message gives the reason."""
 
 
 class OutOfTime(Exception):
-    """Error for a row that reached its time limit."""
+    """Error for a measurement that ran longer than its time limit."""
 
 
 @dataclass
@@ -63,13 +63,13 @@ class Row:
         section: name of the section.
         name: description of the measurement.
         status: "measured", "passed", "failed", "timeout", "skipped" or "interrupted".
-        value: result, or None.
+        value: result of the measurement; None if there is none.
         unit: unit of the result.
-        ratio: result divided by that of the baseline.
+        ratio: result divided by that of the baseline; None if there is no baseline.
         baseline: name of the baseline.
-        expected: condition for "passed".
-        predicted: gain that was predicted before the measurement.
-        note: further information; the error of a failed row.
+        expected: for a check, the condition that the result must meet, as text.
+        predicted: gain that was predicted before the measurement, as text.
+        note: additional information, such as the error message of a failed row.
     """
 
     section: str
@@ -85,15 +85,17 @@ class Row:
 
 
 class Report:
-    """Report of one section, which appends each row to a file immediately, so that a killed section keeps its rows.
+    """Writer for the rows of one section of the report.
+
+    Each row is written to the file at once, so that the rows of a section are kept if its process is killed.
 
     Args:
         section: name of the section.
-        path: file of the rows, as JSON lines.
-        device: "cuda" or "cpu".
-        size: "full", "small" or "tiny".
+        path: file in JSON Lines format to which the rows are appended.
+        device: device to check, "cuda" or "cpu".
+        size: size of the inputs, "full", "small" or "tiny".
         deadline: value of `time.monotonic()` at which the section must end.
-        work: folder for images, stores and training runs.
+        work: temporary folder for images, descriptor stores and training runs.
     """
 
     def __init__(self, section: str, path: Path, device: str, size: str, deadline: float, work: Path) -> None:
@@ -102,7 +104,7 @@ class Report:
         self.cuda = device == "cuda"
 
     def current(self) -> str:
-        """Return the name of the row that was started last."""
+        """Return the name that was last passed to `run`, which is the row being measured."""
         return self._current.read_text() if self._current.exists() else "start of the section"
 
     @property
@@ -110,24 +112,24 @@ class Report:
         return self.work / f"{self.section}.current"
 
     def pick(self, full: T, small: T, tiny: T) -> T:
-        """Return the argument that belongs to the size of this report."""
+        """Return one of the three arguments, depending on the size of the inputs in this report."""
         return {"full": full, "small": small, "tiny": tiny}[self.size]
 
     def left(self) -> float:
-        """Return the seconds until the deadline."""
+        """Return the number of seconds until the deadline of the section."""
         return self.deadline - time.monotonic()
 
     def add(
         self, name: str, value: float | None = None, unit: str = "", *, passed: bool | None = None, **more: Any
     ) -> None:
-        """Write one row.
+        """Write one row to the file, and print it.
 
         Args:
-            name: see `Row`.
-            value: see `Row`.
-            unit: see `Row`.
-            passed: result of a check; None for a measurement.
-            **more: further fields of `Row`.
+            name: name of the row.
+            value: result of the measurement; None if there is none.
+            unit: unit of the result.
+            passed: for a check, True if it passed and False if it failed; None for a measurement.
+            **more: more fields of `Row`, by name.
         """
         status = more.pop("status", {None: "measured", True: "passed", False: "failed"}[passed])
         row = Row(self.section, name, status, None if value is None else float(value), unit, **more)
@@ -136,12 +138,12 @@ class Report:
         print(f"[{self.section}] {format_row(row)}", flush=True)
 
     def run(self, name: str, function: Callable[[], T], need: float = 0) -> T | None:
-        """Call a function, and add a row if it fails or if there is too little time to call it.
+        """Call a function that measures rows. If it fails or the time does not suffice, write a row that says so.
 
         Args:
-            name: name of the row.
+            name: name of this row.
             function: function to call.
-            need: seconds that must be left to call the function.
+            need: number of seconds that the function is expected to take; it is skipped if fewer seconds are left.
 
         Returns:
             The result of the function, or None if it failed or was not called.
@@ -167,12 +169,20 @@ class Report:
         return None
 
     def require_gpu(self, what: str) -> None:
-        """Raise `Skip` on a CPU."""
+        """Raise `Skip` if this report checks a CPU; `what` is the subject of the message."""
         if not self.cuda:
             raise Skip(f"{what} needs a GPU")
 
     def seconds(self, function: Callable[[], Any], repeats: int = 5, warmup: int = 2) -> float:
-        """Return the median seconds of one call. The device is synchronized before and after each call."""
+        """Return the median time of one call of a function, in seconds.
+
+        The device is synchronized before and after each call.
+
+        Args:
+            function: function to call.
+            repeats: number of calls that are measured.
+            warmup: number of calls before the first measurement.
+        """
         for _ in range(warmup):
             function()
         times = []
@@ -185,7 +195,7 @@ class Report:
         return statistics.median(times)
 
     def synchronize(self) -> None:
-        """Wait until the device has finished all work."""
+        """Wait until the device has finished all work that was submitted to it."""
         if self.cuda:
             torch.cuda.synchronize()
 
@@ -201,13 +211,13 @@ def format_row(row: Row) -> str:
 
 
 class Background:
-    """Context for programs that run in the background. At its end, those that still run are killed."""
+    """Context manager that starts programs in the background, and kills those that still run when the block ends."""
 
     def __init__(self) -> None:
         self._programs: list[Program] = []
 
     def start(self, words: Sequence[object], env: dict[str, str] | None = None) -> Program:
-        """Start a program as `command` does, and kill it at the end of the context."""
+        """Start a program with `command`, and return its process, which is killed when the block ends."""
         self._programs.append(command(words, env))
         return self._programs[-1]
 
@@ -220,7 +230,12 @@ class Background:
 
 
 def command(words: Sequence[object], env: dict[str, str] | None = None) -> Program:
-    """Start a program of this repository with this Python interpreter."""
+    """Start a Python program of this repository, and return its process without waiting for it.
+
+    Args:
+        words: arguments for the Python interpreter, such as the path of a script and its arguments.
+        env: environment variables that are set in addition to those of this process.
+    """
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     # Several programs run at the same time, so each one uses a quarter of the cores.
     threads = str(max(1, (os.cpu_count() or 1) // 4))
@@ -230,11 +245,11 @@ def command(words: Sequence[object], env: dict[str, str] | None = None) -> Progr
 
 
 def finish(process: Program, timeout: float, status: int = 0) -> str:
-    """Wait for a program that `command` started, and return its output.
+    """Wait for a program that `command` started, and return its output (stdout and stderr).
 
     Raises:
-        RuntimeError: the program ends with an exit status other than `status`.
-        OutOfTime: the program runs longer than `timeout` seconds.
+        RuntimeError: the program ended with an exit status other than `status`.
+        OutOfTime: the program ran longer than `timeout` seconds, and was killed.
     """
     try:
         text, _ = process.communicate(timeout=max(1.0, timeout))
@@ -249,20 +264,23 @@ def finish(process: Program, timeout: float, status: int = 0) -> str:
 
 
 def differences(expected: Any, found: Any) -> int:
-    """Return the number of ids and ranks that differ."""
+    """Count the ids and the ranks that differ between two results of `search_and_rank`, and return the total."""
     ((_, ids), ranks), ((_, other_ids), other_ranks) = expected, found
     return int((ids != other_ids).sum()) + sum(int((a != b).sum()) for a, b in zip(ranks, other_ranks, strict=True))
 
 
 def sizes(count: int) -> list[tuple[int, int]]:
-    """Return `count` (width, height) pairs in the proportions of `REVISITED_SIZES`."""
+    """Draw `count` image sizes (width, height) at random, with the frequencies in `REVISITED_SIZES`."""
     weights = np.array([number for _, _, number in REVISITED_SIZES], float)
     drawn = np.random.default_rng(0).choice(len(weights), count, p=weights / weights.sum())
     return [REVISITED_SIZES[i][:2] for i in drawn]
 
 
 def write_jpegs(folder: Path, dimensions: Sequence[tuple[int, int]]) -> list[Path]:
-    """Write one generated JPEG per (width, height) in parallel. It forks, so CUDA must not be initialized yet."""
+    """Generate one JPEG file for each (width, height), and return the paths.
+
+    The files are generated in forked processes, so this function must be called before CUDA is initialized.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:05d}.jpg" for number in range(len(dimensions))]
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
@@ -271,7 +289,7 @@ def write_jpegs(folder: Path, dimensions: Sequence[tuple[int, int]]) -> list[Pat
 
 
 def _write_jpeg(path: Path, size: tuple[int, int], seed: int) -> None:
-    """Write a JPEG of quality 90 with patterns of all sizes and some noise, about as large as that of a photo."""
+    """Write a random JPEG of quality 90, whose patterns and noise make the file about as large as that of a photo."""
     rng, (width, height) = np.random.default_rng(seed), size
     pixels = rng.normal(0, 4, (height, width, 3)).astype(np.float32)
     for cells in (4, 16, 64, 256):

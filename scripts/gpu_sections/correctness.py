@@ -1,4 +1,7 @@
-"""Check that the GPU gives the results of the CPU: descriptors, rankings, training, resuming, and low memory."""
+"""Check that the GPU gives the same results as the CPU for descriptors, rankings and training.
+
+Also check that training resumes after a kill, and that extraction works with little GPU memory.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ TOY_PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def main(report: Report) -> None:
-    """Train and resume in the background, and run the other checks in the meantime."""
+    """Run all checks of this section. The training runs are started first, and run in the background."""
     photos = write_jpegs(report.work / "memory", sizes(report.pick(48, 48, 4)))
     running = Background()
     with running:
@@ -64,7 +67,10 @@ def main(report: Report) -> None:
 
 
 def _toy_data(report: Report, running: Background) -> list[Program]:
-    """Start to render two toy data sets: one to compare precisions, and a tiny one to resume a training run."""
+    """Start to render two toy data sets, and return the two processes.
+
+    One data set is for the comparison of precisions; the other is tiny, for the resumed training run.
+    """
     sizes = {"data": report.pick("small", "small", "tiny"), "data_tiny": "tiny"}
     return [
         running.start(["-m", "superglobal", "toy-data", "--size", size, "--out", report.work / name / "toy"])
@@ -73,7 +79,10 @@ def _toy_data(report: Report, running: Background) -> list[Program]:
 
 
 def _goldens(report: Report) -> None:
-    """Compare the plain network and the optimized network with descriptors of the reference (tests/data)."""
+    """Compare descriptors with those of the reference implementation, which are stored in tests/data.
+
+    The descriptors are computed without optimization, and after `optimize_for_inference` in each precision.
+    """
     sys.path[:0] = [str(ROOT / "tests"), str(DATA)]
     from goldens import FILES, by_settings, goldens, settings
     from synth_ckpt import synth_state
@@ -91,9 +100,9 @@ def _goldens(report: Report) -> None:
             network = load_model(weights, **settings(keys[0])[1])
             images = [image_tensor(read_image(DATA / "images" / settings(key)[0])) for key in keys]
             truth = torch.from_numpy(np.stack([expected[key] for key in keys]))
-            # Optimization and half precision take time, so test them only for the first settings.
+            # Optimizing the network takes time, so test it and half precision only with the first settings.
             folds = keys is chosen[0]
-            # Test the plain network last, because optimized copies are created on the CPU.
+            # Test the network without optimization last, because its optimized copies are created on the CPU.
             for name in ("float32, folded", *cosines, "float32") if folds else ("float32",):
                 network.precision = name.split(",")[0]
                 model = (optimize_for_inference([network])[0] if name != "float32" else network).to(report.device)
@@ -112,10 +121,10 @@ def _goldens(report: Report) -> None:
 
 
 def _orders(report: Report) -> None:
-    """Compare search, exact ranks and rerankers on both devices, with duplicates among the rows."""
+    """Compare search, exact ranks and all rerankers on the GPU with the CPU. Some descriptors are duplicates."""
     rows, dim, depth = report.pick((20_000, 2048, 400), (20_000, 1024, 400), (2_000, 64, 100))
     Q, X = clustered(70, rows, dim)
-    X[rows // 2 : rows // 2 + 500] = X[:500]  # Duplicate rows have equal scores and are ordered by id.
+    X[rows // 2 : rows // 2 + 500] = X[:500]  # Duplicates have equal scores, and so must be ranked by id.
     half = X.astype(np.float16)
     half_tensor = torch.from_numpy(half).to(report.device)
     _products(report)
@@ -135,7 +144,10 @@ def _orders(report: Report) -> None:
 
 
 def _products(report: Report) -> None:
-    """Measure the error of float32 scores of non-negative vectors, which exact rankings rely on."""
+    """Check that the rounding errors of inner products in float32 are below `TOLERANCE`, as exact search requires.
+
+    The check uses unit vectors without negative entries.
+    """
     rng = np.random.default_rng(2)
     worst = 0.0
     for dim in (64, 256, 512, 2048):
@@ -147,7 +159,7 @@ def _products(report: Report) -> None:
         with full_precision():
             rough = inner_products(vectors[:70], vectors)
         worst = max(worst, float((rough.double() - vectors[:70].double() @ vectors.double().T).abs().max()))
-    # On a CPU the error depends on the matrix product of the library, so it is not checked.
+    # On a CPU the error depends on the library that multiplies the matrices, so it is only reported.
     check: dict[str, Any] = {"passed": worst < TOLERANCE, "expected": f"< {TOLERANCE:g}"} if report.cuda else {}
     report.add("float32 scores of unit vectors: largest error", worst, "(scores from -1 to 1)", **check)
 
@@ -168,7 +180,7 @@ def _compare_reranker(report: Report, kind: str, Q: np.ndarray, X: np.ndarray, i
         apply_reranker(kind, values, Q, small, lists, device=device) for device in ("cpu", str(report.device))
     )
     swapped = on_cpu.ids != on_device.ids
-    # Compare the scores, because any order of rows whose scores differ only by rounding is correct.
+    # Compare scores instead of ids, because images whose scores differ only by rounding may be in any order.
     finite = np.isfinite(on_cpu.scores)
     gap = float(np.abs(np.where(finite, on_cpu.scores, 0) - np.where(finite, on_device.scores, 0)).max())
     note = f"{int(swapped.sum())} of {swapped.size} ids differ"
@@ -182,7 +194,7 @@ def _compare_reranker(report: Report, kind: str, Q: np.ndarray, X: np.ndarray, i
 
 
 def _out_of_memory(report: Report, photos: list[Path]) -> None:
-    """Check that batches over a memory limit are halved, and that the descriptors stay the same."""
+    """Check that batches that do not fit in GPU memory are halved, and that this does not change the descriptors."""
     report.require_gpu("a memory limit")
     network = load_model("random", backbone="resnet50", dim=128, scales=3)
     whole, _ = extract_all(report, network, photos, "memory_whole", batch_size=2)
@@ -210,6 +222,8 @@ def _out_of_memory(report: Report, photos: list[Path]) -> None:
 
 
 class _Losses(pl.Callback):
+    """Callback that records the loss of each training step."""
+
     def __init__(self) -> None:
         self.values: list[torch.Tensor] = []
 
@@ -218,7 +232,7 @@ class _Losses(pl.Callback):
 
 
 def _losses(report: Report) -> None:
-    """Compare the losses of 20 steps of the Trainer in strict float32 on both devices."""
+    """Compare the losses of 20 training steps on the GPU with those on the CPU, in float32 without TF32."""
     from trainings import RandomImages, fit, make_network_and_head
 
     from superglobal.config.training import FitConfig, OptimConfig
@@ -242,6 +256,7 @@ def _losses(report: Report) -> None:
 
 
 def _training_words(report: Report, name: str, *overrides: str, data: str = "data") -> list[str]:
+    """Return the arguments of train.py for a run called `name` on a toy data set in the folder `data`."""
     paths = [f"paths.data={report.work / data}", f"paths.outputs={report.work / 'outputs'}", f"name={name}"]
     accelerator = "gpu" if report.cuda else "cpu"
     words = ["experiment=quickstart", "logger=csv", f"trainer.accelerator={accelerator}", "trainer.devices=1"]
@@ -249,14 +264,18 @@ def _training_words(report: Report, name: str, *overrides: str, data: str = "dat
 
 
 def _start_training(report: Report, running: Background) -> tuple[Program, float]:
-    """Start the training run of the quickstart in the background."""
+    """Start the quickstart's training run in the background, and return its process and its start time."""
     tiny = ["optim.epochs=2", "data.image_size=64", "validation.fraction=0.25", "trainer.num_workers=0"]
     more = report.pick(["trainer.num_workers=4"], ["trainer.num_workers=4", "optim.epochs=12"], tiny)
     return running.start(["train.py", *_training_words(report, "toy", *more)]), time.monotonic()
 
 
 def _start_resume(report: Report, running: Background) -> tuple[list[str], Program, Program]:
-    """Start an uninterrupted training run, and one that is killed before step 7."""
+    """Start two training runs with the same settings, of which one kills itself before step 7.
+
+    Returns:
+        The arguments of train.py that resume the killed run, and the processes of the uninterrupted and the killed run.
+    """
     settings = ["optim.epochs=3", "optim.batch_size=12", "data.image_size=96", "data.table=train.csv", "dim=32"]
     settings += ["pooling.regional=true", "head=subcenter", "head.negatives=0.5", "optim.ema=0.9"]
     settings += ["validation.fraction=0.25", "trainer.log_every=1", "trainer.save_every_steps=2"]
@@ -267,7 +286,7 @@ def _start_resume(report: Report, running: Background) -> tuple[list[str], Progr
 
 
 def _resume(report: Report, words: list[str], uninterrupted: Program, killed: Program) -> None:
-    """Resume the killed training run, and check that its weights are those of the uninterrupted run, bit for bit."""
+    """Resume the killed training run, and check that its final weights are bit-identical to the uninterrupted run's."""
     finish(killed, report.left(), -signal.SIGKILL)
     finish(command(["train.py", *words]), report.left())
     finish(uninterrupted, report.left())
@@ -288,7 +307,13 @@ def _resume(report: Report, words: list[str], uninterrupted: Program, killed: Pr
 
 
 def _precisions(report: Report, process: Program, began: float) -> None:
-    """Measure how much each precision changes the mAP of the network trained on the toy data set."""
+    """Measure how much the mAP on the toy data set changes with the precision of extraction.
+
+    Args:
+        report: report of the section.
+        process: process that trains the network.
+        began: start time of the process, as `time.monotonic()`.
+    """
     finish(process, report.left() - 15)
     report.add("training on the toy data set while other checks run", time.monotonic() - began, "s")
     runs = {"cpu float32": ("cpu", "float32")}
@@ -310,7 +335,7 @@ def _precisions(report: Report, process: Program, began: float) -> None:
         result, baseline = (json.loads((path / "results.json").read_text()) for path in (folder, base))
         paired = read_comparison(folder, result, base, baseline)
         cosine = float((_descriptors(folder) * truth).sum(1).min())
-        # Float32 on another device differs only by rounding, which can swap images of almost equal scores.
+        # In float32, scores on two devices differ only by rounding, which can swap images with almost equal scores.
         is_check = "float32" in name
         for protocol in paired.scores:
             mean, (low, high) = paired.mean(protocol)
@@ -325,6 +350,7 @@ def _precisions(report: Report, process: Program, began: float) -> None:
 
 
 def _descriptors(folder: Path) -> np.ndarray:
+    """Return the database descriptors, (N, D) float32, that an evaluation stored below its folder."""
     (path,) = (folder / "stores").glob("*-database-*")
     store = DescriptorStore.open(path)
     return store.block(0, len(store))

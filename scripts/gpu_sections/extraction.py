@@ -1,4 +1,8 @@
-"""Measure the speed of extraction and of two baselines, its time per operation, and the whole pipeline on JPEGs."""
+"""Measure the speed of descriptor extraction.
+
+The section compares the speed with that of two baselines, and measures the time of each operation and of the whole
+pipeline from JPEG files to stored descriptors.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ from superglobal.models.pooling import gem
 from superglobal.utils.precision import full_precision
 
 DIM, SCALES = 2048, 3
-# Parts of kernel names that identify each operation; the first match is used.
+# Operation -> strings in the names of its GPU kernels. A kernel belongs to the first operation that matches.
 KERNELS = {
     "copies": ("memcpy", "memset"),
     "resize": ("upsample",),
@@ -41,7 +45,7 @@ KERNELS = {
 
 
 def main(report: Report) -> None:
-    """Measure the peak speeds of the device, then ResNet-50, the pipeline, and ResNet-101."""
+    """Measure the peak speed of the device, extraction with ResNet-50, the pipeline, and extraction with ResNet-101."""
     photos = write_jpegs(report.work / "photos", sizes(report.pick(1024, 384, 6)))
     peaks = report.run("peak speeds", lambda: _ceilings(report)) or {}
     backbones = report.pick(["resnet50", "resnet101"], ["resnet50"], ["test_resnet"])
@@ -53,7 +57,11 @@ def main(report: Report) -> None:
 
 
 def _ceilings(report: Report) -> dict[str, float]:
-    """Measure the FLOP/s of a large matrix product in each precision, and the bytes/s of a copy on the device."""
+    """Measure the peak speed of matrix products in each precision, and the peak bandwidth of copies on the device.
+
+    Returns:
+        Precision -> FLOP/s of a large matrix product.
+    """
     side = report.pick(8192, 8192, 512)
     peaks = {}
     for name, dtype, setting in (
@@ -77,7 +85,10 @@ def _ceilings(report: Report) -> dict[str, float]:
 
 @contextmanager
 def _precision(**settings: str) -> Iterator[None]:
-    """Set the float32 precision of CUDA matrix products (`matmul`) or cuDNN convolutions (`conv`) during the block."""
+    """Context manager that sets how CUDA matrix products (`matmul`) or cuDNN convolutions (`conv`) compute float32.
+
+    The values are "ieee" (strict float32) and "tf32".
+    """
     library: Any = torch.backends
     backends = {"matmul": library.cuda.matmul, "conv": library.cudnn.conv}
     before = {name: backends[name].fp32_precision for name in settings}
@@ -92,7 +103,7 @@ def _precision(**settings: str) -> Iterator[None]:
 
 @contextmanager
 def _benchmark() -> Iterator[None]:
-    """Let cuDNN search for the fastest algorithms during the block."""
+    """Context manager that lets cuDNN search for the fastest convolution algorithms."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield
@@ -101,18 +112,22 @@ def _benchmark() -> Iterator[None]:
 
 
 def _shape(report: Report) -> tuple[int, int, int]:
-    """Return the height, width and number of the images of a batch."""
+    """Return the height of the images in a batch, their width, and their number."""
     return report.pick((768, 1024, 16), (768, 1024, 16), (96, 128, 2))
 
 
 def _images(report: Report) -> Tensor:
+    """Return a batch of random images on the device, (B, 3, H, W) uint8."""
     height, width, batch = _shape(report)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator).to(report.device)
 
 
 def _flops(network: RetrievalNetwork, height: int, width: int) -> int:
-    """Return the FLOPs of the backbone for one image at all scales. A multiply-add counts as two."""
+    """Return the number of floating-point operations of the backbone for one image at all scales.
+
+    A multiplication and an addition count as two operations.
+    """
     backbone = Backbone(network.backbone.name).eval().to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for scale in network.scales:
@@ -121,7 +136,16 @@ def _flops(network: RetrievalNetwork, height: int, width: int) -> int:
 
 
 def _timm_batched(backbone: str, device: torch.device, half: bool) -> Callable[[Tensor], Tensor]:
-    """Return timm's network with GeM, a linear layer and three scales, for batches in NHWC, with autocast if `half`."""
+    """Return a function that extracts descriptors as a user of timm would write it.
+
+    It computes timm's feature maps of a batch at three scales in the memory layout NHWC, and applies GeM and a linear
+    layer.
+
+    Args:
+        backbone: name of the backbone in timm.
+        device: device of the computation.
+        half: compute the feature maps with autocast to bfloat16.
+    """
     net: Any = timm.create_model(backbone, num_classes=0).eval().to(device, memory_format=torch.channels_last)
     layer = torch.nn.Linear(net.num_features, DIM).to(device)
     mean, std = (
@@ -143,6 +167,13 @@ def _timm_batched(backbone: str, device: torch.device, half: bool) -> Callable[[
 
 
 def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
+    """Measure the images/s of extraction in several precisions, and of the baselines.
+
+    Args:
+        report: report of the section.
+        backbone: name of the backbone.
+        peaks: peak speeds from `_ceilings`, with which the speeds are compared.
+    """
     height, width, batch = _shape(report)
     repeats = report.pick(5, 3, 1)
     images = _images(report)
@@ -177,7 +208,7 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
     rates: dict[str, float] = {}
     tf32 = "tf32" if report.cuda else "float32"
     with torch.inference_mode():
-        # The loop of the reference uses PyTorch's default settings, which enable TF32 in convolutions.
+        # The loop of the authors' code uses PyTorch's default settings, which enable TF32 in convolutions.
         rates[base] = add(
             f"{base} (one image at a time, NCHW, separate batch normalization, TF32 convolutions)", one_at_a_time, tf32
         )
@@ -220,7 +251,7 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
 
 
 def _compiled(report: Report, backbone: str, precision: str) -> None:
-    """Compare extraction with and without a compiled backbone. Sizes are dynamic, as in an evaluation."""
+    """Compare extraction with and without torch.compile of the backbone, which is compiled for images of any size."""
     images = _images(report)
     network = load_model("random", backbone=backbone, dim=DIM, scales=SCALES)
     network.precision = precision
@@ -243,7 +274,7 @@ def _compiled(report: Report, backbone: str, precision: str) -> None:
 
 
 def _new_sizes(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
-    """Measure the additional time of the first batch of a size, for which cuDNN plans each convolution again."""
+    """Measure how much longer the first batch of a new image size takes, because cuDNN plans all convolutions again."""
     height = images.shape[-2]
     first, again = [], []
     for less in range(1, report.pick(9, 5, 3)):
@@ -255,7 +286,7 @@ def _new_sizes(report: Report, what: str, network: RetrievalNetwork, images: Ten
 
 
 def _pooling(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
-    """Measure the time to pool the largest feature map."""
+    """Measure the time of pooling for a batch of feature maps at the largest scale."""
     x = images.repeat(1, 1, 2, 2)[:, :, : int(images.shape[-2] * 1.4142), : int(images.shape[-1] * 1.4142)]
     feature_map = network.backbone(network.normalize(x)).clone()
     eager = report.seconds(lambda: network.pooling(feature_map))
@@ -265,7 +296,7 @@ def _pooling(report: Report, what: str, network: RetrievalNetwork, images: Tenso
 
 
 def _profile(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
-    """Measure with torch.profiler the fraction of the GPU time that each operation takes."""
+    """Profile extraction, and report the fraction of the GPU time that each operation takes."""
     report.require_gpu("the profile")
     from torch.profiler import ProfilerActivity, profile
 
@@ -291,7 +322,7 @@ def _profile(report: Report, what: str, network: RetrievalNetwork, images: Tenso
 
 
 def _pipeline(report: Report, backbone: str, photos: list[Path]) -> None:
-    """Measure extraction from JPEG files in the sizes of ROxford5k to a complete store."""
+    """Measure extraction from JPEG files, with the image sizes of ROxford5k and RParis6k, to a complete store."""
     cores = os.cpu_count() or 1
     workers = report.pick(cores - 2, cores - 2, 0)
     start = time.perf_counter()
@@ -312,7 +343,17 @@ def _pipeline(report: Report, backbone: str, photos: list[Path]) -> None:
 def _whole(
     report: Report, network: RetrievalNetwork, photos: list[Path], workers: int, how: dict[str, Any], title: str
 ) -> None:
-    # Each run includes the start-up of the workers, so the rate is computed from the difference of two runs.
+    """Measure the images/s of the whole pipeline.
+
+    Args:
+        report: report of the section.
+        network: network to use.
+        photos: JPEG files.
+        workers: number of processes that read images.
+        how: settings of `ExtractionConfig`.
+        title: name of these settings.
+    """
+    # The time of each run includes the start-up of the workers, so compute the speed from the difference of two runs.
     few, many = photos[: len(photos) // 4], photos
     if how["precision"] == "float32":
         few, many = few[: len(few) // 4], few
@@ -328,7 +369,7 @@ def _whole(
 
 
 def _decoder(report: Report, photos: list[Path]) -> None:
-    """Measure the speed of nvJPEG, and the difference of its pixels from those of the CPU decoder."""
+    """Measure the speed of nvJPEG, and how much its pixels differ from those of the CPU decoder."""
     report.require_gpu("nvJPEG")
     from torchvision.io import ImageReadMode, decode_jpeg
 

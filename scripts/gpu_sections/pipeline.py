@@ -1,4 +1,4 @@
-"""Extract descriptors with the pipeline of an evaluation."""
+"""Extract descriptors with the same pipeline as eval.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from superglobal.training.trainer import make_trainer
 def extract_all(
     report: Report, network: RetrievalNetwork, photos: list[Path], name: str, workers: int = 2, **how: Any
 ) -> tuple[np.ndarray, float]:
-    """Extract the descriptors of images into a new store.
+    """Extract descriptors of images into a new descriptor store.
 
     Args:
         report: report of the section.
@@ -33,7 +33,7 @@ def extract_all(
         **how: settings of `ExtractionConfig`.
 
     Returns:
-        The descriptors, (N, D) float32, and the seconds of the extraction, including the start-up of the workers.
+        The descriptors, (N, D) float32, and the seconds that extraction took, including the start-up of the workers.
     """
     items = [ImageItem(path) for path in photos]
     images = ExtractionList("database", name, items, check_images(items), None)

@@ -1,4 +1,4 @@
-"""Check that training with DistributedDataParallel runs with NCCL and gloo."""
+"""Check that distributed training (DistributedDataParallel) works with the backends NCCL and Gloo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpu_sections.common import OutOfTime, Report, Skip, command, finish
 
 
 def main(report: Report) -> None:
-    """Check NCCL with one process, and gloo and NCCL with two processes on one device, all at the same time."""
+    """Check NCCL with one process, and Gloo and NCCL with two processes on one device, all at the same time."""
     cases = [("nccl", 1), ("gloo", 2), ("nccl", 2)] if report.cuda else [("gloo", 2)]
     with ThreadPoolExecutor() as pool:
         for backend, world in cases:
@@ -25,12 +25,14 @@ def main(report: Report) -> None:
 
 
 def _run(report: Report, backend: str, world: int, name: str) -> None:
+    """Train in `world` processes, and check that all of them end with the same losses and weights."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
     for rank in range(world):
-        # Each process acts as a machine with one device, because Lightning needs one device per process on a machine.
+        # Let each process act as a separate machine with one device, because Lightning does not run two processes of
+        # one machine on the same device.
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
         env |= {"NODE_RANK": str(rank), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
         started.append(command([Path(__file__), backend, world, report.device.type], env))
@@ -51,7 +53,7 @@ def _run(report: Report, backend: str, world: int, name: str) -> None:
 
 
 def _train(backend: str, world: int, device: str) -> None:
-    """Train for 8 steps in this process, and print the mean losses and the norm of the weights."""
+    """Train for 8 steps as one of `world` processes, and print the mean losses and the norm of the weights."""
     from pytorch_lightning.strategies import DDPStrategy
     from trainings import RandomImages, fit, make_network_and_head
 

@@ -1,4 +1,4 @@
-"""Measure exact search and ranks over a million rows, and the latency of reranking."""
+"""Measure exact search, and the computation of exact ranks, over a million descriptors, and the time of reranking."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ DEPTH, BLOCK = 400, 65536
 
 
 def main(report: Report) -> None:
-    """Measure search over random unit vectors, and reranking."""
+    """Measure search over random unit vectors, and then reranking."""
     report.run("a million rows", lambda: _million(report), need=20)
     report.run("reranking", lambda: _reranking(report), need=10)
 
 
 def _million(report: Report) -> None:
-    """Measure with the rows on the device, then with the same rows in a store."""
+    """Measure search and exact ranks with the database on the device, and then with the same database in a store.
+
+    Also check that the results are those of the CPU.
+    """
     rows, dim, queries = report.pick((1_000_000, 2048, 70), (1_000_000, 2048, 70), (20_000, 64, 10))
     Q = random_units(1, queries, dim)
     X = _rows(report, rows, dim)
@@ -70,7 +73,7 @@ def _million(report: Report) -> None:
 
 
 def _rows(report: Report, rows: int, dim: int) -> torch.Tensor:
-    """Return random unit vectors on the device, (rows, D) float16."""
+    """Return random unit vectors on the device, (rows, dim) float16."""
     generator = torch.Generator(report.device).manual_seed(0)
     X = torch.empty(rows, dim, dtype=torch.float16, device=report.device)
     for start in range(0, rows, BLOCK):
@@ -80,7 +83,7 @@ def _rows(report: Report, rows: int, dim: int) -> torch.Tensor:
 
 
 def _store(report: Report, X: torch.Tensor) -> DescriptorStore:
-    """Return a store of the rows."""
+    """Write descriptors to a new descriptor store in float16, and return the store."""
     lines = [f"{i:08d}.jpg" for i in range(len(X))]
     path = report.work / "million"
     store = DescriptorStore.open_or_create(path, {"made_by": "gpu_report"}, lines, X.shape[1], dtype="float16")
@@ -92,7 +95,7 @@ def _store(report: Report, X: torch.Tensor) -> DescriptorStore:
 
 
 def _bare(report: Report, what: str, Q: np.ndarray, X: torch.Tensor) -> float:
-    """Return the seconds that the product of all rows with the queries takes."""
+    """Measure and return the seconds that it takes to multiply all database descriptors with the queries."""
     q = torch.from_numpy(Q).to(X.device)
 
     def run() -> float:
@@ -106,7 +109,11 @@ def _bare(report: Report, what: str, Q: np.ndarray, X: torch.Tensor) -> float:
 
 
 def _chunked_topk(report: Report, Q: np.ndarray, X: torch.Tensor) -> np.ndarray:
-    """Return the ids of the best rows by a running topk, as one writes it."""
+    """Search with a simple loop that keeps the best scores of each query with `topk`.
+
+    Returns:
+        The ids of the `DEPTH` best rows of each query, (Q, DEPTH) int64.
+    """
     q = torch.from_numpy(Q).to(X.device)
     best = torch.full((len(q), DEPTH), -2.0, device=q.device)
     places = torch.zeros(len(q), DEPTH, dtype=torch.int64, device=q.device)
@@ -120,7 +127,7 @@ def _chunked_topk(report: Report, Q: np.ndarray, X: torch.Tensor) -> np.ndarray:
 
 
 def _faiss(report: Report, X: torch.Tensor, Q: np.ndarray) -> None:
-    """Measure exact search with FAISS on the same device."""
+    """Measure exact search with FAISS on the same device, and compare the ids of `search` with FAISS and with torch."""
     try:
         import faiss
     except ImportError:
@@ -145,7 +152,16 @@ def _faiss(report: Report, X: torch.Tensor, Q: np.ndarray) -> None:
 
 
 def _plain_rerank(Q: torch.Tensor, X: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Rerank with a direct implementation of the formula on the device of the tensors, 16 queries at a time."""
+    """Rerank with a direct implementation of SuperGlobal's formula in torch, 16 queries at a time.
+
+    Args:
+        Q: (Q, D) float32 query descriptors.
+        X: (N, D) database descriptors.
+        ids: (Q, M) int64 database ids of the candidates, best first.
+
+    Returns:
+        (Q, M) int64 ids of the candidates in their new order.
+    """
     orders = []
     for start in range(0, len(Q), 16):
         q, own = Q[start : start + 16], ids[start : start + 16]
@@ -164,7 +180,7 @@ def _plain_rerank(Q: torch.Tensor, X: torch.Tensor, ids: torch.Tensor) -> torch.
 
 
 def _reranking(report: Report) -> None:
-    """Measure the milliseconds per query with M = 400 for 1, 70 and 1,000 queries."""
+    """Measure the time of reranking per query, for 1, 70 and 1,000 queries with 400 candidates each."""
     rows, dim, depth = report.pick((20_000, 2048, DEPTH), (20_000, 2048, DEPTH), (1_000, 64, 50))
     counts = report.pick((1, 70, 1000), (1, 70, 1000), (1, 10))
     Q, X = clustered(max(counts), rows, dim)

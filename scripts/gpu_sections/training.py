@@ -1,4 +1,7 @@
-"""Measure a training step of ResNet-50 with the classes of GLDv2-clean, a plain PyTorch loop, and the data pipeline."""
+"""Measure the speed of training ResNet-50 with as many classes as GLDv2-clean.
+
+The section measures superglobal's Trainer, a plain PyTorch loop for comparison, and the loading of training images.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ CLASSES, DIM = 81_313, 2048
 
 
 class _Setting:
-    """Network, image and batch sizes of a training step."""
+    """Settings of a training step: network, image size, batch size, number of classes and precision."""
 
     def __init__(self, report: Report) -> None:
         self.backbone, self.side, self.batch, self.classes, self.dim, self.steps = report.pick(
@@ -39,13 +42,13 @@ class _Setting:
         self.precision = "bf16-mixed"
 
     def parts(self) -> tuple[Any, Any, OptimConfig]:
-        """Return the network, the head and the optimizer settings."""
+        """Return a network, a head and optimizer settings, which are the same in every call."""
         network, head = make_network_and_head(self.backbone, self.dim, self.classes, scale=45.25, margin=0.15)
         return network, head, OptimConfig(name="sgd", lr=1e-3, batch_size=self.batch, epochs=1)
 
 
 def main(report: Report) -> None:
-    """Measure the plain loop, the Trainer, the parts of a step, the data pipeline, variants, and compilation."""
+    """Measure the plain loop and its variants, the Trainer with and without compilation, and the data pipeline."""
     photos = write_jpegs(report.work / "training", [(800, 600), (1024, 768)] * report.pick(128, 64, 2))
     setting = _Setting(report)
     peak = report.run("peak speed", lambda: _peak(report))
@@ -59,13 +62,14 @@ def main(report: Report) -> None:
 
 
 def _peak(report: Report) -> float:
+    """Measure and return the FLOP/s of a large matrix product in bfloat16."""
     side = report.pick(8192, 8192, 256)
     a, b = (torch.randn(side, side, device=report.device).bfloat16() for _ in range(2))
     return 2 * side**3 / report.seconds(lambda: a @ b)
 
 
 def _flops(setting: _Setting) -> float:
-    """Return the FLOPs of a step per image: three times those of the forward pass."""
+    """Return the floating-point operations of a training step per image: three times those of the forward pass."""
     backbone = Backbone(setting.backbone).eval().to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(torch.empty(1, 3, setting.side, setting.side, device="meta"))
@@ -75,7 +79,17 @@ def _flops(setting: _Setting) -> float:
 def _bare(
     report: Report, setting: _Setting, peak: float | None, flops: float, title: str = "plain PyTorch loop", **how: Any
 ) -> float:
-    """Return the images/s of a plain loop whose images are already on the device."""
+    """Measure and return the images/s of a plain PyTorch loop whose images are already on the device.
+
+    Args:
+        report: report of the section.
+        setting: settings of a training step.
+        peak: FLOP/s from `_peak`; None if unknown.
+        flops: floating-point operations per image, from `_flops`.
+        title: name of this variant of the loop.
+        **how: what the variant changes: `layout` (memory layout), `fused` (use fused SGD), `cast_head` (use TF32 in the
+            head); and `row`, more fields of `Row`.
+    """
     network, head, o = setting.parts()
     network.to(report.device, memory_format=how.get("layout", torch.channels_last))
     head.to(report.device)
@@ -136,7 +150,14 @@ class _Tf32(torch.nn.Module):
 
 
 def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | None) -> None:
-    """Measure the Trainer with the callbacks of a training run."""
+    """Measure the images/s of the Trainer with the callbacks of train.py.
+
+    Args:
+        report: report of the section.
+        setting: settings of a training step.
+        compiled: compile the network with torch.compile.
+        bare: images/s of the plain loop, the baseline; None if unknown.
+    """
     if compiled:
         report.require_gpu("compiling the step in a short time")
     network, head, o = setting.parts()
@@ -154,7 +175,7 @@ def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | 
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     _, data = fit(network, head, o, config, images, callbacks)
-    # The GPU works asynchronously, so only the mean over many steps is its speed.
+    # The GPU works asynchronously, so a single step says little about its speed. Use the mean over many steps.
     first = setting.steps // 3
     waits = [after - before for before, after in itertools.pairwise(times.begins)]
     seconds = statistics.mean(waits[first:])
@@ -172,7 +193,7 @@ def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | 
 
 
 def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
-    """Measure the time of pooling and whitening, of the head, and of the optimizer, each of which runs alone."""
+    """Measure three parts of a training step, each on its own: pooling and whitening, the head, and the optimizer."""
     network, head, _ = setting.parts()
     network.to(report.device, memory_format=torch.channels_last)
     head.to(report.device)
@@ -209,7 +230,7 @@ def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
 
 
 class _Photos(Dataset):
-    """Augmented JPEG images, as in a training run."""
+    """Data set of JPEG images that are decoded and augmented as in a training run."""
 
     def __init__(self, files: list[bytes], count: int, side: int) -> None:
         self.files, self.count, self.side = files, count, side
@@ -223,7 +244,7 @@ class _Photos(Dataset):
 
 
 def _data(report: Report, setting: _Setting, photos: list[Any], bare: float | None) -> None:
-    """Compare the images/s that the CPU decodes and augments with those of a training step."""
+    """Measure how many images/s the CPU decodes and augments, and compare them with the images/s of the plain loop."""
     cores = os.cpu_count() or 1
     batches = report.pick(24, 12, 2)
     files = [photo.read_bytes() for photo in photos]
@@ -243,7 +264,7 @@ def _data(report: Report, setting: _Setting, photos: list[Any], bare: float | No
 
 
 def _variants(report: Report, setting: _Setting, peak: float | None, flops: float, bare: float | None) -> None:
-    """Measure changes whose effect depends on the GPU."""
+    """Measure variants of the plain loop whose effect on the speed depends on the GPU."""
     report.require_gpu("the comparison of layouts and optimizers")
     for title, how, predicted in (
         ("fused SGD", {"fused": True}, "1.02 x"),
@@ -268,6 +289,7 @@ def _variant(
     row: dict[str, Any],
     how: dict[str, Any],
 ) -> None:
+    """Measure one variant of the plain loop, and its gain over the rate `bare`; `how` is passed to `_bare`."""
     rate = _bare(report, setting, peak, flops, f"plain loop, {title}", **how)
     if bare:
         report.add(f"gain of {title}", rate / bare, "x", **row)
