@@ -1,6 +1,6 @@
-"""Evaluate retrieval, e.g. python eval.py dataset=roxford5k weights=PATH.
+"""Evaluate image retrieval, e.g. python eval.py dataset=roxford5k weights=PATH.
 
-The settings are in conf/eval.yaml; --help describes them.
+--help describes all settings. conf/eval.yaml selects the default options.
 """
 
 import sys

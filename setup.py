@@ -1,4 +1,4 @@
-"""Define the packages to install. All other settings are in pyproject.toml."""
+"""List the packages to install. All other settings of the installation are in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -1,7 +1,7 @@
 """Train a retrieval network.
 
-python train.py trains on GLDv2-clean, and python train.py experiment=quickstart on the toy set. The settings are in
-conf/train.yaml; --help describes them.
+python train.py trains on GLDv2-clean, and python train.py experiment=quickstart trains on the toy data set. --help
+describes all settings. conf/train.yaml selects the default options.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Configuration of the documentation site: make docs."""
+"""Configure Sphinx, which builds the documentation site: make docs."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ version = release = superglobal.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
-default_role = "code"  # docstrings mark code by single backticks, as Markdown does
+default_role = "code"  # In docstrings, single backticks mark code, as in Markdown.
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 
@@ -36,14 +36,18 @@ STORE_COMMANDS = ("info", "verify", "export", "merge")
 
 
 def setup(app: Any) -> None:
-    """Write the page of all commands, which is not in the repository, before the pages are read."""
+    """Let Sphinx generate reference/cli.md, which is not in the repository, before it reads the pages."""
     page = Path(__file__).parent / "reference" / "cli.md"
     app.connect("builder-inited", lambda _: page.write_text(command_line_page()))
 
 
 def command_line_page() -> str:
-    """Return the page of all commands: the text of `--help`, or where the settings of a configured command are."""
-    # `evaluate` and `train` are documented as eval.py and train.py.
+    """Return the Markdown text of the page that documents all commands.
+
+    For a command with settings, the page contains examples and a link to the configuration reference. For any other
+    command, it contains the output of `--help`.
+    """
+    # The configuration reference documents `evaluate` and `train` as eval.py and train.py.
     scripts = {"evaluate": "eval.py", "train": "train.py"}
     configured = {entry.script: entry for entry in ENTRIES}
     lines = ["# Command line", "", "```text", help_text(), "```", ""]
@@ -62,7 +66,11 @@ def command_line_page() -> str:
 
 
 def help_text(*words: str) -> str:
-    """Return what a command prints with `--help`."""
+    """Return the output of a command with `--help`.
+
+    Args:
+        *words: command and subcommand; without them, the output of `superglobal --help` is returned.
+    """
     output = io.StringIO()
     os.environ["COLUMNS"] = "100"
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):

@@ -1,8 +1,8 @@
 """Search a vector database and rerank the results with superglobal: python examples/vectordb.py images query.jpg.
 
-This example needs `pip install qdrant-client`. Qdrant runs inside this process and stores its vectors in --folder. The
-code is the same for a server (QdrantClient(url=...)), and similar for any database that returns the vectors of the
-results.
+Install Qdrant with `pip install qdrant-client` first. In this example, Qdrant runs inside this process and stores the
+descriptors in --folder. To use a Qdrant server, change only QdrantClient(path=...) to QdrantClient(url=...). The code
+is similar for any vector database that returns the vectors of its results.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("images", type=Path, help="folder of images")
     parser.add_argument("query", type=Path, help="query image")
     parser.add_argument("--weights", default="package", help="weights of the network, as for weights= of eval.py")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/vectordb"), help="folder of the database")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("outputs/vectordb"), help="folder in which Qdrant stores the descriptors"
+    )
     parser.add_argument("--M", type=int, default=400, help="number of results to rerank")
     parser.add_argument("--show", type=int, default=5, help="number of results to print")
     return parser
 
 
 def main() -> int:
-    """Run the example, and return the exit status, which is 2 for an InputError."""
+    """Run the example, and return the exit status: 0, or 2 after an InputError."""
     try:
         run(_parser().parse_args())
     except superglobal.InputError as error:
@@ -40,7 +42,12 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Update the collection with the images of the folder, search, rerank, and print both lists.
+    """Update the database with the images of the folder, search it, rerank the results, and print them.
+
+    The results before and after reranking are printed side by side.
+
+    Args:
+        args: arguments of the command line, see `_parser`.
 
     Raises:
         InputError: there are no images, an image cannot be read, Qdrant is not installed, or the database is in use.
@@ -53,11 +60,11 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     data = superglobal.folder_set(args.images, args.query)
     model = superglobal.load_model(args.weights)
-    # Vectors of different weights or settings are not comparable, so each network has its own collection.
+    # Descriptors of different weights or settings cannot be compared, so each network has a separate collection.
     collection = hashlib.sha256(repr((model.identity(), MAX_SIDE)).encode()).hexdigest()[:16]
     try:
         client = QdrantClient(path=str(args.folder))
-    except RuntimeError as error:  # Another process uses the folder.
+    except RuntimeError as error:  # Another process is using the folder.
         raise superglobal.InputError(f"{args.folder}: {error}") from error
     try:
         update(client, collection, model, [item.path for item in data.database])
@@ -74,11 +81,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def update(client, collection: str, model: superglobal.RetrievalNetwork, images: list[Path]) -> None:
-    """Add new images to the collection, and remove images that were deleted or changed."""
+    """Update a collection: add images that are not in it, and remove images that were deleted or changed.
+
+    Args:
+        client: client of the Qdrant database.
+        collection: name of the collection, which is created if it does not exist.
+        model: network that extracts the descriptors.
+        images: all images that the collection shall contain.
+    """
     from qdrant_client.models import Distance, PointStruct, VectorParams
 
     if not client.collection_exists(collection):
-        # The inner product of unit vectors is the cosine; Distance.COSINE would normalize them again.
+        # The descriptors have unit norm, so DOT equals COSINE, which would normalize them again.
         client.create_collection(collection, VectorParams(size=model.dim, distance=Distance.DOT))
     current = {point_id(path): path for path in images}
     stored = {point.id for point in client.scroll(collection, limit=10**9, with_payload=False)[0]}
@@ -92,7 +106,7 @@ def update(client, collection: str, model: superglobal.RetrievalNetwork, images:
 
 
 def point_id(path: Path) -> str:
-    """Return an id that depends on the path and the content of an image."""
+    """Return an id for an image in the database (a UUID), which changes if its path or its content changes."""
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.resolve()} {content}"))
 
