@@ -69,7 +69,7 @@ def compare(name: str, result: RetrievalResult) -> bool:
 
 
 def missing_message(folder: Path) -> str:
-    """Return the error message for a folder that contains the two files of neither data set."""
+    """Return the error message for a folder that does not contain both files of any data set."""
     return (
         f"no pair of gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat in {folder.resolve()}; "
         "download them to data/revisited-features: superglobal download revisited-features"

@@ -1,8 +1,7 @@
 """Train and evaluate a network on rendered landmarks: python scripts/demo.py, or `make demo`.
 
-The script renders the toy data set, fine-tunes an EfficientNet-Lite0 with ImageNet weights on it, and evaluates the
-network before training and, with and without each module of SuperGlobal, after training. It resumes or reuses what an
-earlier run with the same settings has computed.
+The script renders the toy data set, evaluates an EfficientNet-Lite0 with ImageNet weights, fine-tunes it, and evaluates
+it again with and without each module of SuperGlobal. Results of an earlier run with the same settings are reused.
 """
 
 from __future__ import annotations

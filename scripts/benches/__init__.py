@@ -1,1 +1,1 @@
-"""Benchmarks of scripts/bench.py. Each module has a function `main(argv)`."""
+"""Benchmarks that scripts/bench.py runs. Each is a module with a function `main(argv)`; `common` is shared code."""

@@ -92,7 +92,7 @@ def _work(images: TrainList | None, answers: Any) -> None:
 def _workers(root: Path, table: str) -> Callable[[], Any]:
     """Return a function that measures the memory of a worker process that reads one seventh of a list.
 
-    The function returns, for each start method of processes, how many MB more the worker needs than one without a list.
+    For each multiprocessing start method, the function returns how many MB more than a worker without a list it needs.
     """
 
     def run() -> dict[str, float]:

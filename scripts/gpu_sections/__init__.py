@@ -1,1 +1,1 @@
-"""The sections of scripts/gpu_report.py, one module each with `main(report)`."""
+"""Sections of the report that scripts/gpu_report.py writes. Each section is a module with a function `main(report)`."""

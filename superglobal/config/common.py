@@ -185,7 +185,7 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """Loggers in addition to the CSV files, which are always written (`conf/logger`).
+    """Loggers (`conf/logger`) that are used in addition to the CSV files, which are always written.
 
     Args:
         wandb: log to Weights & Biases. Without an API key the run stays offline, unless WANDB_MODE is set.

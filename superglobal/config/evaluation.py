@@ -116,7 +116,7 @@ class DatasetConfig(LoaderSettings):
 
 @dataclass
 class DistractorsConfig:
-    """Distractors, images added to the database (`conf/distractors`): `<root>/<name>/{jpg/,<name>.txt}`.
+    """Distractors (`conf/distractors`): images that are added to the database, in `<root>/<name>/{jpg/,<name>.txt}`.
 
     Args:
         name: name of the folder that contains the distractors, and of the list in that folder; null for no
@@ -393,7 +393,7 @@ class EvalConfig:
             )
 
     def _validate_ablation(self) -> None:
-        """Raise InputError if the settings do not match the ablation row, under whose name tables list the result."""
+        """Raise InputError if the settings differ from those of the ablation row, which names the result in tables."""
         if self.ablation is None:
             return
         if self.ablation not in ABLATIONS:

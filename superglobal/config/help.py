@@ -48,7 +48,7 @@ class Entry(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """Settings that share one description."""
+    """One or more settings that share a description."""
 
     names: tuple[str, ...]
     defaults: tuple[str, ...]  # distinct default values as text
@@ -202,7 +202,10 @@ def help_text(entry: Entry) -> str:
         lines += ["", *textwrap.wrap(title, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)]
         for setting in section.settings:
             lines += _help_lines(", ".join(setting.names), f"{setting.words} [{', '.join(setting.defaults)}]")
-    lines += ["", "-m runs the command once per value of a list a,b,c. --cfg job only prints the configuration."]
+    lines += [
+        "",
+        "-m runs the command once for each value of a comma-separated list. --cfg job only prints the configuration.",
+    ]
     lines += ["docs/reference/configuration.md also contains this text. --hydra-help lists Hydra's own flags."]
     return "\n".join(lines)
 

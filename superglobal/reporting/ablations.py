@@ -11,7 +11,7 @@ ABLATIONS: dict[str, tuple[bool, ...]] = {
     **{name: tuple(i < count for i in range(len(MODULES))) for count, name in enumerate(("gem", *MODULES))},
     **{f"no_{name}": tuple(module != name for module in MODULES) for name in MODULES},
 }
-"""Row of the ablation table, which is also an option of `ablation=` -> one bool for each of `MODULES`: is it enabled?
+"""Option of `ablation=`, which is a row of the ablation table -> for each of `MODULES`, True if the row enables it.
 
 The order is that of the paper: first no module, then one more module in each row, then all modules but one.
 """

@@ -268,7 +268,7 @@ def _draw_densities(axes: Any, counts: Mapping[str, np.ndarray], edges: np.ndarr
 
 
 def sample_images(landmarks: Sequence[str | None], count: int, skipped: np.ndarray, seed: int) -> np.ndarray:
-    """Choose images for the map at random.
+    """Choose images for the map of descriptors at random.
 
     At least half of the images have a known landmark, if there are enough such images.
 
@@ -399,7 +399,7 @@ def draw_map(
 
 
 def _landmark_styles(landmarks: Sequence[str | None]) -> dict[str | None, tuple[str, str]]:
-    """Choose the landmarks with the most images, and return the color and the marker of each: landmark -> style."""
+    """Choose the landmarks with the most images, and assign a style to each: landmark -> (color, marker)."""
     names, counts = np.unique([name for name in landmarks if name is not None] or [""], return_counts=True)
     largest = [str(name) for name in names[np.argsort(-counts, kind="stable")][:_MAX_LANDMARKS]]
     count = len(_LANDMARK_COLORS)

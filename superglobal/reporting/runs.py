@@ -187,7 +187,7 @@ def _short_names(weights: Sequence[str]) -> dict[str, str]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as a flat dictionary: dotted name, after `prefix` -> value."""
+    """Return nested settings as a flat dictionary: dotted name -> value. Each name starts with `prefix`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

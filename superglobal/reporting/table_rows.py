@@ -74,7 +74,7 @@ class Published:
     backbone: str
     reranked: bool
     scores: tuple[tuple[str, float], ...]  # (protocol, score in percent)
-    source: str  # place from which the scores were copied
+    source: str  # publication or web page from which the scores were copied
 
     @property
     def short_name(self) -> str:
@@ -236,7 +236,7 @@ def _is_full_factorial(runs: Mapping[States, Any], varied: Sequence[int]) -> boo
 
 
 def _effect(i: int, variant: str, weights: str, runs: Mapping[States, dict[str, Any]]) -> Effect:
-    """Return the main effect of module `i`, given the results of a full factorial design by the states of modules."""
+    """Return the main effect of module `i`. `runs` maps module states to the results of a full factorial design."""
     pairs = [(run, runs[(*state[:i], False, *state[i + 1 :])]) for state, run in runs.items() if state[i] is True]
     scores = [(scores_in_percent(on), scores_in_percent(off)) for on, off in pairs]
     gains: dict[str, float | None] = {}
@@ -249,7 +249,7 @@ def _effect(i: int, variant: str, weights: str, runs: Mapping[States, dict[str, 
 
 _WEBSITE = "paperswithcode.com/paper/global-features-are-all-you-need-for-image"
 _SUMMARIES = "summaries of the paper by others"
-# The list contains only scores that could be confirmed. The scores of the paper's ablation table could not.
+# The list contains only scores that could be confirmed. Those of the paper's ablation table could not be.
 _PUBLISHED = (
     Published("roxford5k", "resnet101", False, (("hard", 72.1),), _SUMMARIES),
     Published("rparis6k", "resnet101", False, (("hard", 83.5),), _SUMMARIES),

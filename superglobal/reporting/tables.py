@@ -39,7 +39,7 @@ from superglobal.reporting.table_rows import CITATION, Cell, DatasetTable, Effec
 from superglobal.utils.io import write_atomically
 
 FormatCell = Callable[[Cell, str], list[str]]
-"""Function that maps the metrics of a run, and the variant of the data set, to the texts of the columns they fill."""
+"""Function that formats the metrics of a run: (metrics, variant of the data set) -> text of each column."""
 _NOTE = f"as published ({CITATION}), not measured here"
 
 
@@ -73,7 +73,7 @@ def write_tables(folder: Path, *others: Path) -> list[dict[str, Any]]:
 
 
 def _by_file_name(tables: Sequence[DatasetTable]) -> dict[str, DatasetTable]:
-    """Return file name without ending -> table. The names are those of the data sets, made valid and unique."""
+    """Return file name (without extension) -> table. File names are data set names, made valid and unique."""
     named: dict[str, DatasetTable] = {}
     for table in tables:
         plain = re.sub(r"[^\w.-]+", "-", table.name).strip("-.") or "set"
