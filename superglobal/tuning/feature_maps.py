@@ -33,9 +33,9 @@ _PROGRESS_SECONDS = 20.0
 class MapStore:
     """Store of feature maps (C, H, W) float32 of one backbone, with one safetensors file per image.
 
-    The folder is named by a fingerprint of everything that changes a map: weights, ReLUP and resizing. A file is named
-    by a fingerprint of the image's name, box and content. It contains the maps of all scales. Files are written
-    atomically, and a file that lacks a scale is written again.
+    The folder is named after a fingerprint of everything that changes a map: weights, ReLUP and resizing. A file is
+    named after a fingerprint of the image's name, box and content, and contains the maps of all scales. Files are
+    written atomically. A file that lacks the map of a scale is replaced.
 
     Args:
         folder: parent folder of all map stores.
@@ -61,11 +61,11 @@ class MapStore:
         self.folder = folder / _digest(json.dumps(self.identity, sort_keys=True))
 
     def path(self, line: str) -> Path:
-        """Return the path of an image's file, given the image's line in `ExtractionList.lines`."""
+        """Return the path of the file with an image's maps; `line` is the image's line in `ExtractionList.lines`."""
         return self.folder / f"{_digest(line)}.safetensors"
 
     def missing(self, images: ExtractionList, grid: Sequence[Settings]) -> list[int]:
-        """Return the row numbers of the images whose file lacks a map for some settings of the grid."""
+        """Return the row numbers of the images whose files lack a map that any settings in the grid need."""
         rows = []
         for row, line in enumerate(images.lines()):
             stored = _stored(self.path(line))
@@ -74,7 +74,13 @@ class MapStore:
         return rows
 
     def size(self, images: ExtractionList, rows: Sequence[int], grid: Sequence[Settings]) -> int:
-        """Estimate the size of the maps of some images in bytes, from the image sizes in the file headers."""
+        """Estimate the size in bytes of the maps of some images, from the sizes of the images.
+
+        Args:
+            images: list of images.
+            rows: row numbers of the images to count.
+            grid: settings whose maps are needed.
+        """
         cells, sizes = 0, images.sizes()
         for row in rows:
             height, width = sizes[row]
@@ -91,7 +97,7 @@ class MapStore:
     def fill(
         self, images: ExtractionList, rows: Sequence[int], grid: Sequence[Settings], device: str, workers: int
     ) -> None:
-        """Compute and write the maps of some images for all settings of the grid.
+        """Compute and write the maps of some images for all settings in the grid.
 
         Args:
             images: list of images.
@@ -124,8 +130,9 @@ class MapStore:
         self.network.cpu()
 
     def _compute(self, image: Tensor, grid: Sequence[Settings]) -> dict[str, Tensor]:
+        """Return the maps (C, H, W) of one image for all settings in the grid, by their names (see `_keys`)."""
         maps: dict[str, Tensor] = {}
-        # Settings with the most scales come first, because their maps mostly include those of fewer scales.
+        # Settings with the most scales come first, because their maps usually include the maps for fewer scales.
         for settings in sorted(grid, key=lambda settings: -settings.scales):
             keys = self._keys(settings, (image.shape[-2], image.shape[-1]))
             if not maps.keys() >= set(keys):
@@ -140,7 +147,7 @@ class MapStore:
         Args:
             settings: pooling settings.
             images: images whose maps are stored.
-            pooling: network whose pooling and whitening layers are applied; this method configures it.
+            pooling: network whose pooling and whitening layers are applied; its pooling is set to `settings`.
 
         Returns:
             (N, D) float32, unit norm.
@@ -167,10 +174,14 @@ class MapStore:
         return np.stack(rows)
 
     def _keys(self, settings: Settings, size: tuple[int, int]) -> list[str]:
-        """Return the names of the maps in an image's file, one per scale.
+        """Return the names of an image's maps in its file, one per scale.
 
-        The name contains the minimum side only for small images that the network enlarges, because for other images the
-        map of a scale does not depend on the settings.
+        The network enlarges an image whose shorter side is below a minimum, which depends on the settings. The names of
+        the maps of such an image contain this minimum. Otherwise, the map of a scale is the same for all settings.
+
+        Args:
+            settings: settings of the scales and the pooling.
+            size: (height, width) of the image in pixels.
         """
         configure(self.network, settings)
         min_side = self.network.min_side()
@@ -178,11 +189,12 @@ class MapStore:
         return [f"{scale:g}{suffix}" for scale in self.network.scales]
 
     def _grid_keys(self, grid: Sequence[Settings], size: tuple[int, int]) -> set[str]:
+        """Return the names of all maps that the settings in the grid need, for an image of this (height, width)."""
         return {key for settings in grid for key in self._keys(settings, size)}
 
 
 def _stored(path: Path) -> tuple[tuple[int, int], set[str]] | None:
-    """Return the (height, width) of an image and the names of its stored maps; None without a valid file."""
+    """Return the (height, width) of an image and the names of its maps from its file; None if the file is not valid."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -192,7 +204,7 @@ def _stored(path: Path) -> tuple[tuple[int, int], set[str]] | None:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Check that `needed` bytes are free on the disk of `folder`, which need not exist; raise InputError if not."""
+    """Raise InputError unless `needed` bytes are free on the disk of `folder`; the folder need not exist yet."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -203,4 +215,5 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def _digest(text: str) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

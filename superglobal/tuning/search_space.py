@@ -26,7 +26,7 @@ _SHORTLIST_LENGTHS = (25, 50, 100, 200, 400, 800)
 
 @dataclass(frozen=True)
 class Settings:
-    """One combination of settings; the defaults are those of the paper.
+    """One combination of settings of pooling and reranking; the defaults are the paper's settings.
 
     Args:
         gem_plus_p: exponent of GeM+.
@@ -51,7 +51,7 @@ class Settings:
     beta: float = 0.15
 
     def pooling(self) -> dict[str, Any]:
-        """Return the settings of `PoolingConfig`, without the parameters of modules that are off."""
+        """Return the pooling settings as arguments of `PoolingConfig`, without the parameters of disabled modules."""
         regional = self.regional_window > 1
         return {
             "gem_plus": True,
@@ -65,27 +65,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings that were tried, and their score."""
+    """Settings that the search has tried, with their score."""
 
     settings: Settings
-    score: float  # mAP in 0..1 on the search half
+    score: float  # mAP in 0..1 on the half of the landmarks that is used for the search
 
 
 def configure(network: RetrievalNetwork, settings: Settings) -> None:
-    """Apply the pooling settings to a network, except ReLUP, which is part of the backbone."""
+    """Apply settings of pooling and scales to a network; ReLUP stays unchanged, because it is part of the backbone."""
     pooling = {key: value for key, value in settings.pooling().items() if not key.startswith("relup")}
     network.pooling.config = replace(network.config, **pooling)
     network.scales = make_scales(settings.scales)
 
 
 def choices(space: SpaceConfig, has_relup: bool, reachable: int) -> dict[str, Any]:
-    """Return Optuna's distribution of each setting to search; all distributions contain the paper's value.
+    """Return an Optuna distribution for each setting to search; every distribution contains the paper's value.
 
     Args:
         space: configured search space.
         has_relup: whether the backbone supports ReLUP.
-        reachable: number of images that a query can find. Values of M above it have the same effect, so all of them are
-            removed except the paper's 400.
+        reachable: number of database images that a query can retrieve. All values of M from this number on have the
+            same effect, so they are left out, except for the paper's 400.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -119,7 +119,7 @@ def search(
     interrupted, or that is repeated with more trials, therefore gives the same trials as a search without interruption.
 
     Args:
-        distributions: distributions of the settings to search; all other settings stay as in `first`.
+        distributions: distribution of each setting to search; all other settings stay as in `first`.
         first: settings of the first trial.
         score: function that computes the mAP of settings, in 0..1.
         trials: total number of trials.
@@ -161,7 +161,7 @@ def search(
 
 
 def _with_params(first: Settings, params: dict[str, Any]) -> Settings:
-    """Return `first` with other values; floats are rounded, because steps of 0.2 add up to 4.6000000000000005."""
+    """Return `first` with the values of `params`. Floats are rounded, because steps of 0.2 add up to 4.6000000000000005."""
     rounded: dict[str, Any] = {
         name: round(value, 6) if isinstance(value, float) else value for name, value in params.items()
     }
@@ -175,12 +175,13 @@ def best(trials: Sequence[Trial]) -> Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Comparison of the best settings with the paper's settings; all mAP in 0..1.
+    """Comparison of the best settings with the paper's settings; all mAP values are in 0..1.
 
-    Settings are searched on the search half of the landmarks, and compared on the check half.
+    The landmarks are divided into the search half, on which settings are searched, and the check half, on which they
+    are compared.
 
     Attributes:
-        tuned_on: name of the images, which is shown with every result that uses the settings.
+        tuned_on: description of the validation set, which is shown with every result that uses the settings.
         winner: best settings.
         paper: settings of the paper.
         search_half: mAP of (winner, paper) on the search half.
@@ -189,7 +190,7 @@ class Outcome:
         trials: number of trials.
         queries: number of queries of the check half.
         landmarks: number of landmarks of the check half.
-        rerank: True if reranking was searched, False if it was off.
+        rerank: True if settings of reranking were searched, False if reranking was disabled.
     """
 
     tuned_on: str
@@ -205,11 +206,12 @@ class Outcome:
 
     @property
     def gain(self) -> float:
-        """Return the gain in mAP on the check half."""
+        """Difference in mAP between the best settings and the paper's settings on the check half."""
         return self.check_half[0] - self.check_half[1]
 
     @property
     def verdict(self) -> str:
+        """Sentence that states the gain, its interval, and whether it may be due to chance."""
         low, high = (f"{100 * value:+.1f}" for value in self.interval)
         gain = f"{100 * self.gain:+.2f} mAP on the half that was not searched (95 % interval {low} to {high})"
         if self.gain <= 0:
@@ -217,7 +219,7 @@ class Outcome:
         return f"gain {gain}" + ("" if self.interval[0] > 0 else "; the gain may be due to chance")
 
     def overrides(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the winner as the settings of the groups `pooling` and `rerank`, each with `tuned_on`."""
+        """Return the best settings as the configuration groups `pooling` and `rerank`, each with `tuned_on`."""
         w, mark = self.winner, {"tuned_on": self.tuned_on}
         parameters = {"M": w.M, "K": w.K, "beta": w.beta} if self.rerank else {}
         return {**w.pooling(), **mark}, {"enabled": self.rerank, **parameters, **mark}
@@ -240,8 +242,8 @@ def compare(
             first trial; NaN for queries without a positive.
         searched: (Q,) bool, True for queries of the search half.
         clusters: landmark of each query.
-        tuned_on: name of the images.
-        rerank: whether reranking was searched.
+        tuned_on: description of the validation set.
+        rerank: whether the settings of reranking were searched, too.
         seed: seed of the bootstrap.
     """
     counted = ~np.isnan(ap[1])
@@ -262,7 +264,7 @@ def compare(
 
 
 def write_outcome(folder: Path, name: str, outcome: Outcome, trials: Sequence[Trial]) -> None:
-    """Write `trials.csv`, `result.json`, and the options `pooling=<name>` and `rerank=<name>` in `conf/`."""
+    """Write `trials.csv`, `result.json`, and the files in `conf/` that define `pooling=<name>` and `rerank=<name>`."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["trial", *asdict(trials[0].settings), "mAP"])
@@ -281,13 +283,13 @@ def write_outcome(folder: Path, name: str, outcome: Outcome, trials: Sequence[Tr
 
 
 def usage(folder: Path, name: str, outcome: Outcome, weights: str) -> str:
-    """Return two commands that evaluate with the winner: one uses the written option files, one lists all values."""
+    """Return two commands that evaluate with the best settings: one uses the files in `conf/`, one lists all values."""
     rest = f"dataset=... weights={shlex.quote(weights)}"
     pooling, rerank = outcome.overrides()
     values = [f"scales={outcome.winner.scales}"]
     values += [f"pooling.{key}={json.dumps(value)}" for key, value in pooling.items()]
     values += [f"rerank.{key}={json.dumps(value)}" for key, value in rerank.items()]
-    # `tuned_on` contains spaces, so the shell needs quotes in addition to those for Hydra.
+    # `tuned_on` contains spaces, so it needs quotes for the shell in addition to those for Hydra.
     by_value = " ".join(f"'{value}'" if " " in value else value for value in values)
     by_file = f"--config-dir {shlex.quote(str(folder / 'conf'))} {rest} pooling={name} rerank={name}"
     return (
@@ -297,6 +299,7 @@ def usage(folder: Path, name: str, outcome: Outcome, weights: str) -> str:
 
 
 def _comments(outcome: Outcome) -> str:
+    """Return YAML comments that state how the settings were tuned, and their mAP."""
     search_half, check_half = (
         "{:.2f} and {:.2f}".format(*(100 * value for value in pair))
         for pair in (outcome.search_half, outcome.check_half)
@@ -306,7 +309,7 @@ def _comments(outcome: Outcome) -> str:
         f"Tuned on {outcome.tuned_on}: best of {outcome.trials} trials, of which the first has the paper's settings.",
         f"mAP in percent of these and of the paper's settings: {search_half} on the half that was searched,",
         f"{check_half} on the other half ({outcome.queries} queries of {outcome.landmarks} landmarks).",
-        "The database contains all images in both halves.",
+        "For both halves, the database contains all images.",
     )
     return "".join(f"# {line}\n" for line in lines)
 

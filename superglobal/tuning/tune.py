@@ -1,4 +1,4 @@
-"""Tune pooling and reranking for a trained network on half of a validation set, and check them on the other half."""
+"""Tune the settings of a trained network on half of a validation set, and check them on the other half."""
 
 from __future__ import annotations
 
@@ -41,14 +41,16 @@ log = logging.getLogger(__name__)
 
 
 def tune(cfg: DictConfig, folder: Path) -> float:
-    """Search settings on half of a validation set's landmarks, check them on the other half, and write the results.
+    """Search the best settings of pooling and reranking, compare them with the paper's settings, and write the results.
+
+    The search uses the queries of half of the landmarks; the comparison uses the queries of the other half.
 
     Args:
         cfg: composed `TuneConfig`.
         folder: folder of this tuning run. An interrupted run with the same settings, weights and images is resumed.
 
     Returns:
-        Gain of the best settings over the paper's settings on the half that was not searched, in mAP, 0..1.
+        Difference in mAP (0..1) between the best settings and the paper's settings, on the half that was not searched.
 
     Raises:
         InputError: input is missing or invalid, the set is a test set, or `folder` contains a run with other settings.
@@ -87,11 +89,11 @@ def tune(cfg: DictConfig, folder: Path) -> float:
 
 
 class Scorer:
-    """Compute the average precision of every query from stored feature maps; the values equal those of `eval.py`.
+    """Compute the average precision of every query from stored feature maps, with the same results as `eval.py`.
 
     Args:
         dataset: evaluation set.
-        lists: database images and, if they are not the same, query images.
+        lists: list of the database images and, if the queries are other images, list of the query images.
         stores: map store for each lower bound of ReLUP.
         network: network whose pooling and whitening layers are applied, on its device.
         rerank: whether to rerank after the search.
@@ -138,7 +140,12 @@ class Scorer:
 
 
 def _validation_set(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]:
-    """Return the validation set, its `max_side`, and the text of `tuned_on`."""
+    """Load the validation set: the configured set, or the held-out images of a training run.
+
+    Returns:
+        The validation set; the longer side in pixels to which its images are shrunk, or None; and the description of
+        the set that is recorded with the tuned settings.
+    """
     d = config.dataset
     if d is None:
         dataset, max_side = held_out_set(Path(config.run), config.data_root)
@@ -151,7 +158,7 @@ def _validation_set(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]
 
 
 def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int | None]:
-    """Return the held-out images of a training run as an evaluation set, and their `max_side`.
+    """Return the held-out images of a training run as an evaluation set, and the run's `validation.max_side`.
 
     Each image is a query that is searched for among all other images. Images that the run recorded as corrupt are left
     out.
@@ -204,9 +211,10 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
 
 
 def limit_images(dataset: EvaluationSet, max_images: int, seed: int) -> EvaluationSet:
-    """Reduce a leave-one-out set to complete landmarks chosen at random.
+    """Reduce a leave-one-out set to the images of randomly chosen landmarks.
 
-    Other sets are returned unchanged, because each query needs the complete database.
+    All images of a chosen landmark are kept. Other sets are returned unchanged, because their queries need the complete
+    database.
 
     Args:
         dataset: evaluation set.
@@ -239,7 +247,7 @@ def limit_images(dataset: EvaluationSet, max_images: int, seed: int) -> Evaluati
 
 
 def draw_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.ndarray:
-    """Choose half of the landmarks at random; settings are searched on their queries.
+    """Choose half of the landmarks at random, on whose queries settings are searched.
 
     Args:
         clusters: landmark of each query.
@@ -263,14 +271,14 @@ def draw_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.nda
 
 
 def _extraction_lists(dataset: EvaluationSet, max_side: int | None) -> list[ExtractionList]:
-    """Return the database images and, if they are not the same, the query images, after checking every file."""
+    """Check all image files, and return the lists of database images and, if they are other images, of query images."""
     items = {"database": dataset.database} | ({} if dataset.leave_one_out else {"queries": dataset.queries})
     checked = require_images([(title, images, dataset.how_to_get) for title, images in items.items()])
     return [ExtractionList(title, dataset.name, images, checked[title], max_side) for title, images in items.items()]
 
 
 def _load_network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
-    """Load the network with all modules on.
+    """Load the network with all modules of the paper enabled, and with three scales.
 
     Args:
         config: settings of the tuning run.
@@ -291,7 +299,7 @@ def _load_network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
 
 
 def _identity(config: TuneConfig, network: RetrievalNetwork, lists: list[ExtractionList]) -> dict[str, Any]:
-    """Return everything that identifies a tuning run: search space, seed, network and images, as plain types."""
+    """Return what identifies a tuning run, as JSON types: search space, seed, network and images."""
     space = {key: sorted(value) if isinstance(value, list) else value for key, value in asdict(config.space).items()}
     images = [line for images in lists for line in images.lines()]
     identity = {"space": space, "seed": config.seed, "network": network.identity(), "images": images}
@@ -322,7 +330,21 @@ def _write_identity(folder: Path, identity: dict[str, Any]) -> None:
 def _compute_maps(
     config: TuneConfig, lists: list[ExtractionList], max_side: int | None, relup: bool, device: str
 ) -> dict[float, MapStore]:
-    """Compute the missing feature maps of all images, and return the map stores by the lower bound of ReLUP."""
+    """Compute the missing feature maps of all images.
+
+    Args:
+        config: settings of the tuning run.
+        lists: checked image lists.
+        max_side: longer side in pixels to which larger images are shrunk; None for no limit.
+        relup: whether the backbone supports ReLUP.
+        device: device of the network.
+
+    Returns:
+        For each lower bound of ReLUP, the store of its feature maps.
+
+    Raises:
+        InputError: the disk is too small, an image is corrupt, or a file cannot be written.
+    """
     space = config.space
     grid = [Settings(regional_window=w, scales=n) for w in {5, *space.windows} for n in {3, *space.scales}]
     alphas = sorted({0.014, *space.relup_alphas}) if relup else [0.0]
@@ -331,7 +353,7 @@ def _compute_maps(
     todo = [(store, images, store.missing(images, grid)) for store in stores.values() for images in lists]
     needed = sum(store.size(images, rows, grid) for store, images, rows in todo)
     log.info(
-        "Computing %d of %d files of feature maps, about %.2f GB in %s, with the lower bounds %s of ReLUP",
+        "Computing %d of %d feature map files, about %.2f GB in %s, for the lower bounds %s of ReLUP",
         sum(len(rows) for _, _, rows in todo),
         len(alphas) * sum(len(images.items) for images in lists),
         needed / 1e9,
