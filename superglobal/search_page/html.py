@@ -13,6 +13,7 @@ from PIL import Image
 from superglobal.data.images import IMAGE_EXTENSIONS
 from superglobal.search_page.image_search import Hit, Query, SearchResult
 
+# Stages of a search, in the order in which the page shows their times.
 STAGES = ("decode", "extract", "search", "rerank")
 _MAX_HEIGHT = 320  # maximum height of the query image, in CSS pixels
 _JPEG_QUALITY = 85
@@ -20,7 +21,7 @@ _FILE_INPUT = f'<input type="file" accept="image/*,{",".join(IMAGE_EXTENSIONS)}"
 
 
 def encode_jpeg(pixels: np.ndarray) -> bytes:
-    """Encode an image (H, W, 3) uint8 as JPEG."""
+    """Return an image (H, W, 3) uint8 encoded as JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return buffer.getvalue()
@@ -33,7 +34,7 @@ def render_header(name: str, facts: Sequence[str]) -> str:
 
 
 def render_upload(max_megabytes: int) -> str:
-    """Render the field for the first upload."""
+    """Render the upload area that the page shows before the first search."""
     return (
         f'<label class="sg-drop">{_FILE_INPUT}<b>Choose a photo</b>'
         f"<span>or drop or paste one here</span><span>at most {max_megabytes} MB</span></label>"
@@ -41,7 +42,7 @@ def render_upload(max_megabytes: int) -> str:
 
 
 def render_query(query: Query) -> str:
-    """Render the whole query image with its box and the buttons below it."""
+    """Render the whole query image with the box of the query, and the buttons below it."""
     width, height = query.size
     name, box, searched, button = escape(query.image.name), "hidden", "the whole photo", ""
     if query.box is not None:
@@ -63,6 +64,7 @@ def render_query(query: Query) -> str:
 
 
 def _size(width: float, height: float) -> str:
+    """Format a size in pixels as HTML."""
     return f"{width:.0f}&nbsp;&times;&nbsp;{height:.0f}&nbsp;px"
 
 
@@ -75,7 +77,7 @@ def render_examples(examples: Sequence[tuple[str, str, str]], text: str) -> str:
     """Render buttons with example images.
 
     Args:
-        examples: (key of the image such as "queries/3", URL of its thumbnail, name) of each example.
+        examples: for each example, its key such as "queries/3", the URL of its thumbnail, and its name.
         text: text by which the user filtered the names; "" without a filter.
     """
     if not examples:
@@ -89,7 +91,7 @@ def render_examples(examples: Sequence[tuple[str, str, str]], text: str) -> str:
 
 
 def render_empty(total: int) -> str:
-    """Render the text shown before the first search instead of results."""
+    """Render the text that the page shows in place of results before the first search."""
     return f'<p class="sg-empty">The most similar of {total:,} photos will appear here, best first.</p>'
 
 
@@ -107,7 +109,7 @@ def render_results(result: SearchResult, names: Sequence[str], url: str, total: 
 
 
 def summary(result: SearchResult, total: int) -> str:
-    """Return a sentence that tells how many results are shown and how reranking changed their ranks."""
+    """Return text that states how many results are shown and how reranking changed their ranks."""
     shown = len(result.hits)
     text = f"Showing the first {shown:,} of {total:,} photos"
     if not result.reranked:
@@ -123,7 +125,7 @@ def summary(result: SearchResult, total: int) -> str:
 
 
 def movement(hit: Hit) -> str:
-    """Render the change of an image's rank by reranking."""
+    """Render the ranks of an image before and after reranking."""
     if hit.rank_before == hit.rank:
         return '<span class="sg-move sg-same" title="same rank before and after reranking">=</span>'
     arrow, kind = ("▲", "sg-up") if hit.rank_before > hit.rank else ("▼", "sg-down")
@@ -132,6 +134,7 @@ def movement(hit: Hit) -> str:
 
 
 def _card(hit: Hit, name: str, url: str, reranked: bool) -> str:
+    """Render one result: its thumbnail, rank, score and name, and a button that searches for it."""
     shown, images = escape(name), f"{url}/database"
     score, kind = "&ndash;", "no score, because the photo is not among the M reranked photos"
     if hit.score is not None:
@@ -149,7 +152,7 @@ def _card(hit: Hit, name: str, url: str, reranked: bool) -> str:
 
 
 def render_times(seconds: dict[str, float]) -> str:
-    """Render the duration of each stage and its fraction of the total."""
+    """Render the duration of each stage, as text and as a bar that shows its fraction of the total."""
     stages, total = [stage for stage in STAGES if stage in seconds], sum(seconds.values())
     bar = "".join(f'<i class="sg-{stage}" style="flex-grow: {seconds[stage] / total:.4f}"></i>' for stage in stages)
     texts = "".join(
@@ -160,4 +163,5 @@ def render_times(seconds: dict[str, float]) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
+    """Format a duration in milliseconds, with one decimal below 10 ms."""
     return f"{1000 * seconds:.1f} ms" if seconds < 0.01 else f"{1000 * seconds:,.0f} ms"

@@ -22,14 +22,14 @@ from superglobal.retrieval.search import search
 from superglobal.retrieval.whitening import Whitening
 
 FirstStage = Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
-"""Function: (queries (Q, D), k, excluded ids (Q,) or None) -> scores (Q, k) and ids (Q, k), best first."""
+"""Search function: it takes queries (Q, D), k and excluded ids (Q,) or None, and returns scores and ids (Q, k)."""
 _MAX_DECODED = 4  # maximum number of images decoded at the same time; each can take hundreds of MB
 _PREVIEW_SIDE = 800  # longer side of the query image that the page shows, in pixels
 
 
 @dataclass(frozen=True)
 class QueryImage:
-    """Image to search for."""
+    """Image file to search for."""
 
     name: str  # name shown on the page
     path: Path
@@ -45,7 +45,7 @@ class Query:
     size: tuple[int, int]  # (width, height) of the whole upright image, in pixels
     preview: np.ndarray  # (h, w, 3) uint8, reduced version of the whole image
     descriptor: np.ndarray  # (1, D) float32, unit norm, before whitening
-    seconds: dict[str, float]  # duration of "decode" and "extract"
+    seconds: dict[str, float]  # duration of the stages "decode" and "extract"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Hit:
     id: int
     rank: int  # starts at 1
     rank_before: int  # rank before reranking, starts at 1
-    score: float | None  # score of the last stage; None for images that are not among the M reranked ones
+    score: float | None  # score of the last stage; None for an image that is not among the M reranked images
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class SearchResult:
 
     hits: list[Hit]  # best first
     reranked: bool
-    seconds: dict[str, float]  # duration of "search" and, if reranked, of "rerank"
+    seconds: dict[str, float]  # duration of the stages "search" and, if reranked, "rerank"
 
 
 @dataclass
@@ -75,14 +75,14 @@ class ImageSearch:
     """
 
     network: RetrievalNetwork  # in evaluation mode, on `device`
-    database: Rows  # descriptors of the database images by `network`, after `whitening`
+    database: Rows  # descriptors of the database images, extracted by `network` and whitened by `whitening`
     images: Sequence[ImageItem]  # database images by id
     names: Sequence[str]  # names of the database images by id
     max_side: int | None = None  # longer side in pixels to which the database images were shrunk; None for no limit
     device: str = "cpu"
-    kind: str = "superglobal"  # kind of reranking
+    kind: str = "superglobal"  # name of the reranker
     parameters: Mapping[str, Any] = field(default_factory=dict)  # parameters of reranking, except M, K and beta
-    whitening: Whitening | None = None  # whitening to apply to queries
+    whitening: Whitening | None = None  # whitening to apply to queries; None for no whitening
     first_stage: FirstStage | None = None  # search with an approximate index; None for exact search
     max_pixels: int = 100_000_000  # images with more pixels are rejected
 
@@ -104,7 +104,7 @@ class ImageSearch:
         return QueryImage(self.names[number], self.images[number].path, number)
 
     def count_reachable(self, image: QueryImage | None = None) -> int:
-        """Return the number of database images that a search can return."""
+        """Return the number of database images that a search for `image`, or for any other image, can return."""
         excluded = image is not None and image.id is not None
         return len(self.database) - len(self.database.skipped) - excluded
 
@@ -137,7 +137,7 @@ class ImageSearch:
 
         Args:
             query: query with its descriptor.
-            M: number of images to rerank; larger values than the number of images that can be returned are reduced.
+            M: number of images to rerank, at most the number of images that the search can return.
             K: number of neighbors in reranking.
             beta: weight of the neighbors in reranking.
             rerank: whether to rerank.
@@ -188,6 +188,7 @@ class ImageSearch:
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Measure the duration of the block, and store it in `seconds` under the name of the stage."""
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
@@ -195,7 +196,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SearchDatabase:
-    """Named database that can be searched, with example queries from the same data set."""
+    """Database that the page searches, with its name and with example queries from the same data set."""
 
     name: str
     search: ImageSearch

@@ -20,16 +20,17 @@ from superglobal.search_page.image_search import Query, QueryImage, SearchDataba
 
 _HERE = Path(__file__).parent
 _KEEP_SECONDS = 3600  # time for which an upload and its descriptor are kept
-# Maximum values of the sliders. They are lower for smaller databases, and higher if the settings start with more.
+# Maximum values of the sliders. For a small database they are lower, and for a larger configured value they are higher.
 _MAX_VALUES = {"M": 2000, "K": 50, "beta": 1.0}
 
 Callback = Callable[..., tuple[Any, ...]]
 
 
 def with_message(callback: Callback) -> Callback:
-    """Wrap a callback so that it also returns an error message, before its outputs (query, viewer, results, times).
+    """Wrap a callback so that its first output is an error message.
 
-    The message is "" if the callback succeeds. If it raises an InputError, its other outputs stay unchanged.
+    The other outputs are those of the callback: the query, and the HTML of the viewer, the results and the times. If
+    the callback succeeds, the message is "". If it raises an InputError, the page keeps the other outputs unchanged.
     """
 
     @wraps(callback)
@@ -44,7 +45,11 @@ def with_message(callback: Callback) -> Callback:
 
 @dataclass(frozen=True)
 class PageCallbacks:
-    """Callbacks for the events of the page; the state of a user is passed with each event."""
+    """Callbacks for the events of the page.
+
+    The state of a user, such as the query, is passed to each callback. The callbacks that search return an error
+    message, the query, and the HTML of the viewer, the results and the times.
+    """
 
     config: ServeConfig
     database: SearchDatabase
@@ -53,7 +58,7 @@ class PageCallbacks:
 
     @with_message
     def photo(self, rerank: bool, M: float, K: float, beta: float, event: gr.EventData) -> tuple[Any, ...]:
-        """Search for an uploaded file."""
+        """Search for an uploaded image; the event contains the path and the name of the file."""
         path, name = Path(str(event._data.get("path", ""))), str(event._data.get("name", "photo"))
         # The browser sends the path of the uploaded file. A manipulated request could contain any other path.
         if not path.resolve().is_relative_to(self.uploads.resolve()) or not path.is_file():
@@ -62,7 +67,7 @@ class PageCallbacks:
 
     @with_message
     def pick(self, rerank: bool, M: float, K: float, beta: float, event: gr.EventData) -> tuple[Any, ...]:
-        """Search for an image of the data set, given as "database/12" or "queries/3"; a query is cropped to its box."""
+        """Search for an image of the data set, such as "database/12" or "queries/3"; a query is cropped to its box."""
         title, _, text = str(event._data.get("pick", "")).partition("/")
         number = int(text) if text.isascii() and text.isdigit() else -1
         if title != "queries":
@@ -77,7 +82,7 @@ class PageCallbacks:
     def box(
         self, query: Query | None, rerank: bool, M: float, K: float, beta: float, event: gr.EventData
     ) -> tuple[Any, ...]:
-        """Search for a box in the image; the event contains (x1, y1, x2, y2) as fractions of its sides in 0..1."""
+        """Search for a box in the query image; the event contains (x1, y1, x2, y2) as fractions of the image size."""
         box = event._data.get("box")
         is_box = isinstance(box, list) and len(box) == 4
         if query is None or not is_box or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
@@ -90,14 +95,14 @@ class PageCallbacks:
 
     @with_message
     def whole(self, query: Query | None, rerank: bool, M: float, K: float, beta: float) -> tuple[Any, ...]:
-        """Search for the whole image instead of the box."""
+        """Search for the whole query image instead of a box in it."""
         if query is None:
             raise InputError("no photo is chosen: choose a photo first")
         return self._search_image(query.image, None, rerank, M, K, beta)
 
     @with_message
     def settings(self, query: Query | None, rerank: bool, M: float, K: float, beta: float) -> tuple[Any, ...]:
-        """Search again for the same descriptor with other settings."""
+        """Search again for the same query with changed settings of reranking."""
         if query is None:
             return (gr.skip(),) * 4
         return gr.skip(), gr.skip(), *self._search(query, rerank, M, K, beta)
@@ -116,9 +121,9 @@ class PageCallbacks:
         """Render example images of the data set.
 
         Args:
-            text: only images whose names contain this text are shown. "" shows a random sample of the queries, or of
-                the database if there are no queries.
-            turn: number of samples shown so far, the seed of the sample.
+            text: text that the names of the shown images contain. For "", a random sample of the queries is shown, or
+                of the database if there are no queries.
+            turn: number of times that the user asked for other images; it seeds the random sample.
         """
         lists = {"queries": self.database.query_names, "database": self.database.search.names}
         count, text = self.config.page.samples, text.strip()
@@ -142,10 +147,12 @@ class PageCallbacks:
     def _search_image(
         self, image: QueryImage, box: Box | None, rerank: bool, M: float, K: float, beta: float
     ) -> tuple[Any, ...]:
+        """Search for an image or a box in it; return the query and the HTML of the viewer, results and times."""
         query = self.database.search.extract(image, box)
         return query, html.render_query(query), *self._search(query, rerank, M, K, beta)
 
     def _search(self, query: Query, rerank: bool, M: float, K: float, beta: float) -> tuple[str, str]:
+        """Search for a query, and return the HTML of the results and of the times."""
         search, count = self.database.search, self.config.page.results
         result = search.find_similar(query, M=int(M), K=int(K), beta=float(beta), rerank=bool(rerank), count=count)
         total = search.count_reachable(query.image)
@@ -154,7 +161,7 @@ class PageCallbacks:
 
 
 def make_page(config: ServeConfig, database: SearchDatabase, uploads: Path) -> tuple[gr.Blocks, dict[str, Any]]:
-    """Build the page.
+    """Build the search page.
 
     Args:
         config: settings of the page.
@@ -172,7 +179,7 @@ def make_page(config: ServeConfig, database: SearchDatabase, uploads: Path) -> t
         delete_cache=(600, _KEEP_SECONDS),
     ) as page:
         _lay_out(config, database, PageCallbacks(config, database, uploads, url))
-    # The theme uses fonts of the system, so that the page sends no request to other servers.
+    # The theme uses system fonts, so that the browser sends no requests to other servers.
     theme = gr.themes.Default(
         primary_hue="teal",
         neutral_hue="slate",
@@ -183,6 +190,7 @@ def make_page(config: ServeConfig, database: SearchDatabase, uploads: Path) -> t
 
 
 def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallbacks) -> None:
+    """Create the elements of the page, and connect their events with the callbacks."""
     search = database.search
     script = (_HERE / "viewer.js").read_text()
     plain: dict[str, Any] = {"apply_default_css": False}
@@ -214,7 +222,7 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
             times = gr.HTML("", elem_id="sg-times", **plain)
             results = gr.HTML(html.render_empty(len(search)), js_on_load=script, elem_id="sg-found", **plain)
     outputs = [message, query, viewer, results, times]
-    # Gradio's queue is disabled. With it, the event stream closes after a response, and a request sent at that moment
+    # Gradio's queue is disabled. It closes the event stream after a response, and a request that is sent at that moment
     # never receives a response (Gradio 6.31). `ImageSearch` limits the number of concurrent computations instead.
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
     busy: dict[str, Any] = {**quiet, "show_progress": "minimal", "show_progress_on": [results]}
@@ -234,7 +242,7 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
 
 
 def _settings(config: ServeConfig, reachable: int) -> list[Any]:
-    """Create the controls for rerank, M, K and beta; the database size limits the values of the sliders."""
+    """Create the controls for rerank, M, K and beta; `reachable`, the number of searchable images, limits M and K."""
     r = config.rerank
     M, K, beta = (value if value is not None else default for value, default in ((r.M, 400), (r.K, 9), (r.beta, 0.15)))
     with gr.Group(elem_id="sg-settings"):
@@ -247,6 +255,7 @@ def _settings(config: ServeConfig, reachable: int) -> list[Any]:
 
 
 def _slider(name: str, info: str, low: float, high: float, value: float, step: float) -> gr.Slider:
+    """Create a slider for one setting of reranking."""
     # A slider needs two different limits, even for a database of one image.
     top = max(high, low + step)
     return gr.Slider(low, top, min(value, high), step=step, label=name, info=info, elem_id=f"sg-{name.lower()}")

@@ -66,8 +66,8 @@ def open_database(config: ServeConfig, folder: Path | None = None) -> SearchData
         folder: folder of a complete store to search instead; None for the stores of the data set.
 
     Raises:
-        InputError: inputs are missing (one message lists all of them), or the store has other images, settings or
-            weights.
+        InputError: inputs are missing (one message lists all of them), or the store is incomplete or belongs to other
+            images, settings or weights.
     """
     d = config.dataset
     if d.kind == "folder" and d.query is None and not d.labels:
@@ -89,6 +89,15 @@ def _make_database(
     network: RetrievalNetwork,
     stores: list[DescriptorStore],
 ) -> SearchDatabase:
+    """Whiten the stored descriptors if configured, and combine all parts of the database.
+
+    Args:
+        config: settings of the page.
+        dataset: data set with the images and the example queries.
+        distractors: distractors, which follow the images of the data set.
+        network: network that extracts the queries.
+        stores: stores of the database images and, if there are any, of the distractors.
+    """
     device, d, s = search_device(config), config.dataset, config.whitening
     rows, whitening = concat(*stores, name="database"), None
     if s.kind != "none":
@@ -123,6 +132,7 @@ def _shown_name(root: Path, item: ImageItem) -> str:
 
 
 def _index_search(config: ServeConfig, rows: Rows, device: str) -> FirstStage:
+    """Return a function that searches the descriptors `rows` with the configured approximate index."""
     index = open_configured_index(config, rows, device)
 
     def search(q: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +142,7 @@ def _index_search(config: ServeConfig, rows: Rows, device: str) -> FirstStage:
 
 
 def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Return the configuration with the data set, weights and extraction settings of the store in `folder`.
+    """Return the configuration, completed by the data set, weights and extraction settings of the store in `folder`.
 
     Raises:
         InputError: the folder contains no store, the store is not of database images, or it does not record its images
@@ -170,7 +180,7 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
             f"extraction.decoder={cfg.extraction.decoder}: {folder} was extracted with extraction.decoder={decoder}; "
             "leave out extraction.decoder or store="
         )
-    # GeM's p is part of the weights, and `_open_store` compares it with that of the store.
+    # GeM's p is part of the weights; `_open_store` sets it to the p of the store.
     pooling = {key: value for key, value in identity["pooling"].items() if key != "p"}
     return OmegaConf.merge(
         cfg,
@@ -191,11 +201,11 @@ def _open_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionL
     """Open the store in `folder`, and check that it is complete and belongs to the network and the images.
 
     Raises:
-        InputError: there is no such store.
+        InputError: the store is missing or incomplete, or belongs to another network or other images.
     """
     store = DescriptorStore.open(folder)
     stored = store.manifest["identity"]
-    if network.config.p != stored["pooling"]["p"]:  # The user changed p for the extraction.
+    if network.config.p != stored["pooling"]["p"]:  # The store was extracted with a p other than that of the weights.
         network.set_p(stored["pooling"]["p"])
     identity = json.loads(json.dumps(store_identity(network, lists[0].max_side, stored.get("decoder", "cpu"))))
     different = [key for key in stored if identity.get(key) != stored[key]]

@@ -1,7 +1,7 @@
 """Serve the search page.
 
-The server provides thumbnails of the data set by number, and those parts of Gradio that the page uses. It rejects all
-other requests.
+The server provides thumbnails of the images of the data set, and those parts of Gradio that the page uses. It rejects
+all other requests.
 """
 
 from __future__ import annotations
@@ -44,20 +44,29 @@ _POLICY = (
 
 
 class Thumbnails:
-    """JPEG thumbnails of the images in several lists; recently used small thumbnails are cached.
+    """Create JPEG thumbnails of the images in several lists; recently used small thumbnails are cached in memory.
 
     Args:
-        lists: title -> images by number.
+        lists: images by title of the list, such as "database".
     """
 
     def __init__(self, lists: Mapping[str, Sequence[ImageItem]]) -> None:
         self._lists = dict(lists)
         self._small = lru_cache(_CACHED_THUMBNAILS)(lambda title, number: self._render(title, number, "small"))
-        # Decoding takes tens of MB per image, so the number of images decoded at the same time is limited.
+        # Decoding takes tens of MB per image, so the number of images that are decoded at the same time is limited.
         self._decoding = threading.BoundedSemaphore(os.cpu_count() or 1)
 
     def jpeg(self, title: str, number: int, size: str) -> bytes | None:
-        """Return a thumbnail, or None if the list, number or size does not exist, or the file is missing or corrupt."""
+        """Return a thumbnail as a JPEG file.
+
+        Args:
+            title: title of the list.
+            number: index of the image in the list.
+            size: "small" or "large", see `THUMBNAIL_SIDES`.
+
+        Returns:
+            The contents of the file; None if an argument is invalid, or if the image is missing or corrupt.
+        """
         if title not in self._lists or size not in THUMBNAIL_SIDES or not 0 <= number < len(self._lists[title]):
             return None
         try:
@@ -66,6 +75,7 @@ class Thumbnails:
             return None
 
     def _render(self, title: str, number: int, size: str) -> bytes:
+        """Decode an image, shrink it, and return it as a JPEG file. Raises OSError or CorruptImageError if it fails."""
         side = THUMBNAIL_SIDES[size]
         with self._decoding:
             data = self._lists[title][number].path.read_bytes()
@@ -103,7 +113,7 @@ def run_server(config: ServeConfig, database: SearchDatabase, listener: socket.s
         import uvicorn
 
         app = make_app(config, database, Path(uploads))
-        # A page that is open in a browser keeps a connection, for which the server would wait when it shuts down.
+        # A page that is open in a browser keeps its connection. Without this timeout, a shutdown would wait for it.
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
         server = uvicorn.Server(uvicorn.Config(app, **options))
         logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
@@ -122,7 +132,7 @@ def run_server(config: ServeConfig, database: SearchDatabase, listener: socket.s
 
 
 def make_app(config: ServeConfig, database: SearchDatabase, uploads: Path) -> Any:
-    """Create the ASGI application of the page; `uploads` is the folder of uploaded files."""
+    """Create the ASGI application that serves the page; `uploads` is the folder of uploaded files."""
     import gradio as gr
     from fastapi import FastAPI, Response
 
@@ -161,7 +171,7 @@ def make_app(config: ServeConfig, database: SearchDatabase, uploads: Path) -> An
 
 
 def _local_names(host: str) -> frozenset[str] | None:
-    """Return the allowed host names of a page that only this machine can reach; None if other machines can reach it."""
+    """Return the allowed host names if only this machine can reach `host`; None if other machines can reach it."""
     try:
         is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -170,18 +180,18 @@ def _local_names(host: str) -> frozenset[str] | None:
 
 
 class _RequestFilter:
-    """ASGI middleware that rejects requests that the page itself would not send, and adds the security policy."""
+    """ASGI middleware that rejects requests that the page never sends, and adds the content security policy."""
 
     def __init__(self, app: Any, local_names: frozenset[str] | None) -> None:
         self.app, self.local_names = app, local_names
 
     def _rejection(self, scope: Any) -> int | None:
-        """Return the HTTP status with which a request is rejected; None if it is accepted."""
+        """Return the HTTP status code for rejecting a request; None if the request is accepted."""
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         if self.local_names is not None:
-            # Other sites could access the page by resolving their name to this machine (DNS rebinding), or by requests
-            # from another origin.
+            # Another web site could access the page by resolving its own name to this machine (DNS rebinding), or by
+            # sending requests from its own origin.
             if urlsplit(f"//{host}").hostname not in self.local_names:
                 return 400
             origin = headers.get(b"origin")
