@@ -161,7 +161,7 @@ def search(
 
 
 def _with_params(first: Settings, params: dict[str, Any]) -> Settings:
-    """Return `first` with the values of `params`. Floats are rounded, because steps of 0.2 add up to 4.6000000000000005."""
+    """Return `first` with the values of `params`, rounded because steps of 0.2 add up to 4.6000000000000005."""
     rounded: dict[str, Any] = {
         name: round(value, 6) if isinstance(value, float) else value for name, value in params.items()
     }
