@@ -210,7 +210,7 @@ def _require_few_corrupt(store: DescriptorStore, images: ExtractionList, unreada
 def _group_by_backbone(
     networks: Sequence[RetrievalNetwork], stores: Sequence[list[DescriptorStore]]
 ) -> tuple[list[list[RetrievalNetwork]], list[list[list[DescriptorStore]]]]:
-    """Group the networks that share a backbone, and return these groups and the stores in the same groups."""
+    """Group networks by their backbone; return the groups of networks and the corresponding groups of stores."""
     groups: dict[int, list[int]] = {}
     for i, network in enumerate(networks):
         groups.setdefault(id(network.backbone), []).append(i)

@@ -39,7 +39,7 @@ _RELUP_ROWS = ("relup", "no_relup")
 
 
 class NotApplicableError(InputError):
-    """Error for a row of the ablation table that does not apply to the backbone."""
+    """Raised if the configured row of the ablation table does not apply to the backbone."""
 
 
 class StageTimer:
@@ -92,7 +92,7 @@ class Inputs:
         return self.queries.block(0, len(self.queries))
 
     def exclude(self) -> np.ndarray | None:
-        """Return the database image that each query must not retrieve: itself, in leave-one-out evaluation.
+        """Return the id of the database image that each query must not retrieve, because it is the query itself.
 
         Returns:
             (Q,) int64 database ids; None if the queries are not database images.
@@ -260,7 +260,7 @@ def load_network(config: EvalConfig) -> RetrievalNetwork:
 
 
 def _trained_weights(config: EvalConfig) -> str:
-    """Return the path of the weights that the training run `config.name` exported. Raises InputError without a run."""
+    """Return the path of the weights exported by the training run `config.name`. Raises InputError if it has none."""
     path = export_path(config.paths.outputs, config.name)
     if path.is_file():
         if is_unfinished(path.parent):

@@ -37,14 +37,14 @@ _ASYNCHRONOUS = ("cuda",)
 
 @dataclass(frozen=True)
 class ExtractionList:
-    """List of images whose descriptors belong to one store. Row i of the store is the descriptor of image i."""
+    """List of images whose descriptors belong to one store. Row i of the store contains the descriptor of image i."""
 
     title: str  # "database", "queries" or "distractors"
     name: str  # name of the data set
     items: Sequence[ImageItem]
     checked: CheckReport  # result of checking the image files
     max_side: int | None  # longer side in pixels to which larger images are shrunk; None for no limit
-    max_corrupt_fraction: float | None = None  # maximum fraction of images to skip as unreadable; None for 0
+    max_corrupt_fraction: float | None = None  # maximum fraction of unreadable images to skip; None to skip none
     roots: Sequence[Path] = ()  # `paths` are relative to the first of these folders that contains the image
     source: dict[str, Any] | None = None  # settings of the data set, which the store records
 

@@ -206,8 +206,8 @@ def _compare_with_exact(config: EvalConfig, task: Task, scores: np.ndarray, ids:
         ids: (Q, k) ids of the approximate results.
 
     Returns:
-        The size of the sample, k, the mean and minimum recall of the exact results, and, with labels, the difference in
-        the main metric by protocol.
+        A dict for results.json: the number of sampled queries, k, the mean and the minimum recall of the exact results,
+        and, with labels, the difference in the main metric by protocol.
     """
     sample = np.sort(np.random.default_rng(config.seed).permutation(len(task.queries))[: config.index.compare])
     scorer = None if task.scorer is None else task.scorer.subset(sample)
@@ -368,7 +368,7 @@ def score_set(
     device: str,
     seed: int,
 ) -> RetrievalResult:
-    """Compute the mAP of a search, or of reranked shortlists, by the protocols of a data set.
+    """Compute the mAP of a search, or of reranked shortlists, under the protocols of a data set.
 
     Args:
         dataset: evaluation set with ground truth.

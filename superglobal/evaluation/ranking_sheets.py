@@ -27,12 +27,10 @@ _MAX_NAME = 90
 class FigureOptions:
     """Options of the figures. None selects the default of each figure."""
 
-    order: str | None = None  # an order of `order_queries`; None for "worst" and "improved"
+    order: str | None = None  # "worst", "improved", "worsened" or "given"; None for the worst and the improved queries
     queries: int | None = None  # maximum number of queries per order
     ranks: int | None = None  # number of results per query
-    numbers: tuple[
-        int, ...
-    ] = ()  # numbers of the queries to draw, as in rankings.csv; they override `order` and `queries`
+    numbers: tuple[int, ...] = ()  # query numbers as in rankings.csv; they override `order` and `queries`
     images: int = 1000  # maximum number of database images on the map
     method: str = "pca"  # projection of the map, a key of `reporting.figures.PROJECTIONS`
     seed: int = 0  # seed for random samples

@@ -218,7 +218,7 @@ def relevance_sets(dataset: EvaluationSet) -> list[dict[str, Any]]:
 
 
 def mean_precision(run: FinishedRun) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
-    """Return the mean precision-recall curves, and the number of queries of each curve.
+    """Return the mean precision-recall curve of each stage and protocol, and the number of queries of each protocol.
 
     Returns:
         Curves (bins,) by stage and protocol, and numbers of queries by protocol. A curve contains the precision in each
@@ -267,7 +267,7 @@ def precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _retrieval_precision(truth: RetrievalTruth, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the curves (Q, bins) of GLDv2's retrieval task by query subset, from the ranked ids (Q, k).
+    """Return the precision-recall curves (Q, bins) of GLDv2's retrieval task by query subset, from ranked ids (Q, k).
 
     Queries that are not in a subset have NaN.
     """
@@ -299,7 +299,7 @@ def _recognition_precision(truth: RecognitionTruth, run: FinishedRun, stage: str
 
 
 def _revisited_precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
-    """Return the curves (Q, bins) by stage and protocol, for sets that are scored by mAP."""
+    """Return the precision-recall curves (Q, bins) by stage and protocol, for a set that is scored by mAP."""
     config, task = run.config, make_task(run.config, run.inputs)
     scorer, ids = task.scorer, run.stages["search"][1]
     assert scorer is not None

@@ -99,9 +99,9 @@ def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
 
 
 def _choices(config: DictConfig) -> list[list[str]]:
-    """Return one list of alternative overrides for each command-line word.
+    """Return the alternatives of each override of the sweep.
 
-    As in Hydra's basic sweeper, the jobs of the sweep are all combinations of one override from each list.
+    As in Hydra's basic sweeper, there is one job for each combination of one alternative per override.
     """
     loader = GlobalHydra.instance().config_loader()
     swept = config.hydra.sweeper.params or {}
@@ -115,7 +115,7 @@ def _choices(config: DictConfig) -> list[list[str]]:
 
 
 def _extraction_settings(config_name: str, overrides: list[str]) -> dict[str, Any] | None:
-    """Return the extraction settings of a job, see `_job`; None if they are invalid; the job reports the error."""
+    """Return the extraction settings of a job (see `_job`), or None if they are invalid; the job reports the error."""
     try:
         config = validate_config(compose(config_name, overrides=overrides), EvalConfig)
     except (HydraException, OmegaConfBaseException, InputError):
@@ -125,6 +125,6 @@ def _extraction_settings(config_name: str, overrides: list[str]) -> dict[str, An
 
 
 def _job(config: EvalConfig) -> dict[str, Any]:
-    """Return the extraction settings of a job: "shared" without those of the pooling, and "pooling"."""
+    """Return the extraction settings of a job: the pooling under "pooling", and all other settings under "shared"."""
     settings = asdict(config)
     return {"shared": {key: settings[key] for key in _EXTRACTION}, "pooling": config.pooling.overrides()}

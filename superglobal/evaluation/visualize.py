@@ -33,7 +33,7 @@ from superglobal.reporting.results import METRICS, metric_key
 from superglobal.utils.io import write_atomically
 
 log = logging.getLogger(__name__)
-_MAX_QUERIES = 1000  # maximum number of queries in the similarity histograms; of more queries, a sample is drawn
+_MAX_QUERIES = 1000  # maximum number of queries in the similarity histograms; if there are more, a sample is used
 _GRID = (9, 8)  # numbers of columns and rows in the grid of thumbnails beside the map
 _THUMBNAIL_SIDE = 96  # longer side in pixels
 _PANEL_SIDE = 480  # longer side in pixels of an image in an activation figure
@@ -170,7 +170,7 @@ def draw_curves(run: FinishedRun, target: Path, options: FigureOptions) -> list[
 
 
 def draw_similarities(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw histograms of query-image similarities by relevance, such as positive or negative; return the path."""
+    """Draw a histogram of the query-image similarities for each relevance, such as "positive"; return the path."""
     dataset = run.dataset
     if dataset is None or dataset.gnd is None:
         raise InputError("similarities: positive pairs need labels, but this result has none")
@@ -195,7 +195,7 @@ def draw_similarities(run: FinishedRun, target: Path, options: FigureOptions) ->
 
 
 def _reranked_scores(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the scores after reranking of the images in the shortlists, grouped by relevance to the query.
+    """Return the reranking scores of the images in the shortlists, grouped by relevance to the query.
 
     Args:
         run: finished evaluation.
@@ -248,7 +248,7 @@ def draw_map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Pat
 
 
 def _thumbnails(items: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]:
-    """Return a thumbnail of each numbered image; an empty dict if an image is unreadable, because none is required."""
+    """Return a thumbnail of each numbered image; an empty dict if an image is unreadable, as they are optional."""
     try:
         return {n: read_image(item.path, max_side=_THUMBNAIL_SIDE) for n, item in items}
     except InputError as error:

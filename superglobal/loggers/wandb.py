@@ -88,13 +88,13 @@ class TrackedRun:
             raise
 
     def finish(self, error: BaseException | None) -> None:
-        """Finish the run with the status that follows from `error`: successful (None), failed, or interrupted."""
+        """Finish the run as successful if `error` is None, as interrupted after Ctrl-C or SIGTERM, else as failed."""
         try:
             code = 0
             if isinstance(error, Exception):
                 code = 1
                 self.run.summary.update({"status": "failed", "error": str(error) or type(error).__name__})
-            elif error is not None:  # Ctrl-C and SIGTERM raise exceptions that are no subclass of Exception.
+            elif error is not None:  # Ctrl-C and SIGTERM raise exceptions that are not subclasses of Exception.
                 code = _INTERRUPTED
                 self.run.summary["status"] = "interrupted"
             self.run.finish(exit_code=code)

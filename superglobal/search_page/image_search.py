@@ -22,7 +22,7 @@ from superglobal.retrieval.search import search
 from superglobal.retrieval.whitening import Whitening
 
 FirstStage = Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
-"""Search function: it takes queries (Q, D), k and excluded ids (Q,) or None, and returns scores and ids (Q, k)."""
+"""Search function: takes queries (Q, D), k and excluded ids (Q,) or None; returns scores and ids (Q, k), best first."""
 _MAX_DECODED = 4  # maximum number of images decoded at the same time; each can take hundreds of MB
 _PREVIEW_SIDE = 800  # longer side of the query image that the page shows, in pixels
 
@@ -104,7 +104,7 @@ class ImageSearch:
         return QueryImage(self.names[number], self.images[number].path, number)
 
     def count_reachable(self, image: QueryImage | None = None) -> int:
-        """Return the number of database images that a search for `image`, or for any other image, can return."""
+        """Return how many database images a search can return, not counting `image` if it is one of them."""
         excluded = image is not None and image.id is not None
         return len(self.database) - len(self.database.skipped) - excluded
 

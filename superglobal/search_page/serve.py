@@ -89,7 +89,7 @@ def _make_database(
     network: RetrievalNetwork,
     stores: list[DescriptorStore],
 ) -> SearchDatabase:
-    """Whiten the stored descriptors if configured, and combine all parts of the database.
+    """Create the database of the page from its stores, with whitened descriptors if whitening is configured.
 
     Args:
         config: settings of the page.

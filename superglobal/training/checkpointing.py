@@ -24,7 +24,7 @@ from superglobal.utils.io import atomic_file
 
 log = logging.getLogger(__name__)
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-# Exceptions that reading a damaged checkpoint raises.
+# Exceptions that reading a damaged checkpoint can raise.
 _DAMAGED = (
     RuntimeError,
     EOFError,

@@ -116,7 +116,7 @@ def _training_lists(config: TrainConfig) -> tuple[TrainList, TrainList]:
 
 
 def _load_network(config: TrainConfig) -> RetrievalNetwork:
-    """Load the network to train. Raises InputError if the settings of the training do not fit it."""
+    """Load the network to train. Raises InputError if the training settings are incompatible with it."""
     network = load_model(
         config.weights or config.backbone.weights or "timm",
         backbone=config.backbone.name,
@@ -165,7 +165,7 @@ def _record(config: TrainConfig, network: RetrievalNetwork, training: TrainList,
 
 
 def _validation_sets(config: TrainConfig) -> list[EvaluationSet]:
-    """Return those of the configured evaluation sets that are on disk. The first process also checks their images."""
+    """Return the configured evaluation sets that are on disk. The first process also checks their images."""
     sets, first = [], first_process()
     for name in config.validation.sets:
         folder = Path(config.paths.data) / name
@@ -265,7 +265,7 @@ def image_size_in_epoch(image_size: int, stages: list[list[int]], epoch: int) ->
 
     Args:
         image_size: side after the last stage.
-        stages: number of epochs and side of each stage; the first stage starts with the first epoch.
+        stages: [number of epochs, side in pixels] of each stage, in order.
         epoch: number of the epoch, starting at 0.
     """
     for epochs, side in stages:

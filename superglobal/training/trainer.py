@@ -56,7 +56,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
     """Create a Trainer without Lightning's distributed sampler.
 
     Args:
-        t: devices and strategy.
+        t: settings of the devices and the strategy.
         precision: precision in Lightning's notation; by default float32 without autocast.
         options: further arguments of `pl.Trainer`.
 
@@ -68,7 +68,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
         warnings.filterwarnings("ignore", pattern, category)
     devices = t.devices
     nodes = options.get("num_nodes", 1)
-    # SLURM itself starts the processes of a job, so several devices are possible.
+    # SLURM itself starts the processes of a job, so a job can use several devices.
     if sweeping() and not SLURMEnvironment.detect():
         single = devices in (1, "1", "auto") or (isinstance(devices, list) and len(devices) == 1)
         if not single or nodes > 1:
@@ -223,8 +223,8 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except InputError:
         if not trainer.is_global_zero:
-            # When another process ends, Lightning kills the first process. This delay lets the first process report the
-            # error before.
+            # When another process ends, Lightning kills the first process. The delay lets the first process report the
+            # error first.
             time.sleep(_END_DELAY)
         raise
     except SystemExit as end:

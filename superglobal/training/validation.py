@@ -81,7 +81,7 @@ class RetrievalValidation(StepCallback):
         self.asked_to_stop = asked_to_stop
         self.best = -1.0
         self.stale = 0
-        self.pending = False  # true if a validation was canceled
+        self.pending = False  # true if a validation was canceled and must be repeated
         self.group: Any = None
 
     def state_dict(self) -> dict[str, Any]:

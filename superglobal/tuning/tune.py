@@ -322,7 +322,7 @@ def _write_identity(folder: Path, identity: dict[str, Any]) -> None:
         if differing:
             raise InputError(
                 f"{folder}: contains a tuning run with different settings: {', '.join(differing[:6])}; delete the "
-                "folder, or use a new name= together with run= of the training"
+                "folder, or use a new name= and give the training run by run="
             )
     write_atomically(record, json.dumps(identity, indent=1).encode())
 
