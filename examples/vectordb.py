@@ -19,6 +19,7 @@ MAX_SIDE = 1024
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Return the parser of the command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder of images")
     parser.add_argument("query", type=Path, help="query image")

@@ -49,6 +49,7 @@ def main() -> int:
 
 
 def _write(path: Path, name: str, arguments: list[str], rows: list[Measured]) -> None:
+    """Write the rows of a benchmark, with the machine and the package versions, to a JSON file."""
     import torch
 
     from superglobal.utils.provenance import versions

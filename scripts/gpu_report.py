@@ -47,7 +47,10 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--minutes", type=float, default=8, help="time limit of the whole report; torch.compile needs 15 (default: 8)"
+        "--minutes",
+        type=float,
+        default=8,
+        help="time limit in minutes; with 15, torch.compile is measured too (default: 8)",
     )
     parser.add_argument("--out", type=Path, help="folder of the report (default: outputs/gpu_report/<date>)")
     parser.add_argument(
@@ -171,6 +174,7 @@ def _section(report: Report, log: Path) -> None:
 
 
 def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
+    """Return the text of report.md: one table per section, and a table of the predicted and the measured gains."""
     machine, packages = about["machine"], about["versions"]
     card = f"{machine['gpu']} (driver {machine['driver']})" if "gpu" in machine else "no GPU"
     text = [

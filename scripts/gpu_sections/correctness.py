@@ -165,6 +165,7 @@ def _products(report: Report) -> None:
 
 
 def _compare_orders(report: Report, name: str, expected: Any, found: Any) -> None:
+    """Check that two results of `search_and_rank` are equal: that of the CPU, and that of the device."""
     different = differences(expected, found)
     report.add(
         f"{name}: ids and ranks that differ from those of the CPU", different, passed=different == 0, expected="0"
@@ -172,6 +173,7 @@ def _compare_orders(report: Report, name: str, expected: Any, found: Any) -> Non
 
 
 def _compare_reranker(report: Report, kind: str, Q: np.ndarray, X: np.ndarray, ids: np.ndarray) -> None:
+    """Check that one kind of reranker returns the same scores on the device as on the CPU, up to rounding."""
     small = X[:2000] if kind == "adba" else X
     lists = np.tile(np.arange(ids.shape[1]), (len(Q), 1)) if kind == "adba" else ids
     M = min(get_reranker(kind).complete({}).get("M") or lists.shape[1], lists.shape[1])

@@ -132,6 +132,7 @@ def _overrides(self: Any) -> dict[str, Any]:
 
 
 def _validate_pooling(self: Any) -> None:
+    """Raise InputError if a pooling setting is invalid or contradicts another one."""
     make_pooling(self.overrides())
 
 

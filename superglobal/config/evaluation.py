@@ -347,6 +347,7 @@ class EvalConfig:
             make_scales(self.scales)
 
     def _validate_descriptors(self) -> None:
+        """Raise InputError if the data set does not support the descriptor files or the distractors."""
         d, files, distractors = self.dataset, self.descriptors, self.distractors.name
         if (files.query is None) != (files.database is None):
             raise InputError(

@@ -80,6 +80,7 @@ class TuneConfig:
 
 
 def _validate_tuning_set(d: DatasetConfig, allow_test: bool) -> None:
+    """Raise InputError if settings cannot or must not be chosen on the data set."""
     if d.kind == "descriptors":
         raise InputError("dataset=descriptors: tuning needs images to compute feature maps; use another dataset=")
     if d.kind == "folder" and not d.labels:

@@ -77,12 +77,14 @@ def _rows(table: DatasetTable) -> list[Row]:
 
 
 def _labels(table: DatasetTable) -> list[str]:
+    """Return the label of each row. If dots show the modules of a row, its label contains at most the weights."""
     if table.effects:
         return [row.weights if table.several_weights else "" for row in _rows(table)]
     return [table.label(row) for row in _rows(table)]
 
 
 def _draw_rows(axes: Any, table: DatasetTable) -> None:
+    """Draw the panel of scores of one data set: one row per configuration, one mark per protocol and variant."""
     rows, labels = _rows(table), _labels(table)
     colors = {protocol: _COLORS[i % len(_COLORS)] for i, protocol in enumerate(table.protocols)}
     for y, row in enumerate(rows):
@@ -117,6 +119,7 @@ def _draw_rows(axes: Any, table: DatasetTable) -> None:
 
 
 def _draw_legend(axes: Any, table: DatasetTable, colors: dict[str, str]) -> None:
+    """Draw the legend above the panel: the colors of protocols, the marks of variants, and the line of the baseline."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], marker="o", color=color, linestyle="") for color in colors.values()]

@@ -48,6 +48,7 @@ def read_card_results(paths: Sequence[str | Path], network: RetrievalNetwork) ->
 
 
 def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Read one result, or all results in a folder, and return each with its path."""
     if path.is_dir():
         # Skip rows of an ablation table that do not apply to the backbone, such as ReLUP without a ResNet.
         return [(path / row["run"], row) for row in read_results(path) if row["status"] != "n/a"]
@@ -55,6 +56,7 @@ def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _card_result(summary: Mapping[str, Any]) -> CardResult:
+    """Return a result in the form in which the model card shows it, given the content of its `results.json`."""
     tuned_on = summary["tuned_on"]
     warning = f"**Settings tuned on {', '.join(tuned_on)}.**" if tuned_on else ""
     if any(name.endswith(report.TEST_MARK) for name in tuned_on):

@@ -236,6 +236,7 @@ def write_comparison(target: Path, comparison: PairedComparison, folder: Path, b
 
 
 def _query_row(comparison: PairedComparison, query: int, others: Sequence[str]) -> list[str]:
+    """Return the row of one query in `queries.csv`, with its differences under the protocols `others`."""
     scores = [scores[comparison.main][query] for scores in (comparison.baseline_scores, comparison.scores)]
     differences = [comparison.difference(protocol)[query] for protocol in (comparison.main, *others)]
     cells = [
@@ -248,6 +249,7 @@ def _query_row(comparison: PairedComparison, query: int, others: Sequence[str]) 
 
 
 def _summary_row(comparison: PairedComparison, protocol: str) -> list[str]:
+    """Return the row of one protocol in the summary, whose columns are `_SUMMARY`."""
     counts, (mean, (low, high)) = comparison.counts(protocol), comparison.mean(protocol)
     interval = "" if np.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
     return [protocol, str(sum(counts.values())), *map(str, counts.values()), _cell(mean, "+"), interval]

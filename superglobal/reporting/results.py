@@ -91,6 +91,7 @@ def summarize(
 
 
 def _header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of `results.json` that the settings of a run determine."""
     dataset, distractors = config["dataset"], config["distractors"]
     name = dataset["name"]
     if dataset["kind"] == name == "folder" and dataset["database"]:
@@ -298,6 +299,7 @@ def approximation_text(index: Mapping[str, Any]) -> str:
 
 
 def _write_rankings(folder: Path, stages: Stages, names: Names) -> None:
+    """Write the names and scores of the top results of the last stage to `rankings.csv` and `rankings.json`."""
     scores, ids = list(stages.values())[-1]
     depth = min(_MAX_LISTED, max(1, _MAX_ROWS // len(ids)))
     rankings, rows = [], []
@@ -318,6 +320,7 @@ def _write_rankings(folder: Path, stages: Stages, names: Names) -> None:
 
 
 def _write_per_query(folder: Path, results: Mapping[str, Result], names: Names) -> None:
+    """Write the scores of each query in each stage to `per_query.csv`."""
     columns = {f"{stage} {name}": v for stage, result in results.items() for name, v in result.per_query().items()}
     landmarks = names.clusters if names.clusters is not None else [""] * len(names.queries)
     rows = [

@@ -140,6 +140,7 @@ def _name_and_variant(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
+    """Return the table of one data set, given all results on it, with and without distractors."""
     runs = run_rows(results)
     states = [module_states(run.result) for run in runs]
     variants = [_name_and_variant(run.result)[1] for run in runs]
@@ -196,6 +197,7 @@ def _shown_by_weights(key: str, runs: Sequence[RunRow]) -> bool:
 
 
 def _cell(run: RunRow) -> Cell:
+    """Return the metrics of a run, and its gains over its baseline."""
     scores = scores_in_percent(run.result)
     if run.baseline is None:
         return Cell({}, {}, None, None, missing=missing_text(run.result))

@@ -120,6 +120,7 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _gain_cells(run: RunRow) -> list[str]:
+    """Return the gain of a run over its baseline, and the 95 % interval of the gain, as text."""
     assert run.baseline is not None
     gain = 100 * (main_metric(run.result) - main_metric(run.baseline))
     return ["-" if math.isnan(gain) else _signed(gain), _interval(gain_interval([(run.result, run.baseline)]))]
@@ -245,6 +246,7 @@ def as_latex(table: DatasetTable) -> str:
 
 
 def _latex_cells(table: DatasetTable, cell: Cell, variant: str) -> list[str]:
+    """Return the metrics of a run on one variant of the data set as LaTeX code, one text per column."""
     others = [row.cells[variant].scores for row in table.rows if variant in row.cells]
     texts = []
     for protocol, score in zip(table.protocols, _scores(table, cell), strict=True):
@@ -364,6 +366,7 @@ def _effects_title(table: DatasetTable) -> str:
 
 
 def _effects_table(table: DatasetTable) -> tuple[list[str], list[list[str]]]:
+    """Return the column names and the rows of the table of main effects."""
     columns = ["module", *(["weights"] if table.several_weights else [])]
     for variant in table.variants:
         columns += [f"{name} {variant}".strip() for name in (*table.protocols, f"95 % of {table.main}")]
