@@ -269,7 +269,7 @@ def test_the_validation_split_is_written_once_and_then_checked(root, caplog):
         validation_set(root, landmarks=11)
     (root / "gldv2_val_2_seed0.csv").mkdir()
     validation_set(root, landmarks=2)
-    assert "could not write the split" in caplog.text
+    assert "cannot write the file of the validation split" in caplog.text
 
 
 def test_queries_of_one_landmark_are_one_cluster(root):

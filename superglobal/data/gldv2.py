@@ -1,6 +1,7 @@
-"""Load the training list and the evaluation sets of Google Landmarks v2 from its lists and its images or tar files.
+"""Load the training images and the evaluation sets of Google Landmarks v2 (GLDv2) from its official lists.
 
-Layout and formats: github.com/cvdfoundation/google-landmark.
+The file layout and the formats are described at github.com/cvdfoundation/google-landmark. A "solution" is the ground
+truth of the test images.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class TrainList:
     """Training images of selected landmarks, sorted by landmark and id.
 
     Attributes:
-        root: the `train` folder, which contains a/b/c/<id>.jpg.
+        root: folder `train`, which contains the images as a/b/c/<id>.jpg.
         ids: (N,) S16 image ids of 16 hexadecimal digits.
-        labels: (N,) int32 class of each image, from 0 to classes - 1.
-        landmarks: (classes,) int64, the landmark_id of each label.
-        source: source of the image files; None for the folder tree below `root`.
+        labels: (N,) int32 class of each image, from 0 to C - 1 for C landmarks.
+        landmarks: (C,) int64 landmark_id of each class.
+        source: where to read the image files; None for the folder tree below `root`.
     """
 
     root: Path
@@ -47,24 +48,23 @@ class TrainList:
         return len(self.ids)
 
     def path(self, index: int) -> Path:
-        """Return the path of an image in the folder tree."""
+        """Return the path of image `index` in the folder tree."""
         return self.root / tree_path(self.ids[index])
 
     def read(self, index: int) -> bytes:
-        """Return the bytes of an image file.
+        """Return the contents of the file of image `index`.
 
         Raises:
-            CorruptImageError: the file is missing or cannot be read. The message is the reason and does not name the
-                file.
+            CorruptImageError: the file is missing or cannot be read. The message gives only the reason, not the file.
         """
         return self._source().read(self.ids[index])
 
     def location(self, index: int) -> str:
-        """Return the path, or the tar file and the member (images_012.tar:a/b/c/<id>.jpg), for messages."""
+        """Return where image `index` is stored, for messages: its path, or images_012.tar:a/b/c/<id>.jpg."""
         return self._source().location(self.ids[index])
 
     def digest(self) -> str:
-        """Return the SHA-256 of the image ids and their landmarks."""
+        """Return the SHA-256 of the image ids and their landmark ids in hexadecimal digits."""
         digest = hashlib.sha256(self.ids.tobytes())
         digest.update(self.landmarks[self.labels].tobytes())
         return digest.hexdigest()
@@ -81,18 +81,19 @@ def read_train(
     leave_out: str | Path | None = None,
     tars: str | Path | None = None,
 ) -> TrainList:
-    """Read the training images of every landmark with at least `min_images` images.
+    """Read the list of the training images. Landmarks with fewer than `min_images` images are dropped.
 
     Args:
-        root: folder of the lists and the `train` folder.
-        table: "train_clean.csv" or "train.csv".
+        root: folder that contains the lists and the folder `train`.
+        table: file name of the list, "train_clean.csv" or "train.csv".
         min_images: minimum number of images of a landmark; at least two are needed for a positive pair.
-        classes_of: name of another list in `root`, to use only landmarks of that list. The Kaggle teams call
-            `train.csv` with the landmarks of `train_clean.csv` GLDv2x.
-        leave_out: file of landmark ids to exclude, one per line; # starts a comment. Use it to train without the
-            landmarks of the evaluation sets. A warning reports the number of ids that are not in the list.
-        tars: folder of the official tar files, to read the images from them; this requires the index that
-            `superglobal prepare-gldv2` writes.
+        classes_of: file name of a second list in `root`. Only landmarks that are also in this list are used. For
+            example, GLDv2x, as used in Kaggle competitions, consists of the images of `train.csv` that show the
+            landmarks of `train_clean.csv`.
+        leave_out: text file of landmark ids to exclude, one per line; # starts a comment. Use it to train without the
+            landmarks of the evaluation sets. A warning reports how many of the ids are not in the list.
+        tars: folder of the official tar files. If it is given, the images are read from the tar files. This requires
+            the index that `superglobal prepare-gldv2` writes.
 
     Raises:
         InputError: a list is missing or invalid, no landmark remains, or the index does not match the tar files.
@@ -123,7 +124,7 @@ def read_train(
 
 
 def _read_sorted(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read (ids, landmarks) of a training list, sorted by landmark and id."""
+    """Read a training list. Return the image ids (N,) S16 and landmark ids (N,) int64, sorted by landmark and image."""
     path = root / table
     try:
         ids, landmarks = read_list(path)
@@ -134,10 +135,18 @@ def _read_sorted(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_landmarks(images: TrainList, fraction: float, seed: int) -> tuple[TrainList, TrainList]:
-    """Split a list by random landmarks, and return (training, validation).
+    """Hold out random landmarks of a training list for validation.
 
-    Retrieval is evaluated on landmarks that are not in the training set, so the validation set must have this property
-    too.
+    The benchmarks evaluate retrieval on landmarks that are not in the training set. The training and validation lists
+    therefore have no landmarks in common either.
+
+    Args:
+        images: list to split.
+        fraction: fraction of the landmarks to hold out.
+        seed: seed of the selection.
+
+    Returns:
+        The training list and the validation list.
     """
     n_landmarks = len(images.landmarks)
     held_out = np.zeros(n_landmarks, bool)
@@ -146,7 +155,7 @@ def split_landmarks(images: TrainList, fraction: float, seed: int) -> tuple[Trai
 
 
 def _select(images: TrainList, keep: np.ndarray) -> TrainList:
-    """Return the images of the landmarks in the mask `keep`, (classes,) bool."""
+    """Return a list of the images whose landmarks are selected by the mask `keep`, (C,) bool. Renumber the classes."""
     if keep.all():
         return images
     rows = keep[images.labels]
@@ -157,10 +166,10 @@ def _select(images: TrainList, keep: np.ndarray) -> TrainList:
 
 @loader("gldv2")
 def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v2.1") -> EvaluationSet:
-    """Load the retrieval benchmark: the queries are the test images, the database is the index of 761,757 images.
+    """Load the GLDv2 retrieval benchmark. The queries are the test images; the database has 761,757 index images.
 
     Args:
-        root: folder of `index.csv`, the solution, `index/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
+        root: folder that contains `index.csv`, the solution, `index/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
         name: name of the set.
         solution: version of the ground truth, "v2.1" for `retrieval_solution_v2.1.csv`, or the path of its file.
 
@@ -201,20 +210,20 @@ def recognition_set(
     neighbors: int = 3,
     votes: str = "similarity",
 ) -> EvaluationSet:
-    """Load the recognition benchmark: the landmark of each test image is predicted from the nearest training images.
+    """Load the GLDv2 recognition benchmark. The nearest training images predict the landmark of each test image.
 
-    Landmark ids are those of the training list, which differ from those of the index. A test image of a landmark that
-    is not in the training list counts as an error.
+    Landmark ids are those of the training list; the index of the retrieval benchmark uses different ids. A test image
+    of a landmark that is not in the training list cannot be recognized and counts as an error.
 
     Args:
-        root: folder of the training list, the solution, `train/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
+        root: folder that contains the training list, the solution, `train/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
         name: name of the set.
         table: training list, "train_clean.csv" or "train.csv"; its images are the database.
         solution: version of the ground truth, "v2.1" for `recognition_solution_v2.1.csv`, or the path of its file.
         neighbors: number of nearest database images that vote.
         votes: "similarity" (the score of a landmark is the sum of s over its images among the neighbors), "distance"
-            (the sum of 2 s - 1) or "nearest" (only the nearest image counts). s is the cosine, or the score of the
-            reranker after reranking.
+            (the sum of 2 s - 1) or "nearest" (only the nearest image counts). s is the cosine similarity or, after
+            reranking, the score of the reranker.
 
     Raises:
         InputError: a list is missing or invalid.
@@ -247,15 +256,16 @@ def recognition_set(
 def validation_set(
     root: str | Path, name: str = "gldv2_val", table: str = "train_clean.csv", landmarks: int = 800, seed: int = 0
 ) -> EvaluationSet:
-    """Load a validation set from held-out landmarks of the training list: one query of each, the others as database.
+    """Load a validation set from held-out landmarks of the training list.
 
-    The landmarks are the first ones that `split_landmarks` selects with `seed`. A training run on the same list with
-    the same seed, without `leave_out` and with at least as many held-out landmarks has therefore not seen them. The
-    split is written to the folder of the list as `<name>_<landmarks>_seed<seed>.csv`, with the columns id, landmark_id
-    and split (query or index).
+    One random image of each landmark is a query; all other images of the landmarks form the database. The landmarks are
+    the first ones that `split_landmarks` holds out with `seed`. A training run on the same list has therefore not seen
+    them if it uses the same seed, does not use `leave_out`, and holds out at least as many landmarks. The split is
+    written to the folder of the list as `<name>_<landmarks>_seed<seed>.csv`, with the columns id, landmark_id and split
+    (query or index).
 
     Args:
-        root: folder of the training list and of `train/a/b/c/<id>.jpg`.
+        root: folder that contains the training list and `train/a/b/c/<id>.jpg`.
         name: name of the set.
         table: training list, "train_clean.csv" or "train.csv".
         landmarks: number of held-out landmarks; at most the number that the training run holds out
@@ -263,7 +273,7 @@ def validation_set(
         seed: seed of the training run.
 
     Raises:
-        InputError: the list is missing or has too few landmarks, or the split differs from that of an existing file.
+        InputError: the list is missing or has too few landmarks, or an existing split file contains another split.
     """
     root = Path(root)
     train = read_train(root, table)
@@ -295,6 +305,7 @@ def validation_set(
 
 
 def _solution(root: Path, task: Task, solution: str, hint: str) -> Solution:
+    """Read the solution of a task. `solution` is a version or a path; `hint` ends the message if it is missing."""
     version = root / f"{task}_solution_{solution}.csv"
     path = version if "/" not in solution and not solution.endswith(".csv") else Path(solution)
     if not path.is_file():
@@ -303,7 +314,19 @@ def _solution(root: Path, task: Task, solution: str, hint: str) -> Solution:
 
 
 def _rows_in(path: Path, index: np.ndarray, solution: Solution) -> list[np.ndarray]:
-    """Return the rows in the index of the relevant images of each query."""
+    """Find the relevant images of each query in the index.
+
+    Args:
+        path: file of the index list, for messages.
+        index: (N,) S16 image ids of the index.
+        solution: ground truth of the retrieval task.
+
+    Returns:
+        For each query, the index rows of its relevant images, (n,) int64.
+
+    Raises:
+        InputError: an image of the ground truth is not in the index.
+    """
     order, relevant = np.argsort(index), np.concatenate(solution.truth)
     rows = order[np.minimum(np.searchsorted(index, relevant, sorter=order), len(index) - 1)]
     counts = np.array([len(ids) for ids in solution.truth])
@@ -318,13 +341,13 @@ def _rows_in(path: Path, index: np.ndarray, solution: Solution) -> list[np.ndarr
 
 
 def _rows_of(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the rows with one of the wanted labels; `labels`, (N,), are sorted."""
+    """Return the rows of `labels` that have one of the `wanted` labels, (n,) int64. `labels`, (N,), must be sorted."""
     low, high = (np.searchsorted(labels, wanted, side=side) for side in ("left", "right"))
     return np.concatenate([np.empty(0, np.int64), *(np.arange(*ends) for ends in zip(low, high, strict=True))])
 
 
 def _draw_queries(images: TrainList, seed: int) -> np.ndarray:
-    """Return (N,) bool with one image of each landmark."""
+    """Return a mask (N,) bool that selects one random image of each landmark."""
     counts = np.bincount(images.labels)
     rows = np.cumsum(counts) - counts + np.random.default_rng([seed, 1]).integers(counts)
     is_query = np.zeros(len(images), bool)
@@ -333,7 +356,17 @@ def _draw_queries(images: TrainList, seed: int) -> np.ndarray:
 
 
 def _write_split(path: Path, table: Path, images: TrainList, is_query: np.ndarray) -> None:
-    """Write a split, or check that an existing file contains the same split."""
+    """Write the split into queries and database to a CSV file. If the file exists, check that it has the same split.
+
+    Args:
+        path: file to write.
+        table: training list, for messages.
+        images: images of the held-out landmarks.
+        is_query: (N,) bool mask of the queries.
+
+    Raises:
+        InputError: the existing file contains a different split.
+    """
     columns = images.ids.tolist(), images.landmarks[images.labels].tolist(), is_query.tolist()
     lines = ["id,landmark_id,split"]
     lines += [f"{i.decode()},{n},{'query' if q else 'index'}" for i, n, q in zip(*columns, strict=True)]
@@ -347,11 +380,18 @@ def _write_split(path: Path, table: Path, images: TrainList, is_query: np.ndarra
     try:
         write_atomically(path, ("\n".join(lines) + "\n").encode())
     except InputError as error:
-        log.warning("could not write the split: %s", error)
+        log.warning("cannot write the file of the validation split, continuing without it: %s", error)
 
 
 def query_landmarks(relevant: Sequence[np.ndarray]) -> list[int]:
-    """Return for each query the index of the first query of its landmark, from the S16 ids of the relevant images."""
+    """Find out which queries show the same landmark, from their relevant images (see `group_by_landmark`).
+
+    Args:
+        relevant: for each query, the ids of its relevant images, (n,) S16.
+
+    Returns:
+        For each query, the index of the first query that shows the same landmark.
+    """
     _, numbers = np.unique(np.concatenate(relevant), return_inverse=True)
     ends = np.cumsum([len(ids) for ids in relevant])
     return group_by_landmark([ids.tolist() for ids in np.split(numbers, ends)[:-1]])
