@@ -1,1 +1,1 @@
-"""Images and evaluation sets."""
+"""Read images, load data sets, and check that their files are complete."""
