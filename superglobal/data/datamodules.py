@@ -25,19 +25,20 @@ from superglobal.utils.distributed import end_with_parent, in_main_thread
 
 log = logging.getLogger(__name__)
 Task = tuple[int, int]
-"""Index of an image list, and row of an image in that list."""
+"""One image to read: the index of its image list, and its row in that list."""
 ImageList = tuple[Sequence[ImageItem], int | None]
-"""Images, and the `max_side` in pixels to which larger ones are shrunk (None for no limit)."""
+"""Images, and their maximum longer side `max_side` in pixels. Larger images are shrunk; None means no limit."""
 
 
 class ImageDataset(Dataset):
-    """Images of several lists.
+    """Single images from several image lists.
 
-    An item is (task, (3, H, W) uint8), or (task, InputError) for a corrupt image. The error is returned because
-    DataLoader would add the traceback of the worker to the message of an error that is raised.
+    Item i is the pair of `tasks[i]` and the image, a (3, H, W) uint8 tensor. If the image is corrupt, an InputError
+    takes the place of the tensor. It is returned instead of raised, because DataLoader would add the traceback of the
+    worker process to its message.
 
     Args:
-        lists: images and their `max_side`.
+        lists: image lists with their `max_side`.
         tasks: images to read.
     """
 
@@ -56,13 +57,14 @@ class ImageDataset(Dataset):
 
 
 class LoadedBatch(NamedTuple):
-    """Decoded images of one list.
+    """A batch of decoded images from one image list.
 
     Attributes:
-        number: index of the list.
-        rows: (B,) rows of the images in it.
+        number: index of the image list.
+        rows: (B,) rows of the images in the list.
         images: (B, 3, H, W) uint8.
-        faults: images of the batch that cannot be read: row, reason, and whether the fault is permanent.
+        faults: (row, reason, permanent) of each image of the batch that cannot be read. `permanent` is False if the
+            error may be temporary.
     """
 
     number: int
@@ -72,14 +74,14 @@ class LoadedBatch(NamedTuple):
 
 
 class EncodedBatch(NamedTuple):
-    """JPEG files of one list, to be decoded on the device.
+    """A batch of JPEG files from one image list, to be decoded on the GPU.
 
     Attributes:
-        number: index of the list.
-        rows: (B,) rows of the images in it.
-        data: (n,) uint8, the bytes of all files, concatenated.
-        sizes: (B,) bytes of each file.
-        bounds: (B,) crop (x1, y1, x2, y2) of each image, in pixels.
+        number: index of the image list.
+        rows: (B,) rows of the images in the list.
+        data: (n,) uint8, the concatenated contents of all files.
+        sizes: (B,) size of each file in bytes.
+        bounds: (B,) crop (x1, y1, x2, y2) of each image in pixels.
     """
 
     number: int
@@ -90,14 +92,15 @@ class EncodedBatch(NamedTuple):
 
 
 class BatchedImageDataset(Dataset):
-    """Batches of images.
+    """Batches of images from several image lists.
 
-    An item is a list with one `LoadedBatch`, or several if the header of an image file has a wrong size.
+    Item i contains the images of `batches[i]` as a list of `LoadedBatch`. The list usually has one element. It has more
+    if images have different sizes or cannot be read. With the decoder "gpu", the last element can be an `EncodedBatch`.
 
     Args:
-        lists: images and their `max_side`.
-        batches: batches of these images.
-        decoder: "cpu"; or "gpu" to return an `EncodedBatch` of the files that `read_encoded` leaves encoded.
+        lists: image lists with their `max_side`.
+        batches: batches of images of the lists.
+        decoder: "cpu" to decode all images, or "gpu" to leave those JPEG files encoded that the GPU can decode.
     """
 
     def __init__(self, lists: Sequence[ImageList], batches: Sequence[ImageBatch], decoder: str = "cpu") -> None:
@@ -120,19 +123,24 @@ class BatchedImageDataset(Dataset):
                 decoded.append((row, image))
         batches: list[LoadedBatch | EncodedBatch] = [*_group_by_size(number, decoded)]
         if encoded:
-            files = [image.data for _, image in encoded]  # Sending each tensor alone needs a file descriptor.
+            files = [image.data for _, image in encoded]  # Sent separately, each tensor would need a file descriptor.
             kept, bounds = [row for row, _ in encoded], [image.bounds for _, image in encoded]
             batches.append(EncodedBatch(number, kept, torch.cat(files), [len(file) for file in files], bounds))
         return batches
 
 
 def _group_by_size(number: int, images: Iterable[tuple[int, Tensor | InputError]]) -> list[LoadedBatch]:
-    """Group (row, image) pairs into one batch per image size, and a last batch for images that cannot be read."""
+    """Group images into one batch per image size. Add a last batch for images that cannot be read, if there are any.
+
+    Args:
+        number: index of the image list.
+        images: (row, image) pairs; `image` is a (3, H, W) uint8 tensor, or the error if the image cannot be read.
+    """
     by_size: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     faults = []
     for row, image in images:
         if isinstance(image, InputError):
-            # Errors of a failing disk may be temporary.
+            # Other errors of the operating system, such as those of a network file system, may be temporary.
             cause = image.__cause__
             permanent = not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)
             faults.append((row, str(image), permanent))
@@ -146,6 +154,7 @@ def _group_by_size(number: int, images: Iterable[tuple[int, Tensor | InputError]
 
 
 def _read(lists: Sequence[ImageList], task: Task, decoder: str = "cpu") -> EncodedImage | Tensor | InputError:
+    """Read one image. Return a (3, H, W) uint8 tensor, an encoded JPEG file for the GPU, or the error."""
     items, max_side = lists[task[0]]
     item = items[task[1]]
     try:
@@ -156,16 +165,16 @@ def _read(lists: Sequence[ImageList], task: Task, decoder: str = "cpu") -> Encod
 
 
 class ExtractionDataModule(pl.LightningDataModule):
-    """Batches of images, read by worker processes ahead of the network.
+    """Batches of images for the extraction. Worker processes load them while the network computes.
 
     Args:
-        lists: images and their `max_side`.
-        batches: batches of these images.
-        num_workers: number of processes that read images, and decode those that `decoder` does not.
-        decoder: "cpu", or "gpu" to decode JPEGs on the device of the batches.
+        lists: image lists with their `max_side`.
+        batches: batches of images of the lists.
+        num_workers: number of worker processes.
+        decoder: "cpu" to decode all images in the workers, or "gpu" to decode JPEG files on the device of the network.
 
     Attributes:
-        decoded_on_cpu: number of JPEGs that the GPU decoder did not support.
+        decoded_on_cpu: number of JPEG files that the GPU decoder could not decode, and the CPU decoded instead.
     """
 
     def __init__(
@@ -189,13 +198,14 @@ class ExtractionDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: list[LoadedBatch | EncodedBatch], device: torch.device, dataloader_idx: int
     ) -> list[LoadedBatch]:
-        """Decode encoded images on the device and move the others there."""
+        """Decode encoded images on the device, and move decoded images to it."""
         loaded: list[LoadedBatch] = []
         for images in batch:
             loaded += self._decode(images, device) if isinstance(images, EncodedBatch) else [images]
         return super().transfer_batch_to_device(loaded, device, dataloader_idx)
 
     def _decode(self, batch: EncodedBatch, device: torch.device) -> list[LoadedBatch]:
+        """Decode a batch of JPEG files on the device. Decode files that it does not support on the CPU."""
         images: list[tuple[int, Tensor | InputError]] = []
         decoded = decode_batch(batch.data.split(batch.sizes), device)
         for row, pixels, (x1, y1, x2, y2) in zip(batch.rows, decoded, batch.bounds, strict=True):
@@ -213,24 +223,25 @@ class ExtractionDataModule(pl.LightningDataModule):
 
 
 def first_item(batch: list[Any]) -> Any:
-    """Return the item of a batch of one."""
+    """Return the only item of a DataLoader batch. Each item is a complete batch of images already."""
     return batch[0]
 
 
 class HeldOutDataset(Dataset):
-    """All images of at least two random landmarks of a training list, with the items of `ImageDataset`.
+    """All images of randomly selected held-out landmarks, for the validation during training.
 
-    Landmarks are added until the next one would exceed `max_images`.
+    Landmarks are selected until the next one would exceed `max_images`, but at least two are selected. Items are like
+    those of `ImageDataset`.
 
     Args:
         images: images of landmarks that are not used for training.
         max_images: maximum number of images.
-        max_side: larger images are shrunk to this longer side, in pixels; None for no limit.
+        max_side: maximum longer side in pixels; larger images are shrunk. None means no limit.
         seed: seed of the selection.
-        exclude: indices of known corrupt images.
+        exclude: indices of images that are known to be corrupt.
 
     Attributes:
-        indices: (n,) int64 indices into `images`.
+        indices: (n,) int64 indices of the selected images in `images`.
     """
 
     def __init__(
@@ -245,14 +256,14 @@ class HeldOutDataset(Dataset):
 
     @property
     def labels(self) -> np.ndarray:
-        """The landmark of each image, (n,)."""
+        """Class of each selected image, (n,) int32."""
         return self.images.labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def drop(self, rows: Sequence[int]) -> None:
-        """Remove images that turned out to be corrupt."""
+        """Remove the images at positions `rows` of the data set, because they are corrupt."""
         self.indices = np.delete(self.indices, rows)
 
     def __getitem__(self, row: int) -> tuple[Task, Tensor | InputError]:
@@ -264,16 +275,17 @@ class HeldOutDataset(Dataset):
 
 
 class TrainingDataModule(pl.LightningDataModule):
-    """Shuffled, augmented training images; each process loads its part of each step.
+    """Shuffled and augmented training images. Each process loads a different part of each batch.
 
-    The order continues at the current step of the trainer. A resumed run therefore sees the same images as an
-    uninterrupted run.
+    The order of the images depends only on the seed, and loading starts at the current step of the trainer. A resumed
+    run therefore sees the same images as an uninterrupted run.
 
     Args:
         dataset: training images, indexed by (epoch, index).
-        batch_size: number of images per step, in all processes together.
-        accumulate: number of parts of a step per process.
-        num_workers: number of processes per device that decode images.
+        batch_size: number of images per optimizer step, summed over all processes.
+        accumulate: number of smaller batches into which each process divides its images of a step (gradient
+            accumulation).
+        num_workers: number of worker processes per training process that decode images.
         seed: seed of the order.
     """
 
@@ -288,11 +300,11 @@ class TrainingDataModule(pl.LightningDataModule):
 
     @property
     def waited(self) -> float:
-        """Seconds that training has waited for images."""
+        """Time in seconds that the training has spent waiting for images."""
         return 0.0 if self.loader is None else self.loader.waited
 
     def train_dataloader(self) -> DataLoader:
-        """Return the loader of the images for this process, from the current step of the trainer."""
+        """Return the loader of the images for this process, starting at the current step of the trainer."""
         trainer = self.trainer
         assert trainer is not None
         batches = EpochBatches(
@@ -313,13 +325,14 @@ class TrainingDataModule(pl.LightningDataModule):
 
 
 class ImageLoader(DataLoader):
-    """DataLoader that reports a dead worker when the next batch is loaded, and measures the time spent waiting.
+    """DataLoader that measures the time spent waiting for batches, and reports dead workers only when it loads a batch.
 
-    The SIGCHLD handler of torch is removed. It raises an error as soon as a worker dies, which can interrupt any code,
-    for example while a checkpoint is saved. Without it, loading a batch reports the dead worker within five seconds.
+    It removes the SIGCHLD handler of torch. The handler raises an error as soon as a worker dies, which can interrupt
+    any code, for example while a checkpoint is being saved. Without the handler, an error is raised within five seconds
+    after the next batch is requested.
 
     Attributes:
-        waited: seconds spent waiting for batches.
+        waited: time spent waiting for batches, in seconds.
     """
 
     waited = 0.0
@@ -338,7 +351,7 @@ class ImageLoader(DataLoader):
             except (ConnectionError, EOFError, FileNotFoundError) as error:
                 if not self.num_workers:
                     raise
-                # A batch is fetched from its worker, and these errors mean that the worker is dead.
+                # The batch is received from its worker. These errors mean that the worker is dead.
                 raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
             finally:
                 self.waited += time.perf_counter() - start
@@ -347,22 +360,30 @@ class ImageLoader(DataLoader):
 
 
 def worker_start_method(processes: int, num_workers: int) -> str | None:
-    """Return the `multiprocessing_context` of a DataLoader: the default for one training process, else "forkserver".
+    """Return the `multiprocessing_context` for the DataLoader of a training process.
 
-    With several training processes, background threads communicate all the time. A fork while one of them holds a lock
-    creates a worker that waits forever.
+    With several training processes, background threads communicate all the time. If the process forked while one of
+    them held a lock, the new worker could wait for the lock forever. The workers are then started by a fork server.
+
+    Args:
+        processes: number of training processes.
+        num_workers: number of workers of the DataLoader.
+
+    Returns:
+        None (the default of torch) if there is one training process or no worker, else "forkserver".
     """
     if processes == 1 or num_workers == 0:
         return None
-    # The server imports this module once for all workers.
+    # The fork server imports this module once, so that the workers do not have to import it again.
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     return "forkserver"
 
 
 def init_worker(worker: int) -> None:
-    """Make a training worker ignore signals, and end when its parent process ends.
+    """Initialize a DataLoader worker of a training process.
 
-    A signal to the process group must not end the workers before the trainer has saved the current step.
+    The worker ignores signals and ends when its parent process ends. Signals such as Ctrl-C go to all processes of the
+    group, and must not end the workers before the trainer has saved the current step.
     """
     end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
