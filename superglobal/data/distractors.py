@@ -1,4 +1,4 @@
-"""Load distractors: images of unrelated places that are added to a database to make a benchmark harder."""
+"""Load distractors: images that are relevant to no query, added to a database to make a benchmark harder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from superglobal.errors import InputError
 
 
 def how_to_get_distractors(root: Path, name: str) -> str:
-    """Return the layout of a distractor set and, for revisitop1m, the download command."""
+    """Return the expected file layout of a distractor set and, if it can be downloaded, the command, for messages.
+
+    Args:
+        root: folder that contains the folder of the set.
+        name: name of the set and of its folder.
+    """
     base = Path(root) / name
     text = f"{name} is expected as {base}/{name}.txt (one file name per line) and {base}/jpg/<line>"
     if name in SOURCES:
@@ -20,12 +25,20 @@ def how_to_get_distractors(root: Path, name: str) -> str:
 
 
 def load_distractors(root: str | Path, name: str) -> list[ImageItem]:
-    """Load the images `<root>/<name>/jpg/<line>` of the list `<root>/<name>/<name>.txt`, in its order.
+    """Load a list of distractors. The image files are not read.
 
-    The list has one file name per line. Blank lines are ignored; ".jpg" is appended to names without an extension.
+    The list is `<root>/<name>/<name>.txt`. It contains one file name per line, relative to `<root>/<name>/jpg`. Blank
+    lines are ignored, and ".jpg" is appended to names without an image extension.
+
+    Args:
+        root: folder that contains the folder of the set.
+        name: name of the set and of its folder.
+
+    Returns:
+        The images in the order of the list.
 
     Raises:
-        InputError: the list is missing, empty or not UTF-8, or a name is repeated or not inside the folder.
+        InputError: the list is missing, empty or not UTF-8, a name occurs twice, or a path leads outside the folder.
     """
     folder = Path(root) / name
     source = folder / f"{name}.txt"
