@@ -1,7 +1,7 @@
-"""Define the download addresses, sizes and target folders of all data sets and weights, and hints for messages.
+"""Define the download addresses, sizes and target folders of all data sets and weights, and hints for error messages.
 
-The addresses come from filipradenovic/revisitop (README, python/download.py), cvdfoundation/google-landmark (README),
-sungonce/CVNet (README). They have not been tested with the original servers.
+The addresses come from the GitHub repositories filipradenovic/revisitop (README and python/download.py),
+cvdfoundation/google-landmark (README) and sungonce/CVNet (README). They have not been tested with the original servers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TOY_DATA_HINT = (
     "without a download: run superglobal toy-data to render toy landmarks (one minute), then "
     "python train.py experiment=quickstart and python eval.py dataset=toy"
 )
-"""Hint at the end of every message about missing data."""
+"""Hint at the end of messages about missing data."""
 _REVISITOP_PAGE = "https://github.com/filipradenovic/revisitop"
 _REVISITOP = "http://cmp.felk.cvut.cz/revisitop/data"
 _R1M = "http://ptak.felk.cvut.cz/revisitop/revisitop1m"
@@ -34,8 +34,8 @@ class RemoteFile:
 
     Attributes:
         urls: addresses of the same file, tried in order.
-        path: target, relative to the folder of its source.
-        md5_url: address of a text that contains the MD5 of the file; None if no MD5 is published.
+        path: path to save the file to, relative to the folder of the source.
+        md5_url: address of a text that contains the MD5 checksum of the file; None if none is published.
     """
 
     urls: tuple[str, ...]
@@ -44,7 +44,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """File name without its folder."""
+        """File name, without the folder."""
         return self.path.rpartition("/")[2]
 
 
@@ -55,16 +55,16 @@ class Source:
     Attributes:
         name: name on the command line.
         description: description in one line.
-        folder: target folder, relative to `--data`.
-        page: web page of the data set.
-        files: lists, ground truths and weights.
+        folder: folder to download to, relative to `--data`.
+        page: web page of the data set or the weights.
+        files: files that are not archives: lists, ground truth and weights.
         archives: tar files of images.
         image_folder: folder of the images, relative to `folder`.
         image_list: kind of list that contains the names of the images; None if there are no images.
-        n_images: number of images.
-        size: approximate size of all archives in bytes, None if unknown.
+        n_images: number of images; None if it is unknown or there are no images.
+        size: approximate total size of the archives in bytes; None if it is unknown.
         corrupt: names of archive members that are known not to be images; no list contains them.
-        google_drive: whether the files are in a Google Drive folder, which has no address per file.
+        google_drive: whether the files are in a shared Google Drive folder, where single files have no address.
     """
 
     name: str
@@ -82,13 +82,16 @@ class Source:
 
 
 def select_sources(names: Iterable[str]) -> list[Source]:
-    """Return the sources with the given names, in this order and without duplicates; "gldv2" means all its sources."""
+    """Return the sources with the given names, in this order and without duplicates.
+
+    A name can also be a key of `GROUPS`, which stands for several sources.
+    """
     expanded = [member for name in names for member in GROUPS.get(name, (name,))]
     return [SOURCES[name] for name in dict.fromkeys(expanded)]
 
 
 def download_command(name: str, folder: Path) -> str:
-    """Return the command that downloads a source to `folder`, for messages."""
+    """Return the command that downloads the source `name` to `folder`, for messages."""
     command = f"superglobal download {name}"
     if folder.name != SOURCES[name].folder:  # `superglobal download` cannot create a folder with this name.
         return command
@@ -96,7 +99,7 @@ def download_command(name: str, folder: Path) -> str:
 
 
 def how_to_get_gldv2_train(root: Path) -> str:
-    """Return the expected layout of GLDv2's training images and the command that downloads them."""
+    """Return the expected file layout of the GLDv2 training images in `root`, and the download command."""
     return (
         f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; download "
         f"it from {GLDV2_PAGE}: {download_command('gldv2-train', root)} (add --packed to keep the tar files, and set "
@@ -105,7 +108,7 @@ def how_to_get_gldv2_train(root: Path) -> str:
 
 
 def how_to_get_gldv2(root: Path) -> str:
-    """Return the expected layout of GLDv2's evaluation sets and the commands that download them."""
+    """Return the expected file layout of the GLDv2 evaluation sets in `root`, and the download commands."""
     contents = {
         "test": "queries and solutions",
         "index": "database of gldv2_test",
@@ -122,27 +125,35 @@ def how_to_get_gldv2(root: Path) -> str:
 
 
 def tree_path(image: bytes) -> str:
-    """Return the path of the GLDv2 image with this id, `a/b/c/<id>.jpg`, relative to the folder of its split."""
+    """Return the path `a/b/c/<id>.jpg` of a GLDv2 image, relative to the folder of its split.
+
+    a, b and c are the first three characters of the id.
+    """
     name = image.decode()
     return f"{name[0]}/{name[1]}/{name[2]}/{name}.jpg"
 
 
 def _revisitop(path: str) -> RemoteFile:
+    """Return a file on the server of the Revisited benchmarks."""
     url = f"{_REVISITOP}/{path}"
     return RemoteFile((url, url.replace("http://", "https://", 1)), path.rpartition("/")[2])
 
 
 def _ground_truth(name: str) -> RemoteFile:
+    """Return the ground-truth file of the Revisited benchmark `name`."""
     return _revisitop(f"datasets/{name}/gnd_{name}.pkl")
 
 
 def _lists(*names: str) -> tuple[RemoteFile, ...]:
+    """Return the GLDv2 lists with these names, without ".csv"."""
     return tuple(RemoteFile((f"{_GLDV2}/metadata/{name}.csv",), f"{name}.csv") for name in names)
 
 
 def _gldv2(
     split: ImageList, n_archives: int, n_images: int, archive_size: float, description: str, *lists: RemoteFile
 ) -> Source:
+    """Return the source of a GLDv2 split. `archive_size` is the approximate size of one archive in bytes."""
+
     def archive(number: int) -> RemoteFile:
         name = f"images_{number:03d}"
         md5_url = f"{_GLDV2}/md5sum/{split}/md5.{name}.txt"
