@@ -1,4 +1,4 @@
-"""Represent evaluation sets (queries, database and ground truth), register their loaders, and check their images."""
+"""Represent evaluation sets (queries, database and ground truth), register functions that load them, check images."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from superglobal.data.image_checks import CheckReport, check_images
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
 
-_MAX_LISTED = 5
-_MIN_OVERLAP = 0.25  # minimum intersection over union of the positives of two queries of one landmark
+_MAX_LISTED = 5  # maximum number of files listed in a message
+_MIN_OVERLAP = 0.25  # minimum intersection over union of the positives of two queries that show the same landmark
 NOTHING_COMPUTED = "nothing was computed, because images are missing or corrupt:"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RetrievalTruth:
-    """Ground truth of the retrieval task of GLDv2: the relevant database images of each query.
+    """Ground truth of the GLDv2 retrieval task: the relevant database images of each query.
 
     Attributes:
-        queries: (Q,) S16 image ids.
-        database: (N,) S16 image ids.
-        relevant: for each query its relevant rows of the database, (n,) int64.
-        parts: (Q,) bool masks of the queries of "public", "private" and "all".
+        queries: (Q,) S16 image ids of the queries.
+        database: (N,) S16 image ids of the database.
+        relevant: for each query, the database rows of its relevant images, (n,) int64.
+        parts: subsets of the queries on which metrics are computed, for example "public", "private" and "all": name
+            and mask, (Q,) bool.
         clusters: (Q,) landmark of each query.
     """
 
@@ -44,15 +45,16 @@ class RetrievalTruth:
 
 @dataclass(frozen=True)
 class RecognitionTruth:
-    """Ground truth of the recognition task of GLDv2: the landmarks of the queries and of the database images.
+    """Ground truth of the GLDv2 recognition task: the landmarks of the queries and of the database images.
 
     Attributes:
-        queries: (Q,) S16 image ids.
-        truth: for each query its landmarks, (n,) int64, or an empty array if it shows no landmark.
-        labels: (N,) int64 landmark of each database row.
-        parts: (Q,) bool masks of the queries of "public", "private" and "all".
-        neighbors: number of nearest neighbors that vote.
-        votes: weight of a vote, see `superglobal.metrics.gldv2.vote`.
+        queries: (Q,) S16 image ids of the queries.
+        truth: for each query, the ids of its landmarks, (n,) int64; empty if it shows no landmark.
+        labels: (N,) int64 landmark id of each database image.
+        parts: subsets of the queries on which metrics are computed, "public", "private" and "all": name and mask,
+            (Q,) bool.
+        neighbors: number of nearest database images that vote for the landmark of a query.
+        votes: how the votes are weighted, see `superglobal.metrics.gldv2.vote`.
     """
 
     queries: np.ndarray
@@ -65,22 +67,25 @@ class RecognitionTruth:
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Queries and database, with the ground truth if there is one.
+    """Query images, database images and, if there is one, the ground truth.
 
     Attributes:
         name: name of the set.
-        queries: query images, in the order of their descriptors.
-        database: database images, in the order of their descriptors.
-        gnd: for each query a dict of id arrays, (n,) int64, see `protocols`; None without ground truth.
-        clusters: landmark or label of each query, the unit that the bootstrap resamples.
+        queries: query images. Row i of the query descriptors belongs to `queries[i]`.
+        database: database images. Row i of the database descriptors belongs to `database[i]`.
+        gnd: for each query, a dict of arrays of database rows, (n,) int64, with the keys described at `protocols`; None
+            without ground truth.
+        clusters: landmark or label of each query. Confidence intervals resample whole landmarks instead of single
+            queries (cluster bootstrap).
         protocols: kind of ground truth, which determines the keys of the dicts in `gnd`: "revisited" has `easy`,
-            `hard`, `junk` and `bbx`; "labels" has `positive` and `junk`; "landmarks" has `positive`, and the set has a
-            `landmark_truth`; "none" means that `gnd` is None.
-        leave_one_out: whether the queries are the database images, so that each ranking excludes its query.
-        root: folder of the set; image names are relative to it.
-        how_to_get: expected layout and download command, for messages about missing images.
-        landmark_truth: ground truth for the metrics of GLDv2, which are used instead of mean average precision.
-        about: further facts for `results.json`, in JSON types.
+            `hard`, `junk` and `bbx` (the box of the query, not an array of rows); "labels" has `positive` and `junk`;
+            "landmarks" has `positive`, and the set has a `landmark_truth`; "none" means that `gnd` is None.
+        leave_one_out: whether the queries are the database images themselves. Each query is then excluded from its own
+            ranking.
+        root: folder of the set; names of images in results are relative to it.
+        how_to_get: expected file layout and download command, for messages about missing images.
+        landmark_truth: ground truth for the GLDv2 metrics, which replace mean average precision; None for other sets.
+        about: additional entries for `results.json`; the values must have JSON types.
     """
 
     name: str
@@ -97,7 +102,7 @@ class EvaluationSet:
 
 
 Loader = Callable[..., EvaluationSet]
-"""Function that loads an evaluation set; its keyword arguments are the settings in `conf/dataset`."""
+"""Function that loads an evaluation set. Its keyword arguments are the settings of the group `dataset`."""
 _LOADERS: dict[str, Loader] = {}
 # These modules register no loaders and are slow to import, because they need Lightning and torchvision.
 _WITHOUT_LOADERS = {"datamodules", "train_dataset"}
@@ -105,11 +110,11 @@ LoaderT = TypeVar("LoaderT", bound=Loader)
 
 
 def loader(kind: str) -> Callable[[LoaderT], LoaderT]:
-    """Register a function as the loader of `dataset.kind=<kind>`.
+    """Return a decorator that registers a function as the loader for `dataset.kind=<kind>`.
 
-    The parameters of the function become settings of `dataset`: their names, types and defaults come from its
-    signature, their descriptions from the "Args" section of its docstring. A parameter without a default is required.
-    Loaders that have a parameter of the same name must give it the same type and default.
+    The parameters of the function become settings of the group `dataset`. Their names, types and defaults come from the
+    signature, and their descriptions from the "Args" section of the docstring. A parameter without a default is a
+    required setting. If two loaders have a parameter with the same name, its type and default must be the same in both.
     """
 
     def register(function: LoaderT) -> LoaderT:
@@ -120,19 +125,19 @@ def loader(kind: str) -> Callable[[LoaderT], LoaderT]:
 
 
 def loaders() -> dict[str, Loader]:
-    """Import the modules of this package and return the loader of each `dataset.kind`."""
+    """Import all modules of this package that register loaders, and return the loader of each `dataset.kind`."""
     for module in pkgutil.iter_modules(superglobal.data.__path__):
         if module.name not in _WITHOUT_LOADERS:
             importlib.import_module(f"superglobal.data.{module.name}")
-    return dict(sorted(_LOADERS.items()))  # The order must not depend on the order of imports.
+    return dict(sorted(_LOADERS.items()))  # Sort, so that the order does not depend on which module was imported first.
 
 
 def load_evaluation_set(kind: str, **settings: Any) -> EvaluationSet:
-    """Load the lists and the ground truth of an evaluation set; its images are not read.
+    """Load the image lists and the ground truth of an evaluation set. The image files are not read.
 
     Args:
-        kind: a key of `loaders()`.
-        **settings: settings in `conf/dataset`; those that are not parameters of the loader are ignored.
+        kind: kind of data set, a key of `loaders()`.
+        **settings: settings of the group `dataset`; those that are not parameters of the loader are ignored.
 
     Raises:
         InputError: the kind is unknown, or the lists or the ground truth are missing or invalid.
@@ -155,7 +160,7 @@ def leave_one_out_truth(labels: np.ndarray) -> list[dict[str, Any]]:
         labels: (n,) label of each image.
 
     Returns:
-        For each image {"positive": ids}, with the ids of the other images of its label, (m,) int64.
+        For each image, a dict {"positive": rows} with the rows of the other images that have its label, (m,) int64.
     """
     order = np.argsort(labels, kind="stable")
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
@@ -168,15 +173,15 @@ def leave_one_out_truth(labels: np.ndarray) -> list[dict[str, Any]]:
 
 
 def image_path(folder: Path, name: str, source: Path) -> Path:
-    """Return the path of an image in a list: `name` inside `folder`, with ".jpg" if it has no image extension.
+    """Return the path of an image that a list names.
 
     Args:
         folder: folder of the images.
-        name: line or entry of the list.
+        name: entry of the list: a path relative to `folder`. ".jpg" is appended if it has no image extension.
         source: the list, for the error message.
 
     Raises:
-        InputError: the name is empty, absolute, or not inside the folder.
+        InputError: the name is empty or absolute, or leads outside the folder.
     """
     relative = PurePosixPath(name)
     if not name.strip() or relative.is_absolute() or ".." in relative.parts or "\0" in name:
@@ -187,15 +192,16 @@ def image_path(folder: Path, name: str, source: Path) -> Path:
 def require_images(
     sets: Sequence[tuple[str, Sequence[ImageItem], str]], also: Sequence[str] = (), workers: int | None = None
 ) -> dict[str, CheckReport]:
-    """Check the images of all sets before anything is computed.
+    """Check that all images of several sets exist and are complete, before anything is computed.
 
     Args:
-        sets: (title, images, hint) of each set: a unique title, and how to get the images, for the error message.
-        also: further lines for the error message, about other missing input such as weights.
+        sets: (title, images, hint) of each set. The titles must differ. The hint tells the user how to get the images.
+        also: additional lines for the error message, about other missing input such as weights. If there are any, the
+            error is always raised.
         workers: number of threads of `check_images`.
 
     Returns:
-        The report of each title. No report has problems.
+        For each title, the result of the check. It contains no problems.
 
     Raises:
         InputError: images are missing or corrupt. The message has the counts and the first five files of each set.
@@ -214,12 +220,12 @@ def require_images(
 
 
 def problem_lines(title: str, total: int, problems: Sequence[tuple[Path | str, str]]) -> list[str]:
-    """Return lines for a message: the number of missing and corrupt images, and the first five with their reasons.
+    """Return lines for an error message: the numbers of missing and corrupt images, and the first five of them.
 
     Args:
-        title: description of the images.
-        total: number of images.
-        problems: (path, reason) of each image with a problem; the reason of a missing one starts with "missing".
+        title: description of the set of images.
+        total: number of images in the set.
+        problems: (path, reason) of each missing or corrupt image. The reason for a missing image starts with "missing".
     """
     missing = sum(reason.startswith("missing") for _, reason in problems)
     lines = [f"{title}: {missing} of {total} images missing, {len(problems) - missing} corrupt"]
@@ -230,15 +236,19 @@ def problem_lines(title: str, total: int, problems: Sequence[tuple[Path | str, s
 
 
 def group_by_landmark(positives: Sequence[Iterable[int]]) -> list[int]:
-    """Group queries by landmark and return for each query the index of the first query of its landmark.
+    """Find out which queries show the same landmark, from the overlap of their positives.
 
-    Two queries show the same landmark if the intersection over union of their positives is at least 0.25, or if other
-    queries link them. File names cannot be used, because the `oxford_*` queries of ROxford5k show eight landmarks. For
-    any threshold between 0.1 and 0.5, this rule finds 12 landmarks in ROxford5k (its 11 buildings, and one query of
-    Balliol that has no link to the others) and the 11 landmarks of RParis6k.
+    Two queries are linked if the intersection over union of their positives is at least 0.25. Queries that are linked,
+    directly or through other queries, show the same landmark. File names cannot be used instead, because the `oxford_*`
+    queries of ROxford5k show eight different landmarks. For any threshold between 0.1 and 0.5, this rule finds 12
+    landmarks in ROxford5k (its 11 buildings, and one query of Balliol that is not linked to the others) and the 11
+    landmarks of RParis6k.
 
     Args:
-        positives: ids of the positives of each query.
+        positives: for each query, the database rows of its positives.
+
+    Returns:
+        For each query, the index of the first query that shows the same landmark.
     """
     sets = [set(map(int, ids)) for ids in positives]
     first = list(range(len(sets)))
