@@ -1,4 +1,4 @@
-"""Load your own images: a database folder, query images, and optional labels by sub-folder."""
+"""Load your own images: a database folder, optional query images, and optional labels given by sub-folders."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 def folder_set(
     database: str | Path, query: str | Path | None = None, labels: bool = False, name: str = "folder"
 ) -> EvaluationSet:
-    """Load an evaluation set of the images under a folder, in the order of their relative paths.
+    """Load an evaluation set from the images in a folder and its sub-folders, sorted by relative path.
 
-    With `query` and without labels there is no ground truth. With labels, the positives of a query are the database
-    images of its label, and its own file in the database is junk. Without `query`, each database image is a query
-    against all others. The images of a query folder inside the database folder stay part of the database. Images are
-    found by their extension; they are not read.
+    With `query` and without labels, there is no ground truth. With labels, the positives of a query are the database
+    images with the same label. If the file of the query is also in the database, it is junk. Without `query`, each
+    database image is a query that is compared with all others. If the query folder is inside the database folder, its
+    images also belong to the database. Images are found by their file extension. The files are not read.
 
     Args:
         database: folder of the database images.
@@ -71,6 +71,7 @@ def folder_set(
 
 
 def _query_images(query: Path, labels: bool) -> list[Path]:
+    """Return the images of a query folder, or the single query image if `query` is a file."""
     if not query.is_file():
         return _list_images(query, "query")
     if labels:
@@ -82,7 +83,10 @@ def _query_images(query: Path, labels: bool) -> list[Path]:
 
 
 def _list_images(folder: Path, role: str) -> list[Path]:
-    """Return all images under a folder, sorted by relative path; links are followed, hidden files are ignored."""
+    """Return all images in a folder and its sub-folders, sorted by relative path.
+
+    Symbolic links are followed, and hidden files are ignored. `role`, "database" or "query", is used in messages.
+    """
     if not folder.is_dir():
         raise InputError(f"{role} folder not found: {folder}; set dataset.{role} to a folder of images")
     images: list[Path] = []
@@ -106,6 +110,7 @@ def _list_images(folder: Path, role: str) -> list[Path]:
 
 
 def _label(path: Path, root: Path) -> str:
+    """Return the label of an image: the name of the first-level sub-folder of `root` that contains it."""
     parts = path.relative_to(root).parts
     if len(parts) < 2:
         raise InputError(
@@ -118,7 +123,18 @@ def _label(path: Path, root: Path) -> str:
 def _ground_truth(
     queries: Sequence[Path], query_labels: Sequence[str], database: Sequence[Path], labels: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return for each query {"positive": ids, "junk": ids}, (n,) int64; junk is the file of the query itself."""
+    """Return the ground truth of labeled queries.
+
+    Args:
+        queries: paths of the queries.
+        query_labels: label of each query.
+        database: paths of the database images.
+        labels: label of each database image.
+
+    Returns:
+        For each query, a dict with the database rows of the images that have its label ("positive") and of the file of
+        the query itself ("junk"), (n,) int64.
+    """
     members: dict[str, list[int]] = defaultdict(list)
     for i, label in enumerate(labels):
         members[label].append(i)
