@@ -1,7 +1,8 @@
-"""Read GLDv2's lists of millions of images into arrays with Arrow, without a Python object per image.
+"""Read the GLDv2 lists of millions of images into arrays. Arrow parses them without creating a Python object per image.
 
-Formats (github.com/cvdfoundation/google-landmark): train.csv has id, url, landmark_id; train_clean.csv has landmark_id
-and images, the ids of a landmark separated by spaces; index.csv and test.csv have id.
+The lists are CSV files (github.com/cvdfoundation/google-landmark). train.csv has the columns id, url and landmark_id.
+train_clean.csv has one row per landmark, with the columns landmark_id and images (image ids separated by spaces).
+index.csv and test.csv have the column id.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import pyarrow.csv
 from superglobal.errors import InputError
 
 IMAGE_ID, LANDMARK_ID = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9]{1,18}")
-_BLOCK = 1 << 23  # bytes that Arrow parses at a time; one row must fit, and 10,000 images of a landmark take 170 KB
+_BLOCK = 1 << 23  # bytes that Arrow parses at a time; a row must fit, and a landmark of 10,000 images takes 170 KB
 
 
 def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a training list, in its order.
+    """Read a training list, train.csv or train_clean.csv.
 
     Returns:
-        Unique image ids of 16 hexadecimal digits, (N,) S16, and their non-negative landmark ids, (N,) int64.
+        The image ids of 16 hexadecimal digits, (N,) S16, and the non-negative landmark id of each image, (N,) int64,
+        in the order of the list.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -54,10 +56,10 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Read a list without landmarks (index.csv, test.csv), in its order.
+    """Read a list without landmarks, index.csv or test.csv.
 
     Returns:
-        Unique image ids of 16 hexadecimal digits, (N,) S16.
+        The image ids of 16 hexadecimal digits, (N,) S16, in the order of the list.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -95,7 +97,7 @@ def read_landmark_ids(path: str | Path) -> np.ndarray:
 
 @contextmanager
 def _input_errors(path: Path) -> Iterator[None]:
-    """Convert all errors except FileNotFoundError to an InputError that names the file."""
+    """Convert errors of the block to an InputError that names the file. A FileNotFoundError is not converted."""
     try:
         yield
     except FileNotFoundError:
@@ -107,15 +109,17 @@ def _input_errors(path: Path) -> Iterator[None]:
     except pa.ArrowInvalid as error:
         raise _first_error(path, str(error)) from error
     finally:
-        pa.default_memory_pool().release_unused()  # Arrow would keep this memory for the next list.
+        pa.default_memory_pool().release_unused()  # Otherwise, Arrow keeps this memory for later use.
 
 
 def _column_names(path: Path) -> set[str]:
+    """Return the column names in the first line of a CSV file."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         return set(next(csv.reader(file), ()))
 
 
 def _read_columns(path: Path, names: list[str]) -> list[pa.ChunkedArray]:
+    """Read the given columns of a CSV file as strings."""
     table = pyarrow.csv.read_csv(
         str(path),
         pyarrow.csv.ReadOptions(block_size=_BLOCK),
@@ -126,6 +130,7 @@ def _read_columns(path: Path, names: list[str]) -> list[pa.ChunkedArray]:
 
 
 def _image_ids(path: Path, texts: pa.ChunkedArray) -> np.ndarray:
+    """Check that all image ids are valid and different, and return them as (N,) S16."""
     if not len(texts):
         raise InputError(f"{path}: contains no images; download it again")
     if not pc.all(pc.match_substring_regex(texts, "^[0-9a-f]{16}$"), min_count=0).as_py():
@@ -140,7 +145,10 @@ def _image_ids(path: Path, texts: pa.ChunkedArray) -> np.ndarray:
 
 
 def _first_error(path: Path, otherwise: str) -> InputError:
-    """Read the list again row by row, and return the error for the first invalid row."""
+    """Read the list again row by row, and return the error to raise for the first invalid row.
+
+    If every row is valid, return an error with the reason `otherwise`.
+    """
     csv.field_size_limit(2**31 - 1)  # A field contains all images of a landmark, which can be thousands.
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
