@@ -1,7 +1,8 @@
-"""Read and write GLDv2's solutions (ground truth of the test images) and submissions (predictions) as CSV files.
+"""Read GLDv2 solutions (ground truth of the test images), and read and write submissions (predictions), as CSV files.
 
-Formats: github.com/cvdfoundation/google-landmark. Predictions are read by the rules of the organizers' reader
-(tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), except that contradictory lines raise an error.
+The formats are described at github.com/cvdfoundation/google-landmark. Submissions are read as by the code of the
+organizers (tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), except that contradictory lines raise
+an error.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ _USAGES = ("Public", "Private", "Ignored")
 
 @dataclass(frozen=True)
 class Solution:
-    """Ground truth of the Q test images that count, in the order of the file.
+    """Ground truth of the Q test images that are scored, in the order of the file.
 
     Attributes:
-        path: the file.
+        path: the solution file.
         task: "retrieval" or "recognition".
-        ids: (Q,) S16 image ids.
-        truth: for each image the ids of its relevant index images, (n,) S16 with n >= 1; or its landmarks, (n,) int64,
-            which are empty for an image without a landmark.
-        lines: (Q,) int64 line numbers in the file.
-        public: (Q,) bool; the other images are private.
-        ignored: ids of the test images that do not count.
+        ids: (Q,) S16 image ids of the scored test images.
+        truth: for each scored test image: in the retrieval task, the ids of its relevant index images, (n,) S16 with
+            n >= 1; in the recognition task, the ids of its landmarks, (n,) int64, empty if it shows no landmark.
+        lines: (Q,) int64 line number of each image in the file.
+        public: (Q,) bool mask of the images in the public part of the test set; the others are in the private part.
+        ignored: ids of the test images that are not scored.
     """
 
     path: Path
@@ -50,20 +51,22 @@ class Solution:
 
     @property
     def parts(self) -> dict[str, np.ndarray]:
-        """Masks (Q,) bool of the public, private and all images."""
+        """Masks (Q,) bool of the "public", "private" and "all" images, by name."""
         return {"public": self.public, "private": ~self.public, "all": np.ones(len(self.ids), bool)}
 
     def provenance(self) -> dict[str, str]:
-        """Return the name and SHA-256 of the file, which are recorded with the results."""
+        """Return the name and the SHA-256 of the solution file, to be recorded with the results."""
         return {"file": self.path.name, "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
 
 
 def read_solution(path: str | Path, task: Task | None = None) -> Solution:
-    """Read a solution: columns id, Usage (Public, Private or Ignored) and images or landmarks.
+    """Read a solution file.
+
+    It has the columns id, Usage (Public, Private or Ignored), and images (retrieval) or landmarks (recognition).
 
     Args:
         path: the file.
-        task: expected task; by default it is determined by the columns.
+        task: expected task; by default, the columns of the file determine the task.
 
     Raises:
         InputError: the file is missing or belongs to another task, or a line is invalid.
@@ -96,12 +99,13 @@ def read_solution(path: str | Path, task: Task | None = None) -> Solution:
 
 
 def read_retrieval_submission(path: str | Path, solution: Solution) -> list[np.ndarray]:
-    """Read a retrieval submission: columns id and images, the ids of index images separated by spaces, best first.
+    """Read a retrieval submission.
 
-    Blank lines, empty predictions, surrounding spaces and predictions for ignored test images are skipped.
+    It has the columns id and images (ids of index images separated by spaces, best first). Blank lines, empty
+    predictions, surrounding spaces and predictions for ignored test images are skipped.
 
     Returns:
-        For each image of the solution the ids of its predicted images, (n,) S16; empty without a prediction.
+        For each image of the solution, the ids of its predicted images, (n,) S16; empty without a prediction.
 
     Raises:
         InputError: the file is missing or lacks a column, or a line has an unknown, repeated or invalid id.
@@ -113,15 +117,17 @@ def read_retrieval_submission(path: str | Path, solution: Solution) -> list[np.n
 
 
 def read_recognition_submission(path: str | Path, solution: Solution) -> tuple[np.ndarray, np.ndarray]:
-    """Read a recognition submission: columns id and landmarks (a landmark id, a space and a score).
+    """Read a recognition submission.
 
-    Lines are skipped as in `read_retrieval_submission`.
+    It has the columns id and landmarks (a landmark id, a space and a score). The same lines are skipped as in
+    `read_retrieval_submission`.
 
     Returns:
-        (Q,) int64 landmark ids, -1 without a prediction; (Q,) float64 scores, NaN without a prediction.
+        For each image of the solution, the predicted landmark id, (Q,) int64, and its score, (Q,) float64. Without a
+        prediction, they are -1 and NaN.
 
     Raises:
-        InputError: see `read_retrieval_submission`; or a prediction is not a landmark id and a number.
+        InputError: see `read_retrieval_submission`; or a prediction does not consist of a landmark id and a score.
     """
     landmarks, scores = np.full(len(solution.ids), -1), np.full(len(solution.ids), np.nan)
     for row, place, cell in _predictions(Path(path), solution):
@@ -137,17 +143,29 @@ def read_recognition_submission(path: str | Path, solution: Solution) -> tuple[n
 
 
 def retrieval_submission(ids: np.ndarray, images: Iterable[np.ndarray]) -> bytes:
-    """Return a submission file from the test ids, (Q,) S16, and the index ids of each image, best first, (n,) S16."""
+    """Return the contents of a retrieval submission file.
+
+    Args:
+        ids: (Q,) S16 ids of the test images.
+        images: for each test image, the ids of its predicted index images, best first, (n,) S16.
+    """
     return _submission("images", ids, (b" ".join(ranked.tolist()).decode() for ranked in images))
 
 
 def recognition_submission(ids: np.ndarray, landmarks: np.ndarray, scores: np.ndarray) -> bytes:
-    """Return a submission file from the test ids, (Q,) S16, their landmark ids and their float64 scores."""
+    """Return the contents of a recognition submission file.
+
+    Args:
+        ids: (Q,) S16 ids of the test images.
+        landmarks: (Q,) int64 predicted landmark ids.
+        scores: (Q,) float64 scores of the predictions.
+    """
     predictions = zip(landmarks.tolist(), scores.tolist(), strict=True)
     return _submission("landmarks", ids, (f"{landmark} {score!r}" for landmark, score in predictions))
 
 
 def _submission(column: str, ids: np.ndarray, cells: Iterable[str]) -> bytes:
+    """Return the contents of a CSV file with the columns id and `column`, one row per id and cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", column])
@@ -156,11 +174,18 @@ def _submission(column: str, ids: np.ndarray, cells: Iterable[str]) -> bytes:
 
 
 def _read_rows(path: Path, required: set[str]) -> tuple[Sequence[str], Iterator[tuple[int, dict[str, str]]]]:
-    """Return the columns of a CSV file, and an iterator over (line number, column -> cell) of its rows.
+    """Read a CSV file that has one row per image.
+
+    Args:
+        path: the file.
+        required: names of the columns that the file must have; "id" must be among them.
+
+    Returns:
+        The column names, and an iterator over the rows. It yields the line number and the row as a dict of its cells.
 
     Raises:
         InputError: the file cannot be read or lacks a required column, a row has the wrong number of fields, or an id
-            is invalid or repeated.
+            is invalid or repeated. Errors in rows are raised by the iterator.
     """
     csv.field_size_limit(2**31 - 1)  # A field can contain thousands of ids.
     try:
@@ -192,7 +217,11 @@ def _read_rows(path: Path, required: set[str]) -> tuple[Sequence[str], Iterator[
 
 
 def _predictions(path: Path, solution: Solution) -> Iterator[tuple[int, str, str]]:
-    """Yield (row in the solution, location for messages, prediction) for each prediction that is not ignored."""
+    """Read a submission, and yield each prediction for a test image that is scored.
+
+    Yields:
+        The row of the test image in the solution, the place in the file for messages, and the text of the prediction.
+    """
     column = _COLUMN[solution.task]
     row_of = {image: row for row, image in enumerate(solution.ids.tolist())}
     for line, row in _read_rows(path, {"id", column})[1]:
@@ -205,12 +234,14 @@ def _predictions(path: Path, solution: Solution) -> Iterator[tuple[int, str, str
 
 
 def _image_ids(cell: str, place: str) -> np.ndarray:
+    """Parse image ids separated by spaces, and return them as (n,) S16 with n >= 1. `place` is used in messages."""
     if not cell.split():
         raise InputError(f"{place}: no relevant images; expected image ids, or Usage Ignored")
     return _require_unique(np.array([_image_id(word, place) for word in cell.split()], "S16"), place)
 
 
 def _landmark_ids(cell: str, place: str) -> np.ndarray:
+    """Parse landmark ids separated by spaces, and return them as (n,) int64. `place` is used in messages."""
     for word in cell.split():
         if not LANDMARK_ID.fullmatch(word):
             raise InputError(f"{place}: {word!r} is not a landmark_id; expected a number")
@@ -218,12 +249,14 @@ def _landmark_ids(cell: str, place: str) -> np.ndarray:
 
 
 def _image_id(word: str, place: str) -> bytes:
+    """Check that `word` is a valid image id, and return it as bytes. `place` is used in messages."""
     if not IMAGE_ID.fullmatch(word):
         raise InputError(f"{place}: {word!r}; expected an image id of 16 hexadecimal digits")
     return word.encode()
 
 
 def _require_unique(values: np.ndarray, place: str) -> np.ndarray:
+    """Check that no value occurs twice, and return the values. `place` is used in messages."""
     unique, counts = np.unique(values, return_counts=True)
     if len(unique) < len(values):
         twice: Any = unique[counts > 1][0]
