@@ -1,4 +1,4 @@
-"""Check before a computation that image files exist and are complete, and compute a signature of their contents."""
+"""Check that image files exist and are complete, before they are needed, and compute signatures of their contents."""
 
 import os
 import zlib
@@ -21,18 +21,18 @@ from superglobal.data.images import (
     upright_size,
 )
 
-_HEAD, _TAIL = 65_536, 4_096  # number of bytes read at the start (enough for almost every header) and at the end
-_BATCH = 512  # images that a thread checks at a time
+_HEAD, _TAIL = 65_536, 4_096  # bytes read at the start of a file (enough for almost every header) and at its end
+_BATCH = 512  # number of images that a thread checks at a time
 _COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "JPEG2000")
 
 
 class CheckedImage(NamedTuple):
-    """Result for a complete image.
+    """Result of the check of an image that is complete.
 
     Attributes:
-        signature: file size and CRC-32 of the contents, for fingerprints. Only the first 64 KB and the last 4 KB of a
-            large compressed file are used, because a change of the image changes them too.
-        size: (height, width) of the upright image, or of its box, in pixels.
+        signature: file size and CRC-32 of the contents, to detect changes of the file. For a large compressed file, the
+            CRC-32 covers only the first 64 KB and the last 4 KB, because a change of the image changes these too.
+        size: (height, width) of the upright image, or of its crop, in pixels.
     """
 
     signature: str
@@ -44,10 +44,10 @@ class CheckReport:
     """Result of `check_images`.
 
     Attributes:
-        signatures: signature per image, see `CheckedImage`; empty for a missing or corrupt one.
-        sizes: (height, width) per image, (0, 0) for a missing or corrupt one.
-        missing: paths of missing files.
-        unreadable: path and reason of each empty, truncated or otherwise corrupt file.
+        signatures: signature of each image, see `CheckedImage`; "" for a missing or corrupt image.
+        sizes: (height, width) of each image in pixels; (0, 0) for a missing or corrupt image.
+        missing: paths of the missing files.
+        unreadable: (path, reason) of each empty, truncated or otherwise corrupt file.
     """
 
     signatures: list[str]
@@ -57,24 +57,24 @@ class CheckReport:
 
     @property
     def problems(self) -> list[tuple[Path, str]]:
-        """Path and reason of each missing or unreadable file, the missing ones first."""
+        """(path, reason) of each missing or corrupt file. The missing files come first."""
         return [(path, "missing") for path in self.missing] + self.unreadable
 
 
 def check_images(
     items: Sequence[ImageItem | str | Path], workers: int | None = None, decode: bool = False
 ) -> CheckReport:
-    """Check image files without decoding them, which is fast enough for a million files.
+    """Check that image files exist and are complete, without decoding them.
 
-    The check detects files that are missing or empty, that do not start as an image, JPEGs without their end marker,
-    PNGs without their last chunk, images over `MAX_PIXELS` and empty boxes. Bytes after the end of an image are
-    accepted, as in every decoder. Damage inside a file is only found by decoding it.
+    This is fast enough for a million files. The check finds missing and empty files, files that are not images, JPEG
+    files without an end marker, PNG files without the last chunk, images with more than `MAX_PIXELS` pixels, and empty
+    crops. Bytes after the end of an image are accepted, because every decoder ignores them. Damage inside a file is
+    found only by decoding it.
 
     Args:
-        items: images or plain paths.
-        workers: number of threads; by default 4 per CPU and at most 32, because most of the time is spent on disk
-            access.
-        decode: whether to decode every image too, which also finds damage inside files, but takes much longer.
+        items: images, or paths of images.
+        workers: number of threads; by default, 4 per CPU and at most 32, because the threads mostly wait for the disk.
+        decode: whether to decode every image too, which also finds damage inside files but takes much longer.
     """
     report = CheckReport([], [], [], [])
     starts = range(0, len(items), _BATCH)
@@ -98,13 +98,13 @@ def check_image(
     """Check one image as `check_images` does.
 
     Args:
-        read: function of (start, count) that returns these bytes of the image file.
+        read: function of (start, count) that returns `count` bytes of the image file, from the offset `start`.
         size: size of the file in bytes.
-        box: as in `ImageItem`.
+        box: crop, as in `ImageItem`; None for the whole image.
         decode: whether to decode the image too.
 
     Raises:
-        CorruptImageError: the image is incomplete or damaged, or the box is empty.
+        CorruptImageError: the image is incomplete or damaged, or the crop is empty.
     """
     if size <= _HEAD + _TAIL:
         head = tail = read(0, size)
@@ -114,7 +114,7 @@ def check_image(
         try:
             width, height, compressed = _inspect(head, tail)
         except CorruptImageError:
-            # The header may be longer, or many bytes may follow the end of the image, so check the complete file.
+            # The header may be longer than `head`, or more than 4 KB may follow the end of the image. Check all bytes.
             data = read(0, size)
             width, height, compressed = _inspect(data, data)
     if not compressed:
@@ -127,9 +127,17 @@ def check_image(
 
 
 def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
-    """Return (width, height, compressed) of an upright image from its header, after checking its end.
+    """Read the header of an image, and check that its end is not missing.
 
-    `head` and `tail` are the same object if `head` is the complete file. Otherwise they do not overlap.
+    Args:
+        head: start of the file, or the complete file.
+        tail: `head` itself if that is the complete file, else the end of the file, which must not overlap `head`.
+
+    Returns:
+        The width and height of the upright image in pixels, and whether its format is compressed.
+
+    Raises:
+        CorruptImageError: the header is damaged, or the end of the image is missing.
     """
     with open_image(head) as image:
         require_end(image.format, head, tail)
@@ -137,6 +145,7 @@ def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
 
 
 def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bool) -> list[CheckedImage | Exception]:
+    """Check `_BATCH` images from the index `start` on, and return the result or the error of each."""
     results: list[CheckedImage | Exception] = []
     for path, box in map(_path_and_box, items[start : start + _BATCH]):
         try:
@@ -148,9 +157,11 @@ def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bo
 
 
 def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
+    """Read `count` bytes of a file, from the offset `start`."""
     file.seek(start)
     return file.read(count)
 
 
 def _path_and_box(item: ImageItem | str | Path) -> tuple[Path, Box | None]:
+    """Return the path of an image and its crop, or None if it has no crop."""
     return (item.path, item.box) if isinstance(item, ImageItem) else (Path(item), None)
