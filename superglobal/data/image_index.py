@@ -1,6 +1,6 @@
-"""Load the index of a GLDv2 image list, `<root>/<list>.index.npz`, and read images from the folder tree or tar files.
+"""Load the index of a GLDv2 image list, and read the images of the list from the folder tree or from tar files.
 
-`superglobal.data.prepare_gldv2` checks every image of a list and writes the index.
+`superglobal.data.prepare_gldv2` checks every image of a list and writes the index, `<root>/<list>.index.npz`.
 """
 
 from __future__ import annotations
@@ -21,26 +21,30 @@ from superglobal.errors import InputError
 from superglobal.utils.io import atomic_file
 
 VERSION = 1
-_TAR_HEADER = 512  # bytes of the block before a member, which contains its name
+_TAR_HEADER = 512  # size in bytes of the block before each member of a tar file, which contains the name of the member
 
 
 class ImageSource(Protocol):
-    """Source of image files by id. It can be sent to worker processes."""
+    """Interface for reading image files by their id. Implementations can be pickled for worker processes."""
 
     def read(self, image: bytes) -> bytes:
-        """Return the bytes of an image file.
+        """Return the contents of the image file with the id `image`.
 
         Raises:
-            CorruptImageError: the file cannot be read. The message is the reason.
+            CorruptImageError: the file cannot be read. The message gives only the reason, not the file.
         """
 
     def location(self, image: bytes) -> str:
-        """Return the location of an image, for messages."""
+        """Return where the image with the id `image` is stored, for messages."""
 
 
 @dataclass(frozen=True)
 class ImageTree:
-    """Image files at `<root>/a/b/c/<id>.jpg`."""
+    """Images in a folder tree, at `<root>/a/b/c/<id>.jpg`.
+
+    Args:
+        root: folder of the tree.
+    """
 
     root: Path
 
@@ -58,18 +62,18 @@ class ImageTree:
 
 @dataclass(frozen=True)
 class ImageTars:
-    """Image files in tar files that are not unpacked.
+    """Images in tar files, which are read without unpacking them.
 
-    Each process opens a tar file when it first needs it. It reads with `os.pread`, because forked workers share the
-    position of an open file.
+    Each process opens a tar file when it first needs it. Files are read with `os.pread`, because a forked worker shares
+    the position of an open file with its parent.
 
     Args:
         folder: folder of the tar files.
-        names: names of the tar files.
-        ids: (N,) S16, sorted.
-        tars: (N,) int16 index of the tar file in `names`, -1 for an image that is in no tar file.
-        offsets: (N,) int64 position of the image in its tar file, in bytes.
-        sizes: (N,) int64, in bytes.
+        names: file names of the tar files.
+        ids: (N,) S16 image ids, sorted.
+        tars: (N,) int16 index in `names` of the tar file that contains each image; -1 if no tar file contains it.
+        offsets: (N,) int64 position of each image in its tar file, in bytes.
+        sizes: (N,) int64 size of each image file in bytes.
     """
 
     folder: Path
@@ -112,18 +116,22 @@ class ImageTars:
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Index of all images of a list, including missing and corrupt ones. The attributes are the arrays of the file.
+    """Index of all images of a list, including missing and corrupt images.
+
+    The index file contains one array per attribute.
 
     Attributes:
-        ids: (N,) S16, sorted.
-        sizes: (N,) int64, in bytes; 0 for a missing image and for a corrupt image of the tree.
-        codes: (N,) uint64 `signature_codes` of the contents; 0 for a missing or corrupt image.
-        numbers: (N,) int16 index of the tar file in `tar_names`; -1 for the tree, or if no tar file has the image.
-        offsets: (N,) int64 position of the image in its tar file, in bytes; 0 for the tree.
+        ids: (N,) S16 image ids, sorted.
+        sizes: (N,) int64 size of each image file in bytes; 0 for a missing image, and for a corrupt image of the folder
+            tree.
+        codes: (N,) uint64 hash of the contents of each image, see `signature_codes`; 0 for a missing or corrupt image.
+        numbers: (N,) int16 index in `tar_names` of the tar file that contains each image; -1 if no tar file contains
+            it, and for the folder tree.
+        offsets: (N,) int64 position of each image in its tar file, in bytes; 0 for the folder tree.
         bad: (K,) int64 rows of the missing and corrupt images, ascending.
-        reasons: (K,) str reason for each of them.
-        tar_names: (T,) str names of the tar files; empty for the tree.
-        tar_sizes: (T,) int64, in bytes.
+        reasons: (K,) str reason for each of these images.
+        tar_names: (T,) str file names of the tar files; empty for the folder tree.
+        tar_sizes: (T,) int64 sizes of the tar files in bytes.
     """
 
     ids: np.ndarray
@@ -137,45 +145,49 @@ class ImageIndex:
     tar_sizes: np.ndarray
 
     def codes_of(self, ids: np.ndarray) -> np.ndarray:
-        """Return (n,) uint64 codes for (n,) S16 ids of the list."""
+        """Return the hashes of the contents, (n,) uint64, of the images with the given ids, (n,) S16."""
         return self.codes[np.searchsorted(self.ids, ids)]
 
     def corrupt_among(self, ids: np.ndarray) -> list[tuple[int, str]]:
-        """Return (position in `ids`, reason) of the missing and corrupt images among (n,) S16 ids of the list."""
+        """Find the missing and corrupt images among the images with the given ids, (n,) S16.
+
+        Returns:
+            (position in `ids`, reason) of each of them.
+        """
         rows = np.searchsorted(self.ids, ids)
         reasons = dict(zip(self.bad.tolist(), self.reasons.tolist(), strict=True))
         return [(int(i), reasons[int(rows[i])]) for i in np.flatnonzero(np.isin(rows, self.bad))]
 
     def tars(self, folder: Path) -> ImageTars:
-        """Return the images in the tar files of `folder`."""
+        """Return a reader for the images in the tar files, which are in `folder`."""
         return ImageTars(folder, self.tar_names.tolist(), self.ids, self.numbers, self.offsets, self.sizes)
 
     def save(self, path: Path, list_digest: str) -> None:
-        """Write the index and the digest of its list."""
+        """Write the index and the hash of its list file (see `list_digest`) to a file."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         with atomic_file(path) as file:
             np.savez(file, version=VERSION, list_digest=list_digest, **arrays)
 
 
 def signature_codes(signatures: Iterable[str]) -> np.ndarray:
-    """Return (N,) uint64: a 64-bit hash of each signature of `check_images`, 0 for an empty one."""
+    """Return a 64-bit hash of each image signature (see `check_images`), (N,) uint64. The hash of "" is 0."""
     packed = (hashlib.blake2b(text.encode(), digest_size=8).digest() if text else bytes(8) for text in signatures)
     return np.frombuffer(b"".join(packed), "<u8").astype(np.uint64)
 
 
 def index_path(root: Path, table: str) -> Path:
-    """Return the path of the index of a list, which is in the folder of the list."""
+    """Return the path of the index of a list. `table` is the file name of the list in the folder `root`."""
     return root / f"{Path(table).stem}.index.npz"
 
 
 def list_digest(root: Path, table: str) -> str:
-    """Return the SHA-256 of a list file."""
+    """Return the SHA-256 of a list file in hexadecimal digits. `table` is its file name in the folder `root`."""
     with (root / table).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def prepare_command(root: Path, table: str, tars: str | Path | None) -> str:
-    """Return the command that writes the index of a list, for messages."""
+    """Return the command that writes the index of a list, for messages (see `load_index` for the arguments)."""
     command = f"superglobal prepare-gldv2 --root {root} --table {table}"
     return command if tars is None else f"{command} --tars {tars}"
 
@@ -185,11 +197,12 @@ def load_index(root: Path, table: str, tars: str | Path | None) -> ImageIndex:
 
     Args:
         root: folder of the list.
-        table: name of the list.
-        tars: folder of the tar files if the images are read from them.
+        table: file name of the list.
+        tars: folder of the tar files if the images are read from tar files; None for the folder tree.
 
     Raises:
-        InputError: the index is missing or damaged, or it does not match the list, the tar files or the tree.
+        InputError: the index is missing or damaged, or it does not match the list, or it does not match the tar files
+            or the folder tree.
     """
     path, command = index_path(root, table), prepare_command(root, table, tars)
     try:
@@ -209,7 +222,11 @@ def load_index(root: Path, table: str, tars: str | Path | None) -> ImageIndex:
 
 
 def _tar_mismatch(index: ImageIndex, tars: str | Path | None) -> str | None:
-    """Return a description of the first difference between the tar files and the index, or None if they match."""
+    """Compare an index with the tar files, or with the folder tree if `tars` is None.
+
+    Returns:
+        A description of the first difference, or None if there is none.
+    """
     if (tars is None) != (len(index.tar_names) == 0):
         return "it is an index of tar files" if tars is None else "it is an index of the folder tree"
     for name, size in zip(index.tar_names.tolist(), index.tar_sizes.tolist(), strict=True):
