@@ -1,8 +1,8 @@
-"""Read images strictly, with the pixels of the reference implementation.
+"""Read images with exactly the pixels of the reference implementation, and raise an error for truncated files.
 
-The reference reads images with `cv2.imread(path, cv2.IMREAD_COLOR)` (its test/dataset.py). For a truncated file OpenCV
-returns an image that is partly gray, without an error, while Pillow raises an error. Images are therefore decoded with
-Pillow. Both use libjpeg-turbo, and their pixels are identical for 8-bit JPEG, PNG, WebP, BMP and TIFF. Where they
+The reference reads images with `cv2.imread(path, cv2.IMREAD_COLOR)` (its test/dataset.py). For a truncated file, OpenCV
+returns a partly gray image without an error, while Pillow raises an error. Images are therefore decoded with Pillow.
+Both use libjpeg-turbo, and their pixels are identical for 8-bit JPEG, PNG, WebP, BMP and TIFF. Where the pixels would
 differ (CMYK, 16 bits, TIFF with alpha, rare formats), Pillow validates the file and OpenCV decodes it.
 
 Neither decoder detects damage to the compressed data of a JPEG if the structure of the file is still valid.
@@ -49,8 +49,8 @@ class ImageItem:
 
     Attributes:
         path: image file.
-        box: crop (x1, y1, x2, y2) in pixels of the upright image, truncated to integers and clipped to the image when
-            it is read; None for the whole image.
+        box: crop (x1, y1, x2, y2) in pixels of the upright image; None for the whole image. When the image is read, the
+            values are truncated to integers and clipped to the image.
     """
 
     path: Path
@@ -58,19 +58,22 @@ class ImageItem:
 
 
 class CorruptImageError(InputError):
-    """Error for a missing, truncated or damaged image file. The message is the reason; callers add the path."""
+    """Error for a missing, truncated or damaged image file. The message gives only the reason; callers add the path."""
 
 
 def read_image(path: str | Path, box: Box | None = None, max_side: int | None = None) -> np.ndarray:
     """Read an image as upright RGB, with exactly the pixels of `cv2.imread(path)[..., ::-1]`.
 
-    Alpha is dropped, 16-bit files are converted to 8 bits as in OpenCV, and the first frame of a GIF or a multi-page
-    file is read. TIFFs with EXIF orientations 5-8, which OpenCV 5.0 cannot read, are rotated upright.
+    The alpha channel is dropped, and 16-bit files are converted to 8 bits as in OpenCV. Of an animated GIF or a
+    multi-page file, the first frame is read. TIFF files with EXIF orientations 5 to 8, which OpenCV 5.0 cannot read,
+    are rotated upright.
 
     Args:
         path: image file.
-        box: crop (x1, y1, x2, y2) in pixels, truncated to integers as in the reference and clipped to the image.
-        max_side: maximum longer side in pixels after the crop; a larger image is shrunk by `shrink`.
+        box: crop (x1, y1, x2, y2) in pixels, truncated to integers as in the reference and clipped to the image; None
+            for the whole image.
+        max_side: maximum longer side in pixels after the crop; larger images are shrunk by `shrink`. None means no
+            limit.
 
     Returns:
         (H, W, 3) uint8, contiguous and writable.
@@ -86,7 +89,7 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
 
 @contextmanager
 def add_path_to_errors(path: Path) -> Iterator[None]:
-    """Convert an error about an image file to an InputError that names the file."""
+    """Convert errors of the block, which reads the image file `path`, to an InputError that names the file."""
     try:
         yield
     except FileNotFoundError as error:
@@ -96,21 +99,21 @@ def add_path_to_errors(path: Path) -> Iterator[None]:
 
 
 def crop_and_shrink(pixels: np.ndarray, box: Box | None, max_side: int | None) -> np.ndarray:
-    """Crop and shrink an image, (H, W, 3), as in `read_image`, and return a contiguous and writable copy."""
+    """Crop and shrink an image, (H, W, 3) uint8, as `read_image` does. Return a contiguous and writable copy."""
     if box is not None:
         pixels = crop(pixels, box)
-    # The buffer of a decoder is read-only, and a view keeps the whole image in memory.
+    # Copy, because the buffer of the decoder is read-only, and a view of it would keep the whole image in memory.
     return np.array(shrink(pixels, max_side), order="C")
 
 
 def pil_pixels(image: Image.Image) -> np.ndarray:
-    """Return the pixels of an open 8-bit Pillow image as `read_image` does for its file: upright, without alpha.
+    """Return the pixels of a Pillow image: upright RGB without alpha, as `read_image` returns them for its file.
 
     Returns:
         (H, W, 3) uint8, possibly read-only.
 
     Raises:
-        InputError: the image does not have 8 bits per channel, so that only OpenCV can decode it, from its file.
+        InputError: the image does not have 8 bits per channel. OpenCV must decode such images from their files.
     """
     if image.mode not in _EIGHT_BIT_MODES:
         raise InputError(f"Pillow image of mode {image.mode}: expected 8 bits per channel; pass the path of its file")
@@ -120,7 +123,7 @@ def pil_pixels(image: Image.Image) -> np.ndarray:
 
 
 def crop(pixels: np.ndarray, box: Box) -> np.ndarray:
-    """Return a view of the part of an image, (H, W, 3), inside a box.
+    """Crop an image, (H, W, 3), to a box, and return a view of it.
 
     Raises:
         CorruptImageError: see `box_bounds`.
@@ -130,15 +133,15 @@ def crop(pixels: np.ndarray, box: Box) -> np.ndarray:
 
 
 def image_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """Convert (H, W, 3) uint8 to a (3, H, W) uint8 tensor."""
+    """Convert an image from a NumPy array (H, W, 3) uint8 to a tensor (3, H, W) uint8."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
     """Shrink an image so that its longer side has at most `max_side` pixels.
 
-    The filter is the antialiased bicubic of Pillow, and the aspect ratio is kept. An image that is small enough is
-    returned without a copy.
+    The image is resized by Pillow's antialiased bicubic filter, and keeps its aspect ratio. An image that is small
+    enough is returned unchanged, without a copy.
 
     Args:
         pixels: (H, W, 3) uint8.
@@ -154,7 +157,7 @@ def shrink(pixels: np.ndarray, max_side: int | None) -> np.ndarray:
 
 
 def shrunk_size(size: Sequence[int], max_side: int | None) -> tuple[int, int]:
-    """Return the (height, width) that `shrink` gives an image of `size`, in pixels.
+    """Return the (height, width) in pixels to which `shrink` resizes an image of the (height, width) `size`.
 
     Raises:
         InputError: `max_side` is less than 1.
@@ -169,8 +172,8 @@ def shrunk_size(size: Sequence[int], max_side: int | None) -> tuple[int, int]:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return the (width, height) of the upright image, in pixels."""
-    # Pillow rotates a TIFF itself, so its size is already that of the upright image.
+    """Return the (width, height) in pixels that an open image has after it is rotated upright."""
+    # Pillow rotates TIFF images itself, so their size is already that of the upright image.
     transposed = image.format != "TIFF" and _orientation(image) >= 5
     return (image.height, image.width) if transposed else image.size
 
@@ -181,13 +184,13 @@ def require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
     Args:
         file_format: format that Pillow detected.
         head: start of the file, or the whole file.
-        tail: `head` itself if that is the whole file, else the end of the file, which does not overlap `head`.
+        tail: `head` itself if that is the whole file, else the end of the file, which must not overlap `head`.
 
     Raises:
         CorruptImageError: the end of the image is missing.
     """
     if file_format in ("JPEG", "MPO"):
-        # A thumbnail in the EXIF block has an end marker too, so search only after the start of the scan of the image.
+        # An EXIF thumbnail has an end marker too. Search only after the start of the image data.
         scan = _scan_start(head)
         if scan < 0 or tail.rfind(b"\xff\xd9", scan if tail is head else 0) < 0:
             raise CorruptImageError("truncated JPEG (no end-of-image marker)")
@@ -196,7 +199,7 @@ def require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
 
 
 def _scan_start(data: bytes) -> int:
-    """Return the offset after the first start-of-scan marker of a JPEG, -1 if `data` ends before it."""
+    """Return the offset after the first start-of-scan marker of a JPEG file, or -1 if `data` ends before it."""
     position = 2
     while position + 4 <= len(data):
         marker = data[position + 1]
@@ -213,14 +216,18 @@ def _scan_start(data: bytes) -> int:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Parse the header of an image file without decoding it.
+    """Parse the header of an image file, and return the image, which is not decoded yet.
+
+    Args:
+        data: contents of the file, or of its start.
 
     Raises:
-        CorruptImageError: the file is empty, not an image, or too large, or its header is damaged.
+        CorruptImageError: the file is empty or not an image, its header is damaged, or the image has more than
+            `MAX_PIXELS` pixels.
     """
     if not data:
         raise CorruptImageError("empty file (0 bytes)")
-    # Pillow's global limit against decompression bombs is 89 megapixels. Disable it: the limit here is MAX_PIXELS.
+    # Disable Pillow's global limit against decompression bombs, 89 megapixels. The limit MAX_PIXELS is checked below.
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -238,7 +245,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Read the (width, height) of the upright image, in pixels, from the header of its file.
+    """Return the (width, height) in pixels of the upright image, from the header of the image file `data`.
 
     Raises:
         CorruptImageError: see `open_image`.
@@ -248,21 +255,21 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
-    """Decode an image file as `read_image` does.
+    """Decode an image file, with the pixels that `read_image` returns.
 
     Args:
-        data: bytes of the whole file.
-        reduction: 2, 4 or 8 to decode a JPEG at 1/2, 1/4 or 1/8 of its size, which is faster. Formats and color spaces
-            that do not support this are decoded at full size.
+        data: contents of the whole file.
+        reduction: 2, 4 or 8 to decode a JPEG at 1/2, 1/4 or 1/8 of its width and height, which is faster. Images in
+            formats and color spaces that do not support this are decoded at full size.
 
     Returns:
-        (H, W, 3) uint8 RGB, upright, possibly read-only. Reduced sizes are rounded up.
+        Upright RGB image, (H, W, 3) uint8, possibly read-only. If `reduction` applies, H and W are rounded up.
 
     Raises:
         CorruptImageError: the image is truncated or damaged.
     """
     with open_image(data) as image:
-        # Check this here, because other code may have set Pillow's global LOAD_TRUNCATED_IMAGES.
+        # Pillow raises no error for a truncated image if other code has set its global LOAD_TRUNCATED_IMAGES.
         require_end(image.format, data, data)
         if image.mode in ("I", "F"):
             raise CorruptImageError("32-bit pixels, expected 8 or 16 bits; convert the file")
@@ -287,9 +294,9 @@ def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
 
 
 def _same_as_cv2(image: Image.Image) -> bool:
-    """Return True if Pillow decodes an image, which is not loaded yet, to the same pixels as OpenCV.
+    """Return True if Pillow and OpenCV decode an image, which is not decoded yet, to the same pixels.
 
-    tests/test_images.py checks this.
+    tests/test_images.py compares the pixels.
     """
     if image.format == "TIFF":  # OpenCV premultiplies alpha and rounds 16 bits differently.
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE_TAG, (1,))
@@ -298,21 +305,21 @@ def _same_as_cv2(image: Image.Image) -> bool:
 
 
 def is_plain_jpeg(image: Image.Image) -> bool:
-    """Return True if an open image is a JPEG in gray or YCbCr that is not rotated.
+    """Return True if an open image is a JPEG in grayscale or YCbCr without EXIF rotation.
 
-    Every decoder interprets these color spaces in the same way.
+    All decoders interpret these color spaces in the same way.
     """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB") or _orientation(image) != 1:
         return False
-    # libjpeg treats components with these names as RGB, but other decoders may not.
+    # libjpeg decodes an image whose components are named R, G and B as RGB, but other decoders may not.
     components = bytes(component[0] for component in getattr(image, "layer", ()))
     is_rgb = image.info.get("adobe_transform") == 0 or components == b"RGB"
     return image.mode == "L" or not is_rgb
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8."""
-    # Do not use Pillow's getexif, because it also reads XMP, which OpenCV ignores.
+    """Return the EXIF orientation of an open image, 1 to 8. Without a valid one, return 1 (upright)."""
+    # Do not use Pillow's getexif: it also reads the orientation in XMP metadata, which OpenCV ignores.
     exif = Image.Exif()
     try:
         exif.load(image.info.get("exif", b""))
@@ -323,7 +330,17 @@ def _orientation(image: Image.Image) -> int:
 
 
 def box_bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
-    """Return the integer crop (x1, y1, x2, y2) as in the reference, `im[int(y1):int(y2), int(x1):int(x2)]`, clipped.
+    """Convert a box to an integer crop inside the image.
+
+    The values are truncated as in the reference, `im[int(y1):int(y2), int(x1):int(x2)]`, and clipped to the image.
+
+    Args:
+        box: (x1, y1, x2, y2) in pixels.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+
+    Returns:
+        (x1, y1, x2, y2) in pixels.
 
     Raises:
         CorruptImageError: the box is not finite, or the crop is empty.
@@ -338,7 +355,7 @@ def box_bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the reason why a file cannot be read, without its path."""
+    """Return the reason why a file cannot be read, from the error and without the path, for messages."""
     if isinstance(error, IsADirectoryError):
         return "a folder, not a file"
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
