@@ -1,4 +1,4 @@
-"""Decode batches of JPEG files with torchvision on the device of the network (nvJPEG on a GPU)."""
+"""Decode batches of JPEG files with torchvision on the device of the network. On a GPU, torchvision uses nvJPEG."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from superglobal.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
-_COMPARED = 16  # maximum number of images to compare
-_CANDIDATES = 64  # maximum number of images to open in order to find those to compare
+_COMPARED = 16  # maximum number of images on which the decoders are compared
+_CANDIDATES = 64  # maximum number of images that are read to find images for the comparison
 # torchvision raises a RuntimeError for every failure on a GPU. Status 5 of nvJPEG is NVJPEG_STATUS_ALLOCATOR_FAILURE.
 _OUT_OF_MEMORY = re.compile(r"out of memory|Failed to [\w ]+: 5\b")
 _CUDA_FAULT = re.compile(r"CUDA error|Failed to synchronize CUDA stream")
 
 
 class EncodedImage(NamedTuple):
-    """A JPEG file that is decoded later.
+    """A JPEG file that is to be decoded on the GPU.
 
     Attributes:
-        data: (n,) uint8, the bytes of the file.
-        bounds: (x1, y1, x2, y2) of the crop, in pixels.
+        data: (n,) uint8, the contents of the file.
+        bounds: crop (x1, y1, x2, y2) in pixels, to be applied after decoding.
     """
 
     data: Tensor
@@ -53,10 +53,19 @@ class EncodedImage(NamedTuple):
 
 
 def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None = None) -> EncodedImage | np.ndarray:
-    """Read an image file, and leave it encoded if `decode_batch` can decode it. Decode any other as `read_image` does.
+    """Read an image file, but leave it encoded if the GPU can decode it (with `decode_batch`).
 
-    JPEGs in gray or YCbCr stay encoded if they have no EXIF rotation and need not be shrunk. For them `decode_batch`
-    gives the same pixels up to rounding. The header and the end of every file are checked here.
+    A JPEG file in grayscale or YCbCr is left encoded if it has no EXIF rotation and need not be shrunk. For such files,
+    `decode_batch` returns the same pixels as the CPU decoder up to rounding. The header and the end of each file are
+    checked here.
+
+    Args:
+        path: image file.
+        box: crop, as in `read_image`.
+        max_side: maximum longer side in pixels, as in `read_image`.
+
+    Returns:
+        The encoded file, or the result of `read_image`, (H, W, 3) uint8.
 
     Raises:
         InputError: see `read_image`.
@@ -71,7 +80,7 @@ def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None 
 
 
 def _bounds(data: bytes, box: Box | None, max_side: int | None) -> tuple[int, int, int, int] | None:
-    """Return the crop of a file that can stay encoded, or None for any other file."""
+    """Return the crop (x1, y1, x2, y2) in pixels of an image file, or None if the CPU must decode the file."""
     with open_image(data) as image:
         require_end(image.format, data, data)
         if not is_plain_jpeg(image):
@@ -83,6 +92,7 @@ def _bounds(data: bytes, box: Box | None, max_side: int | None) -> tuple[int, in
 
 
 def _as_tensor(data: bytes) -> Tensor:
+    """Copy bytes to a tensor, (n,) uint8."""
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
@@ -90,18 +100,18 @@ def decode_batch(files: Sequence[Tensor], device: torch.device) -> list[Tensor |
     """Decode JPEG files on a device.
 
     Args:
-        files: bytes of each file, (n,) uint8, on the CPU.
+        files: contents of each file, (n,) uint8, on the CPU.
         device: a CUDA device, or the CPU.
 
     Returns:
-        For each file its image, (3, H, W) uint8 RGB, or None if the decoder does not support the file.
+        For each file, the RGB image, (3, H, W) uint8 on the device, or None if the decoder does not support the file.
 
     Raises:
         InputError: there is not enough GPU memory, even for one file at a time.
     """
     try:
         return list(_decode(files, device))
-    except RuntimeError as error:  # The error does not name the file.
+    except RuntimeError as error:  # The error does not name the file that caused it, so each is decoded alone below.
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error))
         if not out_of_memory and (isinstance(error, torch.AcceleratorError) or _CUDA_FAULT.search(str(error))):
             raise
@@ -117,12 +127,13 @@ def decode_batch(files: Sequence[Tensor], device: torch.device) -> list[Tensor |
 
 
 def _decode(files: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    from torchvision.io import ImageReadMode, decode_jpeg  # Importing torchvision.io takes a second.
+    """Decode JPEG files on a device in one call of torchvision, which fails if it cannot decode one of them."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # Imported here because torchvision.io takes a second.
 
     if device.type != "cuda":
         return decode_jpeg(list(files), ImageReadMode.RGB, device)
-    # nvJPEG writes on its own stream, which does not wait for the current one. An image that is allocated on the
-    # current stream could get memory that a kernel of the previous batch still uses.
+    # nvJPEG runs on a separate CUDA stream, which does not wait for the current stream. If the images were allocated on
+    # the current stream, they could get memory that a kernel of the previous batch still uses.
     stream, current = _decoding_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(stream):
         images = decode_jpeg(list(files), ImageReadMode.RGB, device)
@@ -134,18 +145,19 @@ def _decode(files: Sequence[Tensor], device: torch.device) -> list[Tensor]:
 
 @functools.cache
 def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the CUDA stream on which all JPEG files are decoded on a device."""
     return torch.cuda.Stream(device)
 
 
 def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], device: torch.device) -> dict[str, Any]:
-    """Check that a device can decode JPEGs, and compare its decoder with the CPU decoder on the first images.
+    """Check that a device can decode JPEG files, and compare its decoder with the CPU decoder on a few images.
 
     Args:
-        lists: images and their `max_side`.
+        lists: image lists, each with the maximum longer side `max_side` of its images in pixels (None for no limit).
         device: device of the extraction.
 
     Returns:
-        The result of `compare_decoders`.
+        The differences between the decoders, see `compare_decoders`.
 
     Raises:
         InputError: there is no CUDA device, or torchvision cannot decode on it.
@@ -173,11 +185,15 @@ def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], d
 
 
 def compare_decoders(lists: Sequence[tuple[Sequence[ImageItem], int | None]], device: torch.device) -> dict[str, Any]:
-    """Compare both decoders on the first 16 images that `read_encoded` leaves encoded.
+    """Compare the decoder of a device with the CPU decoder, on the first 16 JPEG files that the device would decode.
+
+    Args:
+        lists: image lists with their `max_side`, as in `check_gpu_decoder`.
+        device: device of the extraction.
 
     Returns:
-        The number of compared "images", and the "mean_difference" and "max_difference" of their pixels (absolute
-        differences, 0 to 255).
+        "images" is the number of compared images. "mean_difference" and "max_difference" are the mean and the maximum
+        absolute difference of their pixel values, on the scale from 0 to 255.
     """
     means, largest = [], [0]
     for encoded in islice(_encoded(lists), _COMPARED):
@@ -198,6 +214,7 @@ def compare_decoders(lists: Sequence[tuple[Sequence[ImageItem], int | None]], de
 
 
 def _encoded(lists: Sequence[tuple[Sequence[ImageItem], int | None]]) -> Iterator[EncodedImage]:
+    """Yield those of the first 64 images that `read_encoded` leaves encoded."""
     items = chain.from_iterable(((item, max_side) for item in items) for items, max_side in lists)
     for item, max_side in islice(items, _CANDIDATES):
         try:
