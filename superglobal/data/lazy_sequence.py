@@ -1,4 +1,4 @@
-"""Provide sequences whose elements are created on access, for lists of millions of images or names."""
+"""Provide sequences whose elements are created only when they are accessed, for lists of millions of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ T = TypeVar("T")
 
 
 class LazySequence(Sequence[T], Generic[T]):
-    """Sequence of `make(0)`, ..., `make(count - 1)`, which are computed on access. A slice is a list."""
+    """The sequence `make(0)`, ..., `make(count - 1)`, whose elements are created when they are accessed.
+
+    Slicing returns a list of elements.
+
+    Args:
+        count: number of elements.
+        make: function that returns the element with a given index.
+    """
 
     def __init__(self, count: int, make: Callable[[int], T]) -> None:
         self._indices = range(count)
@@ -36,9 +43,9 @@ class LazySequence(Sequence[T], Generic[T]):
         return self._make(selected) if isinstance(selected, int) else [self._make(i) for i in selected]
 
 
-# The functions that create the elements are module-level functions, so that worker processes can unpickle them.
+# The functions that create the elements (below) are module-level functions, so that worker processes can unpickle them.
 def tree_items(root: Path, ids: np.ndarray) -> LazySequence[ImageItem]:
-    """Return the images `<root>/a/b/c/<id>.jpg` of (N,) S16 ids."""
+    """Return the images `<root>/a/b/c/<id>.jpg` with the given GLDv2 ids, (N,) S16, in this order."""
     return LazySequence(len(ids), partial(_tree_item, root, ids))
 
 
@@ -53,13 +60,16 @@ def file_names(items: Sequence[ImageItem], root: Path) -> LazySequence[str]:
 
 
 def _tree_item(root: Path, ids: np.ndarray, index: int) -> ImageItem:
+    """Return element `index` of `tree_items`."""
     return ImageItem(root / tree_path(ids[index]))
 
 
 def _chained_item(first: Sequence[T], second: Sequence[T], index: int) -> T:
+    """Return element `index` of the concatenation of two sequences."""
     return first[index] if index < len(first) else second[index - len(first)]
 
 
 def _file_name(items: Sequence[ImageItem], root: Path, index: int) -> str:
+    """Return element `index` of `file_names`."""
     path = items[index].path
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
