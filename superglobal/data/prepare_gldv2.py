@@ -1,7 +1,7 @@
-"""Check every image of a GLDv2 list once, and write the index and a report.
+"""Check every image of a GLDv2 list once, and write an index of the images and a report.
 
-The work is split into shards (2048 images of the folder tree, or one tar file). The result of a shard is a file in
-`<root>/.<list>.index.parts`, written atomically, so that an interrupted run resumes.
+The work is split into shards. A shard is one tar file, or 2048 images of the folder tree. The result of each shard is
+written atomically to a file in `<root>/.<list>.index.parts`, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -42,15 +42,19 @@ from superglobal.utils.distributed import end_with_parent
 from superglobal.utils.io import atomic_file, file_lock, write_atomically
 
 log = logging.getLogger(__name__)
-_SHARD = 2048  # images of the folder tree
-_THREADS = 4  # threads per process: much of the time is spent on disk access
-_IDS = "ids.npy"  # in the folder of the shards; workers map it into memory instead of copying it
+_SHARD = 2048  # number of images of the folder tree per shard
+_THREADS = 4  # threads per process; they mostly wait for the disk
+_IDS = "ids.npy"  # file of all image ids in the folder of the shards; workers memory-map it
 _MEMBER = re.compile(r"(?:.*/)?([0-9a-f]{16})\.jpg")
 Shard = dict[str, np.ndarray]
-"""Arrays of one shard: "rows" in the list, (n,) int64; "sizes" and "offsets" in bytes, (n,) int64; "codes", (n,)
-uint64; "reasons", (n,) str; "note", a str that describes a problem with the whole tar file, or ""."""
+"""Result of one shard, as arrays with one element per image.
+
+"rows", (n,) int64: rows of the images in the sorted list of ids. "sizes" and "offsets", (n,) int64: size of each image
+file and its position in the tar file, in bytes. "codes", (n,) uint64: hashes of the contents. "reasons", (n,) str: why
+an image is corrupt, else "". In addition, "note" is a str that describes damage to the tar file, or "".
+"""
 Task = tuple[Path, Callable[[], Shard]]
-"""Path of the result of a shard, and the function that computes it."""
+"""Path of the file with the result of a shard, and the function that computes the result."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class PreparedIndex:
     Attributes:
         n_images: number of images in the list.
         corrupt: (location, reason) of each missing or corrupt image.
-        tar_problems: description of each damaged tar file.
+        tar_problems: one message per damaged tar file.
         index: path of the index.
         report: path of the report.
     """
@@ -72,7 +76,7 @@ class PreparedIndex:
     report: Path
 
     def text(self) -> str:
-        """Return the report: counts by reason, then every incomplete tar file and every corrupt image."""
+        """Return the text of the report: counts by reason, then all damaged tar files and all corrupt images."""
         kinds = Counter(reason.partition(" (")[0] for _, reason in self.corrupt)
         share = len(self.corrupt) / self.n_images
         lines = [f"{self.n_images} images, {len(self.corrupt)} missing or corrupt ({share:.4%})"]
@@ -89,20 +93,19 @@ def prepare(
     decode: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PreparedIndex:
-    """Check every image of a list; write `<root>/<list>.index.npz` and `<root>/<list>.report.txt`.
+    """Check every image of a list, and write `<root>/<list>.index.npz` and `<root>/<list>.report.txt`.
 
     Args:
-        root: folder of the list and, unless `tars` is given, of the tree `train/a/b/c/<id>.jpg`.
-        table: name of the list.
-        tars: folder of the official tar files.
-        workers: number of processes; by default one per CPU that this process may use.
+        root: folder that contains the list and, unless `tars` is given, the images as `train/a/b/c/<id>.jpg`.
+        table: file name of the list.
+        tars: folder of the official tar files; None to read the folder tree.
+        workers: number of processes; by default, one per CPU that this process may use.
         decode: whether to decode every image, which also finds damage inside files.
-        progress: function that is called with the number of checked images and of all images, at least every ten
-            seconds.
+        progress: function called with the number of checked images and the total number, at least every ten seconds.
 
     Raises:
-        InputError: the list, the tree or the tar files are missing, `root` cannot be written, another process prepares
-            the same list, or a worker process died.
+        InputError: the list, the folder tree or the tar files are missing, `root` is not writable, another process is
+            preparing the same list, or a worker process died.
     """
     root, tars = Path(root), None if tars is None else Path(tars)
     if workers is not None and workers < 1:
@@ -133,7 +136,11 @@ def prepare(
 
 
 def _tar_files(root: Path, tars: Path | None) -> list[Path]:
-    """Return the tar files, or an empty list for the folder tree, after checking that there are images to read."""
+    """Return the tar files in the folder `tars`, or an empty list if the images are read from the folder tree.
+
+    Raises:
+        InputError: there are no tar files, or the folder tree does not exist.
+    """
     files = sorted(tars.glob("*.tar")) if tars else []
     if tars and not files:
         raise InputError(f"no tar files (images_000.tar, ...) in {tars}\n{how_to_get_gldv2_train(root)}")
@@ -143,11 +150,19 @@ def _tar_files(root: Path, tars: Path | None) -> list[Path]:
 
 
 def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> None:
-    """Create the folder of the shards, or keep it if it belongs to the same list and settings."""
+    """Prepare the folder for the results of the shards.
+
+    If it contains results for the same list and settings, keep them. Otherwise, start with an empty folder.
+
+    Args:
+        folder: folder for the results.
+        identity: values that identify the list and the settings.
+        ids: (N,) S16 sorted image ids, to be written to the folder.
+    """
     record = folder / "parts.json"
     try:
         if json.loads(record.read_text()) == identity:
-            log.info("resuming with the %d shards in %s", len(list(folder.glob("*.npz"))), folder)
+            log.info("resuming: %d shards in %s are finished", len(list(folder.glob("*.npz"))), folder)
             return
     except (OSError, ValueError):  # The record is missing or incomplete, so start over.
         pass
@@ -158,11 +173,20 @@ def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> 
 
 
 def _tasks(folder: Path, tree: Path, files: list[Path], n_images: int, decode: bool) -> list[Task]:
-    """Return a task per tar file, or per `_SHARD` images of the tree if there are none."""
+    """Return one task per shard: per tar file, or per `_SHARD` images of the folder tree if there are no tar files.
+
+    Args:
+        folder: folder for the results.
+        tree: root of the folder tree.
+        files: the tar files; empty to read the folder tree.
+        n_images: number of images in the list.
+        decode: whether to decode every image.
+    """
     ids = folder / _IDS
     tasks: list[Task] = []
     for path in files:
-        # The name contains size and time, so that the shard of an older download of the tar file is not used.
+        # The size and the time of the tar file are part of the name, so that a result for an older tar file of the same
+        # name is not used.
         status = path.stat()
         shard = folder / f"{path.stem}-{status.st_size}-{status.st_mtime_ns}.npz"
         tasks.append((shard, partial(_check_tar, ids, path, decode)))
@@ -173,7 +197,15 @@ def _tasks(folder: Path, tree: Path, files: list[Path], n_images: int, decode: b
 
 
 def _run(tasks: list[Task], workers: int) -> Iterator[int]:
-    """Compute the missing shards; yield the number of images of each shard, and 0 at least every ten seconds."""
+    """Compute the shards that have no result yet, in parallel if there are several workers.
+
+    Yields:
+        The number of images in each finished shard, including shards that were finished before. While no shard
+        finishes, 0 every ten seconds.
+
+    Raises:
+        InputError: a worker process died.
+    """
     remaining = []
     for task in tasks:
         if task[0].is_file():
@@ -183,7 +215,7 @@ def _run(tasks: list[Task], workers: int) -> Iterator[int]:
             remaining.append(task)
     pool: Executor = ThreadPoolExecutor(1)
     if workers > 1 and len(remaining) > 1:
-        # Forking is not safe, because Arrow runs threads in this process.
+        # Start new processes instead of forking, because Arrow runs threads in this process.
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _initialize_worker)
     pending = {pool.submit(_compute, *task) for task in remaining}
     try:
@@ -200,12 +232,13 @@ def _run(tasks: list[Task], workers: int) -> Iterator[int]:
 
 
 def _initialize_worker() -> None:
-    """Make a worker end when the program ends or is killed, and on Ctrl-C without a traceback."""
+    """Initialize a worker process: end it when the program ends or is killed, and silently on Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_parent()
 
 
 def _compute(path: Path, check: Callable[[], Shard]) -> int:
+    """Compute a shard, write the result to `path`, and return the number of images."""
     shard = check()
     with atomic_file(path) as file:
         np.savez(file, **shard)  # type: ignore[arg-type]
@@ -213,7 +246,7 @@ def _compute(path: Path, check: Callable[[], Shard]) -> int:
 
 
 def _check_tree(ids_file: Path, tree: Path, rows: slice, decode: bool) -> Shard:
-    """Check the images of the folder tree whose ids are in the given rows of the file of sorted ids."""
+    """Check some images of the folder tree. `rows` selects them in the sorted ids, which `ids_file` contains."""
     ids = np.load(ids_file, mmap_mode="r")[rows]
     paths = [tree / tree_path(image) for image in ids]
     report = check_images(paths, _THREADS, decode)
@@ -226,7 +259,7 @@ def _check_tree(ids_file: Path, tree: Path, rows: slice, decode: bool) -> Shard:
 
 
 def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
-    """Check the images of one tar file that are in the list."""
+    """Check the images of one tar file that are in the list, whose sorted ids `ids_file` contains."""
     ids = np.load(ids_file, mmap_mode="r")
     results = []
     try:
@@ -249,11 +282,17 @@ def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
 
 
 def _read_tar(descriptor: int, offset: int, size: int, start: int, count: int) -> bytes:
+    """Read up to `count` bytes, from position `start` on, of a member with this offset and size in a tar file."""
     return os.pread(descriptor, min(count, size - start), offset + start)
 
 
 def _tar_members(path: Path) -> tuple[list[tuple[bytes, int, int]], str | None]:
-    """Return (id, offset, size), in bytes, of each image of a tar file, and a description of a damaged file."""
+    """Read the member list of a tar file.
+
+    Returns:
+        The (id, offset, size) of each image, with offset and size in bytes, and a description of the damage if the tar
+        file is damaged, else None.
+    """
     members: list[tuple[bytes, int, int]] = []
     try:
         with tarfile.open(path, "r:") as tar:
@@ -268,7 +307,12 @@ def _tar_members(path: Path) -> tuple[list[tuple[bytes, int, int]], str | None]:
 
 
 def _shard(results: list[tuple[int, int, int, str, str]], note: str = "") -> Shard:
-    """Return the arrays of a shard from (row in the list, size, offset, signature, reason) of each image."""
+    """Convert the results of the images of a shard to arrays.
+
+    Args:
+        results: (row in the list, size, offset, signature, reason) of each image.
+        note: description of damage to the tar file, or "".
+    """
     rows, sizes, offsets, signatures, reasons = zip(*results, strict=True) if results else [()] * 5
     return {
         "rows": np.array(rows, np.int64),
@@ -281,7 +325,16 @@ def _shard(results: list[tuple[int, int, int, str, str]], note: str = "") -> Sha
 
 
 def _merge(ids: np.ndarray, files: list[Path], shards: list[Path]) -> tuple[ImageIndex, list[str]]:
-    """Merge all shards; return the index and the damaged tar files. If two tar files have an image, use the first."""
+    """Merge the results of all shards. If several tar files contain the same image, use the first one.
+
+    Args:
+        ids: (N,) S16 sorted image ids of the list.
+        files: the tar files; empty for the folder tree.
+        shards: files with the results of the shards.
+
+    Returns:
+        The index of all images, and one message per damaged tar file.
+    """
     sizes, offsets = np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64)
     codes, numbers = np.zeros(len(ids), np.uint64), np.full(len(ids), -1, np.int16)
     seen = np.zeros(len(ids), bool)
@@ -305,4 +358,5 @@ def _merge(ids: np.ndarray, files: list[Path], shards: list[Path]) -> tuple[Imag
 
 
 def _cpus() -> int:
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
