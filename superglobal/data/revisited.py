@@ -1,4 +1,7 @@
-"""Load the Revisited benchmarks, and other sets in the same layout, `<root>/<name>/{jpg/,gnd_<name>.pkl}`."""
+"""Load the Revisited benchmarks (ROxford5k and RParis6k), and other data sets with the same file layout.
+
+The folder `<root>/<name>` contains the images in `jpg/` and the ground truth in `gnd_<name>.pkl`.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,14 @@ from superglobal.errors import InputError
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Validated contents of a `gnd_<name>.pkl`.
+    """Validated contents of a ground-truth file `gnd_<name>.pkl`.
 
     Attributes:
         name: name of the set.
         imlist: names of the database images.
         qimlist: names of the query images.
-        gnd: for each query a dict with "bbx", (x1, y1, x2, y2) in pixels or None, and "easy", "hard" and "junk",
-            disjoint (n,) int64 arrays of 0-based indices into `imlist`.
+        gnd: for each query, a dict. "bbx" is the box of the query, (x1, y1, x2, y2) in pixels, or None. "easy", "hard"
+            and "junk" are disjoint arrays of 0-based indices into `imlist`, (n,) int64.
     """
 
     name: str
@@ -36,16 +39,16 @@ class GroundTruth:
 
 
 def load_ground_truth(path: str | Path) -> GroundTruth:
-    """Load and validate a Revisited ground truth, without running any code that the pickle file may contain.
+    """Load and validate a ground-truth file. Code that the pickle file may contain is not run.
 
     Args:
         path: pickle file `gnd_<name>.pkl` in the format of the Revisited benchmarks (Radenovic et al., CVPR 2018).
 
     Returns:
-        The contents: `imlist`, `qimlist`, and for each query a dict with `bbx`, `easy`, `hard` and `junk`.
+        The contents of the file.
 
     Raises:
-        InputError: the file is missing, damaged or contains code, or its contents are invalid; the message has the
+        InputError: the file is missing, is damaged or contains code, or its contents are invalid. The message names the
             file, the query and the field.
     """
     path = Path(path)
@@ -74,9 +77,10 @@ def load_ground_truth(path: str | Path) -> GroundTruth:
 
 @loader("revisited")
 def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> EvaluationSet:
-    """Load the evaluation set in `<root>/<name>`; its images are not read.
+    """Load the evaluation set in the folder `<root>/<name>`. The image files are not read.
 
-    The ground truth is `gnd_<name>.pkl`. Image names without an extension mean `jpg/<name>.jpg`.
+    The ground truth is `gnd_<name>.pkl`, and the images are in `jpg/`. ".jpg" is appended to image names without an
+    extension.
 
     Args:
         root: folder that contains the folder of the set.
@@ -116,6 +120,7 @@ def query_landmarks(truth: GroundTruth) -> list[str]:
 
 
 def _how_to_get(folder: Path, name: str) -> str:
+    """Return the expected file layout of a set and, if it can be downloaded, the command, for messages."""
     text = f"{name} is expected as {folder}/gnd_{name}.pkl and {folder}/jpg/<image>.jpg, without sub-folders"
     if name in SOURCES:
         text += f"; download it from {SOURCES[name].page}: {download_command(name, folder)}"
@@ -123,7 +128,16 @@ def _how_to_get(folder: Path, name: str) -> str:
 
 
 def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:
-    """Return `entry[key]` as a sequence. It may be a list, tuple, set or range; arrays are unpickled as lists."""
+    """Return `entry[key]`, after checking that it is a list, tuple, set or range. A set is sorted.
+
+    Arrays are unpickled as lists, so they are accepted too.
+
+    Args:
+        path: the ground-truth file, for messages.
+        entry: the object that should be a dict with the key `key`.
+        key: the key.
+        where: description of the entry, for messages; "" for the whole file.
+    """
     place = f"{path}: {where}, {key}" if where else f"{path}: {key}"
     if not isinstance(entry, dict) or key not in entry:
         raise InputError(f"{place} is missing; expected the format of a Revisited ground truth")
@@ -136,6 +150,7 @@ def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:
 
 
 def _names(path: Path, data: dict[str, Any], key: str) -> list[str]:
+    """Return the list of image names `data[key]`, after checking that it is valid and not empty."""
     names = _field(path, data, key, "")
     for i, name in enumerate(names):
         if not isinstance(name, str):
@@ -146,7 +161,14 @@ def _names(path: Path, data: dict[str, Any], key: str) -> list[str]:
 
 
 def _entry(path: Path, entry: Any, where: str, database: int) -> dict[str, Any]:
-    """Validate the ground truth of a query."""
+    """Validate the ground truth of one query, and return it as described at `GroundTruth.gnd`.
+
+    Args:
+        path: the ground-truth file, for messages.
+        entry: the unpickled entry of the query.
+        where: description of the query, for messages.
+        database: number of database images.
+    """
     checked: dict[str, Any] = {"bbx": None}
     key_of: dict[int, str] = {}
     for key in ("easy", "hard", "junk"):
