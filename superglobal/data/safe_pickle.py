@@ -1,8 +1,9 @@
-"""Read pickle files of plain data without running code that they contain.
+"""Load pickle files of plain data without running code that they may contain.
 
-A pickle file can name any Python function. Only the names that lists, numbers, strings and NumPy arrays need are
-allowed. NumPy's classes are replaced by classes of this module, because the `__setstate__` of NumPy trusts the item
-size and the flags in the file: a malicious file could use them to forge object pointers.
+A pickle file can name any Python function, which is called when the file is loaded. Here, only those functions and
+classes are allowed that are needed for lists, numbers, strings and NumPy arrays. NumPy's classes are replaced by the
+classes of this module, because the `__setstate__` methods of NumPy trust the item size and the flags in the file, and a
+malicious file could use them to forge object pointers.
 """
 
 from __future__ import annotations
@@ -18,22 +19,30 @@ import numpy as np
 
 
 class BlockedGlobalError(pickle.UnpicklingError):
-    """Error for a pickle that names a function or class that is not allowed. The message is `module.name`."""
+    """Error for a pickle file that names a function or class that is not allowed. The message is `module.name`."""
 
 
 def load_plain_pickle(data: bytes) -> Any:
-    """Unpickle containers, numbers, strings and NumPy arrays. Arrays are returned as (nested) lists.
+    """Unpickle data that consists only of containers, numbers, strings and NumPy arrays.
 
-    Pickles of Python 2 and of any version of NumPy are supported.
+    Files written by Python 2 and by any version of NumPy are supported.
+
+    Args:
+        data: contents of the pickle file.
+
+    Returns:
+        The unpickled object. NumPy arrays are converted to nested lists.
 
     Raises:
-        BlockedGlobalError: the data contain anything else; no code was run.
-        Exception: the data are damaged; the error can have any type.
+        BlockedGlobalError: the data contains anything else. No code was run.
+        Exception: the data is damaged. The error can have any type.
     """
     return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
 
 
 class _PlainUnpickler(pickle.Unpickler):
+    """Unpickler that finds only the functions and classes in `_ALLOWED`."""
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
@@ -42,7 +51,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 class _Dtype:
-    """Replacement for numpy.dtype, with the type code and the byte order of numbers and strings."""
+    """Replacement for numpy.dtype. It stores the type code and the byte order of arrays of numbers or strings."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
         self.code, self.big_endian = code, False
@@ -51,7 +60,7 @@ class _Dtype:
         self.big_endian = state[1] == ">"
 
     def values(self, raw: bytes | str) -> np.ndarray:
-        """Return the flat array in `raw`, which is a str in pickles of Python 2."""
+        """Convert the raw bytes of an array to a one-dimensional array. In pickles of Python 2, `raw` is a str."""
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU][1-9]\d{0,4}", self.code):
             raise pickle.UnpicklingError(f"array of type {self.code!r}, expected numbers or strings")
         data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
@@ -59,19 +68,21 @@ class _Dtype:
 
 
 class _Array(list):
-    """Replacement for numpy.ndarray: a list that `__setstate__` fills with the (nested) values."""
+    """Replacement for numpy.ndarray: a list that `__setstate__` fills with the values of the array (nested lists)."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, raw = state
-        # The elements of an object array are a list, which this unpickler has read already.
+        # The raw data of an object array is the list of its elements, which this unpickler has already created.
         self[:] = raw if isinstance(raw, list) else _from_buffer(raw, dtype, shape, "F" if fortran else "C")
 
 
 def _reconstruct(cls: type, shape: tuple[int, ...], code: bytes) -> _Array:
+    """Replacement for NumPy's `_reconstruct`: return an empty array for `__setstate__` to fill."""
     return _Array()
 
 
 def _from_buffer(raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: str) -> list[Any]:
+    """Replacement for NumPy's `_frombuffer`: return the array with these raw bytes as nested lists."""
     values = dtype.values(raw)
     if len(shape) != 1 and math.prod(shape) != values.size:
         raise pickle.UnpicklingError(f"array of shape {shape} with {values.size} values, expected {math.prod(shape)}")
@@ -79,11 +90,12 @@ def _from_buffer(raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order:
 
 
 def _scalar(dtype: _Dtype, raw: bytes | str) -> Any:
+    """Replacement for NumPy's `scalar`: return the number or string with these raw bytes."""
     return dtype.values(raw)[0].item()
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Replacement for _codecs.encode, which protocols 0-2 use for bytes."""
+    """Replacement for `_codecs.encode`, with which the pickle protocols 0 to 2 store bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}, expected latin1")
     return text.encode("latin1")
