@@ -1,4 +1,4 @@
-"""Plan batches of images: random batches for training, and batches of equal image size for extraction."""
+"""Plan batches of images: random batches for training, and batches of images of equal size for extraction."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from torch.utils.data import Sampler
 
 from superglobal.errors import InputError
 
-_BLOCK = 32  # maximum number of adjacent images, sorted by size, that are assigned to one process together
+_BLOCK = 32  # maximum length of a run of images, sorted by size, that is assigned to the same process
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Training batches of one process, as lists of (epoch, index).
+    """Training batches of one process, each a list of (epoch, image index) pairs.
 
-    Each epoch is a new permutation, split into steps of `batch_size` images; an incomplete last step is dropped. A step
-    is split into contiguous parts, first by `accumulate`, then by rank, so that the images of a step do not depend on
-    the number of processes. The order depends only on the seed and the epoch.
+    Each epoch is a random permutation of all images, which depends only on the seed and the epoch. It is divided into
+    optimizer steps of `batch_size` images; an incomplete last step is dropped. A step is divided into `accumulate`
+    contiguous parts of equal size, and each part into one batch per process. The images of a step therefore do not
+    depend on the number of processes.
 
     Args:
         length: number of images.
-        batch_size: number of images per step, in all processes and parts together.
+        batch_size: number of images per optimizer step, summed over all processes and parts.
         seed: seed of the permutations.
-        accumulate: number of parts of a step that a process computes one after the other.
+        accumulate: number of batches per step that a process computes one after the other (gradient accumulation).
         rank: rank of this process.
         world: number of processes.
 
     Raises:
-        InputError: `batch_size` is not divisible by the number of parts, or larger than `length`.
+        InputError: `batch_size` is not divisible by `world * accumulate`, or is larger than `length`.
     """
 
     def __init__(
@@ -56,16 +57,20 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.start_at(0)
 
     def start_at(self, step: int) -> None:
-        """Start at a step that is counted over all epochs: set its epoch, and skip the earlier steps of that epoch."""
+        """Continue at a given step: set the epoch of the step, and skip the earlier steps of this epoch.
+
+        Args:
+            step: number of optimizer steps since the start of the training, counted over all epochs.
+        """
         self._start = divmod(step, self.steps)
         self.epoch = self._start[0]
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration."""
+        """Set the epoch whose batches the next iteration yields."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Return the number of parts of a whole epoch."""
+        """Return the number of batches of this process in a whole epoch."""
         return self.steps * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -79,12 +84,12 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 class ImageBatch(NamedTuple):
-    """Images of one size that are extracted together, without padding.
+    """Images of equal size that pass through the network together, without padding.
 
     Attributes:
-        number: index of the image list.
+        number: index of the image list that contains the images.
         rows: rows of the images in the list.
-        size: (height, width) in pixels.
+        size: (height, width) of the images in pixels.
     """
 
     number: int
@@ -99,19 +104,19 @@ def plan_batches(
     shard: tuple[int, int] = (0, 1),
     rank: tuple[int, int] = (0, 1),
 ) -> list[ImageBatch]:
-    """Group the images of several lists into batches, the largest images first.
+    """Group the images of several lists into batches of images of equal size.
 
-    Large images come first so that a lack of memory is noticed early. The plan depends only on the arguments, and not
-    on the descriptors that are stored already: a resumed run has the same batches and therefore bit-identical
-    descriptors. The images of a shard do not depend on the batch size or the ranks, so that shards on machines with
-    different memory or devices cover each image once.
+    Batches of large images come first, so that a lack of memory is noticed early. The batches depend only on the
+    arguments, and not on which descriptors are stored already. A resumed run therefore has the same batches, and
+    computes bit-identical descriptors. Which images belong to a shard does not depend on the batch size or the number
+    of processes. Shards that run on machines with different memory or devices therefore cover each image exactly once.
 
     Args:
-        lists: (height, width) of each image of each list, in pixels.
-        max_pixels: maximum number of pixels in a batch; a single image may have more.
+        lists: for each list, the (height, width) of each image in pixels.
+        max_pixels: maximum number of pixels in a batch; a batch of a single image may exceed it.
         max_images: maximum number of images in a batch.
-        shard: (k, n) for shard k of n, counted from 0.
-        rank: (k, n) for process k of the n processes of this shard, counted from 0.
+        shard: (k, n) for shard k of n shards; k counts from 0.
+        rank: (k, n) for process k of the n processes of this shard; k counts from 0.
     """
     batches: list[ImageBatch] = []
     for number, sizes in enumerate(lists):
@@ -124,22 +129,26 @@ def plan_batches(
 
 
 def select_missing(batches: Iterable[ImageBatch], missing: Sequence[set[int]]) -> list[ImageBatch]:
-    """Return the batches without the images whose descriptors are stored already.
+    """Remove the images whose descriptors are stored already from the batches. Drop batches that become empty.
 
     Args:
-        batches: batches of `plan_batches`.
-        missing: rows of each list without a stored descriptor.
+        batches: batches returned by `plan_batches`.
+        missing: for each list, the rows of the images without a stored descriptor.
     """
     remaining = (batch._replace(rows=tuple(r for r in batch.rows if r in missing[batch.number])) for batch in batches)
     return [batch for batch in remaining if batch.rows]
 
 
 def _split(rows: list[int], part: tuple[int, int]) -> list[int]:
-    """Return part k of n parts, each of which consists of blocks of adjacent rows."""
+    """Split rows into n parts, and return part k for `part` = (k, n).
+
+    Blocks of up to `_BLOCK` adjacent rows are assigned to the parts in turn.
+    """
     k, n = part
     block = max(1, min(_BLOCK, len(rows) // (4 * n)))
     return [row for position, row in enumerate(rows) if position // block % n == k]
 
 
 def _area(size: Size) -> int:
+    """Return the number of pixels of an image."""
     return size[0] * size[1]
