@@ -1,4 +1,4 @@
-"""Load augmented training images, and replace corrupt ones."""
+"""Load and augment training images, and replace corrupt images by others."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from superglobal.data.images import CorruptImageError, decode_image, image_size
 from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)
-_MAX_REPLACEMENTS = 10
-_SLOW_CHECK = 50_000  # number of images that take minutes to check on a hard disk
+_MAX_REPLACEMENTS = 10  # maximum number of replacements tried for a corrupt image
+_SLOW_CHECK = 50_000  # number of images above which a check may take minutes on a hard disk
 CorruptImages = list[tuple[int, str]]
-"""Index and reason of each missing or corrupt image."""
+"""(index, reason) of each missing or corrupt image."""
 
 
 class TrainingImage(NamedTuple):
@@ -35,9 +35,9 @@ class TrainingImage(NamedTuple):
 
     Attributes:
         image: (3, S, S) uint8.
-        label: class.
-        index: index of the image, or of its replacement.
-        corrupt: corrupt images that this one replaces.
+        label: class of the image.
+        index: index of the image in the training list. If the requested image is corrupt, this is its replacement.
+        corrupt: images that were found corrupt before this one was used; empty if the requested image is valid.
     """
 
     image: Tensor
@@ -52,8 +52,8 @@ class Batch(NamedTuple):
     Attributes:
         images: (B, 3, S, S) uint8.
         labels: (B,) int64 classes.
-        indices: (B,) int64 indices of the images, or of their replacements.
-        corrupt: corrupt images that were replaced.
+        indices: (B,) int64 indices of the images in the training list, after replacing corrupt images.
+        corrupt: images that were found corrupt and replaced.
     """
 
     images: Tensor
@@ -63,18 +63,19 @@ class Batch(NamedTuple):
 
 
 class TrainingDataset(Dataset):
-    """Augmented training images, indexed by (epoch, index). All random numbers depend only on (seed, epoch, index).
+    """Augmented training images, indexed by (epoch, image index).
 
-    A corrupt image is replaced by a random one, so that batches are complete and a damaged file does not end a long
-    run. If ten replacements are corrupt too, the item is an InputError. The error is returned because DataLoader would
-    add the traceback of the worker to the message of an error that is raised.
+    All random numbers depend only on the seed, the epoch and the image index. A corrupt image is replaced by a random
+    image, so that batches are complete and a damaged file does not end a long run. If ten replacements are corrupt too,
+    the item is an InputError. The error is returned instead of raised, because DataLoader would add the traceback of
+    the worker process to its message.
 
     Args:
         images: training list.
-        augment: function that maps (bytes of an image file, S) to (3, S, S) uint8, with random numbers of torch's
-            global generator.
-        side: function that maps an epoch to S, in pixels.
-        seed: seed of the augmentation and the replacements.
+        augment: function of the contents of an image file and a side S in pixels, which returns the augmented image,
+            (3, S, S) uint8. It must take its random numbers from torch's global generator.
+        side: function that returns the side S of the images in an epoch.
+        seed: seed of the augmentation and of the choice of replacements.
     """
 
     def __init__(
@@ -108,13 +109,14 @@ class TrainingDataset(Dataset):
         )
 
     def _augmented(self, epoch: int, requested: int, data: bytes) -> Tensor:
+        """Augment the image file `data` with random numbers that depend only on the seed, the epoch and `requested`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, requested]).generate_state(1)[0]))
             return self.augment(data, self.side(epoch))
 
 
 def collate(items: list[TrainingImage | InputError]) -> Batch | InputError:
-    """Return the batch of the items, or the first error among them."""
+    """Combine items of `TrainingDataset` into a batch. If an item is an error, return the first error instead."""
     images: list[TrainingImage] = []
     for item in items:
         if isinstance(item, InputError):
@@ -129,15 +131,16 @@ def collate(items: list[TrainingImage | InputError]) -> Batch | InputError:
 class Augment:
     """Random crop resized to a square, horizontal flip, and jitter of brightness, contrast and saturation.
 
-    It draws the same random numbers as torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`, in
-    this order. Without reduced decoding the result is bit-identical to theirs.
+    The random numbers are the same as those of torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and
+    `ColorJitter`, in this order. If `reduced` is False, the result is bit-identical to theirs.
 
     Args:
-        crop: minimum fraction of the area that a crop covers.
-        flip: flip each image with probability 1/2.
+        crop: minimum area of a crop, as a fraction of the area of the image.
+        flip: whether to flip each image with probability 1/2.
         jitter: maximum relative change of brightness, contrast and saturation.
-        ratio: minimum and maximum aspect ratio of a crop, width over height.
-        reduced: decode a JPEG at 1/2, 1/4 or 1/8 of its size if the crop is still at least as large as the result.
+        ratio: minimum and maximum aspect ratio of a crop (width divided by height).
+        reduced: whether to decode a JPEG at 1/2, 1/4 or 1/8 of its size, which is faster, if the crop is then still at
+            least as large as the result.
     """
 
     def __init__(
@@ -153,7 +156,14 @@ class Augment:
         self.after = v2.Compose([*flips, v2.ColorJitter(jitter, jitter, jitter)])
 
     def __call__(self, data: bytes, side: int) -> Tensor:
-        """Decode and augment an image file, and return (3, side, side) uint8.
+        """Decode and augment an image file.
+
+        Args:
+            data: contents of the file.
+            side: side of the result in pixels.
+
+        Returns:
+            The augmented image, (3, side, side) uint8.
 
         Raises:
             CorruptImageError: the file is truncated, damaged or not an image.
@@ -161,37 +171,40 @@ class Augment:
         width, height = image_size(data)
         top, left, rows, columns = self.box(width, height)
         pixels = decode_image(data, self.reduction(rows, columns, side))
-        # Only JPEGs are decoded at a reduced size.
+        # The actual reduction may differ from the requested one: only JPEGs can be decoded at a reduced size.
         scale_y, scale_x = pixels.shape[0] / height, pixels.shape[1] / width
         top, bottom = round(top * scale_y), round((top + rows) * scale_y)
         left, right = round(left * scale_x), round((left + columns) * scale_x)
-        # Keep the channels last in memory, because torch resizes this layout three times as fast.
+        # Keep the channels last in memory, because torch resizes images in this layout three times as fast.
         image = torch.from_numpy(np.array(pixels[top:bottom, left:right], order="C")).permute(2, 0, 1)
         return self.after(F.resize(image, [side, side], antialias=True)).contiguous()
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Return a random crop (top, left, rows, columns), in pixels of the image at full size."""
+        """Return a random crop (top, left, height, width) of an image of the given size, all in pixels."""
         transform = v2.RandomResizedCrop(1, scale=(self.crop, 1.0), ratio=self.ratio)
         box = transform.make_params([torch.empty((3, height, width), device="meta")])
         return box["top"], box["left"], box["height"], box["width"]
 
     def reduction(self, rows: int, columns: int, side: int) -> int:
-        """Return the largest reduction of 8, 4, 2 and 1 after which the crop has at least `side` pixels per side."""
+        """Return the reduction, 8, 4, 2 or 1, at which to decode an image.
+
+        It is the largest one after which a crop of `rows` x `columns` pixels still has at least `side` pixels per side.
+        """
         if not self.reduced:
             return 1
         return next((r for r in (8, 4, 2) if min(rows, columns) >= r * (side + 1)), 1)
 
 
 class CorruptImageList:
-    """File of the corrupt images of a run, with a line `location<TAB>reason` for each.
+    """Text file that lists the corrupt images of a training run, with one line `location<TAB>reason` per image.
 
-    All processes of a run share the file, and a resumed run continues it.
+    All processes of a run write to the same file, and a resumed run appends to it.
 
     Args:
-        file: path of the file, which is created with the first entry.
-        total: number of images of the run.
+        file: path of the file. It is created when the first corrupt image is added.
+        total: number of training images.
         budget: maximum fraction of corrupt images.
-        location: function that maps the index of an image to its location.
+        location: function that returns where the image with a given index is stored.
     """
 
     def __init__(self, file: Path, total: int, budget: float, location: Callable[[int], str]) -> None:
@@ -201,10 +214,14 @@ class CorruptImageList:
         self.location = location
 
     def add(self, corrupt: Iterable[Sequence]) -> None:
-        """Add the images, (index, reason) each, that are not listed yet.
+        """Add the images that are not in the file yet.
+
+        Args:
+            corrupt: (index, reason) of each corrupt image.
 
         Raises:
-            InputError: more than `budget` images are listed, by this process or another one.
+            InputError: the file, to which all processes write, now lists more than the fraction `budget` of the images,
+                or it cannot be written.
         """
         reasons = {self.location(index): " ".join(reason.split()) for index, reason in corrupt}
         if not reasons:
@@ -229,7 +246,17 @@ class CorruptImageList:
 
 
 def require_budget(corrupt: int, total: int, budget: float, where: str = "") -> None:
-    """Raise InputError if more than `budget * total` images are corrupt; `where` becomes part of the message."""
+    """Check that at most the fraction `budget` of the images is corrupt.
+
+    Args:
+        corrupt: number of missing or corrupt images.
+        total: number of images.
+        budget: maximum fraction of missing or corrupt images.
+        where: text for the message that says where the corrupt images are listed.
+
+    Raises:
+        InputError: more images are corrupt.
+    """
     if corrupt > budget * total:
         raise InputError(
             f"{corrupt} of {total} images ({corrupt / total:.3%}) are missing or corrupt, more than "
@@ -241,22 +268,24 @@ def require_budget(corrupt: int, total: int, budget: float, where: str = "") -> 
 def check_training_images(
     lists: Sequence[TrainList], root: str | Path, table: str, tars: str | Path | None, budget: float
 ) -> tuple[list[CorruptImages], np.ndarray]:
-    """Check all training images before the training starts, with the index if there is one, else file by file.
+    """Find the missing and corrupt training images before the training starts.
+
+    If there is an index that `superglobal prepare-gldv2` has written, read it. Otherwise, check every file.
 
     Args:
-        lists: images of one table, for example the training images and the held-out images.
-        root: folder of the index.
-        table: name of the training list.
-        tars: folder of the tar files if images are read from them.
+        lists: parts of one training list, for example the training images and the held-out images.
+        root: folder that contains the training list and the index.
+        table: file name of the training list.
+        tars: folder of the tar files if the images are read from tar files; None for the folder tree.
         budget: maximum fraction of missing or corrupt images.
 
     Returns:
-        The corrupt images of each list, and (N,) uint64 codes of the contents of all images of all lists, 0 for a
-        corrupt one.
+        The corrupt images of each list, and a hash of the contents of each image of all lists, (N,) uint64. The hash of
+        a corrupt image is 0.
 
     Raises:
-        InputError: too many images are corrupt, the index does not match the list or the tar files, or there is no
-            index of the tar files.
+        InputError: too many images are corrupt, the index does not match the training list or the tar files, or the
+            images are in tar files and there is no index.
     """
     root, where = Path(root), ""
     command = prepare_command(root, table, tars)
@@ -280,7 +309,15 @@ def check_training_images(
 
 
 def _check_files(images: TrainList, command: str) -> tuple[CorruptImages, np.ndarray]:
-    """Check each file of the folder tree, and return the corrupt images and the codes of the contents."""
+    """Check each image file in the folder tree.
+
+    Args:
+        images: images to check.
+        command: command that writes an index, for a log message.
+
+    Returns:
+        The corrupt images, and a hash of the contents of each image, (N,) uint64.
+    """
     if len(images) > _SLOW_CHECK:
         log.info(
             "checking %d images, which may take minutes; to check them once for all runs, write an index: %s",
