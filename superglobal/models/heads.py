@@ -1,7 +1,8 @@
-"""Margin heads: losses over landmark classes from descriptors and labels, in float32 also under autocast.
+"""Margin heads, which compute classification losses from descriptors and landmark labels.
 
-A head computes the cosine of each descriptor with one or several learned centers of every class, subtracts a margin
-from the true class, and returns the softmax cross entropy of the scaled cosines.
+A head computes the cosine of each descriptor with one or several learned centers of every class, applies a margin to
+the cosine of the true class, and returns the softmax cross entropy of the scaled cosines. It computes in float32 even
+under autocast.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ class MarginOutput(NamedTuple):
     """Output of a head for a batch.
 
     Attributes:
-        loss: scalar; the mean over images of class weight times cross entropy. It is not divided by the weights of the
-            batch, so that the loss of a batch is the mean of the losses of its equal parts.
-        cosine: (B,) detached, cosine with the true class (its nearest center), without margin.
-        correct: (B,) bool, whether the true class has the largest cosine, without margin, of all classes of the step.
+        loss: scalar, the mean over images of cross entropy times class weight. It is not divided by the mean weight of
+            the batch, so the loss of a batch is the mean of the losses of equal parts of it.
+        cosine: (B,) cosine of each descriptor with the nearest center of its true class, without margin, detached.
+        correct: (B,) bool, true if the true class has the largest cosine, without margin, of all classes in the softmax
+            of this step.
     """
 
     loss: Tensor
@@ -35,16 +37,17 @@ class MarginOutput(NamedTuple):
 
 
 class MarginHead(nn.Module, ABC):
-    """Scaled cosines with a margin on the true class; subclasses define it in `target`.
+    """Base class of losses with a margin. Subclasses apply the margin to the true class in `target`.
 
     Args:
-        dim: D of the descriptors.
+        dim: dimension D of the descriptors.
         classes: number of classes (landmarks).
-        scale: factor of every cosine, such as sqrt(D).
-        margin: one margin for all classes, or (classes,) floats.
-        centers: K centers per class, of which the nearest counts (Sub-center ArcFace, Deng et al., ECCV 2020).
-        negatives: fraction of the classes, in (0, 1], in the softmax of a training step; see `sample_classes`.
-        class_weights: (classes,) floats that multiply the cross entropy of each image.
+        scale: factor by which all cosines are multiplied, such as sqrt(D).
+        margin: one margin for all classes, or a tensor (classes,) of margins.
+        centers: number K of centers per class, of which the nearest one is used (Sub-center ArcFace, Deng et al., ECCV
+            2020).
+        negatives: fraction, in (0, 1], of the classes that are in the softmax of a training step; see `sample_classes`.
+        class_weights: tensor (classes,) of factors for the cross entropy of the images of each class.
 
     Raises:
         InputError: an argument has a wrong shape or is out of range.
@@ -83,15 +86,26 @@ class MarginHead(nn.Module, ABC):
 
     @abstractmethod
     def target(self, cosine: Tensor, margin: Tensor) -> Tensor:
-        """Apply the margin: (B,) cosines with the true classes and (B,) margins -> (B,) target logits / scale."""
-
-    def negative_logits(self, cosines: Tensor, true: Tensor, target: Tensor) -> Tensor:
-        """Compute the logits of the other classes / scale: (B, S); values at the true classes are not used.
+        """Compute the logits of the true classes, before they are multiplied by `scale`.
 
         Args:
-            cosines: (B, S) with the classes of the step.
+            cosine: (B,) cosines with the true classes.
+            margin: (B,) margins of the true classes.
+
+        Returns:
+            (B,) logits / scale.
+        """
+
+    def negative_logits(self, cosines: Tensor, true: Tensor, target: Tensor) -> Tensor:
+        """Compute the logits of the other classes, before they are multiplied by `scale`.
+
+        Args:
+            cosines: (B, S) cosines with the S classes in the softmax.
             true: (B,) cosines with the true classes.
-            target: (B,) output of `target` for them.
+            target: (B,) result of `target` for the true classes.
+
+        Returns:
+            (B, S) logits / scale. The values of the true classes are not used.
         """
         return cosines
 
@@ -99,11 +113,11 @@ class MarginHead(nn.Module, ABC):
         """Compute the loss of a batch.
 
         Args:
-            descriptors: (B, D), any norm and float dtype.
-            labels: (B,) int64 in 0..classes - 1.
+            descriptors: (B, D) of any norm and any float dtype.
+            labels: (B,) int64, classes in 0..classes - 1.
 
         Returns:
-            Loss and metrics, float32 (float64 for float64 descriptors).
+            Loss, cosines and correctness, in float32 (float64 for float64 descriptors).
         """
         with torch.autocast(descriptors.device.type, enabled=False):
             dtype = torch.promote_types(descriptors.dtype, torch.float32)
@@ -123,28 +137,30 @@ class MarginHead(nn.Module, ABC):
             return MarginOutput(losses.mean(), true.detach(), cosines.detach().argmax(1) == index)
 
     def sample_classes(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sample the classes of a step: all classes of the batch, and others uniformly (Partial FC, CVPR 2022).
+        """Sample the classes in the softmax of a training step (Partial FC, CVPR 2022).
 
-        The number of classes is always max(B, ceil(negatives * classes)), or all, so that steps take the same time.
-        Sampling uses the global generator of the weight's device; the logits are not corrected for it.
+        The sample contains all classes of the batch; the others are drawn uniformly. The number S of sampled classes is
+        always max(B, ceil(negatives * classes)), but at most the number of classes, so that all steps take the same
+        time. Sampling uses the global random generator of the device of the weights. The logits are not corrected for
+        the sampling.
 
         Args:
-            labels: (B,) int64.
+            labels: (B,) int64, classes of the batch.
 
         Returns:
-            (S,) int64 distinct classes, and (B,) int64 index of each label among them.
+            The sampled classes (S,) int64, all different, and the position (B,) int64 of each label among them.
         """
         classes = len(self.weight)
         count = min(classes, max(len(labels), math.ceil(self.negatives * classes)))
         keys = torch.rand(classes, device=self.weight.device)
-        keys[labels] = 2.0  # above all random keys, so that the batch's classes are among the largest
+        keys[labels] = 2.0  # larger than all random keys, so that the classes of the batch are always in the sample
         sampled = keys.topk(count).indices
         index = sampled.new_empty(classes)
         index[sampled] = torch.arange(count, device=sampled.device)
         return sampled, index[labels]
 
     def _margins_of(self, labels: Tensor, cosine: Tensor) -> Tensor:
-        """Return the (B,) margins of the labels in the dtype of `cosine`."""
+        """Return the margins (B,) of the labels (B,), in the dtype of `cosine`."""
         if self.margins is not None:
             return self.margins[labels].to(cosine.dtype)
         assert self.margin is not None
@@ -152,18 +168,19 @@ class MarginHead(nn.Module, ABC):
 
 
 class ArcFace(MarginHead):
-    """Loss with an additive angular margin, cos(theta_y + margin) for the label y (Deng et al., CVPR 2019, eq. 3).
+    """Loss with an additive angular margin (Deng et al., CVPR 2019, eq. 3).
 
-    For theta + margin > pi, where cos(theta + margin) increases again, the target is cos(theta) - margin * sin(margin),
-    so that the logit decreases with the angle everywhere.
+    If theta is the angle between a descriptor and its true class, the logit of this class is cos(theta + margin), times
+    the scale. For theta + margin > pi, where this function would increase with theta, it is replaced by
+    cos(theta) - margin * sin(margin), so that the logit always decreases with the angle.
 
     Args:
-        dim: D of the descriptors.
+        dim: dimension D of the descriptors.
         classes: number of classes (landmarks).
-        scale: factor of every cosine, such as sqrt(D).
-        margin: in radians, in 0..pi/2; one margin for all classes, or (classes,) floats.
-        easy_margin: the alternative of ArcFace's authors: no margin where cos(theta) <= 0. The logit then has a jump
-            at a right angle, and the margin has no effect on images far from their class.
+        scale: factor by which all cosines are multiplied, such as sqrt(D).
+        margin: margin in radians, in 0..pi/2: one for all classes, or a tensor (classes,).
+        easy_margin: apply no margin where cos(theta) <= 0, the alternative of ArcFace's authors. The logit is then
+            discontinuous at a right angle, and the margin has no effect on images that are far from their class.
         kwargs: `centers`, `negatives` and `class_weights` of `MarginHead`.
 
     Raises:
@@ -181,7 +198,7 @@ class ArcFace(MarginHead):
 
 
 class SubCenterArcFace(ArcFace):
-    """ArcFace with several centers per class, of which the nearest counts (Deng et al., ECCV 2020).
+    """ArcFace with several centers per class, of which the nearest one is used (Deng et al., ECCV 2020).
 
     Args:
         dim, classes, scale, margin: see `ArcFace`.
@@ -196,9 +213,10 @@ class SubCenterArcFace(ArcFace):
 
 
 class CosFace(MarginHead):
-    """Loss with an additive cosine margin, cos(theta_y) - margin for the label y (Wang et al., CVPR 2018, eq. 4).
+    """Loss with an additive cosine margin (Wang et al., CVPR 2018, eq. 4).
 
-    The arguments are those of `ArcFace` without `easy_margin`; the margin is a difference of cosines.
+    If theta is the angle between a descriptor and its true class, the logit of this class is cos(theta) - margin, times
+    the scale. The arguments are those of `ArcFace` without `easy_margin`; the margin is a difference of cosines.
     """
 
     def target(self, cosine: Tensor, margin: Tensor) -> Tensor:
@@ -206,17 +224,17 @@ class CosFace(MarginHead):
 
 
 class CurricularFace(MarginHead):
-    """Loss of ArcFace with a weight of hard negatives that increases during training (Huang et al., CVPR 2020).
+    """ArcFace loss in which the weight of hard negatives increases during training (Huang et al., CVPR 2020).
 
-    A negative class with a cosine above the target (with margin) is hard and has the logit cosine * (t + cosine).
-    t is the running mean of the cosine with the true class, starting at 0, so hard negatives count less at the start.
-    t is updated in training mode only, before it is used, and has no gradient. Under `torch.distributed` the update
-    uses the mean over all processes, which must have batches of the same size. The arguments are those of `ArcFace`
-    without `easy_margin`.
+    A negative class is hard if its cosine exceeds that of the true class with margin. Its logit is then
+    cosine * (t + cosine), times the scale. t is the running mean of the cosine with the true class, starting at 0, so
+    hard negatives have less weight at the start. t is updated only in training mode, before it is used, and has no
+    gradient. Under `torch.distributed`, the update uses the mean over all processes, which must have batches of equal
+    size. The arguments are those of `ArcFace` without `easy_margin`.
 
     Attributes:
-        t: scalar buffer.
-        momentum: weight of the old t in an update.
+        t: scalar buffer, the running mean.
+        momentum: weight of the old value of t in an update.
     """
 
     t: Tensor
@@ -240,7 +258,7 @@ HEADS: dict[str, type[MarginHead]] = {"arcface": ArcFace, "cosface": CosFace, "c
 
 
 def validate_kind(kind: str, dynamic_margin: bool = False, easy_margin: bool = False) -> None:
-    """Raise an InputError if the kind of head is unknown or does not support these margins."""
+    """Raise InputError if the kind of head is unknown or does not support the requested margins."""
     if kind not in HEADS:
         raise InputError(f"head.kind={kind}: expected one of {', '.join(HEADS)}")
     if easy_margin and kind != "arcface":
@@ -266,24 +284,24 @@ def make_head(
 
     Args:
         kind: "arcface", "cosface" or "curricularface".
-        dim: D of the descriptors.
+        dim: dimension D of the descriptors.
         counts: (classes,) integers >= 1, number of images of each class.
-        scale: factor of every cosine, such as sqrt(D).
-        margin: margin of all classes, in radians; for cosface a difference of cosines.
-        dynamic_margin: use margins of 0.05 to 0.5 by class size, the larger the rarer, instead of `margin` (3rd place
-            in Google Landmark Recognition 2020); not with curricularface.
-        easy_margin: see `ArcFace`; with arcface only.
-        centers: number of centers per class, of which the nearest counts.
-        class_weights: weight each image by 1 / log(1 + images of its class), with mean 1 (1st place in Google Landmark
-            Recognition 2020).
-        negatives: fraction of the classes, in (0, 1], in the softmax of a training step (Partial FC, CVPR 2022).
+        scale: factor by which all cosines are multiplied, such as sqrt(D).
+        margin: margin of all classes, in radians; for "cosface", a difference of cosines.
+        dynamic_margin: use margins from 0.05 to 0.5 instead of `margin`, larger for classes with fewer images (3rd
+            place in Google Landmark Recognition 2020); not with "curricularface".
+        easy_margin: see `ArcFace`; only with "arcface".
+        centers: number of centers per class, of which the nearest one is used.
+        class_weights: weight each image by 1 / log(1 + number of images of its class), scaled to a mean of 1 over all
+            images (1st place in Google Landmark Recognition 2020).
+        negatives: fraction, in (0, 1], of the classes that are in the softmax of a training step (Partial FC, CVPR
+            2022).
 
     Returns:
-        The head. Call it with descriptors (B, D) of any norm and labels (B,) int64; it returns a `MarginOutput` with
-        the loss, and per image the cosine with its class and whether that cosine is the largest.
+        The head. Call it with descriptors (B, D) of any norm and labels (B,) int64 to get a `MarginOutput`.
 
     Raises:
-        InputError: unknown kind, settings that exclude each other, or a class without images.
+        InputError: the kind is unknown, the settings contradict each other, or a class has no images.
     """
     validate_kind(kind, dynamic_margin, easy_margin)
     return HEADS[kind](
@@ -299,7 +317,7 @@ def make_head(
 
 
 def _mean_over_processes(values: Tensor) -> Tensor:
-    """Average (B,) values over all processes; B must be the same in all of them."""
+    """Return the mean of values (B,) over the batches of all processes; B must be the same in all of them."""
     mean = values.mean()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(mean)
@@ -308,10 +326,10 @@ def _mean_over_processes(values: Tensor) -> Tensor:
 
 
 def dynamic_margins(counts: np.ndarray | Tensor, min_margin: float = 0.05, max_margin: float = 0.5) -> Tensor:
-    """Compute margins by class size, after haqishen's solution (3rd in Google Landmark Recognition 2020).
+    """Compute a margin for each class from its size, as in haqishen's 3rd place in Google Landmark Recognition 2020.
 
-    The margin is linear in n^(-1/4), n being the number of images of the class: `min_margin` for the largest class,
-    `max_margin` for the smallest. If all classes have the same size, all have `min_margin`.
+    The margin is a linear function of n^(-1/4), where n is the number of images of the class. It is `min_margin` for
+    the largest class and `max_margin` for the smallest. If all classes have the same size, it is `min_margin`.
 
     Args:
         counts: (classes,) integers, number of images of each class.
@@ -331,11 +349,11 @@ def dynamic_margins(counts: np.ndarray | Tensor, min_margin: float = 0.05, max_m
 
 
 def log_weights(counts: np.ndarray | Tensor) -> Tensor:
-    """Compute class weights 1 / log(1 + n), after psinger's solution (1st in Google Landmark Recognition 2020).
+    """Compute a weight for each class from its size, as in psinger's 1st place in Google Landmark Recognition 2020.
 
-    n is the number of images of a class. The weights are scaled so that their mean over all images is 1. psinger
-    normalizes by the weights of each batch instead, so that the weight of an image depends on its batch and the result
-    on the number of processes.
+    The weight is proportional to 1 / log(1 + n), where n is the number of images of the class. The weights are scaled
+    so that their mean over all images is 1. psinger normalizes by the weights of each batch instead. The weight of an
+    image then depends on the other images in its batch, and the result on the number of processes.
 
     Args:
         counts: (classes,) integers, number of images of each class.
@@ -352,7 +370,7 @@ def log_weights(counts: np.ndarray | Tensor) -> Tensor:
 
 
 def _positive_counts(counts: np.ndarray | Tensor) -> Tensor:
-    """Convert counts to (classes,) float64 and require that all are >= 1."""
+    """Convert counts to a tensor (classes,) float64. Raises InputError if one is less than 1."""
     values = torch.as_tensor(counts).double()
     if not (values >= 1).all():
         empty = int((values < 1).nonzero()[0])
@@ -360,16 +378,23 @@ def _positive_counts(counts: np.ndarray | Tensor) -> Tensor:
     return values
 
 
-# This lower bound keeps the gradient of sin = sqrt(1 - cos^2) finite at cos = +-1.
+# Lower bound of 1 - cos^2, which keeps the gradient of sin = sqrt(1 - cos^2) finite at cos = +-1.
 _EPS = 1e-6
 # Vectors shorter than this count as zero vectors.
 _TINY = 1e-12
 
 
 def add_angular_margin(cosine: Tensor, margin: Tensor, easy: bool = False) -> Tensor:
-    """Compute cos(arccos(x) + margin) for cosines x, both (B,).
+    """Add a margin to the angles of cosines.
 
-    Where the angle exceeds pi, the result is x - margin * sin(margin). With `easy`, it is x where x <= 0.
+    Args:
+        cosine: (B,) cosines x.
+        margin: (B,) margins in radians.
+        easy: apply no margin where x <= 0.
+
+    Returns:
+        (B,) cos(arccos(x) + margin), or x - margin * sin(margin) where the angle arccos(x) + margin exceeds pi. With
+        `easy`, the result is x where x <= 0.
     """
     sine = (1 - cosine.square()).clamp(min=_EPS).sqrt()
     shifted = cosine * margin.cos() - sine * margin.sin()
@@ -379,9 +404,16 @@ def add_angular_margin(cosine: Tensor, margin: Tensor, easy: bool = False) -> Te
 
 
 def class_cosines(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute the cosines of (B, D) with the nearest of K centers (S, K, D) of each class: (B, S).
+    """Compute the cosine of each descriptor with the nearest center of each class.
 
     The cosines of a zero vector are 0 and have no gradient.
+
+    Args:
+        x: (B, D) descriptors of any norm.
+        weight: (S, K, D) K centers of each class, of any norm.
+
+    Returns:
+        (B, S) cosines.
     """
     centers = weight.flatten(0, 1)
     cosines: Tensor = _Cosines.apply(x * _inverse_norms(x), centers)
@@ -391,16 +423,16 @@ def class_cosines(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _inverse_norms(x: Tensor) -> Tensor:
-    """Return 1 / norm of each row, 0 for a zero vector: (n, D) -> (n, 1)."""
+    """Return 1 / norm (n, 1) of each row of x (n, D), 0 for a zero vector."""
     norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return 1 / norms.masked_fill(norms <= _TINY, math.inf)
 
 
 class _Cosines(torch.autograd.Function):
-    """Cosines (B, N) of unit vectors (B, D) with the rows of w (N, D), without a normalized copy of w.
+    """Compute the cosines (B, N) of unit vectors x (B, D) with the rows of w (N, D), without a normalized copy of w.
 
-    A normalized copy would be needed in the forward and in the backward pass, and w is by far the largest tensor: 5 GB
-    for 203,094 classes with three centers. This function only allocates the gradient of w.
+    The forward and the backward pass would need such a copy, and w is by far the largest tensor: 5 GB for 203,094
+    classes with three centers each. Apart from the gradient of w, this function allocates no tensor of its size.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 """SuperGlobal's pooling: GeM and GeM+, Regional-GeM, Scale-GeM and ReLUP, as functions and as modules.
 
 Sources: "Global Features are All You Need for Image Retrieval and Reranking" (ICCV 2023, arXiv 2308.06954), section 3,
-and its reference code (modules/coarse_retrieval/{gemp,rgem,sgem,relup}.py). Every power is computed in float32, also
-under autocast: in float16, x^4.6 overflows beyond x = 11 and 1e-8 underflows.
+and its reference code (modules/coarse_retrieval/{gemp,rgem,sgem,relup}.py). All powers are computed in float32, even
+under autocast, because in float16, x^4.6 overflows for x > 11, and 1e-8 underflows.
 """
 
 from __future__ import annotations
@@ -19,30 +19,33 @@ from torch import Tensor, nn
 from superglobal.errors import InputError
 
 RELUP_MODES = ("on", "off", "reference_off", "auto")
-# Lower bound of a mean of powers before the root. It keeps the gradient finite and changes the map by less than 1e-14.
+# Lower bound of a mean of powers before its root is taken. It keeps the gradient finite, and it changes the result by
+# less than 1e-14.
 _TINY = 1e-36
 
 
 @dataclass
 class PoolingConfig:
-    """Switches and constants of the steps from the feature map to the descriptor.
+    """Settings of the steps from the feature map to the descriptor.
 
     Args:
-        gem_plus: pool with GeM+ (`gem_plus_p`, fixed) instead of GeM (`p`, from the weights file if it has one).
+        gem_plus: pool with GeM+ (fixed exponent `gem_plus_p`) instead of GeM (exponent `p`, from the weights file if it
+            has one).
         regional: mix the feature map with its windowed GeM (Regional-GeM) before pooling.
         scale: combine the scales by Scale-GeM instead of their mean (see `unit_scales`).
-        relup: "on"; "off" (no ReLUP); "reference_off" (the behavior of the reference with its flag off: the inner
-            activations of stage 1 stay clamped); or "auto" ("on" for backbones that support it, else "off").
-            Booleans are accepted.
-        p, eps, learn_p: exponent and lower clamp of GeM, and whether training updates p.
+        relup: "on"; "off" (no ReLUP); "reference_off" (the behavior of the reference with its flag off: ReLUP only for
+            the inner activations of stage 1); or "auto" ("on" for backbones that support it, else "off"). Booleans are
+            accepted.
+        p, eps, learn_p: exponent of GeM, lower clamp of GeM, and a flag that lets training update the exponent.
         gem_plus_p, gem_plus_eps: exponent and lower clamp of GeM+.
-        regional_p, regional_window, regional_weight: exponent, odd window size (cells), weight of the windowed map.
+        regional_p, regional_window, regional_weight: exponent, odd window size in cells, and weight of the windowed
+            map.
         scale_p: exponent of Scale-GeM; infinity takes the maximum over unit vectors.
         relup_alpha: lower bound of ReLUP.
         l2_before_whitening: L2-normalize the pooled vector before the whitening layer (SuperGlobal yes, CVNet no).
-        unit_scales: with `scale` off, average unit vectors (CVNet) instead of unnormalized vectors (SuperGlobal).
-        opencv_resize: resize to the scales with OpenCV on uint8 (CVNet: area below 1, linear above) instead of
-            bilinearly on the normalized tensor.
+        unit_scales: if `scale` is off, average unit vectors (CVNet) instead of unnormalized vectors (SuperGlobal).
+        opencv_resize: resize uint8 images to the scales with OpenCV, as in CVNet (area interpolation below scale 1,
+            bilinear above), instead of resizing standardized tensors bilinearly.
 
     Raises:
         InputError: a value has the wrong type or is out of range.
@@ -113,7 +116,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def relup_mode(value: Any) -> str:
-    """Return the canonical ReLUP mode of a setting's value.
+    """Return the ReLUP mode, one of `RELUP_MODES`, for the value of the setting `relup`.
 
     Raises:
         InputError: the value is neither a boolean nor one of the modes.
@@ -132,8 +135,9 @@ def make_pooling(
     """Build a `PoolingConfig`.
 
     Args:
-        pooling: name of a preset; dict of settings that override `stored`; or None for `stored` unchanged.
-        stored: settings stored with the weights; None for the SuperGlobal preset.
+        pooling: name of a preset; a dict of settings that override `stored`; None for `stored` unchanged; or a
+            `PoolingConfig`, which is returned unchanged.
+        stored: settings stored with the weights; None for those of the preset "superglobal".
 
     Raises:
         InputError: the preset or a setting is unknown; the message lists the choices.
@@ -153,14 +157,14 @@ def make_pooling(
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Convert half precision to float32; return float32 and float64 unchanged."""
+    """Convert a tensor in half precision to float32; return a float32 or float64 tensor unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gem(x: Tensor, p: float | Tensor = 3.0, eps: float = 1e-6) -> Tensor:
-    """Compute the generalized mean over all positions of a map: (mean of max(x, eps)^p)^(1/p).
+    """Compute the generalized mean over all positions of a feature map: (mean of max(x, eps)^p)^(1/p).
 
-    GeM+ is the same function with p = 4.6 and eps = 1e-8 (paper, section 3; gemp.py).
+    GeM+ is the same function with p = 4.6 and eps = 1e-8 (paper, section 3; reference file gemp.py).
 
     Args:
         x: (B, C, H, W), any float dtype; values below eps count as eps.
@@ -175,10 +179,10 @@ def gem(x: Tensor, p: float | Tensor = 3.0, eps: float = 1e-6) -> Tensor:
 
 
 def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5) -> Tensor:
-    """Mix a map with its windowed generalized mean: weight * GeM_window(x) + (1 - weight) * x (rgem.py).
+    """Mix a feature map with its windowed generalized mean: weight * GeM_window(x) + (1 - weight) * x.
 
-    The window has stride 1 and reflect padding, so the size does not change. Negative values count as 0 inside the
-    window, because their fractional powers are not real numbers.
+    The window has stride 1 and reflect padding, so the map keeps its size (paper, section 3; reference file rgem.py).
+    Inside the window, negative values count as 0, because their fractional powers are not real numbers.
 
     Args:
         x: (B, C, H, W), any float dtype, with H, W > window // 2.
@@ -206,7 +210,10 @@ def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5
 
 
 def _reflection_pad(x: Tensor, pad: int) -> Tensor:
-    """Pad the last two dimensions by reflection, with a deterministic gradient if torch requires one."""
+    """Pad the last two dimensions of a tensor by `pad` elements on each side, by reflection.
+
+    If `torch.use_deterministic_algorithms` is on, the gradient is deterministic. That of `F.pad` is not on CUDA.
+    """
     if not (x.requires_grad and torch.are_deterministic_algorithms_enabled()):
         return F.pad(x, (pad, pad, pad, pad), mode="reflect")
     for dim in (-2, -1):
@@ -217,11 +224,11 @@ def _reflection_pad(x: Tensor, pad: int) -> Tensor:
 
 
 def scale_gem(descriptors: Tensor | Sequence[Tensor], p: float = math.inf) -> Tensor:
-    """Combine the descriptors of an image at several scales (sgem.py).
+    """Combine the descriptors of an image at several scales (paper, section 3; reference file sgem.py).
 
     With p = infinity, the result is the elementwise maximum of the unit vectors. With a finite p, it is gamma + (mean
-    of (x - gamma)^p)^(1/p) of the unnormalized vectors, where gamma is the smallest component of the image's vectors.
-    (The reference takes gamma over the whole batch, which is the same if the batch has one image.)
+    of (x - gamma)^p)^(1/p) over the unnormalized vectors x, where gamma is the smallest component of all vectors of the
+    image. (The reference computes gamma over the whole batch, which is the same for a batch of one image.)
 
     Args:
         descriptors: S tensors of shape (B, D), or one tensor of shape (S, B, D), any float dtype.
@@ -241,14 +248,14 @@ def scale_gem(descriptors: Tensor | Sequence[Tensor], p: float = math.inf) -> Te
 
 
 class GeM(nn.Module):
-    """Generalized-mean pooling over all positions of a map: (mean of max(x, eps)^p)^(1/p).
+    """Generalized-mean pooling over all positions of a feature map: (mean of max(x, eps)^p)^(1/p).
 
     `GeM(4.6, eps=1e-8)` is the paper's GeM+ (section 3; reference file gemp.py).
 
     Args:
-        p: exponent > 0; 1 is the mean, and large values approach the maximum.
-        eps: lower clamp > 0; values below it count as eps.
-        learnable: make p a parameter of shape (1,), stored in the state dict as "p".
+        p: exponent > 0; 1 gives the mean, and large values approach the maximum.
+        eps: lower clamp > 0; values below eps count as eps.
+        learnable: make p a parameter of shape (1,), which is in the state dict as "p".
     """
 
     def __init__(self, p: float = 3.0, eps: float = 1e-6, learnable: bool = False) -> None:
@@ -269,10 +276,10 @@ class GeM(nn.Module):
 
 
 class RegionalGeM(nn.Module):
-    """Regional-GeM, a map mixed with its windowed generalized mean: weight * GeM_window(x) + (1 - weight) * x.
+    """Regional-GeM, a feature map mixed with its windowed generalized mean: weight * GeM_window(x) + (1 - weight) * x.
 
     The window has stride 1 and reflect padding, so the map keeps its size (paper, section 3; reference file rgem.py).
-    Negative values count as 0 inside the window.
+    Inside the window, negative values count as 0.
 
     Args:
         p: exponent > 0 of the mean inside the window.
@@ -302,9 +309,9 @@ class RegionalGeM(nn.Module):
 class ScaleGeM(nn.Module):
     """Scale-GeM, the combination of an image's descriptors at several scales.
 
-    For p = infinity it is the elementwise maximum of the unit vectors. For a finite p it is the generalized mean of the
-    unnormalized vectors above their smallest component, computed for each image (paper, section 3; reference file
-    sgem.py).
+    For p = infinity, it is the elementwise maximum of the unit vectors. For a finite p, it is a generalized mean of the
+    unnormalized vectors, shifted so that their smallest component is 0; see `scale_gem` (paper, section 3; reference
+    file sgem.py).
 
     Args:
         p: exponent > 0.
@@ -324,10 +331,10 @@ class ScaleGeM(nn.Module):
 
 
 class ReLUP(nn.Module):
-    """ReLU with a positive lower bound, max(x, alpha) (paper, section 3; reference file relup.py).
+    """ReLU with a positive lower bound: max(x, alpha) (paper, section 3; reference file relup.py).
 
     Args:
-        alpha: lower bound; smaller activations become alpha, not 0.
+        alpha: lower bound; smaller activations become alpha instead of 0.
         inplace: overwrite the input.
     """
 
@@ -345,35 +352,35 @@ class ReLUP(nn.Module):
 
 
 class MapPooling(nn.Module):
-    """Pool a feature map (B, C, H, W) to a vector (B, C): Regional-GeM if it is on, then GeM+ or GeM."""
+    """Pooling of a feature map (B, C, H, W) to a vector (B, C): Regional-GeM, if it is on, then GeM+ or GeM."""
 
     def __init__(self, config: PoolingConfig) -> None:
         super().__init__()
         self.config = config
-        # p exists with GeM+ too, so that one weights file fits all settings. With GeM+ it has no gradient, because
-        # DistributedDataParallel rejects parameters that do not contribute to the loss.
+        # p exists even with GeM+, so that the same weights file fits all settings. With GeM+, p has no gradient,
+        # because DistributedDataParallel rejects parameters that do not contribute to the loss.
         self.p = nn.Parameter(torch.tensor([config.p]), requires_grad=config.learn_p and not config.gem_plus)
 
     @property
     def min_cells(self) -> int:
-        """Shorter side, in cells, of the smallest map that can be pooled."""
+        """Smallest side, in cells, of a feature map that can be pooled."""
         return self.config.regional_window // 2 + 1 if self.config.regional else 1
 
     def key(self) -> tuple[Any, ...]:
-        """Return a key that is equal for all settings with the same result."""
+        """Return a hashable key that is equal for settings that pool a feature map to the same vector."""
         c = self.config
         region = (c.regional_p, c.regional_window, c.regional_weight) if c.regional else None
         return region, c.gem_plus, (c.gem_plus_p, c.gem_plus_eps) if c.gem_plus else (c.p, c.eps)
 
     def regional(self, x: Tensor) -> Tensor:
-        """Apply Regional-GeM if it is on: (B, C, H, W) -> the same shape."""
+        """Apply Regional-GeM to a map (B, C, H, W) if it is on; the shape does not change."""
         c = self.config
         return regional_gem(x, c.regional_p, c.regional_window, c.regional_weight) if c.regional else x
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.config
         if x.is_cuda:
-            # Convolutions return channels-last maps, but windowed and global means are faster on contiguous planes.
+            # Convolutions return channels-last maps, but windowed and global means are faster in contiguous layout.
             x = x.to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format)
         x = self.regional(x)
         return gem(x, c.gem_plus_p, c.gem_plus_eps) if c.gem_plus else gem(x, self.p, c.eps)
