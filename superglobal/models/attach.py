@@ -1,4 +1,4 @@
-"""Put SuperGlobal's pooling and ReLUP into a network that was trained elsewhere."""
+"""Add SuperGlobal's pooling and ReLUP to a network that was not created by this package."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from superglobal.models.pooling import MapPooling, PoolingConfig, ReLUP, make_po
 
 
 class AttachedPooling(nn.Module):
-    """Replacement of a pooling layer by SuperGlobal's pooling, with an output of the same shape.
+    """SuperGlobal's pooling in place of a network's original pooling layer, with an output of the same shape.
 
-    With `gem_plus` off, the network's original pooling layer, with its learned parameters, follows Regional-GeM.
+    If `gem_plus` is off, the original layer, with its learned parameters, is applied after Regional-GeM.
     """
 
     def __init__(self, original: nn.Module, config: PoolingConfig) -> None:
@@ -40,7 +40,7 @@ class AttachedPooling(nn.Module):
 
 
 class Attachment:
-    """Changes that `attach` made to a network; `undo()` or leaving a `with` block restores the network.
+    """Changes that `attach` made to a network. Call `undo()`, or use a `with` block, to restore the network.
 
     Attributes:
         network: the changed network.
@@ -51,7 +51,7 @@ class Attachment:
         self._undo: list[Callable[[], Any]] = []
 
     def undo(self) -> nn.Module:
-        """Revert all changes, newest first, and return the network."""
+        """Revert all changes, the latest first, and return the network."""
         while self._undo:
             self._undo.pop()()
         return self.network
@@ -63,12 +63,12 @@ class Attachment:
         self.undo()
 
     def replace(self, name: str, new: nn.Module) -> None:
-        """Replace a submodule, given by its dotted name, until `undo`."""
+        """Replace the submodule with the dotted name `name`; `undo` restores the old one."""
         old = replace_module(self.network, name, new)
         self.on_undo(lambda: replace_module(self.network, name, old))
 
     def on_undo(self, action: Callable[[], Any]) -> None:
-        """Register an action for `undo`."""
+        """Register a function that reverts a change, for `undo`."""
         self._undo.append(action)
 
 
@@ -80,22 +80,22 @@ def attach(
     antialias: bool = False,
     pool: str | None = None,
 ) -> Attachment:
-    """Replace pooling and ReLUs of a trained network by SuperGlobal's, without changing its weights.
+    """Replace the pooling layer and the ReLUs of a trained network by SuperGlobal's, without changing its weights.
 
-    GeM+ and Regional-GeM replace the pooling layer, ReLUP replaces activations of the ResNet. With several scales,
-    `forward` resizes the batch to each of them and combines the vectors by Scale-GeM (by their mean with `scale` off).
-    Normalization, whitening and classifier layers stay as they are. The output is not normalized.
+    GeM+ and Regional-GeM replace the pooling layer, and ReLUP replaces activations of the ResNet. With several scales,
+    `forward` resizes the batch to each scale and combines the resulting vectors by Scale-GeM, or by their mean if
+    `scale` is off. Normalization, whitening and classifier layers do not change. The output is not normalized.
 
     Args:
-        network: module from (B, 3, H, W) to (B, D), changed in place. It contains one pooling layer and, for ReLUP, is
-            or contains one torchvision or timm ResNet.
-        pooling: as for `load_model`; `relup` is "on" unless you switch it off.
-        scales: 1, 3, 5 or a list of factors.
-        antialias: apply a low-pass filter when a scale shrinks the batch.
-        pool: dotted name of the pooling layer; None to find it.
+        network: module that maps images (B, 3, H, W) to vectors (B, D); it is changed in place. It must contain exactly
+            one pooling layer. For ReLUP, it must be or contain exactly one torchvision or timm ResNet.
+        pooling: as for `load_model`; `relup` is on unless you turn it off.
+        scales: 1, 3 or 5 for the scales of the reference, or a list of scale factors.
+        antialias: apply a low-pass filter when the batch is resized to a smaller scale.
+        pool: dotted name of the pooling layer; None to find it automatically.
 
     Returns:
-        The changes, with the `network` and `undo()`.
+        An object with the changed `network` and the method `undo()`, which also works as a context manager.
 
     Raises:
         InputError: the pooling layer or the ResNet is missing or ambiguous; the network is then unchanged.
@@ -103,7 +103,7 @@ def attach(
     config = make_pooling(pooling)
     factors = make_scales(scales)
     if config.relup == "reference_off":
-        raise InputError("attach: relup=reference_off applies to the reference's own network only; use on or off")
+        raise InputError("attach: relup=reference_off applies only to networks from load_model; use on or off")
     attachment = Attachment(network)
     try:
         if config.relup in ("on", "auto"):
@@ -128,7 +128,8 @@ def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequen
         vectors = [single_scale(resize(images, s, antialias)) for s in scales]
         return scale_gem(vectors, config.scale_p) if config.scale else torch.stack(vectors).mean(0)
 
-    # Undo restores a `forward` that was set on the instance, or removes the new one so that the class's is used again.
+    # To undo the change, restore a `forward` that was set on the instance before, or delete the new one, so that the
+    # method of the class is used again.
     previous = vars(network).get("forward")
     network.forward = forward
     attachment.on_undo(lambda: setattr(network, "forward", previous) if previous else delattr(network, "forward"))
@@ -144,7 +145,7 @@ def _attach_relup(attachment: Attachment, alpha: float) -> None:
         for name in relup_positions(resnet, "on"):
             attachment.replace(prefix + name, ReLUP(alpha, inplace=bool(resnet.get_submodule(name).inplace)))
         return
-    # A torchvision block uses one ReLU module for all its activations, including the output's.
+    # A torchvision block uses the same ReLU module for all its activations, including that of its output.
     for stage in (1, 2, 3):
         for i, block in enumerate(getattr(resnet, f"layer{stage}")):
             if not isinstance(block.relu, nn.ReLU):
@@ -154,13 +155,17 @@ def _attach_relup(attachment: Attachment, alpha: float) -> None:
             if stage == 1:
                 attachment.replace(f"{prefix}layer1.{i}.relu", ReLUP(alpha, inplace=block.relu.inplace))
             else:
-                # max(max(x, 0), alpha) = max(x, alpha): clamping the block's output is ReLUP at its last ReLU.
+                # max(max(x, 0), alpha) = max(x, alpha), so clamping the output of the block turns its last ReLU into
+                # ReLUP.
                 hook = block.register_forward_hook(lambda _block, _inputs, output: output.clamp(min=alpha))
                 attachment.on_undo(hook.remove)
 
 
 def _find_pool(network: nn.Module) -> str:
-    """Return the dotted name of the only pooling layer: of a known class, or of a class with "gem" in its name."""
+    """Return the dotted name of the network's pooling layer. Raises InputError unless there is exactly one.
+
+    A pooling layer is a global pooling module of PyTorch or timm, or a module whose class name contains "gem".
+    """
     candidates = [
         name
         for name, module in network.named_modules()

@@ -1,16 +1,17 @@
-"""Attribution of a similarity to the cells of the feature map.
+"""Attribution of the similarity of two images to the cells of the feature map of one of them.
 
-The similarity of a descriptor with a vector e is s = <e, d>, d = v / |v|, v = W g / |g| + b, where g pools the feature
-map x (C, h, w) and v combines all scales. If the norms |g| and |v| are held constant, s is positively homogeneous of
-degree 1 in (x, b), because each step is: GeM (g(tx) = t g(x)), Regional-GeM, the mean over scales and Scale-GeM. By
-Euler's theorem, gradient times input is then an exact decomposition:
+The similarity of the image's descriptor d to a vector e is s = <e, d> with d = v / |v| and v = W g / |g| + b, where
+g = g(x) is the pooled feature map x (C, h, w), and v is combined over all scales. If the norms |g| and |v| are held
+constant, s is positively homogeneous of degree 1 in (x, b), because every step of its computation is: GeM
+(g(tx) = t g(x)), Regional-GeM, the mean over scales and Scale-GeM. By Euler's theorem, gradient times input is then an
+exact decomposition:
 
     s  =  sum over cells i of  sum_c x_ci ds/dx_ci   +   <b, ds/db>   +   remainder.
 
 With GeM alone and u = W^T e / (|g| |v|), cell i contributes sum_c u_c g_c x_ci^p / sum_j x_cj^p. The remainder is
 the effect of GeM's lower clamp (eps) on values <= 0; with the default eps it is far below 1e-4. Contributions may be
-negative. They do not include the effect of a cell on the norms. Receptive fields are wide, so a cell depends on a
-large part of the image around it.
+negative. They do not include the effect of a cell on the norms. Receptive fields are large, so the value of a cell
+depends on a large part of the image around it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from superglobal.utils.precision import full_precision
 
 @dataclass(frozen=True)
 class Contributions:
-    """Decomposition of a similarity: the sum of all `maps`, `bias` and `remainder` is `similarity`.
+    """Decomposition of a similarity into contributions: `similarity` is the sum of all `maps`, `bias` and `remainder`.
 
     Attributes:
-        maps: one (h, w) float64 array per scale with the contribution of each cell of the feature map.
-        bias: contribution of the whitening layer's bias.
+        maps: one array (h, w) float64 per scale, with the contribution of each cell of the feature map.
+        bias: contribution of the bias of the whitening layer.
         remainder: effect of GeM's lower clamp.
-        similarity: inner product of the image's descriptor (float32, from `RetrievalNetwork.forward`) and the vector.
+        similarity: inner product of the vector and the image's descriptor, as computed by `RetrievalNetwork.forward`.
     """
 
     maps: list[np.ndarray]
@@ -46,9 +47,16 @@ class Contributions:
     similarity: float
 
     def heatmap(self, height: int, width: int) -> np.ndarray:
-        """Resize the contributions of all scales to an image: (height, width) float64, contribution per pixel.
+        """Add up the contributions of all scales at the resolution of an image.
 
-        Bilinear interpolation between the centers of cells changes the sum by at most a few percent.
+        Contributions are interpolated bilinearly between the centers of the cells, which changes their sum by at most a
+        few percent.
+
+        Args:
+            height, width: size of the image in pixels.
+
+        Returns:
+            Contribution of each pixel, (height, width) float64.
         """
         total = np.zeros((height, width))
         for cells in self.maps:
@@ -59,15 +67,18 @@ class Contributions:
 
 
 def contributions(network: RetrievalNetwork, image: Tensor, vector: np.ndarray | None = None) -> Contributions:
-    """Decompose the similarity of an image with another descriptor, or with itself.
+    """Decompose the similarity of an image to a descriptor into contributions of the cells of its feature maps.
 
     Args:
         network: network in evaluation mode.
         image: (3, H, W) RGB, uint8 or float in 0..1.
-        vector: (D,) unit norm; None for the image's own descriptor, with similarity 1.
+        vector: (D,) descriptor of the other image, unit norm; None for the image itself, with similarity 1.
+
+    Returns:
+        The contributions.
 
     Raises:
-        InputError: the vector and the descriptors have different dimensions.
+        InputError: the dimension of `vector` is not that of the network's descriptors.
     """
     device = network.mean.device
     with torch.no_grad(), full_precision():
@@ -98,17 +109,17 @@ def contributions(network: RetrievalNetwork, image: Tensor, vector: np.ndarray |
 
 
 def _gradient_times_input(x: Tensor, gradient: Tensor) -> np.ndarray:
-    """Multiply two maps (1, C, h, w) and sum over channels: (h, w) float64."""
+    """Multiply a map (1, C, h, w) by its gradient, and sum over the channels: (h, w) float64."""
     return (x.detach().double() * gradient.double()).sum(dim=1)[0].cpu().numpy()
 
 
 def _normalize(x: Tensor) -> Tensor:
-    """L2-normalize rows; the gradient treats the norm as a constant."""
+    """L2-normalize the rows of a tensor. The norms are detached, so the gradient treats them as constants."""
     return x / x.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def _whitened(network: RetrievalNetwork, x: Tensor, bias: Tensor) -> Tensor:
-    """Pool and whiten a feature map with constant norms and the bias as an input: (1, C, h, w) -> (1, D)."""
+    """Pool and whiten a feature map (1, C, h, w) with the given bias and with constant norms: (1, D)."""
     pooled = network.pooling(x)
     if network.whitening is None:
         return pooled
@@ -117,7 +128,7 @@ def _whitened(network: RetrievalNetwork, x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _combine(network: RetrievalNetwork, vectors: Sequence[Tensor]) -> Tensor:
-    """Combine the vectors of the scales with constant norms: S x (1, D) -> (1, D)."""
+    """Combine the vectors of all scales, (1, D) each, with constant norms: (1, D)."""
     c = network.config
     if c.scale and math.isinf(c.scale_p):
         return torch.stack([_normalize(v) for v in vectors]).amax(dim=0)

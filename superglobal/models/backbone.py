@@ -1,4 +1,4 @@
-"""timm models as feature extractors, and the activations that ReLUP replaces in them."""
+"""timm models as backbones that return feature maps, and the replacement of their activations by ReLUP."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ ALIASES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
 
 class Backbone(nn.Module):
-    """A timm network without its classifier that returns its last feature map.
+    """timm model without its classifier, which returns its last feature map.
 
-    For a CNN, the map is the output of `forward_features`. For a vision transformer, it is the normalized output of
-    the last block, with the patch tokens arranged as a map.
+    For a CNN, the map is the output of `forward_features`. For a vision transformer, it consists of the patch tokens of
+    the last block, after the final normalization, arranged as a map.
 
     Attributes:
-        name: timm's model name.
-        channels: C of the feature map.
-        mean, std: RGB mean and standard deviation that the weights expect, for images in 0..1.
-        stride: pixels per cell of the feature map.
-        dtype: dtype that images are converted to, for weights in half precision; None for no conversion.
+        name: name of the model in timm.
+        channels: number of channels C of the feature map.
+        mean, std: RGB mean and standard deviation with which images in 0..1 are standardized for these weights.
+        stride: number of pixels per cell of the feature map, along each axis.
+        dtype: dtype of the weights, to which images are converted, if it is half precision; None for no conversion.
     """
 
     dtype: torch.dtype | None = None
 
     def __init__(self, name: str, pretrained: bool = False) -> None:
         """Create the model.
+
+        Args:
+            name: name of the model in timm, or a short name in `ALIASES`.
+            pretrained: download timm's pretrained weights, instead of random ones.
 
         Raises:
             InputError: the name is unknown (the message lists similar names), the model has no feature map, or the
@@ -59,7 +63,7 @@ class Backbone(nn.Module):
         with torch.device("meta"):
             cls = type(timm.create_model(self.name, num_classes=0))
         accepted = inspect.signature(cls.__init__).parameters
-        # Images can have any size. Swin-like networks use another name for the option that allows this.
+        # These options allow images of any size; Swin-like networks use another name for the same option.
         if "dynamic_img_size" in accepted:
             return {"dynamic_img_size": True}
         return {"strict_img_size": False} if "strict_img_size" in accepted else {}
@@ -76,7 +80,10 @@ class Backbone(nn.Module):
             ) from error
 
     def _probe(self, kwargs: dict[str, Any]) -> None:
-        """Determine stride, channels, memory layout and size rounding from the shapes on the meta device."""
+        """Determine the properties of the feature map by running the model on the meta device, without computing.
+
+        The properties are its stride, number of channels and memory layout, and whether its size is rounded up.
+        """
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -85,11 +92,12 @@ class Backbone(nn.Module):
                 self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
                 height, width = resolve_model_data_config(net)["input_size"][-2:]
                 self.tokens = net.forward_features(torch.empty(1, 3, height, width)).ndim == 3
-                # Patches must tile the image, and windowed networks must be able to halve their map at every stage.
+                # Images are padded to a multiple of this size, because patches must tile the image, and networks with
+                # windowed attention must be able to halve their map at every stage.
                 self.multiple = self.stride if self.tokens or kwargs else 1
                 side = 2 * self.stride + 1
                 shape = self._map(net, torch.empty(1, 3, side, side)).shape
-        # Networks with a fixed image size or without a feature map raise various errors.
+        # Models with a fixed image size or without a feature map raise different kinds of exceptions.
         except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
             raise InputError(
                 f"backbone={self.name}: no feature map for images of any size ({error}); choose a CNN or a vision "
@@ -113,11 +121,11 @@ class Backbone(nn.Module):
         return y.permute(0, 3, 1, 2) if self.channels_last else y
 
     def min_side(self, cells: int) -> int:
-        """Return the smallest image side, in pixels, for a feature map of `cells` cells a side."""
+        """Return the smallest image side, in pixels, that gives a feature map with `cells` cells per side."""
         return (cells - 1) * self.stride + 1 if self._rounds_up else cells * self.stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the feature map: (B, 3, H, W) standardized RGB -> (B, C, h, w)."""
+        """Compute the feature maps (B, C, h, w) of standardized RGB images (B, 3, H, W)."""
         return self._map(self.net, x if self.dtype is None else x.to(self.dtype))
 
 
@@ -126,9 +134,10 @@ def relup_positions(net: nn.Module, mode: str) -> list[str]:
 
     Args:
         net: the ResNet.
-        mode: "on": the outputs of all blocks of stages 1-3 and the inner activations of stage 1. "reference_off": only
-            the inner activations of stage 1, because the reference passes its block the class `relup` instead of the
-            flag (model/resnet.py:149). "off": none. The stem and stage 4 keep their ReLU.
+        mode: "on": the output activations of all blocks of stages 1-3, and the inner activations of stage 1.
+            "reference_off": only the inner activations of stage 1, as in the reference with its flag off, because it
+            passes the class `relup` to the block instead of the flag (model/resnet.py:149). "off": none. The stem and
+            stage 4 always keep their ReLUs.
 
     Raises:
         InputError: the network is not a ResNet, or one of these activations is not a plain ReLU.
@@ -152,7 +161,7 @@ def relup_positions(net: nn.Module, mode: str) -> list[str]:
 
 
 def has_relup(net: nn.Module) -> bool:
-    """Return whether ReLUP is defined for this network."""
+    """Return True if ReLUP supports this network: a timm ResNet with plain ReLUs."""
     try:
         return bool(relup_positions(net, "on"))
     except InputError:
@@ -160,7 +169,7 @@ def has_relup(net: nn.Module) -> bool:
 
 
 def replace_module(net: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """Replace the submodule at the dotted `name` and return the old one."""
+    """Replace the submodule with the dotted name `name`, and return the old one."""
     parent_name, _, leaf = name.rpartition(".")
     parent = net.get_submodule(parent_name)
     old = parent.get_submodule(leaf)
@@ -169,6 +178,6 @@ def replace_module(net: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def install_relup(net: nn.Module, mode: str, alpha: float) -> None:
-    """Replace the activations at `relup_positions` by ReLUP."""
+    """Replace activations of a network by ReLUP in place; see `relup_positions` for `mode`, `ReLUP` for `alpha`."""
     for name in relup_positions(net, mode):
         replace_module(net, name, ReLUP(alpha, inplace=getattr(net.get_submodule(name), "inplace", False)))

@@ -1,7 +1,8 @@
-"""Export of a network to one file that does not need this package: ONNX or torch.export, from image to descriptor.
+"""Export of a network to a single ONNX or torch.export file, which can be used without this package.
 
-Input: `images` (B, 3, H, W) float32 RGB in 0..1; normalization and all scales are inside. Output: `descriptors` (B, D)
-float32, unit norm. The file is compared with the network before it replaces `path`. Its metadata list the input sizes.
+The input of the exported graph is `images` (B, 3, H, W) float32 RGB in 0..1, and its output is `descriptors` (B, D)
+float32, unit norm. The graph includes the normalization of the images and all scales. Its descriptors are compared with
+those of the network before the file is written to its path. The metadata of the file list the supported input sizes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from superglobal.utils.precision import full_precision
 
 SUFFIXES = (".onnx", ".pt2")
 METADATA = "superglobal"
-"""Key of the JSON metadata in an ONNX file. In a .pt2 file, the extra file is named after it, with `.json` appended."""
+"""Key of the JSON metadata in an ONNX file. In a .pt2 file, the metadata are an extra file with this name + `.json`."""
 _MAX_SIDE, _MAX_BATCH = 4096, 1024
 _INPUT = "images: (B, 3, H, W) float32 RGB in 0..1; normalization and all scales are inside"
 _OUTPUT = "descriptors: (B, D) float32, unit L2 norm, compared by inner product"
@@ -43,11 +44,13 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class InputSizes:
-    """Input sizes that a file accepts, in pixels.
+    """Input sizes that an exported file accepts.
 
     Attributes:
-        size: (H, W), or None for any sides from `min_side` to `max_side` that are multiples of `multiple`.
-        batch: number of images, or None for any.
+        size: fixed image size (H, W) in pixels; None if both sides may be any multiples of `multiple` from `min_side`
+            to `max_side`.
+        batch: fixed number of images; None for any number.
+        min_side, max_side, multiple: limits of free sizes, in pixels.
     """
 
     size: tuple[int, int] | None
@@ -57,7 +60,10 @@ class InputSizes:
     multiple: int
 
     def comparison_shapes(self) -> list[tuple[int, int, int]]:
-        """Return the shapes (B, H, W) to compare at, for free sizes with both limits. The first is used for tracing."""
+        """Return the input shapes (B, H, W) at which the file is compared with the network.
+
+        If sizes are free, the shapes include both limits of a side. The first shape is also used for tracing.
+        """
         batch = self.batch or 3
         if self.size is not None:
             return [(batch, *self.size)] + ([] if self.batch else [(1, *self.size)])
@@ -67,7 +73,7 @@ class InputSizes:
         return [(self.batch or (batch, 1, 2, 1)[i], *size) for i, size in enumerate(sizes)]
 
     def dynamic_dims(self) -> dict[int, Any]:
-        """Return the free dimensions of the input for torch.export."""
+        """Return the free dimensions of the input for torch.export, a dict from axis to `torch.export.Dim`."""
         dims: dict[int, Any] = {} if self.batch else {0: torch.export.Dim("batch", min=1, max=_MAX_BATCH)}
         for index, name in () if self.size else ((2, "height"), (3, "width")):
             dim = torch.export.Dim(name, min=self.min_side // self.multiple, max=self.max_side // self.multiple)
@@ -77,12 +83,12 @@ class InputSizes:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of a file with the network on images of one shape.
+    """Comparison of the descriptors of an exported file and of the network, on images of one shape.
 
     Attributes:
-        shape: (B, H, W).
-        min_cosine: smallest cosine between the file's and the network's descriptor of an image.
-        max_difference: largest absolute difference of a component of the descriptors.
+        shape: number, height and width (B, H, W) of the images.
+        min_cosine: smallest cosine, over the images, between both descriptors of an image.
+        max_difference: largest absolute difference between corresponding components.
     """
 
     shape: tuple[int, int, int]
@@ -97,21 +103,21 @@ def export_network(
     batch: int | None = None,
     tolerance: float = 1e-4,
 ) -> list[Comparison]:
-    """Write `network` to `path` as ONNX (.onnx) or torch.export (.pt2), if the file gives the same descriptors.
+    """Export a network to an ONNX (.onnx) or torch.export (.pt2) file, and verify that it gives the same descriptors.
 
     Args:
         network: network on the CPU, in evaluation mode.
-        path: file to write.
-        size: H and W in pixels; None for all sizes from the network's smallest side to 4096 px.
-        batch: number of images; None for any number.
-        tolerance: largest allowed difference of a component of a descriptor.
+        path: file to write; the suffix determines the format.
+        size: fixed image size (H, W) in pixels; None for all sizes from the network's smallest side to 4096 px.
+        batch: fixed number of images; None for any number.
+        tolerance: largest allowed difference between corresponding components of the descriptors.
 
     Returns:
         One comparison per tested shape.
 
     Raises:
         InputError: the suffix is unknown, a package is missing, the format does not support an operation, or a
-            difference exceeds `tolerance`. A previous file at `path` stays unchanged.
+            difference exceeds `tolerance`. An existing file at `path` then stays unchanged.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path}: expected a name that ends with {' or '.join(SUFFIXES)}")
@@ -142,7 +148,7 @@ def export_network(
 
 
 class _Graph(nn.Module):
-    """`RetrievalNetwork.forward` with operations that a graph with free sizes supports."""
+    """`RetrievalNetwork.forward`, implemented with operations that exported graphs with free sizes support."""
 
     def __init__(self, network: RetrievalNetwork, sizes: InputSizes) -> None:
         super().__init__()
@@ -156,14 +162,18 @@ class _Graph(nn.Module):
     def _resize(self, x: Tensor, factor: Fraction) -> Tensor:
         if factor == 1:
             return x
-        # ONNX would multiply in float32, which differs by a pixel at some sizes and scales. Integers are exact.
+        # In integers, the product is exact. ONNX would multiply in float32, and for some sizes and scales the result
+        # would differ by a pixel.
         height, width = (side * factor.numerator // factor.denominator for side in x.shape[-2:])
         antialias = self.network.antialias
         return F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=antialias)
 
 
 class _IntegerSamePadding(nn.Module):
-    """TensorFlow's "same" padding in integers, because graphs with free sizes do not support timm's float rounding."""
+    """Convolution with TensorFlow's "same" padding, computed in integers.
+
+    It replaces timm's `Conv2dSame`, whose floating-point rounding is not supported by graphs with free sizes.
+    """
 
     def __init__(self, convolution: Conv2dSame) -> None:
         super().__init__()
@@ -179,7 +189,7 @@ class _IntegerSamePadding(nn.Module):
 
 
 def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
-    """Return a copy without operations that a graph does not support."""
+    """Return a copy of the network without operations that an exported graph does not support."""
     if network.config.opencv_resize and network.scales != (1.0,):
         raise InputError(
             "export: pooling.opencv_resize resizes with OpenCV, which a graph does not support; export at one scale "
@@ -187,7 +197,7 @@ def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
         )
     backbone = copy.deepcopy(network.backbone)
     for name, module in list(backbone.net.named_modules()):
-        # If the stride is larger than the kernel, the padding can be negative, so the layer is kept.
+        # If the stride is larger than the kernel, the padding could be negative, so such a layer is not replaced.
         if isinstance(module, Conv2dSame) and all(
             k >= s for k, s in zip(module.kernel_size, module.stride, strict=True)
         ):
@@ -196,7 +206,11 @@ def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
 
 
 def _fraction(scale: float, sizes: InputSizes) -> Fraction:
-    """Return the scale as a fraction that rounds every possible side as the network does."""
+    """Return the scale as a fraction, by which all supported image sides are rounded as by the network.
+
+    Raises:
+        InputError: a side is rounded differently.
+    """
     factor = Fraction(str(scale))
     sides = sizes.size or range(sizes.min_side, sizes.max_side + 1)
     if any(int(side * scale) != side * factor.numerator // factor.denominator for side in sides):
@@ -218,7 +232,7 @@ def _input_sizes(network: RetrievalNetwork, size: tuple[int, int] | None, batch:
                 "not enlarge small images; enlarge them before the graph"
             )
         return InputSizes(size, batch, min(size), max(size), 1)
-    # torch.export specializes dimensions of size 1, so free sizes start at feature maps of three cells.
+    # torch.export treats dimensions of size 1 as constant, so the smallest free size gives feature maps of 3 x 3 cells.
     min_side = max(min_side, math.ceil(network.backbone.min_side(3) / min(network.scales)))
     multiple = network.backbone.multiple
     if multiple > 1 and network.scales != (1.0,):
@@ -277,7 +291,7 @@ def _write_onnx(program: Any, sizes: InputSizes, path: Path, metadata: str) -> C
 
 
 def _name_dimensions(graph: Any, sizes: InputSizes) -> None:
-    """Give the free dimensions readable names instead of the tracer's symbols."""
+    """Name the free dimensions "batch", "height" and "width", in place of the symbols of the tracer."""
     inputs, outputs = graph.inputs[0].shape, graph.outputs[0].shape
     for index, name in ((0, "batch"), (2, "height"), (3, "width")):
         if index in sizes.dynamic_dims():
@@ -311,7 +325,7 @@ def _compare(network: RetrievalNetwork, run: Callable[[Tensor], Tensor], shape: 
 
 @contextmanager
 def _silence_exporters() -> Iterator[None]:
-    """Suppress warnings and log messages of the exporters."""
+    """Suppress Python warnings, and log messages of the export libraries below the level ERROR."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
@@ -326,7 +340,7 @@ def _silence_exporters() -> Iterator[None]:
 
 
 def read_metadata(path: Path) -> Mapping[str, Any]:
-    """Read the metadata of an exported file: input, output, sizes and network."""
+    """Read the metadata of an exported file, a dict that describes its input, output, image sizes and network."""
     if path.suffix == ".pt2":
         extra = {f"{METADATA}.json": ""}
         torch.export.load(path, extra_files=extra)

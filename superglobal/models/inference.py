@@ -1,4 +1,4 @@
-"""Optimized copies of networks for extraction: folded batch norms, memory layout, half precision."""
+"""Optimized copies of networks for extraction, with folded batch norms, a faster memory layout and half precision."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from superglobal.models.backbone import Backbone, replace_module
 from superglobal.models.network import RetrievalNetwork
 from superglobal.utils.precision import PRECISIONS
 
-# Largest difference that folding may make in a feature map, relative to its largest value, in float64.
+# Largest difference that folding batch norms may make in a feature map in float64, relative to its largest value.
 _FOLDING_TOLERANCE = 1e-9
 
 
 def optimize_for_inference(networks: Sequence[RetrievalNetwork]) -> list[RetrievalNetwork]:
-    """Return copies, in evaluation mode, that compute the same descriptors faster.
+    """Return copies of networks, in evaluation mode, that compute the same descriptors faster.
 
-    Batch norms are folded into convolutions. Backbones use the channels-last layout and the network's `precision`;
-    pooling and whitening stay in float32. If networks share a backbone, their copies share one too.
+    Batch norms are folded into convolutions. The backbones use the channels-last memory layout and the `precision` of
+    their network. Pooling and whitening stay in float32. If several networks share a backbone, so do their copies.
 
     Args:
         networks: networks on the CPU; they are not changed.
+
+    Returns:
+        One copy per network.
     """
     backbones: dict[int, Backbone] = {}
     copies = []
@@ -45,21 +48,24 @@ def optimize_for_inference(networks: Sequence[RetrievalNetwork]) -> list[Retriev
 
 
 class PointwiseConv2d(nn.Conv2d):
-    """A 1 x 1 convolution that is a matrix product on CUDA, where cuDNN adds the bias in a separate pass."""
+    """1 x 1 convolution that is computed as a matrix product on CUDA.
+
+    This is faster, because cuDNN would add the bias in a separate pass.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve: (B, C, H, W) -> (B, C', H', W')."""
+        """Convolve a tensor (B, C, H, W) to (B, C', H', W')."""
         return self.product(x) if x.is_cuda else super().forward(x)
 
     def product(self, x: Tensor) -> Tensor:
-        """Compute `forward` as a matrix product, with a channels-last result."""
+        """Compute `forward` as a matrix product; the result has the channels-last layout."""
         cells = x[..., :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
         out = F.linear(cells.reshape(-1, self.in_channels), self.weight.flatten(1), self.bias)
         return out.view(*cells.shape[:3], self.out_channels).permute(0, 3, 1, 2)
 
 
 def _use_matrix_products(net: nn.Module) -> None:
-    """Replace the 1 x 1 convolutions of a network by `PointwiseConv2d`."""
+    """Replace the 1 x 1 convolutions of a network by `PointwiseConv2d`, in place."""
     for name, module in list(net.named_modules()):
         plain = type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
         if plain and module.padding == (0, 0):
@@ -70,10 +76,10 @@ def _use_matrix_products(net: nn.Module) -> None:
 
 
 def fold_batch_norms(backbone: Backbone) -> Backbone:
-    """Return a copy in evaluation mode with batch norms folded into the convolutions before them.
+    """Return a copy of a backbone, in evaluation mode, with batch norms folded into the preceding convolutions.
 
-    A forward pass of a small image determines the convolution before each batch norm. A second pass compares the
-    result with the original. If they differ, the copy keeps its batch norms.
+    A forward pass with a small image finds the convolution before each batch norm. A second pass compares the feature
+    map of the copy with that of the original. If they differ, the copy keeps its batch norms.
     """
     folded = copy.deepcopy(backbone).eval()
     if not any(isinstance(module, _BatchNorm) for module in folded.modules()):
@@ -92,7 +98,15 @@ def fold_batch_norms(backbone: Backbone) -> Backbone:
 
 
 def _find_pairs(backbone: Backbone, image: Tensor) -> dict[str, str]:
-    """Map the name of each convolution to the batch norm after it, for pairs in which both layers run only once."""
+    """Find the convolutions whose output is the input of a batch norm, if both layers run once per forward pass.
+
+    Args:
+        backbone: backbone in evaluation mode.
+        image: (1, 3, H, W) input of the forward pass.
+
+    Returns:
+        Dict from the name of a convolution to the name of its batch norm.
+    """
     sources: dict[int, str] = {}  # id of a convolution's output -> name of the convolution
     outputs: list[Tensor] = []  # keeps the outputs alive, so that their ids stay unique
     calls: dict[str, int] = {}
@@ -130,6 +144,6 @@ def _fold(net: nn.Module, convolution: str, norm: str) -> None:
     conv: Any = net.get_submodule(convolution)
     batch_norm: Any = net.get_submodule(norm)
     replace_module(net, convolution, fuse_conv_bn_eval(conv, batch_norm))
-    # timm's batch norms may include dropout and an activation.
+    # A batch norm of timm may include dropout and an activation, which are kept.
     layers = [getattr(batch_norm, name) for name in ("drop", "act") if getattr(batch_norm, name, None) is not None]
     replace_module(net, norm, nn.Sequential(*layers) if layers else nn.Identity())

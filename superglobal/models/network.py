@@ -1,4 +1,4 @@
-"""The retrieval network: from images to unit-norm descriptors, over one or several scales."""
+"""Retrieval network, which maps images to descriptors of unit norm, at one or several scales."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from superglobal.errors import InputError
 from superglobal.models.backbone import Backbone, has_relup, install_relup
 from superglobal.models.pooling import MapPooling, PoolingConfig, at_least_float32, scale_gem
 
-# The reference's lists of scales (model/resnet.py:269-281); its default is 3.
+# Scale factors by the number of scales, as in the reference (model/resnet.py:269-281), whose default is 3 scales.
 SCALES: dict[int, tuple[float, ...]] = {
     1: (1.0,),
     3: (0.7071, 1.0, 1.4142),
     5: (0.5, 0.7071, 1.0, 1.4142, 2.0),
 }
-# Increase this when a change gives other descriptors for the same weights and settings, so that stores are not reused.
+# Increase this number when a code change affects the descriptors for the same weights and settings, so that stores with
+# old descriptors are not reused.
 DESCRIPTOR_VERSION = 1
-# A very elongated image is stretched instead of enlarged beyond this side length, in pixels.
+# Maximum longer side, in pixels, to which a small image is enlarged. A very elongated image is distorted instead.
 _MAX_ENLARGED_SIDE = 4096
 
 
 def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
-    """Expand 1, 3 or 5 to the reference's list of scales; validate any other list.
+    """Return a tuple of scale factors.
+
+    Args:
+        scales: 1, 3 or 5 for the scales of the reference, or a list of scale factors.
 
     Raises:
         InputError: the count is unknown, the list is empty, or a scale is outside 0.1..4.
@@ -50,23 +54,30 @@ def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
 
 
 class RetrievalNetwork(nn.Module):
-    """Network from image to descriptor: backbone, pooling, whitening layer and scales.
+    """Network that maps images to descriptors: backbone, pooling, whitening layer and combination of scales.
 
-    The method is that of the reference (model/resnet.py, lines 248-288). Use `load_model` to create one.
+    The method is that of the reference (model/resnet.py, lines 248-288). Use `load_model` to create a network.
 
     Args:
-        backbone: network from image to feature map.
-        pooling: switches and constants; ReLUP is installed into the backbone here.
-        dim: outputs of the whitening layer; None for no whitening (D = the backbone's channels).
-        scales: 1, 3, 5 or a list of factors.
-        antialias: apply a low-pass filter when a scale shrinks the image; the paper's results are without one.
+        backbone: network that maps images to feature maps; it is changed in place if ReLUP is on.
+        pooling: settings of the pooling and of ReLUP.
+        dim: number of outputs of the whitening layer; None for no whitening layer, so that D is the number of channels
+            of the backbone.
+        scales: 1, 3 or 5 for the scales of the reference, or a list of scale factors.
+        antialias: apply a low-pass filter when an image is resized to a smaller scale; the paper's results are without
+            one.
 
     Attributes:
-        dim: D of the descriptors.
+        dim: dimension D of the descriptors.
+        scales: scale factors.
+        precision: floating-point precision of the backbone during extraction, "float32" by default.
+        weights_label: setting that the weights were loaded by, such as their path.
+        weights_format: "CVNet" for weights of the reference, else None.
+        trained_pooling: pooling settings stored with the weights; None if there are none.
         provenance: origin of the weights, as plain types.
 
     Raises:
-        InputError: ReLUP on a backbone that does not support it; invalid scales.
+        InputError: the backbone does not support ReLUP, or the scales are invalid.
     """
 
     mean: Tensor
@@ -90,7 +101,7 @@ class RetrievalNetwork(nn.Module):
         self.antialias = antialias
         self.precision = "float32"
         self.weights_label = "random"
-        self.weights_format: str | None = None  # "CVNet" for the reference's weights
+        self.weights_format: str | None = None
         self.trained_pooling: dict[str, Any] | None = None
         self.provenance: dict[str, Any] = {}
         install_relup(backbone.net, pooling.relup, pooling.relup_alpha)
@@ -99,23 +110,23 @@ class RetrievalNetwork(nn.Module):
 
     @property
     def config(self) -> PoolingConfig:
-        """Settings of the pooling."""
+        """Settings of the pooling and of ReLUP."""
         return self.pooling.config
 
     def set_p(self, p: float | None) -> None:
-        """Set GeM's exponent p and store it in `config`; None keeps the loaded p."""
+        """Set the exponent p of GeM in the parameter and in `config`; None copies p from the parameter to `config`."""
         if p is not None:
             self.pooling.p.data.fill_(p)
-        # The float32 parameter is 2.70000005 for p = 2.7; rounding restores the intended number.
+        # In float32, p = 2.7 becomes 2.70000005. Rounding to six digits restores the intended number.
         self.pooling.config = replace(self.config, p=float(f"{self.pooling.p.item():.6g}"))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Standardize (B, 3, H, W) RGB, uint8 or float in 0..1, with `mean` and `std`, in the dtype of `mean`."""
+        """Standardize RGB images (B, 3, H, W), uint8 or float in 0..1, with `mean` and `std`, in their dtype."""
         images = images.to(self.mean.dtype) / (255 if images.dtype == torch.uint8 else 1)
         return (images - self.mean) / self.std
 
     def single_scale_descriptors(self, x: Tensor) -> Tensor:
-        """Compute descriptors at one scale, before L2 normalization: (B, 3, H, W) standardized -> (B, D)."""
+        """Compute descriptors (B, D) of standardized images (B, 3, H, W) at one scale, without L2 normalization."""
         return self._pool(self.backbone(x))
 
     def _pool(self, feature_map: Tensor) -> Tensor:
@@ -127,7 +138,7 @@ class RetrievalNetwork(nn.Module):
         return self.whitening(F.normalize(pooled) if self.config.l2_before_whitening else pooled)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the descriptors of a batch of images; small images are enlarged first, see `min_side`.
+        """Compute the descriptors of a batch of images. Small images are enlarged first; see `min_side`.
 
         Args:
             images: (B, 3, H, W) RGB, uint8 or float in 0..1.
@@ -138,13 +149,17 @@ class RetrievalNetwork(nn.Module):
         return self.descriptors(self.feature_maps(images))
 
     def feature_maps(self, images: Tensor) -> Iterator[Tensor]:
-        """Compute one feature map (B, C, h, w) per scale, lazily, from images in the format of `forward`."""
+        """Return an iterator that computes the feature maps (B, C, h, w) of images, one per scale.
+
+        Args:
+            images: (B, 3, H, W), as for `forward`.
+        """
         images = self._enlarge(images)
         x = images if self.config.opencv_resize else self.normalize(images)
         return (self.backbone(self._at_scale(x, scale)) for scale in self.scales)
 
     def descriptors(self, feature_maps: Iterable[Tensor]) -> Tensor:
-        """Pool, whiten and combine one map (B, C, h, w) per scale into (B, D) float32, unit norm."""
+        """Compute descriptors (B, D) float32, unit norm, from one feature map (B, C, h, w) per scale."""
         return self._combine([at_least_float32(self._pool(x)) for x in feature_maps])
 
     def _combine(self, vectors: list[Tensor]) -> Tensor:
@@ -155,21 +170,29 @@ class RetrievalNetwork(nn.Module):
         return F.normalize(combined)
 
     def shares_feature_maps(self, pooling: PoolingConfig) -> bool:
-        """Return whether a network with these settings computes the same feature maps (ReLUP is in the backbone)."""
+        """Return True if a network with these pooling settings would compute the same feature maps.
+
+        Feature maps depend on ReLUP, which is in the backbone, and on the method of resizing.
+        """
         return _backbone_settings(self._resolve_relup(pooling)) == _backbone_settings(self.config)
 
     def variant(self, pooling: PoolingConfig) -> RetrievalNetwork:
-        """Return a network with other pooling settings that shares this one's weights and p.
+        """Return a network with other pooling settings that shares the weights, including p, with this network.
 
         Raises:
-            InputError: `pooling` requires different feature maps.
+            InputError: the settings require different feature maps.
         """
         if not self.shares_feature_maps(pooling):
             raise InputError("variant: these settings require other feature maps (ReLUP, resizing); use load_model")
         return self.with_backbone(self.backbone, replace(self._resolve_relup(pooling), p=self.config.p))
 
     def with_backbone(self, backbone: Backbone, pooling: PoolingConfig) -> RetrievalNetwork:
-        """Return a network with another backbone of the same kind that shares everything else with this network."""
+        """Return a network with another backbone and pooling settings that shares everything else with this network.
+
+        Args:
+            backbone: backbone of the same architecture.
+            pooling: settings of the pooling and of ReLUP.
+        """
         network = RetrievalNetwork(backbone, pooling, None, self.scales, self.antialias)
         network.whitening, network.dim, network.pooling.p = self.whitening, self.dim, self.pooling.p
         network.mean, network.std = self.mean, self.std
@@ -179,7 +202,7 @@ class RetrievalNetwork(nn.Module):
         return network.train(self.training)
 
     def _resolve_relup(self, pooling: PoolingConfig) -> PoolingConfig:
-        """Replace ReLUP "auto" by "on" or "off"."""
+        """Replace the ReLUP mode "auto" by "on" if the backbone supports ReLUP, else by "off"."""
         if pooling.relup != "auto":
             return pooling
         return replace(pooling, relup="on" if has_relup(self.backbone.net) else "off")
@@ -190,10 +213,11 @@ class RetrievalNetwork(nn.Module):
         return resize(x, scale, self.antialias)
 
     def min_side(self) -> int:
-        """Return the shorter image side, in pixels, below which `forward` first enlarges the image.
+        """Return the smallest supported image side in pixels. `forward` enlarges an image with a shorter side to it.
 
-        Regional-GeM's reflect padding needs 3 cells at the smallest scale (ResNet: 92 px at three scales, 130 at five,
-        65 at one), where the reference crashes; without Regional-GeM one cell is enough.
+        The reflect padding of Regional-GeM needs a feature map of 3 x 3 cells at the smallest scale. For a ResNet, this
+        takes images of 65 px at one scale, 92 px at three scales and 130 px at five scales. The reference fails for
+        smaller images. Without Regional-GeM, a feature map of one cell is enough.
         """
         required = self.backbone.min_side(self.pooling.min_cells)
         smallest = min(self.scales)
@@ -215,7 +239,7 @@ class RetrievalNetwork(nn.Module):
         return (enlarged * 255).round().to(torch.uint8) if self.config.opencv_resize else enlarged
 
     def identity(self) -> dict[str, Any]:
-        """Return everything about the network that affects a descriptor, as plain types for a fingerprint."""
+        """Return a dict of everything about the network that affects a descriptor, as plain types for a fingerprint."""
         return {
             "descriptor_version": DESCRIPTOR_VERSION,
             "weights": weights_digest(self.state_dict()),
@@ -232,20 +256,20 @@ class RetrievalNetwork(nn.Module):
 
 
 def forward_variants(networks: Sequence[RetrievalNetwork], images: Tensor) -> list[Tensor]:
-    """Compute the descriptors of the same images by several variants of one network.
+    """Compute the descriptors of the same images with several variants of one network.
 
-    Each feature map and each different pooling is computed once.
+    Variants with equal intermediate results share them, so each feature map and each pooled map is computed only once.
 
     Args:
         networks: networks that share weights, scales and ReLUP (see `RetrievalNetwork.variant`).
         images: (B, 3, H, W) RGB, uint8 or float in 0..1.
 
     Returns:
-        For each network the result of its `forward`: (B, D) float32, unit norm.
+        The result of `forward` for each network: (B, D) float32, unit norm.
     """
     descriptors: list[Tensor] = [images] * len(networks)
     side = min(images.shape[-2:])
-    # A small image is enlarged only for variants with Regional-GeM, so other variants do not share its feature maps.
+    # Variants share feature maps only if they enlarge small images to the same size, which depends on Regional-GeM.
     for min_side in {max(side, network.min_side()) for network in networks}:
         group = [i for i, network in enumerate(networks) if max(side, network.min_side()) == min_side]
         vectors: dict[int, list[Tensor]] = {i: [] for i in group}
@@ -262,12 +286,15 @@ def forward_variants(networks: Sequence[RetrievalNetwork], images: Tensor) -> li
 
 
 def _backbone_settings(pooling: PoolingConfig) -> tuple[Any, ...]:
-    """Return the pooling settings that affect feature maps."""
+    """Return a tuple of the pooling settings that affect feature maps."""
     return pooling.relup, pooling.relup_alpha if pooling.relup != "off" else None, pooling.opencv_resize
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
-    """Return the SHA-256 of a state dict's names, shapes, dtypes and bytes, independent of the file format."""
+    """Return the SHA-256 digest, in hexadecimal, of the names, shapes, dtypes and values of a state dict.
+
+    The digest does not depend on the format of the weights file.
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -277,7 +304,7 @@ def weights_digest(state: dict[str, Tensor]) -> str:
 
 
 def resize(x: Tensor, scale: float, antialias: bool = False) -> Tensor:
-    """Resize (B, C, H, W) bilinearly to int(H * scale) x int(W * scale), truncated as in the reference."""
+    """Resize a batch (B, C, H, W) bilinearly to int(H * scale) x int(W * scale); the reference truncates, too."""
     if scale == 1.0:
         return x
     return _interpolate(x, int(x.shape[-2] * scale), int(x.shape[-1] * scale), antialias)
@@ -288,7 +315,10 @@ def _interpolate(x: Tensor, height: int, width: int, antialias: bool) -> Tensor:
 
 
 def _opencv_resize(images: Tensor, scale: float) -> Tensor:
-    """Resize uint8 images with OpenCV as CVNet does (test/dataset.py): by area below scale 1, linearly above."""
+    """Resize images (B, 3, H, W) uint8 with OpenCV, as in CVNet (test/dataset.py).
+
+    Scales below 1 use area interpolation, scales above 1 bilinear interpolation.
+    """
     if images.dtype != torch.uint8:
         raise InputError(f"pooling.opencv_resize=true: images are {images.dtype}, expected (B, 3, H, W) uint8")
     if scale == 1.0:
