@@ -1,1 +1,1 @@
-"""Networks that turn images into descriptors. These modules import neither Lightning nor Hydra."""
+"""Networks that compute descriptors of images. These modules import neither Lightning nor Hydra."""

