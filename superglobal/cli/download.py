@@ -27,28 +27,42 @@ def _parser() -> argparse.ArgumentParser:
     names = f"data sets and weights to download: {', '.join(SOURCE_NAMES)}"
     parser.add_argument("names", nargs="*", metavar="NAME", type=_name, help=names)
     parser.add_argument(
-        "--data", type=Path, default=Path("data"), help="folder of all data sets (paths.data); data by default"
+        "--data",
+        type=Path,
+        default=Path("data"),
+        help="folder that contains all data sets, as in the setting paths.data (default: data)",
     )
     parser.add_argument(
-        "--list", action="store_true", help="list everything that can be downloaded, the sizes, and what is present"
+        "--list",
+        action="store_true",
+        help="list everything that can be downloaded, its size, and what has been downloaded already",
     )
-    parser.add_argument("--jobs", type=int, default=4, help="number of archives downloaded at the same time (4)")
+    parser.add_argument(
+        "--jobs", type=int, default=4, help="number of archives to download at the same time (default: 4)"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the archives after unpacking them")
     parser.add_argument(
         "--packed", action="store_true", help="do not unpack GLDv2's archives; train.py data.tars=FOLDER reads them"
     )
     parser.add_argument(
-        "--timeout", type=float, default=60, help="seconds to wait for a server that sends no data (60)"
+        "--timeout",
+        type=float,
+        default=60,
+        help="seconds to wait for a server that sends no data (default: 60)",
     )
     parser.add_argument(
-        "--tries", type=int, default=5, help="attempts without any new data before the next mirror is used (5)"
+        "--tries",
+        type=int,
+        default=5,
+        help="number of attempts without any new data after which the next mirror is used (default: 5)",
     )
     parser.add_argument(
         "--base-url",
         action="append",
         default=[],
         metavar="URL",
-        help="mirror: download https://host/path from URL/host/path; if given several times, mirrors are tried in turn",
+        help="mirror to use: https://host/path is downloaded from URL/host/path. Repeat the option to give several "
+        "mirrors, which are tried in turn",
     )
     return parser
 
@@ -90,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
     if not args.names:
         parser.error(f"no NAME was given: expected one or more of {', '.join(SOURCE_NAMES)}; --list describes them")
     if args.jobs < 1 or args.tries < 1 or not args.timeout > 0:
-        parser.error("invalid number: expected --jobs and --tries of at least 1 and --timeout above 0")
+        parser.error("invalid number: expected --jobs and --tries to be at least 1, and --timeout to be above 0")
     signal.signal(signal.SIGINT, _exit_on_interrupt)
     from superglobal.download.fetch import DownloadOptions
     from superglobal.download.sources import download_source

@@ -17,10 +17,11 @@ _EXPORT = """Export a network to ONNX or torch.export.
 
 Example: superglobal export WEIGHTS FILE.onnx
 
-The exported model takes images as (B, 3, H, W) float32 RGB in 0..1 and returns (B, D) descriptors of unit norm. It
-includes the normalization of the pixels and all scales. The metadata of the file describes inputs and outputs. Without
---size the model accepts any image size, and without --batch any batch size. The command compares the exported model
-with the network on images of several sizes, and writes the file only if they agree within --tolerance.
+The input of the exported model is a batch of RGB images, (B, 3, H, W) float32 from 0 to 1. The output is (B, D)
+descriptors of unit norm. The model includes the normalization of the pixels and the extraction at all scales. The
+metadata of the file describes the input and the output. Without --size, the model accepts any image size, and without
+--batch any batch size. The command compares the exported model with the network on images of several sizes, and writes
+the file only if their descriptors agree within --tolerance.
 """
 _SHARE = """Write a model folder that others can load with one line of code.
 
@@ -86,7 +87,8 @@ def export(arguments: Sequence[str]) -> int:
         "--tolerance",
         type=float,
         default=1e-4,
-        help="largest allowed difference between components of the descriptors of both models (1e-4)",
+        help="maximum difference between the descriptor components of the network and of the exported model "
+        "(default: 1e-4)",
     )
     args = parser.parse_args(arguments)
     from superglobal.models.export import export_network
@@ -143,10 +145,14 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "weights", help="weights of the network, as for eval.py: a path, hf:owner/name, timm, package or random"
     )
-    parser.add_argument("--backbone", help="name of the backbone in timm, needed if the weights do not contain it")
-    parser.add_argument("--pooling", help="pooling: gem, superglobal or cvnet_global; by default, that of the weights")
+    parser.add_argument("--backbone", help="timm name of the backbone; needed if the weights do not contain it")
     parser.add_argument(
-        "--scales", help="1, 3, 5 or a list such as 0.7071,1.0; by default, those of the weights, or 3 scales"
+        "--pooling", help="pooling: gem, superglobal or cvnet_global; by default, the pooling that the weights contain"
+    )
+    parser.add_argument(
+        "--scales",
+        help="number of scales (1, 3 or 5), or a list of scale factors such as 0.7071,1.0; by default, the scales that "
+        "the weights contain, or else 3 scales",
     )
 
 

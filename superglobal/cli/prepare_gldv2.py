@@ -38,14 +38,16 @@ def main(arguments: Sequence[str]) -> int:
         "--root",
         type=Path,
         default=Path("data/gldv2"),
-        help="folder that contains the training list and train/; data/gldv2 by default",
+        help="folder that contains the training list and the images in train/ (default: data/gldv2)",
     )
     parser.add_argument(
         "--table",
         default="train_clean.csv",
         help="training list: train_clean.csv (default), or train.csv for data=gldv2 and data=gldv2x",
     )
-    parser.add_argument("--tars", type=Path, help="folder of images_000.tar, ..., read instead of train/")
+    parser.add_argument(
+        "--tars", type=Path, help="folder of the tar files images_000.tar, ..., which are read instead of train/"
+    )
     parser.add_argument("--workers", type=int, help="number of processes; by default, one per CPU core")
     parser.add_argument(
         "--decode", action="store_true", help="decode every image completely, which also finds damage inside files"

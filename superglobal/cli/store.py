@@ -26,7 +26,9 @@ def _parser() -> argparse.ArgumentParser:
         "verify", help="check that all rows are finite and of unit norm, and check the list of images and the checksums"
     )
     verify.add_argument(
-        "--record", action="store_true", help="write the checksums of the files, which later calls compare"
+        "--record",
+        action="store_true",
+        help="record the checksums of the files, so that later calls of verify can compare them",
     )
     export = commands.add_parser("export", help="write all descriptors to one file")
     for command in (info, verify, export):

@@ -28,15 +28,15 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "superglobal toy-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=list(SIZES), default="small", help="size of the data set; small by default")
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="size of the data set (default: small)")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("data/toy"),
-        help="folder to write, data/toy by default; a complete data set in it is kept",
+        help="folder to write to (default: data/toy); if it contains the complete data set, nothing is rendered",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the landmarks; each seed gives different landmarks (0)"
+        "--seed", type=int, default=0, help="seed of the landmarks; each seed gives different landmarks (default: 0)"
     )
     parser.add_argument("--workers", type=int, help="number of processes; by default, one per CPU core")
     parser.add_argument("--sheet", type=Path, help="JPEG file to write a contact sheet to")

@@ -35,14 +35,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--order",
         choices=("worst", "improved", "worsened", "given"),
-        help="which queries sheets and activation show: those with the lowest score (worst), those that reranking "
-        "improved or worsened most, or those at the start of the list (given); by default, worst and improved",
+        help="queries to show in sheets and activation: those with the lowest score (worst), those that reranking "
+        "improved or worsened most (improved, worsened), or the first ones of the list (given); by default, worst and "
+        "improved",
     )
     parser.add_argument(
         "--queries", type=int, help="number of queries to show; by default, 24 in sheets and 2 in activation"
     )
     parser.add_argument(
-        "--numbers", type=int, nargs="+", default=[], help="show exactly these queries (column number of rankings.csv)"
+        "--numbers",
+        type=int,
+        nargs="+",
+        default=[],
+        help="show exactly these queries, given by the column `number` of rankings.csv",
     )
     parser.add_argument(
         "--ranks", type=int, help="number of results per query; by default, 10 in sheets and 4 in activation"
@@ -54,8 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         dest="method",
         help="projection of the map: pca (default), or tsne, which needs scikit-learn",
     )
-    parser.add_argument("--images", type=int, default=1000, help="maximum number of images on the map (1000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random choice of images and of t-SNE (0)")
+    parser.add_argument("--images", type=int, default=1000, help="maximum number of images on the map (default: 1000)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed for t-SNE and for the random choice of images (default: 0)"
+    )
     return parser
 
 
