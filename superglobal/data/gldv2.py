@@ -183,7 +183,7 @@ def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v
     try:
         index = read_ids(path)
     except FileNotFoundError as error:
-        raise InputError(f"list of the index not found: {path}\n{hint}") from error
+        raise InputError(f"list of the index images not found: {path}\n{hint}") from error
     relevant = _rows_in(path, index, truth)
     clusters = [truth.ids[i].decode() for i in query_landmarks(truth.truth)]
     return EvaluationSet(
@@ -236,7 +236,8 @@ def recognition_set(
     known = set(images.landmarks.tolist())
     unknown = sum(len(shown) > 0 and known.isdisjoint(shown.tolist()) for shown in truth.truth)
     if unknown:
-        log.warning("%d test images show landmarks that %s lacks; they count as not recognized", unknown, table)
+        text = "%d test images show landmarks that %s lacks; they cannot be recognized and count as errors"
+        log.warning(text, unknown, table)
     return EvaluationSet(
         name=name,
         queries=tree_items(root / "test", truth.ids),
@@ -279,8 +280,8 @@ def validation_set(
     train = read_train(root, table)
     if landmarks >= len(train.landmarks):
         raise InputError(
-            f"dataset.landmarks={landmarks}: {root / table} has {len(train.landmarks)} landmarks with two images or "
-            "more, and training needs some of them"
+            f"dataset.landmarks={landmarks}: expected fewer than the {len(train.landmarks)} landmarks with two or more "
+            f"images in {root / table}, because training needs some of them"
         )
     images = split_landmarks(train, landmarks / len(train.landmarks), seed)[1]
     is_query = _draw_queries(images, seed)
@@ -309,7 +310,9 @@ def _solution(root: Path, task: Task, solution: str, hint: str) -> Solution:
     version = root / f"{task}_solution_{solution}.csv"
     path = version if "/" not in solution and not solution.endswith(".csv") else Path(solution)
     if not path.is_file():
-        raise InputError(f"solution not found: {path} (dataset.solution={solution}: a version or a path)\n{hint}")
+        raise InputError(
+            f"solution not found: {path} (dataset.solution={solution}: expected a version or a path)\n{hint}"
+        )
     return read_solution(path, task)
 
 

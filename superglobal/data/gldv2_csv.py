@@ -40,7 +40,7 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
         columns = _column_names(path)
         clean = {"landmark_id", "images"} <= columns  # Each row has a landmark and all its images.
         if not clean and not {"landmark_id", "id"} <= columns:
-            expected = "landmark_id with images (clean list) or id (full list)"
+            expected = "landmark_id and either images (clean list) or id (full list)"
             raise InputError(f"{path}: columns {sorted(columns)}, expected {expected}")
         numbers, texts = _read_columns(path, ["landmark_id", "images" if clean else "id"])
         if not pc.all(pc.match_substring_regex(numbers, "^[0-9]{1,18}$"), min_count=0).as_py():

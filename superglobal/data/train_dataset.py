@@ -240,7 +240,8 @@ class CorruptImageList:
             raise InputError(f"{self.file}: cannot be written ({error}); free space") from error
         if new and not listed:
             location, reason = next(iter(new.items()))
-            log.warning("replaced a corrupt image: %s: %s; all are listed in %s", location, reason, self.file)
+            text = "replaced a corrupt image: %s: %s; all replaced images are listed in %s"
+            log.warning(text, location, reason, self.file)
         where = f"; they are listed in {self.file}, remove it after repairing them"
         require_budget(len(listed) + len(new), self.total, self.budget, where)
 
@@ -291,7 +292,7 @@ def check_training_images(
     command = prepare_command(root, table, tars)
     if tars is not None or index_path(root, table).exists():
         index = load_index(root, table, tars)
-        where = f", by {index_path(root, table)} (after repairing them, update it: {command})"
+        where = f", according to {index_path(root, table)} (after repairing them, update it: {command})"
         corrupt = [index.corrupt_among(images.ids) for images in lists]
         contents = [index.codes_of(images.ids) for images in lists]
     else:
