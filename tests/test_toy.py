@@ -264,10 +264,10 @@ def test_errors_name_the_folder_and_a_fix(tmp_path, micro):
         toy.make_toy(tmp_path / "set", "tiny", SEED)
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "toy.unfinished.json").write_text('{"version": 2, "size": "large", "seed": 0}')
-    with pytest.raises(InputError, match="contains a different one"):
+    with pytest.raises(InputError, match="contains a different toy data set"):
         toy.make_toy(tmp_path / "begun", "micro", 0)
     (tmp_path / "begun" / "toy.unfinished.json").write_text("[]")
-    with pytest.raises(InputError, match="contains a different one"):
+    with pytest.raises(InputError, match="contains a different toy data set"):
         toy.make_toy(tmp_path / "begun", "micro", 0)
     (tmp_path / "begun" / "toy.unfinished.json").write_text("{")
     with pytest.raises(InputError, match="cannot read"):

@@ -14,7 +14,7 @@ from superglobal.toy.texture import Texture
 
 
 class Builder:
-    """Constructs one building from boxes, roofs, towers, columns and domes.
+    """Builder that assembles one building from boxes, roofs, towers, columns and domes.
 
     Each method adds one element, or one whole building, to `solids`.
 

@@ -123,8 +123,8 @@ def _claim(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             for values in (found if isinstance(found, dict) else {}, identity)
         )
         raise InputError(
-            f"toy data set: {out} contains a different one ({there}): expected {wanted}; remove the folder, or choose "
-            "another one with --out"
+            f"toy data set: {out} contains a different toy data set ({there}): expected {wanted}; remove the folder, "
+            "or choose another one with --out"
         )
     return found if marker == _FINISHED else None
 
