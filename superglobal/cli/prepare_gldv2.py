@@ -1,4 +1,4 @@
-"""Check the images of GLDv2 and write the index file that training uses.
+"""Check the training images of GLDv2, and write an index of them that training runs use.
 
 Example: superglobal prepare-gldv2 --root data/gldv2
 """

@@ -2,9 +2,10 @@
 
 Example: superglobal score-gldv2 retrieval_solution_v2.1.csv submission.csv
 
-The solution file determines the task. A retrieval submission is a CSV file with the columns id and images (up to 100
-image ids, best first, separated by spaces). A recognition submission has the columns id and landmarks (a landmark id, a
-space and a score). Evaluations on GLDv2 write such files.
+The solution file contains the ground truth and determines the task, retrieval or recognition. A retrieval submission is
+a CSV file with the columns id and images (up to 100 image ids, best first, separated by spaces). A recognition
+submission has the columns id and landmarks (a landmark id, a space and a score). Evaluations on GLDv2 write submission
+files.
 """
 
 from __future__ import annotations

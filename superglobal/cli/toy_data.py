@@ -1,4 +1,4 @@
-"""Render a small data set of toy landmarks.
+"""Render a small data set of synthetic landmark images, on which every other command can be tried.
 
 Example: superglobal toy-data --size small --out data/toy
 """

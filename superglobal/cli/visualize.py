@@ -1,15 +1,16 @@
-"""Draw figures of one result.
+"""Draw figures of the results of one evaluation.
 
 Example: superglobal visualize outputs/eval/roxford5k/... sheets curves
 
-FOLDER is the results folder that an evaluation printed. The figures and an index.html are written to FOLDER/figures.
-They are drawn from the stored results and descriptors. Only `activation` runs the network, on the images that it shows.
+FOLDER is the results folder, whose path the evaluation printed. The figures are written to FOLDER/figures, with a web
+page, index.html, that shows all of them. They are drawn from the stored results and descriptors. Only `activation` runs
+the network, on the images that it shows.
 
 Kinds of figures:
-  sheets        ranked results before and after reranking, side by side, of the worst and the most improved queries
-  activation    heat maps of the regions of a query and of its results that make them similar
+  sheets        ranked results of the worst and the most improved queries, before and after reranking, side by side
+  activation    heat maps of the image regions that make a query and its results similar
   curves        precision-recall curves for each protocol
-  similarities  distributions of the similarity of positive and of negative pairs
+  similarities  distributions of the similarities of positive pairs and of negative pairs
   map           descriptors projected onto a plane, colored by landmark
 """
 
