@@ -1,4 +1,4 @@
-"""Datasets, data loaders and Lightning data modules for extraction, validation and training."""
+"""Define the PyTorch datasets, data loaders and Lightning data modules for extraction, validation and training."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class ExtractionDataModule(pl.LightningDataModule):
         self.decoded_on_cpu = 0
 
     def predict_dataloader(self) -> DataLoader:
-        """Return the loader of all batches."""
+        """Return the data loader that yields all batches, each as a list of `LoadedBatch` and `EncodedBatch`."""
         assert self.trainer is not None
         return ImageLoader(
             self.images,

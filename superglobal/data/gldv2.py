@@ -70,6 +70,7 @@ class TrainList:
         return digest.hexdigest()
 
     def _source(self) -> ImageSource:
+        """Return the source of the image files, by default the folder tree."""
         return self.source or ImageTree(self.root)
 
 

@@ -73,7 +73,7 @@ def read_ids(path: Path) -> np.ndarray:
 
 
 def read_landmark_ids(path: str | Path) -> np.ndarray:
-    """Read landmark ids from a text file, one per line; blank lines and comments after # are ignored.
+    """Read landmark ids from a text file with one id per line. Blank lines and comments after # are ignored.
 
     Returns:
         Sorted unique ids, (n,) int64.

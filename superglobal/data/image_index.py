@@ -108,6 +108,7 @@ class ImageTars:
         return f"{self.folder / (self.names[tar] if tar >= 0 else 'images_*.tar')}:{tree_path(image)}"
 
     def _row(self, image: bytes) -> int:
+        """Return the row of the image with the id `image`, which must be one of `ids`."""
         return int(np.searchsorted(self.ids, np.array(image, "S16")))
 
     def __getstate__(self) -> dict[str, object]:

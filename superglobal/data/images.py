@@ -24,9 +24,10 @@ from PIL import Image
 from superglobal.errors import InputError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_PIXELS = 500_000_000
+MAX_PIXELS = 500_000_000  # maximum number of pixels of an image
 
 Box = tuple[float, float, float, float]
+"""Crop (x1, y1, x2, y2) in pixels."""
 
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
 _SAME_AS_CV2 = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF"}

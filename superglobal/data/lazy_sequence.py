@@ -50,12 +50,12 @@ def tree_items(root: Path, ids: np.ndarray) -> LazySequence[ImageItem]:
 
 
 def chain_sequences(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
-    """Return the concatenation of two sequences without copying them."""
+    """Return the concatenation of two sequences, without copying their elements."""
     return LazySequence(len(first) + len(second), partial(_chained_item, first, second)) if len(second) else first
 
 
 def file_names(items: Sequence[ImageItem], root: Path) -> LazySequence[str]:
-    """Return the path of each image relative to `root`, or its full path if it is not inside `root`."""
+    """Return the path of each image relative to `root`. An image that is not inside `root` keeps its full path."""
     return LazySequence(len(items), partial(_file_name, items, root))
 
 

@@ -115,7 +115,11 @@ def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> Evalu
 
 
 def query_landmarks(truth: GroundTruth) -> list[str]:
-    """Return the landmark of each query, named after its first query (see `group_by_landmark`)."""
+    """Find out which landmark each query shows, from the overlap of the positives (see `group_by_landmark`).
+
+    Returns:
+        For each query, the name of the first query that shows the same landmark.
+    """
     return [truth.qimlist[i] for i in group_by_landmark([{*entry["easy"], *entry["hard"]} for entry in truth.gnd])]
 
 

@@ -35,7 +35,7 @@ def overview(data: Path) -> str:
 
 
 def _status(source: Source, root: Path) -> str:
-    """Describe which files and archives of a source exist in its folder `root`."""
+    """Return a description of which files and archives of a source exist in its folder `root`."""
     files = sum((root / file.path).is_file() for file in source.files)
     archives = [root / archive.path for archive in source.archives]
     unpacked = sum(extracted_record(archive).is_file() for archive in archives)

@@ -194,7 +194,7 @@ def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Re
 
 
 def _new_state(url: str, response: requests.Response) -> dict[str, Any]:
-    """Return what identifies the version of the file in a response, to be stored next to the partial download.
+    """Return the data that identify the version of the file in a response, to be stored next to the partial download.
 
     Returns:
         "url"; "length", the size in bytes or None if it is unknown; and "validator", the ETag or date for the If-Range
@@ -228,7 +228,7 @@ def _state_path(target: Path) -> Path:
 
 
 def _reason(error: requests.RequestException) -> str:
-    """Describe a failed request for an error message."""
+    """Return a description of why a request failed, for error messages."""
     if error.response is not None:
         return f"status {error.response.status_code} ({error.response.reason}), expected 200"
     if isinstance(error, requests.Timeout) or "Read timed out" in str(error):

@@ -1,4 +1,4 @@
-"""Render the toy data set: images of landmarks in the layouts of the official data sets, and a contact sheet."""
+"""Render the toy data set: synthetic images of landmarks, in the file layouts of the official data sets."""
 
 from superglobal.toy.make import VERSION, make_toy
 from superglobal.toy.plan import SIZES

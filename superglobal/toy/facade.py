@@ -56,7 +56,7 @@ FORMS = ("palace", "church", "basilica", "tower", "townhall", "temple", "fort", 
 
 
 def draw_style(rng: RandomStream) -> Style:
-    """Return a random style."""
+    """Return a random architectural style."""
     wall = rng.tint(rng.choice(WALLS), 14)
     light = rng.chance(0.7)
     trim = (min(250.0, wall[0] + 30), min(248.0, wall[1] + 32), min(240.0, wall[2] + 34))
@@ -352,7 +352,7 @@ def _ornament(canvas: Canvas, style: Style, layout: Layout) -> None:
 
 
 def _cornice(canvas: Canvas, style: Style) -> None:
-    """Draw the cornice along the top of the wall."""
+    """Draw a cornice along the top of the wall, with a row of small brackets below it."""
     top, deep = canvas.height, style.cornice
     canvas.band(0, canvas.width, top - deep, top, style.trim, deep * 0.8)
     canvas.band(0, canvas.width, top - deep - 0.3, top - deep, darker(style.trim, 0.85), deep * 0.3)

@@ -103,7 +103,7 @@ def cross(a: Vector, b: Vector) -> Vector:
 
 
 def unit(a: Vector) -> Vector:
-    """Return the vector scaled to length 1."""
+    """Return a vector scaled to length 1."""
     length = math.sqrt(dot(a, a))
     return a[0] / length, a[1] / length, a[2] / length
 

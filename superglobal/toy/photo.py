@@ -71,11 +71,11 @@ class Photo:
 
     @property
     def scale(self) -> float:
-        """Pixels per meter at the distance of the landmark."""
+        """Scale of the landmark in the image, in pixels per meter."""
         return self.focal / self.distance
 
     def row(self) -> list[str]:
-        """Return the values as strings, in the order of `COLUMNS`."""
+        """Return the values of the row as strings, in the order of `COLUMNS`."""
         return [str(value) for value in asdict(self).values()]
 
 

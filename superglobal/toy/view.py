@@ -174,9 +174,8 @@ def draw_view(rng: RandomStream, landmark: Landmark, side: int, purpose: str) ->
     fill = rng.uniform(0.8, 1.05) if is_query else rng.uniform(0.85, 1.25)
     if not is_query:
         fill = rng.choice((fill, fill, fill, fill, fill, rng.uniform(0.4, 0.65), rng.uniform(1.3, 2.2)))
-    fit = min(
-        width / landmark.width, height / landmark.height
-    )  # pixels per meter at which the landmark fills the image
+    # Number of pixels per meter at which the landmark fills the image.
+    fit = min(width / landmark.width, height / landmark.height)
     focal = round(fill * fit * distance, 3)
     lift = rng.choice((1.7, 1.7, 1.7, rng.uniform(2, 9)))
     eye = (distance * sine(yaw), landmark.depth * 0.3 - distance * cosine(yaw), lift)

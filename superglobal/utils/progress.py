@@ -1,4 +1,4 @@
-"""Print the progress of a long command."""
+"""Print the progress of commands that process many images."""
 
 from __future__ import annotations
 

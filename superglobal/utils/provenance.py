@@ -1,4 +1,4 @@
-"""Record the versions of the code and of the packages that results depend on."""
+"""Determine the versions of the code and of the packages that results depend on."""
 
 from __future__ import annotations
 
