@@ -272,6 +272,7 @@ def _parse_ground_truth(ground_truth: Any, protocols: Mapping[str, Protocol]) ->
 
 
 def _as_ids(values: Any, query: int, name: str) -> np.ndarray:
+    """Convert the ids of a query's set `name` to an array (n,) int64. Raises InputError unless they are integers."""
     array = flat_array(values, f"ground truth of query {query}: {name}")
     if array.size and array.dtype.kind not in "iu":
         raise InputError(f"ground truth of query {query}: {name} contains {array.dtype}, expected integer ids")

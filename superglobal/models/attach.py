@@ -30,6 +30,7 @@ class AttachedPooling(nn.Module):
         self._ndim: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pool a feature map (B, C, H, W) to (B, C) or (B, C, 1, 1), like the original layer."""
         if not self.pooling.config.gem_plus:
             return self.original(self.pooling.regional(x))
         if self._ndim is None:
@@ -121,6 +122,7 @@ def attach(
 
 
 def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequence[float], antialias: bool) -> None:
+    """Make `forward` resize the batch to each scale and combine the resulting vectors."""
     network = attachment.network
     single_scale = network.forward
 
@@ -136,6 +138,7 @@ def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequen
 
 
 def _attach_relup(attachment: Attachment, alpha: float) -> None:
+    """Replace activations of the network's ResNet by ReLUP. Raises InputError without exactly one suitable ResNet."""
     resnets = [(n, m) for n, m in attachment.network.named_modules() if isinstance(m, TimmResNet | TorchvisionResNet)]
     if len(resnets) != 1:
         raise InputError(f"ReLUP needs exactly one timm or torchvision ResNet, found {len(resnets)}; set relup=off")

@@ -60,6 +60,7 @@ class Backbone(nn.Module):
         self.std: tuple[float, ...] = tuple(data["std"])
 
     def _creation_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `timm.create_model` that make the model accept images of any size."""
         with torch.device("meta"):
             cls = type(timm.create_model(self.name, num_classes=0))
         accepted = inspect.signature(cls.__init__).parameters
@@ -69,6 +70,7 @@ class Backbone(nn.Module):
         return {"strict_img_size": False} if "strict_img_size" in accepted else {}
 
     def _create(self, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
+        """Create the timm model, with pretrained or random weights."""
         if not pretrained:
             return timm.create_model(self.name, num_classes=0, **kwargs)
         try:
@@ -112,6 +114,7 @@ class Backbone(nn.Module):
         self._rounds_up = shape[-1] >= 3
 
     def _map(self, net: Any, x: Tensor) -> Tensor:
+        """Compute the feature map (B, C, h, w) of images (B, 3, H, W) with the model `net`."""
         pad_h, pad_w = (-x.shape[-2] % self.multiple, -x.shape[-1] % self.multiple)
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))

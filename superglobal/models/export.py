@@ -160,6 +160,7 @@ class _Graph(nn.Module):
         return self.network.descriptors(self.network.backbone(self._resize(x, factor)) for factor in self.factors)
 
     def _resize(self, x: Tensor, factor: Fraction) -> Tensor:
+        """Resize standardized images (B, 3, H, W) by a scale factor."""
         if factor == 1:
             return x
         # In integers, the product is exact. ONNX would multiply in float32, and for some sizes and scales the result
@@ -222,6 +223,7 @@ def _fraction(scale: float, sizes: InputSizes) -> Fraction:
 
 
 def _input_sizes(network: RetrievalNetwork, size: tuple[int, int] | None, batch: int | None) -> InputSizes:
+    """Return the input sizes that the file will support. Raises InputError if the network does not support them."""
     min_side = network.min_side()
     if batch is not None and batch < 1:
         raise InputError(f"export: batch={batch}: expected an integer >= 1")
@@ -244,6 +246,7 @@ def _input_sizes(network: RetrievalNetwork, size: tuple[int, int] | None, batch:
 
 
 def _metadata(network: RetrievalNetwork, sizes: InputSizes) -> str:
+    """Return the metadata of an exported file as JSON text: input, output, sizes and network."""
     sides = f"{sizes.min_side} to {sizes.max_side} px"
     sides += f", multiples of {sizes.multiple}" if sizes.multiple > 1 else ""
     metadata = {
@@ -257,6 +260,7 @@ def _metadata(network: RetrievalNetwork, sizes: InputSizes) -> str:
 
 
 def _trace(graph: nn.Module, sizes: InputSizes) -> Any:
+    """Trace the graph by `torch.export`, with dynamic batch and image sizes where these are free."""
     batch, height, width = sizes.comparison_shapes()[0]
     try:
         return torch.export.export(
@@ -272,6 +276,7 @@ def _trace(graph: nn.Module, sizes: InputSizes) -> Any:
 
 
 def _write_onnx(program: Any, sizes: InputSizes, path: Path, metadata: str) -> Callable[[Tensor], Tensor]:
+    """Write the traced program as an ONNX file, and return a function that runs the file on images."""
     import onnxruntime
 
     try:
@@ -301,11 +306,13 @@ def _name_dimensions(graph: Any, sizes: InputSizes) -> None:
 
 
 def _write_pt2(program: Any, sizes: InputSizes, path: Path, metadata: str) -> Callable[[Tensor], Tensor]:
+    """Write the traced program as a torch.export file, and return a function that runs the file on images."""
     torch.export.save(program, path, extra_files={f"{METADATA}.json": metadata})
     return torch.export.load(path).module()
 
 
 def _compare(network: RetrievalNetwork, run: Callable[[Tensor], Tensor], shape: tuple[int, int, int]) -> Comparison:
+    """Compare the descriptors of the network and of the function `run` on random images of the given shape."""
     batch, height, width = shape
     generator = torch.Generator().manual_seed(height * width)
     coarse, fine = (torch.rand(batch, 3, *size, generator=generator) for size in ((8, 8), (height, width)))

@@ -87,6 +87,7 @@ def load_model(
 
 
 def _read_source(weights: str) -> Weights | None:
+    """Read the weights that the setting `weights` names; return None for "timm" and "random"."""
     if weights == "package":
         return package_weights()
     if weights in ("timm", "random"):
@@ -96,6 +97,7 @@ def _read_source(weights: str) -> Weights | None:
 
 
 def _backbone_name(weights: str, source: Weights | None, requested: str | None) -> str:
+    """Return the name of the backbone, stored or requested. Raises InputError if these contradict each other."""
     stored = source.backbone if source is not None else None
     if stored is None and requested is None:
         raise InputError(f"weights={weights} does not include the architecture; give backbone=, for example resnet50")
@@ -105,6 +107,7 @@ def _backbone_name(weights: str, source: Weights | None, requested: str | None) 
 
 
 def _whitening_dim(weights: str, source: Weights | None, requested: int | None) -> int | None:
+    """Return the number of outputs of the whitening layer, stored or requested; None or 0 for no layer."""
     stored = source.dim if source is not None else None
     if stored is not None and requested is not None and requested != stored:
         raise InputError(
@@ -115,6 +118,7 @@ def _whitening_dim(weights: str, source: Weights | None, requested: int | None) 
 
 
 def _load(network: RetrievalNetwork, source: Weights, label: str) -> None:
+    """Load the weights into the network; `label` is the start of error messages."""
     if source.kind != "backbone":
         new_layer = network.whitening if source.dim is None else None
         new = {f"whitening.{name}": tensor for name, tensor in new_layer.state_dict().items()} if new_layer else {}

@@ -239,6 +239,7 @@ def model_card(
 
 
 def _card_settings(network: RetrievalNetwork) -> dict[str, Any]:
+    """Return the rows of the table of settings in the model card."""
     return {
         "backbone": network.backbone.name,
         "whitening": f"to {network.dim}" if network.whitening is not None else "none",
@@ -290,6 +291,7 @@ def _remove_paths(value: Any) -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """Read and validate `config.json` of a shared model."""
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError as error:

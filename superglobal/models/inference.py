@@ -141,6 +141,7 @@ def _find_pairs(backbone: Backbone, image: Tensor) -> dict[str, str]:
 
 
 def _fold(net: nn.Module, convolution: str, norm: str) -> None:
+    """Fold a batch norm into a convolution, both given by their dotted names, in place."""
     conv: Any = net.get_submodule(convolution)
     batch_norm: Any = net.get_submodule(norm)
     replace_module(net, convolution, fuse_conv_bn_eval(conv, batch_norm))

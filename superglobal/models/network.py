@@ -130,9 +130,11 @@ class RetrievalNetwork(nn.Module):
         return self._pool(self.backbone(x))
 
     def _pool(self, feature_map: Tensor) -> Tensor:
+        """Pool and whiten a feature map (B, C, h, w): (B, D)."""
         return self._whiten(self.pooling(feature_map))
 
     def _whiten(self, pooled: Tensor) -> Tensor:
+        """Apply the whitening layer, if there is one, to pooled vectors (B, C): (B, D)."""
         if self.whitening is None:
             return pooled
         return self.whitening(F.normalize(pooled) if self.config.l2_before_whitening else pooled)
@@ -163,6 +165,7 @@ class RetrievalNetwork(nn.Module):
         return self._combine([at_least_float32(self._pool(x)) for x in feature_maps])
 
     def _combine(self, vectors: list[Tensor]) -> Tensor:
+        """Combine the vectors of all scales, (B, D) each, and L2-normalize the result: (B, D)."""
         if self.config.scale:
             combined = scale_gem(vectors, self.config.scale_p)
         else:
@@ -208,6 +211,7 @@ class RetrievalNetwork(nn.Module):
         return replace(pooling, relup="on" if has_relup(self.backbone.net) else "off")
 
     def _at_scale(self, x: Tensor, scale: float) -> Tensor:
+        """Resize images to a scale, and standardize them if they are not standardized yet."""
         if self.config.opencv_resize:
             return self.normalize(_opencv_resize(x, scale))
         return resize(x, scale, self.antialias)
@@ -227,6 +231,7 @@ class RetrievalNetwork(nn.Module):
         return side
 
     def _enlarge(self, images: Tensor) -> Tensor:
+        """Enlarge images whose shorter side is less than `min_side`."""
         height, width = images.shape[-2:]
         min_side = self.min_side()
         if min(height, width) >= min_side:

@@ -86,16 +86,19 @@ class PoolingConfig:
 
 
 def _require_positive(name: str, value: float) -> None:
+    """Raise InputError unless the value is positive."""
     if not value > 0:
         raise InputError(f"{name}={value}: expected a positive number")
 
 
 def _require_window(name: str, value: int) -> None:
+    """Raise InputError unless the window size is odd and positive."""
     if value < 1 or value % 2 != 1:
         raise InputError(f"{name}={value}: expected an odd number >= 1")
 
 
 def _require_weight(name: str, value: float) -> None:
+    """Raise InputError unless the weight is in 0..1."""
     if not 0 <= value <= 1:
         raise InputError(f"{name}={value}: expected a number in 0..1")
 
@@ -378,6 +381,7 @@ class MapPooling(nn.Module):
         return regional_gem(x, c.regional_p, c.regional_window, c.regional_weight) if c.regional else x
 
     def forward(self, x: Tensor) -> Tensor:
+        """Pool a feature map (B, C, H, W) of any float dtype to (B, C) float32, or float64 for a float64 map."""
         c = self.config
         if x.is_cuda:
             # Convolutions return channels-last maps, but windowed and global means are faster in contiguous layout.

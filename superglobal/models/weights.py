@@ -226,6 +226,7 @@ def require_same_shapes(expected: Mapping[str, Tensor], state: Mapping[str, Tens
 
 
 def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: dict[str, Any]) -> Weights:
+    """Create `Weights` from the tensors of an export and its metadata `text`. Raises InputError if it is damaged."""
     try:
         metadata = json.loads(text)
         if metadata["format"] != FORMAT:
@@ -241,6 +242,7 @@ def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: 
 
 
 def _from_cvnet(path: Path, tensors: dict[str, Tensor], provenance: dict[str, Any]) -> Weights:
+    """Create `Weights` from the tensors of a CVNet checkpoint. Raises InputError for unknown or missing tensors."""
     prefix = next(p for p in _CVNET_PREFIXES if any(k.startswith(p) for k in tensors))
     ignored = tuple(sorted(k for k in tensors if k.startswith(_CVNET_RERANK)))
     state: dict[str, Tensor] = {}
@@ -334,6 +336,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a safetensors file."""
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -344,6 +347,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _shorten(names: list[str], max_names: int = 10) -> str:
+    """Return a text that lists at most `max_names` names and the number of the others."""
     more = f", ... ({len(names) - max_names} more)" if len(names) > max_names else ""
     return ", ".join(names[:max_names]) + more
 

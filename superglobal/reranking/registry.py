@@ -46,6 +46,7 @@ def get_reranker(name: str, label: str = "rerank.kind") -> Reranker:
 
 
 def _shortlist_reranker(name: str) -> Reranker:
+    """Return the reranker of this name. Raises InputError if it searches again instead of reordering a shortlist."""
     reranker = get_reranker(name, "method")
     if reranker.searches_again is not None:
         raise InputError(
@@ -174,6 +175,7 @@ def rerank_candidates(
 
 
 def _as_array(values: Any, name: str) -> np.ndarray | torch.Tensor:
+    """Convert nested lists to a float32 array; return arrays and tensors unchanged."""
     if isinstance(values, np.ndarray | torch.Tensor):
         return values
     try:

@@ -162,6 +162,7 @@ def with_defaults(config: IndexConfig, n_rows: int, dim: int) -> IndexConfig:
 
 
 def _lists(n_rows: int) -> int:
+    """Return the number of IVF lists for `n_rows` rows, according to FAISS's guidelines."""
     if n_rows <= 10**6:
         return round(4 * math.sqrt(n_rows))
     return 2**16 if n_rows <= 10**7 else 2**18 if n_rows <= 10**8 else 2**20
@@ -203,6 +204,7 @@ def memory(config: IndexConfig, n_rows: int, dim: int) -> tuple[int, int]:
 
 
 def _training_rows(config: IndexConfig, n_rows: int) -> int:
+    """Return the number of rows on which the index is trained."""
     minimum = _PQ_ROWS if config.kind == "ivf_pq" else 0
     return min(n_rows, max(_TRAINED_ROWS * (config.nlist or 0), minimum))
 

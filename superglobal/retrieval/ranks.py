@@ -286,6 +286,7 @@ class Counter:
         return np.divmod(flat[near].cpu().numpy(), mask.shape[1])
 
     def _count_pending(self) -> None:
+        """Compare the pairs that were scored in float64 with the targets, and count them."""
         if self._pending:
             query_of, scores, ids = (np.concatenate(column) for column in zip(*self._pending, strict=True))
             self._count(query_of, _count_beaten(self._targets, query_of, scores, ids))

@@ -74,6 +74,7 @@ class Rows:
 
     @property
     def dim(self) -> int:
+        """Dimension D of the descriptors."""
         return self.shape[1]
 
     @property

@@ -191,6 +191,7 @@ def resolve_backend(backend: str, n_rows: int, k: int, device: str | torch.devic
 
 @functools.cache
 def _gpu_resources() -> Any:
+    """Return FAISS's GPU resources, which are created once per process."""
     importlib.import_module("faiss.contrib.torch_utils")  # importing it makes FAISS accept tensors
     return faiss_module().StandardGpuResources()
 
@@ -358,6 +359,7 @@ class Shortlist:
         exact[todo] = True
 
     def _keep(self, keep: np.ndarray) -> None:
+        """Reduce the kept rows to those in the mask `keep`."""
         query_of, ids, scores, exact = self._kept
         self._kept = (query_of[keep], ids[keep], scores[keep], exact[keep])
 

@@ -236,11 +236,13 @@ class DescriptorStore:
         self._mark(rows, _SKIPPED)
 
     def _require_inside(self, rows: np.ndarray) -> None:
+        """Raise InputError if a row number is out of range."""
         outside = rows[(rows < 0) | (rows >= len(self))]
         if len(outside):
             raise InputError(f"{self.folder}: row {outside[0]} is outside 0..{len(self) - 1}")
 
     def _mark(self, rows: np.ndarray, state: int) -> None:
+        """Register the new state of rows (`_WRITTEN` or `_SKIPPED`) for the next flush, and flush if it is due."""
         self._unflushed.update(dict.fromkeys(rows.tolist(), state))
         if len(self._unflushed) >= _FLUSH_ROWS or time.monotonic() - self._last_flush > _FLUSH_SECONDS:
             self.flush()
@@ -340,6 +342,7 @@ class DescriptorStore:
         return out.reshape(*np.shape(ids), self.shape[1])
 
     def _require_complete(self) -> None:
+        """Raise InputError if rows are missing."""
         if not self._complete:
             missing = len(self.missing)
             if missing:

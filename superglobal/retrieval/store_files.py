@@ -281,6 +281,7 @@ def write_skipped(folder: Path, notes: Mapping[int, str]) -> None:
 
 
 def _skipped_text(notes: Mapping[int, str]) -> str:
+    """Return the lines of `skipped.txt`: image, reason and row number, separated by tabs."""
     return "".join(f"{' '.join(note.splitlines())}\t{row}\n" for row, note in notes.items())
 
 
@@ -304,6 +305,7 @@ def _read_lines(path: Path, rows: int, fix: str) -> list[str]:
 
 
 def _read_text(path: Path, fix: str) -> str:
+    """Read a UTF-8 file. Raises InputError with the hint `fix` if this fails."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -179,6 +179,7 @@ def merge(stores: Sequence[DescriptorStore], folder: Path) -> DescriptorStore:
 
 
 def _merge_rows(store: DescriptorStore, merged: DescriptorStore) -> None:
+    """Copy the written rows of a store to the merged store. Raises InputError if one differs there."""
     written, present = store.written, merged.written
     for start in range(0, len(written), _BLOCK):
         ids = written[start : start + _BLOCK]
@@ -233,6 +234,7 @@ def export(store: DescriptorStore, path: Path) -> int:
 
 
 def _export_parquet(store: DescriptorStore, rows: np.ndarray, names: list[str], path: Path) -> None:
+    """Write descriptors and names of the given rows to a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -142,6 +142,7 @@ class Whitening:
         return Rows([_Transformed(as_rows(X, name), self)], name)
 
     def _transform_block(self, rows: np.ndarray) -> np.ndarray:
+        """Transform descriptors (n, D) to unit vectors (n, D) or (n, dims) float32."""
         width = rows.shape[1] if self._axes is None else self._axes.shape[1]
         out = np.empty((len(rows), width), np.float32)
         for start in range(0, len(rows), _PRODUCT_ROWS):
