@@ -183,7 +183,7 @@ def test_lists_that_cannot_be_merged_raise_errors():
     part = search(Q, X, 4, dtype=np.float64)
     with pytest.raises(InputError, match="expected float64 scores, got float32"):
         merge_shortlists([search(Q, X, 4)])
-    with pytest.raises(InputError, match="in two of them"):
+    with pytest.raises(InputError, match="two shards contain id"):
         merge_shortlists([part, part])
     scores, ids = merge_shortlists([part, (part[0], np.full_like(part[1], -1))], 6)
     assert (ids[:, 4:] == -1).all()
