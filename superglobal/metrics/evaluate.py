@@ -154,7 +154,7 @@ class Scorer:
 
     @property
     def max_ignored(self) -> int:
-        """Largest number of images that a protocol ignores for a query."""
+        """Largest number of images that any protocol ignores for any query."""
         counts = [
             sum(len(sets.get(name, ())) for name in protocol.ignored)
             for protocol in self.protocols.values()

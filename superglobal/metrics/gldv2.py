@@ -248,6 +248,7 @@ def _global_average_precision(right: np.ndarray, n_positives: int) -> float:
 
 
 VOTES = ("similarity", "distance", "nearest")
+"""Kinds of votes; see `vote`."""
 _MAX_PAIRS = 1 << 24  # maximum number of neighbor pairs that are compared at a time
 
 

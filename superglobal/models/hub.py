@@ -146,7 +146,7 @@ def push_to_hub(
             api = HfApi(token=token)
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)
-        except Exception as error:  # hub, http and file errors share no base class
+        except Exception as error:  # errors of the Hub, of HTTP and of files have no common base class
             raise InputError(
                 f"{repo_id}: cannot push ({type(error).__name__}: {first_line(error)}); give owner/name of a "
                 "repository that you may write, and run `hf auth login`"
@@ -165,7 +165,7 @@ def download(name: str) -> Path:
     repo_id, _, revision = name.removeprefix(HUB).partition("@")
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=[CONFIG, WEIGHTS]))
-    except Exception as error:  # hub, http and file errors share no base class
+    except Exception as error:  # errors of the Hub, of HTTP and of files have no common base class
         raise InputError(
             f"{name}: cannot download ({type(error).__name__}: {first_line(error)}); give hf:owner/name of a "
             "repository that you may read (`hf auth login` if it is private), or the folder of a shared model"
@@ -268,7 +268,7 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _require_reloadable(network: RetrievalNetwork) -> None:
-    """Raise InputError if a network created from the same backbone name and settings would have other layers."""
+    """Raise InputError unless the weights are float32, and the backbone name and settings define the same layers."""
     state = network.state_dict()
     dtypes = sorted({str(t.dtype) for t in state.values() if t.is_floating_point() and t.dtype != torch.float32})
     if dtypes:

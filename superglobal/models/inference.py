@@ -65,7 +65,7 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 def _use_matrix_products(net: nn.Module) -> None:
-    """Replace the 1 x 1 convolutions of a network by `PointwiseConv2d`, in place."""
+    """Replace the 1 x 1 convolutions of a network with `PointwiseConv2d`, in place."""
     for name, module in list(net.named_modules()):
         plain = type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1
         if plain and module.padding == (0, 0):

@@ -205,7 +205,7 @@ class RetrievalNetwork(nn.Module):
         return network.train(self.training)
 
     def _resolve_relup(self, pooling: PoolingConfig) -> PoolingConfig:
-        """Replace the ReLUP mode "auto" by "on" if the backbone supports ReLUP, else by "off"."""
+        """Return the settings with the ReLUP mode "auto" resolved: "on" if the backbone supports ReLUP, else "off"."""
         if pooling.relup != "auto":
             return pooling
         return replace(pooling, relup="on" if has_relup(self.backbone.net) else "off")
@@ -309,7 +309,10 @@ def weights_digest(state: dict[str, Tensor]) -> str:
 
 
 def resize(x: Tensor, scale: float, antialias: bool = False) -> Tensor:
-    """Resize a batch (B, C, H, W) bilinearly to int(H * scale) x int(W * scale); the reference truncates, too."""
+    """Resize a batch (B, C, H, W) bilinearly by a scale factor.
+
+    As in the reference, the new sides are truncated: int(H * scale) and int(W * scale).
+    """
     if scale == 1.0:
         return x
     return _interpolate(x, int(x.shape[-2] * scale), int(x.shape[-1] * scale), antialias)

@@ -32,7 +32,7 @@ class PoolingConfig:
         gem_plus: pool with GeM+ (fixed exponent `gem_plus_p`) instead of GeM (exponent `p`, from the weights file if it
             has one).
         regional: mix the feature map with its windowed GeM (Regional-GeM) before pooling.
-        scale: combine the scales by Scale-GeM instead of their mean (see `unit_scales`).
+        scale: combine the scales with Scale-GeM instead of averaging them (see `unit_scales`).
         relup: "on"; "off" (no ReLUP); "reference_off" (the behavior of the reference with its flag off: ReLUP only for
             the inner activations of stage 1); or "auto" ("on" for backbones that support it, else "off"). Booleans are
             accepted.

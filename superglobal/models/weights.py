@@ -179,12 +179,12 @@ def cpu_state(network: RetrievalNetwork) -> dict[str, Tensor]:
 
 
 def pooling_to_json(pooling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return pooling settings with infinity replaced by the string "inf", because JSON has no infinity."""
+    """Return a copy of pooling settings in which the string "inf" stands for infinity, which JSON does not support."""
     return {k: str(v) if v == float("inf") else v for k, v in pooling.items()}
 
 
 def pooling_from_json(pooling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return pooling settings with the string "inf" replaced by infinity, the inverse of `pooling_to_json`."""
+    """Return a copy of pooling settings in which the string "inf" is infinity again; see `pooling_to_json`."""
     return {k: float(v) if v == "inf" else v for k, v in pooling.items()}
 
 

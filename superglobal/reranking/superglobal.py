@@ -86,7 +86,7 @@ def _neighbors(gram: torch.Tensor, K: int, beta: float) -> tuple[torch.Tensor, t
         Indices (B, M, K+1) int64 of the nearest images, the image itself first, and their weights (B, M, K+1) float64,
         which sum to 1.
     """
-    # By rounding, a duplicate may score higher than the row itself. Infinity keeps the row in the first position.
+    # Due to rounding, a duplicate may score higher than the image itself. Infinity keeps the image first.
     gram.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     similarity, near = gram.topk(min(K + 1, gram.shape[-1]), dim=-1)
     weights = similarity.double() * beta

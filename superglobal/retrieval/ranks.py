@@ -304,7 +304,8 @@ class Counter:
     def ranks(self) -> list[np.ndarray]:
         """Return one int64 array of ranks per query, in the order of its targets. Call this after `finish`."""
         beaten = self._beaten.cpu().numpy().reshape(-1, self._width)[:, 1:]
-        better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)  # rows that beat target j
+        # Entry (q, j) is the number of rows that beat target j of query q, worst target first.
+        better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)
         query_of = self._targets[0]
         ranks = np.empty(len(query_of), np.int64)
         ranks[self._order] = better[query_of, np.arange(len(query_of)) - self._first[query_of]]
@@ -339,7 +340,7 @@ def _check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded:
 def _count_beaten(
     targets: tuple[np.ndarray, np.ndarray, np.ndarray], query_of: np.ndarray, scores: np.ndarray, ids: np.ndarray
 ) -> np.ndarray:
-    """For each of P rows, count the targets of the same query that rank below it.
+    """Count, for each of P rows, the targets of the same query that rank below it.
 
     Rows are ranked by descending score, ties by ascending id. A row that is itself a target does not count itself.
 

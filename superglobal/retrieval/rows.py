@@ -79,7 +79,7 @@ class Rows:
 
     @property
     def tensor(self) -> torch.Tensor | None:
-        """The tensor on an accelerator that contains all rows, or None."""
+        """Tensor with all rows, if they are a single tensor on an accelerator; else None."""
         return _tensor_of(self._sources[0]) if len(self._sources) == 1 else None
 
     def __len__(self) -> int:
@@ -231,7 +231,7 @@ class Rows:
 
 
 class _Array:
-    """A numpy array or torch tensor (N, D) as a source of Rows."""
+    """NumPy array or torch tensor (N, D) as a source of `Rows`."""
 
     def __init__(self, array: Any, name: str) -> None:
         self.shape: tuple[int, ...] = tuple(array.shape)

@@ -191,7 +191,7 @@ def scan(
         if error <= tolerance / _MARGIN or tolerance >= _MAX_TOLERANCE:
             return consumers
         tolerance = min(_MAX_TOLERANCE, _WIDENED * error)
-        text = "float32 scores of the %s have errors up to %.1e: repeating the pass with a tolerance of %.1e"
+        text = "float32 scores of the %s have errors of up to %.1e: repeating the pass with a tolerance of %.1e"
         log.info(text, rows.name, error, tolerance)
 
 

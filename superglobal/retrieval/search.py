@@ -132,7 +132,7 @@ def faiss_module(label: str = "", instead: str = "index=flat, which gives the ex
         InputError: FAISS is not installed.
     """
     try:
-        return importlib.import_module("faiss")  # by name: its type stubs are incomplete
+        return importlib.import_module("faiss")  # imported by name, because its type stubs are incomplete
     except ImportError as error:
         raise InputError(
             f"{label}FAISS is not installed: pip install faiss-cpu (or faiss-gpu), or use {instead} without it"
@@ -350,7 +350,7 @@ class Shortlist:
         self._unsorted = 0
 
     def _score_exactly(self, selected: np.ndarray) -> None:
-        """Replace the float32 scores of the selected rows by float64 scores. `selected` is a mask of the kept rows."""
+        """Replace float32 scores with float64 scores for the rows in `selected`, a mask of the kept rows."""
         query_of, ids, scores, exact = self._kept
         todo = np.flatnonzero(selected & ~exact)
         computed = pair_scores(self._queries, self._rows, query_of[todo], ids[todo])
