@@ -196,7 +196,7 @@ def test_corrupt_distractors_are_skipped_if_configured(tmp_path):
         tmp_path / "a", *extra, "distractors.unreadable=skip", status=2
     )
     text = run_program(tmp_path / "b", *extra, *skip)
-    assert "2 distractors are unreadable" in text
+    assert "2 distractors are missing or corrupt and were not ranked" in text
     (listed,) = (tmp_path / "b" / "stores").glob("noise-*/skipped.txt")
     assert sorted(Path(line.split("\t")[0]).name for line in listed.read_text().splitlines()) == ["d1.jpg", "d4.jpg"]
     got = results(tmp_path / "b")

@@ -195,8 +195,8 @@ def test_damaged_descriptor_files_raise_input_errors(tmp_path, header):
         ("rerank.K=0", r"rerank\.K"),
         ("rerank.beta=nan", "beta"),
         ("k=0", "k=0"),
-        ("ablation=gem pooling.regional=on", "means regional off"),
-        ("ablation=rerank rerank=none", "means rerank on"),
+        ("ablation=gem pooling.regional=on", "ablation=gem requires regional off"),
+        ("ablation=rerank rerank=none", "ablation=rerank requires rerank on"),
         ("distractors=list distractors.name=nowhere", "nowhere.txt"),
     ],
 )

@@ -113,13 +113,16 @@ def test_results_that_cannot_be_compared_raise_errors(pair):
     recognition = write(folder / "gap", [0.5] * 8, kind="GAP")
     with pytest.raises(InputError, match="different queries"):
         read_comparison(folder / "a", a, folder / "short", short)
-    with pytest.raises(InputError, match=r"a uses mAP, .*gap GAP: not comparable"):
+    with pytest.raises(InputError, match=r"a has the metric mAP, and .*gap has GAP: the results are not comparable"):
         read_comparison(folder / "a", a, folder / "gap", recognition)
     labels = write(folder / "labels", [0.5] * 8)
     labels["metrics"] = {"search": {"map": {"all": 0.5}}}
     path = folder / "labels" / "per_query.csv"
     path.write_text(path.read_text().replace("search medium AP,search hard AP", "search all AP,search some AP"))
-    with pytest.raises(InputError, match=r"a has medium, hard, .*labels has all, some: not comparable"):
+    with pytest.raises(
+        InputError,
+        match=r"a has the protocols medium, hard, and .*labels has all, some: the results are not comparable",
+    ):
         read_comparison(folder / "a", a, folder / "labels", labels)
     with pytest.raises(InputError, match="no scores per query"):
         read_comparison(folder / "a", a, folder / "short", short | {"metrics": {}})

@@ -289,7 +289,7 @@ def test_metrics_without_queries_are_shown_as_a_dash(tmp_path):
         (b"[]", "missing, damaged, or not a result of eval.py"),
         (b"\xff", "missing, damaged, or not a result of eval.py"),
         (b'{"format": "other"}', "format 'other', expected"),
-        (b'{"format": "%s", "ablation": ""}' % FORMAT.encode(), "damaged, without dataset, weights"),
+        (b'{"format": "%s", "ablation": ""}' % FORMAT.encode(), "damaged, the keys dataset, weights"),
     ],
 )
 def test_a_damaged_result_is_named(runs, text, reason):
