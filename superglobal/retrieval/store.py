@@ -308,7 +308,7 @@ class DescriptorStore:
             start += len(piece)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Return the rows with the given ids, integers in 0..N-1 of any shape S, as (*S, D) float32.
+        """Return the rows with the given ids, integers in 0..N-1 of any shape S, as an array (S, D) float32.
 
         Raises:
             InputError: the store is not complete.
