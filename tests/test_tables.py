@@ -331,3 +331,14 @@ def test_tables_of_a_dataset_name_its_metric(tmp_path):
     first, second = rows_of(tmp_path / "table-index.csv")
     assert (first["GAP all"], second["GAP all"], second["gain GAP all"]) == ("25.00", "35.00", "+10.00")
     assert second["95 % gain GAP all"] == ""
+
+
+def test_relup_is_not_marked_for_a_network_without_it(tmp_path):
+    rng = np.random.default_rng(5)
+    for label, resolved in (("gem", "off"), ("scale", "off"), ("relup", "on"), ("rerank", "off")):
+        about = {"network": {"pooling": {"relup": resolved}}}
+        job(tmp_path / label, [rng.uniform(0.2, 0.8, 12) for _ in PROTOCOLS], label=label, about=about)
+    write_tables(tmp_path)
+    rows = {row["run"]: row for row in rows_of(tmp_path / "table-d.csv")}
+    marked = {name for name, row in rows.items() if row["relup"] not in ("", "off", "False", "-")}
+    assert marked == {"relup"}, rows

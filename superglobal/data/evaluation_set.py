@@ -19,7 +19,7 @@ from superglobal.errors import InputError
 
 _MAX_LISTED = 5  # maximum number of files listed in a message
 _MIN_OVERLAP = 0.25  # minimum intersection over union of the positives of two queries that show the same landmark
-NOTHING_COMPUTED = "nothing was computed, because images are missing or corrupt:"
+NOTHING_COMPUTED = "nothing was computed, because some input is missing or corrupt:"
 T = TypeVar("T")
 
 

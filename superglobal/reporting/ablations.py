@@ -27,9 +27,11 @@ def module_states(result: Mapping[str, Any]) -> States:
     Args:
         result: content of the run's `results.json`.
     """
-    if result["ablation"] in ABLATIONS:
-        return ABLATIONS[result["ablation"]]
     config = result["config"]
     pooling = result.get("about", {}).get("network", {}).get("pooling", config.get("pooling", {}))
+    if result["ablation"] in ABLATIONS:
+        *modules, relup, reranked = ABLATIONS[result["ablation"]]
+        # The rows ask for ReLUP "auto", which leaves it off in a network without plain ReLUs.
+        return (*modules, relup and pooling.get("relup") != "off", reranked)
     relup = {"on": True, "auto": True, "off": False}.get(pooling.get("relup"), pooling.get("relup"))
     return (*(pooling.get(name) for name in MODULES[:3]), relup, config.get("rerank", {}).get("enabled"))
