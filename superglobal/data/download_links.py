@@ -64,7 +64,8 @@ class Source:
         n_images: number of images; None if it is unknown or there are no images.
         size: approximate total size of the archives in bytes; None if it is unknown.
         corrupt: names of archive members that are known not to be images; no list contains them.
-        google_drive: whether the files are in a shared Google Drive folder, where single files have no address.
+        google_drive: whether the files are in a shared Google Drive folder. It can only be downloaded as a whole, because
+            its files have no known addresses.
     """
 
     name: str
@@ -82,7 +83,7 @@ class Source:
 
 
 def select_sources(names: Iterable[str]) -> list[Source]:
-    """Return the sources with the given names, in this order and without duplicates.
+    """Return the sources with the given names, in the order of the names and without duplicates.
 
     A name can also be a key of `GROUPS`, which stands for several sources.
     """
@@ -93,7 +94,7 @@ def select_sources(names: Iterable[str]) -> list[Source]:
 def download_command(name: str, folder: Path) -> str:
     """Return the command that downloads the source `name` to `folder`, for messages."""
     command = f"superglobal download {name}"
-    if folder.name != SOURCES[name].folder:  # `superglobal download` cannot create a folder with this name.
+    if folder.name != SOURCES[name].folder:  # `superglobal download` always uses the folder name of the source, so it cannot create `folder`.
         return command
     return f"{command} --data {shlex.quote(str(folder.parent))}"
 
@@ -134,25 +135,42 @@ def tree_path(image: bytes) -> str:
 
 
 def _revisitop(path: str) -> RemoteFile:
-    """Return a file on the server of the Revisited benchmarks."""
+    """Return a file on the server of the Revisited benchmarks as a file to download.
+
+    Args:
+        path: path of the file on the server.
+    """
     url = f"{_REVISITOP}/{path}"
     return RemoteFile((url, url.replace("http://", "https://", 1)), path.rpartition("/")[2])
 
 
 def _ground_truth(name: str) -> RemoteFile:
-    """Return the ground-truth file of the Revisited benchmark `name`."""
+    """Return the ground-truth file of the Revisited benchmark `name`, as a file to download."""
     return _revisitop(f"datasets/{name}/gnd_{name}.pkl")
 
 
 def _lists(*names: str) -> tuple[RemoteFile, ...]:
-    """Return the GLDv2 lists with these names, without ".csv"."""
+    """Return GLDv2 lists of images or landmarks as files to download.
+
+    Args:
+        names: file names of the lists without the extension ".csv", such as "train_clean".
+    """
     return tuple(RemoteFile((f"{_GLDV2}/metadata/{name}.csv",), f"{name}.csv") for name in names)
 
 
 def _gldv2(
     split: ImageList, n_archives: int, n_images: int, archive_size: float, description: str, *lists: RemoteFile
 ) -> Source:
-    """Return the source of a GLDv2 split. `archive_size` is the approximate size of one archive in bytes."""
+    """Return the source that downloads one split of GLDv2.
+
+    Args:
+        split: "train", "index" or "test".
+        n_archives: number of archives of the split.
+        n_images: number of images of the split.
+        archive_size: approximate size of one archive in bytes.
+        description: description of the source in one line.
+        lists: lists of the images and other files that are not archives.
+    """
 
     def archive(number: int) -> RemoteFile:
         name = f"images_{number:03d}"

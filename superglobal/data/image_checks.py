@@ -1,4 +1,4 @@
-"""Check that image files exist and are complete, before they are needed, and compute signatures of their contents."""
+"""Check that image files exist and are complete, and compute signatures that reveal later changes of the files."""
 
 import os
 import zlib
@@ -21,8 +21,8 @@ from superglobal.data.images import (
     upright_size,
 )
 
-_HEAD, _TAIL = 65_536, 4_096  # bytes read at the start of a file (enough for almost every header) and at its end
-_BATCH = 512  # number of images that a thread checks at a time
+_HEAD, _TAIL = 65_536, 4_096  # numbers of bytes to read at the start of a file (enough for almost every header) and at the end
+_BATCH = 512  # number of images that one task of a thread checks
 _COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "JPEG2000")
 
 
@@ -31,8 +31,8 @@ class CheckedImage(NamedTuple):
 
     Attributes:
         signature: file size and CRC-32 of the contents, to detect changes of the file. For a large compressed file, the
-            CRC-32 covers only the first 64 KB and the last 4 KB, because a change of the image changes these too.
-        size: (height, width) of the upright image, or of its crop, in pixels.
+            CRC-32 covers only the first 64 KB and the last 4 KB. A change of a compressed image almost always changes these bytes too.
+        size: (height, width) in pixels: of the crop if there is one, else of the whole upright image.
     """
 
     signature: str
@@ -44,7 +44,7 @@ class CheckReport:
     """Result of `check_images`.
 
     Attributes:
-        signatures: signature of each image, see `CheckedImage`; "" for a missing or corrupt image.
+        signatures: signature of each image, as defined at `CheckedImage`; "" for a missing or corrupt image.
         sizes: (height, width) of each image in pixels; (0, 0) for a missing or corrupt image.
         missing: paths of the missing files.
         unreadable: (path, reason) of each empty, truncated or otherwise corrupt file.
@@ -57,7 +57,7 @@ class CheckReport:
 
     @property
     def problems(self) -> list[tuple[Path, str]]:
-        """(path, reason) of each missing or corrupt file. The missing files come first."""
+        """Return the (path, reason) of each missing or corrupt file. The missing files come first."""
         return [(path, "missing") for path in self.missing] + self.unreadable
 
 
@@ -114,7 +114,8 @@ def check_image(
         try:
             width, height, compressed = _inspect(head, tail)
         except CorruptImageError:
-            # The header may be longer than `head`, or more than 4 KB may follow the end of the image. Check all bytes.
+            # The header may be longer than `head`, or more than 4 KB may follow the end of the image. The image may
+        # therefore be complete. Read the whole file, and check again.
             data = read(0, size)
             width, height, compressed = _inspect(data, data)
     if not compressed:
@@ -145,7 +146,11 @@ def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
 
 
 def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bool) -> list[CheckedImage | Exception]:
-    """Check `_BATCH` images from the index `start` on, and return the result or the error of each."""
+    """Check up to `_BATCH` images, starting at `items[start]`.
+
+    Returns:
+        For each image, the result of the check, or the error if the image is missing or corrupt.
+    """
     results: list[CheckedImage | Exception] = []
     for path, box in map(_path_and_box, items[start : start + _BATCH]):
         try:
@@ -157,11 +162,11 @@ def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bo
 
 
 def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
-    """Read `count` bytes of a file, from the offset `start`."""
+    """Read `count` bytes of an open file, starting at the offset `start`."""
     file.seek(start)
     return file.read(count)
 
 
 def _path_and_box(item: ImageItem | str | Path) -> tuple[Path, Box | None]:
-    """Return the path of an image and its crop, or None if it has no crop."""
+    """Return the path of an image, and its crop or None if it has no crop."""
     return (item.path, item.box) if isinstance(item, ImageItem) else (Path(item), None)

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class LazySequence(Sequence[T], Generic[T]):
-    """The sequence `make(0)`, ..., `make(count - 1)`, whose elements are created when they are accessed.
+    """Sequence of the elements `make(0)`, ..., `make(count - 1)`. An element is created each time it is accessed.
 
     Slicing returns a list of elements.
 
@@ -43,9 +43,13 @@ class LazySequence(Sequence[T], Generic[T]):
         return self._make(selected) if isinstance(selected, int) else [self._make(i) for i in selected]
 
 
-# The functions that create the elements (below) are module-level functions, so that worker processes can unpickle them.
+# The functions below pass `_tree_item`, `_chained_item` or `_file_name` to `LazySequence` instead of a lambda. Sequences
+# are sent to worker processes, and pickle supports only functions that are defined at the top level of a module.
 def tree_items(root: Path, ids: np.ndarray) -> LazySequence[ImageItem]:
-    """Return the images `<root>/a/b/c/<id>.jpg` with the given GLDv2 ids, (N,) S16, in this order."""
+    """Return the GLDv2 images with the given `ids`, (N,) S16, in the order of `ids`.
+
+    The path of an image is `<root>/a/b/c/<id>.jpg`, where a, b and c are the first three characters of its id.
+    """
     return LazySequence(len(ids), partial(_tree_item, root, ids))
 
 
@@ -55,21 +59,27 @@ def chain_sequences(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
 
 
 def file_names(items: Sequence[ImageItem], root: Path) -> LazySequence[str]:
-    """Return the path of each image relative to `root`. An image that is not inside `root` keeps its full path."""
+    """Return the path of each image relative to the folder `root`.
+
+    For an image outside this folder, return its `path` unchanged.
+    """
     return LazySequence(len(items), partial(_file_name, items, root))
 
 
 def _tree_item(root: Path, ids: np.ndarray, index: int) -> ImageItem:
-    """Return element `index` of `tree_items`."""
+    """Return the GLDv2 image with the id `ids[index]`, which is stored as `<root>/a/b/c/<id>.jpg`."""
     return ImageItem(root / tree_path(ids[index]))
 
 
 def _chained_item(first: Sequence[T], second: Sequence[T], index: int) -> T:
-    """Return element `index` of the concatenation of two sequences."""
+    """Return the element at position `index` of the sequence that consists of `first` followed by `second`."""
     return first[index] if index < len(first) else second[index - len(first)]
 
 
 def _file_name(items: Sequence[ImageItem], root: Path, index: int) -> str:
-    """Return element `index` of `file_names`."""
+    """Return the path of the image `items[index]` relative to the folder `root`.
+
+    If the image is outside this folder, return its `path` unchanged.
+    """
     path = items[index].path
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

@@ -42,9 +42,9 @@ from superglobal.utils.distributed import end_with_parent
 from superglobal.utils.io import atomic_file, file_lock, write_atomically
 
 log = logging.getLogger(__name__)
-_SHARD = 2048  # number of images of the folder tree per shard
-_THREADS = 4  # threads per process; they mostly wait for the disk
-_IDS = "ids.npy"  # file of all image ids in the folder of the shards; workers memory-map it
+_SHARD = 2048  # number of images per shard if the images are read from the folder tree
+_THREADS = 4  # number of threads per process; more than one, because threads mostly wait for the disk
+_IDS = "ids.npy"  # name of the file that contains the ids of all images; worker processes memory-map it
 _MEMBER = re.compile(r"(?:.*/)?([0-9a-f]{16})\.jpg")
 Shard = dict[str, np.ndarray]
 """Result of one shard, as arrays with one element per image.
@@ -76,7 +76,10 @@ class PreparedIndex:
     report: Path
 
     def text(self) -> str:
-        """Return the text of the report: counts by reason, then all damaged tar files and all corrupt images."""
+        """Return the text of the report.
+
+        It contains the number of corrupt images per reason, then all damaged tar files and all corrupt images.
+        """
         kinds = Counter(reason.partition(" (")[0] for _, reason in self.corrupt)
         share = len(self.corrupt) / self.n_images
         lines = [f"{self.n_images} images, {len(self.corrupt)} missing or corrupt ({share:.4%})"]
@@ -173,7 +176,9 @@ def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> 
 
 
 def _tasks(folder: Path, tree: Path, files: list[Path], n_images: int, decode: bool) -> list[Task]:
-    """Return one task per shard: per tar file, or per `_SHARD` images of the folder tree if there are no tar files.
+    """Return one task for each shard that is to be checked: the arguments of `_compute`.
+
+    A shard is one tar file or, if there are no tar files, `_SHARD` images of the folder tree.
 
     Args:
         folder: folder for the results.
@@ -185,8 +190,8 @@ def _tasks(folder: Path, tree: Path, files: list[Path], n_images: int, decode: b
     ids = folder / _IDS
     tasks: list[Task] = []
     for path in files:
-        # The size and the time of the tar file are part of the name, so that a result for an older tar file of the same
-        # name is not used.
+        # The file name of the result contains the size and the modification time of the tar file. If the tar file has
+        # been replaced, its old result therefore has another name and is not used.
         status = path.stat()
         shard = folder / f"{path.stem}-{status.st_size}-{status.st_mtime_ns}.npz"
         tasks.append((shard, partial(_check_tar, ids, path, decode)))
@@ -197,11 +202,11 @@ def _tasks(folder: Path, tree: Path, files: list[Path], n_images: int, decode: b
 
 
 def _run(tasks: list[Task], workers: int) -> Iterator[int]:
-    """Compute the shards that have no result yet, in parallel if there are several workers.
+    """Check the images of all shards that have no result yet, in parallel if there are several workers.
 
     Yields:
-        The number of images in each finished shard, including shards that were finished before. While no shard
-        finishes, 0 every ten seconds.
+        The number of images that have been finished since the previous number. The first numbers count the images of
+        shards that an earlier run finished. If no shard finishes within ten seconds, the number is 0.
 
     Raises:
         InputError: a worker process died.
@@ -232,13 +237,24 @@ def _run(tasks: list[Task], workers: int) -> Iterator[int]:
 
 
 def _initialize_worker() -> None:
-    """Initialize a worker process: end it when the program ends or is killed, and silently on Ctrl-C."""
+    """Initialize a worker process, so that it ends together with the main process.
+
+    Ctrl-C ends the worker without a traceback. The worker also ends if the main process ends or is killed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     end_with_parent()
 
 
 def _compute(path: Path, check: Callable[[], Shard]) -> int:
-    """Compute a shard, write the result to `path`, and return the number of images."""
+    """Check the images of one shard, and write the results to a file atomically.
+
+    Args:
+        path: file for the results.
+        check: function that checks the images and returns the arrays of results.
+
+    Returns:
+        The number of images that were checked.
+    """
     shard = check()
     with atomic_file(path) as file:
         np.savez(file, **shard)  # type: ignore[arg-type]
@@ -246,7 +262,17 @@ def _compute(path: Path, check: Callable[[], Shard]) -> int:
 
 
 def _check_tree(ids_file: Path, tree: Path, rows: slice, decode: bool) -> Shard:
-    """Check some images of the folder tree. `rows` selects them in the sorted ids, which `ids_file` contains."""
+    """Check the images of one shard of the folder tree.
+
+    Args:
+        ids_file: file with the sorted ids of all images of the list, (N,) S16.
+        tree: root of the folder tree.
+        rows: rows of the shard's images in `ids_file`.
+        decode: whether to decode every image.
+
+    Returns:
+        The arrays of results that `_shard` describes.
+    """
     ids = np.load(ids_file, mmap_mode="r")[rows]
     paths = [tree / tree_path(image) for image in ids]
     report = check_images(paths, _THREADS, decode)
@@ -259,7 +285,16 @@ def _check_tree(ids_file: Path, tree: Path, rows: slice, decode: bool) -> Shard:
 
 
 def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
-    """Check the images of one tar file that are in the list, whose sorted ids `ids_file` contains."""
+    """Check those images of one tar file that are in the list. Other members of the tar file are ignored.
+
+    Args:
+        ids_file: file with the sorted ids of all images of the list, (N,) S16.
+        path: the tar file.
+        decode: whether to decode every image.
+
+    Returns:
+        The arrays of results that `_shard` describes.
+    """
     ids = np.load(ids_file, mmap_mode="r")
     results = []
     try:
@@ -282,7 +317,15 @@ def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
 
 
 def _read_tar(descriptor: int, offset: int, size: int, start: int, count: int) -> bytes:
-    """Read up to `count` bytes, from position `start` on, of a member with this offset and size in a tar file."""
+    """Read bytes of one member of a tar file.
+
+    Args:
+        descriptor: file descriptor of the open tar file.
+        offset: position of the member's contents in the tar file, in bytes.
+        size: size of the member in bytes.
+        start: position of the first byte to read, from the start of the member.
+        count: maximum number of bytes to read. Fewer are returned at the end of the member.
+    """
     return os.pread(descriptor, min(count, size - start), offset + start)
 
 
@@ -307,7 +350,7 @@ def _tar_members(path: Path) -> tuple[list[tuple[bytes, int, int]], str | None]:
 
 
 def _shard(results: list[tuple[int, int, int, str, str]], note: str = "") -> Shard:
-    """Convert the results of the images of a shard to arrays.
+    """Convert the results of the checked images of a shard to arrays, to be saved with `np.savez`.
 
     Args:
         results: (row in the list, size, offset, signature, reason) of each image.

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 from superglobal.errors import InputError
 
-_BLOCK = 32  # maximum length of a run of images, sorted by size, that is assigned to the same process
+_BLOCK = 32  # Images are sorted by size. At most this many consecutive images are assigned to the same shard or process.
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
@@ -60,7 +60,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         """Continue at a given step: set the epoch of the step, and skip the earlier steps of this epoch.
 
         Args:
-            step: number of optimizer steps since the start of the training, counted over all epochs.
+            step: number of optimizer steps that are complete, counted over all epochs.
         """
         self._start = divmod(step, self.steps)
         self.epoch = self._start[0]
@@ -89,7 +89,7 @@ class ImageBatch(NamedTuple):
     Attributes:
         number: index of the image list that contains the images.
         rows: rows of the images in the list.
-        size: (height, width) of the images in pixels.
+        size: (height, width) of each image in pixels.
     """
 
     number: int
@@ -129,7 +129,9 @@ def plan_batches(
 
 
 def select_missing(batches: Iterable[ImageBatch], missing: Sequence[set[int]]) -> list[ImageBatch]:
-    """Remove the images whose descriptors are stored already from the batches. Drop batches that become empty.
+    """Return batches of only those images that have no stored descriptor yet.
+
+    Each batch keeps its missing images. A batch without missing images is dropped.
 
     Args:
         batches: batches returned by `plan_batches`.
@@ -140,9 +142,13 @@ def select_missing(batches: Iterable[ImageBatch], missing: Sequence[set[int]]) -
 
 
 def _split(rows: list[int], part: tuple[int, int]) -> list[int]:
-    """Split rows into n parts, and return part k for `part` = (k, n).
+    """Divide the rows of images among n shards or processes, and return the rows of one of them.
 
-    Blocks of up to `_BLOCK` adjacent rows are assigned to the parts in turn.
+    Up to `_BLOCK` consecutive rows go to the first shard or process, as many to the second, and so on in turn.
+
+    Args:
+        rows: rows of images, sorted by image size.
+        part: (k, n) for the shard or process k of n; k counts from 0.
     """
     k, n = part
     block = max(1, min(_BLOCK, len(rows) // (4 * n)))
@@ -150,5 +156,5 @@ def _split(rows: list[int], part: tuple[int, int]) -> list[int]:
 
 
 def _area(size: Size) -> int:
-    """Return the number of pixels of an image."""
+    """Return the number of pixels of an image with the (height, width) `size`."""
     return size[0] * size[1]
