@@ -33,13 +33,13 @@ ImageList = tuple[Sequence[ImageItem], int | None]
 class ImageDataset(Dataset):
     """Single images from several image lists.
 
-    Item i is the pair of `tasks[i]` and the image, a (3, H, W) uint8 tensor. If the image is corrupt, an InputError
-    takes the place of the tensor. It is returned instead of raised, because DataLoader would add the traceback of the
-    worker process to its message.
+    Item i is a pair: `tasks[i]`, and the image of this task as a (3, H, W) uint8 tensor. If the image is corrupt, an
+    InputError takes the place of the tensor. The error is returned instead of raised, because DataLoader would add the
+    traceback of the worker process to the error message.
 
     Args:
-        lists: image lists with their `max_side`.
-        tasks: images to read.
+        lists: image lists, each with the maximum longer side of the images in pixels (None for no limit).
+        tasks: (index of the image list, row in this list) of each image to read.
     """
 
     def __init__(self, lists: Sequence[ImageList], tasks: Sequence[Task]) -> None:
@@ -63,8 +63,8 @@ class LoadedBatch(NamedTuple):
         number: index of the image list.
         rows: (B,) rows of the images in the list.
         images: (B, 3, H, W) uint8.
-        faults: (row, reason, permanent) of each image of the batch that cannot be read. `permanent` is False if the
-            error may be temporary.
+        faults: (row, reason, permanent) of each requested image that cannot be read. `permanent` is False if another
+            attempt may succeed.
     """
 
     number: int
@@ -98,7 +98,7 @@ class BatchedImageDataset(Dataset):
     if images have different sizes or cannot be read. With the decoder "gpu", the last element can be an `EncodedBatch`.
 
     Args:
-        lists: image lists with their `max_side`.
+        lists: image lists, each with the maximum longer side of the images in pixels (None for no limit).
         batches: batches of images of the lists.
         decoder: "cpu" to decode all images, or "gpu" to leave those JPEG files encoded that the GPU can decode.
     """
@@ -123,7 +123,8 @@ class BatchedImageDataset(Dataset):
                 decoded.append((row, image))
         batches: list[LoadedBatch | EncodedBatch] = [*_group_by_size(number, decoded)]
         if encoded:
-            files = [image.data for _, image in encoded]  # Sent separately, each tensor would need a file descriptor.
+            # All files are concatenated to one tensor, because each tensor that a worker sends needs a file descriptor.
+            files = [image.data for _, image in encoded]
             kept, bounds = [row for row, _ in encoded], [image.bounds for _, image in encoded]
             batches.append(EncodedBatch(number, kept, torch.cat(files), [len(file) for file in files], bounds))
         return batches
@@ -140,7 +141,8 @@ def _group_by_size(number: int, images: Iterable[tuple[int, Tensor | InputError]
     faults = []
     for row, image in images:
         if isinstance(image, InputError):
-            # Other errors of the operating system, such as those of a network file system, may be temporary.
+            # A missing file is a permanent error. Other errors of the operating system may be temporary, for example
+            # those of a network file system.
             cause = image.__cause__
             permanent = not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)
             faults.append((row, str(image), permanent))
@@ -168,7 +170,7 @@ class ExtractionDataModule(pl.LightningDataModule):
     """Batches of images for the extraction. Worker processes load them while the network computes.
 
     Args:
-        lists: image lists with their `max_side`.
+        lists: image lists, each with the maximum longer side of the images in pixels (None for no limit).
         batches: batches of images of the lists.
         num_workers: number of worker processes.
         decoder: "cpu" to decode all images in the workers, or "gpu" to decode JPEG files on the device of the network.
@@ -223,15 +225,19 @@ class ExtractionDataModule(pl.LightningDataModule):
 
 
 def first_item(batch: list[Any]) -> Any:
-    """Return the only item of a DataLoader batch. Each item is a complete batch of images already."""
+    """Return the only element of `batch`.
+
+    DataLoader calls this function to combine the items of a data set. Here, each item is already a complete batch of
+    images.
+    """
     return batch[0]
 
 
 class HeldOutDataset(Dataset):
     """All images of randomly selected held-out landmarks, for the validation during training.
 
-    Landmarks are selected until the next one would exceed `max_images`, but at least two are selected. Items are like
-    those of `ImageDataset`.
+    Landmarks are selected at random until the images of the next one would exceed `max_images`. At least two landmarks
+    are selected. The items have the same form as those of `ImageDataset`.
 
     Args:
         images: images of landmarks that are not used for training.
@@ -263,7 +269,7 @@ class HeldOutDataset(Dataset):
         return len(self.indices)
 
     def drop(self, rows: Sequence[int]) -> None:
-        """Remove the images at positions `rows` of the data set, because they are corrupt."""
+        """Remove images that have turned out to be corrupt. `rows` are their positions in this data set."""
         self.indices = np.delete(self.indices, rows)
 
     def __getitem__(self, row: int) -> tuple[Task, Tensor | InputError]:
@@ -351,7 +357,7 @@ class ImageLoader(DataLoader):
             except (ConnectionError, EOFError, FileNotFoundError) as error:
                 if not self.num_workers:
                     raise
-                # The batch is received from its worker. These errors mean that the worker is dead.
+                # The next batch is received from a worker process. These errors mean that the process is dead.
                 raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
             finally:
                 self.waited += time.perf_counter() - start
@@ -362,8 +368,9 @@ class ImageLoader(DataLoader):
 def worker_start_method(processes: int, num_workers: int) -> str | None:
     """Return the `multiprocessing_context` for the DataLoader of a training process.
 
-    With several training processes, background threads communicate all the time. If the process forked while one of
-    them held a lock, the new worker could wait for the lock forever. The workers are then started by a fork server.
+    If there are several training processes, background threads of each process communicate with the other processes. A
+    worker that is forked while such a thread holds a lock could wait for this lock forever. The workers are therefore
+    started by a fork server, a separate process without such threads.
 
     Args:
         processes: number of training processes.
@@ -374,7 +381,7 @@ def worker_start_method(processes: int, num_workers: int) -> str | None:
     """
     if processes == 1 or num_workers == 0:
         return None
-    # The fork server imports this module once, so that the workers do not have to import it again.
+    # The fork server imports this module once. The workers are copies of the server and need not import it again.
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     return "forkserver"
 
@@ -382,8 +389,8 @@ def worker_start_method(processes: int, num_workers: int) -> str | None:
 def init_worker(worker: int) -> None:
     """Initialize a DataLoader worker of a training process.
 
-    The worker ignores signals and ends when its parent process ends. Signals such as Ctrl-C go to all processes of the
-    group, and must not end the workers before the trainer has saved the current step.
+    The worker ignores signals, and ends when the training process ends. A signal such as that of Ctrl-C reaches the
+    workers too. They must not end then, because the trainer first finishes and saves the current step.
     """
     end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):

@@ -64,8 +64,8 @@ class Source:
         n_images: number of images; None if it is unknown or there are no images.
         size: approximate total size of the archives in bytes; None if it is unknown.
         corrupt: names of archive members that are known not to be images; no list contains them.
-        google_drive: whether the files are in a shared Google Drive folder. It can only be downloaded as a whole, because
-            its files have no known addresses.
+        google_drive: whether the files are in a shared Google Drive folder. The folder is downloaded as a whole, because
+            its single files have no addresses.
     """
 
     name: str
@@ -94,7 +94,8 @@ def select_sources(names: Iterable[str]) -> list[Source]:
 def download_command(name: str, folder: Path) -> str:
     """Return the command that downloads the source `name` to `folder`, for messages."""
     command = f"superglobal download {name}"
-    if folder.name != SOURCES[name].folder:  # `superglobal download` always uses the folder name of the source, so it cannot create `folder`.
+    # `superglobal download` always uses the folder name of the source, so it cannot create `folder`.
+    if folder.name != SOURCES[name].folder:
         return command
     return f"{command} --data {shlex.quote(str(folder.parent))}"
 

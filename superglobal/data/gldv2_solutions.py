@@ -2,7 +2,7 @@
 
 The formats are described at github.com/cvdfoundation/google-landmark. Submissions are read as by the code of the
 organizers (tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), except that contradictory lines raise
-an error.
+an error here.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Solution:
 
     @property
     def parts(self) -> dict[str, np.ndarray]:
-        """Masks (Q,) bool of the "public", "private" and "all" images, by name."""
+        """For each of the names "public", "private" and "all", the mask (Q,) bool of the images in this part."""
         return {"public": self.public, "private": ~self.public, "all": np.ones(len(self.ids), bool)}
 
     def provenance(self) -> dict[str, str]:
@@ -102,7 +102,7 @@ def read_retrieval_submission(path: str | Path, solution: Solution) -> list[np.n
     """Read a retrieval submission.
 
     It has the columns id and images (ids of index images separated by spaces, best first). Blank lines, empty
-    predictions, surrounding spaces and predictions for ignored test images are skipped.
+    predictions, and predictions for ignored test images are skipped. Spaces around a prediction are removed.
 
     Returns:
         For each image of the solution, the ids of its predicted images, (n,) S16; empty without a prediction.
@@ -165,7 +165,13 @@ def recognition_submission(ids: np.ndarray, landmarks: np.ndarray, scores: np.nd
 
 
 def _submission(column: str, ids: np.ndarray, cells: Iterable[str]) -> bytes:
-    """Return the contents of a CSV file with the columns id and `column`, one row per id and cell."""
+    """Return the contents of a CSV file with one row per test image.
+
+    Args:
+        column: name of the second column; the first column is "id".
+        ids: (Q,) S16 ids of the test images.
+        cells: for each test image, the text in the second column.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", column])
@@ -187,7 +193,8 @@ def _read_rows(path: Path, required: set[str]) -> tuple[Sequence[str], Iterator[
         InputError: the file cannot be read or lacks a required column, a row has the wrong number of fields, or an id
             is invalid or repeated. Errors in rows are raised by the iterator.
     """
-    csv.field_size_limit(2**31 - 1)  # A field can contain thousands of ids.
+    # Python's default limit on the length of a field is too small, because a field can contain thousands of ids.
+    csv.field_size_limit(2**31 - 1)
     try:
         reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
     except FileNotFoundError as error:
@@ -220,7 +227,8 @@ def _predictions(path: Path, solution: Solution) -> Iterator[tuple[int, str, str
     """Read a submission, and yield each prediction for a test image that is scored.
 
     Yields:
-        The row of the test image in the solution, the place in the file for messages, and the text of the prediction.
+        The index of the test image in `solution.ids`, the file and line of the prediction for error messages, and the
+        text of the prediction.
     """
     column = _COLUMN[solution.task]
     row_of = {image: row for row, image in enumerate(solution.ids.tolist())}
@@ -234,14 +242,30 @@ def _predictions(path: Path, solution: Solution) -> Iterator[tuple[int, str, str
 
 
 def _image_ids(cell: str, place: str) -> np.ndarray:
-    """Parse image ids separated by spaces, and return them as (n,) S16 with n >= 1. `place` is used in messages."""
+    """Parse the text of a CSV field: image ids separated by spaces.
+
+    Args:
+        cell: text of the field.
+        place: file and line of the field, for error messages.
+
+    Returns:
+        The image ids, (n,) S16 with n >= 1.
+    """
     if not cell.split():
         raise InputError(f"{place}: no relevant images; expected image ids, or Usage Ignored")
     return _require_unique(np.array([_image_id(word, place) for word in cell.split()], "S16"), place)
 
 
 def _landmark_ids(cell: str, place: str) -> np.ndarray:
-    """Parse landmark ids separated by spaces, and return them as (n,) int64. `place` is used in messages."""
+    """Parse the text of a CSV field: landmark ids separated by spaces.
+
+    Args:
+        cell: text of the field.
+        place: file and line of the field, for error messages.
+
+    Returns:
+        The landmark ids, (n,) int64.
+    """
     for word in cell.split():
         if not LANDMARK_ID.fullmatch(word):
             raise InputError(f"{place}: {word!r} is not a landmark_id; expected a number")
@@ -249,14 +273,20 @@ def _landmark_ids(cell: str, place: str) -> np.ndarray:
 
 
 def _image_id(word: str, place: str) -> bytes:
-    """Check that `word` is a valid image id, and return it as bytes. `place` is used in messages."""
+    """Check that `word` is a valid image id, and return it as bytes.
+
+    `place` is the file and line that contain it, for the error message.
+    """
     if not IMAGE_ID.fullmatch(word):
         raise InputError(f"{place}: {word!r}; expected an image id of 16 hexadecimal digits")
     return word.encode()
 
 
 def _require_unique(values: np.ndarray, place: str) -> np.ndarray:
-    """Check that no value occurs twice, and return the values. `place` is used in messages."""
+    """Check that no id in `values`, (n,), occurs twice, and return `values`.
+
+    `place` is the file and line that contain the ids, for the error message.
+    """
     unique, counts = np.unique(values, return_counts=True)
     if len(unique) < len(values):
         twice: Any = unique[counts > 1][0]

@@ -21,7 +21,8 @@ from superglobal.data.images import (
     upright_size,
 )
 
-_HEAD, _TAIL = 65_536, 4_096  # numbers of bytes to read at the start of a file (enough for almost every header) and at the end
+# numbers of bytes to read at the start of a file (enough for almost every header) and at the end
+_HEAD, _TAIL = 65_536, 4_096
 _BATCH = 512  # number of images that one task of a thread checks
 _COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "JPEG2000")
 
@@ -31,7 +32,8 @@ class CheckedImage(NamedTuple):
 
     Attributes:
         signature: file size and CRC-32 of the contents, to detect changes of the file. For a large compressed file, the
-            CRC-32 covers only the first 64 KB and the last 4 KB. A change of a compressed image almost always changes these bytes too.
+            CRC-32 covers only the first 64 KB and the last 4 KB. A change of the image almost
+            always changes these bytes too.
         size: (height, width) in pixels: of the crop if there is one, else of the whole upright image.
     """
 
@@ -115,7 +117,7 @@ def check_image(
             width, height, compressed = _inspect(head, tail)
         except CorruptImageError:
             # The header may be longer than `head`, or more than 4 KB may follow the end of the image. The image may
-        # therefore be complete. Read the whole file, and check again.
+            # therefore be complete. Read the whole file, and check again.
             data = read(0, size)
             width, height, compressed = _inspect(data, data)
     if not compressed:

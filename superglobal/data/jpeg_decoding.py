@@ -33,9 +33,10 @@ from superglobal.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
-_COMPARED = 16  # maximum number of images on which the decoders are compared
+_COMPARED = 16  # maximum number of images on which the GPU decoder is compared with the CPU decoder
 _CANDIDATES = 64  # maximum number of images that are read to find images for the comparison
-# torchvision raises a RuntimeError for every failure on a GPU. Status 5 of nvJPEG is NVJPEG_STATUS_ALLOCATOR_FAILURE.
+# Parts of error messages that mean that the GPU memory is full. torchvision raises a RuntimeError for every failure on
+# a GPU. Status 5 of nvJPEG is NVJPEG_STATUS_ALLOCATOR_FAILURE.
 _OUT_OF_MEMORY = re.compile(r"out of memory|Failed to [\w ]+: 5\b")
 _CUDA_FAULT = re.compile(r"CUDA error|Failed to synchronize CUDA stream")
 
@@ -45,7 +46,7 @@ class EncodedImage(NamedTuple):
 
     Attributes:
         data: (n,) uint8, the contents of the file.
-        bounds: crop (x1, y1, x2, y2) in pixels, to be applied after decoding.
+        bounds: crop (x1, y1, x2, y2) in pixels, to be cut out of the decoded image.
     """
 
     data: Tensor
@@ -53,7 +54,7 @@ class EncodedImage(NamedTuple):
 
 
 def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None = None) -> EncodedImage | np.ndarray:
-    """Read an image file, but leave it encoded if the GPU can decode it (with `decode_batch`).
+    """Read an image file. Leave it encoded if `decode_batch` can decode it on the GPU; otherwise, decode it on the CPU.
 
     A JPEG file in grayscale or YCbCr is left encoded if it has no EXIF rotation and need not be shrunk. For such files,
     `decode_batch` returns the same pixels as the CPU decoder up to rounding. The header and the end of each file are
@@ -92,7 +93,7 @@ def _bounds(data: bytes, box: Box | None, max_side: int | None) -> tuple[int, in
 
 
 def _as_tensor(data: bytes) -> Tensor:
-    """Copy bytes to a tensor, (n,) uint8."""
+    """Copy the contents of a file to a tensor, (n,) uint8."""
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
@@ -111,7 +112,7 @@ def decode_batch(files: Sequence[Tensor], device: torch.device) -> list[Tensor |
     """
     try:
         return list(_decode(files, device))
-    except RuntimeError as error:  # The error does not name the file that caused it, so each is decoded alone below.
+    except RuntimeError as error:  # The error does not say which file caused it. Each file is decoded separately below.
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error))
         if not out_of_memory and (isinstance(error, torch.AcceleratorError) or _CUDA_FAULT.search(str(error))):
             raise
@@ -122,12 +123,24 @@ def decode_batch(files: Sequence[Tensor], device: torch.device) -> list[Tensor |
                     "lower extraction.batch_size, or use extraction.decoder=cpu"
                 ) from error
             return [None]
-    torch.cuda.empty_cache()  # nvJPEG allocates memory outside of PyTorch's pool.
+    # nvJPEG cannot use the memory that PyTorch keeps reserved for later tensors, so release this memory.
+    torch.cuda.empty_cache()
     return [image for file in files for image in decode_batch([file], device)]
 
 
 def _decode(files: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Decode JPEG files on a device in one call of torchvision, which fails if it cannot decode one of them."""
+    """Decode JPEG files on a device in one call of torchvision.
+
+    Args:
+        files: contents of each file, (n,) uint8, on the CPU.
+        device: a CUDA device, or the CPU.
+
+    Returns:
+        For each file, the RGB image, (3, H, W) uint8 on the device.
+
+    Raises:
+        RuntimeError: one or more of the files cannot be decoded.
+    """
     from torchvision.io import ImageReadMode, decode_jpeg  # Imported here because torchvision.io takes a second.
 
     if device.type != "cuda":
@@ -188,7 +201,7 @@ def compare_decoders(lists: Sequence[tuple[Sequence[ImageItem], int | None]], de
     """Compare the decoder of a device with the CPU decoder, on the first 16 JPEG files that the device would decode.
 
     Args:
-        lists: image lists with their `max_side`, as in `check_gpu_decoder`.
+        lists: image lists, each with the maximum longer side `max_side` of the images in pixels (None for no limit).
         device: device of the extraction.
 
     Returns:
@@ -214,7 +227,7 @@ def compare_decoders(lists: Sequence[tuple[Sequence[ImageItem], int | None]], de
 
 
 def _encoded(lists: Sequence[tuple[Sequence[ImageItem], int | None]]) -> Iterator[EncodedImage]:
-    """Yield those of the first 64 images that `read_encoded` leaves encoded."""
+    """Yield each image among the first 64 of all lists that is a JPEG file for the GPU decoder."""
     items = chain.from_iterable(((item, max_side) for item in items) for items, max_side in lists)
     for item, max_side in islice(items, _CANDIDATES):
         try:

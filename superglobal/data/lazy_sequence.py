@@ -43,8 +43,8 @@ class LazySequence(Sequence[T], Generic[T]):
         return self._make(selected) if isinstance(selected, int) else [self._make(i) for i in selected]
 
 
-# The functions below pass `_tree_item`, `_chained_item` or `_file_name` to `LazySequence` instead of a lambda. Sequences
-# are sent to worker processes, and pickle supports only functions that are defined at the top level of a module.
+# The functions below pass `_tree_item`, `_chained_item` or `_file_name` to `LazySequence` instead of a lambda.
+# Sequences are sent to worker processes by pickle, which supports only functions at the top level of a module.
 def tree_items(root: Path, ids: np.ndarray) -> LazySequence[ImageItem]:
     """Return the GLDv2 images with the given `ids`, (N,) S16, in the order of `ids`.
 

@@ -11,7 +11,8 @@ from torch.utils.data import Sampler
 
 from superglobal.errors import InputError
 
-_BLOCK = 32  # Images are sorted by size. At most this many consecutive images are assigned to the same shard or process.
+# Images are sorted by size. At most this many consecutive images are assigned to the same shard or process.
+_BLOCK = 32
 Size = tuple[int, int]
 """(height, width) in pixels."""
 

@@ -25,7 +25,7 @@ from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)
 _MAX_REPLACEMENTS = 10  # maximum number of replacements tried for a corrupt image
-_SLOW_CHECK = 50_000  # number of images above which a check may take minutes on a hard disk
+_SLOW_CHECK = 50_000  # for more images than this, the check of the image files may take minutes on a hard disk
 CorruptImages = list[tuple[int, str]]
 """(index, reason) of each missing or corrupt image."""
 
@@ -36,13 +36,15 @@ class TrainingImage(NamedTuple):
     Attributes:
         image: (3, S, S) uint8.
         label: class of the image.
-        index: index of the image in the training list. If the requested image is corrupt, this is its replacement.
-        corrupt: images that were found corrupt before this one was used; empty if the requested image is valid.
+        index: index in the training list of the image that was loaded. It is not the requested index if the requested
+            image is corrupt and has been replaced.
+        corrupt: images that were found corrupt before a valid image was found: the requested image and replacements;
+            empty if the requested image is valid.
     """
 
     image: Tensor
     label: int
-    index: int  # type: ignore[assignment]  # hides tuple.index
+    index: int  # type: ignore[assignment]  # The attribute hides the method tuple.index.
     corrupt: CorruptImages
 
 
@@ -52,7 +54,7 @@ class Batch(NamedTuple):
     Attributes:
         images: (B, 3, S, S) uint8.
         labels: (B,) int64 classes.
-        indices: (B,) int64 indices of the images in the training list, after replacing corrupt images.
+        indices: (B,) int64 indices in the training list of the images that were loaded, including replacements.
         corrupt: images that were found corrupt and replaced.
     """
 
@@ -68,7 +70,7 @@ class TrainingDataset(Dataset):
     All random numbers depend only on the seed, the epoch and the image index. A corrupt image is replaced by a random
     image, so that batches are complete and a damaged file does not end a long run. If ten replacements are corrupt too,
     the item is an InputError. The error is returned instead of raised, because DataLoader would add the traceback of
-    the worker process to its message.
+    the worker process to the error message.
 
     Args:
         images: training list.
@@ -109,7 +111,16 @@ class TrainingDataset(Dataset):
         )
 
     def _augmented(self, epoch: int, requested: int, data: bytes) -> Tensor:
-        """Augment the image file `data` with random numbers that depend only on the seed, the epoch and `requested`."""
+        """Decode and augment an image file. The random numbers depend only on the seed, the epoch and `requested`.
+
+        Args:
+            epoch: the epoch.
+            requested: index of the requested image, even if `data` is the file of a replacement.
+            data: contents of the image file.
+
+        Returns:
+            The augmented image, (3, S, S) uint8.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, requested]).generate_state(1)[0]))
             return self.augment(data, self.side(epoch))
@@ -132,7 +143,8 @@ class Augment:
     """Random crop resized to a square, horizontal flip, and jitter of brightness, contrast and saturation.
 
     The random numbers are the same as those of torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and
-    `ColorJitter`, in this order. If `reduced` is False, the result is bit-identical to theirs.
+    `ColorJitter`, in this order. If `reduced` is False, the result is bit-identical to the result of these
+    transforms.
 
     Args:
         crop: minimum area of a crop, as a fraction of the area of the image.
@@ -171,7 +183,7 @@ class Augment:
         width, height = image_size(data)
         top, left, rows, columns = self.box(width, height)
         pixels = decode_image(data, self.reduction(rows, columns, side))
-        # The actual reduction may differ from the requested one: only JPEGs can be decoded at a reduced size.
+        # `decode_image` ignores the reduction unless the image is a JPEG, so the actual scale may differ.
         scale_y, scale_x = pixels.shape[0] / height, pixels.shape[1] / width
         top, bottom = round(top * scale_y), round((top + rows) * scale_y)
         left, right = round(left * scale_x), round((left + columns) * scale_x)
@@ -188,7 +200,8 @@ class Augment:
     def reduction(self, rows: int, columns: int, side: int) -> int:
         """Return the reduction, 8, 4, 2 or 1, at which to decode an image.
 
-        It is the largest one after which a crop of `rows` x `columns` pixels still has at least `side` pixels per side.
+        It is the largest one that leaves at least `side` pixels per side of a crop that has `rows` x `columns` pixels at
+        full size.
         """
         if not self.reduced:
             return 1
@@ -253,10 +266,10 @@ def require_budget(corrupt: int, total: int, budget: float, where: str = "") -> 
         corrupt: number of missing or corrupt images.
         total: number of images.
         budget: maximum fraction of missing or corrupt images.
-        where: text for the message that says where the corrupt images are listed.
+        where: part of the error message that says in which file the corrupt images are listed.
 
     Raises:
-        InputError: more images are corrupt.
+        InputError: more than this fraction of the images is corrupt.
     """
     if corrupt > budget * total:
         raise InputError(
@@ -271,7 +284,8 @@ def check_training_images(
 ) -> tuple[list[CorruptImages], np.ndarray]:
     """Find the missing and corrupt training images before the training starts.
 
-    If there is an index that `superglobal prepare-gldv2` has written, read it. Otherwise, check every file.
+    If `superglobal prepare-gldv2` has written an index, read the corrupt images from the index. Otherwise, check every
+    image file.
 
     Args:
         lists: parts of one training list, for example the training images and the held-out images.
@@ -310,14 +324,14 @@ def check_training_images(
 
 
 def _check_files(images: TrainList, command: str) -> tuple[CorruptImages, np.ndarray]:
-    """Check each image file in the folder tree.
+    """Check each file of a training list in the folder tree.
 
     Args:
-        images: images to check.
-        command: command that writes an index, for a log message.
+        images: training list to check.
+        command: command that writes an index, to be recommended in a log message.
 
     Returns:
-        The corrupt images, and a hash of the contents of each image, (N,) uint64.
+        The missing and corrupt images, and a hash of the contents of each image, (N,) uint64.
     """
     if len(images) > _SLOW_CHECK:
         log.info(
