@@ -11,7 +11,7 @@ from superglobal.errors import InputError
 
 
 def how_to_get_distractors(root: Path, name: str) -> str:
-    """Return the expected file layout of a distractor set and, if it can be downloaded, the command, for messages.
+    """Return the expected file layout of a distractor set, and the command that downloads the set if there is one.
 
     Args:
         root: folder that contains the folder of the set.

@@ -64,8 +64,8 @@ class Source:
         n_images: number of images; None if it is unknown or there are no images.
         size: approximate total size of the archives in bytes; None if it is unknown.
         corrupt: names of archive members that are known not to be images; no list contains them.
-        google_drive: whether the files are in a shared Google Drive folder. The folder is downloaded as a whole, because
-            its single files have no addresses.
+        google_drive: whether the files are in a shared Google Drive folder. The folder is downloaded as a
+            whole, because its single files have no addresses.
     """
 
     name: str

@@ -18,7 +18,8 @@ from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
 
 _MAX_LISTED = 5  # maximum number of files listed in a message
-_MIN_OVERLAP = 0.25  # minimum intersection over union of the positives of two queries that show the same landmark
+# Two queries show the same landmark if the intersection over union of their positives is at least this value.
+_MIN_OVERLAP = 0.25
 NOTHING_COMPUTED = "nothing was computed, because some input is missing or corrupt:"
 T = TypeVar("T")
 
@@ -104,7 +105,7 @@ class EvaluationSet:
 Loader = Callable[..., EvaluationSet]
 """Function that loads an evaluation set. Its keyword arguments are the settings of the group `dataset`."""
 _LOADERS: dict[str, Loader] = {}
-# These modules register no loaders and are slow to import, because they need Lightning and torchvision.
+# modules without loaders; they are slow to import, because they import Lightning and torchvision
 _WITHOUT_LOADERS = {"datamodules", "train_dataset"}
 LoaderT = TypeVar("LoaderT", bound=Loader)
 
@@ -129,7 +130,8 @@ def loaders() -> dict[str, Loader]:
     for module in pkgutil.iter_modules(superglobal.data.__path__):
         if module.name not in _WITHOUT_LOADERS:
             importlib.import_module(f"superglobal.data.{module.name}")
-    return dict(sorted(_LOADERS.items()))  # Sort, so that the order does not depend on which module was imported first.
+    # Sort the loaders, because their order depends on which module was imported first.
+    return dict(sorted(_LOADERS.items()))
 
 
 def load_evaluation_set(kind: str, **settings: Any) -> EvaluationSet:
@@ -201,10 +203,11 @@ def require_images(
         workers: number of threads of `check_images`.
 
     Returns:
-        For each title, the result of the check. It contains no problems.
+        For each title, the result of the check. Its lists of missing and unreadable files are empty.
 
     Raises:
-        InputError: images are missing or corrupt. The message has the counts and the first five files of each set.
+        InputError: images are missing or corrupt. The message contains the number of these
+            images and the first five files of each set.
     """
     reports = {title: check_images(items, workers) for title, items, _ in sets}
     lines: list[str] = []

@@ -25,7 +25,8 @@ def folder_set(
     """Load an evaluation set from the images in a folder and its sub-folders, sorted by relative path.
 
     With `query` and without labels, there is no ground truth. With labels, the positives of a query are the database
-    images with the same label. If the file of the query is also in the database, it is junk. Without `query`, each
+    images with the same label. If the image file of the query is also in the database, this database image
+    is junk: it is ignored in the ranking of the query. Without `query`, each
     database image is a query that is compared with all others. If the query folder is inside the database folder, its
     images also belong to the database. Images are found by their file extension. The files are not read.
 
@@ -132,8 +133,8 @@ def _ground_truth(
         labels: label of each database image.
 
     Returns:
-        For each query, a dict with the database rows of the images that have its label ("positive") and of the file of
-        the query itself ("junk"), (n,) int64.
+        For each query, a dict of arrays of database rows, (n,) int64. "positive" has the images with the label of the
+        query, and "junk" has the image file of the query itself if it is in the database.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for i, label in enumerate(labels):

@@ -70,7 +70,7 @@ class TrainList:
         return digest.hexdigest()
 
     def _source(self) -> ImageSource:
-        """Return the source of the image files, by default the folder tree."""
+        """Return the source of the image files: `source`, or the folder tree below `root` if `source` is None."""
         return self.source or ImageTree(self.root)
 
 
@@ -125,7 +125,15 @@ def read_train(
 
 
 def _read_sorted(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read a training list. Return the image ids (N,) S16 and landmark ids (N,) int64, sorted by landmark and image."""
+    """Read a training list, and sort the images by landmark id and image id.
+
+    Args:
+        root: folder of the list.
+        table: file name of the list.
+
+    Returns:
+        The image ids, (N,) S16, and the landmark id of each image, (N,) int64.
+    """
     path = root / table
     try:
         ids, landmarks = read_list(path)
@@ -147,7 +155,7 @@ def split_landmarks(images: TrainList, fraction: float, seed: int) -> tuple[Trai
         seed: seed of the selection.
 
     Returns:
-        The training list and the validation list.
+        The list of the images for training, and the list of the images for validation.
     """
     n_landmarks = len(images.landmarks)
     held_out = np.zeros(n_landmarks, bool)
@@ -156,7 +164,12 @@ def split_landmarks(images: TrainList, fraction: float, seed: int) -> tuple[Trai
 
 
 def _select(images: TrainList, keep: np.ndarray) -> TrainList:
-    """Return a list of the images whose landmarks are selected by the mask `keep`, (C,) bool. Renumber the classes."""
+    """Return a training list of only some landmarks, and renumber the classes.
+
+    Args:
+        images: training list of C landmarks.
+        keep: (C,) bool, True for the landmarks to keep.
+    """
     if keep.all():
         return images
     rows = keep[images.labels]
@@ -307,7 +320,14 @@ def validation_set(
 
 
 def _solution(root: Path, task: Task, solution: str, hint: str) -> Solution:
-    """Read the solution of a task. `solution` is a version or a path; `hint` ends the message if it is missing."""
+    """Read the solution (ground truth) of a task.
+
+    Args:
+        root: folder of the official solution files.
+        task: "retrieval" or "recognition".
+        solution: version of the official solution, such as "v2.1", or the path of a solution file.
+        hint: end of the error message if the file is missing.
+    """
     version = root / f"{task}_solution_{solution}.csv"
     path = version if "/" not in solution and not solution.endswith(".csv") else Path(solution)
     if not path.is_file():
@@ -345,7 +365,11 @@ def _rows_in(path: Path, index: np.ndarray, solution: Solution) -> list[np.ndarr
 
 
 def _rows_of(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the rows of `labels` that have one of the `wanted` labels, (n,) int64. `labels`, (N,), must be sorted."""
+    """Find the elements of `labels`, (N,) and sorted, that equal one of the `wanted` labels.
+
+    Returns:
+        The indices of these elements in `labels`, (n,) int64.
+    """
     low, high = (np.searchsorted(labels, wanted, side=side) for side in ("left", "right"))
     return np.concatenate([np.empty(0, np.int64), *(np.arange(*ends) for ends in zip(low, high, strict=True))])
 
@@ -388,7 +412,9 @@ def _write_split(path: Path, table: Path, images: TrainList, is_query: np.ndarra
 
 
 def query_landmarks(relevant: Sequence[np.ndarray]) -> list[int]:
-    """Find out which queries show the same landmark, from their relevant images (see `group_by_landmark`).
+    """Find out which queries show the same landmark, from the overlap of their relevant images.
+
+    `group_by_landmark` describes the method.
 
     Args:
         relevant: for each query, the ids of its relevant images, (n,) S16.

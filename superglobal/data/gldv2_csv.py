@@ -21,7 +21,8 @@ import pyarrow.csv
 from superglobal.errors import InputError
 
 IMAGE_ID, LANDMARK_ID = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9]{1,18}")
-_BLOCK = 1 << 23  # bytes that Arrow parses at a time; a row must fit, and a landmark of 10,000 images takes 170 KB
+# Number of bytes that Arrow parses at a time. It must exceed the longest row: a landmark of 10,000 images takes 170 KB.
+_BLOCK = 1 << 23
 
 
 def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +98,10 @@ def read_landmark_ids(path: str | Path) -> np.ndarray:
 
 @contextmanager
 def _input_errors(path: Path) -> Iterator[None]:
-    """Convert errors of the block to an InputError that names the file. A FileNotFoundError is not converted."""
+    """Convert errors that are raised in the `with` statement to an InputError that names the file `path`.
+
+    A FileNotFoundError is not converted.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -109,7 +113,8 @@ def _input_errors(path: Path) -> Iterator[None]:
     except pa.ArrowInvalid as error:
         raise _first_error(path, str(error)) from error
     finally:
-        pa.default_memory_pool().release_unused()  # Otherwise, Arrow keeps this memory for later use.
+        # Return the memory to the operating system. Otherwise, Arrow would keep it.
+        pa.default_memory_pool().release_unused()
 
 
 def _column_names(path: Path) -> set[str]:
@@ -119,7 +124,7 @@ def _column_names(path: Path) -> set[str]:
 
 
 def _read_columns(path: Path, names: list[str]) -> list[pa.ChunkedArray]:
-    """Read the given columns of a CSV file as strings."""
+    """Read the columns with the given names from a CSV file, as strings."""
     table = pyarrow.csv.read_csv(
         str(path),
         pyarrow.csv.ReadOptions(block_size=_BLOCK),
@@ -130,7 +135,10 @@ def _read_columns(path: Path, names: list[str]) -> list[pa.ChunkedArray]:
 
 
 def _image_ids(path: Path, texts: pa.ChunkedArray) -> np.ndarray:
-    """Check that all image ids are valid and different, and return them as (N,) S16."""
+    """Check that all image ids `texts` are valid and different, and return them as (N,) S16.
+
+    `path` is the list that contains the ids, for the error message.
+    """
     if not len(texts):
         raise InputError(f"{path}: contains no images; download it again")
     if not pc.all(pc.match_substring_regex(texts, "^[0-9a-f]{16}$"), min_count=0).as_py():
@@ -145,16 +153,18 @@ def _image_ids(path: Path, texts: pa.ChunkedArray) -> np.ndarray:
 
 
 def _first_error(path: Path, otherwise: str) -> InputError:
-    """Read the list again row by row, and return the error to raise for the first invalid row.
+    """Read a list that cannot be parsed again, row by row, and return the error to raise for the first invalid row.
 
-    If every row is valid, return an error with the reason `otherwise`.
+    Args:
+        path: the list.
+        otherwise: reason for the error message if every row is valid.
     """
-    csv.field_size_limit(2**31 - 1)  # A field contains all images of a landmark, which can be thousands.
+    csv.field_size_limit(2**31 - 1)  # Python's default limit is too small for a field with thousands of image ids.
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         clean = "images" in (rows.fieldnames or ())
         for row in rows:
-            number = row.get("landmark_id", "0") or ""  # index.csv and test.csv have no such column.
+            number = row.get("landmark_id", "0") or ""  # index.csv and test.csv have no landmarks.
             if not LANDMARK_ID.fullmatch(number):
                 return InputError(f"{path}, line {rows.line_num}: landmark_id {number!r} is not a number")
             for image in (row["images"] or "").split() if clean else [row["id"] or ""]:

@@ -21,7 +21,8 @@ from superglobal.errors import InputError
 from superglobal.utils.io import atomic_file
 
 VERSION = 1
-_TAR_HEADER = 512  # size in bytes of the block before each member of a tar file, which contains the name of the member
+# size in bytes of the header before the contents of each member of a tar file; it contains the member's name
+_TAR_HEADER = 512
 
 
 class ImageSource(Protocol):
@@ -108,11 +109,11 @@ class ImageTars:
         return f"{self.folder / (self.names[tar] if tar >= 0 else 'images_*.tar')}:{tree_path(image)}"
 
     def _row(self, image: bytes) -> int:
-        """Return the row of the image with the id `image`, which must be one of `ids`."""
+        """Return the index in `ids` of the image with the id `image`. `ids` must contain this image."""
         return int(np.searchsorted(self.ids, np.array(image, "S16")))
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}  # Each process opens the tar files itself.
+        return {**self.__dict__, "_open": {}}  # An unpickled copy in another process opens the tar files itself.
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class ImageIndex:
             it, and for the folder tree.
         offsets: (N,) int64 position of each image in its tar file, in bytes; 0 for the folder tree.
         bad: (K,) int64 rows of the missing and corrupt images, ascending.
-        reasons: (K,) str reason for each of these images.
+        reasons: (K,) str reasons why the images of `bad` are missing or corrupt, in the same order.
         tar_names: (T,) str file names of the tar files; empty for the folder tree.
         tar_sizes: (T,) int64 sizes of the tar files in bytes.
     """
@@ -153,25 +154,25 @@ class ImageIndex:
         """Find the missing and corrupt images among the images with the given ids, (n,) S16.
 
         Returns:
-            (position in `ids`, reason) of each of them.
+            (position in the argument `ids`, reason) of each missing or corrupt image.
         """
         rows = np.searchsorted(self.ids, ids)
         reasons = dict(zip(self.bad.tolist(), self.reasons.tolist(), strict=True))
         return [(int(i), reasons[int(rows[i])]) for i in np.flatnonzero(np.isin(rows, self.bad))]
 
     def tars(self, folder: Path) -> ImageTars:
-        """Return a reader for the images in the tar files, which are in `folder`."""
+        """Return a reader for the images of the list. `folder` is the folder of the tar files."""
         return ImageTars(folder, self.tar_names.tolist(), self.ids, self.numbers, self.offsets, self.sizes)
 
     def save(self, path: Path, list_digest: str) -> None:
-        """Write the index and the hash of its list file (see `list_digest`) to a file."""
+        """Write the index to the file `path`, together with `list_digest`, the SHA-256 of the list file."""
         arrays = {field.name: getattr(self, field.name) for field in fields(self)}
         with atomic_file(path) as file:
             np.savez(file, version=VERSION, list_digest=list_digest, **arrays)
 
 
 def signature_codes(signatures: Iterable[str]) -> np.ndarray:
-    """Return a 64-bit hash of each image signature (see `check_images`), (N,) uint64. The hash of "" is 0."""
+    """Return a 64-bit hash of each image signature that `check_images` returns, (N,) uint64. The hash of "" is 0."""
     packed = (hashlib.blake2b(text.encode(), digest_size=8).digest() if text else bytes(8) for text in signatures)
     return np.frombuffer(b"".join(packed), "<u8").astype(np.uint64)
 
@@ -182,13 +183,19 @@ def index_path(root: Path, table: str) -> Path:
 
 
 def list_digest(root: Path, table: str) -> str:
-    """Return the SHA-256 of a list file in hexadecimal digits. `table` is its file name in the folder `root`."""
+    """Return the SHA-256 of a list file in hexadecimal digits. `table` is the file name of the list in `root`."""
     with (root / table).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def prepare_command(root: Path, table: str, tars: str | Path | None) -> str:
-    """Return the command that writes the index of a list, for messages (see `load_index` for the arguments)."""
+    """Return the command that writes the index of a list, for error messages.
+
+    Args:
+        root: folder of the list.
+        table: file name of the list.
+        tars: folder of the tar files if the images are read from tar files; None for the folder tree.
+    """
     command = f"superglobal prepare-gldv2 --root {root} --table {table}"
     return command if tars is None else f"{command} --tars {tars}"
 

@@ -90,7 +90,7 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
 
 @contextmanager
 def add_path_to_errors(path: Path) -> Iterator[None]:
-    """Convert errors of the block, which reads the image file `path`, to an InputError that names the file."""
+    """Convert errors that are raised in the `with` statement to an InputError that names the image file `path`."""
     try:
         yield
     except FileNotFoundError as error:
@@ -191,7 +191,7 @@ def require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
         CorruptImageError: the end of the image is missing.
     """
     if file_format in ("JPEG", "MPO"):
-        # An EXIF thumbnail has an end marker too. Search only after the start of the image data.
+        # An EXIF thumbnail has an end marker too, but precedes the image data. Search only after the start of the data.
         scan = _scan_start(head)
         if scan < 0 or tail.rfind(b"\xff\xd9", scan if tail is head else 0) < 0:
             raise CorruptImageError("truncated JPEG (no end-of-image marker)")
@@ -200,7 +200,10 @@ def require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
 
 
 def _scan_start(data: bytes) -> int:
-    """Return the offset after the first start-of-scan marker of a JPEG file, or -1 if `data` ends before it."""
+    """Return the offset of the first byte after the first start-of-scan marker in a JPEG file.
+
+    `data` is the start of the file, or the whole file. If it ends before this marker, return -1.
+    """
     position = 2
     while position + 4 <= len(data):
         marker = data[position + 1]
@@ -282,7 +285,7 @@ def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
         except Exception as error:  # Plugins raise errors of any type.
             raise CorruptImageError(f"truncated or damaged ({error})") from error
         if same:
-            image.info.pop("transparency", None)  # Pillow would warn that the conversion drops it.
+            image.info.pop("transparency", None)  # Pillow would warn that the conversion to RGB drops the transparency.
             return pil_pixels(image)
         file_format, mode = image.format, image.mode
     try:
@@ -295,9 +298,9 @@ def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
 
 
 def _same_as_cv2(image: Image.Image) -> bool:
-    """Return True if Pillow and OpenCV decode an image, which is not decoded yet, to the same pixels.
+    """Return True if Pillow and OpenCV decode an image of this format and color mode to the same pixels.
 
-    tests/test_images.py compares the pixels.
+    `image` is not decoded yet. tests/test_images.py compares the pixels for each format and mode.
     """
     if image.format == "TIFF":  # OpenCV premultiplies alpha and rounds 16 bits differently.
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE_TAG, (1,))
@@ -325,7 +328,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         exif.load(image.info.get("exif", b""))
         value = exif.get(_ORIENTATION_TAG, 1)
-    except Exception:  # OpenCV ignores a damaged EXIF block too.
+    except Exception:  # OpenCV ignores damaged EXIF data too.
         return 1
     return value if value in _UNDO_ORIENTATION else 1
 
@@ -356,7 +359,7 @@ def box_bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the reason why a file cannot be read, from the error and without the path, for messages."""
+    """Return the reason why a file cannot be read, for messages. It is the message of `error` without the path."""
     if isinstance(error, IsADirectoryError):
         return "a folder, not a file"
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -115,7 +115,7 @@ def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> Evalu
 
 
 def query_landmarks(truth: GroundTruth) -> list[str]:
-    """Find out which landmark each query shows, from the overlap of the positives (see `group_by_landmark`).
+    """Find out which queries show the same landmark. `group_by_landmark` describes the method.
 
     Returns:
         For each query, the name of the first query that shows the same landmark.
@@ -132,15 +132,15 @@ def _how_to_get(folder: Path, name: str) -> str:
 
 
 def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:
-    """Return `entry[key]`, after checking that it is a list, tuple, set or range. A set is sorted.
+    """Return `entry[key]`, after checking that it is a list, tuple, set or range.
 
-    Arrays are unpickled as lists, so they are accepted too.
+    Elements of a set are sorted. Arrays are accepted too, because they have been unpickled as lists.
 
     Args:
         path: the ground-truth file, for messages.
         entry: the object that should be a dict with the key `key`.
         key: the key.
-        where: description of the entry, for messages; "" for the whole file.
+        where: description of the query that `entry` belongs to, for messages; "" if `entry` is the whole file.
     """
     place = f"{path}: {where}, {key}" if where else f"{path}: {key}"
     if not isinstance(entry, dict) or key not in entry:
@@ -154,7 +154,10 @@ def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:
 
 
 def _names(path: Path, data: dict[str, Any], key: str) -> list[str]:
-    """Return the list of image names `data[key]`, after checking that it is valid and not empty."""
+    """Return the list of image names `data[key]`, after checking that it is valid and not empty.
+
+    `data` is the unpickled contents of the ground-truth file `path`.
+    """
     names = _field(path, data, key, "")
     for i, name in enumerate(names):
         if not isinstance(name, str):

@@ -41,7 +41,7 @@ def load_plain_pickle(data: bytes) -> Any:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler that finds only the functions and classes in `_ALLOWED`."""
+    """Unpickler that raises an error if the file names a function or class that is not in `_ALLOWED`."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -60,7 +60,10 @@ class _Dtype:
         self.big_endian = state[1] == ">"
 
     def values(self, raw: bytes | str) -> np.ndarray:
-        """Convert the raw bytes of an array to a one-dimensional array. In pickles of Python 2, `raw` is a str."""
+        """Convert the raw bytes of an array to a one-dimensional array of values.
+
+        `raw` is a str, one character per byte, if Python 2 wrote the file.
+        """
         if not re.fullmatch(r"b1|[iu][1248]|f[248]|[SU][1-9]\d{0,4}", self.code):
             raise pickle.UnpicklingError(f"array of type {self.code!r}, expected numbers or strings")
         data = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
@@ -68,7 +71,7 @@ class _Dtype:
 
 
 class _Array(list):
-    """Replacement for numpy.ndarray: a list that `__setstate__` fills with the values of the array (nested lists)."""
+    """Replacement for numpy.ndarray: a list. `__setstate__` fills it with the values of the array as nested lists."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, raw = state
@@ -77,12 +80,19 @@ class _Array(list):
 
 
 def _reconstruct(cls: type, shape: tuple[int, ...], code: bytes) -> _Array:
-    """Replacement for NumPy's `_reconstruct`: return an empty array for `__setstate__` to fill."""
+    """Replacement for NumPy's `_reconstruct`: return an empty `_Array`, which `__setstate__` fills afterwards."""
     return _Array()
 
 
 def _from_buffer(raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: str) -> list[Any]:
-    """Replacement for NumPy's `_frombuffer`: return the array with these raw bytes as nested lists."""
+    """Replacement for NumPy's `_frombuffer`: convert the raw bytes of an array to nested lists of values.
+
+    Args:
+        raw: bytes of the array; a str, one character per byte, if Python 2 wrote the file.
+        dtype: type of the values.
+        shape: shape of the array.
+        order: "C" if the values are stored row by row, "F" if column by column.
+    """
     values = dtype.values(raw)
     if len(shape) != 1 and math.prod(shape) != values.size:
         raise pickle.UnpicklingError(f"array of shape {shape} with {values.size} values, expected {math.prod(shape)}")
@@ -90,12 +100,12 @@ def _from_buffer(raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order:
 
 
 def _scalar(dtype: _Dtype, raw: bytes | str) -> Any:
-    """Replacement for NumPy's `scalar`: return the number or string with these raw bytes."""
+    """Replacement for NumPy's `scalar`: convert the raw bytes of one value to a number or a string."""
     return dtype.values(raw)[0].item()
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Replacement for `_codecs.encode`, with which the pickle protocols 0 to 2 store bytes."""
+    """Replacement for `_codecs.encode`. Pickle files of protocols 0 to 2 call this function to create bytes objects."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}, expected latin1")
     return text.encode("latin1")

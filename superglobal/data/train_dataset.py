@@ -200,8 +200,8 @@ class Augment:
     def reduction(self, rows: int, columns: int, side: int) -> int:
         """Return the reduction, 8, 4, 2 or 1, at which to decode an image.
 
-        It is the largest one that leaves at least `side` pixels per side of a crop that has `rows` x `columns` pixels at
-        full size.
+        It is the largest one after which a crop of `rows` x `columns` pixels, measured at full size, still has at least
+        `side` pixels per side.
         """
         if not self.reduced:
             return 1
