@@ -92,7 +92,16 @@ def _require_top(last_ranks: Sequence[int], depth: int) -> None:
 
 
 def _last_of_first_stage(queries: np.ndarray, rows: Rows, shortlist: np.ndarray) -> np.ndarray:
-    """Return the id that the first stage ranks last in each shortlist (Q, M): (Q,) int64."""
+    """Find the image with the worst first-stage rank in each shortlist.
+
+    Args:
+        queries: (Q, D) queries.
+        rows: rows of the database.
+        shortlist: (Q, M) ids.
+
+    Returns:
+        Ids (Q,) int64.
+    """
     query_of = np.repeat(np.arange(len(queries)), shortlist.shape[1])
     scores = pair_scores(queries, rows, query_of, shortlist.ravel()).reshape(shortlist.shape)
     last = np.lexsort((shortlist, -scores), axis=1)[:, -1:]
@@ -138,7 +147,10 @@ def revisited_map(
 
 @dataclass(frozen=True)
 class Scorer:
-    """Validated ground truth, which lists the images to rank and scores their ranks; see `make_scorer`."""
+    """Validated ground truth, which lists the images whose ranks are needed, and computes the scores from these ranks.
+
+    Use `make_scorer` to create one.
+    """
 
     sets: list[Sets]
     protocols: Mapping[str, Protocol]
@@ -149,12 +161,12 @@ class Scorer:
 
     @property
     def targets(self) -> list[np.ndarray]:
-        """Ids of all sets of each query, concatenated: one (n,) int64 array per query."""
+        """For each query, the ids (n,) int64 of the images whose ranks are needed: the images of all its sets."""
         return [concatenated(query_sets.values()) for query_sets in self.sets]
 
     @property
     def max_ignored(self) -> int:
-        """Largest number of images that any protocol ignores for any query."""
+        """Largest number of images that one protocol ignores for one query."""
         counts = [
             sum(len(sets.get(name, ())) for name in protocol.ignored)
             for protocol in self.protocols.values()
@@ -163,16 +175,23 @@ class Scorer:
         return max(counts, default=0)
 
     def subset(self, queries: np.ndarray) -> Scorer:
-        """Return a scorer for a subset of the queries, given by their indices (n,)."""
+        """Return a scorer for some of the queries; `queries` (n,) contains their indices."""
         return replace(self, sets=[self.sets[i] for i in queries], clusters=[self.clusters[i] for i in queries])
 
     def score(self, ranks: Sequence[np.ndarray]) -> RetrievalResult:
-        """Score the 0-based ranks of each query's `targets`, in their order; -1 is a target that was not retrieved."""
+        """Compute the scores from the ranks of the targets.
+
+        Args:
+            ranks: for each query, the 0-based ranks of its `targets`, in the same order; -1 for a target that was not
+                retrieved.
+        """
         by_set = split_by_set(ranks, self.sets)
         return score_ranks(by_set, self.protocols, self.ks, self.clusters, self.seed, self.samples)
 
     def reranked(self, ranks: Sequence[np.ndarray], shortlist: np.ndarray) -> list[np.ndarray]:
         """Compute the ranks of the targets after reranking.
+
+        A target that is not in the shortlist keeps its first-stage rank.
 
         Args:
             ranks: for each query, the first-stage ranks of its `targets`.
@@ -257,7 +276,15 @@ def ranks_from_rankings(rankings: Any, ground_truth: Any, protocols: Mapping[str
 
 
 def _parse_ground_truth(ground_truth: Any, protocols: Mapping[str, Protocol]) -> list[Sets]:
-    """Return one dict per query, from the names of the sets that the protocols use to ids (n,) int64."""
+    """Convert a ground truth in any supported format to one dict per query.
+
+    Args:
+        ground_truth: see `evaluate`.
+        protocols: protocols, which name the sets to read.
+
+    Returns:
+        For each query, a dict from set name to ids (n,) int64.
+    """
     wrapped = isinstance(ground_truth, Mapping)
     gnd = ground_truth.get("gnd") if wrapped else getattr(ground_truth, "gnd", ground_truth)
     if not isinstance(gnd, Sequence) or not gnd or not all(isinstance(entry, Mapping) for entry in gnd):
@@ -272,7 +299,16 @@ def _parse_ground_truth(ground_truth: Any, protocols: Mapping[str, Protocol]) ->
 
 
 def _as_ids(values: Any, query: int, name: str) -> np.ndarray:
-    """Convert the ids of a query's set `name` to an array (n,) int64. Raises InputError unless they are integers."""
+    """Convert the ids of one set of a query to an array (n,) int64.
+
+    Args:
+        values: list or array of ids.
+        query: index of the query, for the error message.
+        name: name of the set, for the error message.
+
+    Raises:
+        InputError: the ids are not integers.
+    """
     array = flat_array(values, f"ground truth of query {query}: {name}")
     if array.size and array.dtype.kind not in "iu":
         raise InputError(f"ground truth of query {query}: {name} contains {array.dtype}, expected integer ids")
@@ -280,10 +316,10 @@ def _as_ids(values: Any, query: int, name: str) -> np.ndarray:
 
 
 def _validated_ids(sets: Sets, query: int, n_rows: int | None) -> np.ndarray:
-    """Return the concatenated ids of a query's sets. Raises InputError if an id is repeated or out of range.
+    """Return the ids of all sets of a query, concatenated. Raises InputError if an id is repeated or out of range.
 
     Args:
-        sets: ids by set name.
+        sets: dict from set name to ids.
         query: index of the query, for messages.
         n_rows: number of database rows; None if it is unknown.
     """
@@ -301,14 +337,14 @@ def _validated_ids(sets: Sets, query: int, n_rows: int | None) -> np.ndarray:
 
 
 def split_by_set(ranks: Sequence[np.ndarray], sets: Sequence[Sets]) -> list[Sets]:
-    """Split each query's ranks, which follow its concatenated sets, into one array per set.
+    """Split the ranks of each query's images into one array per set of the ground truth.
 
     Args:
-        ranks: for each query, the ranks of the ids of all its sets, in the order of the sets.
-        sets: for each query, its ids by set name.
+        ranks: for each query, the ranks (n,) of the images of all its sets, concatenated in the order of the sets.
+        sets: for each query, a dict from set name to the ids of its images.
 
     Returns:
-        For each query, its ranks by set name.
+        For each query, a dict from set name to the ranks of its images.
     """
     result = []
     for query_ranks, query_sets in zip(ranks, sets, strict=True):
@@ -318,15 +354,15 @@ def split_by_set(ranks: Sequence[np.ndarray], sets: Sequence[Sets]) -> list[Sets
 
 
 def _positions(row: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return the position of each of `ids` (n,) in `row` (m,), -1 if it does not occur: (n,) int64."""
+    """Return the positions (n,) int64 of `ids` (n,) in the list `row` (m,); -1 for an id that is not in the list."""
     order = np.argsort(row)
     index = np.minimum(np.searchsorted(row, ids, sorter=order), len(row) - 1)
     return np.where(row[order[index]] == ids, order[index], -1)
 
 
 Reorder = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""Function that reranks shortlists: it maps query indices (n,) and their shortlists of ids (n, m) to the reranked
-shortlists (n, m)."""
+"""Function that reranks the shortlists of some queries. It takes the indices (n,) of the queries and the ids (n, m) in
+their shortlists, and returns the ids (n, m) in the new order."""
 
 
 def score_without_junk(
@@ -358,10 +394,13 @@ def score_without_junk(
 def ranks_without_junk(
     scorer: Scorer, ranks: Sequence[np.ndarray], ids: np.ndarray, reorder: Reorder
 ) -> dict[str, list[Sets]]:
-    """Compute the ranks that `score_without_junk` scores, with the same arguments.
+    """Compute the ranks of the positives for `score_without_junk`, separately for each protocol.
+
+    The arguments are those of `score_without_junk`.
 
     Returns:
-        Dict from protocol name to a list with one dict per query, {"positive": ranks of its positives}.
+        Dict from protocol name to a list with one dict per query. Each dict has the single key "positive", with the
+        ranks of the query's positives.
     """
     first = split_by_set(ranks, scorer.sets)
     result = {}
@@ -380,7 +419,9 @@ def ranks_without_junk(
 
 
 def _rerank_without(ids: np.ndarray, ignored: Sequence[np.ndarray], reorder: Reorder) -> list[np.ndarray]:
-    """Remove the ignored ids of each query from its list, and rerank the rest. Lists of equal length form one batch.
+    """Remove the ignored ids of each query from its shortlist, and rerank the rest.
+
+    Shortlists that have the same length after the removal are reranked in one call of `reorder`.
 
     Args:
         ids: (Q, k) first-stage results.

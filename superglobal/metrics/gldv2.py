@@ -35,7 +35,11 @@ Parts = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class RankedResult:
-    """Scores of ranked lists. The keys of the dicts are the parts of the query set; a part without queries has NaN."""
+    """Scores of ranked lists.
+
+    The keys of the dicts are the names of parts of the query set, such as "all". The scores of a part without queries
+    are NaN.
+    """
 
     definition: ClassVar[dict[str, str]] = {
         "average_precision": "rectangular, over the first 100 ranks, divided by min(relevant images, 100)",
@@ -76,7 +80,8 @@ class RankedResult:
 class RecognitionResult:
     """Scores of one predicted landmark per query image.
 
-    The keys of the dicts are the parts of the query set; a part in which no image shows a landmark has NaN.
+    The keys of the dicts are the names of parts of the query set, such as "all". The scores of a part in which no image
+    shows a landmark are NaN.
     """
 
     definition: ClassVar[dict[str, str]] = {
@@ -164,7 +169,8 @@ def score_rankings(
         predicted: for each query of the solution, its predicted ids, best first. A query with an empty list has an
             average precision of 0.
         relevant: for each query, its distinct relevant ids, at least one.
-        parts: parts of the query set; by default {"all": all queries}.
+        parts: dict from the name of a part of the query set to a (Q,) bool mask of its queries; by default, one part
+            "all" with all queries.
         clusters: (Q,) cluster labels, such as landmarks. The bootstrap draws whole clusters; by default, single
             queries.
         depth: number of predictions per query that are scored.
@@ -215,7 +221,8 @@ def score_recognition(
         scores: (Q,) confidences, NaN for images without a prediction.
         truth: for each image, its landmark ids; empty for an image that shows no landmark.
         keys: (Q,) image ids; predictions with equal scores are sorted by them.
-        parts: parts of the query set; by default {"all": all images}.
+        parts: dict from the name of a part of the query set to a (Q,) bool mask of its images; by default, one part
+            "all" with all images.
 
     Returns:
         Scores by part.
@@ -248,20 +255,23 @@ def _global_average_precision(right: np.ndarray, n_positives: int) -> float:
 
 
 VOTES = ("similarity", "distance", "nearest")
-"""Kinds of votes; see `vote`."""
-_MAX_PAIRS = 1 << 24  # maximum number of neighbor pairs that are compared at a time
+"""Valid values of the argument `votes` of `vote`."""
+_MAX_PAIRS = 1 << 24  # maximum number of pairs of neighbors whose classes are compared at a time
 
 
 def required_depth(truth: RetrievalTruth | RecognitionTruth) -> int:
-    """Return the number of search results per query that `score_truth` uses, if the database has that many rows."""
+    """Return the number of search results per query that `score_truth` needs.
+
+    A database with fewer rows than this number gives fewer results, which are also accepted.
+    """
     return DEPTH if isinstance(truth, RetrievalTruth) else truth.neighbors
 
 
 def subset(truth: RetrievalTruth | RecognitionTruth, queries: np.ndarray) -> RetrievalTruth | None:
-    """Return the ground truth of a subset of the queries, given by their indices (n,) int64; None for recognition.
+    """Return the ground truth of some of the queries; `queries` (n,) int64 contains their indices.
 
-    Recognition is not scored on a sample of the queries, because GAP sorts the predictions for all queries into one
-    list, and only a few queries in a sample would show a landmark.
+    For recognition, return None, because a sample of the queries does not give meaningful scores: GAP sorts the
+    predictions for all queries into one list, and only a few queries in a sample would show a landmark.
     """
     if isinstance(truth, RecognitionTruth):
         return None

@@ -21,7 +21,7 @@ Sets = dict[str, np.ndarray]
 
 
 def concatenated(arrays: Iterable[Any]) -> np.ndarray:
-    """Concatenate any number of integer arrays, possibly none, to (n,) int64."""
+    """Concatenate integer arrays to one array (n,) int64, which is empty if there are no arrays."""
     return np.concatenate([np.empty(0, np.int64), *(np.asarray(array, np.int64) for array in arrays)])
 
 
@@ -32,7 +32,7 @@ class Result(typing.Protocol):
     """Definitions of the metrics, in words."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the metrics as plain types for JSON, NaN as None. The first entry is the main metric."""
+        """Return the metrics as a dict of JSON types, with None for NaN. The first entry is the main metric."""
 
     def per_query(self) -> dict[str, list[Any]]:
         """Return a dict from column name to one value per query, NaN for queries that are not scored."""
@@ -40,7 +40,7 @@ class Result(typing.Protocol):
 
 @dataclass(frozen=True)
 class Protocol:
-    """Evaluation protocol: the roles of the sets of the ground truth."""
+    """Evaluation protocol, which defines which sets of the ground truth count as correct and which are ignored."""
 
     positive: tuple[str, ...]
     """Names of the sets whose images count as correct results."""
@@ -79,7 +79,7 @@ class RetrievalResult:
     """Number of queries with a positive, over which the means are computed."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the metrics as plain types for JSON, NaN as None and the k of `mp` as strings."""
+        """Return the metrics as a dict of JSON types. NaN becomes None, and the keys k of `mp` become strings."""
         return {
             "map": {name: plain(value) for name, value in self.map.items()},
             "mp": {name: {str(k): plain(v) for k, v in values.items()} for name, values in self.mp.items()},
@@ -94,7 +94,7 @@ class RetrievalResult:
 
 
 def plain(value: float) -> float | None:
-    """Convert a number for JSON: NaN becomes None."""
+    """Return None for NaN, which JSON does not support, and any other number unchanged."""
     return None if np.isnan(value) else float(value)
 
 

@@ -35,7 +35,7 @@ from superglobal.utils.precision import full_precision
 
 SUFFIXES = (".onnx", ".pt2")
 METADATA = "superglobal"
-"""Key of the JSON metadata in an ONNX file. In a .pt2 file, the metadata are an extra file with this name + `.json`."""
+"""Key of the JSON metadata in an ONNX file. In a .pt2 file, the metadata are in the extra file `superglobal.json`."""
 _MAX_SIDE, _MAX_BATCH = 4096, 1024
 _INPUT = "images: (B, 3, H, W) float32 RGB in 0..1; normalization and all scales are inside"
 _OUTPUT = "descriptors: (B, D) float32, unit L2 norm, compared by inner product"
@@ -150,7 +150,10 @@ def export_network(
 
 
 class _Graph(nn.Module):
-    """`RetrievalNetwork.forward`, implemented with operations that exported graphs with free sizes support."""
+    """Module that computes the same as `RetrievalNetwork.forward`, with operations that torch.export can trace.
+
+    torch.export cannot trace some operations of `RetrievalNetwork.forward` if the image size is free.
+    """
 
     def __init__(self, network: RetrievalNetwork, sizes: InputSizes) -> None:
         super().__init__()
@@ -165,8 +168,8 @@ class _Graph(nn.Module):
         """Resize standardized images (B, 3, H, W) by a scale factor."""
         if factor == 1:
             return x
-        # In integers, the product is exact. ONNX would multiply in float32, and for some sizes and scales the result
-        # would differ by a pixel.
+        # The new sides are computed in integers, which is exact. ONNX would multiply in float32, and for some sizes and
+        # scales, the new side would then differ by a pixel.
         height, width = (side * factor.numerator // factor.denominator for side in x.shape[-2:])
         antialias = self.network.antialias
         return F.interpolate(x, (height, width), mode="bilinear", align_corners=False, antialias=antialias)
@@ -192,7 +195,7 @@ class _IntegerSamePadding(nn.Module):
 
 
 def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
-    """Return a copy of the network without operations that an exported graph does not support."""
+    """Return a copy of the network with equivalents of those operations that torch.export cannot trace."""
     if network.config.opencv_resize and network.scales != (1.0,):
         raise InputError(
             "export: pooling.opencv_resize resizes with OpenCV, which a graph does not support; export at one scale "
@@ -209,10 +212,11 @@ def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
 
 
 def _fraction(scale: float, sizes: InputSizes) -> Fraction:
-    """Convert a scale to a fraction with which all supported images are resized to the same sizes as by the network.
+    """Convert a scale to a fraction, so that the graph can compute the sizes of resized images in integers.
 
     Raises:
-        InputError: the sizes differ for some images.
+        InputError: for some supported image size, the fraction gives another size than the network's floating-point
+            computation.
     """
     factor = Fraction(str(scale))
     sides = sizes.size or range(sizes.min_side, sizes.max_side + 1)
@@ -236,7 +240,8 @@ def _input_sizes(network: RetrievalNetwork, size: tuple[int, int] | None, batch:
                 "not enlarge small images; enlarge them before the graph"
             )
         return InputSizes(size, batch, min(size), max(size), 1)
-    # torch.export treats dimensions of size 1 as constant, so the smallest free size gives feature maps of 3 x 3 cells.
+    # torch.export treats a dimension of size 1 as constant, so a graph with free sizes needs feature maps larger than
+    # 1 x 1 cell. The minimum is set to 3 x 3 cells at the smallest scale, which Regional-GeM needs, too.
     min_side = max(min_side, math.ceil(network.backbone.min_side(3) / min(network.scales)))
     multiple = network.backbone.multiple
     if multiple > 1 and network.scales != (1.0,):
@@ -248,7 +253,7 @@ def _input_sizes(network: RetrievalNetwork, size: tuple[int, int] | None, batch:
 
 
 def _metadata(network: RetrievalNetwork, sizes: InputSizes) -> str:
-    """Return the metadata of an exported file as JSON text: input, output, sizes and network."""
+    """Return JSON text that describes the input, output, input sizes and network of an exported file."""
     sides = f"{sizes.min_side} to {sizes.max_side} px"
     sides += f", multiples of {sizes.multiple}" if sizes.multiple > 1 else ""
     metadata = {
@@ -262,7 +267,13 @@ def _metadata(network: RetrievalNetwork, sizes: InputSizes) -> str:
 
 
 def _trace(graph: nn.Module, sizes: InputSizes) -> Any:
-    """Trace the graph with `torch.export`; free dimensions of the input are dynamic."""
+    """Trace the graph with `torch.export`, and return the `torch.export.ExportedProgram`.
+
+    The batch size, height and width of the input stay variable if `sizes` does not fix them.
+
+    Raises:
+        InputError: torch.export does not support an operation of the network.
+    """
     batch, height, width = sizes.comparison_shapes()[0]
     try:
         return torch.export.export(
@@ -278,7 +289,17 @@ def _trace(graph: nn.Module, sizes: InputSizes) -> Any:
 
 
 def _write_onnx(program: Any, sizes: InputSizes, path: Path, metadata: str) -> Callable[[Tensor], Tensor]:
-    """Write the traced program as an ONNX file, and return a function that runs the file on images."""
+    """Write the traced program as an ONNX file, and return a function that runs the file with ONNX Runtime.
+
+    Args:
+        program: traced program from `_trace`.
+        sizes: input sizes that the file supports.
+        path: file to write.
+        metadata: JSON text that is stored in the file.
+
+    Returns:
+        Function from images (B, 3, H, W) float32 in 0..1 to descriptors (B, D) float32.
+    """
     import onnxruntime
 
     try:
@@ -298,7 +319,7 @@ def _write_onnx(program: Any, sizes: InputSizes, path: Path, metadata: str) -> C
 
 
 def _name_dimensions(graph: Any, sizes: InputSizes) -> None:
-    """Name the free dimensions "batch", "height" and "width", in place of the symbols of the tracer."""
+    """Rename the free dimensions of an ONNX graph to "batch", "height" and "width", instead of the tracer's symbols."""
     inputs, outputs = graph.inputs[0].shape, graph.outputs[0].shape
     for index, name in ((0, "batch"), (2, "height"), (3, "width")):
         if index in sizes.dynamic_dims():
@@ -308,13 +329,22 @@ def _name_dimensions(graph: Any, sizes: InputSizes) -> None:
 
 
 def _write_pt2(program: Any, sizes: InputSizes, path: Path, metadata: str) -> Callable[[Tensor], Tensor]:
-    """Write the traced program as a torch.export file, and return a function that runs the file on images."""
+    """Write the traced program as a torch.export (.pt2) file, and return a function that runs the file with PyTorch.
+
+    The arguments and the returned function are as in `_write_onnx`.
+    """
     torch.export.save(program, path, extra_files={f"{METADATA}.json": metadata})
     return torch.export.load(path).module()
 
 
 def _compare(network: RetrievalNetwork, run: Callable[[Tensor], Tensor], shape: tuple[int, int, int]) -> Comparison:
-    """Compare the descriptors of the network and of the function `run` on random images of the given shape."""
+    """Compare the descriptors of the network with those of the exported file, on random images.
+
+    Args:
+        network: exported network.
+        run: function that computes descriptors (B, D) of images (B, 3, H, W) with the exported file.
+        shape: number, height and width (B, H, W) of the images.
+    """
     batch, height, width = shape
     generator = torch.Generator().manual_seed(height * width)
     coarse, fine = (torch.rand(batch, 3, *size, generator=generator) for size in ((8, 8), (height, width)))
@@ -334,7 +364,10 @@ def _compare(network: RetrievalNetwork, run: Callable[[Tensor], Tensor], shape: 
 
 @contextmanager
 def _silence_exporters() -> Iterator[None]:
-    """Suppress Python warnings, and log messages of the export libraries below the level ERROR."""
+    """Return a context manager that hides Python warnings, and messages of the export libraries less severe than ERROR.
+
+    The log levels of the libraries are restored at the end of the context.
+    """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

@@ -18,7 +18,7 @@ from superglobal.utils.precision import full_precision
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a reranker.
+    """Parameter of a reranker that users can set.
 
     Args:
         help: short description.
@@ -151,7 +151,10 @@ def register_reranker(
 
 
 def _source(function: Callable[..., Any]) -> tuple[str, str]:
-    """Return a function's module and name, which stay the same when a module is reloaded or a notebook cell rerun."""
+    """Return the name of a function's module and the name of the function.
+
+    Unlike the function object, these names do not change when a module is reloaded or a notebook cell is rerun.
+    """
     return function.__module__, function.__qualname__
 
 
@@ -167,11 +170,11 @@ def score_batch(
 
     Args:
         reranker: reranker that scores shortlists.
-        values: values of its parameters by name.
+        values: values of the reranker's parameters by name.
         queries: (B, D) queries.
         shortlists: (B, M, D) descriptors of the shortlists.
-        numbers: (B, M) ids of these descriptors, for messages about invalid ones.
-        name: what a descriptor is called in these messages, such as "database row".
+        numbers: (B, M) ids of the descriptors in the shortlists, for error messages.
+        name: what error messages call a descriptor of a shortlist, such as "database row".
 
     Returns:
         Scores (B, M) float32.
@@ -204,7 +207,8 @@ def _check_norms(gram: torch.Tensor, numbers: np.ndarray, name: str) -> None:
 
 def gram_of(T: torch.Tensor) -> torch.Tensor:
     """Compute the Gram matrices T T^T (B, M, M) of descriptors T (B, M, D)."""
-    # The matrices are symmetric. Four strips that cover the upper triangle (5/8 of a matrix) are computed and mirrored.
+    # The matrices are symmetric, so only their upper triangles are computed and then mirrored. Each triangle is covered
+    # by four horizontal strips, which together have 5/8 of the elements of a matrix.
     depth = T.shape[1]
     step = -(-depth // 4)
     gram = T.new_empty(len(T), depth, depth)
@@ -216,20 +220,21 @@ def gram_of(T: torch.Tensor) -> torch.Tensor:
 
 
 def dots(T: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return the dot products (B, M) of the descriptors T (B, M, D) with the vectors v (B, D)."""
+    """Return the dot products (B, M) of descriptors T (B, M, D) with one vector v (B, D) per shortlist."""
     # On the CPU, the product v^T T^T is several times faster than the equivalent T v.
     return torch.bmm(v[:, None, :], T.transpose(1, 2))[:, 0]
 
 
 def nearest(similarity: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the indices of the `count` images most similar to each image, including the image itself.
+    """Return the indices of the images of a shortlist that are most similar to each of its images.
 
     Args:
         similarity: (B, N, N) similarities of the images of each shortlist; the diagonals are ignored.
-        count: number of images, including the image itself.
+        count: number of indices per image; the first one is the image itself.
 
     Returns:
-        Indices (B, N, min(count, N)) int64, the image itself first, then in the order of `first_columns`.
+        Indices (B, N, min(count, N)) int64: the image itself first, then the others by descending similarity. Among
+        equal similarities (rounded as in `first_columns`), the lower index is first.
     """
     keys = _order_keys(similarity)
     # Due to rounding, a duplicate may score higher than the image itself. Infinity keeps the image first.
@@ -254,14 +259,15 @@ def first_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def in_steps(scores: torch.Tensor) -> torch.Tensor:
-    """Express scores as whole multiples of 2^-20, about 1e-6, in float64. Scores are clamped to -256..256 first."""
+    """Clamp scores to -256..256, divide them by 2^-20 (about 1e-6), and round them to whole numbers, as float64."""
     return torch.round(scores.double() * 2**20).clamp(-(2.0**28), 2.0**28)
 
 
 def _order_keys(scores: torch.Tensor) -> torch.Tensor:
-    """Return float64 sort keys (..., N) of scores (..., N): by descending `in_steps`, then by ascending column index.
+    """Return float64 keys (..., N) for sorting the columns of scores (..., N); a better column has a larger key.
 
-    The larger key is first, and the keys of a row are distinct.
+    Columns are sorted by descending score, rounded to multiples of about 1e-6 by `in_steps`. Columns with equal rounded
+    scores are sorted by ascending index, so all keys of a row are distinct.
     """
     columns = torch.arange(scores.shape[-1], dtype=torch.float64, device=scores.device)
     # The keys are exact, because float64 represents all whole numbers below 2^53.
@@ -269,6 +275,6 @@ def _order_keys(scores: torch.Tensor) -> torch.Tensor:
 
 
 def mask_of(near: torch.Tensor, columns: int) -> torch.Tensor:
-    """Convert column indices `near` (B, N, k) to a bool mask (B, N, columns) that is true at these columns."""
+    """Return a bool mask (B, N, columns) that is true at the column indices `near` (B, N, k) of each row."""
     mask = torch.zeros(*near.shape[:2], columns, dtype=torch.bool, device=near.device)
     return mask.scatter_(2, near, True)

@@ -79,8 +79,9 @@ def _normalized_graph(similarity: torch.Tensor, kd: int, gamma: float) -> torch.
 
 
 def _solve(S: torch.Tensor, start: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Solve (I - alpha S) f = start, for S (B, M, M) and start (B, M): f (B, M)."""
-    # The matrix is positive definite, because alpha < 1 and no eigenvalue of S exceeds 1.
+    """Solve (I - alpha S) f = start for f (B, M), given S (B, M, M) and start (B, M)."""
+    # I - alpha S is positive definite, because alpha < 1 and no eigenvalue of S exceeds 1. Cholesky factorization needs
+    # this.
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     factor = torch.linalg.cholesky(eye - alpha * S)
     return torch.cholesky_solve(start[..., None], factor)[..., 0]

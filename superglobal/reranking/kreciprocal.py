@@ -9,7 +9,7 @@ For images p and g, each of which is the query or an image of its shortlist:
     V'(p, .) = mean of V(r, .) over the k2 images r nearest to p
     final(g) = (1 - lambda) J(query, g) + lambda d(query, g), where J is the Jaccard distance of V'(query) and V'(g)
 
-In R, an image itself counts as one of its nearest images, in addition to k others; in V', it is one of the k2 images.
+In R(p, k), the images nearest to p are p itself and k others. In V', p itself is one of the k2 images nearest to p.
 The formulas and the defaults are those of the authors' code (github.com/zhunzhong07/person-re-ranking,
 python-version/re_ranking_ranklist.py).
 """
@@ -44,7 +44,7 @@ def kreciprocal_scores(
         T: (B, M, D) shortlists, best first.
         gram: (B, M, M) Gram matrices T T^T.
         k1: number of neighbors among which reciprocal neighbors are found.
-        k2: number of images, including itself, over which an image's encoding is averaged.
+        k2: number of images over which the encoding of an image is averaged, including the image itself.
         lambda_: weight of the original distance from the query, in 0..1.
     """
     return -_distances(_with_query(dots(T, q), gram), k1, k2, lambda_)
@@ -80,7 +80,8 @@ def _distances(similarity: torch.Tensor, k1: int, k2: int, lambda_: float) -> to
     if k2 > 1:
         mean = mask_of(near[..., :k2], size).double()
         V = torch.bmm(mean / mean.sum(dim=-1, keepdim=True), V)
-    # For the Jaccard distance: each row of V sums to 1, so the union of two rows is 2 minus their intersection.
+    # The Jaccard distance is 1 minus intersection / union, the sums of the elementwise minima and maxima of two rows of
+    # V. Each row of V sums to 1, so the union is 2 minus the intersection.
     shared = torch.minimum(V[:, :1], V[:, 1:]).sum(dim=-1)
     return (1 - lambda_) * (1 - shared / (2 - shared)) + lambda_ * distance[:, 0, 1:]
 
@@ -89,7 +90,7 @@ def _reciprocal(near: torch.Tensor, k1: int, size: int) -> torch.Tensor:
     """Return the expanded reciprocal neighbors R* of every image.
 
     Args:
-        near: (B, size, n) indices of the images nearest to each image, itself first.
+        near: (B, size, n) indices of the images nearest to each image, the image itself first.
         k1: number of neighbors among which reciprocal neighbors are found.
         size: number of images, M + 1.
 

@@ -10,9 +10,9 @@ The method differs from SuperGlobal's reranking (superglobal.py, which defines w
 With weak descriptors, a few images are near neighbors of almost all others. In SuperGlobal's reranking, these images
 affect every refined descriptor and, through the maximum, every component of the expanded query. Here they rarely do,
 because they are rarely mutual neighbors, and because one wrong image changes a mean less than a maximum. Mutual
-neighbors need no threshold on similarities, which would depend on the network. They cost no further matrix products,
-because the Gram matrix is already computed. The steps and the constants were chosen on rendered landmarks; see
-docs/guides/reranking.md.
+neighbors need no threshold on similarities, which would depend on the network. To find them takes no further matrix
+products, because the Gram matrix is already computed. The steps and the constants were chosen on images of landmarks
+rendered by this project; see docs/guides/reranking.md.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def _mutual(near: torch.Tensor) -> torch.Tensor:
     """Mark the mutual neighbors among the neighbors of each image.
 
     Args:
-        near: (B, M, K+1) indices of the images nearest to each image, itself first.
+        near: (B, M, K+1) indices of the images nearest to each image, the image itself first.
 
     Returns:
-        Mask (B, M, K+1) bool of the entries of `near` whose own neighbors include the image; the image itself is
-        marked, too.
+        Mask (B, M, K+1) bool. An entry is true if the neighbor at this position of `near` also has the image among its
+        nearest images. The entry of the image itself is true.
     """
     n_queries, depth, width = near.shape
     batch = torch.arange(n_queries, device=near.device)[:, None, None]

@@ -2,13 +2,15 @@
 
 A descriptor v and its n nearest database rows x give the new descriptor
 
-    v' = v + sum over x of max(v x, 0)^alpha x,  normalized.
+    v' = v + sum over x of max(<v, x>, 0)^alpha x,  normalized to unit length,
+
+where <v, x> is the inner product, the cosine similarity of v and x.
 
 If v is a query, this is alpha query expansion (Radenovic et al., TPAMI 2018), with the values of n and alpha that are
-usually cited from the paper. The authors' code does not contain it, so it could not be compared with theirs. If v is a
-database row, this is database augmentation (Turcot and Lowe, 2009) with the same weights, in the form of
-github.com/naver/deep-image-retrieval (dirtorch/test_dir.py). That code has no default n or alpha; the default n here
-was chosen for this project.
+usually cited from the paper. The code that Radenovic et al. published does not contain query expansion, so this
+implementation could not be compared with a reference. If v is a database row, this is database augmentation (Turcot
+and Lowe, 2009) with the same weights, as implemented in github.com/naver/deep-image-retrieval (dirtorch/test_dir.py).
+That code has no default n or alpha; the default n here was chosen for this project.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from superglobal.reranking.base import RERANKERS, Parameter, register_reranker
 from superglobal.retrieval.rows import Rows, as_queries, as_rows
 from superglobal.retrieval.search import search
 
-_MAX_ELEMENTS = 1 << 24  # maximum number of elements of the neighbors that are read at a time: 64 MB of float32
+_MAX_ELEMENTS = 1 << 24  # maximum number of float32 values of neighbors that are read at a time (64 MB)
 _PARAMETERS = {
     "n": Parameter("number of neighbors that are averaged with a descriptor; 0 keeps the descriptor", minimum=0),
     "alpha": Parameter("exponent of the similarities; negative similarities have weight 0", 0, 1e3),
@@ -134,7 +136,7 @@ def _empty_array(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _average(vectors: np.ndarray, rows: Rows, scores: np.ndarray, ids: np.ndarray, alpha: float) -> np.ndarray:
-    """Average vectors with their neighbors, in float64, and normalize the result.
+    """Add to each vector the weighted sum of its neighbors, in float64, and normalize the result.
 
     Args:
         vectors: (B, D) float32.

@@ -1,4 +1,8 @@
-"""Reranking by method name. The methods are the modules of this folder and any others given to `register_reranker`."""
+"""Reranking by method name.
+
+The available methods are those in the modules of this folder, and functions that you registered with
+`register_reranker`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,8 @@ _IN_MEMORY = 1 << 30  # largest augmented database, in bytes, that is kept in me
 for _module in pkgutil.iter_modules(superglobal.reranking.__path__):
     if _module.name != "registry":
         importlib.import_module(f"superglobal.reranking.{_module.name}")
-# Help texts and messages list SuperGlobal's reranker first and the others by module name, whatever the import order.
+# Help texts and messages list SuperGlobal's reranker first, then the others by module name. Without sorting, the order
+# would be that of the imports.
 _in_order = sorted(RERANKERS.values(), key=lambda r: (r.name != "superglobal", r.function.__module__))
 RERANKERS.clear()
 RERANKERS.update({reranker.name: reranker for reranker in _in_order})
@@ -197,11 +202,12 @@ def _score(
 
     Args:
         reranker: reranker that scores shortlists.
-        values: values of its parameters by name.
+        values: values of the reranker's parameters by name.
         queries: (Q, D) queries.
-        vectors: function that returns the shortlists (B, M, D) of a slice of the queries.
-        numbers: (Q, M) ids of the descriptors in the shortlists, for messages.
-        name: what a descriptor is called in messages.
+        vectors: function that takes a slice of the query indices, and returns the descriptors (B, M, D) of the
+            shortlists of these queries.
+        numbers: (Q, M) ids of the descriptors in the shortlists, for error messages.
+        name: what error messages call a descriptor of a shortlist, such as "database row".
         batch_size: number of shortlists per batch.
 
     Returns:
@@ -215,7 +221,10 @@ def _score(
 
 
 def _indexed(device: str | torch.device | None) -> torch.device:
-    """Return the device with its index, such as "cuda:0" for "cuda", as in `tensor.device`; the CPU for None."""
+    """Return the device with its index, such as "cuda:0" for "cuda"; the CPU for None.
+
+    The result can be compared with the `device` of a tensor, which always has an index on CUDA.
+    """
     return torch.empty(0, device=device or "cpu").device
 
 
@@ -241,7 +250,7 @@ def rerank_label(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Reranked:
-    """Result of reranking, with the descriptors from which exact ranks are computed.
+    """Result of reranking, with the descriptors that are needed to compute the exact ranks of other images.
 
     Attributes:
         scores, ids: (Q, k) scores and database rows, best first.
@@ -273,7 +282,7 @@ def apply_reranker(
 
     Args:
         kind: name of the reranker.
-        values: values of its parameters; missing parameters have their defaults.
+        values: values of the reranker's parameters by name; missing parameters have their defaults.
         Q: (Q, D) queries, unit L2 norm.
         X: (N, D) database, unit L2 norm.
         ids: (Q, k) results of `search`.

@@ -57,7 +57,7 @@ def superglobal_scores(
         gram: (B, M, M) Gram matrices T T^T; overwritten.
         K: number of neighbors that refine a descriptor.
         beta: weight of a neighbor per unit of similarity.
-        second: compare the expanded query with "refined" or "original" descriptors.
+        second: descriptors that the expanded query is compared with, "refined" or "original".
         include_query: include the query in the maximum that gives the expanded query.
     """
     near, weights = _neighbors(gram, K, beta)

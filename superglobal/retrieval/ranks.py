@@ -1,4 +1,4 @@
-"""Exact ranks of given database rows, the targets, counted in one pass over the database without sorting it.
+"""Exact ranks of given database rows (the targets), counted in one pass over the database without sorting it.
 
 A row is ahead of a target of the same query if it has a higher score, or the same score and a lower id. The rank of a
 target is the number of rows ahead of it.
@@ -18,12 +18,12 @@ from superglobal.retrieval.scan import Block, scan
 from superglobal.retrieval.scores import pair_scores, scored_where
 from superglobal.retrieval.search import Shortlist, resolve_backend
 
-_CELLS = 8192  # cells per query of the table in `Counter`; a cell is an interval of scores
-_MAX_CELLS = 1 << 24  # maximum number of cells for all queries
+_CELLS = 8192  # number of cells (intervals of scores) per query in the table of `Counter`
+_MAX_CELLS = 1 << 24  # maximum number of cells of all queries together
 _SPREAD = 20.0  # offset between the sort keys of two consecutive queries
 _MAX_PENDING = 1 << 16  # number of float64 scores that are collected before they are compared with the targets
-# float32 arithmetic shifts the position of a score in the table by less than this fraction of a cell, in addition to
-# the error of the score itself.
+# Upper bound, as a fraction of a cell, of the rounding error when the position of a score in the table is computed in
+# float32. The error of the score itself is accounted for separately, by the tolerance.
 _GUARD = 0.01
 
 
@@ -97,9 +97,9 @@ def search_and_rank(
 
 
 def _check_distinct(ranks: list[np.ndarray], targets: Sequence[Any]) -> list[np.ndarray]:
-    """Return the ranks unchanged. Raises RuntimeError if two targets of a query have the same rank.
+    """Return the ranks unchanged. Raises RuntimeError if two different targets of a query have the same rank.
 
-    Equal ranks could only result from an error in the computation, and they could give an average precision above 1.
+    Equal ranks can only result from an error in the computation. They could give an average precision above 1.
     """
     for query, (query_ranks, ids) in enumerate(zip(ranks, targets, strict=True)):
         if len(np.unique(query_ranks)) != len(np.unique(np.asarray(ids))):
@@ -117,7 +117,9 @@ def _counter_factory(
     excluded: np.ndarray | None,
     device: str | torch.device | None,
 ) -> Callable[[float], Counter]:
-    """Validate and score the targets, and return a function that creates their `Counter` for a tolerance.
+    """Validate the targets, compute their scores, and return a function that creates a `Counter` for them.
+
+    The returned function takes the tolerance, the assumed largest error of a float32 score.
 
     Args:
         queries: (Q, D) float32.
@@ -139,10 +141,11 @@ def _counter_factory(
 class Counter:
     """Consumer of `scan` that counts the rows ahead of each target.
 
-    A row beats a target if it is ahead of it in the ranking. The targets of a query are sorted by score, and their
-    range of scores is divided into cells. A table contains, for each cell, the number of targets that a row with a
-    score in this cell beats. A row whose cell is too close to a target is compared with the targets themselves. If its
-    score differs from a target's score by less than the tolerance, the row is scored again in float64.
+    A row beats a target if the row is ahead of the target in the ranking. For each query, the range of scores of the
+    targets is divided into small intervals, the cells. A table contains, for each cell, the number of targets that a
+    row with a score in this cell beats. A row whose cell is too close to the score of a target is compared with all
+    targets of the query. If the scores of the row and of a target differ by less than the tolerance, the score of the
+    row is computed again in float64.
     """
 
     def __init__(
@@ -159,11 +162,11 @@ class Counter:
 
         Args:
             queries: (Q, D) float32.
-            scores: (T,) float64 scores of all targets, query by query, from `pair_scores`.
-            flat: (T,) int64 ids of the targets.
+            scores: (T,) float64 scores of the targets of all queries, concatenated query by query, from `pair_scores`.
+            flat: (T,) int64 ids of these targets, in the same order.
             counts: (Q,) number of targets of each query.
-            device: device on which the blocks are scored.
-            tolerance: largest error of the float32 scores of blocks.
+            device: device on which the scores of the rows are computed.
+            tolerance: assumed largest error of a float32 score.
             start: id of the first row that is scanned; not 0 for a shard of a database.
         """
         n_queries = len(queries)
@@ -172,15 +175,16 @@ class Counter:
         self._queries = queries
         self._start = start
         self._targets = (query_of, scores, flat)
-        # Targets are sorted worst first, so that the position of a row among them is the number of targets it beats.
+        # The targets of a query are sorted worst first. The position at which a row would be inserted is then the
+        # number of targets that the row beats.
         self._order = np.lexsort((-flat, scores, query_of))
-        # The keys sort by query, then by score: scores plus or minus twice the tolerance lie within -10..10, and the
-        # keys of consecutive queries are offset by 20.
+        # The keys are ordered by query, then by score: the keys of consecutive queries are offset by 20, and a score
+        # plus or minus twice the tolerance is always within -10..10.
         keys = _SPREAD * query_of + scores[self._order]
         self._above, self._below = keys + tolerance, np.append(keys - tolerance, np.inf)
         self._first = np.cumsum(self._counts) - self._counts
-        # Slots of each query: the number of rows that still must be compared, then the numbers of rows that beat
-        # exactly 0, 1, 2, ... of its targets.
+        # `_beaten` contains several counters (slots) for each query. Slot 0 counts the rows that must be compared with
+        # the targets. Slot 1 + n counts the rows that beat exactly n targets of the query.
         self._width = 2 + (int(self._counts.max()) if n_queries else 0)
         self._beaten = torch.zeros(n_queries * self._width, dtype=torch.int64, device=torch.device(device or "cpu"))
         # The buffers are reused for all blocks, because allocating them takes longer than the computation.
@@ -191,10 +195,10 @@ class Counter:
         self._make_table(torch.device(device or "cpu"))
 
     def _make_table(self, device: torch.device) -> None:
-        """Create the table (Q, cells), which maps the cell of a score to a slot of `_beaten`.
+        """Create the table (Q, cells), which contains a slot number for each cell of each query.
 
-        Slot 0 means that a row in this cell must be compared with the targets. Slot 1 + n means that it beats n
-        targets. The first and the last cell contain the scores outside the range of the targets.
+        Slot 0 means that a row with a score in this cell must be compared with the targets. Slot 1 + n means that such
+        a row beats n targets. The first and the last cell contain the scores outside the range of the targets.
         """
         n_queries, scores = len(self._queries), self._targets[1][self._order]
         low, high = np.zeros(n_queries), np.ones(n_queries)
@@ -250,25 +254,30 @@ class Counter:
             self._count_pending()
 
     def _compare_on_host(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Compare rows with the targets of their queries by float32 scores, on the CPU.
+        """Compare rows with targets by float32 scores, on the CPU. Count the rows whose comparison is definite.
 
         Args:
-            mask: (Q, n) bool, the pairs of a query and a row of the block to compare.
-            scores: (Q, n) float32 scores of the block.
+            mask: (Q, n) bool, true for each pair of a query and a row of the block to compare.
+            scores: (Q, n) float32 scores of all pairs.
 
         Returns:
-            Queries (P,) and rows of the block (P,) of the pairs that float32 cannot decide. The others are counted.
+            Query indices (P,) and positions in the block (P,) of the undecided pairs: the scores of the row and of a
+            target differ by less than the tolerance.
         """
         query_of, row_of, values = scored_where(mask, scores)
         keys = _SPREAD * query_of + values
-        # Number of targets beaten by more than the tolerance, including the targets of earlier queries.
+        # For each pair, the number of targets that the row beats by more than the tolerance, plus the number of all
+        # targets of earlier queries.
         beaten = np.searchsorted(self._above, keys)
         near = self._below[beaten] <= keys
         self._count(query_of[~near], np.maximum(beaten - self._first[query_of], 0)[~near])
         return query_of[near], row_of[near]
 
     def _compare_on_device(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Do the same as `_compare_on_host` on an accelerator, and copy only the undecided pairs to the CPU."""
+        """Compare rows with the targets of a query on an accelerator. Only the undecided pairs are copied to the CPU.
+
+        The arguments and the result are those of `_compare_on_host`.
+        """
         if self._keys is None:
             self._keys = tuple(
                 torch.from_numpy(keys).to(mask.device) for keys in (self._above, self._below, self._first)
@@ -280,20 +289,25 @@ class Counter:
         beaten = torch.searchsorted(above, keys)
         near = below[beaten] <= keys
         slots = query_of * self._width
-        # Slot 0 of a query counts the pairs that are not decided yet.
+        # Undecided pairs are counted in slot 0, which does not contribute to the ranks.
         slots += torch.where(near, 0, 1 + (beaten - first[query_of]).clamp_(min=0))
         self._beaten += torch.bincount(slots, minlength=len(self._beaten))
         return np.divmod(flat[near].cpu().numpy(), mask.shape[1])
 
     def _count_pending(self) -> None:
-        """Compare the pairs that were scored in float64 with the targets, and count them."""
+        """Compare the collected rows, whose scores were computed in float64, with the targets, and count the rows."""
         if self._pending:
             query_of, scores, ids = (np.concatenate(column) for column in zip(*self._pending, strict=True))
             self._count(query_of, _count_beaten(self._targets, query_of, scores, ids))
             self._pending = []
 
     def _count(self, query_of: np.ndarray, beaten: np.ndarray) -> None:
-        """Count P pairs of a query and a row, given their queries (P,) and how many targets each row beats (P,)."""
+        """Add P pairs of a query and a row to the counters.
+
+        Args:
+            query_of: (P,) query index of each pair.
+            beaten: (P,) number of targets of the query that the row beats.
+        """
         counts = np.bincount(query_of * self._width + 1 + beaten, minlength=len(self._beaten))
         self._beaten += torch.from_numpy(counts).to(self._beaten.device)
 
@@ -302,9 +316,9 @@ class Counter:
         return 0.0
 
     def ranks(self) -> list[np.ndarray]:
-        """Return one int64 array of ranks per query, in the order of its targets. Call this after `finish`."""
+        """Return, for each query, an int64 array with the ranks of the query's targets. Call this after `finish`."""
         beaten = self._beaten.cpu().numpy().reshape(-1, self._width)[:, 1:]
-        # Entry (q, j) is the number of rows that beat target j of query q, worst target first.
+        # Entry (q, j) is the number of rows that beat target j of query q. The targets are sorted worst first.
         better = np.flip(np.cumsum(np.flip(beaten[:, 1:], axis=1), axis=1), axis=1)
         query_of = self._targets[0]
         ranks = np.empty(len(query_of), np.int64)
@@ -313,7 +327,7 @@ class Counter:
 
 
 def _check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded: np.ndarray | None) -> list[np.ndarray]:
-    """Return the targets as one int64 array per query. Raises InputError for ids that have no rank."""
+    """Return the ids of the targets as one int64 array per query. Raises InputError for an id that has no rank."""
     if len(targets) != n_queries:
         raise InputError(f"targets: expected {n_queries} lists of ids, one per query, got {len(targets)}")
     ids = []
@@ -340,15 +354,16 @@ def _check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded:
 def _count_beaten(
     targets: tuple[np.ndarray, np.ndarray, np.ndarray], query_of: np.ndarray, scores: np.ndarray, ids: np.ndarray
 ) -> np.ndarray:
-    """Count, for each of P rows, the targets of the same query that rank below it.
+    """Count, for each of P pairs of a query and a row, the targets of the query that the row is ahead of.
 
-    Rows are ranked by descending score, ties by ascending id. A row that is itself a target does not count itself.
+    Rows are ranked by descending score, and rows with equal scores by ascending id. A row that is itself a target does
+    not count as ahead of itself.
 
     Args:
-        targets: query indices, float64 scores and ids of all targets, (T,) each, query by query.
-        query_of: (P,) query indices of the rows.
-        scores: (P,) float64 scores of the rows.
-        ids: (P,) ids of the rows.
+        targets: query indices, float64 scores and ids of the targets of all queries, (T,) each, sorted by query.
+        query_of: (P,) query index of each pair.
+        scores: (P,) float64 score of each pair.
+        ids: (P,) id of the row of each pair.
 
     Returns:
         (P,) int64 counts.
@@ -358,7 +373,7 @@ def _count_beaten(
     is_target = np.repeat([False, True], [n_rows, len(target_query)])
     all_queries = np.concatenate([query_of, target_query])
     keys = (
-        is_target,  # a row that is also a target sorts before that target, so it does not count itself
+        is_target,  # sorts a row before the target with the same id, so that the row does not count as ahead of itself
         -np.concatenate([ids, target_id]),
         np.concatenate([scores, target_score]),
         all_queries,

@@ -26,19 +26,19 @@ log = logging.getLogger(__name__)
 # dimensions its error can exceed the tolerance that exact results require. Summing products over 64 dimensions each
 # keeps the error below the tolerance.
 _SUMMED_DIMS = 64
-_MARGIN = 2  # minimum ratio of the tolerance to the observed errors, because errors of other pairs may be larger
-_WIDENED = 16  # ratio of the increased tolerance to the error that exceeded the previous one
+_MARGIN = 2  # minimum ratio of the tolerance to the largest observed error; unobserved errors may be larger
+_WIDENED = 16  # ratio of an increased tolerance to the error that was too large for the previous tolerance
 _MAX_TOLERANCE = 4.0  # more than the difference of any two scores of unit vectors
 # Bytes of one staging buffer. Pinning a larger buffer takes longer than it saves. A smaller buffer needs so many kernel
 # launches and synchronizations that they take longer than the copies.
 STAGED_BYTES = 1 << 26
-_BUFFERS = 2  # one is filled while the other is copied
+_BUFFERS = 2  # number of staging buffers: one is filled while the other is copied to the device
 # Size limits for blocks of rows that are already on the device and need not be copied. A block takes up to 512 MB of
 # float32, its scores for all queries up to 256 MB, and the intermediate results of exact ranks about five times as much
 # as the scores.
 _BLOCK_ELEMENTS = 1 << 27
 _SCORE_ELEMENTS = 1 << 26
-_NORM_TOLERANCE = 0.9e-3  # stricter than that of `validate_block`, which makes the final decision
+_NORM_TOLERANCE = 0.9e-3  # stricter than in `validate_block`, which checks rows beyond this tolerance again, on the CPU
 
 
 class Block:
@@ -47,7 +47,7 @@ class Block:
     Attributes:
         start: id of the first row.
         vectors: (n, D) float32 rows.
-        queries: (Q, D) float32 queries, on the same device.
+        queries: (Q, D) float32 queries, on the device of `vectors`.
         excluded: (Q,) position in the block of the row that is excluded for each query, -1 for none.
         skipped: (s,) positions in the block of the rows that are skipped for all queries.
         error: largest observed difference between the float32 and the float64 score of a pair.
@@ -127,7 +127,7 @@ class Block:
         return exact
 
     def probe(self) -> None:
-        """Update `error` with the best row of each query, if `scores` were computed."""
+        """If `scores` were computed, compute the best row of each query in float64, too, to update `error`."""
         if self._scores is not None:
             best, row_of = (tensor.cpu().numpy() for tensor in self._scores.max(dim=1))
             query_of = np.flatnonzero(np.isfinite(best))
@@ -152,7 +152,7 @@ class Consumer(Protocol):
         """Process a block. The block is reused afterwards, so do not keep a reference to it."""
 
     def finish(self) -> float:
-        """Complete the result after the last block, and return the largest observed error of a float32 score, or 0."""
+        """Complete the result after the last block. Return the largest observed error of a float32 score, or 0."""
 
 
 C = TypeVar("C", bound=Sequence[Consumer])
@@ -204,13 +204,14 @@ def _pass(
     check: bool,
     tolerance: float,
 ) -> float:
-    """Pass the blocks to the consumers, and return the largest observed error of a float32 score.
+    """Pass all blocks of the database to the consumers once, and return the largest observed error of a float32 score.
 
-    The pass ends early if the error is too large for the tolerance. The arguments are those of `scan`.
+    The pass ends early if the error is too large for the tolerance of the consumers. The other arguments are those of
+    `scan`.
     """
     error = 0.0
-    # If a consumer raises an exception, close the generator at once. Otherwise the traceback would keep the generator,
-    # and with it the reading thread, alive.
+    # If a consumer raises an exception, close the generator at once, which stops its reading thread. Otherwise the
+    # traceback would keep the generator and the thread alive.
     with closing(_blocks(rows, block_rows, len(queries), queries.device, check)) as blocks:
         for start, vectors in blocks:
             block = Block(start, vectors, queries, excluded, rows.skipped, rows.name)
@@ -226,7 +227,19 @@ def _pass(
 def _blocks(
     rows: Rows, block_rows: int, n_queries: int, device: torch.device, check: bool
 ) -> Generator[tuple[int, torch.Tensor], None, None]:
-    """Yield the id of the first row and the vectors (n, D) float32 of each block, on `device`."""
+    """Read all rows in blocks on any device.
+
+    Args:
+        rows: rows of the database.
+        block_rows: maximum number of rows in a block.
+        n_queries: number of queries. With more queries, the scores of a row take more memory, so blocks have fewer
+            rows.
+        device: device of the blocks.
+        check: validate that all values are finite.
+
+    Yields:
+        Pairs of the id of the first row of a block, and the block (n, D) float32 on `device`.
+    """
     if is_host(device):
         for start, block in rows.blocks(block_size(block_rows, n_queries, rows.dim)):
             if check and not np.isfinite(block.sum()):
@@ -251,7 +264,8 @@ def device_blocks(
     Args:
         rows: rows of the database.
         block_rows: maximum number of rows in a block.
-        n_queries: number of queries, which limits the number of rows in a block by the memory of their scores.
+        n_queries: number of queries. With more queries, the scores of a row take more memory, so blocks have fewer
+            rows.
         device: accelerator.
 
     Yields:
@@ -289,7 +303,7 @@ def _validate_on_device(rows: Rows, start: int, block: torch.Tensor) -> None:
 
 
 def _staged_blocks(rows: Rows, size: int, device: torch.device) -> Generator[tuple[int, torch.Tensor]]:
-    """Yield pairs (first row, block) as `device_blocks` does, and copy the blocks through pinned host buffers.
+    """Read all rows in blocks on an accelerator, as `device_blocks` does, by way of pinned buffers on the host.
 
     A thread reads the next block ahead if the sources allow it (`Rows.concurrent`).
 
@@ -304,7 +318,8 @@ def _staged_blocks(rows: Rows, size: int, device: torch.device) -> Generator[tup
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     buffers = [_Buffer(rows, size, device, stream) for _ in starts[:_BUFFERS]]
     if stream is not None:
-        # The memory of the buffers may still be in use by kernels that were queued before it was allocated for them.
+        # PyTorch may have given the buffers memory of freed tensors that kernels in the current stream still use. The
+        # copies must wait for these kernels.
         stream.wait_stream(torch.cuda.current_stream(device))
     reader = ThreadPoolExecutor(1, "descriptor-reader")
     reads: deque[Future[None]] = deque()
@@ -325,7 +340,7 @@ def _staged_blocks(rows: Rows, size: int, device: torch.device) -> Generator[tup
     finally:
         reader.shutdown(cancel_futures=True)
         if stream is not None:
-            # The copies must finish before the memory of the buffers is freed, because other streams may reuse it.
+            # The copies must finish before the buffers are freed, because other streams may then reuse their memory.
             stream.synchronize()
 
 

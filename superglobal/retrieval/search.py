@@ -25,7 +25,7 @@ on two cores by `python scripts/bench.py search --dtype float32 --rows N`.
 """
 FAISS_GPU_RESULTS = 2048
 """Maximum number of results per query that FAISS supports on a GPU."""
-_EXTRA = 32  # number of candidates that FAISS returns beyond k, which usually prove that no other row is in the best k
+_EXTRA = 32  # FAISS returns k + _EXTRA rows; the score of the last one usually proves that no others are needed
 _CROWD = 1024  # if a query has more than k + _CROWD undecided candidates, they are scored in float64 immediately
 _BELOW_ALL = np.float32(-2)  # less than every inner product of unit vectors
 
@@ -93,7 +93,7 @@ def merge_shortlists(
         Scores (Q, k) float64 and ids (Q, k) int64, best first; shorter lists are padded with -inf and -1.
 
     Raises:
-        InputError: the scores are not float64 (rounding to float32 makes ties of different scores), the shapes do not
+        InputError: the scores are not float64 (different scores may become equal in float32), the shapes do not
             match, or two shards contain the same id.
     """
     if not shards:
@@ -216,10 +216,10 @@ def _faiss_best(block: Block, count: int) -> tuple[np.ndarray, np.ndarray]:
 class Shortlist:
     """Consumer of `scan` that collects the best k rows for each query.
 
-    Each query has a floor, below which rows are dropped: the k-th best float32 score so far minus twice the tolerance,
-    because each of the two scores that are compared may be off by the tolerance. At the end, the remaining rows are
-    scored in float64. If too many rows remain, such as copies of one image, they are scored in float64 immediately, and
-    equal rows only once.
+    Each query has a floor. Rows with lower scores are dropped. The floor is the k-th best float32 score so far minus
+    twice the tolerance, because each of the two compared scores may be wrong by the tolerance. At the end, the scores
+    of the remaining rows are computed in float64. If too many rows remain before, such as copies of one image, their
+    float64 scores are computed immediately.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class Shortlist:
             k: number of results per query.
             excluded: (Q,) ids, one per query, that are never returned; None for none.
             faiss: search the blocks with FAISS.
-            tolerance: largest error of a float32 score.
+            tolerance: assumed largest error of a float32 score.
 
         Raises:
             InputError: k is less than 1 or larger than the number of rows that can be returned.
@@ -292,7 +292,8 @@ class Shortlist:
         if self._faiss and (candidates := self._faiss_candidates(block)) is not None:
             return candidates
         scores = block.scores
-        # In the first block, all scores are above the floor. The k-th best score in the block gives a higher one.
+        # Before the first block, the floors are below all scores. The k-th best score in the block gives a higher
+        # floor.
         if scores.shape[1] > 2 * self._k and (self._floor == _BELOW_ALL).all():
             self._raise_to_kth(scores)
             return self._above_floor(scores)
@@ -303,15 +304,25 @@ class Shortlist:
         return candidates
 
     def _above_floor(self, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the pairs of a query and a row whose score in `scores` (Q, n) is not below the query's floor."""
+        """Return all pairs of a query and a row whose score is not below the query's floor.
+
+        Args:
+            scores: (Q, n) float32 scores of all pairs.
+
+        Returns:
+            Query indices (P,), positions in the block (P,) and scores (P,) of the pairs.
+        """
         return scored_where(scores >= torch.from_numpy(self._floor).to(scores.device)[:, None], scores)
 
     def _raise_to_kth(self, scores: torch.Tensor) -> None:
-        """Raise the floors by the k-th best score of each query in `scores` (Q, n), n >= k."""
+        """Raise the floor of each query to match its k-th best score in `scores` (Q, n), n >= k."""
         self._raise_floor(scores.topk(self._k, dim=1).values[:, -1].cpu().numpy())
 
     def _faiss_candidates(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Do the same as `_candidates` with FAISS; return None if rows that FAISS did not return may be candidates."""
+        """Find the candidates of a block with FAISS; the result is that of `_candidates`.
+
+        FAISS returns only the best rows of each query. Return None if other rows may be candidates, too.
+        """
         n_rows = len(block.vectors)
         count = min(self._k + _EXTRA, n_rows)
         scores, row_of = _faiss_best(block, count)
@@ -326,12 +337,12 @@ class Shortlist:
         return query_of, row_of[query_of, column].astype(np.int64), scores[query_of, column].astype(np.float64)
 
     def _raise_floor(self, reached: np.ndarray) -> None:
-        """Raise the floors where possible, given the k-th best float32 score (Q,) of each query among some rows."""
+        """Raise the floors. `reached` (Q,) contains, for each query, the k-th best float32 score in any set of rows."""
         floor = np.nextafter((reached - 2 * self._tolerance).astype(np.float32), np.float32(-np.inf))
         self._floor = np.maximum(self._floor, floor)
 
     def _prune(self) -> None:
-        """Drop rows that cannot be among the best k. If many rows of a query remain, score them in float64."""
+        """Drop rows that cannot be among the best k. If too many rows of a query remain, compare them in float64."""
         query_of, ids, scores, _ = self._kept
         order = np.lexsort((-scores, query_of))
         counts = np.bincount(query_of, minlength=len(self._queries))
@@ -350,7 +361,7 @@ class Shortlist:
         self._unsorted = 0
 
     def _score_exactly(self, selected: np.ndarray) -> None:
-        """Replace float32 scores with float64 scores for the rows in `selected`, a mask of the kept rows."""
+        """Replace float32 scores of kept rows with float64 scores. The bool mask `selected` marks these rows."""
         query_of, ids, scores, exact = self._kept
         todo = np.flatnonzero(selected & ~exact)
         computed = pair_scores(self._queries, self._rows, query_of[todo], ids[todo])
@@ -359,7 +370,7 @@ class Shortlist:
         exact[todo] = True
 
     def _keep(self, keep: np.ndarray) -> None:
-        """Reduce the kept rows to those in the mask `keep`."""
+        """Drop the kept rows at which the bool mask `keep` is false."""
         query_of, ids, scores, exact = self._kept
         self._kept = (query_of[keep], ids[keep], scores[keep], exact[keep])
 
