@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _name(text: str) -> str:
-    """Check that an argument is the name of a source, and return it."""
+    """Check that a command-line argument is the name of a source, and return the name. Raise an error otherwise."""
     if text not in SOURCE_NAMES:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(SOURCE_NAMES)}")
     return text

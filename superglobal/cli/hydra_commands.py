@@ -51,9 +51,9 @@ def serve(arguments: Sequence[str] | None = None) -> int:
 def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequence[str] | None) -> int:
     """Let Hydra compose the configuration, and run the task with it: once, or once per job of a sweep.
 
-    Hydra reads the settings from `sys.argv`, and would take the name of the command for a setting. `sys.argv` is
-    therefore replaced by `arguments` while Hydra reads it. Lightning starts further processes with the original
-    command line, so `_output_dir` restores `sys.argv` before the task starts.
+    Hydra reads the settings from `sys.argv`, and would take the name of the command for a setting. This function
+    therefore replaces the arguments in `sys.argv` by `arguments`. Lightning copies `sys.argv` to start further
+    processes, so `_output_dir` restores the original `sys.argv` before the task starts.
 
     Args:
         config_name: name of the main configuration file in `conf`.
@@ -82,13 +82,17 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
 
 def _output_dir() -> Path:
     """Restore the `sys.argv` that `_run` replaced, and return the folder for the results of this job."""
-    if _process_arguments is not None:  # It is None in a process that a cluster launcher of Hydra started.
+    # In a process that a cluster launcher of Hydra started, `_run` was not called, and there is nothing to restore.
+    if _process_arguments is not None:
         sys.argv = _process_arguments
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def _print_error(error: InputError, every_process: bool = False) -> None:
-    """Print an error to stderr, in the first process of each machine or in every process."""
+    """Print an error to stderr.
+
+    Only the first process of each machine prints it, unless `every_process` is True.
+    """
     if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)
 

@@ -34,7 +34,7 @@ uploaded to the Hugging Face Hub, where "hf:owner/name" takes the place of FOLDE
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Return an argument parser that has no arguments yet, for the command `superglobal <command>`."""
+    """Create the argument parser of `superglobal <command>`. The caller adds the arguments."""
     return argparse.ArgumentParser(
         f"superglobal {command}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -157,7 +157,7 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_network(args: argparse.Namespace) -> RetrievalNetwork:
-    """Load the network that the arguments of `_add_network_arguments` select."""
+    """Load a network with the weights, backbone, pooling and scales that were given on the command line."""
     from superglobal.models.factory import load_model
 
     return load_model(args.weights, backbone=args.backbone, pooling=args.pooling, scales=_scales(args.scales))

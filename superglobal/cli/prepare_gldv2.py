@@ -16,7 +16,7 @@ from pathlib import Path
 def _exit_on_interrupt(number: int, frame: object) -> None:
     """Handle Ctrl-C: exit immediately, without waiting for the images in progress.
 
-    This is safe because results are written atomically.
+    This is safe because every file of results is written atomically: no file can be incomplete.
     """
     os.write(2, b"\ninterrupted: run the same command again to resume\n")
     os._exit(130)

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run `superglobal report`, and return the exit status.
 
     Print one table per data set, and write the tables, a list of all runs and a chart into the first folder. With
-    `--baseline`, compare two results query by query instead, and print the paths of the written files.
+    `--baseline`, compare two results query by query instead. Print the paths of the written files.
     """
     parser = argparse.ArgumentParser(
         "superglobal report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _kind(text: str) -> str:
-    """Check that an argument is a kind of figure, and return it."""
+    """Check that a command-line argument is a kind of figure, and return the kind. Raise an error otherwise."""
     if text not in KINDS:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(KINDS)}")
     return text

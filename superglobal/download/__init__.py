@@ -17,7 +17,7 @@ def extracted_record(archive: Path) -> Path:
 
 
 def overview(data: Path) -> str:
-    """Return a table of all sources, their sizes, and what exists of them below the folder `data`.
+    """Return a table of all sources: name, size, and which of the files exist below the folder `data`.
 
     No server is contacted.
     """
@@ -35,7 +35,7 @@ def overview(data: Path) -> str:
 
 
 def _status(source: Source, root: Path) -> str:
-    """Return a description of which files and archives of a source exist in its folder `root`."""
+    """Describe which files and archives of a source exist. `root` is the folder of the source."""
     files = sum((root / file.path).is_file() for file in source.files)
     archives = [root / archive.path for archive in source.archives]
     unpacked = sum(extracted_record(archive).is_file() for archive in archives)

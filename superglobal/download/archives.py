@@ -33,15 +33,15 @@ TargetOf = Callable[[PurePosixPath], str | None]
 
 It returns None if the member is not in the list of images.
 """
-# An archive may unpack to at most 3 times its own size plus 64 MB. Archives of images stay below this limit, because
-# images are compressed already.
+# An archive may unpack to at most 3 times its own size plus 64 MB, as a protection against malicious archives. Archives
+# of images stay below this limit, because compressed images hardly shrink further.
 _MAX_GROWTH, _MAX_EXTRA = 3, 64 << 20
 _CHUNK = 1 << 20
 _GLDV2_NAME = re.compile(r"[0-9a-f]{16}\.jpg")
 
 
 class DiskFullError(InputError):
-    """Error for a full disk. It stops all downloads."""
+    """Error for a full disk. It stops all downloads, whereas other errors stop only the download of one file."""
 
 
 def disk_error(problem: str, folder: Path, error: OSError) -> InputError:
@@ -61,7 +61,7 @@ def disk_error(problem: str, folder: Path, error: OSError) -> InputError:
 
 
 def listed_images(source: Source, root: Path) -> np.ndarray:
-    """Return the paths of all images of a source, from its downloaded lists.
+    """Read the paths of all images of a source from the downloaded lists.
 
     Args:
         source: a source that has images.
@@ -88,10 +88,10 @@ def listed_images(source: Source, root: Path) -> np.ndarray:
 
 
 def target_paths(source: Source, names: np.ndarray) -> TargetOf:
-    """Return the function that decides which members of an archive are extracted, and to which path.
+    """Return a function that maps a member of an archive to the path to extract it to, or to None to skip the member.
 
     For GLDv2, the id in the name of a member determines its path. For other sources, leading folders of the member are
-    removed until the rest of its path is in the list, so that the folder structure of an archive does not matter.
+    removed until the rest of its path is in the list of images, because the images may be in any folder of an archive.
 
     Args:
         source: source of the archive.
@@ -103,7 +103,7 @@ def target_paths(source: Source, names: np.ndarray) -> TargetOf:
         name = os.fsencode(path)
         if len(name) > listed.itemsize:
             return False
-        row = np.searchsorted(listed, np.array(name, listed.dtype))  # With another dtype, NumPy would copy `listed`.
+        row = np.searchsorted(listed, np.array(name, listed.dtype))  # Another dtype would copy `listed`.
         return bool(row < len(listed) and listed[row] == name)
 
     def target(member: PurePosixPath) -> str | None:
@@ -116,7 +116,15 @@ def target_paths(source: Source, names: np.ndarray) -> TargetOf:
 
 
 def present_images(folder: Path, names: Iterable[bytes]) -> np.ndarray:
-    """Return the mask (N,) bool of the N `names`, paths relative to `folder`, that are existing non-empty files."""
+    """Return which images exist as non-empty files.
+
+    Args:
+        folder: image folder.
+        names: N paths relative to `folder`.
+
+    Returns:
+        (N,) bool, True for each image that exists.
+    """
     prefix = os.fsencode(folder)
 
     def is_present(name: bytes) -> bool:
@@ -177,7 +185,7 @@ def unpack(archive: Path, folder: Path, target_of: TargetOf) -> tuple[list[str],
     """
     temporary = folder / f".{archive.name}.unpacking"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)  # An interrupted run may have left this folder behind.
+        shutil.rmtree(temporary, ignore_errors=True)  # An interrupted run may have left this folder.
         temporary.mkdir(parents=True)
         paths, skipped = _extract(archive, temporary, target_of)
         for number, path in enumerate(paths):
@@ -205,7 +213,10 @@ class _TooLargeError(Exception):
 
 
 class _Member(tarfile.TarInfo):
-    """Header of an archive member. It limits the size of long names and extended headers, which are kept in memory."""
+    """Header of an archive member. Raise `_TooLargeError` for a huge long name or extended header.
+
+    tarfile reads these into memory as a whole, so a malicious archive could fill the memory.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
@@ -231,10 +242,15 @@ class _LimitedReader(io.RawIOBase):
 
 
 def _extract(archive: Path, temporary: Path, target_of: TargetOf) -> tuple[list[str], list[str]]:
-    """Extract the listed images of an archive to the files 0, 1, ... in the folder `temporary`.
+    """Extract the listed images of an archive to files named 0, 1, ... in the folder `temporary`.
+
+    Args:
+        archive: the archive.
+        temporary: existing folder for the images.
+        target_of: function that returns the final path of an archive member, or None to skip the member.
 
     Returns:
-        The final paths of these files in the order of their numbers, and the names of the skipped members.
+        The final path of each image, where element i belongs to the file named i, and the names of the skipped members.
     """
     numbers: dict[str, int] = {}
     skipped: list[str] = []
@@ -243,7 +259,7 @@ def _extract(archive: Path, temporary: Path, target_of: TargetOf) -> tuple[list[
         stream = _LimitedReader(file, limit)
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar:
             for member in tar:
-                # This raises an error for devices, and for paths and links that lead outside the folder.
+                # `data_filter` raises an error for devices, and for paths and links that lead outside the folder.
                 tarfile.data_filter(member, str(temporary))
                 path = PurePosixPath(member.name)
                 target = target_of(path) if member.isreg() and not member.issparse() else None
@@ -253,6 +269,6 @@ def _extract(archive: Path, temporary: Path, target_of: TargetOf) -> tuple[list[
                     continue
                 with (temporary / str(numbers.setdefault(target, len(numbers)))).open("wb") as output:
                     shutil.copyfileobj(content, output, _CHUNK)
-        while stream.read():  # Read to the end, where gzip verifies its checksum.
+        while stream.read():  # Read the rest of the file, because gzip verifies the checksum only at the end.
             pass
     return list(numbers), skipped

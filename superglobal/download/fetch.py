@@ -46,7 +46,7 @@ class DownloadOptions:
         jobs: number of archives to download at the same time.
         keep: whether to keep archives after unpacking them.
         packed: whether to leave archives packed; only for GLDv2, whose archives can be read with `data.tars`.
-        pause: seconds to wait before the second attempt; the time doubles for each further attempt.
+        pause: seconds to wait before the second attempt. The pause doubles before each further attempt.
     """
 
     base_urls: tuple[str, ...] = ()
@@ -121,7 +121,8 @@ def _download_from(
             reason = _reason(error)
             status = error.response.status_code if error.response is not None else 500
             if isinstance(error, ValueError) or (status < 500 and status not in (408, 425, 429)):
-                return reason  # Another attempt would fail too: the address is invalid, or the status is permanent.
+                # Another attempt would fail too: the address is invalid, or the HTTP status is a permanent error.
+                return reason
         except OSError as error:
             raise disk_error(f"{part}: cannot be written", part.parent, error) from error
         else:
@@ -133,7 +134,7 @@ def _download_from(
             part.unlink()
             if not resumed:
                 return problem
-            reason = problem  # The partial download that was resumed may have been damaged, so start over.
+            reason = problem  # The partial download from an earlier run may have been damaged, so start over.
         size = file_size(part)
         failures, largest = (1, size) if size > largest else (failures + 1, largest)
     return reason
@@ -153,7 +154,7 @@ def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Re
         report: callback for the progress.
 
     Returns:
-        True if an earlier download was resumed.
+        True if data was appended to a partial download.
 
     Raises:
         RequestException: the connection failed or ended early, or the server returned an error.
@@ -167,7 +168,8 @@ def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Re
         if offset == 0 or offset < length:
             headers = {"Accept-Encoding": "identity"}
             if offset:
-                headers |= {"Range": f"bytes={offset}-", "If-Range": state["validator"]}  # requests omits None.
+                # requests does not send a header whose value is None.
+                headers |= {"Range": f"bytes={offset}-", "If-Range": state["validator"]}
             with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
                 if url.endswith("gz"):  # Some servers wrongly declare the gzip format of the file as Content-Encoding.
                     response.raw.headers.pop("Content-Encoding", None)
@@ -194,7 +196,9 @@ def _transfer(url: str, part: Path, state_path: Path, timeout: float, report: Re
 
 
 def _new_state(url: str, response: requests.Response) -> dict[str, Any]:
-    """Return the data that identify the version of the file in a response, to be stored next to the partial download.
+    """Return the data that identify the version of the file that a server sends.
+
+    The data are stored next to the partial download, so that a later run can check that the file has not changed.
 
     Returns:
         "url"; "length", the size in bytes or None if it is unknown; and "validator", the ETag or date for the If-Range
@@ -211,9 +215,11 @@ def _new_state(url: str, response: requests.Response) -> dict[str, Any]:
 
 
 def _read_state(path: Path, url: str) -> dict[str, Any]:
-    """Load the "length" and "validator" of a partial download (see `_new_state`).
+    """Load the data that `_new_state` returned for a partial download, from the file `path`.
 
-    Both are None if the file at `path` is missing or damaged, or if the download came from an address other than `url`.
+    Returns:
+        "length" and "validator". Both are None if the file is missing or damaged, or if the partial download came from
+        another address than `url`.
     """
     with suppress(OSError, ValueError, AttributeError):
         state = json.loads(path.read_text())
@@ -237,7 +243,7 @@ def _reason(error: requests.RequestException) -> str:
 
 
 def remote_size(urls: Sequence[str], options: DownloadOptions) -> int | None:
-    """Ask the servers for the size of a file, and return it in bytes, or None if no server reports it."""
+    """Return the size of a file on the servers in bytes, or None if no server reports the size."""
     for url in options.addresses(urls):
         with suppress(requests.RequestException, ValueError, KeyError):
             headers = {"Accept-Encoding": "identity"}
@@ -257,7 +263,7 @@ def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
 
     Args:
         url: address of a text that contains the checksum.
-        target: the file that the checksum belongs to, for error messages.
+        target: path of the downloaded file that the checksum is for, used in error messages.
         options: mirrors, timeout and number of attempts.
 
     Raises:
@@ -283,7 +289,10 @@ def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
 
 
 def recorded_sha256(target: Path) -> str | None:
-    """Return the checksum recorded at the first download of a file as "sha256:<digest>", or None without a record."""
+    """Return the SHA-256 that was recorded when a file was downloaded first, as "sha256:<digest>".
+
+    If no SHA-256 was recorded, return None.
+    """
     path = checksum_file(target, "sha256")
     digest = path.read_text(errors="replace")[:64] if path.is_file() else ""
     return f"sha256:{digest}" if re.fullmatch("[0-9a-f]{64}", digest) else None
@@ -323,6 +332,6 @@ def checksum_problem(path: Path, checksum: str | None) -> str | None:
 
 
 def _digest(path: Path, algorithm: str) -> str:
-    """Return the hash of a file in hexadecimal digits."""
+    """Compute the hash of a file with the given algorithm, and return it in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()

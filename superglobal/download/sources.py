@@ -45,7 +45,8 @@ from superglobal.errors import InputError
 from superglobal.utils.io import file_lock, write_atomically
 
 _MAX_SHOWN = 5  # maximum number of files or errors listed in a message
-_IMAGE_GROWTH = 1.05  # disk space of unpacked images, including partly filled blocks, divided by the archive size
+# disk space of the unpacked images divided by the size of the archive; above 1, because files fill whole disk blocks
+_IMAGE_GROWTH = 1.05
 
 
 def download_source(source: Source, data: Path, options: DownloadOptions) -> str:
@@ -119,8 +120,8 @@ def download_google_drive(source: Source, root: Path, options: DownloadOptions) 
 def _download_and_check(file: RemoteFile, target: Path, options: DownloadOptions) -> None:
     """Download a file that is not an archive (list, ground truth or weights), and check its format.
 
-    If the file exists already, only check that it has not changed. A file that passes the format check for the first
-    time gets a record of its SHA-256.
+    If the file exists already, do not download it again. After the first successful check of the format, the SHA-256 of
+    the file is recorded. Later runs only check that the file still has this SHA-256.
 
     Raises:
         InputError: the file cannot be downloaded, has changed, or has a wrong format.
@@ -146,7 +147,9 @@ def _download_and_check(file: RemoteFile, target: Path, options: DownloadOptions
 
 
 def _download_images(source: Source, root: Path, options: DownloadOptions) -> str:
-    """Download and unpack the archives of a source, except those whose images all exist. Return a one-line summary.
+    """Download and unpack the archives of a source, and return a one-line summary.
+
+    An archive is skipped if it was unpacked before and all images in it still exist.
 
     With `options.packed`, download all archives and do not unpack them.
     """
@@ -184,7 +187,7 @@ def _download_images(source: Source, root: Path, options: DownloadOptions) -> st
 
 
 def _is_unpacked(archive: Path, folder: Path) -> bool:
-    """Return True if an archive was unpacked and all its images still exist below `folder`."""
+    """Return True if the archive was unpacked before and all images in it still exist below `folder`."""
     record = extracted_record(archive)
     return record.is_file() and bool(present_images(folder, record.read_bytes().split(b"\n")[:-1]).all())
 
@@ -213,9 +216,10 @@ def _require_space(name: str, root: Path, archives: Sequence[RemoteFile], option
 
 
 def required_space(sizes: Sequence[int | None], present: Sequence[int], options: DownloadOptions) -> int:
-    """Return how many more bytes a download needs on the disk, for the archives and their unpacked images.
+    """Return how many more bytes a download needs on the disk, for the archives and the unpacked images.
 
-    Unless archives are kept, at most `options.jobs` of them exist at the same time.
+    Unless archives are kept, each is deleted after it has been unpacked. At most `options.jobs` archives then exist at
+    the same time.
 
     Args:
         sizes: size of each archive in bytes; unknown sizes (None) are ignored.
@@ -231,8 +235,8 @@ def required_space(sizes: Sequence[int | None], present: Sequence[int], options:
 def _download_archive(archive: RemoteFile, target: Path, options: DownloadOptions, report: Report) -> None:
     """Download an archive, unless it exists, and verify its checksum.
 
-    The checksum is the published MD5 or, if none is published, the SHA-256 recorded at an earlier download. An archive
-    whose MD5 was verified by an earlier run is not verified again.
+    The checksum is the published MD5 or, if none is published, the SHA-256 recorded at an earlier download. If an
+    earlier run has verified the MD5 of an archive, it is not verified again.
 
     Raises:
         InputError: the archive cannot be downloaded or has a wrong checksum.
@@ -252,10 +256,10 @@ def _unpack_archive(archive: RemoteFile, target: Path, folder: Path, target_of: 
     """Unpack an archive, record which images it contained, and delete it unless `keep` is True.
 
     Args:
-        archive: source of the archive.
+        archive: the archive on the server.
         target: path of the downloaded archive.
         folder: image folder.
-        target_of: see `target_paths`.
+        target_of: function that returns the path of an archive member below `folder`, or None to skip the member.
         keep: whether to keep the archive.
 
     Returns:
@@ -288,7 +292,7 @@ class _ProgressBar:
     """
 
     def __init__(self, title: str, total: int | None = None) -> None:
-        # In a log file, print each update as a new line.
+        # If the output is not a terminal, print each update on a new line instead of overwriting the bar.
         style = {"mininterval": 0.1} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{r_bar}\n"}
         self.bar = tqdm(desc=title, total=total, unit="B", unit_scale=True, file=sys.stderr, **style)
         self.total, self.stopped, self.lock = total, threading.Event(), threading.Lock()
@@ -300,7 +304,7 @@ class _ProgressBar:
         self.bar.close()
 
     def reporter(self) -> Report:
-        """Return the progress callback for one file. It adds the progress of the file to the bar."""
+        """Return the progress callback for one file. The callback adds the downloaded bytes of this file to the bar."""
         shown = 0
 
         def report(size: int, length: int | None) -> None:
@@ -342,7 +346,7 @@ def _run_parallel(
                     failures.append(error)
                     if isinstance(error, DiskFullError):
                         bar.stopped.set()
-        except BaseException:  # such as KeyboardInterrupt
+        except BaseException:  # for example, KeyboardInterrupt: stop the other threads too
             bar.stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise

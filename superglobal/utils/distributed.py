@@ -1,4 +1,4 @@
-"""Find out which process is the first one before Lightning connects the processes. End workers with their parent."""
+"""Find the first process before Lightning connects the processes. End a worker process when its parent ends."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def in_main_thread() -> bool:
 def end_with_parent() -> None:
     """Start a thread that ends this process as soon as its parent ends or is killed.
 
-    In a process that `multiprocessing` did not start, do nothing. The thread does not watch the parent process ID: for
-    a process started by a fork server, this is the ID of the server, which may still run after the parent has ended.
+    In a process that `multiprocessing` did not start, do nothing. The thread does not check the parent process ID
+    (`os.getppid`). In a process started by a fork server, it is the ID of this server, which may outlive the parent.
     """
     parent = multiprocessing.parent_process()
 

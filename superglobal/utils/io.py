@@ -23,14 +23,14 @@ EXPORT, CORRUPT_IMAGES = "best.safetensors", "corrupt_images.txt"
 
 @contextmanager
 def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
-    """Yield a temporary file, open for binary writing, that replaces `path` when the block ends without an error.
+    """Yield a temporary file, open for binary writing. If the `with` statement raises no error, it becomes `path`.
 
     Readers of `path` see either the old file or the complete new file. The data is flushed to disk before the
     replacement.
 
     Args:
         path: file to write; its folder is created if necessary.
-        backup: path to which an existing file is moved; by default, it is overwritten.
+        backup: path to which an existing file at `path` is moved; by default, the existing file is overwritten.
 
     Raises:
         InputError: the folder is not writable, or the disk is full. An existing file is not changed then.
@@ -58,7 +58,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to a file atomically: readers see either the old file or the complete new file.
 
     Raises:
-        InputError: see `atomic_file`.
+        InputError: the folder is not writable, or the disk is full. An existing file is not changed then.
     """
     with atomic_file(path) as file:
         file.write(data)
@@ -66,15 +66,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iterator[None]:
-    """Hold a file lock during the block, so that only one process at a time runs it.
+    """Hold a file lock during a `with` statement, so that only one process at a time runs its body.
 
     If the process is killed, the operating system releases the lock.
 
     Args:
         path: lock file; its folder must exist.
-        busy: start of the message that is shown if another process holds the lock.
+        busy: start of the error message or log message if another process holds the lock.
         hint: end of the error message, after "wait for it, stop it, ".
-        wait: whether to wait for the other process instead of raising an error.
+        wait: whether to wait until the other process releases the lock, instead of raising an error.
 
     Raises:
         InputError: another process holds the lock and `wait` is False, or the file cannot be locked.
@@ -94,7 +94,7 @@ def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iter
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be locked ({reason}); choose a folder on another file system") from error
     try:
-        with suppress(OSError):  # Ignore failures, because this file is only used for messages.
+        with suppress(OSError):  # Ignore failures, because only messages use this file.
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
@@ -104,9 +104,9 @@ def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iter
 
 
 def _read_holder(holder: Path) -> str:
-    """Return the description of the process that holds a lock, from the file `holder`, for messages.
+    """Read the file `holder`, which describes the process that holds a lock. The description is used in messages.
 
-    The file may not exist, because the process has not written it yet or has already deleted it.
+    The file may be missing, because the process has not written it yet or has already deleted it.
     """
     try:
         return holder.read_text()
@@ -128,7 +128,15 @@ def umask() -> int:
 
 
 def _space(path: Path, temporary: str | None) -> str:
-    """Return the end of the error message for a failed write: how much was written, how much is free, and a hint."""
+    """Return the end of the error message for a failed write.
+
+    Args:
+        path: file that could not be written.
+        temporary: path of the partly written temporary file, or None if it could not be created.
+
+    Returns:
+        A text with the number of bytes written, the free space on the disk, and a hint.
+    """
     try:
         free = shutil.disk_usage(path.parent).free
         written = os.path.getsize(temporary) if temporary else 0

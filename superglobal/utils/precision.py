@@ -16,7 +16,7 @@ AUTO_ON_CUDA = "float32"
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """Replace the precision "auto" by the one that it stands for. Return any other precision unchanged.
+    """Return the precision that "auto" stands for on an accelerator. Return any other precision unchanged.
 
     Args:
         precision: "auto" or a key of `PRECISIONS`.
@@ -30,12 +30,12 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Disable TF32 and reduced-precision accumulation during the block.
+    """Disable TF32 and reduced-precision accumulation during a `with` statement.
 
     Float32 products are then computed in full float32, and half-precision matrix products are accumulated in float32.
-    The previous settings are restored when the block ends.
+    The previous settings are restored at the end.
     """
-    backends: Any = torch.backends  # The type stubs lack these attributes.
+    backends: Any = torch.backends  # torch's type stubs lack these attributes.
     matmul = backends.cuda.matmul
     modules = (matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
     settings: list[tuple[Any, str, Any]] = [(module, "fp32_precision", "ieee") for module in modules]

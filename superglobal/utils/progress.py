@@ -22,7 +22,10 @@ class Progress:
         self.tenths = 0
 
     def __call__(self, done: int, total: int) -> None:
-        """Report that `done` of `total` images are finished. In a log file, print nothing if no line is due."""
+        """Report that `done` of `total` images are finished.
+
+        In a log file, print a line only after another tenth of the images or 30 seconds.
+        """
         text = f"{self.verb} {done}/{total} images, {time.monotonic() - self.start:.0f} s"
         if sys.stderr.isatty():
             print(f"\r{text}", end="\n" if done == total else "", file=sys.stderr, flush=True)
