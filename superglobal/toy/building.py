@@ -88,7 +88,7 @@ class Builder:
     def prism(self, x: float, y: float, radius: float, z: float, height: float, sides: int, thin: bool = False) -> None:
         """Add an upright prism. Its base is a regular polygon with center (x, y, z) and `sides` sides.
 
-        The faces have windows, unless `thin` is True. Then the prism is a plain column that casts no shadow.
+        If `thin` is False, the faces have windows. If it is True, the prism is a plain column that casts no shadow.
         """
         low, high = ring(x, y, radius, z, sides), ring(x, y, radius, z + height, sides)
         texture = None if thin else self.wall(2 * radius * sine(180 / sides), height)
@@ -123,7 +123,7 @@ class Builder:
         self.ridge(x, width + 0.2, -deep - 0.1, deep + 0.1, height + 1.2, width * self.rng.uniform(0.14, 0.24), 0, True)
 
     def top(self, x: float, width: float, y: float, depth: float, z: float) -> None:
-        """Add a random roof at height `z` to the box centered at `x` with its front at `y`. It may be flat."""
+        """Add a random roof, which may be flat, at height `z` to the box centered at `x` with its front at `y`."""
         kind, rise = (
             self.rng.choice(("hip", "hip", "gable", "flat")),
             self.rng.uniform(2.0, 0.34 * min(width, depth) + 2.5),
@@ -133,7 +133,10 @@ class Builder:
             self.ridge(x, width, y, depth, z, rise, 0.45 * min(width, depth) if kind == "hip" else 0, turn)
 
     def turret(self, x: float, y: float, side: float, height: float, z: float = 0.0) -> None:
-        """Add a square or octagonal tower with a random cap. Its center is (x, y, z), and it is about `side` wide."""
+        """Add a square or octagonal tower with a random cap.
+
+        The base has the center (x, y, z) and is about `side` wide.
+        """
         if self.rng.chance(0.65):
             self.box(x, side, y - side / 2, side, z, height)
             corners = 4

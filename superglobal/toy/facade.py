@@ -1,4 +1,4 @@
-"""Draw facades. A facade follows from a style, shared by a group of landmarks, and the layout of one wall."""
+"""Draw facades. A facade is determined by the style of a group of landmarks, and by the layout of one wall."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Layout:
 def draw_layout(rng: RandomStream, style: Style, width: float, height: float, front: bool) -> Layout:
     """Return a random layout for a wall of `width` x `height` meters.
 
-    Only the layout of a `front` can have doors and an ornament.
+    Doors and an ornament are possible only if `front` is True.
     """
     floors = _split(rng, height, rng.uniform(3.0, 5.2))
     bays = _rhythm(rng, width, rng.uniform(2.2, 4.2))
@@ -135,7 +135,7 @@ def draw_layout(rng: RandomStream, style: Style, width: float, height: float, fr
 
 
 def _split(rng: RandomStream, total: float, size: float) -> list[float]:
-    """Divide a height of `total` meters into floors of about `size` meters. A random floor may be taller.
+    """Divide a height of `total` meters into floors of about `size` meters. One floor, chosen at random, may be taller.
 
     Returns:
         The heights of the floors in meters; they sum to `total`.
@@ -148,7 +148,9 @@ def _split(rng: RandomStream, total: float, size: float) -> list[float]:
 
 
 def _rhythm(rng: RandomStream, total: float, size: float) -> list[float]:
-    """Divide a width of `total` meters symmetrically into bays of about `size` meters. A mirrored pair may be wider.
+    """Divide a width of `total` meters symmetrically into bays of about `size` meters.
+
+    Two bays in mirrored positions, chosen at random, may be wider than the others.
 
     Returns:
         The widths of the bays in meters; they sum to `total`.
@@ -255,7 +257,8 @@ def _opening(
         z: height of the bottom in meters.
         width: width in meters.
         height: height in meters.
-        deep: relief of the glass in meters, negative because it is recessed. Below -0.5 it is an arch of an arcade.
+        deep: relief of the glass in meters, negative because the glass is recessed. A value below -0.5 means an arch
+            of an arcade, which has no glass.
     """
     outline = "arch" if kind == "twin" else "rect" if kind == "wide" else kind
     if style.shutters and kind == "rect" and deep > -0.5:
@@ -283,7 +286,7 @@ def _opening(
 
 
 def _door(canvas: Canvas, style: Style, kind: str, x: float, width: float, height: float) -> None:
-    """Draw a door and its stepped frame, centered at `x` at the bottom of the wall.
+    """Draw a door and its stepped frame at the bottom of the wall, with the horizontal center `x`.
 
     `kind` is the shape of the door; `width` and `height` include the frame.
     """
@@ -313,7 +316,8 @@ def _verticals(canvas: Canvas, style: Style, bays: Sequence[float], height: floa
 
 
 def _ornament(canvas: Canvas, style: Style, layout: Layout) -> None:
-    """Draw the ornament of the layout. Draw nothing if it has none, or if its bottom is below 1.5 m."""
+    """Draw the ornament of the layout. Draw nothing if the layout has no ornament, or if the bottom of
+    the ornament is lower than 1.5 m."""
     x, z, size = layout.ornament_at
     if not layout.ornament or z < 1.5:
         return
@@ -352,7 +356,7 @@ def _ornament(canvas: Canvas, style: Style, layout: Layout) -> None:
 
 
 def _cornice(canvas: Canvas, style: Style) -> None:
-    """Draw a cornice along the top of the wall, with a row of small brackets below it."""
+    """Draw a cornice along the top of the wall, and a row of small brackets below the cornice."""
     top, deep = canvas.height, style.cornice
     canvas.band(0, canvas.width, top - deep, top, style.trim, deep * 0.8)
     canvas.band(0, canvas.width, top - deep - 0.3, top - deep, darker(style.trim, 0.85), deep * 0.3)

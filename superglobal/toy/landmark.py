@@ -45,8 +45,8 @@ class Landmark:
 def style_number(split: str, number: int) -> tuple[str, int]:
     """Return the (split, group number) that determines the style of a landmark.
 
-    A group consists of `STYLE_GROUP` landmarks with consecutive numbers. Every second group of distractors has the
-    style of an evaluation group, so that these distractors look like evaluation landmarks.
+    A group consists of `STYLE_GROUP` landmarks with consecutive numbers. Every second group of distractor
+    landmarks has the style of a group of evaluation landmarks, so that the two groups look alike.
 
     Args:
         split: split of the landmark, e.g. "train".
@@ -58,7 +58,7 @@ def style_number(split: str, number: int) -> tuple[str, int]:
 
 @lru_cache(maxsize=4)
 def landmark_of(seed: int, split: str, number: int) -> Landmark:
-    """Return landmark number `number` of a split, in the style of its group.
+    """Return the landmark with the given number in a split. Its style is that of its group, see `style_number`.
 
     For the split "streets", return houses and trees without a building.
     """
@@ -80,7 +80,7 @@ def landmark_of(seed: int, split: str, number: int) -> Landmark:
 
 
 def _street(seed: int, number: int) -> Landmark:
-    """Return street number `number`: houses and trees without a building."""
+    """Return the street with the given number: houses and trees without a building."""
     rng = RandomStream(seed, STREETS, number)
     width, depth = rng.uniform(4, 24), rng.uniform(4, 12)
     houses, trees = _surroundings(rng, house_pool(seed), width, depth)
@@ -112,7 +112,8 @@ class House:
 def house_pool(seed: int) -> tuple[House, ...]:
     """Return the `HOUSES` houses from which all backgrounds are composed.
 
-    All landmarks use the same houses, so that the background says little about which landmark an image shows.
+    The backgrounds of all landmarks consist of the same houses. The background of an image therefore says little about
+    which landmark the image shows.
     """
     pool = []
     for number in range(HOUSES):

@@ -57,7 +57,7 @@ def write_layouts(root: Path, photos: Sequence[Photo]) -> dict[str, int]:
 
 
 def name_of(photo: Photo) -> str:
-    """Return the file name without ".jpg", which identifies the image in the lists of all data sets."""
+    """Return the file name of an image without ".jpg". All image lists use this name."""
     return PurePosixPath(photo.file).stem
 
 
@@ -70,7 +70,10 @@ def landmark_id(photo: Photo) -> int:
 
 
 def _write_revisited(folder: Path, queries: Sequence[Photo], database: Sequence[Photo]) -> dict[str, int]:
-    """Write `gnd_toy.pkl` to `folder`, and return the numbers of "easy", "hard" and "junk" pairs."""
+    """Write the ground-truth file `gnd_toy.pkl` to `folder`.
+
+    Return the numbers of "easy", "hard" and "junk" pairs of a query and a database image.
+    """
     counts = {"easy": 0, "hard": 0, "junk": 0}
     gnd: list[dict[str, Any]] = []
     for query in queries:
@@ -88,7 +91,10 @@ def _write_revisited(folder: Path, queries: Sequence[Photo], database: Sequence[
 
 
 def _write_train(folder: Path, photos: Sequence[Photo]) -> None:
-    """Write `train.csv`, which lists all training images, and `train_clean.csv`, which lists the clear ones."""
+    """Write the lists `train.csv` and `train_clean.csv` to `folder`.
+
+    `train.csv` lists all training images. `train_clean.csv` lists only those that show enough of the landmark.
+    """
     ordered = sorted(photos, key=name_of)
     _write_csv(
         folder / "train.csv",
@@ -104,7 +110,10 @@ def _write_train(folder: Path, photos: Sequence[Photo]) -> None:
 
 
 def _write_index(folder: Path, photos: Sequence[Photo]) -> None:
-    """Write `index.csv` and `index_image_to_landmark.csv`, the lists of the index images and of their landmarks."""
+    """Write `index.csv` and `index_image_to_landmark.csv` to `folder`.
+
+    The first file lists the index images, and the second one lists the landmark id of each index image.
+    """
     ordered = sorted(photos, key=name_of)
     _write_csv(folder / "index.csv", ("id",), ([name_of(p)] for p in ordered))
     rows = ([name_of(p), str(landmark_id(p))] for p in ordered)
@@ -114,7 +123,7 @@ def _write_index(folder: Path, photos: Sequence[Photo]) -> None:
 def _write_test(folder: Path, photos: Sequence[Photo], index: Sequence[Photo]) -> None:
     """Write `test.csv` and the solution files (ground truth) of the retrieval and recognition tasks.
 
-    The retrieval solution of a test image lists the index images of its landmark, if that is an evaluation landmark.
+    The retrieval solution of a test image lists the index images of its landmark, if it is an evaluation landmark.
     The recognition solution is the id of its landmark, if that is a training landmark. As in GLDv2, a test image
     without a solution is marked "Ignored" in the retrieval file and has an empty landmark in the recognition file.
     """
@@ -135,7 +144,7 @@ def _write_test(folder: Path, photos: Sequence[Photo], index: Sequence[Photo]) -
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a CSV file with this header and these rows atomically."""
+    """Write a CSV file atomically. `header` has the column names, and `rows` the values of each row."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

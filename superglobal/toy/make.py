@@ -48,7 +48,8 @@ def make_toy(
 ) -> dict[str, Any]:
     """Render the toy data set into `out`.
 
-    If `out` contains a part of this data set, render only what is missing. If it is complete, change nothing.
+    If `out` contains a part of this data set, render only the missing images. If the data set is complete, change
+    nothing.
 
     Args:
         out: output folder. It must be new or empty, or contain a data set of the same version, size and seed.
@@ -83,7 +84,8 @@ def make_toy(
         if progress:
             progress(len(photos), len(shots))
     pairs = write_layouts(out, [photos[shot] for shot in shots])
-    for stale in out.rglob(".*.jpg.*"):  # Temporary files left by workers that were killed while writing.
+    # Delete temporary files. Workers that were killed while writing have left them behind.
+    for stale in out.rglob(".*.jpg.*"):
         stale.unlink()
     summary = identity | {"photos": dict(Counter(shot.set for shot in shots)), "pairs": pairs}
     write_atomically(out / _FINISHED, (json.dumps(summary, indent=1) + "\n").encode())
@@ -92,7 +94,9 @@ def make_toy(
 
 
 def _claim(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the summary of the data set in `out` if it is complete, or None if it must be rendered.
+    """Check that `out` can contain the requested data set.
+
+    Return the contents of `toy.json` if an earlier run has finished the data set, else None.
 
     Args:
         out: output folder.
@@ -167,7 +171,7 @@ def _render(out: Path, seed: int, side: int, shots: list[Shot], workers: int) ->
 
 
 def _take_all(out: Path, seed: int, side: int, shots: list[Shot]) -> dict[Shot, Photo]:
-    """Render the images of one batch, and return the row of `photos.csv` of each."""
+    """Render the images of one batch, and return the row of `photos.csv` for each image."""
     return {shot: take(out, seed, side, shot) for shot in shots}
 
 

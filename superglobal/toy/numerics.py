@@ -29,7 +29,7 @@ Floats = NDArray[np.floating]
 """Array of float32. The type also allows other precisions because mypy cannot always infer float32."""
 Bytes = NDArray[np.uint8]
 T = TypeVar("T")
-NOISE = 256  # side of the noise tile, in texels
+NOISE = 256  # width and height of the noise tile in texels
 
 
 class RandomStream:
@@ -75,7 +75,7 @@ class RandomStream:
         """Return a random color near `color`.
 
         Each channel is shifted by the sum of two random numbers: one in [-spread, spread] that all channels share, and
-        one in [-spread / 3, spread / 3] of its own. The result is clipped to [8, 250].
+        one in [-spread / 3, spread / 3] that is drawn for this channel alone. The result is clipped to [8, 250].
         """
         common = self.uniform(-spread, spread)
         red, green, blue = (min(250.0, max(8.0, c + common + self.uniform(-spread, spread) / 3)) for c in color)
@@ -112,8 +112,8 @@ def unit(a: Vector) -> Vector:
 def noise_tile(cell: int) -> Bytes:
     """Return a tile of smooth noise, (256, 256) uint8, that repeats seamlessly.
 
-    It is the weighted mean of three random grids, upsampled to the size of the tile. Their cells are `cell`, `cell` / 2
-    and `cell` / 4 texels wide. `cell` must be a power of 2.
+    The tile is the weighted mean of three grids of random values, each upsampled to 256 x 256. Neighboring values of
+    the grids are `cell`, `cell` / 2 and `cell` / 4 texels apart. `cell` must be a power of 2.
     """
     rng = RandomStream("noise", cell)
     total = np.zeros((NOISE, NOISE), np.int64)
@@ -124,7 +124,10 @@ def noise_tile(cell: int) -> Bytes:
 
 
 def _stretch(rows: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
-    """Multiply the number of rows of a periodic array by `factor`, by linear interpolation in integer arithmetic."""
+    """Upsample an array (h, w) to (h * factor, w) by linear interpolation between rows, in integer arithmetic.
+
+    The array is periodic: the last row is followed by the first row.
+    """
     part = np.arange(factor)[None, :, None]
     mixed = (rows[:, None] * (factor - part) + np.roll(rows, -1, axis=0)[:, None] * part) // factor
     return mixed.reshape(-1, rows.shape[1])

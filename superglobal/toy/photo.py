@@ -30,7 +30,7 @@ class Photo:
         place: set of landmarks that contains `landmark`: "train", "evaluation" or "distractors"; "streets" for images
             without a landmark.
         landmark: number of the landmark in that set.
-        view: number of the image among the images of its landmark in the same `set`.
+        view: number of the image among the images that have the same `landmark` and the same `set`.
         style: group of landmarks with the same style, e.g. "train-3"; "" for images without a landmark.
         yaw: horizontal angle of the camera around the landmark in degrees; 0 is in front of the landmark.
         pitch: angle of the optical axis above the horizon in degrees.
@@ -75,7 +75,7 @@ class Photo:
         return self.focal / self.distance
 
     def row(self) -> list[str]:
-        """Return the values of the row as strings, in the order of `COLUMNS`."""
+        """Return the values of all columns of `photos.csv` as strings, in the order of the columns."""
         return [str(value) for value in asdict(self).values()]
 
 
@@ -84,7 +84,7 @@ COLUMNS = tuple(field.name for field in fields(Photo))
 
 @dataclass(frozen=True)
 class Taken:
-    """An image whose camera is chosen and whose rays are traced, but whose colors are not rendered yet.
+    """An image that is not rendered yet: the view is chosen, and it is known what each camera ray hits.
 
     Attributes:
         landmark: the landmark of the scene.
@@ -106,8 +106,8 @@ class Taken:
 def frame(seed: int, side: int, shot: Shot) -> Taken:
     """Choose the camera, light and occluders of an image at random, and trace its rays.
 
-    The result depends only on `seed`, `side` and `shot.key`. For a query, random views are drawn until at least
-    `QUERY_SHARE` of the landmark is visible, at most 40 times.
+    The result depends only on `seed`, `side` and `shot.key`. For a query, up to 40 random views are drawn, until one
+    shows at least the fraction `QUERY_SHARE` of the landmark.
 
     Args:
         seed: seed of the data set.

@@ -19,8 +19,8 @@ class Size:
         side: longer side of the images in pixels.
         train: number of training landmarks, and number of images per landmark.
         evaluation: number of evaluation landmarks, which differ from the training landmarks.
-        queries: number of queries in the Revisited layout, per evaluation landmark with an even number and per
-            evaluation landmark with an odd number.
+        queries: number of queries in the Revisited layout for each evaluation landmark with an even number, and for
+            each evaluation landmark with an odd number.
         database: number of database images in the Revisited layout, per evaluation landmark.
         index: number of GLDv2 index images, per evaluation landmark.
         retrieval: number of GLDv2 test images, per evaluation landmark.
@@ -59,7 +59,7 @@ class Shot:
         place: set of landmarks that contains `landmark`: "train", "evaluation" or "distractors"; "streets" for images
             without a landmark.
         landmark: number of the landmark in that set.
-        view: number of the image among the images of its landmark in the same `set`.
+        view: number of the image among the images that have the same `landmark` and the same `set`.
         purpose: "query" for a well-framed image with few occluders, or "ordinary".
     """
 
@@ -72,7 +72,7 @@ class Shot:
 
     @property
     def key(self) -> tuple[str, str, int, int]:
-        """Key of the image. It determines the image, together with the seed and the size of the data set."""
+        """Key of the image. The key, the seed and the size of the data set together determine the image."""
         return self.set, self.place, self.landmark, self.view
 
 
@@ -88,12 +88,12 @@ def size_of(name: str) -> Size:
 
 
 def plan(size: Size, seed: int) -> list[Shot]:
-    """Return one `Shot` per image of the data set, in the order of the rows of `photos.csv`."""
+    """Return one `Shot` per image of the data set. The rows of `photos.csv` have the same order."""
     return [*_gldv2(size, seed), *_revisited(size), *_distractors(size)]
 
 
 def image_id(seed: int, split: str, place: str, landmark: int, view: int) -> str:
-    """Return the GLDv2 id of an image, 16 hexadecimal digits of a hash of the arguments."""
+    """Return the GLDv2 id of an image: the first 16 hexadecimal digits of a hash of the arguments."""
     return hashlib.sha256(f"{seed}/{split}/{place}/{landmark}/{view}".encode()).hexdigest()[:16]
 
 

@@ -14,12 +14,12 @@ from superglobal.toy.texture import LEVELS, TEXELS, Texture
 from superglobal.toy.trace import FIRST, GROUND, SKY, SPRITE, SUPER, Trace, weighted
 from superglobal.toy.view import Faults, Light, View
 
-# Linear light of each 8-bit value. It uses an exponent of 2 instead of the usual 2.2, because the rounding of `pow`
-# differs between machines. `_develop` applies the inverse, a square root.
+# Linear light for each 8-bit value: its square instead of the usual power of 2.2, because the rounding of `pow` differs
+# between machines. `_develop` converts linear light back to 8-bit values with a square root.
 _LINEAR = (np.arange(256, dtype=np.float32) * np.float32(1 / 255)) * (
     np.arange(256, dtype=np.float32) * np.float32(1 / 255)
 )
-_HAZE_REACH = 220.0  # distance in meters at which haze of strength 1 replaces half of the color
+_HAZE_REACH = 220.0  # distance in meters at which haze of strength 1 hides half of the color of a surface
 _FLOODED = 0.2  # fraction of the floodlight that reaches surfaces other than the landmark
 
 
@@ -54,7 +54,14 @@ def render(trace: Trace, landmark: Landmark, view: View) -> Bytes:
 
 
 def _groups(surface: NDArray[np.int16]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Yield each visible surface once, with the flat indices of the rays that hit it: (n,) int64."""
+    """Group the rays by the surface that they hit.
+
+    Args:
+        surface: (h, w) what each ray hits, as defined at `Trace.surface`.
+
+    Yields:
+        A value of `surface`, and the flat indices of the rays that have this value, (n,) int64.
+    """
     flat = surface.ravel()
     order = np.argsort(flat, kind="stable")
     edges = np.flatnonzero(np.diff(flat[order])) + 1
@@ -79,7 +86,7 @@ def _shade(
         solids: all solids of the scene; they can cast shadows on the face.
         owner: index in `solids` of the solid that has the face; -1 for the ground.
         view: camera and light.
-        flood: factor on the direct light.
+        flood: factor on the direct light; below 1 for surfaces that the floodlight hardly reaches.
 
     Returns:
         Linear light, (n, 3) float32.
@@ -103,7 +110,7 @@ def _shade(
     if facing > 0 and not texture.flat:
         sun *= _relief_sun(texture, level, u, v, height, face, light.sun)
     cells = _cells(texture, level, u, v)
-    # Recessed windows and doors receive less light from the sky.
+    # Less light from the sky reaches recessed windows and doors.
     sky = np.float32(_openness(face)) * np.where(height < -0.1, np.float32(0.7), np.float32(1))
     shaded = _lit(_LINEAR[texture.color[level][cells]], sun, sky, light)
     if light.glow:
@@ -137,7 +144,7 @@ def _lit(albedo: Floats, sun: Floats, sky: Floats | np.float32, light: Light) ->
 def _level(footprint: float) -> int:
     """Return the texture level whose texels are about as wide as `footprint`.
 
-    `footprint` is the distance in meters between neighboring rays where they hit the surface.
+    `footprint` is the distance in meters between the points where neighboring rays hit the surface.
     """
     level = 0
     while level < LEVELS - 1 and footprint * TEXELS > 1.5 * 2**level:
@@ -146,9 +153,17 @@ def _level(footprint: float) -> int:
 
 
 def _cells(texture: Texture, level: int, u: Floats, v: Floats) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return the rows and columns of the texels, in a level of the texture, at the coordinates (u, v) in meters.
+    """Find the texels at n points of a texture. A point outside a texture that does not repeat gives the nearest texel.
 
-    Coordinates outside a texture that does not repeat give the nearest texel.
+    Args:
+        texture: the texture.
+        level: texture level.
+        u: (n,) horizontal texture coordinates of the points in meters.
+        v: (n,) vertical texture coordinates of the points in meters.
+
+    Returns:
+        The rows and the columns of the texels in the arrays of this level, (n,) int32 each.
+
     """
     rows, columns = texture.relief[level].shape
     scale = np.float32(TEXELS / 2**level)
@@ -161,7 +176,7 @@ def _cells(texture: Texture, level: int, u: Floats, v: Floats) -> tuple[NDArray[
 def _parallax(
     texture: Texture, level: int, u: Floats, v: Floats, ray: tuple[Floats, Floats, Floats], face: Face
 ) -> tuple[Floats, Floats, Floats]:
-    """Find where the rays hit the relief of a texture (parallax mapping), approximately.
+    """Find the points where the rays hit the relief of a texture (parallax mapping).
 
     Args:
         texture: texture of the face.
@@ -173,7 +188,8 @@ def _parallax(
 
     Returns:
         The coordinates u and v where the rays hit the relief, and the height of the relief there, in meters: (n,)
-        float32 each. They are the result of two steps of fixed-point iteration.
+        float32 each. The result is approximate: it is computed by two
+        steps of fixed-point iteration.
     """
     if texture.flat:
         return u, v, np.zeros(u.shape, np.float32)
@@ -233,7 +249,7 @@ def _sunny(face: Face, u: Floats, v: Floats, solids: Sequence[Solid], owner: int
 
 
 def _may_shade(solid: Solid, face: Face, sun: Vector, bounds: tuple[float, float, float, float]) -> bool:
-    """Return False if the solid certainly casts no shadow on a rectangle of the face, else True.
+    """Return False if the solid certainly casts no shadow on a given rectangle of the face, else True.
 
     `bounds` are the texture coordinates (u1, u2, v1, v2) of the rectangle in meters.
     """
@@ -259,7 +275,8 @@ def _blocked(solid: Solid, face: Face, u: Floats, v: Floats, sun: Vector) -> NDA
     """
     near, far = np.full(u.shape, 0.02, np.float32), np.full(u.shape, 1e6, np.float32)
     for side in solid.faces:
-        # Solve normal . (point + t sun) <= offset for t, where normal . point is linear in u and v.
+        # The sun is behind the solid if some position point + t sun, t > 0, is inside the solid. Compute the interval
+        # of t from normal . (point + t sun) <= offset for each side. normal . point is linear in u and v.
         slope = dot(side.normal, sun)
         base = side.offset - face.offset * dot(side.normal, face.normal)
         base += dot(side.normal, face.along) * -face.start[0] + dot(side.normal, face.up) * -face.start[1]
@@ -310,7 +327,7 @@ def _add_haze(colors: Floats, trace: Trace, light: Light) -> None:
 
 
 def _merge(fine: Floats) -> Floats:
-    """Average the 2 x 2 rays of each pixel: (2H, 2W, 3) -> (H, W, 3)."""
+    """Average the colors of the 2 x 2 rays of each pixel: (2H, 2W, 3) -> (H, W, 3)."""
     columns = fine[:, 0::2] + fine[:, 1::2]
     return (columns[0::2] + columns[1::2]) * np.float32(0.25)
 
@@ -333,7 +350,7 @@ def _develop(linear: Floats, faults: Faults, rng: RandomStream) -> Bytes:
         y = ((np.arange(height, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / height) - 1)[:, None]
         x = ((np.arange(width, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / width) - 1)[None, :]
         image = image * (1 - np.float32(faults.vignette / 2) * (x * x + y * y))[..., None]
-    # Compress highlights smoothly instead of clipping them. Then take the square root, the inverse of `_LINEAR`.
+    # Compress highlights smoothly instead of clipping them. Then take the square root, because `_LINEAR` is a square.
     image = np.sqrt(np.clip(image * np.float32(1.15) / (np.float32(0.3) * image + np.float32(0.9)), 0, 1))
     gray = image[..., 0] * np.float32(0.3) + image[..., 1] * np.float32(0.59) + image[..., 2] * np.float32(0.11)
     image = gray[..., None] + (image - gray[..., None]) * np.float32(faults.saturation)

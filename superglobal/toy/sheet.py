@@ -14,7 +14,9 @@ from superglobal.toy.layout import relation
 from superglobal.toy.photo import Photo
 from superglobal.utils.io import write_atomically
 
-CELL, TITLE, COLUMNS = 132, 14, 9  # side of a cell in pixels, height of its title in pixels, and cells per row
+# The sheet is a grid of images: width of a grid cell and height of the title of an image, in pixels, and images per
+# row.
+CELL, TITLE, COLUMNS = 132, 14, 9
 Cell = tuple[str, Photo]
 """Title and image of a cell."""
 
@@ -26,7 +28,7 @@ def read_photos(root: Path) -> list[Photo]:
 
 
 def _photo(row: dict[str, str]) -> Photo:
-    """Convert the strings of a CSV row to the types of the fields of `Photo`."""
+    """Convert a row of `photos.csv`, a dict of strings by column name, to a `Photo`."""
     kinds = {"str": str, "int": int, "float": float}
     return Photo(**{name: kinds[str(Photo.__annotations__[name])](value) for name, value in row.items()})
 
@@ -59,7 +61,10 @@ def write_sheet(root: Path, path: Path, landmarks: int = 6) -> None:
 
 
 def _landmark_row(photos: Sequence[Photo], landmark: int) -> list[Cell]:
-    """Return the cells of one evaluation landmark: a query, then up to three easy, four hard and one junk image."""
+    """Return the titles and images of one row of the sheet, which shows the evaluation landmark with the given number.
+
+    They are a query, then up to three easy, four hard and one junk database image.
+    """
     query = next(p for p in photos if p.set == "query" and p.landmark == landmark)
     database = [p for p in photos if p.set == "database" and p.landmark == landmark]
     row = [("query", query)]
@@ -69,15 +74,15 @@ def _landmark_row(photos: Sequence[Photo], landmark: int) -> list[Cell]:
 
 
 def _draw(sheet: Image.Image, x: int, y: int, title: str, path: Path, boxed: Photo | None) -> None:
-    """Draw one cell of the contact sheet.
+    """Draw one image with its title on the contact sheet.
 
     Args:
         sheet: image to draw on.
-        x: left edge of the cell in pixels.
-        y: top edge of the cell in pixels.
+        x: left edge of the title and the image in pixels.
+        y: top edge of the title in pixels; the image is below.
         title: title above the image.
         path: image to show.
-        boxed: row of the image, to draw the bounding box of its landmark; None for no box.
+        boxed: row of the image in `photos.csv`, from which the bounding box of the landmark is drawn; None for no box.
     """
     with Image.open(path) as image:
         picture = image.convert("RGB")

@@ -73,7 +73,7 @@ def solid(polygons: Sequence[Polygon], casts: bool = True) -> Solid:
 
 
 def _face(points: Sequence[Vector], middle: Vector, texture: Texture | None, color: Color) -> Face:
-    """Return the face with the corners `points`. Its normal points away from `middle`, a point inside the solid."""
+    """Return the face with the corners `points`. The normal points away from `middle`, a point inside the solid."""
     a, b, c = points[:3]
     normal = unit(cross((b[0] - a[0], b[1] - a[1], b[2] - a[2]), (c[0] - a[0], c[1] - a[1], c[2] - a[2])))
     if dot(normal, middle) > dot(normal, a):

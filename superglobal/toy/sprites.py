@@ -36,7 +36,7 @@ def draw_sprite(kind: str, look: int, x: Floats, y: Floats, aspect: float) -> tu
 class Cutout:
     """Canvas with a transparent background, sampled on a grid of h x w positions.
 
-    All coordinates are in the units of `x` and `y`.
+    All coordinates have the same units as the positions `x` and `y` of the grid.
 
     Args:
         x: (1, w) horizontal positions of the grid.

@@ -61,14 +61,17 @@ class Canvas:
         self.glow = np.zeros((rows, columns), np.uint8)
 
     def _window(self, x0: float, x1: float, z0: float, z1: float) -> tuple[slice, slice]:
-        """Convert a rectangle from meters to texels, and return its rows and columns."""
+        """Return the rows and columns of the texels inside a rectangle.
+
+        The rectangle has the horizontal extent [x0, x1] and the vertical extent [z0, z1] in meters.
+        """
         rows = slice(max(0, round(z0 * TEXELS)), max(0, round(z1 * TEXELS)))
         return rows, slice(max(0, round(x0 * TEXELS)), max(0, round(x1 * TEXELS)))
 
     def band(self, x0: float, x1: float, z0: float, z1: float, color: Color, relief: float = 0.0) -> None:
         """Draw a filled rectangle with horizontal extent [x0, x1] and vertical extent [z0, z1].
 
-        `relief` is its height above the plane of the surface in meters.
+        `relief` is the height of the rectangle above the plane of the surface in meters.
         """
         area = self._window(x0, x1, z0, z1)
         self.color[area] = whole_bytes(color)
@@ -119,7 +122,7 @@ class Canvas:
     def weather(self, rng: RandomStream, strength: float) -> None:
         """Add random stains and grain to the colors of the whole canvas.
 
-        They change the brightness by a fraction of at most `strength` each.
+        Stains and grain each change the brightness by at most the fraction `strength`.
         """
         rows, columns = self.relief.shape
         stain = _cut(noise_tile(32), rng, rows, columns).astype(np.int32) - 128
@@ -139,9 +142,9 @@ class Canvas:
 
 
 def _quarter(a: NDArray) -> NDArray:
-    """Return the sums over the 2 x 2 blocks of an array: (h, w, ...) -> (ceil(h / 2), ceil(w / 2), ...).
+    """Sum each group of 2 x 2 elements of an array: (h, w, ...) -> (ceil(h / 2), ceil(w / 2), ...).
 
-    If the number of rows or columns is odd, the last one is repeated.
+    If h is odd, the last row is repeated first. If w is odd, the last column is repeated first.
     """
     rows, columns = a.shape[0] + a.shape[0] % 2, a.shape[1] + a.shape[1] % 2
     even = np.pad(a, [(0, rows - a.shape[0]), (0, columns - a.shape[1])] + [(0, 0)] * (a.ndim - 2), mode="edge")
@@ -149,13 +152,23 @@ def _quarter(a: NDArray) -> NDArray:
 
 
 def whole_bytes(color: Color) -> tuple[int, int, int]:
-    """Convert the channels of a color to integers from 0 to 255. Values outside this range are clipped."""
+    """Convert red, green and blue to integers from 0 to 255. Values outside this range are clipped."""
     red, green, blue = (min(255, max(0, int(c))) for c in color)
     return red, green, blue
 
 
 def _cut(tile: Bytes, rng: RandomStream, rows: int, columns: int) -> Bytes:
-    """Return a random crop of shape (rows, columns) from the plane covered by copies of a 256 x 256 tile."""
+    """Return a random crop of an unlimited texture that repeats a tile.
+
+    Args:
+        tile: (256, 256) uint8.
+        rng: random number generator.
+        rows: height of the crop.
+        columns: width of the crop.
+
+    Returns:
+        (rows, columns) uint8.
+    """
     top, left = rng.integer(0, NOISE - 1), rng.integer(0, NOISE - 1)
     return tile[np.ix_((np.arange(rows) + top) % NOISE, (np.arange(columns) + left) % NOISE)]
 

@@ -33,7 +33,7 @@ class Trace:
         depth: (h, w) distance of the intersections along the optical axis in meters.
         surface: (h, w) what each ray hits: `SKY`, `GROUND`, `FIRST` + an index into `faces`, or `SPRITE` (an occluder).
         paint: (h, w, 3) uint8 color of the occluder where `surface` is `SPRITE`.
-        faces: faces of all solids traced so far.
+        faces: faces of all solids that have been intersected with the rays so far.
     """
 
     xs: Floats
@@ -79,10 +79,10 @@ def cast(camera: Camera, xs: Floats, ys: Floats, solids: Sequence[Solid]) -> Tra
 
 
 def _meet(trace: Trace, camera: Camera, solid: Solid) -> None:
-    """Intersect the rays with one solid, and update the rays that hit it before anything else, in place.
+    """Intersect the rays with one solid. Update the trace, in place, for the rays that hit this solid first.
 
-    The solid is convex. A ray therefore enters it through the last plane that the ray crosses, among the planes of the
-    faces that are turned to the camera.
+    Consider the planes of the faces that are turned to the camera. The solid is convex, so a ray enters the solid where
+    the ray crosses the last of these planes.
     """
     area = _reach(trace, camera, solid.corners)
     if area is None:
@@ -92,7 +92,7 @@ def _meet(trace: Trace, camera: Camera, solid: Solid) -> None:
     far = trace.depth[area].copy()
     which = np.zeros(x.shape, np.int16)
     for number, face in enumerate(solid.faces):
-        room = face.offset - dot(face.normal, camera.eye)  # Negative if this face is turned to the camera.
+        room = face.offset - dot(face.normal, camera.eye)  # negative if the face is turned to the camera
         slope = weighted((x, y, z), face.normal)
         slope = np.where(slope == 0, np.float32(1e-9), slope)
         t = np.float32(room) / slope
@@ -120,7 +120,10 @@ def weighted(parts: tuple[Floats, Floats, Floats], weights: Vector) -> Floats:
 
 
 def _reach(trace: Trace, camera: Camera, corners: Sequence[Vector]) -> tuple[slice, slice] | None:
-    """Return the rows and columns of the rays that can hit a solid with these corners, or None if no ray can."""
+    """Return the rows and columns of the rays that can hit a solid, or None if no ray can hit the solid.
+
+    `corners` are the positions of the corners of the solid in meters.
+    """
     seen = [camera.project(corner) for corner in corners]
     if max(z for _, _, z in seen) <= NEAR:
         return None
@@ -132,7 +135,7 @@ def _reach(trace: Trace, camera: Camera, corners: Sequence[Vector]) -> tuple[sli
 def _range(trace: Trace, xs: Sequence[float], ys: Sequence[float]) -> tuple[slice, slice] | None:
     """Return the rows and columns of the rays inside the bounding box of some image positions.
 
-    `xs` and `ys` are the positions in pixels. If no ray is inside the box, return None.
+    `xs` and `ys` are the horizontal and vertical image positions in pixels. If no ray is inside the box, return None.
     """
     left, right = (int(np.searchsorted(trace.xs, v)) for v in (min(xs) - 0.01, max(xs) + 0.01))
     top, bottom = (int(np.searchsorted(trace.ys, v)) for v in (min(ys) - 0.01, max(ys) + 0.01))
@@ -140,7 +143,7 @@ def _range(trace: Trace, xs: Sequence[float], ys: Sequence[float]) -> tuple[slic
 
 
 def add_occluders(trace: Trace, camera: Camera, occluders: Sequence[Occluder]) -> None:
-    """Draw the occluders into the trace, in place, wherever they are closer to the camera than what the rays hit."""
+    """Draw the occluders into the trace, in place. An occluder replaces only hits that are farther from the camera."""
     for occluder in occluders:
         if occluder.kind == "scaffold":
             _add_scaffold(trace, camera, occluder)
@@ -184,7 +187,7 @@ def _add_scaffold(trace: Trace, camera: Camera, occluder: Occluder) -> None:
 def _cover(
     trace: Trace, area: tuple[slice, slice], mask: NDArray[np.bool_], color: Bytes, depth: np.float32 | Floats
 ) -> None:
-    """Record a hit on an occluder for some rays, in place.
+    """Record in the trace, in place, that the rays in `mask` hit an occluder. Their earlier hits are overwritten.
 
     Args:
         trace: the trace to change.
@@ -219,8 +222,9 @@ def landmark_mask(trace: Trace, landmark: Landmark) -> NDArray[np.bool_]:
 def visible_share(trace: Trace, landmark: Landmark, camera: Camera) -> float:
     """Return the visible fraction of the landmark, rounded to 4 decimal places.
 
-    It is the number of pixels of the landmark in the image, divided by their number if nothing were in front of the
-    landmark and the image were large enough to contain all of it. Without a landmark, it is 0.
+    The fraction is the number of pixels of the landmark in the image, divided by the number of pixels that it would
+    have if nothing were in front of it and the image were large enough to contain all of it. Without a landmark, the
+    fraction is 0.
     """
     if not landmark.solids:
         return 0.0

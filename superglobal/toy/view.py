@@ -116,7 +116,7 @@ class Faults:
         vignette: strength of the darkening towards the corners, 0 to 1.
         blur: how many times a 3 x 3 blur is applied.
         shake: length of the horizontal motion blur in pixels; 0 for none.
-        noise: strength of the noise; it changes a value by less than twice this number, on the scale from 0 to 255.
+        noise: strength of the noise. The noise changes a pixel value, 0 to 255, by less than twice this number.
         quality: JPEG quality.
     """
 
@@ -194,7 +194,10 @@ def draw_view(rng: RandomStream, landmark: Landmark, side: int, purpose: str) ->
 
 
 def _frame(rng: RandomStream, side: int) -> tuple[int, int]:
-    """Choose a random aspect ratio, and return the width and height of the image in pixels. The longer is `side`."""
+    """Choose a random aspect ratio, and return the width and height of the image in pixels.
+
+    The longer of the two is `side`.
+    """
     a, b = rng.choice(SHAPES)
     short = side * min(a, b) // max(a, b)
     return (side, short) if a >= b else (short, side)
@@ -260,7 +263,10 @@ def draw_light(rng: RandomStream, yaw: float) -> Light:
 
 
 def _occluders(rng: RandomStream, landmark: Landmark, camera: Camera, is_query: bool) -> tuple[Occluder, ...]:
-    """Return the trees around the landmark, and random occluders. Queries have fewer of the latter."""
+    """Return the trees around the landmark, and random occluders in front of it.
+
+    If `is_query` is True, there are fewer random occluders.
+    """
     occluders = [
         Occluder("tree", (x, y, 0.0), height, height * 0.8, number)
         for number, (x, y, height) in enumerate(landmark.trees)
@@ -277,9 +283,9 @@ def _occluders(rng: RandomStream, landmark: Landmark, camera: Camera, is_query: 
         )
     if rng.chance(0.2):
         occluders.append(_between(rng, camera, "lamp", rng.uniform(0.4, 0.9), 0.8, rng.uniform(5, 8), 0.8))
-    if not is_query and rng.chance(0.14):  # Add a person who poses close to the camera.
+    if not is_query and rng.chance(0.14):  # A person poses close to the camera.
         occluders.append(_between(rng, camera, "person", rng.uniform(0.06, 0.12), 0.5, 1.72, 0.5))
-    if not is_query and rng.chance(0.1):  # Add branches close to the camera.
+    if not is_query and rng.chance(0.1):  # The branches of a tree are close to the camera.
         occluders.append(
             _between(rng, camera, "tree", rng.uniform(0.16, 0.3), 0.8, rng.uniform(5, 9), rng.uniform(5, 8))
         )
@@ -300,7 +306,7 @@ def _between(
         camera: the camera.
         kind: kind of occluder.
         share: distance from the camera, as a fraction of the distance between the camera and the building.
-        spread: range of the horizontal positions around the center, as a fraction of the image width.
+        spread: maximum horizontal distance from the center of the image, as a fraction of half the image width.
         height: height of the occluder in meters.
         width: width of the occluder in meters.
     """
