@@ -316,8 +316,10 @@ def _verticals(canvas: Canvas, style: Style, bays: Sequence[float], height: floa
 
 
 def _ornament(canvas: Canvas, style: Style, layout: Layout) -> None:
-    """Draw the ornament of the layout. Draw nothing if the layout has no ornament, or if the bottom of
-    the ornament is lower than 1.5 m."""
+    """Draw the ornament of the layout.
+
+    Draw nothing if the layout has no ornament, or if the bottom of the ornament is lower than 1.5 m.
+    """
     x, z, size = layout.ornament_at
     if not layout.ornament or z < 1.5:
         return

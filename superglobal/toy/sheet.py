@@ -14,8 +14,7 @@ from superglobal.toy.layout import relation
 from superglobal.toy.photo import Photo
 from superglobal.utils.io import write_atomically
 
-# The sheet is a grid of images: width of a grid cell and height of the title of an image, in pixels, and images per
-# row.
+# The sheet is a grid of images: width of a grid cell and height of an image title, in pixels, and images per row.
 CELL, TITLE, COLUMNS = 132, 14, 9
 Cell = tuple[str, Photo]
 """Title and image of a cell."""
