@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run the example, and return the exit status: 0, or 2 after an InputError."""
+    """Run the example, and return the exit status of the script: 0, or 2 after an InputError."""
     try:
         run(_parser().parse_args())
     except superglobal.InputError as error:
@@ -82,13 +82,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def update(client, collection: str, model: superglobal.RetrievalNetwork, images: list[Path]) -> None:
-    """Update a collection: add images that are not in it, and remove images that were deleted or changed.
+    """Update a collection of descriptors to the current images.
+
+    Images that are not in the collection are added, and images that were deleted are removed from it. An image that was
+    changed is removed and added again.
 
     Args:
         client: client of the Qdrant database.
         collection: name of the collection, which is created if it does not exist.
         model: network that extracts the descriptors.
-        images: all images that the collection shall contain.
+        images: all images that the collection is to contain.
     """
     from qdrant_client.models import Distance, PointStruct, VectorParams
 
@@ -107,7 +110,7 @@ def update(client, collection: str, model: superglobal.RetrievalNetwork, images:
 
 
 def point_id(path: Path) -> str:
-    """Return an id for an image in the database (a UUID), which changes if its path or its content changes."""
+    """Return the id of an image in the database, a UUID. A change of the image's path or content changes the id."""
     content = hashlib.sha256(path.read_bytes()).hexdigest()
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{path.resolve()} {content}"))
 

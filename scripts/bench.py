@@ -49,7 +49,14 @@ def main() -> int:
 
 
 def _write(path: Path, name: str, arguments: list[str], rows: list[Measured]) -> None:
-    """Write the rows of a benchmark, with the machine and the package versions, to a JSON file."""
+    """Write the measurements of a benchmark, a description of the machine and the package versions to a JSON file.
+
+    Args:
+        path: file to write.
+        name: name of the benchmark.
+        arguments: command-line arguments of the benchmark.
+        rows: measurements, one row per variant.
+    """
     import torch
 
     from superglobal.utils.provenance import versions

@@ -2,9 +2,9 @@
 
     python scripts/check_metrics.py FOLDER
 
-FOLDER contains the files gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat, where <name> is roxford5k or rparis6k, or
-the files of both. The exit status is 0 if all scores agree to within 0.01 percentage points, 1 if a score differs by
-more, and 2 if files are missing.
+FOLDER contains the files gnd_<name>.pkl and <name>_resnet_rsfm120k_gem.mat of at least one data set, where <name> is
+roxford5k or rparis6k. The exit status is 0 if all scores agree to within 0.01 percentage points, 1 if a score differs
+by more, and 2 if files are missing.
 """
 
 import argparse
@@ -77,7 +77,11 @@ def missing_message(folder: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check each data set whose two files are in the folder, and return the exit status (see the top of this file)."""
+    """Check each data set whose two files are in the folder.
+
+    Returns:
+        The exit status: 0 if all scores agree, 1 if a score differs, 2 if files are missing or invalid.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of the official files")
     folder = parser.parse_args(arguments).folder

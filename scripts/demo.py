@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> int:
-    """Run the stages one after the other, and print the time that each stage takes.
+    """Run the stages of the demo one after the other, and print how long each stage takes.
 
     Returns:
         The exit status: 0, or that of the first stage that fails.
@@ -35,7 +35,7 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.outputs / "eval" / args.name
     stages = _stages(args, folder)
-    # The last digits of the results depend on the number of threads.
+    # Results differ slightly with the number of threads, so use the same number on every machine.
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     start = time.monotonic()
     for number, (title, command) in enumerate(stages.items(), 1):
@@ -51,7 +51,15 @@ def main() -> int:
 
 
 def _stages(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
-    """Return the stages of the demo in order: title -> command-line arguments for the Python interpreter."""
+    """Return the stages of the demo in the order in which they run.
+
+    Args:
+        args: arguments of the command line.
+        folder: folder for the results of the evaluations.
+
+    Returns:
+        Title of the stage -> arguments for the Python interpreter.
+    """
     paths = [f"paths.data={args.data}", f"paths.outputs={args.outputs}"]
     toy = ["--size", args.size, "--seed", args.seed, "--out", str(args.data / "toy")]
     evaluate = ["dataset=toy", "logger=csv", "trainer.num_workers=0", *paths]

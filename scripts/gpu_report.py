@@ -1,8 +1,9 @@
 """Check the package on a GPU and measure its speed: python scripts/gpu_report.py [--minutes 8] [--out FOLDER].
 
-The script needs one GPU, but no internet access and no data. Each section of the report runs in a separate process, and
-an exception in a section becomes a row of the report. The script writes report.json, report.md and one log file per
-section. With `--device cpu`, every section runs on the CPU with smaller inputs, which takes one to four minutes.
+The script needs one GPU, but no internet access and no data. Each section of the report runs in a separate process. If
+a section raises an exception, the report contains a row with the error message. The script writes report.json,
+report.md and one log file per section. With `--device cpu`, every section runs on the CPU with smaller inputs, which
+takes one to four minutes.
 """
 
 from __future__ import annotations
@@ -135,9 +136,13 @@ def _card() -> dict[str, Any]:
 
 
 def _run_section(report: Report, log: Path) -> bool:
-    """Run a section in a separate process, and kill the process at the deadline of the section.
+    """Run a section in a separate process, and kill the process if it still runs after the deadline of the section.
 
     The process is forked, so that it does not have to import the packages again.
+
+    Args:
+        report: report of the section, which contains its name and its deadline.
+        log: file to which the output of the section is copied.
 
     Returns:
         False if the report was interrupted, and True otherwise.
@@ -174,7 +179,12 @@ def _section(report: Report, log: Path) -> None:
 
 
 def _markdown(about: dict[str, Any], rows: list[Row]) -> str:
-    """Return the text of report.md: one table per section, and a table of the predicted and the measured gains."""
+    """Return the text of report.md: one table per section, and a table of predicted and measured gains.
+
+    Args:
+        about: entries of report.json, except the rows.
+        rows: rows of all sections.
+    """
     machine, packages = about["machine"], about["versions"]
     card = f"{machine['gpu']} (driver {machine['driver']})" if "gpu" in machine else "no GPU"
     text = [

@@ -1,4 +1,4 @@
-"""Run short training runs on random images, for the benchmarks and the GPU report."""
+"""Train networks on random images for a few steps, for the benchmarks and the GPU report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class RandomImages(Dataset):
     """Data set of random images, which are kept in memory.
 
     Args:
-        count: number of images. The data set repeats 64 different images.
+        count: length of the data set. It repeats 64 different images.
         side: height and width of the images in pixels.
         classes: number of classes.
     """
@@ -56,7 +56,7 @@ class StepTimes(pl.Callback):
 def make_network_and_head(
     backbone: str, dim: int, classes: int, head: str = "arcface", scale: float = 16, margin: float = 0.1, **options: Any
 ) -> tuple[Any, Any]:
-    """Return a network and a margin head with random weights, which are the same in every call.
+    """Return a network and a margin head with random weights. The weights are the same in every call.
 
     Args:
         backbone: name of the backbone, as in `load_model`.

@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from superglobal.api import *  # noqa: F403
 else:
-    # The public names are those that superglobal/api.py imports. Each is imported on first use, because importing torch
-    # and timm takes seconds.
+    # The public names are the names that superglobal/api.py imports. Each name is imported when it is first used,
+    # because importing torch and timm takes seconds.
     def _modules():
         import ast
         from pathlib import Path

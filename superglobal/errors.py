@@ -1,4 +1,4 @@
-"""Define the error that is raised for every problem that the user can fix."""
+"""Define `InputError`, which is raised for every problem that the user can fix."""
 
 
 class InputError(ValueError):
@@ -9,5 +9,5 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, cut to 200 characters, or its type if the message is empty."""
+    """Return the first line of an error's message, cut to 200 characters; the name of its type if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

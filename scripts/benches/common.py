@@ -1,6 +1,6 @@
-"""Measure the time and the memory of one variant of a benchmark in a separate process.
+"""Measure the time and the peak memory of one variant of a benchmark.
 
-The peak memory of the process is then that of the variant alone.
+Each variant runs in a new process, so that the peak memory of the process does not include other variants.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ Measured = dict[str, Any]
 
 
 def _status(key: str) -> float:
-    """Return a field of /proc/self/status in MB, e.g. VmRSS. Without /proc, return the peak memory of this process."""
+    """Return the memory of this process in MB.
+
+    Args:
+        key: field of /proc/self/status: "VmRSS" for the current memory, "VmHWM" for the peak memory. On a system
+            without /proc, the function returns the peak memory for both fields.
+    """
     try:
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
@@ -27,7 +32,14 @@ def _status(key: str) -> float:
 
 
 def _measure(make: Callable[[], Callable[[], Any]], repeats: int, answers: Any) -> None:
-    """Measure a variant in this process, and put the result of `measured` into the queue `answers`."""
+    """Measure a variant of a benchmark in this process.
+
+    Args:
+        make: function that creates the inputs of the variant, and returns a function that runs the variant once.
+        repeats: number of runs.
+        answers: queue for the result: the median seconds of a run, the peak memory in MB in addition to the inputs, and
+            the value that the last run returned.
+    """
     run = make()
     before = _status("VmRSS")
     seconds = []

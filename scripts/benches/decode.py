@@ -19,13 +19,13 @@ from superglobal.data.images import decode_image, image_size
 from superglobal.data.train_dataset import Augment
 
 SIZES, SIDES = ((800, 600), (1600, 1200)), (256, 512)
-CROP, JITTER = 0.3, 0.2  # defaults in conf/data
+CROP, JITTER = 0.3, 0.2  # default values of the settings data.crop and data.jitter of train.py
 
 
 def synthetic(width: int, height: int, count: int) -> list[bytes]:
-    """Generate JPEG files of quality 90, with patterns of several sizes and some noise.
+    """Generate JPEG files of quality 90 that are about as large as photos.
 
-    Their file sizes are similar to those of photos.
+    The images contain random patterns of several sizes and some noise.
 
     Args:
         width: width of the images in pixels.
@@ -48,7 +48,12 @@ def synthetic(width: int, height: int, count: int) -> list[bytes]:
 
 
 def _seconds(run: Callable[[bytes], object], images: list[bytes]) -> float:
-    """Return the mean seconds per image that a function takes."""
+    """Call a function with each image, and return the mean seconds per call.
+
+    Args:
+        run: function to measure, which takes the content of a JPEG file.
+        images: contents of the JPEG files.
+    """
     torch.manual_seed(0)
     start = time.perf_counter()
     for image in images:
@@ -57,7 +62,16 @@ def _seconds(run: Callable[[bytes], object], images: list[bytes]) -> float:
 
 
 def _compare(title: str, images: list[bytes], rounds: int) -> list[Measured]:
-    """Measure decoding alone, and decoding with each augmentation, and print and return one row per variant."""
+    """Measure how many images per second are decoded, without and with augmentation, and print the results.
+
+    Args:
+        title: description of the images.
+        images: contents of the JPEG files.
+        rounds: number of measurements of each variant.
+
+    Returns:
+        One row per variant. The first variant only decodes the images; each of the others also augments them.
+    """
     variants: dict[str, Callable[[bytes], object]] = {"decoded at full size only": decode_image}
     for side in SIDES:
         for reduced in (False, True):
@@ -79,9 +93,12 @@ def _compare(title: str, images: list[bytes], rounds: int) -> list[Measured]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare decoding and augmenting images with only decoding them, and return one row per variant.
+    """Compare the speed of decoding and augmenting images with the speed of decoding alone.
 
     The variants take turns, so that changes in the load of the machine affect all of them.
+
+    Returns:
+        One row per variant and image size.
     """
     parser = argparse.ArgumentParser("bench.py decode", description=__doc__)
     parser.add_argument(

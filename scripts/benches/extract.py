@@ -1,10 +1,14 @@
-"""Compare the time to extract descriptors with that of an unoptimized network, and with a lower bound.
+"""Compare the time to extract descriptors with the time of an unoptimized network, and with a lower bound.
 
 The unoptimized network is timm's network with the same scales and pooling. It processes one image at a time in eager
-mode, in the memory layout NCHW and with separate batch normalization. The lower bound is the total time of all
-convolutions, each of which runs alone on inputs of the same shapes, with folded batch normalization and in the faster
-of two memory layouts. The variants take turns in one process with the same number of threads, and medians are printed.
-The time to decode images is not included.
+mode, in the memory layout NCHW and with separate batch normalization.
+
+The lower bound is the time of the convolutions without all other operations. Each convolution is measured separately,
+with batch normalization folded into its weights, and in the faster of two memory layouts. The times of all convolutions
+are then added.
+
+The variants take turns in one process with the same number of threads, and medians are printed. The time to decode
+images is not included.
 """
 
 from __future__ import annotations
@@ -28,7 +32,15 @@ Call = tuple[nn.Conv2d, Tensor]
 
 
 def _calls(network: RetrievalNetwork, images: Tensor) -> list[Call]:
-    """Return every call of a convolution when the network processes images at all scales: (convolution, input)."""
+    """Run a network on images, and record the inputs of its convolutions.
+
+    Args:
+        network: network to run at all of its scales.
+        images: (B, 3, H, W) uint8 images.
+
+    Returns:
+        One (convolution, input) pair for each time that a convolution ran.
+    """
     calls: list[Call] = []
 
     def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -75,8 +87,8 @@ def main(argv: list[str]) -> list[Measured]:
     """Measure extraction in each precision, the unoptimized network and the lower bound.
 
     Returns:
-        One row per variant. For each precision, it contains the smallest cosine similarity between a descriptor and
-        that of the unoptimized network in float32.
+        One row per variant. A row also contains the smallest cosine similarity between a descriptor of the variant and
+        the descriptor of the same image from the unoptimized network. The lower bound has no descriptors.
     """
     parser = argparse.ArgumentParser("bench.py extract", description=__doc__)
     parser.add_argument("--backbone", default="resnet50", help="name of the backbone in timm")

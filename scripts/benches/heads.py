@@ -31,7 +31,7 @@ HEADS = [
     ("curricularface", 1, 0.1),
     ("arcface", 3, 1.0),
     ("arcface", 3, 0.1),
-]  # kind, number of centers per class, fraction of the negative classes
+]  # kind of head, number of centers per class, fraction of the negative classes that a step uses
 
 
 class Linear(nn.Module):
@@ -48,8 +48,9 @@ class Linear(nn.Module):
 def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Callable[[], tuple[float, float]]:
     """Return a function that runs one forward and one backward pass of a head in float32.
 
-    The function returns the smallest processor time of all its calls so far, in seconds, and the peak GPU memory in
-    addition to the weights and the batch, in MB (0 on a CPU).
+    The returned function measures two values. The first is the processor time of the pass in seconds, the smallest over
+    all calls so far. The second is the peak GPU memory in MB, in addition to the weights and the batch; it is 0 on a
+    CPU.
 
     Args:
         classes: number of classes.
@@ -87,13 +88,23 @@ def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Cal
 
 
 def _measured(make: Callable[[], Callable[[], Any]], repeats: int, device: str) -> tuple[float, float]:
-    """Measure a training step, and return its seconds and its peak memory in addition to weights and batch, in MB."""
+    """Measure a training step in a new process.
+
+    Args:
+        make: function that calls `_step` and returns its result.
+        repeats: number of steps.
+        device: "cuda" or "cpu".
+
+    Returns:
+        The seconds of a step (elapsed time on a GPU, processor time on a CPU), and the peak memory of the device in MB,
+        in addition to the weights and the batch.
+    """
     clock, of_process, (processor, of_gpu) = measured(make, repeats)
     return (clock, of_gpu) if device == "cuda" else (processor, of_process)
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Measure a training step with each head, by default with the numbers of classes of GLDv2-clean and GLDv2.
+    """Measure a training step with the linear classifier and with each head, and print a table.
 
     Returns:
         One row per head and number of classes.
@@ -128,7 +139,16 @@ def main(argv: list[str]) -> list[Measured]:
 def _row(
     classes: int, name: str, centers: int, negatives: float, result: tuple[float, float], base: tuple[float, float]
 ) -> Measured:
-    """Print and return one row: a result, and its ratio to the result `base` of the linear classifier."""
+    """Print one row of the table, and return it.
+
+    Args:
+        classes: number of classes.
+        name: name of the head.
+        centers: number of centers per class.
+        negatives: fraction of the negative classes that a step uses.
+        result: seconds and MB of a step with this head.
+        base: seconds and MB of a step with the linear classifier.
+    """
     (seconds, megabytes), (base_seconds, base_megabytes) = result, base
     print(
         f"| {classes:,} | {name} | {centers} | {negatives:g} | {seconds:.3f} s | {seconds / base_seconds:.2f} x "

@@ -1,6 +1,6 @@
-"""Measure the time to load training lists as large as those of GLDv2, and the memory that each worker needs for them.
+"""Measure the time to load training lists, and the memory that a worker process needs for a list.
 
-The lists are generated.
+The lists are generated with random ids. They are as large as the training lists of GLDv2.
 """
 
 from __future__ import annotations
@@ -82,7 +82,12 @@ def _private() -> float:
 
 
 def _work(images: TrainList | None, answers: Any) -> None:
-    """Read every seventh entry of a list, as a worker does, and put the memory of this process into a queue."""
+    """Read one seventh of a training list, as one of seven worker processes does, and measure the memory.
+
+    Args:
+        images: training list; None to measure the memory of a process without a list.
+        answers: queue for the result, the memory of this process in MB.
+    """
     for row in range(0 if images is None else len(images)):
         if row % 7 == 0:
             images.path(row), int(images.labels[row])
@@ -90,9 +95,14 @@ def _work(images: TrainList | None, answers: Any) -> None:
 
 
 def _workers(root: Path, table: str) -> Callable[[], Any]:
-    """Return a function that measures the memory of a worker process that reads one seventh of a list.
+    """Return a function that measures how much memory a training list adds to a worker process.
 
-    For each multiprocessing start method, the function returns how many MB more than a worker without a list it needs.
+    The returned function starts a worker with the list and a worker without it, and subtracts their memory. It returns
+    the difference in MB for each start method of multiprocessing, "fork" and "spawn".
+
+    Args:
+        root: folder that contains the list.
+        table: file name of the list.
     """
 
     def run() -> dict[str, float]:
@@ -112,9 +122,9 @@ def _workers(root: Path, table: str) -> Callable[[], Any]:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Compare `read_train` with the csv module, and return one row per list.
+    """Compare the time of `read_train` with that of `straightforward_read`, and return one row per list.
 
-    Also measure the memory of workers, and the time until the first batch of an epoch has been drawn.
+    Also measure the memory that a list adds to a worker process, and the time to draw the first batch of an epoch.
     """
     parser = argparse.ArgumentParser("bench.py lists", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="number of runs of read_train; the median is printed")

@@ -70,7 +70,12 @@ def straightforward_rerank(Q: np.ndarray, X: np.ndarray, ids: np.ndarray, chunk:
 
 
 def _inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return queries, database, and the ids of the `DEPTH` nearest database vectors of each query."""
+    """Generate the inputs of reranking.
+
+    Returns:
+        The queries, (Q, D) float32, the database, (N, D) float32, and the ids of the `DEPTH` database vectors nearest
+        to each query, (Q, DEPTH) int64.
+    """
     Q, X = clustered()
     return Q, X, np.argsort(-(Q @ X.T), axis=1)[:, :DEPTH].astype(np.int64)
 
@@ -106,7 +111,7 @@ def _gram() -> Callable[[], Any]:
 def main(argv: list[str]) -> list[Measured]:
     """Measure the time and the memory of each variant of reranking, and return one row per variant.
 
-    A row also contains the fraction of results that have the same rank as with `superglobal.rerank`.
+    A row also contains the fraction of all ranks at which the variant returns the same id as `superglobal.rerank`.
     """
     parser = argparse.ArgumentParser("bench.py rerank", description=__doc__)
     parser.add_argument(

@@ -1,6 +1,7 @@
-"""Measure exact search, and the computation of exact ranks, over a million descriptors on disk.
+"""Measure the time of exact search, and of computing exact ranks, over a million descriptors on disk.
 
-The baseline only reads the same descriptors, converts them to float32 and multiplies them with the queries.
+Each time is compared with that of a baseline. The baseline reads the same descriptors, converts them to float32 and
+multiplies them with the queries, but does not select any results.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ def random_units(seed: int, rows: int, dim: int) -> np.ndarray:
 
 
 def filled_store(folder: Path, rows: int, dim: int, dtype: str) -> DescriptorStore:
-    """Create a descriptor store of random unit vectors in `folder`, or complete an existing one, and return it.
+    """Return a descriptor store of random unit vectors.
+
+    If `folder` already contains the store, only its missing rows are written.
 
     Args:
-        folder: folder that contains the store.
+        folder: folder in which the store is created.
         rows: number of vectors.
         dim: number of dimensions.
         dtype: "float16" or "float32".
@@ -71,7 +74,7 @@ def targets(n_queries: int, n_rows: int, ground_truth: str | None) -> Any:
 
 
 def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
-    """Read descriptors, convert them to float32, multiply them with the queries, and do nothing else.
+    """Run the baseline: read descriptors, convert them to float32, and multiply them with the queries.
 
     Args:
         shards: arrays of descriptors on disk, each (n, D).
@@ -79,7 +82,7 @@ def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
         rows: number of descriptors processed at a time.
 
     Returns:
-        The sum of all inner products, so that every product is used.
+        The sum of all inner products.
     """
     q, total = torch.from_numpy(Q), 0.0
     buffer = np.empty((rows, Q.shape[1]), np.float32)
@@ -92,9 +95,10 @@ def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
 
 
 class Peak:
-    """Context manager that measures the largest increase of the anonymous memory of this process, in MB.
+    """Context manager that measures how much the memory of this process grows, without memory-mapped files.
 
-    The memory is sampled every 5 ms, and the increase since the start of the block is in `value`.
+    The memory is sampled every 5 ms. The attribute `value` is the largest increase over the memory at the start of the
+    `with` statement, in MB.
     """
 
     def __enter__(self) -> Peak:
@@ -113,7 +117,7 @@ class Peak:
 
 
 def _anonymous() -> float:
-    """Return the anonymous memory of this process in MB, which excludes the pages of memory-mapped files."""
+    """Return the anonymous memory of this process in MB. It does not include the pages of memory-mapped files."""
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
@@ -121,12 +125,12 @@ def _anonymous() -> float:
 def main(argv: list[str]) -> list[Measured]:
     """Parse the arguments of the benchmark, run it, and return one row per variant."""
     parser = argparse.ArgumentParser("bench.py search", description=__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000, help="number of database rows")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="number of database descriptors")
     parser.add_argument("--dim", type=int, default=2048, help="number of dimensions")
     parser.add_argument("--queries", type=int, default=70, help="number of queries")
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the rows")
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the stored numbers")
     parser.add_argument(
-        "--folder", type=Path, help="folder in which to keep the rows (4.1 GB); by default a temporary one"
+        "--folder", type=Path, help="folder in which to keep the descriptors (4.1 GB); by default a temporary folder"
     )
     parser.add_argument("--ground-truth", help="file gnd_roxford5k.pkl whose ids are ranked; by default random ids")
     parser.add_argument(
@@ -138,7 +142,17 @@ def main(argv: list[str]) -> list[Measured]:
 
 
 def run(args: argparse.Namespace, folder: Path) -> list[Measured]:
-    """Write the descriptors to `folder`, measure all variants, which take turns, and return one row per variant."""
+    """Write random descriptors to a store, and measure all variants of search and ranking on this store.
+
+    The variants take turns, so that changes in the load of the machine affect all of them.
+
+    Args:
+        args: arguments of the command line.
+        folder: folder in which the store is created.
+
+    Returns:
+        One row per variant.
+    """
     filled_store(folder, args.rows, args.dim, args.dtype)
     Q = random_units(-1 % 2**32, args.queries, args.dim)
     gnd = targets(args.queries, args.rows, args.ground_truth)

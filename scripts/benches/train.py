@@ -1,11 +1,12 @@
 """Compare the time of a training step in superglobal's Trainer with that in a plain PyTorch loop.
 
 Network, head, data and optimizer are the same. Both variants update a moving average of the weights and a learning
-rate schedule, clip gradients, and read batches from the same loader without worker processes. Every `--log-every`
-steps, both check the loss and write a row of the training curves. Neither runs a validation, and the time to save
-checkpoints is not counted. The variants take turns in one process, one block of steps each. The time of a step is
-measured from its start to the start of the next step. The result is the median over all blocks of the median over the
-steps of a block.
+rate schedule, clip gradients, and read batches without worker processes. Every `--log-every` steps, both check the loss
+and write a row of the training curves. Neither runs a validation, and the time to save checkpoints is not counted.
+
+The variants take turns in one process. In each turn, a variant trains a new network for `--steps` steps. The time of a
+step is measured from its start to the start of the next step. The median is computed over the steps of each turn, and
+then over all turns of a variant.
 """
 
 from __future__ import annotations
@@ -35,20 +36,24 @@ from superglobal.training.checkpointing import CheckpointCallback
 from superglobal.training.module import parameter_groups, warmup_cosine
 from superglobal.training.trainer import precision
 
-CLASSES, FIRST = 100, 10  # number of classes, and number of steps at the start of a block that are not counted
+CLASSES, FIRST = 100, 10  # number of classes, and number of steps at the start of each turn that are not counted
 
 
 def parts(args: argparse.Namespace) -> tuple[Any, Any, OptimConfig]:
-    """Return a network, a head and optimizer settings, which are the same in every call."""
+    """Return a network, a head and optimizer settings. Every call returns the same initial weights and settings."""
     network, head = make_network_and_head(args.backbone, args.dim, CLASSES, pooling="gem")
     return network, head, OptimConfig(name="sgd", lr=1e-4, clip=10, ema=0.99, batch_size=args.batch, epochs=1)
 
 
 def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
-    """Train one block of steps in a plain PyTorch loop.
+    """Train a network for `args.steps` steps in a plain PyTorch loop.
+
+    Args:
+        args: arguments of the command line, and `fit`, the settings of the Trainer.
+        device: device to train on.
 
     Returns:
-        The times at which the steps begin, as `time.perf_counter()`, and the total seconds spent waiting for data.
+        The times at which the steps began, as `time.perf_counter()`, and the total seconds spent waiting for data.
     """
     network, head, o = parts(args)
     network.to(device, memory_format=torch.channels_last)
@@ -88,7 +93,15 @@ def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], f
 
 
 def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[float], float]:
-    """Train one block of steps with the Trainer and the callbacks of train.py, and return the same values as `bare`."""
+    """Train a network for `args.steps` steps with the Trainer and the callbacks of train.py.
+
+    Args:
+        args: arguments of the command line, and `fit`, the settings of the Trainer.
+        device: not used, because `args.fit` determines the device of the Trainer.
+
+    Returns:
+        The times at which the steps began, as `time.perf_counter()`, and the total seconds spent waiting for data.
+    """
     network, head, o = parts(args)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
@@ -102,15 +115,15 @@ def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[floa
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Measure the time of a training step in both variants, and return one row per variant."""
+    """Measure the time of a training step in the plain loop and in the Trainer, and return one row for each."""
     parser = argparse.ArgumentParser("bench.py train", description=__doc__)
     parser.add_argument("--backbone", default="test_resnet", help="name of the backbone")
     parser.add_argument("--side", type=int, default=64, help="height and width of the images in pixels")
     parser.add_argument("--batch", type=int, default=4, help="number of images per step")
     parser.add_argument("--dim", type=int, default=64, help="number of dimensions of the descriptors")
-    parser.add_argument("--steps", type=int, default=200, help="number of steps per block")
-    parser.add_argument("--blocks", type=int, default=5, help="number of blocks of each variant")
-    parser.add_argument("--log-every", type=int, default=50, help="number of steps between two rows of the curves")
+    parser.add_argument("--steps", type=int, default=200, help="number of training steps per turn of a variant")
+    parser.add_argument("--blocks", type=int, default=5, help="number of turns of each variant")
+    parser.add_argument("--log-every", type=int, default=50, help="number of steps between two rows of training curves")
     parser.add_argument("--accelerator", default="auto", help="type of device, as for trainer.accelerator of train.py")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")

@@ -1,4 +1,7 @@
-"""Write rows of the GPU report, measure times, run programs, and generate images, for all sections of the report."""
+"""Provide the code that all sections of the GPU report share.
+
+It writes the rows of the report, measures times, runs programs in the background, and generates images.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +107,7 @@ class Report:
         self.cuda = device == "cuda"
 
     def current(self) -> str:
-        """Return the name that was last passed to `run`, which is the row being measured."""
+        """Return the name of the row that is being measured, which is the last name passed to `run`."""
         return self._current.read_text() if self._current.exists() else "start of the section"
 
     @property
@@ -112,7 +115,7 @@ class Report:
         return self.work / f"{self.section}.current"
 
     def pick(self, full: T, small: T, tiny: T) -> T:
-        """Return one of the three arguments, depending on the size of the inputs in this report."""
+        """Return the argument that belongs to the size of the inputs in this report: "full", "small" or "tiny"."""
         return {"full": full, "small": small, "tiny": tiny}[self.size]
 
     def left(self) -> float:
@@ -138,12 +141,15 @@ class Report:
         print(f"[{self.section}] {format_row(row)}", flush=True)
 
     def run(self, name: str, function: Callable[[], T], need: float = 0) -> T | None:
-        """Call a function that measures rows. If it fails or the time does not suffice, write a row that says so.
+        """Call a function that makes measurements and adds rows to the report.
+
+        If the function fails, or is skipped because too little time is left, a row with the reason is added instead.
 
         Args:
-            name: name of this row.
+            name: name of the row with the reason.
             function: function to call.
-            need: number of seconds that the function is expected to take; it is skipped if fewer seconds are left.
+            need: number of seconds that the function is expected to take. The function is skipped if fewer seconds are
+                left in the section.
 
         Returns:
             The result of the function, or None if it failed or was not called.
@@ -169,7 +175,11 @@ class Report:
         return None
 
     def require_gpu(self, what: str) -> None:
-        """Raise `Skip` if this report checks a CPU; `what` is the subject of the message."""
+        """Raise `Skip` if this report checks a CPU.
+
+        Args:
+            what: name of the check that needs a GPU, with which the message of the error begins.
+        """
         if not self.cuda:
             raise Skip(f"{what} needs a GPU")
 
@@ -211,13 +221,13 @@ def format_row(row: Row) -> str:
 
 
 class Background:
-    """Context manager that starts programs in the background, and kills those that still run when the block ends."""
+    """Context manager for background programs. Programs that still run at the end of the `with` block are killed."""
 
     def __init__(self) -> None:
         self._programs: list[Program] = []
 
     def start(self, words: Sequence[object], env: dict[str, str] | None = None) -> Program:
-        """Start a program with `command`, and return its process, which is killed when the block ends."""
+        """Start a program, and return its process. The arguments are those of `command`."""
         self._programs.append(command(words, env))
         return self._programs[-1]
 
@@ -264,7 +274,7 @@ def finish(process: Program, timeout: float, status: int = 0) -> str:
 
 
 def differences(expected: Any, found: Any) -> int:
-    """Count the ids and the ranks that differ between two results of `search_and_rank`, and return the total."""
+    """Return the number of ids plus the number of ranks that differ between two results of `search_and_rank`."""
     ((_, ids), ranks), ((_, other_ids), other_ranks) = expected, found
     return int((ids != other_ids).sum()) + sum(int((a != b).sum()) for a, b in zip(ranks, other_ranks, strict=True))
 
@@ -279,7 +289,8 @@ def sizes(count: int) -> list[tuple[int, int]]:
 def write_jpegs(folder: Path, dimensions: Sequence[tuple[int, int]]) -> list[Path]:
     """Generate one JPEG file for each (width, height), and return the paths.
 
-    The files are generated in forked processes, so this function must be called before CUDA is initialized.
+    Call this function before CUDA is initialized, because it forks the process, and CUDA does not work in a fork of a
+    process that has initialized it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:05d}.jpg" for number in range(len(dimensions))]
@@ -289,7 +300,13 @@ def write_jpegs(folder: Path, dimensions: Sequence[tuple[int, int]]) -> list[Pat
 
 
 def _write_jpeg(path: Path, size: tuple[int, int], seed: int) -> None:
-    """Write a random JPEG of quality 90, whose patterns and noise make the file about as large as that of a photo."""
+    """Write a random JPEG image of quality 90. It has patterns and noise, so that the file is as large as a photo.
+
+    Args:
+        path: file to write.
+        size: width and height in pixels.
+        seed: seed of the random pixels.
+    """
     rng, (width, height) = np.random.default_rng(seed), size
     pixels = rng.normal(0, 4, (height, width, 3)).astype(np.float32)
     for cells in (4, 16, 64, 256):

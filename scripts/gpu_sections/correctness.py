@@ -47,7 +47,7 @@ TOY_PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def main(report: Report) -> None:
-    """Run all checks of this section. The training runs are started first, and run in the background."""
+    """Run all checks of this section. Training runs take longest, so they start early and run in the background."""
     photos = write_jpegs(report.work / "memory", sizes(report.pick(48, 48, 4)))
     running = Background()
     with running:
@@ -67,9 +67,10 @@ def main(report: Report) -> None:
 
 
 def _toy_data(report: Report, running: Background) -> list[Program]:
-    """Start to render two toy data sets, and return the two processes.
+    """Start two programs that each render a toy data set, and return their processes.
 
-    One data set is for the comparison of precisions; the other is tiny, for the resumed training run.
+    `_precisions` uses the first data set, in the folder `data`. `_resume` uses the second one, which is tiny, in the
+    folder `data_tiny`.
     """
     sizes = {"data": report.pick("small", "small", "tiny"), "data_tiny": "tiny"}
     return [
@@ -81,7 +82,8 @@ def _toy_data(report: Report, running: Background) -> list[Program]:
 def _goldens(report: Report) -> None:
     """Compare descriptors with those of the reference implementation, which are stored in tests/data.
 
-    The descriptors are computed without optimization, and after `optimize_for_inference` in each precision.
+    The descriptors are computed by the original network in float32, and by networks from `optimize_for_inference` in
+    float32, and on a GPU also in float16 and bfloat16.
     """
     sys.path[:0] = [str(ROOT / "tests"), str(DATA)]
     from goldens import FILES, by_settings, goldens, settings
@@ -100,9 +102,9 @@ def _goldens(report: Report) -> None:
             network = load_model(weights, **settings(keys[0])[1])
             images = [image_tensor(read_image(DATA / "images" / settings(key)[0])) for key in keys]
             truth = torch.from_numpy(np.stack([expected[key] for key in keys]))
-            # Optimizing the network takes time, so test it and half precision only with the first settings.
+            # Optimizing a network takes time, so test optimized networks only with the first settings.
             folds = keys is chosen[0]
-            # Test the network without optimization last, because its optimized copies are created on the CPU.
+            # Test the original network last: its test moves it to the device, but it must be on the CPU when optimized.
             for name in ("float32, folded", *cosines, "float32") if folds else ("float32",):
                 network.precision = name.split(",")[0]
                 model = (optimize_for_inference([network])[0] if name != "float32" else network).to(report.device)
@@ -121,10 +123,13 @@ def _goldens(report: Report) -> None:
 
 
 def _orders(report: Report) -> None:
-    """Compare search, exact ranks and all rerankers on the GPU with the CPU. Some descriptors are duplicates."""
+    """Check that search, exact ranks and all rerankers give the same results on the GPU as on the CPU.
+
+    The database contains duplicates, whose scores are equal.
+    """
     rows, dim, depth = report.pick((20_000, 2048, 400), (20_000, 1024, 400), (2_000, 64, 100))
     Q, X = clustered(70, rows, dim)
-    X[rows // 2 : rows // 2 + 500] = X[:500]  # Duplicates have equal scores, and so must be ranked by id.
+    X[rows // 2 : rows // 2 + 500] = X[:500]  # Images with equal scores must be ranked by id.
     half = X.astype(np.float16)
     half_tensor = torch.from_numpy(half).to(report.device)
     _products(report)
@@ -165,7 +170,14 @@ def _products(report: Report) -> None:
 
 
 def _compare_orders(report: Report, name: str, expected: Any, found: Any) -> None:
-    """Check that two results of `search_and_rank` are equal: that of the CPU, and that of the device."""
+    """Check that `search_and_rank` returned the same ids and ranks on the CPU as on the device.
+
+    Args:
+        report: report of the section.
+        name: description of the search.
+        expected: result of `search_and_rank` on the CPU.
+        found: result of `search_and_rank` on the device.
+    """
     different = differences(expected, found)
     report.add(
         f"{name}: ids and ranks that differ from those of the CPU", different, passed=different == 0, expected="0"
@@ -173,7 +185,15 @@ def _compare_orders(report: Report, name: str, expected: Any, found: Any) -> Non
 
 
 def _compare_reranker(report: Report, kind: str, Q: np.ndarray, X: np.ndarray, ids: np.ndarray) -> None:
-    """Check that one kind of reranker returns the same scores on the device as on the CPU, up to rounding."""
+    """Check that a reranker returns the same scores on the device as on the CPU, up to rounding.
+
+    Args:
+        report: report of the section.
+        kind: kind of reranker.
+        Q: (Q, D) float32 queries.
+        X: (N, D) float32 database descriptors.
+        ids: (Q, k) int64 shortlists from the search.
+    """
     small = X[:2000] if kind == "adba" else X
     lists = np.tile(np.arange(ids.shape[1]), (len(Q), 1)) if kind == "adba" else ids
     M = min(get_reranker(kind).complete({}).get("M") or lists.shape[1], lists.shape[1])
@@ -196,7 +216,7 @@ def _compare_reranker(report: Report, kind: str, Q: np.ndarray, X: np.ndarray, i
 
 
 def _out_of_memory(report: Report, photos: list[Path]) -> None:
-    """Check that batches that do not fit in GPU memory are halved, and that this does not change the descriptors."""
+    """Check that extraction halves batches that do not fit in GPU memory, and still computes the same descriptors."""
     report.require_gpu("a memory limit")
     network = load_model("random", backbone="resnet50", dim=128, scales=3)
     whole, _ = extract_all(report, network, photos, "memory_whole", batch_size=2)
@@ -273,10 +293,11 @@ def _start_training(report: Report, running: Background) -> tuple[Program, float
 
 
 def _start_resume(report: Report, running: Background) -> tuple[list[str], Program, Program]:
-    """Start two training runs with the same settings, of which one kills itself before step 7.
+    """Start two training runs with the same settings: one runs to its end, and the other kills itself before step 7.
 
     Returns:
-        The arguments of train.py that resume the killed run, and the processes of the uninterrupted and the killed run.
+        The arguments of train.py that resume the killed run, the process of the uninterrupted run, and the process of
+        the killed run.
     """
     settings = ["optim.epochs=3", "optim.batch_size=12", "data.image_size=96", "data.table=train.csv", "dim=32"]
     settings += ["pooling.regional=true", "head=subcenter", "head.negatives=0.5", "optim.ema=0.9"]
@@ -288,7 +309,14 @@ def _start_resume(report: Report, running: Background) -> tuple[list[str], Progr
 
 
 def _resume(report: Report, words: list[str], uninterrupted: Program, killed: Program) -> None:
-    """Resume the killed training run, and check that its final weights are bit-identical to the uninterrupted run's."""
+    """Resume a killed training run, and check that its final weights are those of an uninterrupted run, bit by bit.
+
+    Args:
+        report: report of the section.
+        words: arguments of train.py that resume the killed run.
+        uninterrupted: process of the uninterrupted run.
+        killed: process of the killed run.
+    """
     finish(killed, report.left(), -signal.SIGKILL)
     finish(command(["train.py", *words]), report.left())
     finish(uninterrupted, report.left())
@@ -352,7 +380,7 @@ def _precisions(report: Report, process: Program, began: float) -> None:
 
 
 def _descriptors(folder: Path) -> np.ndarray:
-    """Return the database descriptors, (N, D) float32, that an evaluation stored below its folder."""
+    """Return the database descriptors, (N, D) float32, from the descriptor store in the folder of an evaluation."""
     (path,) = (folder / "stores").glob("*-database-*")
     store = DescriptorStore.open(path)
     return store.block(0, len(store))

@@ -1,7 +1,8 @@
 """Measure the speed of descriptor extraction.
 
-The section compares the speed with that of two baselines, and measures the time of each operation and of the whole
-pipeline from JPEG files to stored descriptors.
+The speed is compared with that of two baselines: an unoptimized network that processes one image at a time, and timm's
+network with batches. The section also measures the time of each operation, and the speed of the whole pipeline from
+JPEG files to stored descriptors.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ def main(report: Report) -> None:
 
 
 def _ceilings(report: Report) -> dict[str, float]:
-    """Measure the peak speed of matrix products in each precision, and the peak bandwidth of copies on the device.
+    """Measure the speed of a large matrix product in each precision, and the bandwidth of a copy on the device.
 
     Returns:
-        Precision -> FLOP/s of a large matrix product.
+        Precision -> FLOP/s of the matrix product, the upper limit for the speed of a network.
     """
     side = report.pick(8192, 8192, 512)
     peaks = {}
@@ -85,9 +86,10 @@ def _ceilings(report: Report) -> dict[str, float]:
 
 @contextmanager
 def _precision(**settings: str) -> Iterator[None]:
-    """Context manager that sets how CUDA matrix products (`matmul`) or cuDNN convolutions (`conv`) compute float32.
+    """Context manager that sets how a GPU computes float32 operations: "ieee" (strict float32) or "tf32".
 
-    The values are "ieee" (strict float32) and "tf32".
+    Args:
+        **settings: type of operation -> value. The types are `matmul` (matrix products) and `conv` (convolutions).
     """
     library: Any = torch.backends
     backends = {"matmul": library.cuda.matmul, "conv": library.cudnn.conv}
@@ -112,7 +114,7 @@ def _benchmark() -> Iterator[None]:
 
 
 def _shape(report: Report) -> tuple[int, int, int]:
-    """Return the height of the images in a batch, their width, and their number."""
+    """Return the height and the width of the images in pixels, and the number of images per batch."""
     return report.pick((768, 1024, 16), (768, 1024, 16), (96, 128, 2))
 
 
@@ -136,15 +138,15 @@ def _flops(network: RetrievalNetwork, height: int, width: int) -> int:
 
 
 def _timm_batched(backbone: str, device: torch.device, half: bool) -> Callable[[Tensor], Tensor]:
-    """Return a function that extracts descriptors as a user of timm would write it.
+    """Return a function that extracts descriptors with timm and plain PyTorch, without superglobal's network.
 
-    It computes timm's feature maps of a batch at three scales in the memory layout NHWC, and applies GeM and a linear
-    layer.
+    The returned function computes timm's feature maps of a batch at three scales in the memory layout NHWC, and applies
+    GeM pooling and a linear layer to each of them.
 
     Args:
         backbone: name of the backbone in timm.
         device: device of the computation.
-        half: compute the feature maps with autocast to bfloat16.
+        half: compute the feature maps in bfloat16, with autocast.
     """
     net: Any = timm.create_model(backbone, num_classes=0).eval().to(device, memory_format=torch.channels_last)
     layer = torch.nn.Linear(net.num_features, DIM).to(device)
@@ -208,7 +210,7 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
     rates: dict[str, float] = {}
     tf32 = "tf32" if report.cuda else "float32"
     with torch.inference_mode():
-        # The loop of the authors' code uses PyTorch's default settings, which enable TF32 in convolutions.
+        # The authors' code extracts in such a loop with PyTorch's default settings, which enable TF32 in convolutions.
         rates[base] = add(
             f"{base} (one image at a time, NCHW, separate batch normalization, TF32 convolutions)", one_at_a_time, tf32
         )
@@ -251,7 +253,13 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
 
 
 def _compiled(report: Report, backbone: str, precision: str) -> None:
-    """Compare extraction with and without torch.compile of the backbone, which is compiled for images of any size."""
+    """Compare the speed of extraction with and without torch.compile. The backbone is compiled for images of any size.
+
+    Args:
+        report: report of the section.
+        backbone: name of the backbone.
+        precision: precision of the network, such as "float16".
+    """
     images = _images(report)
     network = load_model("random", backbone=backbone, dim=DIM, scales=SCALES)
     network.precision = precision
@@ -274,7 +282,16 @@ def _compiled(report: Report, backbone: str, precision: str) -> None:
 
 
 def _new_sizes(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
-    """Measure how much longer the first batch of a new image size takes, because cuDNN plans all convolutions again."""
+    """Measure how much longer the first batch of a new image size takes than later batches of this size.
+
+    The first batch takes longer, because cuDNN chooses algorithms for all convolutions again.
+
+    Args:
+        report: report of the section.
+        what: description of the inputs, with which the name of the row begins.
+        network: network to use.
+        images: (B, 3, H, W) uint8 images, which are cropped to new sizes.
+    """
     height = images.shape[-2]
     first, again = [], []
     for less in range(1, report.pick(9, 5, 3)):
@@ -286,7 +303,7 @@ def _new_sizes(report: Report, what: str, network: RetrievalNetwork, images: Ten
 
 
 def _pooling(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
-    """Measure the time of pooling for a batch of feature maps at the largest scale."""
+    """Measure the time to pool the feature maps of a batch of images at the largest scale."""
     x = images.repeat(1, 1, 2, 2)[:, :, : int(images.shape[-2] * 1.4142), : int(images.shape[-1] * 1.4142)]
     feature_map = network.backbone(network.normalize(x)).clone()
     eager = report.seconds(lambda: network.pooling(feature_map))
@@ -322,7 +339,13 @@ def _profile(report: Report, what: str, network: RetrievalNetwork, images: Tenso
 
 
 def _pipeline(report: Report, backbone: str, photos: list[Path]) -> None:
-    """Measure extraction from JPEG files, with the image sizes of ROxford5k and RParis6k, to a complete store."""
+    """Measure the speed of reading JPEG files, extracting descriptors and writing them to a descriptor store.
+
+    Args:
+        report: report of the section.
+        backbone: name of the backbone.
+        photos: JPEG files, whose sizes are those of images in ROxford5k and RParis6k.
+    """
     cores = os.cpu_count() or 1
     workers = report.pick(cores - 2, cores - 2, 0)
     start = time.perf_counter()
@@ -343,17 +366,18 @@ def _pipeline(report: Report, backbone: str, photos: list[Path]) -> None:
 def _whole(
     report: Report, network: RetrievalNetwork, photos: list[Path], workers: int, how: dict[str, Any], title: str
 ) -> None:
-    """Measure the images/s of the whole pipeline.
+    """Measure the images per second of the whole pipeline, from JPEG files to a descriptor store.
 
     Args:
         report: report of the section.
         network: network to use.
         photos: JPEG files.
         workers: number of processes that read images.
-        how: settings of `ExtractionConfig`.
-        title: name of these settings.
+        how: settings of `ExtractionConfig`: name -> value.
+        title: description of the settings in the name of the row.
     """
-    # The time of each run includes the start-up of the workers, so compute the speed from the difference of two runs.
+    # The time of a run includes the start-up of the workers. To exclude it, extract few and then many images, and
+    # divide the difference in images by the difference in time.
     few, many = photos[: len(photos) // 4], photos
     if how["precision"] == "float32":
         few, many = few[: len(few) // 4], few

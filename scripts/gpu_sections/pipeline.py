@@ -33,7 +33,7 @@ def extract_all(
         **how: settings of `ExtractionConfig`.
 
     Returns:
-        The descriptors, (N, D) float32, and the seconds that extraction took, including the start-up of the workers.
+        The descriptors, (N, D) float32, and the seconds of the extraction, including the start-up of the workers.
     """
     items = [ImageItem(path) for path in photos]
     images = ExtractionList("database", name, items, check_images(items), None)

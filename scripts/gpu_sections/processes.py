@@ -25,7 +25,14 @@ def main(report: Report) -> None:
 
 
 def _run(report: Report, backend: str, world: int, name: str) -> None:
-    """Train in `world` processes, and check that all of them end with the same losses and weights."""
+    """Train in several processes, and check that all processes end with the same losses and weights.
+
+    Args:
+        report: report of the section.
+        backend: backend of the communication, "nccl" or "gloo".
+        world: number of processes.
+        name: name of the row in the report.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -53,7 +60,13 @@ def _run(report: Report, backend: str, world: int, name: str) -> None:
 
 
 def _train(backend: str, world: int, device: str) -> None:
-    """Train for 8 steps as one of `world` processes, and print the mean losses and the norm of the weights."""
+    """Train for 8 steps as one of several processes, and print the losses and the squared norm of the weights.
+
+    Args:
+        backend: backend of the communication, "nccl" or "gloo".
+        world: number of processes.
+        device: "cuda" or "cpu".
+    """
     from pytorch_lightning.strategies import DDPStrategy
     from trainings import RandomImages, fit, make_network_and_head
 

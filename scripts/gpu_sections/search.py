@@ -1,4 +1,7 @@
-"""Measure exact search, and the computation of exact ranks, over a million descriptors, and the time of reranking."""
+"""Measure the time of exact search, of computing exact ranks, and of reranking.
+
+Search and ranks are measured over a million descriptors. The ids and the ranks are also compared with those of the CPU.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,10 @@ def main(report: Report) -> None:
 
 
 def _million(report: Report) -> None:
-    """Measure search and exact ranks with the database on the device, and then with the same database in a store.
+    """Measure search and exact ranks over a million descriptors, and check the results.
 
-    Also check that the results are those of the CPU.
+    The descriptors are first on the device, and then in a descriptor store. In both cases, the ids and the ranks must
+    equal those that the CPU computes.
     """
     rows, dim, queries = report.pick((1_000_000, 2048, 70), (1_000_000, 2048, 70), (20_000, 64, 10))
     Q = random_units(1, queries, dim)
@@ -95,7 +99,17 @@ def _store(report: Report, X: torch.Tensor) -> DescriptorStore:
 
 
 def _bare(report: Report, what: str, Q: np.ndarray, X: torch.Tensor) -> float:
-    """Measure and return the seconds that it takes to multiply all database descriptors with the queries."""
+    """Measure how long it takes to multiply all database descriptors with the queries, without selecting results.
+
+    Args:
+        report: report of the section.
+        what: description of the inputs, with which the name of the row begins.
+        Q: (Q, D) float32 queries.
+        X: (N, D) float16 database descriptors on the device.
+
+    Returns:
+        The time in seconds.
+    """
     q = torch.from_numpy(Q).to(X.device)
 
     def run() -> float:
@@ -109,7 +123,12 @@ def _bare(report: Report, what: str, Q: np.ndarray, X: torch.Tensor) -> float:
 
 
 def _chunked_topk(report: Report, Q: np.ndarray, X: torch.Tensor) -> np.ndarray:
-    """Search with a simple loop that keeps the best scores of each query with `topk`.
+    """Search with a simple loop over the database, which keeps the best scores of each query with `torch.topk`.
+
+    Args:
+        report: not used.
+        Q: (Q, D) float32 queries.
+        X: (N, D) float16 database descriptors on the device.
 
     Returns:
         The ids of the `DEPTH` best rows of each query, (Q, DEPTH) int64.
@@ -127,7 +146,13 @@ def _chunked_topk(report: Report, Q: np.ndarray, X: torch.Tensor) -> np.ndarray:
 
 
 def _faiss(report: Report, X: torch.Tensor, Q: np.ndarray) -> None:
-    """Measure exact search with FAISS on the same device, and compare the ids of `search` with FAISS and with torch."""
+    """Measure exact search with FAISS, and check that `search` returns the same ids with FAISS as with torch.
+
+    Args:
+        report: report of the section.
+        X: (N, D) float16 database descriptors on the device, which FAISS also uses.
+        Q: (Q, D) float32 queries.
+    """
     try:
         import faiss
     except ImportError:

@@ -42,7 +42,7 @@ class _Setting:
         self.precision = "bf16-mixed"
 
     def parts(self) -> tuple[Any, Any, OptimConfig]:
-        """Return a network, a head and optimizer settings, which are the same in every call."""
+        """Return a network, a head and optimizer settings. Every call returns the same initial weights and settings."""
         network, head = make_network_and_head(self.backbone, self.dim, self.classes, scale=45.25, margin=0.15)
         return network, head, OptimConfig(name="sgd", lr=1e-3, batch_size=self.batch, epochs=1)
 
@@ -69,7 +69,11 @@ def _peak(report: Report) -> float:
 
 
 def _flops(setting: _Setting) -> float:
-    """Return the floating-point operations of a training step per image: three times those of the forward pass."""
+    """Return the number of floating-point operations of a training step, divided by the number of images.
+
+    It is estimated as three times the number of operations of the forward pass, because the backward pass needs about
+    twice as many.
+    """
     backbone = Backbone(setting.backbone).eval().to("meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone(torch.empty(1, 3, setting.side, setting.side, device="meta"))
@@ -87,8 +91,8 @@ def _bare(
         peak: FLOP/s from `_peak`; None if unknown.
         flops: floating-point operations per image, from `_flops`.
         title: name of this variant of the loop.
-        **how: what the variant changes: `layout` (memory layout), `fused` (use fused SGD), `cast_head` (use TF32 in the
-            head); and `row`, more fields of `Row`.
+        **how: changes of this variant: `layout` (memory layout of the network), `fused` (use fused SGD) and `cast_head`
+            (use TF32 in the head). `row` contains additional fields of the report's `Row`.
     """
     network, head, o = setting.parts()
     network.to(report.device, memory_format=how.get("layout", torch.channels_last))
@@ -116,7 +120,7 @@ def _bare(
 
     if report.cuda:
         torch.cuda.reset_peak_memory_stats()
-    together = report.pick(5, 5, 1)  # steps between two synchronizations, as in a training run
+    together = report.pick(5, 5, 1)  # steps between two synchronizations, because a training run rarely synchronizes
 
     def steps() -> None:
         for _ in range(together):
@@ -193,7 +197,13 @@ def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | 
 
 
 def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
-    """Measure three parts of a training step, each on its own: pooling and whitening, the head, and the optimizer."""
+    """Measure three parts of a training step separately: pooling with whitening, the head, and the optimizer.
+
+    Args:
+        report: report of the section.
+        setting: settings of a training step.
+        bare: images/s of the plain loop, from which the time of a whole step is computed; None if unknown.
+    """
     network, head, _ = setting.parts()
     network.to(report.device, memory_format=torch.channels_last)
     head.to(report.device)
@@ -244,7 +254,14 @@ class _Photos(Dataset):
 
 
 def _data(report: Report, setting: _Setting, photos: list[Any], bare: float | None) -> None:
-    """Measure how many images/s the CPU decodes and augments, and compare them with the images/s of the plain loop."""
+    """Measure how many images per second the CPU decodes and augments.
+
+    Args:
+        report: report of the section.
+        setting: settings of a training step.
+        photos: paths of JPEG files.
+        bare: images/s of the plain loop, with which the result is compared; None if unknown.
+    """
     cores = os.cpu_count() or 1
     batches = report.pick(24, 12, 2)
     files = [photo.read_bytes() for photo in photos]
@@ -264,7 +281,7 @@ def _data(report: Report, setting: _Setting, photos: list[Any], bare: float | No
 
 
 def _variants(report: Report, setting: _Setting, peak: float | None, flops: float, bare: float | None) -> None:
-    """Measure variants of the plain loop whose effect on the speed depends on the GPU."""
+    """Measure variants of the plain loop that are faster on some GPUs and slower on others."""
     report.require_gpu("the comparison of layouts and optimizers")
     for title, how, predicted in (
         ("fused SGD", {"fused": True}, "1.02 x"),
@@ -289,7 +306,18 @@ def _variant(
     row: dict[str, Any],
     how: dict[str, Any],
 ) -> None:
-    """Measure one variant of the plain loop, and its gain over the rate `bare`; `how` is passed to `_bare`."""
+    """Measure one variant of the plain loop, and compare it with the unchanged loop.
+
+    Args:
+        report: report of the section.
+        setting: settings of a training step.
+        peak: FLOP/s from `_peak`; None if unknown.
+        flops: floating-point operations per image, from `_flops`.
+        title: name of the variant.
+        bare: images/s of the unchanged loop; None if unknown.
+        row: additional fields of the row with the comparison.
+        how: changes of the variant, as for `_bare`.
+    """
     rate = _bare(report, setting, peak, flops, f"plain loop, {title}", **how)
     if bare:
         report.add(f"gain of {title}", rate / bare, "x", **row)

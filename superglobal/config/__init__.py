@@ -1,7 +1,7 @@
 """Define typed schemas for all settings, and register them with Hydra.
 
-The schemas give every setting a type, so that Hydra converts `pooling.regional=off` to false. Without them the value
-would be the string "off", which counts as true. Hydra also rejects names that no schema contains.
+The schemas give every setting a type, so that Hydra converts `pooling.regional=off` to false. Without a type, the value
+would be the string "off", which Python treats as true. Hydra also rejects names that no schema contains.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def reject_old_settings(arguments: Iterable[str]) -> None:
         arguments: arguments of the command line, such as "whitening.kind=pca".
 
     Raises:
-        InputError: an argument contains such a setting; the message says what to use instead.
+        InputError: an argument contains a renamed or removed setting; the message says what to use instead.
     """
     for argument in arguments:
         name = argument.lstrip("+~").partition("=")[0]
@@ -108,7 +108,7 @@ def reject_old_settings(arguments: Iterable[str]) -> None:
 def register() -> None:
     """Register schemas, help texts, pooling presets and ablation rows with Hydra.
 
-    Call it before Hydra composes a configuration.
+    Call this function before Hydra composes a configuration.
     """
     store = ConfigStore.instance()
     for preset, settings in PRESETS.items():
@@ -120,7 +120,7 @@ def register() -> None:
         store.store(group="ablation", name=row, node=node, package="_global_")
     for entry in ENTRIES:
         store.store(name=f"{entry.name}_schema", node=entry.schema)
-        # Only --help needs the text, which takes time to generate.
+        # Generating the help text takes time, so it is generated only for --help.
         text = help_text(entry) if {"--help", "-h"} & set(sys.argv) else ""
         if not sys.argv[0].endswith(("eval.py", "train.py")):
             text = text.replace("python eval.py", "superglobal evaluate").replace(

@@ -57,7 +57,14 @@ def setting(
 
 
 def allowed_values(declared: Field[Any]) -> str:
-    """Return the allowed values of a field as text, such as "an integer >= 1"; "" if every value is allowed."""
+    """Return a text that describes the allowed values of a field, such as "an integer >= 1".
+
+    Args:
+        declared: dataclass field, declared with `setting`.
+
+    Returns:
+        The text; empty if every value is allowed.
+    """
     if declared.metadata.get("choices"):
         return f"one of {', '.join(map(str, declared.metadata['choices']))}"
     if "minimum" not in declared.metadata:
@@ -127,12 +134,12 @@ def validate_config(cfg: DictConfig, schema: type[C]) -> C:
 
 
 def _overrides(self: Any) -> dict[str, Any]:
-    """Return the pooling settings that are not null, as a dictionary for the `pooling` argument of `load_model`."""
+    """Return the pooling settings that are not null: name -> value, as for the argument `pooling` of `load_model`."""
     return {name: value for name, value in vars(self).items() if value is not None and name != "tuned_on"}
 
 
 def _validate_pooling(self: Any) -> None:
-    """Raise InputError if a pooling setting is invalid or contradicts another one."""
+    """Raise InputError if a pooling setting is invalid or contradicts another pooling setting."""
     make_pooling(self.overrides())
 
 

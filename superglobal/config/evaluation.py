@@ -41,7 +41,9 @@ _LOADER_LIMITS: dict[str, dict[str, Any]] = {
 
 
 def _make_loader_settings() -> Any:
-    """Create a dataclass whose fields are the arguments of all evaluation-set loaders, except `name` and `root`.
+    """Create a dataclass whose fields are the arguments of all evaluation-set loaders.
+
+    The arguments `name` and `root` are left out, because all sets have them, so `DatasetConfig` declares them.
 
     Raises:
         InputError: two loaders declare an argument of the same name with different types or defaults.
@@ -71,11 +73,11 @@ def _make_loader_settings() -> Any:
 
 
 def _setting_type(hint: Any, required: bool) -> Any:
-    """Return the type of the setting that corresponds to an argument of a loader.
+    """Return the type of the setting that corresponds to an argument of an evaluation-set loader.
 
     Args:
         hint: type of the argument. `Path` is removed from a union, because a configuration contains paths as strings.
-        required: the argument has no default. The setting then also allows null, its default.
+        required: the argument has no default. The default of the setting is then null, so the type also allows null.
     """
     types = [member for member in get_args(hint) or (hint,) if member is not Path]
     return Union[(*types, *([type(None)] if required else []))]
@@ -96,7 +98,7 @@ class DatasetConfig(LoaderSettings):
         name: name of the set, used in file names and results.
         role: purpose of the set: "test" (its results are reported, and no setting is chosen on it), "validation"
             (settings are chosen on it) or "train" (the network was trained on it).
-        root: folder of the set; for "revisited", the parent of that folder.
+        root: folder of the set; for kind "revisited", the folder that contains the set's folder.
         trained: training run to evaluate on this set if the top-level setting `name` is not given.
         max_side: images with a longer side above this number of pixels are shrunk to it; null keeps their size.
     """
@@ -119,9 +121,8 @@ class DistractorsConfig:
     """Distractors (`conf/distractors`): images that are added to the database, in `<root>/<name>/{jpg/,<name>.txt}`.
 
     Args:
-        name: name of the folder that contains the distractors, and of the list in that folder; null for no
-            distractors.
-        root: parent of that folder.
+        name: name of the distractors' folder, and of the list in this folder; null for no distractors.
+        root: folder that contains the distractors' folder.
         unreadable: treatment of missing and corrupt distractors: "error" stops the run; "skip" lists them in
             `skipped.txt` of their descriptor store and leaves them out of all rankings.
         max_corrupt_fraction: largest fraction of the distractors that may be skipped.
@@ -200,7 +201,7 @@ _NO_PARAMETERS = ("enabled", "kind", "junk", "tuned_on")
 
 
 def _make_rerank_config() -> Any:
-    """Create the dataclass `RerankConfig` from the parameters of all rerankers."""
+    """Create the dataclass `RerankConfig`, which has one field for each parameter of any reranker."""
     types: dict[str, set[type]] = {}
     words: dict[str, dict[str, list[str]]] = {}
     for reranker in RERANKERS.values():
@@ -231,7 +232,7 @@ RerankConfig: Any = _make_rerank_config()
 
 
 def rerank_parameters(rerank: RerankConfig) -> dict[str, Any]:
-    """Return the reranking parameters that are not null: name -> value."""
+    """Return the parameters of the reranker that are not null: name -> value."""
     values = {f.name: getattr(rerank, f.name) for f in fields(rerank) if f.name not in _NO_PARAMETERS}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -394,7 +395,10 @@ class EvalConfig:
             )
 
     def _validate_ablation(self) -> None:
-        """Raise InputError if the settings differ from those of the ablation row, which names the result in tables."""
+        """Raise InputError if settings contradict the ablation row.
+
+        Tables show the result under the name of the row, so the modules that are on must be those of the row.
+        """
         if self.ablation is None:
             return
         if self.ablation not in ABLATIONS:
@@ -427,11 +431,11 @@ class CompareConfig(EvalConfig):
 
 
 def complete_rerank(rerank: RerankConfig) -> None:
-    """Replace reranking parameters that are null by the defaults of the chosen kind, in place.
+    """Replace reranking parameters that are null by the defaults of the chosen reranker. `rerank` is modified.
 
     Raises:
-        InputError: the kind does not have a parameter that is set, a value is out of range, or the kind does not
-            support `junk`.
+        InputError: the reranker does not have a parameter that is set, a value is out of range, or the reranker does
+            not support the value of `junk`.
     """
     reranker = get_reranker(rerank.kind)
     for key, value in reranker.complete(rerank_parameters(rerank), "rerank.").items():

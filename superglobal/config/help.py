@@ -25,11 +25,11 @@ _PREFACE = (
     "of the settings before options change them; `<name>` stands for the value of another setting, and null for no",
     "value.",
 )
-# Schema -> classes whose docstrings describe its fields. The fields of all other schemas are described by their own
-# docstrings and those of their base classes.
+# Schema -> classes whose docstrings describe the fields of the schema. For a schema that is not listed here, these are
+# the schema itself and its base classes.
 _DOCUMENTED_BY = {PoolingOverrides: (PoolingOverrides, PoolingConfig)}
-# Descriptions of the options of `pooling=` that are presets in the code. The other options are files in conf/, and the
-# comments in the files describe them.
+# Option of `pooling=` -> description, for the presets that are defined in the code. The other options are files in
+# conf/pooling, and the first comment in each file is its description.
 _PRESETS = {
     "cvnet_global": "Pooling of CVNet's global branch",
     "gem": "GeM pooling without SuperGlobal's modules",
@@ -38,13 +38,13 @@ _PRESETS = {
 
 
 class Entry(NamedTuple):
-    """Command that Hydra configures."""
+    """Command that is configured with Hydra, such as eval.py."""
 
-    name: str  # name of its configuration in conf/
+    name: str  # name of the command's configuration file in conf/, without the extension
     script: str  # command as users type it
-    schema: type
-    purpose: str  # first line of its help
-    examples: tuple[str, ...]
+    schema: type  # dataclass that describes the settings of the command
+    purpose: str  # first line of the help text
+    examples: tuple[str, ...]  # command lines that are shown in the help text
 
 
 class Setting(NamedTuple):
@@ -56,26 +56,34 @@ class Setting(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Settings that share a prefix."""
+    """Settings of one schema, whose names begin with the same prefix, such as "optim."."""
 
-    prefix: str  # "" for the top level
-    words: str  # description of their schema
+    prefix: str  # prefix without the final dot; empty for the top-level settings
+    words: str  # description of the schema
     settings: tuple[Setting, ...]
 
 
 def describe_arguments(documented: Any) -> dict[str, str]:
-    """Return the descriptions of the arguments in the "Args" section of a docstring: name -> text.
-
-    An entry "a, b: text" describes both a and b.
+    """Return the descriptions in the "Args" section of a docstring.
 
     Args:
         documented: object with a docstring, such as a function or a class.
+
+    Returns:
+        Name of an argument -> description. An entry "a, b: text" describes both a and b.
     """
     return {name: text for names, text in _argument_lines(documented).items() for name in names}
 
 
 def _argument_lines(documented: Any) -> dict[tuple[str, ...], str]:
-    """Return the entries in the "Args" section of a docstring: names -> text as one line."""
+    """Return the entries in the "Args" section of a docstring.
+
+    Args:
+        documented: object with a docstring, such as a function or a class.
+
+    Returns:
+        Names of the arguments that an entry describes, such as ("a", "b") -> description as one line.
+    """
     text = inspect.cleandoc(documented.__doc__ or "").partition("\nArgs:\n")[2]
     lines = re.findall(r"^    ([\w, ]+): (.*(?:\n {8,}.*)*)", text.split("\n\n")[0], re.MULTILINE)
     return {tuple(names.split(", ")): " ".join(words.split()) for names, words in lines}
@@ -164,7 +172,7 @@ def groups(config_name: str) -> dict[str, list[tuple[str, str, bool]]]:
             settings = {key: value for key, value in node.node.items() if key != "defaults"}
             name = file.removesuffix(".yaml")
             options[name] = _describe_ablation(name) if group == "ablation" else _describe_preset(name, settings)
-        if group == "experiment":  # Keep the experiments of this command, which their comments contain.
+        if group == "experiment":  # Keep the experiments whose comment shows how to run them with this command.
             options = {name: words for name, words in options.items() if f"{config_name}.py" in words}
         options_of[group] = [(name, words, name == default) for name, words in sorted(options.items())]
     return options_of
@@ -181,7 +189,13 @@ def _describe_ablation(name: str) -> str:
 
 
 def _comments(text: str) -> str:
-    """Return the comments at the start of a YAML file as one line, without Hydra's "@package" comment."""
+    """Return the comments at the start of a YAML file as one line.
+
+    The comment "@package" is left out, because it is an instruction for Hydra.
+
+    Args:
+        text: content of the file.
+    """
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return " ".join(line[1:].strip() for line in lines if "@package" not in line)
 
@@ -220,7 +234,13 @@ def _help_lines(name: str, words: str) -> list[str]:
 
 
 def reference_page(entries: Sequence[Entry]) -> str:
-    """Return the text of docs/reference/configuration.md. A table that several commands share is printed only once."""
+    """Return the text of docs/reference/configuration.md.
+
+    A table that is the same for several commands appears only for the first of them. The others refer to this command.
+
+    Args:
+        entries: commands, in the order of the page.
+    """
     lines, printed = ["# Configuration", "", *_PREFACE, ""], dict[Any, str]()
     for entry in entries:
         tables: dict[str, list[str]] = {}

@@ -27,7 +27,7 @@ from superglobal.models.heads import HEADS, validate_kind
 
 @dataclass
 class FitConfig(TrainerConfig):
-    """Devices, speed and checkpoints of a training run; these settings are not meant to change what it learns.
+    """Devices, speed and checkpoints of a training run. These settings should not affect the accuracy of the network.
 
     Args:
         devices: number of devices per machine, a list of their indices, or "auto" for all GPUs (without a GPU, one
@@ -35,8 +35,9 @@ class FitConfig(TrainerConfig):
         num_nodes: number of machines.
         precision: number type of the computation; "auto" is bf16-mixed on GPUs that support it, 16-mixed on other GPUs,
             and 32-true on CPUs.
-        accumulate: number of micro-batches into which each device splits its images of a batch, to save memory. It
-            affects only batch norm, CurricularFace's moving threshold and the sampling of classes (`head.negatives`).
+        accumulate: number of micro-batches into which each device splits its images of a batch, to save memory. More
+            than one changes the results only through batch norm, CurricularFace's moving threshold and the sampling of
+            classes (`head.negatives`).
         channels_last: use the memory layout in which convolutions are fastest.
         compile: compile the network with torch.compile; this takes minutes at the start, and then makes the steps
             faster.
@@ -74,7 +75,8 @@ class DataConfig:
         tars: folder of the official tar files, from which images are read instead of the folder `train/`; null reads
             from `train/`.
         min_images: minimum number of images per landmark; landmarks with fewer images are not used.
-        max_corrupt_fraction: maximum fraction of images that may be missing or corrupt; other images replace them.
+        max_corrupt_fraction: maximum fraction of images that may be missing or corrupt. Each of them is replaced by
+            another image.
         image_size: side of the square training images, in pixels.
         stages: image sizes of the first epochs as [epochs, side] pairs: with [[8, 256], [4, 384]], eight epochs use
             256 px, four use 384 px, and the others use `image_size`.
@@ -115,8 +117,8 @@ class HeadConfig:
         easy_margin: use no margin for angles above 90 degrees, instead of a linear continuation ("arcface" only).
         centers: number of centers per class; an image is compared with the nearest center of each class.
         class_weights: weight the loss of each image by 1 / log(1 + number of images of its class).
-        negatives: fraction of all classes that each step compares the images with. The classes are chosen at random,
-            but those of the batch are always included.
+        negatives: fraction of all classes with which each step compares the images. The classes are chosen at random,
+            but the classes of the images in the batch are always included.
     """
 
     kind: str = setting("arcface", choices=HEADS)
@@ -202,12 +204,12 @@ class TrainConfig:
     """Top-level settings of `train.py`.
 
     Args:
-        name: name of the run. Its folder is `<paths.outputs>/train/<name>`, and `eval.py name=` loads the weights that
-            it exports there.
+        name: name of the run. The folder of the run is `<paths.outputs>/train/<name>`. `eval.py name=` loads the
+            weights that the run exports to this folder.
         weights: initial weights: "random", "timm" (timm's pretrained weights), "package" (weights from a Python
             package) or the path of a weights file. null uses `backbone.weights`, or if that is null too, "timm".
-        dim: number of outputs of the whitening layer, which is created if the weights have none; 0 for no whitening
-            layer, null for the layer of the weights.
+        dim: number of outputs of the whitening layer. If the weights contain no whitening layer, a new one is created.
+            0 for no whitening layer; null to use the layer in the weights, if any.
         resume: action if the folder of the run exists: "auto" resumes from the newest checkpoint that can be loaded;
             "restart" deletes the checkpoints and starts from the beginning.
         seed: seed of the initial weights, the order of the images, the augmentation and the choice of held-out
