@@ -11,14 +11,15 @@ ABLATIONS: dict[str, tuple[bool, ...]] = {
     **{name: tuple(i < count for i in range(len(MODULES))) for count, name in enumerate(("gem", *MODULES))},
     **{f"no_{name}": tuple(module != name for module in MODULES) for name in MODULES},
 }
-"""Option of `ablation=`, which is a row of the ablation table -> for each of `MODULES`, True if the row enables it.
+"""Name of a row of the ablation table -> for each of `MODULES`, True if the row turns the module on.
 
-The order is that of the paper: first no module, then one more module in each row, then all modules but one.
+The names are the options of `ablation=`. The rows have the order of the paper: first the row without modules, then rows
+with one more module each, and then rows with all modules but one.
 """
 ABLATION_SETTINGS = (*(f"pooling.{name}" for name in MODULES[:4]), "rerank.enabled", "rerank")
 """Settings in which the rows of the ablation table differ."""
 States = tuple[bool | str | None, ...]
-"""States of all `MODULES`. Each is True (on), False (off), the name of a variant of the module, or None if unknown."""
+"""State of each of `MODULES`: True (on), False (off), the name of a variant of the module, or None if unknown."""
 
 
 def module_states(result: Mapping[str, Any]) -> States:
@@ -31,7 +32,7 @@ def module_states(result: Mapping[str, Any]) -> States:
     pooling = result.get("about", {}).get("network", {}).get("pooling", config.get("pooling", {}))
     if result["ablation"] in ABLATIONS:
         *modules, relup, reranked = ABLATIONS[result["ablation"]]
-        # The rows ask for ReLUP "auto", which leaves it off in a network without plain ReLUs.
+        # A row that turns ReLUP on uses the setting "auto", which leaves ReLUP off if the network has no plain ReLUs.
         return (*modules, relup and pooling.get("relup") != "off", reranked)
     relup = {"on": True, "auto": True, "off": False}.get(pooling.get("relup"), pooling.get("relup"))
     return (*(pooling.get(name) for name in MODULES[:3]), relup, config.get("rerank", {}).get("enabled"))

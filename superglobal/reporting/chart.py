@@ -1,4 +1,4 @@
-"""Draw tables of results as a chart, with one row per configuration and one mark per score."""
+"""Draw tables of results as a chart, with one line per configuration and one mark per score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from superglobal.reporting.table_rows import CITATION, DatasetTable, Effect, Row
 from superglobal.utils.io import write_atomically
 
 _COLORS = ("#4393c3", "#1a9850", "#d6604d", "#762a83", "#b8860b")  # one per protocol
-_MARKERS = ("o", "D", "s", "^")  # one per variant of the data set; the marks without distractors are filled
+_MARKERS = ("o", "D", "s", "^")  # one per variant of the data set; marks of scores without distractors are filled
 _ROW_HEIGHT, _MARGINS, _PANEL_WIDTH, _MODULE_WIDTH = 0.24, 1.15, 5.2, 0.16  # all in inches
 _MAX_ROWS = 120
 
@@ -64,12 +64,12 @@ def draw_chart(path: Path, tables: Sequence[DatasetTable]) -> None:
 
 
 def _names_height(table: DatasetTable) -> float:
-    """Return the height, in inches, of the space above the rows in which the names of the modules are written."""
+    """Return the height in inches of the space for the names of the modules, which are written above the rows."""
     return 0.35 if table.effects else 0.0
 
 
 def _rows(table: DatasetTable) -> list[Row]:
-    """Return the rows that have scores, in the order of the chart: at most `_MAX_ROWS` rows."""
+    """Return at most `_MAX_ROWS` rows that have scores, in the order in which the chart shows them."""
     rows = [row for row in table.rows if any(cell.scores for cell in row.cells.values())]
     if table.effects:
         rows.sort(key=lambda row: -max(cell.scores.get(table.main) or 0 for cell in row.cells.values()))
@@ -77,14 +77,21 @@ def _rows(table: DatasetTable) -> list[Row]:
 
 
 def _labels(table: DatasetTable) -> list[str]:
-    """Return the label of each row. If dots show the modules of a row, its label contains at most the weights."""
+    """Return the label of each row in the chart.
+
+    If the table has main effects, dots show the modules of each row. The label is then only the name of the weights, or
+    empty if all rows have the same weights.
+    """
     if table.effects:
         return [row.weights if table.several_weights else "" for row in _rows(table)]
     return [table.label(row) for row in _rows(table)]
 
 
 def _draw_rows(axes: Any, table: DatasetTable) -> None:
-    """Draw the panel of scores of one data set: one row per configuration, one mark per protocol and variant."""
+    """Draw the panel with the scores on one data set.
+
+    A row shows the scores of one configuration, with one mark for each protocol and variant of the data set.
+    """
     rows, labels = _rows(table), _labels(table)
     colors = {protocol: _COLORS[i % len(_COLORS)] for i, protocol in enumerate(table.protocols)}
     for y, row in enumerate(rows):
@@ -119,7 +126,7 @@ def _draw_rows(axes: Any, table: DatasetTable) -> None:
 
 
 def _draw_legend(axes: Any, table: DatasetTable, colors: dict[str, str]) -> None:
-    """Draw the legend above the panel: the colors of protocols, the marks of variants, and the line of the baseline."""
+    """Draw a legend above the panel: the colors of protocols, the marks of variants, and the line of the baseline."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], marker="o", color=color, linestyle="") for color in colors.values()]
@@ -152,7 +159,7 @@ def _draw_modules(axes: Any, table: DatasetTable, rows: Sequence[Row]) -> None:
 
 
 def _draw_effects(axes: Any, table: DatasetTable, effects: Sequence[Effect], variant: str) -> None:
-    """Draw main effects as bars, and the 95 % interval of the effect under the main protocol as a line.
+    """Draw main effects as bars, with a line for the 95 % confidence interval under the main protocol.
 
     Args:
         axes: axes to draw into.

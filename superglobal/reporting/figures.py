@@ -43,7 +43,10 @@ _HEAT = "inferno"
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Create a figure of the given size in inches. It does not use pyplot, and so has no window and no global state."""
+    """Create a figure of the given size in inches.
+
+    The figure is created without pyplot, which would keep it in global state and may need a display.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -59,10 +62,11 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def trapezoidal_steps(ranks: Any, n_positives: int) -> np.ndarray:
-    """Return the precision-recall curve of a query, whose area is `metrics.revisited.average_precision`.
+    """Return the precision-recall curve of a query on a Revisited set.
 
-    Recall rises from 0 to 1 in n_positives equal steps, one per positive. In step j = 0, 1, ..., precision changes
-    linearly from j / r_j (1 if r_j = 0) to (j + 1) / (r_j + 1), where r_j is the rank of the j-th retrieved positive.
+    The area under the curve is the AP of the query, see `metrics.revisited.average_precision`. Recall rises from 0 to 1
+    in n_positives equal steps, one per positive. In step j = 0, 1, ..., precision changes linearly from j / r_j (1 if
+    r_j = 0) to (j + 1) / (r_j + 1), where r_j is the rank of the j-th retrieved positive.
 
     Args:
         ranks: (P,) 0-based ranks of the retrieved positives, in a ranking without the ignored images.
@@ -80,7 +84,9 @@ def trapezoidal_steps(ranks: Any, n_positives: int) -> np.ndarray:
 
 
 def rectangular_steps(predicted: np.ndarray, relevant: np.ndarray, depth: int = DEPTH) -> np.ndarray:
-    """Return the precision-recall curve of a query, whose area is `metrics.gldv2.average_precision_at`.
+    """Return the precision-recall curve of a query of GLDv2.
+
+    The area under the curve is the AP of the query, see `metrics.gldv2.average_precision_at`.
 
     Args:
         predicted: (m,) ids of the retrieved images, best first.
@@ -88,8 +94,8 @@ def rectangular_steps(predicted: np.ndarray, relevant: np.ndarray, depth: int = 
         depth: number of retrieved images that count.
 
     Returns:
-        (min(len(relevant), depth), 2) float64 precision at the start and the end of each step of recall; the two are
-        equal, because precision is constant within a step.
+        (min(len(relevant), depth), 2) float64 precision at the start and the end of each step of recall. Both values
+        are equal, because precision is constant within a step.
     """
     ranks = np.flatnonzero(first_hits(predicted, relevant, depth)) + 1
     steps = np.zeros((min(len(relevant), depth), 2))
@@ -120,7 +126,15 @@ def precision_over_recall(steps: np.ndarray, bins: int = RECALL_BINS) -> np.ndar
 
 
 def precision_curves(steps: Sequence[np.ndarray], bins: int = RECALL_BINS) -> np.ndarray:
-    """Return the `precision_over_recall` of each query, (Q, bins) float64; NaN for a query without positives."""
+    """Return the mean precision of several queries in equal intervals of recall.
+
+    Args:
+        steps: for each query, the argument `steps` of `precision_over_recall`; empty for a query without positives.
+        bins: number of intervals.
+
+    Returns:
+        (Q, bins) float64 mean precision, from 0 to 1; NaN for queries without positives.
+    """
     return np.stack([precision_over_recall(s, bins) if len(s) else np.full(bins, np.nan) for s in steps])
 
 
@@ -155,7 +169,7 @@ def draw_curves(
 
 
 def bin_of(scores: np.ndarray) -> np.ndarray:
-    """Return, for each similarity from -1 to 1, the index of its histogram bin; the bins are those of `EDGES`."""
+    """Return the index of the histogram bin that contains each similarity, as int64. `EDGES` defines the bins."""
     return np.clip(np.floor((scores + 1) * (BINS / 2)), 0, BINS - 1).astype(np.int64)
 
 
@@ -195,7 +209,17 @@ def similarity_counts(
 
 
 def _count_pairs(queries: np.ndarray, rows: Rows, ids: Sequence[Any], exclude: np.ndarray | None) -> np.ndarray:
-    """Return the histogram, (BINS,) int64, of the similarities between each query and the database images in `ids`."""
+    """Compute the histogram of similarities over given pairs of a query and a database image.
+
+    Args:
+        queries: (Q, D) float32 query descriptors.
+        rows: database descriptors; rows that are marked as skipped are not counted.
+        ids: for each query, ids of the database images that are paired with the query.
+        exclude: (Q,) id of one database image per query that is not counted; None to count all images.
+
+    Returns:
+        (BINS,) int64 number of pairs in each bin.
+    """
     query_of = np.repeat(np.arange(len(ids)), [len(row) for row in ids])
     row_of = np.concatenate([np.asarray(row, np.int64) for row in ids])
     counted = ~np.isin(row_of, rows.skipped)
@@ -206,11 +230,18 @@ def _count_pairs(queries: np.ndarray, rows: Rows, ids: Sequence[Any], exclude: n
 
 
 class _BinCounter:
-    """Histogram of all similarities that `scan` computes. Similarities near a bin edge are recomputed in float64."""
+    """Histogram of all similarities that `scan` computes.
+
+    A rounding error could move a similarity near the edge of a bin to the neighboring bin. Such similarities are
+    therefore recomputed in float64.
+
+    Args:
+        tolerance: largest rounding error of a similarity in float32.
+    """
 
     def __init__(self, tolerance: float) -> None:
         self.counts = np.zeros(BINS, np.int64)
-        # Width, in bins, of the zone around an edge where a float32 rounding error could move a pair to another bin.
+        # Maximum distance from an edge, in bins, at which a rounding error could move a similarity to another bin.
         self._guard = BINS / 2 * tolerance + 1e-4
 
     def finish(self) -> float:
@@ -235,12 +266,13 @@ def draw_similarities(
         path: PNG file to write.
         title: title of the figure.
         counts: relevance -> (BINS,) number of pairs in each bin, from `similarity_counts`.
-        reranked: relevance -> scores after reranking of the images in the shortlists; empty for no second panel.
+        reranked: relevance -> scores of the images in the shortlists after reranking, shown in a second panel; empty
+            for no second panel.
     """
     figure = _figure(6.6 if not reranked else 11.6, 4.4)
     figure.suptitle(title)
     panels = figure.subplots(1, 1 + bool(reranked), squeeze=False)[0]
-    # Draw two bins as one, because the curves would otherwise be too noisy.
+    # Merge pairs of neighboring bins, because the curves would otherwise be too noisy.
     _draw_densities(panels[0], {name: c.reshape(-1, 2).sum(axis=1) for name, c in counts.items()}, EDGES[::2])
     panels[0].set(xlabel="similarity (cosine)", title="search: all pairs of query and image", ylabel="density")
     if reranked:
@@ -343,7 +375,7 @@ def project(X: np.ndarray, others: np.ndarray, method: str, seed: int) -> tuple[
 
 
 def grid_cells(points: np.ndarray, columns: int, rows: int) -> dict[tuple[int, int], int]:
-    """Lay a grid over points, and return the point in each cell that is nearest to the center of the cell.
+    """Lay a grid over points, and choose one point in each grid cell, the one nearest to the center of the cell.
 
     Args:
         points: (n, 2) points; the grid covers their bounding box.
@@ -399,7 +431,14 @@ def draw_map(
 
 
 def _landmark_styles(landmarks: Sequence[str | None]) -> dict[str | None, tuple[str, str]]:
-    """Choose the landmarks with the most images, and assign a style to each: landmark -> (color, marker)."""
+    """Assign colors and markers to the landmarks with the most images.
+
+    Args:
+        landmarks: landmark of each image; None if unknown.
+
+    Returns:
+        Landmark -> (color, marker), for at most `_MAX_LANDMARKS` landmarks.
+    """
     names, counts = np.unique([name for name in landmarks if name is not None] or [""], return_counts=True)
     largest = [str(name) for name in names[np.argsort(-counts, kind="stable")][:_MAX_LANDMARKS]]
     count = len(_LANDMARK_COLORS)
@@ -427,7 +466,15 @@ def _draw_points(axes: Any, images: Any, queries: Any, styles: Mapping[str | Non
 
 
 def _draw_thumbnails(axes: Any, cells: Any, landmarks: Any, thumbnails: Any, styles: Any) -> None:
-    """Draw each thumbnail in its cell of the grid, with a frame in the color of its landmark."""
+    """Draw thumbnails into the cells of a grid, each with a frame in the color of its landmark.
+
+    Args:
+        axes: axes to draw into.
+        cells: (column, row) of a cell -> index of the image to draw into this cell.
+        landmarks: landmark of each image; None if unknown.
+        thumbnails: index of an image -> its thumbnail, (h, w, 3) uint8.
+        styles: landmark -> (color, marker), from `_landmark_styles`.
+    """
     from matplotlib.patches import Rectangle
 
     for (column, row), index in cells.items():

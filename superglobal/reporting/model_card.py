@@ -48,7 +48,14 @@ def read_card_results(paths: Sequence[str | Path], network: RetrievalNetwork) ->
 
 
 def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Read one result, or all results in a folder, and return each with its path."""
+    """Read one result, or all results in a folder.
+
+    Args:
+        path: `results.json` file, or folder that contains such files.
+
+    Returns:
+        (path, content of `results.json`) of each result.
+    """
     if path.is_dir():
         # Skip rows of an ablation table that do not apply to the backbone, such as ReLUP without a ResNet.
         return [(path / row["run"], row) for row in read_results(path) if row["status"] != "n/a"]
@@ -56,7 +63,7 @@ def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _card_result(summary: Mapping[str, Any]) -> CardResult:
-    """Return a result in the form in which the model card shows it, given the content of its `results.json`."""
+    """Convert the content of a `results.json` to the entry that the model card shows."""
     tuned_on = summary["tuned_on"]
     warning = f"**Settings tuned on {', '.join(tuned_on)}.**" if tuned_on else ""
     if any(name.endswith(report.TEST_MARK) for name in tuned_on):
@@ -72,7 +79,11 @@ def _card_result(summary: Mapping[str, Any]) -> CardResult:
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:
-    """Return one line of text for each setting on which the metrics depend."""
+    """Return lines of text that describe the settings on which the metrics depend, for the model card.
+
+    Args:
+        summary: content of `results.json`.
+    """
     counts, protocol, versions = summary["counts"], summary["protocol"], summary["versions"]
     notes = [
         f"{counts['queries']} queries, {counts['database']} images; role of the set: {summary['role']}",
@@ -90,7 +101,11 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _entries(summary: Mapping[str, Any]) -> list[EvalResult]:
-    """Return the metadata entries of the model card, one for each stage and protocol that has a score."""
+    """Return the metadata entries of the model card, one for each stage and protocol that has a score.
+
+    Args:
+        summary: content of `results.json`.
+    """
     tuned = f"; settings tuned on {', '.join(summary['tuned_on'])}" if summary["tuned_on"] else ""
     entries = []
     for stage, metrics in summary["metrics"].items():

@@ -18,7 +18,7 @@ from superglobal.utils.io import write_atomically
 _CORRECT = "correct"
 _EQUAL = 1e-9
 _SUMMARY = ("protocol", "queries", "won", "lost", "equal", "mean difference", "95 %")
-_MAX_PRINTED = 10  # maximum number of won queries to print, and of lost queries
+_MAX_PRINTED = 10  # maximum number of queries that are printed because they were won, or because they were lost
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PerQuery:
     """Scores of all queries in one stage (search or rerank) of a run."""
 
     queries: list[str]
-    landmarks: list[str]  # one per query; a query whose landmark is unknown has a landmark of its own
+    landmarks: list[str]  # landmark of each query; if it is unknown, a name that no other query has
     measure: str  # name of the score: "AP", or "correct" (1 or 0) for recognition
     scores: dict[str, np.ndarray]  # protocol -> (Q,) float64 from 0 to 1; NaN for queries that do not count
 
@@ -103,7 +103,17 @@ def gain_interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) 
 def _mean_and_interval(
     differences: np.ndarray, landmarks: Sequence[str], seed: int
 ) -> tuple[float, tuple[float, float]]:
-    """Return the mean, and its 95 % interval from a bootstrap over landmarks; all NaN if no query counts."""
+    """Compute the mean of differences, and its 95 % confidence interval by a bootstrap over landmarks.
+
+    Args:
+        differences: (Q,) difference of each query; NaN for queries that do not count.
+        landmarks: landmark of each query. The bootstrap resamples landmarks, because queries of the same landmark have
+            similar scores.
+        seed: seed of the bootstrap.
+
+    Returns:
+        The mean and the interval (low, high); all NaN if no query counts.
+    """
     counted = ~np.isnan(differences)
     if not counted.any():
         return float("nan"), (float("nan"), float("nan"))
@@ -124,38 +134,52 @@ class PairedComparison:
     seed: int  # seed of the bootstrap
 
     def difference(self, protocol: str | None = None) -> np.ndarray:
-        """Return `scores` minus `baseline_scores` under a protocol, by default the main protocol: (Q,) float64."""
+        """Return the score of each query minus its score in the baseline, (Q,) float64.
+
+        Args:
+            protocol: protocol of the scores; None for the main protocol.
+        """
         protocol = protocol or self.main
         return self.scores[protocol] - self.baseline_scores[protocol]
 
     def order(self) -> np.ndarray:
-        """Return the query numbers sorted by descending difference, (Q,) int64; queries that do not count come last."""
+        """Return the query indices by descending difference, (Q,) int64. Queries that do not count are last."""
         return np.argsort(-self.difference(), kind="stable")
 
     def counts(self, protocol: str | None = None) -> dict[str, int]:
-        """Return the numbers of queries that are "won" (better than the baseline), "lost" (worse) and "equal"."""
+        """Count the queries that are "won" (better than in the baseline), "lost" (worse) and "equal".
+
+        Args:
+            protocol: protocol of the scores; None for the main protocol.
+        """
         difference = self.difference(protocol)
         kinds = {"won": difference > _EQUAL, "lost": difference < -_EQUAL, "equal": np.abs(difference) <= _EQUAL}
         return {kind: int(mask.sum()) for kind, mask in kinds.items()}
 
     def most_won(self, limit: int) -> list[int]:
-        """Return the indices of the `limit` queries with the largest gains, best first; fewer if fewer are won."""
+        """Return the indices of at most `limit` won queries, those with the largest gains, best first."""
         return self.order()[: min(limit, self.counts()["won"])].tolist()
 
     def most_lost(self, limit: int) -> list[int]:
-        """Return the indices of the `limit` queries with the largest losses, worst first; fewer if fewer are lost."""
+        """Return the indices of at most `limit` lost queries, those with the largest losses, worst first."""
         counted = int((~np.isnan(self.difference())).sum())
         return self.order()[:counted][::-1][: min(limit, self.counts()["lost"])].tolist()
 
     def mean(self, protocol: str | None = None) -> tuple[float, tuple[float, float]]:
-        """Return the mean difference and its 95 % interval from a bootstrap over landmarks; NaN if no query counts."""
+        """Return the mean difference, and its 95 % confidence interval (low, high) from a bootstrap over landmarks.
+
+        All values are NaN if no query counts.
+
+        Args:
+            protocol: protocol of the scores; None for the main protocol.
+        """
         return _mean_and_interval(self.difference(protocol), self.landmarks, self.seed)
 
 
 def read_comparison(
     folder: Path, result: Mapping[str, Any], baseline_folder: Path, baseline: Mapping[str, Any]
 ) -> PairedComparison:
-    """Read the scores of all queries of a result and of its baseline, each in the last stage of the run.
+    """Read the scores of all queries of a result and of its baseline. The scores are those of the last stage.
 
     Args:
         folder: folder of the result.
@@ -236,7 +260,13 @@ def write_comparison(target: Path, comparison: PairedComparison, folder: Path, b
 
 
 def _query_row(comparison: PairedComparison, query: int, others: Sequence[str]) -> list[str]:
-    """Return the row of one query in `queries.csv`, with its differences under the protocols `others`."""
+    """Return the row of one query in `queries.csv`.
+
+    Args:
+        comparison: comparison of a result with its baseline.
+        query: index of the query.
+        others: protocols other than the main protocol.
+    """
     scores = [scores[comparison.main][query] for scores in (comparison.baseline_scores, comparison.scores)]
     differences = [comparison.difference(protocol)[query] for protocol in (comparison.main, *others)]
     cells = [
@@ -249,7 +279,7 @@ def _query_row(comparison: PairedComparison, query: int, others: Sequence[str]) 
 
 
 def _summary_row(comparison: PairedComparison, protocol: str) -> list[str]:
-    """Return the row of one protocol in the summary, whose columns are `_SUMMARY`."""
+    """Return the row of one protocol in the summary table. `_SUMMARY` contains the names of the columns."""
     counts, (mean, (low, high)) = comparison.counts(protocol), comparison.mean(protocol)
     interval = "" if np.isnan(low) else f"{100 * low:+.1f} to {100 * high:+.1f}"
     return [protocol, str(sum(counts.values())), *map(str, counts.values()), _cell(mean, "+"), interval]

@@ -1,4 +1,4 @@
-"""Draw sheets of queries with their ranked results, before and after reranking or from two runs."""
+"""Draw images that show queries and their top results, for the stages of one run or for two runs side by side."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from superglobal.data.images import ImageItem, read_image
 from superglobal.reporting.results import Stages
 from superglobal.utils.io import write_atomically
 
-# Sizes in pixels: longer side of a thumbnail, width of its border, gap between cells, height of a caption, height of a
-# title line of a comparison, and gap between the two rankings of a comparison.
+# Sizes in pixels: longer side of a thumbnail, width of the colored border, gap between thumbnails, height of a caption,
+# height of a title line in a comparison, and gap between the two rankings of a comparison.
 _SIDE, _BORDER, _GAP, _CAPTION, _TITLE, _BETWEEN = 148, 5, 6, 14, 22, 18
 _FRAME = _SIDE + 2 * _BORDER
 _CELL, _LINE = _FRAME + _GAP, _FRAME + _CAPTION + _GAP
@@ -48,7 +48,7 @@ class Ranking:
 
     name: str  # title above the results
     scores: np.ndarray  # (k,) scores of the results to show, best first
-    ids: np.ndarray  # (k,) database ids of these results; -1 leaves a cell empty
+    ids: np.ndarray  # (k,) database ids of these results; -1 leaves the place of a result empty
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Comparison:
     query: int  # index of the query
     title: str
     rankings: Sequence[Ranking]
-    full: Sequence[np.ndarray]  # all ids of each ranking, (n,) int64, in which the rank of an image is looked up
+    full: Sequence[np.ndarray]  # complete rankings, (n,) int64 ids each, from which the ranks of images are determined
 
 
 def draw_sheet(
@@ -94,10 +94,10 @@ def draw_sheet(
 def draw_comparisons(
     path: Path, dataset: EvaluationSet, database: Sequence[ImageItem], comparisons: Sequence[Comparison]
 ) -> None:
-    """Write a PNG file that shows each query and its rankings side by side, with five results per row.
+    """Write a PNG file that shows one or two rankings of each query side by side, with five results per row.
 
-    The caption of a result contains its rank, score and relevance. If there are two rankings, the caption also contains
-    the rank in the other ranking, and a triangle in the second ranking shows if the result moved up or down.
+    The caption of a result contains the rank, the score and the relevance. If there are two rankings, the caption also
+    contains the rank in the other ranking. A triangle in the second ranking shows whether a result moved up or down.
 
     Args:
         path: PNG file to write.
@@ -153,15 +153,15 @@ def find_rank(ids: np.ndarray, image: int) -> int | None:
 
 
 def _draw_movement(sheet: Image.Image, x: int, y: int, rank: int, other_rank: int | None, is_later: bool) -> None:
-    """Draw the rank of an image in the other ranking below its cell, and mark a changed rank with a triangle.
+    """Write the rank of an image in the other ranking below the image, and mark a changed rank with a triangle.
 
     Args:
-        sheet: image to draw into.
-        x: left edge of the cell.
-        y: upper edge of the cell.
+        sheet: figure to draw into.
+        x: left edge of the image in pixels, including the border.
+        y: upper edge of the image in pixels, including the border.
         rank: 0-based rank in the ranking that is drawn.
-        other_rank: 0-based rank in the other ranking; None if the image is not in it.
-        is_later: the ranking that is drawn is the second one. Only then is the triangle drawn.
+        other_rank: 0-based rank in the other ranking; None if the other ranking does not contain the image.
+        is_later: True if the ranking that is drawn is the second one. The triangle is drawn only in the second ranking.
     """
     draw, right = ImageDraw.Draw(sheet), x + _FRAME - 2
     text = "not listed" if other_rank is None else f"{'from' if is_later else 'to'} {other_rank + 1}"
@@ -176,7 +176,13 @@ def _draw_movement(sheet: Image.Image, x: int, y: int, rank: int, other_rank: in
 
 
 def relevance(dataset: EvaluationSet, query: int, image: int) -> str:
-    """Return the relevance of the database image with the id `image` to a query, as a key of `COLORS`."""
+    """Return the relevance of a database image to a query, as a key of `COLORS`.
+
+    Args:
+        dataset: evaluation set that contains the ground truth, if known.
+        query: index of the query.
+        image: id of the database image.
+    """
     if dataset.gnd is None:
         return "unlabeled"
     entry: dict[str, Any] = dataset.gnd[query]
@@ -208,7 +214,7 @@ def result_strip(
 
 
 def query_thumbnail(item: ImageItem) -> Image.Image:
-    """Return an RGB thumbnail of the whole, uncropped image of a query, with a frame around the query's box, if any."""
+    """Return an RGB thumbnail of the whole image of a query. If the query is a box in the image, the box is framed."""
     image = Image.fromarray(read_image(item.path))
     if item.box is not None:
         width = max(2, round(max(image.size) / _SIDE * 2))
@@ -218,7 +224,7 @@ def query_thumbnail(item: ImageItem) -> Image.Image:
 
 
 def thumbnail(item: ImageItem) -> Image.Image:
-    """Return an RGB thumbnail of an image; if the image has a box, it is ignored."""
+    """Return an RGB thumbnail of the whole image, even if the item has a box."""
     return Image.fromarray(read_image(item.path, max_side=_SIDE))
 
 

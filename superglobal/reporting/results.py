@@ -1,8 +1,8 @@
-"""Write the results of one run to files, and print them. The module `tables` does so for several runs.
+"""Write the results of one run to files, and print them. The module `tables` compares several runs.
 
 The folder of a run contains `results.json` (metrics, settings, fingerprints, versions and times), `per_query.csv` (AP
-of each query in each stage), `rankings.npz` (ids and scores of the results), and `rankings.csv` and `rankings.json`
-(names and scores of the top results of the last stage).
+of each query in each stage), and `rankings.npz` (ids and scores of the ranked images). `rankings.csv` and
+`rankings.json` contain the names and scores of the top images of the last stage.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from superglobal.utils.provenance import versions
 
 FORMAT = "superglobal-result-2"
 TEST_MARK = "(test set)"
-"""Suffix of a name in `tuned_on` if it is the name of a test set."""
+"""Suffix that the name of a test set has in the setting `tuned_on`."""
 METRICS = {"map": "mAP", "mAP@100": "mAP@100", "GAP": "GAP"}
 """Key of a main metric in `results.json` -> name of the metric in tables. Each result has one of these metrics."""
-_MAX_LISTED, _MAX_ROWS = 100, 500_000  # maximum number of rows in rankings.csv, per query and in total
+_MAX_LISTED, _MAX_ROWS = 100, 500_000  # maximum numbers of rows in rankings.csv: per query, and in total
 _JUNK_DROPPED = "removed before reranking, with a separate list for each protocol"
 _WHITENING = {"center": "whitening: subtracted the mean", "pca": "whitening: PCA"}
 Stages = Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -64,7 +64,7 @@ def summarize(
         seconds: stage -> duration in seconds.
     """
     dataset = config["dataset"]
-    # If the user provided the descriptors, it is not known how the images were cropped and resized.
+    # Descriptors that the user provides come without a network, and it is not known how their images were resized.
     extracted = "network" in about
     definition = next(iter(results.values())).definition if results else RetrievalResult.definition
     header = _header(config)
@@ -91,7 +91,7 @@ def summarize(
 
 
 def _header(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of `results.json` that the settings of a run determine."""
+    """Return the entries of `results.json` that depend only on the settings of a run, not on the results."""
     dataset, distractors = config["dataset"], config["distractors"]
     name = dataset["name"]
     if dataset["kind"] == name == "folder" and dataset["database"]:
@@ -136,27 +136,42 @@ def main_metric(summary: Mapping[str, Any]) -> float:
 
 
 def main_protocol(summary: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the stage and the protocol that `main_metric` uses: the last stage, and "medium" or "all"."""
+    """Return the last stage of a run, and the main protocol: "medium" if the metrics have this protocol, else "all".
+
+    Args:
+        summary: content of the `results.json` of a run with metrics.
+    """
     stage = list(summary["metrics"])[-1]
     return stage, "medium" if "medium" in main_scores(summary["metrics"][stage]) else "all"
 
 
 def metric_key(metrics: Mapping[str, Any]) -> str:
-    """Return the key of the main metric, one of `METRICS`, given the metrics of a stage in `results.json`."""
+    """Return the key of the main metric, which is a key of `METRICS`.
+
+    Args:
+        metrics: metrics of one stage in `results.json`.
+    """
     return next(key for key in METRICS if key in metrics)
 
 
 def main_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the main metric of a stage: protocol -> value from 0 to 1, or None if no query counts."""
+    """Return the main metric of a stage under each protocol.
+
+    Args:
+        metrics: metrics of one stage in `results.json`.
+
+    Returns:
+        Protocol -> value from 0 to 1, or None if no query counts.
+    """
     return metrics[metric_key(metrics)]
 
 
 def write_result(
     folder: Path, summary: Mapping[str, Any], results: Mapping[str, Result], stages: Stages, names: Names
 ) -> None:
-    """Write the result files of a run into its folder.
+    """Write the result files of a run.
 
-    `results.json` is written last, and so marks the run as finished.
+    `results.json` is written last, so that it exists only in the folders of finished runs.
 
     Args:
         folder: folder of the run.
@@ -195,7 +210,11 @@ def _write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
 
 
 def modules_text(summary: Mapping[str, Any]) -> str:
-    """Return a text that lists the modules that were on in a run: whitening, pooling and reranking."""
+    """Return a text that describes the whitening, the pooling modules and the reranking that a run used.
+
+    Args:
+        summary: content of `results.json`.
+    """
     rerank = summary["config"]["rerank"]
     text = f"rerank {rerank_label(rerank)}" if rerank["enabled"] else "no rerank"
     whitening = summary["about"].get("whitening")
@@ -241,7 +260,11 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def image_sizes_text(protocol: Mapping[str, Any]) -> str:
-    """Return the limits on the sizes of the images as text. Only results with the same limits are comparable."""
+    """Return a text that says how images were resized. Only results with the same limits are comparable.
+
+    Args:
+        protocol: entry "protocol" of `results.json`, which contains the limits `max_side` and `min_side`.
+    """
     shrunk = f"shrunk to a longer side of {protocol['max_side']} px" if protocol["max_side"] else "not shrunk"
     return f"images: {shrunk}; enlarged to a shorter side of {protocol['min_side']} px if smaller"
 
@@ -285,7 +308,11 @@ def metric_cells(metrics: Mapping[str, Any], protocol: str) -> dict[str, str]:
 
 
 def approximation_text(index: Mapping[str, Any]) -> str:
-    """Return the settings of an approximate index, and how its results differ from those of exact search, as text."""
+    """Return a text about an approximate search: the settings of the index, and the differences from exact search.
+
+    Args:
+        index: entry about the index in `results.json`.
+    """
     text = f"approximate search: {', '.join(f'{name} {value}' for name, value in index['settings'].items())}"
     if "compared_to_exact" not in index:
         return text

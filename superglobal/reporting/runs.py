@@ -15,8 +15,8 @@ from superglobal.reporting.results import FORMAT, METRICS, TEST_MARK, main_proto
 from superglobal.reranking.registry import rerank_label
 from superglobal.utils.io import EXPORT
 
-# Prefixes of the settings that get no column in a table: they do not affect the scores, or another column or the name
-# of the row shows them.
+# Prefixes of the settings that get no column in a table. Some do not affect the scores; the others are shown by another
+# column or by the name of the row.
 _HIDDEN_SETTINGS = (
     "ablation",
     "paths.",
@@ -41,8 +41,9 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """Read every `results.json` below a folder.
 
     Returns:
-        The results, in the order of the jobs of a sweep. Two keys are added to each: `folder` is the absolute path of
-        its folder, and `run` is the path of its folder relative to the given folder.
+        The contents of the files, in the order of the jobs of a sweep. Two keys are added to each result: `folder` is
+        the absolute path of the run's folder, and `run` is the path of the run's folder relative to the folder that was
+        searched.
 
     Raises:
         InputError: the folder contains no result, or a result is damaged.
@@ -78,17 +79,21 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def _job_order(path: Path) -> tuple[str, int, str]:
-    """Return a sort key for the `results.json` files of a sweep that orders them by job number, so 10 follows 9."""
+    """Return a key that sorts the `results.json` files of a sweep by job number, so that job 10 follows job 9.
+
+    Args:
+        path: path of a `results.json`. The name of its folder begins with the job number.
+    """
     number = path.parent.name.split("_")[0]
     return path.parent.parent.as_posix(), int(number) if number.isdecimal() else -1, path.as_posix()
 
 
 def read_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Read every `results.json` below several folders, each file once.
+    """Read every `results.json` below one or more folders. A file below several of the folders is read only once.
 
     Returns:
-        The results as from `read_results`, except that with several folders `run` is relative to their common parent
-        folder.
+        The results, in the form of `read_results`. With several folders, `run` is relative to the closest folder that
+        contains all results.
 
     Raises:
         InputError: a folder contains no result, or a result is damaged.
@@ -145,9 +150,14 @@ def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
 
 
 def scores_in_percent(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the main metric of the last stage in percent: protocol -> score, or None if no query counts.
+    """Return the main metric of the last stage under each protocol, in percent.
 
-    For metrics other than mAP, the name of the metric is put before the name of the protocol.
+    Args:
+        result: content of `results.json`.
+
+    Returns:
+        Protocol -> score, or None if no query counts; empty for a run without metrics. For metrics other than mAP, the
+        name of the protocol begins with the name of the metric, such as "GAP all".
     """
     if not result["metrics"]:
         return {}
@@ -168,9 +178,13 @@ def missing_text(result: Mapping[str, Any]) -> str:
 
 
 def _merge_rerank_settings(settings: list[dict[str, Any]], results: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the settings `rerank.*` by one setting `rerank`, in place, if the runs use several kinds of rerankers.
+    """Replace the settings `rerank.*` by one setting `rerank` if the runs use several kinds of rerankers.
 
     Different kinds have different parameters, for which a table would need many mostly empty columns.
+
+    Args:
+        settings: flat settings of each run, which are modified.
+        results: result of each run.
     """
     kinds = {values.get("rerank.kind", "superglobal") for values in settings if values.get("rerank.enabled")}
     if len(kinds) > 1:
@@ -181,13 +195,28 @@ def _merge_rerank_settings(settings: list[dict[str, Any]], results: Sequence[Map
 
 
 def _short_names(weights: Sequence[str]) -> dict[str, str]:
-    """Return path of weights -> short name: the name of the training run that exported them, if all names differ."""
+    """Return a short name for the weights of each run.
+
+    The short name of exported weights is the name of their training run. If two short names would be equal, all weights
+    keep their paths as names.
+
+    Args:
+        weights: paths or other names of the weights, as in `results.json`.
+
+    Returns:
+        Element of `weights` -> short name.
+    """
     names = {path: Path(path).parent.name if path.endswith(f"/{EXPORT}") else path for path in weights}
     return names if len(set(names.values())) == len(names) else {path: path for path in weights}
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as a flat dictionary: dotted name -> value. Each name starts with `prefix`."""
+    """Return nested settings as a flat dictionary: dotted name, such as "rerank.M" -> value.
+
+    Args:
+        config: nested settings.
+        prefix: text to put before all names.
+    """
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -1,8 +1,8 @@
 """Build one table of results per data set, in the layout of the paper's tables.
 
 A table has one row per configuration, and shows the scores without and with distractors side by side. It also contains
-published scores of the same configurations, and, if the runs form a full factorial design, the main effects of the
-modules.
+published scores of the same configurations. If the runs form a full factorial design, that is, there is a run for every
+on/off combination of the modules, the table contains the main effects of the modules.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CITATION = "Shao et al., ICCV 2023, arXiv:2308.06954"
 
 @dataclass(frozen=True)
 class Cell:
-    """Metrics of one run, with scores in percent and gains in percentage points."""
+    """Metrics of one run, to be shown in a table. Scores are in percent, and gains in percentage points."""
 
     scores: Mapping[str, float | None]  # protocol -> score; empty for a run without metrics
     gains: Mapping[str, float | None]  # protocol -> gain over the baseline; empty for a baseline
@@ -185,13 +185,25 @@ def _metric_and_main(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _shown_by_modules(key: str, runs: Sequence[RunRow]) -> bool:
-    """Return True if the module columns already show a setting. They do not show which reranker is used."""
+    """Return True if the columns of the modules already show a setting.
+
+    These columns show only that reranking is on, so the kind of reranker needs a column if several kinds are used.
+
+    Args:
+        key: name of the setting.
+        runs: runs in the table.
+    """
     kinds = {run.settings[key] for run in runs} - {"none"}
     return key in ABLATION_SETTINGS and (key != "rerank" or len(kinds) == 1)
 
 
 def _shown_by_weights(key: str, runs: Sequence[RunRow]) -> bool:
-    """Return True if the weights already determine the value of a setting, which therefore needs no column."""
+    """Return True if a setting needs no column, because it differs only between runs with different weights.
+
+    Args:
+        key: name of the setting.
+        runs: runs in the table.
+    """
     values = {(run.weights, run.settings[key]) for run in runs}
     return 1 < len(values) == len({run.weights for run in runs})
 
@@ -231,14 +243,26 @@ def _main_effects(runs: Sequence[RunRow], states: Sequence[States], variants: Se
 
 
 def _is_full_factorial(runs: Mapping[States, Any], varied: Sequence[int]) -> bool:
-    """Return True if there is a run for each on/off combination of the modules whose indices are in `varied`."""
+    """Return True if there is a run for every on/off combination of the modules that vary.
+
+    Args:
+        runs: states of the modules -> run.
+        varied: indices of the modules that are on in some runs and off in others.
+    """
     first = next(iter(runs))
     choices = [(False, True) if i in varied else (state,) for i, state in enumerate(first)]
     return all(state in runs for state in itertools.product(*choices))
 
 
 def _effect(i: int, variant: str, weights: str, runs: Mapping[States, dict[str, Any]]) -> Effect:
-    """Return the main effect of module `i`. `runs` maps module states to the results of a full factorial design."""
+    """Return the main effect of one module.
+
+    Args:
+        i: index of the module in `MODULES`.
+        variant: variant of the data set.
+        weights: short name of the weights.
+        runs: states of the modules -> result, for all runs of a full factorial design.
+    """
     pairs = [(run, runs[(*state[:i], False, *state[i + 1 :])]) for state, run in runs.items() if state[i] is True]
     scores = [(scores_in_percent(on), scores_in_percent(off)) for on, off in pairs]
     gains: dict[str, float | None] = {}
@@ -251,14 +275,14 @@ def _effect(i: int, variant: str, weights: str, runs: Mapping[States, dict[str, 
 
 _WEBSITE = "paperswithcode.com/paper/global-features-are-all-you-need-for-image"
 _SUMMARIES = "summaries of the paper by others"
-# The list contains only scores that could be confirmed. Those of the paper's ablation table could not be.
+# This list contains only scores that we could confirm. We could not confirm the scores of the paper's ablation table.
 _PUBLISHED = (
     Published("roxford5k", "resnet101", False, (("hard", 72.1),), _SUMMARIES),
     Published("rparis6k", "resnet101", False, (("hard", 83.5),), _SUMMARIES),
     Published("roxford5k", "resnet101", True, (("hard", 80.2),), _WEBSITE),
     Published("rparis6k", "resnet101", True, (("hard", 86.7),), _WEBSITE),
 )
-# Settings of the paper's pooling. The settings of GeM are left out, because GeM+ uses a separate exponent.
+# Settings of the paper's pooling. The settings of plain GeM are left out, because GeM+ does not use them.
 _POOLING = {k: v for k, v in asdict(PoolingConfig(relup="on")).items() if k not in ("p", "eps", "learn_p")}
 _SCALES, _WEIGHTS_FORMAT = [0.7071, 1.0, 1.4142], "CVNet"
 

@@ -39,7 +39,7 @@ from superglobal.reporting.table_rows import CITATION, Cell, DatasetTable, Effec
 from superglobal.utils.io import write_atomically
 
 FormatCell = Callable[[Cell, str], list[str]]
-"""Function that formats the metrics of a run: (metrics, variant of the data set) -> text of each column."""
+"""Function that formats a run's metrics for a table: (metrics, variant of the data set) -> text of each column."""
 _NOTE = f"as published ({CITATION}), not measured here"
 
 
@@ -73,7 +73,11 @@ def write_tables(folder: Path, *others: Path) -> list[dict[str, Any]]:
 
 
 def _by_file_name(tables: Sequence[DatasetTable]) -> dict[str, DatasetTable]:
-    """Return file name (without extension) -> table. File names are data set names, made valid and unique."""
+    """Choose a unique file name for each table, from the name of the data set.
+
+    Returns:
+        File name without extension -> table. Characters that are unsafe in file names are replaced by hyphens.
+    """
     named: dict[str, DatasetTable] = {}
     for table in tables:
         plain = re.sub(r"[^\w.-]+", "-", table.name).strip("-.") or "set"
@@ -86,9 +90,16 @@ def _by_file_name(tables: Sequence[DatasetTable]) -> dict[str, DatasetTable]:
 
 
 def _run_list(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Return the column names and the rows of the list of all runs, with the metrics of the last stage in percent.
+    """Build the table that lists all runs.
 
-    There is one column for each setting in which the runs differ, so that all rows can be distinguished.
+    The table contains the metrics of the last stage of each run in percent. It has one column for each setting in which
+    the runs differ, so that no two rows look the same.
+
+    Args:
+        results: results of the runs, in the form of `read_all`.
+
+    Returns:
+        The column names, and the rows.
     """
     runs = run_rows(results)
     settings = list(dict.fromkeys(key for run in runs for key in run.settings))
@@ -105,7 +116,14 @@ def _run_list(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
 
 
 def _metrics(result: Mapping[str, Any]) -> dict[str, str]:
-    """Return the metrics of the last stage in percent: column -> text. Empty for a run without metrics."""
+    """Return the metrics of the last stage of a run in percent.
+
+    Args:
+        result: content of `results.json`.
+
+    Returns:
+        Name of the column -> text; empty for a run without metrics.
+    """
     if not result["metrics"]:
         return {}
     stage, main = main_protocol(result)
@@ -129,8 +147,8 @@ def _gain_cells(run: RunRow) -> list[str]:
 def as_csv(table: DatasetTable) -> str:
     """Return a table, its published scores and its main effects as CSV text, with all scores in percent.
 
-    The column `source` tells measured from published scores. A row with a module in the column `effect of` contains the
-    main effect of this module.
+    The column `source` says whether a row contains measured or published scores. If the column `effect of` contains the
+    name of a module, the row contains the main effect of this module instead of scores.
     """
     heads = _head_columns(table)
     columns = ["source", "effect of", *heads]
@@ -219,7 +237,7 @@ _LATEX = str.maketrans(
 def as_latex(table: DatasetTable) -> str:
     """Return a table and its main effects as LaTeX code that uses the package booktabs.
 
-    The best measured score of each column is bold. Published scores are below a rule, in italics and never bold.
+    The best measured score in each column is bold. Published scores are in italics, below a horizontal line.
     """
     heads = len(_head_columns(table))
     columns = [_latex(name) for name in _columns(table, f"95 % of {table.main}", "ms/query", with_variant=False)]
@@ -246,7 +264,16 @@ def as_latex(table: DatasetTable) -> str:
 
 
 def _latex_cells(table: DatasetTable, cell: Cell, variant: str) -> list[str]:
-    """Return the metrics of a run on one variant of the data set as LaTeX code, one text per column."""
+    """Format the metrics of a run as LaTeX code.
+
+    Args:
+        table: table that contains the run, whose best scores are bold.
+        cell: metrics of the run.
+        variant: variant of the data set on which the run was evaluated.
+
+    Returns:
+        The code for each column of this variant.
+    """
     others = [row.cells[variant].scores for row in table.rows if variant in row.cells]
     texts = []
     for protocol, score in zip(table.protocols, _scores(table, cell), strict=True):
@@ -291,7 +318,11 @@ def _title(table: DatasetTable, gain: str = "in brackets the gain over") -> str:
 
 
 def _head_columns(table: DatasetTable) -> list[str]:
-    """Return the names of the columns that identify a row: run, weights, modules and settings, as far as needed."""
+    """Return the names of the columns that identify a row.
+
+    These can be the run, the weights, the modules and other settings. Columns that would be empty or the same in all
+    rows are left out.
+    """
     name = ["run"] if table.published or any(row.name for row in table.rows) else []
     return [*name, *(["weights"] if table.several_weights else []), *table.modules, *table.settings] or ["run"]
 
@@ -318,7 +349,7 @@ def _rows(
 
     Args:
         table: table to format.
-        cells: function that formats the metrics of a run, see `FormatCell`.
+        cells: function that formats the metrics of a run, as `FormatCell` describes.
         on: text for a module that is on.
         off: text for a module that is off.
     """
@@ -326,10 +357,15 @@ def _rows(
 
 
 def _variant_cells(table: DatasetTable, row: Row, cells: FormatCell) -> list[str]:
-    """Return the texts of the metrics in a row, for all variants of the data set.
+    """Format the metrics in a row for all variants of the data set, and return the text of each column.
 
     For a variant without a run, all texts are empty. For a run without metrics, the scores are "failed" or "n/a", and
     the other texts are empty.
+
+    Args:
+        table: table that contains the row.
+        row: row to format.
+        cells: function that formats the metrics of a run.
     """
     width = len(cells(Cell({}, {}, None, None), ""))
     count = len(table.protocols)
@@ -346,9 +382,14 @@ def _variant_cells(table: DatasetTable, row: Row, cells: FormatCell) -> list[str
 
 
 def _published_rows(table: DatasetTable, width: int, digits: int = 1) -> list[list[str]]:
-    """Return the rows of published scores, padded with empty cells to `width` columns.
+    """Return the text of all rows with published scores.
 
-    The scores are those without distractors. Gains, intervals and times are empty.
+    Published scores are shown in the columns of the data set without distractors. All columns after them are empty.
+
+    Args:
+        table: table to format.
+        width: number of columns of the table.
+        digits: number of digits after the decimal point.
     """
     blank = [""] * (len(_head_columns(table)) - 1)
     rows = [[paper.name, *blank, *_published_scores(table, paper.scores, digits)] for paper in table.published]
@@ -392,7 +433,10 @@ def _effect_cells(table: DatasetTable, effect: Effect | None) -> list[str]:
 
 
 def _scores(table: DatasetTable, cell: Cell) -> list[str]:
-    """Return the scores of a run as text, one per protocol: "-" if no query counts, "" if the protocol is missing."""
+    """Return the scores of a run as text, one per protocol.
+
+    A score is "-" if no query counts, and empty if the run was not evaluated under this protocol.
+    """
     values = [(cell.scores.get(protocol), protocol in cell.scores) for protocol in table.protocols]
     return [("-" if known else "") if value is None else f"{value:.2f}" for value, known in values]
 
