@@ -74,14 +74,14 @@ def compare(cfg: DictConfig, folder: Path, sources: Sequence[Path]) -> list[dict
 
 
 def _read_reranker(words: str, sources: Sequence[Path]) -> RerankConfig:
-    """Return the settings of one entry of `rerankers`.
+    """Return the settings of one reranker in the configured list `rerankers`.
 
     Args:
-        words: the entry, "NAME key=value ...". The values override those in `rerank/NAME.yaml`.
-        sources: configuration folders, in which the file is looked up in this order.
+        words: entry of the list, "NAME key=value ...". The values override those in `rerank/NAME.yaml`.
+        sources: configuration folders. The file `rerank/NAME.yaml` of the first folder that has one is used.
 
     Raises:
-        InputError: there is no such file, or a key or value is invalid.
+        InputError: no folder contains `rerank/NAME.yaml`, or a key or value is invalid.
     """
     name, *overrides = words.split() or [""]
     path = next((p for p in (source / "rerank" / f"{name}.yaml" for source in sources) if p.is_file()), None)
@@ -103,7 +103,7 @@ def _read_reranker(words: str, sources: Sequence[Path]) -> RerankConfig:
 def _score_rerankers(
     config: CompareConfig, inputs: Inputs, rerankers: Sequence[tuple[str, RerankConfig]], folder: Path
 ) -> list[dict[str, Any]]:
-    """Search once, rerank the results with each reranker, and return the rows that `compare` returns.
+    """Search once, rerank the results with each reranker, and return one dict per reranker (see `compare`).
 
     Args:
         config: settings of the comparison.
@@ -153,10 +153,14 @@ def _score_rerankers(
 
 @contextmanager
 def _measure(device: str) -> Iterator[dict[str, Any]]:
-    """Measure the time and the additional peak memory of the block.
+    """Measure the time and the additional peak memory of the code in a `with` statement.
 
-    The block receives a dict. After the block, "milliseconds" contains the elapsed time, and "megabytes" the additional
-    peak memory in MB, or None if it is unknown.
+    Args:
+        device: device that the code computes on, such as "cuda".
+
+    Yields:
+        A dict, which is empty until the `with` statement ends. Then "milliseconds" contains the elapsed time, and
+        "megabytes" contains the additional peak memory in MB, or None if the memory cannot be measured.
     """
     cost: dict[str, Any] = {}
     before = _peak_memory(device, reset=True)
@@ -170,7 +174,7 @@ def _measure(device: str) -> Iterator[dict[str, Any]]:
 
 
 def _peak_memory(device: str, reset: bool) -> float | None:
-    """Return the peak memory in MB since the last reset; None if it is unknown.
+    """Return the peak memory in MB since the last reset; None if it cannot be measured.
 
     On a CUDA device, this is the GPU memory that torch has allocated. On the CPU, it is the memory of this process as
     reported by Linux in /proc.
@@ -186,7 +190,8 @@ def _peak_memory(device: str, reset: bool) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         if reset:
-            # Return freed memory to the system. Otherwise, its reuse would not count as additional memory.
+            # Return freed memory to the system. Otherwise, the process could reuse freed memory, and the measured peak
+            # would not rise.
             gc.collect()
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)
@@ -198,7 +203,14 @@ def _peak_memory(device: str, reset: bool) -> float | None:
 
 
 def _report(config: CompareConfig, inputs: Inputs, rows: list[dict[str, Any]], folder: Path) -> None:
-    """Write `comparison.json` and `table.md`, and print the table."""
+    """Write `comparison.json` and `table.md`, and print the table.
+
+    Args:
+        config: settings of the comparison.
+        inputs: descriptors that were searched.
+        rows: one dict per reranker, as returned by `compare`.
+        folder: folder to write to.
+    """
     about = {key: value for key, value in inputs.about.items() if key != "extracted"}
     summary: dict[str, Any] = {"format": _FORMAT, "dataset": config.dataset.name, "role": config.dataset.role}
     summary |= {"rows": rows, "config": asdict(config), "about": about, "versions": versions()}

@@ -28,8 +28,8 @@ from superglobal.training.trainer import launched_externally, translate_process_
 from superglobal.utils.provenance import versions
 
 log = logging.getLogger(__name__)
-# Estimated memory of a ResNet's float32 activations, in bytes per pixel of the scaled image. A network that needs more
-# runs out of memory once, and then continues with smaller batches.
+# Estimated memory of a ResNet's float32 activations, in bytes per pixel of the scaled image. If a network needs more
+# memory, the GPU runs out of memory once, and the extraction continues with smaller batches.
 _BYTES_PER_PIXEL = 600
 _MEMORY_FRACTION = 0.5  # fraction of the GPU memory that a batch may use
 _CPU_BATCH_PIXELS = 2**20
@@ -50,7 +50,8 @@ def extract_lists(
     image is added to a data set, for example, only this image is extracted.
 
     Args:
-        networks: networks on the CPU. The stores of all networks are filled; those of the first one are returned.
+        networks: networks on the CPU. The stores of all networks are filled. Only the stores of the first network are
+            returned.
         lists: checked image lists.
         folder: parent folder of the stores.
         trainer: runs the extraction.
@@ -59,8 +60,9 @@ def extract_lists(
         dtype: dtype of the stores, "float32" or "float16".
 
     Returns:
-        The stores of the first network, one per image list, and the number of rows that were missing, by title of the
-        list. The stores are incomplete if other shards still have images to extract.
+        The stores of the first network, one per image list; and a dict from the title of each image list to its number
+        of rows that were missing before the extraction. The stores are still incomplete if other shards have images to
+        extract.
 
     Raises:
         InputError: an image is unreadable, a store cannot be written, or a process died. Finished rows are kept for the
@@ -81,8 +83,8 @@ def extract_lists(
             for network_stores in stores:
                 if os.access(network_stores[i].folder, os.W_OK):  # another user's complete store may be read-only
                     record_paths(network_stores[i].folder, paths)
-    # If the stores of this run are complete, it extracts nothing for the other jobs of its sweep. Otherwise, if the
-    # extraction of one job fails, every other job would repeat it.
+    # A sweep job whose own stores are complete extracts nothing for the other jobs. If it did, and if the extraction
+    # for one of the jobs failed, every job would attempt that extraction again.
     open_stores = stores if any(len(store.missing) for store in stores[0]) else []
     missing = [
         {row for network_stores in open_stores for row in network_stores[i].missing.tolist()} for i in range(len(lists))
@@ -90,8 +92,8 @@ def extract_lists(
     for images, rows in zip(lists, missing, strict=True):
         total = len(images.items)
         log.info("%s: %d images, %d in store, %d to extract", images.title, total, total - len(rows), len(rows))
-    # Processes that were started together may see different rows as missing. All of them must take part in the
-    # extraction, because they wait for each other.
+    # Processes that torchrun or SLURM started together may find different rows missing. Every process must take part in
+    # the extraction, even if it finds no row missing, because the processes wait for each other.
     if any(missing) or launched_externally():
         if check_decoder is not None:
             check_decoder()
@@ -110,7 +112,7 @@ def _extract_missing(
     settings: ExtractionConfig,
     num_workers: int,
 ) -> None:
-    """Plan the batches of this process and shard, and extract them.
+    """Divide the missing images into batches, and extract the batches of this process and shard.
 
     Args:
         networks: networks on the CPU.
@@ -127,7 +129,8 @@ def _extract_missing(
     pixels = settings.batch_pixels or _default_batch_pixels(networks[0], trainer.strategy.root_device)
     process = trainer.global_rank, trainer.world_size
     plan = plan_batches(sizes, pixels, settings.batch_size, settings.parse_shard(), process)
-    # Lightning ends early in a process without data. A process without missing rows therefore extracts one image again.
+    # Lightning ends early in a process without data. A process without missing rows therefore extracts one image, even
+    # if the descriptor of this image is already in the store.
     batches = select_missing(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
     image_lists = [(images.items, images.max_side) for images in lists]
     data = ExtractionDataModule(image_lists, batches, num_workers, settings.decoder)
@@ -142,8 +145,14 @@ def run_extraction(
 ) -> None:
     """Extract all batches in all processes, and flush finished rows to disk even after an error.
 
+    Args:
+        trainer: runs the extraction.
+        module: extracts the batches and writes the descriptors to the stores.
+        data: loads the images of the batches.
+        stores: all stores to flush.
+
     Raises:
-        InputError: see `extract_lists`.
+        InputError: an image is unreadable, a store cannot be written, or a process died.
     """
     try:
         try:
@@ -151,8 +160,8 @@ def run_extraction(
         finally:
             try:
                 module.drain()
-            finally:  # drain() raises if the GPU failed before it computed the last batch
-                for failure in dict.fromkeys(module.failures):  # these are not part of the error that ended the run
+            finally:  # also needed if `drain` raises, because the GPU failed before it computed the last batch
+                for failure in dict.fromkeys(module.failures):  # the error that ended the run does not contain these
                     log.warning("%s", failure)
                 for store in stores:
                     store.flush()
@@ -175,10 +184,11 @@ def _skip_unreadable(store: DescriptorStore, images: ExtractionList, writes: boo
     Args:
         store: store of the image list.
         images: checked image list.
-        writes: whether this process writes to the store.
+        writes: whether this process may write to the store; True in the first process only.
 
     Raises:
-        InputError: too many images are unreadable, or the store has skipped rows although the list allows none.
+        InputError: more images are unreadable than `images.max_corrupt_fraction` allows, or the store has skipped rows
+            although the image list allows none.
     """
     if images.max_corrupt_fraction is None:
         if len(store.skipped):
@@ -197,7 +207,13 @@ def _skip_unreadable(store: DescriptorStore, images: ExtractionList, writes: boo
 
 
 def _require_few_corrupt(store: DescriptorStore, images: ExtractionList, unreadable: int = 0) -> None:
-    """Raise InputError if more images are unreadable, or skipped in the store, than the image list allows."""
+    """Raise InputError if more images are unreadable or skipped than `images.max_corrupt_fraction` allows.
+
+    Args:
+        store: store of the image list; its skipped rows are counted.
+        images: image list.
+        unreadable: number of images in the list that were found unreadable.
+    """
     count, total = max(unreadable, len(store.skipped)), len(images.items)
     if count > (images.max_corrupt_fraction or 0) * total:
         raise InputError(
@@ -210,7 +226,15 @@ def _require_few_corrupt(store: DescriptorStore, images: ExtractionList, unreada
 def _group_by_backbone(
     networks: Sequence[RetrievalNetwork], stores: Sequence[list[DescriptorStore]]
 ) -> tuple[list[list[RetrievalNetwork]], list[list[list[DescriptorStore]]]]:
-    """Group networks by their backbone; return the groups of networks and the corresponding groups of stores."""
+    """Group networks that share one backbone, so that the backbone processes each image only once.
+
+    Args:
+        networks: networks; some of them may share the same backbone object.
+        stores: for each network, one store per image list.
+
+    Returns:
+        The groups of networks; and the stores of the same networks, grouped in the same way.
+    """
     groups: dict[int, list[int]] = {}
     for i, network in enumerate(networks):
         groups.setdefault(id(network.backbone), []).append(i)
@@ -221,7 +245,10 @@ def _group_by_backbone(
 
 
 def _default_batch_pixels(network: RetrievalNetwork, device: torch.device) -> int:
-    """Estimate how many pixels of input images fit in memory in one batch, at the network's largest scale."""
+    """Estimate the maximum number of pixels per batch, so that the images fit in memory at the network's largest scale.
+
+    The pixels are those of the input images, before the network scales them.
+    """
     if device.type != "cuda":
         return _CPU_BATCH_PIXELS
     memory = torch.cuda.get_device_properties(device).total_memory * _MEMORY_FRACTION
@@ -230,7 +257,13 @@ def _default_batch_pixels(network: RetrievalNetwork, device: torch.device) -> in
 
 
 def store_identity(network: RetrievalNetwork, max_side: int | None, decoder: str) -> dict[str, Any]:
-    """Return all settings that affect a stored descriptor; the JPEG decoder is included only if it is not "cpu"."""
+    """Return all settings that affect a stored descriptor, by name.
+
+    Args:
+        network: network that extracts the descriptors.
+        max_side: longer side in pixels to which larger images are shrunk; None for no limit.
+        decoder: JPEG decoder, "cpu" or "gpu". The returned settings contain it only if it is not "cpu".
+    """
     return {**network.identity(), "max_side": max_side, **({} if decoder == "cpu" else {"decoder": decoder})}
 
 
@@ -244,21 +277,23 @@ def _open_store(
 ) -> DescriptorStore:
     """Open the store of an image list, or create it.
 
-    A new store records its provenance, and copies the rows that other stores under `folder` already contain.
+    A new store records the device, package versions, weights and data set. It also copies the rows of the same images,
+    network and settings from other stores under `folder`.
 
     Args:
         network: network that extracts the descriptors.
         images: checked image list.
         folder: parent folder of the stores.
         device: device of the extraction, recorded as provenance.
-        dtype: dtype of the store.
-        check_decoder: function that checks the GPU JPEG decoder and describes it; None to decode on the CPU.
+        dtype: dtype of the store, "float32" or "float16".
+        check_decoder: function that checks the GPU JPEG decoder and returns facts about it, which a new store records;
+            None to decode on the CPU.
     """
     identity = store_identity(network, images.max_side, "cpu" if check_decoder is None else "gpu")
     lines = images.lines()
     path = folder / f"{images.name}-{images.title}-{fingerprint(identity, lines, dtype)[:16]}"
     is_new = not path.exists()
-    # `weights` and `dataset` enable the search page to open the store without further settings.
+    # The search page reads "weights" and "dataset", so that it can open the store without further settings.
     weights = Path(network.weights_label)
     provenance = {
         "device": device,

@@ -43,14 +43,18 @@ class NotApplicableError(InputError):
 
 
 class StageTimer:
-    """Measure the duration of each stage of an evaluation, and record it in `seconds`."""
+    """Measure the duration of each stage of an evaluation.
+
+    Attributes:
+        seconds: duration of each stage in seconds, by name of the stage.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        """Measure the duration of the block, and record it under the name `stage`."""
+        """Measure the duration of the code in a `with` statement, and store it in `seconds[stage]`."""
         start = time.perf_counter()
         yield
         self.seconds[stage] = time.perf_counter() - start
@@ -77,8 +81,8 @@ class Inputs:
         """Create the inputs from descriptor stores.
 
         Args:
-            stores: stores by title: "database" and, if they exist, "queries" and "distractors". Without "queries", the
-                database images are the queries.
+            stores: descriptor stores by title: "database" and, optionally, "queries" and "distractors". Without
+                "queries", each database image is also a query.
             dataset: evaluation set.
             distractors: distractor images.
             about: provenance of the descriptors.
@@ -92,7 +96,7 @@ class Inputs:
         return self.queries.block(0, len(self.queries))
 
     def exclude(self) -> np.ndarray | None:
-        """Return the id of the database image that each query must not retrieve, because it is the query itself.
+        """Return the database id of each query image, so that a search can exclude the query from its own results.
 
         Returns:
             (Q,) int64 database ids; None if the queries are not database images.
@@ -183,7 +187,7 @@ def load_sources(
 
 
 def _try(problems: list[str], load: Callable[[], T]) -> T | None:
-    """Return the result of `load`, or None after adding the message of its InputError to `problems`."""
+    """Return the result of `load()`. If it raises InputError, append the message to `problems` and return None."""
     try:
         return load()
     except InputError as error:
@@ -204,7 +208,11 @@ def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
 
 
 def distractor_images(config: EvalConfig) -> list[ImageItem]:
-    """Return the configured distractors, if any. Raises InputError if the list of distractors is missing or invalid."""
+    """Return the configured distractor images; an empty list if none are configured.
+
+    Raises:
+        InputError: the file that lists the distractors is missing or invalid.
+    """
     d = config.distractors
     return load_distractors(d.root, d.name) if d.name else []
 
@@ -215,7 +223,7 @@ def load_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distract
     Args:
         config: settings of the evaluation.
         dataset: evaluation set that the descriptors belong to; None if there are only descriptors.
-        distractors: distractors, whose descriptors follow those of the data set in the database.
+        distractors: distractor images. In the database file, their descriptors follow those of the data set.
 
     Raises:
         InputError: a file is unreadable, or its number of rows does not match the images.
@@ -288,7 +296,7 @@ def _check_image_lists(
         config: settings of the evaluation.
         dataset: evaluation set; None if it could not be loaded.
         distractors: distractor images.
-        problems: messages of other problems, which the error also lists.
+        problems: messages of problems that were found earlier. The InputError lists them, too.
         queries: whether to check and list the query images, too.
 
     Raises:
@@ -308,7 +316,7 @@ def _check_image_lists(
     elif d.name and distractors:
         sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
     reports = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
-    # The recorded paths are absolute, so that a store can be opened from any folder.
+    # The store records absolute paths, so that the search page can open the store from any working directory.
     source = asdict(config.dataset)
     source |= {
         key: str(Path(source[key]).resolve()) for key in ("root", "database", "query") if source[key] is not None
@@ -326,8 +334,11 @@ def _check_image_lists(
 def _sibling_networks(config: EvalConfig, network: RetrievalNetwork) -> list[RetrievalNetwork]:
     """Return the networks of the other sweep jobs that extract the same images.
 
-    They share their backbone with `network`, the network of this job, or with each other, if their ReLUP settings are
-    equal.
+    Networks with equal ReLUP settings share one backbone, so that it processes each image only once.
+
+    Args:
+        config: settings of this job.
+        network: network of this job, which is not returned.
     """
     networks = [network]
     for overrides in sibling_poolings(config):
@@ -347,8 +358,13 @@ def _sibling_networks(config: EvalConfig, network: RetrievalNetwork) -> list[Ret
 def apply_whitening(config: EvalConfig, inputs: Inputs, timer: StageTimer) -> Inputs:
     """Fit the configured whitening on the database, distractors included, and return the whitened inputs.
 
-    A whitening of stored descriptors is saved in `paths.stores`, and loaded from there if it exists. With
-    whitening=none, the inputs are returned unchanged.
+    If the descriptors come from stores, the whitening is saved in `paths.stores`, and a later call loads it from there.
+    With whitening=none, the inputs are returned unchanged.
+
+    Args:
+        config: settings of the evaluation.
+        inputs: descriptors before whitening.
+        timer: records the duration of the whitening.
     """
     s = config.whitening
     if s.kind == "none":

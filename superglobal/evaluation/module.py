@@ -45,7 +45,7 @@ class ExtractionList:
     checked: CheckReport  # result of checking the image files
     max_side: int | None  # longer side in pixels to which larger images are shrunk; None for no limit
     max_corrupt_fraction: float | None = None  # maximum fraction of unreadable images to skip; None to skip none
-    roots: Sequence[Path] = ()  # `paths` are relative to the first of these folders that contains the image
+    roots: Sequence[Path] = ()  # folders; `paths` returns each path relative to the first of them that contains it
     source: dict[str, Any] | None = None  # settings of the data set, which the store records
 
     def lines(self) -> list[str]:
@@ -61,7 +61,8 @@ class ExtractionList:
     def paths(self) -> list[str]:
         """Return a unique name for each image: its path relative to one of `roots`, or else its absolute path.
 
-        The box of a crop is appended, as in `a.jpg#12,30,540,400`. If a name occurs again, a number is appended to it.
+        If an image is a crop, its box is appended to the path, as in `a.jpg#12,30,540,400`. If several images have the
+        same name, a number is appended to all but the first.
         """
         roots = [os.path.join(os.path.abspath(root), "") for root in self.roots]
         counts: Counter[str] = Counter()
@@ -86,14 +87,14 @@ class ExtractionList:
 
 @dataclass(frozen=True)
 class _PendingBatch:
-    """Descriptors that one group of networks has computed for one batch, and that are not written to the stores yet."""
+    """Descriptors of one batch, computed by one group of networks, that are not yet written to the stores."""
 
     list_index: int  # index of the image list that contains the batch
     rows: list[int]  # (B,) position of each image in the list, which is its row in the store
     descriptors: list[Tensor]  # one (B, D) tensor in host memory per network, valid after the event `copied`
     stores: Sequence[Sequence[DescriptorStore]]  # for each network, one store per image list
     is_first_group: bool  # true if the group contains the network of this run, as its first network
-    copied: torch.cuda.Event | None  # occurs when the copies are complete; None if they already are
+    copied: torch.cuda.Event | None  # occurs when `descriptors` are copied from the GPU; None if they already are
 
 
 class ExtractionModule(pl.LightningModule):
@@ -158,15 +159,19 @@ class ExtractionModule(pl.LightningModule):
         return self.images_done
 
     def drain(self, keep: int = 0) -> None:
-        """Write pending descriptors to the stores, oldest first, until only `keep` entries of `pending` are left."""
+        """Write pending descriptors to the stores, the oldest batch first, until `keep` entries of `pending` remain."""
         while len(self.pending) > keep:
             self._write(self.pending[0])
             del self.pending[0]  # removed after the write, so that an interrupted write is repeated
 
     def _extract(self, group: Sequence[RetrievalNetwork], images: Tensor) -> list[Tensor]:
-        """Return the descriptors (B, D) of each network in the group.
+        """Return the descriptors of a batch, as one tensor (B, D) for each network in the group.
 
-        If GPU memory runs out, the batch is divided into smaller parts.
+        If GPU memory runs out, fewer images are processed at a time.
+
+        Args:
+            group: networks that share their feature maps.
+            images: (B, 3, H, W) batch of images.
 
         Raises:
             InputError: a single image does not fit in memory.
@@ -188,9 +193,10 @@ class ExtractionModule(pl.LightningModule):
         return self._extract(group, images)
 
     def _write(self, batch: _PendingBatch) -> None:
-        """Write the descriptors of a batch into the stores, and record an error if this run's store cannot be written.
+        """Write the descriptors of a batch into the stores of its networks.
 
-        Errors of other stores are ignored, because the sweep jobs that use them extract their missing rows again.
+        If the store of this run cannot be written, the error is appended to `failures`. If the store of another sweep
+        job cannot be written, the error is ignored, because that job extracts the missing rows itself.
         """
         if batch.copied is not None:
             batch.copied.synchronize()
@@ -224,7 +230,7 @@ class ExtractionModule(pl.LightningModule):
         self.raise_failures()
 
     def raise_failures(self) -> None:
-        """If an image has failed in any process, raise an InputError in all processes that lists all failed images."""
+        """Raise InputError in all processes if an image has failed in any process; the message lists all failures."""
         failures = self.failures
         if self.trainer.world_size > 1:
             by_process: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
@@ -236,10 +242,10 @@ class ExtractionModule(pl.LightningModule):
 
 
 def _copy_to_host(descriptors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:
-    """Copy descriptors to host memory.
+    """Copy descriptors to host memory; from a GPU, without waiting for the copies.
 
     Returns:
-        The copies and, for CUDA tensors, an event that occurs when they are complete; None for other tensors.
+        The copies; and an event that occurs when the copies from a GPU are complete, or None for tensors on the CPU.
     """
     if descriptors[0].device.type != "cuda":
         return [x.cpu() for x in descriptors], None

@@ -45,7 +45,7 @@ class Task:
 
     inputs: Inputs
     queries: np.ndarray  # (Q, D) float32, unit norm
-    exclude: np.ndarray | None  # (Q,) database id that each query must not retrieve; None to exclude none
+    exclude: np.ndarray | None  # (Q,) database id to exclude from the results of each query; None to exclude none
     device: str  # device of exact search and reranking
     scorer: Scorer | None  # computes mAP from ranks; None without labels and for GLDv2
     truth: RetrievalTruth | RecognitionTruth | None  # ground truth for the metrics of GLDv2; None for other sets
@@ -61,8 +61,8 @@ class FirstStage:
 
     scores: np.ndarray  # (Q, k), best first
     ids: np.ndarray  # (Q, k) database ids
-    ranks: list[np.ndarray]  # for each query, ranks of `Scorer.targets`, its labeled images; -1 if not retrieved
-    about: dict[str, Any]  # for results.json: the backend ("search") and the approximate index, if any ("index")
+    ranks: list[np.ndarray]  # for each query, the ranks of its labeled images (`Scorer.targets`); -1 if not retrieved
+    about: dict[str, Any]  # recorded in results.json: backend ("search") and, if used, approximate index ("index")
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> float:
@@ -109,7 +109,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
 
 
 def make_task(config: EvalConfig, inputs: Inputs) -> Task:
-    """Combine the inputs with the scorer or ground truth of their data set, and with the device of the search."""
+    """Combine descriptors with the ground truth of their data set, and choose the device of the search."""
     dataset, queries, exclude = inputs.dataset, inputs.query_block(), inputs.exclude()
     truth = None if dataset is None else dataset.landmark_truth
     scorer = None
@@ -133,21 +133,23 @@ def ground_truth(
 
     Args:
         dataset: evaluation set.
-        exclude: (Q,) database id that each query must not retrieve; None to exclude none. If it is given, the ground
-            truth is reduced to the positives.
+        exclude: (Q,) database id to exclude from the results of each query; None to exclude none. If it is given, the
+            returned ground truth contains only positives.
 
     Returns:
-        For each query, the ids by relevance; and the protocols by name.
+        The ground truth, one dict per query from the relevance, such as "positive", to database ids; and the protocols
+        by name.
     """
     gnd = dataset.gnd or []
     if exclude is not None:
-        # The excluded image has no rank, so it must not stay listed as junk.
+        # The ground truth of a leave-one-out query may list the query itself as junk. Because the query is excluded
+        # from its own results, it has no rank and must not stay in the ground truth.
         gnd = [{"positive": entry["positive"]} for entry in gnd]
     return gnd, _PROTOCOLS[dataset.protocols]
 
 
 def results_per_query(config: EvalConfig, task: Task) -> int:
-    """Return the number of results to keep per query: `k`, or more if the metric or the reranker needs more."""
+    """Return the number of results to keep per query: `config.k`, or more if the metric or the reranker needs more."""
     needed = 1 if task.truth is None else required_depth(task.truth)
     k = shortlist_size(max(config.k, needed), config.rerank, task.inputs)
     if task.scorer is not None and config.rerank.enabled and config.rerank.junk == "drop":
@@ -156,7 +158,9 @@ def results_per_query(config: EvalConfig, task: Task) -> int:
 
 
 def shortlist_size(k: int, rerank: RerankConfig, inputs: Inputs) -> int:
-    """Return the larger of k and, with reranking, `rerank.M`; at most the number of images that a search can return.
+    """Return how many results to retrieve per query: k, or `rerank.M` if reranking is enabled and `rerank.M` is larger.
+
+    The number never exceeds the number of images that a search can return.
 
     Raises:
         InputError: a search cannot return any image.
@@ -192,7 +196,13 @@ def search_database(config: EvalConfig, task: Task, k: int) -> FirstStage:
 
 
 def open_configured_index(config: EvalConfig, X: Rows, device: str) -> ApproximateIndex:
-    """Open the approximate index of the descriptors X that `config.index` selects; build it if it is not stored yet."""
+    """Open the approximate index that `config.index` selects; build and store it if it does not exist yet.
+
+    Args:
+        config: settings of the evaluation.
+        X: (N, D) database descriptors.
+        device: device on which the index is built and searched.
+    """
     return open_index(X, config.index, Path(config.paths.stores), device=device)
 
 
@@ -287,10 +297,10 @@ def score_stages(config: EvalConfig, task: Task, first: FirstStage, reranked: Re
 
 
 def shortlist_reranker(config: EvalConfig, task: Task) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Return a function that reranks shortlists as `config.rerank` specifies.
+    """Return a function that reranks shortlists with the reranker that `config.rerank` selects.
 
-    The function takes query numbers (n,) and one shortlist of database ids per query (n, m), and returns the reordered
-    shortlists (n, m).
+    The function takes two arrays: the numbers (n,) of some queries, and the shortlists (n, m) of database ids of these
+    queries. It returns the reordered shortlists (n, m).
     """
 
     def reorder(queries: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -304,8 +314,8 @@ def shortlist_reranker(config: EvalConfig, task: Task) -> Callable[[np.ndarray, 
 def ranks_after_reranking(task: Task, scorer: Scorer, ranks: list[np.ndarray], reranked: Reranked) -> list[np.ndarray]:
     """Return, for each query, the ranks of its labeled images (`Scorer.targets`) after reranking.
 
-    If the reranker reordered a shortlist, only the ranks of the images in it change. If it computed new descriptors and
-    searched again, all ranks are computed from the new descriptors.
+    If the reranker reordered a shortlist, only the ranks of the images in the shortlist change. If the reranker
+    computed new descriptors and searched again, all ranks are computed from the new descriptors.
 
     Args:
         task: descriptors and ground truth.
@@ -332,7 +342,7 @@ def write_report(
     Args:
         config: settings of the evaluation.
         task: descriptors and ground truth.
-        search: description of the search, `FirstStage.about`.
+        search: facts about the search, from `FirstStage.about`.
         results: metrics by stage; empty without labels.
         stages: scores (Q, k) and ids (Q, k) by stage.
         seconds: duration of each stage.
@@ -375,7 +385,7 @@ def score_set(
         Q: (Q, D) query descriptors.
         X: (N, D) database descriptors.
         shortlist: (Q, M) reranked ids that replace the first results of the search; None to score the search.
-        exclude: (Q,) database id that each query must not retrieve; None to exclude none.
+        exclude: (Q,) database id to exclude from the results of each query; None to exclude none.
         device: device to compute on.
         seed: seed of the confidence intervals.
     """

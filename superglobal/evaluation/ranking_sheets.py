@@ -19,13 +19,14 @@ from superglobal.reporting.results import main_protocol
 
 log = logging.getLogger(__name__)
 QUERIES_PER_SHEET = 8
-# A figure shows at most this number of trailing characters of a folder's path as the name of its ranking.
+# A figure labels each ranking with the path of its result folder. Of a longer path, only this number of trailing
+# characters is shown.
 _MAX_NAME = 90
 
 
 @dataclass(frozen=True)
 class FigureOptions:
-    """Options of the figures. None selects the default of each figure."""
+    """Options of the figures. If an option is None, each kind of figure uses its own default."""
 
     order: str | None = None  # "worst", "improved", "worsened" or "given"; None for the worst and the improved queries
     queries: int | None = None  # maximum number of queries per order
@@ -36,7 +37,7 @@ class FigureOptions:
     seed: int = 0  # seed for random samples
 
     def validate(self, count: int) -> None:
-        """Raise InputError if a value is out of range; `count` is the number of queries in the result."""
+        """Raise InputError if an option is out of range; `count` is the number of queries in the result."""
         for number in self.numbers:
             if not 0 <= number < count:
                 raise InputError(f"query {number}: the result has {count} queries, 0 to {count - 1} (see rankings.csv)")
@@ -70,12 +71,13 @@ def scores_by_stage(run: FinishedRun) -> dict[str, np.ndarray]:
 
 
 def order_queries(scores: dict[str, np.ndarray], order: str, count: int) -> np.ndarray:
-    """Return the numbers of the queries in a given order.
+    """Return query numbers (n,), sorted by score or by the change in score.
 
     Args:
-        scores: scores (Q,) by stage, as returned by `scores_by_stage`. Queries with NaN are last.
-        order: "worst" sorts by ascending final score. "improved" and "worsened" return only the queries whose score
-            rose or fell by reranking, the largest change first. "given" keeps the order of the query list.
+        scores: scores (Q,) by stage, as returned by `scores_by_stage`. Queries whose score is NaN come last.
+        order: "worst" returns all queries by ascending score after the last stage. "improved" returns only the queries
+            whose score rose by reranking, and "worsened" only those whose score fell; the largest change is first.
+            "given" returns all queries in the order of the query list.
         count: number of queries Q.
 
     Raises:
@@ -101,10 +103,11 @@ def select_queries(run: FinishedRun, options: FigureOptions, count: int) -> dict
     Args:
         run: finished evaluation.
         options: order and number of queries, or the numbers of the queries.
-        count: maximum number of queries per order, unless the options set one.
+        count: maximum number of queries per order; `options.queries` overrides it.
 
     Returns:
-        Query numbers by order. If the options list query numbers, these are returned under the key "chosen".
+        Query numbers (n,) by order, such as "worst". If `options.numbers` is not empty, these numbers are returned
+        under the key "chosen" instead.
 
     Raises:
         InputError: no query has the requested order, for example because reranking improved none.
@@ -120,14 +123,14 @@ def select_queries(run: FinishedRun, options: FigureOptions, count: int) -> dict
 
 
 def require_images(run: FinishedRun, kind: str) -> None:
-    """Raise InputError if the evaluation had descriptors but no images; `kind` is the kind of figure."""
+    """Raise InputError if the evaluation had descriptors but no images; the message names the figure `kind`."""
     if run.dataset is None:
         raise InputError(f"{kind}: the result has descriptors without images; only map can be drawn")
 
 
 @contextmanager
 def with_image_hint(run: FinishedRun) -> Iterator[None]:
-    """Add a hint to an InputError that the block raises for an unreadable image."""
+    """Add a hint to each InputError that the code in a `with` statement raises for an unreadable image."""
     try:
         yield
     except InputError as error:
@@ -139,7 +142,16 @@ def with_image_hint(run: FinishedRun) -> Iterator[None]:
 
 
 def draw_sheets(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw the first results of the selected queries before and after reranking, and return the paths of the sheets."""
+    """Draw the first results of the selected queries, before and after reranking.
+
+    Args:
+        run: finished evaluation.
+        target: folder to write to.
+        options: options of the figures, which select the queries.
+
+    Returns:
+        The paths of the sheets.
+    """
     require_images(run, "sheets")
     assert run.dataset is not None
     scores, names = scores_by_stage(run), file_names(run.dataset.queries, run.dataset.root)
@@ -161,7 +173,15 @@ def draw_sheets(run: FinishedRun, target: Path, options: FigureOptions) -> list[
 
 
 def _score_text(run: FinishedRun, scores: Sequence[float]) -> str:
-    """Format the scores of a query after each stage for the title of its figure; "" without labels."""
+    """Format the scores of one query as text for the title of its figure.
+
+    Args:
+        run: finished evaluation.
+        scores: score of the query after each stage; empty without labels.
+
+    Returns:
+        Text such as "   medium AP 41.2 -> 55.0"; "" without labels.
+    """
     if not scores:
         return ""
     if "search correct" in run.per_query:
@@ -175,7 +195,19 @@ def _percents(scores: Sequence[float]) -> str:
 
 
 def _draw_pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence[Comparison]) -> list[Path]:
-    """Draw comparisons on pages `<name>-01.png` and so on, remove old pages, and return the paths of the new ones."""
+    """Draw comparisons of rankings on pages `<name>-01.png`, `<name>-02.png` and so on.
+
+    Pages of the same name that an earlier call has written, and that this call does not overwrite, are removed.
+
+    Args:
+        run: finished evaluation that provides the images.
+        target: folder to write to.
+        name: first part of the file names.
+        comparisons: rankings of each query.
+
+    Returns:
+        The paths of the pages.
+    """
     assert run.dataset is not None
     pages = [comparisons[i : i + QUERIES_PER_SHEET] for i in range(0, len(comparisons), QUERIES_PER_SHEET)]
     paths = [target / f"{name}-{number:02d}.png" for number in range(1, len(pages) + 1)]
@@ -190,9 +222,9 @@ def _draw_pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence
 def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET, ranks: int = 10) -> list[Path]:
     """Compare a result with a baseline query by query; print a table, and write tables and figures.
 
-    The files are written into a folder below `<folder>/comparison/`. `queries.csv` and `queries.md` list all queries,
-    the largest gain first. `won-01.png` and `lost-01.png` show both rankings of the queries with the largest gains and
-    losses side by side. Without images, only the tables are written.
+    The files are written into a subfolder of `<folder>/comparison/`. `queries.csv` and `queries.md` list all queries,
+    the largest gain first. `won-01.png` shows both rankings of the queries with the largest gains side by side, and
+    `lost-01.png` those of the queries with the largest losses. Without images, only the tables are written.
 
     Args:
         folder: folder of one result.
@@ -213,7 +245,8 @@ def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET,
     # Jobs of two sweeps can have equal names, so the folder name contains the name of the sweep, too.
     target = run.folder / "comparison" / "-".join(baseline_run.folder.resolve().parts[-2:])
     write_comparison(target, comparison, run.folder, baseline_run.folder)
-    # Both rankings are read outside `try`: a damaged file is an error, whereas missing images only prevent figures.
+    # Both rankings are read before `try`, because a damaged file must raise an error. If only images are missing, the
+    # tables are written without figures.
     stages = [list(finished.stages.values())[-1] for finished in (baseline_run, run)]
     try:
         return _draw_paired_sheets(run, baseline_run, stages, comparison, target, queries, ranks)
@@ -236,7 +269,8 @@ def _draw_paired_sheets(
     Args:
         run: finished evaluation.
         baseline: finished evaluation to compare with.
-        stages: scores (Q, k) and ids (Q, k) of the last stage, of the baseline and then of the run.
+        stages: two pairs of scores (Q, k) and database ids (Q, k) after the last stage: those of the baseline, then
+            those of the run.
         comparison: comparison of the two evaluations.
         target: folder to write to.
         queries: maximum number of queries with a gain, and of queries with a loss.

@@ -40,8 +40,8 @@ from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.store import DescriptorStore
 
-# Scores and metrics that are computed again may differ from the recorded ones by these values, because rounding differs
-# between machines.
+# Maximum difference between a recorded score or metric and the same value computed again. Small differences occur
+# because rounding differs between machines.
 _SCORE_TOLERANCE = 1e-4
 _MEAN_TOLERANCE = 1e-4
 
@@ -121,7 +121,7 @@ class FinishedRun:
 
     @cached_property
     def per_query(self) -> dict[str, list[str]]:
-        """Columns of `per_query.csv` by header; empty without labels."""
+        """Columns of `per_query.csv` as lists of strings, by header; empty without labels."""
         path = self.folder / "per_query.csv"
         if not self.summary["metrics"]:
             return {}
@@ -134,14 +134,15 @@ class FinishedRun:
 
     @cached_property
     def inputs(self) -> Inputs:
-        """Descriptors that the evaluation searched, loaded from their stores or files and whitened in the same way."""
+        """Descriptors that the evaluation searched, loaded from stores or files, and whitened as in the evaluation."""
         if self.uses_descriptor_files:
             inputs = load_descriptors(self.config, self.dataset, self.distractors)
         else:
             stores = {title: self._store(title) for title in self.summary["about"]["stores"]}
             inputs = Inputs.from_stores(stores, self.dataset, self.distractors, dict(self.summary["about"]))
         inputs = apply_whitening(self.config, inputs, StageTimer())
-        # Descriptor files have no fingerprint, so the best score of each query is compared with the recorded score.
+        # Descriptor files have no fingerprint. To detect changed descriptors, the score of each query's first result is
+        # computed again and compared with the recorded score.
         scores, ids = self.stages["search"]
         if len(ids) != len(inputs.queries) or ids.max() >= len(inputs.database):
             raise InputError(f"{self.folder}: the number of descriptors has changed; run again: {self.command()}")
@@ -222,8 +223,9 @@ def mean_precision(run: FinishedRun) -> tuple[dict[str, dict[str, np.ndarray]], 
 
     Returns:
         Curves (bins,) by stage and protocol, and numbers of queries by protocol. A curve contains the precision in each
-        of `bins` equal intervals of recall, averaged over the queries. The mean of a curve is its area, which equals
-        the metric in `results.json`. For GLDv2, the protocols are the query subsets "public", "private" and "all".
+        of `bins` equal intervals of recall, averaged over the queries. The mean of these values is the area under the
+        curve, which equals the metric in `results.json`. For GLDv2, the protocols are the query subsets "public",
+        "private" and "all".
 
     Raises:
         InputError: there are no labels, a store is missing, or the area under a curve differs from the recorded metric.
@@ -248,9 +250,9 @@ def precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
     """Return the precision-recall curve of each query, by stage and protocol.
 
     Returns:
-        Arrays (Q, bins) with the precision in each of `bins` equal intervals of recall, by stage and protocol. NaN
-        marks queries that a protocol does not count. For GLDv2, the protocols are the query subsets "public",
-        "private" and "all"; its recognition task has one curve (1, bins) for all queries of a subset.
+        Arrays (Q, bins) with the precision in each of `bins` equal intervals of recall, by stage and protocol. Rows of
+        queries that a protocol does not count contain NaN. For GLDv2, the protocols are the query subsets "public",
+        "private" and "all". GLDv2's recognition task has one curve (1, bins) for all queries of a subset.
 
     Raises:
         InputError: there are no labels, or a file is missing or damaged.
@@ -267,9 +269,14 @@ def precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _retrieval_precision(truth: RetrievalTruth, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the precision-recall curves (Q, bins) of GLDv2's retrieval task by query subset, from ranked ids (Q, k).
+    """Return the precision-recall curve of each query of GLDv2's retrieval task.
 
-    Queries that are not in a subset have NaN.
+    Args:
+        truth: ground truth of the task.
+        ids: (Q, k) database ids of the results, best first.
+
+    Returns:
+        Curves (Q, bins) by query subset, "public", "private" and "all"; NaN for queries that are not in the subset.
     """
     rows = precision_curves(
         [rectangular_steps(row, relevant) for row, relevant in zip(ids, truth.relevant, strict=True)]
@@ -278,10 +285,18 @@ def _retrieval_precision(truth: RetrievalTruth, ids: np.ndarray) -> dict[str, np
 
 
 def _recognition_precision(truth: RecognitionTruth, run: FinishedRun, stage: str) -> dict[str, np.ndarray]:
-    """Return the precision-recall curve (1, bins) of GLDv2's recognition task, by query subset.
+    """Return the precision-recall curve of GLDv2's recognition task for each query subset.
 
-    The predictions for all queries of a subset are ranked together by descending confidence, and give one curve. The
-    area under the curve is the global average precision (GAP).
+    The predictions for all queries of a subset are ranked together by descending confidence, so a subset has only one
+    curve. The area under the curve is the global average precision (GAP).
+
+    Args:
+        truth: ground truth of the task.
+        run: finished evaluation.
+        stage: "search" or "rerank".
+
+    Returns:
+        Curves (1, bins) by query subset, "public", "private" and "all".
     """
     scores, correct = (
         np.array([float(value or "nan") for value in run.per_query[f"{stage} {column}"]])
@@ -299,7 +314,7 @@ def _recognition_precision(truth: RecognitionTruth, run: FinishedRun, stage: str
 
 
 def _revisited_precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
-    """Return the precision-recall curves (Q, bins) by stage and protocol, for a set that is scored by mAP."""
+    """Return the precision-recall curves (Q, bins) of an evaluation that is scored by mAP, by stage and protocol."""
     config, task = run.config, make_task(run.config, run.inputs)
     scorer, ids = task.scorer, run.stages["search"][1]
     assert scorer is not None
@@ -315,7 +330,7 @@ def _revisited_precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
         ranks = sets["positive"]
         return trapezoidal_steps(ranks[ranks >= 0], len(ranks))
 
-    # With an approximate index, only the ranks of the images that it returned are known.
+    # An approximate index gives ranks only to the images that it returns; other images have no rank.
     if config.index.kind == "flat":
         X, exclude = task.database, task.exclude
         first = exact_ranks(task.queries, X, scorer.targets, device=task.device, exclude=exclude)

@@ -41,9 +41,9 @@ _EXTRACTION = (
 class EvaluationSweep(Callback):
     """Hydra callback that prepares an evaluation sweep and merges the results of its jobs.
 
-    Before the first job, it writes the extraction settings of all jobs to `jobs.json`, so that the first job can also
-    extract the descriptors of the others. After the last job, it writes the tables and the chart, and exits with status
-    2 if a job failed.
+    Before the first job, the callback writes the extraction settings of all jobs to `jobs.json`. The first job then
+    also extracts the descriptors of the other jobs. After the last job, the callback writes the tables and the chart,
+    and exits with status 2 if a job failed.
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -89,7 +89,7 @@ def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
     path = Path(HydraConfig.get().sweep.dir) / _JOBS if sweeping() else None
     if path is None or not path.is_file():
         return []
-    # The conversion to JSON and back turns tuples into lists, as in the file.
+    # The conversion to JSON and back turns tuples into lists, because the settings are compared with those in the file.
     this_job = json.loads(json.dumps(_job(config)))
     poolings: list[dict[str, Any]] = []
     for job in json.loads(path.read_text()):
@@ -99,9 +99,10 @@ def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
 
 
 def _choices(config: DictConfig) -> list[list[str]]:
-    """Return the alternatives of each override of the sweep.
+    """Return the alternatives of each command-line override, such as `["scales=1", "scales=3"]` for `scales=1,3`.
 
-    As in Hydra's basic sweeper, there is one job for each combination of one alternative per override.
+    An override that is not swept has one alternative. Hydra's basic sweeper runs one job for each combination of
+    alternatives.
     """
     loader = GlobalHydra.instance().config_loader()
     swept = config.hydra.sweeper.params or {}
@@ -115,7 +116,15 @@ def _choices(config: DictConfig) -> list[list[str]]:
 
 
 def _extraction_settings(config_name: str, overrides: list[str]) -> dict[str, Any] | None:
-    """Return the extraction settings of a job (see `_job`), or None if they are invalid; the job reports the error."""
+    """Return the extraction settings of a sweep job.
+
+    Args:
+        config_name: name of the main configuration file.
+        overrides: overrides of the job, such as `["scales=1"]`.
+
+    Returns:
+        The settings as returned by `_job`; None if they are invalid, because the job itself reports the error.
+    """
     try:
         config = validate_config(compose(config_name, overrides=overrides), EvalConfig)
     except (HydraException, OmegaConfBaseException, InputError):
@@ -125,6 +134,11 @@ def _extraction_settings(config_name: str, overrides: list[str]) -> dict[str, An
 
 
 def _job(config: EvalConfig) -> dict[str, Any]:
-    """Return the extraction settings of a job: the pooling under "pooling", and all other settings under "shared"."""
+    """Return the settings of a sweep job that change its descriptors.
+
+    Returns:
+        A dict with two entries: "pooling" contains the pooling settings, and "shared" contains all other settings,
+        which must be equal for two jobs to extract the same images in one pass.
+    """
     settings = asdict(config)
     return {"shared": {key: settings[key] for key in _EXTRACTION}, "pooling": config.pooling.overrides()}

@@ -44,11 +44,11 @@ def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tup
 
     Args:
         folder: folder of one result.
-        kinds: kinds of figures, keys of `DRAWN`; if empty, all kinds that apply to the result.
+        kinds: kinds of figures to draw, such as "curves" (see `DRAWN`); if empty, all kinds that apply to the result.
         options: options of the figures.
 
     Returns:
-        The paths of the figures and, if `kinds` is empty, the reason for each kind that was not drawn.
+        The paths of the figures; and, if `kinds` is empty, one text for each kind that was not drawn, with the reason.
 
     Raises:
         InputError: a requested kind does not apply, its inputs are missing, or no figure could be drawn.
@@ -76,8 +76,8 @@ def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tup
 def draw_activation(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
     """Draw heat maps of the regions that make a query similar to its first results, one figure per query.
 
-    The network processes only the images in the figures. The contribution of each region to a similarity is exact (see
-    `models/attribution.py`), and summed over scales.
+    The network processes only the images in the figures. A heat map shows the exact contribution of each region to the
+    similarity, summed over scales (see `models/attribution.py`).
 
     Returns:
         The paths of the figures.
@@ -109,11 +109,11 @@ def draw_activation(run: FinishedRun, target: Path, options: FigureOptions) -> l
 def _activation_columns(
     run: FinishedRun, network: RetrievalNetwork, query: int, ids: Sequence[int]
 ) -> list[list[HeatPanel | None]]:
-    """Return the panels of an activation figure, in one column for the query and one for each of its results.
+    """Return the panels of an activation figure: one column for the query, and one column for each result.
 
-    The column of a result contains its image, and two heat maps of the contributions to the similarity of the query and
-    the result: one on the query and one on the result. The first column contains the image of the query, and a heat map
-    for its similarity with itself.
+    The first column contains the image of the query, and a heat map of the contributions to the similarity of the query
+    with itself. The column of a result contains the image of the result, and two heat maps of the contributions to the
+    similarity of the query and the result: one drawn on the query, and one drawn on the result.
 
     Args:
         run: finished evaluation.
@@ -151,7 +151,11 @@ def _activation_columns(
 
 
 def _shares_text(shares: Contributions) -> str:
-    """Format the sums of the positive and negative contributions of regions, and the contribution of the bias."""
+    """Format the contributions of regions to a similarity as text.
+
+    The text contains the sum of the positive contributions, the sum of the negative contributions, and the contribution
+    of the bias. Numbers that would be rounded to zero are left out.
+    """
     values = np.concatenate([scale.ravel() for scale in shares.maps])
     parts = [f"{values[values > 0].sum():+.3f}", f"{values[values < 0].sum():+.3f}"]
     text = f"regions {' '.join(part for part in parts if abs(float(part)) >= 5e-4)}"
@@ -170,7 +174,13 @@ def draw_curves(run: FinishedRun, target: Path, options: FigureOptions) -> list[
 
 
 def draw_similarities(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw a histogram of the query-image similarities for each relevance, such as "positive"; return the path."""
+    """Draw histograms of the similarities of queries and database images, one for each relevance such as "positive".
+
+    With reranking, the figure also shows the reranking scores.
+
+    Returns:
+        The path of the figure.
+    """
     dataset = run.dataset
     if dataset is None or dataset.gnd is None:
         raise InputError("similarities: positive pairs need labels, but this result has none")
@@ -195,14 +205,15 @@ def draw_similarities(run: FinishedRun, target: Path, options: FigureOptions) ->
 
 
 def _reranked_scores(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the reranking scores of the images in the shortlists, grouped by relevance to the query.
+    """Return the reranking scores of the database images in the shortlists, grouped by their relevance to the query.
 
     Args:
         run: finished evaluation.
         queries: (n,) numbers of the queries.
 
     Returns:
-        Scores by relevance, such as "positive" or "negative"; an empty dict without reranking.
+        Scores (n_images,) of all queries together, by relevance such as "positive" or "negative"; an empty dict without
+        reranking.
     """
     if "rerank" not in run.stages:
         return {}
@@ -221,7 +232,7 @@ def _reranked_scores(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndar
 
 
 def draw_map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw a sample of the descriptors, projected onto a plane and colored by landmark; return the path."""
+    """Draw a sample of the descriptors, projected onto a plane and colored by landmark; return the figure's path."""
     inputs, dataset, method, seed = run.inputs, run.dataset, options.method, options.seed
     total = len(inputs.database)
     landmarks = [None] * total if dataset is None else landmarks_of(dataset, total)
@@ -248,7 +259,14 @@ def draw_map(run: FinishedRun, target: Path, options: FigureOptions) -> list[Pat
 
 
 def _thumbnails(items: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]:
-    """Return a thumbnail of each numbered image; an empty dict if an image is unreadable, as they are optional."""
+    """Return a thumbnail (H, W, 3) of each image, for the map.
+
+    Args:
+        items: pairs of a number and an image.
+
+    Returns:
+        Thumbnails by number; an empty dict if an image is unreadable, because the map can be drawn without thumbnails.
+    """
     try:
         return {n: read_image(item.path, max_side=_THUMBNAIL_SIDE) for n, item in items}
     except InputError as error:
@@ -257,7 +275,7 @@ def _thumbnails(items: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]
 
 
 def landmarks_of(dataset: EvaluationSet, total: int) -> list[str | None]:
-    """Return the landmark of each database image; None if it is unknown, as for junk and distractors.
+    """Return the landmark of each database image; None for images of unknown landmark, such as junk and distractors.
 
     An image that is positive for queries of several landmarks is assigned to the last of these landmarks.
 

@@ -28,15 +28,22 @@ _MAX_LISTED = 8
 class StepCallback(Callback, ABC):
     """Base class for callbacks whose method `on_step` is called once after each optimizer step.
 
-    The method is not called between accumulated batches. For the last step of an epoch, it is called at the end of the
-    epoch, so that a run resumes from its checkpoint in the next epoch.
+    If gradients are accumulated over several batches, `on_step` is called only after the last of these batches. For the
+    last step of an epoch, `on_step` is called when Lightning has ended the epoch. A run that resumes from a checkpoint
+    of this step therefore starts with the next epoch.
     """
 
     last_step = -1
 
     @abstractmethod
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, epoch_ends: bool) -> None:
-        """Act after step `trainer.global_step`, counted from 1; `epoch_ends` is true for the last step of an epoch."""
+        """Run the callback's action after an optimizer step.
+
+        Args:
+            trainer: trainer of the run; `trainer.global_step` is the number of the step, starting at 1.
+            module: module that is trained.
+            epoch_ends: true for the last step of an epoch.
+        """
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -49,7 +56,7 @@ class StepCallback(Callback, ABC):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
-        # If a run stops early, within an epoch, `on_step` has already been called for the last step.
+        # If the run stops in the middle of an epoch, `on_train_batch_end` has already called `on_step` for this step.
         if self.last_step != trainer.global_step:
             self.on_step(trainer, pl_module, True)
 
@@ -58,8 +65,12 @@ class StepSeed(Callback):
     """Seed torch before each batch, so that dropout does not depend on earlier batches.
 
     Each seed is computed from the seed of the run, the rank of the process, the step, and the number of the batch
-    within the step. It would not be enough to store the state of the random generator in checkpoints, because creating
-    the iterator of a DataLoader also draws from the generator.
+    within the step. A resumed run thus uses the same random numbers as a run without interruption. Storing the state of
+    torch's random generator in checkpoints would not be enough, because a resumed run creates a new iterator of its
+    DataLoader, which also draws from the generator.
+
+    Args:
+        seed: seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -74,9 +85,10 @@ class StepSeed(Callback):
 
 
 def cpu_process_group(trainer: pl.Trainer) -> Any:
-    """Return a CPU process group for `any_rank`; None for a single process. All processes must call this.
+    """Return a process group of all processes, for `any_rank`; None for a single process. All processes must call this.
 
-    A collective operation on the GPU would wait for all queued kernels.
+    The processes of the group communicate on the CPU, because communication on the GPU would wait for all queued
+    kernels.
     """
     return torch.distributed.new_group(backend="gloo") if trainer.world_size > 1 else None
 
@@ -98,10 +110,14 @@ def any_rank(group: Any, *flags: bool) -> list[bool]:
 class CurveLogger(StepCallback):
     """Log a point of each training curve every `every` steps, and the progress every minute.
 
-    The loss, the accuracy and the cosine with the correct landmark are means over the images of the current step in all
-    processes. The learning rates and the p of GeM are also logged. The images/s and the fraction of time spent waiting
-    for data refer to the time since the previous point, without validation and saving. The GPU memory is the peak so
-    far, in GB.
+    A point contains these values:
+
+    - the loss, the accuracy and the cosine with the correct landmark, averaged over the images of the current step in
+      all processes;
+    - the learning rates, the p of GeM, and the number of the epoch;
+    - the images per second and the fraction of time spent waiting for data. Both are measured since the previous point,
+      without the time of validations and of saving checkpoints;
+    - on a GPU, the peak memory since the start of the run, in GB.
 
     Args:
         every: number of steps between two points.
@@ -157,7 +173,11 @@ class CurveLogger(StepCallback):
             )
 
     def _speed(self, trainer: pl.Trainer, module: TrainingModule) -> dict[str, float]:
-        """Return the speed and the waiting time since the previous point, and the peak GPU memory."""
+        """Return the speed since the previous point and, on a GPU, the peak memory; then restart the measurement.
+
+        Returns:
+            "images_per_second"; "data_wait", the fraction of time spent waiting for data; and on a GPU "gpu_memory_gb".
+        """
         seconds = max(1e-9, time.perf_counter() - self.start - (module.paused - self.paused))
         steps = trainer.global_step - self.step
         speed = {
@@ -170,18 +190,18 @@ class CurveLogger(StepCallback):
         return speed
 
     def _restart(self, trainer: pl.Trainer, module: Any) -> None:
-        """Start to measure the speed from the current step."""
+        """Start a new measurement of the speed at the current step."""
         self.start, self.step = time.perf_counter(), trainer.global_step
         self.paused, self.waited = module.paused, self._waited(trainer)
 
     @staticmethod
     def _waited(trainer: pl.Trainer) -> float:
-        """Return the total seconds that training has waited for images."""
+        """Return the time in seconds that this process has waited for images since the start of the run."""
         return trainer.datamodule.waited  # type: ignore[attr-defined]
 
 
 class CorruptImageCallback(pl.Callback):
-    """Add the corrupt images of each batch to the run's list of corrupt images."""
+    """Add the corrupt images of each training batch to the run's list of corrupt images."""
 
     def __init__(self, corrupt_images: CorruptImageList) -> None:
         self.corrupt_images = corrupt_images
@@ -197,12 +217,13 @@ class NonFiniteGuard(StepCallback):
     """End the run in all processes if a loss or a weight is not finite.
 
     Losses stay on the device and are checked only every `every` steps, because each check waits for the GPU.
-    `CheckpointCallback` also calls the check before each save, so that no checkpoint contains such a weight.
+    `CheckpointCallback` also calls `check` before each save, so that all weights in a checkpoint are finite.
 
     Args:
         every: number of steps between two checks.
         folder: run directory; its `nonfinite.txt` lists the images of the first batch with a non-finite loss.
-        location: function that maps the index of an image to its location.
+        location: function that takes the index of an image and returns its location, which is written to
+            `nonfinite.txt`.
     """
 
     def __init__(self, every: int, folder: Path, location: Callable[[int], str]) -> None:
@@ -251,7 +272,8 @@ class NonFiniteGuard(StepCallback):
 
         Args:
             trainer: trainer of the run.
-            window: step, indices of the images, and finiteness of the loss, for each batch since the last check.
+            window: for each batch since the last check, the step, the indices of the images, and whether the loss is
+                finite.
         """
         first = next(((step, indices.tolist()) for step, indices, finite in window if not finite), None)
         firsts: list[Any] = [first]
@@ -271,11 +293,15 @@ class NonFiniteGuard(StepCallback):
 
     @staticmethod
     def _hint(trainer: pl.Trainer, module: TrainingModule) -> str:
-        """Return the end of an error message, which suggests settings that help."""
+        """Return the end of an error message; it suggests settings that prevent values that are not finite."""
         half = "" if trainer.precision.startswith(("32", "64")) else ", or trainer.precision=32-true"
         return f"; lower optim.lr ({module.optim.lr}), or set optim.clip{half}, with a new name="
 
     @staticmethod
     def _step(trainer: pl.Trainer, batch_idx: int) -> int:
-        """Return the step that a batch belongs to. Lightning has already counted a step that is complete."""
+        """Return the number of the step that the batch `batch_idx` belongs to, starting at 1.
+
+        After the last batch of a step, Lightning has already increased `trainer.global_step`. After the other batches,
+        1 is added.
+        """
         return trainer.global_step + ((batch_idx + 1) % trainer.accumulate_grad_batches != 0)

@@ -41,9 +41,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints atomically and keep the previous one as `previous.ckpt`.
 
-    Lightning's own implementation first writes to the system's folder for temporary files. If that folder is on another
-    file system, a full disk leaves a truncated file under the final name, and a missing write permission is not
-    reported.
+    Lightning's own implementation first writes a checkpoint to the system's folder for temporary files, and then moves
+    it to its final path. If the two are on different file systems, the move copies the file. A full disk then leaves a
+    truncated checkpoint at the final path, and a missing write permission is not reported.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -52,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_file(path, path.with_name(PREVIOUS)) as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch raises it in place of the OSError of the file
+            except RuntimeError as error:  # torch raises RuntimeError if writing the file raises OSError
                 cause = error.__context__
                 raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
 
@@ -89,7 +89,7 @@ class CheckpointCallback(StepCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.group = cpu_process_group(trainer)
-        # Lightning's own handlers run a broadcast, which may interrupt another collective operation.
+        # Lightning's own signal handlers run a broadcast, which may interrupt another collective operation.
         if in_main_thread():
             self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         if trainer.is_global_zero:
@@ -116,11 +116,17 @@ class CheckpointCallback(StepCallback):
             number = next(number for number, flag in zip(_SIGNALS, stop, strict=True) if flag)
             name = signal.Signals(number).name
             log.warning("%s: saved a checkpoint at step %d; run the same command to resume", name, trainer.global_step)
-            # If another process ends with a status other than 0, Lightning kills the first process.
+            # Only the first process exits with this status. If another process exited with a status other than 0,
+            # Lightning would kill the first process.
             sys.exit(128 + number if trainer.is_global_zero else 0)
 
     def _receive(self, number: int, frame: Any) -> None:
-        """Handle a signal by recording it, so that the run ends after this step; a second Ctrl-C ends it at once."""
+        """Record a signal, so that the run ends after the current step. A second Ctrl-C ends the run at once.
+
+        Args:
+            number: number of the signal.
+            frame: not used; Python passes it to every signal handler.
+        """
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
@@ -130,7 +136,15 @@ class CheckpointCallback(StepCallback):
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """Return the newest valid checkpoint and its step; None if there are no checkpoints. Rename a damaged `last.ckpt`.
+    """Find the newest valid checkpoint.
+
+    If `last.ckpt` is damaged and `previous.ckpt` is valid, the first process renames the damaged file.
+
+    Args:
+        folder: folder of the checkpoints.
+
+    Returns:
+        The path and the step of the checkpoint; None if there are no checkpoints.
 
     Raises:
         InputError: all checkpoints are damaged.
@@ -151,7 +165,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
         for text in damaged:
             log.warning("%s; resuming from %s, step %d", text, path, step)
         if damaged and first_process():
-            # Otherwise, the next save would overwrite the valid `previous.ckpt` with the damaged file.
+            # Each save renames `last.ckpt` to `previous.ckpt`. With a damaged `last.ckpt`, this would overwrite the
+            # valid checkpoint.
             (folder / LAST).replace(folder / f"{LAST}.damaged")
         return path, step
     if damaged:
@@ -160,7 +175,11 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
 
 
 def _step_of(path: Path) -> int:
-    """Return the step of a checkpoint, after verifying its checksums, which torch does not verify."""
+    """Verify the checksums of a checkpoint, which torch does not verify, and return its step.
+
+    Raises:
+        ValueError: a checksum is wrong. Reading a damaged file can also raise the other exceptions in `_DAMAGED`.
+    """
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged:

@@ -56,8 +56,8 @@ class TrainingModule(pl.LightningModule):
         self.accumulate = fit.accumulate
         self.landmarks = torch.from_numpy(landmarks)
         self.layout = torch.channels_last if fit.channels_last else torch.contiguous_format
-        # DistributedDataParallel allocates the gradients with the strides of the parameters. The layout is set before
-        # that, because results would not be exactly the same if it changed later.
+        # The layout of the parameters is set here, before DistributedDataParallel allocates the gradients with the same
+        # strides. If the layout changed later, results would differ slightly.
         network.to(memory_format=self.layout)
         if optim.freeze_backbone:
             network.backbone.requires_grad_(False)
@@ -94,7 +94,7 @@ class TrainingModule(pl.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[RetrievalNetwork]:
-        """Yield `result` in evaluation mode, and set training mode after the block."""
+        """Yield the network `result` in evaluation mode; set training mode again when the `with` statement ends."""
         self.result.eval()
         try:
             yield self.result
@@ -103,7 +103,7 @@ class TrainingModule(pl.LightningModule):
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Add the duration of the block to `paused`, so that it does not count as training time."""
+        """Add the duration of a `with` statement to `paused`, so that it does not count as training time."""
         start = time.perf_counter()
         try:
             yield
@@ -111,7 +111,7 @@ class TrainingModule(pl.LightningModule):
             self.paused += time.perf_counter() - start
 
     def on_fit_start(self) -> None:
-        """Set training mode."""
+        """Set training mode, but keep frozen layers in evaluation mode (see `train`)."""
         self.train()
 
     def training_step(self, batch: Batch | InputError, batch_idx: int) -> dict[str, Tensor]:
@@ -122,8 +122,9 @@ class TrainingModule(pl.LightningModule):
             batch_idx: number of the batch in the epoch.
 
         Returns:
-            Scalar tensors: "loss" for the backward pass, and the detached "value" of the loss, the "accuracy", and the
-            mean "cosine" with the correct landmark.
+            Scalar tensors by name: "loss" is used for the backward pass, "value" is the same loss without gradient,
+            "accuracy" is the fraction of correctly classified images, and "cosine" is the mean cosine with the correct
+            landmark.
 
         Raises:
             InputError: an image and its replacements are corrupt.
@@ -145,8 +146,9 @@ class TrainingModule(pl.LightningModule):
         checkpoint["landmarks"] = self.landmarks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Convert the batch counts in the checkpoint to the current number of accumulated batches per step."""
-        # Lightning counts batches, and trainer.accumulate may have changed since the checkpoint.
+        """Adapt the number of processed batches in a checkpoint to the current `trainer.accumulate`."""
+        # Lightning stores its position in the epoch as a number of batches. If trainer.accumulate has changed since the
+        # checkpoint was saved, a step consists of a different number of batches.
         steps = self.total_steps // self.optim.epochs
         done = checkpoint["global_step"] % steps
         parts = (done or steps) * self.accumulate
@@ -178,7 +180,7 @@ class TrainingModule(pl.LightningModule):
 def warmup_cosine(step: int, warmup: int, total: int) -> float:
     """Return the learning rate at a step as a fraction of its peak.
 
-    It rises linearly to 1 in `warmup` steps, and then follows a cosine that reaches 0 after `total` steps.
+    The fraction rises linearly to 1 in `warmup` steps, and then follows a cosine that reaches 0 after `total` steps.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -193,8 +195,8 @@ def batch_norms(module: nn.Module) -> list[nn.Module]:
 def parameter_groups(name: str, module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Return the parameter groups of a module for the optimizer.
 
-    Biases, parameters of normalization layers and the p of GeM have at most one dimension, and no weight decay. Frozen
-    parameters are left out.
+    Weight decay is applied only to parameters with more than one dimension. Biases, parameters of normalization layers
+    and the p of GeM have at most one dimension, so they get no weight decay. Frozen parameters are left out.
 
     Args:
         name: prefix of the names of the groups.

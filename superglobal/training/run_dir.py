@@ -28,7 +28,9 @@ def export_path(outputs: str, name: str) -> Path:
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Create a run directory and lock it for the duration of the block; if the process dies, the lock is released.
+    """Create a run directory, and lock it until the `with` statement ends.
+
+    The lock is also released if the process dies.
 
     Raises:
         InputError: another process is training in the folder, or the folder cannot be written.
@@ -47,8 +49,8 @@ def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: 
     Args:
         folder: run directory.
         record: record of the run, as JSON types; "identity" contains the settings that a resumed run must share.
-        codes: (N,) uint64 codes that identify the contents of the images; 0 for corrupt images. While a run is
-            interrupted, images may become corrupt or be repaired, but must not change in other ways.
+        codes: (N,) uint64 codes that identify the contents of the images; 0 for corrupt images. A run can be resumed if
+            images have become corrupt or were repaired, but not if a valid image has other contents than before.
         restart: whether to remove the checkpoints of an unfinished run and start again.
 
     Returns:
@@ -62,7 +64,7 @@ def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: 
     if existing is None and (folder / EXPORT).is_file():
         existing = {}
     if score is None and not (folder / EXPORT).is_file() and not any((folder / CHECKPOINTS).glob("*.ckpt")):
-        existing = None  # the run ended before it saved a checkpoint
+        existing = None  # the run ended before it saved a checkpoint, so there is nothing to resume
     if existing and existing.get("format") != FORMAT:
         raise InputError(
             f"{folder} contains a training run of an earlier version, which cannot be resumed; its network can still "
@@ -101,7 +103,13 @@ def finish_run(folder: Path, score: float) -> None:
 
 
 def _require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise InputError if the identity recorded in the folder, `before`, differs from that of this run, `now`."""
+    """Raise InputError if the settings of this run differ from those of the run in the folder.
+
+    Args:
+        folder: run directory.
+        before: identity of the run in the folder, as recorded there.
+        now: identity of this run.
+    """
     before, now = flatten(before), flatten(now)
     differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if differing:
@@ -116,10 +124,14 @@ def _require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, 
 
 
 def _require_same_images(folder: Path, codes: np.ndarray) -> np.ndarray:
-    """Compare the codes of the images with the recorded codes.
+    """Compare the codes of the images with the codes recorded in a run directory.
+
+    Args:
+        folder: run directory.
+        codes: (N,) uint64 codes of the images; 0 for corrupt images.
 
     Returns:
-        The codes; an image that is corrupt now keeps its recorded code.
+        (N,) uint64 codes to record. An image that is corrupt now keeps the code that was recorded before.
 
     Raises:
         InputError: an image has changed, or the recorded codes cannot be read.
@@ -139,7 +151,11 @@ def _require_same_images(folder: Path, codes: np.ndarray) -> np.ndarray:
 
 
 def _remove_outputs(folder: Path) -> None:
-    """Remove the outputs of an unfinished run, but keep its record and its log file."""
+    """Remove the outputs of an unfinished run, but keep the record of its settings and its log file.
+
+    Raises:
+        InputError: a file or folder cannot be removed.
+    """
     try:
         shutil.rmtree(folder / CHECKPOINTS)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)

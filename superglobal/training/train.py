@@ -71,10 +71,12 @@ def train(cfg: DictConfig, folder: Path) -> float:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     training, held_out = _training_lists(config)
     network = _load_network(config)
-    # Lightning's settings and the batch size are validated before any file is written.
+    # Creating a Trainer and `EpochBatches` validates the settings of Lightning and the batch size. This happens before
+    # any file is written.
     world = make_fit_trainer(config.trainer, config.optim, [], []).world_size
     EpochBatches(len(training), config.optim.batch_size, config.seed, config.trainer.accumulate, world=world)
-    # Other processes are children of the first process or wait for it, so only the first process checks the images.
+    # Only the first process checks the images. All other processes are started by the first process later, or wait for
+    # it.
     corrupt: list[CorruptImages] = [[], []]
     record: dict[str, Any] = {}
     codes = np.zeros(0, np.uint64)
@@ -100,7 +102,12 @@ def train(cfg: DictConfig, folder: Path) -> float:
 
 
 def _training_lists(config: TrainConfig) -> tuple[TrainList, TrainList]:
-    """Return the lists of training and held-out images. Raises InputError if one has fewer than two landmarks."""
+    """Return the list of training images and the list of held-out images, which have different landmarks.
+
+    Raises:
+        InputError: a file that lists the images is missing or invalid, or one of the two lists has fewer than two
+            landmarks.
+    """
     d, fraction = config.data, config.validation.fraction
     listed = read_train(d.root, d.table, d.min_images, d.classes_of, d.leave_out, d.tars)
     training, held_out = split_landmarks(listed, fraction, config.seed)
@@ -134,7 +141,7 @@ def _load_network(config: TrainConfig) -> RetrievalNetwork:
     if config.optim.batch_norm == "sync":
         if not torch.cuda.is_available():
             raise InputError("optim.batch_norm=sync: expected GPUs; use train or frozen")
-        # torch's own function would drop the activation in timm's batch norm layers.
+        # timm's batch norm layers include an activation function. torch's own conversion would drop it.
         network = timm.layers.convert_sync_batchnorm(network)
     return network
 
@@ -146,7 +153,8 @@ def _record(config: TrainConfig, network: RetrievalNetwork, training: TrainList,
     identity.
     """
     settings = asdict(config)
-    # A resumed run may use another device or other paths. `network.identity` contains the settings of the network.
+    # A resumed run may use another device or other paths, so these settings are left out. The settings of the network
+    # are left out because `network.identity` contains them.
     for name in ("paths", "logger", "trainer", "name", "pooling", "backbone", "weights", "dim", "resume"):
         del settings[name]
     for name in ("role", "root", "tars", "max_corrupt_fraction"):
@@ -165,7 +173,11 @@ def _record(config: TrainConfig, network: RetrievalNetwork, training: TrainList,
 
 
 def _validation_sets(config: TrainConfig) -> list[EvaluationSet]:
-    """Return the configured evaluation sets that are on disk. The first process also checks their images."""
+    """Return the evaluation sets in `validation.sets` whose ground truth is on disk.
+
+    Raises:
+        InputError: an image is missing or unreadable; only the first process checks the images.
+    """
     sets, first = [], first_process()
     for name in config.validation.sets:
         folder = Path(config.paths.data) / name
@@ -232,7 +244,8 @@ def _fit(
     )
     callbacks: list[Callback] = [StepSeed(config.seed), CorruptImageCallback(lists[0])]
     callbacks += [CurveLogger(every, o.batch_size), guard, validation, checkpoints]
-    # On a restart, other processes may still see checkpoints that the first process is removing.
+    # With resume=restart, the first process removes all checkpoints. Other processes do not look for checkpoints,
+    # because they could find one that is about to be removed.
     ignore = config.resume == "restart" and not first_process()
     checkpoint, step = (None if ignore else newest_checkpoint(folder / CHECKPOINTS)) or (None, 0)
     if checkpoint is not None:
@@ -244,7 +257,15 @@ def _fit(
 
 
 def _export(folder: Path, record: dict[str, Any], best: RetrievalNetwork, score: float, step: int) -> None:
-    """Save the weights of a network with the record of the run, the validation mAP `score` and the step."""
+    """Save a network to the exported file of a run.
+
+    Args:
+        folder: run directory.
+        record: record of the run, which the file also contains.
+        best: network to save.
+        score: validation mAP of the network, in 0..1; recorded in the file.
+        step: step at which the network was validated; recorded in the file.
+    """
     best.set_p(None)  # stores the learned p in the configuration of the network
     save_weights(best, folder / EXPORT, {**record, "val_map": score, "step": step})
 

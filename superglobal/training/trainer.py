@@ -33,15 +33,15 @@ from superglobal.training.checkpointing import AtomicCheckpointIO
 from superglobal.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
-# Warnings that Lightning prints at each start and that do not apply here.
+# Messages and categories of warnings that Lightning prints at each start, although they do not apply here.
 _IRRELEVANT_WARNINGS: list[tuple[str, type[Warning]]] = [
     (".*LeafSpec.*is deprecated", FutureWarning),
-    (".*your dataloader is not resumable", UserWarning),  # the order of images resumes at the checkpoint's step
-    (".*in eval mode at the start of training", UserWarning),  # frozen layers are in evaluation mode
+    (".*your dataloader is not resumable", UserWarning),  # the sampler resumes after the checkpoint's step
+    (".*in eval mode at the start of training", UserWarning),  # frozen layers stay in evaluation mode on purpose
     (".*does not have many workers", UserWarning),
-    (".*smaller than the logging interval", UserWarning),  # CurveLogger logs the curves
+    (".*smaller than the logging interval", UserWarning),  # the interval is not used, because CurveLogger logs
 ]
-# Texts in errors that are raised if the connection to another process is lost.
+# Parts of the error messages of torch that mean that the connection to another process was lost.
 _LOST_CONNECTION = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -68,7 +68,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
         warnings.filterwarnings("ignore", pattern, category)
     devices = t.devices
     nodes = options.get("num_nodes", 1)
-    # SLURM itself starts the processes of a job, so a job can use several devices.
+    # Under SLURM, a sweep job can use several devices, because SLURM starts the processes of a job, not Lightning.
     if sweeping() and not SLURMEnvironment.detect():
         single = devices in (1, "1", "auto") or (isinstance(devices, list) and len(devices) == 1)
         if not single or nodes > 1:
@@ -81,7 +81,8 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
             devices = 1
     try:
         if SLURMEnvironment.detect():
-            # Lightning's automatic requeue would save in a signal handler. `CheckpointCallback` saves after the step.
+            # Lightning's automatic requeue is disabled, because it would save a checkpoint in a signal handler, in the
+            # middle of a step. `CheckpointCallback` saves after the step.
             options["plugins"] = [*options.get("plugins", ()), SLURMEnvironment(auto_requeue=False)]
         trainer = pl.Trainer(
             accelerator=t.accelerator,
@@ -111,7 +112,10 @@ def launched_externally() -> bool:
 
 
 def _launched() -> tuple[str, int | None]:
-    """Return the launcher of this run and the number of processes it has started; "" and None without a launcher."""
+    """Return the launcher of this run, "torchrun" or "SLURM", and the number of processes that it has started.
+
+    Without a launcher, return "" and None.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun", int(os.environ.get("WORLD_SIZE", 1))
     if SLURMEnvironment.detect():
@@ -162,24 +166,35 @@ class TrainingSweep(HydraCallback):
         self.scores: list[tuple[float, str]] = []
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Store the score of a finished run; NaN if it failed."""
+        """Store the validation mAP that a job returned; NaN if its training failed."""
         if job_return.status == JobStatus.COMPLETED and job_return.hydra_cfg is not None:
             folder = Path(job_return.hydra_cfg.hydra.runtime.output_dir)
             self.scores.append((job_return.return_value, f"{' '.join(job_return.overrides or ())}: {folder}"))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Print the scores."""
+        """Print the scores, best first, and exit with status 2 if a run failed."""
         for score, run in sorted(self.scores, key=lambda pair: -math.inf if math.isnan(pair[0]) else pair[0])[::-1]:
             print("failed" if math.isnan(score) else f"validation mAP {score:.4f}", run, flush=True)
         if any(math.isnan(score) for score, _ in self.scores):
             sys.exit(2)
 
 
-_END_DELAY = 8  # seconds that other processes wait after an error, while the first process reports it
+_END_DELAY = 8  # seconds for which the other processes wait after an error, so that the first process can report it
 
 
 def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
-    """Create the Trainer for `run_fit` from the training settings. Raises InputError like `make_trainer`."""
+    """Create the Trainer of a training run.
+
+    Args:
+        t: settings of the devices, the precision and gradient accumulation.
+        o: settings of the optimizer.
+        callbacks: callbacks of the run.
+        loggers: loggers of the training curves.
+
+    Raises:
+        InputError: Lightning rejects the settings, a sweep uses several devices per job, or torchrun or SLURM has
+            started a different number of processes.
+    """
     return make_trainer(
         t,
         precision(t),
@@ -217,14 +232,15 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
     """
     _end_with_first_process()
     if trainer.precision == "64-true":
-        # Lightning would load the checkpoint before it converts the module, which would round the weights.
+        # The module is converted to float64 here. Otherwise, Lightning would load the float64 weights of a checkpoint
+        # into float32 parameters, which would round them, and convert the module only then.
         module.double()
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except InputError:
         if not trainer.is_global_zero:
-            # When another process ends, Lightning kills the first process. The delay lets the first process report the
-            # error first.
+            # Lightning kills the first process when another process ends. The other processes therefore wait until the
+            # first process has reported the error.
             time.sleep(_END_DELAY)
         raise
     except SystemExit as end:
@@ -247,7 +263,10 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
 
 
 def _end_with_first_process() -> None:
-    """Make this process end when the first process, which has started it, ends or is killed."""
+    """Make this process end when the first process ends or is killed.
+
+    This applies to processes that the first process has started. torchrun ends the processes of a run itself.
+    """
     if "LOCAL_RANK" not in os.environ or os.environ["LOCAL_RANK"] == "0" or "TORCHELASTIC_RUN_ID" in os.environ:
         return
     parent = os.getppid()

@@ -38,10 +38,11 @@ log = logging.getLogger(__name__)
 class RetrievalValidation(StepCallback):
     """Validate the network by its mAP on held-out images and on evaluation sets.
 
-    Each held-out image is a query that is searched for among all others. Their mAP is logged as "val/map" (0..1), and
-    the network with the best one is exported. The mAP on the evaluation sets ("<name>/map/easy" and so on) is only
-    logged. Descriptors are extracted at one scale, as in training, in strict float32, and scored by the same functions
-    as in an evaluation. The initial network is validated too, so that errors appear before the first epoch.
+    Each held-out image is a query that is searched for among all other held-out images. The mAP of these queries is
+    logged as "val/map" (0..1), and the network with the highest val/map is exported. The mAP on the evaluation sets
+    ("<name>/map/easy" and so on) is only logged. Descriptors are extracted at one scale, as in training, and in strict
+    float32. The mAP is computed by the same functions as in an evaluation. The initial network is validated too, so
+    that errors appear before the first epoch.
 
     Args:
         held_out: images of landmarks that are not used for training; corrupt images are dropped.
@@ -49,12 +50,13 @@ class RetrievalValidation(StepCallback):
         every_epochs: number of epochs between validations; the last step is always validated.
         every_steps: number of steps between further validations; None to validate only by epochs.
         sets: evaluation sets.
-        patience: number of successive validations without a new best after which training stops; None for no limit.
-        export: function that exports a network, given the network, its val/map and the step. The first process calls it
-            for each new best val/map.
+        patience: number of successive validations without a new best val/map after which training stops; None for no
+            limit.
+        export: function that exports a network; it takes the network, its val/map and the step. The first process calls
+            this function for each new best val/map.
         num_workers: number of processes that decode images.
-        asked_to_stop: function that returns whether this process must end. In this case, the validation is canceled,
-            and repeated when the run is resumed.
+        asked_to_stop: function that returns True if this process has received a signal to end the run. A validation in
+            progress is then canceled, and is repeated when the run is resumed.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class RetrievalValidation(StepCallback):
         self.group: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for checkpoints."""
+        """Return the state for checkpoints: the best val/map, the number of validations since then, and `pending`."""
         return {"best": self.best, "stale": self.stale, "owed": self.pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -93,7 +95,7 @@ class RetrievalValidation(StepCallback):
         self.best, self.stale, self.pending = state_dict["best"], state_dict["stale"], state_dict["owed"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Only the first process has checked the images, and knows which of them are corrupt.
+        # Only the first process has checked the images. It sends the indices of the valid images to the other processes.
         self.held_out.indices = trainer.strategy.broadcast(self.held_out.indices)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -101,7 +103,7 @@ class RetrievalValidation(StepCallback):
         self.group = cpu_process_group(trainer)
         if self.pending:
             self._validate_and_export(trainer, pl_module)
-        # The run may have been killed between its last validation and its end.
+        # The interrupted run may have been killed after the validation that should have stopped it.
         trainer.should_stop = self._out_of_patience()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -117,7 +119,10 @@ class RetrievalValidation(StepCallback):
             self._validate_and_export(trainer, module)
 
     def _validate_and_export(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        """Validate, and export the network if it is the best so far."""
+        """Validate the network, and export it if its val/map is the best so far.
+
+        If `patience` is exhausted, training stops. If the validation is canceled, it is marked as pending.
+        """
         step = trainer.global_step
         score = self._validate(trainer, module)
         self.pending = score is None
@@ -133,14 +138,23 @@ class RetrievalValidation(StepCallback):
             trainer.should_stop = True
 
     def _out_of_patience(self) -> bool:
-        """Return whether training must stop, because the last `patience` validations gave no new best."""
+        """Return whether training must stop, because the last `patience` validations gave no new best val/map."""
         return self.patience is not None and self.stale >= self.patience
 
     def _validate(self, trainer: pl.Trainer, module: TrainingModule) -> float | None:
-        """Log all validation scores, and return the mAP on the held-out images in all processes; None if canceled."""
+        """Validate the network on the held-out images and on the evaluation sets, and log the mAP of each set.
+
+        Returns:
+            The mAP on the held-out images (0..1), the same value in all processes; None if the validation was canceled,
+            in which case nothing is logged.
+
+        Raises:
+            InputError: an image of an evaluation set is corrupt, or no landmark has two valid held-out images.
+        """
         with module.pause(), module.evaluating() as network:
             if trainer.world_size > 1:
-                # Batch norm statistics differ between processes until the next forward pass of DDP.
+                # After a training step, each process has its own batch norm statistics. DDP synchronizes them only in
+                # the next forward pass, so the statistics of the first process are copied to the other processes here.
                 for buffer in network.buffers():
                     torch.distributed.broadcast(buffer, 0)
             X, faults = self._extract(trainer, network, self.held_out)
@@ -169,7 +183,17 @@ class RetrievalValidation(StepCallback):
         return score
 
     def _held_out_map(self, X: np.ndarray) -> float:
-        """Return the mAP on the held-out images, with descriptors X (n, D); each is excluded from its own ranking."""
+        """Return the mAP on the held-out images; each image is a query and is excluded from its own results.
+
+        Args:
+            X: (n, D) descriptors of the held-out images.
+
+        Returns:
+            The mAP, in 0..1.
+
+        Raises:
+            InputError: no landmark has two valid images.
+        """
         truth = leave_one_out_truth(self.held_out.labels)
         score = evaluate(X, X, truth, LABELS, exclude=np.arange(len(X)), samples=1).map["all"]
         if score is None or not np.isfinite(score):
@@ -180,7 +204,13 @@ class RetrievalValidation(StepCallback):
         return score
 
     def _loader(self, images: Subset, processes: int, device: torch.device) -> ImageLoader:
-        """Return a loader that reads one image at a time; `processes` is the number of processes of the run."""
+        """Return a data loader that yields one image at a time.
+
+        Args:
+            images: images of this process.
+            processes: number of processes of the run, on which the start method of the loader's workers depends.
+            device: device to which the images are copied.
+        """
         return ImageLoader(
             images,
             num_workers=self.num_workers,
@@ -191,7 +221,13 @@ class RetrievalValidation(StepCallback):
         )
 
     def _report(self, trainer: pl.Trainer, module: TrainingModule, values: dict[str, float]) -> None:
-        """Log the progress of training, and the validation scores `values` by name."""
+        """Log the epoch, the step, the loss and the validation mAP as text.
+
+        Args:
+            trainer: trainer of the run.
+            module: module that is trained.
+            values: mAP (0..1) by name, such as "val/map".
+        """
         others = "".join(f", {name} {value:.4f}" for name, value in values.items() if name != "val/map")
         if trainer.global_step == 0:
             log.info("before training: validation mAP %.4f%s", values["val/map"], others)
@@ -207,8 +243,8 @@ class RetrievalValidation(StepCallback):
         """Extract the descriptors of all images; the work is divided among the processes.
 
         Returns:
-            In all processes, the (n, D) float32 descriptors, which are zero for corrupt images, or None if the
-            validation is canceled; and the row and the error of each corrupt image.
+            The descriptors (n, D) float32, or None if the validation is canceled; and a list with the row and the error
+            of each corrupt image, whose descriptor is zero. All processes return the same values.
         """
         device = network.mean.device
         subset = Subset(images, range(trainer.global_rank, len(images), trainer.world_size))
@@ -225,7 +261,7 @@ class RetrievalValidation(StepCallback):
         if any_rank(self.group, self.asked_to_stop())[0]:
             return None, []
         if trainer.world_size > 1:
-            # Each row is zero in all processes but one, so that the sum is exact.
+            # Each image is extracted by one process. Its row is zero in all other processes, so the sum is exact.
             torch.distributed.all_reduce(X)
             faults_by_rank: list[list[tuple[int, InputError]]] = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(faults_by_rank, faults)
@@ -235,7 +271,10 @@ class RetrievalValidation(StepCallback):
 
 @contextmanager
 def _without_cudnn_benchmark() -> Iterator[None]:
-    """Disable cuDNN's search for the fastest algorithm, because it would be repeated for each image size."""
+    """Disable cuDNN's search for the fastest algorithm within a `with` statement.
+
+    cuDNN would repeat this search for each new image size, and almost every image of the validation has another size.
+    """
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield
@@ -244,5 +283,5 @@ def _without_cudnn_benchmark() -> Iterator[None]:
 
 
 def _whole_images(items: Sequence[ImageItem]) -> ImageDataset:
-    """Return a dataset of the images at their full size, without limiting their longer side."""
+    """Return a dataset that loads images at full size; larger images are not shrunk."""
     return ImageDataset([(items, None)], [(0, row) for row in range(len(items))])
