@@ -95,7 +95,7 @@ class RetrievalValidation(StepCallback):
         self.best, self.stale, self.pending = state_dict["best"], state_dict["stale"], state_dict["owed"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Only the first process has checked the images. It sends the indices of the valid images to the other processes.
+        # Only the first process has checked the images. It sends the indices of the valid images to all others.
         self.held_out.indices = trainer.strategy.broadcast(self.held_out.indices)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

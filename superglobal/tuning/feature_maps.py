@@ -33,13 +33,13 @@ _PROGRESS_SECONDS = 20.0
 class MapStore:
     """Store of feature maps (C, H, W) float32 of one backbone, with one safetensors file per image.
 
-    The folder is named after a fingerprint of everything that changes a map: weights, ReLUP and resizing. A file is
-    named after a fingerprint of the image's name, box and content, and contains the maps of all scales. Files are
-    written atomically. A file that lacks the map of a scale is replaced.
+    The name of the store's folder is a fingerprint of everything that changes a map: weights, ReLUP and resizing. The
+    name of a file is a fingerprint of the image's name, box and content. A file contains the maps of all scales of the
+    image. Files are written atomically. A file that lacks the map of a scale is computed again.
 
     Args:
         folder: parent folder of all map stores.
-        network: network on the CPU; its pooling settings may be changed by `configure`.
+        network: network on the CPU. The methods of the store change its pooling settings and scales.
         max_side: longer side in pixels to which larger images are shrunk; None for no limit.
     """
 
@@ -61,11 +61,20 @@ class MapStore:
         self.folder = folder / _digest(json.dumps(self.identity, sort_keys=True))
 
     def path(self, line: str) -> Path:
-        """Return the path of the file with an image's maps; `line` is the image's line in `ExtractionList.lines`."""
+        """Return the path of the file that contains the maps of an image.
+
+        Args:
+            line: text that identifies the image, one of those that `ExtractionList.lines` returns.
+        """
         return self.folder / f"{_digest(line)}.safetensors"
 
     def missing(self, images: ExtractionList, grid: Sequence[Settings]) -> list[int]:
-        """Return the row numbers of the images whose files lack a map that any settings in the grid need."""
+        """Return the row numbers of the images whose maps are not completely stored.
+
+        Args:
+            images: list of images.
+            grid: settings to try. All maps that at least one of these settings uses must be stored.
+        """
         rows = []
         for row, line in enumerate(images.lines()):
             stored = _stored(self.path(line))
@@ -79,7 +88,7 @@ class MapStore:
         Args:
             images: list of images.
             rows: row numbers of the images to count.
-            grid: settings whose maps are needed.
+            grid: settings to try. All maps that at least one of these settings uses are counted.
         """
         cells, sizes = 0, images.sizes()
         for row in rows:
@@ -97,13 +106,13 @@ class MapStore:
     def fill(
         self, images: ExtractionList, rows: Sequence[int], grid: Sequence[Settings], device: str, workers: int
     ) -> None:
-        """Compute and write the maps of some images for all settings in the grid.
+        """Compute and write the maps of some images for all settings in a grid.
 
         Args:
             images: list of images.
             rows: row numbers of the images to compute.
-            grid: settings whose maps are needed.
-            device: device of the network.
+            grid: settings to try. All maps that at least one of these settings uses are computed.
+            device: device to compute on.
             workers: number of processes that decode images.
 
         Raises:
@@ -130,9 +139,18 @@ class MapStore:
         self.network.cpu()
 
     def _compute(self, image: Tensor, grid: Sequence[Settings]) -> dict[str, Tensor]:
-        """Return the maps (C, H, W) of one image for all settings in the grid, by their names (see `_keys`)."""
+        """Compute the feature maps of one image for all settings in a grid.
+
+        Args:
+            image: (3, H, W) image on the device of the network.
+            grid: settings to try.
+
+        Returns:
+            Feature maps (C, H, W) float32 on the CPU, by name (see `_keys`).
+        """
         maps: dict[str, Tensor] = {}
-        # Settings with the most scales come first, because their maps usually include the maps for fewer scales.
+        # Settings with the most scales come first, because their maps usually include the maps for fewer scales. The
+        # network then does not need to run again.
         for settings in sorted(grid, key=lambda settings: -settings.scales):
             keys = self._keys(settings, (image.shape[-2], image.shape[-1]))
             if not maps.keys() >= set(keys):
@@ -147,7 +165,7 @@ class MapStore:
         Args:
             settings: pooling settings.
             images: images whose maps are stored.
-            pooling: network whose pooling and whitening layers are applied; its pooling is set to `settings`.
+            pooling: network whose pooling and whitening layers are applied; it is changed to `settings` first.
 
         Returns:
             (N, D) float32, unit norm.
@@ -174,10 +192,11 @@ class MapStore:
         return np.stack(rows)
 
     def _keys(self, settings: Settings, size: tuple[int, int]) -> list[str]:
-        """Return the names of an image's maps in its file, one per scale.
+        """Return the names under which the feature maps of an image are stored in its file, one name per scale.
 
-        The network enlarges an image whose shorter side is below a minimum, which depends on the settings. The names of
-        the maps of such an image contain this minimum. Otherwise, the map of a scale is the same for all settings.
+        The network enlarges an image whose shorter side is below a minimum, and this minimum depends on the settings.
+        The names of the maps of such an image therefore contain the minimum, as in "1 from 90". The map of a larger
+        image depends only on the scale, so its name is the scale, as in "1".
 
         Args:
             settings: settings of the scales and the pooling.
@@ -189,12 +208,24 @@ class MapStore:
         return [f"{scale:g}{suffix}" for scale in self.network.scales]
 
     def _grid_keys(self, grid: Sequence[Settings], size: tuple[int, int]) -> set[str]:
-        """Return the names of all maps that the settings in the grid need, for an image of this (height, width)."""
+        """Return the names (see `_keys`) of all maps that at least one of the settings in a grid uses.
+
+        Args:
+            grid: settings to try.
+            size: (height, width) of the image in pixels.
+        """
         return {key for settings in grid for key in self._keys(settings, size)}
 
 
 def _stored(path: Path) -> tuple[tuple[int, int], set[str]] | None:
-    """Return the (height, width) of an image and the names of its maps from its file; None if the file is not valid."""
+    """Read the size of an image and the names of its feature maps from the file that contains the maps.
+
+    Args:
+        path: file of the image in a `MapStore`.
+
+    Returns:
+        (height, width) of the image in pixels, and the names of the maps; None if the file is missing or damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -204,7 +235,7 @@ def _stored(path: Path) -> tuple[tuple[int, int], set[str]] | None:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise InputError unless `needed` bytes are free on the disk of `folder`; the folder need not exist yet."""
+    """Raise InputError unless `needed` bytes are free on the disk of `folder`, which need not exist yet."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

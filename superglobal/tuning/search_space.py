@@ -1,4 +1,4 @@
-"""Define the settings that tuning searches, run the search, and evaluate its outcome."""
+"""Define the settings of pooling and reranking that can be tuned, search for the best ones, and report the result."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Settings:
     beta: float = 0.15
 
     def pooling(self) -> dict[str, Any]:
-        """Return the pooling settings as arguments of `PoolingConfig`, without the parameters of disabled modules."""
+        """Return the pooling settings as arguments of `PoolingConfig`; parameters of disabled modules are left out."""
         regional = self.regional_window > 1
         return {
             "gem_plus": True,
@@ -72,7 +72,10 @@ class Trial:
 
 
 def configure(network: RetrievalNetwork, settings: Settings) -> None:
-    """Apply settings of pooling and scales to a network; ReLUP stays unchanged, because it is part of the backbone."""
+    """Change the pooling and the scales of a network to `settings`.
+
+    ReLUP stays unchanged, because it is part of the backbone.
+    """
     pooling = {key: value for key, value in settings.pooling().items() if not key.startswith("relup")}
     network.pooling.config = replace(network.config, **pooling)
     network.scales = make_scales(settings.scales)
@@ -84,8 +87,8 @@ def choices(space: SpaceConfig, has_relup: bool, reachable: int) -> dict[str, An
     Args:
         space: configured search space.
         has_relup: whether the backbone supports ReLUP.
-        reachable: number of database images that a query can retrieve. All values of M from this number on have the
-            same effect, so they are left out, except for the paper's 400.
+        reachable: number of database images that a query can retrieve. Values of M that are not smaller than this
+            number all rerank every image, so they are left out. The paper's value 400 is always included.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -115,15 +118,17 @@ def search(
 ) -> list[Trial]:
     """Try the settings `first`, and then settings proposed by Optuna's TPE sampler.
 
-    Every finished trial is saved, and a proposal depends only on the seed and the earlier trials. A search that was
-    interrupted, or that is repeated with more trials, therefore gives the same trials as a search without interruption.
+    Every finished trial is saved, and the settings of a trial depend only on the seed and on the earlier trials. If a
+    search is interrupted and resumed, it therefore gives the same trials as a search without interruption. The same is
+    true if a finished search is continued with a higher number of trials.
 
     Args:
-        distributions: distribution of each setting to search; all other settings stay as in `first`.
+        distributions: Optuna distribution of each setting to search, by name. All other settings have the values in
+            `first`.
         first: settings of the first trial.
         score: function that computes the mAP of settings, in 0..1.
         trials: total number of trials.
-        seed: seed of the proposals.
+        seed: seed of the sampler.
         journal: file in which the trials are saved.
 
     Returns:
@@ -149,7 +154,8 @@ def search(
         params = {name: value for name, value in asdict(first).items() if name in distributions}
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=score(first)))
     for number in range(max(1, len(done)), trials):
-        # Each trial uses a new sampler with its own seed, because the state of a shared sampler is not saved on disk.
+        # Each trial uses a new sampler with its own seed. The state of one sampler for all trials would be lost when
+        # the search is interrupted.
         sampler_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, multivariate=True, constant_liar=False)
         trial = study.ask(distributions)
@@ -161,7 +167,10 @@ def search(
 
 
 def _with_params(first: Settings, params: dict[str, Any]) -> Settings:
-    """Return `first` with the values of `params`, rounded because steps of 0.2 add up to 4.6000000000000005."""
+    """Return a copy of `first` in which the settings in `params` have new values.
+
+    Floats are rounded to 6 digits, because Optuna proposes values such as 4.6000000000000005 instead of 4.6.
+    """
     rounded: dict[str, Any] = {
         name: round(value, 6) if isinstance(value, float) else value for name, value in params.items()
     }
@@ -177,8 +186,8 @@ def best(trials: Sequence[Trial]) -> Trial:
 class Outcome:
     """Comparison of the best settings with the paper's settings; all mAP values are in 0..1.
 
-    The landmarks are divided into the search half, on which settings are searched, and the check half, on which they
-    are compared.
+    The landmarks of the validation set are divided into two halves. The best settings are chosen by the mAP on the
+    search half. The gain of these settings is measured on the check half.
 
     Attributes:
         tuned_on: description of the validation set, which is shown with every result that uses the settings.
@@ -219,7 +228,10 @@ class Outcome:
         return f"gain {gain}" + ("" if self.interval[0] > 0 else "; the gain may be due to chance")
 
     def overrides(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the best settings as the configuration groups `pooling` and `rerank`, each with `tuned_on`."""
+        """Return the best settings as two dicts, for the configuration groups `pooling` and `rerank`.
+
+        Both dicts also contain `tuned_on`.
+        """
         w, mark = self.winner, {"tuned_on": self.tuned_on}
         parameters = {"M": w.M, "K": w.K, "beta": w.beta} if self.rerank else {}
         return {**w.pooling(), **mark}, {"enabled": self.rerank, **parameters, **mark}
@@ -234,16 +246,16 @@ def compare(
     rerank: bool,
     seed: int,
 ) -> Outcome:
-    """Compare the best trial with the first trial, which has the paper's settings, on both halves.
+    """Compare the best trial with the first trial, which has the paper's settings, on both halves of the landmarks.
 
     Args:
-        trials: trials in order.
-        ap: two arrays (Q,) with the average precision of every query, with the settings of the best trial and of the
-            first trial; NaN for queries without a positive.
+        trials: all trials, in the order in which they were run.
+        ap: two arrays (Q,) with the average precision of every query: the first for the settings of the best trial, the
+            second for those of the first trial. NaN for queries without a positive.
         searched: (Q,) bool, True for queries of the search half.
         clusters: landmark of each query.
         tuned_on: description of the validation set.
-        rerank: whether the settings of reranking were searched, too.
+        rerank: whether reranking was enabled and its settings were searched, too.
         seed: seed of the bootstrap.
     """
     counted = ~np.isnan(ap[1])
@@ -264,7 +276,17 @@ def compare(
 
 
 def write_outcome(folder: Path, name: str, outcome: Outcome, trials: Sequence[Trial]) -> None:
-    """Write `trials.csv`, `result.json`, and the files in `conf/` that define `pooling=<name>` and `rerank=<name>`."""
+    """Write the results of a tuning run.
+
+    `trials.csv` contains the settings and the mAP of each trial, and `result.json` contains the outcome. Two files in
+    `conf/` contain the best settings, so that you can select them by `pooling=<name>` and `rerank=<name>`.
+
+    Args:
+        folder: folder to write to.
+        name: name of the two configuration files, without extension.
+        outcome: comparison of the best settings with the paper's settings.
+        trials: all trials, in the order in which they were run.
+    """
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["trial", *asdict(trials[0].settings), "mAP"])
@@ -283,13 +305,23 @@ def write_outcome(folder: Path, name: str, outcome: Outcome, trials: Sequence[Tr
 
 
 def usage(folder: Path, name: str, outcome: Outcome, weights: str) -> str:
-    """Return two commands that evaluate with the best settings: one uses the files in `conf/`, one lists all values."""
+    """Return text with two commands that evaluate with the best settings.
+
+    The first command uses the configuration files that `write_outcome` has written. The second command contains all
+    values and needs no files.
+
+    Args:
+        folder: folder that contains `conf/`.
+        name: name of the configuration files, without extension.
+        outcome: comparison of the best settings with the paper's settings.
+        weights: weights of the tuned network, for `weights=`.
+    """
     rest = f"dataset=... weights={shlex.quote(weights)}"
     pooling, rerank = outcome.overrides()
     values = [f"scales={outcome.winner.scales}"]
     values += [f"pooling.{key}={json.dumps(value)}" for key, value in pooling.items()]
     values += [f"rerank.{key}={json.dumps(value)}" for key, value in rerank.items()]
-    # `tuned_on` contains spaces, so it needs quotes for the shell in addition to those for Hydra.
+    # The value of `tuned_on` contains spaces. It has quotes for Hydra, and needs further quotes for the shell.
     by_value = " ".join(f"'{value}'" if " " in value else value for value in values)
     by_file = f"--config-dir {shlex.quote(str(folder / 'conf'))} {rest} pooling={name} rerank={name}"
     return (
@@ -299,7 +331,7 @@ def usage(folder: Path, name: str, outcome: Outcome, weights: str) -> str:
 
 
 def _comments(outcome: Outcome) -> str:
-    """Return YAML comments that state how the settings were tuned, and their mAP."""
+    """Return YAML comments that state how the best settings were tuned and what mAP they have."""
     search_half, check_half = (
         "{:.2f} and {:.2f}".format(*(100 * value for value in pair))
         for pair in (outcome.search_half, outcome.check_half)

@@ -93,8 +93,8 @@ class Scorer:
 
     Args:
         dataset: evaluation set.
-        lists: list of the database images and, if the queries are other images, list of the query images.
-        stores: map store for each lower bound of ReLUP.
+        lists: image list of the database and, if the queries are not database images, image list of the queries.
+        stores: stores of feature maps, by lower bound of ReLUP.
         network: network whose pooling and whitening layers are applied, on its device.
         rerank: whether to rerank after the search.
     """
@@ -143,8 +143,8 @@ def _validation_set(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]
     """Load the validation set: the configured set, or the held-out images of a training run.
 
     Returns:
-        The validation set; the longer side in pixels to which its images are shrunk, or None; and the description of
-        the set that is recorded with the tuned settings.
+        The validation set; the longer side in pixels to which larger images are shrunk, or None for no limit; and a
+        description of the set, which is recorded as `tuned_on` with the tuned settings.
     """
     d = config.dataset
     if d is None:
@@ -160,12 +160,13 @@ def _validation_set(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]
 def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int | None]:
     """Return the held-out images of a training run as an evaluation set, and the run's `validation.max_side`.
 
-    Each image is a query that is searched for among all other images. Images that the run recorded as corrupt are left
-    out.
+    Each image is a query that is searched for among all other images. Images that the training run has recorded as
+    corrupt are left out.
 
     Args:
         run: folder of the training run, which contains `training.json`.
-        data_root: folder of the training list; None for the folder recorded in `training.json`.
+        data_root: folder that contains the training list and the images; None for the folder that `training.json`
+            records.
 
     Raises:
         InputError: `training.json` or the training list is missing, or the images are in tar files.
@@ -211,14 +212,15 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
 
 
 def limit_images(dataset: EvaluationSet, max_images: int, seed: int) -> EvaluationSet:
-    """Reduce a leave-one-out set to the images of randomly chosen landmarks.
+    """Reduce a leave-one-out set to at most `max_images` images of randomly chosen landmarks.
 
-    All images of a chosen landmark are kept. Other sets are returned unchanged, because their queries need the complete
-    database.
+    All images of a chosen landmark are kept. A set that is not leave-one-out is returned unchanged, because its ground
+    truth is defined for the complete database.
 
     Args:
         dataset: evaluation set.
-        max_images: maximum number of images; it may be exceeded, because at least four landmarks are kept.
+        max_images: maximum number of images. It may be exceeded if landmarks have many images, because at least four
+            landmarks are kept.
         seed: seed of the choice.
 
     Raises:
@@ -247,7 +249,7 @@ def limit_images(dataset: EvaluationSet, max_images: int, seed: int) -> Evaluati
 
 
 def draw_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.ndarray:
-    """Choose half of the landmarks at random, on whose queries settings are searched.
+    """Choose half of the landmarks at random; the settings are searched on the queries of these landmarks.
 
     Args:
         clusters: landmark of each query.
@@ -271,7 +273,18 @@ def draw_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.nda
 
 
 def _extraction_lists(dataset: EvaluationSet, max_side: int | None) -> list[ExtractionList]:
-    """Check all image files, and return the lists of database images and, if they are other images, of query images."""
+    """Check all image files, and return the image lists of the database and the queries.
+
+    Args:
+        dataset: evaluation set.
+        max_side: longer side in pixels to which larger images are shrunk; None for no limit.
+
+    Returns:
+        The image list of the database and, if the queries are not database images, the image list of the queries.
+
+    Raises:
+        InputError: images are missing or unreadable.
+    """
     items = {"database": dataset.database} | ({} if dataset.leave_one_out else {"queries": dataset.queries})
     checked = require_images([(title, images, dataset.how_to_get) for title, images in items.items()])
     return [ExtractionList(title, dataset.name, images, checked[title], max_side) for title, images in items.items()]
@@ -282,7 +295,8 @@ def _load_network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
 
     Args:
         config: settings of the tuning run.
-        alpha: lower bound of ReLUP; 0 turns ReLUP off, None uses the paper's value if the backbone supports ReLUP.
+        alpha: lower bound of ReLUP. 0 turns ReLUP off. None uses the paper's value if the backbone supports ReLUP, and
+            otherwise turns ReLUP off.
     """
     weights = config.weights or (config.backbone.weights if config.backbone else None)
     relup: dict[str, Any] = {"relup": "auto"}
@@ -299,7 +313,10 @@ def _load_network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
 
 
 def _identity(config: TuneConfig, network: RetrievalNetwork, lists: list[ExtractionList]) -> dict[str, Any]:
-    """Return what identifies a tuning run, as JSON types: search space, seed, network and images."""
+    """Return the identity of a tuning run, as JSON types: search space, seed, network and images.
+
+    A tuning run can only be resumed with the same identity.
+    """
     space = {key: sorted(value) if isinstance(value, list) else value for key, value in asdict(config.space).items()}
     images = [line for images in lists for line in images.lines()]
     identity = {"space": space, "seed": config.seed, "network": network.identity(), "images": images}
@@ -337,10 +354,10 @@ def _compute_maps(
         lists: checked image lists.
         max_side: longer side in pixels to which larger images are shrunk; None for no limit.
         relup: whether the backbone supports ReLUP.
-        device: device of the network.
+        device: device to compute on.
 
     Returns:
-        For each lower bound of ReLUP, the store of its feature maps.
+        Stores of feature maps, by lower bound of ReLUP.
 
     Raises:
         InputError: the disk is too small, an image is corrupt, or a file cannot be written.
