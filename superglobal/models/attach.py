@@ -1,4 +1,4 @@
-"""Add SuperGlobal's pooling and ReLUP to a network that was not created by this package."""
+"""Add SuperGlobal's pooling and ReLUP to a trained network of another library, in place."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Attachment:
         self.on_undo(lambda: replace_module(self.network, name, old))
 
     def on_undo(self, action: Callable[[], Any]) -> None:
-        """Register a function that reverts a change, for `undo`."""
+        """Register a function without arguments that reverts a change; `undo` calls it."""
         self._undo.append(action)
 
 
@@ -122,7 +122,14 @@ def attach(
 
 
 def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequence[float], antialias: bool) -> None:
-    """Make `forward` resize the batch to each scale and combine the resulting vectors."""
+    """Replace the network's `forward` with a function that applies the old one at each scale and combines the vectors.
+
+    Args:
+        attachment: object with the network, which records how to undo the change.
+        config: settings of the combination of scales.
+        scales: scale factors.
+        antialias: apply a low-pass filter when the batch is resized to a smaller scale.
+    """
     network = attachment.network
     single_scale = network.forward
 
@@ -130,8 +137,8 @@ def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequen
         vectors = [single_scale(resize(images, s, antialias)) for s in scales]
         return scale_gem(vectors, config.scale_p) if config.scale else torch.stack(vectors).mean(0)
 
-    # To undo the change, restore a `forward` that was set on the instance before, or delete the new one, so that the
-    # method of the class is used again.
+    # The new `forward` is an attribute of the instance. To undo the change, restore the old attribute. If there was
+    # none, delete the new one, so that the method of the class is used again.
     previous = vars(network).get("forward")
     network.forward = forward
     attachment.on_undo(lambda: setattr(network, "forward", previous) if previous else delattr(network, "forward"))
@@ -180,7 +187,7 @@ def _find_pool(network: nn.Module) -> str:
         or (isinstance(module, SelectAdaptivePool2d) and not module.is_identity())
         or "gem" in type(module).__name__.lower()
     ]
-    # Submodules of a pooling layer are not separate candidates.
+    # A submodule of a pooling layer may match, too, but only the outermost module is replaced.
     outermost = [n for n in candidates if not any(n.startswith(f"{parent}.") for parent in candidates)]
     if len(outermost) != 1:
         raise InputError(f"the pooling layer is ambiguous (candidates: {outermost or 'none'}); give pool='NAME'")

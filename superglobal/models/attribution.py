@@ -114,12 +114,21 @@ def _gradient_times_input(x: Tensor, gradient: Tensor) -> np.ndarray:
 
 
 def _normalize(x: Tensor) -> Tensor:
-    """L2-normalize the rows of a tensor. The norms are detached, so the gradient treats them as constants."""
+    """L2-normalize the last axis of a tensor. The norms are detached, so gradients treat them as constants."""
     return x / x.detach().norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
 def _whitened(network: RetrievalNetwork, x: Tensor, bias: Tensor) -> Tensor:
-    """Pool and whiten a feature map (1, C, h, w) with the given bias and with constant norms: (1, D)."""
+    """Pool and whiten a feature map. The norm of the pooled vector is detached, so gradients treat it as a constant.
+
+    Args:
+        network: network with the pooling and the whitening layer.
+        x: (1, C, h, w) feature map.
+        bias: (D,) bias that replaces that of the whitening layer.
+
+    Returns:
+        Vector (1, D).
+    """
     pooled = network.pooling(x)
     if network.whitening is None:
         return pooled
@@ -128,7 +137,7 @@ def _whitened(network: RetrievalNetwork, x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _combine(network: RetrievalNetwork, vectors: Sequence[Tensor]) -> Tensor:
-    """Combine the vectors of all scales, (1, D) each, with constant norms: (1, D)."""
+    """Combine one vector (1, D) per scale to (1, D). Norms are detached, so gradients treat them as constants."""
     c = network.config
     if c.scale and math.isinf(c.scale_p):
         return torch.stack([_normalize(v) for v in vectors]).amax(dim=0)

@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         with torch.device("meta"):
             cls = type(timm.create_model(self.name, num_classes=0))
         accepted = inspect.signature(cls.__init__).parameters
-        # These options allow images of any size; Swin-like networks use another name for the same option.
+        # The option that allows images of any size has another name in Swin-like networks than in other models.
         if "dynamic_img_size" in accepted:
             return {"dynamic_img_size": True}
         return {"strict_img_size": False} if "strict_img_size" in accepted else {}
@@ -84,7 +84,7 @@ class Backbone(nn.Module):
     def _probe(self, kwargs: dict[str, Any]) -> None:
         """Determine the properties of the feature map by running the model on the meta device, without computing.
 
-        The properties are its stride, number of channels and memory layout, and whether its size is rounded up.
+        The properties are the stride, the number of channels, the memory layout, and whether images must be padded.
         """
         try:
             with torch.device("meta"), warnings.catch_warnings():
@@ -99,7 +99,7 @@ class Backbone(nn.Module):
                 self.multiple = self.stride if self.tokens or kwargs else 1
                 side = 2 * self.stride + 1
                 shape = self._map(net, torch.empty(1, 3, side, side)).shape
-        # Models with a fixed image size or without a feature map raise different kinds of exceptions.
+        # Models with a fixed image size and models without a feature map raise various exceptions here.
         except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
             raise InputError(
                 f"backbone={self.name}: no feature map for images of any size ({error}); choose a CNN or a vision "
@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         self._rounds_up = shape[-1] >= 3
 
     def _map(self, net: Any, x: Tensor) -> Tensor:
-        """Compute the feature map (B, C, h, w) of images (B, 3, H, W) with the model `net`."""
+        """Compute the feature map (B, C, h, w) of standardized images (B, 3, H, W) with the timm model `net`."""
         pad_h, pad_w = (-x.shape[-2] % self.multiple, -x.shape[-1] % self.multiple)
         if pad_h or pad_w:
             x = F.pad(x, (0, pad_w, 0, pad_h))

@@ -87,7 +87,7 @@ def load_model(
 
 
 def _read_source(weights: str) -> Weights | None:
-    """Read the weights that the setting `weights` names; return None for "timm" and "random"."""
+    """Read the weights from the file, folder or Hub repository `weights`; return None for "timm" and "random"."""
     if weights == "package":
         return package_weights()
     if weights in ("timm", "random"):
@@ -97,7 +97,16 @@ def _read_source(weights: str) -> Weights | None:
 
 
 def _backbone_name(weights: str, source: Weights | None, requested: str | None) -> str:
-    """Return the name of the backbone, stored or requested. Raises InputError if these contradict each other."""
+    """Return the name of the backbone: the one stored with the weights, or else the requested one.
+
+    Args:
+        weights: setting `weights`, for error messages.
+        source: weights that were read; None for "timm" and "random".
+        requested: name that the user requested; None for the stored one.
+
+    Raises:
+        InputError: both names are missing, or they contradict each other.
+    """
     stored = source.backbone if source is not None else None
     if stored is None and requested is None:
         raise InputError(f"weights={weights} does not include the architecture; give backbone=, for example resnet50")
@@ -107,7 +116,13 @@ def _backbone_name(weights: str, source: Weights | None, requested: str | None) 
 
 
 def _whitening_dim(weights: str, source: Weights | None, requested: int | None) -> int | None:
-    """Return the number of outputs of the whitening layer, stored or requested; None or 0 for no layer."""
+    """Return the number of outputs of the whitening layer; None or 0 for no layer.
+
+    Args:
+        weights: setting `weights`, for error messages.
+        source: weights that were read; None for "timm" and "random".
+        requested: number that the user requested; None for the one stored with the weights.
+    """
     stored = source.dim if source is not None else None
     if stored is not None and requested is not None and requested != stored:
         raise InputError(
@@ -118,7 +133,7 @@ def _whitening_dim(weights: str, source: Weights | None, requested: int | None) 
 
 
 def _load(network: RetrievalNetwork, source: Weights, label: str) -> None:
-    """Load the weights into the network; `label` is the start of error messages."""
+    """Load the weights `source` into the network. Error messages start with `label`."""
     if source.kind != "backbone":
         new_layer = network.whitening if source.dim is None else None
         new = {f"whitening.{name}": tensor for name, tensor in new_layer.state_dict().items()} if new_layer else {}

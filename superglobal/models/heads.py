@@ -25,7 +25,8 @@ class MarginOutput(NamedTuple):
 
     Attributes:
         loss: scalar, the mean over images of cross entropy times class weight. It is not divided by the mean weight of
-            the batch, so the loss of a batch is the mean of the losses of equal parts of it.
+            the batch. The loss of a batch that is split into equal parts is therefore the mean of the losses of the
+            parts.
         cosine: (B,) cosine of each descriptor with the nearest center of its true class, without margin, detached.
         correct: (B,) bool, true if the true class has the largest cosine, without margin, of all classes in the softmax
             of this step.
@@ -160,7 +161,7 @@ class MarginHead(nn.Module, ABC):
         return sampled, index[labels]
 
     def _margins_of(self, labels: Tensor, cosine: Tensor) -> Tensor:
-        """Return the margins (B,) of the labels (B,), in the dtype of `cosine`."""
+        """Return the margin of each image's true class: (B,) in the dtype of `cosine`, for labels (B,)."""
         if self.margins is not None:
             return self.margins[labels].to(cosine.dtype)
         assert self.margin is not None
@@ -258,7 +259,7 @@ HEADS: dict[str, type[MarginHead]] = {"arcface": ArcFace, "cosface": CosFace, "c
 
 
 def validate_kind(kind: str, dynamic_margin: bool = False, easy_margin: bool = False) -> None:
-    """Raise InputError if the kind of head is unknown or does not support the requested margins."""
+    """Raise InputError if the kind of head is unknown, or does not support `dynamic_margin` or `easy_margin`."""
     if kind not in HEADS:
         raise InputError(f"head.kind={kind}: expected one of {', '.join(HEADS)}")
     if easy_margin and kind != "arcface":
@@ -317,7 +318,7 @@ def make_head(
 
 
 def _mean_over_processes(values: Tensor) -> Tensor:
-    """Return the mean of values (B,) over the batches of all processes; B must be the same in all of them."""
+    """Return the mean of values (B,) over the batches of all processes; B must be the same in all processes."""
     mean = values.mean()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(mean)
@@ -352,8 +353,8 @@ def log_weights(counts: np.ndarray | Tensor) -> Tensor:
     """Compute a weight for each class from its size, as in psinger's 1st place in Google Landmark Recognition 2020.
 
     The weight is proportional to 1 / log(1 + n), where n is the number of images of the class. The weights are scaled
-    so that their mean over all images is 1. psinger normalizes by the weights of each batch instead. The weight of an
-    image then depends on the other images in its batch, and the result on the number of processes.
+    so that their mean over all images is 1. psinger's code normalizes the weights in each batch instead. There, the
+    weight of an image depends on the other images in the batch, so the result depends on the number of processes.
 
     Args:
         counts: (classes,) integers, number of images of each class.
@@ -370,7 +371,7 @@ def log_weights(counts: np.ndarray | Tensor) -> Tensor:
 
 
 def _positive_counts(counts: np.ndarray | Tensor) -> Tensor:
-    """Convert counts to a tensor (classes,) float64. Raises InputError if one is less than 1."""
+    """Convert the numbers of images per class to a tensor (classes,) float64. Raises InputError if one is below 1."""
     values = torch.as_tensor(counts).double()
     if not (values >= 1).all():
         empty = int((values < 1).nonzero()[0])
@@ -431,8 +432,8 @@ def _inverse_norms(x: Tensor) -> Tensor:
 class _Cosines(torch.autograd.Function):
     """Compute the cosines (B, N) of unit vectors x (B, D) with the rows of w (N, D), without a normalized copy of w.
 
-    The forward and the backward pass would need such a copy, and w is by far the largest tensor: 5 GB for 203,094
-    classes with three centers each. Apart from the gradient of w, this function allocates no tensor of its size.
+    Without this function, autograd would keep a normalized copy of w. w is by far the largest tensor: 5 GB for 203,094
+    classes with three centers each. This function allocates only one tensor of the size of w, the gradient of w.
     """
 
     @staticmethod

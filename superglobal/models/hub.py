@@ -48,8 +48,8 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "digest": (str,),
     "provenance": (dict,),
 }
-# Fields of the provenance that contain folders of the training machine. They are not shared. Other absolute paths are
-# shortened to file names.
+# Fields of the provenance that contain folders of the training machine. They are removed before a model is shared. In
+# the other fields, absolute paths are shortened to file names.
 _PRIVATE = ("root", "tars")
 
 
@@ -239,7 +239,7 @@ def model_card(
 
 
 def _card_settings(network: RetrievalNetwork) -> dict[str, Any]:
-    """Return the rows of the table of settings in the model card."""
+    """Return the table of settings in the model card, as a dict from setting to value."""
     return {
         "backbone": network.backbone.name,
         "whitening": f"to {network.dim}" if network.whitening is not None else "none",
@@ -253,7 +253,10 @@ def _card_settings(network: RetrievalNetwork) -> dict[str, Any]:
 
 
 def _training(provenance: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the provenance that `train.py` wrote, even if the weights were converted afterwards; None without one."""
+    """Return the provenance of the training, as written by `train.py`; None if the weights are not from `train.py`.
+
+    It is also found if the weights were converted after the training.
+    """
     if "identity" in provenance:
         return provenance
     return _training(provenance["origin"]) if "origin" in provenance else None
@@ -268,7 +271,7 @@ def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _require_reloadable(network: RetrievalNetwork) -> None:
-    """Raise InputError unless the weights are float32, and the backbone name and settings define the same layers."""
+    """Raise InputError unless the weights are float32 and the layers are those that `load_model` would create."""
     state = network.state_dict()
     dtypes = sorted({str(t.dtype) for t in state.values() if t.is_floating_point() and t.dtype != torch.float32})
     if dtypes:
@@ -280,7 +283,14 @@ def _require_reloadable(network: RetrievalNetwork) -> None:
 
 
 def _remove_paths(value: Any) -> Any:
-    """Return nested values with absolute paths shortened to file names, without private fields, as JSON types."""
+    """Prepare provenance for sharing: remove private fields, and shorten absolute paths to file names.
+
+    Args:
+        value: provenance, or any value nested in it.
+
+    Returns:
+        A copy of the value that consists of JSON types.
+    """
     if isinstance(value, Mapping):
         return {str(k): _remove_paths(v) for k, v in value.items() if k not in _PRIVATE}
     if isinstance(value, list | tuple):

@@ -16,7 +16,7 @@ from superglobal.models.backbone import Backbone, replace_module
 from superglobal.models.network import RetrievalNetwork
 from superglobal.utils.precision import PRECISIONS
 
-# Largest difference that folding batch norms may make in a feature map in float64, relative to its largest value.
+# Largest allowed change of a float64 feature map when batch norms are folded, relative to the largest value of the map.
 _FOLDING_TOLERANCE = 1e-9
 
 
@@ -50,7 +50,7 @@ def optimize_for_inference(networks: Sequence[RetrievalNetwork]) -> list[Retriev
 class PointwiseConv2d(nn.Conv2d):
     """1 x 1 convolution that is computed as a matrix product on CUDA.
 
-    This is faster, because cuDNN would add the bias in a separate pass.
+    The matrix product is faster, because a convolution of cuDNN adds the bias in a separate pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +98,9 @@ def fold_batch_norms(backbone: Backbone) -> Backbone:
 
 
 def _find_pairs(backbone: Backbone, image: Tensor) -> dict[str, str]:
-    """Find the convolutions whose output is the input of a batch norm, if both layers run once per forward pass.
+    """Find the convolutions whose output is the input of a batch norm, by a forward pass of the backbone.
+
+    A pair is omitted if one of the two layers runs more than once per forward pass.
 
     Args:
         backbone: backbone in evaluation mode.
@@ -145,6 +147,6 @@ def _fold(net: nn.Module, convolution: str, norm: str) -> None:
     conv: Any = net.get_submodule(convolution)
     batch_norm: Any = net.get_submodule(norm)
     replace_module(net, convolution, fuse_conv_bn_eval(conv, batch_norm))
-    # A batch norm of timm may include dropout and an activation, which are kept.
+    # timm's batch norms may contain dropout and an activation. These layers are kept.
     layers = [getattr(batch_norm, name) for name in ("drop", "act") if getattr(batch_norm, name, None) is not None]
     replace_module(net, norm, nn.Sequential(*layers) if layers else nn.Identity())

@@ -26,7 +26,7 @@ SCALES: dict[int, tuple[float, ...]] = {
 # Increase this number when a code change affects the descriptors for the same weights and settings, so that stores with
 # old descriptors are not reused.
 DESCRIPTOR_VERSION = 1
-# Maximum longer side, in pixels, to which a small image is enlarged. A very elongated image is distorted instead.
+# Maximum length, in pixels, of the longer side of an enlarged image. A very elongated image is distorted to keep to it.
 _MAX_ENLARGED_SIDE = 4096
 
 
@@ -130,11 +130,11 @@ class RetrievalNetwork(nn.Module):
         return self._pool(self.backbone(x))
 
     def _pool(self, feature_map: Tensor) -> Tensor:
-        """Pool and whiten a feature map (B, C, h, w): (B, D)."""
+        """Pool and whiten feature maps (B, C, h, w), and return vectors (B, D)."""
         return self._whiten(self.pooling(feature_map))
 
     def _whiten(self, pooled: Tensor) -> Tensor:
-        """Apply the whitening layer, if there is one, to pooled vectors (B, C): (B, D)."""
+        """Apply the whitening layer, if there is one, to pooled vectors (B, C), and return vectors (B, D)."""
         if self.whitening is None:
             return pooled
         return self.whitening(F.normalize(pooled) if self.config.l2_before_whitening else pooled)
@@ -165,7 +165,7 @@ class RetrievalNetwork(nn.Module):
         return self._combine([at_least_float32(self._pool(x)) for x in feature_maps])
 
     def _combine(self, vectors: list[Tensor]) -> Tensor:
-        """Combine the vectors of all scales, (B, D) each, and L2-normalize the result: (B, D)."""
+        """Combine one batch of vectors (B, D) per scale, and return L2-normalized vectors (B, D)."""
         if self.config.scale:
             combined = scale_gem(vectors, self.config.scale_p)
         else:
@@ -211,7 +211,7 @@ class RetrievalNetwork(nn.Module):
         return replace(pooling, relup="on" if has_relup(self.backbone.net) else "off")
 
     def _at_scale(self, x: Tensor, scale: float) -> Tensor:
-        """Resize images to a scale, and standardize them if they are not standardized yet."""
+        """Resize images (B, 3, H, W) by a scale factor, and standardize them. Standardized images are only resized."""
         if self.config.opencv_resize:
             return self.normalize(_opencv_resize(x, scale))
         return resize(x, scale, self.antialias)
@@ -244,7 +244,7 @@ class RetrievalNetwork(nn.Module):
         return (enlarged * 255).round().to(torch.uint8) if self.config.opencv_resize else enlarged
 
     def identity(self) -> dict[str, Any]:
-        """Return a dict of everything about the network that affects a descriptor, as plain types for a fingerprint."""
+        """Return a dict of plain types with everything about the network that affects its descriptors."""
         return {
             "descriptor_version": DESCRIPTOR_VERSION,
             "weights": weights_digest(self.state_dict()),

@@ -119,7 +119,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def relup_mode(value: Any) -> str:
-    """Return the ReLUP mode, one of `RELUP_MODES`, for the value of the setting `relup`.
+    """Convert the value of the setting `relup`, a boolean or a mode, to one of `RELUP_MODES`.
 
     Raises:
         InputError: the value is neither a boolean nor one of the modes.
@@ -215,7 +215,8 @@ def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5
 def _reflection_pad(x: Tensor, pad: int) -> Tensor:
     """Pad the last two dimensions of a tensor by `pad` elements on each side, by reflection.
 
-    If `torch.use_deterministic_algorithms` is on, the gradient is deterministic. That of `F.pad` is not on CUDA.
+    If `torch.use_deterministic_algorithms` is on, the gradient is deterministic. On CUDA, the gradient of `F.pad` is
+    not.
     """
     if not (x.requires_grad and torch.are_deterministic_algorithms_enabled()):
         return F.pad(x, (pad, pad, pad, pad), mode="reflect")
@@ -370,7 +371,7 @@ class MapPooling(nn.Module):
         return self.config.regional_window // 2 + 1 if self.config.regional else 1
 
     def key(self) -> tuple[Any, ...]:
-        """Return a hashable key that is equal for settings that pool a feature map to the same vector."""
+        """Return a hashable key of the settings that affect pooling. Equal keys give equal results for a map."""
         c = self.config
         region = (c.regional_p, c.regional_window, c.regional_weight) if c.regional else None
         return region, c.gem_plus, (c.gem_plus_p, c.gem_plus_eps) if c.gem_plus else (c.p, c.eps)

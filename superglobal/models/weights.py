@@ -40,7 +40,8 @@ _CVNET_LAYERS = {
     "f.c_bn": "bn3",
 }
 _LITE0 = "tf_efficientnet_lite0"
-# Number of blocks per stage. The PyPI package numbers all blocks consecutively, but timm restarts in each stage.
+# Number of blocks per stage. The PyPI package numbers the blocks of all stages consecutively, but timm starts from 0 in
+# each stage.
 _LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
 _LITE0_BLOCKS = [f"{stage}.{i}" for stage, count in enumerate(_LITE0_STAGES) for i in range(count)]
 _LITE0_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
@@ -109,7 +110,7 @@ class Weights:
 
     @property
     def format(self) -> str | None:
-        """Format "CVNet" for weights from a CVNet checkpoint, even if they were converted; None for other weights."""
+        """Origin of the weights: "CVNet" for a CVNet checkpoint, converted or not; else None."""
         name = self.provenance.get("format") or (self.provenance.get("origin") or {}).get("format")
         return name if name == "CVNet" else None
 
@@ -162,7 +163,7 @@ def save_weights(
 
 
 def architecture(network: RetrievalNetwork) -> dict[str, Any]:
-    """Return a dict of the settings that define a network's layers, and a digest of its weights, as JSON types."""
+    """Return a dict of JSON types with the settings that define a network's layers and the digest of the weights."""
     return {
         "backbone": network.backbone.name,
         "dim": network.dim if network.whitening is not None else None,
@@ -189,7 +190,7 @@ def pooling_from_json(pooling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
-    """Load a state dict into a module whose keys and shapes must be exactly the same.
+    """Load a state dict into a module. The keys and shapes of both must be exactly the same.
 
     Args:
         module: module to load the tensors into.
@@ -347,7 +348,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _shorten(names: list[str], max_names: int = 10) -> str:
-    """Return a text that lists at most `max_names` names and the number of the others."""
+    """Join names with commas. If there are more than `max_names`, list the first ones and the number of the others."""
     more = f", ... ({len(names) - max_names} more)" if len(names) > max_names else ""
     return ", ".join(names[:max_names]) + more
 
@@ -377,6 +378,7 @@ def _lite0_name(key: str) -> str:
         layer, leaf = key.split(".")
         return f"{_LITE0_OUTER[layer]}.{leaf}"
     block, layer, leaf = int(match[1]), match[2], match[3]
-    # The block of the first stage has no expansion convolution, so its layers have other numbers in timm's names.
+    # The block of the first stage has no expansion convolution. Its other layers therefore have different names in
+    # timm.
     names = _LITE0_FIRST_BLOCK if block == 0 else _LITE0_BLOCK
     return f"blocks.{_LITE0_BLOCKS[block]}.{names[layer]}.{leaf}"

@@ -267,7 +267,9 @@ class ApproximateIndex:
         return np.take_along_axis(scores, order, axis=1).astype(np.float32), np.take_along_axis(ids, order, axis=1)
 
     def _candidates(self, queries: np.ndarray, count: int, k: int, excluded: np.ndarray | None) -> np.ndarray:
-        """Fetch candidates from the index. A query with fewer than k candidates searches more and more IVF lists.
+        """Fetch candidates from the index.
+
+        For a query with fewer than k candidates, the search is repeated with more and more IVF lists.
 
         Args:
             queries: (Q, D) queries.
@@ -308,7 +310,8 @@ class ApproximateIndex:
             probes: number of lists searched per query; None for an index without lists.
 
         Returns:
-            Row numbers (Q, count) in the index, which omits skipped rows of the database; padded with -1.
+            Row numbers (Q, count) int64 in the index, padded with -1. They differ from database ids if the database has
+            skipped rows, which are not in the index.
         """
         faiss = faiss_module()
         options = {}
@@ -378,7 +381,7 @@ def open_index(
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return the inode and the modification time of a file, which change when it is replaced; None without a file."""
+    """Return the inode and modification time of a file, to detect that it was replaced; None if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -395,12 +398,13 @@ def _build_once(
     config: IndexConfig,
     gpu: Any,
 ) -> Any:
-    """Build and store the index, unless another process has stored it in the meantime; then load that one.
+    """Build and store the index. If another process has stored it in the meantime, load it instead.
 
     Args:
         path: file of the index.
         identity: everything that the index depends on.
-        before: `_stamp` of the file before the caller tried to load it.
+        before: result of `_stamp(path)` before the caller tried to load the index. If it has changed, another process
+            has stored the index.
         rows: rows of the database.
         kept: ids of the rows that are not skipped.
         config: configuration from `with_defaults`.
@@ -422,7 +426,17 @@ def _build_once(
 
 
 def _build(rows: Rows, kept: np.ndarray, config: IndexConfig, gpu: Any) -> Any:
-    """Train an index on a sample of the rows, add all rows block by block, and return the index on the CPU."""
+    """Build an index: train it on a sample of the rows, and add all rows block by block.
+
+    Args:
+        rows: rows of the database.
+        kept: ids of the rows that are not skipped.
+        config: configuration from `with_defaults`.
+        gpu: FAISS resources of a GPU; None for the CPU.
+
+    Returns:
+        FAISS index on the CPU.
+    """
     faiss = faiss_module()
     name = f"index {config.kind} ({_factory(config)})"
     index_bytes, additional = memory(config, len(kept), rows.dim)
@@ -468,10 +482,14 @@ def _save(index: Any, path: Path, identity: Mapping[str, Any]) -> None:
 
 
 def _load(path: Path, identity: Mapping[str, Any]) -> Any:
-    """Load the stored index and compare it with its checksum and `identity`.
+    """Load the stored index, and verify its checksum and its identity.
+
+    Args:
+        path: file of the index.
+        identity: everything that the index depends on, which must equal the stored identity.
 
     Returns:
-        FAISS index on the CPU. None if no index is stored, or if the stored one is damaged, which logs a warning.
+        FAISS index on the CPU. None if there is no file, or if the file is damaged; a warning is logged in this case.
     """
     if not path.exists():
         return None

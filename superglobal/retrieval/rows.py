@@ -17,11 +17,11 @@ from superglobal.errors import InputError
 NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError)
 """Exceptions that NumPy raises for a damaged `.npy` file."""
 CHUNK_ELEMENTS = 1 << 17
-"""Elements of a chunk that one thread processes: 1 MB of float64, which fits into the cache."""
-_CHUNKS_PER_THREAD = 4  # minimum number of chunks per thread; fewer do not justify another thread
+"""Number of elements that a thread processes at a time: 1 MB of float64, which fits into the cache."""
+_CHUNKS_PER_THREAD = 4  # minimum number of chunks per thread; for fewer chunks, another thread does not save time
 _UNIT_TOLERANCE = 1e-3
-_SCORE_ELEMENTS = 1 << 24  # elements of one block of scores: 64 MB of float32
-_BLOCK_ELEMENTS = 1 << 24  # elements of one block of rows: 64 MB of float32
+_SCORE_ELEMENTS = 1 << 24  # maximum number of scores of a block of rows with all queries: 64 MB of float32
+_BLOCK_ELEMENTS = 1 << 24  # maximum number of elements of a block of rows: 64 MB of float32
 
 
 class Rows:
@@ -119,7 +119,7 @@ class Rows:
         return all(tensor is not None and tensor.device == device for tensor in tensors)
 
     def block_on(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """Return rows start..min(stop, N)-1 as (n, D) float32 on `device`; they are converted to float32 there."""
+        """Return rows start..min(stop, N)-1 as (n, D) float32 on `device`, which also converts them to float32."""
         if is_host(device):
             return to_tensor(self.block(start, stop), device)
         stop = min(stop, len(self))
@@ -148,7 +148,7 @@ class Rows:
         flat = np.asarray(ids, np.int64).ravel()
         staged = self.host_buffer(flat.size, device)
         values = staged.numpy()
-        # Rows are read in ascending order, so that each chunk reads from only a few shards.
+        # Rows are read in ascending order, so that each chunk reads from only a few files (shards) of a store.
         order = np.argsort(flat, kind="stable")
 
         def read(chunks: Iterable[slice]) -> None:
@@ -164,17 +164,17 @@ class Rows:
         return torch.empty((rows, self.dim), dtype=dtype, pin_memory=device.type == "cuda")
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[Any, int, int]]:
-        """Split rows start..stop-1 by source.
+        """Split rows start..stop-1 into one piece per source.
 
         Yields:
-            Triples (source, low, high); the piece is rows low..high-1 of the source.
+            Triples (source, low, high): the piece consists of the rows low..high-1 of this source.
         """
         for source, low, high in zip(self._sources, self._starts[:-1], self._starts[1:], strict=True):
             if max(start, low) < min(stop, high):
                 yield source, max(start, low) - low, min(stop, high) - low
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 digest of the fingerprints of all sources; for a source without one, of all its values."""
+        """Return a SHA-256 digest of the fingerprints of all sources. Sources without one contribute their values."""
         digest = hashlib.sha256()
         for source in self._sources:
             if hasattr(source, "fingerprint"):
@@ -334,7 +334,7 @@ def validate_block(block: np.ndarray, first_row: int, name: str, unit: bool = Fa
 
 
 def is_unit(norms: np.ndarray) -> np.ndarray:
-    """Return a bool mask of the norms that differ from 1 by at most 1e-3; NaN is excluded.
+    """Return a bool mask that is true for norms that differ from 1 by at most 1e-3, and false for NaN.
 
     The tolerance allows for the rounding of unit vectors to float16.
     """
@@ -342,7 +342,7 @@ def is_unit(norms: np.ndarray) -> np.ndarray:
 
 
 def norm_fault(norm: float) -> str:
-    """Return the end of an error message about a descriptor with this invalid norm: what is wrong and how to fix it."""
+    """Return the text that ends an error message about a descriptor with an invalid norm: the problem and the fix."""
     if not np.isfinite(norm):
         return "has NaN or infinite values; extract it again"
     if norm < 1e-6:

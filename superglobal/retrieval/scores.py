@@ -17,7 +17,7 @@ TOLERANCE = 1e-6
 Scores that differ by less than twice this error are compared in float64. `scan` increases the tolerance for descriptors
 with larger errors.
 """
-_FEW_PAIRS = 2048  # for up to this number of pairs, it is not worthwhile to look for equal rows
+_FEW_PAIRS = 2048  # up to this number of pairs, finding equal rows takes longer than scoring all pairs
 _DEVICE_CHUNK_ELEMENTS = 1 << 23  # elements that are multiplied at a time on an accelerator: 64 MB of float64
 _LANES = 64  # number of partial sums of a pair score
 
@@ -60,7 +60,7 @@ def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray)
 def pair_scores_on(
     queries: torch.Tensor, vectors: torch.Tensor, query_of: np.ndarray, row_of: np.ndarray
 ) -> np.ndarray:
-    """Compute `pair_scores` of tensors on their device, with bitwise equal results.
+    """Compute the same as `pair_scores`, bitwise, for tensors on their device.
 
     Args:
         queries: (Q, D) float32.
@@ -83,7 +83,7 @@ def pair_scores_on(
 
 
 def _sum_rows(products: Any) -> Any:
-    """Sum each row of an array or tensor (P, D) float64 in a fixed order: (P,).
+    """Sum each row of an array or tensor (P, D) float64 in a fixed order, and return (P,) sums.
 
     Each of 64 partial sums adds every 64th element in sequence. Then the two halves of the partial sums are added
     elementwise until one sum remains. The fixed order gives bitwise equal results on every device.

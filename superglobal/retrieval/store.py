@@ -28,7 +28,8 @@ from superglobal.retrieval.store_files import (
 )
 
 _WRITTEN, _SKIPPED = 1, 2  # values in done.npy; 0 means missing
-# Rows are marked as done only after they are flushed to disk. A flush is due after this many rows or seconds.
+# Rows are marked as done only after their values are flushed to disk. A flush is due when this many rows are waiting,
+# or this many seconds after the last flush.
 _FLUSH_ROWS = 64
 _FLUSH_SECONDS = 5.0
 
@@ -71,7 +72,7 @@ class DescriptorStore:
             map_array(shard_path(folder, i), (count, self.shape[1]), self.dtype)
             for i, count in enumerate(shard_sizes(*self.shape[:1], self._rows_per_shard))
         ]
-        self._unflushed: dict[int, int] = {}  # row -> its byte in done.npy
+        self._unflushed: dict[int, int] = {}  # row -> new value of the row's byte in done.npy
         self._last_flush = time.monotonic()
         self._complete = False
 
@@ -242,7 +243,7 @@ class DescriptorStore:
             raise InputError(f"{self.folder}: row {outside[0]} is outside 0..{len(self) - 1}")
 
     def _mark(self, rows: np.ndarray, state: int) -> None:
-        """Register the new state of rows (`_WRITTEN` or `_SKIPPED`) for the next flush, and flush if it is due."""
+        """Register rows as `_WRITTEN` or `_SKIPPED`; the next flush records this in `done.npy`. Flush if it is due."""
         self._unflushed.update(dict.fromkeys(rows.tolist(), state))
         if len(self._unflushed) >= _FLUSH_ROWS or time.monotonic() - self._last_flush > _FLUSH_SECONDS:
             self.flush()

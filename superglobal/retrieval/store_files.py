@@ -291,7 +291,7 @@ def _read_lines(path: Path, rows: int, fix: str) -> list[str]:
     Args:
         path: the file.
         rows: expected length of the list.
-        fix: what the user can do if the list is missing or damaged, for the message.
+        fix: hint for the error message, how to replace a missing or damaged file.
     """
     try:
         lines = json.loads(_read_text(path, fix))
@@ -305,7 +305,7 @@ def _read_lines(path: Path, rows: int, fix: str) -> list[str]:
 
 
 def _read_text(path: Path, fix: str) -> str:
-    """Read a UTF-8 file. Raises InputError with the hint `fix` if this fails."""
+    """Read a UTF-8 file. If this fails, raise InputError with the text `fix`, which says how to replace the file."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -179,7 +179,7 @@ def merge(stores: Sequence[DescriptorStore], folder: Path) -> DescriptorStore:
 
 
 def _merge_rows(store: DescriptorStore, merged: DescriptorStore) -> None:
-    """Copy the written rows of a store to the merged store. Raises InputError if one differs there."""
+    """Copy the written rows of a store to the merged store. Raises InputError if a row differs from the one there."""
     written, present = store.written, merged.written
     for start in range(0, len(written), _BLOCK):
         ids = written[start : start + _BLOCK]
@@ -288,7 +288,8 @@ def _common_rows(source: DescriptorStore, store: DescriptorStore) -> tuple[np.nd
     """Find the missing rows of `store` whose images have a descriptor in `source`.
 
     Returns:
-        Row numbers in `store` and row numbers in `source`, (n,) int64 each. Empty if `source` is less precise.
+        Row numbers in `store` and row numbers in `source`, (n,) int64 each. Both are empty if `source` is stored in
+        float16 and `store` in float32.
     """
     if source.dtype.itemsize < store.dtype.itemsize:
         return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -299,9 +300,10 @@ def _common_rows(source: DescriptorStore, store: DescriptorStore) -> tuple[np.nd
 
 
 def _copy_valid(source: DescriptorStore, source_rows: np.ndarray, store: DescriptorStore, rows: np.ndarray) -> int:
-    """Copy rows of `source` that are unit vectors, and return their number.
+    """Copy rows of `source` to `store`, and return the number of copied rows.
 
-    Values are copied unchanged if both stores have the same dtype. Invalid rows stay missing, with a warning.
+    Rows that are not unit vectors are not copied, and a warning is logged. Values are copied unchanged if both stores
+    have the same dtype; otherwise they are normalized first.
 
     Args:
         source: store to read.

@@ -60,8 +60,8 @@ class Whitening:
     def fit(self, X: Any) -> Whitening:
         """Compute the mean and the principal axes in float64, in one pass over the rows.
 
-        Skipped rows of a store are ignored. "pca" needs more rows than axes: whitening makes too few rows orthogonal to
-        each other, whatever their images show.
+        Skipped rows of a store are ignored. "pca" needs more rows than axes. With fewer rows, whitening would make all
+        rows nearly orthogonal to each other, even rows of similar images.
 
         Args:
             X: (N, D) database: an array, a memory map, a tensor or a `DescriptorStore`.
@@ -157,7 +157,7 @@ class Whitening:
         return out
 
     def save(self, path: Path, identity: str) -> None:
-        """Write the results of `fit` to an .npz file, with a text `identity` that `load` compares."""
+        """Write the results of `fit` to an .npz file. `load` accepts the file only with the same text `identity`."""
         arrays: dict[str, Any] = {"identity": np.array(identity), "rows": np.array(self.n_samples_), "mean": self.mean_}
         if self._axes is not None:
             arrays["axes"] = self._axes
@@ -214,7 +214,7 @@ def stored_whitening(
 
 
 class _Transformed:
-    """Source of `Rows` that whitens other rows when they are read."""
+    """Source of `Rows` that reads the rows of another `Rows` object and whitens them."""
 
     def __init__(self, rows: Rows, whitening: Whitening) -> None:
         if whitening.mean_.shape != (rows.dim,):
