@@ -57,7 +57,7 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
 
     Args:
         config_name: name of the main configuration file in `conf`.
-        task: function of the composed configuration.
+        task: function to run; its argument is the composed configuration.
         arguments: settings and options of Hydra; None for the command line of the process.
 
     Returns:

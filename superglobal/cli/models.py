@@ -141,7 +141,7 @@ def share(arguments: Sequence[str]) -> int:
 
 
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that select a network: its weights, backbone, pooling and scales."""
+    """Add the arguments that select the weights, backbone, pooling and scales of a network to `parser`."""
     parser.add_argument(
         "weights", help="weights of the network, as for eval.py: a path, hf:owner/name, timm, package or random"
     )

@@ -25,9 +25,9 @@ from superglobal.utils.distributed import end_with_parent, in_main_thread
 
 log = logging.getLogger(__name__)
 Task = tuple[int, int]
-"""One image to read: the index of its image list, and its row in that list."""
+"""One image to read: (index of the image list, row of the image in this list)."""
 ImageList = tuple[Sequence[ImageItem], int | None]
-"""Images, and their maximum longer side `max_side` in pixels. Larger images are shrunk; None means no limit."""
+"""(images, `max_side`): larger images are shrunk so that the longer side has `max_side` pixels; None means no limit."""
 
 
 class ImageDataset(Dataset):
@@ -156,7 +156,16 @@ def _group_by_size(number: int, images: Iterable[tuple[int, Tensor | InputError]
 
 
 def _read(lists: Sequence[ImageList], task: Task, decoder: str = "cpu") -> EncodedImage | Tensor | InputError:
-    """Read one image. Return a (3, H, W) uint8 tensor, an encoded JPEG file for the GPU, or the error."""
+    """Read one image.
+
+    Args:
+        lists: image lists.
+        task: the image to read.
+        decoder: "cpu" to decode the image, or "gpu" to leave a JPEG file encoded if the GPU can decode it.
+
+    Returns:
+        The image as a (3, H, W) uint8 tensor; the encoded JPEG file; or the error if the image cannot be read.
+    """
     items, max_side = lists[task[0]]
     item = items[task[1]]
     try:
@@ -200,14 +209,14 @@ class ExtractionDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: list[LoadedBatch | EncodedBatch], device: torch.device, dataloader_idx: int
     ) -> list[LoadedBatch]:
-        """Decode encoded images on the device, and move decoded images to it."""
+        """Decode encoded images on the device. Move images that are already decoded to the device."""
         loaded: list[LoadedBatch] = []
         for images in batch:
             loaded += self._decode(images, device) if isinstance(images, EncodedBatch) else [images]
         return super().transfer_batch_to_device(loaded, device, dataloader_idx)
 
     def _decode(self, batch: EncodedBatch, device: torch.device) -> list[LoadedBatch]:
-        """Decode a batch of JPEG files on the device. Decode files that it does not support on the CPU."""
+        """Decode a batch of JPEG files on the device. A file that the device cannot decode is decoded on the CPU."""
         images: list[tuple[int, Tensor | InputError]] = []
         decoded = decode_batch(batch.data.split(batch.sizes), device)
         for row, pixels, (x1, y1, x2, y2) in zip(batch.rows, decoded, batch.bounds, strict=True):
@@ -306,7 +315,7 @@ class TrainingDataModule(pl.LightningDataModule):
 
     @property
     def waited(self) -> float:
-        """Time in seconds that the training has spent waiting for images."""
+        """Total time in seconds that the training has waited for images."""
         return 0.0 if self.loader is None else self.loader.waited
 
     def train_dataloader(self) -> DataLoader:

@@ -44,7 +44,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """File name, without the folder."""
+        """Name of the file, without the folder."""
         return self.path.rpartition("/")[2]
 
 
@@ -92,7 +92,7 @@ def select_sources(names: Iterable[str]) -> list[Source]:
 
 
 def download_command(name: str, folder: Path) -> str:
-    """Return the command that downloads the source `name` to `folder`, for messages."""
+    """Return the command that downloads the source `name`, if possible to `folder`. It is shown in messages."""
     command = f"superglobal download {name}"
     # `superglobal download` always uses the folder name of the source, so it cannot create `folder`.
     if folder.name != SOURCES[name].folder:

@@ -1,4 +1,4 @@
-"""Represent evaluation sets (queries, database and ground truth), register functions that load them, check images."""
+"""Define evaluation sets (queries, database, ground truth). Register functions that load the sets. Check images."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def problem_lines(title: str, total: int, problems: Sequence[tuple[Path | str, s
 
 
 def group_by_landmark(positives: Sequence[Iterable[int]]) -> list[int]:
-    """Find out which queries show the same landmark, from the overlap of their positives.
+    """Find out which queries show the same landmark, from the overlap between the positives of different queries.
 
     Two queries are linked if the intersection over union of their positives is at least 0.25. Queries that are linked,
     directly or through other queries, show the same landmark. File names cannot be used instead, because the `oxford_*`

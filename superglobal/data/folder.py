@@ -1,4 +1,4 @@
-"""Load your own images: a database folder, optional query images, and optional labels given by sub-folders."""
+"""Load your own images: a database folder, optional query images, and optional labels (names of sub-folders)."""
 
 from __future__ import annotations
 

@@ -48,11 +48,11 @@ class TrainList:
         return len(self.ids)
 
     def path(self, index: int) -> Path:
-        """Return the path of image `index` in the folder tree."""
+        """Return the path that the image at position `index` of this list has in the folder tree."""
         return self.root / tree_path(self.ids[index])
 
     def read(self, index: int) -> bytes:
-        """Return the contents of the file of image `index`.
+        """Return the contents of the file of the image at position `index` of this list.
 
         Raises:
             CorruptImageError: the file is missing or cannot be read. The message gives only the reason, not the file.
@@ -60,7 +60,10 @@ class TrainList:
         return self._source().read(self.ids[index])
 
     def location(self, index: int) -> str:
-        """Return where image `index` is stored, for messages: its path, or images_012.tar:a/b/c/<id>.jpg."""
+        """Return where the image at position `index` of this list is stored, for messages.
+
+        This is the path of the image file or, for an image in a tar file, images_012.tar:a/b/c/<id>.jpg.
+        """
         return self._source().location(self.ids[index])
 
     def digest(self) -> str:
@@ -375,7 +378,7 @@ def _rows_of(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _draw_queries(images: TrainList, seed: int) -> np.ndarray:
-    """Return a mask (N,) bool that selects one random image of each landmark."""
+    """Choose one random image of each landmark. Return the mask of these images, (N,) bool."""
     counts = np.bincount(images.labels)
     rows = np.cumsum(counts) - counts + np.random.default_rng([seed, 1]).integers(counts)
     is_query = np.zeros(len(images), bool)

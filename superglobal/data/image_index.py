@@ -36,7 +36,7 @@ class ImageSource(Protocol):
         """
 
     def location(self, image: bytes) -> str:
-        """Return where the image with the id `image` is stored, for messages."""
+        """Return where the image with the id `image` is stored: a text for messages."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +151,10 @@ class ImageIndex:
         return self.codes[np.searchsorted(self.ids, ids)]
 
     def corrupt_among(self, ids: np.ndarray) -> list[tuple[int, str]]:
-        """Find the missing and corrupt images among the images with the given ids, (n,) S16.
+        """Find the missing and corrupt images among the images with the given `ids`, (n,) S16.
 
         Returns:
-            (position in the argument `ids`, reason) of each missing or corrupt image.
+            (position in `ids`, reason) of each missing or corrupt image.
         """
         rows = np.searchsorted(self.ids, ids)
         reasons = dict(zip(self.bad.tolist(), self.reasons.tolist(), strict=True))

@@ -27,7 +27,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 MAX_PIXELS = 500_000_000  # maximum number of pixels of an image
 
 Box = tuple[float, float, float, float]
-"""Crop (x1, y1, x2, y2) in pixels."""
+"""Crop of an image: left, top, right and bottom edge (x1, y1, x2, y2) in pixels."""
 
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
 _SAME_AS_CV2 = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF"}
@@ -100,7 +100,16 @@ def add_path_to_errors(path: Path) -> Iterator[None]:
 
 
 def crop_and_shrink(pixels: np.ndarray, box: Box | None, max_side: int | None) -> np.ndarray:
-    """Crop and shrink an image, (H, W, 3) uint8, as `read_image` does. Return a contiguous and writable copy."""
+    """Crop an image to a box, and then shrink it.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        box: crop (x1, y1, x2, y2) in pixels; None for the whole image.
+        max_side: maximum longer side in pixels after the crop; None for no limit.
+
+    Returns:
+        A contiguous and writable copy of the result, (h, w, 3) uint8.
+    """
     if box is not None:
         pixels = crop(pixels, box)
     # Copy, because the buffer of the decoder is read-only, and a view of it would keep the whole image in memory.

@@ -81,7 +81,16 @@ def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None 
 
 
 def _bounds(data: bytes, box: Box | None, max_side: int | None) -> tuple[int, int, int, int] | None:
-    """Return the crop (x1, y1, x2, y2) in pixels of an image file, or None if the CPU must decode the file."""
+    """Return the part of an image to cut out after the GPU has decoded it.
+
+    Args:
+        data: contents of the image file.
+        box: crop, as in `read_image`; None for the whole image.
+        max_side: maximum longer side in pixels, as in `read_image`.
+
+    Returns:
+        Integer crop (x1, y1, x2, y2) in pixels; None if the GPU cannot decode the file, or the image must be shrunk.
+    """
     with open_image(data) as image:
         require_end(image.format, data, data)
         if not is_plain_jpeg(image):

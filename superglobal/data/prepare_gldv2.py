@@ -54,7 +54,7 @@ file and its position in the tar file, in bytes. "codes", (n,) uint64: hashes of
 an image is corrupt, else "". In addition, "note" is a str that describes damage to the tar file, or "".
 """
 Task = tuple[Path, Callable[[], Shard]]
-"""Path of the file with the result of a shard, and the function that computes the result."""
+"""(file for the results of one shard, function that checks the images of this shard and returns the results)."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _check_tree(ids_file: Path, tree: Path, rows: slice, decode: bool) -> Shard:
         decode: whether to decode every image.
 
     Returns:
-        The arrays of results that `_shard` describes.
+        One array per kind of result, with one element per image.
     """
     ids = np.load(ids_file, mmap_mode="r")[rows]
     paths = [tree / tree_path(image) for image in ids]
@@ -293,7 +293,7 @@ def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
         decode: whether to decode every image.
 
     Returns:
-        The arrays of results that `_shard` describes.
+        One array per kind of result, with one element per image.
     """
     ids = np.load(ids_file, mmap_mode="r")
     results = []
@@ -353,8 +353,13 @@ def _shard(results: list[tuple[int, int, int, str, str]], note: str = "") -> Sha
     """Convert the results of the checked images of a shard to arrays, to be saved with `np.savez`.
 
     Args:
-        results: (row in the list, size, offset, signature, reason) of each image.
+        results: for each image, (row in the list of ids, size of the file in bytes, offset in the tar file in bytes,
+            signature, reason why the image is corrupt or "").
         note: description of damage to the tar file, or "".
+
+    Returns:
+        "rows", "sizes", "codes" (hashes of the signatures), "offsets" and "reasons" have one element per image.
+        "note" is a single string.
     """
     rows, sizes, offsets, signatures, reasons = zip(*results, strict=True) if results else [()] * 5
     return {
@@ -368,7 +373,7 @@ def _shard(results: list[tuple[int, int, int, str, str]], note: str = "") -> Sha
 
 
 def _merge(ids: np.ndarray, files: list[Path], shards: list[Path]) -> tuple[ImageIndex, list[str]]:
-    """Merge the results of all shards. If several tar files contain the same image, use the first one.
+    """Merge the results of all shards. If several tar files contain the same image, the first tar file is used.
 
     Args:
         ids: (N,) S16 sorted image ids of the list.

@@ -124,7 +124,7 @@ def query_landmarks(truth: GroundTruth) -> list[str]:
 
 
 def _how_to_get(folder: Path, name: str) -> str:
-    """Return the expected file layout of a set and, if it can be downloaded, the command, for messages."""
+    """Return the expected file layout of a set, and the command that downloads the set if there is one."""
     text = f"{name} is expected as {folder}/gnd_{name}.pkl and {folder}/jpg/<image>.jpg, without sub-folders"
     if name in SOURCES:
         text += f"; download it from {SOURCES[name].page}: {download_command(name, folder)}"

@@ -14,7 +14,7 @@ from superglobal.errors import InputError
 # Images are sorted by size. At most this many consecutive images are assigned to the same shard or process.
 _BLOCK = 32
 Size = tuple[int, int]
-"""(height, width) in pixels."""
+"""Size of an image: (height, width) in pixels."""
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):

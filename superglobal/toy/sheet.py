@@ -17,7 +17,7 @@ from superglobal.utils.io import write_atomically
 # The sheet is a grid of images: width of a grid cell and height of an image title, in pixels, and images per row.
 CELL, TITLE, COLUMNS = 132, 14, 9
 Cell = tuple[str, Photo]
-"""Title and image of a cell."""
+"""Title of an image, and the row of `photos.csv` that describes the image."""
 
 
 def read_photos(root: Path) -> list[Photo]:

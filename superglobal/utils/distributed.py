@@ -8,7 +8,7 @@ import threading
 
 
 def first_process() -> bool:
-    """Return True in the process with global rank 0, which is the one that writes files.
+    """Return True if this process has the global rank 0. Only the process with this rank writes files.
 
     The rank is read from the environment variables of torchrun, Lightning or SLURM, in the order that Lightning uses.
     """

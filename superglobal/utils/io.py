@@ -23,7 +23,7 @@ EXPORT, CORRUPT_IMAGES = "best.safetensors", "corrupt_images.txt"
 
 @contextmanager
 def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
-    """Yield a temporary file, open for binary writing. If the `with` statement raises no error, it becomes `path`.
+    """Yield a temporary file, open for binary writing. Move it to `path` if the `with` statement raises no error.
 
     Readers of `path` see either the old file or the complete new file. The data is flushed to disk before the
     replacement.
@@ -121,7 +121,7 @@ def digest(path: Path) -> str:
 
 
 def umask() -> int:
-    """Return the umask of this process: the permission bits that new files do not get."""
+    """Return the umask of this process: the permission bits that the system removes from new files."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

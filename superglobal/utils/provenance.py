@@ -11,7 +11,7 @@ _PACKAGES = ("superglobal", "torch", "timm", "numpy", "pillow", "opencv-python-h
 
 
 def versions() -> dict[str, str]:
-    """Return the version of Python and of each installed package that results depend on, by package name."""
+    """Return a dict of version numbers: of Python, and of each installed package that results depend on."""
     installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
