@@ -1,8 +1,8 @@
 """Read GLDv2 solutions (ground truth of the test images), and read and write submissions (predictions), as CSV files.
 
 The formats are described at github.com/cvdfoundation/google-landmark. Submissions are read as by the code of the
-organizers (tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), except that lines which contradict each other
-raise an error here.
+organizers (tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py). In contrast to this code, lines that
+contradict each other raise an error.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def _compute(path: Path, check: Callable[[], Shard]) -> int:
         check: function that checks the images and returns the arrays of results.
 
     Returns:
-        The number of images that were checked.
+        The number of images in the results.
     """
     shard = check()
     with atomic_file(path) as file:

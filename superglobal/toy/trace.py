@@ -152,7 +152,7 @@ def add_occluders(trace: Trace, camera: Camera, occluders: Sequence[Occluder]) -
 
 
 def _add_sprite(trace: Trace, camera: Camera, occluder: Occluder) -> None:
-    """Draw a sprite into the trace, in place. Skip it if it is closer to the camera than 1 m."""
+    """Draw a sprite into the trace, in place. A sprite that is closer to the camera than 1 m is not drawn."""
     x, foot, z = camera.project(occluder.at)
     if z < 1.0:
         return
@@ -168,7 +168,7 @@ def _add_sprite(trace: Trace, camera: Camera, occluder: Occluder) -> None:
 
 
 def _add_scaffold(trace: Trace, camera: Camera, occluder: Occluder) -> None:
-    """Draw a scaffold into the trace, in place. It is a plane parallel to the front of the building."""
+    """Draw a scaffold into the trace, in place. The scaffold is a plane parallel to the front of the building."""
     x0, y, _ = occluder.at
     t = np.float32(y - camera.eye[1]) / np.where(trace.ray[1] > 1e-3, trace.ray[1], np.float32(1e-3))
     across = (t * trace.ray[0] + np.float32(camera.eye[0] - x0 + occluder.width / 2)) * np.float32(1 / occluder.width)
