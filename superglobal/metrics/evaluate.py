@@ -80,7 +80,7 @@ def _require_top(last_ranks: Sequence[int], depth: int) -> None:
     A shortlist of `depth` distinct ids is the top `depth` if and only if its worst first-stage rank is depth - 1.
 
     Args:
-        last_ranks: for each query, the worst 0-based first-stage rank of any image in its shortlist.
+        last_ranks: for each query, the 0-based first-stage rank of the worst image in its shortlist.
         depth: length of the shortlists.
     """
     for query, rank in enumerate(last_ranks):

@@ -60,7 +60,7 @@ class CardResult:
     Attributes:
         dataset: name of the data set.
         warning: sentences about settings that were tuned; empty if there are none.
-        rows: rows of the table of results, each a dict from column name to text. All rows have the same columns.
+        rows: table of results, with one dict from column name to text per row. All rows have the same columns.
         notes: settings that the results depend on, one line each.
         entries: results for the metadata of the card.
     """
@@ -263,7 +263,7 @@ def _training(provenance: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings to one dict with dotted names; `prefix` is prepended to all names."""
+    """Flatten nested settings to one dict from dotted name to value. All names start with `prefix`."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -58,7 +58,7 @@ class PointwiseConv2d(nn.Conv2d):
         return self.product(x) if x.is_cuda else super().forward(x)
 
     def product(self, x: Tensor) -> Tensor:
-        """Compute `forward` as a matrix product; the result has the channels-last layout."""
+        """Compute the convolution as a matrix product. The result has the channels-last memory layout."""
         cells = x[..., :: self.stride[0], :: self.stride[1]].permute(0, 2, 3, 1)
         out = F.linear(cells.reshape(-1, self.in_channels), self.weight.flatten(1), self.bias)
         return out.view(*cells.shape[:3], self.out_channels).permute(0, 3, 1, 2)
@@ -78,8 +78,9 @@ def _use_matrix_products(net: nn.Module) -> None:
 def fold_batch_norms(backbone: Backbone) -> Backbone:
     """Return a copy of a backbone, in evaluation mode, with batch norms folded into the preceding convolutions.
 
-    A forward pass with a small image finds the convolution before each batch norm. A second pass compares the feature
-    map of the copy with that of the original. If they differ, the copy keeps its batch norms.
+    A forward pass with a small image finds the convolution before each batch norm. After folding, the feature maps of
+    the copy and of the original are compared. If they differ, a copy without any folding is
+    returned.
     """
     folded = copy.deepcopy(backbone).eval()
     if not any(isinstance(module, _BatchNorm) for module in folded.modules()):
@@ -143,7 +144,7 @@ def _find_pairs(backbone: Backbone, image: Tensor) -> dict[str, str]:
 
 
 def _fold(net: nn.Module, convolution: str, norm: str) -> None:
-    """Fold a batch norm into a convolution, both given by their dotted names, in place."""
+    """Fold a batch norm of `net` into a convolution, in place. Both layers are given by their dotted names."""
     conv: Any = net.get_submodule(convolution)
     batch_norm: Any = net.get_submodule(norm)
     replace_module(net, convolution, fuse_conv_bn_eval(conv, batch_norm))

@@ -47,7 +47,7 @@ def mutual_scores(
         gram: (B, M, M) Gram matrices T T^T.
         K: number of neighbors that refine a descriptor, if they are mutual.
         beta: weight of a neighbor per unit of similarity.
-        k_query: an image expands the query if fewer than `k_query` images are nearer to it than the query is.
+        k_query: maximum rank, from 1, of the query among the images nearest to an image that expands the query.
     """
     near = nearest(gram, K + 1)
     weights = gram.gather(2, near).double() * beta

@@ -169,7 +169,7 @@ def _lists(n_rows: int) -> int:
 
 
 def _factory(config: IndexConfig) -> str:
-    """Return the string that describes the index to `faiss.index_factory`."""
+    """Return the text by which `faiss.index_factory` creates the index, such as "IVF4096,Flat"."""
     if config.kind == "flat_fp16":
         return "SQfp16"
     if config.kind == "hnsw":

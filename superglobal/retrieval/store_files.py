@@ -169,7 +169,7 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Return the path of the shard with this number, from 0."""
+    """Return the path of a shard in the folder of a store. `number` is the index of the shard, starting at 0."""
     return folder / f"shard-{number:05d}.npy"
 
 

@@ -52,7 +52,7 @@ def open_validated(folder: Path) -> DescriptorStore:
 
 
 def store_info(store: DescriptorStore) -> dict[str, Any]:
-    """Return a dict with the settings, the row counts and the size in bytes of a store, as plain types."""
+    """Return a dict of plain types with the settings, the numbers of rows and the size in bytes of a store."""
     manifest = store.manifest
     return {
         "folder": str(store.folder),
@@ -234,7 +234,7 @@ def export(store: DescriptorStore, path: Path) -> int:
 
 
 def _export_parquet(store: DescriptorStore, rows: np.ndarray, names: list[str], path: Path) -> None:
-    """Write descriptors and names of the given rows to a Parquet file."""
+    """Write the descriptors of the given rows (n,) and the n `names` of their images to a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
