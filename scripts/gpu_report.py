@@ -168,7 +168,7 @@ def _run_section(report: Report, log: Path) -> bool:
 
 
 def _section(report: Report, log: Path) -> None:
-    """Run one section in this process, and copy its output to a log file and the console."""
+    """Run one section in this process, and copy everything that the process prints to a log file and the console."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     tee = subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE)

@@ -123,7 +123,7 @@ def _anonymous() -> float:
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Parse the arguments of the benchmark, run it, and return one row per variant."""
+    """Parse the arguments of the command line, run the benchmark, and return one row per variant of the search."""
     parser = argparse.ArgumentParser("bench.py search", description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="number of database descriptors")
     parser.add_argument("--dim", type=int, default=2048, help="number of dimensions")

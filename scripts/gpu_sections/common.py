@@ -51,7 +51,7 @@ REVISITED_SIZES = (
 
 
 class Skip(Exception):
-    """Error that skips a row which this machine cannot measure. The message gives the reason."""
+    """Error that is raised if this machine cannot make a measurement. The message gives the reason."""
 
 
 class OutOfTime(Exception):
@@ -280,7 +280,7 @@ def differences(expected: Any, found: Any) -> int:
 
 
 def sizes(count: int) -> list[tuple[int, int]]:
-    """Draw `count` image sizes (width, height) at random, with the frequencies in `REVISITED_SIZES`."""
+    """Draw `count` image sizes (width, height) at random, as frequent as in the data sets (see `REVISITED_SIZES`)."""
     weights = np.array([number for _, _, number in REVISITED_SIZES], float)
     drawn = np.random.default_rng(0).choice(len(weights), count, p=weights / weights.sum())
     return [REVISITED_SIZES[i][:2] for i in drawn]

@@ -254,7 +254,7 @@ class _Losses(pl.Callback):
 
 
 def _losses(report: Report) -> None:
-    """Compare the losses of 20 training steps on the GPU with those on the CPU, in float32 without TF32."""
+    """Check that 20 training steps in strict float32 have the same losses on the GPU as on the CPU, up to rounding."""
     from trainings import RandomImages, fit, make_network_and_head
 
     from superglobal.config.training import FitConfig, OptimConfig
@@ -278,7 +278,14 @@ def _losses(report: Report) -> None:
 
 
 def _training_words(report: Report, name: str, *overrides: str, data: str = "data") -> list[str]:
-    """Return the arguments of train.py for a run called `name` on a toy data set in the folder `data`."""
+    """Return the command-line arguments that start a short training run on a toy data set.
+
+    Args:
+        report: report of the section.
+        name: name of the run.
+        *overrides: settings of train.py that differ from those of the quickstart, such as "optim.epochs=2".
+        data: folder of the toy data set, relative to the temporary folder of the report.
+    """
     paths = [f"paths.data={report.work / data}", f"paths.outputs={report.work / 'outputs'}", f"name={name}"]
     accelerator = "gpu" if report.cuda else "cpu"
     words = ["experiment=quickstart", "logger=csv", f"trainer.accelerator={accelerator}", "trainer.devices=1"]
@@ -286,7 +293,11 @@ def _training_words(report: Report, name: str, *overrides: str, data: str = "dat
 
 
 def _start_training(report: Report, running: Background) -> tuple[Program, float]:
-    """Start the quickstart's training run in the background, and return its process and its start time."""
+    """Start a training run of the quickstart in the background.
+
+    Returns:
+        The process, and its start time as `time.monotonic()`.
+    """
     tiny = ["optim.epochs=2", "data.image_size=64", "validation.fraction=0.25", "trainer.num_workers=0"]
     more = report.pick(["trainer.num_workers=4"], ["trainer.num_workers=4", "optim.epochs=12"], tiny)
     return running.start(["train.py", *_training_words(report, "toy", *more)]), time.monotonic()

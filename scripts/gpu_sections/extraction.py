@@ -105,7 +105,7 @@ def _precision(**settings: str) -> Iterator[None]:
 
 @contextmanager
 def _benchmark() -> Iterator[None]:
-    """Context manager that lets cuDNN search for the fastest convolution algorithms."""
+    """Context manager that lets cuDNN measure several algorithms for each convolution, and use the fastest."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield
@@ -393,7 +393,7 @@ def _whole(
 
 
 def _decoder(report: Report, photos: list[Path]) -> None:
-    """Measure the speed of nvJPEG, and how much its pixels differ from those of the CPU decoder."""
+    """Measure how fast nvJPEG decodes JPEG files on the GPU, and how much the pixels differ from the CPU decoder's."""
     report.require_gpu("nvJPEG")
     from torchvision.io import ImageReadMode, decode_jpeg
 

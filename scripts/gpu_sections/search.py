@@ -25,7 +25,7 @@ DEPTH, BLOCK = 400, 65536
 
 
 def main(report: Report) -> None:
-    """Measure search over random unit vectors, and then reranking."""
+    """Measure search over random unit vectors, and then the reranking of shortlists."""
     report.run("a million rows", lambda: _million(report), need=20)
     report.run("reranking", lambda: _reranking(report), need=10)
 

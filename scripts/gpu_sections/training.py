@@ -48,7 +48,7 @@ class _Setting:
 
 
 def main(report: Report) -> None:
-    """Measure the plain loop and its variants, the Trainer with and without compilation, and the data pipeline."""
+    """Measure the plain loop and its variants, superglobal's Trainer (also compiled), and the loading of images."""
     photos = write_jpegs(report.work / "training", [(800, 600), (1024, 768)] * report.pick(128, 64, 2))
     setting = _Setting(report)
     peak = report.run("peak speed", lambda: _peak(report))
@@ -142,7 +142,7 @@ def _bare(
 
 
 class _Tf32(torch.nn.Module):
-    """Wrapper of a head whose float32 matrix products use TF32."""
+    """Wrapper that makes a head use TF32 for its float32 matrix products."""
 
     def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()

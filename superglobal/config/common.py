@@ -224,8 +224,8 @@ class LoggerConfig:
 def require_wandb(logger: LoggerConfig) -> None:
     """Raise InputError if logging to Weights & Biases is enabled but the package wandb is not installed.
 
-    Call this function only before a run that logs, because the configuration of a finished run can be validated
-    without the package.
+    This check is not part of `LoggerConfig.validate`, because other commands validate the configuration of a finished
+    run again, and need no wandb for that. Call this function only before a run that logs.
     """
     if logger.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError(

@@ -43,7 +43,7 @@ _LOADER_LIMITS: dict[str, dict[str, Any]] = {
 def _make_loader_settings() -> Any:
     """Create a dataclass whose fields are the arguments of all evaluation-set loaders.
 
-    The arguments `name` and `root` are left out, because all sets have them, so `DatasetConfig` declares them.
+    The arguments `name` and `root` are left out, because `DatasetConfig` declares them for all evaluation sets.
 
     Raises:
         InputError: two loaders declare an argument of the same name with different types or defaults.
@@ -232,7 +232,7 @@ RerankConfig: Any = _make_rerank_config()
 
 
 def rerank_parameters(rerank: RerankConfig) -> dict[str, Any]:
-    """Return the parameters of the reranker that are not null: name -> value."""
+    """Return the parameters of the reranker that are not null, such as M and K: name -> value."""
     values = {f.name: getattr(rerank, f.name) for f in fields(rerank) if f.name not in _NO_PARAMETERS}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -271,7 +271,7 @@ class FiguresConfig:
     """Figure that an evaluation draws (`sheet.png`): some queries with their top results.
 
     Args:
-        queries: number of queries shown, spread evenly over the list; 0 for no figure.
+        queries: number of queries shown, spread evenly over the list of all queries; 0 for no figure.
         ranks: number of results shown per query.
     """
 

@@ -140,7 +140,7 @@ class HeadConfig:
 
 @dataclass
 class ValidationConfig:
-    """Validation during training. Held-out landmarks select the best network; evaluation sets are only reported.
+    """Validation during training. The best network is chosen on held-out landmarks, never on evaluation sets.
 
     Args:
         fraction: fraction of the landmarks that is held out from training.

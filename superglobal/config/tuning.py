@@ -14,13 +14,14 @@ _BENCHMARKS = ("roxford5k", "rparis6k", "gldv2_test")
 
 @dataclass
 class SpaceConfig:
-    """Search space of `superglobal tune`; the paper's values are always included.
+    """Search space of `superglobal tune`; the settings of the paper are always tried, too.
 
-    Feature maps are extracted once and reused. A larger number in `scales` requires additional feature maps, and each
-    value in `relup_alphas` requires a separate set of all feature maps. The values in `windows` require none.
+    Feature maps are extracted once and reused for all trials. A larger number in `scales` requires additional feature
+    maps, and each value in `relup_alphas` requires a separate set of feature maps at all scales. All values in
+    `windows` use the same feature maps.
 
     Args:
-        windows: window sizes of Regional-GeM to try, in cells; 1 turns Regional-GeM off.
+        windows: window sizes of Regional-GeM to try, in cells of the feature map; 1 turns Regional-GeM off.
         scales: numbers of image scales to try.
         relup_alphas: lower bounds of ReLUP to try; 0 turns ReLUP off. Backbones that do not support ReLUP ignore them.
         rerank: also tune the reranking parameters M, K and beta; false tunes the pooling without reranking.
@@ -80,7 +81,12 @@ class TuneConfig:
 
 
 def _validate_tuning_set(d: DatasetConfig, allow_test: bool) -> None:
-    """Raise InputError if settings cannot or must not be chosen on the data set."""
+    """Raise InputError if the data set cannot be used to choose settings, or must not be used for it.
+
+    Args:
+        d: data set to tune on.
+        allow_test: allow data sets whose role is "test".
+    """
     if d.kind == "descriptors":
         raise InputError("dataset=descriptors: tuning needs images to compute feature maps; use another dataset=")
     if d.kind == "folder" and not d.labels:

@@ -63,7 +63,11 @@ def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _card_result(summary: Mapping[str, Any]) -> CardResult:
-    """Convert the content of a `results.json` to the entry that the model card shows."""
+    """Return what the model card shows about one result: a table of metrics, notes, and metadata.
+
+    Args:
+        summary: content of `results.json`.
+    """
     tuned_on = summary["tuned_on"]
     warning = f"**Settings tuned on {', '.join(tuned_on)}.**" if tuned_on else ""
     if any(name.endswith(report.TEST_MARK) for name in tuned_on):

@@ -116,7 +116,14 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tuned_on(config: Mapping[str, Any]) -> list[str]:
-    """Return the names of the sets on which `superglobal tune` chose pooling or reranking; empty without tuning."""
+    """Return the names of the image sets on which `superglobal tune` chose the settings of a run.
+
+    Args:
+        config: settings of the run as nested dictionaries.
+
+    Returns:
+        Names of the sets for pooling and reranking; empty if no settings were tuned.
+    """
     return sorted({group["tuned_on"] for group in (config["pooling"], config["rerank"]) if group.get("tuned_on")})
 
 
@@ -171,7 +178,7 @@ def write_result(
 ) -> None:
     """Write the result files of a run.
 
-    `results.json` is written last, so that it exists only in the folders of finished runs.
+    `results.json` is written last, so that an interrupted run has no `results.json`.
 
     Args:
         folder: folder of the run.
@@ -347,7 +354,7 @@ def _write_rankings(folder: Path, stages: Stages, names: Names) -> None:
 
 
 def _write_per_query(folder: Path, results: Mapping[str, Result], names: Names) -> None:
-    """Write the scores of each query in each stage to `per_query.csv`."""
+    """Write `per_query.csv`, with one row per query, and one column of scores per stage and protocol."""
     columns = {f"{stage} {name}": v for stage, result in results.items() for name, v in result.per_query().items()}
     landmarks = names.clusters if names.clusters is not None else [""] * len(names.queries)
     rows = [
@@ -365,7 +372,12 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def markdown_text(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table as Markdown text, with the columns as its header."""
+    """Return a table as Markdown text.
+
+    Args:
+        columns: names of the columns, which form the header of the table.
+        rows: text of each cell, row by row.
+    """
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
 

@@ -106,7 +106,11 @@ class DatasetTable:
         return len({row.weights for row in self.rows}) > 1
 
     def label(self, row: Row) -> str:
-        """Return a row's configuration as one line of text: its name or its modules, and its settings."""
+        """Return one line of text that describes the configuration of a row.
+
+        It contains the weights if the table has several, the name of the row or the modules that are on, and the other
+        settings.
+        """
         words = [row.weights] if self.several_weights else []
         if row.name:
             words.append(row.name)
@@ -140,7 +144,12 @@ def _name_and_variant(result: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
-    """Return the table of one data set, given all results on it, with and without distractors."""
+    """Return the table of one data set.
+
+    Args:
+        name: name of the data set, without distractors.
+        results: all results on this data set, with and without distractors.
+    """
     runs = run_rows(results)
     states = [module_states(run.result) for run in runs]
     variants = [_name_and_variant(run.result)[1] for run in runs]
@@ -178,7 +187,11 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
 
 
 def _metric_and_main(result: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the key of a result's main metric, and the name of its main protocol as `scores_in_percent` spells it."""
+    """Return the main metric, as a key of `METRICS`, and the main protocol, as a name in `DatasetTable.protocols`.
+
+    Args:
+        result: result with metrics.
+    """
     stage, protocol = main_protocol(result)
     names = dict(zip(main_scores(result["metrics"][stage]), scores_in_percent(result), strict=True))
     return metric_key(result["metrics"][stage]), names[protocol]
@@ -209,7 +222,7 @@ def _shown_by_weights(key: str, runs: Sequence[RunRow]) -> bool:
 
 
 def _cell(run: RunRow) -> Cell:
-    """Return the metrics of a run, and its gains over its baseline."""
+    """Return the metrics of a run, and the gains of the run over the baseline, as a cell of the table."""
     scores = scores_in_percent(run.result)
     if run.baseline is None:
         return Cell({}, {}, None, None, missing=missing_text(run.result))
@@ -288,7 +301,14 @@ _SCALES, _WEIGHTS_FORMAT = [0.7071, 1.0, 1.4142], "CVNet"
 
 
 def published_for(result: Mapping[str, Any]) -> Published | None:
-    """Return the paper's scores for the data set, network and settings of a result, or None if it reports none."""
+    """Return the scores that the paper reports for the same data set, network and settings as those of a result.
+
+    Args:
+        result: content of `results.json`.
+
+    Returns:
+        The published scores; None if the paper reports no such scores.
+    """
     config, about = result["config"], result.get("about", {})
     network = about.get("network")
     if network is None or about.get("weights_format") != _WEIGHTS_FORMAT or not _is_paper_protocol(config):

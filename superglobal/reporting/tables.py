@@ -138,7 +138,7 @@ def _metrics(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _gain_cells(run: RunRow) -> list[str]:
-    """Return the gain of a run over its baseline, and the 95 % interval of the gain, as text."""
+    """Return two texts: the gain of a run over its baseline, and the 95 % confidence interval of the gain."""
     assert run.baseline is not None
     gain = 100 * (main_metric(run.result) - main_metric(run.baseline))
     return ["-" if math.isnan(gain) else _signed(gain), _interval(gain_interval([(run.result, run.baseline)]))]
@@ -320,8 +320,8 @@ def _title(table: DatasetTable, gain: str = "in brackets the gain over") -> str:
 def _head_columns(table: DatasetTable) -> list[str]:
     """Return the names of the columns that identify a row.
 
-    These can be the run, the weights, the modules and other settings. Columns that would be empty or the same in all
-    rows are left out.
+    These are the run, the weights, the modules and other settings. The column of the run is left out if no row has a
+    name, and the column of the weights is left out if all rows have the same weights.
     """
     name = ["run"] if table.published or any(row.name for row in table.rows) else []
     return [*name, *(["weights"] if table.several_weights else []), *table.modules, *table.settings] or ["run"]
@@ -419,7 +419,7 @@ def _effects_table(table: DatasetTable) -> tuple[list[str], list[list[str]]]:
 
 
 def _effects_by_module(table: DatasetTable) -> dict[tuple[str, str], dict[str, Effect]]:
-    """Return the main effects of a table: (module, weights) -> variant -> effect."""
+    """Group the main effects of a table: (module, weights) -> variant of the data set -> main effect."""
     effects: dict[tuple[str, str], dict[str, Effect]] = {}
     for effect in table.effects:
         effects.setdefault((effect.module, effect.weights), {})[effect.variant] = effect
