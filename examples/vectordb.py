@@ -96,7 +96,7 @@ def update(client, collection: str, model: superglobal.RetrievalNetwork, images:
     from qdrant_client.models import Distance, PointStruct, VectorParams
 
     if not client.collection_exists(collection):
-        # The descriptors have unit norm, so DOT equals COSINE, which would normalize them again.
+        # The descriptors have unit norm, so their inner product is the cosine. COSINE would normalize them again.
         client.create_collection(collection, VectorParams(size=model.dim, distance=Distance.DOT))
     current = {point_id(path): path for path in images}
     stored = {point.id for point in client.scroll(collection, limit=10**9, with_payload=False)[0]}

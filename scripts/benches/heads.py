@@ -83,7 +83,7 @@ def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Cal
         return min(spent), (torch.cuda.max_memory_allocated() - before) / 2**20
 
     if device == "cuda":
-        run()  # CUDA libraries load their kernels in the first call.
+        run()  # The first call is slower, because CUDA libraries load their kernels in it.
     return run
 
 

@@ -376,7 +376,7 @@ def _precisions(report: Report, process: Program, began: float) -> None:
         result, baseline = (json.loads((path / "results.json").read_text()) for path in (folder, base))
         paired = read_comparison(folder, result, base, baseline)
         cosine = float((_descriptors(folder) * truth).sum(1).min())
-        # In float32, scores on two devices differ only by rounding, which can swap images with almost equal scores.
+        # In float32, scores differ between devices only by rounding, which can swap images with almost equal scores.
         is_check = "float32" in name
         for protocol in paired.scores:
             mean, (low, high) = paired.mean(protocol)

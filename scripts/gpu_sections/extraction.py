@@ -34,7 +34,8 @@ from superglobal.models.pooling import gem
 from superglobal.utils.precision import full_precision
 
 DIM, SCALES = 2048, 3
-# Operation -> strings in the names of its GPU kernels. A kernel belongs to the first operation that matches.
+# Operation -> strings that occur in the names of GPU kernels. A kernel belongs to the first operation that has a string
+# in the name of the kernel.
 KERNELS = {
     "copies": ("memcpy", "memset"),
     "resize": ("upsample",),

@@ -80,7 +80,7 @@ def gain_interval(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) 
     differences, first = [], None
     for result, baseline in pairs:
         if result is baseline or "interval" not in result["metrics"][main_protocol(result)[0]]:
-            return None  # GAP is not a mean over queries.
+            return None  # The metric GAP has no interval, because it is not a mean over queries.
         runs, aps = [], []
         for run in (result, baseline):
             stage, protocol = main_protocol(run)

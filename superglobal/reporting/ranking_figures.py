@@ -229,7 +229,7 @@ def thumbnail(item: ImageItem) -> Image.Image:
 
 
 def spread_evenly(count: int, limit: int) -> list[int]:
-    """Choose at most `limit` evenly spaced integers from 0 to count - 1, and return them in ascending order."""
+    """Return at most `limit` integers from 0 to count - 1, evenly spaced and in ascending order."""
     return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int)).tolist() if count and limit else []
 
 

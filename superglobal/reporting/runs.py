@@ -108,7 +108,7 @@ def read_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run, as a row of a table."""
+    """Row of a table, which shows one run."""
 
     result: dict[str, Any]
     weights: str  # short name of the weights, different from the names of all other weights in the table
@@ -118,7 +118,7 @@ class RunRow:
 
 
 def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
-    """Return one row per run, sorted by data set, weights and ablation row, and otherwise in the order of the input."""
+    """Return one row per run, sorted by data set, weights and ablation row. Equal rows keep the order of `results`."""
     order = {name: i for i, name in enumerate(ABLATIONS)}
     weights = list(dict.fromkeys(str(result["weights"]) for result in results))
     short_names = _short_names(weights)

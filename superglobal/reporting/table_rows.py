@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass
 class Row:
-    """One configuration, as a row of a table."""
+    """Row of a table, which shows the results of one configuration on all variants of the data set."""
 
     name: str  # empty if other columns identify the row
     weights: str  # short name of the weights
@@ -163,7 +163,7 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
     for run, state, variant in zip(runs, states, variants, strict=True):
         modules = tuple(value for value in state if value is not None) if has_modules else ()
         values = tuple(run.settings[key] for key in settings)
-        # If other columns identify the row, leave the folder of the job out of its name. A second run of the same
+        # If other columns identify the row, leave the folder of the job out of the row's name. A second run of the same
         # configuration gets a separate row.
         row_name = run.name
         if not run.result["ablation"] and (has_modules or settings):
