@@ -227,7 +227,7 @@ def require_same_shapes(expected: Mapping[str, Tensor], state: Mapping[str, Tens
 
 
 def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: dict[str, Any]) -> Weights:
-    """Create `Weights` from the tensors and the JSON text of an export. Raises InputError if the text is damaged."""
+    """Create `Weights` from the tensors and the JSON text of an export. Raises InputError if either is damaged."""
     try:
         metadata = json.loads(text)
         if metadata["format"] != FORMAT:

@@ -179,7 +179,7 @@ def merge(stores: Sequence[DescriptorStore], folder: Path) -> DescriptorStore:
 
 
 def _merge_rows(store: DescriptorStore, merged: DescriptorStore) -> None:
-    """Copy the written rows of a store to the merged store. Raises InputError if a row differs from the one there."""
+    """Copy the written rows of a store to `merged`. Raises InputError if a row has other values in `merged`."""
     written, present = store.written, merged.written
     for start in range(0, len(written), _BLOCK):
         ids = written[start : start + _BLOCK]
