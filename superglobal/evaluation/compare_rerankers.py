@@ -116,7 +116,7 @@ def _score_rerankers(
     Q, X, exclude, device = task.queries, task.database, task.exclude, task.device
     k = max(shortlist_size(config.k, settings, inputs) for _, settings in rerankers)
     options: dict[str, Any] = {"backend": config.index.backend, "device": device, "exclude": exclude}
-    search(Q, X, k, **options)  # not measured, because the first search reads the database from disk
+    search(Q, X, k, **options)  # The first search is not measured, because it also reads the database from disk.
     with _measure(device) as search_cost:
         _, ids = search(Q, X, k, **options)
     rows: list[dict[str, Any]] = []

@@ -81,7 +81,7 @@ def extract_lists(
         if trainer.is_global_zero:
             paths = images.paths()
             for network_stores in stores:
-                if os.access(network_stores[i].folder, os.W_OK):  # another user's complete store may be read-only
+                if os.access(network_stores[i].folder, os.W_OK):  # the complete store of another user may be read-only
                     record_paths(network_stores[i].folder, paths)
     # A sweep job whose own stores are complete extracts nothing for the other jobs. If it did, and if the extraction
     # for one of the jobs failed, every job would attempt that extraction again.

@@ -34,12 +34,13 @@ from superglobal.training.trainer import make_trainer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-# Rows of the ablation table that need a backbone with plain ReLUs, which ReLUP replaces.
+# Names of the ablation settings with and without ReLUP. They need a backbone with plain ReLUs, because ReLUP replaces
+# these.
 _RELUP_ROWS = ("relup", "no_relup")
 
 
 class NotApplicableError(InputError):
-    """Raised if the configured row of the ablation table does not apply to the backbone."""
+    """Raised if the backbone does not support the configured row of the ablation table, such as ReLUP without ReLUs."""
 
 
 class StageTimer:

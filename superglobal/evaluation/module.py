@@ -31,7 +31,8 @@ from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)
 _REPORT_INTERVAL = 30.0  # seconds
-# These devices compute asynchronously, so the descriptors of a batch are written while the next batch is computed.
+# Types of devices that compute asynchronously. On such a device, the descriptors of a batch are written while the
+# device computes the next batch.
 _ASYNCHRONOUS = ("cuda",)
 
 
@@ -132,8 +133,9 @@ class ExtractionModule(pl.LightningModule):
         """Extract one batch and write its descriptors.
 
         On a GPU, the descriptors of the previous batch are written while the GPU computes this batch. If an image
-        fails, a single process raises the error at once. Several processes raise it together at the end, because the
-        others would wait for a process that stops alone. Finished rows are kept in both cases.
+        fails and the run has one process, the error is raised at once. If the run has several processes, all of them
+        raise the error at the end of the extraction, because the other processes would wait for a process that stops
+        earlier. Finished rows are kept in both cases.
 
         Returns:
             Number of images that this process has extracted so far.

@@ -1,7 +1,7 @@
 """Loggers for evaluation and training runs.
 
 CSV files are always written. TensorBoard and Weights & Biases (W&B) are optional. If one of these services fails, the
-run continues with a warning, because its results are in files, too.
+run continues with a warning, because the results of the run are also written to files.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 class _SafeTracker:
     """Wrapper around a tracker that turns exceptions of the tracker into warnings.
 
-    A tracker logs one run to one service, such as TensorBoard. Its method `close(error)` receives the exception that
-    ended the run, or None. The trackers for evaluation runs also have a method `log(record)`. Training runs are logged
-    through Lightning instead.
+    A tracker logs one run to one service, such as TensorBoard. Every tracker has a method `close(error)`, which
+    receives the exception that ended the run, or None. A tracker for an evaluation also has a method `log(record)`. A
+    tracker for a training run needs no such method, because Lightning logs the curves.
 
     Args:
         name: name of the service.
-        folder: folder of the run, named in warnings.
+        folder: folder of the run; warnings state that the results are there.
         start: function that creates the tracker.
     """
 
@@ -63,11 +63,14 @@ class _SafeTracker:
 
 @contextmanager
 def _trackers(folder: Path, starts: dict[str, Callable[[], Any] | None]) -> Iterator[list[_SafeTracker]]:
-    """Start trackers in the first process, and close them when the block ends, even by Ctrl-C or SIGTERM.
+    """Start trackers in the first process, and close them when the `with` statement ends, even by Ctrl-C or SIGTERM.
 
     Args:
         folder: folder of the run.
-        starts: for each service, the function that creates its tracker; None if the service is disabled.
+        starts: for each service, by name, the function that creates its tracker; None if the service is disabled.
+
+    Yields:
+        The wrapped trackers of the enabled services; an empty list in all processes except the first.
     """
     names = starts if first_process() else ()
     trackers = [_SafeTracker(name, folder, start) for name in names if (start := starts[name]) is not None]
@@ -88,7 +91,7 @@ def evaluation_loggers(
 ) -> Iterator[Callable[[EvaluationRecord], None]]:
     """Yield a function that logs the result of an evaluation.
 
-    The context must enclose the whole run, so that a run that fails is logged, too.
+    The `with` statement must enclose the whole run, so that a failed run is logged, too.
 
     Args:
         config: settings of the run.
@@ -138,8 +141,8 @@ def training_loggers(
     Args:
         config: settings of the run.
         folder: folder of the run, in which `curves.csv`, `wandb/` and `tensorboard/` are created.
-        step: step at which the run resumes; 0 for a new run. Points that the interrupted run logged after this step are
-            removed, because these steps are repeated.
+        step: step at which the run resumes; 0 for a new run. The steps after it are repeated, so points that the
+            interrupted run has logged for these steps are removed.
         about: further information about the run, such as the git state and package versions, as JSON types.
         sweep: name of the sweep that the run belongs to; None for a single run.
     """

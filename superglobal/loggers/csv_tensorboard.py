@@ -31,7 +31,7 @@ class CurveFile(Logger):
 
     Args:
         path: path of the file.
-        step: step at which the run resumes, 0 for a new run; rows of later steps are removed.
+        step: step at which the run resumes; 0 for a new run. Rows of later steps are removed from an existing file.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -75,7 +75,7 @@ class CurveFile(Logger):
             ) from error
 
     def _text(self, rows: list[dict[str, Any]], header: bool) -> str:
-        """Format rows as CSV, preceded by the column names if `header` is true."""
+        """Format rows as CSV text; if `header` is true, the first line contains the column names."""
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
         if header:
@@ -134,7 +134,7 @@ class TensorBoardEvaluation:
 
 
 class StopAfterFailure(Logger):
-    """Mixin for Lightning loggers that makes a logger stop, with a warning, after its first failure."""
+    """Mixin for Lightning loggers: after its first exception, a logger logs a warning and records no more curves."""
 
     title: str
     has_failed = False
@@ -153,7 +153,8 @@ class TensorBoardCurves(StopAfterFailure, TensorBoardLogger):
 
     Args:
         folder: folder of the run.
-        step: step at which the run resumes, 0 for a new run; TensorBoard hides points that were logged after it.
+        step: step at which the run resumes; 0 for a new run. TensorBoard hides points that the interrupted run has
+            logged after this step.
     """
 
     title = "TensorBoard"

@@ -80,7 +80,10 @@ class EvaluationRecord:
 
     @property
     def has_images(self) -> bool:
-        """Return whether images can be shown; false if the user provided descriptors, because images may be missing."""
+        """Return whether the image files can be shown.
+
+        False if the user has provided descriptors, because the image files may be missing.
+        """
         return self.dataset is not None and self.summary["config"]["descriptors"]["query"] is None
 
     def query_image(self, query: int) -> Image.Image:
@@ -89,7 +92,13 @@ class EvaluationRecord:
         return query_thumbnail(self.dataset.queries[query])
 
     def result_images(self, query: int, stage: str, ranks: int) -> Image.Image:
-        """Return one image that shows the first `ranks` results of a stage side by side; requires `has_images`."""
+        """Return one image that shows the first results of a query side by side; requires `has_images`.
+
+        Args:
+            query: number of the query.
+            stage: "search" or "rerank".
+            ranks: number of results to show.
+        """
         assert self.dataset is not None
         scores, ids = self.stages[stage]
         return result_strip(self.dataset, self.images, query, scores[query, :ranks], ids[query, :ranks])
@@ -104,7 +113,12 @@ class EvaluationRecord:
 
 
 def _percent(name: str, value: Any) -> Any:
-    """Convert a value of the column `name`: AP to percent, and NaN to None; other values are returned unchanged."""
+    """Convert a value of a table for display.
+
+    Args:
+        name: name of the value's column. If it ends with " AP", the value is converted to percent.
+        value: value of the table. NaN is converted to None. A value that is not a float is returned unchanged.
+    """
     if not isinstance(value, float):
         return value
     if value != value:

@@ -1,6 +1,7 @@
 """Weights & Biases (W&B) runs.
 
-A run never prompts the user. Without an API key, it is offline. It is finished properly even after an error.
+A W&B run never prompts the user. Without an API key, the W&B run is offline. It is finished properly even after an
+error.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class TrackedRun:
         name: name of the run in W&B.
         job_type: "train" or "eval".
         group: name of the sweep that the run belongs to; None for a single run.
-        tags: tags in addition to those of the settings.
+        tags: further tags, in addition to `settings.tags`.
         config: settings of the run, shown by W&B.
     """
 
@@ -64,8 +65,8 @@ class TrackedRun:
         tags: Sequence[str],
         config: Mapping[str, Any],
     ) -> None:
-        # By default, W&B stores the images of tables in the home folder, and `wandb sync` of an offline run reads them
-        # there. This variable makes W&B store them in the folder of the run instead.
+        # By default, W&B stores the images of tables in the user's home folder, and `wandb sync` of an offline run
+        # needs them there. The variable WANDB_DATA_DIR makes W&B store them in the folder of the run instead.
         self._staging = None if "WANDB_DATA_DIR" in os.environ else str((folder / "wandb").resolve())
         if self._staging:
             os.environ["WANDB_DATA_DIR"] = self._staging
@@ -122,7 +123,12 @@ class TrackedRun:
 
 
 def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
-    """Call `wandb.init` with `options`; start offline if the server does not respond or rejects the API key."""
+    """Start a W&B run; start it offline if the server does not respond or rejects the API key.
+
+    Args:
+        options: arguments of `wandb.init`.
+        folder: folder of the run, named in a log message.
+    """
     mode: Any = _mode()
     timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", _TIMEOUT))
     settings = wandb.Settings(silent=True, init_timeout=timeout)
@@ -132,8 +138,8 @@ def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
         if mode == "offline":
             raise
         log.warning("W&B could not start online (%s); this process continues offline", str(error).splitlines()[0])
-        wandb.teardown()  # Otherwise, the failed start would keep the id of the run in use.
-        # The variable also applies to the other jobs of a sweep, so that they do not wait for the server again.
+        wandb.teardown()  # Without this call, the failed start would block the id of the W&B run.
+        # The environment variable also applies to the next jobs of a sweep. They do not wait for the server again.
         os.environ["WANDB_MODE"] = mode = "offline"
         run = wandb.init(**options, mode=mode, settings=settings)
     if mode == "offline":
@@ -161,12 +167,12 @@ def _mode() -> str:
 
 def _has_key() -> bool:
     """Return whether an API key is in the environment, the settings or the login file; the key is not verified."""
-    with contextlib.redirect_stderr(io.StringIO()):  # Otherwise every job of a sweep would print a line.
+    with contextlib.redirect_stderr(io.StringIO()):  # Otherwise, W&B would print a line in every job of a sweep.
         return wandb.login(prompt=False, verify=False)
 
 
 def _run_id(folder: Path) -> str:
-    """Return the id of the W&B run, which is stored in the folder on the first call."""
+    """Return the id of the W&B run; the first call creates the id and stores it in `folder`."""
     path = folder / "wandb_id"
     if not path.is_file():
         write_atomically(path, uuid.uuid4().hex[:8].encode())
@@ -184,7 +190,7 @@ class WandbTraining:
 
     Args:
         config: settings of the training run.
-        settings: these settings and further information about the run, shown by W&B.
+        settings: the settings in `config` and further information about the run, shown by W&B.
         folder: folder of the run.
         export: path of the exported network.
         sweep: name of the sweep that the run belongs to; None for a single run.
@@ -252,7 +258,14 @@ class WandbEvaluation:
         self.tracked.finish(error)
 
     def _rankings(self, record: EvaluationRecord, queries: list[int]) -> tuple[list[str], list[list[Any]]]:
-        """Return the columns and rows of a table of queries, with their scores, images and first results per stage."""
+        """Return a table of queries, as column names and rows.
+
+        A row contains the scores of a query, its image if images can be shown, and its first results in each stage.
+
+        Args:
+            record: results of the evaluation.
+            queries: numbers of the queries.
+        """
         ranks = self.config.figures.ranks
         columns, values = record.per_query(len(record.names.queries))
         rows = []
@@ -266,10 +279,14 @@ class WandbEvaluation:
         return [*columns, *image, *(f"first results of {stage}" for stage in record.stages)], rows
 
     def _descriptors(self, record: EvaluationRecord, queries: list[int]) -> tuple[list[str], list[list[Any]]]:
-        """Return the columns and rows of a table of the descriptors of queries and of their first results.
+        """Return a table of the descriptors of queries and of their first results, as column names and rows.
 
         W&B can show such a table as a two-dimensional projection. The columns `axis0`, `axis1` and so on contain the
         coordinates of the centered descriptors along their principal axes.
+
+        Args:
+            record: results of the evaluation.
+            queries: numbers of the queries.
         """
         ids = list(record.stages.values())[-1][1][queries, : self.config.figures.ranks]
         X = np.concatenate([record.queries[queries], record.database.take(ids.ravel())]).astype(np.float64)
@@ -290,7 +307,7 @@ class WandbEvaluation:
         return columns, [[*row, *axis] for row, axis in zip(rows, axes.tolist(), strict=True)]
 
     def _log_references(self, record: EvaluationRecord) -> None:
-        """Log the weights and the descriptor stores as artifacts, by reference."""
+        """Log the weights and the descriptor stores as artifacts that refer to the files, without uploading them."""
         about = record.summary["about"]
         network = about.get("network", {})
         if (weights := Path(about["weights"])).is_file():

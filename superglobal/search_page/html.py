@@ -13,7 +13,7 @@ from PIL import Image
 from superglobal.data.images import IMAGE_EXTENSIONS
 from superglobal.search_page.image_search import Hit, Query, SearchResult
 
-# Stages of a search, in the order in which the page shows their times.
+# Stages of a search, in the order in which the page shows the duration of each stage.
 STAGES = ("decode", "extract", "search", "rerank")
 _MAX_HEIGHT = 320  # maximum height of the query image, in CSS pixels
 _JPEG_QUALITY = 85
@@ -28,7 +28,7 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def render_header(name: str, facts: Sequence[str]) -> str:
-    """Render the title of the page, the name of the data set and facts about it."""
+    """Render the title of the page, the name of the data set, and facts such as the number of images."""
     spans = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
     return f'<header class="sg-header"><h1>Search by photo</h1><p><b>{escape(name)}</b>{spans}</p></header>'
 
@@ -42,7 +42,7 @@ def render_upload(max_megabytes: int) -> str:
 
 
 def render_query(query: Query) -> str:
-    """Render the whole query image with the box of the query, and the buttons below it."""
+    """Render the whole query image, the box that is searched for, and the buttons below the image."""
     width, height = query.size
     name, box, searched, button = escape(query.image.name), "hidden", "the whole photo", ""
     if query.box is not None:
@@ -64,7 +64,7 @@ def render_query(query: Query) -> str:
 
 
 def _size(width: float, height: float) -> str:
-    """Format a size in pixels as HTML."""
+    """Format a width and height in pixels as HTML, such as "640 × 480 px"."""
     return f"{width:.0f}&nbsp;&times;&nbsp;{height:.0f}&nbsp;px"
 
 
@@ -109,7 +109,12 @@ def render_results(result: SearchResult, names: Sequence[str], url: str, total: 
 
 
 def summary(result: SearchResult, total: int) -> str:
-    """Return text that states how many results are shown and how reranking changed their ranks."""
+    """Return text that states how many results are shown and how many of them have another rank after reranking.
+
+    Args:
+        result: results of a search.
+        total: number of images that the search could return.
+    """
     shown = len(result.hits)
     text = f"Showing the first {shown:,} of {total:,} photos"
     if not result.reranked:
@@ -125,7 +130,7 @@ def summary(result: SearchResult, total: int) -> str:
 
 
 def movement(hit: Hit) -> str:
-    """Render the ranks of an image before and after reranking."""
+    """Render the ranks of an image before and after reranking, with an arrow; "=" if they are equal."""
     if hit.rank_before == hit.rank:
         return '<span class="sg-move sg-same" title="same rank before and after reranking">=</span>'
     arrow, kind = ("▲", "sg-up") if hit.rank_before > hit.rank else ("▼", "sg-down")
@@ -134,7 +139,14 @@ def movement(hit: Hit) -> str:
 
 
 def _card(hit: Hit, name: str, url: str, reranked: bool) -> str:
-    """Render one result: its thumbnail, rank, score and name, and a button that searches for it."""
+    """Render one result: its thumbnail, rank, score and name, and a button that searches for this image.
+
+    Args:
+        hit: result to render.
+        name: name of the image.
+        url: prefix of the URLs of thumbnails.
+        reranked: whether the results were reranked, so that the rank before reranking is shown, too.
+    """
     shown, images = escape(name), f"{url}/database"
     score, kind = "&ndash;", "no score, because the photo is not among the M reranked photos"
     if hit.score is not None:
@@ -152,7 +164,11 @@ def _card(hit: Hit, name: str, url: str, reranked: bool) -> str:
 
 
 def render_times(seconds: dict[str, float]) -> str:
-    """Render the duration of each stage, as text and as a bar that shows its fraction of the total."""
+    """Render the duration of each stage, as text and as a bar that shows each stage's fraction of the total.
+
+    Args:
+        seconds: duration in seconds by stage, with keys from `STAGES`.
+    """
     stages, total = [stage for stage in STAGES if stage in seconds], sum(seconds.values())
     bar = "".join(f'<i class="sg-{stage}" style="flex-grow: {seconds[stage] / total:.4f}"></i>' for stage in stages)
     texts = "".join(
@@ -163,5 +179,5 @@ def render_times(seconds: dict[str, float]) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    """Format a duration in milliseconds, with one decimal below 10 ms."""
+    """Format a duration, given in seconds, as milliseconds; durations below 10 ms have one decimal."""
     return f"{1000 * seconds:.1f} ms" if seconds < 0.01 else f"{1000 * seconds:,.0f} ms"

@@ -33,7 +33,7 @@ class QueryImage:
 
     name: str  # name shown on the page
     path: Path
-    id: int | None = None  # id of a database image, which is excluded from its own results; None for other images
+    id: int | None = None  # database id, so that the image is excluded from its own results; None for other images
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Query:
     image: QueryImage
     box: Box | None  # in pixels of the upright image; None for the whole image
     size: tuple[int, int]  # (width, height) of the whole upright image, in pixels
-    preview: np.ndarray  # (h, w, 3) uint8, reduced version of the whole image
+    preview: np.ndarray  # (h, w, 3) uint8, the whole image shrunk for the page
     descriptor: np.ndarray  # (1, D) float32, unit norm, before whitening
     seconds: dict[str, float]  # duration of the stages "decode" and "extract"
 
@@ -81,7 +81,7 @@ class ImageSearch:
     max_side: int | None = None  # longer side in pixels to which the database images were shrunk; None for no limit
     device: str = "cpu"
     kind: str = "superglobal"  # name of the reranker
-    parameters: Mapping[str, Any] = field(default_factory=dict)  # parameters of reranking, except M, K and beta
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # parameters of the reranker, except M, K and beta
     whitening: Whitening | None = None  # whitening to apply to queries; None for no whitening
     first_stage: FirstStage | None = None  # search with an approximate index; None for exact search
     max_pixels: int = 100_000_000  # images with more pixels are rejected
@@ -175,7 +175,12 @@ class ImageSearch:
         return SearchResult(hits[:count], rerank, seconds)
 
     def _decode(self, path: Path) -> np.ndarray:
-        """Decode an image to (H, W, 3) uint8, upright, after checking the size in its header."""
+        """Read an image file, and return the upright image (H, W, 3) uint8.
+
+        Raises:
+            CorruptImageError: the file is not a valid image, or the image has more than `max_pixels`.
+            OSError: the file cannot be read.
+        """
         data = path.read_bytes()
         width, height = image_size(data)
         if width * height > self.max_pixels:
@@ -188,7 +193,7 @@ class ImageSearch:
 
 @contextmanager
 def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Measure the duration of the block, and store it in `seconds` under the name of the stage."""
+    """Measure the duration of the code in a `with` statement, and store it in `seconds[stage]`."""
     start = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - start
@@ -196,7 +201,14 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SearchDatabase:
-    """Database that the page searches, with its name and with example queries from the same data set."""
+    """Database that the page searches.
+
+    Attributes:
+        name: name of the data set, shown on the page.
+        search: search in the database.
+        queries: example queries from the same data set; empty if the data set has no queries of its own.
+        query_names: name of each example query, shown on the page.
+    """
 
     name: str
     search: ImageSearch

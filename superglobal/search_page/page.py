@@ -19,18 +19,20 @@ from superglobal.search_page import html
 from superglobal.search_page.image_search import Query, QueryImage, SearchDatabase
 
 _HERE = Path(__file__).parent
-_KEEP_SECONDS = 3600  # time for which an upload and its descriptor are kept
-# Maximum values of the sliders. For a small database they are lower, and for a larger configured value they are higher.
+_KEEP_SECONDS = 3600  # time for which an uploaded file and the descriptor of the query are kept
+# Maximum values of the sliders. A small database lowers the maximum. If the configuration sets a value above the
+# maximum, this value becomes the maximum.
 _MAX_VALUES = {"M": 2000, "K": 50, "beta": 1.0}
 
 Callback = Callable[..., tuple[Any, ...]]
 
 
 def with_message(callback: Callback) -> Callback:
-    """Wrap a callback so that its first output is an error message.
+    """Wrap a callback so that it returns an error message in front of its own outputs.
 
-    The other outputs are those of the callback: the query, and the HTML of the viewer, the results and the times. If
-    the callback succeeds, the message is "". If it raises an InputError, the page keeps the other outputs unchanged.
+    If the callback succeeds, the message is "", and the callback's outputs follow: the query, and the HTML of the
+    viewer, the results and the times. If the callback raises an InputError, the message is the HTML of this error, and
+    the page keeps its current query, viewer, results and times.
     """
 
     @wraps(callback)
@@ -47,8 +49,8 @@ def with_message(callback: Callback) -> Callback:
 class PageCallbacks:
     """Callbacks for the events of the page.
 
-    The state of a user, such as the query, is passed to each callback. The callbacks that search return an error
-    message, the query, and the HTML of the viewer, the results and the times.
+    This object stores no state of a user. The query and the values of the sliders are passed to each callback. The
+    callbacks that search return an error message, the query, and the HTML of the viewer, the results and the times.
     """
 
     config: ServeConfig
@@ -58,7 +60,7 @@ class PageCallbacks:
 
     @with_message
     def photo(self, rerank: bool, M: float, K: float, beta: float, event: gr.EventData) -> tuple[Any, ...]:
-        """Search for an uploaded image; the event contains the path and the name of the file."""
+        """Search for an uploaded image; the event contains the path of the uploaded file and its original name."""
         path, name = Path(str(event._data.get("path", ""))), str(event._data.get("name", "photo"))
         # The browser sends the path of the uploaded file. A manipulated request could contain any other path.
         if not path.resolve().is_relative_to(self.uploads.resolve()) or not path.is_file():
@@ -67,7 +69,11 @@ class PageCallbacks:
 
     @with_message
     def pick(self, rerank: bool, M: float, K: float, beta: float, event: gr.EventData) -> tuple[Any, ...]:
-        """Search for an image of the data set, such as "database/12" or "queries/3"; a query is cropped to its box."""
+        """Search for an image of the data set that the user has picked.
+
+        The event identifies the image by its list and index, such as "database/12" or "queries/3". If a query has a
+        box, only the box is searched for.
+        """
         title, _, text = str(event._data.get("pick", "")).partition("/")
         number = int(text) if text.isascii() and text.isdigit() else -1
         if title != "queries":
@@ -108,7 +114,10 @@ class PageCallbacks:
         return gr.skip(), gr.skip(), *self._search(query, rerank, M, K, beta)
 
     def problem(self, event: gr.EventData) -> str:
-        """Return the message for an upload that failed in the browser."""
+        """Render the error message for an upload that failed in the browser.
+
+        The event contains the name of the file and, if the file may be too large, its size in bytes.
+        """
         name, limit = str(event._data.get("name", "the file")), self.config.page.max_upload
         size = event._data.get("bytes")
         if isinstance(size, int | float) and size > limit * 10**6:
@@ -121,9 +130,9 @@ class PageCallbacks:
         """Render example images of the data set.
 
         Args:
-            text: text that the names of the shown images contain. For "", a random sample of the queries is shown, or
-                of the database if there are no queries.
-            turn: number of times that the user asked for other images; it seeds the random sample.
+            text: text by which the user filters: the names of all shown images contain it. For "", a random sample of
+                the queries is shown, or of the database images if there are no queries.
+            turn: number of times that the user has asked for other images; the seed of the random sample.
         """
         lists = {"queries": self.database.query_names, "database": self.database.search.names}
         count, text = self.config.page.samples, text.strip()
@@ -147,7 +156,19 @@ class PageCallbacks:
     def _search_image(
         self, image: QueryImage, box: Box | None, rerank: bool, M: float, K: float, beta: float
     ) -> tuple[Any, ...]:
-        """Search for an image or a box in it; return the query and the HTML of the viewer, results and times."""
+        """Search for an image or for a box in it.
+
+        Args:
+            image: image to search for.
+            box: box in pixels; None for the whole image.
+            rerank: whether to rerank.
+            M: number of images to rerank.
+            K: number of neighbors in reranking.
+            beta: weight of the neighbors in reranking.
+
+        Returns:
+            The query, and the HTML of the viewer, the results and the times.
+        """
         query = self.database.search.extract(image, box)
         return query, html.render_query(query), *self._search(query, rerank, M, K, beta)
 
@@ -222,8 +243,9 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
             times = gr.HTML("", elem_id="sg-times", **plain)
             results = gr.HTML(html.render_empty(len(search)), js_on_load=script, elem_id="sg-found", **plain)
     outputs = [message, query, viewer, results, times]
-    # Gradio's queue is disabled. It closes the event stream after a response, and a request that is sent at that moment
-    # never receives a response (Gradio 6.31). `ImageSearch` limits the number of concurrent computations instead.
+    # Gradio's queue is disabled because of a defect in Gradio 6.31. The queue closes the event stream after a response,
+    # and a request that the browser sends at that moment never receives a response. Without the queue, `ImageSearch`
+    # limits the number of concurrent computations.
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "queue": False}
     busy: dict[str, Any] = {**quiet, "show_progress": "minimal", "show_progress_on": [results]}
     viewer.photo(callbacks.photo, settings, outputs, **busy)
@@ -237,12 +259,20 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
     if config.page.samples:
         examples.pick(callbacks.pick, settings, outputs, **busy)
         others.click(lambda n: (n + 1, "", callbacks.examples("", n + 1)), turn, [turn, text, examples], **quiet)
-        # The event `change` is used, because `input` does not occur when the text is cleared.
+        # The event `change` is used, because the event `input` does not occur when the user clears the text.
         gr.on([text.change], callbacks.examples, [text, turn], examples, trigger_mode="always_last", **quiet)
 
 
 def _settings(config: ServeConfig, reachable: int) -> list[Any]:
-    """Create the controls for rerank, M, K and beta; `reachable`, the number of searchable images, limits M and K."""
+    """Create the controls for the settings of reranking.
+
+    Args:
+        config: settings of the page, with the initial values of the controls.
+        reachable: number of database images that a search can return. M and K cannot be set higher.
+
+    Returns:
+        The checkbox that turns reranking on or off, and the sliders for M, K and beta.
+    """
     r = config.rerank
     M, K, beta = (value if value is not None else default for value, default in ((r.M, 400), (r.K, 9), (r.beta, 0.15)))
     with gr.Group(elem_id="sg-settings"):
@@ -255,7 +285,16 @@ def _settings(config: ServeConfig, reachable: int) -> list[Any]:
 
 
 def _slider(name: str, info: str, low: float, high: float, value: float, step: float) -> gr.Slider:
-    """Create a slider for one setting of reranking."""
-    # A slider needs two different limits, even for a database of one image.
+    """Create a slider for one setting of reranking.
+
+    Args:
+        name: name of the setting, "M", "K" or "beta".
+        info: explanation of the setting, shown on the page.
+        low: minimum value.
+        high: maximum value.
+        value: initial value.
+        step: difference between two adjacent values.
+    """
+    # For a very small database, both limits of M or K could be 1. A slider needs two different limits.
     top = max(high, low + step)
     return gr.Slider(low, top, min(value, high), step=step, label=name, info=info, elem_id=f"sg-{name.lower()}")

@@ -43,13 +43,21 @@ def serve(cfg: DictConfig) -> None:
     from superglobal.search_page.server import open_socket, run_server
 
     config, folder = read_config(cfg)
-    # The socket is opened first, so that an address in use is reported before minutes of extraction.
+    # The socket is opened first. If the address is in use, the error appears at once, not after minutes of extraction.
     with open_socket(config.page.host, config.page.port) as listener:
         run_server(config, open_database(config, folder), listener)
 
 
 def read_config(cfg: DictConfig) -> tuple[ServeConfig, Path | None]:
-    """Return the validated configuration and, if `store` is a folder, that folder.
+    """Validate the configuration of the page.
+
+    If the user has set `store` to the folder of a descriptor store, missing settings are read from that store.
+
+    Args:
+        cfg: composed `ServeConfig`.
+
+    Returns:
+        The validated configuration; and the folder of the store, or None if `store` is not a folder.
 
     Raises:
         InputError: a setting is invalid, or the store lacks information that is needed to search it.
@@ -62,8 +70,10 @@ def open_database(config: ServeConfig, folder: Path | None = None) -> SearchData
     """Open the database to search, and extract missing descriptors into the same stores as `eval.py`.
 
     Args:
-        config: settings of the page; unlike for `eval.py`, dataset=folder needs neither queries nor labels.
-        folder: folder of a complete store to search instead; None for the stores of the data set.
+        config: settings of the page. With dataset=folder, neither queries nor labels are needed, in contrast to
+            `eval.py`.
+        folder: folder of a complete store to search; nothing is extracted then. None to use the stores of the data set,
+            and to extract missing descriptors.
 
     Raises:
         InputError: inputs are missing (one message lists all of them), or the store is incomplete or belongs to other
@@ -93,9 +103,9 @@ def _make_database(
 
     Args:
         config: settings of the page.
-        dataset: data set with the images and the example queries.
-        distractors: distractors, which follow the images of the data set.
-        network: network that extracts the queries.
+        dataset: data set with the database images and the example queries.
+        distractors: distractor images. In the database, they follow the images of the data set.
+        network: network that extracts the descriptors of the queries.
         stores: stores of the database images and, if there are any, of the distractors.
     """
     device, d, s = search_device(config), config.dataset, config.whitening
@@ -127,7 +137,11 @@ def _make_database(
 
 
 def _shown_name(root: Path, item: ImageItem) -> str:
-    """Return the path of an image relative to `root`, or only its file name, so that the page reveals no other path."""
+    """Return the name under which the page shows an image.
+
+    The name is the path of the image relative to the folder `root`. For an image outside this folder, it is only the
+    file name, so that the page does not reveal other folders of the machine.
+    """
     return item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else item.path.name
 
 
@@ -142,7 +156,13 @@ def _index_search(config: ServeConfig, rows: Rows, device: str) -> FirstStage:
 
 
 def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
-    """Return the configuration, completed by the data set, weights and extraction settings of the store in `folder`.
+    """Return the configuration with the data set, weights and extraction settings that a store records.
+
+    A data set or weights that the user has set are kept.
+
+    Args:
+        cfg: configuration of the page.
+        folder: folder of the store.
 
     Raises:
         InputError: the folder contains no store, the store is not of database images, or it does not record its images
@@ -173,14 +193,14 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
             dataset |= {
                 "query": None,
                 "labels": False,
-            }  # The queries may have been deleted, and the page does not need them.
+            }  # The page does not need the query images, which may have been deleted since the extraction.
     decoder = identity.get("decoder", "cpu")
     if cfg.extraction.decoder not in ("cpu", decoder):  # "cpu" is the default, so the user did not choose it.
         raise InputError(
             f"extraction.decoder={cfg.extraction.decoder}: {folder} was extracted with extraction.decoder={decoder}; "
             "leave out extraction.decoder or store="
         )
-    # GeM's p is part of the weights; `_open_store` sets it to the p of the store.
+    # The p of GeM is not a setting here, because it is read from the weights. `_open_store` sets it to the store's p.
     pooling = {key: value for key, value in identity["pooling"].items() if key != "p"}
     return OmegaConf.merge(
         cfg,
@@ -205,7 +225,7 @@ def _open_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionL
     """
     store = DescriptorStore.open(folder)
     stored = store.manifest["identity"]
-    if network.config.p != stored["pooling"]["p"]:  # The store was extracted with a p other than that of the weights.
+    if network.config.p != stored["pooling"]["p"]:  # The store was extracted with another p than the weights contain.
         network.set_p(stored["pooling"]["p"])
     identity = json.loads(json.dumps(store_identity(network, lists[0].max_side, stored.get("decoder", "cpu"))))
     different = [key for key in stored if identity.get(key) != stored[key]]

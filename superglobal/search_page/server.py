@@ -31,12 +31,13 @@ from superglobal.search_page.image_search import SearchDatabase
 log = logging.getLogger(__name__)
 THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # longer side in pixels
 _CACHED_THUMBNAILS = 4096  # maximum number of small thumbnails in memory, about 15 KB each
-# All other paths are rejected. Gradio would, for example, also serve uploaded files and fetch URLs on request.
+# Paths of the requests that are accepted. Without this restriction, Gradio would, for example, also serve uploaded
+# files and fetch URLs on request.
 _ALLOWED = re.compile(
     r"/|/(photos|assets|static|svelte)/.*|/(theme\.css|favicon\.ico|manifest\.json|config|robots\.txt)/?|"
     r"/gradio_api/(upload|upload_progress|run/predict|heartbeat/\w+|startup-events)/?"
 )
-# With this content security policy, the browser sends no requests to other servers, even if a script tries to.
+# With this content security policy, the browser sends no requests to other servers, even if a script tries to send one.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; frame-ancestors 'none'"
@@ -44,10 +45,10 @@ _POLICY = (
 
 
 class Thumbnails:
-    """Create JPEG thumbnails of the images in several lists; recently used small thumbnails are cached in memory.
+    """Create JPEG thumbnails of images; recently used small thumbnails are cached in memory.
 
     Args:
-        lists: images by title of the list, such as "database".
+        lists: lists of images by title, such as "database".
     """
 
     def __init__(self, lists: Mapping[str, Sequence[ImageItem]]) -> None:
@@ -75,7 +76,17 @@ class Thumbnails:
             return None
 
     def _render(self, title: str, number: int, size: str) -> bytes:
-        """Decode an image, shrink it, and return it as a JPEG file. Raises OSError or CorruptImageError if it fails."""
+        """Decode and shrink an image, and return it as the contents of a JPEG file.
+
+        Args:
+            title: title of the list.
+            number: index of the image in the list.
+            size: "small" or "large", see `THUMBNAIL_SIDES`.
+
+        Raises:
+            OSError: the file cannot be read.
+            CorruptImageError: the file is not a valid image.
+        """
         side = THUMBNAIL_SIDES[size]
         with self._decoding:
             data = self._lists[title][number].path.read_bytes()
@@ -117,8 +128,8 @@ def run_server(config: ServeConfig, database: SearchDatabase, listener: socket.s
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
         server = uvicorn.Server(uvicorn.Config(app, **options))
         logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
-        # uvicorn raises SIGTERM again after its shutdown. Without this handler it would end the process before the
-        # uploads are deleted.
+        # After its shutdown, uvicorn sends SIGTERM to this process again. Without this handler, the signal would end
+        # the process before the uploads are deleted.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         host, port = listener.getsockname()[:2]
         if _local_names(config.page.host) is None:
@@ -171,7 +182,15 @@ def make_app(config: ServeConfig, database: SearchDatabase, uploads: Path) -> An
 
 
 def _local_names(host: str) -> frozenset[str] | None:
-    """Return the allowed host names if only this machine can reach `host`; None if other machines can reach it."""
+    """Return the host names that requests may use.
+
+    Args:
+        host: host on which the server listens.
+
+    Returns:
+        The allowed host names, if only this machine can reach `host`; None if other machines can reach it, in which
+        case any host name is allowed.
+    """
     try:
         is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -180,13 +199,22 @@ def _local_names(host: str) -> frozenset[str] | None:
 
 
 class _RequestFilter:
-    """ASGI middleware that rejects requests that the page never sends, and adds the content security policy."""
+    """ASGI middleware that rejects requests that the page never sends, and adds the content security policy.
+
+    Args:
+        app: ASGI application to protect.
+        local_names: allowed host names, from `_local_names`; None to allow any.
+    """
 
     def __init__(self, app: Any, local_names: frozenset[str] | None) -> None:
         self.app, self.local_names = app, local_names
 
     def _rejection(self, scope: Any) -> int | None:
-        """Return the HTTP status code for rejecting a request; None if the request is accepted."""
+        """Return the HTTP status code with which a request is rejected; None if the request is accepted.
+
+        Args:
+            scope: ASGI connection scope of the request.
+        """
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         if self.local_names is not None:

@@ -36,7 +36,7 @@ class TrainingModule(pl.LightningModule):
 
     Attributes:
         loss: most recently logged training loss; NaN before the first.
-        paused: seconds spent on validating and on saving checkpoints.
+        paused: time in seconds that was spent on validations and on saving checkpoints.
     """
 
     def __init__(

@@ -220,7 +220,7 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """Sentence that states the gain, its interval, and whether it may be due to chance."""
+        """Sentence that states the gain, the confidence interval of the gain, and whether it may be due to chance."""
         low, high = (f"{100 * value:+.1f}" for value in self.interval)
         gain = f"{100 * self.gain:+.2f} mAP on the half that was not searched (95 % interval {low} to {high})"
         if self.gain <= 0:

@@ -43,7 +43,8 @@ log = logging.getLogger(__name__)
 def tune(cfg: DictConfig, folder: Path) -> float:
     """Search the best settings of pooling and reranking, compare them with the paper's settings, and write the results.
 
-    The search uses the queries of half of the landmarks; the comparison uses the queries of the other half.
+    The landmarks of the validation set are divided into two halves. The search uses the queries of one half, and the
+    comparison uses the queries of the other half.
 
     Args:
         cfg: composed `TuneConfig`.
