@@ -57,7 +57,7 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Read a list without landmarks, index.csv or test.csv.
+    """Read a list that has no column of landmarks (index.csv or test.csv).
 
     Returns:
         The image ids of 16 hexadecimal digits, (N,) S16, in the order of the list.

@@ -299,7 +299,7 @@ class RegionalGeM(nn.Module):
         self.p, self.window, self.weight = p, window, weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix a map (B, C, H, W) of any float dtype; return (B, C, H, W) float32, or float64 for a float64 map.
+        """Average a map (B, C, H, W) with its generalized mean over windows: (B, C, H, W) float32, or float64 for float64.
 
         Raises:
             InputError: a side of the map has `window // 2` cells or fewer.

@@ -59,7 +59,7 @@ def summarize(
     Args:
         config: settings of the run as nested dictionaries of JSON types.
         about: description of the run: weights, network, fingerprints and device.
-        names: names of the images, from which the images are counted.
+        names: names of the queries and of the database images; only their numbers are stored.
         results: stage -> metrics; empty if the data set has no labels.
         seconds: stage -> duration in seconds.
     """

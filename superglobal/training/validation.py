@@ -87,7 +87,10 @@ class RetrievalValidation(StepCallback):
         self.group: Any = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for checkpoints: the best val/map, the number of validations since then, and `pending`."""
+        """Return the state for checkpoints.
+
+        It is the best val/map, the number of validations since then, and whether a validation is due but not done yet.
+        """
         return {"best": self.best, "stale": self.stale, "owed": self.pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
