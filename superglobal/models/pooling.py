@@ -299,7 +299,9 @@ class RegionalGeM(nn.Module):
         self.p, self.window, self.weight = p, window, weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Average a map (B, C, H, W) with its generalized mean over windows: (B, C, H, W) float32, or float64 for float64.
+        """Average a map (B, C, H, W) with its generalized mean over local windows.
+
+        The result has the same shape. It is float32, or float64 for a float64 map.
 
         Raises:
             InputError: a side of the map has `window // 2` cells or fewer.
