@@ -205,7 +205,7 @@ def test_invalid_index_settings_raise_errors_that_name_them(tmp_path, vectors):
     ):
         with pytest.raises(InputError, match=message):
             open_index(X, settings, tmp_path)
-    with pytest.raises(InputError, match="at least 256 rows, got 200"):
+    with pytest.raises(InputError, match="PQ needs at least 256 rows to train on, got 200"):
         open_index(X[:200], IndexConfig("ivf_pq"), tmp_path)
     with pytest.raises(InputError, match=r"k=501: expected 1\.\.500"):
         open_index(X, IndexConfig("flat_fp16"), tmp_path).search(Q, 501)

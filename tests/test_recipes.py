@@ -18,6 +18,7 @@ RECIPES = sorted(
     path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if path.stem not in ("full_factorial",)
 )
 BACKBONES = {recipe: "resnet50" for recipe in RECIPES} | {"r101_gldv2_clean": "resnet101", "quickstart": "test_resnet"}
+BACKBONES["demo"] = "efficientnet_lite0"
 TINY = [
     "data.root=${paths.data}/toy/gldv2",
     "data.table=train_clean.csv",

@@ -217,7 +217,7 @@ def test_invalid_arguments_raise_errors_that_name_them() -> None:
         ((Q, long, ids), {}, f"row {ids[0, 0]} has norm 3, expected 1"),
         ((Q * np.nan, X, ids), {}, "queries: row 0 has NaN"),
         ((Q, X, outside), {}, r"lists row 30, which is outside the database, 0\.\.29"),
-        ((Q, X, -1 - ids), {}, "lists -"),
+        ((Q, X, -1 - ids), {}, "lists row -"),
         ((Q, X, ids[:1]), {}, r"integers \(2, k\)"),
         ((Q, X, ids.astype(float)), {}, "float64"),
         ((Q, X, np.zeros((2, 3), int)), {}, "query 0 lists an id twice"),
