@@ -9,14 +9,13 @@ which evaluation and training read.
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from superglobal.data.download_links import SOURCE_NAMES, select_sources
 from superglobal.errors import InputError
+from superglobal.utils.distributed import exit_on_interrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,15 +73,6 @@ def _name(text: str) -> str:
     return text
 
 
-def _exit_on_interrupt(number: int, frame: object) -> None:
-    """Handle Ctrl-C: exit immediately, without waiting for running downloads.
-
-    This is safe because each file on disk is either complete or a partial download that the next run resumes.
-    """
-    os.write(2, b"\ninterrupted: run the same command again to resume\n")
-    os._exit(130)
-
-
 def main(arguments: Sequence[str]) -> int:
     """Run `superglobal download`: download the named data sets and weights, or list what can be downloaded.
 
@@ -105,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"no NAME was given: expected one or more of {', '.join(SOURCE_NAMES)}; --list describes them")
     if args.jobs < 1 or args.tries < 1 or not args.timeout > 0:
         parser.error("invalid number: expected --jobs and --tries to be at least 1, and --timeout to be above 0")
-    signal.signal(signal.SIGINT, _exit_on_interrupt)
+    exit_on_interrupt()
     from superglobal.download.fetch import DownloadOptions
     from superglobal.download.sources import download_source
 

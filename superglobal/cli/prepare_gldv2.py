@@ -7,19 +7,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-
-def _exit_on_interrupt(number: int, frame: object) -> None:
-    """Handle Ctrl-C: exit immediately, without waiting for the images in progress.
-
-    This is safe because every file of results is written atomically: no file can be incomplete.
-    """
-    os.write(2, b"\ninterrupted: run the same command again to resume\n")
-    os._exit(130)
+from superglobal.utils.distributed import exit_on_interrupt
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     from superglobal.utils.progress import Progress
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    signal.signal(signal.SIGINT, _exit_on_interrupt)
+    exit_on_interrupt()
     prepared = prepare(args.root, args.table, args.tars, args.workers, args.decode, Progress("checked"))
     print(f"index: {prepared.index}\nreport: {prepared.report}")
     for problem in prepared.tar_problems:

@@ -38,7 +38,7 @@ from superglobal.data.image_index import (
 )
 from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
-from superglobal.utils.distributed import end_with_parent
+from superglobal.utils.distributed import available_cpus, end_with_parent
 from superglobal.utils.io import atomic_file, file_lock, write_atomically
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def prepare(
         _open_shards(folder, {"version": VERSION, "list": digest, "tars": tar_folder, "decode": decode}, ids)
         tasks = _tasks(folder, root / "train", files, len(ids), decode)
         done = 0
-        for n_images in _run(tasks, workers or _cpus()):
+        for n_images in _run(tasks, workers or available_cpus()):
             done += n_images
             if progress:
                 progress(min(done, len(ids)), len(ids))
@@ -403,8 +403,3 @@ def _merge(ids: np.ndarray, files: list[Path], shards: list[Path]) -> tuple[Imag
     names = np.array([path.name for path in files], np.str_)
     tar_sizes = np.array([path.stat().st_size for path in files], np.int64)
     return ImageIndex(ids, sizes, codes, numbers, offsets, rows, reasons, names, tar_sizes), problems
-
-
-def _cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

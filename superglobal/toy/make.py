@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
 import sys
 from collections import Counter
@@ -34,6 +33,7 @@ from superglobal.errors import InputError
 from superglobal.toy.layout import write_layouts
 from superglobal.toy.photo import Photo, take
 from superglobal.toy.plan import Shot, plan, size_of
+from superglobal.utils.distributed import available_cpus
 from superglobal.utils.io import write_atomically
 
 # Increment the version whenever the pixels or the rules for easy, hard and junk images change.
@@ -79,7 +79,7 @@ def make_toy(
     (out / _FINISHED).unlink(missing_ok=True)  # The summary is out of date if images were deleted after it was written.
     write_atomically(out / _STARTED, json.dumps(identity).encode())
     photos: dict[Shot, Photo] = {}
-    for batch in _render(out, seed, chosen.side, shots, workers or _cpus()):
+    for batch in _render(out, seed, chosen.side, shots, workers or available_cpus()):
         photos |= batch
         if progress:
             progress(len(photos), len(shots))
@@ -173,8 +173,3 @@ def _render(out: Path, seed: int, side: int, shots: list[Shot], workers: int) ->
 def _take_all(out: Path, seed: int, side: int, shots: list[Shot]) -> dict[Shot, Photo]:
     """Render the images of one batch, and return the row of `photos.csv` for each image."""
     return {shot: take(out, seed, side, shot) for shot in shots}
-
-
-def _cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

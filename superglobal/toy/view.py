@@ -188,7 +188,7 @@ def draw_view(rng: RandomStream, landmark: Landmark, side: int, purpose: str) ->
     )
     camera = _look(eye, aim, rng.bell(4.0), focal, width, height)
     pitch = round(math.degrees(math.asin(camera.forward[2])), 3)
-    light = draw_light(rng, yaw)
+    light = draw_light(rng)
     occluders = _occluders(rng, landmark, camera, is_query)
     return View(yaw, pitch, distance, focal, camera, light, occluders, _faults(rng, light), rng.integer(0, 2**31))
 
@@ -223,12 +223,13 @@ def _look(eye: Vector, aim: Vector, roll: float, focal: float, width: int, heigh
     return Camera(eye, forward, right, up, focal, width / 2, height / 2, width, height)
 
 
-def draw_light(rng: RandomStream, yaw: float) -> Light:
+def draw_light(rng: RandomStream) -> Light:
     """Return a random illumination. If its kind is "backlit", the sun is behind the building.
+
+    The direction of the sun does not depend on the camera.
 
     Args:
         rng: random number generator.
-        yaw: not used; the direction of the sun does not depend on the camera.
     """
     kind = rng.choice(LIGHTS)
     azimuth, high = rng.bell(110), rng.uniform(28, 62)

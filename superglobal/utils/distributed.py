@@ -1,9 +1,10 @@
-"""Find the first process before Lightning connects the processes. End a worker process when its parent ends."""
+"""Processes: the first of a run before Lightning connects them, the available CPUs, and how processes end."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 
 
@@ -16,6 +17,24 @@ def first_process() -> bool:
         return False
     ranks = (os.environ.get(key) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
     return int(next((rank for rank in ranks if rank is not None), 0)) == 0
+
+
+def available_cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def exit_on_interrupt() -> None:
+    """Make Ctrl-C end this process immediately, with status 130, without waiting for its threads.
+
+    Only for commands that write every file atomically or can resume it: then no file can be incomplete.
+    """
+
+    def exit_now(number: int, frame: object) -> None:
+        os.write(2, b"\ninterrupted: run the same command again to resume\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, exit_now)
 
 
 def in_main_thread() -> bool:
