@@ -21,8 +21,9 @@ else:
         import ast
         from pathlib import Path
 
-        imports = ast.parse(Path(__file__).with_name("api.py").read_text()).body[1:]
-        return {alias.asname: statement.module for statement in imports for alias in statement.names}
+        body = ast.parse(Path(__file__).with_name("api.py").read_text(encoding="utf-8")).body
+        imports = [statement for statement in body if isinstance(statement, ast.ImportFrom)]
+        return {alias.asname: statement.module for statement in imports for alias in statement.names if alias.asname}
 
     def __getattr__(name):
         if name == "__all__":

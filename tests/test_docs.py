@@ -65,7 +65,7 @@ def folder(tmp_path_factory, cvnet_checkpoint) -> Path:
         (link / "CVPR2022_CVNet_R50.pyth").symlink_to(cvnet_checkpoint(50))
     superglobal.save_pretrained(superglobal.load_model("random", backbone="test_resnet"), root / "shared")
     for group, text in {"pooling": "gem_plus: false\n", "rerank": "kind: superglobal\nK: 5\n"}.items():
-        tuned = root / "outputs/tune/quickstart/conf" / group / "quickstart_tuned.yaml"  # as tuning writes it
+        tuned = root / "outputs/tune/demo/conf" / group / "demo_tuned.yaml"  # as tuning writes it
         tuned.parent.mkdir(parents=True)
         tuned.write_text(text)
     (root / "pictures").mkdir()

@@ -106,6 +106,7 @@ def test_average_precision_equals_values_computed_by_hand() -> None:
     assert average_precision([3, 0]) == pytest.approx((1 + (1 / 3 + 2 / 4) / 2) / 2)
     assert average_precision([0], n_positives=4) == 1 / 4
     assert average_precision([], n_positives=4) == 0
+    assert average_precision(np.array([255], np.uint8)) == average_precision([255]) == pytest.approx(1 / 512)
     assert np.isnan(average_precision([]))
     with pytest.raises(InputError, match="n_positives=1: expected at least the number of ranks, 2"):
         average_precision([0, 1], 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
@@ -79,8 +80,8 @@ def _setting_type(hint: Any, required: bool) -> Any:
         hint: type of the argument. `Path` is removed from a union, because a configuration contains paths as strings.
         required: the argument has no default. The default of the setting is then null, so the type also allows null.
     """
-    types = [member for member in get_args(hint) or (hint,) if member is not Path]
-    return Union[(*types, *([type(None)] if required else []))]
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return Union[(*(member for member in members if member is not Path), *([type(None)] if required else []))]
 
 
 LoaderSettings: Any = _make_loader_settings()

@@ -218,13 +218,12 @@ class _Member(tarfile.TarInfo):
     tarfile reads these into memory as a whole, so a malicious archive could fill the memory.
     """
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        member = super().frombuf(buf, encoding, errors)
+    # Not `frombuf`: since Python 3.13.13 tarfile does not call it.
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         plain = (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)
-        if member.type not in plain and member.size > _CHUNK:
-            raise _TooLargeError(f"it has a header of {member.size} bytes")
-        return member
+        if self.type not in plain and self.size > _CHUNK:
+            raise _TooLargeError(f"it has a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 class _LimitedReader(io.RawIOBase):

@@ -269,23 +269,32 @@ def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
     Raises:
         InputError: the text cannot be downloaded or contains no MD5 checksum.
     """
-    text, problem = "", "no address"
-    for attempt, address in enumerate(options.addresses([url]) * options.tries):
-        if attempt:
-            time.sleep(min(options.pause * 2 ** (attempt - 1), 60))
-        try:
-            response = requests.get(address, timeout=options.timeout, headers={"Accept-Encoding": "identity"})
-            response.raise_for_status()
-            text = response.text[:1000]
-            break
-        except requests.RequestException as error:
-            problem = _reason(error)
-    else:
-        raise InputError(f"{url}: the MD5 of {target.name} cannot be read ({problem}); run the command again later")
+    text = _read_text(url, options, f"the MD5 of {target.name}")
     match = re.search(r"\b[0-9a-f]{32}\b", text.lower())
     if match is None:
         raise InputError(f"{url}: starts with {text[:40]!r}; expected an MD5 of 32 hexadecimal digits; try again later")
     return f"md5:{match[0]}"
+
+
+def _read_text(url: str, options: DownloadOptions, name: str) -> str:
+    """Return the first 1000 bytes of a short text on a server. Raise InputError, which calls it `name`, on failure."""
+    addresses, problem = options.addresses([url]), ""
+    for attempt in range(options.tries):
+        if attempt:
+            time.sleep(min(options.pause * 2 ** (attempt - 1), 60))
+        for address in list(addresses):
+            try:
+                headers = {"Accept-Encoding": "identity"}
+                with requests.get(address, timeout=options.timeout, headers=headers, stream=True) as response:
+                    response.raise_for_status()
+                    return next(response.iter_content(1000), b"").decode("ascii", "replace")
+            except requests.RequestException as error:
+                problem = _reason(error)
+                if error.response is not None and 400 <= error.response.status_code < 500:
+                    addresses.remove(address)  # The server would refuse it again.
+        if not addresses:
+            break
+    raise InputError(f"{url}: {name} cannot be read ({problem}); run the command again later")
 
 
 def recorded_sha256(target: Path) -> str | None:

@@ -118,6 +118,7 @@ def average_precision(ranks: Any, n_positives: int | None = None) -> float:
     n = len(r) if n_positives is None else n_positives
     if len(r) and (not np.issubdtype(r.dtype, np.integer) or r[0] < 0 or (r[1:] == r[:-1]).any()):
         raise InputError(f"average_precision: expected distinct integer ranks >= 0, got {r}")
+    r = r.astype(np.int64)  # r + 1 below would overflow in a narrow type
     if n < len(r):
         raise InputError(f"average_precision: n_positives={n}: expected at least the number of ranks, {len(r)}")
     if n == 0:

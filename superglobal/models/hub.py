@@ -136,7 +136,7 @@ def push_to_hub(
     Raises:
         InputError: an option is unknown, the uploaded network could not be loaded again, or the Hub rejects the upload.
     """
-    known = inspect.signature(HfApi.upload_folder).parameters
+    known = inspect.signature(HfApi.upload_folder).parameters.keys() - {"self", "repo_id", "folder_path"}
     for name in options:
         if name not in known:
             raise InputError(f"push_to_hub: unknown argument {name}; see huggingface_hub.HfApi.upload_folder")
