@@ -185,7 +185,7 @@ class ExtractionDataModule(pl.LightningDataModule):
         decoder: "cpu" to decode all images in the workers, or "gpu" to decode JPEG files on the device of the network.
 
     Attributes:
-        decoded_on_cpu: number of JPEG files that the GPU decoder could not decode, and the CPU decoded instead.
+        decoded_on_cpu: number of JPEG files that the GPU could not decode and that were decoded on the CPU instead.
     """
 
     def __init__(
@@ -245,8 +245,8 @@ def first_item(batch: list[Any]) -> Any:
 class HeldOutDataset(Dataset):
     """All images of randomly selected held-out landmarks, for the validation during training.
 
-    Landmarks are selected at random until the images of the next one would exceed `max_images`. At least two landmarks
-    are selected. The items have the same form as those of `ImageDataset`.
+    Landmarks are selected at random until the images of the next landmark would exceed `max_images`. At least two
+    landmarks are selected. The items have the same form as those of `ImageDataset`.
 
     Args:
         images: images of landmarks that are not used for training.
@@ -278,7 +278,7 @@ class HeldOutDataset(Dataset):
         return len(self.indices)
 
     def drop(self, rows: Sequence[int]) -> None:
-        """Remove images that have turned out to be corrupt. `rows` are their positions in this data set."""
+        """Remove corrupt images from this data set. `rows` are the positions of these images in the data set."""
         self.indices = np.delete(self.indices, rows)
 
     def __getitem__(self, row: int) -> tuple[Task, Tensor | InputError]:

@@ -105,7 +105,7 @@ class EvaluationSet:
 Loader = Callable[..., EvaluationSet]
 """Function that loads an evaluation set. Its keyword arguments are the settings of the group `dataset`."""
 _LOADERS: dict[str, Loader] = {}
-# modules without loaders; they are slow to import, because they import Lightning and torchvision
+# These modules contain no loaders. Importing them is slow, because they import Lightning and torchvision.
 _WITHOUT_LOADERS = {"datamodules", "train_dataset"}
 LoaderT = TypeVar("LoaderT", bound=Loader)
 
@@ -198,12 +198,12 @@ def require_images(
 
     Args:
         sets: (title, images, hint) of each set. The titles must differ. The hint tells the user how to get the images.
-        also: additional lines for the error message, about other missing input such as weights. If there are any, the
-            error is always raised.
+        also: additional lines for the error message, about other missing input such as weights. If `also` is not empty,
+            an error is raised even if all images are valid.
         workers: number of threads of `check_images`.
 
     Returns:
-        For each title, the result of the check. Its lists of missing and unreadable files are empty.
+        For each title, the result of the check. Every image is valid, because otherwise an error is raised.
 
     Raises:
         InputError: images are missing or corrupt. The message contains the number of these

@@ -368,7 +368,11 @@ def _rows_in(path: Path, index: np.ndarray, solution: Solution) -> list[np.ndarr
 
 
 def _rows_of(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Find the elements of `labels`, (N,) and sorted, that equal one of the `wanted` labels.
+    """Find all elements of `labels` that have one of the given values.
+
+    Args:
+        labels: (N,) labels in ascending order.
+        wanted: (n,) values to find.
 
     Returns:
         The indices of these elements in `labels`, (n,) int64.
@@ -378,7 +382,7 @@ def _rows_of(labels: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def _draw_queries(images: TrainList, seed: int) -> np.ndarray:
-    """Choose one random image of each landmark. Return the mask of these images, (N,) bool."""
+    """Choose one random image of each landmark in a list of N images. Return the mask of these images, (N,) bool."""
     counts = np.bincount(images.labels)
     rows = np.cumsum(counts) - counts + np.random.default_rng([seed, 1]).integers(counts)
     is_query = np.zeros(len(images), bool)

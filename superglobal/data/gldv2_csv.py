@@ -51,7 +51,7 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
             words = pc.utf8_split_whitespace(texts)
             landmarks = landmarks[pc.list_parent_indices(words).to_numpy()]
             texts = pc.list_flatten(words)
-            nonempty = pc.greater(pc.binary_length(texts), 0)  # A landmark without images has one empty word.
+            nonempty = pc.greater(pc.binary_length(texts), 0)  # Splitting an empty cell gives one empty word.
             texts, landmarks = texts.filter(nonempty), landmarks[nonempty.to_numpy()]
         return _image_ids(path, texts), landmarks
 
@@ -153,7 +153,9 @@ def _image_ids(path: Path, texts: pa.ChunkedArray) -> np.ndarray:
 
 
 def _first_error(path: Path, otherwise: str) -> InputError:
-    """Read a list that cannot be parsed again, row by row, and return the error to raise for the first invalid row.
+    """Find the first invalid row of a list that Arrow could not parse, and return the error to raise for this row.
+
+    The list is read a second time, row by row, with Python's csv module.
 
     Args:
         path: the list.

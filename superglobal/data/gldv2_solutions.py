@@ -1,7 +1,7 @@
 """Read GLDv2 solutions (ground truth of the test images), and read and write submissions (predictions), as CSV files.
 
 The formats are described at github.com/cvdfoundation/google-landmark. Submissions are read as by the code of the
-organizers (tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py). In contrast to this code, lines that
+organizers (tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), with one exception: here, lines that
 contradict each other raise an error.
 """
 
@@ -187,7 +187,8 @@ def _read_rows(path: Path, required: set[str]) -> tuple[Sequence[str], Iterator[
         required: names of the columns that the file must have; "id" must be among them.
 
     Returns:
-        The column names, and an iterator over the rows. It yields the line number and the row as a dict of its cells.
+        The column names, and an iterator over the rows. For each row, the iterator yields the line number and a dict
+        from column name to text.
 
     Raises:
         InputError: the file cannot be read or lacks a required column, a row has the wrong number of fields, or an id

@@ -97,7 +97,7 @@ def check_images(
 def check_image(
     read: Callable[[int, int], bytes], size: int, box: Box | None = None, decode: bool = False
 ) -> CheckedImage:
-    """Check one image as `check_images` does.
+    """Check that one image file is complete. The check is the same as in `check_images`.
 
     Args:
         read: function of (start, count) that returns `count` bytes of the image file, from the offset `start`.

@@ -117,7 +117,9 @@ def crop_and_shrink(pixels: np.ndarray, box: Box | None, max_side: int | None) -
 
 
 def pil_pixels(image: Image.Image) -> np.ndarray:
-    """Return the pixels of a Pillow image: upright RGB without alpha, as `read_image` returns them for its file.
+    """Convert a Pillow image to upright RGB without alpha.
+
+    The pixels are those that `read_image` returns for the file of the image.
 
     Returns:
         (H, W, 3) uint8, possibly read-only.
@@ -133,10 +135,10 @@ def pil_pixels(image: Image.Image) -> np.ndarray:
 
 
 def crop(pixels: np.ndarray, box: Box) -> np.ndarray:
-    """Crop an image, (H, W, 3), to a box, and return a view of it.
+    """Crop an image, (H, W, 3), to a box. The result is a view of the image.
 
     Raises:
-        CorruptImageError: see `box_bounds`.
+        CorruptImageError: the box is not finite, or the crop is empty.
     """
     x1, y1, x2, y2 = box_bounds(box, *pixels.shape[1::-1])
     return pixels[y1:y2, x1:x2]

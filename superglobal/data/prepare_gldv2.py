@@ -167,7 +167,7 @@ def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> 
         if json.loads(record.read_text()) == identity:
             log.info("resuming: %d shards in %s are finished", len(list(folder.glob("*.npz"))), folder)
             return
-    except (OSError, ValueError):  # The record is missing or incomplete, so start over.
+    except (OSError, ValueError):  # The file is missing or incomplete, so start over.
         pass
     shutil.rmtree(folder, ignore_errors=True)
     with atomic_file(folder / _IDS) as file:
@@ -176,9 +176,9 @@ def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> 
 
 
 def _tasks(folder: Path, tree: Path, files: list[Path], n_images: int, decode: bool) -> list[Task]:
-    """Return one task for each shard that is to be checked: the arguments of `_compute`.
+    """Return one task for each shard, including shards that already have results.
 
-    A shard is one tar file or, if there are no tar files, `_SHARD` images of the folder tree.
+    A shard is one tar file or, if there are no tar files, up to `_SHARD` images of the folder tree.
 
     Args:
         folder: folder for the results.
@@ -205,8 +205,8 @@ def _run(tasks: list[Task], workers: int) -> Iterator[int]:
     """Check the images of all shards that have no result yet, in parallel if there are several workers.
 
     Yields:
-        The number of images that have been finished since the previous number. The first numbers count the images of
-        shards that an earlier run finished. If no shard finishes within ten seconds, the number is 0.
+        The number of images that have been checked since the previous yield. The first numbers count the images of
+        shards that an earlier run has already checked. If no shard is finished for ten seconds, 0 is yielded.
 
     Raises:
         InputError: a worker process died.

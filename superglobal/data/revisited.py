@@ -134,7 +134,7 @@ def _how_to_get(folder: Path, name: str) -> str:
 def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:
     """Return `entry[key]`, after checking that it is a list, tuple, set or range.
 
-    Elements of a set are sorted. Arrays are accepted too, because they have been unpickled as lists.
+    Elements of a set are sorted. NumPy arrays are accepted too, because `load_plain_pickle` converts them to lists.
 
     Args:
         path: the ground-truth file, for messages.

@@ -213,12 +213,12 @@ class _TooLargeError(Exception):
 
 
 class _Member(tarfile.TarInfo):
-    """Header of an archive member. Raise `_TooLargeError` for a huge long name or extended header.
+    """Header of an archive member. A huge file name or extended header raises `_TooLargeError`.
 
-    tarfile reads these into memory as a whole, so a malicious archive could fill the memory.
+    tarfile reads the whole name or extended header into memory, so a malicious archive could fill the memory.
     """
 
-    # Not `frombuf`: since Python 3.13.13 tarfile does not call it.
+    # This method is overridden instead of `frombuf`, because tarfile does not call `frombuf` since Python 3.13.13.
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         plain = (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE)
         if self.type not in plain and self.size > _CHUNK:

@@ -277,7 +277,16 @@ def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
 
 
 def _read_text(url: str, options: DownloadOptions, name: str) -> str:
-    """Return the first 1000 bytes of a short text on a server. Raise InputError, which calls it `name`, on failure."""
+    """Return the first 1000 bytes of a short text on a server.
+
+    Args:
+        url: official address of the text.
+        options: mirrors, timeout and number of attempts.
+        name: description of the text for the error message.
+
+    Raises:
+        InputError: the text cannot be downloaded.
+    """
     addresses, problem = options.addresses([url]), ""
     for attempt in range(options.tries):
         if attempt:
@@ -291,7 +300,7 @@ def _read_text(url: str, options: DownloadOptions, name: str) -> str:
             except requests.RequestException as error:
                 problem = _reason(error)
                 if error.response is not None and 400 <= error.response.status_code < 500:
-                    addresses.remove(address)  # The server would refuse it again.
+                    addresses.remove(address)  # The server would refuse another request, too.
         if not addresses:
             break
     raise InputError(f"{url}: {name} cannot be read ({problem}); run the command again later")

@@ -122,7 +122,9 @@ def attach(
 
 
 def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequence[float], antialias: bool) -> None:
-    """Replace the network's `forward` with a function that applies the old one at each scale and combines the vectors.
+    """Replace the network's `forward` with a function that combines the vectors of several scales.
+
+    The function resizes the images to each scale, and passes them to the original `forward`.
 
     Args:
         attachment: object with the network, which records how to undo the change.

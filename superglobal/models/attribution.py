@@ -124,7 +124,7 @@ def _whitened(network: RetrievalNetwork, x: Tensor, bias: Tensor) -> Tensor:
     Args:
         network: network with the pooling and the whitening layer.
         x: (1, C, h, w) feature map.
-        bias: (D,) bias that replaces that of the whitening layer.
+        bias: (D,) bias to use instead of the bias of the whitening layer.
 
     Returns:
         Vector (1, D).

@@ -31,7 +31,7 @@ class Backbone(nn.Module):
         channels: number of channels C of the feature map.
         mean, std: RGB mean and standard deviation with which images in 0..1 are standardized for these weights.
         stride: number of pixels per cell of the feature map, along each axis.
-        dtype: dtype of the weights, to which images are converted, if it is half precision; None for no conversion.
+        dtype: half-precision dtype to which images are converted before the first layer; None for no conversion.
     """
 
     dtype: torch.dtype | None = None
@@ -138,9 +138,9 @@ def relup_positions(net: nn.Module, mode: str) -> list[str]:
     Args:
         net: the ResNet.
         mode: "on": the output activations of all blocks of stages 1-3, and the inner activations of stage 1.
-            "reference_off": only the inner activations of stage 1, as in the reference with its flag off, because it
-            passes the class `relup` to the block instead of the flag (model/resnet.py:149). "off": none. The stem and
-            stage 4 always keep their ReLUs.
+            "reference_off": only the inner activations of stage 1. The reference replaces these activations even if
+            its flag is off, because its code passes the class `relup` to the block instead of the flag
+            (model/resnet.py:149). "off": none. The stem and stage 4 always keep their ReLUs.
 
     Raises:
         InputError: the network is not a ResNet, or one of these activations is not a plain ReLU.

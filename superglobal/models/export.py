@@ -331,7 +331,14 @@ def _name_dimensions(graph: Any, sizes: InputSizes) -> None:
 def _write_pt2(program: Any, sizes: InputSizes, path: Path, metadata: str) -> Callable[[Tensor], Tensor]:
     """Write the traced program as a torch.export (.pt2) file, and return a function that runs the file with PyTorch.
 
-    The arguments and the returned function are as in `_write_onnx`.
+    Args:
+        program: traced program from `_trace`.
+        sizes: input sizes that the file supports.
+        path: file to write.
+        metadata: JSON text that is stored in the file.
+
+    Returns:
+        Function from images (B, 3, H, W) float32 in 0..1 to descriptors (B, D) float32.
     """
     torch.export.save(program, path, extra_files={f"{METADATA}.json": metadata})
     return torch.export.load(path).module()
@@ -364,9 +371,10 @@ def _compare(network: RetrievalNetwork, run: Callable[[Tensor], Tensor], shape: 
 
 @contextmanager
 def _silence_exporters() -> Iterator[None]:
-    """Return a context manager that hides Python warnings, and messages of the export libraries less severe than ERROR.
+    """Silence the export libraries inside a `with` statement.
 
-    The log levels of the libraries are restored at the end of the context.
+    Python warnings are hidden. Log messages of the libraries are shown only if they have the level ERROR or higher. At
+    the end of the `with` statement, the previous log levels are restored.
     """
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

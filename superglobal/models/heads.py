@@ -353,8 +353,8 @@ def log_weights(counts: np.ndarray | Tensor) -> Tensor:
     """Compute a weight for each class from its size, as in psinger's 1st place in Google Landmark Recognition 2020.
 
     The weight is proportional to 1 / log(1 + n), where n is the number of images of the class. The weights are scaled
-    so that their mean over all images is 1. psinger's code normalizes the weights in each batch instead. There, the
-    weight of an image depends on the other images in the batch, so the result depends on the number of processes.
+    so that their mean over all images is 1. psinger's code normalizes the weights in each batch instead. The
+    weight of an image then depends on the other images in the batch, and the result on the number of processes.
 
     Args:
         counts: (classes,) integers, number of images of each class.

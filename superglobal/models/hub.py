@@ -255,7 +255,7 @@ def _card_settings(network: RetrievalNetwork) -> dict[str, Any]:
 def _training(provenance: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the provenance of the training, as written by `train.py`; None if the weights are not from `train.py`.
 
-    It is also found if the weights were converted after the training.
+    If the weights were converted after the training, the training is described by the entry "origin" of `provenance`.
     """
     if "identity" in provenance:
         return provenance
@@ -328,7 +328,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _require_fields(path: Path, prefix: str, values: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> None:
-    """Raise InputError unless `values` has exactly these fields with these types.
+    """Raise InputError unless `values` has exactly the fields in `fields`, each with an allowed type.
 
     Args:
         path: file of the values, for messages.

@@ -26,7 +26,8 @@ SCALES: dict[int, tuple[float, ...]] = {
 # Increase this number when a code change affects the descriptors for the same weights and settings, so that stores with
 # old descriptors are not reused.
 DESCRIPTOR_VERSION = 1
-# Maximum length, in pixels, of the longer side of an enlarged image. A very elongated image is distorted to keep to it.
+# Maximum length, in pixels, of the longer side of an enlarged image. The longer side of a very elongated image is
+# therefore enlarged by a smaller factor than the shorter side, which distorts the image.
 _MAX_ENLARGED_SIDE = 4096
 
 
@@ -121,7 +122,10 @@ class RetrievalNetwork(nn.Module):
         self.pooling.config = replace(self.config, p=float(f"{self.pooling.p.item():.6g}"))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Standardize RGB images (B, 3, H, W), uint8 or float in 0..1, with `mean` and `std`, in their dtype."""
+        """Standardize RGB images (B, 3, H, W), uint8 or float in 0..1: subtract `mean`, and divide by `std`.
+
+        The result has the dtype of `mean`.
+        """
         images = images.to(self.mean.dtype) / (255 if images.dtype == torch.uint8 else 1)
         return (images - self.mean) / self.std
 
@@ -211,13 +215,17 @@ class RetrievalNetwork(nn.Module):
         return replace(pooling, relup="on" if has_relup(self.backbone.net) else "off")
 
     def _at_scale(self, x: Tensor, scale: float) -> Tensor:
-        """Resize images (B, 3, H, W) by a scale factor, and standardize them. Standardized images are only resized."""
+        """Resize a batch (B, 3, H, W) by a scale factor, and return standardized images.
+
+        If `opencv_resize` is on, `x` contains uint8 images, which are standardized after resizing. Otherwise, `x`
+        contains images that are already standardized.
+        """
         if self.config.opencv_resize:
             return self.normalize(_opencv_resize(x, scale))
         return resize(x, scale, self.antialias)
 
     def min_side(self) -> int:
-        """Return the smallest supported image side in pixels. `forward` enlarges an image with a shorter side to it.
+        """Return the smallest supported image side in pixels. `forward` enlarges images with a shorter side.
 
         The reflect padding of Regional-GeM needs a feature map of 3 x 3 cells at the smallest scale. For a ResNet, this
         takes images of 65 px at one scale, 92 px at three scales and 130 px at five scales. The reference fails for

@@ -86,19 +86,19 @@ class PoolingConfig:
 
 
 def _require_positive(name: str, value: float) -> None:
-    """Raise InputError unless the value is positive."""
+    """Raise InputError unless the value of the setting `name` is positive."""
     if not value > 0:
         raise InputError(f"{name}={value}: expected a positive number")
 
 
 def _require_window(name: str, value: int) -> None:
-    """Raise InputError unless the window size is odd and positive."""
+    """Raise InputError unless the value of the setting `name`, a window size, is odd and positive."""
     if value < 1 or value % 2 != 1:
         raise InputError(f"{name}={value}: expected an odd number >= 1")
 
 
 def _require_weight(name: str, value: float) -> None:
-    """Raise InputError unless the weight is in 0..1."""
+    """Raise InputError unless the value of the setting `name`, a weight, is in 0..1."""
     if not 0 <= value <= 1:
         raise InputError(f"{name}={value}: expected a number in 0..1")
 

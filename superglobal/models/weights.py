@@ -40,8 +40,8 @@ _CVNET_LAYERS = {
     "f.c_bn": "bn3",
 }
 _LITE0 = "tf_efficientnet_lite0"
-# Number of blocks per stage. The PyPI package numbers the blocks of all stages consecutively, but timm starts from 0 in
-# each stage.
+# Number of blocks in each stage of EfficientNet-Lite0. The PyPI package numbers the blocks of all stages consecutively,
+# but timm starts from 0 in each stage.
 _LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)
 _LITE0_BLOCKS = [f"{stage}.{i}" for stage, count in enumerate(_LITE0_STAGES) for i in range(count)]
 _LITE0_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}

@@ -219,7 +219,7 @@ class ApproximateIndex:
             index: FAISS index of the rows that are not skipped.
             rows: all rows of the database.
             config: configuration from `with_defaults`.
-            on_gpu: set this if the index is on a GPU.
+            on_gpu: whether the index is on a GPU.
         """
         self.index = index
         self.rows = rows
@@ -335,7 +335,7 @@ def recall(ids: np.ndarray, exact: np.ndarray) -> np.ndarray:
 def open_index(
     X: Any, config: IndexConfig, folder: str | Path, *, device: str | torch.device | None = None
 ) -> ApproximateIndex:
-    """Load the index of these rows and settings from `folder`, or build it and store it there.
+    """Load an approximate index of a database from `folder`. If it is not stored there yet, build and store it.
 
     If several processes need the same index, one builds it, and the others wait and load it. The required memory is
     logged before the index is built, and the progress while it is built. On a CUDA device, the index is built and

@@ -261,8 +261,8 @@ class Counter:
             scores: (Q, n) float32 scores of all pairs.
 
         Returns:
-            Query indices (P,) and positions in the block (P,) of the undecided pairs: the scores of the row and of a
-            target differ by less than the tolerance.
+            Query indices (P,) and positions in the block (P,) of the undecided pairs. In an undecided pair, the scores
+            of the row and of a target differ by less than the tolerance.
         """
         query_of, row_of, values = scored_where(mask, scores)
         keys = _SPREAD * query_of + values
@@ -274,9 +274,15 @@ class Counter:
         return query_of[near], row_of[near]
 
     def _compare_on_device(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Compare rows with the targets of a query on an accelerator. Only the undecided pairs are copied to the CPU.
+        """Compare rows with targets by float32 scores, on an accelerator. Count the rows whose comparison is definite.
 
-        The arguments and the result are those of `_compare_on_host`.
+        Args:
+            mask: (Q, n) bool, true for each pair of a query and a row of the block to compare.
+            scores: (Q, n) float32 scores of all pairs.
+
+        Returns:
+            Query indices (P,) and positions in the block (P,) of the undecided pairs, on the CPU. In an undecided pair,
+            the scores of the row and of a target differ by less than the tolerance.
         """
         if self._keys is None:
             self._keys = tuple(
@@ -462,6 +468,12 @@ def _flat_targets(
     scores: Sequence[Any], ids: Sequence[Any], n_queries: int, excluded: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Validate the targets of `count_better`, and concatenate them over all queries.
+
+    Args:
+        scores: for each query, the scores of its targets.
+        ids: for each query, the ids of its targets in the whole database.
+        n_queries: number of queries Q.
+        excluded: (Q,) ids, one per query, that are not ranked; None for none.
 
     Returns:
         Scores (T,) float64, ids (T,) int64, and the number of targets of each query (Q,).

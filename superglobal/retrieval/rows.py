@@ -32,13 +32,13 @@ class Rows:
     methods:
 
     - `skipped`: ids of rows that are never ranked.
-    - `validated`: true if its rows need no validation.
-    - `fingerprint()`: return a digest of its rows.
-    - `converts`: true if its rows are not stored in float32. It then has `read_into(start, stop, out)`, which converts
-      rows to float32 while reading.
-    - `dtype`: NumPy dtype of its stored rows, which `out` may also have. It then has `take_stored(ids)`, which returns
-      rows in this dtype.
-    - `concurrent`: true if several threads may call its methods at the same time.
+    - `validated`: true if the rows need no validation.
+    - `fingerprint()`: return a digest of the rows.
+    - `converts`: true if the stored rows are not float32. The source then has `read_into(start, stop, out)`, which
+      converts rows to float32 while reading.
+    - `dtype`: NumPy dtype of the stored rows. `read_into` then also accepts an array `out` of this dtype, and the
+      source has `take_stored(ids)`, which returns rows in this dtype.
+    - `concurrent`: true if several threads may call the methods of the source at the same time.
     """
 
     def __init__(self, sources: Sequence[Any], name: str = "descriptors") -> None:
@@ -119,7 +119,10 @@ class Rows:
         return all(tensor is not None and tensor.device == device for tensor in tensors)
 
     def block_on(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """Return rows start..min(stop, N)-1 as (n, D) float32 on `device`, which also converts them to float32."""
+        """Return rows start..min(stop, N)-1 as a tensor (n, D) float32 on `device`.
+
+        The rows are copied in their stored dtype and converted to float32 on the device.
+        """
         if is_host(device):
             return to_tensor(self.block(start, stop), device)
         stop = min(stop, len(self))
@@ -138,7 +141,7 @@ class Rows:
             device: device of the result.
 
         Returns:
-            Tensor (*S, D) float32.
+            Tensor `(*S, D)` float32.
         """
         if is_host(device):
             return to_tensor(self.take(ids), device)
@@ -174,7 +177,10 @@ class Rows:
                 yield source, max(start, low) - low, min(stop, high) - low
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 digest of the fingerprints of all sources. Sources without one contribute their values."""
+        """Return a SHA-256 digest of all sources.
+
+        It is computed from the fingerprint of each source or, for a source without a fingerprint, from its values.
+        """
         digest = hashlib.sha256()
         for source in self._sources:
             if hasattr(source, "fingerprint"):
@@ -185,7 +191,7 @@ class Rows:
         return digest.hexdigest()
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Return the rows with the given ids, integers in 0..N-1 of any shape S, as (*S, D) float32."""
+        """Return the rows with the given ids, integers in 0..N-1 of any shape S, as `(*S, D)` float32."""
         flat = np.asarray(ids, dtype=np.int64).ravel()
         return self._take(flat, np.dtype(np.float32)).reshape(*np.shape(ids), self.dim)
 
@@ -433,16 +439,17 @@ def block_size(
     max_elements: int = _BLOCK_ELEMENTS,
     max_scores: int = _SCORE_ELEMENTS,
 ) -> int:
-    """Return the number of rows per block that limits the memory of a block and of its scores.
+    """Return a number of rows per block for which the block and its scores need little memory.
 
     With the default limits, a block and its scores for all queries take up to about 64 MB of float32 each.
 
     Args:
-        block_rows: maximum number of rows, which always applies.
+        block_rows: maximum number of rows. It is never exceeded, even if it is less than 1024.
         n_queries: number of queries.
         dim: dimension of the descriptors.
-        max_elements: maximum number of elements of a block, unless this allows fewer than 1024 rows.
-        max_scores: maximum number of scores of a block for all queries, unless this allows fewer than 1024 rows.
+        max_elements: maximum number of elements of a block. It is exceeded if it would allow fewer than 1024 rows.
+        max_scores: maximum number of scores of a block for all queries. It is exceeded if it would allow fewer than
+            1024 rows.
     """
     if block_rows < 1:
         raise InputError(f"block_rows={block_rows}: expected an integer >= 1")

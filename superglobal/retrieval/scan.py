@@ -127,7 +127,7 @@ class Block:
         return exact
 
     def probe(self) -> None:
-        """If `scores` were computed, compute the best row of each query in float64, too, to update `error`."""
+        """If `scores` were computed, compute the best score of each query in float64, too, to update `error`."""
         if self._scores is not None:
             best, row_of = (tensor.cpu().numpy() for tensor in self._scores.max(dim=1))
             query_of = np.flatnonzero(np.isfinite(best))
@@ -206,8 +206,16 @@ def _pass(
 ) -> float:
     """Pass all blocks of the database to the consumers once, and return the largest observed error of a float32 score.
 
-    The pass ends early if the error is too large for the tolerance of the consumers. The other arguments are those of
-    `scan`.
+    The pass ends early if the error is too large for the tolerance of the consumers.
+
+    Args:
+        queries: (Q, D) float32, on the device to compute on.
+        rows: rows of the database.
+        consumers: objects that process the blocks.
+        excluded: (Q,) ids, one per query, of excluded rows; -1 for none.
+        block_rows: maximum number of rows in a block.
+        check: validate that all rows are finite.
+        tolerance: largest error of a float32 score that the consumers allow for.
     """
     error = 0.0
     # If a consumer raises an exception, close the generator at once, which stops its reading thread. Otherwise the

@@ -60,7 +60,9 @@ def pair_scores(Q: np.ndarray, X: Any, query_of: np.ndarray, row_of: np.ndarray)
 def pair_scores_on(
     queries: torch.Tensor, vectors: torch.Tensor, query_of: np.ndarray, row_of: np.ndarray
 ) -> np.ndarray:
-    """Compute the same as `pair_scores`, bitwise, for tensors on their device.
+    """Compute the inner products of pairs of a query and a row in float64, on the device of the tensors.
+
+    The results are bitwise equal to those of `pair_scores`.
 
     Args:
         queries: (Q, D) float32.
@@ -105,9 +107,10 @@ def _sum_rows(products: Any) -> Any:
 
 
 def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-    """Compute `pair_scores` for a block of rows in memory, but score bitwise equal rows only once.
+    """Compute the inner products of pairs of a query and a row of a block in memory, in float64.
 
-    This saves time if the database contains many copies of an image.
+    The results are bitwise equal to those of `pair_scores`. If several rows of the block are bitwise equal, their
+    scores are computed only once, which saves time if the database contains many copies of an image.
 
     Args:
         Q: (Q, D) float32 queries.

@@ -19,8 +19,8 @@ BACKENDS = ("auto", "faiss", "torch")
 FAISS_MAX_ROWS = 20_000
 """Largest number of database rows that the backend "auto" searches with FAISS.
 
-Up to this size, FAISS takes at most a third longer than torch. The ratios of the CPU times of search and exact ranks
-with FAISS and with torch are 1.12 for N = 5,000 rows, 1.31 for 20,000, 1.61 for 50,000 and 1.64 for 200,000, measured
+Up to this size, FAISS takes at most a third longer than torch. The CPU time of search and exact ranks with FAISS,
+divided by that with torch, is 1.12 for N = 5,000 rows, 1.31 for 20,000, 1.61 for 50,000 and 1.64 for 200,000, measured
 on two cores by `python scripts/bench.py search --dtype float32 --rows N`.
 """
 FAISS_GPU_RESULTS = 2048
@@ -218,8 +218,8 @@ class Shortlist:
 
     Each query has a floor. Rows with lower scores are dropped. The floor is the k-th best float32 score so far minus
     twice the tolerance, because each of the two compared scores may be wrong by the tolerance. At the end, the scores
-    of the remaining rows are computed in float64. If too many rows remain before, such as copies of one image, their
-    float64 scores are computed immediately.
+    of the remaining rows are computed in float64. If too many rows remain before the end, such as copies of one image,
+    their float64 scores are computed immediately.
     """
 
     def __init__(
@@ -376,12 +376,14 @@ class Shortlist:
 
 
 def _first(query_of: np.ndarray, scores: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
-    """Select the k best of n pairs for each query, by descending score, then by ascending id.
+    """Select the k best pairs of each query among n pairs of a query and a row.
+
+    Pairs are ordered by descending score. Pairs with equal scores are ordered by ascending id.
 
     Args:
         query_of: (n,) query index of each pair.
-        scores: (n,) scores.
-        ids: (n,) ids.
+        scores: (n,) score of each pair.
+        ids: (n,) id of the row of each pair.
         k: maximum number of pairs per query.
 
     Returns:

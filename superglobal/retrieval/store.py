@@ -243,7 +243,10 @@ class DescriptorStore:
             raise InputError(f"{self.folder}: row {outside[0]} is outside 0..{len(self) - 1}")
 
     def _mark(self, rows: np.ndarray, state: int) -> None:
-        """Register rows as `_WRITTEN` or `_SKIPPED`; the next flush records this in `done.npy`. Flush if it is due."""
+        """Register rows as `_WRITTEN` or `_SKIPPED`. The next flush records this in `done.npy`.
+
+        If a flush is due, because of the number of rows or the time since the last flush, flush now.
+        """
         self._unflushed.update(dict.fromkeys(rows.tolist(), state))
         if len(self._unflushed) >= _FLUSH_ROWS or time.monotonic() - self._last_flush > _FLUSH_SECONDS:
             self.flush()
@@ -309,7 +312,7 @@ class DescriptorStore:
             start += len(piece)
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Return the rows with the given ids, integers in 0..N-1 of any shape S, as an array (S, D) float32.
+        """Return the rows with the given ids, integers in 0..N-1 of any shape S, as an array `(*S, D)` float32.
 
         Raises:
             InputError: the store is not complete.
@@ -332,7 +335,7 @@ class DescriptorStore:
             dtype: dtype of the result.
 
         Returns:
-            Array (*S, D).
+            Array `(*S, D)` of `dtype`.
         """
         flat = np.asarray(ids).reshape(-1)
         out = np.empty((len(flat), self.shape[1]), dtype)

@@ -28,7 +28,7 @@ class Landmark:
         trees: (x, y, height) of each tree in meters.
         ground: texture of the ground.
         width: extent of the building along x in meters, symmetric about x = 0. For a street, the width, depth and
-            height are those of the empty place in the center.
+            height are those of the empty area in the center.
         depth: extent of the building along y in meters.
         height: extent of the building along z in meters.
     """

@@ -171,5 +171,15 @@ def _render(out: Path, seed: int, side: int, shots: list[Shot], workers: int) ->
 
 
 def _take_all(out: Path, seed: int, side: int, shots: list[Shot]) -> dict[Shot, Photo]:
-    """Render the images of one batch, and return the row of `photos.csv` for each image."""
+    """Render the images of one batch.
+
+    Args:
+        out: output folder.
+        seed: seed of the data set.
+        side: longer side of the images in pixels.
+        shots: the images to render, all of one landmark.
+
+    Returns:
+        The row of `photos.csv` for each image.
+    """
     return {shot: take(out, seed, side, shot) for shot in shots}

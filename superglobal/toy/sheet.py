@@ -62,7 +62,7 @@ def write_sheet(root: Path, path: Path, landmarks: int = 6) -> None:
 def _landmark_row(photos: Sequence[Photo], landmark: int) -> list[Cell]:
     """Return the titles and images of one row of the sheet, which shows the evaluation landmark with the given number.
 
-    They are a query, then up to three easy, four hard and one junk database image.
+    The first image is a query. Up to three easy, four hard and one junk database image follow.
     """
     query = next(p for p in photos if p.set == "query" and p.landmark == landmark)
     database = [p for p in photos if p.set == "database" and p.landmark == landmark]

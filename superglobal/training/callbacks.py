@@ -301,7 +301,7 @@ class NonFiniteGuard(StepCallback):
     def _step(trainer: pl.Trainer, batch_idx: int) -> int:
         """Return the number of the step that the batch `batch_idx` belongs to, starting at 1.
 
-        After the last batch of a step, Lightning has already increased `trainer.global_step`. After the other batches,
-        1 is added.
+        After the last batch of a step, Lightning has already increased `trainer.global_step`. For the other batches,
+        this method adds 1.
         """
         return trainer.global_step + ((batch_idx + 1) % trainer.accumulate_grad_batches != 0)

@@ -27,7 +27,8 @@ def available_cpus() -> int:
 def exit_on_interrupt() -> None:
     """Make Ctrl-C end this process immediately, with status 130, without waiting for its threads.
 
-    Only for commands that write every file atomically or can resume it: then no file can be incomplete.
+    Use this only in commands that write every file atomically or can resume it. Otherwise, the interrupted command
+    could leave an incomplete file.
     """
 
     def exit_now(number: int, frame: object) -> None:
@@ -46,7 +47,8 @@ def end_with_parent() -> None:
     """Start a thread that ends this process as soon as its parent ends or is killed.
 
     In a process that `multiprocessing` did not start, do nothing. The thread does not check the parent process ID
-    (`os.getppid`). In a process started by a fork server, it is the ID of this server, which may outlive the parent.
+    (`os.getppid`): if a fork server started this process, it is the ID of the server, which may outlive the process
+    that requested the start.
     """
     parent = multiprocessing.parent_process()
 

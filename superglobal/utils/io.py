@@ -66,7 +66,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextmanager
 def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iterator[None]:
-    """Hold a file lock during a `with` statement, so that only one process at a time runs its body.
+    """Hold a file lock during a `with` statement, so that only one process at a time runs the body of the statement.
 
     If the process is killed, the operating system releases the lock.
 
