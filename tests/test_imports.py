@@ -94,6 +94,36 @@ def test_only_the_toy_data_command_imports_the_renderer():
     assert {name for name in users if folder_of(name) != "toy"} == {"superglobal.cli.toy_data"}
 
 
+WITHOUT_POSIX = f"""
+import asyncio, multiprocessing, os, signal, subprocess, sys
+from pathlib import Path
+import cv2, filelock, huggingface_hub, hydra, PIL.Image, pytorch_lightning, timm, torch
+
+sys.modules.update(dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios"]))
+multiprocessing.get_all_start_methods = lambda: ["spawn"]
+for name in ("SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGKILL", "SIGHUP", "SIGALRM"):
+    delattr(signal, name)
+for name in ("fork", "pread", "killpg", "setsid", "posix_fallocate", "sched_getaffinity"):
+    delattr(os, name)
+
+import {", ".join(name for name in MODULES if name != "superglobal.search_page.page")}  # The page imports gradio.
+
+superglobal.data.datamodules.init_worker(0)
+assert superglobal.data.datamodules.worker_start_method(2, 2) is None
+assert len(list(superglobal.data.datamodules.ImageLoader(range(4)))) == 4
+try:
+    superglobal.data.prepare_gldv2._tar_files(Path("."), Path("."))
+except superglobal.errors.InputError as error:
+    print(error)
+"""
+
+
+def test_the_package_works_without_what_windows_lacks():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_POSIX], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "reading images from tar files needs Linux or macOS" in done.stdout
+
+
 @pytest.mark.parametrize("module", ["superglobal", "superglobal.cli"])
 def test_an_import_is_fast_and_portable(module):
     """Avoid libraries that take seconds to import and modules that are missing on some systems."""

@@ -21,7 +21,7 @@ from superglobal.data.jpeg_decoding import EncodedImage, decode_batch, read_enco
 from superglobal.data.samplers import EpochBatches, ImageBatch
 from superglobal.data.train_dataset import TrainingDataset, collate
 from superglobal.errors import InputError
-from superglobal.utils.distributed import end_with_parent, in_main_thread
+from superglobal.utils.distributed import STOP_SIGNALS, end_with_parent, in_main_thread
 
 log = logging.getLogger(__name__)
 Task = tuple[int, int]
@@ -355,9 +355,10 @@ class ImageLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         start = time.perf_counter()
         batches = super().__iter__()
-        handler = signal.getsignal(signal.SIGCHLD)
-        if getattr(handler, "__module__", "").startswith("torch.") and in_main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD") and in_main_thread():  # Windows lacks this signal.
+            handler = signal.getsignal(signal.SIGCHLD)
+            if getattr(handler, "__module__", "").startswith("torch."):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while True:
             try:
                 batch = next(batches)
@@ -386,9 +387,10 @@ def worker_start_method(processes: int, num_workers: int) -> str | None:
         num_workers: number of workers of the DataLoader.
 
     Returns:
-        None (the default of torch) if there is one training process or no worker, else "forkserver".
+        None (the default of torch) if there is one training process, no worker, or no fork server on this operating
+        system; else "forkserver".
     """
-    if processes == 1 or num_workers == 0:
+    if processes == 1 or num_workers == 0 or "forkserver" not in multiprocessing.get_all_start_methods():
         return None
     # The fork server imports this module once. The workers are copies of the server and need not import it again.
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
@@ -402,5 +404,5 @@ def init_worker(worker: int) -> None:
     workers too. They must not end then, because the trainer first finishes and saves the current step.
     """
     end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

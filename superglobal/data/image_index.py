@@ -161,7 +161,12 @@ class ImageIndex:
         return [(int(i), reasons[int(rows[i])]) for i in np.flatnonzero(np.isin(rows, self.bad))]
 
     def tars(self, folder: Path) -> ImageTars:
-        """Return a reader for the images of the list. `folder` is the folder of the tar files."""
+        """Return a reader for the images of the list. `folder` is the folder of the tar files.
+
+        Raises:
+            InputError: the operating system is Windows.
+        """
+        require_posix(folder)
         return ImageTars(folder, self.tar_names.tolist(), self.ids, self.numbers, self.offsets, self.sizes)
 
     def save(self, path: Path, list_digest: str) -> None:
@@ -244,3 +249,9 @@ def _tar_mismatch(index: ImageIndex, tars: str | Path | None) -> str | None:
         if path.stat().st_size != size:
             return f"{path} has changed"
     return None
+
+
+def require_posix(tars: Path) -> None:
+    """Raise InputError on Windows, which lacks `os.pread`. `tars` is the folder of the tar files."""
+    if not hasattr(os, "pread"):
+        raise InputError(f"{tars}: reading images from tar files needs Linux or macOS; unpack them, or use WSL")

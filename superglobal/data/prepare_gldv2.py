@@ -34,6 +34,7 @@ from superglobal.data.image_index import (
     ImageTree,
     index_path,
     list_digest,
+    require_posix,
     signature_codes,
 )
 from superglobal.data.images import CorruptImageError
@@ -142,8 +143,10 @@ def _tar_files(root: Path, tars: Path | None) -> list[Path]:
     """Return the tar files in the folder `tars`, or an empty list if the images are read from the folder tree.
 
     Raises:
-        InputError: there are no tar files, or the folder tree does not exist.
+        InputError: there are no tar files, the folder tree does not exist, or Windows would have to read tar files.
     """
+    if tars:
+        require_posix(tars)
     files = sorted(tars.glob("*.tar")) if tars else []
     if tars and not files:
         raise InputError(f"no tar files (images_000.tar, ...) in {tars}\n{how_to_get_gldv2_train(root)}")

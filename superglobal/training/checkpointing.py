@@ -19,7 +19,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from superglobal.errors import InputError, first_line
 from superglobal.training.callbacks import NonFiniteGuard, StepCallback, any_rank, cpu_process_group
 from superglobal.training.module import TrainingModule
-from superglobal.utils.distributed import first_process, in_main_thread
+from superglobal.utils.distributed import STOP_SIGNALS, first_process, in_main_thread
 from superglobal.utils.io import atomic_file
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ _DAMAGED = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -91,7 +90,7 @@ class CheckpointCallback(StepCallback):
         self.group = cpu_process_group(trainer)
         # Lightning's own signal handlers run a broadcast, which may interrupt another collective operation.
         if in_main_thread():
-            self.handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            self.handlers = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         if trainer.is_global_zero:
             for temporary in self.folder.glob(".*.ckpt.*"):
                 temporary.unlink()
@@ -104,7 +103,7 @@ class CheckpointCallback(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, epoch_ends: bool) -> None:
         due = self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
-        due, *stop = any_rank(self.group, due, *(self.received == number for number in _SIGNALS))
+        due, *stop = any_rank(self.group, due, *(self.received == number for number in STOP_SIGNALS))
         due |= self.every_steps is not None and trainer.global_step % self.every_steps == 0
         due |= epoch_ends or trainer.should_stop
         if due or any(stop):
@@ -113,7 +112,7 @@ class CheckpointCallback(StepCallback):
                 trainer.save_checkpoint(self.folder / LAST, weights_only=False)
             self.saved_at = time.monotonic()
         if any(stop):
-            number = next(number for number, flag in zip(_SIGNALS, stop, strict=True) if flag)
+            number = next(number for number, flag in zip(STOP_SIGNALS, stop, strict=True) if flag)
             name = signal.Signals(number).name
             log.warning("%s: saved a checkpoint at step %d; run the same command to resume", name, trainer.global_step)
             # Only the first process exits with this status. If another process exited with a status other than 0,

@@ -7,6 +7,12 @@ import os
 import signal
 import threading
 
+# Windows lacks SIGUSR1 and SIGUSR2.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT") if hasattr(signal, name)
+)
+"""Signals that end a training run after the current step."""
+
 
 def first_process() -> bool:
     """Return True if this process has the global rank 0. Only the process with this rank writes files.
