@@ -1,6 +1,6 @@
 """Train a retrieval network.
 
-python train.py trains on GLDv2-clean, and python train.py experiment=quickstart trains on the toy data set. --help
+python train.py trains on GLDv2-clean, and python train.py experiment=demo trains on the toy data set. --help
 describes all settings. conf/train.yaml selects the default options.
 """
 

@@ -46,7 +46,7 @@ def main() -> int:
             return status
         print(f"[{number}/{len(stages)}] {title}: {time.monotonic() - began:.0f} s", flush=True)
     sheets = sorted((ROOT / folder).glob("trained/*ablation=rerank*/sheet.png"), key=lambda path: path.stat().st_mtime)
-    print(f"\ntotal time: {time.monotonic() - start:.0f} s\ntable:  {folder / 'table.md'}\nfigure: {sheets[-1]}")
+    print(f"\ntotal time: {time.monotonic() - start:.0f} s\ntable:  {folder / 'table-toy.md'}\nfigure: {sheets[-1]}")
     return 0
 
 

@@ -342,3 +342,17 @@ def test_relup_is_not_marked_for_a_network_without_it(tmp_path):
     rows = {row["run"]: row for row in rows_of(tmp_path / "table-d.csv")}
     marked = {name for name, row in rows.items() if row["relup"] not in ("", "off", "False", "-")}
     assert marked == {"relup"}, rows
+
+
+def test_a_row_that_does_not_apply_has_the_weights_of_the_others_and_a_reason_below_the_table(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    for label in ("gem", "rerank"):
+        job(tmp_path / label, rng.uniform(0, 1, (3, 12)), label=label)
+    job(tmp_path / "relup", None, label="relup", status="n/a")
+    path = tmp_path / "relup" / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights": None, "reason": "no plain ReLUs"}))
+    write_tables(tmp_path)
+    assert [row["run"] for row in rows_of(tmp_path / "table-d.csv")] == ["gem", "relup", "rerank"]
+    assert {row["weights"] for row in rows_of(tmp_path / "table.csv")} == {"w"}
+    for text in ((tmp_path / "table-d.md").read_text(), capsys.readouterr().out):
+        assert "relup n/a: no plain ReLUs" in text

@@ -40,7 +40,7 @@ def test_missing_data_is_reported_in_one_message(tmp_path, script, words):
     text = run_command(
         [sys.executable, str(ROOT / script), f"paths.data={tmp_path}", f"paths.outputs={tmp_path / 'out'}"], 2
     )
-    for word in [*words, "superglobal toy-data", "train.py experiment=quickstart"]:
+    for word in [*words, "superglobal toy-data", "train.py experiment=demo"]:
         assert word in text
     assert "Traceback" not in text
 

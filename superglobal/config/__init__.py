@@ -42,7 +42,7 @@ ENTRIES = (
         "Train a network on landmarks in GLDv2's layout. Run the same command again to resume an interrupted run.",
         (
             "python train.py experiment=r50_gldv2_clean",
-            "python train.py experiment=quickstart optim.epochs=5 name=short",
+            "python train.py experiment=demo optim.epochs=2 name=short",
         ),
     ),
     Entry(
@@ -50,14 +50,14 @@ ENTRIES = (
         "superglobal tune",
         TuneConfig,
         "Choose pooling and reranking settings for a trained network on its held-out landmarks or on labeled photos.",
-        ("superglobal tune name=quickstart trials=200",),
+        ("superglobal tune name=demo trials=200",),
     ),
     Entry(
         "compare",
         "superglobal compare-rerankers",
         CompareConfig,
         "Compare rerankers on the same stored descriptors and the same results of the first search.",
-        ("superglobal compare-rerankers dataset=toy name=quickstart 'rerankers=[none,superglobal,mutual]'",),
+        ("superglobal compare-rerankers dataset=toy name=demo 'rerankers=[none,superglobal,mutual]'",),
     ),
     Entry(
         "serve",

@@ -15,8 +15,8 @@ from typing import Literal
 GLDV2_PAGE = "https://github.com/cvdfoundation/google-landmark"
 GOOGLE_DRIVE_FOLDER = "https://drive.google.com/drive/folders/1gMbZ8JlTyPlH2-6HW5NHRe58LmKfJybx"
 TOY_DATA_HINT = (
-    "without a download: run superglobal toy-data to render toy landmarks (one minute), then "
-    "python train.py experiment=quickstart and python eval.py dataset=toy"
+    "without a download: run superglobal toy-data --size medium to render toy landmarks (two minutes), then "
+    "python train.py experiment=demo and python eval.py dataset=toy"
 )
 """Hint at the end of messages about missing data."""
 _REVISITOP_PAGE = "https://github.com/filipradenovic/revisitop"

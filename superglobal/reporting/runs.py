@@ -120,6 +120,7 @@ class RunRow:
 def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
     """Return one row per run, sorted by data set, weights and ablation row. Equal rows keep the order of `results`."""
     order = {name: i for i, name in enumerate(ABLATIONS)}
+    results = _complete_weights(results)
     weights = list(dict.fromkeys(str(result["weights"]) for result in results))
     short_names = _short_names(weights)
     results = sorted(
@@ -147,6 +148,16 @@ def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
         baseline = baselines.setdefault(key, result) if result["metrics"] else None
         rows.append(RunRow(result, short_names[str(result["weights"])], name, values, baseline))
     return rows
+
+
+def _complete_weights(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give the runs without metrics, which did not load a network, the weights of a run with the same settings."""
+
+    def settings(result: Mapping[str, Any]) -> str:
+        return json.dumps([result["config"].get(key) for key in ("weights", "backbone", "name")])
+
+    known = {settings(result): result["weights"] for result in results if result["metrics"]}
+    return [result | {"weights": known.get(settings(result), result["weights"])} for result in results]
 
 
 def scores_in_percent(result: Mapping[str, Any]) -> dict[str, float | None]:

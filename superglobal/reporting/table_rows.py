@@ -97,6 +97,7 @@ class DatasetTable:
     modules: tuple[str, ...]  # `MODULES` if the rows differ in them and all states are known; otherwise empty
     settings: tuple[str, ...]  # names of the other settings in which the rows differ
     rows: tuple[Row, ...]
+    notes: tuple[str, ...]  # for the rows without metrics, "NAME: reason"
     published: tuple[Published, ...]  # scores that the paper reports for configurations in the table
     effects: tuple[Effect, ...]  # main effects if the runs form a full factorial design; otherwise empty
 
@@ -181,9 +182,19 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
         modules=MODULES if has_modules else (),
         settings=tuple(settings),
         rows=tuple(rows.values()),
+        notes=tuple(_notes(runs)),
         published=tuple(dict.fromkeys(paper for run in runs if (paper := published_for(run.result)))),
         effects=tuple(_main_effects(runs, states, variants)) if has_modules and not settings else (),
     )
+
+
+def _notes(runs: Sequence[RunRow]) -> list[str]:
+    """Return the reasons why runs have no metrics, each with the names of these runs in front."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        if not run.result["metrics"] and (reason := run.result.get("reason")):
+            names.setdefault(f"{missing_text(run.result)}: {reason}", []).append(run.name)
+    return [f"{', '.join(dict.fromkeys(rows))} {reason}" for reason, rows in names.items()]
 
 
 def _metric_and_main(result: Mapping[str, Any]) -> tuple[str, str]:

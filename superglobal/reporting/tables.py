@@ -184,6 +184,7 @@ def as_markdown(table: DatasetTable) -> str:
 
     paper = [[f"*{cell}*" if cell else "" for cell in row] for row in _published_rows(table, len(columns))]
     text = f"**{table.name}**, {_title(table)}\n\n" + markdown_text(columns, [*_rows(table, cells), *paper])
+    text += "".join(f"\n{note}\n" for note in table.notes)
     if paper:
         sources = ", ".join(dict.fromkeys(paper.source for paper in table.published))
         text += f"\nScores in italics are {_NOTE}; source: {sources}.\n"
@@ -197,8 +198,9 @@ def _print(table: DatasetTable) -> None:
 
     To save width, all modules are in one column, and only the gain under the main protocol is shown.
     """
-    note = f"Scores of the paper are {_NOTE}." if table.published else None
-    shown = Table(title=escape(f"{table.name}, {_title(table, 'gain over')}"), caption=note)
+    notes = [*table.notes, *([f"Scores of the paper are {_NOTE}."] if table.published else [])]
+    caption = escape("\n".join(notes)) or None
+    shown = Table(title=escape(f"{table.name}, {_title(table, 'gain over')}"), caption=caption)
     shown.add_column("")
     for variant in table.variants:
         for i, name in enumerate((*table.protocols, "gain", "95 % gain", "ms/query")):
