@@ -64,7 +64,8 @@ def read_ids(path: Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: see `read_list`.
+        InputError: the file cannot be read, lacks a column, contains no images, contains an invalid image id, or
+            contains an image twice.
     """
     with _input_errors(path):
         columns = _column_names(path)

@@ -263,7 +263,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     """Return the (width, height) in pixels of the upright image, from the header of the image file `data`.
 
     Raises:
-        CorruptImageError: see `open_image`.
+        CorruptImageError: the file is not an image, its header is damaged, or the image has too many pixels.
     """
     with open_image(data) as image:
         return upright_size(image)

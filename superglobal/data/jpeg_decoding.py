@@ -179,7 +179,7 @@ def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], d
         device: device of the extraction.
 
     Returns:
-        The differences between the decoders, see `compare_decoders`.
+        The differences between the decoders, as a dict with the entries that `compare_decoders` describes.
 
     Raises:
         InputError: there is no CUDA device, or torchvision cannot decode on it.

@@ -249,11 +249,11 @@ def _initialize_worker() -> None:
 
 
 def _compute(path: Path, check: Callable[[], Shard]) -> int:
-    """Check the images of one shard, and write the results to a file atomically.
+    """Check the images of one shard, and write the results to an .npz file atomically.
 
     Args:
         path: file for the results.
-        check: function that checks the images and returns the arrays of results.
+        check: function without arguments that checks the images and returns the results as a `Shard`.
 
     Returns:
         The number of images in the results.
@@ -288,7 +288,7 @@ def _check_tree(ids_file: Path, tree: Path, rows: slice, decode: bool) -> Shard:
 
 
 def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
-    """Check those images of one tar file that are in the list. Other members of the tar file are ignored.
+    """Check all images of one tar file that are in the list. Other members of the tar file are ignored.
 
     Args:
         ids_file: file with the sorted ids of all images of the list, (N,) S16.

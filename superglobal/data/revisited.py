@@ -168,7 +168,7 @@ def _names(path: Path, data: dict[str, Any], key: str) -> list[str]:
 
 
 def _entry(path: Path, entry: Any, where: str, database: int) -> dict[str, Any]:
-    """Validate the ground truth of one query, and return it as described at `GroundTruth.gnd`.
+    """Validate the ground truth of one query, and return it as an element of `GroundTruth.gnd`.
 
     Args:
         path: the ground-truth file, for messages.

@@ -130,9 +130,9 @@ def plan_batches(
 
 
 def select_missing(batches: Iterable[ImageBatch], missing: Sequence[set[int]]) -> list[ImageBatch]:
-    """Return batches of only those images that have no stored descriptor yet.
+    """Remove the images that already have a stored descriptor from all batches.
 
-    Each batch keeps its missing images. A batch without missing images is dropped.
+    A batch is dropped if no image remains in it.
 
     Args:
         batches: batches returned by `plan_batches`.

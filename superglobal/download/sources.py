@@ -284,7 +284,7 @@ class _StoppedError(Exception):
 
 
 class _ProgressBar:
-    """Progress bar in bytes that several download threads update. Setting `stopped` stops these threads.
+    """Progress bar that counts bytes. Several download threads update the bar, and setting `stopped` ends all of them.
 
     Args:
         title: text before the bar.
@@ -322,7 +322,9 @@ class _ProgressBar:
 def _run_parallel(
     work: Callable[[RemoteFile, Report], None], archives: Sequence[RemoteFile], bar: _ProgressBar, jobs: int, name: str
 ) -> None:
-    """Run `work` on all archives in `jobs` threads. If one fails, continue with the others, unless the disk is full.
+    """Run `work` on all archives in several threads.
+
+    If an archive fails, the threads continue with the other archives, unless the disk is full.
 
     Args:
         work: function of an archive and the progress callback for it.

@@ -147,7 +147,11 @@ def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequen
 
 
 def _attach_relup(attachment: Attachment, alpha: float) -> None:
-    """Replace activations of the network's ResNet with ReLUP.
+    """Replace output activations of the blocks in stages 1-3, and inner activations in stage 1, with ReLUP.
+
+    Args:
+        attachment: object with the network, which records how to undo the changes.
+        alpha: lower bound of ReLUP.
 
     Raises:
         InputError: the network does not contain exactly one ResNet, or the ResNet has no plain ReLUs.
@@ -161,7 +165,7 @@ def _attach_relup(attachment: Attachment, alpha: float) -> None:
         for name in relup_positions(resnet, "on"):
             attachment.replace(prefix + name, ReLUP(alpha, inplace=bool(resnet.get_submodule(name).inplace)))
         return
-    # A torchvision block uses the same ReLU module for all its activations, including that of its output.
+    # A torchvision block uses one ReLU module for all activations: the inner ones, and the one at the end of the block.
     for stage in (1, 2, 3):
         for i, block in enumerate(getattr(resnet, f"layer{stage}")):
             if not isinstance(block.relu, nn.ReLU):

@@ -137,7 +137,10 @@ def _whitened(network: RetrievalNetwork, x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _combine(network: RetrievalNetwork, vectors: Sequence[Tensor]) -> Tensor:
-    """Combine one vector (1, D) per scale to (1, D). Norms are detached, so gradients treat them as constants."""
+    """Combine the vectors (1, D) of all scales into one vector (1, D), as set by the network's pooling settings.
+
+    Norms are detached, so gradients treat them as constants.
+    """
     c = network.config
     if c.scale and math.isinf(c.scale_p):
         return torch.stack([_normalize(v) for v in vectors]).amax(dim=0)

@@ -195,7 +195,11 @@ class _IntegerSamePadding(nn.Module):
 
 
 def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
-    """Return a copy of the network with equivalents of those operations that torch.export cannot trace."""
+    """Copy a network, and replace operations that torch.export cannot trace by equivalent operations.
+
+    Raises:
+        InputError: the network resizes images with OpenCV, for which there is no equivalent operation.
+    """
     if network.config.opencv_resize and network.scales != (1.0,):
         raise InputError(
             "export: pooling.opencv_resize resizes with OpenCV, which a graph does not support; export at one scale "
@@ -345,7 +349,7 @@ def _write_pt2(program: Any, sizes: InputSizes, path: Path, metadata: str) -> Ca
 
 
 def _compare(network: RetrievalNetwork, run: Callable[[Tensor], Tensor], shape: tuple[int, int, int]) -> Comparison:
-    """Compare the descriptors of the network with those of the exported file, on random images.
+    """Compute descriptors of random images with the network and with the exported file, and compare them.
 
     Args:
         network: exported network.

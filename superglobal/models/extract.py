@@ -68,7 +68,8 @@ def _as_tensor(image: ImageLike, position: int, max_side: int | None) -> Tensor:
     Args:
         image: image of any supported type.
         position: index of the image in the list, for error messages.
-        max_side: maximum length of the longer side in pixels; see `extract`.
+        max_side: maximum length of the longer side in pixels; None for no limit. Larger images are shrunk, but larger
+            float tensors raise an error.
     """
     if isinstance(image, str | os.PathLike):
         image = ImageItem(Path(image))

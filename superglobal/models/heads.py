@@ -161,7 +161,15 @@ class MarginHead(nn.Module, ABC):
         return sampled, index[labels]
 
     def _margins_of(self, labels: Tensor, cosine: Tensor) -> Tensor:
-        """Return the margin of each image's true class: (B,) in the dtype of `cosine`, for labels (B,)."""
+        """Return the margin of the true class of each image.
+
+        Args:
+            labels: (B,) int64, true classes.
+            cosine: tensor whose dtype and device the result has.
+
+        Returns:
+            (B,) margins.
+        """
         if self.margins is not None:
             return self.margins[labels].to(cosine.dtype)
         assert self.margin is not None

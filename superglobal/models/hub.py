@@ -301,7 +301,11 @@ def _remove_paths(value: Any) -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Read and validate `config.json` of a shared model."""
+    """Read and validate `config.json` of a shared model.
+
+    Raises:
+        InputError: the file is missing or damaged, or a field is missing, unknown or of the wrong type.
+    """
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError as error:

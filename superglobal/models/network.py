@@ -177,7 +177,7 @@ class RetrievalNetwork(nn.Module):
         return F.normalize(combined)
 
     def shares_feature_maps(self, pooling: PoolingConfig) -> bool:
-        """Return True if a network with these pooling settings would compute the same feature maps.
+        """Return True if the feature maps would not change with the settings `pooling` instead of the current settings.
 
         Feature maps depend on ReLUP, which is in the backbone, and on the method of resizing.
         """
@@ -239,7 +239,7 @@ class RetrievalNetwork(nn.Module):
         return side
 
     def _enlarge(self, images: Tensor) -> Tensor:
-        """Enlarge images whose shorter side is less than `min_side`."""
+        """If images (B, 3, H, W) have a side shorter than `min_side`, enlarge them; otherwise return them unchanged."""
         height, width = images.shape[-2:]
         min_side = self.min_side()
         if min(height, width) >= min_side:

@@ -215,8 +215,8 @@ def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5
 def _reflection_pad(x: Tensor, pad: int) -> Tensor:
     """Pad the last two dimensions of a tensor by `pad` elements on each side, by reflection.
 
-    If `torch.use_deterministic_algorithms` is on, the gradient is deterministic. On CUDA, the gradient of `F.pad` is
-    not.
+    If `torch.use_deterministic_algorithms` is on, `F.pad` is not used, because the gradient of `F.pad` is not
+    deterministic on CUDA.
     """
     if not (x.requires_grad and torch.are_deterministic_algorithms_enabled()):
         return F.pad(x, (pad, pad, pad, pad), mode="reflect")

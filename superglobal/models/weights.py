@@ -185,7 +185,7 @@ def pooling_to_json(pooling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pooling_from_json(pooling: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of pooling settings in which the string "inf" is infinity again; see `pooling_to_json`."""
+    """Return a copy of pooling settings that were read from JSON, with infinity in place of the string "inf"."""
     return {k: float(v) if v == "inf" else v for k, v in pooling.items()}
 
 

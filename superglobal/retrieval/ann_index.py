@@ -210,7 +210,7 @@ def _training_rows(config: IndexConfig, n_rows: int) -> int:
 
 
 class ApproximateIndex:
-    """FAISS index of all database rows that were not skipped during extraction; see `open_index`."""
+    """FAISS index of all database rows that were not skipped during extraction. Create it with `open_index`."""
 
     def __init__(self, index: Any, rows: Rows, config: IndexConfig, on_gpu: bool) -> None:
         """Wrap a FAISS index.

@@ -129,7 +129,7 @@ def _counter_factory(
         device: device to compute on.
 
     Raises:
-        InputError: a target has no rank; see `exact_ranks`.
+        InputError: a target is not a row of the database, is excluded, or was skipped during extraction.
     """
     ids = _check_targets(targets, len(queries), rows, excluded)
     counts = np.array([len(query_ids) for query_ids in ids])
@@ -333,7 +333,12 @@ class Counter:
 
 
 def _check_targets(targets: Sequence[Any], n_queries: int, rows: Rows, excluded: np.ndarray | None) -> list[np.ndarray]:
-    """Return the ids of the targets as one int64 array per query. Raises InputError for an id that has no rank."""
+    """Validate the ids of the targets, and convert them to one int64 array per query.
+
+    Raises:
+        InputError: an id is not an integer, is outside the database, is excluded, or was skipped during extraction; or
+            the number of lists is not `n_queries`.
+    """
     if len(targets) != n_queries:
         raise InputError(f"targets: expected {n_queries} lists of ids, one per query, got {len(targets)}")
     ids = []

@@ -311,9 +311,9 @@ def _validate_on_device(rows: Rows, start: int, block: torch.Tensor) -> None:
 
 
 def _staged_blocks(rows: Rows, size: int, device: torch.device) -> Generator[tuple[int, torch.Tensor]]:
-    """Read all rows in blocks on an accelerator, as `device_blocks` does, by way of pinned buffers on the host.
+    """Read all rows in blocks, and copy the blocks to an accelerator through pinned buffers on the host.
 
-    A thread reads the next block ahead if the sources allow it (`Rows.concurrent`).
+    If the sources support several threads (`Rows.concurrent`), a thread reads the next block in advance.
 
     Args:
         rows: rows of the database.

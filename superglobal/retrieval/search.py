@@ -79,7 +79,7 @@ def search(
 def merge_shortlists(
     shards: Sequence[tuple[Any, Any]], k: int | None = None, starts: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merge the search results in the shards of a database into those in the whole database, exactly.
+    """Merge the search results of all shards of a database. The result equals that of a search in the whole database.
 
     Args:
         shards: for each shard, scores (Q, k_s) float64 and ids (Q, k_s) from `search(..., dtype=np.float64)` with the
@@ -319,9 +319,11 @@ class Shortlist:
         self._raise_floor(scores.topk(self._k, dim=1).values[:, -1].cpu().numpy())
 
     def _faiss_candidates(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Find the candidates of a block with FAISS; the result is that of `_candidates`.
+        """Find, with FAISS, all pairs of a query and a row of the block whose score is not below the query's floor.
 
-        FAISS returns only the best rows of each query. Return None if other rows may be candidates, too.
+        Returns:
+            Queries (P,) int64, positions in the block (P,) int64 and float32 scores (P,) as float64. None if there may
+            be more such pairs, because FAISS returns only a limited number of rows per query.
         """
         n_rows = len(block.vectors)
         count = min(self._k + _EXTRA, n_rows)
@@ -337,12 +339,18 @@ class Shortlist:
         return query_of, row_of[query_of, column].astype(np.int64), scores[query_of, column].astype(np.float64)
 
     def _raise_floor(self, reached: np.ndarray) -> None:
-        """Raise the floors. `reached` (Q,) contains, for each query, the k-th best float32 score in any set of rows."""
+        """Raise the floor of each query to at least `reached` (Q,) minus twice the tolerance.
+
+        `reached` contains, for each query, the k-th best float32 score of some of the rows of the database.
+        """
         floor = np.nextafter((reached - 2 * self._tolerance).astype(np.float32), np.float32(-np.inf))
         self._floor = np.maximum(self._floor, floor)
 
     def _prune(self) -> None:
-        """Drop rows that cannot be among the best k. If too many rows of a query remain, compare them in float64."""
+        """Drop rows that cannot be among the best k of their query.
+
+        If too many rows of a query remain, compute their float64 scores and keep only the k best rows.
+        """
         query_of, ids, scores, _ = self._kept
         order = np.lexsort((-scores, query_of))
         counts = np.bincount(query_of, minlength=len(self._queries))
@@ -361,7 +369,10 @@ class Shortlist:
         self._unsorted = 0
 
     def _score_exactly(self, selected: np.ndarray) -> None:
-        """Replace float32 scores of kept rows with float64 scores. The bool mask `selected` marks these rows."""
+        """Compute the float64 scores of some of the kept rows, and replace the float32 scores of these rows.
+
+        `selected` is a bool mask over all kept rows, true for the rows to score.
+        """
         query_of, ids, scores, exact = self._kept
         todo = np.flatnonzero(selected & ~exact)
         computed = pair_scores(self._queries, self._rows, query_of[todo], ids[todo])
@@ -370,7 +381,7 @@ class Shortlist:
         exact[todo] = True
 
     def _keep(self, keep: np.ndarray) -> None:
-        """Drop the kept rows at which the bool mask `keep` is false."""
+        """Drop rows from the shortlist. `keep` is a bool mask over all rows in the shortlist, true for rows to keep."""
         query_of, ids, scores, exact = self._kept
         self._kept = (query_of[keep], ids[keep], scores[keep], exact[keep])
 

@@ -87,7 +87,7 @@ class DescriptorStore:
         provenance: Mapping[str, Any] | None = None,
         dtype: str = "float32",
     ) -> DescriptorStore:
-        """Open the store of these descriptors in `folder`, or create an empty one.
+        """Open the store in `folder`, which must have been created for the same descriptors, or create an empty one.
 
         Args:
             folder: folder that contains only this store; its name should contain the fingerprint.
@@ -321,12 +321,12 @@ class DescriptorStore:
         return self.read_rows(ids)
 
     def take_stored(self, ids: np.ndarray) -> np.ndarray:
-        """Return the rows with the given ids, as `take` does, but in the dtype of the store."""
+        """Return the rows with the given ids, of any shape S, as an array `(*S, D)` in the dtype of the store."""
         self._require_complete()
         return self.read_rows(ids, self.dtype)
 
     def read_rows(self, ids: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
-        """Return rows as `take` does, but in any dtype and even if the store is not complete.
+        """Return rows with the given ids, even if the store is not complete.
 
         Missing and skipped rows have arbitrary values.
 

@@ -55,7 +55,12 @@ def create_store(
 
     Args:
         folder: folder of the new store.
-        identity, images, dim, shard_rows, provenance, dtype: as in `DescriptorStore.open_or_create`.
+        identity: everything that affects a descriptor, as plain types.
+        images: N lines, one per row, with the name and the content signature of the image.
+        dim: dimension D of the descriptors.
+        shard_rows: number of rows per shard.
+        provenance: versions and device, which are recorded in the manifest.
+        dtype: dtype of the stored values, "float32" or "float16".
 
     Raises:
         InputError: the folder cannot be written, or the disk is full.

@@ -287,9 +287,11 @@ def reuse_rows(folder: Path, store: DescriptorStore) -> int:
 def _common_rows(source: DescriptorStore, store: DescriptorStore) -> tuple[np.ndarray, np.ndarray]:
     """Find the missing rows of `store` whose images have a descriptor in `source`.
 
+    If `source` is stored in float16 and `store` in float32, no rows are found, because the values in `source` are
+    rounded.
+
     Returns:
-        Row numbers in `store` and row numbers in `source`, (n,) int64 each. Both are empty if `source` is stored in
-        float16 and `store` in float32.
+        Row numbers in `store` and row numbers in `source`, (n,) int64 each. Equal positions belong to the same image.
     """
     if source.dtype.itemsize < store.dtype.itemsize:
         return np.empty(0, np.int64), np.empty(0, np.int64)

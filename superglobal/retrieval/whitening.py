@@ -99,7 +99,11 @@ class Whitening:
         return self
 
     def _resolved_dims(self, dim: int, count: int) -> int:
-        """Return the number of principal axes for `count` rows of dimension `dim`; 0 for "center"."""
+        """Return the number of principal axes for `count` rows of dimension `dim`; 0 for "center".
+
+        Raises:
+            InputError: `dims` is not in 1..`dim`, or is not less than `count`.
+        """
         if self.kind == "center":
             return 0
         dims = dim if self.dims is None else self.dims

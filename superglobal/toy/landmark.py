@@ -58,7 +58,7 @@ def style_number(split: str, number: int) -> tuple[str, int]:
 
 @lru_cache(maxsize=4)
 def landmark_of(seed: int, split: str, number: int) -> Landmark:
-    """Return the landmark with the given number in a split. Its style is that of its group, see `style_number`.
+    """Return the landmark with the given number in a split. `style_number` determines the style of the landmark.
 
     For the split "streets", return houses and trees without a building.
     """

@@ -57,7 +57,7 @@ def _groups(surface: NDArray[np.int16]) -> Iterator[tuple[int, NDArray[np.int64]
     """Group the rays by the surface that they hit.
 
     Args:
-        surface: (h, w) what each ray hits, as defined at `Trace.surface`.
+        surface: (h, w) number that stands for what each ray hits; `Trace.surface` defines these numbers.
 
     Yields:
         A value of `surface`, and the flat indices of the rays that have this value, (n,) int64.

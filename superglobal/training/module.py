@@ -111,7 +111,7 @@ class TrainingModule(pl.LightningModule):
             self.paused += time.perf_counter() - start
 
     def on_fit_start(self) -> None:
-        """Set training mode, but keep frozen layers in evaluation mode (see `train`)."""
+        """Set training mode, but keep frozen layers and the moving average in evaluation mode."""
         self.train()
 
     def training_step(self, batch: Batch | InputError, batch_idx: int) -> dict[str, Tensor]:

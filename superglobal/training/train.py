@@ -149,8 +149,8 @@ def _load_network(config: TrainConfig) -> RetrievalNetwork:
 def _record(config: TrainConfig, network: RetrievalNetwork, training: TrainList, held_out: TrainList) -> dict[str, Any]:
     """Return the record of a training run, as JSON types.
 
-    Its entry "identity" contains the settings, the initial network and the images; a resumed run must have the same
-    identity.
+    The entry "identity" contains the settings, the initial network and digests of the image lists. A run can be resumed
+    only if its identity has not changed.
     """
     settings = asdict(config)
     # A resumed run may use another device or other paths, so these settings are left out. The settings of the network

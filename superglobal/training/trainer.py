@@ -150,7 +150,7 @@ def translate_process_error(error: RuntimeError, processes: int, run: str, resum
 
 
 def sweeping() -> bool:
-    """Return whether this is a job of a Hydra multirun."""
+    """Return True if this process runs one of the jobs of a Hydra multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 

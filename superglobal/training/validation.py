@@ -94,7 +94,7 @@ class RetrievalValidation(StepCallback):
         return {"best": self.best, "stale": self.stale, "owed": self.pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint."""
+        """Restore the state that `state_dict` returned when the checkpoint was saved."""
         self.best, self.stale, self.pending = state_dict["best"], state_dict["stale"], state_dict["owed"]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -106,7 +106,8 @@ class RetrievalValidation(StepCallback):
         self.group = cpu_process_group(trainer)
         if self.pending:
             self._validate_and_export(trainer, pl_module)
-        # The interrupted run may have been killed after the validation that should have stopped it.
+        # The interrupted run may have been killed after its last validation exhausted `patience`, but before it
+        # stopped. In this case, the resumed run stops at once.
         trainer.should_stop = self._out_of_patience()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
