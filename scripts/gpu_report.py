@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-# Checking for a GPU must not initialize CUDA in this process, because the section processes are forked from it.
+# With this variable, torch checks for a GPU without initializing CUDA. The processes of the sections are forked from
+# this process, and CUDA does not work in a fork of a process that has initialized CUDA.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 from gpu_sections.common import Report, Row, format_row
@@ -109,7 +110,12 @@ def main() -> int:
 
 
 def _problem(args: argparse.Namespace, card: dict[str, Any]) -> str | None:
-    """Return an error message if an argument is invalid, and None otherwise."""
+    """Return an error message if a command-line argument is invalid, and None otherwise.
+
+    Args:
+        args: arguments of the command line.
+        card: facts about the first GPU, from `_card`; empty if there is no GPU.
+    """
     if args.device == "cuda" and not card:
         return "nvidia-smi finds no GPU; use --device cpu to try the script"
     if not 0 < args.minutes < 1e6:
@@ -122,7 +128,7 @@ def _problem(args: argparse.Namespace, card: dict[str, Any]) -> str | None:
 
 
 def _card() -> dict[str, Any]:
-    """Return the name, the driver version and the memory of the first GPU; empty if there is no GPU.
+    """Return a dict with the name, the driver version and the memory of the first GPU; empty if there is no GPU.
 
     The values come from nvidia-smi, because a process that has initialized CUDA must not be forked.
     """

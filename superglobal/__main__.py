@@ -1,4 +1,4 @@
-"""Run the command line: `python -m superglobal COMMAND ...` is the same as `superglobal COMMAND ...`."""
+"""Run the command line: `python -m superglobal COMMAND ...` does the same as `superglobal COMMAND ...`."""
 
 import sys
 

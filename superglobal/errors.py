@@ -9,5 +9,8 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, cut to 200 characters; the name of its type if it has no message."""
+    """Return the first line of an error's message, cut to 200 characters.
+
+    If the error has no message, return the name of the error's type.
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

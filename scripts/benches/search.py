@@ -95,7 +95,7 @@ def bare(shards: list[np.ndarray], Q: np.ndarray, rows: int = 4096) -> float:
 
 
 class Peak:
-    """Context manager that measures how much the memory of this process grows, without memory-mapped files.
+    """Context manager that measures how much the memory of this process grows. Memory-mapped files are not counted.
 
     The memory is sampled every 5 ms. The attribute `value` is the largest increase over the memory at the start of the
     `with` statement, in MB.
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace, folder: Path) -> list[Measured]:
     }
     if importlib.util.find_spec("faiss") is None:
         variants = {name: run for name, run in variants.items() if "FAISS" not in name}
-    bare(maps, Q)  # Read the files into the page cache.
+    bare(maps, Q)  # reads the files into the page cache, so that later runs do not wait for the disk
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     peaks = dict.fromkeys(variants, 0.0)
     for _ in range(args.repeats):

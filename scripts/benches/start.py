@@ -42,7 +42,7 @@ def main(argv: list[str]) -> list[Measured]:
     repeats = parser.parse_args(argv).repeats
     times = {name: [] for name in COMMANDS}
     for words in COMMANDS.values():
-        seconds(words)  # Read the files into the page cache.
+        seconds(words)  # reads the files into the page cache, so that the measured runs do not wait for the disk
     for _ in range(repeats):
         for name, words in COMMANDS.items():
             times[name].append(seconds(words))

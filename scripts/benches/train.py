@@ -36,7 +36,7 @@ from superglobal.training.checkpointing import CheckpointCallback
 from superglobal.training.module import parameter_groups, warmup_cosine
 from superglobal.training.trainer import precision
 
-CLASSES, FIRST = 100, 10  # number of classes, and number of steps at the start of each turn that are not counted
+CLASSES, FIRST = 100, 10  # number of classes, and number of uncounted steps at the start of each turn
 
 
 def parts(args: argparse.Namespace) -> tuple[Any, Any, OptimConfig]:

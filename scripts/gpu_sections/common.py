@@ -51,7 +51,7 @@ REVISITED_SIZES = (
 
 
 class Skip(Exception):
-    """Error that is raised if this machine cannot make a measurement. The message gives the reason."""
+    """Error that is raised if a measurement is not possible on this machine. The message gives the reason."""
 
 
 class OutOfTime(Exception):
@@ -115,7 +115,7 @@ class Report:
         return self.work / f"{self.section}.current"
 
     def pick(self, full: T, small: T, tiny: T) -> T:
-        """Return the argument that belongs to the size of the inputs in this report: "full", "small" or "tiny"."""
+        """Return `full`, `small` or `tiny`: the argument whose name is the input size of this report."""
         return {"full": full, "small": small, "tiny": tiny}[self.size]
 
     def left(self) -> float:
@@ -143,10 +143,10 @@ class Report:
     def run(self, name: str, function: Callable[[], T], need: float = 0) -> T | None:
         """Call a function that makes measurements and adds rows to the report.
 
-        If the function fails, or is skipped because too little time is left, a row with the reason is added instead.
+        If the function fails, or is skipped because too little time is left, a row that gives the reason is added.
 
         Args:
-            name: name of the row with the reason.
+            name: name of the row that is added if the function fails or is skipped.
             function: function to call.
             need: number of seconds that the function is expected to take. The function is skipped if fewer seconds are
                 left in the section.
@@ -227,7 +227,12 @@ class Background:
         self._programs: list[Program] = []
 
     def start(self, words: Sequence[object], env: dict[str, str] | None = None) -> Program:
-        """Start a program, and return its process. The arguments are those of `command`."""
+        """Start a Python program of this repository, and return its process.
+
+        Args:
+            words: arguments for the Python interpreter, such as the path of a script and its arguments.
+            env: environment variables that are set in addition to those of this process.
+        """
         self._programs.append(command(words, env))
         return self._programs[-1]
 
@@ -274,13 +279,16 @@ def finish(process: Program, timeout: float, status: int = 0) -> str:
 
 
 def differences(expected: Any, found: Any) -> int:
-    """Return the number of ids plus the number of ranks that differ between two results of `search_and_rank`."""
+    """Return the number of differing ids plus the number of differing ranks in two results of `search_and_rank`."""
     ((_, ids), ranks), ((_, other_ids), other_ranks) = expected, found
     return int((ids != other_ids).sum()) + sum(int((a != b).sum()) for a, b in zip(ranks, other_ranks, strict=True))
 
 
 def sizes(count: int) -> list[tuple[int, int]]:
-    """Draw `count` image sizes (width, height) at random, as frequent as in the data sets (see `REVISITED_SIZES`)."""
+    """Draw `count` image sizes (width, height) at random from `REVISITED_SIZES`.
+
+    The probability of a size is proportional to the number of images of this size in ROxford5k and RParis6k.
+    """
     weights = np.array([number for _, _, number in REVISITED_SIZES], float)
     drawn = np.random.default_rng(0).choice(len(weights), count, p=weights / weights.sum())
     return [REVISITED_SIZES[i][:2] for i in drawn]
@@ -300,7 +308,7 @@ def write_jpegs(folder: Path, dimensions: Sequence[tuple[int, int]]) -> list[Pat
 
 
 def _write_jpeg(path: Path, size: tuple[int, int], seed: int) -> None:
-    """Write a random JPEG image of quality 90. It has patterns and noise, so that the file is as large as a photo.
+    """Write a random JPEG image of quality 90, with patterns and noise that make the file about as large as a photo.
 
     Args:
         path: file to write.

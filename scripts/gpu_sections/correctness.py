@@ -47,7 +47,7 @@ TOY_PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def main(report: Report) -> None:
-    """Run all checks of this section. Training runs take longest, so they start early and run in the background."""
+    """Run all checks of this section. The training runs take longest, so they start first and run in the background."""
     photos = write_jpegs(report.work / "memory", sizes(report.pick(48, 48, 4)))
     running = Background()
     with running:
@@ -102,9 +102,10 @@ def _goldens(report: Report) -> None:
             network = load_model(weights, **settings(keys[0])[1])
             images = [image_tensor(read_image(DATA / "images" / settings(key)[0])) for key in keys]
             truth = torch.from_numpy(np.stack([expected[key] for key in keys]))
-            # Optimizing a network takes time, so test optimized networks only with the first settings.
+            # Optimizing takes time, so optimized networks are tested only with the first settings in `chosen`.
             folds = keys is chosen[0]
-            # Test the original network last: its test moves it to the device, but it must be on the CPU when optimized.
+            # The original network is tested last. The test moves it to the device, but a network can only be optimized
+            # on the CPU.
             for name in ("float32, folded", *cosines, "float32") if folds else ("float32",):
                 network.precision = name.split(",")[0]
                 model = (optimize_for_inference([network])[0] if name != "float32" else network).to(report.device)

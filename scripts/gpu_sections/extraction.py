@@ -34,8 +34,8 @@ from superglobal.models.pooling import gem
 from superglobal.utils.precision import full_precision
 
 DIM, SCALES = 2048, 3
-# Operation -> strings that occur in the names of GPU kernels. A kernel belongs to the first operation that has a string
-# in the name of the kernel.
+# Operation -> substrings of kernel names. A GPU kernel belongs to the first operation of which a substring occurs in
+# the name of the kernel.
 KERNELS = {
     "copies": ("memcpy", "memset"),
     "resize": ("upsample",),
@@ -175,7 +175,7 @@ def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
     Args:
         report: report of the section.
         backbone: name of the backbone.
-        peaks: peak speeds from `_ceilings`, with which the speeds are compared.
+        peaks: precision -> FLOP/s of a matrix product, from `_ceilings`. The speed of the network is compared with it.
     """
     height, width, batch = _shape(report)
     repeats = report.pick(5, 3, 1)

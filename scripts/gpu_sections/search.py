@@ -33,8 +33,8 @@ def main(report: Report) -> None:
 def _million(report: Report) -> None:
     """Measure search and exact ranks over a million descriptors, and check the results.
 
-    The descriptors are first on the device, and then in a descriptor store. In both cases, the ids and the ranks must
-    equal those that the CPU computes.
+    The measurement is made twice: with the descriptors in device memory, and with the descriptors in a descriptor store
+    on disk. In both cases, the ids and the ranks must equal those that the CPU computes.
     """
     rows, dim, queries = report.pick((1_000_000, 2048, 70), (1_000_000, 2048, 70), (20_000, 64, 10))
     Q = random_units(1, queries, dim)
@@ -150,7 +150,7 @@ def _faiss(report: Report, X: torch.Tensor, Q: np.ndarray) -> None:
 
     Args:
         report: report of the section.
-        X: (N, D) float16 database descriptors on the device, which FAISS also uses.
+        X: (N, D) float16 database descriptors on the device. FAISS uses the same device.
         Q: (Q, D) float32 queries.
     """
     try:

@@ -120,7 +120,7 @@ def _bare(
 
     if report.cuda:
         torch.cuda.reset_peak_memory_stats()
-    together = report.pick(5, 5, 1)  # steps between two synchronizations, because a training run rarely synchronizes
+    together = report.pick(5, 5, 1)  # number of steps between two synchronizations; a training run rarely synchronizes
 
     def steps() -> None:
         for _ in range(together):
@@ -179,7 +179,8 @@ def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | 
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     _, data = fit(network, head, o, config, images, callbacks)
-    # The GPU works asynchronously, so a single step says little about its speed. Use the mean over many steps.
+    # The GPU works asynchronously, so the time of a single step says little about the speed of the GPU. Use the mean
+    # over many steps.
     first = setting.steps // 3
     waits = [after - before for before, after in itertools.pairwise(times.begins)]
     seconds = statistics.mean(waits[first:])
@@ -197,7 +198,7 @@ def _framework(report: Report, setting: _Setting, compiled: bool, bare: float | 
 
 
 def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
-    """Measure three parts of a training step separately: pooling with whitening, the head, and the optimizer.
+    """Measure the time of pooling with whitening, of the head and of the optimizer in a training step, each separately.
 
     Args:
         report: report of the section.

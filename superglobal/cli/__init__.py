@@ -15,7 +15,7 @@ from importlib import import_module
 from superglobal import __version__
 from superglobal.errors import InputError
 
-# For each command: (module in this folder, function in the module, description in `superglobal --help`).
+# Name of the command -> (module in this folder, function in the module, description for `superglobal --help`).
 COMMANDS = {
     "evaluate": ("hydra_commands", "evaluate", "evaluate retrieval on a data set or on your own photos"),
     "train": ("hydra_commands", "train", "train a network on landmark images"),

@@ -2,8 +2,8 @@
 
 Example: superglobal download roxford5k rparis6k
 
-Partial downloads are resumed, files are verified by checksums or lists, and archives are unpacked into the folders from
-which evaluation and training read.
+Partial downloads are resumed, and files are verified by checksums or by lists of the expected files. Archives are
+unpacked into the folders from which evaluation and training read.
 """
 
 from __future__ import annotations

@@ -49,7 +49,9 @@ def serve(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequence[str] | None) -> int:
-    """Let Hydra compose the configuration, and run the task with it: once, or once per job of a sweep.
+    """Let Hydra compose the configuration, and run the task with this configuration.
+
+    In a sweep, the task runs once per job, each time with the configuration of this job.
 
     Hydra reads the settings from `sys.argv`, and would take the name of the command for a setting. This function
     therefore replaces the arguments in `sys.argv` by `arguments`. Lightning copies `sys.argv` to start further
@@ -91,7 +93,9 @@ def _output_dir() -> Path:
 def _print_error(error: InputError, every_process: bool = False) -> None:
     """Print an error to stderr.
 
-    Only the first process of each machine prints it, unless `every_process` is True.
+    Args:
+        error: error to print.
+        every_process: whether every process prints the error; by default, only the first process of each machine does.
     """
     if every_process or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr)

@@ -46,7 +46,7 @@ def setting(
     Args:
         default: default value of the setting.
         minimum: smallest allowed number; for a list, the limit applies to every element. None for no range.
-        maximum: largest allowed number; for a list, the limit applies to every element. It requires `minimum`.
+        maximum: largest allowed number; for a list, the limit applies to every element. `maximum` requires `minimum`.
         choices: allowed values; for a list, the allowed elements. Empty for no choices.
 
     Returns:
@@ -111,7 +111,7 @@ def validate_values(config: Any, prefix: str = "") -> None:
 def validate_config(cfg: DictConfig, schema: type[C]) -> C:
     """Convert a configuration that Hydra composed to typed objects, and validate it.
 
-    Settings that are null or "auto" are replaced by their final values where other settings determine them.
+    A setting that is null or "auto" is replaced by its final value if other settings determine this value.
 
     Args:
         cfg: configuration composed by Hydra.

@@ -160,8 +160,8 @@ def run_extraction(
         finally:
             try:
                 module.drain()
-            finally:  # also needed if `drain` raises, because the GPU failed before it computed the last batch
-                for failure in dict.fromkeys(module.failures):  # the error that ended the run does not contain these
+            finally:  # `drain` raises an error if the GPU has failed
+                for failure in dict.fromkeys(module.failures):  # the error that ends the run does not mention them
                     log.warning("%s", failure)
                 for store in stores:
                     store.flush()
@@ -245,9 +245,10 @@ def _group_by_backbone(
 
 
 def _default_batch_pixels(network: RetrievalNetwork, device: torch.device) -> int:
-    """Estimate the maximum number of pixels per batch, so that the images fit in memory at the network's largest scale.
+    """Estimate the maximum number of pixels per batch for which the batch fits in memory.
 
-    The pixels are those of the input images, before the network scales them.
+    Pixels are counted in the input images, before the network scales them. The estimate assumes that the network
+    processes the images at its largest scale.
     """
     if device.type != "cuda":
         return _CPU_BATCH_PIXELS

@@ -114,7 +114,8 @@ def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
         timer: records the duration of each stage.
 
     Returns:
-        The inputs. None in all processes except the first, and if other shards still have images to extract.
+        The inputs in the first process. None in all other processes. None in every process if other shards still have
+        images to extract.
 
     Raises:
         InputError: inputs are missing or unreadable; one message lists all problems.
@@ -357,7 +358,7 @@ def _sibling_networks(config: EvalConfig, network: RetrievalNetwork) -> list[Ret
 
 
 def apply_whitening(config: EvalConfig, inputs: Inputs, timer: StageTimer) -> Inputs:
-    """Fit the configured whitening on the database, distractors included, and return the whitened inputs.
+    """Fit the configured whitening on the database, including the distractors, and return the whitened inputs.
 
     If the descriptors come from stores, the whitening is saved in `paths.stores`, and a later call loads it from there.
     With whitening=none, the inputs are returned unchanged.

@@ -94,7 +94,7 @@ class _PendingBatch:
     rows: list[int]  # (B,) position of each image in the list, which is its row in the store
     descriptors: list[Tensor]  # one (B, D) tensor in host memory per network, valid after the event `copied`
     stores: Sequence[Sequence[DescriptorStore]]  # for each network, one store per image list
-    is_first_group: bool  # true if the group contains the network of this run, as its first network
+    is_first_group: bool  # true if the first network of the group is the network of this run
     copied: torch.cuda.Event | None  # occurs when `descriptors` are copied from the GPU; None if they already are
 
 
@@ -133,9 +133,9 @@ class ExtractionModule(pl.LightningModule):
         """Extract one batch and write its descriptors.
 
         On a GPU, the descriptors of the previous batch are written while the GPU computes this batch. If an image
-        fails and the run has one process, the error is raised at once. If the run has several processes, all of them
-        raise the error at the end of the extraction, because the other processes would wait for a process that stops
-        earlier. Finished rows are kept in both cases.
+        cannot be extracted and the run has one process, the error is raised at once. If the run has several processes,
+        all of them raise the error at the end of the extraction. If one process stopped earlier, the others would wait
+        for it. Finished rows are kept in both cases.
 
         Returns:
             Number of images that this process has extracted so far.
@@ -161,7 +161,7 @@ class ExtractionModule(pl.LightningModule):
         return self.images_done
 
     def drain(self, keep: int = 0) -> None:
-        """Write pending descriptors to the stores, the oldest batch first, until `keep` entries of `pending` remain."""
+        """Write the batches in `pending` to the stores, the oldest first, until only `keep` batches remain."""
         while len(self.pending) > keep:
             self._write(self.pending[0])
             del self.pending[0]  # removed after the write, so that an interrupted write is repeated
@@ -223,7 +223,10 @@ class ExtractionModule(pl.LightningModule):
             log.info("extracted %d images, %.1f images/s, about %.0f min left", self.images_done, speed, minutes)
 
     def on_predict_start(self) -> None:
-        """Exit on SIGTERM, so that finished rows are flushed to disk; Lightning's own handler only sets a flag."""
+        """Install a handler that raises SystemExit on SIGTERM, so that finished rows are flushed to disk.
+
+        Lightning's handler for SIGTERM only sets a flag, and the extraction would continue.
+        """
         if in_main_thread():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
@@ -232,7 +235,7 @@ class ExtractionModule(pl.LightningModule):
         self.raise_failures()
 
     def raise_failures(self) -> None:
-        """Raise InputError in all processes if an image has failed in any process; the message lists all failures."""
+        """Raise InputError in every process if any process has failures. The message lists all failures."""
         failures = self.failures
         if self.trainer.world_size > 1:
             by_process: list[list[str]] = [[] for _ in range(self.trainer.world_size)]

@@ -62,7 +62,7 @@ class FirstStage:
     scores: np.ndarray  # (Q, k), best first
     ids: np.ndarray  # (Q, k) database ids
     ranks: list[np.ndarray]  # for each query, the ranks of its labeled images (`Scorer.targets`); -1 if not retrieved
-    about: dict[str, Any]  # recorded in results.json: backend ("search") and, if used, approximate index ("index")
+    about: dict[str, Any]  # for results.json: the backend as "search", and the approximate index, if used, as "index"
 
 
 def evaluate(cfg: DictConfig, folder: Path) -> float:

@@ -19,8 +19,8 @@ from superglobal.reporting.results import main_protocol
 
 log = logging.getLogger(__name__)
 QUERIES_PER_SHEET = 8
-# A figure labels each ranking with the path of its result folder. Of a longer path, only this number of trailing
-# characters is shown.
+# Maximum number of characters in the label of a ranking. The label is the path of the result folder; the beginning of a
+# longer path is cut off.
 _MAX_NAME = 90
 
 
@@ -37,7 +37,7 @@ class FigureOptions:
     seed: int = 0  # seed for random samples
 
     def validate(self, count: int) -> None:
-        """Raise InputError if an option is out of range; `count` is the number of queries in the result."""
+        """Raise InputError if an option is out of range, for a result with `count` queries."""
         for number in self.numbers:
             if not 0 <= number < count:
                 raise InputError(f"query {number}: the result has {count} queries, 0 to {count - 1} (see rankings.csv)")

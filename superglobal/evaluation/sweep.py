@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 _JOBS = "jobs.json"
 # Settings that do not change the extracted descriptors.
 _AFTER_EXTRACTION = ("rerank", "index", "k", "whitening", "logger", "figures", "trainer")
-# Jobs with equal values of these settings extract the same images with the same network, apart from its pooling.
+# Two jobs with equal values of these settings extract the same images with the same network. Only the pooling of the
+# network may differ.
 _EXTRACTION = (
     *("dataset", "distractors", "descriptors", "backbone", "weights", "name", "scales", "antialias"),
     *("extraction", "store", "paths", "seed"),
@@ -89,7 +90,7 @@ def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
     path = Path(HydraConfig.get().sweep.dir) / _JOBS if sweeping() else None
     if path is None or not path.is_file():
         return []
-    # The conversion to JSON and back turns tuples into lists, because the settings are compared with those in the file.
+    # The conversion to JSON and back turns tuples into lists, because `jobs.json` contains lists.
     this_job = json.loads(json.dumps(_job(config)))
     poolings: list[dict[str, Any]] = []
     for job in json.loads(path.read_text()):
@@ -123,7 +124,7 @@ def _extraction_settings(config_name: str, overrides: list[str]) -> dict[str, An
         overrides: overrides of the job, such as `["scales=1"]`.
 
     Returns:
-        The settings as returned by `_job`; None if they are invalid, because the job itself reports the error.
+        The settings as returned by `_job`; None if they are invalid. The job itself reports the error when it runs.
     """
     try:
         config = validate_config(compose(config_name, overrides=overrides), EvalConfig)

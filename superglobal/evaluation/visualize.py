@@ -35,7 +35,7 @@ from superglobal.utils.io import write_atomically
 log = logging.getLogger(__name__)
 _MAX_QUERIES = 1000  # maximum number of queries in the similarity histograms; if there are more, a sample is used
 _GRID = (9, 8)  # numbers of columns and rows in the grid of thumbnails beside the map
-_THUMBNAIL_SIDE = 96  # longer side in pixels
+_THUMBNAIL_SIDE = 96  # longer side of a thumbnail on the map, in pixels
 _PANEL_SIDE = 480  # longer side in pixels of an image in an activation figure
 
 
@@ -262,10 +262,10 @@ def _thumbnails(items: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]
     """Return a thumbnail (H, W, 3) of each image, for the map.
 
     Args:
-        items: pairs of a number and an image.
+        items: (number, image) pairs. The number is the key of the image's thumbnail in the returned dict.
 
     Returns:
-        Thumbnails by number; an empty dict if an image is unreadable, because the map can be drawn without thumbnails.
+        Number -> thumbnail. An empty dict if an image is unreadable; the map is then drawn without thumbnails.
     """
     try:
         return {n: read_image(item.path, max_side=_THUMBNAIL_SIDE) for n, item in items}

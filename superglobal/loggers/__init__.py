@@ -48,7 +48,7 @@ class _SafeTracker:
         """Return the result of `action(*args)`; if it fails, log a warning and return None."""
         try:
             return action(*args)
-        except Exception as error:  # Wrong settings or a lost connection, for example, raise various exceptions.
+        except Exception as error:  # a service can raise any exception, for example after a lost connection
             log.warning("%s failed (%s); the run continues, and its results are in %s", self.name, error, self.folder)
             return None
 
@@ -63,7 +63,9 @@ class _SafeTracker:
 
 @contextmanager
 def _trackers(folder: Path, starts: dict[str, Callable[[], Any] | None]) -> Iterator[list[_SafeTracker]]:
-    """Start trackers in the first process, and close them when the `with` statement ends, even by Ctrl-C or SIGTERM.
+    """Start trackers in the first process, and close them when the `with` statement ends.
+
+    The trackers are also closed if an exception, Ctrl-C or SIGTERM ends the statement.
 
     Args:
         folder: folder of the run.

@@ -85,7 +85,7 @@ class CurveFile(Logger):
 
 
 class CsvEvaluation:
-    """Tracker that writes the scalar results of an evaluation to a one-row CSV file, and its settings to YAML."""
+    """Tracker that writes the scalar results of an evaluation to a one-row CSV file, and the settings to YAML."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -153,8 +153,8 @@ class TensorBoardCurves(StopAfterFailure, TensorBoardLogger):
 
     Args:
         folder: folder of the run.
-        step: step at which the run resumes; 0 for a new run. TensorBoard hides points that the interrupted run has
-            logged after this step.
+        step: step at which the run resumes; 0 for a new run. TensorBoard does not show the points that the
+            interrupted run has logged after this step.
     """
 
     title = "TensorBoard"

@@ -95,7 +95,7 @@ class TrackedRun:
             if isinstance(error, Exception):
                 code = 1
                 self.run.summary.update({"status": "failed", "error": str(error) or type(error).__name__})
-            elif error is not None:  # Ctrl-C and SIGTERM raise exceptions that are not subclasses of Exception.
+            elif error is not None:  # after Ctrl-C or SIGTERM, whose exceptions are not subclasses of Exception
                 code = _INTERRUPTED
                 self.run.summary["status"] = "interrupted"
             self.run.finish(exit_code=code)
@@ -167,12 +167,12 @@ def _mode() -> str:
 
 def _has_key() -> bool:
     """Return whether an API key is in the environment, the settings or the login file; the key is not verified."""
-    with contextlib.redirect_stderr(io.StringIO()):  # Otherwise, W&B would print a line in every job of a sweep.
+    with contextlib.redirect_stderr(io.StringIO()):  # hides a line that W&B would print in every job of a sweep
         return wandb.login(prompt=False, verify=False)
 
 
 def _run_id(folder: Path) -> str:
-    """Return the id of the W&B run; the first call creates the id and stores it in `folder`."""
+    """Return the id of the W&B run that is stored in `folder`. The first call creates and stores the id."""
     path = folder / "wandb_id"
     if not path.is_file():
         write_atomically(path, uuid.uuid4().hex[:8].encode())
@@ -236,7 +236,10 @@ class WandbEvaluation:
         self.tracked.run.summary["status"] = "no result"
 
     def log(self, record: EvaluationRecord) -> None:
-        """Log the scalar results, tables and images of an evaluation in one step, and references to its inputs."""
+        """Log the scalar results, tables and images of an evaluation in one step.
+
+        The weights and the descriptor stores are logged as references to the files.
+        """
         run, summary = self.tracked.run, record.summary
         keys = ("dataset", "role", "tuned_on", "protocol", "counts", "about", "versions")
         facts = {**{key: summary[key] for key in keys}, "git": git_state()}
@@ -315,7 +318,7 @@ class WandbEvaluation:
             name = f"model-{weights.parent.name}-{weights.stem}"
             self.tracked.log_reference(name, "model", weights, metadata, checksum=True)
         for title, store in about.get("stores", {}).items():
-            # The name of a store contains its fingerprint, so it is not necessary to read gigabytes for a checksum.
+            # No checksum is needed, which would read gigabytes, because the name of a store contains its fingerprint.
             for folder in Path(self.config.paths.stores).glob(f"*-{title}-{store['fingerprint'][:16]}"):
                 metadata = {"fingerprint": store["fingerprint"], "dtype": store["dtype"], "network": network}
                 self.tracked.log_reference(folder.name, "descriptors", folder, metadata, checksum=False)

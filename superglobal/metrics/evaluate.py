@@ -33,7 +33,8 @@ def evaluate(
 ) -> RetrievalResult:
     """Compute mAP and mP@k from the exact rank of every image in the ground truth.
 
-    The ranks are counted in one pass over the database, without sorting it.
+    The ranks are counted in one pass over the database, without sorting it. In this module, "first stage" means the
+    search for the queries in the database, before any reranking.
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
@@ -147,7 +148,7 @@ def revisited_map(
 
 @dataclass(frozen=True)
 class Scorer:
-    """Validated ground truth, which lists the images whose ranks are needed, and computes the scores from these ranks.
+    """Validated ground truth. Lists the images whose ranks are needed, and computes the scores from these ranks.
 
     Use `make_scorer` to create one.
     """
@@ -161,7 +162,7 @@ class Scorer:
 
     @property
     def targets(self) -> list[np.ndarray]:
-        """For each query, the ids (n,) int64 of the images whose ranks are needed: the images of all its sets."""
+        """For each query, the ids (n,) int64 of all images in its ground truth, whose ranks are needed."""
         return [concatenated(query_sets.values()) for query_sets in self.sets]
 
     @property
@@ -207,7 +208,7 @@ class Scorer:
         ]
 
     def ranks_in_lists(self, rankings: np.ndarray) -> list[np.ndarray]:
-        """Return the positions of each query's `targets` in its ranked list, -1 for targets that are not in it.
+        """Return, for each query, the positions of its `targets` in its ranked list; -1 for targets not in the list.
 
         Args:
             rankings: (Q, n) ids, best first; shorter lists are padded with -1.
@@ -368,7 +369,9 @@ their shortlists, and returns the ids (n, m) in the new order."""
 def score_without_junk(
     scorer: Scorer, ranks: Sequence[np.ndarray], ids: np.ndarray, reorder: Reorder
 ) -> RetrievalResult:
-    """Rerank and score each protocol separately, after removing the images that it ignores from the shortlists.
+    """Rerank and score separately for each protocol, without the images that the protocol ignores.
+
+    These images are removed from the shortlists before reranking, so that they do not affect the reranking scores.
 
     Args:
         scorer: scorer of the ground truth.
@@ -396,7 +399,11 @@ def ranks_without_junk(
 ) -> dict[str, list[Sets]]:
     """Compute the ranks of the positives for `score_without_junk`, separately for each protocol.
 
-    The arguments are those of `score_without_junk`.
+    Args:
+        scorer: scorer of the ground truth.
+        ranks: for each query, the first-stage ranks of `scorer.targets`, -1 if unknown.
+        ids: (Q, k) first-stage results.
+        reorder: function that reranks shortlists.
 
     Returns:
         Dict from protocol name to a list with one dict per query. Each dict has the single key "positive", with the

@@ -60,7 +60,7 @@ class RankedResult:
     """Average precision of each query: (Q,) float64 under the key "all"."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the metrics as plain types for JSON, NaN as None."""
+        """Return the metrics as a dict of JSON types, with None for NaN."""
         return {
             f"mAP@{DEPTH}": {name: plain(value) for name, value in self.map.items()},
             "interval": {name: [plain(value) for value in values] for name, values in self.interval.items()},
@@ -102,12 +102,12 @@ class RecognitionResult:
     classes: np.ndarray
     """(Q,) int64, predicted landmark ids."""
     scores: np.ndarray
-    """(Q,) float64, confidence of each prediction, NaN for images without one."""
+    """(Q,) float64, confidence of each prediction, NaN for images without a prediction."""
     correct: np.ndarray
     """(Q,) bool, true if the prediction is correct."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the metrics as plain types for JSON, NaN as None."""
+        """Return the metrics as a dict of JSON types, with None for NaN."""
         return {
             "GAP": {name: plain(value) for name, value in self.gap.items()},
             "GAP_landmarks_only": {name: plain(value) for name, value in self.gap_landmarks_only.items()},

@@ -118,7 +118,7 @@ def average_precision(ranks: Any, n_positives: int | None = None) -> float:
     n = len(r) if n_positives is None else n_positives
     if len(r) and (not np.issubdtype(r.dtype, np.integer) or r[0] < 0 or (r[1:] == r[:-1]).any()):
         raise InputError(f"average_precision: expected distinct integer ranks >= 0, got {r}")
-    r = r.astype(np.int64)  # r + 1 below would overflow in a narrow type
+    r = r.astype(np.int64)  # r + 1 below could overflow in a smaller integer type
     if n < len(r):
         raise InputError(f"average_precision: n_positives={n}: expected at least the number of ranks, {len(r)}")
     if n == 0:
@@ -129,7 +129,9 @@ def average_precision(ranks: Any, n_positives: int | None = None) -> float:
 
 
 def precision_at(ranks: np.ndarray, k: int) -> float:
-    """Compute the precision at depth k, or at the last retrieved positive if its 1-based rank is less than k.
+    """Compute the precision at depth k.
+
+    If the 1-based rank of the last retrieved positive is less than k, the precision at this rank is returned instead.
 
     Args:
         ranks: (P,) 0-based ranks of the retrieved positives after ignored images are removed.
@@ -225,8 +227,8 @@ def kept_ranks(sets: Mapping[str, Any], protocol: Protocol, query: int) -> tuple
 def cluster_interval(values: np.ndarray, labels: np.ndarray, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
     """Compute the 95 % percentile interval of the mean of `values` by a bootstrap that draws whole clusters.
 
-    Queries for one landmark share their positives and are therefore not independent, but clusters of queries are. If
-    the values are differences in AP between two methods, the result is the interval of the gain in mAP.
+    Queries for one landmark have common positives, so their values are not independent. The clusters are independent of
+    each other. If the values are differences in AP between two methods, the result is the interval of the gain in mAP.
 
     Args:
         values: (Q,) one value per query, without NaN.

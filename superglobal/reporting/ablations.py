@@ -32,7 +32,8 @@ def module_states(result: Mapping[str, Any]) -> States:
     pooling = result.get("about", {}).get("network", {}).get("pooling", config.get("pooling", {}))
     if result["ablation"] in ABLATIONS:
         *modules, relup, reranked = ABLATIONS[result["ablation"]]
-        # Such a row sets ReLUP to "auto". A network without plain ReLUs then runs without ReLUP, which counts as off.
+        # A row with ReLUP sets `pooling.relup` to "auto". A network without plain ReLUs then runs without ReLUP, so the
+        # state is off.
         return (*modules, relup and pooling.get("relup") != "off", reranked)
     relup = {"on": True, "auto": True, "off": False}.get(pooling.get("relup"), pooling.get("relup"))
     return (*(pooling.get(name) for name in MODULES[:3]), relup, config.get("rerank", {}).get("enabled"))

@@ -38,7 +38,7 @@ _LANDMARK_COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b
 _MARKERS = "osD^vPX"
 _OTHER = "#bdbdbd"
 _MAX_LANDMARKS = 28
-_MAX_LABEL = 26  # characters
+_MAX_LABEL = 26  # maximum number of characters in the label of a landmark
 _HEAT = "inferno"
 
 
@@ -117,7 +117,8 @@ def precision_over_recall(steps: np.ndarray, bins: int = RECALL_BINS) -> np.ndar
         (bins,) float64 mean precision, from 0 to 1.
     """
     n = len(steps)
-    area_before = np.concatenate([[0.0], np.cumsum(steps.mean(axis=1))])  # Recall is measured in steps.
+    # `area_before[j]` is the area under the curve before step j. Recall is measured in steps, so a step has width 1.
+    area_before = np.concatenate([[0.0], np.cumsum(steps.mean(axis=1))])
     edges = np.linspace(0, n, bins + 1)
     step = np.minimum(edges.astype(np.int64), n - 1)
     inside = edges - step
@@ -241,7 +242,7 @@ class _BinCounter:
 
     def __init__(self, tolerance: float) -> None:
         self.counts = np.zeros(BINS, np.int64)
-        # Maximum distance from an edge, in bins, at which a rounding error could move a similarity to another bin.
+        # If a similarity is closer to an edge of its bin than this (in bins), rounding could move it to the next bin.
         self._guard = BINS / 2 * tolerance + 1e-4
 
     def finish(self) -> float:
@@ -307,7 +308,7 @@ def sample_images(landmarks: Sequence[str | None], count: int, skipped: np.ndarr
     Args:
         landmarks: landmark of each database image; None if unknown.
         count: maximum number of images to choose.
-        skipped: ids of the images that have no descriptor, and so cannot be chosen.
+        skipped: ids of the images without a descriptor. These images cannot be chosen.
         seed: seed of the random choice.
 
     Returns:

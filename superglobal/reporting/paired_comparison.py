@@ -18,7 +18,7 @@ from superglobal.utils.io import write_atomically
 _CORRECT = "correct"
 _EQUAL = 1e-9
 _SUMMARY = ("protocol", "queries", "won", "lost", "equal", "mean difference", "95 %")
-_MAX_PRINTED = 10  # maximum number of queries that are printed because they were won, or because they were lost
+_MAX_PRINTED = 10  # maximum number of won queries that are printed, and of lost queries
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PerQuery:
     """Scores of all queries in one stage (search or rerank) of a run."""
 
     queries: list[str]
-    landmarks: list[str]  # landmark of each query; if it is unknown, a name that no other query has
+    landmarks: list[str]  # landmark of each query; for an unknown landmark, a name that no other query has
     measure: str  # name of the score: "AP", or "correct" (1 or 0) for recognition
     scores: dict[str, np.ndarray]  # protocol -> (Q,) float64 from 0 to 1; NaN for queries that do not count
 

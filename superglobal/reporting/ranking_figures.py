@@ -58,7 +58,7 @@ class Comparison:
     query: int  # index of the query
     title: str
     rankings: Sequence[Ranking]
-    full: Sequence[np.ndarray]  # complete rankings, (n,) int64 ids each, from which the ranks of images are determined
+    full: Sequence[np.ndarray]  # for each ranking, the ids (n,) int64 of all ranked images, also those not shown
 
 
 def draw_sheet(

@@ -59,7 +59,8 @@ def summarize(
     Args:
         config: settings of the run as nested dictionaries of JSON types.
         about: description of the run: weights, network, fingerprints and device.
-        names: names of the queries and of the database images; only their numbers are stored.
+        names: names of the queries and of the database images. Only the number of queries and the number of images are
+            stored.
         results: stage -> metrics; empty if the data set has no labels.
         seconds: stage -> duration in seconds.
     """
@@ -97,7 +98,7 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     if dataset["kind"] == name == "folder" and dataset["database"]:
         name = (
             Path(dataset["database"]).resolve().name or name
-        )  # The folder distinguishes different sets of own photos.
+        )  # The user's image folders are different data sets, so each is named by its folder.
     name += f"+{distractors['name']}" if distractors["name"] else ""
     if dataset["kind"] == "revisited" and not dataset["crop_query"]:
         name += " (uncropped)"
@@ -318,7 +319,7 @@ def approximation_text(index: Mapping[str, Any]) -> str:
     """Return a text about an approximate search: the settings of the index, and the differences from exact search.
 
     Args:
-        index: entry about the index in `results.json`.
+        index: settings and accuracy of the index, the entry "index" under "about" in `results.json`.
     """
     text = f"approximate search: {', '.join(f'{name} {value}' for name, value in index['settings'].items())}"
     if "compared_to_exact" not in index:

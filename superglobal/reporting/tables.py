@@ -54,7 +54,7 @@ def write_tables(folder: Path, *others: Path) -> list[dict[str, Any]]:
         others: more folders with results.
 
     Returns:
-        All results, as from `read_all`.
+        All results, in the form that `read_all` returns.
 
     Raises:
         InputError: a folder contains no results, a result is damaged, or a file cannot be written.
@@ -269,7 +269,7 @@ def _latex_cells(table: DatasetTable, cell: Cell, variant: str) -> list[str]:
     """Format the metrics of a run as LaTeX code.
 
     Args:
-        table: table that contains the run, whose best scores are bold.
+        table: table that contains the run. The best scores of the table are bold.
         cell: metrics of the run.
         variant: variant of the data set on which the run was evaluated.
 

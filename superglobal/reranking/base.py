@@ -21,7 +21,7 @@ class Parameter:
     """Parameter of a reranker that users can set.
 
     Args:
-        help: short description.
+        help: description of the parameter for help texts, in a few words.
         minimum, maximum: smallest and largest valid value of a numeric parameter.
         choices: valid values of a string parameter.
         default: default value, whose type is the type of the parameter. `register_reranker` reads it from the
@@ -35,7 +35,7 @@ class Parameter:
     default: Any = None
 
     def validate(self, name: str, value: Any) -> None:
-        """Raise InputError if the value has the wrong type, is out of range, or is not among the choices."""
+        """Raise InputError if `value` is not a valid value of the parameter `name`."""
         kind = type(self.default)
         if kind is str:
             valid, expected = value in self.choices, f"one of {', '.join(self.choices)}"
@@ -107,7 +107,7 @@ def register_reranker(
     `searches_again` defines the interface of the function:
 
     - None: the function scores shortlists. It is called with queries (B, D), shortlists T (B, M, D), their Gram
-      matrices T T^T (B, M, M), which it may overwrite, and its parameters by name. It returns scores (B, M).
+      matrices T T^T (B, M, M), which the function may overwrite, and its parameters by name. It returns scores (B, M).
     - "queries": the function is called with (Q, X, **parameters, exclude, backend, device) and returns new queries
       (Q, D), with which the database is searched again. See `expand_queries`.
     - "database": the function is called with (X, **parameters, path, backend, device) and returns a new database, which
@@ -153,7 +153,8 @@ def register_reranker(
 def _source(function: Callable[..., Any]) -> tuple[str, str]:
     """Return the name of a function's module and the name of the function.
 
-    Unlike the function object, these names do not change when a module is reloaded or a notebook cell is rerun.
+    These names identify a function even if its module is reloaded or its notebook cell is run again, which creates a
+    new function object with the same names.
     """
     return function.__module__, function.__qualname__
 
@@ -187,7 +188,8 @@ def score_batch(
         gram = gram_of(T)
         _check_norms(gram, numbers, name)
         scores = reranker.function(q, T, gram, **{key: value for key, value in values.items() if key != "M"})
-        # Scores are converted to float32 before they are sorted, so that scores that are equal in float32 are ties.
+        # Rerankers may return float64 scores. Scores that are equal in float32 must be ties, so all scores are
+        # converted to float32 before they are sorted.
         return scores.cpu().numpy().astype(np.float32)
 
 
@@ -196,7 +198,8 @@ def _check_norms(gram: torch.Tensor, numbers: np.ndarray, name: str) -> None:
 
     Args:
         gram: (B, M, M) Gram matrices, whose diagonals contain the squared norms.
-        numbers, name: as in `score_batch`.
+        numbers: (B, M) ids of the descriptors, for the error message.
+        name: what the error message calls a descriptor, such as "database row".
     """
     norms = gram.diagonal(dim1=1, dim2=2).sqrt().cpu().numpy()
     valid = is_unit(norms)
@@ -226,15 +229,15 @@ def dots(T: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def nearest(similarity: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the indices of the images of a shortlist that are most similar to each of its images.
+    """Find the nearest images of each image in a shortlist, among the images of the same shortlist.
 
     Args:
         similarity: (B, N, N) similarities of the images of each shortlist; the diagonals are ignored.
         count: number of indices per image; the first one is the image itself.
 
     Returns:
-        Indices (B, N, min(count, N)) int64: the image itself first, then the others by descending similarity. Among
-        equal similarities (rounded as in `first_columns`), the lower index is first.
+        Indices (B, N, min(count, N)) int64: the image itself first, then the others by descending similarity.
+        Similarities are rounded to multiples of about 1e-6. Among equal rounded similarities, the lower index is first.
     """
     keys = _order_keys(similarity)
     # Due to rounding, a duplicate may score higher than the image itself. Infinity keeps the image first.
@@ -245,15 +248,16 @@ def nearest(similarity: torch.Tensor, count: int) -> torch.Tensor:
 def first_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Return the column indices of the largest scores in each row.
 
-    Scores are rounded to multiples of about 1e-6 before they are compared, so that floating-point errors, which differ
-    between devices, rarely affect the order of two copies of an image.
+    Scores are rounded to multiples of about 1e-6 before they are compared. Two copies of an image have scores that
+    differ only by floating-point errors. Because such scores are usually rounded to the same value, the order of the
+    copies rarely depends on the device.
 
     Args:
         scores: (B, N) scores.
         count: number of columns, <= N.
 
     Returns:
-        Indices (B, count) int64, best first; among equal scores, the lower index is first.
+        Indices (B, count) int64, best first; among equal rounded scores, the lower index is first.
     """
     return _order_keys(scores).topk(count, dim=-1).indices
 
@@ -275,6 +279,6 @@ def _order_keys(scores: torch.Tensor) -> torch.Tensor:
 
 
 def mask_of(near: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return a bool mask (B, N, columns) that is true at the column indices `near` (B, N, k) of each row."""
+    """Convert column indices `near` (B, N, k) to a bool mask (B, N, columns) that is true at these columns."""
     mask = torch.zeros(*near.shape[:2], columns, dtype=torch.bool, device=near.device)
     return mask.scatter_(2, near, True)

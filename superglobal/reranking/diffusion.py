@@ -52,10 +52,11 @@ def diffusion_scores(
         gamma: exponent of the similarities.
 
     Returns:
-        Scores f (B, M) float64. An image has the score 0 if no path in the graph connects it to one of the kq images.
+        Scores f (B, M) float64. An image has the score 0 if no path in the graph connects it to one of the kq images
+        nearest to the query.
     """
     start = dots(T, q).clamp(min=0) ** gamma
-    start[:, kq:] = 0  # shortlists are sorted, best first
+    start[:, kq:] = 0  # shortlists are sorted, so the first kq images are nearest to the query
     return _solve(_normalized_graph(gram, kd, gamma), start, alpha)
 
 
@@ -80,8 +81,8 @@ def _normalized_graph(similarity: torch.Tensor, kd: int, gamma: float) -> torch.
 
 def _solve(S: torch.Tensor, start: torch.Tensor, alpha: float) -> torch.Tensor:
     """Solve (I - alpha S) f = start for f (B, M), given S (B, M, M) and start (B, M)."""
-    # I - alpha S is positive definite, because alpha < 1 and no eigenvalue of S exceeds 1. Cholesky factorization needs
-    # this.
+    # Cholesky factorization needs a positive definite matrix. I - alpha S is positive definite, because alpha < 1 and
+    # no eigenvalue of S exceeds 1.
     eye = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device)
     factor = torch.linalg.cholesky(eye - alpha * S)
     return torch.cholesky_solve(start[..., None], factor)[..., 0]

@@ -67,7 +67,9 @@ def _distances(similarity: torch.Tensor, k1: int, k2: int, lambda_: float) -> to
 
     Args:
         similarity: (B, M+1, M+1) cosines of each query, at index 0, and its shortlist.
-        k1, k2, lambda_: as in `kreciprocal_scores`.
+        k1: number of neighbors among which reciprocal neighbors are found.
+        k2: number of images over which the encoding of an image is averaged, including the image itself.
+        lambda_: weight of the original distance from the query, in 0..1.
     """
     size = similarity.shape[-1]
     distance = (2 - 2 * similarity).clamp(min=0)
@@ -80,8 +82,8 @@ def _distances(similarity: torch.Tensor, k1: int, k2: int, lambda_: float) -> to
     if k2 > 1:
         mean = mask_of(near[..., :k2], size).double()
         V = torch.bmm(mean / mean.sum(dim=-1, keepdim=True), V)
-    # The Jaccard distance is 1 minus intersection / union, the sums of the elementwise minima and maxima of two rows of
-    # V. Each row of V sums to 1, so the union is 2 minus the intersection.
+    # The Jaccard distance is 1 - intersection / union. The intersection is the sum of the elementwise minima of two
+    # rows of V, the union that of the maxima. Each row of V sums to 1, so the union is 2 - intersection.
     shared = torch.minimum(V[:, :1], V[:, 1:]).sum(dim=-1)
     return (1 - lambda_) * (1 - shared / (2 - shared)) + lambda_ * distance[:, 0, 1:]
 
@@ -104,7 +106,7 @@ def _reciprocal(near: torch.Tensor, k1: int, size: int) -> torch.Tensor:
 
     # As in the authors' code, k1 / 2 is rounded by NumPy, which rounds halves to the nearest even number.
     wide, narrow = mutual(k1), mutual(int(np.around(k1 / 2)))
-    # Counts are at most M + 1, so they are exact in float32.
+    # The product counts common neighbors. The counts are at most M + 1, so they are exact in float32.
     shared = torch.bmm(wide.float(), narrow.float().transpose(1, 2))
     joins = wide & (3 * shared > 2 * narrow.sum(dim=-1)[:, None, :])
     return wide | (torch.bmm(joins.float(), narrow.float()) > 0)

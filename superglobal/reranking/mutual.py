@@ -47,7 +47,7 @@ def mutual_scores(
         gram: (B, M, M) Gram matrices T T^T.
         K: number of neighbors that refine a descriptor, if they are mutual.
         beta: weight of a neighbor per unit of similarity.
-        k_query: maximum rank, from 1, of the query among the images nearest to an image that expands the query.
+        k_query: an image can expand the query only if the query is among the k_query images nearest to that image.
     """
     near = nearest(gram, K + 1)
     weights = gram.gather(2, near).double() * beta

@@ -149,7 +149,7 @@ def _average(vectors: np.ndarray, rows: Rows, scores: np.ndarray, ids: np.ndarra
         (B, D) float32, unit L2 norm.
     """
     weights = np.maximum(scores, 0, dtype=np.float64) ** alpha
-    weights[scores <= 0] = 0  # needed for alpha = 0, because 0 ** 0 is 1
+    weights[scores <= 0] = 0  # with alpha = 0, these weights would be 1, because 0 ** 0 is 1
     out = np.empty(vectors.shape, np.float32)
     step = max(1, _MAX_ELEMENTS // (ids.shape[1] * rows.dim))
     for start in range(0, len(vectors), step):

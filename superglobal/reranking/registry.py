@@ -74,7 +74,7 @@ def rerank(
     batch_size: int = 16,
     **parameters: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rerank the first min(M, k) images of each shortlist. The other images follow in their old order, with score -inf.
+    """Rerank the first min(M, k) images of each shortlist. All other images follow in unchanged order, with score -inf.
 
     "superglobal" is the method of the paper (section 3) as implemented in its reference code (modules/reranking).
     `conf/rerank` cites the sources of the other methods.
@@ -242,7 +242,7 @@ def rerank_label(settings: Mapping[str, Any]) -> str:
     words = [kind]
     for name, parameter in declared.items():
         value = settings.get(name)
-        # Strings and booleans are shown only if they differ from the default.
+        # A string or boolean is shown only if it differs from the parameter's default.
         if value is not None and not (isinstance(value, str | bool) and value == parameter.default):
             words.append(f"{name}={value}")
     return " ".join([*words, "junk=drop"] if settings.get("junk") == "drop" else words)

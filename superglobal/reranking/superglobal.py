@@ -95,7 +95,11 @@ def _neighbors(gram: torch.Tensor, K: int, beta: float) -> tuple[torch.Tensor, t
 
 
 def normalized(weights: torch.Tensor, beta: float) -> torch.Tensor:
-    """Divide weights (B, M, K+1) by their sum along the last axis. Raises InputError if a sum is 0."""
+    """Divide weights (B, M, K+1) by their sum along the last axis.
+
+    Raises:
+        InputError: a sum is 0; the message names `beta`.
+    """
     total = weights.sum(dim=-1, keepdim=True)
     if (total.abs() < 1e-6).any():
         raise InputError(f"beta={beta}: the weights of a candidate and its neighbors sum to 0; choose a smaller beta")

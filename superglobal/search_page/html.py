@@ -100,8 +100,8 @@ def render_results(result: SearchResult, names: Sequence[str], url: str, total: 
 
     Args:
         result: results of a search.
-        names: names of the database images by id.
-        url: prefix of the URLs of thumbnails.
+        names: names of the database images, indexed by database id.
+        url: first part of the URL of every thumbnail.
         total: number of images that the search could return.
     """
     cards = "".join(_card(hit, names[hit.id], url, result.reranked) for hit in result.hits)
@@ -145,7 +145,7 @@ def _card(hit: Hit, name: str, url: str, reranked: bool) -> str:
         hit: result to render.
         name: name of the image.
         url: prefix of the URLs of thumbnails.
-        reranked: whether the results were reranked, so that the rank before reranking is shown, too.
+        reranked: whether the results were reranked. If so, the rank before reranking is shown, too.
     """
     shown, images = escape(name), f"{url}/database"
     score, kind = "&ndash;", "no score, because the photo is not among the M reranked photos"

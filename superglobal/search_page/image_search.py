@@ -33,7 +33,7 @@ class QueryImage:
 
     name: str  # name shown on the page
     path: Path
-    id: int | None = None  # database id, so that the image is excluded from its own results; None for other images
+    id: int | None = None  # database id of the image, to exclude it from the results; None if it is not in the database
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Hit:
     id: int
     rank: int  # starts at 1
     rank_before: int  # rank before reranking, starts at 1
-    score: float | None  # score of the last stage; None for an image that is not among the M reranked images
+    score: float | None  # score of the last stage; None if other images were reranked, but not this image
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class ImageSearch:
         return QueryImage(self.names[number], self.images[number].path, number)
 
     def count_reachable(self, image: QueryImage | None = None) -> int:
-        """Return how many database images a search can return, not counting `image` if it is one of them."""
+        """Return how many database images a search can return. If `image` is a database image, it is not counted."""
         excluded = image is not None and image.id is not None
         return len(self.database) - len(self.database.skipped) - excluded
 

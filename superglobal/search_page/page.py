@@ -20,8 +20,8 @@ from superglobal.search_page.image_search import Query, QueryImage, SearchDataba
 
 _HERE = Path(__file__).parent
 _KEEP_SECONDS = 3600  # time for which an uploaded file and the descriptor of the query are kept
-# Maximum values of the sliders. A small database lowers the maximum. If the configuration sets a value above the
-# maximum, this value becomes the maximum.
+# Maximum values of the sliders. M and K cannot exceed the number of database images. If the configured initial value of
+# a slider is above the maximum, the initial value becomes the maximum.
 _MAX_VALUES = {"M": 2000, "K": 50, "beta": 1.0}
 
 Callback = Callable[..., tuple[Any, ...]]
@@ -95,7 +95,7 @@ class PageCallbacks:
             raise InputError("no photo is chosen: choose a photo first, and then draw a box on it")
         width, height = query.size
         x1, y1, x2, y2 = (min(1.0, max(0.0, v)) * side for v, side in zip(box, (width, height) * 2, strict=True))
-        # Extend the box to whole pixels, at least one.
+        # Extend the box to whole pixels, so that it is at least one pixel wide and high.
         pixels = float(math.floor(x1)), float(math.floor(y1)), float(math.ceil(x2)), float(math.ceil(y2))
         return self._search_image(query.image, pixels, rerank, M, K, beta)
 
@@ -130,8 +130,8 @@ class PageCallbacks:
         """Render example images of the data set.
 
         Args:
-            text: text by which the user filters: the names of all shown images contain it. For "", a random sample of
-                the queries is shown, or of the database images if there are no queries.
+            text: text by which the user filters: the names of all shown images contain it. For "", a random sample
+                of the queries is shown. If there are no queries, a random sample of the database images is shown.
             turn: number of times that the user has asked for other images; the seed of the random sample.
         """
         lists = {"queries": self.database.query_names, "database": self.database.search.names}

@@ -99,7 +99,7 @@ def _make_database(
     network: RetrievalNetwork,
     stores: list[DescriptorStore],
 ) -> SearchDatabase:
-    """Create the database of the page from its stores, with whitened descriptors if whitening is configured.
+    """Create the database of the page from stores of descriptors. If whitening is configured, whiten the descriptors.
 
     Args:
         config: settings of the page.
@@ -195,12 +195,13 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
                 "labels": False,
             }  # The page does not need the query images, which may have been deleted since the extraction.
     decoder = identity.get("decoder", "cpu")
-    if cfg.extraction.decoder not in ("cpu", decoder):  # "cpu" is the default, so the user did not choose it.
+    if cfg.extraction.decoder not in ("cpu", decoder):  # "cpu" may be the default instead of the user's choice.
         raise InputError(
             f"extraction.decoder={cfg.extraction.decoder}: {folder} was extracted with extraction.decoder={decoder}; "
             "leave out extraction.decoder or store="
         )
-    # The p of GeM is not a setting here, because it is read from the weights. `_open_store` sets it to the store's p.
+    # The exponent p of GeM is left out, because the network reads p from the weights. `_open_store` then replaces this
+    # p by the p with which the store was extracted.
     pooling = {key: value for key, value in identity["pooling"].items() if key != "p"}
     return OmegaConf.merge(
         cfg,
@@ -220,12 +221,14 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
 def _open_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionList]) -> DescriptorStore:
     """Open the store in `folder`, and check that it is complete and belongs to the network and the images.
 
+    If the exponent p of GeM in the store differs from that in the weights, the network is set to the p of the store.
+
     Raises:
         InputError: the store is missing or incomplete, or belongs to another network or other images.
     """
     store = DescriptorStore.open(folder)
     stored = store.manifest["identity"]
-    if network.config.p != stored["pooling"]["p"]:  # The store was extracted with another p than the weights contain.
+    if network.config.p != stored["pooling"]["p"]:  # The exponent p of the store differs from the p of the weights.
         network.set_p(stored["pooling"]["p"])
     identity = json.loads(json.dumps(store_identity(network, lists[0].max_side, stored.get("decoder", "cpu"))))
     different = [key for key in stored if identity.get(key) != stored[key]]

@@ -1,7 +1,7 @@
 """Serve the search page.
 
 The server provides thumbnails of the images of the data set, and those parts of Gradio that the page uses. It rejects
-all other requests.
+all requests for anything else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from superglobal.search_page.html import encode_jpeg
 from superglobal.search_page.image_search import SearchDatabase
 
 log = logging.getLogger(__name__)
-THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # longer side in pixels
+THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # longer side of a thumbnail, in pixels, by size
 _CACHED_THUMBNAILS = 4096  # maximum number of small thumbnails in memory, about 15 KB each
 # Paths of the requests that are accepted. Without this restriction, Gradio would, for example, also serve uploaded
 # files and fetch URLs on request.

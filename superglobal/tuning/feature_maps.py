@@ -35,7 +35,7 @@ class MapStore:
 
     The name of the store's folder is a fingerprint of everything that changes a map: weights, ReLUP and resizing. The
     name of a file is a fingerprint of the image's name, box and content. A file contains the maps of all scales of the
-    image. Files are written atomically. A file that lacks the map of a scale is computed again.
+    image. Files are written atomically. If a file lacks the map of a scale, all maps of the image are computed again.
 
     Args:
         folder: parent folder of all map stores.
@@ -246,5 +246,5 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def _digest(text: str) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of a text."""
+    """Return the first 16 hexadecimal digits of the SHA-256 checksum of a text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -178,7 +178,7 @@ def _with_params(first: Settings, params: dict[str, Any]) -> Settings:
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """Return the trial with the highest score; of equal scores, the earliest trial."""
+    """Return the trial with the highest score. If several trials have this score, return the earliest of them."""
     return max(trials, key=lambda trial: trial.score)
 
 
@@ -321,7 +321,7 @@ def usage(folder: Path, name: str, outcome: Outcome, weights: str) -> str:
     values = [f"scales={outcome.winner.scales}"]
     values += [f"pooling.{key}={json.dumps(value)}" for key, value in pooling.items()]
     values += [f"rerank.{key}={json.dumps(value)}" for key, value in rerank.items()]
-    # The value of `tuned_on` contains spaces. It has quotes for Hydra, and needs further quotes for the shell.
+    # The value of `tuned_on` contains spaces, so it is quoted for Hydra. The shell needs another pair of quotes.
     by_value = " ".join(f"'{value}'" if " " in value else value for value in values)
     by_file = f"--config-dir {shlex.quote(str(folder / 'conf'))} {rest} pooling={name} rerank={name}"
     return (
@@ -347,5 +347,8 @@ def _comments(outcome: Outcome) -> str:
 
 
 def _yaml(section: dict[str, Any], indent: int) -> str:
-    """Format settings as YAML; the values are JSON, which quotes strings such as "on" that YAML reads as booleans."""
+    """Format settings as indented YAML.
+
+    Values are written as JSON, which quotes all strings. Without quotes, YAML would read "on" as a boolean.
+    """
     return "".join(f"{' ' * indent}{key}: {json.dumps(value)}\n" for key, value in section.items())
