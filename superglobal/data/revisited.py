@@ -175,6 +175,9 @@ def _entry(path: Path, entry: Any, where: str, database: int) -> dict[str, Any]:
         entry: the unpickled entry of the query.
         where: description of the query, for messages.
         database: number of database images.
+
+    Raises:
+        InputError: a field is missing or has the wrong type, or an index is out of range or repeated.
     """
     checked: dict[str, Any] = {"bbx": None}
     key_of: dict[int, str] = {}

@@ -108,6 +108,13 @@ def _download_from(
 ) -> str | None:
     """Try to download a file from one address, in several attempts.
 
+    Args:
+        url: address of the file.
+        target: path of the file.
+        options: timeout and number of attempts.
+        report: callback for the progress.
+        checksum: expected checksum as "<algorithm>:<digest>"; None to accept any contents.
+
     Returns:
         None if the file has been downloaded, else the reason of the failure.
     """

@@ -193,7 +193,13 @@ def _is_unpacked(archive: Path, folder: Path) -> bool:
 
 
 def _require_space(name: str, root: Path, archives: Sequence[RemoteFile], options: DownloadOptions) -> int | None:
-    """Check before a download that there is enough disk space.
+    """Check before a download that there is enough disk space for the archives and the unpacked images.
+
+    Args:
+        name: name of the source, for messages.
+        root: folder of the source.
+        archives: all archives of the download.
+        options: options of the download.
 
     Returns:
         The total size of the archives in bytes, or None if no server reports the size of one of them.

@@ -210,7 +210,10 @@ class SubCenterArcFace(ArcFace):
     """ArcFace with several centers per class, of which the nearest one is used (Deng et al., ECCV 2020).
 
     Args:
-        dim, classes, scale, margin: see `ArcFace`.
+        dim: dimension D of the descriptors.
+        classes: number of classes (landmarks).
+        scale: factor by which all cosines are multiplied, such as sqrt(D).
+        margin: margin in radians, in 0..pi/2: one for all classes, or a tensor (classes,).
         centers: number of centers per class, >= 1.
         kwargs: other arguments of `ArcFace`.
     """
@@ -225,7 +228,7 @@ class CosFace(MarginHead):
     """Loss with an additive cosine margin (Wang et al., CVPR 2018, eq. 4).
 
     If theta is the angle between a descriptor and its true class, the logit of this class is cos(theta) - margin, times
-    the scale. The arguments are those of `ArcFace` without `easy_margin`; the margin is a difference of cosines.
+    the scale. The constructor takes the arguments of `MarginHead`. `margin` is a difference of cosines.
     """
 
     def target(self, cosine: Tensor, margin: Tensor) -> Tensor:
@@ -239,7 +242,7 @@ class CurricularFace(MarginHead):
     cosine * (t + cosine), times the scale. t is the running mean of the cosine with the true class, starting at 0, so
     hard negatives have less weight at the start. t is updated only in training mode, before it is used, and has no
     gradient. Under `torch.distributed`, the update uses the mean over all processes, which must have batches of equal
-    size. The arguments are those of `ArcFace` without `easy_margin`.
+    size. The constructor takes the arguments of `MarginHead`. `margin` is an angle in radians.
 
     Attributes:
         t: scalar buffer, the running mean.
@@ -326,7 +329,7 @@ def make_head(
 
 
 def _mean_over_processes(values: Tensor) -> Tensor:
-    """Return the mean of values (B,) over the batches of all processes; B must be the same in all processes."""
+    """Return the mean of the values (B,) of all processes. B must be the same in all processes."""
     mean = values.mean()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(mean)

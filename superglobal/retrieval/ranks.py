@@ -76,11 +76,18 @@ def search_and_rank(
     """Compute the results of `search` and of `exact_ranks` in one pass over the database.
 
     Args:
-        Q, X, k, backend, device, block_rows, exclude: see `search`.
-        targets: see `exact_ranks`.
+        Q: (Q, D) queries, unit L2 norm.
+        X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm.
+        k: number of results per query, 1..N.
+        targets: for each query, the database ids to rank, in any order.
+        backend: "torch", "faiss" or "auto".
+        device: device to compute on; the CPU by default.
+        block_rows: maximum number of database rows that are processed at a time.
+        exclude: (Q,) ids, one per query, removed from the results and from the ranking.
 
     Returns:
-        The result of `search`, a pair of scores (Q, k) and ids (Q, k); and the result of `exact_ranks`.
+        The result of `search`: scores (Q, k) float32 and ids (Q, k) int64. The result of `exact_ranks`: for each query,
+        an int64 array of ranks in the order of its targets.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)

@@ -105,9 +105,10 @@ def create_store(
 
 
 def _rename_new(source: Path, target: Path) -> None:
-    """Rename a folder. Raises FileExistsError if `target` is already a store.
+    """Rename the folder `source` to `target`. An empty folder at `target` is replaced.
 
-    An empty folder at `target` is replaced, as POSIX allows.
+    Raises:
+        FileExistsError: there is already a store at `target`.
     """
     try:
         os.rename(source, target)

@@ -46,7 +46,8 @@ def style_number(split: str, number: int) -> tuple[str, int]:
     """Return the (split, group number) that determines the style of a landmark.
 
     A group consists of `STYLE_GROUP` landmarks with consecutive numbers. Every second group of distractor
-    landmarks has the style of a group of evaluation landmarks, so that the two groups look alike.
+    landmarks has the same style as a group of evaluation landmarks, so that these distractors are hard to distinguish
+    from the evaluation landmarks.
 
     Args:
         split: split of the landmark, e.g. "train".

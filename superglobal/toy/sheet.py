@@ -42,7 +42,7 @@ def write_sheet(root: Path, path: Path, landmarks: int = 6) -> None:
     """
     photos = read_photos(root)
     queried = {photo.landmark for photo in photos if photo.set == "query"}
-    # Rows 2i and 2i + 1 show two landmarks of the same style.
+    # Rows 2i and 2i + 1 of the sheet show two landmarks of the same style.
     pairs = (number // 2 * STYLE_GROUP + number % 2 for number in range(landmarks))
     rows = [_landmark_row(photos, number) for number in pairs if number in queried]
     distractors = [photo for photo in photos if photo.set == "distractor"]
@@ -60,9 +60,10 @@ def write_sheet(root: Path, path: Path, landmarks: int = 6) -> None:
 
 
 def _landmark_row(photos: Sequence[Photo], landmark: int) -> list[Cell]:
-    """Return the titles and images of one row of the sheet, which shows the evaluation landmark with the given number.
+    """Choose the images for one row of the sheet, and return them with their titles.
 
-    The first image is a query. Up to three easy, four hard and one junk database image follow.
+    All images of the row show the evaluation landmark with the number `landmark`. The first image is a query. Up to
+    three easy, four hard and one junk database image follow.
     """
     query = next(p for p in photos if p.set == "query" and p.landmark == landmark)
     database = [p for p in photos if p.set == "database" and p.landmark == landmark]

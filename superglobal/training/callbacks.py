@@ -293,7 +293,7 @@ class NonFiniteGuard(StepCallback):
 
     @staticmethod
     def _hint(trainer: pl.Trainer, module: TrainingModule) -> str:
-        """Return the end of an error message; it suggests settings that prevent values that are not finite."""
+        """Return a hint for the end of an error message: settings to change so that all values stay finite."""
         half = "" if trainer.precision.startswith(("32", "64")) else ", or trainer.precision=32-true"
         return f"; lower optim.lr ({module.optim.lr}), or set optim.clip{half}, with a new name="
 

@@ -94,7 +94,7 @@ class TrainingModule(pl.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[RetrievalNetwork]:
-        """Yield the network `result` in evaluation mode; set training mode again when the `with` statement ends."""
+        """Yield the network `result` in evaluation mode. At the end of the `with` statement, restore training mode."""
         self.result.eval()
         try:
             yield self.result
@@ -146,14 +146,14 @@ class TrainingModule(pl.LightningModule):
         checkpoint["landmarks"] = self.landmarks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adapt the number of processed batches in a checkpoint to the current `trainer.accumulate`."""
+        """Convert the position of a checkpoint in the epoch to batches of the current `trainer.accumulate` setting."""
         # Lightning stores its position in the epoch as a number of batches. If trainer.accumulate has changed since the
         # checkpoint was saved, a step consists of a different number of batches.
         steps = self.total_steps // self.optim.epochs
         done = checkpoint["global_step"] % steps
         parts = (done or steps) * self.accumulate
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        # Within an epoch, a checkpoint is saved before Lightning counts the last batch as completed.
+        # If a checkpoint was saved within an epoch, Lightning had not yet counted the last batch as completed.
         progress.update(ready=parts, started=parts, processed=parts, completed=parts - (done > 0))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -85,7 +85,7 @@ def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: 
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Return whether the folder contains an unfinished training run."""
+    """Return True if the folder contains an unfinished training run."""
     return (folder / _RECORD).is_file() and finished_score(folder) is None
 
 
@@ -177,5 +177,5 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write the record of a run into its directory."""
+    """Write the record of a run into the run directory `folder`."""
     write_atomically(folder / _RECORD, json.dumps(record, indent=1).encode())

@@ -107,7 +107,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
 
 
 def launched_externally() -> bool:
-    """Return whether torchrun or SLURM has started this process together with others."""
+    """Return True if torchrun or SLURM has started this process as one of several processes."""
     return (_launched()[1] or 1) > 1
 
 
