@@ -23,7 +23,7 @@ COMMANDS = {
 
 
 def seconds(words: list[str]) -> tuple[float, float]:
-    """Run Python once with the given arguments, and return the elapsed time and the processor time in seconds."""
+    """Run the Python interpreter once with arguments `words`; return the elapsed and the processor time in seconds."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)

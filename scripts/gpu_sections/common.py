@@ -221,7 +221,7 @@ def format_row(row: Row) -> str:
 
 
 class Background:
-    """Context manager for background programs. Programs that still run at the end of the `with` block are killed."""
+    """Context manager for background programs. Programs that still run when the `with` statement ends are killed."""
 
     def __init__(self) -> None:
         self._programs: list[Program] = []

@@ -115,7 +115,7 @@ def _benchmark() -> Iterator[None]:
 
 
 def _shape(report: Report) -> tuple[int, int, int]:
-    """Return the height and the width of the images in pixels, and the number of images per batch."""
+    """Return the height and the width of images in pixels, and the number of images per batch, for this report."""
     return report.pick((768, 1024, 16), (768, 1024, 16), (96, 128, 2))
 
 
@@ -304,7 +304,14 @@ def _new_sizes(report: Report, what: str, network: RetrievalNetwork, images: Ten
 
 
 def _pooling(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
-    """Measure the time to pool the feature maps of a batch of images at the largest scale."""
+    """Measure the time to pool the feature maps of a batch of images at the largest scale.
+
+    Args:
+        report: report of the section.
+        what: description of the inputs, with which the name of the row begins.
+        network: network to use.
+        images: (B, 3, H, W) uint8 images.
+    """
     x = images.repeat(1, 1, 2, 2)[:, :, : int(images.shape[-2] * 1.4142), : int(images.shape[-1] * 1.4142)]
     feature_map = network.backbone(network.normalize(x)).clone()
     eager = report.seconds(lambda: network.pooling(feature_map))
@@ -314,7 +321,14 @@ def _pooling(report: Report, what: str, network: RetrievalNetwork, images: Tenso
 
 
 def _profile(report: Report, what: str, network: RetrievalNetwork, images: Tensor) -> None:
-    """Profile extraction, and report the fraction of the GPU time that each operation takes."""
+    """Profile extraction, and report the fraction of the GPU time that each operation takes.
+
+    Args:
+        report: report of the section.
+        what: description of the inputs, with which the names of the rows begin.
+        network: network to use.
+        images: (B, 3, H, W) uint8 images.
+    """
     report.require_gpu("the profile")
     from torch.profiler import ProfilerActivity, profile
 

@@ -30,7 +30,11 @@ CLASSES, DIM = 81_313, 2048
 
 
 class _Setting:
-    """Settings of a training step: network, image size, batch size, number of classes and precision."""
+    """Settings of a training step: network, image size, batch size, number of classes and precision.
+
+    Args:
+        report: report of the section, whose input size ("full", "small" or "tiny") determines the settings.
+    """
 
     def __init__(self, report: Report) -> None:
         self.backbone, self.side, self.batch, self.classes, self.dim, self.steps = report.pick(
@@ -241,7 +245,13 @@ def _shares(report: Report, setting: _Setting, bare: float | None) -> None:
 
 
 class _Photos(Dataset):
-    """Data set of JPEG images that are decoded and augmented as in a training run."""
+    """Data set of JPEG images that are decoded and augmented as in a training run.
+
+    Args:
+        files: contents of the JPEG files.
+        count: length of the data set.
+        side: height and width of the augmented images in pixels.
+    """
 
     def __init__(self, files: list[bytes], count: int, side: int) -> None:
         self.files, self.count, self.side = files, count, side
@@ -282,7 +292,15 @@ def _data(report: Report, setting: _Setting, photos: list[Any], bare: float | No
 
 
 def _variants(report: Report, setting: _Setting, peak: float | None, flops: float, bare: float | None) -> None:
-    """Measure variants of the plain loop that are faster on some GPUs and slower on others."""
+    """Measure variants of the plain loop that are faster on some GPUs and slower on others.
+
+    Args:
+        report: report of the section.
+        setting: settings of a training step.
+        peak: FLOP/s of a matrix product; None if unknown.
+        flops: floating-point operations of a training step per image.
+        bare: images/s of the plain loop; None if unknown.
+    """
     report.require_gpu("the comparison of layouts and optimizers")
     for title, how, predicted in (
         ("fused SGD", {"fused": True}, "1.02 x"),

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _name(text: str) -> str:
-    """Check that a command-line argument is the name of a source, and return the name. Raise an error otherwise."""
+    """Return a command-line argument, after checking that it names a data set or weights that can be downloaded."""
     if text not in SOURCE_NAMES:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(SOURCE_NAMES)}")
     return text

@@ -141,7 +141,7 @@ def _train(cfg: DictConfig) -> float:
 
 
 def _tune(cfg: DictConfig) -> float:
-    """Run one tuning job, and return its gain in mAP over the default settings, which Hydra's sweepers read."""
+    """Run one tuning job, and return its gain in mAP over the paper's settings, which Hydra's sweepers read."""
     from superglobal.tuning.tune import tune
 
     folder = _output_dir()

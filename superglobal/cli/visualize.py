@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _kind(text: str) -> str:
-    """Check that a command-line argument is a kind of figure, and return the kind. Raise an error otherwise."""
+    """Return a command-line argument, after checking that it is a kind of figure."""
     if text not in KINDS:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(KINDS)}")
     return text

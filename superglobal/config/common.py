@@ -134,12 +134,15 @@ def validate_config(cfg: DictConfig, schema: type[C]) -> C:
 
 
 def _overrides(self: Any) -> dict[str, Any]:
-    """Return the pooling settings that are not null: name -> value, as for the argument `pooling` of `load_model`."""
+    """Return the pooling settings that are not null: name -> value. This is the method `PoolingOverrides.overrides`."""
     return {name: value for name, value in vars(self).items() if value is not None and name != "tuned_on"}
 
 
 def _validate_pooling(self: Any) -> None:
-    """Raise InputError if a pooling setting is invalid or contradicts another pooling setting."""
+    """Raise InputError if a pooling setting is invalid or contradicts another one.
+
+    This is the method `PoolingOverrides.validate`.
+    """
     make_pooling(self.overrides())
 
 

@@ -172,7 +172,7 @@ def groups(config_name: str) -> dict[str, list[tuple[str, str, bool]]]:
             settings = {key: value for key, value in node.node.items() if key != "defaults"}
             name = file.removesuffix(".yaml")
             options[name] = _describe_ablation(name) if group == "ablation" else _describe_preset(name, settings)
-        if group == "experiment":  # Keep the experiments whose comment shows how to run them with this command.
+        if group == "experiment":  # keep the experiments whose comments say that this command runs them
             options = {name: words for name, words in options.items() if f"{config_name}.py" in words}
         options_of[group] = [(name, words, name == default) for name, words in sorted(options.items())]
     return options_of

@@ -40,7 +40,7 @@ _RELUP_ROWS = ("relup", "no_relup")
 
 
 class NotApplicableError(InputError):
-    """Raised if the backbone does not support the configured row of the ablation table, such as ReLUP without ReLUs."""
+    """Error if the backbone does not support the row of the ablation table, such as a row with ReLUP without ReLUs."""
 
 
 class StageTimer:
@@ -244,7 +244,7 @@ def load_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distract
 
 
 def _load_npy(path: str) -> Rows:
-    """Open a .npy file of descriptors as a memory map. Raises InputError if it is unreadable."""
+    """Open a .npy file of descriptors as a memory map. Raises InputError if the file is unreadable."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_FAULTS as error:
@@ -270,7 +270,11 @@ def load_network(config: EvalConfig) -> RetrievalNetwork:
 
 
 def _trained_weights(config: EvalConfig) -> str:
-    """Return the path of the weights exported by the training run `config.name`. Raises InputError if it has none."""
+    """Return the path of the weights that the training run `config.name` exported.
+
+    Raises:
+        InputError: the training run has not exported any weights.
+    """
     path = export_path(config.paths.outputs, config.name)
     if path.is_file():
         if is_unfinished(path.parent):

@@ -211,7 +211,12 @@ class ExtractionModule(pl.LightningModule):
                     self.failures.append(f"{path} or another image of its batch: {error}")
 
     def _report_progress(self, images: int, pixels: int) -> None:
-        """Add finished images and pixels to the totals, and log the progress every `_REPORT_INTERVAL` seconds."""
+        """Add a finished batch to the totals, and log the progress every `_REPORT_INTERVAL` seconds.
+
+        Args:
+            images: number of images in the batch.
+            pixels: number of pixels in the batch.
+        """
         self.images_done += images
         self.pixels_done += pixels
         now = time.monotonic()

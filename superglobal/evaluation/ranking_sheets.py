@@ -123,7 +123,7 @@ def select_queries(run: FinishedRun, options: FigureOptions, count: int) -> dict
 
 
 def require_images(run: FinishedRun, kind: str) -> None:
-    """Raise InputError if the evaluation had descriptors but no images; the message names the figure `kind`."""
+    """Raise InputError if the evaluation had no images. The message says that figures of this `kind` need images."""
     if run.dataset is None:
         raise InputError(f"{kind}: the result has descriptors without images; only map can be drawn")
 

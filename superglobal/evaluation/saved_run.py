@@ -162,11 +162,20 @@ class FinishedRun:
         return network
 
     def _unreadable(self, path: Path, error: Exception) -> InputError:
-        """Return the InputError for a result file that is missing or damaged; `error` is the original exception."""
+        """Return an InputError for a result file that is missing or damaged.
+
+        Args:
+            path: path of the file.
+            error: exception that occurred when the file was read.
+        """
         return InputError(f"{path}: missing or damaged ({error!r}); run again: {self.command()}")
 
     def _store(self, title: str) -> DescriptorStore:
-        """Open the store of the image list `title`, such as "database", and check that it has not changed."""
+        """Open a descriptor store of the evaluation, and check that the store has not changed.
+
+        Args:
+            title: title of the image list whose descriptors are stored: "database", "queries" or "distractors".
+        """
         config, fingerprint = self.config, self.summary["about"]["stores"][title]["fingerprint"]
         name = config.distractors.name if title == "distractors" else config.dataset.name
         path = Path(config.paths.stores) / f"{name}-{title}-{fingerprint[:16]}"
@@ -314,7 +323,11 @@ def _recognition_precision(truth: RecognitionTruth, run: FinishedRun, stage: str
 
 
 def _revisited_precision(run: FinishedRun) -> dict[str, dict[str, np.ndarray]]:
-    """Return the precision-recall curves (Q, bins) of an evaluation that is scored by mAP, by stage and protocol."""
+    """Return the precision-recall curve of each query in an evaluation that is scored by mAP.
+
+    Returns:
+        Curves (Q, bins) by stage and protocol.
+    """
     config, task = run.config, make_task(run.config, run.inputs)
     scorer, ids = task.scorer, run.stages["search"][1]
     assert scorer is not None

@@ -65,8 +65,8 @@ class TrackedRun:
         tags: Sequence[str],
         config: Mapping[str, Any],
     ) -> None:
-        # By default, W&B stores the images of tables in the user's home folder, and `wandb sync` of an offline run
-        # needs them there. The variable WANDB_DATA_DIR makes W&B store them in the folder of the run instead.
+        # By default, W&B stores the images of tables in the user's home folder, where `wandb sync` of an offline run
+        # later reads them. The variable WANDB_DATA_DIR makes W&B store them in the folder of the run instead.
         self._staging = None if "WANDB_DATA_DIR" in os.environ else str((folder / "wandb").resolve())
         if self._staging:
             os.environ["WANDB_DATA_DIR"] = self._staging
@@ -117,7 +117,7 @@ class TrackedRun:
         self.run.log_artifact(artifact)
 
     def _unset_staging(self) -> None:
-        """Remove the variable WANDB_DATA_DIR if this run has set it."""
+        """Remove the environment variable WANDB_DATA_DIR if this run has set it."""
         if self._staging and os.environ.get("WANDB_DATA_DIR") == self._staging:
             del os.environ["WANDB_DATA_DIR"]
 

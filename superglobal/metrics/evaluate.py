@@ -97,8 +97,8 @@ def _last_of_first_stage(queries: np.ndarray, rows: Rows, shortlist: np.ndarray)
 
     Args:
         queries: (Q, D) queries.
-        rows: rows of the database.
-        shortlist: (Q, M) ids.
+        rows: (N, D) database descriptors.
+        shortlist: (Q, M) database ids.
 
     Returns:
         Ids (Q,) int64.

@@ -21,7 +21,7 @@ Sets = dict[str, np.ndarray]
 
 
 def concatenated(arrays: Iterable[Any]) -> np.ndarray:
-    """Concatenate integer arrays to one array (n,) int64, which is empty if there are no arrays."""
+    """Concatenate integer arrays to one array (n,) int64. The result is empty if there are no arrays."""
     return np.concatenate([np.empty(0, np.int64), *(np.asarray(array, np.int64) for array in arrays)])
 
 

@@ -64,12 +64,15 @@ def draw_chart(path: Path, tables: Sequence[DatasetTable]) -> None:
 
 
 def _names_height(table: DatasetTable) -> float:
-    """Return the height in inches of the space for the names of the modules, which are written above the rows."""
+    """Return the height in inches of the space above the rows, in which the names of the modules are written."""
     return 0.35 if table.effects else 0.0
 
 
 def _rows(table: DatasetTable) -> list[Row]:
-    """Return at most `_MAX_ROWS` rows that have scores, in the order in which the chart shows them."""
+    """Return the rows that the chart shows: the first `_MAX_ROWS` rows of the table that have scores.
+
+    If the table has main effects, the rows are first sorted by descending score under the main protocol.
+    """
     rows = [row for row in table.rows if any(cell.scores for cell in row.cells.values())]
     if table.effects:
         rows.sort(key=lambda row: -max(cell.scores.get(table.main) or 0 for cell in row.cells.values()))

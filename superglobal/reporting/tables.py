@@ -298,7 +298,7 @@ def _latex_effects(table: DatasetTable) -> list[str]:
 
 
 def _latex(text: str) -> str:
-    """Escape text for LaTeX, and separate the hyphens of "--", which LaTeX would print as one dash."""
+    """Escape text for LaTeX. Replace "--" by "-{}-", because LaTeX would print "--" as one dash."""
     return text.translate(_LATEX).replace("--", "-{}-")
 
 

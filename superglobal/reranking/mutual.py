@@ -10,7 +10,7 @@ The method differs from SuperGlobal's reranking (superglobal.py, which defines w
 With weak descriptors, a few images are near neighbors of almost all others. In SuperGlobal's reranking, these images
 affect every refined descriptor and, through the maximum, every component of the expanded query. Here they rarely do,
 because they are rarely mutual neighbors, and because one wrong image changes a mean less than a maximum. Mutual
-neighbors need no threshold on similarities, which would depend on the network. To find them takes no further matrix
+neighbors need no threshold on similarities, which would depend on the network. Finding them takes no further matrix
 products, because the Gram matrix is already computed. The steps and the constants were chosen on images of landmarks
 rendered by this project; see docs/guides/reranking.md.
 """

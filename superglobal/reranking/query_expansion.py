@@ -123,7 +123,15 @@ def augment_database(
 
 
 def _empty_array(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
-    """Return an uninitialized float32 array in memory, or, with `path`, in a new memory-mapped .npy file."""
+    """Return an uninitialized float32 array.
+
+    Args:
+        path: .npy file to create and map into memory; None for an array that is not stored in a file.
+        shape: shape of the array.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     if path is None:
         return np.empty(shape, np.float32)
     try:
@@ -140,7 +148,7 @@ def _average(vectors: np.ndarray, rows: Rows, scores: np.ndarray, ids: np.ndarra
 
     Args:
         vectors: (B, D) float32.
-        rows: rows of the database.
+        rows: (N, D) database descriptors.
         scores: (B, n) similarities of the neighbors.
         ids: (B, n) database rows of the neighbors.
         alpha: exponent of the similarities.

@@ -51,7 +51,7 @@ def get_reranker(name: str, label: str = "rerank.kind") -> Reranker:
 
 
 def _shortlist_reranker(name: str) -> Reranker:
-    """Return the reranker of this name. Raises InputError if it searches again instead of reordering a shortlist."""
+    """Return the reranker of this name. Raises InputError if this reranker searches the database again."""
     reranker = get_reranker(name, "method")
     if reranker.searches_again is not None:
         raise InputError(
@@ -180,7 +180,15 @@ def rerank_candidates(
 
 
 def _as_array(values: Any, name: str) -> np.ndarray | torch.Tensor:
-    """Convert nested lists to a float32 array; return arrays and tensors unchanged."""
+    """Convert nested lists to a float32 array; return arrays and tensors unchanged.
+
+    Args:
+        values: vectors.
+        name: name of the argument that contains the vectors, for the error message.
+
+    Raises:
+        InputError: the vectors have different lengths or contain values that are not numbers.
+    """
     if isinstance(values, np.ndarray | torch.Tensor):
         return values
     try:

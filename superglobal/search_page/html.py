@@ -144,7 +144,7 @@ def _card(hit: Hit, name: str, url: str, reranked: bool) -> str:
     Args:
         hit: result to render.
         name: name of the image.
-        url: prefix of the URLs of thumbnails.
+        url: first part of the URL of every thumbnail.
         reranked: whether the results were reranked. If so, the rank before reranking is shown, too.
     """
     shown, images = escape(name), f"{url}/database"

@@ -49,14 +49,14 @@ def with_message(callback: Callback) -> Callback:
 class PageCallbacks:
     """Callbacks for the events of the page.
 
-    This object stores no state of a user. The query and the values of the sliders are passed to each callback. The
-    callbacks that search return an error message, the query, and the HTML of the viewer, the results and the times.
+    This object stores nothing about a user. Instead, each callback receives the query and the values of the sliders.
+    The callbacks that search return an error message, the query, and the HTML of the viewer, the results and the times.
     """
 
     config: ServeConfig
     database: SearchDatabase
     uploads: Path  # folder of uploaded files
-    url: str  # prefix of the URLs of thumbnails
+    url: str  # first part of the URL of every thumbnail
 
     @with_message
     def photo(self, rerank: bool, M: float, K: float, beta: float, event: gr.EventData) -> tuple[Any, ...]:

@@ -146,7 +146,13 @@ def _shown_name(root: Path, item: ImageItem) -> str:
 
 
 def _index_search(config: ServeConfig, rows: Rows, device: str) -> FirstStage:
-    """Return a function that searches the descriptors `rows` with the configured approximate index."""
+    """Return a function that searches the database with the configured approximate index.
+
+    Args:
+        config: settings of the page.
+        rows: (N, D) database descriptors.
+        device: device on which the index is built and searched.
+    """
     index = open_configured_index(config, rows, device)
 
     def search(q: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
