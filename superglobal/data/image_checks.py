@@ -43,7 +43,7 @@ class CheckedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Result of `check_images`.
+    """Result of the check of several images, as returned by `check_images`.
 
     Attributes:
         signatures: signature of each image, as defined at `CheckedImage`; "" for a missing or corrupt image.

@@ -60,7 +60,7 @@ Task = tuple[Path, Callable[[], Shard]]
 
 @dataclass(frozen=True)
 class PreparedIndex:
-    """Result of `prepare`.
+    """Numbers, problems and output files of a check of all images of a list, as returned by `prepare`.
 
     Attributes:
         n_images: number of images in the list.

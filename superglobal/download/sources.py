@@ -198,7 +198,7 @@ def _require_space(name: str, root: Path, archives: Sequence[RemoteFile], option
     Args:
         name: name of the source, for messages.
         root: folder of the source.
-        archives: all archives of the download.
+        archives: archives that have not been unpacked yet, including archives that are on disk already.
         options: options of the download.
 
     Returns:
@@ -286,7 +286,7 @@ def _unpack_archive(archive: RemoteFile, target: Path, folder: Path, target_of: 
 
 
 class _StoppedError(Exception):
-    """Error that stops a download because the disk is full or the program is interrupted."""
+    """Error that ends a download thread after another thread found the disk full or the program was interrupted."""
 
 
 class _ProgressBar:

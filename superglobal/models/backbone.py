@@ -94,8 +94,8 @@ class Backbone(nn.Module):
                 self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
                 height, width = resolve_model_data_config(net)["input_size"][-2:]
                 self.tokens = net.forward_features(torch.empty(1, 3, height, width)).ndim == 3
-                # Images are padded to a multiple of this size, because patches must tile the image, and networks with
-                # windowed attention must be able to halve their map at every stage.
+                # The sides of images are padded to a multiple of this number. A vision transformer divides the image
+                # into whole patches, and a network with windowed attention halves the map at every stage.
                 self.multiple = self.stride if self.tokens or kwargs else 1
                 side = 2 * self.stride + 1
                 shape = self._map(net, torch.empty(1, 3, side, side)).shape

@@ -50,7 +50,8 @@ class InputSizes:
         size: fixed image size (H, W) in pixels; None if both sides may be any multiples of `multiple` from `min_side`
             to `max_side`.
         batch: fixed number of images; None for any number.
-        min_side, max_side, multiple: limits of free sizes, in pixels.
+        min_side, max_side, multiple: if `size` is None, the smallest and the largest side, and the number that divides
+            every side, in pixels.
     """
 
     size: tuple[int, int] | None

@@ -110,8 +110,8 @@ def _find_pairs(backbone: Backbone, image: Tensor) -> dict[str, str]:
     Returns:
         Dict from the name of a convolution to the name of its batch norm.
     """
-    sources: dict[int, str] = {}  # id of a convolution's output -> name of the convolution
-    outputs: list[Tensor] = []  # keeps the outputs alive, so that their ids stay unique
+    sources: dict[int, str] = {}  # maps the `id` of a convolution's output to the name of the convolution
+    outputs: list[Tensor] = []  # keeps all outputs in memory, so that no other tensor gets the same `id`
     calls: dict[str, int] = {}
     pairs: dict[str, str] = {}
 

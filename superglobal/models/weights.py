@@ -67,7 +67,7 @@ class Weights:
         dim: number of outputs of the whitening layer; None without a whitening layer.
         pooling: pooling settings that the network was trained with; None if unknown.
         mean, std: RGB mean and standard deviation for standardizing images; None for timm's values for the backbone.
-        scales, antialias: settings of a shared model; None if unknown.
+        scales, antialias: settings for several scales that are stored with a shared model; None for other weights.
         provenance: origin of the weights, as plain types.
         ignored: keys of the file that do not belong to the network.
     """

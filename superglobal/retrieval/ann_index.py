@@ -189,8 +189,8 @@ def memory(config: IndexConfig, n_rows: int, dim: int) -> tuple[int, int]:
         dim: dimension of the descriptors.
 
     Returns:
-        Size of the index in bytes, and additional bytes that are needed while it is built, for the training rows or a
-        block of rows.
+        Size of the index in bytes, and number of additional bytes that are needed while the index is built. They hold
+        the training rows or a block of rows.
     """
     block = block_size(65536, 1, dim) * dim * 4
     if config.kind == "flat_fp16":

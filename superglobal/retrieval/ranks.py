@@ -236,7 +236,7 @@ class Counter:
         self._offset, self._slot = numbers * self._cells, numbers * self._width
 
     def add(self, block: Block) -> None:
-        """Count, for each query, how many targets each row of the block beats."""
+        """Find, for each query, how many targets each row of the block beats, and update the counters."""
         scores = block.scores
         if self._buffers is None or self._buffers[0].shape != scores.shape:
             self._buffers = tuple(

@@ -22,12 +22,12 @@ from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)
 
-# Number of dimensions per matrix product on an accelerator. Such a product adds its terms in sequence, so over 2048
-# dimensions its error can exceed the tolerance that exact results require. Summing products over 64 dimensions each
-# keeps the error below the tolerance.
+# Number of dimensions per matrix product on an accelerator. A matrix product adds its terms in sequence, so a product
+# over 2048 dimensions can have an error above the tolerance that exact results require. The dimensions are therefore
+# split into groups of 64, and the products over the groups are added, which keeps the error below the tolerance.
 _SUMMED_DIMS = 64
 _MARGIN = 2  # minimum ratio of the tolerance to the largest observed error; unobserved errors may be larger
-_WIDENED = 16  # ratio of an increased tolerance to the error that was too large for the previous tolerance
+_WIDENED = 16  # if an error was too large for the tolerance, the new tolerance is this many times the error
 _MAX_TOLERANCE = 4.0  # more than the difference of any two scores of unit vectors
 # Bytes of one staging buffer. Pinning a larger buffer takes longer than it saves. A smaller buffer needs so many kernel
 # launches and synchronizations that they take longer than the copies.

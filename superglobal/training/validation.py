@@ -225,7 +225,7 @@ class RetrievalValidation(StepCallback):
         )
 
     def _report(self, trainer: pl.Trainer, module: TrainingModule, values: dict[str, float]) -> None:
-        """Log the epoch, the step, the loss and the validation mAP as text.
+        """Write the epoch, the step, the loss and the validation mAP to the log as one line of text.
 
         Args:
             trainer: trainer of the run.
