@@ -92,9 +92,12 @@ def select_sources(names: Iterable[str]) -> list[Source]:
 
 
 def download_command(name: str, folder: Path) -> str:
-    """Return the command that downloads the source `name`, if possible to `folder`. It is shown in messages."""
+    """Return the command that downloads the source `name`, for messages.
+
+    The command downloads to `folder` if `folder` has the name of the source's folder.
+    """
     command = f"superglobal download {name}"
-    # `superglobal download` always uses the folder name of the source, so it cannot create `folder`.
+    # `superglobal download` always uses the folder name of the source. It cannot create a folder with another name.
     if folder.name != SOURCES[name].folder:
         return command
     return f"{command} --data {shlex.quote(str(folder.parent))}"
@@ -136,7 +139,7 @@ def tree_path(image: bytes) -> str:
 
 
 def _revisitop(path: str) -> RemoteFile:
-    """Return a file on the server of the Revisited benchmarks as a file to download.
+    """Create a `RemoteFile` for a file on the server of the Revisited benchmarks.
 
     Args:
         path: path of the file on the server.
@@ -146,12 +149,12 @@ def _revisitop(path: str) -> RemoteFile:
 
 
 def _ground_truth(name: str) -> RemoteFile:
-    """Return the ground-truth file of the Revisited benchmark `name`, as a file to download."""
+    """Create a `RemoteFile` for the ground-truth file of the Revisited benchmark `name`."""
     return _revisitop(f"datasets/{name}/gnd_{name}.pkl")
 
 
 def _lists(*names: str) -> tuple[RemoteFile, ...]:
-    """Return GLDv2 lists of images or landmarks as files to download.
+    """Create a `RemoteFile` for each of several GLDv2 lists of images or landmarks.
 
     Args:
         names: file names of the lists without the extension ".csv", such as "train_clean".
