@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 rerank_mutual = partial(rerank, method="mutual")
 kreciprocal = partial(rerank, method="kreciprocal")
 diffuse = partial(rerank, method="diffusion")
-SHORTLIST = (rerank, rerank_mutual, kreciprocal, diffuse)
+gnn = partial(rerank, method="gnn")
+SHORTLIST = (rerank, rerank_mutual, kreciprocal, diffuse, gnn)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -124,6 +125,22 @@ def slow_diffusion(q, T, kq, kd, alpha, gamma):
     return np.linalg.inv(np.eye(M) - alpha * A) @ y
 
 
+def slow_gnn(q, T, k1, k2):
+    """Score candidates T for the query q by propagation on their neighbor graph, by loops."""
+    images = np.vstack([q, T])
+    size = len(images)
+    S = np.maximum(images @ images.T, 0)
+    near = [ranked(images @ images.T, i, size) for i in range(size)]
+    A = np.zeros((size, size))
+    for i in range(size):
+        A[i, near[i][:k1]] = 1
+    for _ in range(2):
+        A = (A + A.T) / 2
+        A = np.array([A[i] + sum(S[i, j] ** 2 * A[j] for j in near[i][1 : k2 + 1]) for i in range(size)])
+    A /= np.linalg.norm(A, axis=1, keepdims=True)
+    return A[1:] @ A[0]
+
+
 def assert_reranked(result, expected, Q, X, ids, M, tolerance=2e-6):
     """Assert that the scores equal the expected ones, are sorted, and that ids after the shortlist are unchanged."""
     scores, out = result
@@ -151,6 +168,7 @@ CASES = {
         slow_kreciprocal,
         [{"k1": a, "k2": b, "lambda_": c} for a, b, c in ((4, 3, 0.3), (5, 1, 0.0), (1, 2, 0.5), (20, 6, 0.3))],
     ),
+    "gnn": (gnn, slow_gnn, [{"k1": a, "k2": b} for a, b in ((10, 3), (1, 1), (4, 0), (2, 9), (40, 10))]),
     "diffusion": (
         diffuse,
         slow_diffusion,
@@ -255,6 +273,8 @@ def test_rerank_candidates_accepts_the_same_options():
         (diffuse, {"gamma": 0.0}, "gamma=0.0"),
         (diffuse, {"kd": 2.5}, "kd=2.5"),
         (diffuse, {"alpha": "0.9"}, "alpha=0.9: expected a finite number"),
+        (gnn, {"k1": 0}, "k1=0: expected an integer >= 1"),
+        (gnn, {"k2": -1}, "k2=-1: expected an integer >= 0"),
         (diffuse, {"K": 9}, "K=9: diffusion has no parameter K; choose from M, kq, kd, alpha, gamma"),
         (partial(rerank, method="magic"), {}, "method=magic: expected one of superglobal, diffusion"),
         (partial(rerank, method="aqe"), {}, r"method=aqe: .* call expand_queries"),

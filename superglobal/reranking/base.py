@@ -228,6 +228,18 @@ def dots(T: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.bmm(v[:, None, :], T.transpose(1, 2))[:, 0]
 
 
+def with_query(first: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Add the query to the Gram matrix of its shortlist, at index 0: (B, M+1, M+1).
+
+    Args:
+        first: (B, M) cosines of the query with its shortlist.
+        gram: (B, M, M) cosines within the shortlist.
+    """
+    column = first[..., None]
+    top = torch.cat([torch.ones_like(column[:, :1]), column], dim=1)
+    return torch.cat([top, torch.cat([column.transpose(1, 2), gram], dim=1)], dim=2)
+
+
 def nearest(similarity: torch.Tensor, count: int) -> torch.Tensor:
     """Find the nearest images of each image in a shortlist, among the images of the same shortlist.
 

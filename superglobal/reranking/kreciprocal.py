@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from superglobal.reranking.base import Parameter, dots, mask_of, nearest, register_reranker
+from superglobal.reranking.base import Parameter, dots, mask_of, nearest, register_reranker, with_query
 
 
 @register_reranker(
@@ -31,7 +31,6 @@ from superglobal.reranking.base import Parameter, dots, mask_of, nearest, regist
         "lambda_": Parameter("weight of the first stage's distance; 1 keeps the first stage's order", 0, 1),
     },
     distances=True,
-    dtype=torch.float64,
     ties="first",
 )
 def kreciprocal_scores(
@@ -47,66 +46,61 @@ def kreciprocal_scores(
         k2: number of images over which the encoding of an image is averaged, including the image itself.
         lambda_: weight of the original distance from the query, in 0..1.
     """
-    return -_distances(_with_query(dots(T, q), gram), k1, k2, lambda_)
-
-
-def _with_query(first: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Add the query to the Gram matrix of its shortlist, at index 0: (B, M+1, M+1).
-
-    Args:
-        first: (B, M) cosines of the query with its shortlist.
-        gram: (B, M, M) cosines within the shortlist.
-    """
-    column = first[..., None]
-    top = torch.cat([torch.ones_like(column[:, :1]), column], dim=1)
-    return torch.cat([top, torch.cat([column.transpose(1, 2), gram], dim=1)], dim=2)
-
-
-def _distances(similarity: torch.Tensor, k1: int, k2: int, lambda_: float) -> torch.Tensor:
-    """Compute the final distances (B, M) float64 of shortlists from their queries.
-
-    Args:
-        similarity: (B, M+1, M+1) cosines of each query, at index 0, and its shortlist.
-        k1: number of neighbors among which reciprocal neighbors are found.
-        k2: number of images over which the encoding of an image is averaged, including the image itself.
-        lambda_: weight of the original distance from the query, in 0..1.
-    """
-    size = similarity.shape[-1]
+    similarity = with_query(dots(T, q), gram)
     distance = (2 - 2 * similarity).clamp(min=0)
     distance.diagonal(dim1=1, dim2=2).zero_()
     # The lower bound avoids a division by 0 if all images are equal.
     distance = distance / distance.amax(dim=-1, keepdim=True).clamp(min=1e-12)
     near = nearest(similarity, max(k1 + 1, k2))
-    V = _reciprocal(near, k1, size).double() * torch.exp(-distance)
+    V = torch.where(_reciprocal(near, k1), torch.exp(-distance), 0.0).double()
     V = V / V.sum(dim=-1, keepdim=True)
-    if k2 > 1:
-        mean = mask_of(near[..., :k2], size).double()
-        V = torch.bmm(mean / mean.sum(dim=-1, keepdim=True), V)
-    # The Jaccard distance is 1 - intersection / union. The intersection is the sum of the elementwise minima of two
-    # rows of V, the union that of the maxima. Each row of V sums to 1, so the union is 2 - intersection.
-    shared = torch.minimum(V[:, :1], V[:, 1:]).sum(dim=-1)
-    return (1 - lambda_) * (1 - shared / (2 - shared)) + lambda_ * distance[:, 0, 1:]
+    shared = _shared(V, near[..., :k2])
+    # The Jaccard distance is 1 minus intersection / union, the sums of the elementwise minima and maxima of two rows of
+    # V'. Each row of V' sums to 1, so the union is 2 minus the intersection.
+    return (lambda_ - 1) * (1 - shared / (2 - shared)) - lambda_ * distance[:, 0, 1:].double()
 
 
-def _reciprocal(near: torch.Tensor, k1: int, size: int) -> torch.Tensor:
+def _shared(V: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """Compute the sums of the elementwise minima of the query's row of V' and the row of each image: (B, M) float64.
+
+    Args:
+        V: (B, M+1, M+1) encodings, the query's first.
+        near: (B, M+1, k2) indices of the images over which each encoding is averaged to obtain V'.
+    """
+    batch = torch.arange(len(V), device=V.device)[:, None]
+    query = V[batch, near[:, 0]].mean(dim=1)
+    # Only the columns in which the query's row is not 0 matter, and these are few.
+    values, columns = query.topk(int((query > 0).sum(dim=-1).max()), dim=-1)
+    V = V.gather(2, columns[:, None].expand(-1, V.shape[1], -1))
+    averaged = torch.stack([V[batch, near[..., i]] for i in range(near.shape[-1])]).mean(dim=0)
+    return torch.minimum(values[:, None], averaged[:, 1:]).sum(dim=-1)
+
+
+def _reciprocal(near: torch.Tensor, k1: int) -> torch.Tensor:
     """Return the expanded reciprocal neighbors R* of every image.
 
     Args:
-        near: (B, size, n) indices of the images nearest to each image, the image itself first.
+        near: (B, N, n) indices of the images nearest to each of N = M + 1 images, the image itself first.
         k1: number of neighbors among which reciprocal neighbors are found.
-        size: number of images, M + 1.
 
     Returns:
-        Mask (B, size, size) bool, whose row p marks the images of R*(p), which always include p.
+        Mask (B, N, N) bool, whose row p marks the images of R*(p), which always include p.
     """
+    n_queries, size = near.shape[:2]
+    batch = torch.arange(n_queries, device=near.device)[:, None, None]
 
-    def mutual(k: int) -> torch.Tensor:
-        neighbors = mask_of(near[..., : k + 1], size)
-        return neighbors & neighbors.transpose(1, 2)
+    def mutual(neighbors: torch.Tensor) -> torch.Tensor:
+        return mask_of(neighbors, size).transpose(1, 2).gather(2, neighbors)
 
     # As in the authors' code, k1 / 2 is rounded by NumPy, which rounds halves to the nearest even number.
-    wide, narrow = mutual(k1), mutual(int(np.around(k1 / 2)))
-    # The product counts common neighbors. The counts are at most M + 1, so they are exact in float32.
-    shared = torch.bmm(wide.float(), narrow.float().transpose(1, 2))
-    joins = wide & (3 * shared > 2 * narrow.sum(dim=-1)[:, None, :])
-    return wide | (torch.bmm(joins.float(), narrow.float()) > 0)
+    wide, narrow = near[..., : k1 + 1], near[..., : int(np.around(k1 / 2)) + 1]
+    in_wide, in_narrow = mutual(wide), mutual(narrow)
+    result = torch.zeros(n_queries, size, size, dtype=torch.bool, device=near.device).scatter_(2, wide, in_wide)
+    # For each image p and each r of R(p, k1): the images of R(r, k1/2), as indices and a mask (B, N, k1+1, k1/2+1).
+    members, valid = narrow[batch, wide], in_narrow[batch, wide]
+    shared = result.gather(2, members.flatten(2)).view_as(valid) & valid
+    joins = in_wide & (3 * shared.sum(dim=-1) > 2 * valid.sum(dim=-1))
+    # Images that do not join are replaced by p, which is marked already.
+    itself = torch.arange(size, device=near.device)[:, None, None]
+    joining = torch.where(valid & joins[..., None], members, itself)
+    return result.scatter_(2, joining.flatten(2), True)

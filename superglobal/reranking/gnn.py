@@ -1,0 +1,52 @@
+"""Reranking by propagation on the neighbor graph of a shortlist (Zhang et al., arXiv 2012.07620), without training.
+
+For images i and j, each of which is the query or an image of its shortlist:
+
+    A_ij = 1 if j is among the k1 images nearest to i, i itself included, else 0
+    twice: A <- (A + A^T) / 2, then A_i <- sum_j s_ij^2 A_j over the k2 + 1 images j nearest to i, i itself included
+    score(i) = cosine of the rows of the query and of i in A
+
+s_ij is the cosine of two descriptors, or 0 if it is negative, and s_ii = 1. An image whose neighbors are those of the
+query is thus ranked high even if its own similarity with the query is low. The authors' code
+(github.com/Xuanmeng-Zhang/gnn-re-ranking) propagates over the whole database instead of a shortlist.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from superglobal.reranking.base import Parameter, dots, mask_of, nearest, register_reranker, with_query
+
+
+@register_reranker(
+    "gnn",
+    "propagation on the neighbor graph of the shortlist (Zhang et al., 2020)",
+    {
+        "k1": Parameter("number of images, including itself, that an image is connected to at first", minimum=1),
+        "k2": Parameter("number of neighbors whose connections are added to those of an image", minimum=0),
+    },
+    ties="first",
+)
+def gnn_scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, k1: int = 10, k2: int = 3) -> torch.Tensor:
+    """Compute scores of shortlists, in 0..1: (B, M) float32.
+
+    Args:
+        q: (B, D) queries.
+        T: (B, M, D) shortlists, best first.
+        gram: (B, M, M) Gram matrices T T^T.
+        k1: number of images that an image is connected to at first, including itself.
+        k2: number of neighbors whose connections are added to those of an image; 0 adds none.
+    """
+    similarity = with_query(dots(T, q), gram)
+    near = nearest(similarity, max(k1, k2 + 1))
+    neighbors = near[..., 1 : k2 + 1]
+    weights = similarity.gather(2, neighbors).clamp(min=0) ** 2
+    A = mask_of(near[..., :k1], similarity.shape[-1]).to(similarity.dtype)
+    batch = torch.arange(len(T), device=T.device)[:, None]
+    for _ in range(2):
+        A = (A + A.transpose(1, 2)) / 2
+        rows = A
+        for column in range(neighbors.shape[-1]):
+            A = torch.addcmul(A, weights[..., column, None], rows[batch, neighbors[..., column]])
+    A = torch.nn.functional.normalize(A, dim=-1)
+    return dots(A[:, 1:], A[:, 0])
