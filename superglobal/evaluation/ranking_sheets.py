@@ -1,4 +1,4 @@
-"""Draw sheets of ranked results for a finished evaluation, or for two evaluations side by side."""
+"""Draw figures of ranked results ("sheets") for one finished evaluation, or for two evaluations side by side."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class FigureOptions:
     seed: int = 0  # seed for random samples
 
     def validate(self, count: int) -> None:
-        """Raise InputError if an option is out of range, for a result with `count` queries."""
+        """Raise InputError if an option is out of range for a result with `count` queries."""
         for number in self.numbers:
             if not 0 <= number < count:
-                raise InputError(f"query {number}: the result has {count} queries, 0 to {count - 1} (see rankings.csv)")
+                raise InputError(f"query {number}: expected a number from 0 to {count - 1}, as in rankings.csv")
         for name, value in (("queries", self.queries), ("ranks", self.ranks), ("images", self.images)):
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}: expected at least 1")
@@ -50,10 +50,10 @@ def scores_by_stage(run: FinishedRun) -> dict[str, np.ndarray]:
     """Return the scores of all queries after each stage, "search" and "rerank".
 
     The score of a query is its AP under the main protocol. In a recognition task, it is 1 for a correct prediction and
-    0 for a wrong one. Queries that the metric does not count have NaN.
+    0 for a wrong one. The score is NaN for queries that the metric does not count.
 
     Returns:
-        Scores (Q,) by stage; an empty dict without labels.
+        Scores (Q,) by stage; an empty dict if the result has no labels.
 
     Raises:
         InputError: `per_query.csv` lacks a column.
@@ -74,10 +74,10 @@ def order_queries(scores: dict[str, np.ndarray], order: str, count: int) -> np.n
     """Return query numbers (n,), sorted by score or by the change in score.
 
     Args:
-        scores: scores (Q,) by stage, as returned by `scores_by_stage`. Queries whose score is NaN come last.
-        order: "worst" returns all queries by ascending score after the last stage. "improved" returns only the queries
-            whose score rose by reranking, and "worsened" only those whose score fell; the largest change is first.
-            "given" returns all queries in the order of the query list.
+        scores: scores (Q,) by stage, as returned by `scores_by_stage`.
+        order: "worst" returns all queries by ascending score after the last stage, and those whose score is NaN last.
+            "improved" returns only the queries whose score reranking raised, and "worsened" only those whose score it
+            lowered; the query with the largest change is first. "given" returns all queries in their original order.
         count: number of queries Q.
 
     Raises:
@@ -102,15 +102,15 @@ def select_queries(run: FinishedRun, options: FigureOptions, count: int) -> dict
 
     Args:
         run: finished evaluation.
-        options: order and number of queries, or the numbers of the queries.
-        count: maximum number of queries per order; `options.queries` overrides it.
+        options: options that give either the order and the maximum number of queries, or a list of query numbers.
+        count: maximum number of queries per order, unless `options.queries` is set.
 
     Returns:
         Query numbers (n,) by order, such as "worst". If `options.numbers` is not empty, these numbers are returned
         under the key "chosen" instead.
 
     Raises:
-        InputError: no query has the requested order, for example because reranking improved none.
+        InputError: no query can be selected by the requested order, for example because reranking improved no query.
     """
     if options.numbers:
         return {"chosen": np.array(options.numbers)}
@@ -123,14 +123,14 @@ def select_queries(run: FinishedRun, options: FigureOptions, count: int) -> dict
 
 
 def require_images(run: FinishedRun, kind: str) -> None:
-    """Raise InputError if the evaluation had no images. The message says that figures of this `kind` need images."""
+    """Raise InputError if the evaluation used descriptors without images; `kind` names a figure that needs images."""
     if run.dataset is None:
-        raise InputError(f"{kind}: the result has descriptors without images; only map can be drawn")
+        raise InputError(f"{kind}: the result has descriptors without images; only the figure map can be drawn")
 
 
 @contextmanager
 def with_image_hint(run: FinishedRun) -> Iterator[None]:
-    """Add a hint to each InputError that the code in a `with` statement raises for an unreadable image."""
+    """Add a hint to an InputError about an unreadable image that is raised inside the `with` block."""
     try:
         yield
     except InputError as error:
@@ -147,7 +147,7 @@ def draw_sheets(run: FinishedRun, target: Path, options: FigureOptions) -> list[
     Args:
         run: finished evaluation.
         target: folder to write to.
-        options: options of the figures, which select the queries.
+        options: options that select the queries and set the number of results per query.
 
     Returns:
         The paths of the sheets.
@@ -177,10 +177,10 @@ def _score_text(run: FinishedRun, scores: Sequence[float]) -> str:
 
     Args:
         run: finished evaluation.
-        scores: score of the query after each stage; empty without labels.
+        scores: score of the query after each stage; empty if the result has no labels.
 
     Returns:
-        Text such as "   medium AP 41.2 -> 55.0"; "" without labels.
+        Text such as "   medium AP 41.2 -> 55.0"; "" if `scores` is empty.
     """
     if not scores:
         return ""
@@ -197,13 +197,13 @@ def _percents(scores: Sequence[float]) -> str:
 def _draw_pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence[Comparison]) -> list[Path]:
     """Draw comparisons of rankings on pages `<name>-01.png`, `<name>-02.png` and so on.
 
-    Pages of the same name that an earlier call has written, and that this call does not overwrite, are removed.
+    If an earlier call wrote more pages with this `name`, the remaining old pages are removed.
 
     Args:
         run: finished evaluation that provides the images.
         target: folder to write to.
         name: first part of the file names.
-        comparisons: rankings of each query.
+        comparisons: the rankings to draw, one `Comparison` per query.
 
     Returns:
         The paths of the pages.
@@ -229,7 +229,7 @@ def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET,
     Args:
         folder: folder of one result.
         baseline: folder of the result to compare with.
-        queries: maximum number of queries with a gain in the figures, and of queries with a loss.
+        queries: maximum number of queries with gains to draw, and also of queries with losses.
         ranks: number of results shown per query.
 
     Returns:
@@ -251,7 +251,7 @@ def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET,
     try:
         return _draw_paired_sheets(run, baseline_run, stages, comparison, target, queries, ranks)
     except InputError as error:
-        log.warning("no figures are drawn, only tables are written: %s", error)
+        log.warning("wrote the tables, but drew no figures: %s", error)
         return []
 
 
@@ -273,7 +273,7 @@ def _draw_paired_sheets(
             those of the run.
         comparison: comparison of the two evaluations.
         target: folder to write to.
-        queries: maximum number of queries with a gain, and of queries with a loss.
+        queries: maximum number of queries with gains to draw, and also of queries with losses.
         ranks: number of results shown per query.
 
     Raises:
@@ -284,7 +284,9 @@ def _draw_paired_sheets(
         require_images(finished, "sheets")
     distractors = {finished.config.distractors.name for finished in runs} - {None}
     if len(distractors) > 1:
-        raise InputError(f"the results have different distractors ({', '.join(sorted(map(str, distractors)))})")
+        raise InputError(
+            f"the results have different distractors ({', '.join(sorted(map(str, distractors)))}); use equal ones"
+        )
     # Distractors follow the other database images, so the larger database contains the images of both runs.
     larger = max((run, baseline), key=lambda finished: len(finished.images))
     selected = {"won": comparison.most_won(queries), "lost": comparison.most_lost(queries)}

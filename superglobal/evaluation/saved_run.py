@@ -73,7 +73,7 @@ class FinishedRun:
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"{self.folder}: its settings are from another version ({reason}); run eval.py again"
+                f"{self.folder}: the settings are from an incompatible version ({reason}); run eval.py again"
             ) from error
         self.config = validate_config(settings, EvalConfig)  # type: ignore[arg-type]
 
@@ -99,7 +99,7 @@ class FinishedRun:
 
     @cached_property
     def distractors(self) -> list[ImageItem]:
-        """Distractor images; an empty list without distractors."""
+        """Distractor images; an empty list if the evaluation used no distractors."""
         return distractor_images(self.config)
 
     @cached_property
@@ -121,7 +121,7 @@ class FinishedRun:
 
     @cached_property
     def per_query(self) -> dict[str, list[str]]:
-        """Columns of `per_query.csv` as lists of strings, by header; empty without labels."""
+        """Columns of `per_query.csv`: header -> list of strings. An empty dict if the result has no labels."""
         path = self.folder / "per_query.csv"
         if not self.summary["metrics"]:
             return {}
@@ -156,7 +156,7 @@ class FinishedRun:
         network = load_network(self.config)
         if network.identity()["weights"] != self.summary["about"]["network"]["weights"]:
             raise InputError(
-                f"weights={network.weights_label}: not the weights of the result {self.folder}; run again: "
+                f"weights={network.weights_label}: changed since the evaluation {self.folder}; run again: "
                 f"{self.command()}"
             )
         return network
@@ -223,7 +223,7 @@ class FinishedRun:
 
 
 def relevance_sets(dataset: EvaluationSet) -> list[dict[str, Any]]:
-    """Return, for each query, the database ids by relevance, such as "easy", "positive" or "junk"."""
+    """Return one dict per query: the database ids of each relevance, such as "easy", "positive" or "junk"."""
     return [{name: ids for name, ids in entry.items() if name != "bbx"} for entry in dataset.gnd or []]
 
 
@@ -232,12 +232,13 @@ def mean_precision(run: FinishedRun) -> tuple[dict[str, dict[str, np.ndarray]], 
 
     Returns:
         Curves (bins,) by stage and protocol, and numbers of queries by protocol. A curve contains the precision in each
-        of `bins` equal intervals of recall, averaged over the queries. The mean of these values is the area under the
-        curve, which equals the metric in `results.json`. For GLDv2, the protocols are the query subsets "public",
-        "private" and "all".
+        of `bins` equal intervals of recall, averaged over the queries that the protocol counts. The mean of these
+        values is the area under the curve, which equals the metric in `results.json`. For GLDv2, the protocols are the
+        query subsets "public", "private" and "all".
 
     Raises:
-        InputError: there are no labels, a store is missing, or the area under a curve differs from the recorded metric.
+        InputError: there are no labels, a descriptor store is missing, or the area under a curve differs from the
+            recorded metric.
     """
     means: dict[str, dict[str, np.ndarray]] = {}
     for stage, by_protocol in precision(run).items():

@@ -29,10 +29,10 @@ from superglobal.utils.io import write_atomically
 
 log = logging.getLogger(__name__)
 _JOBS = "jobs.json"
-# Settings that do not change the extracted descriptors.
+# Settings that do not affect the extracted descriptors.
 _AFTER_EXTRACTION = ("rerank", "index", "k", "whitening", "logger", "figures", "trainer")
-# Two jobs with equal values of these settings extract the same images with the same network. Only the pooling of the
-# network may differ.
+# Two jobs with equal values of these settings extract the same images with the same network, except that the pooling of
+# the network may differ.
 _EXTRACTION = (
     *("dataset", "distractors", "descriptors", "backbone", "weights", "name", "scales", "antialias"),
     *("extraction", "store", "paths", "seed"),
@@ -75,7 +75,7 @@ class EvaluationSweep(Callback):
             log.info("no table is written, because no job has results")
             return
         rows = write_tables(folder)
-        log.info("wrote table.csv (all runs), table-*.md, .csv, .tex (by data set) and chart.png to %s", folder)
+        log.info("wrote table.csv (all runs), table-*.{md,csv,tex} (per data set) and chart.png to %s", folder)
         if any(row["status"] == "failed" for row in rows):
             sys.exit(2)
 
@@ -84,13 +84,13 @@ def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
     """Return the pooling settings of the other sweep jobs that extract the same images.
 
     Returns:
-        One dict of settings for each different pooling, as returned by `PoolingOverrides.overrides`; an empty list
-        outside a sweep.
+        One dict for each distinct pooling that differs from this job's pooling, as returned by
+        `PoolingOverrides.overrides`; an empty list outside a sweep.
     """
     path = Path(HydraConfig.get().sweep.dir) / _JOBS if sweeping() else None
     if path is None or not path.is_file():
         return []
-    # The conversion to JSON and back turns tuples into lists, because `jobs.json` contains lists.
+    # `jobs.json` contains lists in place of tuples, so the settings of this job are converted in the same way, by JSON.
     this_job = json.loads(json.dumps(_job(config)))
     poolings: list[dict[str, Any]] = []
     for job in json.loads(path.read_text()):
@@ -135,7 +135,7 @@ def _extraction_settings(config_name: str, overrides: list[str]) -> dict[str, An
 
 
 def _job(config: EvalConfig) -> dict[str, Any]:
-    """Return the settings of a sweep job that change its descriptors.
+    """Return the settings of a sweep job that affect its descriptors.
 
     Returns:
         A dict with two entries: "pooling" contains the pooling settings, and "shared" contains all other settings,

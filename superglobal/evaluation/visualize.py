@@ -48,7 +48,8 @@ def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tup
         options: options of the figures.
 
     Returns:
-        The paths of the figures; and, if `kinds` is empty, one text for each kind that was not drawn, with the reason.
+        The paths of the figures, and the reasons why kinds were left out, one text for each. If `kinds` is not empty,
+        there are no reasons, because no kind is left out.
 
     Raises:
         InputError: a requested kind does not apply, its inputs are missing, or no figure could be drawn.
@@ -174,7 +175,7 @@ def draw_curves(run: FinishedRun, target: Path, options: FigureOptions) -> list[
 
 
 def draw_similarities(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
-    """Draw histograms of the similarities of queries and database images, one for each relevance such as "positive".
+    """Draw histograms of the similarities between queries and database images, one per relevance such as "positive".
 
     With reranking, the figure also shows the reranking scores.
 
@@ -212,8 +213,8 @@ def _reranked_scores(run: FinishedRun, queries: np.ndarray) -> dict[str, np.ndar
         queries: (n,) numbers of the queries.
 
     Returns:
-        Scores (n_images,) of all queries together, by relevance such as "positive" or "negative"; an empty dict without
-        reranking.
+        Scores (n_pairs,) of all pairs of a query and a database image, by relevance such as "positive" or "negative";
+        an empty dict if there was no reranking.
     """
     if "rerank" not in run.stages:
         return {}
@@ -265,7 +266,7 @@ def _thumbnails(items: Sequence[tuple[int, ImageItem]]) -> dict[int, np.ndarray]
         items: (number, image) pairs. The number is the key of the image's thumbnail in the returned dict.
 
     Returns:
-        Number -> thumbnail. An empty dict if an image is unreadable; the map is then drawn without thumbnails.
+        Dict number -> thumbnail; empty if an image is unreadable, in which case the map is drawn without thumbnails.
     """
     try:
         return {n: read_image(item.path, max_side=_THUMBNAIL_SIDE) for n, item in items}

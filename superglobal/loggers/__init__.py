@@ -65,11 +65,11 @@ class _SafeTracker:
 def _trackers(folder: Path, starts: dict[str, Callable[[], Any] | None]) -> Iterator[list[_SafeTracker]]:
     """Start trackers in the first process, and close them when the `with` statement ends.
 
-    The trackers are also closed if an exception, Ctrl-C or SIGTERM ends the statement.
+    The trackers are also closed if the body of the `with` statement ends by an exception, Ctrl-C or SIGTERM.
 
     Args:
         folder: folder of the run.
-        starts: for each service, by name, the function that creates its tracker; None if the service is disabled.
+        starts: name of a service -> function that creates its tracker; None if the service is disabled.
 
     Yields:
         The wrapped trackers of the enabled services; an empty list in all processes except the first.
@@ -143,8 +143,8 @@ def training_loggers(
     Args:
         config: settings of the run.
         folder: folder of the run, in which `curves.csv`, `wandb/` and `tensorboard/` are created.
-        step: step at which the run resumes; 0 for a new run. The steps after it are repeated, so points that the
-            interrupted run has logged for these steps are removed.
+        step: step at which the run resumes; 0 for a new run. The steps after it are repeated, so the points that the
+            interrupted run logged for these steps are removed.
         about: further information about the run, such as the git state and package versions, as JSON types.
         sweep: name of the sweep that the run belongs to; None for a single run.
     """

@@ -154,7 +154,7 @@ class TensorBoardCurves(StopAfterFailure, TensorBoardLogger):
     Args:
         folder: folder of the run.
         step: step at which the run resumes; 0 for a new run. TensorBoard does not show the points that the
-            interrupted run has logged after this step.
+            interrupted run logged after this step.
     """
 
     title = "TensorBoard"

@@ -23,12 +23,12 @@ class EvaluationRecord:
     """Results of an evaluation, together with the data for tables and figures."""
 
     summary: Mapping[str, Any]  # content of results.json
-    results: Mapping[str, Result]  # metrics by stage ("search", "rerank"); empty without labels
+    results: Mapping[str, Result]  # metrics by stage ("search", "rerank"); empty if there are no labels
     stages: Stages  # scores (Q, k) and database ids (Q, k) by stage
     names: Names  # names of the queries and database images, and landmarks of the queries
     queries: np.ndarray  # (Q, D) descriptors of unit norm
-    database: Rows  # N descriptors of unit norm
-    dataset: EvaluationSet | None  # None for descriptors without a data set
+    database: Rows  # (N, D) descriptors of unit norm
+    dataset: EvaluationSet | None  # None if only descriptors were evaluated, without images and labels
     images: Sequence[ImageItem]  # database images by id, including distractors
 
     def numbers(self) -> dict[str, float]:

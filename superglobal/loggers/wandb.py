@@ -1,7 +1,6 @@
-"""Weights & Biases (W&B) runs.
+"""Log training and evaluation runs to Weights & Biases (W&B).
 
-A W&B run never prompts the user. Without an API key, the W&B run is offline. It is finished properly even after an
-error.
+W&B never prompts the user. Without an API key, the run is logged offline. After an error, the run is finished, too.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _MAX_AXES = 64  # maximum number of principal axes in the table of descriptors
 
 
 class TrackedRun:
-    """W&B run whose files are in the subfolder `wandb/` of a run's folder.
+    """W&B run whose files are in the subfolder `wandb/` of the folder of a training or evaluation run.
 
     The folder also stores the id of the W&B run, so that a resumed training run continues the same W&B run.
 
@@ -139,7 +138,7 @@ def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
             raise
         log.warning("W&B could not start online (%s); this process continues offline", str(error).splitlines()[0])
         wandb.teardown()  # Without this call, the failed start would block the id of the W&B run.
-        # The environment variable also applies to the next jobs of a sweep. They do not wait for the server again.
+        # The environment variable also applies to the next jobs of a sweep, so they do not wait for the server again.
         os.environ["WANDB_MODE"] = mode = "offline"
         run = wandb.init(**options, mode=mode, settings=settings)
     if mode == "offline":
@@ -318,7 +317,8 @@ class WandbEvaluation:
             name = f"model-{weights.parent.name}-{weights.stem}"
             self.tracked.log_reference(name, "model", weights, metadata, checksum=True)
         for title, store in about.get("stores", {}).items():
-            # No checksum is needed, which would read gigabytes, because the name of a store contains its fingerprint.
+            # A checksum would take long, because it reads gigabytes. It is not needed, because the name of the store
+            # contains its fingerprint.
             for folder in Path(self.config.paths.stores).glob(f"*-{title}-{store['fingerprint'][:16]}"):
                 metadata = {"fingerprint": store["fingerprint"], "dtype": store["dtype"], "network": network}
                 self.tracked.log_reference(folder.name, "descriptors", folder, metadata, checksum=False)

@@ -40,16 +40,16 @@ def evaluate(
         Q: (Q, D) queries, unit L2 norm.
         X: (N, D) database, or anything that `as_rows` accepts, unit L2 norm. Rows that the ground truth does not list
             are distractors.
-        ground_truth: for each query, a dict from set name, such as "easy" or "junk", to database ids; or the official
-            dict or object with this list as `gnd`.
+        ground_truth: list with one dict per query, from set name, such as "easy" or "junk", to database ids; or a dict
+            or object that contains this list as `gnd`, such as the official ground truth.
         protocols: for each protocol, the sets that count as positive and the sets that are ignored.
         ids: (Q, M) reranked shortlists, each of which must be a reordering of the first stage's top M. The rank of an
-            image in a shortlist is its position there. Any other image keeps its first-stage rank. None scores the
-            first stage.
+            image in a shortlist is its position there. Any other image keeps its first-stage rank. If None, the
+            ranking of the first stage is scored.
         ks: depths k of mP@k.
-        clusters: (Q,) cluster labels. The bootstrap draws whole clusters; by default, queries with common positives
-            form a cluster.
-        exclude: (Q,) ids, one per query, removed from the ranking (leave-one-out).
+        clusters: (Q,) cluster labels for the bootstrap, which draws whole clusters; by default, queries with common
+            positives form a cluster.
+        exclude: (Q,) one database id per query, which is removed from the query's ranking (leave-one-out).
         device: device to compute on; the CPU by default.
         block_rows: maximum number of database rows that are processed at a time.
         seed: seed of the bootstrap.
@@ -130,11 +130,11 @@ def revisited_map(
         ground_truth: an evaluation set from `revisited_set`, a ground truth from `load_ground_truth`, the official dict
             with `gnd`, or for each query a dict with the ids of `easy`, `hard` and `junk`.
         ids: (Q, M) reranked shortlists, each of which must be a reordering of the top M search results. The rank of an
-            image in a shortlist is its position there. Any other image keeps its rank in the search. None scores the
-            search results.
+            image in a shortlist is its position there. Any other image keeps its rank in the search. If None, the
+            search results are scored.
         ks: depths k of mP@k.
-        clusters: (Q,) landmark labels. The bootstrap draws whole landmarks; by default, queries with common positives
-            show the same landmark.
+        clusters: (Q,) landmark labels for the bootstrap, which draws whole landmarks; by default, queries with common
+            positives are assumed to show the same landmark.
 
     Returns:
         A result with the dicts `map`, `mp`, `ap`, `interval` (95 %) and `queries`. Their keys are the protocols "easy",
@@ -148,7 +148,7 @@ def revisited_map(
 
 @dataclass(frozen=True)
 class Scorer:
-    """Validated ground truth. Lists the images whose ranks are needed, and computes the scores from these ranks.
+    """Validated ground truth, which lists the images whose ranks are needed, and computes the scores from these ranks.
 
     Use `make_scorer` to create one.
     """
@@ -162,7 +162,7 @@ class Scorer:
 
     @property
     def targets(self) -> list[np.ndarray]:
-        """For each query, the ids (n,) int64 of all images in its ground truth, whose ranks are needed."""
+        """For each query, the ids (n,) int64 of all images in its ground truth. `score` takes the ranks of these."""
         return [concatenated(query_sets.values()) for query_sets in self.sets]
 
     @property
@@ -230,9 +230,15 @@ def make_scorer(
     """Validate a ground truth and return a scorer for it.
 
     Args:
-        ground_truth, protocols, ks, clusters, seed, samples: see `evaluate`.
+        ground_truth: list with one dict per query, from set name to database ids, or an object that contains it as
+            `gnd`.
         n_queries: number of query descriptors, which must be the number of queries in the ground truth.
-        n_rows: number of database rows; all ids must be less.
+        n_rows: number of database rows; all ids must be less than this number.
+        protocols: for each protocol, the sets that count as positive and the sets that are ignored.
+        ks: depths k of mP@k.
+        clusters: (Q,) cluster labels for the bootstrap, which draws whole clusters; by default, queries with common
+            positives form a cluster.
+        seed, samples: seed of the bootstrap, and number of bootstrap samples.
 
     Raises:
         InputError: a set is invalid; the message names the query.
@@ -255,18 +261,20 @@ def ranks_from_rankings(rankings: Any, ground_truth: Any, protocols: Mapping[str
 
     Args:
         rankings: (Q, n) integer ids, best first, full or truncated; shorter lists are padded with -1.
-        ground_truth, protocols: see `evaluate`.
+        ground_truth: list with one dict per query, from set name to database ids, or an object that contains it as
+            `gnd`.
+        protocols: for each protocol, the sets that count as positive and the sets that are ignored.
 
     Returns:
         For each query, a dict from set name to the 0-based ranks of its ids, -1 for ids that are not in the list.
 
     Raises:
-        InputError: an id is listed twice, -1 is before an id, or the number of queries is wrong.
+        InputError: a list contains an id twice or padding before an id, or the number of queries is wrong.
     """
     lists = np.asarray(rankings)
     sets = _parse_ground_truth(ground_truth, protocols)
     if lists.ndim != 2 or lists.dtype.kind not in "iu" or len(lists) != len(sets):
-        raise InputError(f"rankings: expected integers ({len(sets)}, n), got {lists.dtype} {lists.shape}")
+        raise InputError(f"rankings: expected an integer array ({len(sets)}, n), got {lists.dtype} {lists.shape}")
     ranks = []
     for query, (row, query_sets) in enumerate(zip(lists.astype(np.int64), sets, strict=True)):
         targets = _validated_ids(query_sets, query, None)
@@ -280,8 +288,8 @@ def _parse_ground_truth(ground_truth: Any, protocols: Mapping[str, Protocol]) ->
     """Convert a ground truth in any supported format to one dict per query.
 
     Args:
-        ground_truth: see `evaluate`.
-        protocols: protocols, which name the sets to read.
+        ground_truth: list with one dict per query, from set name to ids, or an object that contains it as `gnd`.
+        protocols: protocols by name. Only sets that count as positive or are ignored in a protocol are read.
 
     Returns:
         For each query, a dict from set name to ids (n,) int64.

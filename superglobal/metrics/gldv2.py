@@ -3,7 +3,7 @@
 Definitions: Weyand et al., CVPR 2020, and the organizers' code (tensorflow/models, delf, google_landmarks_dataset/
 metrics.py). Average precision is rectangular here, but trapezoidal for the Revisited sets (revisited.py).
 
-All metrics are fractions in 0..1, except positions. Tables show these fractions in percent.
+All metrics are fractions in 0..1, except the ranks in `RankedResult.position`. Tables show these fractions in percent.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RankedResult:
         }
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Return a dict from column name to one value per query."""
+        """Return the scores of each query: a dict from column name to one value per query."""
         return {"all AP": self.ap["all"].tolist()}
 
 
@@ -117,7 +117,7 @@ class RecognitionResult:
         }
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Return a dict from column name to one value per query."""
+        """Return the scores of each query: a dict from column name to one value per query."""
         predicted = ~np.isnan(self.scores)
         classes = [int(label) if valid else "" for label, valid in zip(self.classes, predicted, strict=True)]
         return {"class": classes, "score": self.scores.tolist(), "correct": self.correct.astype(int).tolist()}
@@ -171,8 +171,8 @@ def score_rankings(
         relevant: for each query, its distinct relevant ids, at least one.
         parts: dict from the name of a part of the query set to a (Q,) bool mask of its queries; by default, one part
             "all" with all queries.
-        clusters: (Q,) cluster labels, such as landmarks. The bootstrap draws whole clusters; by default, single
-            queries.
+        clusters: (Q,) cluster labels, such as landmarks, for the bootstrap, which draws whole clusters; by default,
+            each query is a cluster.
         depth: number of predictions per query that are scored.
         ks: depths k of the precisions; values above `depth` are omitted.
         seed: seed of the bootstrap.

@@ -21,7 +21,7 @@ Sets = dict[str, np.ndarray]
 
 
 def concatenated(arrays: Iterable[Any]) -> np.ndarray:
-    """Concatenate integer arrays to one array (n,) int64. The result is empty if there are no arrays."""
+    """Concatenate integer arrays into one array (n,) int64. The result is empty if there are no arrays."""
     return np.concatenate([np.empty(0, np.int64), *(np.asarray(array, np.int64) for array in arrays)])
 
 
@@ -35,12 +35,12 @@ class Result(typing.Protocol):
         """Return the metrics as a dict of JSON types, with None for NaN. The first entry is the main metric."""
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Return a dict from column name to one value per query, NaN for queries that are not scored."""
+        """Return a dict from column name to one score per query, NaN for queries that are not scored."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Evaluation protocol, which defines which sets of the ground truth count as correct and which are ignored."""
+    """Evaluation protocol: the sets of the ground truth that count as correct results, and those that are ignored."""
 
     positive: tuple[str, ...]
     """Names of the sets whose images count as correct results."""
@@ -89,7 +89,7 @@ class RetrievalResult:
         }
 
     def per_query(self) -> dict[str, list[Any]]:
-        """Return a dict from column name to one value per query."""
+        """Return the scores of each query: a dict from column name to one value per query."""
         return {f"{protocol} AP": ap.tolist() for protocol, ap in self.ap.items()}
 
 
@@ -163,8 +163,8 @@ def score_ranks(
         ranks: for each query, a dict from set name to 0-based ranks, -1 for an image that was not retrieved.
         protocols: protocols by name.
         ks: depths k of mP@k, >= 1.
-        clusters: (Q,) cluster labels, such as landmarks. The bootstrap draws whole clusters; by default, single
-            queries.
+        clusters: (Q,) cluster labels, such as landmarks, for the bootstrap, which draws whole clusters; by default,
+            each query is a cluster.
         seed: seed of the bootstrap.
         samples: number of bootstrap samples.
 

@@ -84,14 +84,15 @@ def attach(
     """Replace the pooling layer and ReLUs of a trained network with SuperGlobal's modules, and keep its weights.
 
     GeM+ and Regional-GeM replace the pooling layer, and ReLUP replaces activations of the ResNet. With several scales,
-    `forward` resizes the batch to each scale and combines the resulting vectors with Scale-GeM, or averages them
-    if `scale` is off. Normalization, whitening and classifier layers do not change. The output is not normalized.
+    `forward` resizes the batch to each scale and combines the resulting vectors with Scale-GeM, or averages them if
+    the pooling setting `scale` is off. Normalization, whitening and classifier layers do not change. The combined
+    vectors are not normalized.
 
     Args:
         network: module that maps images (B, 3, H, W) to vectors (B, D); it is changed in place. It must contain exactly
             one pooling layer. For ReLUP, it must be or contain exactly one torchvision or timm ResNet.
-        pooling: as for `load_model`; `relup` is on unless you turn it off.
-        scales: 1, 3 or 5 for the scales of the reference, or a list of scale factors.
+        pooling: pooling settings in any form that `load_model` accepts; `relup` is on unless you turn it off.
+        scales: a list of scale factors, or 1, 3 or 5 for the same number of scales as in the reference implementation.
         antialias: apply a low-pass filter when the batch is resized to a smaller scale.
         pool: dotted name of the pooling layer; None to find it automatically.
 
@@ -128,7 +129,7 @@ def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequen
 
     Args:
         attachment: object with the network, which records how to undo the change.
-        config: settings of the combination of scales.
+        config: pooling settings, of which `scale` and `scale_p` determine how the vectors are combined.
         scales: scale factors.
         antialias: apply a low-pass filter when the batch is resized to a smaller scale.
     """
@@ -196,5 +197,5 @@ def _find_pool(network: nn.Module) -> str:
     # A submodule of a pooling layer may match, too, but only the outermost module is replaced.
     outermost = [n for n in candidates if not any(n.startswith(f"{parent}.") for parent in candidates)]
     if len(outermost) != 1:
-        raise InputError(f"the pooling layer is ambiguous (candidates: {outermost or 'none'}); give pool='NAME'")
+        raise InputError(f"expected exactly one pooling layer, found {outermost or 'none'}; give pool='NAME'")
     return outermost[0]

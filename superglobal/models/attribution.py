@@ -1,7 +1,7 @@
 """Attribution of the similarity of two images to the cells of the feature map of one of them.
 
 The similarity of the image's descriptor d to a vector e is s = <e, d> with d = v / |v| and v = W g / |g| + b, where
-g = g(x) is the pooled feature map x (C, h, w), and v is combined over all scales. If the norms |g| and |v| are held
+g = g(x) results from pooling the feature map x (C, h, w), and v is combined over all scales. If |g| and |v| are held
 constant, s is positively homogeneous of degree 1 in (x, b), because every step of its computation is: GeM
 (g(tx) = t g(x)), Regional-GeM, the mean over scales and Scale-GeM. By Euler's theorem, gradient times input is then an
 exact decomposition:
@@ -109,7 +109,7 @@ def contributions(network: RetrievalNetwork, image: Tensor, vector: np.ndarray |
 
 
 def _gradient_times_input(x: Tensor, gradient: Tensor) -> np.ndarray:
-    """Multiply a map (1, C, h, w) by its gradient, and sum over the channels: (h, w) float64."""
+    """Multiply a feature map (1, C, h, w) by its gradient, and return the sum over the channels, (h, w) float64."""
     return (x.detach().double() * gradient.double()).sum(dim=1)[0].cpu().numpy()
 
 

@@ -21,7 +21,7 @@ ALIASES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
 
 class Backbone(nn.Module):
-    """timm model without its classifier, which returns its last feature map.
+    """timm model without its classifier. `forward` returns the last feature map.
 
     For a CNN, the map is the output of `forward_features`. For a vision transformer, it consists of the patch tokens of
     the last block, after the final normalization, arranged as a map.
@@ -41,7 +41,7 @@ class Backbone(nn.Module):
 
         Args:
             name: name of the model in timm, or a short name in `ALIASES`.
-            pretrained: download timm's pretrained weights, instead of random ones.
+            pretrained: download timm's pretrained weights, instead of initializing the model with random weights.
 
         Raises:
             InputError: the name is unknown (the message lists similar names), the model has no feature map, or the
@@ -64,7 +64,8 @@ class Backbone(nn.Module):
         with torch.device("meta"):
             cls = type(timm.create_model(self.name, num_classes=0))
         accepted = inspect.signature(cls.__init__).parameters
-        # The option that allows images of any size has another name in Swin-like networks than in other models.
+        # The option that allows images of any size is called `strict_img_size` in Swin-like networks, and
+        # `dynamic_img_size` in other models.
         if "dynamic_img_size" in accepted:
             return {"dynamic_img_size": True}
         return {"strict_img_size": False} if "strict_img_size" in accepted else {}
@@ -82,7 +83,7 @@ class Backbone(nn.Module):
             ) from error
 
     def _probe(self, kwargs: dict[str, Any]) -> None:
-        """Determine the properties of the feature map by running the model on the meta device, without computing.
+        """Determine the properties of the feature map by running the model on the meta device, without any data.
 
         The properties are the stride, the number of channels, the memory layout, and whether images must be padded.
         """
@@ -94,16 +95,16 @@ class Backbone(nn.Module):
                 self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
                 height, width = resolve_model_data_config(net)["input_size"][-2:]
                 self.tokens = net.forward_features(torch.empty(1, 3, height, width)).ndim == 3
-                # The sides of images are padded to a multiple of this number. A vision transformer divides the image
-                # into whole patches, and a network with windowed attention halves the map at every stage.
+                # The sides of images are padded to a multiple of this number: a vision transformer needs whole patches,
+                # and a network with windowed attention needs even sides, because it halves the map at every stage.
                 self.multiple = self.stride if self.tokens or kwargs else 1
                 side = 2 * self.stride + 1
                 shape = self._map(net, torch.empty(1, 3, side, side)).shape
         # Models with a fixed image size and models without a feature map raise various exceptions here.
         except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
             raise InputError(
-                f"backbone={self.name}: no feature map for images of any size ({error}); choose a CNN or a vision "
-                "transformer that accepts any size"
+                f"backbone={self.name}: cannot compute feature maps for images of arbitrary size ({error}); choose a "
+                "CNN or a vision transformer that accepts any size"
             ) from error
         if len(shape) != 4:
             raise InputError(
@@ -138,8 +139,8 @@ def relup_positions(net: nn.Module, mode: str) -> list[str]:
     Args:
         net: the ResNet.
         mode: "on": the output activations of all blocks of stages 1-3, and the inner activations of stage 1.
-            "reference_off": only the inner activations of stage 1. The reference replaces these activations even if
-            its flag is off, because its code passes the class `relup` to the block instead of the flag
+            "reference_off": only the inner activations of stage 1. The reference implementation replaces these even if
+            ReLUP is turned off, because it passes the class `relup` to the block instead of the flag
             (model/resnet.py:149). "off": none. The stem and stage 4 always keep their ReLUs.
 
     Raises:
@@ -185,7 +186,7 @@ def install_relup(net: nn.Module, mode: str, alpha: float) -> None:
 
     Args:
         net: the network.
-        mode: activations to replace, as in `relup_positions`.
+        mode: "on", "reference_off" or "off"; `relup_positions` lists the activations that each mode replaces.
         alpha: lower bound of ReLUP.
     """
     for name in relup_positions(net, mode):

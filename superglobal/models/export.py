@@ -63,7 +63,8 @@ class InputSizes:
     def comparison_shapes(self) -> list[tuple[int, int, int]]:
         """Return the input shapes (B, H, W) at which the file is compared with the network.
 
-        If sizes are free, the shapes include both limits of a side. The first shape is also used for tracing.
+        If the size is not fixed, the shapes include the smallest and the largest side. The first shape is also used for
+        tracing.
         """
         batch = self.batch or 3
         if self.size is not None:
@@ -88,8 +89,8 @@ class Comparison:
 
     Attributes:
         shape: number, height and width (B, H, W) of the images.
-        min_cosine: smallest cosine, over the images, between both descriptors of an image.
-        max_difference: largest absolute difference between corresponding components.
+        min_cosine: smallest cosine, over the images, between the two descriptors of an image.
+        max_difference: largest absolute difference, over the images, between a component of the two descriptors.
     """
 
     shape: tuple[int, int, int]
@@ -242,7 +243,7 @@ def _input_sizes(network: RetrievalNetwork, size: tuple[int, int] | None, batch:
         if min(size) < min_side:
             raise InputError(
                 f"export: size {size[0]} x {size[1]}: expected sides of at least {min_side} px, because the graph does "
-                "not enlarge small images; enlarge them before the graph"
+                "not enlarge small images; enlarge them before you pass them to the graph"
             )
         return InputSizes(size, batch, min(size), max(size), 1)
     # torch.export treats a dimension of size 1 as constant, so a graph with free sizes needs feature maps larger than
