@@ -130,7 +130,7 @@ def test_tar_files_that_change_during_a_run_raise_errors(root, tmp_path):
     photos = read_train(root, tars=folder)
     for path in folder.iterdir():
         path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(CorruptImageError, match="not at the position in the index"):
+    with pytest.raises(CorruptImageError, match="not at the position that the index contains"):
         photos.read(0)
     for path in folder.iterdir():
         path.unlink()

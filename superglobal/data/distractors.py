@@ -11,7 +11,7 @@ from superglobal.errors import InputError
 
 
 def how_to_get_distractors(root: Path, name: str) -> str:
-    """Return the expected file layout of a distractor set, and the command that downloads the set if there is one.
+    """Return the expected file layout of a distractor set and, if the set can be downloaded, the command to do so.
 
     Args:
         root: folder that contains the folder of the set.
@@ -38,7 +38,8 @@ def load_distractors(root: str | Path, name: str) -> list[ImageItem]:
         The images in the order of the list.
 
     Raises:
-        InputError: the list is missing, empty or not UTF-8, a name occurs twice, or a path leads outside the folder.
+        InputError: the list is missing, empty or not UTF-8, a name occurs twice, or a path leads outside
+            `<root>/<name>/jpg`.
     """
     folder = Path(root) / name
     source = folder / f"{name}.txt"

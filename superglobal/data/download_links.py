@@ -35,7 +35,7 @@ class RemoteFile:
     Attributes:
         urls: addresses of the same file, tried in order.
         path: path to save the file to, relative to the folder of the source.
-        md5_url: address of a text that contains the MD5 checksum of the file; None if none is published.
+        md5_url: address of a text file that contains the MD5 checksum of the file; None if none is published.
     """
 
     urls: tuple[str, ...]
@@ -63,7 +63,7 @@ class Source:
         image_list: kind of list that contains the names of the images; None if there are no images.
         n_images: number of images; None if it is unknown or there are no images.
         size: approximate total size of the archives in bytes; None if it is unknown.
-        corrupt: names of archive members that are known not to be images; no list contains them.
+        corrupt: names of archive members that are known not to be images; the lists of image names do not contain them.
         google_drive: whether the files are in a shared Google Drive folder. The folder is downloaded as a
             whole, because its single files have no addresses.
     """
@@ -94,10 +94,11 @@ def select_sources(names: Iterable[str]) -> list[Source]:
 def download_command(name: str, folder: Path) -> str:
     """Return the command that downloads the source `name`, for messages.
 
-    The command downloads to `folder` if `folder` has the name of the source's folder.
+    The command downloads to `folder` if the name of `folder` is the folder name of the source. Otherwise, it downloads
+    to the default folder.
     """
     command = f"superglobal download {name}"
-    # `superglobal download` always uses the folder name of the source. It cannot create a folder with another name.
+    # `superglobal download` can choose the parent folder, but it always uses the folder name of the source.
     if folder.name != SOURCES[name].folder:
         return command
     return f"{command} --data {shlex.quote(str(folder.parent))}"
@@ -154,7 +155,7 @@ def _ground_truth(name: str) -> RemoteFile:
 
 
 def _lists(*names: str) -> tuple[RemoteFile, ...]:
-    """Create a `RemoteFile` for each of several GLDv2 lists of images or landmarks.
+    """Create a `RemoteFile` for each of the given GLDv2 lists of images or landmarks.
 
     Args:
         names: file names of the lists without the extension ".csv", such as "train_clean".
@@ -165,7 +166,7 @@ def _lists(*names: str) -> tuple[RemoteFile, ...]:
 def _gldv2(
     split: ImageList, n_archives: int, n_images: int, archive_size: float, description: str, *lists: RemoteFile
 ) -> Source:
-    """Return the source that downloads one split of GLDv2.
+    """Return the `Source` of one split of GLDv2.
 
     Args:
         split: "train", "index" or "test".

@@ -32,8 +32,8 @@ class RetrievalTruth:
         queries: (Q,) S16 image ids of the queries.
         database: (N,) S16 image ids of the database.
         relevant: for each query, the database rows of its relevant images, (n,) int64.
-        parts: subsets of the queries on which metrics are computed, for example "public", "private" and "all": name
-            and mask, (Q,) bool.
+        parts: subsets of the queries on which metrics are computed. Each key is the name of a subset, for example
+            "public", "private" or "all"; each value is its mask, (Q,) bool.
         clusters: (Q,) landmark of each query.
     """
 
@@ -52,8 +52,8 @@ class RecognitionTruth:
         queries: (Q,) S16 image ids of the queries.
         truth: for each query, the ids of its landmarks, (n,) int64; empty if it shows no landmark.
         labels: (N,) int64 landmark id of each database image.
-        parts: subsets of the queries on which metrics are computed, "public", "private" and "all": name and mask,
-            (Q,) bool.
+        parts: subsets of the queries on which metrics are computed. The keys are their names, "public", "private" and
+            "all"; the values are their masks, (Q,) bool.
         neighbors: number of nearest database images that vote for the landmark of a query.
         votes: how the votes are weighted, see `superglobal.metrics.gldv2.vote`.
     """
@@ -175,12 +175,12 @@ def leave_one_out_truth(labels: np.ndarray) -> list[dict[str, Any]]:
 
 
 def image_path(folder: Path, name: str, source: Path) -> Path:
-    """Return the path of an image that a list names.
+    """Return the path of an image, given its entry in a list of images.
 
     Args:
         folder: folder of the images.
         name: entry of the list: a path relative to `folder`. ".jpg" is appended if it has no image extension.
-        source: the list, for the error message.
+        source: file of the list, for the error message.
 
     Raises:
         InputError: the name is empty or absolute, or leads outside the folder.

@@ -37,7 +37,7 @@ def folder_set(
         name: name of the set.
 
     Raises:
-        InputError: a folder is missing or has no images, images have no label, no label occurs twice, or neither
+        InputError: a folder is missing or has no images, images have no label, no query has a positive, or neither
             `query` nor `labels` is given.
     """
     database = Path(database)

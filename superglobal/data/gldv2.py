@@ -67,7 +67,7 @@ class TrainList:
         return self._source().location(self.ids[index])
 
     def digest(self) -> str:
-        """Return the SHA-256 of the image ids and their landmark ids in hexadecimal digits."""
+        """Return the SHA-256 digest of the image ids and landmark ids, in hexadecimal digits."""
         digest = hashlib.sha256(self.ids.tobytes())
         digest.update(self.landmarks[self.labels].tobytes())
         return digest.hexdigest()
@@ -188,7 +188,7 @@ def retrieval_set(root: str | Path, name: str = "gldv2_test", solution: str = "v
     Args:
         root: folder that contains `index.csv`, the solution, `index/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
         name: name of the set.
-        solution: version of the ground truth, "v2.1" for `retrieval_solution_v2.1.csv`, or the path of its file.
+        solution: version of the ground truth, "v2.1" for `retrieval_solution_v2.1.csv`, or the path of a solution file.
 
     Raises:
         InputError: a list is missing or invalid, or an image of the ground truth is not in the index.
@@ -236,7 +236,8 @@ def recognition_set(
         root: folder that contains the training list, the solution, `train/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
         name: name of the set.
         table: training list, "train_clean.csv" or "train.csv"; its images are the database.
-        solution: version of the ground truth, "v2.1" for `recognition_solution_v2.1.csv`, or the path of its file.
+        solution: version of the ground truth, "v2.1" for `recognition_solution_v2.1.csv`, or the path of a solution
+            file.
         neighbors: number of nearest database images that vote.
         votes: "similarity" (the score of a landmark is the sum of s over its images among the neighbors), "distance"
             (the sum of 2 s - 1) or "nearest" (only the nearest image counts). s is the cosine similarity or, after
@@ -391,7 +392,9 @@ def _draw_queries(images: TrainList, seed: int) -> np.ndarray:
 
 
 def _write_split(path: Path, table: Path, images: TrainList, is_query: np.ndarray) -> None:
-    """Write the split into queries and database to a CSV file. If the file exists, check that it has the same split.
+    """Write a CSV file that says which images are queries and which are in the database.
+
+    If the file exists, check that it contains the same split instead.
 
     Args:
         path: file to write.
@@ -421,7 +424,8 @@ def _write_split(path: Path, table: Path, images: TrainList, is_query: np.ndarra
 def query_landmarks(relevant: Sequence[np.ndarray]) -> list[int]:
     """Find out which queries show the same landmark, from the overlap of their relevant images.
 
-    `group_by_landmark` describes the method.
+    If the relevant images of two queries overlap enough, both queries show the same landmark. `group_by_landmark`
+    defines "enough".
 
     Args:
         relevant: for each query, the ids of its relevant images, (n,) S16.

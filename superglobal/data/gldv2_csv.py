@@ -39,7 +39,7 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     with _input_errors(path):
         columns = _column_names(path)
-        clean = {"landmark_id", "images"} <= columns  # Each row has a landmark and all its images.
+        clean = {"landmark_id", "images"} <= columns  # A row of a clean list has all images of a landmark.
         if not clean and not {"landmark_id", "id"} <= columns:
             expected = "landmark_id and either images (clean list) or id (full list)"
             raise InputError(f"{path}: columns {sorted(columns)}, expected {expected}")
@@ -51,7 +51,7 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
             words = pc.utf8_split_whitespace(texts)
             landmarks = landmarks[pc.list_parent_indices(words).to_numpy()]
             texts = pc.list_flatten(words)
-            nonempty = pc.greater(pc.binary_length(texts), 0)  # Splitting an empty cell gives one empty word.
+            nonempty = pc.greater(pc.binary_length(texts), 0)  # An empty cell is split into one empty text.
             texts, landmarks = texts.filter(nonempty), landmarks[nonempty.to_numpy()]
         return _image_ids(path, texts), landmarks
 
@@ -136,7 +136,7 @@ def _read_columns(path: Path, names: list[str]) -> list[pa.ChunkedArray]:
 
 
 def _image_ids(path: Path, texts: pa.ChunkedArray) -> np.ndarray:
-    """Check that all image ids `texts` are valid and different, and return them as (N,) S16.
+    """Check that all image ids `texts` are valid and unique, and return them as (N,) S16.
 
     `path` is the list that contains the ids, for the error message.
     """
@@ -167,7 +167,7 @@ def _first_error(path: Path, otherwise: str) -> InputError:
         rows = csv.DictReader(file)
         clean = "images" in (rows.fieldnames or ())
         for row in rows:
-            number = row.get("landmark_id", "0") or ""  # index.csv and test.csv have no landmarks.
+            number = row.get("landmark_id", "0") or ""  # index.csv and test.csv lack this column; 0 is valid.
             if not LANDMARK_ID.fullmatch(number):
                 return InputError(f"{path}, line {rows.line_num}: landmark_id {number!r} is not a number")
             for image in (row["images"] or "").split() if clean else [row["id"] or ""]:

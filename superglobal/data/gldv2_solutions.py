@@ -1,8 +1,8 @@
 """Read GLDv2 solutions (ground truth of the test images), and read and write submissions (predictions), as CSV files.
 
-The formats are described at github.com/cvdfoundation/google-landmark. Submissions are read as by the code of the
-organizers (tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), with one exception: here, lines that
-contradict each other raise an error.
+The formats are described at github.com/cvdfoundation/google-landmark. Submissions are parsed in the same way as by the
+code of the organizers (tensorflow/models, delf, google_landmarks_dataset/dataset_file_io.py), with one exception: here,
+lines that contradict each other raise an error.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Solution:
 
     @property
     def parts(self) -> dict[str, np.ndarray]:
-        """For each of the names "public", "private" and "all", the mask (Q,) bool of the images in this part."""
+        """Masks of the images in the parts "public", "private" and "all" of the test set: name to (Q,) bool."""
         return {"public": self.public, "private": ~self.public, "all": np.ones(len(self.ids), bool)}
 
     def provenance(self) -> dict[str, str]:
@@ -62,7 +62,7 @@ class Solution:
 def read_solution(path: str | Path, task: Task | None = None) -> Solution:
     """Read a solution file.
 
-    It has the columns id, Usage (Public, Private or Ignored), and images (retrieval) or landmarks (recognition).
+    The file has the columns id, Usage (Public, Private or Ignored), and images (retrieval) or landmarks (recognition).
 
     Args:
         path: the file.
@@ -101,11 +101,11 @@ def read_solution(path: str | Path, task: Task | None = None) -> Solution:
 def read_retrieval_submission(path: str | Path, solution: Solution) -> list[np.ndarray]:
     """Read a retrieval submission.
 
-    It has the columns id and images (ids of index images separated by spaces, best first). Blank lines, empty
+    The file has the columns id and images (ids of index images separated by spaces, best first). Blank lines, empty
     predictions, and predictions for ignored test images are skipped. Spaces around a prediction are removed.
 
     Returns:
-        For each image of the solution, the ids of its predicted images, (n,) S16; empty without a prediction.
+        For each image of the solution, the ids of its predicted images, (n,) S16; empty if there is no prediction.
 
     Raises:
         InputError: the file is missing or lacks a column, or a line has an unknown, repeated or invalid id.
@@ -119,15 +119,16 @@ def read_retrieval_submission(path: str | Path, solution: Solution) -> list[np.n
 def read_recognition_submission(path: str | Path, solution: Solution) -> tuple[np.ndarray, np.ndarray]:
     """Read a recognition submission.
 
-    It has the columns id and landmarks (a landmark id, a space and a score). The same lines are skipped as in
-    `read_retrieval_submission`.
+    The file has the columns id and landmarks (a landmark id, a space and a score). Blank lines, empty predictions, and
+    predictions for ignored test images are skipped.
 
     Returns:
-        For each image of the solution, the predicted landmark id, (Q,) int64, and its score, (Q,) float64. Without a
-        prediction, they are -1 and NaN.
+        For each image of the solution, the predicted landmark id, (Q,) int64, and its score, (Q,) float64. If there is
+        no prediction for an image, they are -1 and NaN.
 
     Raises:
-        InputError: see `read_retrieval_submission`; or a prediction does not consist of a landmark id and a score.
+        InputError: the file is missing or lacks a column, a line has an unknown, repeated or invalid id, or a
+            prediction does not consist of a landmark id and a score.
     """
     landmarks, scores = np.full(len(solution.ids), -1), np.full(len(solution.ids), np.nan)
     for row, place, cell in _predictions(Path(path), solution):

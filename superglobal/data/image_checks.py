@@ -97,12 +97,12 @@ def check_images(
 def check_image(
     read: Callable[[int, int], bytes], size: int, box: Box | None = None, decode: bool = False
 ) -> CheckedImage:
-    """Check that one image file is complete. The check is the same as in `check_images`.
+    """Check that one image file is complete, in the same way as `check_images`.
 
     Args:
         read: function of (start, count) that returns `count` bytes of the image file, from the offset `start`.
         size: size of the file in bytes.
-        box: crop, as in `ImageItem`; None for the whole image.
+        box: crop (x1, y1, x2, y2) in pixels of the upright image; None for the whole image.
         decode: whether to decode the image too.
 
     Raises:

@@ -100,7 +100,8 @@ class ImageTars:
             raise CorruptImageError(error.strerror or str(error)) from error
         if image not in data[:_TAR_HEADER]:
             raise CorruptImageError(
-                "not at the position in the index, because the tar file has changed; run superglobal prepare-gldv2"
+                "not at the position that the index contains, because the tar file has changed; run superglobal "
+                "prepare-gldv2"
             )
         return data[_TAR_HEADER:]
 
@@ -130,7 +131,7 @@ class ImageIndex:
         numbers: (N,) int16 index in `tar_names` of the tar file that contains each image; -1 if no tar file contains
             it, and for the folder tree.
         offsets: (N,) int64 position of each image in its tar file, in bytes; 0 for the folder tree.
-        bad: (K,) int64 rows of the missing and corrupt images, ascending.
+        bad: (K,) int64 indices in `ids` of the missing and corrupt images, ascending.
         reasons: (K,) str reasons why the images of `bad` are missing or corrupt, in the same order.
         tar_names: (T,) str file names of the tar files; empty for the folder tree.
         tar_sizes: (T,) int64 sizes of the tar files in bytes.
@@ -183,7 +184,7 @@ def signature_codes(signatures: Iterable[str]) -> np.ndarray:
 
 
 def index_path(root: Path, table: str) -> Path:
-    """Return the path of the index of a list. `table` is the file name of the list in the folder `root`."""
+    """Return the path of the index file of an image list. `table` is the file name of the list in the folder `root`."""
     return root / f"{Path(table).stem}.index.npz"
 
 
@@ -194,7 +195,7 @@ def list_digest(root: Path, table: str) -> str:
 
 
 def prepare_command(root: Path, table: str, tars: str | Path | None) -> str:
-    """Return the command that writes the index of a list, for error messages.
+    """Return the command that writes the index of an image list, for error messages.
 
     Args:
         root: folder of the list.
@@ -206,7 +207,7 @@ def prepare_command(root: Path, table: str, tars: str | Path | None) -> str:
 
 
 def load_index(root: Path, table: str, tars: str | Path | None) -> ImageIndex:
-    """Load the index of a list.
+    """Load the index of an image list.
 
     Args:
         root: folder of the list.

@@ -313,7 +313,7 @@ def _same_as_cv2(image: Image.Image) -> bool:
 
     `image` is not decoded yet. tests/test_images.py compares the pixels for each format and mode.
     """
-    if image.format == "TIFF":  # OpenCV premultiplies alpha and rounds 16 bits differently.
+    if image.format == "TIFF":  # OpenCV premultiplies alpha, and rounds 16 bits in another way.
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE_TAG, (1,))
         return image.mode in ("1", "L", "P", "RGB") and max(bits) <= 8
     return image.format in _SAME_AS_CV2 and image.mode in _EIGHT_BIT_MODES
@@ -333,7 +333,7 @@ def is_plain_jpeg(image: Image.Image) -> bool:
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an open image, 1 to 8. Without a valid one, return 1 (upright)."""
+    """Return the EXIF orientation of an open image, 1 to 8. If there is no valid orientation, return 1 (upright)."""
     # Do not use Pillow's getexif: it also reads the orientation in XMP metadata, which OpenCV ignores.
     exif = Image.Exif()
     try:
@@ -347,7 +347,8 @@ def _orientation(image: Image.Image) -> int:
 def box_bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     """Convert a box to an integer crop inside the image.
 
-    The values are truncated as in the reference, `im[int(y1):int(y2), int(x1):int(x2)]`, and clipped to the image.
+    The values are truncated as in the reference implementation, `im[int(y1):int(y2), int(x1):int(x2)]`, and clipped to
+    the image.
 
     Args:
         box: (x1, y1, x2, y2) in pixels.
@@ -362,7 +363,7 @@ def box_bounds(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     """
     if not all(math.isfinite(value) for value in box):
         raise CorruptImageError(f"box {tuple(box)} is not finite")
-    x1, y1, x2, y2 = (max(0, int(value)) for value in box)  # NumPy would count negative indices from the end.
+    x1, y1, x2, y2 = (max(0, int(value)) for value in box)  # Clip: NumPy counts negative indices from the end.
     x2, y2 = min(x2, width), min(y2, height)
     if x1 >= x2 or y1 >= y2:
         raise CorruptImageError(f"box {tuple(box)} does not overlap the image of {width} x {height} pixels")

@@ -57,19 +57,20 @@ def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None 
     """Read an image file. Leave it encoded if `decode_batch` can decode it on the GPU; otherwise, decode it on the CPU.
 
     A JPEG file in grayscale or YCbCr is left encoded if it has no EXIF rotation and need not be shrunk. For such files,
-    `decode_batch` returns the same pixels as the CPU decoder up to rounding. The header and the end of each file are
-    checked here.
+    `decode_batch` returns the same pixels as the CPU decoder, except for rounding differences. The header and the end
+    of each file are checked here.
 
     Args:
         path: image file.
-        box: crop, as in `read_image`.
-        max_side: maximum longer side in pixels, as in `read_image`.
+        box: crop (x1, y1, x2, y2) in pixels; None for the whole image.
+        max_side: maximum longer side in pixels after the crop; None for no limit.
 
     Returns:
         The encoded file, or the result of `read_image`, (H, W, 3) uint8.
 
     Raises:
-        InputError: see `read_image`.
+        InputError: the file is missing, empty, truncated, not an image or larger than `MAX_PIXELS`, or the crop is
+            empty.
     """
     path = Path(path)
     with add_path_to_errors(path):
@@ -85,8 +86,8 @@ def _bounds(data: bytes, box: Box | None, max_side: int | None) -> tuple[int, in
 
     Args:
         data: contents of the image file.
-        box: crop, as in `read_image`; None for the whole image.
-        max_side: maximum longer side in pixels, as in `read_image`.
+        box: crop (x1, y1, x2, y2) in pixels; None for the whole image.
+        max_side: maximum longer side in pixels after the crop; None for no limit.
 
     Returns:
         Integer crop (x1, y1, x2, y2) in pixels; None if the GPU cannot decode the file, or the image must be shrunk.
@@ -150,7 +151,7 @@ def _decode(files: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     Raises:
         RuntimeError: one or more of the files cannot be decoded.
     """
-    from torchvision.io import ImageReadMode, decode_jpeg  # Imported here because torchvision.io takes a second.
+    from torchvision.io import ImageReadMode, decode_jpeg  # Imported here because the import takes a second.
 
     if device.type != "cuda":
         return decode_jpeg(list(files), ImageReadMode.RGB, device)
@@ -179,7 +180,8 @@ def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], d
         device: device of the extraction.
 
     Returns:
-        The differences between the decoders, as a dict with the entries that `compare_decoders` describes.
+        The number of compared images, "images", and the mean and the maximum absolute difference of their pixel values,
+        "mean_difference" and "max_difference", on the scale from 0 to 255.
 
     Raises:
         InputError: there is no CUDA device, or torchvision cannot decode on it.
@@ -236,7 +238,7 @@ def compare_decoders(lists: Sequence[tuple[Sequence[ImageItem], int | None]], de
 
 
 def _encoded(lists: Sequence[tuple[Sequence[ImageItem], int | None]]) -> Iterator[EncodedImage]:
-    """Yield each image among the first 64 of all lists that is a JPEG file for the GPU decoder."""
+    """Go through the first 64 images of the concatenated lists, and yield those that the GPU decoder can decode."""
     items = chain.from_iterable(((item, max_side) for item in items) for items, max_side in lists)
     for item, max_side in islice(items, _CANDIDATES):
         try:

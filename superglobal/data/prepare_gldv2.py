@@ -60,14 +60,14 @@ Task = tuple[Path, Callable[[], Shard]]
 
 @dataclass(frozen=True)
 class PreparedIndex:
-    """Numbers, problems and output files of a check of all images of a list, as returned by `prepare`.
+    """Result of the check of all images of a list, as returned by `prepare`.
 
     Attributes:
         n_images: number of images in the list.
         corrupt: (location, reason) of each missing or corrupt image.
         tar_problems: one message per damaged tar file.
-        index: path of the index.
-        report: path of the report.
+        index: path of the index file.
+        report: path of the text file with the report.
     """
 
     n_images: int
@@ -143,7 +143,8 @@ def _tar_files(root: Path, tars: Path | None) -> list[Path]:
     """Return the tar files in the folder `tars`, or an empty list if the images are read from the folder tree.
 
     Raises:
-        InputError: there are no tar files, the folder tree does not exist, or Windows would have to read tar files.
+        InputError: there are no tar files, the folder tree does not exist, or tar files would have to be read on
+            Windows, which does not support it.
     """
     if tars:
         require_posix(tars)
@@ -270,11 +271,11 @@ def _check_tree(ids_file: Path, tree: Path, rows: slice, decode: bool) -> Shard:
     Args:
         ids_file: file with the sorted ids of all images of the list, (N,) S16.
         tree: root of the folder tree.
-        rows: rows of the shard's images in `ids_file`.
+        rows: indices of the shard's images in the array of ids.
         decode: whether to decode every image.
 
     Returns:
-        One array per kind of result, with one element per image.
+        "rows", "sizes", "codes", "offsets" and "reasons" with one element per image, and "note"; `_shard` defines them.
     """
     ids = np.load(ids_file, mmap_mode="r")[rows]
     paths = [tree / tree_path(image) for image in ids]
@@ -296,7 +297,7 @@ def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
         decode: whether to decode every image.
 
     Returns:
-        One array per kind of result, with one element per image.
+        "rows", "sizes", "codes", "offsets" and "reasons" with one element per image, and "note"; `_shard` defines them.
     """
     ids = np.load(ids_file, mmap_mode="r")
     results = []
@@ -356,8 +357,8 @@ def _shard(results: list[tuple[int, int, int, str, str]], note: str = "") -> Sha
     """Convert the results of the checked images of a shard to arrays, to be saved with `np.savez`.
 
     Args:
-        results: for each image, (row in the list of ids, size of the file in bytes, offset in the tar file in bytes,
-            signature, reason why the image is corrupt or "").
+        results: for each image, (index in the sorted ids of the list, size of the file in bytes, offset in the tar file
+            in bytes, signature, reason why the image is corrupt or "").
         note: description of damage to the tar file, or "".
 
     Returns:

@@ -85,7 +85,8 @@ def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> Evalu
     Args:
         root: folder that contains the folder of the set.
         name: name of the set and of its folder.
-        crop_query: crop each query to its box, as the reference does; false is the un-cropped protocol.
+        crop_query: crop each query to its box, as the reference implementation does; if false, use the whole query
+            images.
 
     Raises:
         InputError: the ground truth is missing or invalid.
@@ -115,7 +116,9 @@ def revisited_set(root: str | Path, name: str, crop_query: bool = True) -> Evalu
 
 
 def query_landmarks(truth: GroundTruth) -> list[str]:
-    """Find out which queries show the same landmark. `group_by_landmark` describes the method.
+    """Find out which queries show the same landmark, from the overlap of their relevant images.
+
+    `group_by_landmark` defines how large the overlap must be.
 
     Returns:
         For each query, the name of the first query that shows the same landmark.
@@ -124,7 +127,7 @@ def query_landmarks(truth: GroundTruth) -> list[str]:
 
 
 def _how_to_get(folder: Path, name: str) -> str:
-    """Return the expected file layout of a set, and the command that downloads the set if there is one."""
+    """Return the expected file layout of a set and, if the set can be downloaded, the command to do so."""
     text = f"{name} is expected as {folder}/gnd_{name}.pkl and {folder}/jpg/<image>.jpg, without sub-folders"
     if name in SOURCES:
         text += f"; download it from {SOURCES[name].page}: {download_command(name, folder)}"

@@ -34,7 +34,7 @@ def load_plain_pickle(data: bytes) -> Any:
         The unpickled object. NumPy arrays are converted to nested lists.
 
     Raises:
-        BlockedGlobalError: the data contains anything else. No code was run.
+        BlockedGlobalError: the data names a function or class that is not needed for these types. No code was run.
         Exception: the data is damaged. The error can have any type.
     """
     return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()

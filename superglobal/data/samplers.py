@@ -54,7 +54,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world = world
         self.steps = length // batch_size
-        self.sampler = self  # Lightning calls `set_epoch` on this attribute before each epoch.
+        self.sampler = self  # Lightning calls `sampler.set_epoch` before each epoch.
         self.start_at(0)
 
     def start_at(self, step: int) -> None:
@@ -89,7 +89,7 @@ class ImageBatch(NamedTuple):
 
     Attributes:
         number: index of the image list that contains the images.
-        rows: rows of the images in the list.
+        rows: indices of the images in the list.
         size: (height, width) of each image in pixels.
     """
 
@@ -105,7 +105,7 @@ def plan_batches(
     shard: tuple[int, int] = (0, 1),
     rank: tuple[int, int] = (0, 1),
 ) -> list[ImageBatch]:
-    """Group the images of several lists into batches of images of equal size.
+    """Group the images of several lists by size into batches, and return the batches of one process.
 
     Batches of large images come first, so that a lack of memory is noticed early. The batches depend only on the
     arguments, and not on which descriptors are stored already. A resumed run therefore has the same batches, and
@@ -130,25 +130,26 @@ def plan_batches(
 
 
 def select_missing(batches: Iterable[ImageBatch], missing: Sequence[set[int]]) -> list[ImageBatch]:
-    """Remove the images that already have a stored descriptor from all batches.
+    """Remove from all batches the images that already have a stored descriptor.
 
     A batch is dropped if no image remains in it.
 
     Args:
         batches: batches returned by `plan_batches`.
-        missing: for each list, the rows of the images without a stored descriptor.
+        missing: for each list, the indices of the images without a stored descriptor.
     """
     remaining = (batch._replace(rows=tuple(r for r in batch.rows if r in missing[batch.number])) for batch in batches)
     return [batch for batch in remaining if batch.rows]
 
 
 def _split(rows: list[int], part: tuple[int, int]) -> list[int]:
-    """Divide the rows of images among n shards or processes, and return the rows of one of them.
+    """Divide image indices among n shards or processes, and return the indices that one of them gets.
 
-    Up to `_BLOCK` consecutive rows go to the first shard or process, as many to the second, and so on in turn.
+    The indices are cut into blocks of at most `_BLOCK` consecutive indices, which are assigned to the shards or processes
+    in turn.
 
     Args:
-        rows: rows of images, sorted by image size.
+        rows: indices of images, sorted by image size.
         part: (k, n) for the shard or process k of n; k counts from 0.
     """
     k, n = part

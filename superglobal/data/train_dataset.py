@@ -227,7 +227,7 @@ class CorruptImageList:
         self.location = location
 
     def add(self, corrupt: Iterable[Sequence]) -> None:
-        """Add the images that are not in the file yet.
+        """Add those of the given images to the file that it does not list yet.
 
         Args:
             corrupt: (index, reason) of each corrupt image.
@@ -250,7 +250,7 @@ class CorruptImageList:
                 new = {location: reason for location, reason in reasons.items() if location not in listed}
                 file.write("".join(f"{location}\t{reason}\n" for location, reason in new.items()))
         except (OSError, NotImplementedError) as error:
-            raise InputError(f"{self.file}: cannot be written ({error}); free space") from error
+            raise InputError(f"{self.file}: cannot be written ({error}); free disk space") from error
         if new and not listed:
             location, reason = next(iter(new.items()))
             text = "replaced a corrupt image: %s: %s; all replaced images are listed in %s"
@@ -274,8 +274,8 @@ def require_budget(corrupt: int, total: int, budget: float, where: str = "") -> 
     if corrupt > budget * total:
         raise InputError(
             f"{corrupt} of {total} images ({corrupt / total:.3%}) are missing or corrupt, more than "
-            f"data.max_corrupt_fraction={budget:g} allows{where}; repair them (superglobal prepare-gldv2 checks all), "
-            "or raise data.max_corrupt_fraction"
+            f"data.max_corrupt_fraction={budget:g} allows{where}; repair them (superglobal prepare-gldv2 checks all "
+            "images), or raise data.max_corrupt_fraction"
         )
 
 

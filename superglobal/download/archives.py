@@ -103,7 +103,7 @@ def target_paths(source: Source, names: np.ndarray) -> TargetOf:
         name = os.fsencode(path)
         if len(name) > listed.itemsize:
             return False
-        row = np.searchsorted(listed, np.array(name, listed.dtype))  # Another dtype would copy `listed`.
+        row = np.searchsorted(listed, np.array(name, listed.dtype))  # With another dtype, NumPy would copy `listed`.
         return bool(row < len(listed) and listed[row] == name)
 
     def target(member: PurePosixPath) -> str | None:
@@ -179,8 +179,8 @@ def unpack(archive: Path, folder: Path, target_of: TargetOf) -> tuple[list[str],
         The paths of the extracted images, relative to `folder`, and the names of the skipped members.
 
     Raises:
-        InputError: the archive is incomplete, contains special files or paths outside the folder, or unpacks to more
-            bytes than an archive of images can. No image is extracted then.
+        InputError: the archive is incomplete, contains special files or paths outside the folder, or exceeds the
+            maximum unpacked size. No image is extracted then.
         DiskFullError: the disk is full.
     """
     temporary = folder / f".{archive.name}.unpacking"
@@ -209,7 +209,7 @@ def unpack(archive: Path, folder: Path, target_of: TargetOf) -> tuple[list[str],
 
 
 class _TooLargeError(Exception):
-    """Error for an archive that unpacks to more bytes than an archive of images can."""
+    """Error for an archive that exceeds the maximum unpacked size, and is therefore not an archive of images."""
 
 
 class _Member(tarfile.TarInfo):
