@@ -145,8 +145,8 @@ def select_missing(batches: Iterable[ImageBatch], missing: Sequence[set[int]]) -
 def _split(rows: list[int], part: tuple[int, int]) -> list[int]:
     """Divide image indices among n shards or processes, and return the indices that one of them gets.
 
-    The indices are cut into blocks of at most `_BLOCK` consecutive indices, which are assigned to the shards or processes
-    in turn.
+    The indices are cut into blocks of at most `_BLOCK` consecutive indices, which are assigned to the shards or
+    processes in turn.
 
     Args:
         rows: indices of images, sorted by image size.
