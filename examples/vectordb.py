@@ -23,7 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder of images")
     parser.add_argument("query", type=Path, help="query image")
-    parser.add_argument("--weights", default="package", help="weights of the network, as for weights= of eval.py")
+    parser.add_argument(
+        "--weights", default="package", help="weights of the network; takes the same values as weights= in eval.py"
+    )
     parser.add_argument(
         "--folder", type=Path, default=Path("outputs/vectordb"), help="folder in which Qdrant stores the descriptors"
     )
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def update(client, collection: str, model: superglobal.RetrievalNetwork, images: list[Path]) -> None:
-    """Update a collection of descriptors to the current images.
+    """Update a collection of descriptors to match the current images.
 
     Images that are not in the collection are added, and images that were deleted are removed from it. An image that was
     changed is removed and added again.

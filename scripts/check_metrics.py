@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 if all scores agree, 1 if a score differs, 2 if files are missing or invalid.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of the official files")
+    parser.add_argument("folder", type=Path, help="folder that contains the .pkl and .mat files")
     folder = parser.parse_args(arguments).folder
     pairs = {name: (folder / f"gnd_{name}.pkl", folder / f"{name}_resnet_rsfm120k_gem.mat") for name in PUBLISHED}
     present = {name: pair for name, pair in pairs.items() if all(path.is_file() for path in pair)}

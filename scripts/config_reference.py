@@ -1,4 +1,4 @@
-"""Generate docs/reference/configuration.md from the schemas and conf/: python scripts/config_reference.py."""
+"""Generate docs/reference/configuration.md from superglobal/config and conf/: python scripts/config_reference.py."""
 
 from __future__ import annotations
 

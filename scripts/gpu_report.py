@@ -45,14 +45,15 @@ def main() -> int:
     """Run the chosen sections, and write the report.
 
     Returns:
-        The exit status: 0, 1 if a row failed, 2 if an argument is invalid, or 130 after an interrupt.
+        The exit status: 0, 1 if a check or a measurement failed, 2 if an argument is invalid, or 130 after an
+        interrupt.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--minutes",
         type=float,
         default=8,
-        help="time limit in minutes; with 15, torch.compile is measured too (default: 8)",
+        help="time limit in minutes (default: 8); with 15 or more, the report also measures torch.compile",
     )
     parser.add_argument("--out", type=Path, help="folder of the report (default: outputs/gpu_report/<date>)")
     parser.add_argument(
@@ -151,7 +152,7 @@ def _run_section(report: Report, log: Path) -> bool:
         log: file to which the output of the section is copied.
 
     Returns:
-        False if the report was interrupted, and True otherwise.
+        False if the section was interrupted with Ctrl+C or SIGTERM, and True otherwise.
     """
     process = multiprocessing.get_context("fork").Process(target=_section, args=(report, log))
     process.start()

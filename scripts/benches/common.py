@@ -1,6 +1,7 @@
 """Measure the time and the peak memory of one variant of a benchmark.
 
-Each variant runs in a new process, so that the peak memory of the process does not include other variants.
+A variant is one of the functions that a benchmark compares. Each variant runs in a new process, so that the peak memory
+of the process does not include other variants.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Measured = dict[str, Any]
 
 
 def _status(key: str) -> float:
-    """Return the memory of this process in MB.
+    """Return the current or the peak memory usage of this process in MB.
 
     Args:
         key: field of /proc/self/status: "VmRSS" for the current memory, "VmHWM" for the peak memory. On a system
@@ -37,7 +38,7 @@ def _measure(make: Callable[[], Callable[[], Any]], repeats: int, answers: Any) 
     Args:
         make: function that creates the inputs of the variant, and returns a function that runs the variant once.
         repeats: number of runs.
-        answers: queue for the result: the median seconds of a run, the peak memory in MB in addition to the inputs, and
+        answers: queue for the result: the median seconds of a run, the peak memory in MB (excluding the inputs), and
             the value that the last run returned.
     """
     run = make()
@@ -58,7 +59,7 @@ def measured(make: Callable[[], Callable[[], Any]], repeats: int) -> tuple[float
         repeats: number of runs.
 
     Returns:
-        The median seconds of a run, the peak memory in MB in addition to the inputs, and the result of the last run.
+        The median seconds of a run, the peak memory in MB (excluding the inputs), and the result of the last run.
 
     Raises:
         RuntimeError: the process ended without a result.

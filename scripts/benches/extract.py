@@ -3,9 +3,9 @@
 The unoptimized network is timm's network with the same scales and pooling. It processes one image at a time in eager
 mode, in the memory layout NCHW and with separate batch normalization.
 
-The lower bound is the time of the convolutions without all other operations. Each convolution is measured separately,
-with batch normalization folded into its weights, and in the faster of two memory layouts. The times of all convolutions
-are then added.
+The lower bound is the time of the convolutions alone, without any other operation. Each convolution is measured
+separately, with batch normalization folded into its weights, and in the faster of two memory layouts. The times of all
+convolutions are then added.
 
 The variants take turns in one process with the same number of threads, and medians are printed. The time to decode
 images is not included.
@@ -39,7 +39,7 @@ def _calls(network: RetrievalNetwork, images: Tensor) -> list[Call]:
         images: (B, 3, H, W) uint8 images.
 
     Returns:
-        One (convolution, input) pair for each time that a convolution ran.
+        One (convolution, input) pair for each call of a convolution.
     """
     calls: list[Call] = []
 

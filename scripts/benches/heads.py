@@ -48,9 +48,8 @@ class Linear(nn.Module):
 def _step(classes: int, device: str, head: tuple[str, int, float] | None) -> Callable[[], tuple[float, float]]:
     """Return a function that runs one forward and one backward pass of a head in float32.
 
-    The returned function measures two values. The first is the processor time of the pass in seconds, the smallest over
-    all calls so far. The second is the peak GPU memory in MB, in addition to the weights and the batch; it is 0 on a
-    CPU.
+    The returned function returns two values. The first is the processor time of the pass in seconds, the smallest over
+    all calls so far. The second is the peak GPU memory in MB, excluding the weights and the batch; it is 0 on a CPU.
 
     Args:
         classes: number of classes.
@@ -96,8 +95,8 @@ def _measured(make: Callable[[], Callable[[], Any]], repeats: int, device: str) 
         device: "cuda" or "cpu".
 
     Returns:
-        The seconds of a step (elapsed time on a GPU, processor time on a CPU), and the peak memory of the device in MB,
-        in addition to the weights and the batch.
+        The time of a step in seconds (elapsed time on a GPU, processor time on a CPU), and the peak memory of the
+        device in MB, excluding the weights and the batch.
     """
     clock, of_process, (processor, of_gpu) = measured(make, repeats)
     return (clock, of_gpu) if device == "cuda" else (processor, of_process)
@@ -111,8 +110,10 @@ def main(argv: list[str]) -> list[Measured]:
     """
     parser = argparse.ArgumentParser("bench.py heads", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="number of steps of each head")
-    parser.add_argument("--memory-limit-gb", type=float, default=12, help="skip heads that need more memory, in GB")
-    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES, help="numbers of classes")
+    parser.add_argument(
+        "--memory-limit-gb", type=float, default=12, help="memory limit in GB; heads that need more are skipped"
+    )
+    parser.add_argument("--classes", type=int, nargs="+", default=CLASSES, help="numbers of classes to measure")
     arguments = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"batch {BATCH}, D={DIM}, float32, forward and backward; {device}, {torch.get_num_threads()} threads\n")
@@ -146,8 +147,8 @@ def _row(
         name: name of the head.
         centers: number of centers per class.
         negatives: fraction of the negative classes that a step uses.
-        result: seconds and MB of a step with this head.
-        base: seconds and MB of a step with the linear classifier.
+        result: time in seconds and peak memory in MB of a step with this head.
+        base: time in seconds and peak memory in MB of a step with the linear classifier.
     """
     (seconds, megabytes), (base_seconds, base_megabytes) = result, base
     print(

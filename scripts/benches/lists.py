@@ -32,7 +32,7 @@ def write_list(root: Path, table: str, images: int, landmarks: int) -> None:
 
     Args:
         root: folder to write to.
-        table: name of the file, one of `LISTS`, which determines its format.
+        table: name of the file, a key of `LISTS`. It determines the format of the list.
         images: number of images.
         landmarks: number of landmarks.
     """
@@ -82,7 +82,7 @@ def _private() -> float:
 
 
 def _work(images: TrainList | None, answers: Any) -> None:
-    """Read one seventh of a training list, as one of seven worker processes does, and measure the memory.
+    """Read one seventh of a training list, as one of seven workers does, and measure the memory of this process.
 
     Args:
         images: training list; None to measure the memory of a process without a list.
@@ -97,8 +97,9 @@ def _work(images: TrainList | None, answers: Any) -> None:
 def _workers(root: Path, table: str) -> Callable[[], Any]:
     """Return a function that measures how much memory a training list adds to a worker process.
 
-    The returned function starts a worker with the list and a worker without it, and subtracts their memory. It returns
-    the difference in MB for each start method of multiprocessing, "fork" and "spawn".
+    The returned function starts a worker that reads the list and a worker that does not, and computes how much more
+    memory the first one needs. It returns this difference in MB for each start method of multiprocessing, "fork" and
+    "spawn".
 
     Args:
         root: folder that contains the list.

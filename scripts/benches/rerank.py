@@ -40,7 +40,7 @@ def clustered(n_queries: int = N_QUERIES, n_rows: int = N_ROWS, dim: int = DIM) 
 def straightforward_rerank(Q: np.ndarray, X: np.ndarray, ids: np.ndarray, chunk: int | None = None) -> np.ndarray:
     """Rerank with a direct implementation of SuperGlobal's formula.
 
-    It copies the descriptors of the K+1 nearest neighbors of every candidate, which takes much memory.
+    This implementation copies the descriptors of the K+1 nearest neighbors of every candidate, which takes much memory.
 
     Args:
         Q: (Q, D) float32 query descriptors.
@@ -115,7 +115,10 @@ def main(argv: list[str]) -> list[Measured]:
     """
     parser = argparse.ArgumentParser("bench.py rerank", description=__doc__)
     parser.add_argument(
-        "--repeats", type=int, default=3, help="number of rounds over all variants; the median is printed"
+        "--repeats",
+        type=int,
+        default=3,
+        help="number of rounds; each round measures every variant, and medians are printed",
     )
     repeats = parser.parse_args(argv).repeats
     variants = {

@@ -1,4 +1,4 @@
-"""Measure the time of exact search, and of computing exact ranks, over a million descriptors on disk.
+"""Measure the time of exact search, and of computing the exact ranks of given images, in a million descriptors on disk.
 
 Each time is compared with that of a baseline. The baseline reads the same descriptors, converts them to float32 and
 multiplies them with the queries, but does not select any results.
@@ -128,13 +128,23 @@ def main(argv: list[str]) -> list[Measured]:
     parser.add_argument("--rows", type=int, default=1_000_000, help="number of database descriptors")
     parser.add_argument("--dim", type=int, default=2048, help="number of dimensions")
     parser.add_argument("--queries", type=int, default=70, help="number of queries")
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="type of the stored numbers")
     parser.add_argument(
-        "--folder", type=Path, help="folder in which to keep the descriptors (4.1 GB); by default a temporary folder"
+        "--dtype", choices=("float16", "float32"), default="float16", help="data type of the stored descriptors"
     )
-    parser.add_argument("--ground-truth", help="file gnd_roxford5k.pkl whose ids are ranked; by default random ids")
     parser.add_argument(
-        "--repeats", type=int, default=5, help="number of rounds over all variants; the median is printed"
+        "--folder",
+        type=Path,
+        help="folder in which to keep the descriptors (4.1 GB by default); by default a temporary folder",
+    )
+    parser.add_argument(
+        "--ground-truth",
+        help="path of gnd_roxford5k.pkl, whose images are ranked; by default images are chosen at random",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="number of rounds; each round measures every variant, and medians are printed",
     )
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:

@@ -49,7 +49,7 @@ def bare(args: argparse.Namespace, device: torch.device) -> tuple[list[float], f
     """Train a network for `args.steps` steps in a plain PyTorch loop.
 
     Args:
-        args: arguments of the command line, and `fit`, the settings of the Trainer.
+        args: arguments of the command line, with an additional attribute `fit`, the settings of the Trainer.
         device: device to train on.
 
     Returns:
@@ -96,7 +96,7 @@ def framework(args: argparse.Namespace, device: torch.device) -> tuple[list[floa
     """Train a network for `args.steps` steps with the Trainer and the callbacks of train.py.
 
     Args:
-        args: arguments of the command line, and `fit`, the settings of the Trainer.
+        args: arguments of the command line, with an additional attribute `fit`, the settings of the Trainer.
         device: not used, because `args.fit` determines the device of the Trainer.
 
     Returns:
@@ -124,7 +124,9 @@ def main(argv: list[str]) -> list[Measured]:
     parser.add_argument("--steps", type=int, default=200, help="number of training steps per turn of a variant")
     parser.add_argument("--blocks", type=int, default=5, help="number of turns of each variant")
     parser.add_argument("--log-every", type=int, default=50, help="number of steps between two rows of training curves")
-    parser.add_argument("--accelerator", default="auto", help="type of device, as for trainer.accelerator of train.py")
+    parser.add_argument(
+        "--accelerator", default="auto", help="type of device: any value of the setting trainer.accelerator of train.py"
+    )
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)

@@ -107,7 +107,7 @@ class Report:
         self.cuda = device == "cuda"
 
     def current(self) -> str:
-        """Return the name of the row that is being measured, which is the last name passed to `run`."""
+        """Return the name of the row that is being measured. It is the name in the latest call of `run`."""
         return self._current.read_text() if self._current.exists() else "start of the section"
 
     @property
@@ -178,7 +178,7 @@ class Report:
         """Raise `Skip` if this report checks a CPU.
 
         Args:
-            what: name of the check that needs a GPU, with which the message of the error begins.
+            what: name of the check that needs a GPU, put at the start of the error message.
         """
         if not self.cuda:
             raise Skip(f"{what} needs a GPU")

@@ -82,8 +82,8 @@ def _toy_data(report: Report, running: Background) -> list[Program]:
 def _goldens(report: Report) -> None:
     """Compare descriptors with those of the reference implementation, which are stored in tests/data.
 
-    The descriptors are computed by the original network in float32, and by networks from `optimize_for_inference` in
-    float32, and on a GPU also in float16 and bfloat16.
+    The descriptors are computed by the original network in float32, and by networks that `optimize_for_inference`
+    optimized. The optimized networks are tested in float32, and on a GPU also in float16 and bfloat16.
     """
     sys.path[:0] = [str(ROOT / "tests"), str(DATA)]
     from goldens import FILES, by_settings, goldens, settings
@@ -321,7 +321,7 @@ def _start_resume(report: Report, running: Background) -> tuple[list[str], Progr
 
 
 def _resume(report: Report, words: list[str], uninterrupted: Program, killed: Program) -> None:
-    """Resume a killed training run, and check that its final weights are those of an uninterrupted run, bit by bit.
+    """Resume a killed training run, and check that its final weights equal those of an uninterrupted run exactly.
 
     Args:
         report: report of the section.

@@ -1,8 +1,8 @@
 """Measure the speed of descriptor extraction.
 
 The speed is compared with that of two baselines: an unoptimized network that processes one image at a time, and timm's
-network with batches. The section also measures the time of each operation, and the speed of the whole pipeline from
-JPEG files to stored descriptors.
+network, which processes batches. The section also measures the time of each operation, and the speed of the whole
+pipeline from JPEG files to stored descriptors.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _timm_batched(backbone: str, device: torch.device, half: bool) -> Callable[[
     Args:
         backbone: name of the backbone in timm.
         device: device of the computation.
-        half: compute the feature maps in bfloat16, with autocast.
+        half: compute the feature maps in bfloat16 with autocast, instead of in float32.
     """
     net: Any = timm.create_model(backbone, num_classes=0).eval().to(device, memory_format=torch.channels_last)
     layer = torch.nn.Linear(net.num_features, DIM).to(device)
@@ -170,7 +170,7 @@ def _timm_batched(backbone: str, device: torch.device, half: bool) -> Callable[[
 
 
 def _rates(report: Report, backbone: str, peaks: dict[str, float]) -> None:
-    """Measure the images/s of extraction in several precisions, and of the baselines.
+    """Measure how many images per second superglobal (in several precisions) and the baselines process.
 
     Args:
         report: report of the section.
@@ -289,7 +289,7 @@ def _new_sizes(report: Report, what: str, network: RetrievalNetwork, images: Ten
 
     Args:
         report: report of the section.
-        what: description of the inputs, with which the name of the row begins.
+        what: description of the inputs, put at the start of the row's name.
         network: network to use.
         images: (B, 3, H, W) uint8 images, which are cropped to new sizes.
     """
@@ -308,7 +308,7 @@ def _pooling(report: Report, what: str, network: RetrievalNetwork, images: Tenso
 
     Args:
         report: report of the section.
-        what: description of the inputs, with which the name of the row begins.
+        what: description of the inputs, put at the start of the row's name.
         network: network to use.
         images: (B, 3, H, W) uint8 images.
     """
@@ -325,7 +325,7 @@ def _profile(report: Report, what: str, network: RetrievalNetwork, images: Tenso
 
     Args:
         report: report of the section.
-        what: description of the inputs, with which the names of the rows begin.
+        what: description of the inputs, put at the start of the rows' names.
         network: network to use.
         images: (B, 3, H, W) uint8 images.
     """
@@ -389,7 +389,7 @@ def _whole(
         photos: JPEG files.
         workers: number of processes that read images.
         how: settings of `ExtractionConfig`: name -> value.
-        title: description of the settings in the name of the row.
+        title: description of the settings, used in the name of the row.
     """
     # The time of a run includes the start-up of the workers. To exclude it, extract few and then many images, and
     # divide the difference in images by the difference in time.

@@ -1,4 +1,4 @@
-"""Measure the time of exact search, of computing exact ranks, and of reranking.
+"""Measure the time of exact search, of computing the exact ranks of given images, and of reranking.
 
 Search and ranks are measured over a million descriptors. The ids and the ranks are also compared with those of the CPU.
 """
@@ -103,7 +103,7 @@ def _bare(report: Report, what: str, Q: np.ndarray, X: torch.Tensor) -> float:
 
     Args:
         report: report of the section.
-        what: description of the inputs, with which the name of the row begins.
+        what: description of the inputs, put at the start of the row's name.
         Q: (Q, D) float32 queries.
         X: (N, D) float16 database descriptors on the device.
 

@@ -52,7 +52,7 @@ class _Setting:
 
 
 def main(report: Report) -> None:
-    """Measure the plain loop and its variants, superglobal's Trainer (also compiled), and the loading of images."""
+    """Measure the plain loop, its variants, the Trainer (also with torch.compile), and the loading of images."""
     photos = write_jpegs(report.work / "training", [(800, 600), (1024, 768)] * report.pick(128, 64, 2))
     setting = _Setting(report)
     peak = report.run("peak speed", lambda: _peak(report))
@@ -124,7 +124,7 @@ def _bare(
 
     if report.cuda:
         torch.cuda.reset_peak_memory_stats()
-    together = report.pick(5, 5, 1)  # number of steps between two synchronizations; a training run rarely synchronizes
+    together = report.pick(5, 5, 1)  # steps between two synchronizations with the GPU, which are rare in a training run
 
     def steps() -> None:
         for _ in range(together):

@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         default=Path("data"),
-        help="folder that contains all data sets, as in the setting paths.data (default: data)",
+        help="folder for all data sets; use the same folder in the setting paths.data (default: data)",
     )
     parser.add_argument(
         "--list",
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tries",
         type=int,
         default=5,
-        help="number of attempts without any new data after which the next mirror is used (default: 5)",
+        help="number of consecutive attempts without new data after which the next mirror is used (default: 5)",
     )
     parser.add_argument(
         "--base-url",

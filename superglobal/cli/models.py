@@ -145,7 +145,9 @@ def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "weights", help="weights of the network, as for eval.py: a path, hf:owner/name, timm, package or random"
     )
-    parser.add_argument("--backbone", help="timm name of the backbone; needed if the weights do not contain it")
+    parser.add_argument(
+        "--backbone", help="name of the backbone in timm; needed if the weights file does not contain this name"
+    )
     parser.add_argument(
         "--pooling", help="pooling: gem, superglobal or cvnet_global; by default, the pooling that the weights contain"
     )

@@ -3,7 +3,7 @@
 Example: superglobal report outputs/eval/sweep/...
 
 With --baseline OTHER, compare two results query by query instead: list the queries for which FOLDER is better or worse
-than OTHER, and draw their results.
+than OTHER, and draw a figure of their results.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("folder", type=Path, nargs="+", help="folder of a sweep, or several folders of results")
     parser.add_argument(
-        "--baseline", type=Path, metavar="OTHER", help="results folder with which the one FOLDER is compared"
+        "--baseline", type=Path, metavar="OTHER", help="second results folder, with which the only FOLDER is compared"
     )
     args = parser.parse_args(arguments)
     if args.baseline is not None and len(args.folder) > 1:

@@ -23,7 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="print the settings, number of rows, dtype and size of a store")
     verify = commands.add_parser(
-        "verify", help="check that all rows are finite and of unit norm, and check the list of images and the checksums"
+        "verify",
+        help="check the image list, the recorded checksums, and that all descriptors are finite and of unit norm",
     )
     verify.add_argument(
         "--record",
@@ -37,7 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="merge stores that contain different shards of the same list of images")
     merge.add_argument("stores", metavar="store", type=Path, nargs="+", help="folder of a store to merge")
     merge.add_argument(
-        "--into", type=Path, required=True, help="folder of the merged store: a new folder, or a store of the same list"
+        "--into",
+        type=Path,
+        required=True,
+        help="folder to merge into: a new folder, or a store of the same images, to which the missing rows are added",
     )
     return parser
 

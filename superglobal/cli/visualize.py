@@ -31,14 +31,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", type=Path, help="results folder of an evaluation")
     parser.add_argument(
-        "kinds", nargs="*", metavar="KIND", type=_kind, help="kinds of figures; by default, all that the result allows"
+        "kinds",
+        nargs="*",
+        metavar="KIND",
+        type=_kind,
+        help="kinds of figures; by default, all that these results allow",
     )
     parser.add_argument(
         "--order",
         choices=("worst", "improved", "worsened", "given"),
         help="queries to show in sheets and activation: those with the lowest score (worst), those that reranking "
-        "improved or worsened most (improved, worsened), or the first ones of the list (given); by default, worst and "
-        "improved",
+        "improved or worsened most (improved, worsened), or the first ones of the data set (given); by default, worst "
+        "and improved",
     )
     parser.add_argument(
         "--queries", type=int, help="number of queries to show; by default, 24 in sheets and 2 in activation"

@@ -106,7 +106,7 @@ def reject_old_settings(arguments: Iterable[str]) -> None:
 
 
 def register() -> None:
-    """Register schemas, help texts, pooling presets and ablation rows with Hydra.
+    """Register schemas, help texts, and the options of `pooling=` and `ablation=` with Hydra.
 
     Call this function before Hydra composes a configuration.
     """

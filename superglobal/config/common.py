@@ -45,7 +45,7 @@ def setting(
 
     Args:
         default: default value of the setting.
-        minimum: smallest allowed number; for a list, the limit applies to every element. None for no range.
+        minimum: smallest allowed number; for a list, the limit applies to every element. None for no limits.
         maximum: largest allowed number; for a list, the limit applies to every element. `maximum` requires `minimum`.
         choices: allowed values; for a list, the allowed elements. Empty for no choices.
 
@@ -228,7 +228,7 @@ def require_wandb(logger: LoggerConfig) -> None:
     """Raise InputError if logging to Weights & Biases is enabled but the package wandb is not installed.
 
     This check is not part of `LoggerConfig.validate`, because other commands validate the configuration of a finished
-    run again, and need no wandb for that. Call this function only before a run that logs.
+    run again, and do not need wandb for that. Call this function only before a run that logs.
     """
     if logger.wandb and importlib.util.find_spec("wandb") is None:
         raise InputError(

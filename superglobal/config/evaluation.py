@@ -100,7 +100,7 @@ class DatasetConfig(LoaderSettings):
         role: purpose of the set: "test" (its results are reported, and no setting is chosen on it), "validation"
             (settings are chosen on it) or "train" (the network was trained on it).
         root: folder of the set; for kind "revisited", the folder that contains the set's folder.
-        trained: training run to evaluate on this set if the top-level setting `name` is not given.
+        trained: name of the training run that is evaluated on this set if the top-level setting `name` is not given.
         max_side: images with a longer side above this number of pixels are shrunk to it; null keeps their size.
     """
 
@@ -160,8 +160,8 @@ class ExtractionConfig:
             shrunk, are always decoded on the CPU.
         batch_size: maximum number of images in a batch; all images of a batch have the same size.
         batch_pixels: maximum number of pixels in a batch; null for as many as fit in memory.
-        shard: one shard of the images, so that several jobs can split the work: "3/16" extracts the third of 16 shards
-            and stops; null extracts all images.
+        shard: one shard of the images, so that several jobs can split the work: "3/16" extracts the third of the 16
+            shards and stops; null extracts all images.
     """
 
     precision: str = setting("auto", choices=("auto", *PRECISIONS))
@@ -294,8 +294,8 @@ class EvalConfig:
             and 3 for other weights.
         antialias: apply an antialiasing filter when a scale shrinks the image; the paper applies none. null uses the
             setting of a shared model, and false for other weights.
-        k: number of results kept per query. It is raised to `rerank.M` and to the number that the metric needs, and
-            limited to the size of the database.
+        k: number of results kept per query. If `rerank.M` or the number that the metric needs is larger, the larger
+            number is used, but never more than the size of the database.
         ablation: name of a row of the ablation table, set by the group `ablation=`; the other settings must match it.
         seed: seed of the bootstrap and of random weights.
     """
@@ -398,7 +398,7 @@ class EvalConfig:
     def _validate_ablation(self) -> None:
         """Raise InputError if settings contradict the ablation row.
 
-        Tables show the result under the name of the row, so the modules that are on must be those of the row.
+        Tables show the result under the name of the row, so exactly the modules of this row must be on.
         """
         if self.ablation is None:
             return

@@ -40,8 +40,8 @@ class ServeConfig(EvalConfig):
     """Top-level settings of `superglobal serve`: those of `eval.py`, and `page`; loggers and figures have no effect.
 
     Args:
-        store: folder of the descriptor store to search, which determines the images and the network. If it is not
-            given, the settings of `eval.py` determine them, including `store.dtype`.
+        store: folder of an existing descriptor store to search; the images and the network are those of the store. If
+            no folder is given, the settings of `eval.py` (among them `store.dtype`) select the images and the network.
     """
 
     store: Any = field(default_factory=StoreConfig)

@@ -35,10 +35,10 @@ class FitConfig(TrainerConfig):
         num_nodes: number of machines.
         precision: number type of the computation; "auto" is bf16-mixed on GPUs that support it, 16-mixed on other GPUs,
             and 32-true on CPUs.
-        accumulate: number of micro-batches into which each device splits its images of a batch, to save memory. More
+        accumulate: number of micro-batches into which each device splits its share of a batch, to save memory. More
             than one changes the results only through batch norm, CurricularFace's moving threshold and the sampling of
             classes (`head.negatives`).
-        channels_last: use the memory layout in which convolutions are fastest.
+        channels_last: use the memory layout NHWC, in which convolutions are usually fastest.
         compile: compile the network with torch.compile; this takes minutes at the start, and then makes the steps
             faster.
         deterministic: use only operations that give bit-identical results on a GPU when repeated; they are slower.
@@ -68,7 +68,8 @@ class DataConfig:
     Args:
         name: name of the training set.
         role: purpose of the set, always "train"; the held-out landmarks are the validation set.
-        root: folder that contains the training list `table` and the images `train/a/b/c/<id>.jpg`.
+        root: folder that contains the training list `table` and the images `train/a/b/c/<id>.jpg`, where a, b and c are
+            the first three characters of the id.
         table: file name of the training list.
         classes_of: second training list; only landmarks that both lists contain are used. null for no second list.
         leave_out: file with the ids of landmarks that are not used, one per line; null to use all landmarks.
@@ -114,7 +115,8 @@ class HeadConfig:
             angle in radians, up to pi/2.
         dynamic_margin: use a margin per class instead of `margin`, from 0.05 for the largest class to 0.5 for the
             smallest ("arcface" and "cosface" only).
-        easy_margin: use no margin for angles above 90 degrees, instead of a linear continuation ("arcface" only).
+        easy_margin: use no margin for images at 90 degrees or more from the center of their class. By default, the
+            margin applies at all angles ("arcface" only).
         centers: number of centers per class; an image is compared with the nearest center of each class.
         class_weights: weight the loss of each image by 1 / log(1 + number of images of its class).
         negatives: fraction of all classes with which each step compares the images. The classes are chosen at random,
@@ -149,7 +151,8 @@ class ValidationConfig:
         max_side: images with a longer side above this number of pixels are shrunk to it; null keeps their size.
         every_epochs: number of epochs between two validations; training always ends with a validation.
         every_steps: number of steps between two additional validations within an epoch; null for none.
-        sets: evaluation sets in the Revisited layout, as paths below `paths.data`; missing sets are skipped.
+        sets: evaluation sets in the Revisited layout whose metrics are logged too, as paths relative to `paths.data`;
+            missing sets are skipped.
         patience: number of validations without improvement after which training stops early; null to train for all
             epochs.
     """

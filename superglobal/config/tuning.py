@@ -81,7 +81,7 @@ class TuneConfig:
 
 
 def _validate_tuning_set(d: DatasetConfig, allow_test: bool) -> None:
-    """Raise InputError if the data set cannot be used to choose settings, or must not be used for it.
+    """Raise InputError if the data set cannot be used to choose settings, or must not be used for this purpose.
 
     Args:
         d: data set to tune on.

@@ -99,7 +99,7 @@ class BatchedImageDataset(Dataset):
 
     Args:
         lists: image lists, each with the maximum longer side of the images in pixels (None for no limit).
-        batches: batches of images of the lists.
+        batches: for each batch, the index of its image list and the rows of its images in this list.
         decoder: "cpu" to decode all images, or "gpu" to leave those JPEG files encoded that the GPU can decode.
     """
 
@@ -160,7 +160,7 @@ def _read(lists: Sequence[ImageList], task: Task, decoder: str = "cpu") -> Encod
 
     Args:
         lists: image lists.
-        task: the image to read.
+        task: (index of the image list, row in this list) of the image to read.
         decoder: "cpu" to decode the image, or "gpu" to leave a JPEG file encoded if the GPU can decode it.
 
     Returns:
@@ -180,7 +180,7 @@ class ExtractionDataModule(pl.LightningDataModule):
 
     Args:
         lists: image lists, each with the maximum longer side of the images in pixels (None for no limit).
-        batches: batches of images of the lists.
+        batches: for each batch, the index of its image list and the rows of its images in this list.
         num_workers: number of worker processes.
         decoder: "cpu" to decode all images in the workers, or "gpu" to decode JPEG files on the device of the network.
 
@@ -367,7 +367,7 @@ class ImageLoader(DataLoader):
             except (ConnectionError, EOFError, FileNotFoundError) as error:
                 if not self.num_workers:
                     raise
-                # The next batch is received from a worker process. These errors mean that the process is dead.
+                # Each batch comes from a worker process. These errors occur if that process is dead.
                 raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
             finally:
                 self.waited += time.perf_counter() - start
@@ -400,8 +400,9 @@ def worker_start_method(processes: int, num_workers: int) -> str | None:
 def init_worker(worker: int) -> None:
     """Initialize a DataLoader worker of a training process.
 
-    The worker ignores signals, and ends when the training process ends. A signal such as that of Ctrl-C reaches the
-    workers too. They must not end then, because the trainer first finishes and saves the current step.
+    The worker ignores signals, and ends when the training process ends. Signals, such as SIGINT after Ctrl-C, also
+    reach the workers. The workers must keep running, because the trainer first finishes the current step and saves a
+    checkpoint.
     """
     end_with_parent()
     for number in STOP_SIGNALS:
