@@ -276,7 +276,7 @@ def first_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 def in_steps(scores: torch.Tensor) -> torch.Tensor:
     """Clamp scores to -256..256, divide them by 2^-20 (about 1e-6), and round them to whole numbers, as float64."""
-    return torch.round(scores.double() * 2**20).clamp(-(2.0**28), 2.0**28)
+    return (scores.double() * 2**20).round_().clamp_(-(2.0**28), 2.0**28)
 
 
 def _order_keys(scores: torch.Tensor) -> torch.Tensor:
@@ -287,7 +287,7 @@ def _order_keys(scores: torch.Tensor) -> torch.Tensor:
     """
     columns = torch.arange(scores.shape[-1], dtype=torch.float64, device=scores.device)
     # The keys are exact, because float64 represents all whole numbers below 2^53.
-    return in_steps(scores) * 2**24 - columns
+    return in_steps(scores).mul_(2**24).sub_(columns)
 
 
 def mask_of(near: torch.Tensor, columns: int) -> torch.Tensor:

@@ -38,15 +38,18 @@ def gnn_scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, k1: int 
         k2: number of neighbors whose connections are added to those of an image; 0 adds none.
     """
     similarity = with_query(dots(T, q), gram)
+    n_queries, size = similarity.shape[:2]
     near = nearest(similarity, max(k1, k2 + 1))
     neighbors = near[..., 1 : k2 + 1]
-    weights = similarity.gather(2, neighbors).clamp(min=0) ** 2
-    A = mask_of(near[..., :k1], similarity.shape[-1]).to(similarity.dtype)
-    batch = torch.arange(len(T), device=T.device)[:, None]
+    weights = similarity.gather(2, neighbors).clamp_(min=0).square_()
+    # The rows of all matrices are numbered consecutively, because index_select copies whole rows.
+    numbers = neighbors + size * torch.arange(n_queries, device=T.device)[:, None, None]
+    A = mask_of(near[..., :k1], size).to(similarity.dtype)
     for _ in range(2):
-        A = (A + A.transpose(1, 2)) / 2
-        rows = A
+        rows = A + A.transpose(1, 2)  # without the factor 1/2, which does not change cosines
+        A = rows.clone()
         for column in range(neighbors.shape[-1]):
-            A = torch.addcmul(A, weights[..., column, None], rows[batch, neighbors[..., column]])
-    A = torch.nn.functional.normalize(A, dim=-1)
-    return dots(A[:, 1:], A[:, 0])
+            added = rows.flatten(0, 1).index_select(0, numbers[..., column].flatten())
+            A.addcmul_(weights[..., column, None], added.view_as(A))
+    norms = torch.linalg.vector_norm(A, dim=-1)
+    return dots(A[:, 1:], A[:, 0]) / (norms[:, 1:] * norms[:, :1])

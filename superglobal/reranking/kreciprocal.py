@@ -47,31 +47,32 @@ def kreciprocal_scores(
         lambda_: weight of the original distance from the query, in 0..1.
     """
     similarity = with_query(dots(T, q), gram)
-    distance = (2 - 2 * similarity).clamp(min=0)
+    near = nearest(similarity, max(k1 + 1, k2))
+    distance = similarity.mul_(-2).add_(2).clamp_(min=0)
     distance.diagonal(dim1=1, dim2=2).zero_()
     # The lower bound avoids a division by 0 if all images are equal.
-    distance = distance / distance.amax(dim=-1, keepdim=True).clamp(min=1e-12)
-    near = nearest(similarity, max(k1 + 1, k2))
-    V = torch.where(_reciprocal(near, k1), torch.exp(-distance), 0.0).double()
-    V = V / V.sum(dim=-1, keepdim=True)
+    distance /= distance.amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+    first = distance[:, 0, 1:].double()
+    V = distance.neg_().exp_().masked_fill_(~_reciprocal(near, k1), 0)
     shared = _shared(V, near[..., :k2])
     # The Jaccard distance is 1 minus intersection / union, the sums of the elementwise minima and maxima of two rows of
     # V'. Each row of V' sums to 1, so the union is 2 minus the intersection.
-    return (lambda_ - 1) * (1 - shared / (2 - shared)) - lambda_ * distance[:, 0, 1:].double()
+    return (lambda_ - 1) * (1 - shared / (2 - shared)) - lambda_ * first
 
 
 def _shared(V: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
     """Compute the sums of the elementwise minima of the query's row of V' and the row of each image: (B, M) float64.
 
     Args:
-        V: (B, M+1, M+1) encodings, the query's first.
+        V: (B, M+1, M+1) encodings, the query's first, before the division by the sums of their rows.
         near: (B, M+1, k2) indices of the images over which each encoding is averaged to obtain V'.
     """
     batch = torch.arange(len(V), device=V.device)[:, None]
-    query = V[batch, near[:, 0]].mean(dim=1)
+    total = V.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    query = (V[batch, near[:, 0]] / total[batch, near[:, 0]]).mean(dim=1)
     # Only the columns in which the query's row is not 0 matter, and these are few.
     values, columns = query.topk(int((query > 0).sum(dim=-1).max()), dim=-1)
-    V = V.gather(2, columns[:, None].expand(-1, V.shape[1], -1))
+    V = V.gather(2, columns[:, None].expand(-1, V.shape[1], -1)) / total
     averaged = torch.stack([V[batch, near[..., i]] for i in range(near.shape[-1])]).mean(dim=0)
     return torch.minimum(values[:, None], averaged[:, 1:]).sum(dim=-1)
 
