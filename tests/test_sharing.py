@@ -254,7 +254,7 @@ def test_share_writes_a_card_with_the_results(shared, evaluated, tmp_path, capsy
 def test_results_of_different_weights_are_an_error(shared, evaluated, tmp_path):
     (path,) = evaluated.rglob("results.json")
     other = network(scales=1, pooling="gem", dim=16, seed=9)
-    with pytest.raises(InputError, match="the result is of the weights"):
+    with pytest.raises(InputError, match="the result was computed with the weights"):
         read_card_results([path], other)
     result = json.loads(path.read_text())
     del result["about"]["network"]

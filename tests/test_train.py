@@ -168,7 +168,7 @@ def test_a_missing_export_of_a_finished_training_is_an_error(toy_data, trained, 
     with pytest.raises(InputError, match=r"best\.safetensors: not found; .* resume=restart"):
         fit(compose_config(toy_data, tmp_path), folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    with pytest.raises(InputError, match=r"only resumes a training run; give .*best\.safetensors"):
+    with pytest.raises(InputError, match=r"can only resume a training run; give .*best\.safetensors"):
         superglobal.load_model(checkpoint)
     assert 0 < fit(compose_config(toy_data, tmp_path, "resume=restart"), folder) <= 1
     assert (folder / "best.safetensors").is_file()

@@ -36,16 +36,16 @@ def extract(
         images: list of images, or a single image: paths, `ImageItem` objects (a path and a box), PIL images with 8 bits
             per channel, uint8 arrays (H, W, 3) RGB or (H, W) grayscale, or tensors (3, H, W), uint8 or float in 0..1.
             Sizes and types may be mixed.
-        max_side: shrink images whose longer side exceeds this number of pixels to it, by antialiased bicubic
-            interpolation. None keeps all sizes. Float tensors are not resized and raise an error if they are larger.
+        max_side: maximum length of the longer side in pixels; None for no limit. Larger images are shrunk to it by
+            antialiased bicubic interpolation, but larger float tensors raise an error.
         device: device to compute on; the model is moved there. None for the current device of the model.
 
     Returns:
         Array (N, D) float32, unit L2 norm, in the order of the images.
 
     Raises:
-        InputError: an image cannot be read or has another shape or type (the message names it), a descriptor is not
-            finite, or the model is in training mode.
+        InputError: an image cannot be read or has an unsupported shape or type (the message names the image), a
+            descriptor is not finite, or the model is in training mode.
     """
     single = isinstance(images, str | os.PathLike | ImageItem | Image.Image) or getattr(images, "ndim", 4) < 4
     image_list: Iterable[Any] = [images] if single else images  # type: ignore[assignment]

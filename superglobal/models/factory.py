@@ -42,13 +42,13 @@ def load_model(
         backbone: name of the backbone in timm; not needed if the weights include it.
         pooling: "superglobal", "gem" or "cvnet_global", or a dict of settings that override those stored with the
             weights; None for the stored settings. Weights without settings (CVNet, timm) have those of "superglobal".
-        scales: 1, 3 or 5 for the scales of the reference, or a list of scale factors. None for the scales stored
-            with a shared model, and 3 for other weights.
-        antialias: apply a low-pass filter when an image is resized to a smaller scale. The paper's results are without
-            one. None for the setting stored with a shared model, and False for other weights.
+        scales: number of scales (1, 3 or 5, with the factors of the reference), or a list of scale factors. None for
+            the scales stored with a shared model, and 3 for other weights.
+        antialias: apply a low-pass filter when an image is resized to a smaller scale. The paper uses no such filter.
+            None for the setting stored with a shared model, and False for other weights.
         seed: seed of random weights.
-        dim: number of outputs of a new whitening layer with random weights, for weights without such a layer. None for
-            the whitening layer of the weights, if any; 0 for none.
+        dim: number of outputs of a new whitening layer with random weights, if the weights include no whitening layer.
+            By default, no new layer is created.
         trainable: return the network in training mode with gradients, instead of in evaluation mode without them.
 
     Returns:
@@ -81,7 +81,7 @@ def load_model(
         network.provenance = {"weights": label, **origin}
     network.weights_label = label
     network.trained_pooling = stored
-    # An explicit p overrides the p of the weights file. Without one, the configuration takes the file's p.
+    # A p in the argument `pooling` overrides the p of the weights file. Otherwise, the p of the file is kept.
     network.set_p(pooling["p"] if isinstance(pooling, dict) and "p" in pooling else None)
     return network if trainable else network.eval().requires_grad_(False)
 

@@ -38,7 +38,7 @@ class MarginOutput(NamedTuple):
 
 
 class MarginHead(nn.Module, ABC):
-    """Base class of losses with a margin. Subclasses apply the margin to the true class in `target`.
+    """Base class of losses with a margin. Subclasses apply the margin to the true class in their method `target`.
 
     Args:
         dim: dimension D of the descriptors.
@@ -188,8 +188,8 @@ class ArcFace(MarginHead):
         classes: number of classes (landmarks).
         scale: factor by which all cosines are multiplied, such as sqrt(D).
         margin: margin in radians, in 0..pi/2: one for all classes, or a tensor (classes,).
-        easy_margin: apply no margin where cos(theta) <= 0, the alternative of ArcFace's authors. The logit is then
-            discontinuous at a right angle, and the margin has no effect on images that are far from their class.
+        easy_margin: apply no margin where cos(theta) <= 0, an option in the code of ArcFace's authors. The logit is
+            then discontinuous at a right angle, and the margin has no effect on images that are far from their class.
         kwargs: `centers`, `negatives` and `class_weights` of `MarginHead`.
 
     Raises:
@@ -238,7 +238,7 @@ class CosFace(MarginHead):
 class CurricularFace(MarginHead):
     """ArcFace loss in which the weight of hard negatives increases during training (Huang et al., CVPR 2020).
 
-    A negative class is hard if its cosine exceeds that of the true class with margin. Its logit is then
+    A negative class is hard if its cosine exceeds that of the true class after the margin is applied. Its logit is then
     cosine * (t + cosine), times the scale. t is the running mean of the cosine with the true class, starting at 0, so
     hard negatives have less weight at the start. t is updated only in training mode, before it is used, and has no
     gradient. Under `torch.distributed`, the update uses the mean over all processes, which must have batches of equal
@@ -302,7 +302,7 @@ def make_head(
         margin: margin of all classes, in radians; for "cosface", a difference of cosines.
         dynamic_margin: use margins from 0.05 to 0.5 instead of `margin`, larger for classes with fewer images (3rd
             place in Google Landmark Recognition 2020); not with "curricularface".
-        easy_margin: see `ArcFace`; only with "arcface".
+        easy_margin: apply no margin to images whose cosine with their class is <= 0; only with "arcface".
         centers: number of centers per class, of which the nearest one is used.
         class_weights: weight each image by 1 / log(1 + number of images of its class), scaled to a mean of 1 over all
             images (1st place in Google Landmark Recognition 2020).
@@ -338,7 +338,7 @@ def _mean_over_processes(values: Tensor) -> Tensor:
 
 
 def dynamic_margins(counts: np.ndarray | Tensor, min_margin: float = 0.05, max_margin: float = 0.5) -> Tensor:
-    """Compute a margin for each class from its size, as in haqishen's 3rd place in Google Landmark Recognition 2020.
+    """Compute a margin for each class from its size, as haqishen did in Google Landmark Recognition 2020 (3rd place).
 
     The margin is a linear function of n^(-1/4), where n is the number of images of the class. It is `min_margin` for
     the largest class and `max_margin` for the smallest. If all classes have the same size, it is `min_margin`.
@@ -361,7 +361,7 @@ def dynamic_margins(counts: np.ndarray | Tensor, min_margin: float = 0.05, max_m
 
 
 def log_weights(counts: np.ndarray | Tensor) -> Tensor:
-    """Compute a weight for each class from its size, as in psinger's 1st place in Google Landmark Recognition 2020.
+    """Compute a weight for each class from its size, as psinger did in Google Landmark Recognition 2020 (1st place).
 
     The weight is proportional to 1 / log(1 + n), where n is the number of images of the class. The weights are scaled
     so that their mean over all images is 1. psinger's code normalizes the weights in each batch instead. The
@@ -460,6 +460,6 @@ class _Cosines(torch.autograd.Function):
         x, w, inverse, cosines = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             grad = grad * inverse.T
-            # Only the component of the gradient orthogonal to a row of w changes its cosines.
+            # The cosines do not depend on the norms of the rows of w, so the gradient has no component along a row.
             along = torch.einsum("bn,bn->n", grad, cosines)[:, None] * inverse
             return grad @ w, (grad.T @ x).addcmul_(w, along, value=-1)

@@ -75,13 +75,13 @@ class CardResult:
 def save_pretrained(network: RetrievalNetwork, folder: str | Path, card: ModelCard | None = None) -> None:
     """Save a network in a folder that `load_model` can read.
 
-    The loaded network computes bitwise equal descriptors. Absolute paths in its provenance are shortened to file names.
+    The loaded network computes bitwise equal descriptors. Absolute paths in the provenance are shortened to file names.
 
     Args:
         network: network with float32 weights and unchanged layers.
         folder: folder for `model.safetensors`, `config.json` and the model card `README.md`; created if missing.
-        card: model card from `model_card`. By default, an existing `README.md` is kept; without one, a card without
-            results is written.
+        card: model card from `model_card`. By default, an existing `README.md` is kept; if there is none, a card
+            without results is written.
 
     Raises:
         InputError: the saved network could not be loaded again, because its layers were changed or have half precision;

@@ -79,8 +79,7 @@ def fold_batch_norms(backbone: Backbone) -> Backbone:
     """Return a copy of a backbone, in evaluation mode, with batch norms folded into the preceding convolutions.
 
     A forward pass with a small image finds the convolution before each batch norm. After folding, the feature maps of
-    the copy and of the original are compared. If they differ, a copy without any folding is
-    returned.
+    the copy and of the original are compared. If they differ, a copy without any folding is returned.
     """
     folded = copy.deepcopy(backbone).eval()
     if not any(isinstance(module, _BatchNorm) for module in folded.modules()):

@@ -35,10 +35,10 @@ def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
     """Return a tuple of scale factors.
 
     Args:
-        scales: 1, 3 or 5 for the scales of the reference, or a list of scale factors.
+        scales: number of scales (1, 3 or 5, with the factors of the reference), or a list of scale factors.
 
     Raises:
-        InputError: the count is unknown, the list is empty, or a scale is outside 0.1..4.
+        InputError: the number of scales is not 1, 3 or 5, the list is empty, or a scale is outside 0.1..4.
     """
     expected = "expected 1, 3, 5 or a list such as [0.7071,1.0,1.4142]"
     if isinstance(scales, int | str):
@@ -50,29 +50,28 @@ def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
     except (TypeError, ValueError) as error:
         raise InputError(f"scales={scales}: {expected}") from error
     if not values or not all(0.1 <= s <= 4 for s in values):
-        raise InputError(f"scales={scales}: {expected}, of numbers in 0.1..4")
+        raise InputError(f"scales={scales}: {expected}, with numbers in 0.1..4")
     return values
 
 
 class RetrievalNetwork(nn.Module):
     """Network that maps images to descriptors: backbone, pooling, whitening layer and combination of scales.
 
-    The method is that of the reference (model/resnet.py, lines 248-288). Use `load_model` to create a network.
+    It follows the reference (model/resnet.py, lines 248-288). Use `load_model` to create a network.
 
     Args:
         backbone: network that maps images to feature maps; it is changed in place if ReLUP is on.
         pooling: settings of the pooling and of ReLUP.
         dim: number of outputs of the whitening layer; None for no whitening layer, so that D is the number of channels
             of the backbone.
-        scales: 1, 3 or 5 for the scales of the reference, or a list of scale factors.
-        antialias: apply a low-pass filter when an image is resized to a smaller scale; the paper's results are without
-            one.
+        scales: number of scales (1, 3 or 5, with the factors of the reference), or a list of scale factors.
+        antialias: apply a low-pass filter when an image is resized to a smaller scale; the paper uses no such filter.
 
     Attributes:
         dim: dimension D of the descriptors.
         scales: scale factors.
         precision: floating-point precision of the backbone during extraction, "float32" by default.
-        weights_label: setting that the weights were loaded by, such as their path.
+        weights_label: value of the setting `weights` from which the network was loaded, such as a path.
         weights_format: "CVNet" for weights of the reference, else None.
         trained_pooling: pooling settings stored with the weights; None if there are none.
         provenance: origin of the weights, as plain types.
@@ -158,7 +157,7 @@ class RetrievalNetwork(nn.Module):
         """Return an iterator that computes the feature maps (B, C, h, w) of images, one per scale.
 
         Args:
-            images: (B, 3, H, W), as for `forward`.
+            images: (B, 3, H, W) RGB, uint8 or float in 0..1.
         """
         images = self._enlarge(images)
         x = images if self.config.opencv_resize else self.normalize(images)
@@ -177,20 +176,20 @@ class RetrievalNetwork(nn.Module):
         return F.normalize(combined)
 
     def shares_feature_maps(self, pooling: PoolingConfig) -> bool:
-        """Return True if the feature maps would not change with the settings `pooling` instead of the current settings.
+        """Return True if this network would compute the same feature maps with the settings `pooling`.
 
-        Feature maps depend on ReLUP, which is in the backbone, and on the method of resizing.
+        Among these settings, only ReLUP, which is in the backbone, and the method of resizing affect feature maps.
         """
         return _backbone_settings(self._resolve_relup(pooling)) == _backbone_settings(self.config)
 
     def variant(self, pooling: PoolingConfig) -> RetrievalNetwork:
-        """Return a network with other pooling settings that shares the weights, including p, with this network.
+        """Return a network with the settings `pooling` that shares its weights, including p, with this network.
 
         Raises:
             InputError: the settings require different feature maps.
         """
         if not self.shares_feature_maps(pooling):
-            raise InputError("variant: these settings require other feature maps (ReLUP, resizing); use load_model")
+            raise InputError("variant: these settings change ReLUP or resizing; create the network by load_model")
         return self.with_backbone(self.backbone, replace(self._resolve_relup(pooling), p=self.config.p))
 
     def with_backbone(self, backbone: Backbone, pooling: PoolingConfig) -> RetrievalNetwork:
@@ -228,7 +227,7 @@ class RetrievalNetwork(nn.Module):
         """Return the smallest supported image side in pixels. `forward` enlarges images with a shorter side.
 
         The reflect padding of Regional-GeM needs a feature map of 3 x 3 cells at the smallest scale. For a ResNet, this
-        takes images of 65 px at one scale, 92 px at three scales and 130 px at five scales. The reference fails for
+        requires sides of 65 px at one scale, 92 px at three scales and 130 px at five scales. The reference fails for
         smaller images. Without Regional-GeM, a feature map of one cell is enough.
         """
         required = self.backbone.min_side(self.pooling.min_cells)
@@ -252,7 +251,7 @@ class RetrievalNetwork(nn.Module):
         return (enlarged * 255).round().to(torch.uint8) if self.config.opencv_resize else enlarged
 
     def identity(self) -> dict[str, Any]:
-        """Return a dict of plain types with everything about the network that affects its descriptors."""
+        """Return a dict of JSON types with all properties of the network that affect its descriptors."""
         return {
             "descriptor_version": DESCRIPTOR_VERSION,
             "weights": weights_digest(self.state_dict()),
@@ -269,9 +268,9 @@ class RetrievalNetwork(nn.Module):
 
 
 def forward_variants(networks: Sequence[RetrievalNetwork], images: Tensor) -> list[Tensor]:
-    """Compute the descriptors of the same images with several variants of one network.
+    """Compute the descriptors of the same images with several networks that differ only in their pooling settings.
 
-    Variants with equal intermediate results share them, so each feature map and each pooled map is computed only once.
+    Feature maps and pooled vectors that are equal for several networks are computed only once.
 
     Args:
         networks: networks that share weights, scales and ReLUP (see `RetrievalNetwork.variant`).

@@ -29,8 +29,8 @@ class PoolingConfig:
     """Settings of the steps from the feature map to the descriptor.
 
     Args:
-        gem_plus: pool with GeM+ (fixed exponent `gem_plus_p`) instead of GeM (exponent `p`, from the weights file if it
-            has one).
+        gem_plus: pool with GeM+ (fixed exponent `gem_plus_p`) instead of GeM (exponent `p`, which the weights file may
+            contain).
         regional: mix the feature map with its windowed GeM (Regional-GeM) before pooling.
         scale: combine the scales with Scale-GeM instead of averaging them (see `unit_scales`).
         relup: "on"; "off" (no ReLUP); "reference_off" (the behavior of the reference with its flag off: ReLUP only for
@@ -42,7 +42,8 @@ class PoolingConfig:
             map.
         scale_p: exponent of Scale-GeM; infinity takes the maximum over unit vectors.
         relup_alpha: lower bound of ReLUP.
-        l2_before_whitening: L2-normalize the pooled vector before the whitening layer (SuperGlobal yes, CVNet no).
+        l2_before_whitening: L2-normalize the pooled vector before the whitening layer, as SuperGlobal does but CVNet
+            does not.
         unit_scales: if `scale` is off, average unit vectors (CVNet) instead of unnormalized vectors (SuperGlobal).
         opencv_resize: resize uint8 images to the scales with OpenCV, as in CVNet (area interpolation below scale 1,
             bilinear above), instead of resizing standardized tensors bilinearly.
@@ -299,7 +300,7 @@ class RegionalGeM(nn.Module):
         self.p, self.window, self.weight = p, window, weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """Average a map (B, C, H, W) with its generalized mean over local windows.
+        """Mix a map (B, C, H, W) with its generalized mean over local windows.
 
         The result has the same shape. It is float32, or float64 for a float64 map.
 
@@ -329,7 +330,7 @@ class ScaleGeM(nn.Module):
         self.p = p
 
     def forward(self, descriptors: Tensor | Sequence[Tensor]) -> Tensor:
-        """Combine S descriptors (B, D), or one tensor (S, B, D), to (B, D) float32 or float64, not normalized."""
+        """Combine S descriptors (B, D), or one tensor (S, B, D), into (B, D) float32 or float64, not normalized."""
         return scale_gem(descriptors, self.p)
 
     def extra_repr(self) -> str:
@@ -350,7 +351,7 @@ class ReLUP(nn.Module):
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
-        """Clamp a tensor of any shape and dtype from below."""
+        """Return max(x, alpha) for each element of a tensor of any shape and floating-point dtype."""
         return x.clamp_(min=self.alpha) if self.inplace else x.clamp(min=self.alpha)
 
     def extra_repr(self) -> str:

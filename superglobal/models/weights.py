@@ -64,10 +64,10 @@ class Weights:
         state: tensors by their parameter names in `RetrievalNetwork`; for `kind="backbone"`, by their names in timm.
         kind: "superglobal" (an export or a shared model), "cvnet", or "backbone" (a timm state dict).
         backbone: name of the backbone in timm; None if unknown.
-        dim: number of outputs of the whitening layer; None without a whitening layer.
+        dim: number of outputs of the whitening layer; None if there is no whitening layer.
         pooling: pooling settings that the network was trained with; None if unknown.
         mean, std: RGB mean and standard deviation for standardizing images; None for timm's values for the backbone.
-        scales, antialias: settings for several scales that are stored with a shared model; None for other weights.
+        scales, antialias: scale factors and antialiasing that are stored with a shared model; None for other weights.
         provenance: origin of the weights, as plain types.
         ignored: keys of the file that do not belong to the network.
     """
@@ -110,7 +110,7 @@ class Weights:
 
     @property
     def format(self) -> str | None:
-        """Origin of the weights: "CVNet" for a CVNet checkpoint, converted or not; else None."""
+        """Origin of the weights: "CVNet" for a CVNet checkpoint or an export made from one; else None."""
         name = self.provenance.get("format") or (self.provenance.get("origin") or {}).get("format")
         return name if name == "CVNet" else None
 
@@ -190,7 +190,7 @@ def pooling_from_json(pooling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], label: str) -> None:
-    """Load a state dict into a module. The keys and shapes of both must be exactly the same.
+    """Load a state dict into a module. Its keys and shapes must match those of the module exactly.
 
     Args:
         module: module to load the tensors into.
@@ -325,7 +325,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: corrupt, incomplete or not a weights file ({first_line(error)}); download or copy it again"
         ) from error
     if isinstance(content, dict) and "pytorch-lightning_version" in content:
-        raise InputError(f"{path}: this checkpoint only resumes a training run; give the run's export, {EXPORT}")
+        raise InputError(f"{path}: this checkpoint can only resume a training run; give the run's export, {EXPORT}")
     for wrapper in ("model_state", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

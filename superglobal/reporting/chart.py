@@ -10,7 +10,7 @@ from typing import Any
 from superglobal.reporting.table_rows import CITATION, DatasetTable, Effect, Row
 from superglobal.utils.io import write_atomically
 
-_COLORS = ("#4393c3", "#1a9850", "#d6604d", "#762a83", "#b8860b")  # one per protocol
+_COLORS = ("#4393c3", "#1a9850", "#d6604d", "#762a83", "#b8860b")  # colors of the marks, one per protocol
 _MARKERS = ("o", "D", "s", "^")  # one per variant of the data set; marks of scores without distractors are filled
 _ROW_HEIGHT, _MARGINS, _PANEL_WIDTH, _MODULE_WIDTH = 0.24, 1.15, 5.2, 0.16  # all in inches
 _MAX_ROWS = 120
@@ -93,7 +93,8 @@ def _labels(table: DatasetTable) -> list[str]:
 def _draw_rows(axes: Any, table: DatasetTable) -> None:
     """Draw the panel with the scores on one data set.
 
-    A row shows the scores of one configuration, with one mark for each protocol and variant of the data set.
+    A row shows the scores of one configuration, with one mark for each protocol and variant of the data set. A variant
+    is the data set without distractors, or with a certain set of distractors.
     """
     rows, labels = _rows(table), _labels(table)
     colors = {protocol: _COLORS[i % len(_COLORS)] for i, protocol in enumerate(table.protocols)}

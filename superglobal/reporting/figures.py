@@ -62,7 +62,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def trapezoidal_steps(ranks: Any, n_positives: int) -> np.ndarray:
-    """Return the precision-recall curve of a query on a Revisited set.
+    """Return the precision-recall curve of a query of Revisited Oxford or Paris.
 
     The area under the curve is the AP of the query, see `metrics.revisited.average_precision`. Recall rises from 0 to 1
     in n_positives equal steps, one per positive. In step j = 0, 1, ..., precision changes linearly from j / r_j (1 if
@@ -130,7 +130,8 @@ def precision_curves(steps: Sequence[np.ndarray], bins: int = RECALL_BINS) -> np
     """Return the mean precision of several queries in equal intervals of recall.
 
     Args:
-        steps: for each query, the argument `steps` of `precision_over_recall`; empty for a query without positives.
+        steps: for each query, the precision (n, 2) at the start and the end of each of its n equal steps of recall;
+            empty for a query without positives.
         bins: number of intervals.
 
     Returns:
@@ -191,8 +192,8 @@ def similarity_counts(
         Q: (Q, D) query descriptors.
         X: (N, D) database descriptors, or any other type that `as_rows` accepts. The database is read once, and rows
             that it marks as skipped are not counted.
-        relevant: for each query, name of a relevance, such as "easy" -> ids of the database images with this relevance.
-            An image has at most one relevance to a query.
+        relevant: for each query, a dict from the name of a relevance, such as "easy", to the ids of the database images
+            with this relevance. An image has at most one relevance to a query.
         exclude: (Q,) id of one database image per query that is not counted, such as the query itself; None to count
             all images.
         device: device of the computation; None for the default.
@@ -242,7 +243,8 @@ class _BinCounter:
 
     def __init__(self, tolerance: float) -> None:
         self.counts = np.zeros(BINS, np.int64)
-        # If a similarity is closer to an edge of its bin than this (in bins), rounding could move it to the next bin.
+        # Similarities that are closer to an edge of their bin than this fraction of a bin could be rounded into the
+        # neighboring bin.
         self._guard = BINS / 2 * tolerance + 1e-4
 
     def finish(self) -> float:
@@ -417,7 +419,7 @@ def draw_map(
         queries: coordinates of the queries, (m, 2), and the landmark of each query; None if unknown.
         thumbnails: index of an image that `grid_cells` chose -> its thumbnail, (h, w, 3) uint8; empty for no second
             panel.
-        grid: numbers of columns and rows of the grid of thumbnails, as for `grid_cells`.
+        grid: numbers of columns and rows of the grid of thumbnails.
     """
     figure = _figure(17 if thumbnails else 9.5, 7.6)
     figure.suptitle(title)

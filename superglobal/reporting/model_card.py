@@ -41,7 +41,8 @@ def read_card_results(paths: Sequence[str | Path], network: RetrievalNetwork) ->
             if weights != digest:
                 evaluated = f"the weights {weights[:12]}..." if weights else "your own descriptors, without a network"
                 raise InputError(
-                    f"{source}: the result is of {evaluated}; expected the weights {digest[:12]}...; leave it out"
+                    f"{source}: the result was computed with {evaluated}; expected the weights {digest[:12]}...; leave "
+                    "it out"
                 )
             card_results.append(_card_result(summary))
     return card_results
@@ -63,7 +64,7 @@ def _read(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _card_result(summary: Mapping[str, Any]) -> CardResult:
-    """Return what the model card shows about one result: a table of metrics, notes, and metadata.
+    """Return the content of the model card for one result: a table of metrics, notes, and metadata.
 
     Args:
         summary: content of `results.json`.

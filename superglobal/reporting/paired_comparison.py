@@ -18,7 +18,7 @@ from superglobal.utils.io import write_atomically
 _CORRECT = "correct"
 _EQUAL = 1e-9
 _SUMMARY = ("protocol", "queries", "won", "lost", "equal", "mean difference", "95 %")
-_MAX_PRINTED = 10  # maximum number of won queries that are printed, and of lost queries
+_MAX_PRINTED = 10  # maximum number of won queries to print, and also of lost queries
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PerQuery:
     queries: list[str]
     landmarks: list[str]  # landmark of each query; for an unknown landmark, a name that no other query has
     measure: str  # name of the score: "AP", or "correct" (1 or 0) for recognition
-    scores: dict[str, np.ndarray]  # protocol -> (Q,) float64 from 0 to 1; NaN for queries that do not count
+    scores: dict[str, np.ndarray]  # protocol -> (Q,) float64 from 0 to 1; NaN for queries that are not scored
 
 
 def read_per_query(folder: Path, stage: str) -> PerQuery:
@@ -106,13 +106,13 @@ def _mean_and_interval(
     """Compute the mean of differences, and its 95 % confidence interval by a bootstrap over landmarks.
 
     Args:
-        differences: (Q,) difference of each query; NaN for queries that do not count.
+        differences: (Q,) difference of each query; NaN for queries that are not scored.
         landmarks: landmark of each query. The bootstrap resamples landmarks, because queries of the same landmark have
             similar scores.
         seed: seed of the bootstrap.
 
     Returns:
-        The mean and the interval (low, high); all NaN if no query counts.
+        The mean and the interval (low, high); all NaN if no query is scored.
     """
     counted = ~np.isnan(differences)
     if not counted.any():
@@ -129,7 +129,7 @@ class PairedComparison:
     landmarks: Sequence[str]
     measure: str  # "AP" or "correct"
     main: str  # main protocol; `order`, `most_won` and `most_lost` use its scores
-    scores: Mapping[str, np.ndarray]  # protocol -> (Q,) float64 from 0 to 1; NaN for queries that do not count
+    scores: Mapping[str, np.ndarray]  # protocol -> (Q,) float64 from 0 to 1; NaN for queries that are not scored
     baseline_scores: Mapping[str, np.ndarray]
     seed: int  # seed of the bootstrap
 
@@ -143,7 +143,7 @@ class PairedComparison:
         return self.scores[protocol] - self.baseline_scores[protocol]
 
     def order(self) -> np.ndarray:
-        """Return the query indices by descending difference, (Q,) int64. Queries that do not count are last."""
+        """Return the query indices by descending difference, (Q,) int64. Queries that are not scored are last."""
         return np.argsort(-self.difference(), kind="stable")
 
     def counts(self, protocol: str | None = None) -> dict[str, int]:
@@ -168,7 +168,7 @@ class PairedComparison:
     def mean(self, protocol: str | None = None) -> tuple[float, tuple[float, float]]:
         """Return the mean difference, and its 95 % confidence interval (low, high) from a bootstrap over landmarks.
 
-        All values are NaN if no query counts.
+        All values are NaN if no query is scored.
 
         Args:
             protocol: protocol of the scores; None for the main protocol.
