@@ -83,7 +83,11 @@ def test_invalid_targets_raise_errors_that_name_the_query():
     none = np.empty(0)
     for scores, ids, message in (
         ([[0.5]], [[1]], "scores and ids of 2 queries, got 1 and 1"),
-        ([[0.5, 0.1], none], [[1], []], r"query 0: expected a score for each id, got \(2,\) and \(1,\)"),
+        (
+            [[0.5, 0.1], none],
+            [[1], []],
+            r"query 0: expected one score per id, got scores of shape \(2,\) and ids of shape \(1,\)",
+        ),
         ([none, np.float32([0.5])], [[], [1]], "query 1: expected float64 scores"),
         ([none, [0.5]], [[], [-1]], "integer ids >= 0"),
         ([none, [0.5]], [[], [1.0]], "integer ids >= 0, got float64 and float64"),

@@ -58,13 +58,13 @@ class Comparison:
     query: int  # index of the query
     title: str
     rankings: Sequence[Ranking]
-    full: Sequence[np.ndarray]  # for each ranking, the ids (n,) int64 of all ranked images, also those not shown
+    full: Sequence[np.ndarray]  # for each ranking, the (n,) int64 ids of all ranked images, including hidden ones
 
 
 def draw_sheet(
     path: Path, dataset: EvaluationSet, database: Sequence[ImageItem], stages: Stages, queries: int, ranks: int
 ) -> None:
-    """Write a PNG file with one row per query and stage, which shows the query and its top results.
+    """Write a PNG file that shows queries and their top results, with one row for each query and stage.
 
     The color of the border of a result shows its relevance.
 
@@ -72,7 +72,7 @@ def draw_sheet(
         path: PNG file to write.
         dataset: evaluation set that contains the queries and, if known, the ground truth.
         database: database images, indexed by id, including distractors.
-        stages: scores and ids of all queries for each stage.
+        stages: stage -> scores and ids of the results, each of shape (Q, k) for all Q queries, best first.
         queries: number of queries to show; they are spread evenly over the list of all queries.
         ranks: number of results to show per query.
     """
@@ -94,7 +94,7 @@ def draw_sheet(
 def draw_comparisons(
     path: Path, dataset: EvaluationSet, database: Sequence[ImageItem], comparisons: Sequence[Comparison]
 ) -> None:
-    """Write a PNG file that shows one or two rankings of each query side by side, with five results per row.
+    """Write a PNG file that shows one or two rankings for each query side by side, with five results per row.
 
     The caption of a result contains the rank, the score and the relevance. If there are two rankings, the caption also
     contains the rank in the other ranking. A triangle in the second ranking shows whether a result moved up or down.
@@ -147,7 +147,7 @@ def _draw_comparison(
 
 
 def find_rank(ids: np.ndarray, image: int) -> int | None:
-    """Return the 0-based rank of an image in a list of ids; None if the list does not contain it."""
+    """Return the 0-based rank of an image in a list of ids, or None if the list does not contain the image."""
     ranks = np.flatnonzero(ids == image)
     return int(ranks[0]) if len(ranks) else None
 
@@ -229,7 +229,7 @@ def thumbnail(item: ImageItem) -> Image.Image:
 
 
 def spread_evenly(count: int, limit: int) -> list[int]:
-    """Return at most `limit` integers from 0 to count - 1, evenly spaced and in ascending order."""
+    """Return min(count, limit) evenly spaced integers from 0 to count - 1, in ascending order."""
     return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int)).tolist() if count and limit else []
 
 

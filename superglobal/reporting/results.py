@@ -98,7 +98,7 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     if dataset["kind"] == name == "folder" and dataset["database"]:
         name = (
             Path(dataset["database"]).resolve().name or name
-        )  # The user's image folders are different data sets, so each is named by its folder.
+        )  # Every image folder of a user is a data set of its own, so the result shows the folder's name.
     name += f"+{distractors['name']}" if distractors["name"] else ""
     if dataset["kind"] == "revisited" and not dataset["crop_query"]:
         name += " (uncropped)"
@@ -169,7 +169,7 @@ def main_scores(metrics: Mapping[str, Any]) -> dict[str, float | None]:
         metrics: metrics of one stage in `results.json`.
 
     Returns:
-        Protocol -> value from 0 to 1, or None if no query counts.
+        Protocol -> value from 0 to 1, or None if no query has a relevant image under this protocol.
     """
     return metrics[metric_key(metrics)]
 
@@ -186,7 +186,7 @@ def write_result(
         summary: content of `results.json`, from `summarize`.
         results: stage -> metrics; empty if the data set has no labels.
         stages: scores and ids of each stage.
-        names: names of the images.
+        names: names of the queries and of the database images.
     """
     arrays: dict[str, Any] = {
         f"{stage}_{kind}": a for stage, pair in stages.items() for kind, a in zip(("scores", "ids"), pair, strict=True)
@@ -268,7 +268,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def image_sizes_text(protocol: Mapping[str, Any]) -> str:
-    """Return a text that says how images were resized. Only results with the same limits are comparable.
+    """Return a text that says how images were resized. Only results with the same size limits are comparable.
 
     Args:
         protocol: entry "protocol" of `results.json`, which contains the limits `max_side` and `min_side`.

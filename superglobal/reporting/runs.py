@@ -92,8 +92,8 @@ def read_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Read every `results.json` below one or more folders. A file below several of the folders is read only once.
 
     Returns:
-        The results, in the form of `read_results`. With several folders, `run` is relative to the closest folder that
-        contains all results.
+        The results, in the form of `read_results`. With several folders, `run` is relative to the innermost folder
+        that contains all results.
 
     Raises:
         InputError: a folder contains no result, or a result is damaged.
@@ -108,7 +108,7 @@ def read_all(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RunRow:
-    """Row of a table, which shows one run."""
+    """One run, as a row of a table."""
 
     result: dict[str, Any]
     weights: str  # short name of the weights, different from the names of all other weights in the table
@@ -118,7 +118,10 @@ class RunRow:
 
 
 def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
-    """Return one row per run, sorted by data set, weights and ablation row. Equal rows keep the order of `results`."""
+    """Return one row per run, sorted by data set, weights and ablation row.
+
+    Rows that are equal in all three keep the order of `results`.
+    """
     order = {name: i for i, name in enumerate(ABLATIONS)}
     results = _complete_weights(results)
     weights = list(dict.fromkeys(str(result["weights"]) for result in results))
@@ -151,7 +154,10 @@ def run_rows(results: Sequence[dict[str, Any]]) -> list[RunRow]:
 
 
 def _complete_weights(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give the runs without metrics, which did not load a network, the weights of a run with the same settings."""
+    """Return the results, with the name of the weights filled in for runs without metrics.
+
+    These runs loaded no network, so the name is copied from a run with metrics and the same network settings.
+    """
 
     def settings(result: Mapping[str, Any]) -> str:
         return json.dumps([result["config"].get(key) for key in ("weights", "backbone", "name")])
@@ -167,8 +173,9 @@ def scores_in_percent(result: Mapping[str, Any]) -> dict[str, float | None]:
         result: content of `results.json`.
 
     Returns:
-        Protocol -> score, or None if no query counts; empty for a run without metrics. For metrics other than mAP, the
-        name of the protocol begins with the name of the metric, such as "GAP all".
+        Protocol -> score, or None if no query has a relevant image under this protocol; empty for a run without
+        metrics. For metrics other than mAP, the name of the protocol begins with the name of the metric, such as
+        "GAP all".
     """
     if not result["metrics"]:
         return {}
@@ -189,12 +196,12 @@ def missing_text(result: Mapping[str, Any]) -> str:
 
 
 def _merge_rerank_settings(settings: list[dict[str, Any]], results: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the settings `rerank.*` by one setting `rerank` if the runs use several kinds of rerankers.
+    """Replace the settings `rerank.*` with one setting `rerank` if the runs use several kinds of rerankers.
 
     Different kinds have different parameters, for which a table would need many mostly empty columns.
 
     Args:
-        settings: flat settings of each run, which are modified.
+        settings: flat settings of each run, modified in place.
         results: result of each run.
     """
     kinds = {values.get("rerank.kind", "superglobal") for values in settings if values.get("rerank.enabled")}
@@ -235,7 +242,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _differing_settings(settings: Sequence[Mapping[str, Any]], hidden: Sequence[str]) -> list[str]:
-    """Return the names of the settings that differ between runs and get a column in a table.
+    """Return the names of the settings that get a column in a table, because they differ between the runs.
 
     Args:
         settings: flat settings of each run.

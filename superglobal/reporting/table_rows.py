@@ -37,15 +37,15 @@ class Cell:
     """Metrics of one run, to be shown in a table. Scores are in percent, and gains in percentage points."""
 
     scores: Mapping[str, float | None]  # protocol -> score; empty for a run without metrics
-    gains: Mapping[str, float | None]  # protocol -> gain over the baseline; empty for a baseline
-    interval: tuple[float, float] | None  # 95 % confidence interval of the gain under the main protocol
-    milliseconds: float | None  # time per query for search and reranking
+    gains: Mapping[str, float | None]  # protocol -> gain over the baseline; empty for a baseline or without metrics
+    interval: tuple[float, float] | None  # 95 % confidence interval of the gain under the main protocol, if known
+    milliseconds: float | None  # time per query for search and reranking; None if it was not measured
     missing: str = ""  # "n/a" or "failed" for a run without metrics
 
 
 @dataclass
 class Row:
-    """Row of a table, which shows the results of one configuration on all variants of the data set."""
+    """Results of one configuration on all variants of a data set, that is, without and with distractors."""
 
     name: str  # empty if other columns identify the row
     weights: str  # short name of the weights
@@ -61,9 +61,9 @@ class Effect:
     module: str
     variant: str  # variant of the data set, as in `DatasetTable.variants`
     weights: str
-    pairs: int  # number of pairs of runs
+    pairs: int  # number of pairs of runs that were compared
     gains: Mapping[str, float | None]  # protocol -> mean gain in percentage points
-    interval: tuple[float, float] | None  # 95 % confidence interval of the gain under the main protocol
+    interval: tuple[float, float] | None  # 95 % confidence interval of the gain under the main protocol, if known
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class DatasetTable:
 
     name: str
     variants: tuple[str, ...]  # "" for the set without distractors; otherwise the distractors, such as "+revisitop1m"
-    protocols: tuple[str, ...]  # one column of scores per protocol and variant
+    protocols: tuple[str, ...]  # each variant has one column of scores per protocol
     main: str  # main protocol, for which confidence intervals are computed
     metric: str  # name of the metric, such as "mAP"
     modules: tuple[str, ...]  # `MODULES` if the rows differ in them and all states are known; otherwise empty
     settings: tuple[str, ...]  # names of the other settings in which the rows differ
     rows: tuple[Row, ...]
-    notes: tuple[str, ...]  # for the rows without metrics, "NAME: reason"
+    notes: tuple[str, ...]  # why rows have no metrics, such as "NAME failed: REASON"
     published: tuple[Published, ...]  # scores that the paper reports for configurations in the table
     effects: tuple[Effect, ...]  # main effects if the runs form a full factorial design; otherwise empty
 
@@ -109,8 +109,8 @@ class DatasetTable:
     def label(self, row: Row) -> str:
         """Return one line of text that describes the configuration of a row.
 
-        It contains the weights if the table has several, the name of the row or the modules that are on, and the other
-        settings.
+        The line contains the weights if the table has several, the name of the row or the modules that are on, and the
+        other settings.
         """
         words = [row.weights] if self.several_weights else []
         if row.name:
@@ -164,7 +164,7 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
     for run, state, variant in zip(runs, states, variants, strict=True):
         modules = tuple(value for value in state if value is not None) if has_modules else ()
         values = tuple(run.settings[key] for key in settings)
-        # If other columns identify the row, leave the folder of the job out of the row's name. A second run of the same
+        # If other columns identify the row, its name does not contain the folder of the job. A second run of the same
         # configuration gets a separate row.
         row_name = run.name
         if not run.result["ablation"] and (has_modules or settings):
@@ -189,7 +189,7 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:
 
 
 def _notes(runs: Sequence[RunRow]) -> list[str]:
-    """Return the reasons why runs have no metrics, each with the names of these runs in front."""
+    """Return one note for each reason why runs have no metrics, such as "RUN1, RUN2 failed: REASON"."""
     names: dict[str, list[str]] = {}
     for run in runs:
         if not run.result["metrics"] and (reason := run.result.get("reason")):
@@ -211,7 +211,7 @@ def _metric_and_main(result: Mapping[str, Any]) -> tuple[str, str]:
 def _shown_by_modules(key: str, runs: Sequence[RunRow]) -> bool:
     """Return True if the columns of the modules already show a setting.
 
-    These columns show only that reranking is on, so the kind of reranker needs a column if several kinds are used.
+    These columns show only whether reranking is on, so the setting `rerank` needs a column if there are several kinds.
 
     Args:
         key: name of the setting.
@@ -246,7 +246,7 @@ def _cell(run: RunRow) -> Cell:
 
 
 def _main_effects(runs: Sequence[RunRow], states: Sequence[States], variants: Sequence[str]) -> list[Effect]:
-    """Return the main effects of the modules, for all weights and variants whose runs form a full factorial design.
+    """Return the main effects of the modules, for each network and variant whose runs form a full factorial design.
 
     Args:
         runs: runs on one data set.
@@ -267,7 +267,7 @@ def _main_effects(runs: Sequence[RunRow], states: Sequence[States], variants: Se
 
 
 def _is_full_factorial(runs: Mapping[States, Any], varied: Sequence[int]) -> bool:
-    """Return True if there is a run for every on/off combination of the modules that vary.
+    """Return True if there is a run for every on/off combination of the modules in `varied`.
 
     Args:
         runs: states of the modules -> run.

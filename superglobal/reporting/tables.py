@@ -347,7 +347,7 @@ def _columns(table: DatasetTable, interval: str, time: str, with_variant: bool =
 def _rows(
     table: DatasetTable, cells: Callable[[Cell, str], list[str]], on: str = "✓", off: str = ""
 ) -> list[list[str]]:
-    """Return the text of all rows with measured scores.
+    """Return all rows with measured scores, as the text of each cell.
 
     Args:
         table: table to format.
@@ -384,7 +384,7 @@ def _variant_cells(table: DatasetTable, row: Row, cells: FormatCell) -> list[str
 
 
 def _published_rows(table: DatasetTable, width: int, digits: int = 1) -> list[list[str]]:
-    """Return the text of all rows with published scores.
+    """Return all rows with published scores, as the text of each cell.
 
     Published scores are shown in the columns of the data set without distractors. All columns after them are empty.
 
@@ -437,7 +437,7 @@ def _effect_cells(table: DatasetTable, effect: Effect | None) -> list[str]:
 def _scores(table: DatasetTable, cell: Cell) -> list[str]:
     """Return the scores of a run as text, one per protocol.
 
-    A score is "-" if no query counts, and empty if the run was not evaluated under this protocol.
+    A score is "-" if no query has a relevant image, and empty if the run was not evaluated under this protocol.
     """
     values = [(cell.scores.get(protocol), protocol in cell.scores) for protocol in table.protocols]
     return [("-" if known else "") if value is None else f"{value:.2f}" for value, known in values]

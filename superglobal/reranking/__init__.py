@@ -1,1 +1,1 @@
-"""Reranking of shortlists. These modules import neither Lightning nor Hydra."""
+"""Rerank shortlists, which are the top results of a search. These modules import neither Lightning nor Hydra."""

@@ -1,4 +1,4 @@
-"""Registration of rerankers, and operations on shortlists that they share."""
+"""Register rerankers, and provide operations on shortlists that several rerankers use."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Reranker:
-    """A reranking method. The attributes are described in `register_reranker`, which creates these objects."""
+    """A reranking method. `register_reranker` creates these objects, and describes their attributes."""
 
     name: str
     help: str
@@ -108,17 +108,18 @@ def register_reranker(
 
     - None: the function scores shortlists. It is called with queries (B, D), shortlists T (B, M, D), their Gram
       matrices T T^T (B, M, M), which the function may overwrite, and its parameters by name. It returns scores (B, M).
-    - "queries": the function is called with (Q, X, **parameters, exclude, backend, device) and returns new queries
-      (Q, D), with which the database is searched again. See `expand_queries`.
-    - "database": the function is called with (X, **parameters, path, backend, device) and returns a new database, which
-      is then searched. See `augment_database`.
+    - "queries": the function is called with the queries, the database and, by name, its parameters, `exclude`,
+      `backend` and `device`. It returns new queries (Q, D), with which the database is searched again. An example is
+      `expand_queries`.
+    - "database": the function is called with the database and, by name, its parameters, `path`, `backend` and
+      `device`. It returns a new database, which is then searched. An example is `augment_database`.
 
     Args:
         name: value of `rerank.kind` and of `method` in `superglobal.rerank`.
         help: one line of documentation.
         parameters: parameters of the function that users can set; each needs a default in the function's signature.
         searches_again: None, "queries" or "database", as above.
-        distances: set this if the scores are negative distances, which cannot be summed as votes for a landmark.
+        distances: True if the scores are negative distances, which cannot be summed as votes for a landmark.
         dtype: dtype of the function's input tensors.
         ties: order of images with equal scores: "id" (the lower id first) or "first" (as in the shortlist).
 
@@ -229,7 +230,7 @@ def dots(T: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def with_query(first: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Add the query to the Gram matrix of its shortlist, at index 0: (B, M+1, M+1).
+    """Return the Gram matrices (B, M+1, M+1) of each query, at index 0, and its shortlist.
 
     Args:
         first: (B, M) cosines of the query with its shortlist.
@@ -291,6 +292,6 @@ def _order_keys(scores: torch.Tensor) -> torch.Tensor:
 
 
 def mask_of(near: torch.Tensor, columns: int) -> torch.Tensor:
-    """Convert column indices `near` (B, N, k) to a bool mask (B, N, columns) that is true at these columns."""
+    """Convert column indices `near` (B, N, k) to a bool mask (B, N, columns) that is True at these columns."""
     mask = torch.zeros(*near.shape[:2], columns, dtype=torch.bool, device=near.device)
     return mask.scatter_(2, near, True)

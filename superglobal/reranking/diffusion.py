@@ -1,6 +1,6 @@
 """Diffusion on the neighbor graph of a shortlist (Iscen et al., CVPR 2017), solved exactly.
 
-For a query q and the images x_1, x_2, ... of its shortlist:
+For a query q and the images x_1, x_2, ... of its shortlist, where q x_i and x_i x_j are inner products:
 
     A_ij = max(x_i x_j, 0)^gamma  if i and j are among each other's kd nearest images, else 0 (affinity matrix)
     S    = D^-1/2 A D^-1/2        with the diagonal matrix D of the row sums of A (normalized affinity matrix)

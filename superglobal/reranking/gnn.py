@@ -28,13 +28,13 @@ from superglobal.reranking.base import Parameter, dots, mask_of, nearest, regist
     ties="first",
 )
 def gnn_scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, k1: int = 10, k2: int = 3) -> torch.Tensor:
-    """Compute scores of shortlists, in 0..1: (B, M) float32.
+    """Compute the scores (B, M) float32 of shortlists, in 0..1.
 
     Args:
         q: (B, D) queries.
         T: (B, M, D) shortlists, best first.
         gram: (B, M, M) Gram matrices T T^T.
-        k1: number of images that an image is connected to at first, including itself.
+        k1: number of images to which each image is connected before the propagation, including itself.
         k2: number of neighbors whose connections are added to those of an image; 0 adds none.
     """
     similarity = with_query(dots(T, q), gram)

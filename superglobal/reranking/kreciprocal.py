@@ -36,7 +36,7 @@ from superglobal.reranking.base import Parameter, dots, mask_of, nearest, regist
 def kreciprocal_scores(
     q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, k1: int = 20, k2: int = 6, lambda_: float = 0.3
 ) -> torch.Tensor:
-    """Compute scores of shortlists: the negative final distances, (B, M) float64.
+    """Compute the scores (B, M) float64 of shortlists: -final(g) for each image g, as defined above.
 
     Args:
         q: (B, D) queries.

@@ -45,7 +45,7 @@ def mutual_scores(
         q: (B, D) queries.
         T: (B, M, D) shortlists, best first.
         gram: (B, M, M) Gram matrices T T^T.
-        K: number of neighbors that refine a descriptor, if they are mutual.
+        K: number of nearest images of an image; those that are mutual neighbors refine its descriptor.
         beta: weight of a neighbor per unit of similarity.
         k_query: an image can expand the query only if the query is among the k_query images nearest to that image.
     """

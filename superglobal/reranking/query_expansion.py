@@ -50,9 +50,12 @@ def expand_queries(
     query, raised to the power of alpha.
 
     Args:
-        Q, X, exclude, backend, device: as in `search`.
+        Q: (Q, D) queries, unit L2 norm.
+        X: (N, D) database, unit L2 norm.
         n: number of rows, >= 0. If the database has fewer rows, all are used; 0 leaves the queries unchanged.
         alpha: exponent of the similarities, 0..1000; a row with negative similarity has weight 0.
+        exclude: (Q,) ids of database rows, one per query, that are not averaged with their query.
+        backend, device: options of `search`, which finds the nearest rows.
 
     Returns:
         New queries (Q, D) float32, unit L2 norm.
@@ -83,13 +86,15 @@ def augment_database(
 ) -> Rows:
     """Average each database row with its n nearest other rows, to replace the database in a search.
 
-    This is database augmentation (Turcot and Lowe, 2009) with the weights of `expand_queries`. It takes N^2 D
-    multiplications, but never stores an N x N matrix.
+    This is database augmentation (Turcot and Lowe, 2009) with the weights of `expand_queries`. The computation
+    takes N^2 D multiplications, but never stores an N x N matrix.
 
     Args:
-        X, backend, device: as in `search`.
-        n, alpha: as in `expand_queries`.
+        X: (N, D) database, unit L2 norm.
+        n: number of other rows, >= 0. If the database has fewer, all are used; 0 leaves the rows unchanged.
+        alpha: exponent of the similarities, 0..1000; a row with negative similarity has weight 0.
         path: .npy file for the result, which is then memory-mapped. None keeps the result in memory (4 N D bytes).
+        backend, device: options of `search`, which finds the nearest rows.
         block_rows: number of rows whose neighbors are searched in one pass over the database, >= 1.
 
     Returns:

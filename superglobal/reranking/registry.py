@@ -1,4 +1,4 @@
-"""Reranking by method name.
+"""Rerank shortlists with a method that is chosen by name.
 
 The available methods are those in the modules of this folder, and functions that you registered with
 `register_reranker`.
@@ -77,7 +77,7 @@ def rerank(
     """Rerank the first min(M, k) images of each shortlist. All other images follow in unchanged order, with score -inf.
 
     "superglobal" is the method of the paper (section 3) as implemented in its reference code (modules/reranking).
-    `conf/rerank` cites the sources of the other methods.
+    The files in `conf/rerank` cite the sources of the other methods.
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
@@ -140,7 +140,12 @@ def rerank_candidates(
     Args:
         Q: (Q, D) queries, or (D,) for a single query, unit L2 norm.
         candidates: (Q, M, D) candidates of each query, or (M, D) for a single query, best first, unit L2 norm.
-        K, beta, method, device, batch_size, parameters: as in `rerank`.
+        K: for "superglobal" and "mutual", the number of neighbors that refine a descriptor, >= 1; 9 and 5 by default.
+        beta: for "superglobal" and "mutual", the weight of a neighbor per unit of similarity; 0.15 and 0.3 by default.
+        method: "superglobal", "mutual", "kreciprocal", "diffusion", or the name of your own reranker.
+        device: device to compute on; the CPU by default.
+        batch_size: number of queries whose candidates are processed at a time.
+        parameters: other parameters of the method; omitted ones have their defaults.
 
     Returns:
         Scores (Q, M) float32, best first, and the positions (Q, M) int64 of the reranked images in `candidates`. Among
@@ -258,7 +263,7 @@ def rerank_label(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Reranked:
-    """Result of reranking, with the descriptors that are needed to compute the exact ranks of other images.
+    """Result of reranking, with the descriptors that are needed to compute the exact ranks of images not in `ids`.
 
     Attributes:
         scores, ids: (Q, k) scores and database rows, best first.

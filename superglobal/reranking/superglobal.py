@@ -58,7 +58,7 @@ def superglobal_scores(
         K: number of neighbors that refine a descriptor.
         beta: weight of a neighbor per unit of similarity.
         second: descriptors that the expanded query is compared with, "refined" or "original".
-        include_query: include the query in the maximum that gives the expanded query.
+        include_query: True to include the query in the maximum that gives the expanded query.
     """
     near, weights = _neighbors(gram, K, beta)
     s1 = combine(weights, near, dots(T, q))
@@ -75,7 +75,7 @@ def superglobal_scores(
 def _neighbors(gram: torch.Tensor, K: int, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the neighbors of each image in its shortlist, and their weights.
 
-    A neighbor with negative similarity has a negative weight, as in the reference.
+    A neighbor with negative similarity has a negative weight, as in the authors' code.
 
     Args:
         gram: (B, M, M) Gram matrices of the shortlists; overwritten.

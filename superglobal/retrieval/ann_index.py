@@ -1,9 +1,10 @@
 """Approximate FAISS indexes: settings, defaults, memory use and storage.
 
-The defaults follow "Guidelines to choose an index" in FAISS's wiki (github.com/facebookresearch/faiss/wiki). An
-inverted file (IVF) has 4 sqrt(N) lists for up to a million rows, and 65536, 262144 or 1048576 lists, with an HNSW graph
-over their centroids, for more rows. It is trained on 30 to 256 rows per list. An HNSW index has 32 links per row.
-`with_defaults` documents the choices that the guidelines leave open.
+The defaults follow "Guidelines to choose an index" in FAISS's wiki (github.com/facebookresearch/faiss/wiki). For a
+database of N rows, an inverted file (IVF) has 4 sqrt(N) lists if N is at most a million. For larger databases, it has
+65536, 262144 or 1048576 lists, with an HNSW graph over the centroids of the lists. An inverted file is trained on 30 to
+256 rows per list. An HNSW index has 32 links per row. `with_defaults` documents the choices that the guidelines leave
+open.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ class IndexConfig:
         kind: "flat" is exact search; "flat_fp16" (all rows in float16), "ivf_flat" (rows in nlist lists), "ivf_pq"
             (rows in lists, compressed to pq_m bytes each) and "hnsw" (a graph, on the CPU) are approximate FAISS
             indexes, which are built once and stored under `paths.stores`; their candidates are scored exactly.
-        backend: flat: "auto", "faiss" or "torch"; all give the same result.
-        nlist, nprobe: ivf_flat, ivf_pq: number of lists, and number of lists searched per query.
-        pq_m: ivf_pq: bytes per row, a divisor of the descriptors' dimension.
-        M: hnsw: links per row.
-        ef_construction, ef_search: hnsw: search width while the graph is built, and for queries.
-        candidates: all but flat: number of candidates that the index returns for each result.
-        compare: all but flat: number of queries that are also searched exactly, to measure recall and the difference in
-            mAP or mAP@100; 100 by default, 0 for none.
+        backend: only for flat: "auto", "faiss" or "torch"; all give the same result.
+        nlist, nprobe: only for ivf_flat and ivf_pq: number of lists, and number of lists searched per query.
+        pq_m: only for ivf_pq: bytes per row, a divisor of the descriptors' dimension.
+        M: only for hnsw: links per row.
+        ef_construction, ef_search: only for hnsw: search width while the graph is built, and for queries.
+        candidates: all kinds except flat: number of candidates that the index returns for each result.
+        compare: all kinds except flat: number of queries that are also searched exactly, to measure recall and the
+            difference in mAP or mAP@100; 100 by default, 0 for none.
     """
 
     kind: str = "flat"
@@ -120,7 +121,7 @@ def validate_index(config: IndexConfig) -> None:
 
 
 def with_defaults(config: IndexConfig, n_rows: int, dim: int) -> IndexConfig:
-    """Replace settings that are None by their defaults.
+    """Replace settings that are None with their defaults.
 
     FAISS's guidelines leave these choices open: nprobe is 1/32 of nlist, but at least 8. pq_m is the largest divisor of
     the dimension up to 64, and ivf_pq fetches four candidates per result. ef_construction is 40, as in FAISS, and
@@ -132,7 +133,7 @@ def with_defaults(config: IndexConfig, n_rows: int, dim: int) -> IndexConfig:
         dim: dimension of the descriptors.
 
     Returns:
-        A copy of the configuration with all settings of its kind.
+        A copy of the configuration, with a value for every setting of its kind.
 
     Raises:
         InputError: the settings are invalid, or do not fit the number of rows or the dimension.
@@ -169,7 +170,7 @@ def _lists(n_rows: int) -> int:
 
 
 def _factory(config: IndexConfig) -> str:
-    """Return the text by which `faiss.index_factory` creates the index, such as "IVF4096,Flat"."""
+    """Return the text from which `faiss.index_factory` creates the index, such as "IVF4096,Flat"."""
     if config.kind == "flat_fp16":
         return "SQfp16"
     if config.kind == "hnsw":
@@ -189,8 +190,8 @@ def memory(config: IndexConfig, n_rows: int, dim: int) -> tuple[int, int]:
         dim: dimension of the descriptors.
 
     Returns:
-        Size of the index in bytes, and number of additional bytes that are needed while the index is built. They hold
-        the training rows or a block of rows.
+        Size of the index in bytes, and number of additional bytes that are needed while the index is built, to
+        hold the training rows or a block of rows.
     """
     block = block_size(65536, 1, dim) * dim * 4
     if config.kind == "flat_fp16":
@@ -219,7 +220,7 @@ class ApproximateIndex:
             index: FAISS index of the rows that are not skipped.
             rows: all rows of the database.
             config: configuration from `with_defaults`.
-            on_gpu: whether the index is on a GPU.
+            on_gpu: True if the index is on a GPU.
         """
         self.index = index
         self.rows = rows
@@ -440,7 +441,7 @@ def _build(rows: Rows, kept: np.ndarray, config: IndexConfig, gpu: Any) -> Any:
     faiss = faiss_module()
     name = f"index {config.kind} ({_factory(config)})"
     index_bytes, additional = memory(config, len(kept), rows.dim)
-    text = "%s: building it from %d descriptors of dimension %d: %.2f GB, and another %.2f GB while building"
+    text = "%s: building from %d descriptors of dimension %d; needs %.2f GB, and another %.2f GB while building"
     log.info(text, name, len(kept), rows.dim, index_bytes / 1e9, additional / 1e9)
     start = reported = time.perf_counter()
     index = faiss.index_factory(rows.dim, _factory(config), faiss.METRIC_INNER_PRODUCT)

@@ -1,4 +1,4 @@
-"""Exact ranks of given database rows (the targets), counted in one pass over the database without sorting it.
+"""Compute exact ranks of given database rows, the targets, in one pass over the database and without sorting it.
 
 A row is ahead of a target of the same query if it has a higher score, or the same score and a lower id. The rank of a
 target is the number of rows ahead of it.
@@ -52,7 +52,8 @@ def exact_ranks(
         For each query, an int64 array of ranks in the order of its targets.
 
     Raises:
-        InputError: an id is outside 0..N-1, a target is excluded or skipped, or `search` rejects the descriptors.
+        InputError: an id is outside 0..N-1, a target is excluded or was skipped during extraction, or a descriptor is
+            not a unit vector or has the wrong dimension.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
@@ -104,9 +105,12 @@ def search_and_rank(
 
 
 def _check_distinct(ranks: list[np.ndarray], targets: Sequence[Any]) -> list[np.ndarray]:
-    """Return the ranks unchanged. Raises RuntimeError if two different targets of a query have the same rank.
+    """Return the ranks unchanged, after checking that different targets of a query have different ranks.
 
     Equal ranks can only result from an error in the computation. They could give an average precision above 1.
+
+    Raises:
+        RuntimeError: two different targets of a query have the same rank.
     """
     for query, (query_ranks, ids) in enumerate(zip(ranks, targets, strict=True)):
         if len(np.unique(query_ranks)) != len(np.unique(np.asarray(ids))):
@@ -126,7 +130,7 @@ def _counter_factory(
 ) -> Callable[[float], Counter]:
     """Validate the targets, compute their scores, and return a function that creates a `Counter` for them.
 
-    The returned function takes the tolerance, the assumed largest error of a float32 score.
+    The returned function has one argument, the tolerance: the assumed largest error of a float32 score.
 
     Args:
         queries: (Q, D) float32.
@@ -165,7 +169,7 @@ class Counter:
         tolerance: float,
         start: int = 0,
     ) -> None:
-        """Prepare the table for the targets.
+        """Prepare the counters and the table for the targets.
 
         Args:
             queries: (Q, D) float32.
@@ -252,7 +256,8 @@ class Counter:
             self._beaten += torch.bincount(slots.ravel(), minlength=len(self._beaten))
             query_of, row_of = self._compare_on_host(query_slots == 0, scores)
         else:
-            # After transposing, adjacent elements belong to different queries and rarely increment the same counter.
+            # After transposing, adjacent elements belong to different queries and rarely increment the same counter, so
+            # the threads of the accelerator rarely wait for each other.
             self._beaten += torch.bincount(slots.T.reshape(-1), minlength=len(self._beaten))
             query_of, row_of = self._compare_on_device(query_slots == 0, scores)
         exact = block.pair_scores(query_of, row_of)
@@ -261,7 +266,7 @@ class Counter:
             self._count_pending()
 
     def _compare_on_host(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Compare rows with targets by float32 scores, on the CPU. Count the rows whose comparison is definite.
+        """Compare rows with targets by float32 scores, on the CPU, and count the rows for which the result is certain.
 
         Args:
             mask: (Q, n) bool, true for each pair of a query and a row of the block to compare.
@@ -281,7 +286,9 @@ class Counter:
         return query_of[near], row_of[near]
 
     def _compare_on_device(self, mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Compare rows with targets by float32 scores, on an accelerator. Count the rows whose comparison is definite.
+        """Compare rows with targets by float32 scores, on an accelerator.
+
+        Rows for which the result is certain are counted.
 
         Args:
             mask: (Q, n) bool, true for each pair of a query and a row of the block to compare.
@@ -308,7 +315,7 @@ class Counter:
         return np.divmod(flat[near].cpu().numpy(), mask.shape[1])
 
     def _count_pending(self) -> None:
-        """Compare the collected rows, whose scores were computed in float64, with the targets, and count the rows."""
+        """Compare the collected rows with the targets by their float64 scores, and update the counters."""
         if self._pending:
             query_of, scores, ids = (np.concatenate(column) for column in zip(*self._pending, strict=True))
             self._count(query_of, _count_beaten(self._targets, query_of, scores, ids))
@@ -399,7 +406,7 @@ def _count_beaten(
     order = np.lexsort(keys)
     seen = np.empty(len(order), np.int64)
     seen[order] = np.cumsum(is_target[order])
-    earlier = np.searchsorted(target_query, query_of)  # targets of earlier queries; target_query is sorted
+    earlier = np.searchsorted(target_query, query_of)  # number of earlier queries' targets
     return seen[:n_rows] - earlier
 
 
@@ -456,7 +463,7 @@ def count_better(
 
     Raises:
         InputError: the scores are not float64 or not those of unit vectors, a target is excluded or a skipped row of
-            this shard, or `search` rejects the descriptors.
+            this shard, or a descriptor is not a unit vector or has the wrong dimension.
     """
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
@@ -497,12 +504,13 @@ def _flat_targets(
         values, numbers = np.asarray(query_scores), np.asarray(query_ids)
         if values.shape != numbers.shape or values.ndim != 1:
             raise InputError(
-                f"targets of query {query}: expected a score for each id, got {values.shape} and {numbers.shape}"
+                f"targets of query {query}: expected one score per id, got scores of shape {values.shape} and ids of "
+                f"shape {numbers.shape}"
             )
         if values.size and (values.dtype != np.float64 or numbers.dtype.kind not in "iu" or numbers.min() < 0):
             raise InputError(
                 f"targets of query {query}: expected float64 scores from target_scores and integer ids >= 0, got "
-                f"{values.dtype} and {numbers.dtype}"
+                f"{values.dtype} scores and {numbers.dtype} ids"
             )
         if not (np.abs(values) < 1.01).all():
             raise InputError(f"targets of query {query}: expected scores of unit vectors, between -1 and 1")

@@ -1,4 +1,4 @@
-"""One interface to the rows of arrays, memory maps, tensors, descriptor stores, and concatenations of these."""
+"""Provide one interface to the rows of arrays, memory maps, tensors, descriptor stores, and combinations of these."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Rows:
 
         Args:
             start: first row.
-            stop: end of the range, exclusive; at most N rows are read.
+            stop: end of the range, exclusive; a value above N is replaced with N.
             buffer: array (m, D) float32 with m >= n, into which a copy is written; None for a new array.
         """
         stop = min(stop, len(self))
@@ -179,7 +179,7 @@ class Rows:
     def fingerprint(self) -> str:
         """Return a SHA-256 digest of all sources.
 
-        It is computed from the fingerprint of each source or, for a source without a fingerprint, from its values.
+        The digest is computed from the fingerprint of each source, or from its values if it has no fingerprint.
         """
         digest = hashlib.sha256()
         for source in self._sources:
@@ -212,7 +212,7 @@ class Rows:
 
         Args:
             rows: number of rows per block.
-            check: validate all rows whose source is not `validated`.
+            check: True to validate the rows, except those of sources that are marked as `validated`.
 
         Yields:
             Pairs of the id of the first row of a block, and the block (n, D) float32. A block is valid until the next
@@ -328,7 +328,7 @@ def validate_block(block: np.ndarray, first_row: int, name: str, unit: bool = Fa
         block: (n, D) float32.
         first_row: id of the first row of the block, for the message.
         name: name of the descriptors, for the message.
-        unit: require unit norm.
+        unit: True to require unit norm.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
@@ -378,7 +378,7 @@ def as_queries(Q: Any, dim: int) -> np.ndarray:
 
 
 def flat_array(values: Any, name: str) -> np.ndarray:
-    """Convert ids to a 1-D array. Raises InputError for nested lists of different lengths.
+    """Convert ids to a 1-D array, or raise InputError for nested lists of different lengths.
 
     Args:
         values: list or array of ids.
@@ -463,7 +463,7 @@ def run_in_threads(work: Callable[[Iterable[slice]], None], count: int, step: in
         work: function that processes an iterable of chunks, given as slices of the items. It is called once per thread.
         count: number of items.
         step: number of items per chunk.
-        concurrent: allow several threads.
+        concurrent: True to allow several threads.
     """
     chunks = [slice(start, min(start + step, count)) for start in range(0, count, step)]
     threads = min(torch.get_num_threads(), len(chunks) // _CHUNKS_PER_THREAD) if concurrent else 1

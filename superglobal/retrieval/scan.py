@@ -1,7 +1,7 @@
-"""One pass over the database, in which each block of rows is read and multiplied with the queries only once.
+"""Read a database in one pass, in which each block of rows is multiplied with the queries only once.
 
-Each block is passed to all consumers, such as a search and a computation of exact ranks. On an accelerator, the next
-block is read and copied while the device processes the current block.
+Each block is passed to one or more consumers, objects that process it, such as a search and a computation of exact
+ranks. On an accelerator, the next block is read and copied while the device processes the current block.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _SUMMED_DIMS = 64
 _MARGIN = 2  # minimum ratio of the tolerance to the largest observed error; unobserved errors may be larger
 _WIDENED = 16  # if an error was too large for the tolerance, the new tolerance is this many times the error
 _MAX_TOLERANCE = 4.0  # more than the difference of any two scores of unit vectors
-# Bytes of one staging buffer. Pinning a larger buffer takes longer than it saves. A smaller buffer needs so many kernel
-# launches and synchronizations that they take longer than the copies.
+# Size of one staging buffer in bytes. Pinning a larger buffer takes more time than it saves. With smaller buffers, the
+# many kernel launches and synchronizations take longer than the copies.
 STAGED_BYTES = 1 << 26
 _BUFFERS = 2  # number of staging buffers: one is filled while the other is copied to the device
 # Size limits for blocks of rows that are already on the device and need not be copied. A block takes up to 512 MB of
@@ -42,14 +42,14 @@ _NORM_TOLERANCE = 0.9e-3  # stricter than in `validate_block`, which checks rows
 
 
 class Block:
-    """Consecutive rows of the database and their approximate scores, valid until the next block.
+    """Consecutive rows of the database and their approximate scores, valid until the next block is read.
 
     Attributes:
         start: id of the first row.
         vectors: (n, D) float32 rows.
         queries: (Q, D) float32 queries, on the device of `vectors`.
-        excluded: (Q,) position in the block of the row that is excluded for each query, -1 for none.
-        skipped: (s,) positions in the block of the rows that are skipped for all queries.
+        excluded: (Q,) position in the block of each query's excluded row; -1 if this row is not in the block.
+        skipped: (s,) positions in the block of the rows that were skipped during extraction.
         error: largest observed difference between the float32 and the float64 score of a pair.
     """
 
@@ -111,7 +111,7 @@ class Block:
         Args:
             query_of: (P,) query index of each pair.
             row_of: (P,) position of the row in the block.
-            approximate: (P,) scores to compare with for `error`; by default the `scores` of these pairs.
+            approximate: (P,) float32 scores of the pairs, whose errors update `error`; taken from `scores` by default.
 
         Returns:
             Scores (P,) float64.
@@ -127,7 +127,7 @@ class Block:
         return exact
 
     def probe(self) -> None:
-        """If `scores` were computed, compute the best score of each query in float64, too, to update `error`."""
+        """Update `error` with the error of each query's best score in the block, if `scores` were computed."""
         if self._scores is not None:
             best, row_of = (tensor.cpu().numpy() for tensor in self._scores.max(dim=1))
             query_of = np.flatnonzero(np.isfinite(best))
@@ -152,7 +152,7 @@ class Consumer(Protocol):
         """Process a block. The block is reused afterwards, so do not keep a reference to it."""
 
     def finish(self) -> float:
-        """Complete the result after the last block. Return the largest observed error of a float32 score, or 0."""
+        """Complete the result after the last block. Return the largest error found in float32 scores, or 0 if none."""
 
 
 C = TypeVar("C", bound=Sequence[Consumer])
@@ -180,7 +180,8 @@ def scan(
         excluded: (Q,) ids, one per query, that are excluded; skipped rows are always excluded.
         device: device to compute on; the CPU by default.
         block_rows: maximum number of rows in a block.
-        check: validate that all rows are finite, even if no consumer uses `Block.scores`, which validates them, too.
+        check: True to validate that all rows are finite. This is needed only if no consumer uses `Block.scores`, which
+            validates the rows as well.
     """
     on_device = to_tensor(queries, torch.device(device or "cpu"))
     excluded_ids = np.full(len(queries), -1) if excluded is None else excluded
@@ -214,7 +215,7 @@ def _pass(
         consumers: objects that process the blocks.
         excluded: (Q,) ids, one per query, of excluded rows; -1 for none.
         block_rows: maximum number of rows in a block.
-        check: validate that all rows are finite.
+        check: True to validate that all rows are finite.
         tolerance: largest error of a float32 score that the consumers allow for.
     """
     error = 0.0
@@ -243,7 +244,7 @@ def _blocks(
         n_queries: number of queries. With more queries, the scores of a row take more memory, so blocks have fewer
             rows.
         device: device of the blocks.
-        check: validate that all values are finite.
+        check: True to validate that all values are finite.
 
     Yields:
         Pairs of the id of the first row of a block, and the block (n, D) float32 on `device`.
@@ -281,7 +282,7 @@ def device_blocks(
         the next one is requested.
 
     Raises:
-        InputError: a row of a source that is not `validated` is not a unit vector.
+        InputError: a row is not a unit vector. Rows of sources that are marked as `validated` are not checked.
     """
     if rows.is_on(device):
         size = block_size(block_rows, n_queries, rows.dim, _BLOCK_ELEMENTS, _SCORE_ELEMENTS)
@@ -297,12 +298,15 @@ def device_blocks(
 
 
 def _validate_on_device(rows: Rows, start: int, block: torch.Tensor) -> None:
-    """Raise InputError if a row of a source that is not `validated` is not a unit vector.
+    """Check that the rows of a block are unit vectors, except rows of sources that are marked as `validated`.
 
     Args:
         rows: rows of the database.
         start: id of the first row of the block.
         block: (n, D) float32 rows on an accelerator.
+
+    Raises:
+        InputError: a row is not a unit vector.
     """
     for low, high in rows.unvalidated(start, start + len(block)):
         norms = torch.linalg.vector_norm(block[low - start : high - start], dim=1)
@@ -313,7 +317,7 @@ def _validate_on_device(rows: Rows, start: int, block: torch.Tensor) -> None:
 def _staged_blocks(rows: Rows, size: int, device: torch.device) -> Generator[tuple[int, torch.Tensor]]:
     """Read all rows in blocks, and copy the blocks to an accelerator through pinned buffers on the host.
 
-    If the sources support several threads (`Rows.concurrent`), a thread reads the next block in advance.
+    If the sources support several threads (`Rows.concurrent`), a thread reads blocks before they are requested.
 
     Args:
         rows: rows of the database.

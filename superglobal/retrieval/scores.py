@@ -1,4 +1,4 @@
-"""Exact scores of pairs of a query and a database row, which define every ranking in this package."""
+"""Compute exact scores of pairs of a query and a database row. These scores define every ranking in this package."""
 
 from __future__ import annotations
 

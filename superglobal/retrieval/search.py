@@ -41,7 +41,7 @@ def search(
     exclude: Any = None,
     dtype: Any = np.float32,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the k database rows with the largest inner products with each query, exactly.
+    """Find, for each query, the k database rows that have the largest inner products with it. The search is exact.
 
     Args:
         Q: (Q, D) queries, unit L2 norm.
@@ -238,7 +238,7 @@ class Shortlist:
             rows: rows of the database.
             k: number of results per query.
             excluded: (Q,) ids, one per query, that are never returned; None for none.
-            faiss: search the blocks with FAISS.
+            faiss: True to search the blocks with FAISS.
             tolerance: assumed largest error of a float32 score.
 
         Raises:
