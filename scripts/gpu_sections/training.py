@@ -335,7 +335,7 @@ def _variant(
         title: name of the variant.
         bare: images/s of the unchanged loop; None if unknown.
         row: additional fields of the row with the comparison.
-        how: changes of the variant, as for `_bare`.
+        how: changes of the variant: values of `layout`, `fused` and `cast_head`, see `_bare`.
     """
     rate = _bare(report, setting, peak, flops, f"plain loop, {title}", **how)
     if bare:

@@ -133,7 +133,7 @@ def _train(cfg: DictConfig) -> float:
     try:
         return train(cfg, folder)
     except InputError as error:
-        # An error such as a corrupt image may occur in only one of several processes, so each process prints its own.
+        # An error such as a corrupt image may occur in only one of several processes, so each process prints its error.
         _print_error(error, every_process=True)
         if not sweeping():
             sys.exit(2)

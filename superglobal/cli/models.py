@@ -87,7 +87,7 @@ def export(arguments: Sequence[str]) -> int:
         "--tolerance",
         type=float,
         default=1e-4,
-        help="maximum difference between the descriptor components of the network and of the exported model "
+        help="maximum difference in any descriptor component between the network and the exported model "
         "(default: 1e-4)",
     )
     args = parser.parse_args(arguments)

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         default=[],
-        help="show exactly these queries, given by the column `number` of rankings.csv",
+        help="show exactly the queries with these numbers (column `number` of rankings.csv)",
     )
     parser.add_argument(
         "--ranks", type=int, help="number of results per query; by default, 10 in sheets and 4 in activation"

@@ -61,7 +61,7 @@ def _make_loader_settings() -> Any:
             _, known, value = settings.setdefault(name, (name, hint, setting(default, **_LOADER_LIMITS.get(name, {}))))
             if (known, value.default) != (hint, default):
                 raise InputError(
-                    f"dataset.{name}: the loader of dataset.kind={kind} declares another type or default than an "
+                    f"dataset.{name}: the loader of dataset.kind={kind} declares a different type or default than an "
                     "earlier loader; rename the argument"
                 )
             descriptions.setdefault(name, {}).setdefault(words[name], []).append(kind)
@@ -380,8 +380,8 @@ class EvalConfig:
             return
         if d.kind == "gldv2_recognition" and rerank.M is not None and d.neighbors > rerank.M:
             raise InputError(
-                f"dataset.neighbors={d.neighbors}: expected at most rerank.M={rerank.M}, because only those images "
-                "are scored; raise rerank.M, or use rerank=none"
+                f"dataset.neighbors={d.neighbors}: expected at most rerank.M={rerank.M}, because reranking scores "
+                "only that many images; raise rerank.M, or use rerank=none"
             )
         reranker = get_reranker(rerank.kind)
         if d.kind == "gldv2_recognition" and reranker.distances and d.votes != "nearest":
@@ -391,7 +391,7 @@ class EvalConfig:
             )
         if reranker.searches_again is not None and self.index.kind != "flat":
             raise InputError(
-                f"rerank.kind={rerank.kind} searches the whole database again exactly, so its results cannot be "
+                f"rerank.kind={rerank.kind} runs an exact search of the whole database, so its results cannot be "
                 f"compared with those of the approximate index={self.index.kind}; use index=flat"
             )
 
@@ -414,8 +414,8 @@ class EvalConfig:
                 )
         if self.rerank.enabled and self.rerank.kind != "superglobal":
             raise InputError(
-                f"ablation={self.ablation} requires the paper's reranking; remove the ablation or "
-                f"rerank={self.rerank.kind}"
+                f"ablation={self.ablation} requires the paper's reranking (rerank=superglobal); remove the ablation "
+                f"or rerank={self.rerank.kind}"
             )
 
 

@@ -207,7 +207,7 @@ class TrainConfig:
     """Top-level settings of `train.py`.
 
     Args:
-        name: name of the run. The folder of the run is `<paths.outputs>/train/<name>`. `eval.py name=` loads the
+        name: name of the run. The folder of the run is `<paths.outputs>/train/<name>`. `eval.py name=<name>` loads the
             weights that the run exports to this folder.
         weights: initial weights: "random", "timm" (timm's pretrained weights), "package" (weights from a Python
             package) or the path of a weights file. null uses `backbone.weights`, or if that is null too, "timm".

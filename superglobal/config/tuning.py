@@ -16,9 +16,9 @@ _BENCHMARKS = ("roxford5k", "rparis6k", "gldv2_test")
 class SpaceConfig:
     """Search space of `superglobal tune`; the settings of the paper are always tried, too.
 
-    Feature maps are extracted once and reused for all trials. A larger number in `scales` requires additional feature
-    maps, and each value in `relup_alphas` requires a separate set of feature maps at all scales. All values in
-    `windows` use the same feature maps.
+    Feature maps are extracted once and reused for all trials. More image scales require additional feature maps, and
+    each value in `relup_alphas` requires a separate set of feature maps at all scales. All values in `windows` use the
+    same feature maps.
 
     Args:
         windows: window sizes of Regional-GeM to try, in cells of the feature map; 1 turns Regional-GeM off.
@@ -110,5 +110,5 @@ def _validate_tuning_set(d: DatasetConfig, allow_test: bool) -> None:
             f"dataset={d.name}: expected a validation set, but the role of this set is test. Results on a test set are "
             "too optimistic if settings were chosen on it. Tune on the held-out landmarks of a training run (name=RUN "
             "without dataset=) or on your own photos (dataset=folder dataset.labels=true). To tune on the test set "
-            "anyway, add allow_test=true; every result will be marked"
+            "anyway, add allow_test=true; every result will be marked accordingly"
         )
