@@ -1,1 +1,1 @@
-"""Search page in the browser, which finds the images of a data set that are similar to a photo."""
+"""Web page on which you search a data set for images that are similar to a photo."""

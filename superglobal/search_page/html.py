@@ -13,7 +13,7 @@ from PIL import Image
 from superglobal.data.images import IMAGE_EXTENSIONS
 from superglobal.search_page.image_search import Hit, Query, SearchResult
 
-# Stages of a search, in the order in which the page shows the duration of each stage.
+# Stages of a search, in the order in which the page shows their durations.
 STAGES = ("decode", "extract", "search", "rerank")
 _MAX_HEIGHT = 320  # maximum height of the query image, in CSS pixels
 _JPEG_QUALITY = 85
@@ -21,7 +21,7 @@ _FILE_INPUT = f'<input type="file" accept="image/*,{",".join(IMAGE_EXTENSIONS)}"
 
 
 def encode_jpeg(pixels: np.ndarray) -> bytes:
-    """Return an image (H, W, 3) uint8 encoded as JPEG."""
+    """Encode an image, (H, W, 3) uint8, as JPEG, and return the contents of the file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=_JPEG_QUALITY)
     return buffer.getvalue()
@@ -78,7 +78,8 @@ def render_examples(examples: Sequence[tuple[str, str, str]], text: str) -> str:
 
     Args:
         examples: for each example, its key such as "queries/3", the URL of its thumbnail, and its name.
-        text: text by which the user filtered the names; "" without a filter.
+        text: text that the user entered to filter the images by name; "" if the user entered none. If `examples` is
+            empty, a message states that no name contains this text.
     """
     if not examples:
         return f'<p class="sg-hint">No file name contains “{escape(text)}”.</p>' if text else ""
@@ -109,7 +110,7 @@ def render_results(result: SearchResult, names: Sequence[str], url: str, total: 
 
 
 def summary(result: SearchResult, total: int) -> str:
-    """Return text that states how many results are shown and how many of them have another rank after reranking.
+    """Return text that states how many results are shown, and how many of them changed their rank in reranking.
 
     Args:
         result: results of a search.
@@ -179,5 +180,5 @@ def render_times(seconds: dict[str, float]) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    """Format a duration, given in seconds, as milliseconds; durations below 10 ms have one decimal."""
+    """Format a duration in seconds as milliseconds, with one decimal place below 10 ms and none above."""
     return f"{1000 * seconds:.1f} ms" if seconds < 0.01 else f"{1000 * seconds:,.0f} ms"

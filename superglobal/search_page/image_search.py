@@ -1,4 +1,4 @@
-"""Search a database by an image, or by a box in an image, for the search page."""
+"""Search the database of the search page for images similar to a query image or to a box in it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Hit:
     id: int
     rank: int  # starts at 1
     rank_before: int  # rank before reranking, starts at 1
-    score: float | None  # score of the last stage; None if other images were reranked, but not this image
+    score: float | None  # similarity or, after reranking, the new score; None if only other images were reranked
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ class ImageSearch:
 
     network: RetrievalNetwork  # in evaluation mode, on `device`
     database: Rows  # descriptors of the database images, extracted by `network` and whitened by `whitening`
-    images: Sequence[ImageItem]  # database images by id
-    names: Sequence[str]  # names of the database images by id
-    max_side: int | None = None  # longer side in pixels to which the database images were shrunk; None for no limit
+    images: Sequence[ImageItem]  # database images, indexed by database id
+    names: Sequence[str]  # names of the database images, indexed by database id
+    max_side: int | None = None  # longer side in pixels to which larger images are shrunk; None for no limit
     device: str = "cpu"
     kind: str = "superglobal"  # name of the reranker
     parameters: Mapping[str, Any] = field(default_factory=dict)  # parameters of the reranker, except M, K and beta
@@ -94,7 +94,7 @@ class ImageSearch:
         return len(self.database)
 
     def database_image(self, number: int) -> QueryImage:
-        """Return a database image as a query image.
+        """Return the database image with the id `number`, so that it can be searched for.
 
         Raises:
             InputError: there is no image with this id.
@@ -104,7 +104,7 @@ class ImageSearch:
         return QueryImage(self.names[number], self.images[number].path, number)
 
     def count_reachable(self, image: QueryImage | None = None) -> int:
-        """Return how many database images a search can return. If `image` is a database image, it is not counted."""
+        """Count the database images that a search can return, without the query `image` if it is a database image."""
         excluded = image is not None and image.id is not None
         return len(self.database) - len(self.database.skipped) - excluded
 
@@ -112,8 +112,8 @@ class ImageSearch:
         """Decode an image, and extract the descriptor of the whole image or of a box.
 
         Raises:
-            InputError: the file was deleted, is not an image, has more than `max_pixels`, or the box is empty. The
-                message contains the name of the image but not its path, which the page must not reveal.
+            InputError: the file was deleted or is not an image, the image has more than `max_pixels` pixels, or the box
+                is empty. The message contains the name of the image but not its path, which the page must not reveal.
         """
         seconds: dict[str, float] = {}
         with self._decoding:
@@ -137,18 +137,18 @@ class ImageSearch:
 
         Args:
             query: query with its descriptor.
-            M: number of images to rerank, at most the number of images that the search can return.
+            M: number of images to rerank. If the search can return fewer images, all of them are reranked.
             K: number of neighbors in reranking.
             beta: weight of the neighbors in reranking.
             rerank: whether to rerank.
-            count: maximum number of hits.
+            count: maximum number of images in the result.
 
         Raises:
             InputError: the database contains no image that can be returned, or K or beta is invalid.
         """
         reachable = self.count_reachable(query.image)
         if reachable < 1:
-            raise InputError("the database contains no other photos; add photos to it")
+            raise InputError("the database contains no photos besides the query; add photos to it")
         k = min(max(M, count), reachable)
         exclude = None if query.image.id is None else np.array([query.image.id])
         seconds: dict[str, float] = {}
@@ -178,7 +178,7 @@ class ImageSearch:
         """Read an image file, and return the upright image (H, W, 3) uint8.
 
         Raises:
-            CorruptImageError: the file is not a valid image, or the image has more than `max_pixels`.
+            CorruptImageError: the file is not a valid image, or the image has more than `max_pixels` pixels.
             OSError: the file cannot be read.
         """
         data = path.read_bytes()
@@ -205,7 +205,7 @@ class SearchDatabase:
 
     Attributes:
         name: name of the data set, shown on the page.
-        search: search in the database.
+        search: object that searches the database.
         queries: example queries from the same data set; empty if the data set has no queries of its own.
         query_names: name of each example query, shown on the page.
     """

@@ -19,7 +19,7 @@ from superglobal.search_page import html
 from superglobal.search_page.image_search import Query, QueryImage, SearchDatabase
 
 _HERE = Path(__file__).parent
-_KEEP_SECONDS = 3600  # time for which an uploaded file and the descriptor of the query are kept
+_KEEP_SECONDS = 3600  # seconds for which an uploaded file and the descriptor of the query are kept
 # Maximum values of the sliders. M and K cannot exceed the number of database images. If the configured initial value of
 # a slider is above the maximum, the initial value becomes the maximum.
 _MAX_VALUES = {"M": 2000, "K": 50, "beta": 1.0}
@@ -28,11 +28,11 @@ Callback = Callable[..., tuple[Any, ...]]
 
 
 def with_message(callback: Callback) -> Callback:
-    """Wrap a callback so that it returns an error message in front of its own outputs.
+    """Wrap a callback so that it returns an error message, followed by the callback's own outputs.
 
-    If the callback succeeds, the message is "", and the callback's outputs follow: the query, and the HTML of the
-    viewer, the results and the times. If the callback raises an InputError, the message is the HTML of this error, and
-    the page keeps its current query, viewer, results and times.
+    If the callback succeeds, the message is "". The outputs are the query, and the HTML of the viewer (which shows the
+    query image), the results and the durations. If the callback raises an InputError, the message is the HTML of this
+    error, and the page keeps its current query, viewer, results and durations.
     """
 
     @wraps(callback)
@@ -50,7 +50,8 @@ class PageCallbacks:
     """Callbacks for the events of the page.
 
     This object stores nothing about a user. Instead, each callback receives the query and the values of the sliders.
-    The callbacks that search return an error message, the query, and the HTML of the viewer, the results and the times.
+    The callbacks that search return an error message, the query, and the HTML of the viewer (which shows the query
+    image), the results and the durations.
     """
 
     config: ServeConfig
@@ -62,7 +63,7 @@ class PageCallbacks:
     def photo(self, rerank: bool, M: float, K: float, beta: float, event: gr.EventData) -> tuple[Any, ...]:
         """Search for an uploaded image; the event contains the path of the uploaded file and its original name."""
         path, name = Path(str(event._data.get("path", ""))), str(event._data.get("name", "photo"))
-        # The browser sends the path of the uploaded file. A manipulated request could contain any other path.
+        # The browser sends the path of the uploaded file, so a manipulated request could contain the path of any file.
         if not path.resolve().is_relative_to(self.uploads.resolve()) or not path.is_file():
             raise InputError(f"{name}: the upload was not found; choose the photo again")
         return self._search_image(QueryImage(Path(name).name or "photo", path), None, rerank, M, K, beta)
@@ -130,9 +131,9 @@ class PageCallbacks:
         """Render example images of the data set.
 
         Args:
-            text: text by which the user filters: the names of all shown images contain it. For "", a random sample
-                of the queries is shown. If there are no queries, a random sample of the database images is shown.
-            turn: number of times that the user has asked for other images; the seed of the random sample.
+            text: text that the name of every shown image must contain, ignoring case. If it is "", a random sample of
+                the queries is shown or, if there are no queries, a random sample of the database images.
+            turn: number of times that the user has clicked "Show others"; used as the seed of the random sample.
         """
         lists = {"queries": self.database.query_names, "database": self.database.search.names}
         count, text = self.config.page.samples, text.strip()
@@ -160,20 +161,20 @@ class PageCallbacks:
 
         Args:
             image: image to search for.
-            box: box in pixels; None for the whole image.
+            box: box in pixels of the upright image; None for the whole image.
             rerank: whether to rerank.
             M: number of images to rerank.
             K: number of neighbors in reranking.
             beta: weight of the neighbors in reranking.
 
         Returns:
-            The query, and the HTML of the viewer, the results and the times.
+            The query, and the HTML of the viewer (which shows the query image), the results and the durations.
         """
         query = self.database.search.extract(image, box)
         return query, html.render_query(query), *self._search(query, rerank, M, K, beta)
 
     def _search(self, query: Query, rerank: bool, M: float, K: float, beta: float) -> tuple[str, str]:
-        """Search for a query, and return the HTML of the results and of the times."""
+        """Search for a query, and return the HTML of the results and of the durations."""
         search, count = self.database.search, self.config.page.results
         result = search.find_similar(query, M=int(M), K=int(K), beta=float(beta), rerank=bool(rerank), count=count)
         total = search.count_reachable(query.image)
@@ -253,7 +254,7 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
     viewer.whole(callbacks.whole, [query, *settings], outputs, **busy)
     viewer.problem(callbacks.problem, None, message, **quiet)
     results.pick(callbacks.pick, settings, outputs, **busy)
-    # With "always_last", a moving slider does not start a search for each intermediate value.
+    # With "always_last", moving a slider does not start a search for each intermediate value.
     changes = [setting.change for setting in settings]
     gr.on(changes, callbacks.settings, [query, *settings], outputs, trigger_mode="always_last", **quiet)
     if config.page.samples:
@@ -295,6 +296,6 @@ def _slider(name: str, info: str, low: float, high: float, value: float, step: f
         value: initial value.
         step: difference between two adjacent values.
     """
-    # For a very small database, both limits of M or K could be 1. A slider needs two different limits.
+    # In a very small database, the maximum of M or K can be 1, like the minimum. A slider needs two different limits.
     top = max(high, low + step)
     return gr.Slider(low, top, min(value, high), step=step, label=name, info=info, elem_id=f"sg-{name.lower()}")

@@ -51,13 +51,14 @@ def serve(cfg: DictConfig) -> None:
 def read_config(cfg: DictConfig) -> tuple[ServeConfig, Path | None]:
     """Validate the configuration of the page.
 
-    If the user has set `store` to the folder of a descriptor store, missing settings are read from that store.
+    If the user has set `store` to the folder of a descriptor store, the extraction settings are read from that store.
+    So are the data set and the weights, unless the user has set them.
 
     Args:
         cfg: composed `ServeConfig`.
 
     Returns:
-        The validated configuration; and the folder of the store, or None if `store` is not a folder.
+        The validated configuration; and the folder of the store, or None if the user has not set `store` to a folder.
 
     Raises:
         InputError: a setting is invalid, or the store lacks information that is needed to search it.
@@ -72,8 +73,8 @@ def open_database(config: ServeConfig, folder: Path | None = None) -> SearchData
     Args:
         config: settings of the page. With dataset=folder, neither queries nor labels are needed, in contrast to
             `eval.py`.
-        folder: folder of a complete store to search; nothing is extracted then. None to use the stores of the data set,
-            and to extract missing descriptors.
+        folder: folder of a complete store, which is searched without extracting anything. If None, the stores of the
+            data set are searched, after the missing descriptors have been extracted.
 
     Raises:
         InputError: inputs are missing (one message lists all of them), or the store is incomplete or belongs to other
@@ -164,7 +165,7 @@ def _index_search(config: ServeConfig, rows: Rows, device: str) -> FirstStage:
 def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
     """Return the configuration with the data set, weights and extraction settings that a store records.
 
-    A data set or weights that the user has set are kept.
+    If the user has set a data set or weights, these are kept.
 
     Args:
         cfg: configuration of the page.
@@ -178,8 +179,8 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
     identity, record = store.manifest["identity"], store.manifest.get("provenance", {})
     if record.get("images", "database") != "database":
         raise InputError(
-            f"{folder}: the store contains {record['images']}; expected database images, so give the store of the "
-            "database in the same parent folder"
+            f"{folder}: the store contains {record['images']}; expected database images, so set store= to the "
+            "store of the database, which is in the same parent folder"
         )
     given = OmegaConf.to_container(cfg.dataset)
     assert isinstance(given, dict)
@@ -201,13 +202,13 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
                 "labels": False,
             }  # The page does not need the query images, which may have been deleted since the extraction.
     decoder = identity.get("decoder", "cpu")
-    if cfg.extraction.decoder not in ("cpu", decoder):  # "cpu" may be the default instead of the user's choice.
+    if cfg.extraction.decoder not in ("cpu", decoder):  # "cpu" is the default, which the user may not have chosen.
         raise InputError(
             f"extraction.decoder={cfg.extraction.decoder}: {folder} was extracted with extraction.decoder={decoder}; "
             "leave out extraction.decoder or store="
         )
-    # The exponent p of GeM is left out, because the network reads p from the weights. `_open_store` then replaces this
-    # p by the p with which the store was extracted.
+    # The exponent p of GeM is left out, because the network first reads p from the weights. `_open_store` then replaces
+    # it with the p with which the store was extracted.
     pooling = {key: value for key, value in identity["pooling"].items() if key != "p"}
     return OmegaConf.merge(
         cfg,
@@ -234,7 +235,7 @@ def _open_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionL
     """
     store = DescriptorStore.open(folder)
     stored = store.manifest["identity"]
-    if network.config.p != stored["pooling"]["p"]:  # The exponent p of the store differs from the p of the weights.
+    if network.config.p != stored["pooling"]["p"]:
         network.set_p(stored["pooling"]["p"])
     identity = json.loads(json.dumps(store_identity(network, lists[0].max_side, stored.get("decoder", "cpu"))))
     different = [key for key in stored if identity.get(key) != stored[key]]

@@ -29,7 +29,7 @@ from superglobal.search_page.html import encode_jpeg
 from superglobal.search_page.image_search import SearchDatabase
 
 log = logging.getLogger(__name__)
-THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # longer side of a thumbnail, in pixels, by size
+THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # longer side in pixels of the thumbnails of each size
 _CACHED_THUMBNAILS = 4096  # maximum number of small thumbnails in memory, about 15 KB each
 # Paths of the requests that are accepted. Without this restriction, Gradio would, for example, also serve uploaded
 # files and fetch URLs on request.
@@ -182,7 +182,7 @@ def make_app(config: ServeConfig, database: SearchDatabase, uploads: Path) -> An
 
 
 def _local_names(host: str) -> frozenset[str] | None:
-    """Return the host names that requests may use.
+    """Return the host names that the `Host` header of a request may contain.
 
     Args:
         host: host on which the server listens.
@@ -218,8 +218,8 @@ class _RequestFilter:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
         if self.local_names is not None:
-            # Another web site could access the page by resolving its own name to this machine (DNS rebinding), or by
-            # sending requests from its own origin.
+            # Without these checks, another web site could access the page by resolving its own name to this machine
+            # (DNS rebinding), or by sending requests from its own origin.
             if urlsplit(f"//{host}").hostname not in self.local_names:
                 return 400
             origin = headers.get(b"origin")

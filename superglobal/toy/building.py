@@ -16,7 +16,7 @@ from superglobal.toy.texture import Texture
 class Builder:
     """Builder that assembles one building from boxes, roofs, towers, columns and domes.
 
-    Each method adds one element, or one whole building, to `solids`.
+    Each method except `wall` adds one element, or one whole building, to `solids`.
 
     Args:
         rng: random number generator.
@@ -97,7 +97,7 @@ class Builder:
         self.solids.append(solid([*faces, (low, None, color), (high, None, color)], casts=not thin))
 
     def dome(self, x: float, y: float, radius: float, z: float, rise: float) -> None:
-        """Add a dome with center (x, y, z) and a lantern on top. It consists of three decagonal frustums."""
+        """Add a dome of three decagonal frustums, with a lantern on top. The center of its base is (x, y, z)."""
         levels = [(0.0, 1.0), (0.45, 0.92), (0.78, 0.68), (1.0, 0.14)]
         for (low, wide), (high, narrow) in itertools.pairwise(levels):
             a, b = ring(x, y, radius * wide, z + rise * low, 10), ring(x, y, radius * narrow, z + rise * high, 10)

@@ -16,7 +16,7 @@ from superglobal.utils.io import write_atomically
 
 JUNK_SHARE = 0.15  # junk images show less than this fraction of the landmark
 EASY_SHARE = 0.6  # easy images show at least this fraction of the landmark
-EASY_YAW = 30.0  # maximum difference of the yaw angles of an easy pair, in degrees
+EASY_YAW = 30.0  # maximum difference between the yaw angles of an easy pair, in degrees
 EASY_SCALE = 2.0  # maximum ratio of the scales of an easy pair
 CLEAN_SHARE = 0.2  # images in train_clean.csv show at least this fraction of the landmark
 
@@ -64,7 +64,7 @@ def name_of(photo: Photo) -> str:
 def landmark_id(photo: Photo) -> int:
     """Return the `landmark_id` of an image in the GLDv2 lists.
 
-    As in GLDv2, the ids are not consecutive, and the index images have other ids than the training images.
+    As in GLDv2, the ids are not consecutive, and the ids of the index images differ from those of the training images.
     """
     return 101 + 7 * photo.landmark if photo.place == TRAINING else 50_003 + 11 * photo.landmark
 
@@ -123,9 +123,9 @@ def _write_index(folder: Path, photos: Sequence[Photo]) -> None:
 def _write_test(folder: Path, photos: Sequence[Photo], index: Sequence[Photo]) -> None:
     """Write `test.csv` and the solution files (ground truth) of the retrieval and recognition tasks.
 
-    The retrieval solution of a test image lists the index images of its landmark, if it is an evaluation landmark.
-    The recognition solution is the id of its landmark, if that is a training landmark. As in GLDv2, a test image
-    without a solution is marked "Ignored" in the retrieval file and has an empty landmark in the recognition file.
+    If a test image shows an evaluation landmark, its retrieval solution lists the index images of this landmark. If it
+    shows a training landmark, its recognition solution is the id of this landmark. As in GLDv2, a test image without a
+    solution is marked "Ignored" in the retrieval file and has an empty landmark in the recognition file.
     """
     ordered = sorted(photos, key=name_of)
     relevant: dict[int, list[str]] = defaultdict(list)

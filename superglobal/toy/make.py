@@ -84,7 +84,7 @@ def make_toy(
         if progress:
             progress(len(photos), len(shots))
     pairs = write_layouts(out, [photos[shot] for shot in shots])
-    # Delete temporary files. Workers that were killed while writing have left them behind.
+    # Delete the temporary files of workers that were killed while they wrote an image.
     for stale in out.rglob(".*.jpg.*"):
         stale.unlink()
     summary = identity | {"photos": dict(Counter(shot.set for shot in shots)), "pairs": pairs}

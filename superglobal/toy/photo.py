@@ -84,7 +84,7 @@ COLUMNS = tuple(field.name for field in fields(Photo))
 
 @dataclass(frozen=True)
 class Taken:
-    """An image that is not rendered yet: the view is chosen, and it is known what each camera ray hits.
+    """An image whose view is chosen and whose camera rays are traced, but whose pixels are not computed yet.
 
     Attributes:
         landmark: the landmark of the scene.
@@ -106,8 +106,8 @@ class Taken:
 def frame(seed: int, side: int, shot: Shot) -> Taken:
     """Choose the camera, light and occluders of an image at random, and trace its rays.
 
-    The result depends only on `seed`, `side` and `shot.key`. For a query, up to 40 random views are drawn, until one
-    shows at least the fraction `QUERY_SHARE` of the landmark.
+    The result depends only on `seed`, `side` and `shot`. For a query, random views are drawn until one shows at least
+    the fraction `QUERY_SHARE` of the landmark. If none of 40 views does, the last one is used.
 
     Args:
         seed: seed of the data set.

@@ -19,8 +19,8 @@ class Size:
         side: longer side of the images in pixels.
         train: number of training landmarks, and number of images per landmark.
         evaluation: number of evaluation landmarks, which differ from the training landmarks.
-        queries: number of queries in the Revisited layout for each evaluation landmark with an even number, and for
-            each evaluation landmark with an odd number.
+        queries: number of queries in the Revisited layout per evaluation landmark with an even number, and per
+            evaluation landmark with an odd number.
         database: number of database images in the Revisited layout, per evaluation landmark.
         index: number of GLDv2 index images, per evaluation landmark.
         retrieval: number of GLDv2 test images, per evaluation landmark.

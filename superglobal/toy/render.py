@@ -188,8 +188,7 @@ def _parallax(
 
     Returns:
         The coordinates u and v where the rays hit the relief, and the height of the relief there, in meters: (n,)
-        float32 each. The result is approximate: it is computed by two
-        steps of fixed-point iteration.
+        float32 each. The result is approximate, because only two steps of a fixed-point iteration are computed.
     """
     if texture.flat:
         return u, v, np.zeros(u.shape, np.float32)
@@ -275,8 +274,8 @@ def _blocked(solid: Solid, face: Face, u: Floats, v: Floats, sun: Vector) -> NDA
     """
     near, far = np.full(u.shape, 0.02, np.float32), np.full(u.shape, 1e6, np.float32)
     for side in solid.faces:
-        # The sun is behind the solid if some position point + t sun, t > 0, is inside the solid. Compute the interval
-        # of t from normal . (point + t sun) <= offset for each side. normal . point is linear in u and v.
+        # The point is in shadow if point + t * sun is inside the solid for some t > 0. Each side of the solid limits
+        # the interval of t by normal . (point + t * sun) <= offset, where normal . point is linear in u and v.
         slope = dot(side.normal, sun)
         base = side.offset - face.offset * dot(side.normal, face.normal)
         base += dot(side.normal, face.along) * -face.start[0] + dot(side.normal, face.up) * -face.start[1]

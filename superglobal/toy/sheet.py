@@ -14,7 +14,7 @@ from superglobal.toy.layout import relation
 from superglobal.toy.photo import Photo
 from superglobal.utils.io import write_atomically
 
-# The sheet is a grid of images: width of a grid cell and height of an image title, in pixels, and images per row.
+# The sheet is a grid: width of a cell and height of a title, in pixels, and number of images per row.
 CELL, TITLE, COLUMNS = 132, 14, 9
 Cell = tuple[str, Photo]
 """Title of an image, and the row of `photos.csv` that describes the image."""

@@ -53,7 +53,7 @@ class Cutout:
         self.color = np.zeros((*self.mask.shape, 3), np.uint8)
 
     def fill(self, where: Mask, color: Color | Bytes) -> None:
-        """Draw over the positions where the mask `where` (h, w) is True.
+        """Draw a color at the positions where the mask `where` (h, w) is True.
 
         `color` is one color, or the colors of all positions, (h, w, 3) uint8.
         """

@@ -90,7 +90,7 @@ class Canvas:
             width: width of the shape.
             height: height of the shape.
             color: color of the shape.
-            relief: height of the shape above the plane of the surface; negative for a recess.
+            relief: height of the shape above the plane of the surface in meters; negative for a recess.
             glow: light of the shape at night, 0 to 255.
         """
         area = self._window(x - width / 2, x + width / 2, z, z + height)
@@ -131,7 +131,7 @@ class Canvas:
         self.color = np.clip(self.color * gain[..., None] // 256, 0, 255).astype(np.uint8)
 
     def texture(self, tiled: bool = False) -> Texture:
-        """Return what has been drawn as a texture with `LEVELS` levels. `tiled` is True if the texture repeats."""
+        """Return the drawing as a texture with `LEVELS` levels. `tiled` is True if the texture repeats."""
         color, relief, glow = [self.color], [self.relief], [self.glow]
         for _ in range(LEVELS - 1):
             color.append((_quarter(color[-1].astype(np.uint16)) // 4).astype(np.uint8))
@@ -158,7 +158,7 @@ def whole_bytes(color: Color) -> tuple[int, int, int]:
 
 
 def _cut(tile: Bytes, rng: RandomStream, rows: int, columns: int) -> Bytes:
-    """Return a random crop of an unlimited texture that repeats a tile.
+    """Return a random crop of an endless texture that repeats a tile.
 
     Args:
         tile: (256, 256) uint8.

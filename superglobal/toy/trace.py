@@ -17,7 +17,7 @@ from superglobal.toy.view import Camera, Occluder, View
 SKY, GROUND, FIRST = -1, 0, 1
 SPRITE = 32_000
 SUPER = 2  # rays per pixel along x and along y (supersampling)
-NEAR = 0.3  # minimum depth in meters
+NEAR = 0.3  # minimum depth of an intersection in meters
 FAR = 1e6  # depth of the sky in meters
 
 
@@ -81,8 +81,8 @@ def cast(camera: Camera, xs: Floats, ys: Floats, solids: Sequence[Solid]) -> Tra
 def _meet(trace: Trace, camera: Camera, solid: Solid) -> None:
     """Intersect the rays with one solid. Update the trace, in place, for the rays that hit this solid first.
 
-    Consider the planes of the faces that are turned to the camera. The solid is convex, so a ray enters the solid where
-    the ray crosses the last of these planes.
+    The solid is convex. A ray therefore enters it where the ray crosses the last of the planes of those faces that are
+    turned toward the camera.
     """
     area = _reach(trace, camera, solid.corners)
     if area is None:
@@ -92,7 +92,7 @@ def _meet(trace: Trace, camera: Camera, solid: Solid) -> None:
     far = trace.depth[area].copy()
     which = np.zeros(x.shape, np.int16)
     for number, face in enumerate(solid.faces):
-        room = face.offset - dot(face.normal, camera.eye)  # negative if the face is turned to the camera
+        room = face.offset - dot(face.normal, camera.eye)  # negative if the face is turned toward the camera
         slope = weighted((x, y, z), face.normal)
         slope = np.where(slope == 0, np.float32(1e-9), slope)
         t = np.float32(room) / slope

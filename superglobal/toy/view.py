@@ -92,7 +92,7 @@ class Occluder:
 
     Attributes:
         kind: "tree", "person", "van", "lamp" or "scaffold".
-        at: center of the bottom edge in meters.
+        at: position (x, y, z) of the center of the bottom edge in meters.
         height: height in meters.
         width: width in meters.
         look: seed of the shape and colors.
@@ -174,7 +174,7 @@ def draw_view(rng: RandomStream, landmark: Landmark, side: int, purpose: str) ->
     fill = rng.uniform(0.8, 1.05) if is_query else rng.uniform(0.85, 1.25)
     if not is_query:
         fill = rng.choice((fill, fill, fill, fill, fill, rng.uniform(0.4, 0.65), rng.uniform(1.3, 2.2)))
-    # Number of pixels per meter at which the landmark fills the image.
+    # This is the scale in pixels per meter at which the landmark just fits into the image.
     fit = min(width / landmark.width, height / landmark.height)
     focal = round(fill * fit * distance, 3)
     lift = rng.choice((1.7, 1.7, 1.7, rng.uniform(2, 9)))

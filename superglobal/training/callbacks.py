@@ -21,7 +21,7 @@ from superglobal.training.module import TrainingModule
 from superglobal.utils.io import write_atomically
 
 log = logging.getLogger(__name__)
-_REPORT_EVERY = 60.0  # seconds
+_REPORT_EVERY = 60.0  # seconds between two log lines that report the progress
 _MAX_LISTED = 8
 
 
@@ -29,8 +29,8 @@ class StepCallback(Callback, ABC):
     """Base class for callbacks whose method `on_step` is called once after each optimizer step.
 
     If gradients are accumulated over several batches, `on_step` is called only after the last of these batches. For the
-    last step of an epoch, `on_step` is called when Lightning has ended the epoch. A run that resumes from a checkpoint
-    of this step therefore starts with the next epoch.
+    last step of an epoch, `on_step` is called after Lightning has ended the epoch, so that a run that resumes from a
+    checkpoint of this step starts with the next epoch.
     """
 
     last_step = -1
@@ -222,8 +222,8 @@ class NonFiniteGuard(StepCallback):
     Args:
         every: number of steps between two checks.
         folder: run directory; its `nonfinite.txt` lists the images of the first batch with a non-finite loss.
-        location: function that takes the index of an image and returns its location, which is written to
-            `nonfinite.txt`.
+        location: function that takes the index of an image and returns its path or its position in a tar file, which is
+            written to `nonfinite.txt`.
     """
 
     def __init__(self, every: int, folder: Path, location: Callable[[int], str]) -> None:

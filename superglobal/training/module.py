@@ -118,7 +118,7 @@ class TrainingModule(pl.LightningModule):
         """Compute the loss of a batch.
 
         Args:
-            batch: images and labels; an InputError if an image cannot be replaced.
+            batch: images and labels, or an InputError if a corrupt image could not be replaced.
             batch_idx: number of the batch in the epoch.
 
         Returns:
@@ -127,7 +127,7 @@ class TrainingModule(pl.LightningModule):
             landmark.
 
         Raises:
-            InputError: an image and its replacements are corrupt.
+            InputError: an image and all its possible replacements are corrupt.
         """
         if isinstance(batch, InputError):
             raise batch
@@ -146,9 +146,9 @@ class TrainingModule(pl.LightningModule):
         checkpoint["landmarks"] = self.landmarks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Convert the position of a checkpoint in the epoch to batches of the current `trainer.accumulate` setting."""
-        # Lightning stores its position in the epoch as a number of batches. If trainer.accumulate has changed since the
-        # checkpoint was saved, a step consists of a different number of batches.
+        """Convert the position in the epoch, which a checkpoint stores, to the current `trainer.accumulate`."""
+        # Lightning stores the position in the epoch as a number of batches. If trainer.accumulate has changed since the
+        # checkpoint was saved, a step now consists of a different number of batches.
         steps = self.total_steps // self.optim.epochs
         done = checkpoint["global_step"] % steps
         parts = (done or steps) * self.accumulate

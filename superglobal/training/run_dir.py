@@ -50,7 +50,7 @@ def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: 
         folder: run directory.
         record: record of the run, as JSON types; "identity" contains the settings that a resumed run must share.
         codes: (N,) uint64 codes that identify the contents of the images; 0 for corrupt images. A run can be resumed if
-            images have become corrupt or were repaired, but not if a valid image has other contents than before.
+            images have become corrupt or were repaired, but not if the contents of a valid image have changed.
         restart: whether to remove the checkpoints of an unfinished run and start again.
 
     Returns:
@@ -67,8 +67,8 @@ def start_run(folder: Path, record: dict[str, Any], codes: np.ndarray, restart: 
         existing = None  # the run ended before it saved a checkpoint, so there is nothing to resume
     if existing and existing.get("format") != FORMAT:
         raise InputError(
-            f"{folder} contains a training run of an earlier version, which cannot be resumed; its network can still "
-            "be evaluated. Give a new name=, or remove the folder"
+            f"{folder} contains a training run of an earlier version of superglobal, which cannot be resumed; its "
+            "network can still be evaluated. Give a new name=, or remove the folder"
         )
     if existing is not None:
         _require_same_settings(folder, existing.get("identity", {}), record["identity"])
@@ -124,7 +124,7 @@ def _require_same_settings(folder: Path, before: dict[str, Any], now: dict[str, 
 
 
 def _require_same_images(folder: Path, codes: np.ndarray) -> np.ndarray:
-    """Compare the codes of the images with the codes recorded in a run directory.
+    """Check that no image has changed since its code was recorded in a run directory.
 
     Args:
         folder: run directory.

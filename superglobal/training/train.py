@@ -71,8 +71,8 @@ def train(cfg: DictConfig, folder: Path) -> float:
     pl.seed_everything(config.seed, workers=True, verbose=False)
     training, held_out = _training_lists(config)
     network = _load_network(config)
-    # Creating a Trainer and `EpochBatches` validates the settings of Lightning and the batch size. This happens before
-    # any file is written.
+    # Creating a Trainer and `EpochBatches` validates the settings of Lightning and the batch size. Invalid settings
+    # therefore raise an error before any file is written.
     world = make_fit_trainer(config.trainer, config.optim, [], []).world_size
     EpochBatches(len(training), config.optim.batch_size, config.seed, config.trainer.accumulate, world=world)
     # Only the first process checks the images. All other processes are started by the first process later, or wait for
@@ -92,7 +92,7 @@ def train(cfg: DictConfig, folder: Path) -> float:
         score = _fit(config, folder, network, training, held_out, corrupt, record)
         if first and not (folder / EXPORT).is_file():
             raise InputError(
-                f"{folder / EXPORT}: not found; the best network was exported before the training was interrupted. "
+                f"{folder / EXPORT}: not found; it contained the best network before the training was interrupted. "
                 "Set resume=restart to train again"
             )
         if first:
@@ -184,7 +184,7 @@ def _validation_sets(config: TrainConfig) -> list[EvaluationSet]:
         if (folder / f"gnd_{folder.name}.pkl").is_file():
             sets.append(revisited_set(folder.parent, folder.name))
         elif first:
-            # These two benchmarks are the default, and many users have not downloaded them.
+            # These two benchmarks are the default. Many users have not downloaded them and need no warning.
             level = logging.INFO if name in ("roxford5k", "rparis6k") else logging.WARNING
             log.log(level, "validation.sets: skipped %s, not found", folder / f"gnd_{folder.name}.pkl")
     if first:
@@ -257,14 +257,14 @@ def _fit(
 
 
 def _export(folder: Path, record: dict[str, Any], best: RetrievalNetwork, score: float, step: int) -> None:
-    """Save a network to the exported file of a run.
+    """Save a network to the file `EXPORT` in the directory of a run.
 
     Args:
         folder: run directory.
-        record: record of the run, which the file also contains.
+        record: record of the run; stored in the file.
         best: network to save.
-        score: validation mAP of the network, in 0..1; recorded in the file.
-        step: step at which the network was validated; recorded in the file.
+        score: validation mAP of the network, in 0..1; stored in the file.
+        step: step at which the network was validated; stored in the file.
     """
     best.set_p(None)  # stores the learned p in the configuration of the network
     save_weights(best, folder / EXPORT, {**record, "val_map": score, "step": step})

@@ -39,7 +39,7 @@ _IRRELEVANT_WARNINGS: list[tuple[str, type[Warning]]] = [
     (".*your dataloader is not resumable", UserWarning),  # the sampler resumes after the checkpoint's step
     (".*in eval mode at the start of training", UserWarning),  # frozen layers stay in evaluation mode on purpose
     (".*does not have many workers", UserWarning),
-    (".*smaller than the logging interval", UserWarning),  # the interval is not used, because CurveLogger logs
+    (".*smaller than the logging interval", UserWarning),  # CurveLogger has its own interval
 ]
 # Parts of the error messages of torch that mean that the connection to another process was lost.
 _LOST_CONNECTION = (
@@ -74,7 +74,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
         if not single or nodes > 1:
             raise InputError(
                 f"trainer.devices={devices} on {nodes} machines: expected one device per job of a sweep, because "
-                "Lightning would start the whole sweep again in each further process; use 1, or run without -m"
+                "Lightning would start the whole sweep again in each further process; use one device, or run without -m"
             )
         if devices == "auto":
             log.info("sweep: one device per job")
@@ -101,7 +101,7 @@ def make_trainer(t: TrainerConfig, precision: Any = "32-true", **options: Any) -
     if count not in (None, trainer.world_size):
         raise InputError(
             f"{launcher} has started {count} processes, but trainer.devices={t.devices} on {nodes} machines needs "
-            f"{trainer.world_size}; set trainer.devices and trainer.num_nodes as for {launcher}"
+            f"{trainer.world_size}; set trainer.devices and trainer.num_nodes to the numbers given to {launcher}"
         )
     return trainer
 
@@ -233,7 +233,7 @@ def run_fit(trainer: pl.Trainer, module: TrainingModule, data: TrainingDataModul
     _end_with_first_process()
     if trainer.precision == "64-true":
         # The module is converted to float64 here. Otherwise, Lightning would load the float64 weights of a checkpoint
-        # into float32 parameters, which would round them, and convert the module only then.
+        # into float32 parameters, which would round them, and convert the module afterwards.
         module.double()
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)

@@ -48,7 +48,7 @@ class RetrievalValidation(StepCallback):
         held_out: images of landmarks that are not used for training; corrupt images are dropped.
         corrupt_images: the run's list of corrupt images, to which corrupt held-out images are added.
         every_epochs: number of epochs between validations; the last step is always validated.
-        every_steps: number of steps between further validations; None to validate only by epochs.
+        every_steps: number of steps between further validations; None to validate only after epochs.
         sets: evaluation sets.
         patience: number of successive validations without a new best val/map after which training stops; None for no
             limit.
@@ -203,7 +203,7 @@ class RetrievalValidation(StepCallback):
         if score is None or not np.isfinite(score):
             raise InputError(
                 "no held-out landmark has two valid images; raise validation.fraction or validation.max_images, or "
-                "repair the images (superglobal prepare-gldv2 lists them)"
+                "repair the corrupt images (superglobal prepare-gldv2 lists them)"
             )
         return score
 
@@ -211,7 +211,7 @@ class RetrievalValidation(StepCallback):
         """Return a data loader that yields one image at a time.
 
         Args:
-            images: images of this process.
+            images: images that are assigned to this process.
             processes: number of processes of the run, on which the start method of the loader's workers depends.
             device: device to which the images are copied.
         """
@@ -277,7 +277,7 @@ class RetrievalValidation(StepCallback):
 def _without_cudnn_benchmark() -> Iterator[None]:
     """Disable cuDNN's search for the fastest algorithm within a `with` statement.
 
-    cuDNN would repeat this search for each new image size, and almost every image of the validation has another size.
+    cuDNN would repeat this search for each new image size, and almost every validation image has a different size.
     """
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
@@ -287,5 +287,5 @@ def _without_cudnn_benchmark() -> Iterator[None]:
 
 
 def _whole_images(items: Sequence[ImageItem]) -> ImageDataset:
-    """Return a dataset that loads images at full size; larger images are not shrunk."""
+    """Return a dataset that loads images at full size, without shrinking any of them."""
     return ImageDataset([(items, None)], [(0, row) for row in range(len(items))])

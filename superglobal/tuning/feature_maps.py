@@ -33,9 +33,10 @@ _PROGRESS_SECONDS = 20.0
 class MapStore:
     """Store of feature maps (C, H, W) float32 of one backbone, with one safetensors file per image.
 
-    The name of the store's folder is a fingerprint of everything that changes a map: weights, ReLUP and resizing. The
-    name of a file is a fingerprint of the image's name, box and content. A file contains the maps of all scales of the
-    image. Files are written atomically. If a file lacks the map of a scale, all maps of the image are computed again.
+    The name of the store's folder is a fingerprint of everything that affects the maps of all images: weights, ReLUP
+    and resizing. The name of a file is a fingerprint of the image's name, box and content. A file contains the maps of
+    all scales of the image. Files are written atomically. If a file lacks the map of a scale, all maps of the image are
+    computed again.
 
     Args:
         folder: parent folder of all map stores.
@@ -64,16 +65,16 @@ class MapStore:
         """Return the path of the file that contains the maps of an image.
 
         Args:
-            line: text that identifies the image, one of those that `ExtractionList.lines` returns.
+            line: text that identifies the image, from the list that `ExtractionList.lines` returns.
         """
         return self.folder / f"{_digest(line)}.safetensors"
 
     def missing(self, images: ExtractionList, grid: Sequence[Settings]) -> list[int]:
-        """Return the row numbers of the images whose maps are not completely stored.
+        """Return the indices of the images for which at least one required map is not stored.
 
         Args:
             images: list of images.
-            grid: settings to try. All maps that at least one of these settings uses must be stored.
+            grid: settings to try. All maps that at least one of these settings uses are required.
         """
         rows = []
         for row, line in enumerate(images.lines()):
@@ -87,7 +88,7 @@ class MapStore:
 
         Args:
             images: list of images.
-            rows: row numbers of the images to count.
+            rows: indices of the images to count.
             grid: settings to try. All maps that at least one of these settings uses are counted.
         """
         cells, sizes = 0, images.sizes()
@@ -110,7 +111,7 @@ class MapStore:
 
         Args:
             images: list of images.
-            rows: row numbers of the images to compute.
+            rows: indices of the images whose maps are computed.
             grid: settings to try. All maps that at least one of these settings uses are computed.
             device: device to compute on.
             workers: number of processes that decode images.
@@ -150,7 +151,7 @@ class MapStore:
         """
         maps: dict[str, Tensor] = {}
         # Settings with the most scales come first, because their maps usually include the maps for fewer scales. The
-        # network then does not need to run again.
+        # network then does not need to run again for fewer scales.
         for settings in sorted(grid, key=lambda settings: -settings.scales):
             keys = self._keys(settings, (image.shape[-2], image.shape[-1]))
             if not maps.keys() >= set(keys):
@@ -165,7 +166,7 @@ class MapStore:
         Args:
             settings: pooling settings.
             images: images whose maps are stored.
-            pooling: network whose pooling and whitening layers are applied; it is changed to `settings` first.
+            pooling: network whose pooling and whitening layers are applied; `settings` are applied to it first.
 
         Returns:
             (N, D) float32, unit norm.

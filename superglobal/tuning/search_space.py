@@ -30,9 +30,9 @@ class Settings:
 
     Args:
         gem_plus_p: exponent of GeM+.
-        regional_window: window size of Regional-GeM in cells; 1 turns Regional-GeM off.
+        regional_window: window size of Regional-GeM in positions of the feature map; 1 turns Regional-GeM off.
         regional_p: exponent of Regional-GeM.
-        scale: use Scale-GeM instead of the mean over the scales.
+        scale: whether to use Scale-GeM instead of the mean over the scales.
         scales: number of scales, 1, 3 or 5.
         relup_alpha: lower bound of ReLUP; 0 turns ReLUP off.
         M: number of reranked images.
@@ -82,13 +82,13 @@ def configure(network: RetrievalNetwork, settings: Settings) -> None:
 
 
 def choices(space: SpaceConfig, has_relup: bool, reachable: int) -> dict[str, Any]:
-    """Return an Optuna distribution for each setting to search; every distribution contains the paper's value.
+    """Return an Optuna distribution for each setting to tune; every distribution contains the paper's value.
 
     Args:
         space: configured search space.
         has_relup: whether the backbone supports ReLUP.
-        reachable: number of database images that a query can retrieve. Values of M that are not smaller than this
-            number all rerank every image, so they are left out. The paper's value 400 is always included.
+        reachable: number of database images that a query can retrieve. With M equal to or above this
+            number, every image is reranked, so these values are left out, except for the paper's value 400.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -123,7 +123,7 @@ def search(
     true if a finished search is continued with a higher number of trials.
 
     Args:
-        distributions: Optuna distribution of each setting to search, by name. All other settings have the values in
+        distributions: Optuna distribution of each setting to tune, by name. All other settings have the values in
             `first`.
         first: settings of the first trial.
         score: function that computes the mAP of settings, in 0..1.
@@ -154,8 +154,8 @@ def search(
         params = {name: value for name, value in asdict(first).items() if name in distributions}
         study.add_trial(optuna.create_trial(params=params, distributions=distributions, value=score(first)))
     for number in range(max(1, len(done)), trials):
-        # Each trial uses a new sampler with its own seed. The state of one sampler for all trials would be lost when
-        # the search is interrupted.
+        # Each trial uses a new sampler with its own seed, because the state of a single sampler for all trials would be
+        # lost when the search is interrupted.
         sampler_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
         study.sampler = optuna.samplers.TPESampler(seed=sampler_seed, multivariate=True, constant_liar=False)
         trial = study.ask(distributions)
@@ -186,8 +186,8 @@ def best(trials: Sequence[Trial]) -> Trial:
 class Outcome:
     """Comparison of the best settings with the paper's settings; all mAP values are in 0..1.
 
-    The landmarks of the validation set are divided into two halves. The best settings are chosen by the mAP on the
-    search half. The gain of these settings is measured on the check half.
+    The landmarks of the validation set are divided into two halves. The best settings are chosen by the mAP on one
+    half, the search half. Their gain in mAP over the paper's settings is measured on the other half, the check half.
 
     Attributes:
         tuned_on: description of the validation set, which is shown with every result that uses the settings.
@@ -195,11 +195,11 @@ class Outcome:
         paper: settings of the paper.
         search_half: mAP of (winner, paper) on the search half.
         check_half: mAP of (winner, paper) on the check half.
-        interval: 95 % interval of the gain on the check half, from a bootstrap over landmarks.
+        interval: 95 % confidence interval of the gain on the check half, from a bootstrap over landmarks.
         trials: number of trials.
         queries: number of queries of the check half.
         landmarks: number of landmarks of the check half.
-        rerank: True if settings of reranking were searched, False if reranking was disabled.
+        rerank: True if settings of reranking were tuned, False if reranking was disabled.
     """
 
     tuned_on: str
@@ -255,7 +255,7 @@ def compare(
         searched: (Q,) bool, True for queries of the search half.
         clusters: landmark of each query.
         tuned_on: description of the validation set.
-        rerank: whether reranking was enabled and its settings were searched, too.
+        rerank: whether reranking was enabled and its settings were tuned, too.
         seed: seed of the bootstrap.
     """
     counted = ~np.isnan(ap[1])

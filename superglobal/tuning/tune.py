@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def tune(cfg: DictConfig, folder: Path) -> float:
-    """Search the best settings of pooling and reranking, compare them with the paper's settings, and write the results.
+    """Find the best settings of pooling and reranking, compare them with the paper's settings, and write the results.
 
     The landmarks of the validation set are divided into two halves. The search uses the queries of one half, and the
     comparison uses the queries of the other half.
@@ -75,7 +75,7 @@ def tune(cfg: DictConfig, folder: Path) -> float:
     def score(settings: Settings) -> float:
         return float(np.nanmean(scorer.average_precision(settings)[searched]))
 
-    log.info("Searching settings on %d of %d queries", (searched & counted).sum(), counted.sum())
+    log.info("Searching for the best settings on %d of %d queries", (searched & counted).sum(), counted.sum())
     space = choices(config.space, relup, len(dataset.database) - dataset.leave_one_out)
     paper = Settings() if relup else Settings(relup_alpha=0.0)
     trials = search(space, paper, score, config.trials, config.seed, folder / "trials.journal")
@@ -95,7 +95,7 @@ class Scorer:
     Args:
         dataset: evaluation set.
         lists: image list of the database and, if the queries are not database images, image list of the queries.
-        stores: stores of feature maps, by lower bound of ReLUP.
+        stores: a store of feature maps for each lower bound of ReLUP.
         network: network whose pooling and whitening layers are applied, on its device.
         rerank: whether to rerank after the search.
     """
@@ -190,7 +190,7 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
     if tars is not None and data_root is None:
         raise InputError(
             f"{run}: the training images are in the tar files in {tars}, but tuning needs image files; unpack the tar "
-            f"files and give data_root=FOLDER, the folder of {d['table']} and train/a/b/c/<id>.jpg"
+            f"files and give data_root=FOLDER, the folder that contains {d['table']} and train/a/b/c/<id>.jpg"
         )
     images = read_train(root, d["table"], d["min_images"], d["classes_of"], d["leave_out"])
     images = split_landmarks(images, v["fraction"], seed)[1]
@@ -250,7 +250,7 @@ def limit_images(dataset: EvaluationSet, max_images: int, seed: int) -> Evaluati
 
 
 def draw_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.ndarray:
-    """Choose half of the landmarks at random; the settings are searched on the queries of these landmarks.
+    """Choose half of the landmarks at random; the search for the best settings uses the queries of these landmarks.
 
     Args:
         clusters: landmark of each query.
@@ -266,8 +266,8 @@ def draw_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.nda
     names = np.unique(np.array(clusters)[counted])
     if len(names) < 4:
         raise InputError(
-            f"tuning needs two landmarks to search settings and two to check them: expected at least 4 landmarks with "
-            f"two images or more, got {len(names)}; add images"
+            "tuning needs two landmarks to find the best settings and two to check them: expected at least 4 landmarks "
+            f"with two images or more, got {len(names)}; add images"
         )
     half = np.random.default_rng(seed).permutation(len(names))[: len(names) // 2]
     return np.isin(np.array(clusters), names[half])
@@ -358,10 +358,10 @@ def _compute_maps(
         device: device to compute on.
 
     Returns:
-        Stores of feature maps, by lower bound of ReLUP.
+        A store of feature maps for each lower bound of ReLUP.
 
     Raises:
-        InputError: the disk is too small, an image is corrupt, or a file cannot be written.
+        InputError: the disk has too little free space, an image is corrupt, or a file cannot be written.
     """
     space = config.space
     grid = [Settings(regional_window=w, scales=n) for w in {5, *space.windows} for n in {3, *space.scales}]

@@ -1,4 +1,4 @@
-"""Processes: the first of a run before Lightning connects them, the available CPUs, and how processes end."""
+"""Identify the first process of a run, count the available CPUs, and control how processes end."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def end_with_parent() -> None:
     """Start a thread that ends this process as soon as its parent ends or is killed.
 
     In a process that `multiprocessing` did not start, do nothing. The thread does not check the parent process ID
-    (`os.getppid`): if a fork server started this process, it is the ID of the server, which may outlive the process
-    that requested the start.
+    (`os.getppid`), because it would be the ID of the fork server if such a server started this process. The server may
+    outlive the process that requested the start.
     """
     parent = multiprocessing.parent_process()
 

@@ -33,7 +33,7 @@ def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
         backup: path to which an existing file at `path` is moved; by default, the existing file is overwritten.
 
     Raises:
-        InputError: the folder is not writable, or the disk is full. An existing file is not changed then.
+        InputError: the folder is not writable, or the disk is full. An existing file stays unchanged.
     """
     temporary = None
     try:
@@ -58,7 +58,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` to a file atomically: readers see either the old file or the complete new file.
 
     Raises:
-        InputError: the folder is not writable, or the disk is full. An existing file is not changed then.
+        InputError: the folder is not writable, or the disk is full. An existing file stays unchanged.
     """
     with atomic_file(path) as file:
         file.write(data)
