@@ -269,7 +269,7 @@ def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
     """Download the MD5 checksum that the authors publish for a file, and return it as "md5:<digest>".
 
     Args:
-        url: address of a text that contains the checksum.
+        url: address of a text file that contains the checksum.
         target: path of the downloaded file that the checksum is for, used in error messages.
         options: mirrors, timeout and number of attempts.
 
@@ -284,12 +284,12 @@ def published_md5(url: str, target: Path, options: DownloadOptions) -> str:
 
 
 def _read_text(url: str, options: DownloadOptions, name: str) -> str:
-    """Return the first 1000 bytes of a short text on a server.
+    """Return the first 1000 bytes of a short text file on a server.
 
     Args:
-        url: official address of the text.
+        url: official address of the file.
         options: mirrors, timeout and number of attempts.
-        name: description of the text for the error message.
+        name: description of the file for the error message.
 
     Raises:
         InputError: the text cannot be downloaded.
@@ -314,7 +314,7 @@ def _read_text(url: str, options: DownloadOptions, name: str) -> str:
 
 
 def recorded_sha256(target: Path) -> str | None:
-    """Return the SHA-256 that was recorded when a file was downloaded first, as "sha256:<digest>".
+    """Return the SHA-256 that was recorded when a file was first downloaded, as "sha256:<digest>".
 
     If no SHA-256 was recorded, return None.
     """

@@ -216,7 +216,7 @@ def _require_space(name: str, root: Path, archives: Sequence[RemoteFile], option
     if needed > free:
         raise InputError(
             f"{name} needs {needed / 1e9:.2f} GB more in {root}, but {free / 1e9:.2f} GB are free, so nothing was "
-            "downloaded; free space, or choose another folder with --data"
+            "downloaded; free disk space, or choose another folder with --data"
         )
     return None if None in sizes else sum(size or 0 for size in sizes)
 
@@ -354,7 +354,7 @@ def _run_parallel(
                     failures.append(error)
                     if isinstance(error, DiskFullError):
                         bar.stopped.set()
-        except BaseException:  # for example, KeyboardInterrupt: stop the other threads too
+        except BaseException:  # Stop the other threads too, for example after Ctrl-C.
             bar.stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise

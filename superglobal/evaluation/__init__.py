@@ -1,1 +1,1 @@
-"""Evaluation of a network on a data set, from images to scores."""
+"""Evaluate a network on a data set: extract descriptors, search, rerank and compute scores."""

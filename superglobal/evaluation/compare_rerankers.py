@@ -103,7 +103,7 @@ def _read_reranker(words: str, sources: Sequence[Path]) -> RerankConfig:
 def _score_rerankers(
     config: CompareConfig, inputs: Inputs, rerankers: Sequence[tuple[str, RerankConfig]], folder: Path
 ) -> list[dict[str, Any]]:
-    """Search once, rerank the results with each reranker, and return one dict per reranker (see `compare`).
+    """Search once, rerank the results with each reranker, and return the dicts that `compare` describes.
 
     Args:
         config: settings of the comparison.
@@ -153,7 +153,7 @@ def _score_rerankers(
 
 @contextmanager
 def _measure(device: str) -> Iterator[dict[str, Any]]:
-    """Measure the time and the additional peak memory of the code in a `with` statement.
+    """Measure the time and the increase in peak memory of the code in a `with` statement.
 
     Args:
         device: device that the code computes on, such as "cuda".
@@ -174,7 +174,7 @@ def _measure(device: str) -> Iterator[dict[str, Any]]:
 
 
 def _peak_memory(device: str, reset: bool) -> float | None:
-    """Return the peak memory in MB since the last reset; None if it cannot be measured.
+    """Return the peak memory in MB since the last call with `reset`; None if it cannot be measured.
 
     On a CUDA device, this is the GPU memory that torch has allocated. On the CPU, it is the memory of this process as
     reported by Linux in /proc.
@@ -190,8 +190,8 @@ def _peak_memory(device: str, reset: bool) -> float | None:
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         if reset:
-            # Return freed memory to the system. Otherwise, the process could reuse freed memory, and the measured peak
-            # would not rise.
+            # Return freed memory to the system. Otherwise, the measured code could reuse this memory, and the measured
+            # peak would not rise.
             gc.collect()
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)

@@ -44,10 +44,10 @@ def extract_lists(
     num_workers: int,
     dtype: str,
 ) -> tuple[list[DescriptorStore], dict[str, int]]:
-    """Open the store of each image list under `folder`, and extract the missing rows in one pass over the images.
+    """Open the store of each image list under `folder`, and extract all missing descriptors in one pass.
 
-    A new store first copies rows with the same image, network and settings from other stores under `folder`. If an
-    image is added to a data set, for example, only this image is extracted.
+    Descriptors of the same images, network and settings are first copied to a new store from other stores under
+    `folder`. If an image is added to a data set, for example, only this image is extracted.
 
     Args:
         networks: networks on the CPU. The stores of all networks are filled. Only the stores of the first network are
@@ -60,9 +60,9 @@ def extract_lists(
         dtype: dtype of the stores, "float32" or "float16".
 
     Returns:
-        The stores of the first network, one per image list; and a dict from the title of each image list to its number
-        of rows that were missing before the extraction. The stores are still incomplete if other shards have images to
-        extract.
+        The stores of the first network, one per image list; and a dict from the title of each image list to the number
+        of its descriptors that were missing before the extraction. The stores are still incomplete if other shards have
+        images to extract.
 
     Raises:
         InputError: an image is unreadable, a store cannot be written, or a process died. Finished rows are kept for the
@@ -81,7 +81,7 @@ def extract_lists(
         if trainer.is_global_zero:
             paths = images.paths()
             for network_stores in stores:
-                if os.access(network_stores[i].folder, os.W_OK):  # the complete store of another user may be read-only
+                if os.access(network_stores[i].folder, os.W_OK):  # A complete store of another user may be read-only.
                     record_paths(network_stores[i].folder, paths)
     # A sweep job whose own stores are complete extracts nothing for the other jobs. If it did, and if the extraction
     # for one of the jobs failed, every job would attempt that extraction again.
@@ -92,8 +92,8 @@ def extract_lists(
     for images, rows in zip(lists, missing, strict=True):
         total = len(images.items)
         log.info("%s: %d images, %d in store, %d to extract", images.title, total, total - len(rows), len(rows))
-    # Processes that torchrun or SLURM started together may find different rows missing. Every process must take part in
-    # the extraction, even if it finds no row missing, because the processes wait for each other.
+    # Processes that torchrun or SLURM started together may find that different rows are missing. Every process must
+    # take part in the extraction, even if it finds no row missing, because the processes wait for each other.
     if any(missing) or launched_externally():
         if check_decoder is not None:
             check_decoder()
@@ -112,13 +112,15 @@ def _extract_missing(
     settings: ExtractionConfig,
     num_workers: int,
 ) -> None:
-    """Divide the missing images into batches, and extract the batches of this process and shard.
+    """Divide the missing images into batches, and extract the batches that are assigned to this process.
+
+    If the extraction is split into shards, only the images of this run's shard are divided among its processes.
 
     Args:
         networks: networks on the CPU.
         stores: for each network, one store per image list.
         lists: image lists.
-        missing: for each image list, the rows to extract.
+        missing: for each image list, the indices of the images to extract.
         trainer: runs the extraction.
         settings: section `extraction` of the configuration.
         num_workers: number of processes that decode images.
@@ -143,7 +145,7 @@ def _extract_missing(
 def run_extraction(
     trainer: pl.Trainer, module: ExtractionModule, data: ExtractionDataModule, stores: Sequence[DescriptorStore]
 ) -> None:
-    """Extract all batches in all processes, and flush finished rows to disk even after an error.
+    """Extract all batches in all processes, and flush finished descriptors to disk even after an error.
 
     Args:
         trainer: runs the extraction.
@@ -160,14 +162,14 @@ def run_extraction(
         finally:
             try:
                 module.drain()
-            finally:  # `drain` raises an error if the GPU has failed
-                for failure in dict.fromkeys(module.failures):  # the error that ends the run does not mention them
+            finally:  # `drain` raises an error if the GPU has failed.
+                for failure in dict.fromkeys(module.failures):  # The error that ends the run does not contain them.
                     log.warning("%s", failure)
                 for store in stores:
                     store.flush()
         trainer.strategy.barrier()
     except SystemExit as end:
-        if end.code == 1:  # Lightning's exit status after Ctrl-C
+        if end.code == 1:  # Lightning exits with this status after Ctrl-C.
             log.error("interrupted; run the same command to resume with the missing images")
             sys.exit(130)
         raise
@@ -187,8 +189,8 @@ def _skip_unreadable(store: DescriptorStore, images: ExtractionList, writes: boo
         writes: whether this process may write to the store; True in the first process only.
 
     Raises:
-        InputError: more images are unreadable than `images.max_corrupt_fraction` allows, or the store has skipped rows
-            although the image list allows none.
+        InputError: more images are unreadable than `images.max_corrupt_fraction` allows, or the store has skipped
+            images although the image list allows none.
     """
     if images.max_corrupt_fraction is None:
         if len(store.skipped):
@@ -207,7 +209,7 @@ def _skip_unreadable(store: DescriptorStore, images: ExtractionList, writes: boo
 
 
 def _require_few_corrupt(store: DescriptorStore, images: ExtractionList, unreadable: int = 0) -> None:
-    """Raise InputError if more images are unreadable or skipped than `images.max_corrupt_fraction` allows.
+    """Check that no more images are unreadable or skipped than `images.max_corrupt_fraction` allows.
 
     Args:
         store: store of the image list; its skipped rows are counted.
@@ -278,8 +280,8 @@ def _open_store(
 ) -> DescriptorStore:
     """Open the store of an image list, or create it.
 
-    A new store records the device, package versions, weights and data set. It also copies the rows of the same images,
-    network and settings from other stores under `folder`.
+    A new store records the device, package versions, weights and data set. Descriptors of the same images, network and
+    settings are copied to it from other stores under `folder`.
 
     Args:
         network: network that extracts the descriptors.
@@ -287,8 +289,8 @@ def _open_store(
         folder: parent folder of the stores.
         device: device of the extraction, recorded as provenance.
         dtype: dtype of the store, "float32" or "float16".
-        check_decoder: function that checks the GPU JPEG decoder and returns facts about it, which a new store records;
-            None to decode on the CPU.
+        check_decoder: function that checks the GPU JPEG decoder and returns its differences from the CPU decoder, which
+            a new store records; None to decode on the CPU.
     """
     identity = store_identity(network, images.max_side, "cpu" if check_decoder is None else "gpu")
     lines = images.lines()

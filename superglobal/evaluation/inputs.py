@@ -40,7 +40,10 @@ _RELUP_ROWS = ("relup", "no_relup")
 
 
 class NotApplicableError(InputError):
-    """Error if the backbone does not support the row of the ablation table, such as a row with ReLUP without ReLUs."""
+    """Error for a row of the ablation table that the backbone does not support.
+
+    For example, rows with ReLUP need a backbone with plain ReLUs.
+    """
 
 
 class StageTimer:
@@ -93,7 +96,7 @@ class Inputs:
         return cls(queries, concat(*parts, name="database"), dataset, distractors, about)
 
     def query_block(self) -> np.ndarray:
-        """Return the queries as (Q, D) float32."""
+        """Return the query descriptors as one array, (Q, D) float32."""
         return self.queries.block(0, len(self.queries))
 
     def exclude(self) -> np.ndarray | None:
@@ -249,7 +252,7 @@ def _load_npy(path: str) -> Rows:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except NPY_FAULTS as error:
         raise InputError(
-            f"{path}: not a readable .npy file of descriptors ({error}); write it by numpy.save"
+            f"{path}: not a readable .npy file of descriptors ({error}); write it with numpy.save"
         ) from error
     return as_rows(array, path)
 
@@ -283,7 +286,7 @@ def _trained_weights(config: EvalConfig) -> str:
     runs = sorted(export.parent.name for export in path.parent.parent.glob(f"*/{path.name}"))
     hint = f" (finished runs: {', '.join(runs)}; choose one with name=)" if runs else ""
     raise InputError(
-        f"weights: none given, and there is no trained network at {path}{hint}. Train one by python train.py, or give "
+        f"weights: none given, and there is no trained network at {path}{hint}. Train one with python train.py, or give "
         "weights=PATH of a CVNet checkpoint or a superglobal export, backbone=efficientnet_lite0 (no download needed), "
         "weights=timm, or weights=random as a baseline"
     )
@@ -378,7 +381,7 @@ def apply_whitening(config: EvalConfig, inputs: Inputs, timer: StageTimer) -> In
     with timer.time("whitening"):
         stores = inputs.about.get("stores")
         if stores is None:
-            # Descriptors from files have no fingerprint, so their whitening is not stored.
+            # A stored whitening is found by the fingerprint of a descriptor store. Descriptors from files have none.
             whitening, fingerprint = Whitening(s.kind, s.dims).fit(inputs.database), None
         else:
             fingerprints = [stores[title]["fingerprint"] for title in ("database", "distractors") if title in stores]

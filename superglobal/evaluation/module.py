@@ -30,7 +30,7 @@ from superglobal.utils.distributed import in_main_thread
 from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)
-_REPORT_INTERVAL = 30.0  # seconds
+_REPORT_INTERVAL = 30.0  # seconds between two reports of the progress
 # Types of devices that compute asynchronously. On such a device, the descriptors of a batch are written while the
 # device computes the next batch.
 _ASYNCHRONOUS = ("cuda",)
@@ -95,15 +95,15 @@ class _PendingBatch:
     descriptors: list[Tensor]  # one (B, D) tensor in host memory per network, valid after the event `copied`
     stores: Sequence[Sequence[DescriptorStore]]  # for each network, one store per image list
     is_first_group: bool  # true if the first network of the group is the network of this run
-    copied: torch.cuda.Event | None  # occurs when `descriptors` are copied from the GPU; None if they already are
+    copied: torch.cuda.Event | None  # occurs when the copies from the GPU are complete; None on the CPU
 
 
 class ExtractionModule(pl.LightningModule):
     """Extract batches of images with one or several networks and write each descriptor into its row of a store.
 
     Args:
-        networks: groups of networks in evaluation mode; the networks of a group share their feature maps (see
-            `forward_variants`). The first network of the first group is the network of this run.
+        networks: groups of networks in evaluation mode; the networks of a group share one backbone, which computes the
+            feature maps once. The first network of the first group is the network of this run.
         stores: one store for each group, network and image list, nested in this order.
         lists: image lists to which the batches refer.
         batches: all batches of this process, used to estimate the remaining time.
@@ -134,8 +134,8 @@ class ExtractionModule(pl.LightningModule):
 
         On a GPU, the descriptors of the previous batch are written while the GPU computes this batch. If an image
         cannot be extracted and the run has one process, the error is raised at once. If the run has several processes,
-        all of them raise the error at the end of the extraction. If one process stopped earlier, the others would wait
-        for it. Finished rows are kept in both cases.
+        all of them raise the error at the end of the extraction, because a process that stopped early would make
+        the others wait forever. Finished rows are kept in both cases.
 
         Returns:
             Number of images that this process has extracted so far.
@@ -172,7 +172,7 @@ class ExtractionModule(pl.LightningModule):
         If GPU memory runs out, fewer images are processed at a time.
 
         Args:
-            group: networks that share their feature maps.
+            group: networks that share one backbone.
             images: (B, 3, H, W) batch of images.
 
         Raises:
@@ -273,7 +273,7 @@ def skip_rows(stores: Sequence[DescriptorStore], images: ExtractionList, faults:
     Args:
         stores: stores whose rows belong to `images`.
         images: list of images.
-        faults: row and reason of each image to skip.
+        faults: (index in `images`, reason) of each image to skip.
     """
     for store in stores if faults else ():
         done = store.done

@@ -299,7 +299,7 @@ def score_stages(config: EvalConfig, task: Task, first: FirstStage, reranked: Re
 def shortlist_reranker(config: EvalConfig, task: Task) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Return a function that reranks shortlists with the reranker that `config.rerank` selects.
 
-    The function takes two arrays: the numbers (n,) of some queries, and the shortlists (n, m) of database ids of these
+    The function takes two arrays: the indices (n,) of some queries, and the shortlists (n, m) of database ids of these
     queries. It returns the reordered shortlists (n, m).
     """
 
@@ -342,7 +342,7 @@ def write_report(
     Args:
         config: settings of the evaluation.
         task: descriptors and ground truth.
-        search: facts about the search, from `FirstStage.about`.
+        search: entries for results.json that describe the search, from `FirstStage.about`.
         results: metrics by stage; empty without labels.
         stages: scores (Q, k) and ids (Q, k) by stage.
         seconds: duration of each stage.
