@@ -53,7 +53,7 @@ class Source:
     """Files and archives that `superglobal download <name>` downloads.
 
     Attributes:
-        name: name on the command line.
+        name: name of the source on the command line.
         description: description in one line.
         folder: folder to download to, relative to `--data`.
         page: web page of the data set or the weights.

@@ -197,7 +197,8 @@ def require_images(
     """Check that all images of several sets exist and are complete, before anything is computed.
 
     Args:
-        sets: (title, images, hint) of each set. The titles must differ. The hint tells the user how to get the images.
+        sets: (title, images, hint) of each set. The title is a description of the set for the error message, and must
+            be unique. The hint tells the user how to get the images.
         also: additional lines for the error message, about other missing input such as weights. If `also` is not empty,
             an error is raised even if all images are valid.
         workers: number of threads of `check_images`.

@@ -24,16 +24,16 @@ def folder_set(
 ) -> EvaluationSet:
     """Load an evaluation set from the images in a folder and its sub-folders, sorted by relative path.
 
-    With `query` and without labels, there is no ground truth. With labels, the positives of a query are the database
-    images with the same label. If the image file of the query is also in the database, this database image
-    is junk: it is ignored in the ranking of the query. Without `query`, each
-    database image is a query that is compared with all others. If the query folder is inside the database folder, its
-    images also belong to the database. Images are found by their file extension. The files are not read.
+    With labels, the positives of a query are the database images with the same label. If the image file of the query is
+    also in the database, this database image is junk: it is ignored in the ranking of the query. Without `query`, each
+    database image is a query, and its results are the other database images. Without labels, there is no ground truth.
+    If the query folder is inside the database folder, its images also belong to the database. Images are found by their
+    file extension. The files are not read.
 
     Args:
         database: folder of the database images.
         query: query image, or folder of query images.
-        labels: use the first-level sub-folder of an image as its label, so that results can be scored.
+        labels: use the name of the first-level sub-folder of an image as its label, so that results can be scored.
         name: name of the set.
 
     Raises:

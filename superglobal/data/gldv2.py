@@ -229,8 +229,8 @@ def recognition_set(
 ) -> EvaluationSet:
     """Load the GLDv2 recognition benchmark. The nearest training images predict the landmark of each test image.
 
-    Landmark ids are those of the training list; the index of the retrieval benchmark uses different ids. A test image
-    of a landmark that is not in the training list cannot be recognized and counts as an error.
+    Landmark ids are those of the training list. They differ from the landmark ids of the index images in the retrieval
+    benchmark. A test image of a landmark that is not in the training list cannot be recognized and counts as an error.
 
     Args:
         root: folder that contains the training list, the solution, `train/a/b/c/<id>.jpg` and `test/a/b/c/<id>.jpg`.
@@ -277,11 +277,11 @@ def validation_set(
 ) -> EvaluationSet:
     """Load a validation set from held-out landmarks of the training list.
 
-    One random image of each landmark is a query; all other images of the landmarks form the database. The landmarks are
-    the first ones that `split_landmarks` holds out with `seed`. A training run on the same list has therefore not seen
-    them if it uses the same seed, does not use `leave_out`, and holds out at least as many landmarks. The split is
-    written to the folder of the list as `<name>_<landmarks>_seed<seed>.csv`, with the columns id, landmark_id and split
-    (query or index).
+    One random image of each landmark is a query; all other images of the landmarks form the database. `split_landmarks`
+    holds out the first landmarks of a random order that depends on `seed`. A training run on the same list has
+    therefore not seen them if it uses the same seed, does not use `leave_out`, and holds out at least as many
+    landmarks. The split is written to the folder of the list as `<name>_<landmarks>_seed<seed>.csv`, with the columns
+    id, landmark_id and split (query or index).
 
     Args:
         root: folder that contains the training list and `train/a/b/c/<id>.jpg`.

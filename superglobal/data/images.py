@@ -71,8 +71,8 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
 
     Args:
         path: image file.
-        box: crop (x1, y1, x2, y2) in pixels, truncated to integers as in the reference and clipped to the image; None
-            for the whole image.
+        box: crop (x1, y1, x2, y2) in pixels, truncated to integers as in the reference implementation and clipped to
+            the image; None for the whole image.
         max_side: maximum longer side in pixels after the crop; larger images are shrunk by `shrink`. None means no
             limit.
 

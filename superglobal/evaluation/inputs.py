@@ -286,8 +286,8 @@ def _trained_weights(config: EvalConfig) -> str:
     runs = sorted(export.parent.name for export in path.parent.parent.glob(f"*/{path.name}"))
     hint = f" (finished runs: {', '.join(runs)}; choose one with name=)" if runs else ""
     raise InputError(
-        f"weights: none given, and there is no trained network at {path}{hint}. Train one with python train.py, or give "
-        "weights=PATH of a CVNet checkpoint or a superglobal export, backbone=efficientnet_lite0 (no download needed), "
+        f"weights: none given, and there is no trained network at {path}{hint}. Train one with python train.py, or "
+        "give weights=PATH of a CVNet checkpoint or a superglobal export, backbone=efficientnet_lite0 (no download), "
         "weights=timm, or weights=random as a baseline"
     )
 
