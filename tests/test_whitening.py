@@ -104,7 +104,7 @@ def test_a_damaged_whitening_file_is_an_error(X, tmp_path):
 
 
 def test_invalid_arguments_raise_input_errors(X):
-    with pytest.raises(InputError, match=r"20 database images are too few for 24 axes; use whitening\.dims="):
+    with pytest.raises(InputError, match=r"20 database images are too few for 24 axes; set whitening\.dims"):
         Whitening("pca").fit(X[:20])
     with pytest.raises(InputError, match=r"dims=25: expected an integer in 1\.\.24"):
         Whitening("pca", 25).fit(X)

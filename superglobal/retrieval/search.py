@@ -105,7 +105,10 @@ def merge_shortlists(
     pairs = [(np.asarray(scores), np.asarray(ids)) for scores, ids in shards]
     for number, (scores, ids) in enumerate(pairs):
         if scores.shape != ids.shape or scores.ndim != 2 or len(scores) != len(pairs[0][0]):
-            raise InputError(f"shard {number}: expected scores and ids ({len(pairs[0][0])}, k), got {scores.shape}")
+            raise InputError(
+                f"shard {number}: expected scores and ids of shape ({len(pairs[0][0])}, k), got scores {scores.shape} "
+                f"and ids {ids.shape}"
+            )
         if scores.dtype != np.float64:
             raise InputError(f"shard {number}: expected float64 scores, got {scores.dtype}; use search(dtype=float64)")
     offsets = starts or [0] * len(pairs)
@@ -135,7 +138,7 @@ def faiss_module(label: str = "", instead: str = "index=flat, which gives the ex
         return importlib.import_module("faiss")  # imported by name, because its type stubs are incomplete
     except ImportError as error:
         raise InputError(
-            f"{label}FAISS is not installed: pip install faiss-cpu (or faiss-gpu), or use {instead} without it"
+            f"{label}FAISS is not installed; run pip install faiss-cpu (or faiss-gpu), or use {instead}"
         ) from error
 
 
@@ -369,7 +372,7 @@ class Shortlist:
         self._unsorted = 0
 
     def _score_exactly(self, selected: np.ndarray) -> None:
-        """Compute the float64 scores of some of the kept rows, and replace the float32 scores of these rows.
+        """Replace the float32 scores of some of the kept rows with float64 scores.
 
         `selected` is a bool mask over all kept rows, true for the rows to score.
         """

@@ -67,7 +67,7 @@ class DescriptorStore:
         self._rows_per_shard: int = manifest["shard_rows"]
         self._done = map_array(folder / "done.npy", (self.shape[0],), np.dtype(np.uint8))
         if self._done.max(initial=0) > _SKIPPED:
-            raise InputError(f"{folder / 'done.npy'} is damaged (expected bytes 0 to {_SKIPPED}); delete {folder}")
+            raise InputError(f"{folder / 'done.npy'} is damaged (expected values 0 to {_SKIPPED}); delete {folder}")
         self._shards = [
             map_array(shard_path(folder, i), (count, self.shape[1]), self.dtype)
             for i, count in enumerate(shard_sizes(*self.shape[:1], self._rows_per_shard))
@@ -87,10 +87,13 @@ class DescriptorStore:
         provenance: Mapping[str, Any] | None = None,
         dtype: str = "float32",
     ) -> DescriptorStore:
-        """Open the store in `folder`, which must have been created for the same descriptors, or create an empty one.
+        """Open the store in `folder`, or create an empty one there.
+
+        An existing store must have been created for the same descriptors.
 
         Args:
-            folder: folder that contains only this store; its name should contain the fingerprint.
+            folder: folder of this store only. Its name should contain the fingerprint, so that stores of different
+                descriptors have different folders.
             identity: everything that affects a descriptor, as plain types, such as `RetrievalNetwork.identity()`.
             images: N lines, one per row, with the name and the content signature of the image.
             dim: dimension D of the descriptors.
@@ -143,17 +146,17 @@ class DescriptorStore:
 
     @property
     def written(self) -> np.ndarray:
-        """Numbers of the rows that have a descriptor: (n,) int64."""
+        """Indices (n,) int64 of the rows that have a descriptor."""
         return np.flatnonzero(np.asarray(self._done) == _WRITTEN)
 
     @property
     def skipped(self) -> np.ndarray:
-        """Numbers of the rows that are complete without a descriptor, and are never ranked: (n,) int64."""
+        """Indices (n,) int64 of the rows that are complete without a descriptor, and are never ranked."""
         return np.flatnonzero(np.asarray(self._done) == _SKIPPED)
 
     @property
     def missing(self) -> np.ndarray:
-        """Numbers of the rows that are not complete: (n,) int64."""
+        """Indices (n,) int64 of the rows that are not complete."""
         return np.flatnonzero(~self.done)
 
     def fingerprint(self) -> str:
@@ -192,8 +195,8 @@ class DescriptorStore:
         rows = rows.astype(np.int64)
         if descriptors.shape != (len(rows), self.shape[1]):
             raise InputError(
-                f"{self.folder}: row {', '.join(map(str, rows[:3]))} has shape {descriptors.shape[1:]}, expected "
-                f"({self.shape[1]},)"
+                f"{self.folder}: got an array of shape {descriptors.shape} for {len(rows)} rows (first rows: "
+                f"{', '.join(map(str, rows[:3]))}), expected ({len(rows)}, {self.shape[1]})"
             )
         self._require_inside(rows)
         norms = np.linalg.norm(descriptors.astype(np.float64), axis=1)
@@ -255,7 +258,7 @@ class DescriptorStore:
         """Flush written rows to disk, then mark them as done. Call this after the last `write_rows`.
 
         Raises:
-            InputError: the disk is full or not available. Rows that were marked before stay valid.
+            InputError: the disk is full or not available. Rows that were already marked as done stay valid.
         """
         if self._unflushed:
             rows = np.array(list(self._unflushed))

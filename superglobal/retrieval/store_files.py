@@ -1,4 +1,7 @@
-"""Create and read the files of a descriptor store (manifest, shards and lists), and detect damaged files."""
+"""Create and read the files of a descriptor store, and detect damaged files.
+
+The files are the manifest, the shards, and the lists of image names, image paths and skipped rows.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +116,7 @@ def _rename_new(source: Path, target: Path) -> None:
     try:
         os.rename(source, target)
     except OSError as error:
-        if (target / "manifest.json").exists():  # Another process was faster to create the same store.
+        if (target / "manifest.json").exists():  # Another process has already created the same store.
             raise FileExistsError(str(target)) from error
         raise
 
@@ -161,7 +164,8 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
         return np.zeros(shape, dtype)
     try:
         array = np.lib.format.open_memmap(path, "r")
-        # Opening the file for reading first detects a truncated file. NumPy would extend it when opening for writing.
+        # The file is first opened for reading, to detect a truncated file. NumPy would extend such a file when opening
+        # it for writing.
         if os.access(path, os.W_OK):
             array = np.lib.format.open_memmap(path, "r+")
     except NPY_FAULTS as error:
@@ -199,7 +203,7 @@ def read_names(folder: Path, rows: int) -> list[str]:
 
 
 def read_paths(folder: Path, rows: int) -> list[str]:
-    """Read the image path of each row, by which users and other programs identify the row. All paths are different.
+    """Read the image path of each row. The paths are distinct, because users and programs identify rows by them.
 
     Args:
         folder: folder of the store.
@@ -297,16 +301,16 @@ def _read_lines(path: Path, rows: int, fix: str) -> list[str]:
     Args:
         path: the file.
         rows: expected length of the list.
-        fix: hint for the error message, how to replace a missing or damaged file.
+        fix: hint for the error message that says how to replace a missing or damaged file.
     """
     try:
         lines = json.loads(_read_text(path, fix))
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); expected a line for each of {rows} rows; {fix}") from error
+        raise InputError(f"{path} is damaged ({error}); expected a JSON list of {rows} strings; {fix}") from error
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise InputError(f"{path} is damaged: expected a JSON list of text, a line for each of {rows} rows; {fix}")
+        raise InputError(f"{path} is damaged: expected a JSON list of {rows} strings, one per row; {fix}")
     if len(lines) != rows:
-        raise InputError(f"{path}: {len(lines)} lines, expected one for each of {rows} rows; {fix}")
+        raise InputError(f"{path}: {len(lines)} strings, expected {rows}, one per row; {fix}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Operations on descriptor stores: inspect, verify, merge and export stores, and reuse rows of other stores."""
+"""Inspect, verify, merge and export descriptor stores, and reuse rows of other stores."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def open_validated(folder: Path) -> DescriptorStore:
 
 
 def store_info(store: DescriptorStore) -> dict[str, Any]:
-    """Return a dict of plain types with the settings, the numbers of rows and the size in bytes of a store."""
+    """Return a dict of plain types with the settings, the counts of rows and the size in bytes of a store."""
     manifest = store.manifest
     return {
         "folder": str(store.folder),
@@ -67,14 +67,14 @@ def store_info(store: DescriptorStore) -> dict[str, Any]:
 
 
 def verify(store: DescriptorStore, record: bool = False) -> int:
-    """Verify a store: its image list, the values of every descriptor, and the checksums of the shards if recorded.
+    """Verify a store: its image list, the values of every descriptor, and any recorded checksums of the shards.
 
     The shapes of the shards are not verified here, because they are checked whenever a store is opened.
 
     Args:
         store: store to verify.
-        record: record the checksums of the shards for later calls, instead of comparing them; only for a complete
-            store.
+        record: True to record the checksums of the shards for later calls, instead of comparing them. The store must
+            be complete.
 
     Returns:
         Number of verified rows.
@@ -143,7 +143,8 @@ def merge(stores: Sequence[DescriptorStore], folder: Path) -> DescriptorStore:
         The merged store.
 
     Raises:
-        InputError: the stores differ in images, weights, settings, dtype or a row, or the folder cannot be written.
+        InputError: the stores differ in images, weights, settings, dtype or the values of a row, or the folder cannot
+            be written.
     """
     first = stores[0]
     for store in stores[1:]:
@@ -179,7 +180,7 @@ def merge(stores: Sequence[DescriptorStore], folder: Path) -> DescriptorStore:
 
 
 def _merge_rows(store: DescriptorStore, merged: DescriptorStore) -> None:
-    """Copy the written rows of a store to `merged`. Raises InputError if a row has other values in `merged`."""
+    """Copy the written rows of a store to `merged`, or raise InputError if a row already has other values there."""
     written, present = store.written, merged.written
     for start in range(0, len(written), _BLOCK):
         ids = written[start : start + _BLOCK]
@@ -250,10 +251,9 @@ def _export_parquet(store: DescriptorStore, rows: np.ndarray, names: list[str], 
 
 
 def reuse_rows(folder: Path, store: DescriptorStore) -> int:
-    """Fill missing rows with descriptors that were extracted before, for other stores.
+    """Fill missing rows of a store with descriptors of the same images from other stores.
 
-    Rows are copied from stores with the same network and settings, for the same images. A damaged store is ignored with
-    a warning.
+    Only stores with the same network and settings are used. A damaged store is ignored with a warning.
 
     Args:
         folder: folder that contains the other stores.
@@ -263,7 +263,7 @@ def reuse_rows(folder: Path, store: DescriptorStore) -> int:
         Number of copied rows.
 
     Raises:
-        InputError: this store cannot be written.
+        InputError: `store` cannot be written.
     """
     copied = 0
     for path in sorted(folder.glob("*/manifest.json")):

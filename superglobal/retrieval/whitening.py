@@ -1,4 +1,4 @@
-"""Whitening of descriptors with the mean m and the covariance C of the searched database, without labels.
+"""Whiten descriptors with the mean m and the covariance C of the searched database, without labels.
 
 center: x <- x - m, normalized
 pca:    x <- L^-1/2 U^T (x - m), normalized
@@ -111,8 +111,8 @@ class Whitening:
             raise InputError(f"whitening.dims={dims}: expected an integer in 1..{dim}, the descriptors' dimension")
         if dims >= count:
             raise InputError(
-                f"whitening.kind=pca: {count} database images are too few for {dims} axes; use whitening.dims= well "
-                f"below {count}, or whitening=center"
+                f"whitening.kind=pca: {count} database images are too few for {dims} axes; set whitening.dims to a "
+                f"number well below {count}, or use whitening=center"
             )
         return dims
 
@@ -161,7 +161,7 @@ class Whitening:
         return out
 
     def save(self, path: Path, identity: str) -> None:
-        """Write the results of `fit` to an .npz file. `load` accepts the file only with the same text `identity`."""
+        """Write the results of `fit` to an .npz file, with a text `identity` that must be given again to `load` it."""
         arrays: dict[str, Any] = {"identity": np.array(identity), "rows": np.array(self.n_samples_), "mean": self.mean_}
         if self._axes is not None:
             arrays["axes"] = self._axes
@@ -196,7 +196,7 @@ def stored_whitening(
     Args:
         X: (N, D) database, or anything that `as_rows` accepts.
         kind: "pca" or "center".
-        dims: number of principal axes; see `Whitening`.
+        dims: for "pca", the number of principal axes that are kept, 1..D; None for D.
         folder: folder of the stored whitening.
         fingerprints: fingerprints of the stores that X is read from, in order. Together with `kind` and `dims`, they
             identify the whitening.
@@ -205,7 +205,8 @@ def stored_whitening(
         The fitted whitening and its fingerprint.
 
     Raises:
-        InputError: `Whitening.fit` rejects the rows, the file is damaged, or the folder cannot be written.
+        InputError: a row is invalid, `dims` is out of range or too large for the number of rows, the file is damaged,
+            or the folder cannot be written.
     """
     identity = json.dumps({"format": FORMAT, "kind": kind, "dims": dims, "stores": fingerprints}, sort_keys=True)
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
