@@ -90,11 +90,14 @@ def test_invalid_settings_raise_errors_that_name_them(override, error, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("rerank=aqe index=hnsw", r"rerank\.kind=aqe searches the whole database again.* index=hnsw; use index=flat"),
-        ("rerank=adba index=flat_fp16", r"rerank\.kind=adba searches the whole database again"),
+        (
+            "rerank=aqe index=hnsw",
+            r"rerank\.kind=aqe runs an exact search of the whole database.* index=hnsw; use index=flat",
+        ),
+        ("rerank=adba index=flat_fp16", r"rerank\.kind=adba runs an exact search of the whole database"),
         (
             "ablation=rerank rerank=mutual",
-            r"ablation=rerank requires the paper's reranking; remove the ablation or rerank=mutual",
+            r"ablation=rerank requires the paper's reranking \(rerank=superglobal\); remove the ablation or rerank=mutual",
         ),
         ("ablation=no_scale rerank=aqe", r"ablation=no_scale requires the paper's reranking"),
         (
