@@ -59,7 +59,7 @@ def make_toy(
         progress: function called after each landmark with the number of finished images and the total number.
 
     Returns:
-        The contents of `toy.json`: "version", "size", "seed", "photos" (the number of images of each set), and "pairs"
+        The contents of `toy.json`: "version", "size", "seed", "photos" (the number of images in each set), and "pairs"
         (the numbers of easy, hard and junk pairs).
 
     Raises:

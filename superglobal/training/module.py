@@ -146,7 +146,7 @@ class TrainingModule(pl.LightningModule):
         checkpoint["landmarks"] = self.landmarks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Convert the position in the epoch, which a checkpoint stores, to the current `trainer.accumulate`."""
+        """Adapt the position in the epoch that a checkpoint stores to the current value of `trainer.accumulate`."""
         # Lightning stores the position in the epoch as a number of batches. If trainer.accumulate has changed since the
         # checkpoint was saved, a step now consists of a different number of batches.
         steps = self.total_steps // self.optim.epochs

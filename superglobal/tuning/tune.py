@@ -371,7 +371,7 @@ def _compute_maps(
     todo = [(store, images, store.missing(images, grid)) for store in stores.values() for images in lists]
     needed = sum(store.size(images, rows, grid) for store, images, rows in todo)
     log.info(
-        "Computing %d of %d feature map files, about %.2f GB in %s, for the lower bounds %s of ReLUP",
+        "Computing %d of %d feature map files (about %.2f GB, in %s) for the ReLUP lower bounds %s",
         sum(len(rows) for _, _, rows in todo),
         len(alphas) * sum(len(images.items) for images in lists),
         needed / 1e9,

@@ -104,9 +104,9 @@ def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iter
 
 
 def _read_holder(holder: Path) -> str:
-    """Read the file `holder`, which describes the process that holds a lock. The description is used in messages.
+    """Return the description of the process that holds a lock, which this process has written to the file `holder`.
 
-    The file may be missing, because the process has not written it yet or has already deleted it.
+    If the file is missing, because it is not written yet or already deleted, return "unknown process".
     """
     try:
         return holder.read_text()

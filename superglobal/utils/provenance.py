@@ -25,7 +25,8 @@ def git_state() -> dict[str, str] | None:
     """Return the state of the Git checkout that contains this code, or None outside a checkout.
 
     Returns:
-        "commit" is the hash of the commit. "changed" is "True" if tracked files have uncommitted changes, else "False".
+        A dict: "commit" is the hash of the commit, and "changed" is "True" if tracked files have uncommitted changes,
+        else "False".
     """
 
     def git(*arguments: str) -> str:
