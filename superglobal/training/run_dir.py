@@ -90,7 +90,7 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def finished_score(folder: Path) -> float | None:
-    """Return the best validation mAP of a finished run; None if it is not finished or its exported network is missing."""
+    """Return the best validation mAP of a run; None if it is not finished or its exported network is missing."""
     score = (_read_record(folder) or {}).get("finished")
     return None if score is None or not (folder / EXPORT).is_file() else float(score)
 

@@ -89,7 +89,8 @@ class RetrievalValidation(StepCallback):
     def state_dict(self) -> dict[str, Any]:
         """Return the state for checkpoints.
 
-        It is the best val/map, the number of validations since then, and whether a validation was canceled and must be repeated.
+        It is the best val/map, the number of validations since then, and whether a validation was canceled and must be
+        repeated.
         """
         return {"best": self.best, "stale": self.stale, "owed": self.pending}
 
