@@ -1,5 +1,7 @@
 """Folders of images: the files that are read, their labels, and errors for invalid folders."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from superglobal.data.folder import folder_set
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import read_image
 from superglobal.errors import InputError
+from superglobal.reporting.runs import read_results
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -89,6 +92,25 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (root / "linked").symlink_to(outside)
     (root / "loop").symlink_to(root)
     assert names(folder_set(root, outside).database, root) == ["0.jpg", "linked/1.jpg"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX")
+def test_a_folder_that_cannot_be_listed_raises_an_error(tmp_path: Path) -> None:
+    root = fill(tmp_path / "db", "0.jpg")
+    # Tests may run as root, who can list every folder, but not a folder whose path is too long.
+    folder, path = os.open(root, os.O_RDONLY), str(root)
+    while len(path) < 4200:
+        os.mkdir("n" * 200, dir_fd=folder)
+        folder = os.open("n" * 200, os.O_RDONLY, dir_fd=folder)
+        path += "/" + "n" * 200
+    with pytest.raises(InputError, match=r"the folder cannot be listed \(File name too long\)"):
+        folder_set(root, root / "0.jpg")
+    with pytest.raises(InputError, match="the folder cannot be listed"):
+        read_results(root)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "closed").symlink_to("n" * 300)
+    with pytest.raises(InputError, match=r"linked/closed: the folder cannot be listed"):
+        folder_set(fill(tmp_path / "linked", "0.jpg"), root / "0.jpg")
 
 
 def test_invalid_folders_raise_input_errors(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from sets import png_of, texture, write_folders
 
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
-from superglobal.search_page import html
+from superglobal.search_page import html, image_search
 from superglobal.search_page.image_search import Hit, QueryImage, SearchResult
 from superglobal.search_page.page import PageCallbacks
 from superglobal.search_page.serve import open_database, read_config
@@ -120,16 +121,17 @@ def _search_parameters(override: str) -> dict[str, Any]:
     return {"K": 5, "beta": 0.3} if override == "rerank=mutual" else {}
 
 
-def test_errors_about_uploads_name_the_file_but_not_its_path(evaluated, tmp_path):
+def test_errors_about_uploads_name_the_file_but_not_its_path(evaluated, tmp_path, monkeypatch):
     search = evaluated.opened.search
+    monkeypatch.setattr(search, "max_pixels", 5_000_000)
     (tmp_path / "text.jpg").write_text("no photo")
     (tmp_path / "bomb.png").write_bytes(png_of(60_000, 60_000))
-    Image.new("L", (11_000, 10_000)).save(tmp_path / "large.png")
+    Image.new("L", (2_600, 2_000)).save(tmp_path / "large.png")
     (tmp_path / "cut.jpg").write_bytes(evaluated.opened.queries[0].path.read_bytes()[:900])
     reasons = {
         "text": "not an image",
-        "bomb": "expected at most 500",
-        "large": "expected at most 100 megapixels",
+        "bomb": "expected at most 5 megapixels",
+        "large": "expected at most 5 megapixels",
         "cut": "truncated",
     }
     for name, reason in {**reasons, "gone": "upload it again"}.items():
@@ -137,6 +139,26 @@ def test_errors_about_uploads_name_the_file_but_not_its_path(evaluated, tmp_path
         with pytest.raises(InputError, match=rf"^holiday\.jpg: .*{reason}") as error:
             search.extract(QueryImage("holiday.jpg", path))
         assert str(tmp_path) not in str(error.value)
+
+
+def test_the_page_is_busy_while_it_decodes_other_uploads(evaluated, monkeypatch):
+    search, path = evaluated.opened.search, evaluated.opened.queries[0].path
+    monkeypatch.setattr(image_search, "_MAX_SECONDS", 0.05)
+    started, finish = threading.Barrier(3), threading.Event()
+
+    def slow(data: bytes, **_: Any) -> np.ndarray:
+        started.wait(10)
+        finish.wait(10)
+        return np.zeros((64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(image_search, "decode_image", slow)
+    with ThreadPoolExecutor(2) as pool:
+        uploads = [pool.submit(search.extract, QueryImage("slow.jpg", path)) for _ in range(2)]
+        started.wait(10)
+        with pytest.raises(InputError, match="the server is busy"):
+            search.extract(QueryImage("holiday.jpg", path))
+        finish.set()
+        assert [upload.result(10).size for upload in uploads] == [(64, 64)] * 2
 
 
 def test_the_page_takes_its_settings_from_a_store(evaluated, monkeypatch, tmp_path):

@@ -32,7 +32,7 @@ class PageConfig:
     results: int = setting(40, minimum=1, maximum=500)
     samples: int = setting(12, minimum=0, maximum=100)
     max_upload: int = setting(20, minimum=1, maximum=2000)
-    max_megapixels: int = setting(100, minimum=1, maximum=MAX_PIXELS // 10**6)
+    max_megapixels: int = setting(MAX_PIXELS // 10**6, minimum=1, maximum=MAX_PIXELS // 10**6)
 
 
 @dataclass

@@ -8,6 +8,7 @@ from superglobal.data.download_links import SOURCES, download_command
 from superglobal.data.evaluation_set import image_path
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
+from superglobal.utils.io import read_file
 
 
 def how_to_get_distractors(root: Path, name: str) -> str:
@@ -44,7 +45,7 @@ def load_distractors(root: str | Path, name: str) -> list[ImageItem]:
     folder = Path(root) / name
     source = folder / f"{name}.txt"
     try:
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_file(source).decode().splitlines()]
     except OSError as error:
         hint = how_to_get_distractors(Path(root), name)
         raise InputError(f"list of distractors not found: {source}\n{hint}") from error

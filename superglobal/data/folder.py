@@ -14,6 +14,7 @@ import numpy as np
 from superglobal.data.evaluation_set import EvaluationSet, loader
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
+from superglobal.utils.io import walk
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +38,8 @@ def folder_set(
         name: name of the set.
 
     Raises:
-        InputError: a folder is missing or has no images, images have no label, no query has a positive, or neither
-            `query` nor `labels` is given.
+        InputError: a folder is missing, has no images or cannot be listed, images have no label, no query has a
+            positive, or neither `query` nor `labels` is given.
     """
     database = Path(database)
     if query is None and not labels:
@@ -92,16 +93,13 @@ def _list_images(folder: Path, role: str) -> list[Path]:
         raise InputError(f"{role} folder not found: {folder}; set dataset.{role} to a folder of images")
     images: list[Path] = []
     others: list[str] = []
-    visited: set[str] = set()
-    for directory, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(directory)
-        folders[:] = [] if real in visited else sorted(f for f in folders if not f.startswith("."))
-        for name in sorted(files) if real not in visited else ():
+    for directory, folders, files in walk(folder, follow_links=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
             if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith("."):
-                images.append(Path(directory, name))
+                images.append(directory / name)
             elif not name.startswith("."):
                 others.append(name)
-        visited.add(real)
     if others:
         log.warning("%s: ignored %d files without an image extension, e.g. %s", folder, len(others), others[0])
     if not images:

@@ -8,6 +8,7 @@ index.csv and test.csv have the column id.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from superglobal.errors import InputError
+from superglobal.utils.io import open_file, read_file
 
 IMAGE_ID, LANDMARK_ID = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9]{1,18}")
 # Number of bytes that Arrow parses at a time. It must exceed the longest row: a landmark of 10,000 images takes 170 KB.
@@ -84,7 +86,7 @@ def read_landmark_ids(path: str | Path) -> np.ndarray:
         InputError: there is no such file, or a line is not a number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_file(path).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected one landmark_id per line") from error
     landmarks = []
@@ -120,7 +122,7 @@ def _input_errors(path: Path) -> Iterator[None]:
 
 def _column_names(path: Path) -> set[str]:
     """Return the column names in the first line of a CSV file."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as file:
         return set(next(csv.reader(file), ()))
 
 

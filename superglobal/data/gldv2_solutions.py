@@ -20,6 +20,7 @@ import numpy as np
 
 from superglobal.data.gldv2_csv import IMAGE_ID, LANDMARK_ID
 from superglobal.errors import InputError
+from superglobal.utils.io import read_file
 
 Task = Literal["retrieval", "recognition"]
 _COLUMN: dict[Task, str] = {"retrieval": "images", "recognition": "landmarks"}
@@ -56,7 +57,7 @@ class Solution:
 
     def provenance(self) -> dict[str, str]:
         """Return the name and the SHA-256 of the solution file, to be recorded with the results."""
-        return {"file": self.path.name, "sha256": hashlib.sha256(self.path.read_bytes()).hexdigest()}
+        return {"file": self.path.name, "sha256": hashlib.sha256(read_file(self.path)).hexdigest()}
 
 
 def read_solution(path: str | Path, task: Task | None = None) -> Solution:
@@ -198,7 +199,7 @@ def _read_rows(path: Path, required: set[str]) -> tuple[Sequence[str], Iterator[
     # Python's default limit on the length of a field is too small, because a field can contain thousands of ids.
     csv.field_size_limit(2**31 - 1)
     try:
-        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        reader = csv.reader(io.StringIO(read_file(path).decode("utf-8-sig"), newline=""))
     except FileNotFoundError as error:
         raise InputError(f"file not found: {path}") from error
     except (OSError, UnicodeDecodeError) as error:

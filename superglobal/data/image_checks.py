@@ -20,11 +20,12 @@ from superglobal.data.images import (
     require_end,
     upright_size,
 )
+from superglobal.utils.io import open_file
 
 # numbers of bytes to read at the start of a file (enough for almost every header) and at the end
 _HEAD, _TAIL = 65_536, 4_096
 _BATCH = 512  # number of images that one task of a thread checks
-_COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "AVIF", "JPEG2000")
+_COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF")
 
 
 class CheckedImage(NamedTuple):
@@ -68,10 +69,10 @@ def check_images(
 ) -> CheckReport:
     """Check that image files exist and are complete, without decoding them.
 
-    This is fast enough for a million files. The check finds missing and empty files, files that are not images, JPEG
-    files without an end marker, PNG files without the last chunk, images with more than `MAX_PIXELS` pixels, and empty
-    crops. Bytes after the end of an image are accepted, because every decoder ignores them. Damage inside a file is
-    found only by decoding it.
+    This is fast enough for a million files. The check finds missing and empty files, FIFOs and devices, files
+    that are not images in one of `FORMATS`, JPEG files without an end marker, PNG files without the last chunk, images
+    with more than `MAX_PIXELS` pixels, and empty crops. Bytes after the end of an image are accepted, because every
+    decoder ignores them. Damage inside a file is found only by decoding it.
 
     Args:
         items: images, or paths of images.
@@ -156,7 +157,7 @@ def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bo
     results: list[CheckedImage | Exception] = []
     for path, box in map(_path_and_box, items[start : start + _BATCH]):
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 results.append(check_image(partial(_read_at, file), os.fstat(file.fileno()).st_size, box, decode))
         except (OSError, CorruptImageError) as error:
             results.append(error)

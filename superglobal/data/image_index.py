@@ -18,7 +18,7 @@ import numpy as np
 from superglobal.data.download_links import tree_path
 from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
-from superglobal.utils.io import atomic_file
+from superglobal.utils.io import atomic_file, open_file, read_file, require_regular
 
 VERSION = 1
 # size in bytes of the header before the contents of each member of a tar file; it contains the member's name
@@ -51,7 +51,7 @@ class ImageTree:
 
     def read(self, image: bytes) -> bytes:
         try:
-            return (self.root / tree_path(image)).read_bytes()
+            return read_file(self.root / tree_path(image))
         except FileNotFoundError:
             raise CorruptImageError("missing") from None
         except OSError as error:
@@ -92,6 +92,7 @@ class ImageTars:
             raise CorruptImageError("missing")
         try:
             if tar not in self._open:
+                require_regular(self.folder / self.names[tar])
                 self._open[tar] = os.open(self.folder / self.names[tar], os.O_RDONLY)
             data = os.pread(self._open[tar], _TAR_HEADER + size, offset - _TAR_HEADER)
         except FileNotFoundError:
@@ -190,7 +191,7 @@ def index_path(root: Path, table: str) -> Path:
 
 def list_digest(root: Path, table: str) -> str:
     """Return the SHA-256 of a list file in hexadecimal digits. `table` is the file name of the list in `root`."""
-    with (root / table).open("rb") as file:
+    with open_file(root / table) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -220,6 +221,7 @@ def load_index(root: Path, table: str, tars: str | Path | None) -> ImageIndex:
     """
     path, command = index_path(root, table), prepare_command(root, table, tars)
     try:
+        require_regular(path)
         with np.load(path, allow_pickle=False) as stored:
             identity = int(stored["version"]), str(stored["list_digest"])
             index = ImageIndex(**{field.name: stored[field.name] for field in fields(ImageIndex)})

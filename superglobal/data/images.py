@@ -10,7 +10,9 @@ Neither decoder detects damage to the compressed data of a JPEG if the structure
 
 import io
 import math
+import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,13 +24,19 @@ import torch
 from PIL import Image
 
 from superglobal.errors import InputError
+from superglobal.utils.io import read_file
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_PIXELS = 500_000_000  # maximum number of pixels of an image
+MAX_PIXELS = 128_000_000  # maximum number of pixels of an image; decoding takes about 10 bytes per pixel
+# The only formats that are opened; JPEG includes MPO. Pillow passes others, such as EPS, to external programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 Box = tuple[float, float, float, float]
 """Crop of an image: left, top, right and bottom edge (x1, y1, x2, y2) in pixels."""
 
+# maximum number of segments and fill bytes before the image data of a JPEG; each costs Pillow about a microsecond
+_MAX_JPEG_HEADER = 100_000
+_FILL_BYTES = re.compile(rb"\xff*")
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
 _SAME_AS_CV2 = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF"}
 _ORIENTATION_TAG, _BITS_PER_SAMPLE_TAG = 0x0112, 258
@@ -85,7 +93,7 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
     """
     path = Path(path)
     with add_path_to_errors(path):
-        return crop_and_shrink(decode_image(path.read_bytes()), box, max_side)
+        return crop_and_shrink(decode_image(read_file(path)), box, max_side)
 
 
 @contextmanager
@@ -130,7 +138,7 @@ def pil_pixels(image: Image.Image) -> np.ndarray:
     if image.mode not in _EIGHT_BIT_MODES:
         raise InputError(f"Pillow image of mode {image.mode}: expected 8 bits per channel; pass the path of its file")
     upright = _UNDO_ORIENTATION.get(0 if image.format == "TIFF" else _orientation(image))
-    rgb = image.convert("RGB")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")  # The conversion would copy an RGB image.
     return np.asarray(rgb if upright is None else rgb.transpose(upright))
 
 
@@ -214,48 +222,79 @@ def _scan_start(data: bytes) -> int:
     """Return the offset of the first byte after the first start-of-scan marker in a JPEG file.
 
     `data` is the start of the file, or the whole file. If it ends before this marker, return -1.
+
+    Raises:
+        CorruptImageError: there are more than `_MAX_JPEG_HEADER` segments and fill bytes before this marker.
     """
-    position = 2
-    while position + 4 <= len(data):
-        marker = data[position + 1]
+    position, cost = 2, 0
+    while position + 4 <= len(data) and cost <= _MAX_JPEG_HEADER:
+        start, marker = position, data[position + 1]
         if data[position] != 0xFF:  # Decoders skip stray bytes between segments.
-            position += 1
+            position = data.find(b"\xff", position)
+            if position < 0:
+                return -1
         elif marker == 0xDA:
             return position + 2
-        elif marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:
-            # Skip fill bytes and markers without a length.
-            position += 1 if marker in (0x00, 0xFF) else 2
+        elif marker == 0xFF:
+            position = _FILL_BYTES.match(data, position).end() - 1  # type: ignore[union-attr]
+        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # markers without a length
+            position += 1 if marker == 0x00 else 2
         else:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+            start = position - 1
+        cost += position - start
+    if cost > _MAX_JPEG_HEADER:
+        raise CorruptImageError(f"damaged header (no image data after {cost} segments and fill bytes)")
     return -1
 
 
-def open_image(data: bytes) -> Image.Image:
+class _TimedFile(io.BytesIO):
+    """File in memory that raises CorruptImageError when a decoder still reads it after `seconds`."""
+
+    def __init__(self, data: bytes, seconds: float) -> None:
+        super().__init__(data)
+        self.seconds, self.end = seconds, time.monotonic() + seconds
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if time.monotonic() > self.end:
+            raise CorruptImageError(f"decoding takes more than {self.seconds:g} s; save the image again")
+        return super().read(size)
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS, seconds: float = math.inf) -> Image.Image:
     """Parse the header of an image file, and return the image, which is not decoded yet.
 
     Args:
         data: contents of the file, or of its start.
+        max_pixels: maximum number of pixels of the image.
+        seconds: time after which Pillow stops reading the file.
 
     Raises:
-        CorruptImageError: the file is empty or not an image, its header is damaged, or the image has more than
-            `MAX_PIXELS` pixels.
+        CorruptImageError: the file is empty or not an image in one of `FORMATS`, its header is damaged, or the image
+            has more than `max_pixels` pixels.
     """
     if not data:
         raise CorruptImageError("empty file (0 bytes)")
+    if data.startswith(b"\xff\xd8"):
+        _scan_start(data)
     # Disable Pillow's global limit against decompression bombs, 89 megapixels. The limit MAX_PIXELS is checked below.
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(_TimedFile(data, seconds), formats=FORMATS)
         except Image.UnidentifiedImageError as error:
-            raise CorruptImageError(f"not an image, or truncated in its header (starts with {data[:12]!r})") from error
+            raise CorruptImageError(
+                f"not an image (JPEG, PNG, WebP, BMP, TIFF or GIF), or truncated in its header: {data[:12]!r}..."
+            ) from error
+        except CorruptImageError:
+            raise
         except Exception as error:  # Plugins raise SyntaxError, struct.error, ValueError and others.
             raise CorruptImageError(f"damaged header ({error})") from error
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-    if image.width * image.height > MAX_PIXELS:
+    if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height}"
-        raise CorruptImageError(f"{size} pixels, expected at most {MAX_PIXELS // 10**6} megapixels; shrink the image")
+        raise CorruptImageError(f"{size} pixels, expected at most {max_pixels / 1e6:g} megapixels; shrink the image")
     return image
 
 
@@ -269,21 +308,25 @@ def image_size(data: bytes) -> tuple[int, int]:
         return upright_size(image)
 
 
-def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
+def decode_image(
+    data: bytes, reduction: int = 1, max_pixels: int = MAX_PIXELS, seconds: float = math.inf
+) -> np.ndarray:
     """Decode an image file, with the pixels that `read_image` returns.
 
     Args:
         data: contents of the whole file.
         reduction: 2, 4 or 8 to decode a JPEG at 1/2, 1/4 or 1/8 of its width and height, which is faster. Images in
             formats and color spaces that do not support this are decoded at full size.
+        max_pixels: maximum number of pixels of the image.
+        seconds: time after which Pillow stops reading the file.
 
     Returns:
         Upright RGB image, (H, W, 3) uint8, possibly read-only. If `reduction` applies, H and W are rounded up.
 
     Raises:
-        CorruptImageError: the image is truncated or damaged.
+        CorruptImageError: the image is truncated, damaged, or too large, or decoding it takes too long.
     """
-    with open_image(data) as image:
+    with open_image(data, max_pixels, seconds) as image:
         # Pillow raises no error for a truncated image if other code has set its global LOAD_TRUNCATED_IMAGES.
         require_end(image.format, data, data)
         if image.mode in ("I", "F"):
@@ -293,6 +336,8 @@ def decode_image(data: bytes, reduction: int = 1) -> np.ndarray:
             image.draft(None, (max(1, image.width // reduction), max(1, image.height // reduction)))
         try:
             image.load()
+        except CorruptImageError:
+            raise
         except Exception as error:  # Plugins raise errors of any type.
             raise CorruptImageError(f"truncated or damaged ({error})") from error
         if same:

@@ -30,6 +30,7 @@ from superglobal.data.images import (
     shrunk_size,
 )
 from superglobal.errors import InputError, first_line
+from superglobal.utils.io import read_file
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None 
     """
     path = Path(path)
     with add_path_to_errors(path):
-        data = path.read_bytes()
+        data = read_file(path)
         bounds = _bounds(data, box, max_side)
         if bounds is None:
             return crop_and_shrink(decode_image(data), box, max_side)

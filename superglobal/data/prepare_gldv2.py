@@ -40,7 +40,7 @@ from superglobal.data.image_index import (
 from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
 from superglobal.utils.distributed import available_cpus, end_with_parent
-from superglobal.utils.io import atomic_file, file_lock, write_atomically
+from superglobal.utils.io import atomic_file, file_lock, open_file, read_json, walk, write_atomically
 
 log = logging.getLogger(__name__)
 _SHARD = 2048  # number of images per shard if the images are read from the folder tree
@@ -143,12 +143,13 @@ def _tar_files(root: Path, tars: Path | None) -> list[Path]:
     """Return the tar files in the folder `tars`, or an empty list if the images are read from the folder tree.
 
     Raises:
-        InputError: there are no tar files, the folder tree does not exist, or tar files would have to be read on
-            Windows, which does not support it.
+        InputError: there are no tar files, their folder cannot be listed, the folder tree does not exist, or tar files
+            would have to be read on Windows, which does not support it.
     """
     if tars:
         require_posix(tars)
-    files = sorted(tars.glob("*.tar")) if tars else []
+    entries = next(walk(tars), (tars, [], []))[2] if tars else []
+    files = [Path(str(tars), name) for name in entries if name.endswith(".tar")]
     if tars and not files:
         raise InputError(f"no tar files (images_000.tar, ...) in {tars}\n{how_to_get_gldv2_train(root)}")
     if not tars and not (root / "train").is_dir():
@@ -168,7 +169,7 @@ def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> 
     """
     record = folder / "parts.json"
     try:
-        if json.loads(record.read_text()) == identity:
+        if read_json(record) == identity:
             log.info("resuming: %d shards in %s are finished", len(list(folder.glob("*.npz"))), folder)
             return
     except (OSError, ValueError):  # The file is missing or incomplete, so start over.
@@ -303,7 +304,7 @@ def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
     results = []
     try:
         members, problem = _tar_members(path)
-        with path.open("rb") as file:
+        with open_file(path) as file:
             for image, offset, size in members:
                 row = int(np.searchsorted(ids, np.array(image, "S16")))
                 if row == len(ids) or ids[row] != image:
@@ -342,7 +343,7 @@ def _tar_members(path: Path) -> tuple[list[tuple[bytes, int, int]], str | None]:
     """
     members: list[tuple[bytes, int, int]] = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = _MEMBER.fullmatch(member.name)
                 if name and member.isreg():

@@ -18,6 +18,7 @@ from superglobal.data.evaluation_set import EvaluationSet, group_by_landmark, im
 from superglobal.data.images import Box, ImageItem
 from superglobal.data.safe_pickle import BlockedGlobalError, load_plain_pickle
 from superglobal.errors import InputError
+from superglobal.utils.io import read_file
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def load_ground_truth(path: str | Path) -> GroundTruth:
     """
     path = Path(path)
     try:
-        data = load_plain_pickle(path.read_bytes())
+        data = load_plain_pickle(read_file(path))
     except OSError as error:
         raise InputError(f"ground truth not found: {path} ({error.strerror})") from error
     except BlockedGlobalError as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 from superglobal.download.archives import disk_error
 from superglobal.errors import InputError
-from superglobal.utils.io import write_atomically
+from superglobal.utils.io import open_file, read_json, write_atomically
 
 try:
     import requests
@@ -229,7 +229,7 @@ def _read_state(path: Path, url: str) -> dict[str, Any]:
         another address than `url`.
     """
     with suppress(OSError, ValueError, AttributeError):
-        state = json.loads(path.read_text())
+        state = read_json(path)
         if state.get("url") == url:
             return {"length": state.get("length"), "validator": state.get("validator")}
     return {"length": None, "validator": None}
@@ -358,5 +358,5 @@ def checksum_problem(path: Path, checksum: str | None) -> str | None:
 
 def _digest(path: Path, algorithm: str) -> str:
     """Compute the hash of a file with the given algorithm, and return it in hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, algorithm).hexdigest()

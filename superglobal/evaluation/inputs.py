@@ -26,7 +26,7 @@ from superglobal.models.backbone import has_relup
 from superglobal.models.factory import load_model
 from superglobal.models.network import RetrievalNetwork
 from superglobal.models.pooling import make_pooling
-from superglobal.retrieval.rows import NPY_FAULTS, Rows, as_rows, concat
+from superglobal.retrieval.rows import Rows, as_rows, concat, map_npy
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.whitening import Whitening, stored_whitening
 from superglobal.training.run_dir import export_path, is_unfinished
@@ -249,8 +249,8 @@ def load_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distract
 def _load_npy(path: str) -> Rows:
     """Open a .npy file of descriptors as a memory map. Raises InputError if the file is unreadable."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except NPY_FAULTS as error:
+        array = map_npy(path)
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not a readable .npy file of descriptors ({error}); write it with numpy.save"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 from collections.abc import Sequence
 from functools import cached_property
@@ -39,6 +38,7 @@ from superglobal.reranking.registry import get_reranker
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.store import DescriptorStore
+from superglobal.utils.io import read_csv, require_regular
 
 # Maximum difference between a recorded score or metric and the same value computed again. Small differences occur
 # because rounding differs between machines.
@@ -113,6 +113,7 @@ class FinishedRun:
         """Ranked results by stage ("search" and, with reranking, "rerank"): scores (Q, k) and database ids (Q, k)."""
         path = self.folder / "rankings.npz"
         try:
+            require_regular(path)
             with np.load(path, allow_pickle=False) as file:
                 names = [name for name in ("search", "rerank") if f"{name}_ids" in file]
                 return {name: (file[f"{name}_scores"], file[f"{name}_ids"]) for name in names}
@@ -126,9 +127,7 @@ class FinishedRun:
         if not self.summary["metrics"]:
             return {}
         try:
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.reader(file))
-            return {name: list(values) for name, *values in zip(*rows, strict=True)}
+            return {name: list(values) for name, *values in zip(*read_csv(path), strict=True)}
         except (OSError, ValueError) as error:
             raise self._unreadable(path, error) from error
 
@@ -204,16 +203,16 @@ class FinishedRun:
             ids = list(self.stages.values())[-1][1]
             path = self.folder / "rankings.csv"
             try:
-                with path.open(newline="", encoding="utf-8") as file:
-                    for row in csv.DictReader(file):
-                        query = int(row["number"])
-                        image = int(ids[query, int(row["rank"]) - 1])
-                        if row["query"] != query_names[query]:
-                            change = f"query {query} was {row['query']}, now it is {query_names[query]}"
-                        elif row["image"] != names[image]:
-                            change = f"image {image} was {row['image']}, now it is {names[image]}"
-                        if change:
-                            break
+                columns, *rows = read_csv(path)
+                for row in (dict(zip(columns, cells, strict=True)) for cells in rows):
+                    query = int(row["number"])
+                    image = int(ids[query, int(row["rank"]) - 1])
+                    if row["query"] != query_names[query]:
+                        change = f"query {query} was {row['query']}, now it is {query_names[query]}"
+                    elif row["image"] != names[image]:
+                        change = f"image {image} was {row['image']}, now it is {names[image]}"
+                    if change:
+                        break
             except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
                 raise self._unreadable(path, error) from error
         if change:

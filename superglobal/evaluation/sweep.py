@@ -25,7 +25,7 @@ from superglobal.config.evaluation import EvalConfig
 from superglobal.errors import InputError
 from superglobal.reporting.tables import write_tables
 from superglobal.training.trainer import sweeping
-from superglobal.utils.io import write_atomically
+from superglobal.utils.io import read_json, write_atomically
 
 log = logging.getLogger(__name__)
 _JOBS = "jobs.json"
@@ -93,7 +93,7 @@ def sibling_poolings(config: EvalConfig) -> list[dict[str, Any]]:
     # `jobs.json` contains lists in place of tuples, so the settings of this job are converted in the same way, by JSON.
     this_job = json.loads(json.dumps(_job(config)))
     poolings: list[dict[str, Any]] = []
-    for job in json.loads(path.read_text()):
+    for job in read_json(path):
         if job["shared"] == this_job["shared"] and job["pooling"] not in [*poolings, this_job["pooling"]]:
             poolings.append(job["pooling"])
     return poolings

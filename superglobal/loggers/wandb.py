@@ -24,6 +24,7 @@ from pytorch_lightning.loggers import WandbLogger
 from superglobal.config.common import LoggerConfig
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.training import TrainConfig
+from superglobal.data.images import read_image
 from superglobal.loggers.csv_tensorboard import StopAfterFailure
 from superglobal.loggers.record import EvaluationRecord
 from superglobal.reporting.ranking_figures import spread_evenly
@@ -250,8 +251,7 @@ class WandbEvaluation:
             point["rankings"] = _table(*self._rankings(record, queries))
             point["descriptors"] = _table(*self._descriptors(record, queries))
         if (sheet := self.folder / "sheet.png").exists():
-            with Image.open(sheet) as image:
-                point["sheet"] = _image(image)
+            point["sheet"] = _image(Image.fromarray(read_image(sheet)))
         run.log(point)
         run.summary["status"] = summary["status"]
         self._log_references(record)

@@ -27,7 +27,7 @@ from superglobal.models.weights import (
     read_tensors,
     require_same_shapes,
 )
-from superglobal.utils.io import EXPORT, write_atomically
+from superglobal.utils.io import EXPORT, read_json, write_atomically
 from superglobal.utils.provenance import versions
 
 FORMAT = "superglobal-model-1"
@@ -307,7 +307,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         InputError: the file is missing or damaged, or a field is missing, unknown or of the wrong type.
     """
     try:
-        config = json.loads(path.read_bytes())
+        config = read_json(path)
     except FileNotFoundError as error:
         export = path.parent / EXPORT
         hint = f"; the network of this training run is {export}" if export.is_file() else ""

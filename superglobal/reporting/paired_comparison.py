@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from superglobal.errors import InputError
 from superglobal.metrics.revisited import cluster_interval
 from superglobal.reporting.results import METRICS, csv_text, main_protocol, markdown_text, metric_key, print_table
-from superglobal.utils.io import write_atomically
+from superglobal.utils.io import read_csv, write_atomically
 
 _CORRECT = "correct"
 _EQUAL = 1e-9
@@ -44,8 +43,7 @@ def read_per_query(folder: Path, stage: str) -> PerQuery:
     path = folder / "per_query.csv"
     scores, measure = {}, "AP"
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            columns = {name: list(values) for name, *values in zip(*csv.reader(file), strict=True)}
+        columns = {name: list(values) for name, *values in zip(*read_csv(path), strict=True)}
         queries, landmarks = columns["query"], columns["landmark"]
         for name, values in columns.items():
             if name == f"{stage} {_CORRECT}":

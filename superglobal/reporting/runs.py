@@ -13,7 +13,7 @@ from superglobal.errors import InputError
 from superglobal.reporting.ablations import ABLATION_SETTINGS, ABLATIONS
 from superglobal.reporting.results import FORMAT, METRICS, TEST_MARK, main_protocol, main_scores, metric_key
 from superglobal.reranking.registry import rerank_label
-from superglobal.utils.io import EXPORT
+from superglobal.utils.io import EXPORT, read_json, walk
 
 # Prefixes of the settings that get no column in a table. Some do not affect the scores; the others are shown by another
 # column or by the name of the row.
@@ -46,15 +46,20 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
         searched.
 
     Raises:
-        InputError: the folder contains no result, or a result is damaged.
+        InputError: the folder contains no result, a folder in it cannot be listed, or a result is damaged.
     """
     results = [
         {**read_result(path), "run": path.parent.relative_to(folder).as_posix(), "folder": path.parent.resolve()}
-        for path in sorted(folder.rglob("results.json"), key=_job_order)
+        for path in sorted(_result_files(folder), key=_job_order)
     ]
     if not results:
         raise InputError(f"{folder}: contains no results.json; give the folder that eval.py printed")
     return results
+
+
+def _result_files(folder: Path) -> list[Path]:
+    """Return the paths of all `results.json` below a folder."""
+    return [directory / "results.json" for directory, _, files in walk(folder) if "results.json" in files]
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def read_result(path: Path) -> dict[str, Any]:
         InputError: the file is missing or damaged, or has another format version.
     """
     try:
-        result = json.loads(path.read_bytes())
+        result = read_json(path)
         version = result["format"]
         missing = [key for key in _REQUIRED_KEYS if key not in result]
     except (OSError, KeyError, TypeError, ValueError) as error:

@@ -27,7 +27,7 @@ from superglobal.errors import InputError
 from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows, block_size
 from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.search import BACKENDS, FAISS_GPU_RESULTS, faiss_module
-from superglobal.utils.io import digest, file_lock, write_atomically
+from superglobal.utils.io import digest, file_lock, read_json, write_atomically
 
 log = logging.getLogger(__name__)
 _TRAINED_ROWS = 40  # training rows per list; FAISS warns if there are fewer than 39
@@ -495,7 +495,7 @@ def _load(path: Path, identity: Mapping[str, Any]) -> Any:
     if not path.exists():
         return None
     try:
-        stored = json.loads(path.with_suffix(".json").read_text())
+        stored = read_json(path.with_suffix(".json"))
         if {key: stored[key] for key in identity} != dict(identity):
             raise ValueError("it belongs to other rows or settings")
         if stored["bytes"] != path.stat().st_size or stored["digest"] != digest(path):

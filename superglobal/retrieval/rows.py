@@ -6,22 +6,41 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, first_line
+from superglobal.utils.io import require_regular
 
-NPY_FAULTS = (OSError, ValueError, EOFError, TypeError, SyntaxError, TokenError)
-"""Exceptions that NumPy raises for a damaged `.npy` file."""
 CHUNK_ELEMENTS = 1 << 17
 """Number of elements that a thread processes at a time: 1 MB of float64, which fits into the cache."""
 _CHUNKS_PER_THREAD = 4  # minimum number of chunks per thread; for fewer chunks, another thread does not save time
 _UNIT_TOLERANCE = 1e-3
 _SCORE_ELEMENTS = 1 << 24  # maximum number of scores of a block of rows with all queries: 64 MB of float32
 _BLOCK_ELEMENTS = 1 << 24  # maximum number of elements of a block of rows: 64 MB of float32
+
+
+def map_npy(path: str | Path, mode: Literal["r", "r+"] = "r") -> np.ndarray:
+    """Memory-map a `.npy` file without objects.
+
+    Args:
+        path: the file.
+        mode: "r" to read only, or "r+" to write too.
+
+    Raises:
+        OSError: the file cannot be opened, or it is not a regular file.
+        ValueError: the file is damaged.
+    """
+    require_regular(path)
+    try:
+        with np.errstate(over="ignore"):  # NumPy would warn of a damaged shape before it raises an error.
+            return np.lib.format.open_memmap(path, mode)
+    except (EOFError, OverflowError, RecursionError, SyntaxError, TokenError, TypeError, ValueError) as error:
+        raise ValueError(first_line(error)) from error
 
 
 class Rows:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from superglobal.errors import InputError
-from superglobal.retrieval.rows import NPY_FAULTS
-from superglobal.utils.io import umask, write_atomically
+from superglobal.retrieval.rows import map_npy
+from superglobal.utils.io import read_file, read_json, umask, write_atomically
 
 FORMAT = "superglobal-store-1"
 SHARD_ROWS = 16384
@@ -128,7 +128,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is no store, or its manifest is damaged.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_json(folder / "manifest.json")
         if manifest["format"] != FORMAT:
             raise InputError(f"{folder}: store format {manifest['format']!r}, expected {FORMAT!r}; delete the folder")
         for key, kind in _MANIFEST_TYPES.items():
@@ -163,12 +163,12 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
     if shape[0] == 0:
         return np.zeros(shape, dtype)
     try:
-        array = np.lib.format.open_memmap(path, "r")
+        array = map_npy(path)
         # The file is first opened for reading, to detect a truncated file. NumPy would extend such a file when opening
         # it for writing.
         if os.access(path, os.W_OK):
-            array = np.lib.format.open_memmap(path, "r+")
-    except NPY_FAULTS as error:
+            array = map_npy(path, "r+")
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: missing or damaged ({error}); delete {path.parent} to extract again") from error
     if array.shape != shape or array.dtype != dtype:
         raise InputError(
@@ -317,7 +317,7 @@ def _read_lines(path: Path, rows: int, fix: str) -> list[str]:
 def _read_text(path: Path, fix: str) -> str:
     """Read a UTF-8 file. If this fails, raise InputError with the text `fix`, which says how to replace the file."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path).decode()
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; {fix}") from error
     except (OSError, UnicodeDecodeError) as error:

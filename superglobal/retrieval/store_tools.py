@@ -23,7 +23,7 @@ from superglobal.retrieval.store_files import (
     record_paths,
     write_skipped,
 )
-from superglobal.utils.io import atomic_file, digest, write_atomically
+from superglobal.utils.io import atomic_file, digest, read_json, write_atomically
 
 log = logging.getLogger(__name__)
 _BLOCK = 8192  # number of rows that are read at a time
@@ -120,7 +120,7 @@ def recorded_checksums(store: DescriptorStore) -> dict[str, str] | None:
         return None
     fix = "remove the file and record them again: superglobal store verify --record"
     try:
-        checksums = json.loads(path.read_text())
+        checksums = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); expected the checksum of each shard; {fix}") from error
     if not isinstance(checksums, dict):

@@ -17,7 +17,7 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.retrieval.rows import Rows, as_rows
-from superglobal.utils.io import atomic_file
+from superglobal.utils.io import atomic_file, require_regular
 
 FORMAT = "superglobal-whitening-1"
 KINDS = ("none", "center", "pca")
@@ -175,6 +175,7 @@ class Whitening:
             InputError: the file is damaged or has another identity.
         """
         try:
+            require_regular(path)
             with np.load(path, allow_pickle=False) as file:
                 if str(file["identity"]) != identity:
                     raise InputError(

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.data.images import Box, CorruptImageError, ImageItem, crop, decode_image, image_size, shrink
+from superglobal.data.images import MAX_PIXELS, Box, CorruptImageError, ImageItem, crop, decode_image, shrink
 from superglobal.errors import InputError
 from superglobal.models.extract import extract
 from superglobal.models.network import RetrievalNetwork
@@ -20,10 +20,12 @@ from superglobal.reranking.registry import apply_reranker
 from superglobal.retrieval.rows import Rows
 from superglobal.retrieval.search import search
 from superglobal.retrieval.whitening import Whitening
+from superglobal.utils.io import read_file
 
 FirstStage = Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
 """Search function: takes queries (Q, D), k and excluded ids (Q,) or None; returns scores and ids (Q, k), best first."""
-_MAX_DECODED = 4  # maximum number of images decoded at the same time; each can take hundreds of MB
+_MAX_DECODED = 2  # maximum number of images decoded at the same time; each can take more than 1 GB
+_MAX_SECONDS = 10.0  # maximum time to wait until an image can be decoded, and then to decode it
 _PREVIEW_SIDE = 800  # longer side of the query image that the page shows, in pixels
 
 
@@ -84,7 +86,7 @@ class ImageSearch:
     parameters: Mapping[str, Any] = field(default_factory=dict)  # parameters of the reranker, except M, K and beta
     whitening: Whitening | None = None  # whitening to apply to queries; None for no whitening
     first_stage: FirstStage | None = None  # search with an approximate index; None for exact search
-    max_pixels: int = 100_000_000  # images with more pixels are rejected
+    max_pixels: int = MAX_PIXELS  # images with more pixels are rejected
 
     def __post_init__(self) -> None:
         self._network_lock = threading.Lock()
@@ -112,14 +114,16 @@ class ImageSearch:
         """Decode an image, and extract the descriptor of the whole image or of a box.
 
         Raises:
-            InputError: the file was deleted or is not an image, the image has more than `max_pixels` pixels, or the box
-                is empty. The message contains the name of the image but not its path, which the page must not reveal.
+            InputError: the file was deleted, is not an image, has more than `max_pixels` pixels or takes too long to
+                decode, the server is busy, or the box is empty. The message contains the name of the image but not its
+                path, which the page must not reveal.
         """
         seconds: dict[str, float] = {}
-        with self._decoding:
+        with self._decoding_slot():
             try:
                 with _timed(seconds, "decode"):
-                    whole = self._decode(image.path)
+                    data = read_file(image.path)
+                    whole = decode_image(data, max_pixels=self.max_pixels, seconds=_MAX_SECONDS)
                     pixels = shrink(whole if box is None else crop(whole, box), self.max_side)
             except OSError as error:
                 raise InputError(f"{image.name}: cannot be read ({error.strerror}); upload it again") from error
@@ -174,21 +178,19 @@ class ImageSearch:
         ]
         return SearchResult(hits[:count], rerank, seconds)
 
-    def _decode(self, path: Path) -> np.ndarray:
-        """Read an image file, and return the upright image (H, W, 3) uint8.
+    @contextmanager
+    def _decoding_slot(self) -> Iterator[None]:
+        """Wait until fewer than `_MAX_DECODED` images are in memory, and count one more during a `with` statement.
 
         Raises:
-            CorruptImageError: the file is not a valid image, or the image has more than `max_pixels` pixels.
-            OSError: the file cannot be read.
+            InputError: the wait takes more than `_MAX_SECONDS`.
         """
-        data = path.read_bytes()
-        width, height = image_size(data)
-        if width * height > self.max_pixels:
-            limit = self.max_pixels / 1e6
-            raise CorruptImageError(
-                f"{width} x {height} pixels, expected at most {limit:g} megapixels; shrink the image"
-            )
-        return decode_image(data)
+        if not self._decoding.acquire(timeout=_MAX_SECONDS):
+            raise InputError("the server is busy with other photos; try again in a minute")
+        try:
+            yield
+        finally:
+            self._decoding.release()
 
 
 @contextmanager

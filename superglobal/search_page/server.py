@@ -27,9 +27,11 @@ from superglobal.data.images import CorruptImageError, ImageItem, decode_image, 
 from superglobal.errors import InputError
 from superglobal.search_page.html import encode_jpeg
 from superglobal.search_page.image_search import SearchDatabase
+from superglobal.utils.io import read_file
 
 log = logging.getLogger(__name__)
 THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # longer side in pixels of the thumbnails of each size
+_MAX_DECODED = 4  # maximum number of images decoded at the same time
 _CACHED_THUMBNAILS = 4096  # maximum number of small thumbnails in memory, about 15 KB each
 # Paths of the requests that are accepted. Without this restriction, Gradio would, for example, also serve uploaded
 # files and fetch URLs on request.
@@ -55,7 +57,7 @@ class Thumbnails:
         self._lists = dict(lists)
         self._small = lru_cache(_CACHED_THUMBNAILS)(lambda title, number: self._render(title, number, "small"))
         # Decoding takes tens of MB per image, so the number of images that are decoded at the same time is limited.
-        self._decoding = threading.BoundedSemaphore(os.cpu_count() or 1)
+        self._decoding = threading.BoundedSemaphore(min(_MAX_DECODED, os.cpu_count() or 1))
 
     def jpeg(self, title: str, number: int, size: str) -> bytes | None:
         """Return a thumbnail as a JPEG file.
@@ -89,7 +91,7 @@ class Thumbnails:
         """
         side = THUMBNAIL_SIDES[size]
         with self._decoding:
-            data = self._lists[title][number].path.read_bytes()
+            data = read_file(self._lists[title][number].path)
             factor = max(image_size(data)) // (2 * side)
             pixels = decode_image(data, next((step for step in (8, 4, 2) if factor >= step), 1))
             return encode_jpeg(shrink(pixels, side))

@@ -34,7 +34,7 @@ from superglobal.toy.layout import write_layouts
 from superglobal.toy.photo import Photo, take
 from superglobal.toy.plan import Shot, plan, size_of
 from superglobal.utils.distributed import available_cpus
-from superglobal.utils.io import write_atomically
+from superglobal.utils.io import read_json, write_atomically
 
 # Increment the version whenever the pixels or the rules for easy, hard and junk images change.
 VERSION = 2
@@ -108,7 +108,7 @@ def _claim(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     try:
         entries = {path.name for path in out.iterdir()} if out.exists() else set()
         marker = next((name for name in (_FINISHED, _STARTED) if name in entries), None)
-        found = json.loads((out / marker).read_text()) if marker else None
+        found = read_json(out / marker) if marker else None
     except NotADirectoryError as error:
         raise InputError(f"toy data set: {out} is a file: expected a folder; choose another path with --out") from error
     except (OSError, ValueError) as error:

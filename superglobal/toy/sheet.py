@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from superglobal.data.images import read_image
 from superglobal.toy.landmark import STREETS, STYLE_GROUP
 from superglobal.toy.layout import relation
 from superglobal.toy.photo import Photo
-from superglobal.utils.io import write_atomically
+from superglobal.utils.io import read_csv, write_atomically
 
 # The sheet is a grid: width of a cell and height of a title, in pixels, and number of images per row.
 CELL, TITLE, COLUMNS = 132, 14, 9
@@ -22,8 +22,8 @@ Cell = tuple[str, Photo]
 
 def read_photos(root: Path) -> list[Photo]:
     """Load the rows of `photos.csv` from the folder of a data set."""
-    with (root / "photos.csv").open(newline="", encoding="utf-8") as file:
-        return [_photo(row) for row in csv.DictReader(file)]
+    columns, *rows = read_csv(root / "photos.csv")
+    return [_photo(dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def _photo(row: dict[str, str]) -> Photo:
@@ -84,8 +84,7 @@ def _draw(sheet: Image.Image, x: int, y: int, title: str, path: Path, boxed: Pho
         path: image to show.
         boxed: row of the image in `photos.csv`, from which the bounding box of the landmark is drawn; None for no box.
     """
-    with Image.open(path) as image:
-        picture = image.convert("RGB")
+    picture = Image.fromarray(read_image(path))
     if boxed:
         ImageDraw.Draw(picture).rectangle((boxed.x1, boxed.y1, boxed.x2 - 1, boxed.y2 - 1), outline=(255, 220, 0))
     picture.thumbnail((CELL - 4, CELL - 4))

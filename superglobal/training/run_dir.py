@@ -14,7 +14,7 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.reporting.runs import flatten
-from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, file_lock, write_atomically
+from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, file_lock, read_json, require_regular, write_atomically
 
 CHECKPOINTS = "checkpoints"
 FORMAT = "superglobal-training-2"
@@ -138,6 +138,7 @@ def _require_same_images(folder: Path, codes: np.ndarray) -> np.ndarray:
     """
     path = folder / _CODES
     try:
+        require_regular(path)
         before = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: damaged ({error}); remove {folder} to train again") from error
@@ -171,7 +172,7 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record in a run directory; None if there is none. Raises InputError if it is damaged."""
     path = folder / _RECORD
     try:
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error}); remove {folder} to train again") from error
 

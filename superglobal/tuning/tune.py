@@ -35,7 +35,7 @@ from superglobal.retrieval.rows import as_rows
 from superglobal.retrieval.search import search as nearest
 from superglobal.tuning.feature_maps import MapStore, require_space
 from superglobal.tuning.search_space import Settings, best, choices, compare, search, usage, write_outcome
-from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, write_atomically
+from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, read_json, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
     """
     record = run / "training.json"
     try:
-        content = json.loads(record.read_text())
+        content = read_json(record)
         settings = content["identity"]["settings"]
         d, v, seed = settings["data"], settings["validation"], settings["seed"]
         root, tars = Path(data_root or content["root"]), content["tars"]
@@ -333,7 +333,7 @@ def _write_identity(folder: Path, identity: dict[str, Any]) -> None:
     record = folder / "tuning.json"
     if record.is_file():
         try:
-            before, now = flatten(json.loads(record.read_text())), flatten(identity)
+            before, now = flatten(read_json(record)), flatten(identity)
         except ValueError as error:
             raise InputError(f"{record}: damaged ({error}); delete {folder} to tune again") from error
         differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))

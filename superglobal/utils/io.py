@@ -1,24 +1,134 @@
-"""Write files atomically, lock and hash them, and define the file names that several modules use."""
+"""Read regular files, write files atomically, lock, hash and list them; names of files that several modules use."""
 
 from __future__ import annotations
 
+import csv
+import errno
 import hashlib
+import io
+import json
 import logging
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)
+_MAX_SHOWN = 200  # maximum number of characters of a path in a message
 EXPORT, CORRUPT_IMAGES = "best.safetensors", "corrupt_images.txt"
+
+
+def require_regular(path: str | Path) -> None:
+    """Check that a path is a regular file. Opening a FIFO would wait for a writer, and a device may have no end.
+
+    A folder is accepted, because opening it fails with an error.
+
+    Raises:
+        OSError: the file does not exist, or is a FIFO, a socket or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "not a regular file but a FIFO, a socket or a device", str(path))
+
+
+def open_file(path: str | Path) -> io.BufferedReader:
+    """Open a regular file for binary reading.
+
+    Raises:
+        OSError: the file cannot be opened, or it is not a regular file.
+    """
+    require_regular(path)
+    return open(path, "rb")
+
+
+def read_file(path: str | Path) -> bytes:
+    """Return the contents of a regular file.
+
+    Raises:
+        OSError: the file cannot be read, or it is not a regular file.
+    """
+    with open_file(path) as file:
+        return file.read()
+
+
+def read_json(path: str | Path) -> Any:
+    """Return the contents of a JSON file.
+
+    Raises:
+        OSError: the file cannot be read, or it is not a regular file.
+        ValueError: the file is not JSON, or its values are nested too deeply.
+    """
+    try:
+        return json.loads(read_file(path))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_csv(path: str | Path) -> list[list[str]]:
+    """Return the rows of a CSV file, which has UTF-8 encoding. Fields can have any length.
+
+    Raises:
+        OSError: the file cannot be read, or it is not a regular file.
+        ValueError: the file is not CSV.
+    """
+    csv.field_size_limit(2**31 - 1)
+    try:
+        return list(csv.reader(io.StringIO(read_file(path).decode("utf-8-sig"), newline="")))
+    except csv.Error as error:
+        raise ValueError(f"not CSV: {error}") from error
+
+
+def walk(folder: Path, follow_links: bool = False) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield each folder in the tree below `folder`, with the sorted names of its folders and of its other entries.
+
+    The caller can remove names from the list of folders to leave out these folders. A folder that several links lead to
+    is visited once. Nothing is yielded if `folder` does not exist.
+
+    Args:
+        folder: root of the tree.
+        follow_links: whether to visit folders that symbolic links lead to.
+
+    Raises:
+        InputError: a folder in the tree cannot be listed.
+    """
+    pending, visited = [folder], set[str]()
+    while pending:
+        directory = pending.pop()
+        real = os.path.realpath(directory)
+        if real in visited:
+            continue
+        visited.add(real)
+        try:
+            with os.scandir(directory) as entries:
+                is_folder = {entry.name: _may_be_folder(entry, follow_links) for entry in entries}
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise InputError(
+                f"{str(directory)[:_MAX_SHOWN]}: the folder cannot be listed ({error.strerror}); make it readable, or "
+                f"move it out of {folder}"
+            ) from error
+        names = sorted(is_folder)
+        folders = [name for name in names if is_folder[name]]
+        yield directory, folders, [name for name in names if not is_folder[name]]
+        pending += [directory / name for name in reversed(folders)]
+
+
+def _may_be_folder(entry: os.DirEntry[str], follow_links: bool) -> bool:
+    """Return True if an entry is a folder, or a link whose target cannot be examined and may therefore be a folder."""
+    try:
+        return entry.is_dir(follow_symlinks=follow_links)
+    except OSError as error:
+        return error.errno != errno.ELOOP
 
 
 @contextmanager
@@ -116,7 +226,7 @@ def _read_holder(holder: Path) -> str:
 
 def digest(path: Path) -> str:
     """Return the 128-bit BLAKE2b hash of a file as 32 hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
