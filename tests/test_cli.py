@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -44,6 +45,8 @@ def test_version_is_printed_and_the_package_runs_as_a_module():
         (["visualize", "."], "error: .: "),
         (["export", "nowhere.safetensors", "x.onnx"], "error: weights=nowhere.safetensors: no such file"),
         (["evaluate", "dataset=roxford5k", "weights=random", "backbone=test_resnet", "hydra.run.dir=."], "error: "),
+        (["train", "paths.outputs=/dev/null"], "(Not a directory); change paths.outputs"),
+        (["train", "-m", "seed=0,1", "paths.outputs=/dev/null"], "error: /dev/null/train/sweep/"),
     ],
 )
 def test_invalid_arguments_print_a_message_and_exit_with_status_2(words, message, capsys, tmp_path, monkeypatch):
@@ -52,3 +55,23 @@ def test_invalid_arguments_print_a_message_and_exit_with_status_2(words, message
         sys.exit(cli.main(words))
     assert end.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# Commands print, and Hydra logs to stdout.
+LOGGING = """
+import logging, sys
+from superglobal.utils.distributed import exit_on_closed_output
+with exit_on_closed_output():
+    logging.basicConfig(stream=sys.stdout)
+    logging.warning("")
+    print("not reached", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("code", ["import superglobal.cli; superglobal.cli.main(['--help'])", LOGGING])
+def test_a_command_ends_quietly_when_nobody_reads_its_output(code):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")

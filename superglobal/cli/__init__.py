@@ -14,6 +14,7 @@ from importlib import import_module
 
 from superglobal import __version__
 from superglobal.errors import InputError
+from superglobal.utils.distributed import exit_on_closed_output
 
 # Name of the command -> (module in this folder, function in the module, description for `superglobal --help`).
 COMMANDS = {
@@ -35,6 +36,7 @@ COMMANDS = {
 }
 
 
+@exit_on_closed_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 

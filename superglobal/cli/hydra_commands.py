@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from superglobal.config import conf_dir, register, reject_old_settings
 from superglobal.errors import InputError
+from superglobal.utils.distributed import exit_on_closed_output
 
 _process_arguments: list[str] | None = None
 
@@ -48,6 +51,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     return _run("serve", _serve, arguments)
 
 
+@exit_on_closed_output()
 def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequence[str] | None) -> int:
     """Let Hydra compose the configuration, and run the task with this configuration.
 
@@ -80,6 +84,26 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
     finally:
         sys.argv = _process_arguments
     return 0
+
+
+class OutputFolder(Callback):
+    """Hydra callback that creates the folder of the results, or of a sweep, before Hydra writes into it."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        self._create(config.hydra.run.dir)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        self._create(config.hydra.sweep.dir)
+
+    def _create(self, folder: str) -> None:
+        """Create a folder. If files cannot be created in it, print an error and exit with status 2."""
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            _print_error(InputError(f"{folder}: cannot be written ({error.strerror}); change paths.outputs"))
+            sys.exit(2)
 
 
 def _output_dir() -> Path:

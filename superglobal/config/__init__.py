@@ -126,5 +126,9 @@ def register() -> None:
             text = text.replace("python eval.py", "superglobal evaluate").replace(
                 "python train.py", "superglobal train"
             )
-        node = {"app_name": entry.name, "header": "", "footer": "", "template": text}
-        store.store(group="hydra/help", name=f"{entry.name}_help", node=node)
+        # The callback is in this node too, because every command selects it.
+        node = {
+            "help": {"app_name": entry.name, "header": "", "footer": "", "template": text},
+            "callbacks": {"output_folder": {"_target_": "superglobal.cli.hydra_commands.OutputFolder"}},
+        }
+        store.store(group="hydra/help", name=f"{entry.name}_help", node=node, package="hydra")

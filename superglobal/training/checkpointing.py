@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pickle
 import signal
 import sys
@@ -129,9 +130,10 @@ class CheckpointCallback(StepCallback):
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        # Logging in a signal handler could wait forever for a lock that this thread has acquired.
+        # Logging in a signal handler could wait forever for a lock that this thread has acquired. `sys.stderr` exits if
+        # the reader of a pipe has ended.
         with contextlib.suppress(OSError):
-            sys.stderr.write(f"\n{signal.Signals(number).name}: saving a checkpoint after this step\n")
+            os.write(2, f"\n{signal.Signals(number).name}: saving a checkpoint after this step\n".encode())
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:

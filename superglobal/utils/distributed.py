@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 # Windows lacks SIGUSR1 and SIGUSR2.
 STOP_SIGNALS = tuple(
@@ -42,6 +47,45 @@ def exit_on_interrupt() -> None:
         os._exit(130)
 
     signal.signal(signal.SIGINT, exit_now)
+
+
+class _PipeOutput(io.FileIO):
+    """Output file that ends the process quietly when nobody reads the pipe any more, as in `command | head`.
+
+    SIGPIPE would do the same, but also for lost network connections. The first write that fails exits with the status
+    of this signal in a shell; later output is discarded.
+    """
+
+    discards = False
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            if in_main_thread() and not self.discards:  # In another thread, only the thread would end.
+                self.discards = True
+                sys.exit(128 + 13)
+            return len(data)
+
+
+@contextmanager
+def exit_on_closed_output() -> Iterator[None]:
+    """Let the body of a `with` statement end quietly when the reader of its output has ended, as in `command | head`.
+
+    BrokenPipeError would otherwise appear as a traceback, or as an error of the file that is being written.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__") and not stream.isatty():
+            file = io.BufferedWriter(_PipeOutput(stream.fileno(), "w", closefd=False))
+            options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            setattr(sys, name, io.TextIOWrapper(file, stream.encoding, stream.errors, **options))
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
 
 
 def in_main_thread() -> bool:
