@@ -75,3 +75,15 @@ def test_a_command_ends_quietly_when_nobody_reads_its_output(code):
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_folder_of_a_sweep_job_has_a_short_and_safe_name(tmp_path, capsys):
+    words = ["dataset=folder", "dataset.database=nowhere", "dataset.query=nowhere", "backbone=test_resnet"]
+    words += ["weights=random", "rerank=none,mutual", f"pooling.tuned_on=../a {'b' * 300}"]
+    with pytest.raises(SystemExit) as end:
+        cli.main(["evaluate", "-m", *words, f"paths.outputs={tmp_path}"])
+    assert end.value.code == 2
+    (sweep,) = (tmp_path / "eval/sweep").iterdir()
+    names = sorted(path.name for path in sweep.iterdir() if path.is_dir())
+    assert [name[:26] for name in names] == ["0_backbone=test_resnet,dat", "1_backbone=test_resnet,dat"]
+    assert all("pooling.tuned_on=..-a-bbb" in name and len(name) == 102 for name in names)

@@ -6,10 +6,12 @@ would be the string "off", which Python treats as true. Hydra also rejects names
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from superglobal.config.common import conf_dir
 from superglobal.config.evaluation import CompareConfig, EvalConfig
@@ -103,6 +105,16 @@ def reject_old_settings(arguments: Iterable[str]) -> None:
         name = argument.lstrip("+~").partition("=")[0]
         if name in OLD_SETTINGS:
             raise InputError(f"{argument}: the setting {name} no longer exists; {OLD_SETTINGS[name]}")
+
+
+def folder_name(text: str) -> str:
+    """Shorten a text to 100 bytes, and replace characters that are not safe in a folder name by "-"."""
+    return re.sub(r"[^\w.,=+-]+", "-", text).encode()[:100].decode(errors="ignore")
+
+
+# The configuration of a sweep uses this resolver. A job that a cluster launcher started imports this module, but does
+# not call `register`.
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 
 
 def register() -> None:
