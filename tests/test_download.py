@@ -135,7 +135,7 @@ def test_features_are_downloaded_and_checked(toy, tmp_path):
         target.unlink()
         recorded.unlink()
         server.files[address(last.urls[0])] = b"<!DOCTYPE html><title>Sign in</title>"
-        with pytest.raises(InputError, match=r"returned a wrong file, which was removed: .* is a web page"):
+        with pytest.raises(InputError, match=r"returned the wrong file, which was removed: .* is a web page"):
             download_source(source, tmp_path, server.options())
         assert not target.exists()
 

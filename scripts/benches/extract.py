@@ -84,7 +84,7 @@ def _floor(calls: list[Call], batch: int, sync: Callable[[], None]) -> Callable[
 
 
 def main(argv: list[str]) -> list[Measured]:
-    """Measure extraction in each precision, the unoptimized network and the lower bound.
+    """Measure extraction in each precision, the unoptimized network, and the convolutions alone (the lower bound).
 
     Returns:
         One row per variant. A row also contains the smallest cosine similarity between a descriptor of the variant and

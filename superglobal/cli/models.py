@@ -81,7 +81,9 @@ def export(arguments: Sequence[str]) -> int:
     parser = _parser("export", _EXPORT)
     _add_network_arguments(parser)
     parser.add_argument("file", type=Path, help="file to write, .onnx or .pt2")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="fixed image size in pixels")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="accept only images of this height and width, in pixels"
+    )
     parser.add_argument("--batch", type=int, help="fixed number of images per batch")
     parser.add_argument(
         "--tolerance",

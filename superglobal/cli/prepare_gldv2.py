@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--table",
         default="train_clean.csv",
-        help="training list: train_clean.csv (default), or train.csv for data=gldv2 and data=gldv2x",
+        help="training list: train_clean.csv (default) or train.csv; data=gldv2 and data=gldv2x need train.csv",
     )
     parser.add_argument(
         "--tars", type=Path, help="folder of the tar files images_000.tar, ..., which are read instead of train/"

@@ -257,7 +257,7 @@ class _TimedFile(io.BytesIO):
 
     def read(self, size: int | None = -1, /) -> bytes:
         if time.monotonic() > self.end:
-            raise CorruptImageError(f"decoding takes more than {self.seconds:g} s; save the image again")
+            raise CorruptImageError(f"decoding takes more than {self.seconds:g} s; save it again in an image editor")
         return super().read(size)
 
 

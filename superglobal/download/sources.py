@@ -141,7 +141,7 @@ def _download_and_check(file: RemoteFile, target: Path, options: DownloadOptions
             raise
         target.unlink()
         raise InputError(
-            f"{file.urls[0]} returned a wrong file, which was removed: {error}; try again later"
+            f"{file.urls[0]} returned the wrong file, which was removed: {error}; try again later"
         ) from error
     record_checksum(target, "sha256")
 

@@ -152,7 +152,7 @@ def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
 def _mode() -> str:
     """Return the W&B mode, such as "online" or "offline", that WANDB_MODE or `wandb offline` has set.
 
-    Without an API key, the mode is "offline", because W&B would ask the user for a key.
+    Without an API key, the mode is "offline", because W&B would otherwise ask the user for a key.
     """
     mode = os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
     if mode in ("online", "shared", "run") and not _has_key():

@@ -92,7 +92,7 @@ def attach(
         network: module that maps images (B, 3, H, W) to vectors (B, D); it is changed in place. It must contain exactly
             one pooling layer. For ReLUP, it must be or contain exactly one torchvision or timm ResNet.
         pooling: pooling settings in any form that `load_model` accepts; `relup` is on unless you turn it off.
-        scales: number of scales (1, 3 or 5, with the factors of the reference), or a list of scale factors.
+        scales: number of scales (1, 3 or 5, with the scale factors of the authors' code), or a list of factors.
         antialias: apply a low-pass filter when the batch is resized to a smaller scale.
         pool: dotted name of the pooling layer; None to find it automatically.
 

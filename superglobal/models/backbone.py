@@ -96,7 +96,7 @@ class Backbone(nn.Module):
                 height, width = resolve_model_data_config(net)["input_size"][-2:]
                 self.tokens = net.forward_features(torch.empty(1, 3, height, width)).ndim == 3
                 # The sides of images are padded to a multiple of this number: a vision transformer needs whole patches,
-                # and a network with windowed attention needs even sides, because it halves the map at every stage.
+                # and a network with windowed attention halves its map at every stage, so each map needs even sides.
                 self.multiple = self.stride if self.tokens or kwargs else 1
                 side = 2 * self.stride + 1
                 shape = self._map(net, torch.empty(1, 3, side, side)).shape

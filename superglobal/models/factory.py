@@ -42,7 +42,7 @@ def load_model(
         backbone: name of the backbone in timm; not needed if the weights include it.
         pooling: "superglobal", "gem" or "cvnet_global", or a dict of settings that override those stored with the
             weights; None for the stored settings. Weights without settings (CVNet, timm) have those of "superglobal".
-        scales: number of scales (1, 3 or 5, with the factors of the reference), or a list of scale factors. None for
+        scales: number of scales (1, 3 or 5, with the factors of the authors' code), or a list of factors. None for
             the scales stored with a shared model, and 3 for other weights.
         antialias: apply a low-pass filter when an image is resized to a smaller scale. The paper uses no such filter.
             None for the setting stored with a shared model, and False for other weights.

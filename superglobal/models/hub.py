@@ -149,7 +149,7 @@ def push_to_hub(
         except Exception as error:  # errors of the Hub, of HTTP and of files have no common base class
             raise InputError(
                 f"{repo_id}: cannot push ({type(error).__name__}: {first_line(error)}); give owner/name of a "
-                "repository that you may write, and run `hf auth login`"
+                "repository that you can write to, and run `hf auth login`"
             ) from error
 
 

@@ -35,7 +35,7 @@ def make_scales(scales: int | Sequence[float]) -> tuple[float, ...]:
     """Return a tuple of scale factors.
 
     Args:
-        scales: number of scales (1, 3 or 5, with the factors of the reference), or a list of scale factors.
+        scales: number of scales (1, 3 or 5, with the scale factors of the authors' code), or a list of factors.
 
     Raises:
         InputError: the number of scales is not 1, 3 or 5, the list is empty, or a scale is outside 0.1..4.
@@ -64,7 +64,7 @@ class RetrievalNetwork(nn.Module):
         pooling: settings of the pooling and of ReLUP.
         dim: number of outputs of the whitening layer; None for no whitening layer, so that D is the number of channels
             of the backbone.
-        scales: number of scales (1, 3 or 5, with the factors of the reference), or a list of scale factors.
+        scales: number of scales (1, 3 or 5, with the scale factors of the authors' code), or a list of factors.
         antialias: apply a low-pass filter when an image is resized to a smaller scale; the paper uses no such filter.
 
     Attributes:
@@ -189,7 +189,7 @@ class RetrievalNetwork(nn.Module):
             InputError: the settings require different feature maps.
         """
         if not self.shares_feature_maps(pooling):
-            raise InputError("variant: these settings change ReLUP or resizing; create the network by load_model")
+            raise InputError("variant: ReLUP and resizing cannot be changed here; call load_model instead")
         return self.with_backbone(self.backbone, replace(self._resolve_relup(pooling), p=self.config.p))
 
     def with_backbone(self, backbone: Backbone, pooling: PoolingConfig) -> RetrievalNetwork:

@@ -101,7 +101,7 @@ def _reciprocal(near: torch.Tensor, k1: int) -> torch.Tensor:
     members, valid = narrow[batch, wide], in_narrow[batch, wide]
     shared = result.gather(2, members.flatten(2)).view_as(valid) & valid
     joins = in_wide & (3 * shared.sum(dim=-1) > 2 * valid.sum(dim=-1))
-    # Images that do not join are replaced by p, which is marked already.
+    # Images that are not added to R(p, k1) are replaced by p itself, which is already marked as a member.
     itself = torch.arange(size, device=near.device)[:, None, None]
     joining = torch.where(valid & joins[..., None], members, itself)
     return result.scatter_(2, joining.flatten(2), True)
