@@ -82,7 +82,7 @@ def export(arguments: Sequence[str]) -> int:
     _add_network_arguments(parser)
     parser.add_argument("file", type=Path, help="file to write, .onnx or .pt2")
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("H", "W"), help="accept only images of this height and width, in pixels"
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="accept only images of this size, in pixels"
     )
     parser.add_argument("--batch", type=int, help="fixed number of images per batch")
     parser.add_argument(
