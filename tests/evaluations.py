@@ -36,8 +36,8 @@ def mini(root: Path) -> list[str]:
 
 
 def fingerprints(result: dict) -> dict:
-    """Return the fingerprint of every store that a result was computed from, by title."""
-    return {title: store["fingerprint"] for title, store in result["about"]["stores"].items()}
+    """Return the fingerprint of the settings and images of each store of a result, without the checksums, by title."""
+    return {title: store["fingerprint"][:64] for title, store in result["about"]["stores"].items()}
 
 
 def start_program(outputs: Path, *overrides: str, **kwargs) -> subprocess.Popen:

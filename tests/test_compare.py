@@ -33,7 +33,7 @@ def load_store(result: dict, title: str) -> DescriptorStore:
     """Open the store of descriptors that a result was computed from."""
     fingerprint = result["about"]["stores"][title]["fingerprint"]
     folders = (result["folder"].parent / "stores").glob(f"*-{title}-*")
-    return next(s for s in map(DescriptorStore.open, folders) if s.manifest["fingerprint"] == fingerprint)
+    return next(s for s in map(DescriptorStore.open, folders) if s.fingerprint() == fingerprint)
 
 
 def slow_leave_one_out(Q: np.ndarray, X: np.ndarray, labels: np.ndarray) -> float:

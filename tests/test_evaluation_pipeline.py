@@ -19,6 +19,8 @@ from superglobal.errors import InputError
 from superglobal.evaluation.pipeline import evaluate
 from superglobal.metrics.revisited import REVISITED, average_precision
 from superglobal.models.weights import save_weights
+from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.store_tools import verify
 from superglobal.utils.precision import full_precision
 
 
@@ -53,6 +55,23 @@ def test_reranking_settings_only_change_the_reranked_results(data, tmp_path, ove
     loaded = [dict(np.load(r["folder"] / "rankings.npz")) for r in (before, after)]
     assert np.array_equal(loaded[0]["search_ids"], loaded[1]["search_ids"])
     assert not np.array_equal(loaded[0]["rerank_scores"], loaded[1]["rerank_scores"])
+
+
+def test_damaged_rows_end_an_evaluation_and_only_they_are_extracted_again(data, tmp_path):
+    settings = [*mini(data), "k=5", "rerank=none"]
+    first = run(tmp_path, *settings)
+    (folder,) = (tmp_path / "stores").glob("mini-database-*")
+    shard = np.load(folder / "shard-00000.npy", mmap_mode="r+")
+    shard[20:22] = 0
+    shard.flush()
+    for setting in ("whitening=none", "whitening=center", "index=flat_fp16"):
+        with pytest.raises(InputError, match=r"shard-00000\.npy: rows 20-21 are damaged"):
+            run(tmp_path, *settings, setting)
+    assert not [*(tmp_path / "stores").glob("whitening-*"), *(tmp_path / "stores").glob("*.faiss")]
+    assert verify(DescriptorStore.open(folder), repair=True).tolist() == [20, 21]
+    again = run(tmp_path, *settings)
+    assert again["about"]["extracted"] == {"database": 2, "queries": 0}
+    assert again["metrics"] == first["metrics"]
 
 
 def test_every_exact_index_gives_the_same_result(data, tmp_path):

@@ -159,7 +159,7 @@ def test_damaged_rows_are_detected_during_search(tmp_path):
     shard = np.load(tmp_path / "s" / "shard-00001.npy", mmap_mode="r+")
     shard[5, 2] = np.nan
     shard.flush()
-    with pytest.raises(InputError, match="row 45 has NaN"):
+    with pytest.raises(InputError, match="row 45 is damaged"):
         search(X[:2], DescriptorStore.open(tmp_path / "s"), 5)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import shutil
 import signal
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 from superglobal.errors import InputError
-from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval import store as store_module
+from superglobal.retrieval.store import DescriptorStore, _row_checksums
 from superglobal.retrieval.store_files import fingerprint
 
 IMAGES = [f"image{i} 10-abc" for i in range(25)]
@@ -131,6 +134,80 @@ def test_damaged_stores_raise_errors_that_name_the_file(tmp_path):
         create(tmp_path / "s")
     with pytest.raises(InputError, match="no descriptor store"):
         DescriptorStore.open(tmp_path / "nowhere")
+
+
+def zero(values):
+    """Zero rows 12 and 13."""
+    values[2:4] = 0
+
+
+def flip(values):
+    """Flip the lowest bit of one value of row 13."""
+    values.view(np.uint32)[3, 5] ^= 1
+
+
+def swap(values):
+    """Exchange rows 12 and 13."""
+    values[[2, 3]] = values[[3, 2]]
+
+
+@pytest.mark.parametrize(("damage", "rows"), [(zero, "rows 12-13 are"), (flip, "row 13 is"), (swap, "rows 12-13 are")])
+def test_damaged_rows_are_never_read(tmp_path, damage, rows):
+    X = unit(25)
+    store = create(tmp_path / "s")
+    store.write_rows(np.arange(25), X)
+    store.flush()
+    assert np.array_equal(store.block(0, 25), X)
+    shard = np.load(tmp_path / "s" / "shard-00001.npy", mmap_mode="r+")
+    damage(shard)
+    shard.flush()
+    for opened in (store, DescriptorStore.open(tmp_path / "s")):
+        for read in (lambda s: s.block(0, 25), lambda s: s.take(np.array([[24], [13]])), lambda s: s.block(13, 14)):
+            with pytest.raises(InputError, match=f"shard-00001.npy: (row 13 is|{rows}) damaged .*verify --repair"):
+                read(opened)
+        assert np.array_equal(opened.block(14, 25), X[14:])
+    assert damage is not flip or store.damaged().tolist() == [13]
+    np.save(tmp_path / "whole.npy", X[10:20])
+    os.replace(tmp_path / "whole.npy", tmp_path / "s" / "shard-00001.npy")
+    assert np.array_equal(store.block(0, 25), X)
+
+
+def test_a_verified_shard_is_verified_again_only_if_its_file_changed(tmp_path, monkeypatch):
+    store = create(tmp_path / "s")
+    store.write_rows(np.arange(25), unit(25))
+    store.flush()
+    store.block(0, 25)
+    verified = []
+    monkeypatch.setattr(store_module, "_row_checksums", lambda x: (verified.append(len(x)), _row_checksums(x))[1])
+    opened = DescriptorStore.open(tmp_path / "s")
+    opened.block(0, 25)
+    opened.take(np.array([3, 24]))
+    assert verified == []
+    copy = DescriptorStore.open(shutil.copytree(tmp_path / "s", tmp_path / "copy"))
+    copy.block(0, 25)
+    copy.take(np.array([3, 24]))
+    assert verified == [10, 10, 5]
+    (tmp_path / "copy" / "verified.npy").write_bytes(b"")  # only a record of what was verified
+    assert np.array_equal(DescriptorStore.open(tmp_path / "copy").block(0, 25), unit(25))
+
+
+def test_a_shard_that_is_truncated_while_it_is_open_is_named(tmp_path):
+    store = create(tmp_path / "s")
+    store.write_rows(np.arange(25), unit(25))
+    store.flush()
+    os.truncate(tmp_path / "s" / "shard-00002.npy", 200)
+    with pytest.raises(InputError, match=r"shard-00002\.npy: missing or damaged"):
+        store.block(0, 25)
+
+
+def test_stores_of_different_values_have_different_fingerprints(tmp_path):
+    stores = [create(tmp_path / name) for name in "abc"]
+    for store, seed in zip(stores, (0, 0, 1), strict=True):
+        store.write_rows(np.arange(25), unit(25, seed=seed))
+        store.flush()
+    first, same, other = (store.fingerprint() for store in stores)
+    assert first == same != other
+    assert first[:64] == other[:64]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -62,7 +62,7 @@ def test_damaged_stores_and_rows_are_reported_and_not_reused(tmp_path, caplog):
     assert len(messages) == 5
     for name, text in zip(("a", "b", "c", "ca", "d"), messages, strict=True):
         assert str(tmp_path / name) in text
-    assert "row 2 is damaged" in messages[-1]
+    assert "rows 2, 5 are damaged" in messages[-1]
 
 
 def test_an_evaluation_ignores_a_damaged_store(data, tmp_path, caplog):

@@ -77,9 +77,7 @@ def test_parts_are_merged_verified_and_exported(tmp_path, script, dtype):
     merged = DescriptorStore.open(tmp_path / "m")
     np.testing.assert_array_equal(merged.block(0, 100), whole)
     assert merged.skipped.tolist() == [7]
-    assert script("verify", tmp_path / "m").rstrip().endswith("(--record writes them)")
-    assert "99 rows are valid, 1 skipped, 0 missing" in script("verify", tmp_path / "m", "--record")
-    assert script("verify", tmp_path / "m").rstrip().endswith("0 missing")
+    assert script("verify", tmp_path / "m").rstrip().endswith("99 rows are valid, 1 skipped, 0 missing")
     about = json.loads(script("info", tmp_path / "m"))
     assert (about["rows"], about["written"], about["dtype"], about["identity"]) == (100, 99, dtype, ABOUT)
     kept = np.setdiff1d(np.arange(100), [7])
@@ -96,18 +94,22 @@ def test_verify_merge_and_export_report_invalid_stores(tmp_path, script):
     X = unit(np.random.default_rng(0), 50, 16)
     for name in ("a", "b"):
         part_of(tmp_path / name, X, np.arange(50))
-    script("verify", tmp_path / "a", "--record")
+    part_of(tmp_path / "c", X[::-1], np.arange(50))
+    merge = ("merge", tmp_path / "b", tmp_path / "c", "--into", tmp_path / "m")
+    assert "row 0 differs" in script(*merge, status=2)
     shard = np.load(tmp_path / "a" / "shard-00000.npy", mmap_mode="r+")
     shard[3] = shard[4]
     shard.flush()
-    assert "shard-00000.npy: the checksum differs" in script("verify", tmp_path / "a", status=2)
-    merge = ("merge", tmp_path / "a", tmp_path / "b", "--into", tmp_path / "m")
-    assert "row 3 differs" in script(*merge, status=2)
-    shard[3] *= 2
-    shard.flush()
-    assert "row 3 has norm 2" in script("verify", tmp_path / "a", status=2)
-    other = DescriptorStore.open_or_create(tmp_path / "c", {"weights": "v"}, names(50), 16)
-    assert "fingerprint differs" in script("merge", tmp_path / "b", other.folder, "--into", tmp_path / "n", status=2)
+    merge = ("merge", tmp_path / "a", tmp_path / "b", "--into", tmp_path / "n")
+    for words in (("verify", tmp_path / "a"), merge, ("export", tmp_path / "a", tmp_path / "x.npy")):
+        assert "shard-00000.npy: row 3 is damaged" in script(*words, status=2)
+    assert "49 rows are valid, 0 skipped, 1 missing; row 3 is marked" in script("verify", tmp_path / "a", "--repair")
+    repaired = DescriptorStore.open(tmp_path / "a")
+    repaired.write_rows(repaired.missing, X[repaired.missing])
+    repaired.flush()
+    assert "50 rows are valid" in script("verify", tmp_path / "a")
+    other = DescriptorStore.open_or_create(tmp_path / "d", {"weights": "v"}, names(50), 16)
+    assert "fingerprint differs" in script("merge", tmp_path / "b", other.folder, "--into", tmp_path / "o", status=2)
     assert "50 of 50 descriptors are missing" in script("export", other.folder, tmp_path / "x.npy", status=2)
     assert "ends with .npy or .parquet" in script("export", tmp_path / "b", tmp_path / "x.csv", status=2)
     (tmp_path / "b" / "names.json").write_text(json.dumps([*names(49), "another"]))
@@ -209,7 +211,7 @@ def test_an_evaluation_names_the_rows_of_new_and_existing_stores(data, tmp_path)
     assert json.loads(path.read_text())[:4] == ["label0/0.jpg", "label0/1.jpg", "label0/2.jpg", "label1/0.jpg"]
 
 
-SMALL = ("manifest.json", "names.json", "paths.json", "done.npy", "skipped.txt", "checksums.json")
+SMALL = ("manifest.json", "names.json", "paths.json", "done.npy", "skipped.txt", "checksums.npy")
 COMMANDS = ("info", "verify", "merge", "export")
 
 
@@ -218,8 +220,8 @@ def sound(tmp_path_factory) -> Path:
     """Create a store with all optional files."""
     folder = tmp_path_factory.mktemp("sound") / "s"
     store = part_of(folder, unit(np.random.default_rng(0), 30, 8), np.arange(30), [4, 9])
-    upkeep.verify(store, record=True)
-    assert {path.name for path in folder.glob("[!s]*")} | {"skipped.txt"} == set(SMALL)
+    assert not len(upkeep.verify(store))
+    assert {path.name for path in folder.glob("[!s]*")} | {"skipped.txt"} == {*SMALL, "verified.npy"}
     return folder
 
 

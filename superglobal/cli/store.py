@@ -22,14 +22,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="print the settings, number of rows, dtype and size of a store")
-    verify = commands.add_parser(
-        "verify",
-        help="check the image list, the recorded checksums, and that all descriptors are finite and of unit norm",
-    )
+    verify = commands.add_parser("verify", help="compare all rows with their checksums, and check the list of images")
     verify.add_argument(
-        "--record",
+        "--repair",
         action="store_true",
-        help="record the checksums of the files, so that later calls of verify can compare them",
+        help="mark damaged rows as missing, so that the next evaluation extracts them again",
     )
     export = commands.add_parser("export", help="write all descriptors to one file")
     for command in (info, verify, export):
@@ -50,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run `superglobal store info`, `verify`, `export` or `merge`, print the result, and return the exit status."""
     args = _parser().parse_args(arguments)
     from superglobal.retrieval import store_tools
+    from superglobal.retrieval.store import row_ranges
 
     if args.command == "merge":
         store = store_tools.merge([store_tools.open_validated(folder) for folder in args.stores], args.into)
@@ -59,10 +57,10 @@ def main(arguments: Sequence[str]) -> int:
     if args.command == "info":
         print(json.dumps(store_tools.store_info(store), indent=1))
     elif args.command == "verify":
-        rows = store_tools.verify(store, args.record)
-        result = f"{rows} rows are valid, {len(store.skipped)} skipped, {len(store.missing)} missing"
-        if store_tools.recorded_checksums(store) is None:
-            result += "; checksums were not compared, because none are recorded (--record writes them)"
+        damaged = store_tools.verify(store, args.repair)
+        result = f"{len(store.written)} rows are valid, {len(store.skipped)} skipped, {len(store.missing)} missing"
+        if len(damaged):
+            result += f"; {row_ranges(damaged)} marked as missing: run the evaluation again, which extracts them"
         print(f"{store.folder}: {result}")
     else:
         print(f"{args.file}: {store_tools.export(store, args.file)} rows")

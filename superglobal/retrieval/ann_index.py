@@ -27,7 +27,7 @@ from superglobal.errors import InputError
 from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows, block_size
 from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.search import BACKENDS, FAISS_GPU_RESULTS, faiss_module
-from superglobal.utils.io import digest, file_lock, read_json, write_atomically
+from superglobal.utils.io import digest, file_lock, file_stamp, read_json, write_atomically
 
 log = logging.getLogger(__name__)
 _TRAINED_ROWS = 40  # training rows per list; FAISS warns if there are fewer than 39
@@ -372,7 +372,7 @@ def open_index(
     supported = hasattr(faiss, "StandardGpuResources") and full.kind != "hnsw" and "HNSW" not in _factory(full)
     if torch.device(device or "cpu").type == "cuda" and supported and faiss.get_num_gpus():
         gpu = faiss.StandardGpuResources()
-    before = _stamp(path)
+    before = file_stamp(path)
     index = _load(path, identity)
     if index is None:
         index = _build_once(path, identity, before, rows, kept, full, gpu)
@@ -381,19 +381,10 @@ def open_index(
     )
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Return the inode and modification time of a file, to detect that it was replaced; None if it does not exist."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
-
-
 def _build_once(
     path: Path,
     identity: Mapping[str, Any],
-    before: tuple[int, int] | None,
+    before: list[int] | None,
     rows: Rows,
     kept: np.ndarray,
     config: IndexConfig,
@@ -404,8 +395,8 @@ def _build_once(
     Args:
         path: file of the index.
         identity: everything that the index depends on.
-        before: result of `_stamp(path)` before the caller tried to load the index. If it has changed, another process
-            has stored the index.
+        before: `file_stamp(path)` before the caller tried to load the index. If it has changed, another process has
+            stored the index.
         rows: rows of the database.
         kept: ids of the rows that are not skipped.
         config: configuration from `with_defaults`.
@@ -419,7 +410,7 @@ def _build_once(
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another paths.stores") from error
     with file_lock(path.with_suffix(".lock"), f"index {config.kind}: another process is building it", wait=True):
-        index = _load(path, identity) if _stamp(path) != before else None
+        index = _load(path, identity) if file_stamp(path) != before else None
         if index is None:
             index = _build(rows, kept, config, gpu)
             _save(index, path, identity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,20 @@ import numpy as np
 from superglobal.errors import InputError
 from superglobal.retrieval.rows import copy_into
 from superglobal.retrieval.store_files import (
+    DONE,
     NAMES,
     NO_REASON,
     SHARD_ROWS,
+    VERIFIED,
     add_skipped,
+    array_files,
     create_store,
     fingerprint,
     map_array,
     read_manifest,
     read_names,
-    shard_path,
-    shard_sizes,
 )
+from superglobal.utils.io import file_stamp
 
 _WRITTEN, _SKIPPED = 1, 2  # values in done.npy; 0 means missing
 # Rows are marked as done only after their values are flushed to disk. A flush is due when this many rows are waiting,
@@ -37,11 +40,15 @@ _FLUSH_SECONDS = 5.0
 class DescriptorStore:
     """Folder with N descriptors of dimension D and unit norm; row i is the descriptor of image i of the image list.
 
-    The folder contains `manifest.json`, `names.json`, `done.npy` (one byte per row) and the shards `shard-00000.npy`,
-    ... with the descriptors. Several processes may fill different rows at the same time. A row is complete when its
-    byte in `done.npy` is set. This happens only after its values are on disk, so an interrupted run leaves no partial
-    row. Rows are stored as float32, or as float16 after normalization; reading returns float32 in both cases. A row may
-    be `skipped`: it is complete, but has no descriptor, and search, ranks and reranking ignore it.
+    The folder contains `manifest.json`, `names.json`, `done.npy` (one byte per row), `checksums.npy` (the CRC-32 of
+    each row) and the shards `shard-00000.npy`, ... with the descriptors. Several processes may fill different rows at
+    the same time. A row is complete when its byte in `done.npy` is set. This happens only after its values are on disk,
+    so an interrupted run leaves no partial row. Rows are stored as float32, or as float16 after normalization; reading
+    returns float32 in both cases. A row may be `skipped`: it is complete, but has no descriptor, and search, ranks and
+    reranking ignore it.
+
+    A shard is verified with the checksums when it is read for the first time, and again when its size or its times of
+    change differ from those recorded in `verified.npy`. A damaged row is therefore never read; it raises InputError.
 
     Create a store with `open_or_create`, or open one with `open`. Search, reranking and whitening accept a store as a
     database.
@@ -54,7 +61,7 @@ class DescriptorStore:
     """
 
     validated = True
-    """True, because `write_rows` validates every row, so readers need not validate it again."""
+    """True, because `write_rows` validates every row, and reading verifies that it has not changed since."""
 
     concurrent = True
     """True, because several threads may read at the same time."""
@@ -65,13 +72,12 @@ class DescriptorStore:
         self.shape: tuple[int, int] = (manifest["rows"], manifest["dim"])
         self.dtype = np.dtype(manifest["dtype"])
         self._rows_per_shard: int = manifest["shard_rows"]
-        self._done = map_array(folder / "done.npy", (self.shape[0],), np.dtype(np.uint8))
+        files = array_files(*self.shape, self._rows_per_shard, manifest["dtype"])
+        self._verified = _open_stamps(folder / VERIFIED, *files.pop(VERIFIED))
+        self._done, self._checksums, *self._shards = (map_array(folder / name, *file) for name, file in files.items())
+        self._shard_paths = [folder / name for name in files][2:]
         if self._done.max(initial=0) > _SKIPPED:
-            raise InputError(f"{folder / 'done.npy'} is damaged (expected values 0 to {_SKIPPED}); delete {folder}")
-        self._shards = [
-            map_array(shard_path(folder, i), (count, self.shape[1]), self.dtype)
-            for i, count in enumerate(shard_sizes(*self.shape[:1], self._rows_per_shard))
-        ]
+            raise InputError(f"{folder / DONE} is damaged (expected values 0 to {_SKIPPED}); delete {folder}")
         self._unflushed: dict[int, int] = {}  # row -> new value of the row's byte in done.npy
         self._last_flush = time.monotonic()
         self._complete = False
@@ -124,7 +130,7 @@ class DescriptorStore:
                     f"expected {value}); delete the folder or choose another"
                 )
         store = cls(folder, manifest)
-        if len(store.missing) and not os.access(folder / "done.npy", os.W_OK):
+        if len(store.missing) and not os.access(folder / DONE, os.W_OK):
             raise InputError(
                 f"{folder}: the store is incomplete and not writable; set paths.stores to a folder that you can write"
             )
@@ -160,9 +166,11 @@ class DescriptorStore:
         return np.flatnonzero(~self.done)
 
     def fingerprint(self) -> str:
-        """Return the fingerprint in the manifest, followed by a digest of the skipped rows if there are any."""
-        skipped = hashlib.sha256(self.skipped.tobytes()).hexdigest() if len(self.skipped) else ""
-        return self.manifest["fingerprint"] + skipped
+        """Return the fingerprint in the manifest, followed by a digest of the checksums of all rows.
+
+        Files that are computed from the rows, such as a whitening, are therefore not used for other values.
+        """
+        return self.manifest["fingerprint"] + hashlib.sha256(self._checksums.tobytes()).hexdigest()
 
     @property
     def names(self) -> list[str]:
@@ -215,6 +223,8 @@ class DescriptorStore:
             rows: (n,) row numbers in 0..N-1.
             values: (n, D) valid descriptors, which are converted to the dtype of the store.
         """
+        values = np.ascontiguousarray(values, self.dtype)
+        self._checksums[rows] = _row_checksums(values)
         shards, within = np.divmod(rows, self._rows_per_shard)
         for shard in np.unique(shards):
             selected = shards == shard
@@ -237,6 +247,7 @@ class DescriptorStore:
         new = np.setdiff1d(rows, self.skipped).tolist()
         if new:
             add_skipped(self.folder, {row: note_of[row] for row in new})
+        self._checksums[rows] = 0
         self._mark(rows, _SKIPPED)
 
     def _require_inside(self, rows: np.ndarray) -> None:
@@ -265,6 +276,7 @@ class DescriptorStore:
             try:
                 for shard in np.unique(rows // self._rows_per_shard):
                     self._shards[shard].flush()
+                self._checksums.flush()  # type: ignore[attr-defined]
                 self._done[rows] = list(self._unflushed.values())
                 self._done.flush()  # type: ignore[attr-defined]
             except OSError as error:
@@ -310,9 +322,67 @@ class DescriptorStore:
             raise InputError(f"{self.folder}: rows {start}..{stop} are outside 0..{len(self)}")
         while start < stop:
             shard, within = divmod(start, self._rows_per_shard)
-            piece = self._shards[shard][within : within + stop - start]
+            last = min(stop, start - within + self._rows_per_shard)
+            self._require_sound(shard, np.arange(start, last))
+            piece = self._shards[shard][within : within + last - start]
             yield piece
             start += len(piece)
+
+    def _require_sound(self, shard: int, rows: np.ndarray) -> None:
+        """Raise InputError if rows (n,) of a shard are damaged."""
+        damaged = self._damaged(shard)
+        if len(damaged) and len(damaged := np.intersect1d(damaged, rows)):
+            raise InputError(
+                f"{self._shard_paths[shard]}: {row_ranges(damaged)} damaged (the checksum differs); run superglobal "
+                f"store verify --repair {self.folder}, then run the evaluation again, which extracts only these rows"
+            )
+
+    def _damaged(self, shard: int, again: bool = False) -> np.ndarray:
+        """Verify the rows of a shard with their checksums.
+
+        Args:
+            shard: index of the shard.
+            again: verify the shard even if its file has not changed since it was verified.
+
+        Returns:
+            Numbers of the damaged rows: (n,) int64, ascending.
+
+        Raises:
+            InputError: the file is missing or truncated.
+        """
+        path, values = self._shard_paths[shard], self._shards[shard]
+        stamp = file_stamp(path)
+        if not again and self._verified[shard].tolist() == stamp:
+            return np.empty(0, np.int64)
+        # The file is mapped again, because it may have been replaced or truncated.
+        self._shards[shard] = values = map_array(path, values.shape, self.dtype)
+        start = shard * self._rows_per_shard
+        rows = slice(start, start + len(values))
+        state = np.array(self._done[rows])
+        differs = self._checksums[rows] != np.where(state == _WRITTEN, _row_checksums(np.asarray(values)), 0)
+        damaged = start + np.flatnonzero(differs & (state != 0))
+        self._verified[shard] = stamp if state.all() and not len(damaged) else 0
+        return damaged
+
+    def damaged(self, again: bool = False) -> np.ndarray:
+        """Verify all complete rows with their checksums, and return the numbers of the damaged rows: (n,) int64.
+
+        Args:
+            again: verify shards even if their files have not changed since they were verified.
+        """
+        return np.concatenate([np.empty(0, np.int64), *(self._damaged(i, again) for i in range(len(self._shards)))])
+
+    def discard(self, rows: np.ndarray) -> None:
+        """Mark rows (n,) as missing, so that the next evaluation extracts them again.
+
+        Raises:
+            InputError: the store is not writable.
+        """
+        if not os.access(self.folder / DONE, os.W_OK):
+            raise InputError(f"{self.folder}: the store is not writable, so its rows cannot be marked as missing")
+        self._complete = False
+        self._done[rows] = 0
+        self._done.flush()  # type: ignore[attr-defined]
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Return the rows with the given ids, integers in 0..N-1 of any shape S, as an array `(*S, D)` float32.
@@ -345,6 +415,7 @@ class DescriptorStore:
         shards, within = np.divmod(flat, self._rows_per_shard)
         for shard in np.unique(shards):
             selected = shards == shard
+            self._require_sound(shard, flat[selected])
             out[selected] = self._shards[shard][within[selected]]
         return out.reshape(*np.shape(ids), self.shape[1])
 
@@ -357,3 +428,25 @@ class DescriptorStore:
                     f"{self.folder}: {missing} of {len(self)} descriptors are missing; run python eval.py again"
                 )
             self._complete = True
+
+
+def _open_stamps(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Open the record of verified shards. If it is damaged or read-only, return an array that this process fills."""
+    try:
+        stamps = map_array(path, shape, dtype)
+    except InputError:
+        return np.zeros(shape, dtype)
+    return stamps if stamps.flags.writeable else np.array(stamps)
+
+
+def _row_checksums(values: np.ndarray) -> np.ndarray:
+    """Return the CRC-32 of each row of a C-contiguous array (n, D) as (n,) uint32."""
+    return np.fromiter(map(zlib.crc32, values), np.uint32, len(values))
+
+
+def row_ranges(rows: np.ndarray) -> str:
+    """Return ascending row numbers (n,) as a text for messages, such as "rows 3-5, 9 are"; at most five ranges."""
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    shown = ", ".join(texts[:5]) + (f" and {len(texts) - 5} more ranges" if len(texts) > 5 else "")
+    return f"row {shown} is" if len(rows) == 1 else f"rows {shown} are"

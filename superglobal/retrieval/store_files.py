@@ -21,10 +21,11 @@ from superglobal.errors import InputError
 from superglobal.retrieval.rows import map_npy
 from superglobal.utils.io import read_file, read_json, umask, write_atomically
 
-FORMAT = "superglobal-store-1"
+FORMAT = "superglobal-store-2"
 SHARD_ROWS = 16384
 DTYPES = ("float32", "float16")
 NAMES, PATHS, SKIPPED = "names.json", "paths.json", "skipped.txt"
+DONE, CHECKSUMS, VERIFIED = "done.npy", "checksums.npy", "verified.npy"
 NO_REASON = "\tno reason given"
 _MANIFEST_TYPES = {"fingerprint": str, "rows": int, "dim": int, "shard_rows": int, "identity": dict}
 
@@ -83,15 +84,13 @@ def create_store(
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         temporary.chmod(0o777 & ~umask())
-        np.lib.format.open_memmap(temporary / "done.npy", "w+", np.uint8, (len(images),)).flush()
-        for i, count in enumerate(shard_sizes(len(images), shard_rows)):
-            path = shard_path(temporary, i)
-            np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (count, dim)).flush()
+        for name, (shape, kind) in array_files(len(images), dim, shard_rows, dtype).items():
+            np.lib.format.open_memmap(temporary / name, "w+", kind, shape).flush()
             if hasattr(os, "posix_fallocate"):
                 # Reserve disk space for the sparse file now, because a process that writes to a memory map on a full
                 # disk is killed.
-                with path.open("r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+                with (temporary / name).open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary / name))
         write_atomically(temporary / NAMES, json.dumps(list(images)).encode())
         write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
         with contextlib.suppress(FileExistsError, NotADirectoryError):
@@ -105,6 +104,21 @@ def create_store(
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def array_files(rows: int, dim: int, shard_rows: int, dtype: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Return the shape and dtype of each `.npy` file of a store, by file name; the shards are the last ones, in order.
+
+    Args:
+        rows, dim, shard_rows, dtype: number of rows, dimension, rows per shard and dtype, as in the manifest.
+    """
+    shards = [min(shard_rows, rows - start) for start in range(0, rows, shard_rows)]
+    return {
+        DONE: ((rows,), np.dtype(np.uint8)),
+        CHECKSUMS: ((rows,), np.dtype(np.uint32)),
+        VERIFIED: ((len(shards), 3), np.dtype(np.int64)),
+        **{f"shard-{i:05d}.npy": ((count, dim), np.dtype(dtype)) for i, count in enumerate(shards)},
+    }
 
 
 def _rename_new(source: Path, target: Path) -> None:
@@ -130,7 +144,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json(folder / "manifest.json")
         if manifest["format"] != FORMAT:
-            raise InputError(f"{folder}: store format {manifest['format']!r}, expected {FORMAT!r}; delete the folder")
+            raise InputError(
+                f"{folder}: format {manifest['format']!r}, expected {FORMAT!r}; delete the folder to extract again"
+            )
         for key, kind in _MANIFEST_TYPES.items():
             if not isinstance(manifest[key], kind) or (kind is int and manifest[key] < (key != "rows")):
                 raise TypeError(f"{key}: {manifest[key]!r}")
@@ -176,16 +192,6 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray
             "to extract again"
         )
     return array
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    """Return the path of a shard in the folder of a store. `number` is the index of the shard, starting at 0."""
-    return folder / f"shard-{number:05d}.npy"
-
-
-def shard_sizes(rows: int, shard_rows: int) -> list[int]:
-    """Return the number of rows of each shard of a store with `rows` rows."""
-    return [min(shard_rows, rows - start) for start in range(0, rows, shard_rows)]
 
 
 def read_names(folder: Path, rows: int) -> list[str]:

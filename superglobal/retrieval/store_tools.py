@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from superglobal.errors import InputError
-from superglobal.retrieval.rows import is_unit, validate_block
-from superglobal.retrieval.store import DescriptorStore
+from superglobal.retrieval.store import DescriptorStore, row_ranges
 from superglobal.retrieval.store_files import (
     NO_REASON,
     PATHS,
@@ -23,15 +21,14 @@ from superglobal.retrieval.store_files import (
     record_paths,
     write_skipped,
 )
-from superglobal.utils.io import atomic_file, digest, read_json, write_atomically
+from superglobal.utils.io import atomic_file, write_atomically
 
 log = logging.getLogger(__name__)
 _BLOCK = 8192  # number of rows that are read at a time
-_CHECKSUMS = "checksums.json"
 
 
 def open_validated(folder: Path) -> DescriptorStore:
-    """Open a store and validate its lists: image names, image paths, skipped rows and recorded checksums.
+    """Open a store and validate its lists: image names, image paths and skipped rows.
 
     Raises:
         InputError: there is no store, or one of its files is missing or damaged.
@@ -47,7 +44,6 @@ def open_validated(folder: Path) -> DescriptorStore:
             f"{folder / SKIPPED}: expected a line for each of {len(store.skipped)} skipped rows, but row {unlisted[0]} "
             "has none; remove the file (the rows stay skipped)"
         )
-    recorded_checksums(store)
     return store
 
 
@@ -66,66 +62,26 @@ def store_info(store: DescriptorStore) -> dict[str, Any]:
     }
 
 
-def verify(store: DescriptorStore, record: bool = False) -> int:
-    """Verify a store: its image list, the values of every descriptor, and any recorded checksums of the shards.
-
-    The shapes of the shards are not verified here, because they are checked whenever a store is opened.
+def verify(store: DescriptorStore, repair: bool = False) -> np.ndarray:
+    """Verify the image list and all rows of a store with their checksums.
 
     Args:
         store: store to verify.
-        record: True to record the checksums of the shards for later calls, instead of comparing them. The store must
-            be complete.
+        repair: mark damaged rows as missing, so that the next evaluation extracts them again, instead of raising an
+            error.
 
     Returns:
-        Number of verified rows.
+        Numbers of the rows that were damaged: (n,) int64.
 
     Raises:
-        InputError: the store is damaged; the message names the first damaged file or row.
+        InputError: the store is damaged; the message names the first damaged file and its rows.
     """
     len(store.names)
-    written = store.written
-    for start in range(0, len(written), _BLOCK):
-        ids = written[start : start + _BLOCK]
-        block = store.read_rows(ids)
-        try:
-            validate_block(block, 0, str(store.folder), unit=True)
-        except InputError:
-            for row, values in zip(ids.tolist(), block, strict=True):
-                validate_block(values[None], row, f"{store.folder}: damaged", unit=True)
-    checksums = {path.name: digest(path) for path in sorted(store.folder.glob("shard-*.npy"))}
-    recorded = None if record else recorded_checksums(store)
-    different = [name for name, value in checksums.items() if recorded is not None and recorded.get(name) != value]
-    if different:
-        raise InputError(
-            f"{store.folder / different[0]}: the checksum differs from the recorded one; delete the folder to extract "
-            "again, or record the new checksums (--record)"
-        )
-    if record:
-        if len(store.missing):
-            raise InputError(
-                f"{store.folder}: {len(store.missing)} rows are missing; extract them before you record checksums"
-            )
-        write_atomically(store.folder / _CHECKSUMS, json.dumps(checksums, indent=1).encode())
-    return len(written)
-
-
-def recorded_checksums(store: DescriptorStore) -> dict[str, str] | None:
-    """Return a dict from shard file to recorded checksum; None if no checksums are recorded.
-
-    Raises:
-        InputError: the file of the checksums is damaged.
-    """
-    path = store.folder / _CHECKSUMS
-    if not path.exists():
-        return None
-    fix = "remove the file and record them again: superglobal store verify --record"
-    try:
-        checksums = read_json(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); expected the checksum of each shard; {fix}") from error
-    if not isinstance(checksums, dict):
-        raise InputError(f"{path} is damaged: expected the checksum of each shard; {fix}")
-    return checksums
+    damaged = store.damaged(again=True)
+    if repair and len(damaged):
+        store.discard(damaged)
+    store.read_rows(damaged)  # raises the error, if they are still marked as complete
+    return damaged
 
 
 def merge(stores: Sequence[DescriptorStore], folder: Path) -> DescriptorStore:
@@ -279,7 +235,8 @@ def reuse_rows(folder: Path, store: DescriptorStore) -> int:
             continue
         for start in range(0, len(rows), _BLOCK):
             batch = slice(start, start + _BLOCK)
-            copied += _copy_valid(source, source_rows[batch], store, rows[batch])
+            _copy(source, source_rows[batch], store, rows[batch])
+        copied += len(rows)
         store.flush()
     return copied
 
@@ -297,15 +254,15 @@ def _common_rows(source: DescriptorStore, store: DescriptorStore) -> tuple[np.nd
         return np.empty(0, np.int64), np.empty(0, np.int64)
     row_of = {name: row for row, name in enumerate(source.names)}
     source_rows = np.array([row_of.get(name, -1) for name in store.names], np.int64)
-    rows = np.flatnonzero(~store.done & np.isin(source_rows, source.written))
+    damaged = source.damaged()
+    if len(damaged):
+        log.warning("%s: %s damaged; extracting them again", source.folder, row_ranges(damaged))
+    rows = np.flatnonzero(~store.done & np.isin(source_rows, np.setdiff1d(source.written, damaged)))
     return rows, source_rows[rows]
 
 
-def _copy_valid(source: DescriptorStore, source_rows: np.ndarray, store: DescriptorStore, rows: np.ndarray) -> int:
-    """Copy rows of `source` to `store`, and return the number of copied rows.
-
-    Rows that are not unit vectors are not copied, and a warning is logged. Values are copied unchanged if both stores
-    have the same dtype; otherwise they are normalized first.
+def _copy(source: DescriptorStore, source_rows: np.ndarray, store: DescriptorStore, rows: np.ndarray) -> None:
+    """Copy rows of `source` to `store`, unchanged if both have the same dtype; otherwise they are normalized first.
 
     Args:
         source: store to read.
@@ -314,11 +271,6 @@ def _copy_valid(source: DescriptorStore, source_rows: np.ndarray, store: Descrip
         rows: (n,) row numbers in `store`.
     """
     values = source.read_rows(source_rows)
-    norms = np.linalg.norm(values.astype(np.float64), axis=1)
-    valid = is_unit(norms)
-    if not valid.all():
-        row, norm = source_rows[~valid][0], norms[~valid][0]
-        log.warning("%s: row %d is damaged (norm %g); extracting it again", source.folder, row, norm)
-    values, norms = values[valid], norms[valid]
-    store.copy_rows(rows[valid], values if source.dtype == store.dtype else values / norms[:, None])
-    return len(values)
+    if source.dtype != store.dtype:
+        values = values / np.linalg.norm(values.astype(np.float64), axis=1, keepdims=True)
+    store.copy_rows(rows, values)

@@ -230,6 +230,18 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def file_stamp(path: Path) -> list[int] | None:
+    """Return the size and the times of the last change of a file (st_size, st_mtime_ns, st_ctime_ns), or None.
+
+    As long as the stamp of a file stays the same, the file was not written or replaced. None means that it is missing.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
 def umask() -> int:
     """Return the umask of this process: the permission bits that the system removes from new files."""
     mask = os.umask(0)
