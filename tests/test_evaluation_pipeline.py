@@ -81,11 +81,11 @@ def test_every_exact_index_gives_the_same_result(data, tmp_path):
 
 def test_only_changed_images_are_extracted_again(tmp_path):
     photos = write_folders(tmp_path / "photos")
-    pixels = np.zeros((160, 200, 3), np.uint8)  # 96 KB: larger than the part that is read of every file
+    pixels = np.zeros((160, 200, 3), np.uint8)
     Image.fromarray(pixels).save(photos / "plain.bmp")
     folder = ["dataset=folder", f"dataset.database={photos}", f"dataset.query={photos / 'label0' / '0.jpg'}"]
     assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 10, "queries": 1}
-    pixels[20:30] = 255  # same size, same first 64 KB, same end
+    pixels[20:30] = 255  # same size, same start, same end
     Image.fromarray(pixels).save(photos / "plain.bmp")
     assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 1, "queries": 0}
     Image.fromarray(pixels[::-1]).save(photos / "new.png")
@@ -98,6 +98,21 @@ def test_only_changed_images_are_extracted_again(tmp_path):
     loaded = [dict(np.load(r["folder"] / "rankings.npz")) for r in (changed, fresh)]
     for key, values in loaded[0].items():  # extracted alone and in a batch: equal up to rounding
         assert np.allclose(values, loaded[1][key], atol=1e-6, rtol=0), key
+
+
+def test_a_download_that_is_completed_in_the_middle_is_extracted_again(tmp_path):
+    photos = write_folders(tmp_path / "photos")
+    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
+    Image.fromarray(noise).save(photos / "noise.jpg", quality=95)
+    whole = (photos / "noise.jpg").read_bytes()
+    assert len(whole) > 100_000
+    holed = bytearray(whole)
+    holed[90_000:90_500] = bytes(500)
+    (photos / "noise.jpg").write_bytes(holed)
+    folder = ["dataset=folder", f"dataset.database={photos}", f"dataset.query={photos / 'noise.jpg'}", "rerank=none"]
+    assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 10, "queries": 1}
+    (photos / "noise.jpg").write_bytes(whole)
+    assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 1, "queries": 1}
 
 
 def test_leave_one_out_scores_equal_brute_force(tmp_path):

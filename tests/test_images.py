@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from superglobal.data import images
-from superglobal.data.image_checks import check_images
-from superglobal.data.images import CorruptImageError, ImageItem, decode_image, read_image, shrink
+from superglobal.data import image_checks, images
+from superglobal.data.datamodules import BatchedImageDataset, LoadedBatch
+from superglobal.data.image_checks import check_image, check_images
+from superglobal.data.images import CorruptImageError, ImageItem, ImageList, decode_image, read_image, shrink
+from superglobal.data.samplers import ImageBatch
 from superglobal.errors import InputError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -353,7 +355,6 @@ def test_trailing_bytes_are_accepted(trailing: int, tmp_path: Path) -> None:
 
 
 def test_jpegs_with_long_headers_are_read_and_checked(tmp_path: Path) -> None:
-    # The scan starts after the first 64 KB, which check_images reads first.
     whole = encoded("JPEG", exif=EXIF + bytes(60_000), icc_profile=bytes(70_000), quality=95)
     path = tmp_path / "long.jpg"
     path.write_bytes(whole)
@@ -365,18 +366,53 @@ def test_jpegs_with_long_headers_are_read_and_checked(tmp_path: Path) -> None:
 
 def test_the_signature_depends_on_the_content(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    data = bytearray(PNG + bytes(100_000))
+    data = bytearray(PNG + bytes(200_000))
     signatures = []
-    for position in (None, 4000, len(data) - 1):
+    for position in (None, 4000, 150_000, len(data) - 1):
         if position is not None:
             data[position] ^= 1
         path.write_bytes(data)
         signatures += check_images([path]).signatures
     path.write_bytes(data + b"\0")
     signatures += check_images([path]).signatures
-    assert len(set(signatures)) == 4
+    assert len(set(signatures)) == 5
     path.touch()
     assert check_images([path] * 3).signatures == [signatures[-1]] * 3
+
+
+def test_only_new_and_changed_files_are_checked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths:
+        RGB.save(path)
+    items, cache = [*paths[:2], ImageItem(paths[2], (5, 5, 30, 20))], tmp_path / "stores" / "checked.npz"
+    read: list[int] = []
+    monkeypatch.setattr(image_checks, "check_image", lambda *args: (read.append(0), check_image(*args))[1])
+    first = check_images(items, cache=cache)
+    assert check_images(items, cache=cache) == first == check_images(items)
+    assert len(read) == 3 + 0 + 3
+    changed = bytearray(paths[1].read_bytes() + b"x")
+    paths[1].write_bytes(changed)
+    paths[0].unlink()
+    second = check_images(items, cache=cache)
+    assert len(read) == 7
+    assert second.missing == [paths[0]]
+    assert second.signatures == ["", check_images([paths[1]]).signatures[0], first.signatures[2]]
+    cache.write_bytes(cache.read_bytes()[:-50])
+    assert check_images(items, cache=cache) == second == check_images(items, cache=cache)
+    assert len(read) == 10
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+def test_an_image_that_is_replaced_after_the_check_is_not_extracted(tmp_path: Path, decoder: str) -> None:
+    paths = [tmp_path / "kept.jpg", tmp_path / "replaced.jpg"]
+    for path in paths:
+        RGB.save(path)
+    lists = [ImageList([ImageItem(path) for path in paths], None, check_images(paths).signatures)]
+    RGB.transpose(Image.Transpose.ROTATE_180).save(paths[1])
+    batches = BatchedImageDataset(lists, [ImageBatch(0, (0, 1), (48, 60))], decoder)[0]
+    faults = [fault for batch in batches if isinstance(batch, LoadedBatch) for fault in batch.faults]
+    assert [(row, permanent) for row, _, permanent in faults] == [(1, False)]
+    assert "replaced.jpg: the file has changed since it was checked" in faults[0][1]
 
 
 @pytest.mark.parametrize(

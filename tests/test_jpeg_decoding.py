@@ -15,7 +15,7 @@ from search_pages import compose_serve_config, open_search_database
 from sets import break_scan, texture, write_folders
 
 from superglobal.data import jpeg_decoding
-from superglobal.data.images import image_tensor, read_image
+from superglobal.data.images import ImageList, image_tensor, read_image
 from superglobal.data.jpeg_decoding import EncodedImage, check_gpu_decoder, compare_decoders, decode_batch, read_encoded
 from superglobal.errors import InputError
 from superglobal.evaluation import extraction as extracting
@@ -179,12 +179,12 @@ def test_a_device_that_cannot_decode_is_an_input_error(monkeypatch, text, reason
 
 def test_decoders_are_compared_on_the_first_jpegs(tmp_path):
     items = write_items(tmp_path, 20)
-    assert compare_decoders([(items[:5], None), (items[5:], None)], CPU) == {
+    assert compare_decoders([ImageList(items[:5], None), ImageList(items[5:], None)], CPU) == {
         "images": 16,
         "mean_difference": 0.0,
         "max_difference": 0,
     }
-    assert compare_decoders([(items, 10)], CPU)["images"] == 0
+    assert compare_decoders([ImageList(items, 10)], CPU)["images"] == 0
 
 
 def write_items(folder: Path, count: int):
@@ -284,7 +284,7 @@ def test_the_decoder_without_a_gpu_raises_an_input_error_and_makes_no_store(tmp_
 @pytest.mark.parametrize("device", DEVICES)
 def test_decoders_agree_on_every_device(tmp_path, device):
     compare = compare_decoders if device == CPU else check_gpu_decoder
-    compared = compare([(write_items(tmp_path, 20), None)], device)
+    compared = compare([ImageList(write_items(tmp_path, 20), None)], device)
     assert compared["images"] == 16
     assert compared["mean_difference"] < 2
     assert json.loads(json.dumps(compared)) == compared

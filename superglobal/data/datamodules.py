@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from superglobal.data.gldv2 import TrainList
-from superglobal.data.images import CorruptImageError, ImageItem, decode_image, image_tensor, read_image, shrink
+from superglobal.data.images import (
+    CorruptImageError,
+    ImageList,
+    decode_image,
+    image_tensor,
+    read_image,
+    shrink,
+)
 from superglobal.data.jpeg_decoding import EncodedImage, decode_batch, read_encoded
 from superglobal.data.samplers import EpochBatches, ImageBatch
 from superglobal.data.train_dataset import TrainingDataset, collate
@@ -26,8 +33,6 @@ from superglobal.utils.distributed import STOP_SIGNALS, end_with_parent, in_main
 log = logging.getLogger(__name__)
 Task = tuple[int, int]
 """One image to read: (index of the image list, row of the image in this list)."""
-ImageList = tuple[Sequence[ImageItem], int | None]
-"""(images, `max_side`): larger images are shrunk so that the longer side has `max_side` pixels; None means no limit."""
 
 
 class ImageDataset(Dataset):
@@ -38,7 +43,7 @@ class ImageDataset(Dataset):
     traceback of the worker process to the error message.
 
     Args:
-        lists: image lists, each with the maximum longer side of the images in pixels (None for no limit).
+        lists: image lists.
         tasks: (index of the image list, row in this list) of each image to read.
     """
 
@@ -98,7 +103,7 @@ class BatchedImageDataset(Dataset):
     if images have different sizes or cannot be read. With the decoder "gpu", the last element can be an `EncodedBatch`.
 
     Args:
-        lists: image lists, each with the maximum longer side of the images in pixels (None for no limit).
+        lists: image lists.
         batches: for each batch, the index of its image list and the rows of its images in this list.
         decoder: "cpu" to decode all images, or "gpu" to leave those JPEG files encoded that the GPU can decode.
     """
@@ -166,10 +171,10 @@ def _read(lists: Sequence[ImageList], task: Task, decoder: str = "cpu") -> Encod
     Returns:
         The image as a (3, H, W) uint8 tensor; the encoded JPEG file; or the error if the image cannot be read.
     """
-    items, max_side = lists[task[0]]
-    item = items[task[1]]
+    images, row = lists[task[0]], task[1]
+    item, signature = images.items[row], images.signatures[row] if images.signatures is not None else None
     try:
-        image = (read_encoded if decoder == "gpu" else read_image)(item.path, item.box, max_side)
+        image = (read_encoded if decoder == "gpu" else read_image)(item.path, item.box, images.max_side, signature)
     except InputError as error:
         return error
     return image if isinstance(image, EncodedImage) else image_tensor(image)
@@ -179,7 +184,7 @@ class ExtractionDataModule(pl.LightningDataModule):
     """Batches of images for the extraction. Worker processes load them while the network computes.
 
     Args:
-        lists: image lists, each with the maximum longer side of the images in pixels (None for no limit).
+        lists: image lists.
         batches: for each batch, the index of its image list and the rows of its images in this list.
         num_workers: number of worker processes.
         decoder: "cpu" to decode all images in the workers, or "gpu" to decode JPEG files on the device of the network.
@@ -224,7 +229,7 @@ class ExtractionDataModule(pl.LightningDataModule):
                 images.append((row, pixels[:, y1:y2, x1:x2]))
                 continue
             if not self.decoded_on_cpu:
-                path = self.images.lists[batch.number][0][row].path
+                path = self.images.lists[batch.number].items[row].path
                 log.warning("%s: the GPU decoder does not support this JPEG; such files are decoded on the CPU", path)
             self.decoded_on_cpu += 1
             image = _read(self.images.lists, (batch.number, row))

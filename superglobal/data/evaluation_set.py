@@ -192,7 +192,10 @@ def image_path(folder: Path, name: str, source: Path) -> Path:
 
 
 def require_images(
-    sets: Sequence[tuple[str, Sequence[ImageItem], str]], also: Sequence[str] = (), workers: int | None = None
+    sets: Sequence[tuple[str, Sequence[ImageItem], str]],
+    also: Sequence[str] = (),
+    workers: int | None = None,
+    cache: Path | None = None,
 ) -> dict[str, CheckReport]:
     """Check that all images of several sets exist and are complete, before anything is computed.
 
@@ -202,6 +205,7 @@ def require_images(
         also: additional lines for the error message, about other missing input such as weights. If `also` is not empty,
             an error is raised even if all images are valid.
         workers: number of threads of `check_images`.
+        cache: file that keeps the results of `check_images` for later calls; None to read all files.
 
     Returns:
         For each title, the result of the check. Every image is valid, because otherwise an error is raised.
@@ -210,7 +214,7 @@ def require_images(
         InputError: images are missing or corrupt. The message contains the number of these
             images and the first five files of each set.
     """
-    reports = {title: check_images(items, workers) for title, items, _ in sets}
+    reports = {title: check_images(items, workers, cache=cache) for title, items, _ in sets}
     lines: list[str] = []
     hints: list[str] = []
     for title, items, hint in sets:

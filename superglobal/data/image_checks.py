@@ -1,13 +1,21 @@
-"""Check that image files exist and are complete, and compute signatures that reveal later changes of the files."""
+"""Check that image files exist and are complete, and compute signatures that reveal later changes of the files.
 
+An image is identified by all bytes of its file. The file is read once. `CheckCache` keeps the result, which is used as
+long as the size and the times of the last change of the file stay the same.
+"""
+
+import hashlib
 import os
-import zlib
-from collections.abc import Callable, Sequence
+import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
+
+import numpy as np
 
 from superglobal.data.images import (
     Box,
@@ -15,31 +23,77 @@ from superglobal.data.images import (
     ImageItem,
     box_bounds,
     decode_image,
+    file_signature,
     open_image,
     reason_of,
     require_end,
     upright_size,
 )
-from superglobal.utils.io import open_file
+from superglobal.errors import InputError
+from superglobal.utils.io import atomic_file, file_stamp, read_file, require_regular
 
-# numbers of bytes to read at the start of a file (enough for almost every header) and at the end
-_HEAD, _TAIL = 65_536, 4_096
+CHECKED_IMAGES = "checked_images.npz"
+"""Name of the file of `CheckCache`, in the folder of the stores."""
 _BATCH = 512  # number of images that one task of a thread checks
-_COMPRESSED = ("JPEG", "MPO", "PNG", "WEBP", "GIF")
 
 
 class CheckedImage(NamedTuple):
     """Result of the check of an image that is complete.
 
     Attributes:
-        signature: file size and CRC-32 of the contents, to detect changes of the file. For a large compressed file, the
-            CRC-32 covers only the first 64 KB and the last 4 KB. A change of the image almost
-            always changes these bytes too.
+        signature: file size and CRC-32 of all bytes of the file, see `file_signature`.
         size: (height, width) in pixels: of the crop if there is one, else of the whole upright image.
     """
 
     signature: str
     size: tuple[int, int]
+
+
+class CheckCache:
+    """Results of earlier checks, so that only new and changed files are read again.
+
+    Several processes may use the same file. If it is missing, damaged or not writable, all images are read.
+
+    Args:
+        path: file of the results; None to keep none.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        # (n, 7) int64, sorted by key: key of the path, size, st_mtime_ns, st_ctime_ns, CRC-32, height and width
+        self._rows = np.empty((0, 7), np.int64)
+        if path is not None:
+            with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                require_regular(path)
+                with np.load(path) as file:
+                    self._rows = file["rows"].reshape(-1, 7).astype(np.int64)
+
+    def get(self, path: Path, stamp: Sequence[int] | None) -> CheckedImage | None:
+        """Return the result of an earlier check of a file with this `file_stamp`; None if there is none."""
+        row = int(np.searchsorted(self._rows[:, 0], key := _path_key(path)))
+        if row == len(self._rows) or self._rows[row, :4].tolist() != [key, *(stamp or ())]:
+            return None
+        size, _, _, crc, height, width = self._rows[row, 1:].tolist()
+        return CheckedImage(f"{size}-{crc:08x}", (height, width))
+
+    def update(self, results: Sequence[tuple[Path, Sequence[int], CheckedImage]]) -> None:
+        """Add the path, the stamp and the result of each newly checked image, and write the file."""
+        if self._path is None or not results:
+            return
+        rows = [
+            [_path_key(path), *stamp, int(image.signature.partition("-")[2], 16), *image.size]
+            for path, stamp, image in results
+        ]
+        joined = np.concatenate([np.array(rows, np.int64), self._rows])  # of equal keys, the first one is kept
+        self._rows = joined[np.unique(joined[:, 0], return_index=True)[1]]
+        with suppress(InputError), atomic_file(self._path) as file:
+            np.savez(file, rows=self._rows)
+
+
+def _path_key(path: Path) -> int:
+    """Return a 64-bit hash of the absolute path of a file, as a signed integer."""
+    digest = hashlib.blake2b(os.fsencode(os.path.abspath(path)), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 @dataclass(frozen=True)
@@ -65,25 +119,31 @@ class CheckReport:
 
 
 def check_images(
-    items: Sequence[ImageItem | str | Path], workers: int | None = None, decode: bool = False
+    items: Sequence[ImageItem | str | Path],
+    workers: int | None = None,
+    decode: bool = False,
+    cache: Path | None = None,
 ) -> CheckReport:
     """Check that image files exist and are complete, without decoding them.
 
-    This is fast enough for a million files. The check finds missing and empty files, FIFOs and devices, files
-    that are not images in one of `FORMATS`, JPEG files without an end marker, PNG files without the last chunk, images
-    with more than `MAX_PIXELS` pixels, and empty crops. Bytes after the end of an image are accepted, because every
-    decoder ignores them. Damage inside a file is found only by decoding it.
+    The check finds missing and empty files, FIFOs and devices, files that are not images in one of `FORMATS`, JPEG
+    files without an end marker, PNG files without the last chunk, images with more than `MAX_PIXELS` pixels, and empty
+    crops. Bytes after the end of an image are accepted, because every decoder ignores them. Damage inside a file is
+    found only by decoding it.
 
     Args:
         items: images, or paths of images.
         workers: number of threads; by default, 4 per CPU and at most 32, because the threads mostly wait for the disk.
         decode: whether to decode every image too, which also finds damage inside files but takes much longer.
+        cache: file that keeps the results for later calls, see `CheckCache`; None to read all files.
     """
-    report = CheckReport([], [], [], [])
+    report, known = CheckReport([], [], [], []), CheckCache(cache)
     starts = range(0, len(items), _BATCH)
-    check = partial(_check_batch, items, decode=decode)
+    check = partial(_check_batch, items, decode=decode, known=known)
+    new: list[tuple[Path, Sequence[int], CheckedImage]] = []
     with ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool:
-        for start, results in zip(starts, pool.map(check, starts), strict=True):
+        for start, (results, checked) in zip(starts, pool.map(check, starts), strict=True):
+            new += checked
             for row, result in enumerate(results, start):
                 image = result if isinstance(result, CheckedImage) else CheckedImage("", (0, 0))
                 report.signatures.append(image.signature)
@@ -92,82 +152,56 @@ def check_images(
                     report.missing.append(_path_and_box(items[row])[0])
                 elif isinstance(result, Exception):
                     report.unreadable.append((_path_and_box(items[row])[0], reason_of(result)))
+    known.update(new)
     return report
 
 
-def check_image(
-    read: Callable[[int, int], bytes], size: int, box: Box | None = None, decode: bool = False
-) -> CheckedImage:
-    """Check that one image file is complete, in the same way as `check_images`.
+def check_image(data: bytes, decode: bool = False) -> CheckedImage:
+    """Check one image as `check_images` does.
 
     Args:
-        read: function of (start, count) that returns `count` bytes of the image file, from the offset `start`.
-        size: size of the file in bytes.
-        box: crop (x1, y1, x2, y2) in pixels of the upright image; None for the whole image.
+        data: contents of the image file.
         decode: whether to decode the image too.
 
     Raises:
-        CorruptImageError: the image is incomplete or damaged, or the crop is empty.
+        CorruptImageError: the image is incomplete or damaged.
     """
-    if size <= _HEAD + _TAIL:
-        head = tail = read(0, size)
-        width, height, compressed = _inspect(head, tail)
-    else:
-        head, tail = read(0, _HEAD), read(size - _TAIL, _TAIL)
-        try:
-            width, height, compressed = _inspect(head, tail)
-        except CorruptImageError:
-            # The header may be longer than `head`, or more than 4 KB may follow the end of the image. The image may
-            # therefore be complete. Read the whole file, and check again.
-            data = read(0, size)
-            width, height, compressed = _inspect(data, data)
-    if not compressed:
-        head = tail = read(0, size)
+    with open_image(data) as image:
+        require_end(image.format, data)
+        width, height = upright_size(image)
     if decode:
-        decode_image(read(0, size))
-    left, top, right, bottom = (0, 0, width, height) if box is None else box_bounds(box, width, height)
-    signature = f"{size}-{zlib.crc32(head):08x}" + ("" if head is tail else f"{zlib.crc32(tail):08x}")
-    return CheckedImage(signature, (bottom - top, right - left))
+        decode_image(data)
+    return CheckedImage(file_signature(data), (height, width))
 
 
-def _inspect(head: bytes, tail: bytes) -> tuple[int, int, bool]:
-    """Read the header of an image, and check that its end is not missing.
-
-    Args:
-        head: start of the file, or the complete file.
-        tail: `head` itself if that is the complete file, else the end of the file, which must not overlap `head`.
-
-    Returns:
-        The width and height of the upright image in pixels, and whether its format is compressed.
-
-    Raises:
-        CorruptImageError: the header is damaged, or the end of the image is missing.
-    """
-    with open_image(head) as image:
-        require_end(image.format, head, tail)
-        return *upright_size(image), image.format in _COMPRESSED
-
-
-def _check_batch(items: Sequence[ImageItem | str | Path], start: int, decode: bool) -> list[CheckedImage | Exception]:
+def _check_batch(
+    items: Sequence[ImageItem | str | Path], start: int, decode: bool, known: CheckCache
+) -> tuple[list[CheckedImage | Exception], list[tuple[Path, Sequence[int], CheckedImage]]]:
     """Check up to `_BATCH` images, starting at `items[start]`.
 
     Returns:
-        For each image, the result of the check, or the error if the image is missing or corrupt.
+        For each image, the result of the check, or the error if the image is missing or corrupt; and the path, the
+        stamp and the result, without the crop, of each image that was read.
     """
     results: list[CheckedImage | Exception] = []
+    new: list[tuple[Path, Sequence[int], CheckedImage]] = []
     for path, box in map(_path_and_box, items[start : start + _BATCH]):
         try:
-            with open_file(path) as file:
-                results.append(check_image(partial(_read_at, file), os.fstat(file.fileno()).st_size, box, decode))
+            stamp = file_stamp(path)  # before the file is read, so that a later change is noticed
+            image = None if decode else known.get(path, stamp)
+            if image is None:
+                image = check_image(read_file(path), decode)
+                new += [] if stamp is None else [(path, stamp, image)]
+            results.append(image if box is None else CheckedImage(image.signature, _cropped_size(box, image.size)))
         except (OSError, CorruptImageError) as error:
             results.append(error)
-    return results
+    return results, new
 
 
-def _read_at(file: BinaryIO, start: int, count: int) -> bytes:
-    """Read `count` bytes of an open file, starting at the offset `start`."""
-    file.seek(start)
-    return file.read(count)
+def _cropped_size(box: Box, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) of a crop of an image of the (height, width) `size`."""
+    left, top, right, bottom = box_bounds(box, *size[::-1])
+    return bottom - top, right - left
 
 
 def _path_and_box(item: ImageItem | str | Path) -> tuple[Path, Box | None]:

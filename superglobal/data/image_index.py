@@ -20,7 +20,7 @@ from superglobal.data.images import CorruptImageError
 from superglobal.errors import InputError
 from superglobal.utils.io import atomic_file, open_file, read_file, require_regular
 
-VERSION = 1
+VERSION = 2
 # size in bytes of the header before the contents of each member of a tar file; it contains the member's name
 _TAR_HEADER = 512
 

@@ -13,10 +13,12 @@ import math
 import re
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -66,11 +68,38 @@ class ImageItem:
     box: Box | None = None
 
 
+class ImageList(NamedTuple):
+    """Images to read for one store or data set.
+
+    Attributes:
+        items: images.
+        max_side: maximum longer side in pixels, to which larger images are shrunk; None for no limit.
+        signatures: `file_signature` that each image file is expected to have; None to read any file.
+    """
+
+    items: Sequence[ImageItem]
+    max_side: int | None
+    signatures: Sequence[str] | None = None
+
+
 class CorruptImageError(InputError):
     """Error for a missing, truncated or damaged image file. The message gives only the reason; callers add the path."""
 
 
-def read_image(path: str | Path, box: Box | None = None, max_side: int | None = None) -> np.ndarray:
+def file_signature(data: bytes) -> str:
+    """Return the text that identifies an image: the size in bytes and the CRC-32 of the contents of its file."""
+    return f"{len(data)}-{zlib.crc32(data):08x}"
+
+
+def require_signature(data: bytes, signature: str | None) -> None:
+    """Raise OSError if the contents of an image file do not have this `file_signature`; None or "" allows any."""
+    if signature and signature != file_signature(data):
+        raise OSError("the file has changed since it was checked; run the command again")
+
+
+def read_image(
+    path: str | Path, box: Box | None = None, max_side: int | None = None, signature: str | None = None
+) -> np.ndarray:
     """Read an image as upright RGB, with exactly the pixels of `cv2.imread(path)[..., ::-1]`.
 
     The alpha channel is dropped, and 16-bit files are converted to 8 bits as in OpenCV. Of an animated GIF or a
@@ -83,17 +112,20 @@ def read_image(path: str | Path, box: Box | None = None, max_side: int | None = 
             the image; None for the whole image.
         max_side: maximum longer side in pixels after the crop; larger images are shrunk by `shrink`. None means no
             limit.
+        signature: expected `file_signature` of the file; None to read any file.
 
     Returns:
         (H, W, 3) uint8, contiguous and writable.
 
     Raises:
-        InputError: the file is missing, empty, truncated, not an image or larger than `MAX_PIXELS`, or the crop is
-            empty.
+        InputError: the file is missing, empty, truncated, not an image or larger than `MAX_PIXELS`, it does not have
+            the expected signature, or the crop is empty.
     """
     path = Path(path)
     with add_path_to_errors(path):
-        return crop_and_shrink(decode_image(read_file(path)), box, max_side)
+        data = read_file(path)
+        require_signature(data, signature)
+        return crop_and_shrink(decode_image(data), box, max_side)
 
 
 @contextmanager
@@ -198,23 +230,22 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.height, image.width) if transposed else image.size
 
 
-def require_end(file_format: str | None, head: bytes, tail: bytes) -> None:
+def require_end(file_format: str | None, data: bytes) -> None:
     """Check that a JPEG or PNG file is not truncated.
 
     Args:
         file_format: format that Pillow detected.
-        head: start of the file, or the whole file.
-        tail: `head` itself if that is the whole file, else the end of the file, which must not overlap `head`.
+        data: contents of the file.
 
     Raises:
         CorruptImageError: the end of the image is missing.
     """
     if file_format in ("JPEG", "MPO"):
         # An EXIF thumbnail has an end marker too, but precedes the image data. Search only after the start of the data.
-        scan = _scan_start(head)
-        if scan < 0 or tail.rfind(b"\xff\xd9", scan if tail is head else 0) < 0:
+        scan = _scan_start(data)
+        if scan < 0 or data.rfind(b"\xff\xd9", scan) < 0:
             raise CorruptImageError("truncated JPEG (no end-of-image marker)")
-    elif file_format == "PNG" and tail.rfind(b"IEND\xaeB`\x82") < 0:
+    elif file_format == "PNG" and data.rfind(b"IEND\xaeB`\x82") < 0:
         raise CorruptImageError("truncated PNG (no IEND chunk)")
 
 
@@ -328,7 +359,7 @@ def decode_image(
     """
     with open_image(data, max_pixels, seconds) as image:
         # Pillow raises no error for a truncated image if other code has set its global LOAD_TRUNCATED_IMAGES.
-        require_end(image.format, data, data)
+        require_end(image.format, data)
         if image.mode in ("I", "F"):
             raise CorruptImageError("32-bit pixels, expected 8 or 16 bits; convert the file")
         same = _same_as_cv2(image)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from superglobal.data.images import (
     Box,
-    ImageItem,
+    ImageList,
     add_path_to_errors,
     box_bounds,
     crop_and_shrink,
@@ -27,6 +27,7 @@ from superglobal.data.images import (
     is_plain_jpeg,
     open_image,
     require_end,
+    require_signature,
     shrunk_size,
 )
 from superglobal.errors import InputError, first_line
@@ -54,7 +55,9 @@ class EncodedImage(NamedTuple):
     bounds: tuple[int, int, int, int]
 
 
-def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None = None) -> EncodedImage | np.ndarray:
+def read_encoded(
+    path: str | Path, box: Box | None = None, max_side: int | None = None, signature: str | None = None
+) -> EncodedImage | np.ndarray:
     """Read an image file. Leave it encoded if `decode_batch` can decode it on the GPU; otherwise, decode it on the CPU.
 
     A JPEG file in grayscale or YCbCr is left encoded if it has no EXIF rotation and need not be shrunk. For such files,
@@ -76,6 +79,7 @@ def read_encoded(path: str | Path, box: Box | None = None, max_side: int | None 
     path = Path(path)
     with add_path_to_errors(path):
         data = read_file(path)
+        require_signature(data, signature)
         bounds = _bounds(data, box, max_side)
         if bounds is None:
             return crop_and_shrink(decode_image(data), box, max_side)
@@ -94,7 +98,7 @@ def _bounds(data: bytes, box: Box | None, max_side: int | None) -> tuple[int, in
         Integer crop (x1, y1, x2, y2) in pixels; None if the GPU cannot decode the file, or the image must be shrunk.
     """
     with open_image(data) as image:
-        require_end(image.format, data, data)
+        require_end(image.format, data)
         if not is_plain_jpeg(image):
             return None
         width, height = image.size
@@ -173,11 +177,11 @@ def _decoding_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], device: torch.device) -> dict[str, Any]:
+def check_gpu_decoder(lists: Sequence[ImageList], device: torch.device) -> dict[str, Any]:
     """Check that a device can decode JPEG files, and compare its decoder with the CPU decoder on a few images.
 
     Args:
-        lists: image lists, each with the maximum longer side `max_side` of its images in pixels (None for no limit).
+        lists: image lists.
         device: device of the extraction.
 
     Returns:
@@ -209,11 +213,11 @@ def check_gpu_decoder(lists: Sequence[tuple[Sequence[ImageItem], int | None]], d
     return comparison
 
 
-def compare_decoders(lists: Sequence[tuple[Sequence[ImageItem], int | None]], device: torch.device) -> dict[str, Any]:
+def compare_decoders(lists: Sequence[ImageList], device: torch.device) -> dict[str, Any]:
     """Compare the decoder of a device with the CPU decoder, on the first 16 JPEG files that the device would decode.
 
     Args:
-        lists: image lists, each with the maximum longer side `max_side` of the images in pixels (None for no limit).
+        lists: image lists.
         device: device of the extraction.
 
     Returns:
@@ -238,9 +242,9 @@ def compare_decoders(lists: Sequence[tuple[Sequence[ImageItem], int | None]], de
     }
 
 
-def _encoded(lists: Sequence[tuple[Sequence[ImageItem], int | None]]) -> Iterator[EncodedImage]:
+def _encoded(lists: Sequence[ImageList]) -> Iterator[EncodedImage]:
     """Go through the first 64 images of the concatenated lists, and yield those that the GPU decoder can decode."""
-    items = chain.from_iterable(((item, max_side) for item in items) for items, max_side in lists)
+    items = chain.from_iterable(((item, images.max_side) for item in images.items) for images in lists)
     for item, max_side in islice(items, _CANDIDATES):
         try:
             image = read_encoded(item.path, item.box, max_side)

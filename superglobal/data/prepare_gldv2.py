@@ -311,27 +311,13 @@ def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
                     continue
                 signature = reason = ""
                 try:
-                    read = partial(_read_tar, file.fileno(), offset, size)
-                    signature = check_image(read, size, decode=decode).signature
+                    signature = check_image(os.pread(file.fileno(), size, offset), decode).signature
                 except (OSError, CorruptImageError) as error:
                     reason = str(error)
                 results.append((row, size, offset, signature, reason))
     except OSError as error:
         return _shard([], f"{path}: {error.strerror or error}")
     return _shard(results, f"{path}: {problem}" if problem else "")
-
-
-def _read_tar(descriptor: int, offset: int, size: int, start: int, count: int) -> bytes:
-    """Read bytes of one member of a tar file.
-
-    Args:
-        descriptor: file descriptor of the open tar file.
-        offset: position of the member's contents in the tar file, in bytes.
-        size: size of the member in bytes.
-        start: position of the first byte to read, from the start of the member.
-        count: maximum number of bytes to read. Fewer are returned at the end of the member.
-    """
-    return os.pread(descriptor, min(count, size - start), offset + start)
 
 
 def _tar_members(path: Path) -> tuple[list[tuple[bytes, int, int]], str | None]:

@@ -280,7 +280,12 @@ def require_budget(corrupt: int, total: int, budget: float, where: str = "") -> 
 
 
 def check_training_images(
-    lists: Sequence[TrainList], root: str | Path, table: str, tars: str | Path | None, budget: float
+    lists: Sequence[TrainList],
+    root: str | Path,
+    table: str,
+    tars: str | Path | None,
+    budget: float,
+    cache: Path | None = None,
 ) -> tuple[list[CorruptImages], np.ndarray]:
     """Find the missing and corrupt training images before the training starts.
 
@@ -293,6 +298,7 @@ def check_training_images(
         table: file name of the training list.
         tars: folder of the tar files if the images are read from tar files; None for the folder tree.
         budget: maximum fraction of missing or corrupt images.
+        cache: file that keeps the results of `check_images` for later calls; None to read all files.
 
     Returns:
         The corrupt images of each list, and a hash of the contents of each image of all lists, (N,) uint64. The hash of
@@ -310,7 +316,7 @@ def check_training_images(
         corrupt = [index.corrupt_among(images.ids) for images in lists]
         contents = [index.codes_of(images.ids) for images in lists]
     else:
-        checked = [_check_files(images, command) for images in lists]
+        checked = [_check_files(images, command, cache) for images in lists]
         corrupt, contents = [pairs for pairs, _ in checked], [codes for _, codes in checked]
     problems = [(images.location(i), why) for images, pairs in zip(lists, corrupt, strict=True) for i, why in pairs]
     total = sum(len(images) for images in lists)
@@ -323,12 +329,13 @@ def check_training_images(
     return corrupt, np.concatenate(contents)
 
 
-def _check_files(images: TrainList, command: str) -> tuple[CorruptImages, np.ndarray]:
+def _check_files(images: TrainList, command: str, cache: Path | None) -> tuple[CorruptImages, np.ndarray]:
     """Check each file of a training list in the folder tree.
 
     Args:
         images: training list to check.
         command: command that writes an index, to be recommended in a log message.
+        cache: file that keeps the results of `check_images`; None to read all files.
 
     Returns:
         The missing and corrupt images, and a hash of the contents of each image, (N,) uint64.
@@ -340,7 +347,7 @@ def _check_files(images: TrainList, command: str) -> tuple[CorruptImages, np.nda
             command,
         )
     paths = [images.path(i) for i in range(len(images))]
-    report = check_images(paths)
+    report = check_images(paths, cache=cache)
     reasons = dict(report.problems)
     corrupt = [(i, reasons[path]) for i, path in enumerate(paths) if path in reasons]
     return corrupt, signature_codes(report.signatures)

@@ -69,7 +69,7 @@ def extract_lists(
             next run.
     """
     device = trainer.strategy.root_device
-    image_lists = [(images.items, images.max_side) for images in lists]
+    image_lists = [images.files() for images in lists]
     check_decoder = cache(partial(check_gpu_decoder, image_lists, device)) if settings.decoder == "gpu" else None
     stores = [
         [_open_store(network, images, folder, str(device), dtype, check_decoder) for images in lists]
@@ -134,7 +134,7 @@ def _extract_missing(
     # Lightning ends early in a process without data. A process without missing rows therefore extracts one image, even
     # if the descriptor of this image is already in the store.
     batches = select_missing(plan, missing) or plan_batches(sizes, 0, 1)[-1:]
-    image_lists = [(images.items, images.max_side) for images in lists]
+    image_lists = [images.files() for images in lists]
     data = ExtractionDataModule(image_lists, batches, num_workers, settings.decoder)
     module = ExtractionModule(*_group_by_backbone(optimize_for_inference(networks), stores), lists, batches)
     run_extraction(trainer, module, data, [store for network_stores in stores for store in network_stores])

@@ -16,7 +16,7 @@ from superglobal.config.common import PoolingOverrides
 from superglobal.config.evaluation import DatasetConfig, EvalConfig
 from superglobal.data.distractors import how_to_get_distractors, load_distractors
 from superglobal.data.evaluation_set import EvaluationSet, load_evaluation_set, require_images
-from superglobal.data.image_checks import check_images
+from superglobal.data.image_checks import CHECKED_IMAGES, check_images
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.evaluation.extraction import extract_lists
@@ -317,14 +317,15 @@ def _check_image_lists(
         if queries and not dataset.leave_one_out:
             sets.append(("queries", dataset.name, dataset.queries, dataset.how_to_get))
     d, max_side = config.distractors, config.dataset.max_side
+    cache = Path(config.paths.stores) / CHECKED_IMAGES
     roots = [Path(config.paths.data), *([] if dataset is None else [dataset.root]), Path(d.root)]
     skipping: list[ExtractionList] = []
     if d.name and distractors and d.unreadable == "skip":
-        report = check_images(distractors)
+        report = check_images(distractors, cache=cache)
         skipping = [ExtractionList("distractors", d.name, distractors, report, max_side, d.max_corrupt_fraction, roots)]
     elif d.name and distractors:
         sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
-    reports = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems)
+    reports = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems, cache=cache)
     # The store records absolute paths, so that the search page can open the store from any working directory.
     source = asdict(config.dataset)
     source |= {

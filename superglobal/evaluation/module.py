@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from superglobal.data.datamodules import LoadedBatch
 from superglobal.data.image_checks import CheckReport
-from superglobal.data.images import ImageItem, shrunk_size
+from superglobal.data.images import ImageItem, ImageList, shrunk_size
 from superglobal.data.samplers import ImageBatch
 from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork, forward_variants
@@ -80,6 +80,10 @@ class ExtractionList:
                 unique = f"{name}#{counts[name] + 1}"
             names[unique] = None
         return list(names)
+
+    def files(self) -> ImageList:
+        """Return the images to read, whose files must have the checked signatures."""
+        return ImageList(self.items, self.max_side, self.checked.signatures)
 
     def sizes(self) -> list[tuple[int, int]]:
         """Return the (height, width) of each image in pixels, after it is shrunk to `max_side`."""

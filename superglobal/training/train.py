@@ -22,6 +22,7 @@ from superglobal.config.training import TrainConfig
 from superglobal.data.datamodules import HeldOutDataset, TrainingDataModule
 from superglobal.data.evaluation_set import EvaluationSet, require_images
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
+from superglobal.data.image_checks import CHECKED_IMAGES
 from superglobal.data.revisited import revisited_set
 from superglobal.data.samplers import EpochBatches
 from superglobal.data.train_dataset import (
@@ -82,7 +83,9 @@ def train(cfg: DictConfig, folder: Path) -> float:
     codes = np.zeros(0, np.uint64)
     if first:
         d = config.data
-        corrupt, codes = check_training_images([training, held_out], d.root, d.table, d.tars, d.max_corrupt_fraction)
+        cache = Path(config.paths.stores) / CHECKED_IMAGES
+        lists = [training, held_out]
+        corrupt, codes = check_training_images(lists, d.root, d.table, d.tars, d.max_corrupt_fraction, cache)
         record = _record(config, network, training, held_out)
     with lock_run(folder) if first else nullcontext():
         done = start_run(folder, record, codes, config.resume == "restart") if first else finished_score(folder)
@@ -190,7 +193,8 @@ def _validation_sets(config: TrainConfig) -> list[EvaluationSet]:
     if first:
         images = [(dataset, "queries", dataset.queries) for dataset in sets]
         images += [(dataset, "database", dataset.database) for dataset in sets]
-        require_images([(f"{dataset.name} {title}", items, dataset.how_to_get) for dataset, title, items in images])
+        named = [(f"{dataset.name} {title}", items, dataset.how_to_get) for dataset, title, items in images]
+        require_images(named, cache=Path(config.paths.stores) / CHECKED_IMAGES)
     return sets
 
 

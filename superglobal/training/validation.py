@@ -22,7 +22,7 @@ from superglobal.data.datamodules import (
     worker_start_method,
 )
 from superglobal.data.evaluation_set import EvaluationSet, leave_one_out_truth
-from superglobal.data.images import ImageItem
+from superglobal.data.images import ImageItem, ImageList
 from superglobal.data.train_dataset import CorruptImageList
 from superglobal.errors import InputError
 from superglobal.metrics.evaluate import evaluate
@@ -289,4 +289,4 @@ def _without_cudnn_benchmark() -> Iterator[None]:
 
 def _whole_images(items: Sequence[ImageItem]) -> ImageDataset:
     """Return a dataset that loads images at full size, without shrinking any of them."""
-    return ImageDataset([(items, None)], [(0, row) for row in range(len(items))])
+    return ImageDataset([ImageList(items, None)], [(0, row) for row in range(len(items))])

@@ -122,7 +122,7 @@ class MapStore:
         write_atomically(self.folder / "maps.json", json.dumps(self.identity, indent=1).encode())
         lines = images.lines()
         loader = ImageLoader(
-            ImageDataset([(images.items, self.max_side)], [(0, row) for row in rows]),
+            ImageDataset([images.files()], [(0, row) for row in rows]),
             batch_size=None,
             num_workers=workers,
         )

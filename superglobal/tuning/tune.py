@@ -19,6 +19,7 @@ from superglobal.config.tuning import TuneConfig
 from superglobal.data.download_links import how_to_get_gldv2_train
 from superglobal.data.evaluation_set import EvaluationSet, leave_one_out_truth, require_images
 from superglobal.data.gldv2 import read_train, split_landmarks
+from superglobal.data.image_checks import CHECKED_IMAGES
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.evaluation.inputs import evaluation_set
@@ -58,7 +59,7 @@ def tune(cfg: DictConfig, folder: Path) -> float:
     """
     config = validate_config(cfg, TuneConfig)
     dataset, max_side, tuned_on = _validation_set(config)
-    lists = _extraction_lists(dataset, max_side)
+    lists = _extraction_lists(dataset, max_side, Path(config.paths.stores) / CHECKED_IMAGES)
     network = _load_network(config, None)
     relup = has_relup(network.backbone.net)
     assert dataset.clusters is not None
@@ -273,12 +274,13 @@ def draw_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.nda
     return np.isin(np.array(clusters), names[half])
 
 
-def _extraction_lists(dataset: EvaluationSet, max_side: int | None) -> list[ExtractionList]:
+def _extraction_lists(dataset: EvaluationSet, max_side: int | None, cache: Path) -> list[ExtractionList]:
     """Check all image files, and return the image lists of the database and the queries.
 
     Args:
         dataset: evaluation set.
         max_side: longer side in pixels to which larger images are shrunk; None for no limit.
+        cache: file that keeps the results of the check for later runs.
 
     Returns:
         The image list of the database and, if the queries are not database images, the image list of the queries.
@@ -287,7 +289,8 @@ def _extraction_lists(dataset: EvaluationSet, max_side: int | None) -> list[Extr
         InputError: images are missing or unreadable.
     """
     items = {"database": dataset.database} | ({} if dataset.leave_one_out else {"queries": dataset.queries})
-    checked = require_images([(title, images, dataset.how_to_get) for title, images in items.items()])
+    sets = [(title, images, dataset.how_to_get) for title, images in items.items()]
+    checked = require_images(sets, cache=cache)
     return [ExtractionList(title, dataset.name, images, checked[title], max_side) for title, images in items.items()]
 
 
