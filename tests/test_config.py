@@ -180,8 +180,10 @@ def test_every_option_of_training_composes(group):
 def test_every_experiment_composes():
     """Other training experiments are tested in test_recipes.py."""
     config("experiment=full_factorial")
-    quick = config("experiment=quickstart", script="train")
-    assert quick.name == config("dataset=toy").name == "quickstart"
+    photos = config("experiment=photos", "dataset.database=x", "dataset.query=y")
+    assert (photos.whitening.kind, photos.rerank.kind, photos.scales) == ("center", "auto", 1)
+    demo = config("experiment=demo", script="train")
+    assert demo.name == config("dataset=toy").name == "demo"
 
 
 def test_every_dataset_and_distractor_set_composes():

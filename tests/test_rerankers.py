@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vectors import clustered
 
 from superglobal.errors import InputError
+from superglobal.reranking.auto import effective_dims
 from superglobal.reranking.registry import (
     RERANKERS,
     get_reranker,
@@ -28,7 +29,8 @@ rerank_mutual = partial(rerank, method="mutual")
 kreciprocal = partial(rerank, method="kreciprocal")
 diffuse = partial(rerank, method="diffusion")
 gnn = partial(rerank, method="gnn")
-SHORTLIST = (rerank, rerank_mutual, kreciprocal, diffuse, gnn)
+auto = partial(rerank, method="auto")
+SHORTLIST = (rerank, rerank_mutual, kreciprocal, diffuse, gnn, auto)
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -125,7 +127,7 @@ def slow_diffusion(q, T, kq, kd, alpha, gamma):
     return np.linalg.inv(np.eye(M) - alpha * A) @ y
 
 
-def slow_gnn(q, T, k1, k2):
+def slow_gnn(q, T, k1, k2, reciprocal):
     """Score candidates T for the query q by propagation on their neighbor graph, by loops."""
     images = np.vstack([q, T])
     size = len(images)
@@ -134,9 +136,10 @@ def slow_gnn(q, T, k1, k2):
     A = np.zeros((size, size))
     for i in range(size):
         A[i, near[i][:k1]] = 1
+    added = [[j for j in near[i][1 : k2 + 1] if not reciprocal or i in near[j][:k1]] for i in range(size)]
     for _ in range(2):
         A = (A + A.T) / 2
-        A = np.array([A[i] + sum(S[i, j] ** 2 * A[j] for j in near[i][1 : k2 + 1]) for i in range(size)])
+        A = np.array([A[i] + sum(S[i, j] ** 2 * A[j] for j in added[i]) for i in range(size)])
     A /= np.linalg.norm(A, axis=1, keepdims=True)
     return A[1:] @ A[0]
 
@@ -168,7 +171,14 @@ CASES = {
         slow_kreciprocal,
         [{"k1": a, "k2": b, "lambda_": c} for a, b, c in ((4, 3, 0.3), (5, 1, 0.0), (1, 2, 0.5), (20, 6, 0.3))],
     ),
-    "gnn": (gnn, slow_gnn, [{"k1": a, "k2": b} for a, b in ((10, 3), (1, 1), (4, 0), (2, 9), (40, 10))]),
+    "gnn": (
+        gnn,
+        slow_gnn,
+        [
+            {"k1": a, "k2": b, "reciprocal": c}
+            for a, b, c in ((8, 3, True), (10, 3, False), (1, 1, False), (4, 0, True), (2, 9, True), (40, 10, True))
+        ],
+    ),
     "diffusion": (
         diffuse,
         slow_diffusion,
@@ -276,7 +286,7 @@ def test_rerank_candidates_accepts_the_same_options():
         (gnn, {"k1": 0}, "k1=0: expected an integer >= 1"),
         (gnn, {"k2": -1}, "k2=-1: expected an integer >= 0"),
         (diffuse, {"K": 9}, "K=9: diffusion has no parameter K; choose from M, kq, kd, alpha, gamma"),
-        (partial(rerank, method="magic"), {}, "method=magic: expected one of superglobal, diffusion"),
+        (partial(rerank, method="magic"), {}, "method=magic: expected one of superglobal, auto, diffusion, gnn"),
         (partial(rerank, method="aqe"), {}, r"method=aqe: .* call expand_queries"),
         (partial(rerank, method="adba"), {}, r"method=adba: .* call augment_database"),
     ],
@@ -312,3 +322,23 @@ def test_every_reranker_declares_its_parameters():
         get_reranker("aqe").complete({"K": 3}, "rerank.")
     with pytest.raises(InputError, match=r"rerank.kind=magic: expected one of superglobal, "):
         get_reranker("magic")
+
+
+def test_auto_reranks_only_shortlists_that_vary_in_enough_directions():
+    rng = np.random.default_rng(9)
+    rich, poor = unit(rng.standard_normal((60, 64))), unit(rng.standard_normal((60, 3)) @ rng.standard_normal((3, 64)))
+    for X, method in ((rich, "gnn"), (poor, None)):
+        ids = search(X[:2], X, 60)[1]
+        expected = ids if method is None else rerank(X[:2], X, ids, method=method)[1]
+        np.testing.assert_array_equal(auto(X[:2], X, ids)[1], expected)
+        np.testing.assert_array_equal(auto(X[:2], X, ids, min_dims=100.0)[1], ids)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 30), dim=st.integers(1, 8))
+def test_effective_dims_equal_the_ratio_of_the_sums_of_eigenvalues(seed, n, dim):
+    X = unit(np.random.default_rng(seed).standard_normal((n, dim))).astype(np.float64)
+    values = np.clip(np.linalg.eigvalsh(np.cov(X.T, bias=True).reshape(dim, dim)), 0, None)
+    expected = values.sum() ** 2 / (values**2).sum() if values.sum() > 1e-6 else 0
+    got = effective_dims(torch.from_numpy(X @ X.T)[None])
+    assert float(got[0]) == pytest.approx(expected, rel=1e-4)

@@ -3,12 +3,15 @@
 For images i and j, each of which is the query or an image of its shortlist:
 
     A_ij = 1 if j is among the k1 images nearest to i, i itself included, else 0
-    twice: A <- (A + A^T) / 2, then A_i <- sum_j s_ij^2 A_j over the k2 + 1 images j nearest to i, i itself included
+    w_ij = s_ij^2 if j is among the k2 neighbors nearest to i, and i among the k1 images nearest to j; w_ii = 1; else 0
+    twice: A <- (A + A^T) / 2, then A_i <- sum_j w_ij A_j
     score(i) = cosine of the rows of the query and of i in A
 
-s_ij is the cosine of two descriptors, or 0 if it is negative, and s_ii = 1. An image whose neighbors are those of the
-query is thus ranked high even if its own similarity with the query is low. The authors' code
-(github.com/Xuanmeng-Zhang/gnn-re-ranking) propagates over the whole database instead of a shortlist.
+s_ij is the cosine of two descriptors, or 0 if it is negative. An image whose neighbors are those of the query is thus
+ranked high even if its own similarity with the query is low. The authors' code
+(github.com/Xuanmeng-Zhang/gnn-re-ranking) propagates over the whole database instead of a shortlist, and w_ij does not
+require that i is near j (`reciprocal=False`). This condition and the constants were chosen on rendered landmarks; see
+docs/background/reranking.md.
 """
 
 from __future__ import annotations
@@ -24,27 +27,33 @@ from superglobal.reranking.base import Parameter, dots, mask_of, nearest, regist
     {
         "k1": Parameter("number of images, including itself, that an image is connected to at first", minimum=1),
         "k2": Parameter("number of neighbors whose connections are added to those of an image", minimum=0),
+        "reciprocal": Parameter("add the connections of a neighbor only if the image is among the k1 nearest to it"),
     },
     ties="first",
 )
-def gnn_scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, k1: int = 10, k2: int = 3) -> torch.Tensor:
-    """Compute the scores (B, M) float32 of shortlists, in 0..1.
+def gnn_scores(
+    q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, k1: int = 8, k2: int = 3, reciprocal: bool = True
+) -> torch.Tensor:
+    """Compute scores of shortlists, in 0..1: (B, M) float32.
 
     Args:
         q: (B, D) queries.
         T: (B, M, D) shortlists, best first.
         gram: (B, M, M) Gram matrices T T^T.
-        k1: number of images to which each image is connected before the propagation, including itself.
+        k1: number of images that an image is connected to at first, including itself.
         k2: number of neighbors whose connections are added to those of an image; 0 adds none.
+        reciprocal: add the connections of a neighbor only if the image is among the k1 nearest to this neighbor.
     """
     similarity = with_query(dots(T, q), gram)
     n_queries, size = similarity.shape[:2]
     near = nearest(similarity, max(k1, k2 + 1))
     neighbors = near[..., 1 : k2 + 1]
+    A = mask_of(near[..., :k1], size).to(similarity.dtype)
     weights = similarity.gather(2, neighbors).clamp_(min=0).square_()
+    if reciprocal:
+        weights *= A.transpose(1, 2).gather(2, neighbors)
     # The rows of all matrices are numbered consecutively, because index_select copies whole rows.
     numbers = neighbors + size * torch.arange(n_queries, device=T.device)[:, None, None]
-    A = mask_of(near[..., :k1], size).to(similarity.dtype)
     for _ in range(2):
         rows = A + A.transpose(1, 2)  # without the factor 1/2, which does not change cosines
         A = rows.clone()

@@ -86,7 +86,7 @@ def rerank(
         M: number of images that are reranked, >= 1; 400 by default.
         K: for "superglobal" and "mutual", the number of neighbors that refine a descriptor, >= 1; 9 and 5 by default.
         beta: for "superglobal" and "mutual", the weight of a neighbor per unit of similarity; 0.15 and 0.3 by default.
-        method: "superglobal", "mutual", "kreciprocal", "gnn", "diffusion", or the name of your own reranker.
+        method: "superglobal", "mutual", "kreciprocal", "gnn", "auto", "diffusion", or the name of your own reranker.
         device: device to compute on; the CPU by default.
         batch_size: number of shortlists that are processed at a time. A batch takes a few times the memory of a tensor
             (batch_size, M, D + M), float64 for "diffusion", else float32.
@@ -94,7 +94,7 @@ def rerank(
 
     Returns:
         Scores (Q, k) float32 and ids (Q, k) int64, best first. Among equal scores, the lower id is first;
-        "kreciprocal", "gnn" and "diffusion" keep the order of the shortlist instead.
+        "kreciprocal", "gnn", "auto" and "diffusion" keep the order of the shortlist instead.
 
     Raises:
         InputError: the method or a parameter is unknown, a value is out of range, an id is repeated or outside 0..N-1,
