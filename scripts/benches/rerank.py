@@ -1,5 +1,7 @@
 """Compare `superglobal.rerank` with a direct implementation of its formula, and with a lower bound.
 
+With --methods, compare all rerankers of shortlists with each other instead.
+
 The lower bound is the time to compute only the inner products between the candidates of each query (their Gram matrix).
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,22 +72,25 @@ def straightforward_rerank(Q: np.ndarray, X: np.ndarray, ids: np.ndarray, chunk:
     return torch.cat(orders).numpy()
 
 
-def _inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _inputs(n_rows: int = N_ROWS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Generate the inputs of reranking.
+
+    Args:
+        n_rows: number N of database vectors.
 
     Returns:
         The queries, (Q, D) float32, the database, (N, D) float32, and the ids of the `DEPTH` database vectors nearest
         to each query, (Q, DEPTH) int64.
     """
-    Q, X = clustered()
+    Q, X = clustered(n_rows=n_rows)
     return Q, X, np.argsort(-(Q @ X.T), axis=1)[:, :DEPTH].astype(np.int64)
 
 
-def _superglobal() -> Callable[[], Any]:
+def _method(name: str = "superglobal", n_rows: int = N_ROWS) -> Callable[[], Any]:
     from superglobal.reranking.registry import rerank
 
-    Q, X, ids = _inputs()
-    return lambda: rerank(Q, X, ids, DEPTH, K, BETA)[1]
+    Q, X, ids = _inputs(n_rows)
+    return lambda: rerank(Q, X, ids, DEPTH, method=name)[1]
 
 
 def _whole() -> Callable[[], Any]:
@@ -120,16 +126,24 @@ def main(argv: list[str]) -> list[Measured]:
         default=3,
         help="number of rounds; each round measures every variant, and medians are printed",
     )
-    repeats = parser.parse_args(argv).repeats
-    variants = {
+    parser.add_argument("--methods", action="store_true", help="compare all rerankers of shortlists")
+    parser.add_argument("--rows", type=int, default=N_ROWS, help="size of the database with --methods")
+    args = parser.parse_args(argv)
+    variants: dict[str, tuple[Callable[[], Callable[[], Any]], int]] = {
         # The fast variants run three times per round, because the first run in a process is slower.
-        "superglobal.rerank": (_superglobal, 3),
+        "superglobal.rerank": (_method, 3),
         "Gram product alone (not a reranking)": (_gram, 3),
         "straightforward, 4 queries at a time": (_chunked, 1),
         "straightforward, all queries at once": (_whole, 1),
     }
-    print(f"{N_QUERIES} queries, {N_ROWS} x {DIM}, M={DEPTH}, K={K}; {torch.get_num_threads()} threads")
-    turns = [{name: measured(*variant) for name, variant in variants.items()} for _ in range(repeats)]
+    if args.methods:
+        from superglobal.reranking.registry import RERANKERS
+
+        names = [name for name, reranker in RERANKERS.items() if reranker.searches_again is None]
+        variants = {name: (partial(_method, name, args.rows), 3) for name in names}
+    n_rows = args.rows if args.methods else N_ROWS
+    print(f"{N_QUERIES} queries, {n_rows} x {DIM}, M={DEPTH}, K={K}; {torch.get_num_threads()} threads")
+    turns = [{name: measured(*variant) for name, variant in variants.items()} for _ in range(args.repeats)]
     results = {
         name: (
             statistics.median(turn[name][0] for turn in turns),
@@ -138,7 +152,7 @@ def main(argv: list[str]) -> list[Measured]:
         )
         for name in variants
     }
-    own_seconds, _, own_order = results["superglobal.rerank"]
+    own_seconds, _, own_order = next(iter(results.values()))
     rows: list[Measured] = []
     for name, (seconds, megabytes, order) in results.items():
         agreed = None if order is None else float((order == own_order).mean())
