@@ -1,11 +1,17 @@
 """Define `InputError`, which is raised for every problem that the user can fix."""
 
+from superglobal.utils.escape import printable
+
 
 class InputError(ValueError):
     """Error for invalid input. The message says what is wrong, where it is wrong, and how to fix it.
 
     All commands print the message without a traceback and exit with status 2.
     """
+
+    def __str__(self) -> str:
+        # The message may contain file names with control characters, or with bytes that are not UTF-8.
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
 
 def first_line(error: BaseException) -> str:

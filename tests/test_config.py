@@ -17,7 +17,8 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from omegaconf import OmegaConf
 
 import superglobal
-from superglobal.config import ENTRIES, OLD_SETTINGS, register, reject_old_settings
+from superglobal.cli.hydra_commands import OutputFolder
+from superglobal.config import ENTRIES, OLD_SETTINGS, register, validate_arguments
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.help import groups, sections
@@ -224,7 +225,27 @@ def test_old_settings_raise_errors_that_name_the_replacement(argument):
     with pytest.raises(
         InputError, match=r"the setting (statistics|extraction|pictures)[.a-z]* no longer exists; (use|it was removed)"
     ):
-        reject_old_settings(["dataset=toy", argument])
+        validate_arguments(["dataset=toy", argument])
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", ".", "", "a/../b", ".a", "a\\b", "a\nb", "x" * 201])
+def test_names_stay_in_their_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = ["dataset=folder", "dataset.database=x", "dataset.query=x", "backbone=resnet18"]
+    for setting in ("name", "dataset.name", "distractors.name"):
+        cfg = OmegaConf.structured(config(*folder))
+        OmegaConf.update(cfg, setting, name)
+        with pytest.raises(InputError, match=rf"^{re.escape(setting)}="):
+            validate_config(cfg, EvalConfig)
+    run = OmegaConf.create({"name": name, "hydra": {"run": {"dir": f"runs/{name}"}}})
+    with pytest.raises(SystemExit):
+        OutputFolder().on_run_start(run)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_that_are_not_utf8_raise_errors():
+    with pytest.raises(InputError, match=r"dataset.database=caf\\udce9: not UTF-8"):
+        validate_arguments(["dataset.database=caf\udce9"])
 
 
 def test_old_settings_do_not_exist_and_their_replacements_do():
@@ -234,7 +255,7 @@ def test_old_settings_do_not_exist_and_their_replacements_do():
     assert not names & OLD_SETTINGS.keys()
     for hint in OLD_SETTINGS.values():
         assert not hint.startswith("use ") or hint.split()[1].partition("=")[0] in {*names, "whitening"}
-    reject_old_settings(["dataset=toy", "weights=statistics.npz", "-m"])
+    validate_arguments(["dataset=toy", "weights=statistics.npz", "-m"])
 
 
 def test_defaults_are_the_same_in_config_and_api():

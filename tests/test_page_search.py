@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
@@ -27,7 +28,7 @@ from superglobal.search_page import html, image_search
 from superglobal.search_page.image_search import Hit, QueryImage, SearchResult
 from superglobal.search_page.page import PageCallbacks
 from superglobal.search_page.serve import open_database, read_config
-from superglobal.search_page.server import Thumbnails, open_socket
+from superglobal.search_page.server import Thumbnails, _RequestFilter, _upload_folder, open_socket
 
 ROOT = Path(__file__).parents[1]
 PLAIN = [o for o in BASE if not o.startswith(("logger", "figures"))]
@@ -159,6 +160,42 @@ def test_the_page_is_busy_while_it_decodes_other_uploads(evaluated, monkeypatch)
             search.extract(QueryImage("holiday.jpg", path))
         finish.set()
         assert [upload.result(10).size for upload in uploads] == [(64, 64)] * 2
+
+
+def test_requests_of_other_sites_are_rejected_and_responses_have_security_headers():
+    async def page(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def request(local_names: frozenset[str] | None, **headers: str) -> tuple[int, dict[bytes, bytes]]:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "path": "/config", "headers": pairs}
+        asyncio.run(_RequestFilter(page, local_names)(scope, None, send))
+        return sent[0]["status"], dict(sent[0]["headers"])
+
+    for local_names in (None, frozenset({"10.0.0.5"})):
+        status, headers = request(local_names, host="10.0.0.5:7860", origin="http://10.0.0.5:7860")
+        assert status == request(local_names, host="10.0.0.5:7860")[0] == 200
+        assert headers[b"cross-origin-resource-policy"] == b"same-origin"
+        assert b"default-src 'self'" in headers[b"content-security-policy"]
+        for origin in ("http://evil.example", "http://10.0.0.5:1", "null"):
+            assert request(local_names, host="10.0.0.5:7860", origin=origin)[0] == 403
+        assert request(local_names, host="[")[0] == 400
+
+
+def test_uploads_of_a_killed_server_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "superglobal-page-killed").mkdir()
+    (tmp_path / "superglobal-page-killed" / "upload.jpg").write_bytes(b"")
+    with _upload_folder() as first, _upload_folder() as second:
+        assert not (tmp_path / "superglobal-page-killed").exists()
+        assert first.is_dir()
+        assert second.is_dir()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_page_takes_its_settings_from_a_store(evaluated, monkeypatch, tmp_path):

@@ -174,7 +174,7 @@ def test_a_missing_export_of_a_finished_training_is_an_error(toy_data, trained, 
     assert (folder / "best.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "''"])
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", ".", "''"])
 def test_run_names_with_paths_are_an_error(toy_data, tmp_path, name):
     with pytest.raises(InputError, match="name="):
         fit(compose_config(toy_data, tmp_path, f"name={name}"), tmp_path / "run")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -121,9 +125,40 @@ def test_all_figures_of_a_revisited_set_are_drawn_and_shown_on_a_page(mini):
     assert sum(name.startswith("activation-") for name in names) == 1
     assert_figures_not_empty(paths)
     page = (mini / "figures" / "index.html").read_text()
-    assert all(f'src="{name}"' in page for name in names)
+    assert all(f'src="./{name}"' in page for name in names)
     assert "://" not in page
     assert json.loads((mini / "results.json").read_text()) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that allows any byte in a name")
+def test_any_file_name_is_escaped_in_every_output(tmp_path, capsys):
+    photos = write_folders(tmp_path / "photos", 2, 4)
+    for old, new in ((b"0", b"caf\xe9"), (b"1", b"<b>|[x](javascript:y)*"), (b"2", b"a\nb\x1b[1m\t")):
+        os.rename(os.fsencode(photos) + b"/label0/" + old + b".jpg", os.fsencode(photos) + b"/label0/" + new + b".jpg")
+    (photos / "label0").rename(photos / "=1+1")
+    overrides = ("dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "rerank.M=4")
+    result, other = (evaluated(tmp_path / name, tmp_path, *overrides) for name in ("result", "other"))
+    names = sorted(name for name in FinishedRun(result).per_query["query"] if name.startswith("'=1+1/"))
+    shown = ("3", "<b>|[x](javascript:y)*", r"a\nb\x1b[1m\t", r"caf\udce9")
+    assert names == [f"'=1+1/{name}.jpg" for name in shown]
+    assert all(row["landmark"] in ("'=1+1", "label1") for row in csv.DictReader((result / "per_query.csv").open()))
+    assert r"caf\udce9.jpg" in (result / "rankings.csv").read_text()
+    assert r"caf\\udce9.jpg" in (result / "rankings.json").read_text()
+    compare_runs(result, other)
+    (queries,) = result.glob("comparison/*/queries.md")
+    assert r"=1+1/&lt;b&gt;\|\[x](javascript:y)\*.jpg |" in queries.read_text()
+    folder = result / "figures"
+    visualize(result, ["sheets"], FEW)
+    for name in (b"javascript:alert(1).png", b"#?%.png", b"<i>'\".png", b"caf\xe9.png"):
+        shutil.copy(folder / "sheets-worst-01.png", os.fsencode(folder) + b"/" + name)
+    visualize(result, ["sheets"], FEW)
+    page = (folder / "index.html").read_text()
+    links = re.findall(r'<a href="([^"#]+)"', page)
+    assert "<i>" not in page
+    assert sorted(os.fsencode(unquote(link, errors="surrogateescape")) for link in links) == sorted(
+        b"./" + os.fsencode(path.name) for path in folder.glob("*.png")
+    )
+    assert "\x1b[1m" not in capsys.readouterr().out
 
 
 def test_many_queries_are_split_into_pages_and_old_pages_are_removed(mini):

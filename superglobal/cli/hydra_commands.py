@@ -6,6 +6,7 @@ the process.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -18,8 +19,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from superglobal.config import conf_dir, register, reject_old_settings
+from superglobal.config import conf_dir, register, validate_arguments
+from superglobal.config.common import FILE_NAME, RUN_NAME, validate_name
 from superglobal.errors import InputError
 from superglobal.utils.distributed import exit_on_closed_output
 
@@ -71,7 +74,7 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
     """
     global _process_arguments
     try:
-        reject_old_settings(sys.argv[1:] if arguments is None else arguments)
+        validate_arguments(sys.argv[1:] if arguments is None else arguments)
     except InputError as error:
         _print_error(error)
         return 2
@@ -90,6 +93,14 @@ class OutputFolder(Callback):
     """Hydra callback that creates the folder of the results, or of a sweep, before Hydra writes into it."""
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        try:
+            for setting, kind in (("name", RUN_NAME), ("dataset.name", FILE_NAME)):
+                with contextlib.suppress(OmegaConfBaseException):  # A missing setting is reported later.
+                    if (value := OmegaConf.select(config, setting)) is not None:
+                        validate_name(setting, str(value), kind)
+        except InputError as error:
+            _print_error(error)
+            sys.exit(2)
         self._create(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:

@@ -6,6 +6,7 @@ would be the string "off", which Python treats as true. Hydra also rejects names
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -92,15 +93,20 @@ OLD_SETTINGS = {
 """Name of a setting that was renamed or removed -> advice on what to do instead."""
 
 
-def reject_old_settings(arguments: Iterable[str]) -> None:
-    """Reject command lines that contain a setting that was renamed or removed.
+def validate_arguments(arguments: Iterable[str]) -> None:
+    """Reject command lines that contain a setting that was renamed or removed, or text that is not UTF-8.
 
     Args:
         arguments: arguments of the command line, such as "whitening.kind=pca".
 
     Raises:
-        InputError: an argument contains a renamed or removed setting; the message says what to use instead.
+        InputError: an argument contains a renamed or removed setting, and the message says what to use instead; or an
+            argument or the name of the current folder is not UTF-8, which Hydra cannot record.
     """
+    arguments = list(arguments)
+    for text in (*arguments, os.getcwd()):
+        if text != text.encode(errors="ignore").decode():
+            raise InputError(f"{text}: not UTF-8; rename the file or folder, or use a link with another name")
     for argument in arguments:
         name = argument.lstrip("+~").partition("=")[0]
         if name in OLD_SETTINGS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import Field, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -36,8 +37,19 @@ def conf_dir() -> Path:
     raise InputError(f"{package / 'conf'}: the configurations are missing; reinstall superglobal")
 
 
+FILE_NAME, RUN_NAME = "a file name that does not begin with a dot", "a relative path without . and .."
+"""Kinds of names for `setting`. Names become parts of paths, and must not lead out of the folder of the path."""
+_FILE_NAME = re.compile(r'(?!\.)[^/\\:*?"<>|\x00-\x1f]+')
+_MAX_NAME = 200  # maximum number of bytes of a name; file systems allow 255, and file names contain further parts
+
+
 def setting(
-    default: Any, *, minimum: float | None = None, maximum: float = math.inf, choices: Iterable[Any] = ()
+    default: Any,
+    *,
+    minimum: float | None = None,
+    maximum: float = math.inf,
+    choices: Iterable[Any] = (),
+    name: str | None = None,
 ) -> Any:
     """Declare a dataclass field and the values that it allows.
 
@@ -48,10 +60,13 @@ def setting(
         minimum: smallest allowed number; for a list, the limit applies to every element. None for no limits.
         maximum: largest allowed number; for a list, the limit applies to every element. `maximum` requires `minimum`.
         choices: allowed values; for a list, the allowed elements. Empty for no choices.
+        name: `FILE_NAME` or `RUN_NAME` if the setting is a name in a path; None otherwise.
 
     Returns:
-        A `dataclasses.field` whose metadata contains the choices or the range.
+        A `dataclasses.field` whose metadata contains the choices, the range or the kind of name.
     """
+    if name is not None:
+        return field(default=default, metadata={"name": name})
     limits = {"choices": tuple(choices)} if minimum is None else {"minimum": minimum, "maximum": maximum}
     return field(default=default, metadata=limits)
 
@@ -68,7 +83,7 @@ def allowed_values(declared: Field[Any]) -> str:
     if declared.metadata.get("choices"):
         return f"one of {', '.join(map(str, declared.metadata['choices']))}"
     if "minimum" not in declared.metadata:
-        return ""
+        return str(declared.metadata.get("name", ""))
     kind = "a number" if "float" in str(declared.type) else "an integer"
     return range_text(kind, declared.metadata["minimum"], declared.metadata["maximum"])
 
@@ -93,7 +108,7 @@ def validate_values(config: Any, prefix: str = "") -> None:
         prefix: text to put before the field names in error messages, such as "optim.".
 
     Raises:
-        InputError: a value is not one of the choices, is out of range, or is infinite or NaN.
+        InputError: a value is not one of the choices, is out of range, infinite or NaN, or is not a valid name.
     """
     for declared in fields(config):
         value, limits = getattr(config, declared.name), declared.metadata
@@ -106,6 +121,24 @@ def validate_values(config: Any, prefix: str = "") -> None:
                 valid = math.isfinite(element) and limits["minimum"] <= element <= limits["maximum"]
             if not valid:
                 raise InputError(f"{prefix}{declared.name}={element}: expected {allowed_values(declared)}")
+            if "name" in limits:
+                validate_name(f"{prefix}{declared.name}", element, limits["name"])
+
+
+def validate_name(setting: str, value: str, kind: str) -> None:
+    """Check that a name can be a part of a path, and does not lead out of the folder.
+
+    Args:
+        setting: setting that contains the name, for the error message.
+        value: the name.
+        kind: `FILE_NAME`, or `RUN_NAME` for several file names that are joined by slashes.
+
+    Raises:
+        InputError: the name is empty, too long, begins with a dot, or contains characters that some file systems lack.
+    """
+    parts = value.split("/") if kind == RUN_NAME else [value]
+    if not all(_FILE_NAME.fullmatch(part) and len(part.encode()) <= _MAX_NAME for part in parts):
+        raise InputError(f"{setting}={value}: expected {kind}")
 
 
 def validate_config(cfg: DictConfig, schema: type[C]) -> C:

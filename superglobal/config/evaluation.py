@@ -11,6 +11,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import MISSING
 
 from superglobal.config.common import (
+    FILE_NAME,
+    RUN_NAME,
     SEEDS,
     TRAIN_LISTS,
     BackboneConfig,
@@ -105,7 +107,7 @@ class DatasetConfig(LoaderSettings):
     """
 
     kind: str = setting(MISSING, choices=(*loaders(), "descriptors"))
-    name: str = MISSING
+    name: str = setting(MISSING, name=FILE_NAME)
     role: str = setting(MISSING, choices=("train", "validation", "test"))
     root: str = "${paths.data}"
     trained: str = "superglobal"
@@ -129,7 +131,7 @@ class DistractorsConfig:
         max_corrupt_fraction: largest fraction of the distractors that may be skipped.
     """
 
-    name: str | None = None
+    name: str | None = setting(None, name=FILE_NAME)
     root: str = "${paths.data}"
     unreadable: str = setting("error", choices=("error", "skip"))
     max_corrupt_fraction: float = setting(0.001, minimum=0, maximum=1)
@@ -305,7 +307,7 @@ class EvalConfig:
     descriptors: DescriptorsConfig = field(default_factory=DescriptorsConfig)
     backbone: BackboneConfig | None = None
     weights: str | None = None
-    name: str = "${dataset.trained}"
+    name: str = setting("${dataset.trained}", name=RUN_NAME)
     pooling: PoolingOverrides = field(default_factory=PoolingOverrides)
     scales: Any = None
     antialias: bool | None = None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from superglobal.config.common import (
+    RUN_NAME,
     SEEDS,
     TRAIN_LISTS,
     BackboneConfig,
@@ -219,7 +219,7 @@ class TrainConfig:
             landmarks.
     """
 
-    name: str = "superglobal"
+    name: str = setting("superglobal", name=RUN_NAME)
     data: DataConfig = field(default_factory=DataConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     weights: str | None = None
@@ -241,10 +241,6 @@ class TrainConfig:
             InputError: settings contradict each other, or a package is missing.
         """
         stages, optim = self.data.stages, self.optim
-        if not self.name or Path(self.name).is_absolute() or ".." in Path(self.name).parts:
-            raise InputError(
-                f"name={self.name}: expected a relative path without .., because it names the folder of the run"
-            )
         if any(len(stage) != 2 or min(stage) < 1 for stage in stages):
             raise InputError(f"data.stages={stages}: expected [epochs, side] pairs, e.g. [[8,256],[4,384]]")
         if stages and sum(epochs for epochs, _ in stages) >= optim.epochs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 
-from superglobal.config.common import SEEDS, BackboneConfig, PathsConfig, TrainerConfig, setting
+from superglobal.config.common import RUN_NAME, SEEDS, BackboneConfig, PathsConfig, TrainerConfig, setting
 from superglobal.config.evaluation import DatasetConfig
 from superglobal.errors import InputError
 
@@ -56,7 +56,7 @@ class TuneConfig:
         seed: seed for choosing landmarks, splitting them into two halves, the search, the bootstrap and random weights.
     """
 
-    name: str = "superglobal"
+    name: str = setting("superglobal", name=RUN_NAME)
     run: str = "${paths.outputs}/train/${name}"
     data_root: str | None = None
     dataset: DatasetConfig | None = None

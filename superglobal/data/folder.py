@@ -14,6 +14,7 @@ import numpy as np
 from superglobal.data.evaluation_set import EvaluationSet, loader
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError
+from superglobal.utils.escape import printable
 from superglobal.utils.io import walk
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,9 @@ def _list_images(folder: Path, role: str) -> list[Path]:
             elif not name.startswith("."):
                 others.append(name)
     if others:
-        log.warning("%s: ignored %d files without an image extension, e.g. %s", folder, len(others), others[0])
+        log.warning(
+            "%s: ignored %d files without an image extension, e.g. %s", folder, len(others), printable(others[0])
+        )
     if not images:
         extensions = " ".join(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
         raise InputError(f"no images under {role} folder {folder}; expected files ending in {extensions}")

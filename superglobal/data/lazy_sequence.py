@@ -11,6 +11,7 @@ import numpy as np
 
 from superglobal.data.download_links import tree_path
 from superglobal.data.images import ImageItem
+from superglobal.utils.escape import printable
 
 T = TypeVar("T")
 
@@ -59,9 +60,9 @@ def chain_sequences(first: Sequence[T], second: Sequence[T]) -> Sequence[T]:
 
 
 def file_names(items: Sequence[ImageItem], root: Path) -> LazySequence[str]:
-    """Return the path of each image relative to the folder `root`.
+    """Return the path of each image relative to the folder `root`, with escape sequences for unprintable characters.
 
-    For an image outside this folder, return its `path` unchanged.
+    For an image outside this folder, return its `path`.
     """
     return LazySequence(len(items), partial(_file_name, items, root))
 
@@ -79,7 +80,7 @@ def _chained_item(first: Sequence[T], second: Sequence[T], index: int) -> T:
 def _file_name(items: Sequence[ImageItem], root: Path, index: int) -> str:
     """Return the path of the image `items[index]` relative to the folder `root`.
 
-    If the image is outside this folder, return its `path` unchanged.
+    If the image is outside this folder, return its `path`. Unprintable characters are escaped.
     """
     path = items[index].path
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    return printable(path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path))

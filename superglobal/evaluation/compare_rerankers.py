@@ -27,7 +27,7 @@ from superglobal.metrics.revisited import RetrievalResult, cluster_interval
 from superglobal.reporting.results import console, markdown_text, percent, print_table
 from superglobal.reranking.registry import rerank_label
 from superglobal.retrieval.search import search
-from superglobal.utils.io import write_atomically
+from superglobal.utils.io import write_atomically, write_text
 from superglobal.utils.provenance import versions
 
 _FORMAT = "superglobal-comparison-1"
@@ -227,7 +227,7 @@ def _report(config: CompareConfig, inputs: Inputs, rows: list[dict[str, Any]], f
         memory = "-" if row["megabytes"] is None else f"{row['megabytes']:.0f}"
         scores = [percent(row["map"][protocol]) for protocol in protocols]
         lines.append([row["rerank"], *scores, gain, interval, f"{row['milliseconds']:.2f}", memory])
-    write_atomically(folder / "table.md", markdown_text(columns, lines).encode())
+    write_text(folder / "table.md", markdown_text(columns, lines))
     size = f"{len(inputs.queries)} queries, {len(inputs.database)} images"
     print_table(f"{config.dataset.name}: {size}, weights {inputs.about['weights']}", columns, lines)
     out = console()

@@ -27,6 +27,7 @@ from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork, forward_variants
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.utils.distributed import in_main_thread
+from superglobal.utils.escape import printable
 from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class ExtractionList:
         for item in self.items:
             path = os.path.abspath(item.path)
             relative = next((path[len(root) :] for root in roots if path.startswith(root)), path)
-            name = os.fsencode(relative).decode(errors="backslashreplace")
+            name = printable(relative)
             if item.box is not None:
                 name += "#" + ",".join(f"{value:g}" for value in item.box)
             unique = name

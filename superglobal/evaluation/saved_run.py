@@ -38,6 +38,7 @@ from superglobal.reranking.registry import get_reranker
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.store import DescriptorStore
+from superglobal.utils.escape import csv_cell
 from superglobal.utils.io import read_csv, require_regular
 
 # Maximum difference between a recorded score or metric and the same value computed again. Small differences occur
@@ -207,9 +208,9 @@ class FinishedRun:
                 for row in (dict(zip(columns, cells, strict=True)) for cells in rows):
                     query = int(row["number"])
                     image = int(ids[query, int(row["rank"]) - 1])
-                    if row["query"] != query_names[query]:
+                    if row["query"] != csv_cell(query_names[query]):
                         change = f"query {query} was {row['query']}, now it is {query_names[query]}"
-                    elif row["image"] != names[image]:
+                    elif row["image"] != csv_cell(names[image]):
                         change = f"image {image} was {row['image']}, now it is {names[image]}"
                     if change:
                         break

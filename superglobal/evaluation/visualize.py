@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -30,7 +32,8 @@ from superglobal.reporting import figures
 from superglobal.reporting.figures import HeatPanel
 from superglobal.reporting.ranking_figures import RELEVANCES, relevance
 from superglobal.reporting.results import METRICS, metric_key
-from superglobal.utils.io import write_atomically
+from superglobal.utils.escape import printable
+from superglobal.utils.io import write_text
 
 log = logging.getLogger(__name__)
 _MAX_QUERIES = 1000  # maximum number of queries in the similarity histograms; if there are more, a sample is used
@@ -304,17 +307,19 @@ def _title(run: FinishedRun) -> str:
 
 def _write_index(run: FinishedRun, target: Path) -> None:
     """Write `index.html`, a page that shows all PNG figures in the folder `target`."""
-    names = [html.escape(path.name) for path in sorted(target.glob("*.png"))]
-    title = html.escape(f"{_title(run)}: {run.folder.name}")
+    files = [path.name for path in sorted(target.glob("*.png"))]
+    title = html.escape(printable(f"{_title(run)}: {run.folder.name}"))
+    # A relative URL starts with "./", because the part of a name before a colon would be taken for its scheme.
+    names = [(html.escape(printable(file)), f"./{quote(os.fsencode(file))}") for file in files]
     body = "".join(
-        f'<h2 id="{name}">{name.removesuffix(".png")}</h2>\n<a href="{name}">'
-        f'<img src="{name}" alt="{name}" loading="lazy"></a>\n'
-        for name in names
+        f'<h2 id="{number}">{name.removesuffix(".png")}</h2>\n<a href="{url}">'
+        f'<img src="{url}" alt="{name}" loading="lazy"></a>\n'
+        for number, (name, url) in enumerate(names)
     )
-    links = " · ".join(f'<a href="#{name}">{name.removesuffix(".png")}</a>' for name in names)
+    links = " · ".join(f'<a href="#{i}">{name.removesuffix(".png")}</a>' for i, (name, _) in enumerate(names))
     style = "body{font-family:sans-serif;margin:1.5em}img{max-width:100%;border:1px solid #ddd}"
     page = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>\n'
-    write_atomically(target / "index.html", f"{page}<h1>{title}</h1>\n<p>{links}</p>\n{body}</html>\n".encode())
+    write_text(target / "index.html", f"{page}<h1>{title}</h1>\n<p>{links}</p>\n{body}</html>\n")
 
 
 DRAWN: dict[str, Callable[[FinishedRun, Path, FigureOptions], list[Path]]] = {

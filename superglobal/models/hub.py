@@ -27,6 +27,7 @@ from superglobal.models.weights import (
     read_tensors,
     require_same_shapes,
 )
+from superglobal.utils.escape import markdown
 from superglobal.utils.io import EXPORT, read_json, write_atomically
 from superglobal.utils.provenance import versions
 
@@ -209,7 +210,7 @@ def model_card(
     Returns:
         The card; `str(card)` is its Markdown.
     """
-    training = _training(network.provenance)
+    training = _escaped(_training(network.provenance))
     source = network.provenance.get("origin", network.provenance)
     title = name or (repo_id or "").rpartition("/")[2] or f"superglobal-{network.backbone.name}"
     data = ModelCardData(
@@ -224,18 +225,29 @@ def model_card(
     return ModelCard.from_template(
         data,
         template_str=_TEMPLATE.read_text(encoding="utf-8"),
-        title=title,
+        title=markdown(title),
         dim=network.dim,
         weights=f"{HUB}{repo_id}" if repo_id else "FOLDER",
-        settings=_card_settings(network),
+        settings=_escaped(_card_settings(network)),
         training=training,
         training_settings=_flatten(training["identity"]["settings"]) if training else {},
-        provenance={k: v for k, v in _flatten(network.provenance).items() if isinstance(v, str | int | float)},
-        cvnet=source if source.get("format") == "CVNet" else None,
+        provenance=_escaped(
+            {k: v for k, v in _flatten(network.provenance).items() if isinstance(v, str | int | float)}
+        ),
+        cvnet=_escaped(source) if source.get("format") == "CVNet" else None,
         results=results,
-        license=license,
+        license=markdown(license),
         version=versions().get("superglobal", UNKNOWN),
     )
+
+
+def _escaped(value: Any) -> Any:
+    """Escape all texts in a nested value for Markdown."""
+    if isinstance(value, Mapping):
+        return {markdown(str(key)): _escaped(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(entry) for entry in value]
+    return markdown(value) if isinstance(value, str) else value
 
 
 def _card_settings(network: RetrievalNetwork) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from superglobal.models.hub import CardResult
 from superglobal.models.network import RetrievalNetwork, weights_digest
 from superglobal.reporting import results as report
 from superglobal.reporting.runs import read_result, read_results
+from superglobal.utils.escape import markdown
 
 _STAGES = {"search": "", "rerank": ", reranked"}
 
@@ -70,7 +71,7 @@ def _card_result(summary: Mapping[str, Any]) -> CardResult:
         summary: content of `results.json`.
     """
     tuned_on = summary["tuned_on"]
-    warning = f"**Settings tuned on {', '.join(tuned_on)}.**" if tuned_on else ""
+    warning = f"**Settings tuned on {markdown(', '.join(tuned_on))}.**" if tuned_on else ""
     if any(name.endswith(report.TEST_MARK) for name in tuned_on):
         warning += " **These numbers are too optimistic for other images; do not compare them with other results.**"
     rows = [
@@ -79,8 +80,9 @@ def _card_result(summary: Mapping[str, Any]) -> CardResult:
         for protocol in report.main_scores(metrics)
     ]
     columns = dict.fromkeys(rows[0], "")
-    rows = [columns | {key: text for key, text in row.items() if key in columns} for row in rows]
-    return CardResult(summary["dataset"], warning, rows, _notes(summary), _entries(summary))
+    rows = [columns | {key: markdown(text) for key, text in row.items() if key in columns} for row in rows]
+    notes = list(map(markdown, _notes(summary)))
+    return CardResult(markdown(summary["dataset"]), warning, rows, notes, _entries(summary))
 
 
 def _notes(summary: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,8 @@ import numpy as np
 from superglobal.errors import InputError
 from superglobal.metrics.revisited import cluster_interval
 from superglobal.reporting.results import METRICS, csv_text, main_protocol, markdown_text, metric_key, print_table
-from superglobal.utils.io import read_csv, write_atomically
+from superglobal.utils.escape import markdown
+from superglobal.utils.io import read_csv, write_text
 
 _CORRECT = "correct"
 _EQUAL = 1e-9
@@ -247,9 +248,9 @@ def write_comparison(target: Path, comparison: PairedComparison, folder: Path, b
     ordered = [rows[query] for query in comparison.order()]
     summary = [_summary_row(comparison, protocol) for protocol in (comparison.main, *others)]
     title = f"{folder} compared with {baseline}"
-    markdown = "\n".join([f"{title}\n", markdown_text(_SUMMARY, summary), markdown_text(columns, ordered)])
-    write_atomically(target / "queries.csv", csv_text([columns, *ordered]).encode())
-    write_atomically(target / "queries.md", markdown.encode())
+    text = "\n".join([f"{markdown(title)}\n", markdown_text(_SUMMARY, summary), markdown_text(columns, ordered)])
+    write_text(target / "queries.csv", csv_text([columns, *ordered]))
+    write_text(target / "queries.md", text)
     print_table(f"{title}: {comparison.measure} per query", _SUMMARY, summary)
     ends = {"most won": comparison.most_won(_MAX_PRINTED), "most lost": comparison.most_lost(_MAX_PRINTED)}
     for name, queries in ends.items():

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from superglobal.metrics.revisited import Result, RetrievalResult
 from superglobal.reranking.registry import rerank_label
-from superglobal.utils.io import write_atomically
+from superglobal.utils.escape import csv_cell, markdown, printable
+from superglobal.utils.io import write_atomically, write_text
 from superglobal.utils.provenance import versions
 
 FORMAT = "superglobal-result-2"
@@ -97,7 +98,7 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     name = dataset["name"]
     if dataset["kind"] == name == "folder" and dataset["database"]:
         name = (
-            Path(dataset["database"]).resolve().name or name
+            printable(Path(dataset["database"]).resolve().name) or name
         )  # Every image folder of a user is a data set of its own, so the result shows the folder's name.
     name += f"+{distractors['name']}" if distractors["name"] else ""
     if dataset["kind"] == "revisited" and not dataset["crop_query"]:
@@ -350,7 +351,7 @@ def _write_rankings(folder: Path, stages: Stages, names: Names) -> None:
             for rank, (image, value) in enumerate(zip(images, values, strict=True), 1)
         ]
     text = csv_text([["number", "query", "rank", "image", "score"], *rows])
-    write_atomically(folder / "rankings.csv", text.encode())
+    write_text(folder / "rankings.csv", text)
     write_atomically(folder / "rankings.json", json.dumps(rankings, indent=1).encode())
 
 
@@ -362,25 +363,29 @@ def _write_per_query(folder: Path, results: Mapping[str, Result], names: Names) 
         [name, landmarks[query], *("" if v != v else v for v in values)]
         for query, (name, *values) in enumerate(zip(names.queries, *columns.values(), strict=True))
     ]
-    write_atomically(folder / "per_query.csv", csv_text([["query", "landmark", *columns], *rows]).encode())
+    write_text(folder / "per_query.csv", csv_text([["query", "landmark", *columns], *rows]))
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """Return rows of cells as CSV text."""
+    """Return rows of cells as CSV text. Texts that a spreadsheet would take for formulas are escaped."""
     text = io.StringIO()
-    csv.writer(text).writerows(rows)
+    csv.writer(text).writerows(map(csv_cell, row) for row in rows)
     return text.getvalue()
 
 
-def markdown_text(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_text(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], italic_rows: Iterable[Sequence[str]] = ()
+) -> str:
     """Return a table as Markdown text.
 
     Args:
         columns: names of the columns, which form the header of the table.
         rows: text of each cell, row by row.
+        italic_rows: text of each cell of the last rows, which are set in italics.
     """
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+    lines = [list(map(markdown, columns)), ["---"] * len(columns), *(map(markdown, row) for row in rows)]
+    lines += [[f"*{markdown(cell)}*" if cell else "" for cell in row] for row in italic_rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:

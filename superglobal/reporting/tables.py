@@ -36,7 +36,8 @@ from superglobal.reporting.runs import (
     scores_in_percent,
 )
 from superglobal.reporting.table_rows import CITATION, Cell, DatasetTable, Effect, Row, dataset_tables
-from superglobal.utils.io import write_atomically
+from superglobal.utils.escape import markdown, printable
+from superglobal.utils.io import write_text
 
 FormatCell = Callable[[Cell, str], list[str]]
 """Function that formats a run's metrics for a table: (metrics, variant of the data set) -> text of each column."""
@@ -61,12 +62,12 @@ def write_tables(folder: Path, *others: Path) -> list[dict[str, Any]]:
     """
     results = read_all([folder, *others])
     columns, rows = _run_list(results)
-    write_atomically(folder / "table.csv", csv_text([columns, *rows]).encode())
-    write_atomically(folder / "table.md", markdown_text(columns, rows).encode())
+    write_text(folder / "table.csv", csv_text([columns, *rows]))
+    write_text(folder / "table.md", markdown_text(columns, rows))
     tables = dataset_tables(results)
     for name, table in _by_file_name(tables).items():
         for ending, text in (("csv", as_csv(table)), ("md", as_markdown(table)), ("tex", as_latex(table))):
-            write_atomically(folder / f"table-{name}.{ending}", text.encode())
+            write_text(folder / f"table-{name}.{ending}", text)
         _print(table)
     draw_chart(folder / "chart.png", tables)
     return results
@@ -182,14 +183,15 @@ def as_markdown(table: DatasetTable) -> str:
             _time(cell),
         ]
 
-    paper = [[f"*{cell}*" if cell else "" for cell in row] for row in _published_rows(table, len(columns))]
-    text = f"**{table.name}**, {_title(table)}\n\n" + markdown_text(columns, [*_rows(table, cells), *paper])
-    text += "".join(f"\n{note}\n" for note in table.notes)
+    paper = _published_rows(table, len(columns))
+    title = f"**{markdown(table.name)}**, {markdown(_title(table))}"
+    text = f"{title}\n\n" + markdown_text(columns, _rows(table, cells), paper)
+    text += "".join(f"\n{markdown(note)}\n" for note in table.notes)
     if paper:
         sources = ", ".join(dict.fromkeys(paper.source for paper in table.published))
         text += f"\nScores in italics are {_NOTE}; source: {sources}.\n"
     if table.effects:
-        text += f"\n**{_effects_title(table)}**\n\n" + markdown_text(*_effects_table(table))
+        text += f"\n**{markdown(_effects_title(table))}**\n\n" + markdown_text(*_effects_table(table))
     return text
 
 
@@ -230,7 +232,6 @@ _LATEX = str.maketrans(
         "<": r"\textless{}",
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
-        "\n": " ",
         "✓": r"\checkmark",
     }
 )
@@ -244,7 +245,7 @@ def as_latex(table: DatasetTable) -> str:
     heads = len(_head_columns(table))
     columns = [_latex(name) for name in _columns(table, f"95 % of {table.main}", "ms/query", with_variant=False)]
     width = len(table.protocols) + 2
-    lines = [f"% {table.name}: {_title(table)}".replace("\n", " "), r"% \usepackage{booktabs,amssymb}"]
+    lines = [printable(f"% {table.name}: {_title(table)}"), r"% \usepackage{booktabs,amssymb}"]
     lines += [rf"\begin{{tabular}}{{{'l' * heads}{'r' * (len(columns) - heads)}}}", r"\toprule"]
     if len(table.variants) > 1:
         names = [table.name + table.variants[0], *table.variants[1:]]
@@ -290,7 +291,7 @@ def _latex_cells(table: DatasetTable, cell: Cell, variant: str) -> list[str]:
 def _latex_effects(table: DatasetTable) -> list[str]:
     columns, rows = _effects_table(table)
     left = 1 + table.several_weights
-    lines = ["", f"% {_effects_title(table)}"]
+    lines = ["", printable(f"% {_effects_title(table)}")]
     lines += [rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(columns) - left)}}}", r"\toprule"]
     lines += [_latex_row([_latex(column) for column in columns]), r"\midrule"]
     lines += [_latex_row([*map(_latex, row[:left]), *map(_latex_numbers, row[left:])]) for row in rows]
@@ -299,7 +300,7 @@ def _latex_effects(table: DatasetTable) -> list[str]:
 
 def _latex(text: str) -> str:
     """Escape text for LaTeX. Replace "--" by "-{}-", because LaTeX would print "--" as one dash."""
-    return text.translate(_LATEX).replace("--", "-{}-")
+    return printable(text).translate(_LATEX).replace("--", "-{}-")
 
 
 def _latex_numbers(text: str) -> str:

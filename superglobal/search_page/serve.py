@@ -29,6 +29,7 @@ from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.whitening import stored_whitening
 from superglobal.search_page.image_search import FirstStage, ImageSearch, SearchDatabase
 from superglobal.training.trainer import make_trainer
+from superglobal.utils.escape import printable
 
 
 def serve(cfg: DictConfig) -> None:
@@ -133,7 +134,7 @@ def _make_database(
     )
     is_own_queries = dataset.leave_one_out or (d.kind == "folder" and d.query == d.database)
     queries: Sequence[ImageItem] = [] if is_own_queries else dataset.queries
-    name = dataset.root.resolve().name if d.kind == "folder" and d.name == "folder" else dataset.name
+    name = printable(dataset.root.resolve().name) if d.kind == "folder" and d.name == "folder" else dataset.name
     return SearchDatabase(name, search, queries, LazySequence(len(queries), lambda number: name_of(queries[number])))
 
 
@@ -143,7 +144,7 @@ def _shown_name(root: Path, item: ImageItem) -> str:
     The name is the path of the image relative to the folder `root`. For an image outside this folder, it is only the
     file name, so that the page does not reveal other folders of the machine.
     """
-    return item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else item.path.name
+    return printable(item.path.relative_to(root).as_posix() if item.path.is_relative_to(root) else item.path.name)
 
 
 def _index_search(config: ServeConfig, rows: Rows, device: str) -> FirstStage:

@@ -10,13 +10,15 @@ import ipaddress
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from superglobal.data.images import CorruptImageError, ImageItem, decode_image, 
 from superglobal.errors import InputError
 from superglobal.search_page.html import encode_jpeg
 from superglobal.search_page.image_search import SearchDatabase
-from superglobal.utils.io import read_file
+from superglobal.utils.io import file_lock, read_file
 
 log = logging.getLogger(__name__)
 THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # longer side in pixels of the thumbnails of each size
@@ -39,11 +41,19 @@ _ALLOWED = re.compile(
     r"/|/(photos|assets|static|svelte)/.*|/(theme\.css|favicon\.ico|manifest\.json|config|robots\.txt)/?|"
     r"/gradio_api/(upload|upload_progress|run/predict|heartbeat/\w+|startup-events)/?"
 )
-# With this content security policy, the browser sends no requests to other servers, even if a script tries to send one.
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; frame-ancestors 'none'"
-)
+# Headers of every response. With this content security policy, the browser sends no requests to other servers, even if
+# a script tries to send one. With the resource policy, pages of other servers cannot show the photos.
+_HEADERS = [
+    (
+        b"content-security-policy",
+        b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+        b"img-src 'self' data: blob:; frame-ancestors 'none'",
+    ),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+]
+_UPLOADS = "superglobal-page-"  # start of the names of the folders of uploads
 
 
 class Thumbnails:
@@ -120,12 +130,12 @@ def open_socket(host: str, port: int) -> Iterator[socket.socket]:
 
 def run_server(config: ServeConfig, database: SearchDatabase, listener: socket.socket) -> None:
     """Serve the page on a listening socket until Ctrl-C or SIGTERM, and then delete all uploads."""
-    with tempfile.TemporaryDirectory(prefix="superglobal-page-") as uploads:
+    with _upload_folder() as uploads:
         # Gradio reads these variables when it is imported. They set a folder for uploads and disable telemetry.
-        os.environ.update(GRADIO_TEMP_DIR=uploads, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+        os.environ.update(GRADIO_TEMP_DIR=str(uploads), GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
         import uvicorn
 
-        app = make_app(config, database, Path(uploads))
+        app = make_app(config, database, uploads)
         # A page that is open in a browser keeps its connection. Without this timeout, a shutdown would wait for it.
         options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
         server = uvicorn.Server(uvicorn.Config(app, **options))
@@ -144,6 +154,41 @@ def run_server(config: ServeConfig, database: SearchDatabase, listener: socket.s
             print("The search page has stopped.", flush=True)
 
 
+@contextmanager
+def _upload_folder() -> Iterator[Path]:
+    """Create a folder for uploads during a `with` statement. Delete those of servers that were killed."""
+    parent = Path(tempfile.gettempdir())
+    for folder in parent.glob(f"{_UPLOADS}*"):
+        # A running server holds the lock of its folder, and the folders of other users cannot be locked.
+        with suppress(InputError):
+            if folder.is_dir():
+                with _locked(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+    folder = parent / f"{_UPLOADS}{uuid.uuid4().hex}"
+    with _locked(folder):
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder of uploads during a `with` statement, and delete the lock afterwards.
+
+    Raises:
+        InputError: another process holds the lock, or the lock file cannot be written.
+    """
+    lock = Path(f"{folder}.lock")
+    with file_lock(lock, f"{folder} is in use"):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+
+
 def make_app(config: ServeConfig, database: SearchDatabase, uploads: Path) -> Any:
     """Create the ASGI application that serves the page; `uploads` is the folder of uploaded files."""
     import gradio as gr
@@ -159,8 +204,7 @@ def make_app(config: ServeConfig, database: SearchDatabase, uploads: Path) -> An
         data = thumbnails.jpeg(title, number, size)
         if data is None:
             return Response(status_code=404)
-        headers = {"Cache-Control": "private, max-age=86400", "X-Content-Type-Options": "nosniff"}
-        return Response(data, media_type="image/jpeg", headers=headers)
+        return Response(data, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=86400"})
 
     page, look = make_page(config, database, uploads)
     gr.mount_gradio_app(
@@ -201,7 +245,7 @@ def _local_names(host: str) -> frozenset[str] | None:
 
 
 class _RequestFilter:
-    """ASGI middleware that rejects requests that the page never sends, and adds the content security policy.
+    """ASGI middleware that rejects requests that the page never sends, and adds security headers to the responses.
 
     Args:
         app: ASGI application to protect.
@@ -218,26 +262,29 @@ class _RequestFilter:
             scope: ASGI connection scope of the request.
         """
         headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1")
-        if self.local_names is not None:
-            # Without these checks, another web site could access the page by resolving its own name to this machine
-            # (DNS rebinding), or by sending requests from its own origin.
-            if urlsplit(f"//{host}").hostname not in self.local_names:
-                return 400
-            origin = headers.get(b"origin")
-            if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
-                return 403
+        host, origin = (headers.get(name, b"").decode("latin-1") for name in (b"host", b"origin"))
+        try:
+            name, sender = urlsplit(f"//{host}").hostname, urlsplit(origin).netloc
+        except ValueError:
+            return 400
+        # Without these checks, another web site could access the page by resolving its own name to this machine (DNS
+        # rebinding), or by sending requests from its own origin.
+        if self.local_names is not None and name not in self.local_names:
+            return 400
+        if origin and sender != host:
+            return 403
         return None if _ALLOWED.fullmatch(scope["path"]) else 404
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and (status := self._rejection(scope)) is not None:
-            await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+            headers = [(b"content-length", b"0"), *_HEADERS]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": b""})
             return
 
-        async def send_with_policy(message: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", _POLICY.encode())]
+                message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
-        await self.app(scope, receive, send_with_policy)
+        await self.app(scope, receive, send_with_headers)

@@ -72,10 +72,13 @@ class _PipeOutput(io.FileIO):
 def exit_on_closed_output() -> Iterator[None]:
     """Let the body of a `with` statement end quietly when the reader of its output has ended, as in `command | head`.
 
-    BrokenPipeError would otherwise appear as a traceback, or as an error of the file that is being written.
+    BrokenPipeError would otherwise appear as a traceback, or as an error of the file that is being written. Characters
+    that the encoding of the output lacks are escaped.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
         if stream is not None and stream is getattr(sys, f"__{name}__") and not stream.isatty():
             file = io.BufferedWriter(_PipeOutput(stream.fileno(), "w", closefd=False))
             options = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}

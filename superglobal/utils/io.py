@@ -174,6 +174,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically. Bytes of file names that are not UTF-8 are written as escape sequences.
+
+    Raises:
+        InputError: see `write_atomically`.
+    """
+    write_atomically(path, text.encode(errors="backslashreplace"))
+
+
 @contextmanager
 def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iterator[None]:
     """Hold a file lock during a `with` statement, so that only one process at a time runs the body of the statement.
