@@ -7,7 +7,7 @@ without labels:
     n = (sum of the eigenvalues)^2 / (sum of their squares), over the eigenvalues of the shortlist's covariance matrix
 
 n is 1 if all images lie on one line, and at most M - 1. Both sums follow from the Gram matrix. On rendered landmarks
-and shortlists of 50 to 400 images, n was 3 to 10 for an untrained network, and 14 to 71 for trained ones; see
+and shortlists of 400 images, n was 3 to 8 for an untrained network, and 17 to 71 for trained ones; see
 docs/background/reranking.md.
 """
 
@@ -27,7 +27,7 @@ _SMALL = 50  # number of images; smaller shortlists need proportionally fewer ef
     {"min_dims": Parameter("number of effective dimensions below which a shortlist is not reranked", minimum=0)},
     ties="first",
 )
-def auto_scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, min_dims: float = 12.0) -> torch.Tensor:
+def auto_scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, min_dims: float = 10.0) -> torch.Tensor:
     """Compute scores of shortlists, (B, M) float32: those of `gnn`, or the similarities with the query.
 
     Args:
