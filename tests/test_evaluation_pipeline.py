@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import pickle
 
@@ -131,6 +132,20 @@ def test_leave_one_out_scores_equal_brute_force(tmp_path):
             steps = [((j / r if r else 1.0) + (j + 1) / (r + 1)) / 2 for j, r in enumerate(hits)]
             aps.append(sum(steps) / 3)
         assert result["metrics"][stage]["map"]["all"] == pytest.approx(np.mean(aps), abs=1e-12)
+
+
+def test_links_to_the_query_are_ignored_in_its_ranking(tmp_path):
+    photos = write_folders(tmp_path / "photos", 2, 3)
+    options = ("dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "rerank.M=4")
+    plain = run(tmp_path / "outputs", *options)
+    for name in ("label0/a.jpg", "label0/z.jpg", "label1/z.jpg"):
+        (photos / name).symlink_to(photos / "label0" / "1.jpg")
+    result = run(tmp_path / "outputs", *options)
+    assert result["counts"]["queries"] == 9
+    rows = {row["query"]: row for row in csv.DictReader((result["folder"] / "per_query.csv").open())}
+    before = {row["query"]: row for row in csv.DictReader((plain["folder"] / "per_query.csv").open())}
+    same = [rows[name]["search all AP"] for name in ("label0/a.jpg", "label0/1.jpg", "label0/z.jpg")]
+    assert same == [before["label0/1.jpg"]["search all AP"]] * 3
 
 
 def test_pooling_comes_from_the_weights_file_unless_it_is_overridden(data, tmp_path):

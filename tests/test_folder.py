@@ -86,6 +86,16 @@ def test_queries_inside_the_database_are_junk_for_themselves(tmp_path: Path) -> 
     assert entry(dataset.gnd, 0) == ([1], [0])
 
 
+def test_other_names_of_a_query_are_junk(tmp_path: Path) -> None:
+    root = fill(tmp_path / "db", "a/1.jpg", "a/2.jpg", "b/1.jpg")
+    for link in ("a/z.jpg", "b/z.jpg"):
+        (root / link).symlink_to(root / "a" / "1.jpg")
+    dataset = folder_set(root, labels=True)
+    assert names(dataset.database, root) == ["a/1.jpg", "a/2.jpg", "a/z.jpg", "b/1.jpg", "b/z.jpg"]
+    expected = [([1], [0, 2, 4]), ([0, 2], [1]), ([1], [0, 2, 4]), ([4], [3]), ([3], [0, 2, 4])]
+    assert [entry(dataset.gnd, i) for i in range(5)] == expected
+
+
 def test_links_are_followed_once(tmp_path: Path) -> None:
     outside = fill(tmp_path / "outside", "1.jpg")
     root = fill(tmp_path / "db", "0.jpg")

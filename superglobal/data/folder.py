@@ -27,10 +27,10 @@ def folder_set(
     """Load an evaluation set from the images in a folder and its sub-folders, sorted by relative path.
 
     With labels, the positives of a query are the database images with the same label. If the image file of the query is
-    also in the database, this database image is junk: it is ignored in the ranking of the query. Without `query`, each
-    database image is a query, and its results are the other database images. Without labels, there is no ground truth.
-    If the query folder is inside the database folder, its images also belong to the database. Images are found by their
-    file extension. The files are not read.
+    also in the database, even as a symbolic link with another name, this database image is junk: it is ignored in the
+    ranking of the query. Without `query`, each database image is a query, and its results are the other database
+    images. Without labels, there is no ground truth. If the query folder is inside the database folder, its images also
+    belong to the database. Images are found by their file extension. The files are not read.
 
     Args:
         database: folder of the database images.
@@ -135,16 +135,17 @@ def _ground_truth(
 
     Returns:
         For each query, a dict of arrays of database rows, (n,) int64. "positive" has the images with the label of the
-        query, and "junk" has the image file of the query itself if it is in the database.
+        query, and "junk" has the image file of the query itself, under all names by which the database contains it.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for i, label in enumerate(labels):
         members[label].append(i)
-    index_of = {os.path.realpath(path): i for i, path in enumerate(database)}
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for i, path in enumerate(database):
+        rows_of[os.path.realpath(path)].append(i)
     gnd = []
     for path, label in zip(queries, query_labels, strict=True):
-        same = index_of.get(os.path.realpath(path), -1)
+        junk = np.array(rows_of.get(os.path.realpath(path), []), dtype=np.int64)
         positive = np.array(members.get(label, []), dtype=np.int64)
-        junk = [] if same < 0 else [same]
-        gnd.append({"positive": positive[positive != same], "junk": np.array(junk, dtype=np.int64)})
+        gnd.append({"positive": np.setdiff1d(positive, junk), "junk": junk})
     return gnd

@@ -133,8 +133,8 @@ def ground_truth(
 
     Args:
         dataset: evaluation set.
-        exclude: (Q,) database id to exclude from the results of each query; None to exclude none. If it is given, the
-            returned ground truth contains only positives.
+        exclude: (Q,) database id to exclude from the results of each query; None to exclude none. The returned ground
+            truth does not contain this id.
 
     Returns:
         The ground truth, one dict per query from the relevance, such as "positive", to database ids; and the protocols
@@ -144,7 +144,7 @@ def ground_truth(
     if exclude is not None:
         # The ground truth of a leave-one-out query may list the query itself as junk. Because the query is excluded
         # from its own results, it has no rank and must not stay in the ground truth.
-        gnd = [{"positive": entry["positive"]} for entry in gnd]
+        gnd = [{name: ids[ids != own] for name, ids in entry.items()} for entry, own in zip(gnd, exclude, strict=True)]
     return gnd, _PROTOCOLS[dataset.protocols]
 
 
