@@ -31,3 +31,4 @@ from superglobal.retrieval.search import merge_shortlists as merge_shortlists
 from superglobal.retrieval.search import search as search
 from superglobal.retrieval.store import DescriptorStore as DescriptorStore
 from superglobal.retrieval.whitening import Whitening as Whitening
+from superglobal.tuning.reranker import tune_reranker as tune_reranker

@@ -22,6 +22,7 @@ COMMANDS = {
     "train": ("hydra_commands", "train", "train a network on landmark images"),
     "tune": ("hydra_commands", "tune", "choose pooling and reranking settings without the test set"),
     "compare-rerankers": ("hydra_commands", "compare_rerankers", "compare rerankers on the same search results"),
+    "tune-reranker": ("tune_reranker", "main", "choose a reranker, or none, on your own labeled queries"),
     "serve": ("hydra_commands", "serve", "serve a page in the browser to search by photo"),
     "download": ("download", "main", "download data sets and weights"),
     "prepare-gldv2": ("prepare_gldv2", "main", "check the GLDv2 images and write the index for training"),

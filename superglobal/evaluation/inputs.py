@@ -26,7 +26,7 @@ from superglobal.models.backbone import has_relup
 from superglobal.models.factory import load_model
 from superglobal.models.network import RetrievalNetwork
 from superglobal.models.pooling import make_pooling
-from superglobal.retrieval.rows import Rows, as_rows, concat, map_npy
+from superglobal.retrieval.rows import Rows, as_rows, concat, load_npy
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.whitening import Whitening, stored_whitening
 from superglobal.training.run_dir import export_path, is_unfinished
@@ -233,7 +233,7 @@ def load_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distract
     Raises:
         InputError: a file is unreadable, or its number of rows does not match the images.
     """
-    queries, database = (_load_npy(str(p)) for p in (config.descriptors.query, config.descriptors.database))
+    queries, database = (load_npy(str(p)) for p in (config.descriptors.query, config.descriptors.database))
     if dataset is not None:
         images = {"query": len(dataset.queries), "database": len(dataset.database) + len(distractors)}
         for key, rows in (("query", queries), ("database", database)):
@@ -244,17 +244,6 @@ def load_descriptors(config: EvalConfig, dataset: EvaluationSet | None, distract
                 )
     about = {"weights": "own descriptors", "descriptors": asdict(config.descriptors)}
     return Inputs(queries, database, dataset, distractors, about)
-
-
-def _load_npy(path: str) -> Rows:
-    """Open a .npy file of descriptors as a memory map. Raises InputError if the file is unreadable."""
-    try:
-        array = map_npy(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: not a readable .npy file of descriptors ({error}); write it with numpy.save"
-        ) from error
-    return as_rows(array, path)
 
 
 def load_network(config: EvalConfig) -> RetrievalNetwork:

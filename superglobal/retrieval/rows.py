@@ -409,6 +409,17 @@ def flat_array(values: Any, name: str) -> np.ndarray:
         raise InputError(f"{name}: expected a flat list of integer ids ({error})") from error
 
 
+def load_npy(path: str | Path) -> Rows:
+    """Open a .npy file of descriptors (N, D) as a memory map. Raises InputError if the file is unreadable."""
+    try:
+        array = map_npy(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: not a readable .npy file of descriptors ({error}); write it with numpy.save"
+        ) from error
+    return as_rows(array, str(path))
+
+
 def as_exclude(exclude: Any, n_queries: int) -> np.ndarray | None:
     """Validate the ids to exclude, one per query, and return them as (Q,) int64. None is returned unchanged."""
     if exclude is None:
