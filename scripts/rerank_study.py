@@ -30,7 +30,7 @@ from superglobal.reranking.registry import RERANKERS
 from superglobal.utils.precision import full_precision
 
 M = 400
-N_QUERIES = 200  # queries drawn from each set of training landmarks
+N_QUERIES = 150  # queries drawn from each set of training landmarks
 Scores = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Function of queries (B, D), shortlists (B, M, D) and Gram matrices (B, M, M) that returns scores (B, M)."""
 
