@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from runs import ROOT, environment
 from sets import break_scan, make_tars
 from torch.utils.data import DataLoader, Dataset
 
-from superglobal.data.datamodules import ImageLoader
+from superglobal.data import datamodules
+from superglobal.data.datamodules import ImageLoader, init_worker
 from superglobal.data.gldv2 import TrainList, read_train, split_landmarks
 from superglobal.data.prepare_gldv2 import prepare
 from superglobal.data.train_dataset import (
@@ -164,13 +166,16 @@ def batch_labels(photos: TrainList, batch: Batch) -> torch.Tensor:
 
 
 class Slow(Dataset):
-    """Dataset of 100 numbers that takes 20 ms for each."""
+    """Dataset of 100 numbers that takes `seconds` for each."""
+
+    def __init__(self, seconds: float = 0.02) -> None:
+        self.seconds = seconds
 
     def __len__(self) -> int:
         return 100
 
     def __getitem__(self, index: int) -> int:
-        time.sleep(0.02)
+        time.sleep(self.seconds)
         return index
 
 
@@ -183,9 +188,34 @@ def test_a_dead_worker_raises_an_error_only_when_a_batch_is_requested():
     begin = time.monotonic()
     while time.monotonic() < begin + 0.5:  # the signal handler of torch would raise an error here
         pass
-    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+    with pytest.raises(InputError, match="exited unexpectedly"):
         list(batches)
     assert time.monotonic() < begin + 15
+
+
+def limit_shared_memory(worker: int) -> None:
+    """Let a worker create only small files, which include blocks of shared memory."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+
+
+def test_too_little_shared_memory_raises_an_error(monkeypatch):
+    monkeypatch.setattr(ImageLoader, "max_wait", 10.0)
+    images = [torch.zeros(3, 300, 300)]
+    loader = ImageLoader(images, batch_size=None, num_workers=1, worker_init_fn=limit_shared_memory)
+    with pytest.raises(InputError, match="too little shared memory; lower trainer"):
+        next(iter(loader))
+
+
+def test_the_wait_for_a_worker_that_does_not_respond_is_limited(monkeypatch):
+    monkeypatch.setattr(datamodules, "_POLL_SECONDS", 0.1)
+    before = set(multiprocessing.active_children())
+    batches = iter(ImageLoader(Slow(60), batch_size=None, num_workers=1, worker_init_fn=init_worker))
+    monkeypatch.setattr(ImageLoader, "max_wait", 0.5)  # as after a signal
+    with pytest.raises(InputError, match=r"sent no images for 0\.[56] seconds"):
+        next(batches)
+    assert set(multiprocessing.active_children()) <= before
+    monkeypatch.setattr(ImageLoader, "max_wait", 60)
+    assert next(iter(ImageLoader(Slow(0.2), batch_size=None, num_workers=1))) == 0
 
 
 @pytest.fixture

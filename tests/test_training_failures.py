@@ -160,7 +160,7 @@ def test_a_dead_worker_ends_the_run_with_a_message(toy_data, tmp_path):
     os.kill(min(pid for pid in children(process.pid) if "train.py" in read_proc(pid, "cmdline")), signal.SIGKILL)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 2, text
-    assert "a process that decodes images died" in text
+    assert "the processes that decode images died" in text
     assert "shm" in text
     assert "Traceback" not in text
     assert load_last_checkpoint(tmp_path / "train" / "quickstart")["global_step"] > 0

@@ -6,14 +6,15 @@ import logging
 import multiprocessing
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from superglobal.data.gldv2 import TrainList
 from superglobal.data.images import (
@@ -27,10 +28,11 @@ from superglobal.data.images import (
 from superglobal.data.jpeg_decoding import EncodedImage, decode_batch, read_encoded
 from superglobal.data.samplers import EpochBatches, ImageBatch
 from superglobal.data.train_dataset import TrainingDataset, collate
-from superglobal.errors import InputError
+from superglobal.errors import InputError, first_line
 from superglobal.utils.distributed import STOP_SIGNALS, end_with_parent, in_main_thread
 
 log = logging.getLogger(__name__)
+_POLL_SECONDS = 5.0  # ImageLoader notices after this time that a worker has died.
 Task = tuple[int, int]
 """One image to read: (index of the image list, row of the image in this list)."""
 
@@ -345,39 +347,107 @@ class TrainingDataModule(pl.LightningDataModule):
 
 
 class ImageLoader(DataLoader):
-    """DataLoader that measures the time spent waiting for batches, and reports dead workers only when it loads a batch.
+    """DataLoader that measures the time spent waiting for batches, and reports workers that died or do not respond.
 
     It removes the SIGCHLD handler of torch. The handler raises an error as soon as a worker dies, which can interrupt
     any code, for example while a checkpoint is being saved. Without the handler, an error is raised within five seconds
     after the next batch is requested.
 
+    Args:
+        dataset: dataset to load.
+        num_workers: number of worker processes.
+        options: other arguments of DataLoader.
+
     Attributes:
         waited: time spent waiting for batches, in seconds.
+        max_wait: maximum time in seconds in which no worker sends a batch, for all loaders of the process. Time in
+            which the process is suspended does not count.
     """
 
     waited = 0.0
+    max_wait = 600.0
+
+    def __init__(self, dataset: Any, num_workers: int = 0, **options: Any) -> None:
+        super().__init__(dataset, num_workers=num_workers, timeout=_POLL_SECONDS if num_workers else 0, **options)
+        self.collate_fn = _SharedCollate(self.collate_fn)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         start = time.perf_counter()
-        batches = super().__iter__()
+        try:
+            batches = super().__iter__()
+        except OSError as error:
+            raise _worker_error(f"cannot be started: {error}") from error
         if hasattr(signal, "SIGCHLD") and in_main_thread():  # Windows lacks this signal.
             handler = signal.getsignal(signal.SIGCHLD)
             if getattr(handler, "__module__", "").startswith("torch."):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         while True:
             try:
-                batch = next(batches)
+                batch = self._next(batches)
             except StopIteration:
                 return
-            except (ConnectionError, EOFError, FileNotFoundError) as error:
-                if not self.num_workers:
-                    raise
-                # Each batch comes from a worker process. These errors occur if that process is dead.
-                raise RuntimeError(f"DataLoader worker exited unexpectedly ({error!r})") from error
             finally:
                 self.waited += time.perf_counter() - start
             yield batch
             start = time.perf_counter()
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """Return the next batch, as `next(batches)`.
+
+        Raises:
+            InputError: the workers died, have too little shared memory, or sent no batch within `max_wait`.
+        """
+        waited = 0.0
+        while True:
+            try:
+                return next(batches)
+            except RuntimeError as error:
+                text = str(error)
+                if "timed out after" in text and waited < self.max_wait:
+                    waited += _POLL_SECONDS
+                elif "shared memory" in text:
+                    raise _worker_error("have too little shared memory") from error
+                elif "timed out after" in text:
+                    for worker in getattr(batches, "_workers", ()):
+                        worker.kill()  # Workers of a training process ignore SIGTERM, with which torch ends them.
+                    raise _worker_error(f"sent no images for {waited:g} seconds") from error
+                elif text.startswith("DataLoader worker"):
+                    raise _worker_error(f"died ({first_line(error)}), possibly because of too little memory") from error
+                else:
+                    raise
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                if not self.num_workers:
+                    raise
+                # The next batch is received from a worker process. These errors mean that the process is dead.
+                raise _worker_error(f"died ({error!r}), possibly because of too little memory") from error
+
+
+class _SharedCollate:
+    """Function that combines the items of a batch, and moves its tensors to shared memory if it runs in a worker.
+
+    Without it, a thread of the worker moves them. If there is too little shared memory, the error in this thread is not
+    sent to the training process, which waits forever.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Any) -> Any:
+        batch = self.collate(items)
+        if get_worker_info() is None:
+            return batch
+        try:
+            return apply_to_collection(batch, Tensor, Tensor.share_memory_)
+        except RuntimeError as error:
+            raise RuntimeError(f"too little shared memory: {error}") from error
+
+
+def _worker_error(problem: str) -> InputError:
+    """Return an InputError about the worker processes of a DataLoader. `problem` says what is wrong with them."""
+    return InputError(
+        f"the processes that decode images {problem}; lower trainer.num_workers (0 needs no processes), or provide "
+        "more shared memory in /dev/shm (docker run --shm-size=8g), and run the same command to resume"
+    )
 
 
 def worker_start_method(processes: int, num_workers: int) -> str | None:

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
+from superglobal.data.datamodules import ImageLoader
 from superglobal.errors import InputError, first_line
 from superglobal.training.callbacks import NonFiniteGuard, StepCallback, any_rank, cpu_process_group
 from superglobal.training.module import TrainingModule
@@ -24,6 +25,7 @@ from superglobal.utils.distributed import STOP_SIGNALS, first_process, in_main_t
 from superglobal.utils.io import atomic_file
 
 log = logging.getLogger(__name__)
+_MAX_WAIT = 30.0  # seconds to wait for images after a signal
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 # Exceptions that reading a damaged checkpoint can raise.
 _DAMAGED = (
@@ -130,6 +132,7 @@ class CheckpointCallback(StepCallback):
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        ImageLoader.max_wait = _MAX_WAIT
         # Logging in a signal handler could wait forever for a lock that this thread has acquired. `sys.stderr` exits if
         # the reader of a pipe has ended.
         with contextlib.suppress(OSError):

@@ -124,7 +124,7 @@ def _launched() -> tuple[str, int | None]:
 
 
 def translate_process_error(error: RuntimeError, processes: int, run: str, resume_point: str) -> InputError | None:
-    """Return an InputError that explains the crash of a data worker or of another process; None for other errors.
+    """Return an InputError that explains the crash of another process; None for other errors.
 
     Args:
         error: error that ended the run in this process.
@@ -133,18 +133,12 @@ def translate_process_error(error: RuntimeError, processes: int, run: str, resum
         resume_point: where the same command resumes, such as "from the last checkpoint".
     """
     text = str(error)
-    resumes = f"; run the same command to resume {resume_point}"
-    if "DataLoader worker" in text:
-        return InputError(
-            f"a process that decodes images died ({text.splitlines()[0]}), usually because of too little memory or "
-            f"shared memory (/dev/shm; docker run --shm-size=8g); lower trainer.num_workers{resumes}"
-        )
     if processes > 1 and (
         isinstance(error, torch.distributed.DistError) or any(words in text for words in _LOST_CONNECTION)
     ):
         return InputError(
             f"another process of this {run} has ended or does not respond, see its message above "
-            f"({first_line(error)}){resumes}"
+            f"({first_line(error)}); run the same command to resume {resume_point}"
         )
     return None
 
