@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import superglobal
 from superglobal.errors import InputError
-from superglobal.models.weights import read_weights, save_weights
+from superglobal.models.weights import read_weights, save_weights, strip_wrappers
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,6 +161,48 @@ def test_a_plain_timm_state_dict_loads_without_its_classifier(tmp_path, image):
         torch.testing.assert_close(model.backbone(x), net.eval().forward_features(x))
     with pytest.raises(InputError, match="give backbone="):
         superglobal.load_model(tmp_path / "r18.pth")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "model.module._orig_mod."])
+def test_prefixes_of_wrappers_are_removed_and_reported(prefix, tmp_path, caplog):
+    net = timm.create_model("test_resnet")
+    torch.save({f"{prefix}{key}": tensor for key, tensor in net.state_dict().items()}, tmp_path / "net.pth")
+    loaded = superglobal.load_model(tmp_path / "net.pth", backbone="test_resnet")
+    assert torch.equal(loaded.backbone.net.conv1[0].weight, net.conv1[0].weight)
+    assert f"removed the prefix {prefix} from the names of all" in caplog.text
+
+
+def test_prefixes_are_removed_from_cvnet_checkpoints_but_not_from_names_of_the_network(cvnet_checkpoint, tmp_path):
+    path = resave(cvnet_checkpoint(50), tmp_path / "m.pth", lambda s: {f"module.{k}": v for k, v in s.items()})
+    assert read_weights(path).kind == "cvnet"
+    state = {"module.model.a.weight": torch.zeros(1)}
+    assert strip_wrappers(state, {"model.a.weight"}.__contains__, "") == {"model.a.weight": torch.zeros(1)}
+    assert strip_wrappers(state, {"b"}.__contains__, "") is state
+
+
+def test_many_differing_keys_are_grouped(tmp_path):
+    net = timm.create_model("test_resnet")
+    torch.save({f"encoder.{key}": tensor for key, tensor in net.state_dict().items()}, tmp_path / "net.pth")
+    with pytest.raises(InputError, match=r"missing: bn1\.\* \(5\), conv1.* unexpected: encoder\.\* \(\d+\)$"):
+        superglobal.load_model(tmp_path / "net.pth", backbone="test_resnet")
+
+
+def test_the_tag_of_pretrained_weights_is_not_part_of_the_architecture(tmp_path):
+    network = superglobal.load_model("random", backbone="test_resnet.r160_in1k")
+    save_weights(network, tmp_path / "net.safetensors", {})
+    assert superglobal.load_model(tmp_path / "net.safetensors", backbone="test_resnet").dim == network.dim
+    with pytest.raises(InputError, match="no weights with this tag; use test_resnet or one of test_resnet"):
+        superglobal.load_model("random", backbone="test_resnet.badtag")
+
+
+def test_pretrained_weights_without_a_connection_are_an_error_at_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    start = time.monotonic()
+    with caplog.at_level("INFO"), pytest.raises(InputError, match=r"cannot download.*give weights=PATH"):
+        superglobal.load_model("timm", backbone="test_resnet")
+    assert time.monotonic() < start + 10
+    assert "loading the pretrained weights of test_resnet" in caplog.text
 
 
 def test_all_tensors_of_the_weights_package_are_used():

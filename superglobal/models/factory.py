@@ -11,11 +11,11 @@ import timm
 import torch
 
 from superglobal.errors import InputError
-from superglobal.models.backbone import ALIASES, Backbone
+from superglobal.models.backbone import Backbone, architecture_name
 from superglobal.models.hub import HUB, download, read_folder
 from superglobal.models.network import RetrievalNetwork
 from superglobal.models.pooling import PoolingConfig, make_pooling
-from superglobal.models.weights import Weights, load_strictly, package_weights, read_weights
+from superglobal.models.weights import Weights, load_strictly, package_weights, read_weights, strip_wrappers
 
 
 def load_model(
@@ -110,7 +110,7 @@ def _backbone_name(weights: str, source: Weights | None, requested: str | None) 
     stored = source.backbone if source is not None else None
     if stored is None and requested is None:
         raise InputError(f"weights={weights} does not include the architecture; give backbone=, for example resnet50")
-    if stored and requested and ALIASES.get(stored, stored) != ALIASES.get(requested, requested):
+    if stored and requested and architecture_name(stored) != architecture_name(requested):
         raise InputError(f"backbone={requested} contradicts weights={weights}, which are for {stored}; omit backbone")
     return str(stored or requested)
 
@@ -142,4 +142,5 @@ def _load(network: RetrievalNetwork, source: Weights, label: str) -> None:
     net: Any = network.backbone.net
     classifiers = net.default_cfg.get("classifier") or ()
     prefixes = tuple(f"{c}." for c in ([classifiers] if isinstance(classifiers, str) else classifiers))
-    load_strictly(net, {k: v for k, v in source.state.items() if not k.startswith(prefixes)}, label)
+    state = strip_wrappers(source.state, net.state_dict().keys().__contains__, label)
+    load_strictly(net, {k: v for k, v in state.items() if not k.startswith(prefixes)}, label)

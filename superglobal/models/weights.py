@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import pickle
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,11 @@ from superglobal.errors import InputError, first_line
 from superglobal.models.network import RetrievalNetwork, weights_digest
 from superglobal.utils.io import EXPORT, write_atomically
 
+log = logging.getLogger(__name__)
 FORMAT = "superglobal-1"
 _CVNET_PREFIXES = ("encoder_q.", "globalmodel.")
+# Prefixes that DataParallel, torch.compile and Lightning modules add to the names of all tensors.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 # Layers of CVNet-Rerank that score pairs of local feature maps. Global descriptors do not depend on them.
 _CVNET_RERANK = ("conv2ds.", "cv_learner.")
 _RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152"}
@@ -131,6 +136,7 @@ def read_weights(path: str | Path) -> Weights:
         provenance = {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     if "superglobal" in metadata:
         return _from_export(path, tensors, metadata["superglobal"], provenance)
+    tensors = strip_wrappers(tensors, lambda key: key.startswith((*_CVNET_PREFIXES, "backbone.net.")), path)
     if any(key.startswith(_CVNET_PREFIXES) for key in tensors):
         return _from_cvnet(path, tensors, provenance)
     if any(key.startswith("backbone.net.") for key in tensors):
@@ -139,6 +145,28 @@ def read_weights(path: str | Path) -> Weights:
             "or an export"
         )
     return Weights(tensors, "backbone", provenance=provenance)
+
+
+def strip_wrappers(state: dict[str, Tensor], known: Callable[[str], bool], label: str | Path) -> dict[str, Tensor]:
+    """Remove the prefixes of `_WRAPPERS` that all names share, if this gives a known name; report it as a warning.
+
+    Args:
+        state: tensors by name.
+        known: function that returns True for a name without prefixes.
+        label: start of the warning.
+
+    Returns:
+        The tensors by their names without the prefixes; `state` itself if a name is known already, or none becomes so.
+    """
+    stripped, removed = state, ""
+    while not any(map(known, stripped)):
+        prefix = next((p for p in _WRAPPERS if stripped and all(key.startswith(p) for key in stripped)), None)
+        if prefix is None:
+            return state
+        stripped, removed = {key.removeprefix(prefix): tensor for key, tensor in stripped.items()}, removed + prefix
+    if removed:
+        log.warning("%s: removed the prefix %s from the names of all %d tensors", label, removed, len(state))
+    return stripped
 
 
 def save_weights(
@@ -348,7 +376,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _shorten(names: list[str], max_names: int = 10) -> str:
-    """Join names with commas. If there are more than `max_names`, list the first ones and the number of the others."""
+    """Join names with commas. If there are more than `max_names`, group those with the same first part, and shorten."""
+    if len(names) > max_names:
+        counts = Counter(name.partition(".")[0] for name in names)
+        names = [f"{part}.* ({count})" for part, count in counts.items()]
     more = f", ... ({len(names) - max_names} more)" if len(names) > max_names else ""
     return ", ".join(names[:max_names]) + more
 
