@@ -45,7 +45,10 @@ def test_version_is_printed_and_the_package_runs_as_a_module():
         (["visualize", "."], "error: .: "),
         (["export", "nowhere.safetensors", "x.onnx"], "error: weights=nowhere.safetensors: no such file"),
         (["evaluate", "dataset=roxford5k", "weights=random", "backbone=test_resnet", "hydra.run.dir=."], "error: "),
-        (["train", "paths.outputs=/dev/null"], "(Not a directory); change paths.outputs"),
+        (
+            ["train", "paths.outputs=/dev/null"],
+            "(Not a directory); move away what is in its place, or change",
+        ),
         (["train", "-m", "seed=0,1", "paths.outputs=/dev/null"], "error: /dev/null/train/sweep/"),
     ],
 )

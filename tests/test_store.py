@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from superglobal.errors import InputError
 from superglobal.retrieval import store as store_module
 from superglobal.retrieval.store import DescriptorStore, _row_checksums
 from superglobal.retrieval.store_files import fingerprint
+from superglobal.utils.io import atomic_file
 
 IMAGES = [f"image{i} 10-abc" for i in range(25)]
 ABOUT = {"weights": "w", "scales": [1.0]}
@@ -214,6 +216,26 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written"):
         create(tmp_path / "file" / "s")
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.EACCES, r"\(Permission denied\); change its permissions, or choose another folder"),
+        (errno.ENOSPC, r"\(No space left on device\); [\d.]+ MB are free: free space, or choose another folder"),
+        (errno.EROFS, r"\(Read-only file system\); choose another folder"),
+    ],
+)
+def test_a_failed_write_has_a_hint_for_its_reason(tmp_path, number, hint):
+    with pytest.raises(InputError, match=f"x: cannot be written {hint}$"), atomic_file(tmp_path / "x"):
+        raise OSError(number, os.strerror(number))
+
+
+def test_a_folder_without_a_manifest_is_not_a_store(tmp_path):
+    create(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"has files but no manifest\.json"):
+        create(tmp_path / "s")
 
 
 def test_the_manifest_describes_the_rows(tmp_path):

@@ -25,6 +25,7 @@ from superglobal.config import conf_dir, register, validate_arguments
 from superglobal.config.common import FILE_NAME, RUN_NAME, validate_name
 from superglobal.errors import InputError
 from superglobal.utils.distributed import exit_on_closed_output
+from superglobal.utils.io import write_error
 
 _process_arguments: list[str] | None = None
 
@@ -113,7 +114,7 @@ class OutputFolder(Callback):
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            _print_error(InputError(f"{folder}: cannot be written ({error.strerror}); change paths.outputs"))
+            _print_error(write_error(Path(folder), error, "change paths.outputs"))
             sys.exit(2)
 
 

@@ -42,7 +42,7 @@ from superglobal.download.fetch import (
     remote_size,
 )
 from superglobal.errors import InputError
-from superglobal.utils.io import file_lock, write_atomically
+from superglobal.utils.io import file_lock, write_atomically, write_error
 
 _MAX_SHOWN = 5  # maximum number of files or errors listed in a message
 # disk space of the unpacked images divided by the size of the archive; above 1, because files fill whole disk blocks
@@ -72,7 +72,7 @@ def download_source(source: Source, data: Path, options: DownloadOptions) -> str
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{root}: cannot be created ({error.strerror}); choose another folder with --data") from error
+        raise write_error(root, error, "choose another folder with --data", "created") from error
     lock = root / ".download.lock"
     with file_lock(lock, f"{root}: another process is downloading to it", "or choose another --data"):
         if source.google_drive and not options.base_urls:

@@ -15,10 +15,9 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from superglobal.config.evaluation import EvalConfig
-from superglobal.errors import InputError
 from superglobal.loggers.record import EvaluationRecord
 from superglobal.reporting.ranking_figures import spread_evenly
-from superglobal.utils.io import write_atomically
+from superglobal.utils.io import write_atomically, write_error
 
 log = logging.getLogger(__name__)
 _TENSORBOARD = "tensorboard"
@@ -70,9 +69,7 @@ class CurveFile(Logger):
             with self.path.open("a", newline="") as file:
                 file.write(self._text([row], header=False))
         except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}); check the disk space and the permissions"
-            ) from error
+            raise write_error(self.path, error, "change paths.outputs") from error
 
     def _text(self, rows: list[dict[str, Any]], header: bool) -> str:
         """Format rows as CSV text; if `header` is true, the first line contains the column names."""

@@ -31,6 +31,7 @@ from superglobal.errors import InputError, first_line
 from superglobal.models.backbone import replace_module
 from superglobal.models.network import RetrievalNetwork
 from superglobal.models.weights import pooling_to_json
+from superglobal.utils.io import write_error
 from superglobal.utils.precision import full_precision
 
 SUFFIXES = (".onnx", ".pt2")
@@ -147,7 +148,7 @@ def export_network(
                     )
             os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another path") from error
+        raise write_error(path, error) from error
     return comparisons
 
 

@@ -25,6 +25,7 @@ from superglobal.errors import InputError
 from superglobal.reranking.base import RERANKERS, Parameter, register_reranker
 from superglobal.retrieval.rows import Rows, as_queries, as_rows
 from superglobal.retrieval.search import search
+from superglobal.utils.io import write_error
 
 _MAX_ELEMENTS = 1 << 24  # maximum number of float32 values of neighbors that are read at a time (64 MB)
 _PARAMETERS = {
@@ -142,9 +143,9 @@ def _empty_array(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, "w+", np.float32, shape)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); the augmented database takes "
-            f"{shape[0] * shape[1] * 4 / 2**30:.1f} GiB; free space or choose another folder"
+        size = shape[0] * shape[1] * 4 / 2**30
+        raise write_error(
+            path, error, f"choose another folder (the augmented database takes {size:.1f} GiB)"
         ) from error
 
 

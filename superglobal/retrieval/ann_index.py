@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, first_line
 from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows, block_size
 from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.search import BACKENDS, FAISS_GPU_RESULTS, faiss_module
-from superglobal.utils.io import digest, file_lock, file_stamp, read_json, write_atomically
+from superglobal.utils.io import digest, file_lock, file_stamp, read_json, write_atomically, write_error
 
 log = logging.getLogger(__name__)
 _TRAINED_ROWS = 40  # training rows per list; FAISS warns if there are fewer than 39
@@ -408,7 +408,7 @@ def _build_once(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another paths.stores") from error
+        raise write_error(path, error, "set paths.stores to another folder") from error
     with file_lock(path.with_suffix(".lock"), f"index {config.kind}: another process is building it", wait=True):
         index = _load(path, identity) if file_stamp(path) != before else None
         if index is None:
@@ -463,9 +463,12 @@ def _save(index: Any, path: Path, identity: Mapping[str, Any]) -> None:
         faiss_module().write_index(index, str(temporary))
         checksum = digest(temporary)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        raise write_error(path, error, "set paths.stores to another folder") from error
+    except RuntimeError as error:
         raise InputError(
-            f"{path}: the index cannot be written ({error}); set paths.stores to a folder with enough free space"
+            f"{path}: the index cannot be written ({first_line(error)}); set paths.stores to a folder with enough free "
+            "space that you may write"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

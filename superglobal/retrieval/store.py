@@ -28,7 +28,7 @@ from superglobal.retrieval.store_files import (
     read_manifest,
     read_names,
 )
-from superglobal.utils.io import file_stamp
+from superglobal.utils.io import file_stamp, write_error
 
 _WRITTEN, _SKIPPED = 1, 2  # values in done.npy; 0 means missing
 # Rows are marked as done only after their values are flushed to disk. A flush is due when this many rows are waiting,
@@ -280,9 +280,7 @@ class DescriptorStore:
                 self._done[rows] = list(self._unflushed.values())
                 self._done.flush()  # type: ignore[attr-defined]
             except OSError as error:
-                raise InputError(
-                    f"{self.folder}: cannot be written ({error.strerror}); free space and run again"
-                ) from error
+                raise write_error(self.folder, error, "set paths.stores to another folder") from error
             self._unflushed.clear()
         self._last_flush = time.monotonic()
 

@@ -6,6 +6,7 @@ The files are the manifest, the shards, and the lists of image names, image path
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.retrieval.rows import map_npy
-from superglobal.utils.io import read_file, read_json, umask, write_atomically
+from superglobal.utils.io import read_file, read_json, umask, write_atomically, write_error
 
 FORMAT = "superglobal-store-2"
 SHARD_ROWS = 16384
@@ -96,10 +97,9 @@ def create_store(
         with contextlib.suppress(FileExistsError, NotADirectoryError):
             _rename_new(temporary, folder)
     except OSError as error:
-        raise InputError(
-            f"{folder}: the descriptor store cannot be written ({error.strerror or error}); it needs "
-            f"{len(images) * dim * np.dtype(dtype).itemsize / 2**20:.0f} MiB; set paths.stores to a folder with enough "
-            "free space"
+        size = len(images) * dim * np.dtype(dtype).itemsize / 2**20
+        raise write_error(
+            folder, error, f"set paths.stores to another folder (the store needs {size:.0f} MiB)"
         ) from error
     finally:
         if temporary is not None:
@@ -126,12 +126,17 @@ def _rename_new(source: Path, target: Path) -> None:
 
     Raises:
         FileExistsError: there is already a store at `target`.
+        InputError: there are other files at `target`.
     """
     try:
         os.rename(source, target)
     except OSError as error:
         if (target / "manifest.json").exists():  # Another process has already created the same store.
             raise FileExistsError(str(target)) from error
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            raise InputError(
+                f"{target}: the folder has files but no manifest.json, so it is no complete descriptor store; remove it"
+            ) from error
         raise
 
 
@@ -279,7 +284,7 @@ def add_skipped(folder: Path, notes: Mapping[int, str]) -> None:
         with (folder / SKIPPED).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(_skipped_text(notes))
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); free space and run again") from error
+        raise write_error(folder / SKIPPED, error, "set paths.stores to another folder") from error
 
 
 def write_skipped(folder: Path, notes: Mapping[int, str]) -> None:

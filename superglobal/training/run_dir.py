@@ -14,7 +14,15 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.reporting.runs import flatten
-from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, file_lock, read_json, require_regular, write_atomically
+from superglobal.utils.io import (
+    CORRUPT_IMAGES,
+    EXPORT,
+    file_lock,
+    read_json,
+    require_regular,
+    write_atomically,
+    write_error,
+)
 
 CHECKPOINTS = "checkpoints"
 FORMAT = "superglobal-training-2"
@@ -38,7 +46,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be written ({error.strerror}); change paths.outputs") from error
+        raise write_error(Path(error.filename), error, "change paths.outputs") from error
     with file_lock(folder / "lock", f"{folder}: another process is training there", "or give a new name="):
         yield
 

@@ -158,7 +158,7 @@ def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
             os.replace(path, backup)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}){_space(path, temporary)}") from error
+        raise write_error(path, error) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -172,6 +172,28 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     with atomic_file(path) as file:
         file.write(data)
+
+
+def write_error(
+    path: Path, error: OSError, alternative: str = "choose another folder", verb: str = "written"
+) -> InputError:
+    """Return an InputError about a file or folder that cannot be written, with a hint that depends on the reason.
+
+    Args:
+        path: the file or folder.
+        error: the reason.
+        alternative: the other way out, after the hint.
+        verb: what cannot be done.
+    """
+    hint = ""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        hint = "change its permissions, or "
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+        hint = f"{shutil.disk_usage(existing).free / 1e6:.1f} MB are free: free space, or "
+    elif error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY):
+        hint = "move away what is in its place, or "
+    return InputError(f"{path}: cannot be {verb} ({error.strerror or error}); {hint}{alternative}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -210,6 +232,8 @@ def file_lock(path: Path, busy: str, hint: str = "", wait: bool = False) -> Iter
             lock.acquire()
     except (OSError, NotImplementedError) as error:  # filelock raises these if the file system does not support locks.
         lock.release()
+        if isinstance(error, PermissionError):
+            raise write_error(path, error, verb="locked") from error
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be locked ({reason}); choose a folder on another file system") from error
     try:
@@ -256,21 +280,3 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _space(path: Path, temporary: str | None) -> str:
-    """Return the end of the error message for a failed write.
-
-    Args:
-        path: file that could not be written.
-        temporary: path of the partly written temporary file, or None if it could not be created.
-
-    Returns:
-        A text with the number of bytes written, the free space on the disk, and a hint.
-    """
-    try:
-        free = shutil.disk_usage(path.parent).free
-        written = os.path.getsize(temporary) if temporary else 0
-    except OSError:
-        return "; choose another folder"
-    return f"; wrote {written / 1e6:.1f} MB, {free / 1e6:.1f} MB are free: free space, or choose another folder"
