@@ -2,6 +2,8 @@
 
 from superglobal.utils.escape import printable
 
+_MAX_LINE = 2000  # maximum number of characters of a line of a message
+
 
 class InputError(ValueError):
     """Error for invalid input. The message says what is wrong, where it is wrong, and how to fix it.
@@ -10,8 +12,9 @@ class InputError(ValueError):
     """
 
     def __str__(self) -> str:
-        # The message may contain file names with control characters, or with bytes that are not UTF-8.
-        return "\n".join(map(printable, super().__str__().split("\n")))
+        # The message may contain file names with control characters or bytes that are not UTF-8, and long values.
+        lines = (printable(line) for line in super().__str__().split("\n"))
+        return "\n".join(line if len(line) <= _MAX_LINE else f"{line[:_MAX_LINE]}..." for line in lines)
 
 
 def first_line(error: BaseException) -> str:

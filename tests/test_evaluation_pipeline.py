@@ -217,6 +217,9 @@ def test_user_provided_descriptors_need_ground_truth_but_no_images(tmp_path):
         b"",
         b"{'descr': '<f4', 'fortran_order': False, 'shape': (4, 4), (",
         b"{'descr': '<f4', b'fortran_order': False, 'shape': (4, 4)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (-4, -4)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000000000000, 4)}",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000000000, 4)}",
     ],
 )
 def test_damaged_descriptor_files_raise_input_errors(tmp_path, header):

@@ -1,5 +1,6 @@
 """Loaders of the Revisited sets: ground truth from valid pickles only, evaluation sets and distractors."""
 
+import functools
 import io
 import os
 import pickle
@@ -17,6 +18,10 @@ from superglobal.data.revisited import load_ground_truth, query_landmarks, revis
 from superglobal.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+# The text of this small object has 2**100 brackets.
+NESTED: Any = functools.reduce(lambda inner, _: [inner, inner], range(100), 0)
 
 
 def truth(**first_query: Any) -> dict[str, Any]:
@@ -132,6 +137,16 @@ def test_dotted_names_and_crafted_arrays_raise_errors(tmp_path: Path) -> None:
         load_ground_truth(path)
 
 
+def test_pickles_that_need_much_memory_raise_errors(tmp_path: Path) -> None:
+    empty = np.zeros((0, 3))
+    bomb = pickle.dumps(truth(easy=empty), 4).replace(b"K\x00K\x03\x86", b"J\xff\xff\xff\x7fK\x00\x86")
+    (tmp_path / "gnd_a.pkl").write_bytes(bomb)
+    assert load_ground_truth(tmp_path / "gnd_a.pkl").gnd[0]["easy"].size == 0
+    for kind in (set, frozenset):
+        with pytest.raises(InputError, match="set of a range, expected a list"):
+            load_ground_truth(write(tmp_path / "gnd_b.pkl", truth(easy=Call(kind, range(10**12)))))
+
+
 def test_damaged_pickles_raise_errors(tmp_path: Path) -> None:
     whole = pickle.dumps(truth(easy=np.array([0])))
     path = tmp_path / "gnd.pkl"
@@ -154,7 +169,14 @@ def test_damaged_pickles_raise_errors(tmp_path: Path) -> None:
         ({"easy": [float("nan")]}, r"easy: nan, expected"),
         ({"easy": ["0"]}, r"easy: '0', expected"),
         ({"easy": range(10**12)}, r"easy: 1000000000000 indices, expected at most 4"),
+        ({"easy": range(10**30)}, r"easy: \d+ indices, expected at most 4"),
         ({"easy": 3}, r"easy: int, expected a list"),
+        ({"easy": {1, "a"}}, r"easy: 'a', expected"),
+        ({"easy": [10**400]}, r"easy: index 1000.*\.\.\..*, expected 0 to 3"),
+        ({"easy": [10**5000]}, r"easy: index int of too many digits, expected 0 to 3"),
+        ({"bbx": [1, 2, 3, 10**400]}, r"bbx: .*expected four numbers"),
+        ({"easy": [NESTED]}, r"easy: \[\[\[.*, expected an index"),
+        ({"bbx": [NESTED] * 4}, r"bbx: .*expected four numbers"),
         ({"bbx": [1, 2, 3]}, r"query 0 \(old_hall_000013\), bbx: \[1, 2, 3\], expected four numbers"),
         ({"bbx": [1, 2, 3, float("inf")]}, r"bbx: .*expected four numbers"),
     ],

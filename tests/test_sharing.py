@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import math
 import os
@@ -117,7 +118,10 @@ def test_settings_override_the_stored_ones(shared):
         (lambda c: {"model_type": "bert"}, "expected .superglobal-model-1."),
         (lambda c: [c], "expected .superglobal-model-1."),
         (lambda c: {**c, "backbone": "resnet18"}, "do not match the network.*missing"),
-        (lambda c: {**c, "dim": 17}, r"of wrong shape: whitening\.bias \(16,\)"),
+        *((lambda c, dim=dim: {**c, "dim": dim}, r"dim=.*(16 outputs|expected int)") for dim in (17, -5, 10**9, 1e30)),
+        (lambda c: {**c, "std": [0.2, 0, 0.2]}, "std > 0"),
+        (lambda c: {**c, "provenance": {"origin": "elsewhere"}}, "config.json"),
+        (lambda c: {**c, "provenance": functools.reduce(lambda inner, _: [inner], range(900), 0)}, "nested levels"),
         (lambda c: {**c, "backbone": "restnet"}, "no such model"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 import re
@@ -288,6 +289,7 @@ def test_metrics_without_queries_are_shown_as_a_dash(tmp_path):
     [
         (b"[]", "missing, damaged, or not a result of eval.py"),
         (b"\xff", "missing, damaged, or not a result of eval.py"),
+        (b"[" * 100_000, "missing, damaged, or not a result of eval.py"),
         (b'{"format": "other"}', "format 'other', expected"),
         (b'{"format": "%s", "ablation": ""}' % FORMAT.encode(), "damaged, the keys dataset, weights"),
     ],
@@ -296,6 +298,28 @@ def test_a_damaged_result_is_named(runs, text, reason):
     folder, _ = runs
     (folder / "9_job" / "results.json").write_bytes(text)
     with pytest.raises(InputError, match=re.escape(f"9_job/results.json: {reason}")):
+        write_tables(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metrics": [1]},
+        {"metrics": {"search": {"map": {"medium": "high"}}}},
+        {"metrics": {"search": {"map": {"medium": 61.1}}}},
+        {"metrics": {"search": {"speed": {}}}},
+        {"config": {"rerank": "all"}},
+        {"config": functools.reduce(lambda inner, _: {"a": inner}, range(900), {})},
+        {"counts": 3},
+        {"dataset": ["a"]},
+    ],
+)
+def test_a_manipulated_result_is_named(runs, change):
+    folder, _ = runs
+    path = folder / "9_job" / "results.json"
+    valid = next(other for other in folder.glob("*/results.json") if other != path)
+    path.write_text(json.dumps({**json.loads(valid.read_text()), **change}))
+    with pytest.raises(InputError, match=r"9_job/results\.json: missing, damaged, or not a result"):
         write_tables(folder)
 
 

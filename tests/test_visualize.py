@@ -139,11 +139,11 @@ def test_any_file_name_is_escaped_in_every_output(tmp_path, capsys):
     overrides = ("dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "rerank.M=4")
     result, other = (evaluated(tmp_path / name, tmp_path, *overrides) for name in ("result", "other"))
     names = sorted(name for name in FinishedRun(result).per_query["query"] if name.startswith("'=1+1/"))
-    shown = ("3", "<b>|[x](javascript:y)*", r"a\nb\x1b[1m\t", r"caf\udce9")
+    shown = ("3", "<b>|[x](javascript:y)*", r"a\nb\x1b[1m\t", r"caf\xe9")
     assert names == [f"'=1+1/{name}.jpg" for name in shown]
     assert all(row["landmark"] in ("'=1+1", "label1") for row in csv.DictReader((result / "per_query.csv").open()))
-    assert r"caf\udce9.jpg" in (result / "rankings.csv").read_text()
-    assert r"caf\\udce9.jpg" in (result / "rankings.json").read_text()
+    assert r"caf\xe9.jpg" in (result / "rankings.csv").read_text()
+    assert r"caf\\xe9.jpg" in (result / "rankings.json").read_text()
     compare_runs(result, other)
     (queries,) = result.glob("comparison/*/queries.md")
     assert r"=1+1/&lt;b&gt;\|\[x](javascript:y)\*.jpg |" in queries.read_text()
@@ -255,6 +255,26 @@ def test_missing_images_and_stores_raise_errors_with_a_fix(copied):
     paths, left_out = visualize(result, [], FEW)
     assert [reason.split(":")[0] for reason in left_out] == ["curves", "similarities", "map"]
     assert paths
+
+
+def test_manipulated_rankings_and_scores_raise_errors(copied):
+    folder = copied / "result"
+    stages = dict(np.load(folder / "rankings.npz"))
+    changes = {"search_ids": (np.full((6, 3), 10**6), np.full((6, 3), -7), np.zeros((6, 3)), np.zeros((6, 0), int))}
+    changes["rerank_scores"] = (np.zeros(4), np.zeros((6, 3), complex))
+    for name, values in changes.items():
+        for value in values:
+            np.savez(folder / "rankings.npz", **{**stages, name: value})
+            with pytest.raises(InputError, match=r"rankings\.npz: missing or damaged"):
+                visualize(folder, ["sheets"], FEW)
+    (folder / "rankings.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(InputError, match=r"rankings\.npz: missing or damaged"):
+        visualize(folder, ["sheets"], FEW)
+    np.savez(folder / "rankings.npz", **stages)
+    table = folder / "per_query.csv"
+    table.write_text(table.read_text().replace(",", f",{'x' * 200_000},", 1))
+    with pytest.raises(InputError, match=r"per_query\.csv: missing or damaged"):
+        visualize(folder, ["sheets"], FEW)
 
 
 def test_a_changed_folder_of_images_is_an_error(root, tmp_path):

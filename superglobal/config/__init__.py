@@ -101,12 +101,14 @@ def validate_arguments(arguments: Iterable[str]) -> None:
 
     Raises:
         InputError: an argument contains a renamed or removed setting, and the message says what to use instead; or an
-            argument or the name of the current folder is not UTF-8, which Hydra cannot record.
+            argument or the name of the current folder is not UTF-8, or contains a number that Hydra cannot read.
     """
     arguments = list(arguments)
     for text in (*arguments, os.getcwd()):
         if text != text.encode(errors="ignore").decode():
             raise InputError(f"{text}: not UTF-8; rename the file or folder, or use a link with another name")
+        if re.search(r"\d{1000}", text):
+            raise InputError(f"{text[:40]}...: expected a number of fewer than 1000 digits")
     for argument in arguments:
         name = argument.lstrip("+~").partition("=")[0]
         if name in OLD_SETTINGS:

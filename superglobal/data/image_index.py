@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -227,7 +226,7 @@ def load_index(root: Path, table: str, tars: str | Path | None) -> ImageIndex:
             index = ImageIndex(**{field.name: stored[field.name] for field in fields(ImageIndex)})
     except FileNotFoundError as error:
         raise InputError(f"index of the images not found: {path}; create it with: {command}") from error
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # A damaged zip file raises exceptions of many types.
         raise InputError(f"{path}: damaged ({error}); create it again with: {command}") from error
     mismatch = _tar_mismatch(index, tars)
     if identity != (VERSION, list_digest(root, table)):

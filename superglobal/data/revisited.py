@@ -5,7 +5,8 @@ The folder `<root>/<name>` contains the images in `jpg/` and the ground truth in
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,10 +152,20 @@ def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:
         raise InputError(f"{place} is missing; expected the format of a Revisited ground truth")
     value = entry[key]
     if isinstance(value, (set, frozenset)):
-        value = sorted(value)
+        value = sorted(value, key=lambda element: (str(type(element)), element))
+    if isinstance(value, range):
+        value = value[: sys.maxsize]  # `len` does not support longer ranges.
     if not isinstance(value, (list, tuple, range)):
         raise InputError(f"{place}: {type(value).__name__}, expected a list")
     return value
+
+
+def _text(value: Any) -> str:
+    """Return a short text of a value for messages. The full text is immense if the parts of the value are shared."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not convert integers of more than 4300 digits.
+        return f"{type(value).__name__} of too many digits"
 
 
 def _names(path: Path, data: dict[str, Any], key: str) -> list[str]:
@@ -190,10 +201,10 @@ def _entry(path: Path, entry: Any, where: str, database: int) -> dict[str, Any]:
         if len(ids) > database:
             raise InputError(f"{path}: {where}, {key}: {len(ids)} indices, expected at most {database}")
         for value in ids:
-            if not isinstance(value, int | float) or isinstance(value, bool) or not float(value).is_integer():
-                raise InputError(f"{path}: {where}, {key}: {value!r}, expected an index into imlist")
+            if not isinstance(value, int | float) or isinstance(value, bool) or value % 1 != 0:
+                raise InputError(f"{path}: {where}, {key}: {_text(value)}, expected an index into imlist")
             if not 0 <= value < database:
-                raise InputError(f"{path}: {where}, {key}: index {value}, expected 0 to {database - 1}")
+                raise InputError(f"{path}: {where}, {key}: index {_text(value)}, expected 0 to {database - 1}")
             if int(value) in key_of:
                 earlier = key_of[int(value)]
                 raise InputError(f"{path}: {where}, {key}: index {value} is also in {earlier}, expected once")
@@ -201,7 +212,7 @@ def _entry(path: Path, entry: Any, where: str, database: int) -> dict[str, Any]:
         checked[key] = np.array([int(value) for value in ids], dtype=np.int64)
     if entry.get("bbx") is not None:
         box = _field(path, entry, "bbx", where)
-        if len(box) != 4 or not all(isinstance(v, int | float) and math.isfinite(v) for v in box):
-            raise InputError(f"{path}: {where}, bbx: {list(box)[:6]}, expected four numbers x1, y1, x2, y2")
+        if len(box) != 4 or not all(isinstance(v, int | float) and abs(v) < 2**63 for v in box):
+            raise InputError(f"{path}: {where}, bbx: {_text(list(box[:6]))}, expected four numbers x1, y1, x2, y2")
         checked["bbx"] = tuple(float(v) for v in box)
     return checked

@@ -94,6 +94,8 @@ def _from_buffer(raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order:
         order: "C" if the values are stored row by row, "F" if column by column.
     """
     values = dtype.values(raw)
+    if not values.size:
+        return []  # The lists of an empty array can need any amount of memory, as in the shape (10**9, 0).
     if len(shape) != 1 and math.prod(shape) != values.size:
         raise pickle.UnpicklingError(f"array of shape {shape} with {values.size} values, expected {math.prod(shape)}")
     return values.reshape(shape, order="F" if order == "F" else "C").tolist() if shape else [values[0].item()]
@@ -102,6 +104,13 @@ def _from_buffer(raw: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order:
 def _scalar(dtype: _Dtype, raw: bytes | str) -> Any:
     """Replacement for NumPy's `scalar`: convert the raw bytes of one value to a number or a string."""
     return dtype.values(raw)[0].item()
+
+
+def _set(elements: list[Any] | tuple[Any, ...] = ()) -> set[Any]:
+    """Replacement for `set` and `frozenset`, which would turn a range into a set of any size."""
+    if not isinstance(elements, list | tuple):
+        raise pickle.UnpicklingError(f"set of a {type(elements).__name__}, expected a list of elements")
+    return set(elements)
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -122,5 +131,4 @@ for _core in ("numpy.core", "numpy._core"):
     _ALLOWED[f"{_core}.multiarray", "scalar"] = _scalar
     _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _from_buffer
 for _builtins in ("builtins", "__builtin__"):
-    for _plain in (set, frozenset, range):
-        _ALLOWED[_builtins, _plain.__name__] = _plain
+    _ALLOWED[_builtins, "set"], _ALLOWED[_builtins, "frozenset"], _ALLOWED[_builtins, "range"] = _set, _set, range

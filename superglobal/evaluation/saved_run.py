@@ -117,9 +117,19 @@ class FinishedRun:
             require_regular(path)
             with np.load(path, allow_pickle=False) as file:
                 names = [name for name in ("search", "rerank") if f"{name}_ids" in file]
-                return {name: (file[f"{name}_scores"], file[f"{name}_ids"]) for name in names}
+                stages = {name: (file[f"{name}_scores"], file[f"{name}_ids"]) for name in names}
         except Exception as error:  # reading a damaged zip file can raise any exception
             raise self._unreadable(path, error) from error
+        count, total = self.summary["counts"]["queries"], self.summary["counts"]["database"]
+        total += self.summary["about"].get("skipped", 0)
+        if "search" not in stages:
+            raise self._unreadable(path, KeyError("search_ids"))
+        for name, (scores, ids) in stages.items():
+            if ids.ndim != 2 or scores.shape != ids.shape or len(ids) != count or not ids.shape[1]:
+                raise self._unreadable(path, ValueError(f"{name}: shapes {scores.shape} and {ids.shape}"))
+            if scores.dtype.kind != "f" or ids.dtype.kind != "i" or ids.min() < -1 or ids.max() >= total:
+                raise self._unreadable(path, ValueError(f"{name}: expected scores, and ids from -1 to {total - 1}"))
+        return stages
 
     @cached_property
     def per_query(self) -> dict[str, list[str]]:

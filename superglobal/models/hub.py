@@ -187,7 +187,10 @@ def read_folder(folder: Path) -> Weights:
             f"{folder / WEIGHTS}: the tensors have changed since they were written; download or copy the folder again"
         )
     scales, antialias = make_scales(config["scales"]), config["antialias"]
-    return Weights.from_metadata(tensors, config, config["provenance"], scales=scales, antialias=antialias)
+    try:
+        return Weights.from_metadata(tensors, config, config["provenance"], scales=scales, antialias=antialias)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG}: {error}; download or copy the folder again") from error
 
 
 def model_card(

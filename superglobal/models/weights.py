@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import pickle
 import re
 from collections import Counter
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from superglobal.errors import InputError, first_line
 from superglobal.models.network import RetrievalNetwork, weights_digest
-from superglobal.utils.io import EXPORT, write_atomically
+from superglobal.utils.io import EXPORT, parse_json, write_atomically
 
 log = logging.getLogger(__name__)
 FORMAT = "superglobal-1"
@@ -100,15 +101,27 @@ class Weights:
             metadata: result of `architecture`, as stored with the weights.
             provenance: origin of the weights.
             settings: other attributes, such as `scales`.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: the metadata is damaged.
         """
+        dim = len(tensors["whitening.weight"]) if "whitening.weight" in tensors else None
+        if type(metadata["dim"]) is not type(dim) or metadata["dim"] != dim:
+            raise ValueError(f"dim={metadata['dim']}, but the whitening layer has {dim} outputs")
+        mean, std = tuple(metadata["mean"]), tuple(metadata["std"])
+        if not all(math.isfinite(value) for value in mean + std) or min(std) <= 0:
+            raise ValueError(f"mean={mean} and std={std}: expected finite numbers, std > 0")
+        origin: Any = provenance
+        while origin is not None:
+            origin = origin.get("origin")
         return cls(
             tensors,
             "superglobal",
             backbone=metadata["backbone"],
-            dim=metadata["dim"],
+            dim=dim,
             pooling=metadata["pooling"] and pooling_from_json(metadata["pooling"]),
-            mean=tuple(metadata["mean"]),
-            std=tuple(metadata["std"]),
+            mean=mean,
+            std=std,
             provenance=provenance,
             **settings,
         )
@@ -257,7 +270,7 @@ def require_same_shapes(expected: Mapping[str, Tensor], state: Mapping[str, Tens
 def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: dict[str, Any]) -> Weights:
     """Create `Weights` from the tensors and the JSON text of an export. Raises InputError if either is damaged."""
     try:
-        metadata = json.loads(text)
+        metadata = parse_json(text)
         if metadata["format"] != FORMAT:
             raise InputError(
                 f"{path}: format {metadata['format']!r}, expected {FORMAT!r}; use the version of superglobal that "
@@ -266,7 +279,9 @@ def _from_export(path: Path, tensors: dict[str, Tensor], text: str, provenance: 
         if weights_digest(tensors) != metadata["digest"]:
             raise InputError(f"{path}: the tensors have changed since they were written; copy or export the file again")
         return Weights.from_metadata(tensors, metadata, {**provenance, "origin": metadata["provenance"]})
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{path}: the superglobal metadata is damaged ({error!r}); export the file again") from error
 
 

@@ -34,6 +34,7 @@ _HIDDEN_SETTINGS = (
 )
 # Settings of a data set that get a column in a table, because the name of the data set does not show them.
 _DATASET_SETTINGS = ("database", "max_side", "solution", "table", "landmarks", "seed", "neighbors", "votes")
+_OBJECTS = ("counts", "seconds", "about", "protocol", "versions")
 _REQUIRED_KEYS = ("ablation", "dataset", "weights", "status", "metrics", "config")
 
 
@@ -72,7 +73,9 @@ def read_result(path: Path) -> dict[str, Any]:
         result = read_json(path)
         version = result["format"]
         missing = [key for key in _REQUIRED_KEYS if key not in result]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        if version == FORMAT and not missing:
+            _validate(result)
+    except (OSError, AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
         raise InputError(
             f"{path}: missing, damaged, or not a result of eval.py ({error!r}); run eval.py again"
         ) from error
@@ -81,6 +84,32 @@ def read_result(path: Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{path}: damaged, the keys {', '.join(missing)} are missing; run eval.py again")
     return result
+
+
+def _validate(result: Mapping[str, Any]) -> None:
+    """Check the types of those values of a `results.json` on which tables depend.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: a value is missing, has another type, or is out of range.
+    """
+    parts = [result["metrics"], result["config"], *(result.get(key, {}) for key in _OBJECTS)]
+    parts += [result["config"].get(key, {}) for key in ("dataset", "distractors", "pooling", "rerank", "index")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise TypeError(f"expected objects for metrics, config, {', '.join(_OBJECTS)} and the sections of config")
+    if not all(isinstance(result[key], str) for key in ("ablation", "dataset", "status")):
+        raise TypeError("expected texts for ablation, dataset and status")
+    numbers = [*result.get("seconds", {}).values(), *result.get("counts", {}).values()]
+    for stage, metrics in result["metrics"].items():
+        if not all(isinstance(values, dict) for values in metrics.values()):
+            raise TypeError(f"metrics.{stage}: expected objects")
+        scores = [score for score in main_scores(metrics).values() if score is not None]
+        if not all(0 <= score <= 1 for score in scores):
+            raise ValueError(f"metrics.{stage}: expected numbers from 0 to 1")
+        numbers += metrics.get("queries", {}).values()
+        for protocol, (low, high) in metrics.get("interval", {}).items():
+            numbers += [main_scores(metrics)[protocol], low, high]
+    if not all(isinstance(number, int | float | None) for number in numbers):
+        raise TypeError("expected numbers for seconds, counts, queries and intervals")
 
 
 def _job_order(path: Path) -> tuple[str, int, str]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.retrieval.rows import map_npy
-from superglobal.utils.io import read_file, read_json, umask, write_atomically, write_error
+from superglobal.utils.io import parse_json, read_file, read_json, umask, write_atomically, write_error
 
 FORMAT = "superglobal-store-2"
 SHARD_ROWS = 16384
@@ -315,7 +315,7 @@ def _read_lines(path: Path, rows: int, fix: str) -> list[str]:
         fix: hint for the error message that says how to replace a missing or damaged file.
     """
     try:
-        lines = json.loads(_read_text(path, fix))
+        lines = parse_json(_read_text(path, fix))
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); expected a JSON list of {rows} strings; {fix}") from error
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):

@@ -14,15 +14,8 @@ import numpy as np
 
 from superglobal.errors import InputError
 from superglobal.reporting.runs import flatten
-from superglobal.utils.io import (
-    CORRUPT_IMAGES,
-    EXPORT,
-    file_lock,
-    read_json,
-    require_regular,
-    write_atomically,
-    write_error,
-)
+from superglobal.retrieval.rows import map_npy
+from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, file_lock, read_json, write_atomically, write_error
 
 CHECKPOINTS = "checkpoints"
 FORMAT = "superglobal-training-2"
@@ -146,9 +139,10 @@ def _require_same_images(folder: Path, codes: np.ndarray) -> np.ndarray:
     """
     path = folder / _CODES
     try:
-        require_regular(path)
-        before = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        before = map_npy(path)
+        if before.shape != codes.shape or before.dtype != codes.dtype:
+            raise ValueError(f"shape {before.shape} and type {before.dtype}, expected {codes.shape} and {codes.dtype}")
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged ({error}); remove {folder} to train again") from error
     changed = np.flatnonzero((before != codes) & (before != 0) & (codes != 0))
     if len(changed):
@@ -180,7 +174,10 @@ def _read_record(folder: Path) -> dict[str, Any] | None:
     """Return the record in a run directory; None if there is none. Raises InputError if it is damaged."""
     path = folder / _RECORD
     try:
-        return read_json(path) if path.is_file() else None
+        record = read_json(path) if path.is_file() else None
+        if not isinstance(record, dict | None):
+            raise ValueError("not an object")
+        return record
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error}); remove {folder} to train again") from error
 

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)
+_MAX_DEPTH = 50  # maximum number of nested levels of a JSON file
 _MAX_SHOWN = 200  # maximum number of characters of a path in a message
 EXPORT, CORRUPT_IMAGES = "best.safetensors", "corrupt_images.txt"
 
@@ -67,10 +68,24 @@ def read_json(path: str | Path) -> Any:
         OSError: the file cannot be read, or it is not a regular file.
         ValueError: the file is not JSON, or its values are nested too deeply.
     """
-    try:
-        return json.loads(read_file(path))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return parse_json(read_file(path))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: the text is not JSON, or its values are nested too deeply for functions that call themselves.
+    """
+    with suppress(RecursionError):
+        value = json.loads(text)
+        containers = [value] if isinstance(value, dict | list) else []
+        for _ in range(_MAX_DEPTH):
+            children = (entry.values() if isinstance(entry, dict) else entry for entry in containers)
+            containers = [child for entry in children for child in entry if isinstance(child, dict | list)]
+            if not containers:
+                return value
+    raise ValueError(f"more than {_MAX_DEPTH} nested levels")
 
 
 def read_csv(path: str | Path) -> list[list[str]]:
