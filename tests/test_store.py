@@ -131,6 +131,11 @@ def test_damaged_stores_raise_errors_that_name_the_file(tmp_path):
     shard.write_bytes(shard.read_bytes()[:50])
     with pytest.raises(InputError, match=r"shard-00001\.npy.*delete"):
         create(tmp_path / "s")
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    for text in (json.dumps({**manifest, "rows": 10**18}), "[" * 100_000, json.dumps([[]] * 3)):
+        (tmp_path / "s" / "manifest.json").write_text(text)
+        with pytest.raises(InputError, match=r"manifest\.json is damaged"):
+            DescriptorStore.open(tmp_path / "s")
     (tmp_path / "s" / "manifest.json").write_text("{")
     with pytest.raises(InputError, match=r"manifest\.json is damaged"):
         create(tmp_path / "s")

@@ -28,6 +28,7 @@ DTYPES = ("float32", "float16")
 NAMES, PATHS, SKIPPED = "names.json", "paths.json", "skipped.txt"
 DONE, CHECKSUMS, VERIFIED = "done.npy", "checksums.npy", "verified.npy"
 NO_REASON = "\tno reason given"
+_MAX_SHARDS = 100_000  # maximum number of shards of a store
 _MANIFEST_TYPES = {"fingerprint": str, "rows": int, "dim": int, "shard_rows": int, "identity": dict}
 
 
@@ -157,6 +158,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 raise TypeError(f"{key}: {manifest[key]!r}")
         if manifest["dtype"] not in DTYPES:
             raise TypeError(f"dtype: {manifest['dtype']!r}")
+        if manifest["rows"] > _MAX_SHARDS * manifest["shard_rows"]:
+            raise ValueError(f"rows: {manifest['rows']}, shard_rows: {manifest['shard_rows']}")
         return manifest
     except FileNotFoundError as error:
         raise InputError(
