@@ -181,3 +181,8 @@ def test_votes_nearest_uses_only_the_nearest_neighbor():
     classes, sums = vote(np.array([[3, 5, 5]]), np.array([[0.5, 0.4, 0.4]]), "nearest")
     assert (classes.tolist(), sums.tolist()) == ([3], [0.5])
     assert vote(np.array([[3, 5, 5]]), np.array([[0.5, 0.4, 0.4]]))[0].tolist() == [5]
+
+
+def test_a_vote_without_neighbors_is_an_error():
+    with pytest.raises(InputError, match="with k >= 1"):
+        vote(np.zeros((2, 0), int), np.zeros((2, 0)))

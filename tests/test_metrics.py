@@ -300,3 +300,8 @@ def test_the_interval_of_a_gain_resamples_whole_landmarks():
     # Queries of one landmark are not independent: resampling single queries would give a narrower interval.
     narrow = cluster_interval(gain, np.arange(len(gain)), seed=3)
     assert high - low > 1.2 * (narrow[1] - narrow[0])
+
+
+def test_rankings_without_ids_contain_no_target():
+    (ranks,) = ranks_from_rankings(np.zeros((1, 0), np.int64), [{"easy": [1], "hard": [], "junk": [2]}])
+    assert ranks["easy"].tolist() == ranks["junk"].tolist() == [-1]

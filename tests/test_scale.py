@@ -17,7 +17,7 @@ from superglobal.errors import InputError
 from superglobal.metrics.evaluate import evaluate
 from superglobal.reranking.registry import rerank
 from superglobal.retrieval.ranks import exact_ranks, search_and_rank
-from superglobal.retrieval.rows import concat
+from superglobal.retrieval.rows import concat, load_npy
 from superglobal.retrieval.search import merge_shortlists, search
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.store_files import fingerprint
@@ -178,6 +178,13 @@ def test_merged_results_of_parts_equal_the_whole(seed, count):
     np.testing.assert_array_equal(scores, expected[0])
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0,)])
+def test_a_file_without_descriptors_is_an_error(tmp_path, shape):
+    np.save(tmp_path / "x.npy", np.zeros(shape, np.float32))
+    with pytest.raises(InputError, match=r"x\.npy: expected descriptors \(N, D\) with at least one row, got shape"):
+        load_npy(tmp_path / "x.npy")
+
+
 def test_lists_that_cannot_be_merged_raise_errors():
     Q = X = unit(np.random.default_rng(0), 20, 5)
     part = search(Q, X, 4, dtype=np.float64)
@@ -185,6 +192,12 @@ def test_lists_that_cannot_be_merged_raise_errors():
         merge_shortlists([search(Q, X, 4)])
     with pytest.raises(InputError, match="two shards contain id"):
         merge_shortlists([part, part])
+    for starts in (np.array([0.0, 20.0]), np.array([[0], [20]]), [0, "20"], [0], 0):
+        with pytest.raises(InputError, match="expected 2 integers, one row id per shard"):
+            merge_shortlists([part, part], starts=starts)
+    with pytest.raises(InputError, match="integer ids"):
+        merge_shortlists([(part[0], part[1].astype(float))])
+    assert merge_shortlists([part, part], starts=np.array([0, 20]))[1].max() >= 20
     scores, ids = merge_shortlists([part, (part[0], np.full_like(part[1], -1))], 6)
     assert (ids[:, 4:] == -1).all()
     assert np.isneginf(scores[:, 4:]).all()

@@ -364,6 +364,8 @@ def split_by_set(ranks: Sequence[np.ndarray], sets: Sequence[Sets]) -> list[Sets
 
 def _positions(row: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Return the positions (n,) int64 of `ids` (n,) in the list `row` (m,); -1 for an id that is not in the list."""
+    if not len(row):
+        return np.full(len(ids), -1)
     order = np.argsort(row)
     index = np.minimum(np.searchsorted(row, ids, sorter=order), len(row) - 1)
     return np.where(row[order[index]] == ids, order[index], -1)

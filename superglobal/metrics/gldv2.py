@@ -347,8 +347,13 @@ def vote(labels: np.ndarray, scores: np.ndarray, votes: str = "similarity") -> t
 
     Returns:
         Predicted classes (Q,), and the sums of their votes (Q,) float64.
+
+    Raises:
+        InputError: k is 0.
     """
     weights = np.asarray(scores, np.float64)
+    if not labels.shape[1]:
+        raise InputError(f"labels: expected (Q, k) classes with k >= 1, got shape {labels.shape}")
     if votes == "nearest":
         return labels[:, 0], weights[:, 0]
     if votes == "distance":

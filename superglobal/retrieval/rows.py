@@ -410,13 +410,15 @@ def flat_array(values: Any, name: str) -> np.ndarray:
 
 
 def load_npy(path: str | Path) -> Rows:
-    """Open a .npy file of descriptors (N, D) as a memory map. Raises InputError if the file is unreadable."""
+    """Open a .npy file of descriptors (N, D) as a memory map. Raises InputError if it is unreadable or has no rows."""
     try:
         array = map_npy(path)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: not a readable .npy file of descriptors ({error}); write it with numpy.save"
         ) from error
+    if not array.size:
+        raise InputError(f"{path}: expected descriptors (N, D) with at least one row, got shape {array.shape}")
     return as_rows(array, str(path))
 
 

@@ -77,7 +77,7 @@ def search(
 
 
 def merge_shortlists(
-    shards: Sequence[tuple[Any, Any]], k: int | None = None, starts: Sequence[int] | None = None
+    shards: Sequence[tuple[Any, Any]], k: int | None = None, starts: Sequence[int] | np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Merge the search results of all shards of a database. The result equals that of a search in the whole database.
 
@@ -98,20 +98,21 @@ def merge_shortlists(
     """
     if not shards:
         raise InputError("shards: expected at least one shard, got none")
-    if starts is not None and len(starts) != len(shards):
-        raise InputError(f"starts: expected {len(shards)} row ids, one per shard, got {len(starts)}")
+    offsets = np.zeros(len(shards), np.int64) if starts is None else np.asarray(starts)
+    if offsets.shape != (len(shards),) or offsets.dtype.kind not in "iu":
+        raise InputError(f"starts={starts}: expected {len(shards)} integers, one row id per shard")
     if k is not None and (not isinstance(k, int | np.integer) or k < 1):
         raise InputError(f"k={k}: expected an integer >= 1")
     pairs = [(np.asarray(scores), np.asarray(ids)) for scores, ids in shards]
     for number, (scores, ids) in enumerate(pairs):
-        if scores.shape != ids.shape or scores.ndim != 2 or len(scores) != len(pairs[0][0]):
+        n = len(pairs[0][0])
+        if scores.shape != ids.shape or scores.ndim != 2 or len(scores) != n or ids.dtype.kind not in "iu":
             raise InputError(
-                f"shard {number}: expected scores and ids of shape ({len(pairs[0][0])}, k), got scores {scores.shape} "
-                f"and ids {ids.shape}"
+                f"shard {number}: expected scores and integer ids of shape ({n}, k), got scores {scores.shape} and "
+                f"{ids.dtype} ids {ids.shape}"
             )
         if scores.dtype != np.float64:
             raise InputError(f"shard {number}: expected float64 scores, got {scores.dtype}; use search(dtype=float64)")
-    offsets = starts or [0] * len(pairs)
     ids = np.concatenate([np.where(i < 0, -1, i + low) for (_, i), low in zip(pairs, offsets, strict=True)], axis=1)
     scores = np.where(ids < 0, -np.inf, np.concatenate([s for s, _ in pairs], axis=1))
     ordered = np.sort(ids, axis=1)
