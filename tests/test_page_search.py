@@ -105,10 +105,13 @@ def test_concurrent_searches_equal_sequential_searches(evaluated):
         assert list(pool.map(search_database_image, range(8))) == sequential
 
 
-@pytest.mark.parametrize("override", ["whitening=center", "index=hnsw", "rerank=mutual", "distractors.name=noise"])
+@pytest.mark.parametrize(
+    "override",
+    ["whitening=center", "index=hnsw", "rerank=mutual", "rerank=gnn rerank.k1=2", "distractors.name=noise"],
+)
 def test_settings_of_eval_also_apply_to_the_page(evaluated, override):
-    result = run(evaluated.outputs, *mini(evaluated.data), "rerank.M=6", override)
-    database = open_search_database(evaluated.outputs, *PLAIN, *mini(evaluated.data), override)
+    result = run(evaluated.outputs, *mini(evaluated.data), "rerank.M=6", *override.split())
+    database = open_search_database(evaluated.outputs, *PLAIN, *mini(evaluated.data), *override.split())
     rankings = np.load(result["folder"] / "rankings.npz")
     item = database.queries[2]
     search_result = database.search.find_similar(
@@ -252,7 +255,7 @@ def test_information_missing_from_a_store_is_reported(evaluated, tmp_path):
 @pytest.mark.parametrize(
     ("override", "match"),
     [
-        ("rerank=diffusion", "rerank=superglobal"),
+        ("rerank=aqe", "rerank=auto, superglobal or none"),
         ("page.port=70000", "page.port=70000"),
         ("page.max_upload=0", "page.max_upload=0"),
         ("page.host=''", "page.host"),

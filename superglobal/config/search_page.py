@@ -60,10 +60,10 @@ class ServeConfig(EvalConfig):
                 "dataset=descriptors: the search page extracts descriptors from images itself; use another dataset= "
                 "without descriptors.*"
             )
-        if self.rerank.enabled and not {"M", "K", "beta"} <= get_reranker(self.rerank.kind).parameters.keys():
+        if self.rerank.enabled and get_reranker(self.rerank.kind).searches_again is not None:
             raise InputError(
-                f"rerank={self.rerank.kind}: the search page only has controls for M, K and beta; use "
-                "rerank=superglobal, mutual or none"
+                f"rerank={self.rerank.kind}: the search page reranks the first M images and does not search again; use "
+                "rerank=auto, superglobal or none"
             )
         if shard is not None:
             raise InputError(

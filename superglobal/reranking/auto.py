@@ -28,7 +28,7 @@ _SMALL = 50  # number of images; smaller shortlists need proportionally fewer ef
     ties="first",
 )
 def auto_scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, min_dims: float = 10.0) -> torch.Tensor:
-    """Compute scores of shortlists, (B, M) float32: those of `gnn`, or the similarities with the query.
+    """Compute scores of shortlists, (B, M) float64: those of `gnn`, or the similarities with the query.
 
     Args:
         q: (B, D) queries.

@@ -16,7 +16,7 @@ from superglobal.data.images import MAX_PIXELS, Box, CorruptImageError, ImageIte
 from superglobal.errors import InputError
 from superglobal.models.extract import extract
 from superglobal.models.network import RetrievalNetwork
-from superglobal.reranking.registry import apply_reranker
+from superglobal.reranking.registry import apply_reranker, get_reranker
 from superglobal.retrieval.rows import Rows
 from superglobal.retrieval.search import search
 from superglobal.retrieval.whitening import Whitening
@@ -142,8 +142,8 @@ class ImageSearch:
         Args:
             query: query with its descriptor.
             M: number of images to rerank. If the search can return fewer images, all of them are reranked.
-            K: number of neighbors in reranking.
-            beta: weight of the neighbors in reranking.
+            K: number of neighbors in reranking, for rerankers with this parameter.
+            beta: weight of the neighbors in reranking, for rerankers with this parameter.
             rerank: whether to rerank.
             count: maximum number of images in the result.
 
@@ -168,7 +168,9 @@ class ImageSearch:
             ids = first_ids
             if rerank:
                 with _timed(seconds, "rerank"):
-                    values = {**self.parameters, "M": min(M, k), "K": K, "beta": beta}
+                    known = get_reranker(self.kind).parameters
+                    controls = {"M": min(M, k), "K": K, "beta": beta}
+                    values = {**self.parameters, **{name: v for name, v in controls.items() if name in known}}
                     reranked = apply_reranker(self.kind, values, q, self.database, ids, device=self.device)
                     scores, ids = reranked.scores, reranked.ids
         rank_before = {number: rank for rank, number in enumerate(first_ids[0].tolist(), 1)}

@@ -12,9 +12,11 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from superglobal.config.evaluation import rerank_parameters
 from superglobal.config.search_page import ServeConfig
 from superglobal.data.images import Box
 from superglobal.errors import InputError
+from superglobal.reranking.registry import get_reranker
 from superglobal.search_page import html
 from superglobal.search_page.image_search import Query, QueryImage, SearchDatabase
 
@@ -275,17 +277,32 @@ def _settings(config: ServeConfig, reachable: int) -> list[Any]:
         The checkbox that turns reranking on or off, and the sliders for M, K and beta.
     """
     r = config.rerank
-    M, K, beta = (value if value is not None else default for value, default in ((r.M, 400), (r.K, 9), (r.beta, 0.15)))
+    values = get_reranker(r.kind if r.enabled else "superglobal").complete(rerank_parameters(r) if r.enabled else {})
+    # A reranker without K or beta ignores the slider, which is therefore hidden.
+    M, K, beta = (values.get(name, low) for name, low in (("M", 1), ("K", 1), ("beta", 0.0)))
+    visible = {name: name in values for name in ("K", "beta")}
     with gr.Group(elem_id="sg-settings"):
         return [
             gr.Checkbox(r.enabled, label="Rerank", info="and show changed ranks", elem_id="sg-rerank"),
             _slider("M", "number of photos to rerank", 1, min(reachable, max(_MAX_VALUES["M"], M)), M, 1),
-            _slider("K", "number of neighbors", 1, min(max(reachable - 1, 1), max(_MAX_VALUES["K"], K)), K, 1),
-            _slider("beta", "weight of the neighbors", min(0.0, beta), max(_MAX_VALUES["beta"], beta), beta, 0.01),
+            _slider(
+                "K", "number of neighbors", 1, min(max(reachable - 1, 1), max(_MAX_VALUES["K"], K)), K, 1, visible["K"]
+            ),
+            _slider(
+                "beta",
+                "weight of the neighbors",
+                min(0.0, beta),
+                max(_MAX_VALUES["beta"], beta),
+                beta,
+                0.01,
+                visible["beta"],
+            ),
         ]
 
 
-def _slider(name: str, info: str, low: float, high: float, value: float, step: float) -> gr.Slider:
+def _slider(
+    name: str, info: str, low: float, high: float, value: float, step: float, visible: bool = True
+) -> gr.Slider:
     """Create a slider for one setting of reranking.
 
     Args:
@@ -295,7 +312,9 @@ def _slider(name: str, info: str, low: float, high: float, value: float, step: f
         high: maximum value.
         value: initial value.
         step: difference between two adjacent values.
+        visible: whether the slider is shown.
     """
     # In a very small database, the maximum of M or K can be 1, like the minimum. A slider needs two different limits.
     top = max(high, low + step)
-    return gr.Slider(low, top, min(value, high), step=step, label=name, info=info, elem_id=f"sg-{name.lower()}")
+    id = f"sg-{name.lower()}"
+    return gr.Slider(low, top, min(value, high), step=step, label=name, info=info, elem_id=id, visible=visible)
