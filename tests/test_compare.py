@@ -189,7 +189,7 @@ def test_compare_rerankers_evaluates_every_reranker(data, tmp_path):
     text = compare(tmp_path, *mini(data))
     (path,) = tmp_path.rglob("comparison.json")
     summary = json.loads(path.read_text())
-    names = ["none", "superglobal", "superglobal_paper", "mutual", "kreciprocal", "diffusion", "aqe", "adba"]
+    names = ["none", "superglobal", "superglobal_paper", "mutual", "gnn", "kreciprocal", "diffusion", "aqe", "adba"]
     assert [row["name"] for row in summary["rows"]] == names
     table = path.with_name("table.md").read_text().splitlines()
     assert len(table) == 2 + len(names)

@@ -12,7 +12,7 @@ affect every refined descriptor and, through the maximum, every component of the
 because they are rarely mutual neighbors, and because one wrong image changes a mean less than a maximum. Mutual
 neighbors need no threshold on similarities, which would depend on the network. Finding them takes no further matrix
 products, because the Gram matrix is already computed. The steps and the constants were chosen on images of landmarks
-rendered by this project; see docs/guides/reranking.md.
+rendered by this project; see docs/background/reranking.md.
 """
 
 from __future__ import annotations
