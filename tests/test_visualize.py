@@ -241,20 +241,52 @@ def test_missing_images_and_stores_raise_errors_with_a_fix(copied):
         int(order_queries({"rerank": recorded_ap(run, "rerank", "medium")}, "worst", 6)[0])
     ].path
     worst.rename(copied / "away.jpg")
-    with pytest.raises(InputError, match=rf"image not found: {worst}; restore the image.*need no images"):
+    with pytest.raises(InputError, match=rf"image not found: {worst}; .*paths.data=FOLDER.*need no images"):
         visualize(result, ["sheets"], FEW)
     assert_figures_not_empty(visualize(result, ["curves", "similarities", "map"], FEW)[0])
     (copied / "away.jpg").rename(worst)
     (result / ".hydra").mkdir()
     (result / ".hydra" / "overrides.yaml").write_text("- dataset=revisited\n- 'scales=[1.0, 2.0]'\n")
     shutil.rmtree(next((copied / "out" / "stores").glob("mini-database-*")))
-    stores = "stored descriptors are missing; extract them again: python eval.py dataset=revisited 'scales="
+    stores = (
+        r"stored descriptors are missing; give .*paths\.stores=FOLDER, or .* python eval\.py dataset=revisited 'scales="
+    )
     for kind in ("curves", "similarities", "map"):
         with pytest.raises(InputError, match=stores):
             visualize(result, [kind], FEW)
     paths, left_out = visualize(result, [], FEW)
     assert [reason.split(":")[0] for reason in left_out] == ["curves", "similarities", "map"]
     assert paths
+
+
+def test_moved_results_images_and_stores_are_found(tmp_path, monkeypatch):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    write_folders(project / "photos", 2, 3)
+    write_folders(project / "queries", 2, 2)
+    elsewhere.mkdir()
+    monkeypatch.chdir(project)
+    options = ("dataset=folder", "dataset.database=photos", "dataset.query=queries", "dataset.labels=true")
+    relative = evaluated(Path("outputs/eval/r"), project, *options, "rerank.M=3", "paths.outputs=outputs")
+    kinds = ["sheets", "similarities"]
+    monkeypatch.chdir(elsewhere)
+    visualize(project / relative, kinds, FEW)
+    moved = project.rename(tmp_path / "moved")
+    result = moved / relative
+    visualize(result, kinds, FEW)
+    (moved / "photos").rename(elsewhere / "p")
+    (moved / "queries").rename(elsewhere / "q")
+    (moved / "outputs" / "stores").rename(elsewhere / "s")
+    with pytest.raises(InputError, match=r"dataset\.database"):
+        visualize(result, ["sheets"], FEW)
+    images = ["dataset.database=p", "dataset.query=q"]
+    with pytest.raises(InputError, match=r"paths\.stores=FOLDER"):
+        visualize(result, ["similarities"], FEW, images)
+    assert cli.main(["visualize", str(result), *kinds, "--queries", "1", *images, "paths.stores=s"]) == 0
+    copy = shutil.copytree(result, tmp_path / "0_rerank.K=3")
+    assert cli.main(["report", str(copy), "--baseline", str(result), *images, "paths.stores=s"]) == 0
+    assert (copy / "comparison" / "eval-r" / "queries.csv").is_file()
+    with pytest.raises(InputError, match=r"^rerank\.M=9: expected a path of moved files"):
+        visualize(result, kinds, FEW, ["rerank.M=9"])
 
 
 def test_manipulated_rankings_and_scores_raise_errors(copied):

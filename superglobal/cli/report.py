@@ -9,6 +9,7 @@ than OTHER, and draw a figure of their results.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,13 +23,22 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "superglobal report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, nargs="+", help="folder of a sweep, or several folders of results")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="+",
+        help="folder of a sweep, or several folders of results; with --baseline, also new paths of moved images or "
+        "stores, such as dataset.database=FOLDER",
+    )
     parser.add_argument(
         "--baseline", type=Path, metavar="OTHER", help="second results folder, with which the only FOLDER is compared"
     )
-    args = parser.parse_args(arguments)
-    if args.baseline is not None and len(args.folder) > 1:
-        parser.error(f"--baseline: got {len(args.folder)} folders; expected one FOLDER to compare with OTHER")
+    args = parser.parse_intermixed_args(arguments)
+    # The folder of a sweep job can contain "=", as in 0_rerank.K=3.
+    overrides = [str(path) for path in args.folder if args.baseline and re.match(r"[a-z.]+=", str(path))]
+    folders = [path for path in args.folder if str(path) not in overrides]
+    if args.baseline is not None and len(folders) != 1:
+        parser.error(f"--baseline: got {len(folders)} folders; expected one FOLDER to compare with OTHER")
     if args.baseline is None:
         from superglobal.reporting.tables import write_tables
 
@@ -36,6 +46,6 @@ def main(arguments: Sequence[str]) -> int:
     else:
         from superglobal.evaluation.ranking_sheets import compare_runs
 
-        for path in compare_runs(args.folder[0], args.baseline):
+        for path in compare_runs(folders[0], args.baseline, overrides=overrides):
             print(path)
     return 0

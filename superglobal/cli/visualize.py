@@ -35,7 +35,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="KIND",
         type=_kind,
-        help="kinds of figures; by default, all that these results allow",
+        help="kinds of figures; by default, all that these results allow. If images or stores were moved, add their "
+        "new paths, such as dataset.database=FOLDER or paths.stores=FOLDER",
     )
     parser.add_argument(
         "--order",
@@ -72,8 +73,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _kind(text: str) -> str:
-    """Return a command-line argument, after checking that it is a kind of figure."""
-    if text not in KINDS:
+    """Return a command-line argument, after checking that it is a kind of figure or a setting."""
+    if text not in KINDS and "=" not in text:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(KINDS)}")
     return text
 
@@ -83,12 +84,14 @@ def main(arguments: Sequence[str]) -> int:
 
     Figures that cannot be drawn are listed on stderr, with the reason.
     """
-    options = vars(_parser().parse_args(arguments))
-    folder, kinds = options.pop("folder"), options.pop("kinds")
+    options = vars(_parser().parse_intermixed_args(arguments))
+    folder, words = options.pop("folder"), options.pop("kinds")
+    kinds, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    options["numbers"] = tuple(options["numbers"])
     from superglobal.evaluation.ranking_sheets import FigureOptions
     from superglobal.evaluation.visualize import visualize
 
-    paths, reasons = visualize(folder, kinds, FigureOptions(**options | {"numbers": tuple(options["numbers"])}))
+    paths, reasons = visualize(folder, kinds, FigureOptions(**options), overrides)
     for path in paths:
         print(path)
     for reason in reasons:

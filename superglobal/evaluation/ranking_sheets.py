@@ -136,9 +136,9 @@ def with_image_hint(run: FinishedRun) -> Iterator[None]:
     except InputError as error:
         if not str(error).startswith("image "):
             raise
-        is_absolute = Path(run.config.dataset.root).is_absolute()
-        hint = "" if is_absolute else f", and run this in the folder where {run.command()} ran"
-        raise InputError(f"{error}; restore the image{hint}; curves, similarities and map need no images") from error
+        folder = "dataset.database" if run.config.dataset.kind == "folder" else "paths.data"
+        hint = f"restore the image, or give the new folder by {folder}=FOLDER"
+        raise InputError(f"{error}; {hint}; curves, similarities and map need no images") from error
 
 
 def draw_sheets(run: FinishedRun, target: Path, options: FigureOptions) -> list[Path]:
@@ -219,7 +219,13 @@ def _draw_pages(run: FinishedRun, target: Path, name: str, comparisons: Sequence
     return paths
 
 
-def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET, ranks: int = 10) -> list[Path]:
+def compare_runs(
+    folder: Path,
+    baseline: Path,
+    queries: int = QUERIES_PER_SHEET,
+    ranks: int = 10,
+    overrides: Sequence[str] = (),
+) -> list[Path]:
     """Compare a result with a baseline query by query; print a table, and write tables and figures.
 
     The files are written into a subfolder of `<folder>/comparison/`. `queries.csv` and `queries.md` list all queries,
@@ -231,6 +237,7 @@ def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET,
         baseline: folder of the result to compare with.
         queries: maximum number of queries with gains to draw, and also of queries with losses.
         ranks: number of results shown per query.
+        overrides: paths of moved files of both results, see `FinishedRun`.
 
     Returns:
         The paths of the sheets.
@@ -238,7 +245,7 @@ def compare_runs(folder: Path, baseline: Path, queries: int = QUERIES_PER_SHEET,
     Raises:
         InputError: the results cannot be compared.
     """
-    run, baseline_run = FinishedRun(folder), FinishedRun(baseline)
+    run, baseline_run = FinishedRun(folder, overrides), FinishedRun(baseline, overrides)
     if run.folder.resolve() == baseline_run.folder.resolve():
         raise InputError(f"{run.folder}: the baseline is the same result; give another result to compare with")
     comparison = read_comparison(run.folder, run.summary, baseline_run.folder, baseline_run.summary)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from superglobal.config.common import validate_config
@@ -47,17 +48,31 @@ _SCORE_TOLERANCE = 1e-4
 _MEAN_TOLERANCE = 1e-4
 
 
+PATH_SETTINGS = (
+    *("paths.data", "paths.outputs", "paths.stores", "dataset.root", "dataset.database", "dataset.query"),
+    *("dataset.solution", "distractors.root", "descriptors.query", "descriptors.database", "weights"),
+    "backbone.weights",
+)
+"""Settings that are paths of files that a result needs when it is opened again."""
+_NAMES_OR_PATHS = ("dataset.solution", "weights", "backbone.weights")
+
+
 class FinishedRun:
     """Result that `eval.py` wrote into a folder, together with the inputs of the evaluation.
 
     Files are read when they are first needed. The constructor and all attributes raise InputError if a file is missing
     or damaged, or has changed since the evaluation.
 
+    Files are searched where the evaluation read them, at the same place relative to the folder of the result, and
+    relative to the current folder.
+
     Args:
         folder: folder of one result, or a parent folder that contains exactly one result.
+        overrides: new values of `PATH_SETTINGS`, such as "dataset.database=FOLDER", for files that were moved. Paths
+            below an overridden folder are moved with it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, overrides: Sequence[str] = ()) -> None:
         results = read_results(folder)
         if len(results) > 1:
             examples = ", ".join(str(folder / result["run"]) for result in results[:3])
@@ -76,6 +91,7 @@ class FinishedRun:
             raise InputError(
                 f"{self.folder}: the settings are from an incompatible version ({reason}); run eval.py again"
             ) from error
+        _relocate(settings, self.summary.get("location", {}), self.folder, overrides)  # type: ignore[arg-type]
         self.config = validate_config(settings, EvalConfig)  # type: ignore[arg-type]
 
     @property
@@ -190,7 +206,10 @@ class FinishedRun:
         name = config.distractors.name if title == "distractors" else config.dataset.name
         path = Path(config.paths.stores) / f"{name}-{title}-{fingerprint[:16]}"
         if not (path / "manifest.json").is_file():
-            raise InputError(f"{path}: the stored descriptors are missing; extract them again: {self.command()}")
+            raise InputError(
+                f"{path}: the stored descriptors are missing; give their folder by paths.stores=FOLDER, or extract "
+                f"them again: {self.command()}"
+            )
         store = DescriptorStore.open(path)
         if store.fingerprint() != fingerprint:
             raise InputError(
@@ -210,7 +229,8 @@ class FinishedRun:
         if before != (len(dataset.queries), len(images)):
             change = f"{before[0]} queries and {before[1]} images before, {len(dataset.queries)} and {len(images)} now"
         else:
-            query_names, names = file_names(dataset.queries, dataset.root), file_names(images, dataset.root)
+            queries = dataset.queries
+            query_names, names = file_names(queries, dataset.root), file_names(images, dataset.root)
             ids = list(self.stages.values())[-1][1]
             path = self.folder / "rankings.csv"
             try:
@@ -218,9 +238,9 @@ class FinishedRun:
                 for row in (dict(zip(columns, cells, strict=True)) for cells in rows):
                     query = int(row["number"])
                     image = int(ids[query, int(row["rank"]) - 1])
-                    if row["query"] != csv_cell(query_names[query]):
+                    if not _is_same_name(row["query"], queries[query], query_names[query], dataset.root):
                         change = f"query {query} was {row['query']}, now it is {query_names[query]}"
-                    elif row["image"] != csv_cell(names[image]):
+                    elif not _is_same_name(row["image"], images[image], names[image], dataset.root):
                         change = f"image {image} was {row['image']}, now it is {names[image]}"
                     if change:
                         break
@@ -230,6 +250,58 @@ class FinishedRun:
             raise InputError(
                 f"{self.folder}: the images of {dataset.name} have changed ({change}); run again: {self.command()}"
             )
+
+
+def _relocate(config: DictConfig, location: Mapping[str, str], folder: Path, overrides: Sequence[str]) -> None:
+    """Replace the path settings of a result by the paths at which the files are now.
+
+    Args:
+        config: settings of the result, which are modified.
+        location: entry "location" of the result: the current folder of the evaluation, and the folder of the result.
+        folder: folder of the result now.
+        overrides: new values of path settings, such as "dataset.database=FOLDER".
+
+    Raises:
+        InputError: an override is not one of `PATH_SETTINGS`.
+    """
+    given: dict[str, Path] = {}
+    for text in overrides:
+        setting, _, value = text.partition("=")
+        if setting not in PATH_SETTINGS or not value:
+            raise InputError(f"{text}: expected a path of moved files: {', '.join(f'{s}=...' for s in PATH_SETTINGS)}")
+        given[setting] = Path(value).absolute()
+    selected = {setting: OmegaConf.select(config, setting) for setting in PATH_SETTINGS}
+    recorded = {setting: Path(value) for setting, value in selected.items() if value is not None}
+    cwd, written = Path(location.get("cwd", "")), location.get("folder", folder.absolute())
+    for setting, path in recorded.items():
+        parents = [s for s in given if s in recorded and recorded[s].parts and path.is_relative_to(recorded[s])]
+        if parents:
+            parent = max(parents, key=lambda s: len(recorded[s].parts))
+            found = given[parent] / path.relative_to(recorded[parent])
+        else:
+            candidates = [cwd / path, folder / os.path.relpath(cwd / path, written), path]
+            # Settings such as weights=timm are not paths.
+            missing = path if setting in _NAMES_OR_PATHS else cwd / path
+            found = next((candidate for candidate in candidates if candidate.exists()), missing)
+        OmegaConf.update(config, setting, str(found) if found != path else selected[setting])
+    for setting in given.keys() - recorded.keys():
+        OmegaConf.update(config, setting, str(given[setting]))
+
+
+def _is_same_name(recorded: str, item: ImageItem, name: str, root: Path) -> bool:
+    """Compare the name of an image in `rankings.csv` with its name now.
+
+    For an image outside the folder of the data set, whose folder may have been moved, only the file names are compared.
+
+    Args:
+        recorded: cell of the CSV file.
+        item: image.
+        name: name of the image, from `file_names`.
+        root: folder of the data set.
+    """
+    if item.path.is_relative_to(root):
+        return recorded == csv_cell(name)
+    return recorded.rpartition("/")[2].removeprefix("'") == name.rpartition("/")[2]
 
 
 def relevance_sets(dataset: EvaluationSet) -> list[dict[str, Any]]:

@@ -42,13 +42,16 @@ _THUMBNAIL_SIDE = 96  # longer side of a thumbnail on the map, in pixels
 _PANEL_SIDE = 480  # longer side in pixels of an image in an activation figure
 
 
-def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tuple[list[Path], list[str]]:
+def visualize(
+    folder: Path, kinds: Sequence[str], options: FigureOptions, overrides: Sequence[str] = ()
+) -> tuple[list[Path], list[str]]:
     """Draw figures of a result into its subfolder `figures/`, and write an `index.html` that shows them.
 
     Args:
         folder: folder of one result.
         kinds: kinds of figures to draw, such as "curves" (see `DRAWN`); if empty, all kinds that apply to the result.
         options: options of the figures.
+        overrides: paths of moved files, see `FinishedRun`.
 
     Returns:
         The paths of the figures, and the reasons why kinds were left out, one text for each. If `kinds` is not empty,
@@ -57,7 +60,7 @@ def visualize(folder: Path, kinds: Sequence[str], options: FigureOptions) -> tup
     Raises:
         InputError: a requested kind does not apply, its inputs are missing, or no figure could be drawn.
     """
-    run = FinishedRun(folder)
+    run = FinishedRun(folder, overrides)
     options.validate(run.summary["counts"]["queries"])
     if options.method not in figures.PROJECTIONS:
         raise InputError(f"map={options.method}: expected one of {', '.join(figures.PROJECTIONS)}")

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,9 @@ def write_status(folder: Path, config: Any, status: str, reason: str) -> None:
 
 
 def _write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    # Relative paths in the settings are relative to the current folder. Other folders may have to be found again after
+    # the results were moved.
+    summary = {**summary, "location": {"cwd": os.getcwd(), "folder": str(folder.resolve())}}
     write_atomically(folder / "results.json", json.dumps(plain_types(summary), indent=1).encode())
 
 

@@ -34,7 +34,7 @@ _HIDDEN_SETTINGS = (
 )
 # Settings of a data set that get a column in a table, because the name of the data set does not show them.
 _DATASET_SETTINGS = ("database", "max_side", "solution", "table", "landmarks", "seed", "neighbors", "votes")
-_OBJECTS = ("counts", "seconds", "about", "protocol", "versions")
+_OBJECTS = ("counts", "seconds", "about", "protocol", "versions", "location")
 _REQUIRED_KEYS = ("ablation", "dataset", "weights", "status", "metrics", "config")
 
 
@@ -96,8 +96,9 @@ def _validate(result: Mapping[str, Any]) -> None:
     parts += [result["config"].get(key, {}) for key in ("dataset", "distractors", "pooling", "rerank", "index")]
     if not all(isinstance(part, dict) for part in parts):
         raise TypeError(f"expected objects for metrics, config, {', '.join(_OBJECTS)} and the sections of config")
-    if not all(isinstance(result[key], str) for key in ("ablation", "dataset", "status")):
-        raise TypeError("expected texts for ablation, dataset and status")
+    texts = [*(result[key] for key in ("ablation", "dataset", "status")), *result.get("location", {}).values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("expected texts for ablation, dataset, status and location")
     numbers = [*result.get("seconds", {}).values(), *result.get("counts", {}).values()]
     for stage, metrics in result["metrics"].items():
         if not all(isinstance(values, dict) for values in metrics.values()):
