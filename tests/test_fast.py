@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import subprocess
+import sys
+import sysconfig
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -196,3 +199,23 @@ def test_losing_another_process_raises_an_input_error(step):
     with pytest.raises(InputError, match="another process of this evaluation has ended"):
         run_extraction(trainer, ExtractionModule([], [], [], []), None, [store])
     assert flushed == [True]
+
+
+@pytest.mark.skipif("gnu" not in sysconfig.get_config_var("HOST_GNU_TYPE"), reason="needs glibc")
+def test_freed_memory_is_reused_after_keep_freed_memory():
+    """Memory that was returned to the system causes a page fault on its next use."""
+    code = """
+import resource, numpy as np
+from superglobal.utils.memory import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        np.ones(2_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+usual = faults()
+keep_freed_memory()
+faults()
+print(usual, faults())
+"""
+    usual, kept = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split())
+    assert kept < usual / 10

@@ -26,6 +26,7 @@ from superglobal.config.common import FILE_NAME, RUN_NAME, validate_name
 from superglobal.errors import InputError
 from superglobal.utils.distributed import exit_on_closed_output
 from superglobal.utils.io import write_error
+from superglobal.utils.memory import keep_freed_memory
 
 _process_arguments: list[str] | None = None
 
@@ -82,6 +83,7 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
     _process_arguments = sys.argv
     if arguments is not None:
         sys.argv = [sys.argv[0], *arguments]
+    keep_freed_memory()
     try:
         register()
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import json
 import time
@@ -28,6 +26,7 @@ from superglobal.reporting.results import console, markdown_text, percent, print
 from superglobal.reranking.registry import rerank_label
 from superglobal.retrieval.search import search
 from superglobal.utils.io import write_atomically, write_text
+from superglobal.utils.memory import return_freed_memory
 from superglobal.utils.provenance import versions
 
 _FORMAT = "superglobal-comparison-1"
@@ -193,8 +192,7 @@ def _peak_memory(device: str, reset: bool) -> float | None:
             # Return freed memory to the system. Otherwise, the measured code could reuse this memory, and the measured
             # peak would not rise.
             gc.collect()
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).malloc_trim(0)
+            return_freed_memory()
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
