@@ -339,8 +339,10 @@ def main() -> None:
         for data in sets:
             print_test(data)
             print_test(data.centered())
+    elif args.step == "reject":
+        print_scores([data.centered() for data in sets if not data.name.startswith("untrained")], rejected())
     else:
-        print_scores([data.centered() for data in sets], grid() if args.step == "choose" else rejected())
+        print_scores([data.centered() for data in sets], grid())
 
 
 if __name__ == "__main__":
