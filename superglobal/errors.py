@@ -1,7 +1,13 @@
 """Define `InputError`, which is raised for every problem that the user can fix."""
 
+import math
+import sys
+from typing import Any
+
 from superglobal.utils.escape import printable
 
+MAX_INTEGER = 2**31 - 1
+"""Largest value of an integer setting that has no maximum of its own."""
 _MAX_LINE = 2000  # maximum number of characters of a line of a message
 
 
@@ -23,3 +29,15 @@ def first_line(error: BaseException) -> str:
     If the error has no message, return the name of the error's type.
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def in_range(value: Any, minimum: float, maximum: float) -> bool:
+    """Return True if a number is finite and within its range.
+
+    Args:
+        value: integer or floating-point number of any size.
+        minimum: smallest valid value.
+        maximum: largest valid value; infinity for `MAX_INTEGER`, or for the largest finite number.
+    """
+    largest = sys.float_info.max if isinstance(value, float) else MAX_INTEGER
+    return bool(minimum <= value <= (maximum if math.isfinite(maximum) else largest))

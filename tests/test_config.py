@@ -60,6 +60,8 @@ def test_relup_values_become_modes(value, mode):
         ("dataset=oxf", MissingConfigException, "roxford5k"),
         ("rerank.M=many", ConfigCompositionException, "many"),
         ("pooling.relup=perhaps", InputError, "on, off, reference_off"),
+        ("rerank=mutual rerank.k_query=9223372036854775808", InputError, r"k_query=9\d+"),
+        ("k=9223372036854775808", InputError, r"k=9\d+"),
         ("index.backend=annoy", InputError, "auto, faiss, torch"),
         ("index.kind=annoy", InputError, "flat, flat_fp16, ivf_flat, ivf_pq, hnsw"),
         ("index=ivf_flat index.nprobe=0", InputError, r"index\.nprobe=0: expected an integer from 1 to"),

@@ -84,6 +84,26 @@ def test_finite_scale_gem_equals_the_reference_for_any_batch():
     torch.testing.assert_close(scale_gem(vectors, p=10)[:1], alone)
 
 
+@pytest.mark.parametrize("p", [0.01, 1.0, 10.0])
+@pytest.mark.parametrize("size", [1e-2, 1.0, 5e3])
+def test_powers_are_accurate_in_float32_for_all_exponents(p, size):
+    x = size * torch.rand(3, 2, 7, 7, generator=torch.Generator().manual_seed(0))
+    exact = x.double().pow(p).mean((2, 3)).pow(1 / p)
+    torch.testing.assert_close(gem(x, p, 1e-12).double(), exact, rtol=1e-4, atol=0)
+    windowed = regional_gem(x, p, weight=1.0)[:, :, 3, 3].double()
+    torch.testing.assert_close(windowed, x[:, :, 1:6, 1:6].double().pow(p).mean((2, 3)).pow(1 / p), rtol=1e-4, atol=0)
+    vectors = x.flatten(2)[:, :1] * 1e-4  # unnormalized vectors may be short
+    shifted = vectors.double() - vectors.min()
+    expected = shifted.pow(p).mean(0).pow(1 / p) + vectors.min()
+    torch.testing.assert_close(scale_gem(vectors, p).double(), expected, rtol=1e-3, atol=0)
+
+
+def test_the_gradient_of_an_inactive_channel_is_finite():
+    x = torch.zeros(1, 1, 3, 3, requires_grad=True)
+    gem(x, 10.0, 1e-6).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
 def test_scale_gem_takes_the_maximum_of_unit_vectors():
     vectors = torch.randn(3, 2, 16)
     expected = (vectors / vectors.norm(dim=-1, keepdim=True)).max(0).values
@@ -110,7 +130,7 @@ def test_relup_values_become_modes(value, mode):
         ("superglobl", "superglobal, gem, cvnet_global"),
         ({"relup": "maybe"}, "on, off, reference_off"),
         ({"regional_window": 4}, "odd"),
-        ({"p": 0}, "positive"),
+        ({"p": 0}, "from 0.01 to 10"),
         ({"regional_weight": 1.5}, r"0\.\.1"),
         ({"regional": 1}, "true or false"),
         ({"eps": "small"}, "a number"),
@@ -168,13 +188,16 @@ def test_the_modules_have_the_values_of_the_reference():
 @pytest.mark.parametrize(
     ("create", "problem"),
     [
-        (lambda: GeM(0), "p=0: expected a positive number"),
-        (lambda: GeM(-3.0), "p=-3.0: expected a positive number"),
-        (lambda: ScaleGeM(-1), "p=-1: expected a positive number"),
+        (lambda: GeM(0), r"p=0: expected a number from 0\.01 to 10"),
+        (lambda: GeM(10.5), r"p=10\.5: expected a number from 0\.01 to 10"),
+        (lambda: GeM(eps=0), "eps=0: expected a positive number"),
+        (lambda: PoolingConfig(scale_p=50), r"pooling\.scale_p=50: expected a number from 0\.01 to 10"),
+        (lambda: PoolingConfig(gem_plus_p=10**400), r"pooling\.gem_plus_p=10*: expected a number"),
+        (lambda: PoolingConfig(relup_alpha=2.0), r"pooling\.relup_alpha=2\.0: expected a number in 0\.\.1"),
+        (lambda: ScaleGeM(-1), "p=-1: expected a number"),
         (lambda: RegionalGeM(window=4), "window=4: expected an odd number"),
         (lambda: RegionalGeM(weight=7), r"weight=7: expected a number in 0\.\.1"),
     ],
-    ids=["gem_zero", "gem_negative", "scale_negative", "window_even", "weight_large"],
 )
 def test_invalid_module_arguments_raise_errors(create, problem):
     with pytest.raises(InputError, match=problem):

@@ -15,6 +15,8 @@ from evaluations import run as run_here
 from runs import environment
 from sets import write_revisited
 
+import superglobal
+from superglobal.models.weights import save_weights
 from superglobal.reporting.tables import write_tables
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.training.trainer import launched_externally
@@ -38,21 +40,25 @@ def run_alone(data: Path, outputs: Path, *overrides: str) -> dict:
 
 
 def test_a_failing_job_does_not_affect_other_jobs(data, tmp_path):
-    """x^3000 is 0 in float32, so this descriptor is invalid. All three jobs share their passes over the images."""
-    text = run_program(tmp_path, "-m", *revisited(data, "pooling=gem", "pooling.p=3,3000,4", "rerank=none"), status=2)
+    """Activations of 1e6 overflow at p = 10, so this descriptor is invalid. The jobs share their passes over images."""
+    network = superglobal.load_model("random", backbone="resnet18", scales=1, pooling="gem")
+    network.backbone.net.layer4[-1].bn2.weight.data.fill_(1e6)
+    save_weights(network, tmp_path / "large.safetensors", {})
+    settings = ["pooling=gem", f"weights={tmp_path}/large.safetensors"]
+    text = run_program(tmp_path, "-m", *revisited(data, *settings, "pooling.p=3,10,4", "rerank=none"), status=2)
     assert "extracting descriptors of 3 networks of the sweep in one pass" in text
-    assert text.count("has norm 0.0, expected 1") == 1
+    assert text.count("the network's descriptor has NaN or infinite values") == 1
     assert "Traceback" not in text
     first, failed, last = jobs(tmp_path)
     assert [job["status"] for job in (first, failed, last)] == ["ok", "failed", "ok"]
-    assert "has norm 0.0" in failed["reason"]
+    assert "has NaN" in failed["reason"]
     assert first["about"]["extracted"] == {"database": 24, "queries": 6}
     assert last["about"]["extracted"] == {"database": 0, "queries": 0}
     for job, p in ((first, 3), (last, 4)):
-        single = run_alone(data, tmp_path / "alone", "pooling=gem", f"pooling.p={p}")
+        single = run_alone(data, tmp_path / "alone", *settings, f"pooling.p={p}")
         assert job["metrics"] == single["metrics"]
     by_p = {row["pooling.p"]: row for row in table(tmp_path)}
-    assert by_p["3000.0"]["medium"] == by_p["3000.0"]["gain"] == "failed"
+    assert by_p["10.0"]["medium"] == by_p["10.0"]["gain"] == "failed"
     assert by_p["3.0"]["medium"] == f"{100 * first['metrics']['search']['map']['medium']:.2f}"
 
 

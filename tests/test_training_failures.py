@@ -144,6 +144,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_lists_its_images(toy_data, t
     assert not list((folder / "checkpoints").glob("*.ckpt"))
 
 
+def test_descriptors_that_are_not_finite_are_reported_by_the_validation(toy_data, tmp_path):
+    message = r"validation at step \d+: the network's descriptor has NaN .*lower optim\.lr"
+    with pytest.raises(InputError, match=message):
+        fit(compose_config(toy_data, tmp_path, "optim.lr=1e9", "validation.every_steps=1"), tmp_path / "run")
+
+
 def test_a_loss_that_is_not_finite_ends_all_processes(toy_data, tmp_path):
     begin = time.monotonic()
     text = train(toy_data, tmp_path, "optim.lr=1e8", "trainer.devices=2", "trainer.log_every=3", status=2)

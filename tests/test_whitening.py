@@ -104,14 +104,16 @@ def test_a_damaged_whitening_file_is_an_error(X, tmp_path):
 
 
 def test_invalid_arguments_raise_input_errors(X):
-    with pytest.raises(InputError, match=r"20 database images are too few for 24 axes; set whitening\.dims"):
-        Whitening("pca").fit(X[:20])
+    with pytest.raises(InputError, match=r"47 different .* too few for 24 axes, expected at least 48"):
+        Whitening("pca").fit(X[:47])
+    with pytest.raises(InputError, match=r"20 different .* use whitening\.dims=10 or less"):
+        Whitening("pca", 19).fit(np.concatenate([X[:20]] * 5))  # all distances would be equal
     with pytest.raises(InputError, match=r"dims=25: expected an integer in 1\.\.24"):
         Whitening("pca", 25).fit(X)
     with pytest.raises(InputError, match="expected one of center, pca"):
         Whitening("median")
-    flat = np.zeros((40, 24), np.float32)
-    flat[:, :3] = unit(np.random.default_rng(2).standard_normal((40, 3)))
+    flat = np.zeros((60, 24), np.float32)
+    flat[:, :3] = unit(np.random.default_rng(2).standard_normal((60, 3)))
     with pytest.raises(InputError, match=r"only 3 of 24 principal axes have nonzero variance; use whitening\.dims=3"):
         Whitening("pca").fit(flat)
     with pytest.raises(InputError, match="row 0 is a zero vector"):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from superglobal.errors import InputError
+from superglobal.errors import MAX_INTEGER, InputError, in_range
 from superglobal.models.pooling import PoolingConfig, make_pooling
 
 C = TypeVar("C")
@@ -121,9 +121,10 @@ def validate_values(config: Any, prefix: str = "") -> None:
                 raise InputError(f"{prefix}{declared.name}={str(element)[:20]}...: expected at most {_MAX_INTEGER}")
             valid = not limits.get("choices") or element in limits["choices"]
             if "minimum" in limits:
-                valid = math.isfinite(element) and limits["minimum"] <= element <= limits["maximum"]
+                valid = in_range(element, limits["minimum"], limits["maximum"])
             if not valid:
-                raise InputError(f"{prefix}{declared.name}={element}: expected {allowed_values(declared)}")
+                limit = f" and <= {MAX_INTEGER}" if not isinstance(element, str) and element > MAX_INTEGER else ""
+                raise InputError(f"{prefix}{declared.name}={element}: expected {allowed_values(declared)}{limit}")
             if "name" in limits:
                 validate_name(f"{prefix}{declared.name}", element, limits["name"])
 

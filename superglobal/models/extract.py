@@ -15,6 +15,7 @@ from torch import Tensor
 from superglobal.data.images import ImageItem, image_tensor, pil_pixels, read_image, shrink
 from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork
+from superglobal.retrieval.rows import network_norms
 from superglobal.utils.precision import full_precision
 
 ImageLike = str | os.PathLike | ImageItem | Image.Image | np.ndarray | Tensor
@@ -57,8 +58,7 @@ def extract(
     with torch.inference_mode(), full_precision():
         for i, image in enumerate(image_list):
             rows.append(model(_as_tensor(image, i, max_side)[None].to(model.mean.device))[0].cpu().numpy())
-            if not np.isfinite(rows[-1]).all():
-                raise InputError(f"image {i}: the descriptor is not finite; check that the weights are finite")
+            network_norms(rows[-1][None], f"image {i}".format)
     return np.stack(rows) if rows else np.zeros((0, model.dim), np.float32)
 
 

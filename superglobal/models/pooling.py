@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from superglobal.errors import InputError
 
 RELUP_MODES = ("on", "off", "reference_off", "auto")
+# Exponents for which powers of activations up to 6000 are finite in float32, and for which the root is accurate.
+_EXPONENTS = 0.01, 10.0
 # Lower bound of a mean of powers before its root is taken. It keeps the gradient finite, and it changes the result by
 # less than 1e-14.
 _TINY = 1e-36
+_SMALLEST = torch.finfo(torch.float32).tiny  # the same for GeM, because the mean of an inactive channel is eps^p
 
 
 @dataclass
@@ -40,8 +43,8 @@ class PoolingConfig:
         gem_plus_p, gem_plus_eps: exponent and lower clamp of GeM+.
         regional_p, regional_window, regional_weight: exponent, odd window size in cells, and weight of the windowed
             map.
-        scale_p: exponent of Scale-GeM; infinity takes the maximum over unit vectors.
-        relup_alpha: lower bound of ReLUP.
+        scale_p: exponent of Scale-GeM; infinity takes the maximum over unit vectors. All exponents are 0.01 to 10.
+        relup_alpha: lower bound of ReLUP, 0 to 1.
         l2_before_whitening: L2-normalize the pooled vector before the whitening layer, as SuperGlobal does but CVNet
             does not.
         unit_scales: if `scale` is off, average unit vectors (CVNet) instead of unnormalized vectors (SuperGlobal).
@@ -80,16 +83,33 @@ class PoolingConfig:
                 raise InputError(
                     f"pooling.{name}={value!r}: expected {'true or false' if kind is bool else 'a number'}"
                 )
-        for name in ("p", "gem_plus_p", "regional_p", "scale_p", "eps", "gem_plus_eps"):
-            _require_positive(f"pooling.{name}", getattr(self, name))
+        for name in ("p", "gem_plus_p", "regional_p"):
+            _require_exponent(f"pooling.{name}", getattr(self, name))
+        _require_scale_exponent("pooling.scale_p", self.scale_p)
+        for name in ("eps", "gem_plus_eps"):
+            _require_eps(f"pooling.{name}", getattr(self, name))
+        _require_fraction("pooling.relup_alpha", self.relup_alpha)
         _require_window("pooling.regional_window", self.regional_window)
-        _require_weight("pooling.regional_weight", self.regional_weight)
+        _require_fraction("pooling.regional_weight", self.regional_weight)
 
 
-def _require_positive(name: str, value: float) -> None:
-    """Raise InputError unless the value of the setting `name` is positive."""
-    if not value > 0:
-        raise InputError(f"{name}={value}: expected a positive number")
+def _require_eps(name: str, value: float) -> None:
+    """Raise InputError unless the value of the setting `name`, a lower clamp of activations, is valid."""
+    if not 0 < value <= 1:
+        raise InputError(f"{name}={value}: expected a positive number <= 1")
+
+
+def _require_exponent(name: str, value: float) -> None:
+    """Raise InputError unless float32 can compute generalized means with the value of the setting `name`."""
+    low, high = _EXPONENTS
+    if not low <= value <= high:
+        raise InputError(f"{name}={value}: expected a number from {low:g} to {high:g}")
+
+
+def _require_scale_exponent(name: str, value: float) -> None:
+    """Raise InputError unless the value of the setting `name`, an exponent of Scale-GeM, is valid."""
+    if value != math.inf:
+        _require_exponent(name, value)
 
 
 def _require_window(name: str, value: int) -> None:
@@ -98,8 +118,8 @@ def _require_window(name: str, value: int) -> None:
         raise InputError(f"{name}={value}: expected an odd number >= 1")
 
 
-def _require_weight(name: str, value: float) -> None:
-    """Raise InputError unless the value of the setting `name`, a weight, is in 0..1."""
+def _require_fraction(name: str, value: float) -> None:
+    """Raise InputError unless the value of the setting `name` is in 0..1."""
     if not 0 <= value <= 1:
         raise InputError(f"{name}={value}: expected a number in 0..1")
 
@@ -179,7 +199,8 @@ def gem(x: Tensor, p: float | Tensor = 3.0, eps: float = 1e-6) -> Tensor:
         (B, C) float32 (float64 for float64 maps).
     """
     with torch.autocast(x.device.type, enabled=False):
-        return at_least_float32(x).clamp(min=eps).pow(p).mean(dim=(-2, -1)).pow(1.0 / p)
+        mean = at_least_float32(x).clamp(min=eps).pow(p).mean(dim=(-2, -1))
+        return mean.clamp(min=_SMALLEST).pow(1.0 / p)
 
 
 def regional_gem(x: Tensor, p: float = 2.5, window: int = 5, weight: float = 0.5) -> Tensor:
@@ -248,8 +269,9 @@ def scale_gem(descriptors: Tensor | Sequence[Tensor], p: float = math.inf) -> Te
         if math.isinf(p):
             return F.normalize(stack, dim=-1).amax(dim=0)
         gamma = stack.amin(dim=(0, 2), keepdim=True)
-        mean = (stack - gamma).pow(p).mean(dim=0).clamp(min=_TINY)
-        return mean.pow(1.0 / p) + gamma[0]
+        shifted = stack - gamma
+        largest = shifted.detach().amax(dim=0).clamp(min=_TINY)  # powers of ratios to it neither overflow nor vanish
+        return largest * (shifted / largest).pow(p).mean(dim=0).clamp(min=_TINY).pow(1.0 / p) + gamma[0]
 
 
 class GeM(nn.Module):
@@ -258,15 +280,15 @@ class GeM(nn.Module):
     `GeM(4.6, eps=1e-8)` is the paper's GeM+ (section 3; reference file gemp.py).
 
     Args:
-        p: exponent > 0; 1 gives the mean, and large values approach the maximum.
-        eps: lower clamp > 0; values below eps count as eps.
+        p: exponent, 0.01 to 10; 1 gives the mean, and large values approach the maximum.
+        eps: lower clamp, > 0 and <= 1; values below eps count as eps.
         learnable: make p a parameter of shape (1,), which is in the state dict as "p".
     """
 
     def __init__(self, p: float = 3.0, eps: float = 1e-6, learnable: bool = False) -> None:
         super().__init__()
-        _require_positive("p", p)
-        _require_positive("eps", eps)
+        _require_exponent("p", p)
+        _require_eps("eps", eps)
         self.p: float | nn.Parameter = nn.Parameter(torch.tensor([float(p)])) if learnable else p
         self.eps = eps
 
@@ -287,16 +309,16 @@ class RegionalGeM(nn.Module):
     Inside the window, negative values count as 0.
 
     Args:
-        p: exponent > 0 of the mean inside the window.
+        p: exponent of the mean inside the window, 0.01 to 10.
         window: side of the window in cells, odd.
         weight: weight of the windowed mean, in 0..1.
     """
 
     def __init__(self, p: float = 2.5, window: int = 5, weight: float = 0.5) -> None:
         super().__init__()
-        _require_positive("p", p)
+        _require_exponent("p", p)
         _require_window("window", window)
-        _require_weight("weight", weight)
+        _require_fraction("weight", weight)
         self.p, self.window, self.weight = p, window, weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -321,12 +343,12 @@ class ScaleGeM(nn.Module):
     file sgem.py).
 
     Args:
-        p: exponent > 0.
+        p: exponent, 0.01 to 10 or infinity.
     """
 
     def __init__(self, p: float = math.inf) -> None:
         super().__init__()
-        _require_positive("p", p)
+        _require_scale_exponent("p", p)
         self.p = p
 
     def forward(self, descriptors: Tensor | Sequence[Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from superglobal.errors import InputError
+from superglobal.errors import MAX_INTEGER, InputError, in_range
 from superglobal.retrieval.rows import is_unit, norm_fault, to_tensor
 from superglobal.utils.precision import full_precision
 
@@ -44,11 +44,12 @@ class Parameter:
         else:
             types = (int, np.integer) if kind is int else (int, float, np.integer, np.floating)
             number = isinstance(value, types) and not isinstance(value, bool)
-            valid = number and math.isfinite(value) and self.minimum <= value <= self.maximum
+            valid = number and in_range(value, self.minimum, self.maximum)
             expected = "an integer" if kind is int else "a finite number"
             expected += (
                 f" >= {self.minimum:g}" if self.maximum == math.inf else f" in {self.minimum:g}..{self.maximum:g}"
             )
+            expected += f" and <= {MAX_INTEGER}" if number and value > MAX_INTEGER else ""
         if not valid:
             raise InputError(f"{name}={value}: expected {expected}")
 

@@ -25,7 +25,7 @@ from superglobal.reranking.base import Parameter, dots, mask_of, nearest, regist
         "kq": Parameter("number of images nearest to the query, from which the diffusion starts", minimum=1),
         "kd": Parameter("number of neighbors per image; the graph connects mutual neighbors", minimum=1),
         "alpha": Parameter("fraction of the scores that is passed on to neighbors; 0 keeps the order", 0, 0.9999),
-        "gamma": Parameter("exponent of the similarities", 1e-3, 1e3),
+        "gamma": Parameter("exponent of the similarities", 1e-3, 100),
     },
     dtype=torch.float64,
     ties="first",

@@ -375,6 +375,26 @@ def norm_fault(norm: float) -> str:
     return f"has norm {norm:.6g}, expected 1; normalize first: x / np.linalg.norm(x, axis=1, keepdims=True)"
 
 
+def network_norms(descriptors: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
+    """Validate descriptors that a network has computed, and return their L2 norms, (n,) float64.
+
+    Args:
+        descriptors: (n, D).
+        name: function that returns the name of the image with the given index, for the message.
+
+    Raises:
+        InputError: a descriptor is not a unit vector.
+    """
+    norms = np.linalg.norm(descriptors.astype(np.float64), axis=1)
+    for i in np.flatnonzero(~is_unit(norms)).tolist():
+        fault = f"has norm {norms[i]:g}, expected 1" if np.isfinite(norms[i]) else "has NaN or infinite values"
+        raise InputError(
+            f"{name(i)}: the network's descriptor {fault}; its weights or pooling settings are unusable, for example "
+            "because its training diverged (lower optim.lr)"
+        )
+    return norms
+
+
 def as_queries(Q: Any, dim: int) -> np.ndarray:
     """Validate query descriptors and return them as a (Q, D) float32 array.
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from superglobal.errors import InputError
-from superglobal.retrieval.rows import copy_into
+from superglobal.retrieval.rows import copy_into, network_norms
 from superglobal.retrieval.store_files import (
     DONE,
     NAMES,
@@ -207,13 +207,7 @@ class DescriptorStore:
                 f"{', '.join(map(str, rows[:3]))}), expected ({len(rows)}, {self.shape[1]})"
             )
         self._require_inside(rows)
-        norms = np.linalg.norm(descriptors.astype(np.float64), axis=1)
-        bad = np.flatnonzero(~(abs(norms - 1) < 1e-3))
-        if len(bad):
-            raise InputError(
-                f"{self.folder}: the descriptor of row {rows[bad[0]]} has norm {norms[bad[0]]}, expected 1; "
-                "check the weights"
-            )
+        norms = network_norms(descriptors, lambda i: f"{self.folder}: row {rows[i]}")
         self.copy_rows(rows, descriptors if self.dtype == np.float32 else descriptors / norms[:, None])
 
     def copy_rows(self, rows: np.ndarray, values: np.ndarray) -> None:

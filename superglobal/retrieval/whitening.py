@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ class Whitening:
     def fit(self, X: Any) -> Whitening:
         """Compute the mean and the principal axes in float64, in one pass over the rows.
 
-        Skipped rows of a store are ignored. "pca" needs more rows than axes. With fewer rows, whitening would make all
-        rows nearly orthogonal to each other, even rows of similar images.
+        Skipped rows of a store are ignored. "pca" needs at least two different rows per axis. With fewer rows,
+        whitening makes the distances of all rows nearly equal, even those of similar images.
 
         Args:
             X: (N, D) database: an array, a memory map, a tensor or a `DescriptorStore`.
@@ -70,7 +71,7 @@ class Whitening:
             The object itself.
 
         Raises:
-            InputError: a row is invalid, or `dims` is out of range or too large for the number of rows.
+            InputError: a row is invalid, or `dims` is out of range or too large for the number of different rows.
         """
         rows = as_rows(X, "database")
         count = len(rows) - len(rows.skipped)
@@ -79,14 +80,17 @@ class Whitening:
         dims = self._resolved_dims(rows.dim, count)
         total = np.zeros(rows.dim)
         products = np.zeros((rows.dim, rows.dim)) if dims else None
+        different: set[int] = set()
         for start, block in rows.blocks(_BLOCK_ROWS):
             skipped = rows.skipped[(rows.skipped >= start) & (rows.skipped < start + len(block))] - start
             wide = np.delete(block, skipped, 0).astype(np.float64)
             total += wide.sum(axis=0)
             if products is not None:
                 products += wide.T @ wide
+                different.update(map(zlib.crc32, wide))
         self.mean_, self.n_samples_ = total / count, count
         if products is not None:
+            _require_rows(len(different), dims)
             values, vectors = np.linalg.eigh(products / count - np.outer(self.mean_, self.mean_))
             values, vectors = values[::-1][:dims], vectors[:, ::-1][:, :dims]
             varying = int((values > 1e-12 * max(values[0], 1e-12)).sum())
@@ -109,11 +113,7 @@ class Whitening:
         dims = dim if self.dims is None else self.dims
         if not isinstance(dims, int | np.integer) or not 1 <= dims <= dim:
             raise InputError(f"whitening.dims={dims}: expected an integer in 1..{dim}, the descriptors' dimension")
-        if dims >= count:
-            raise InputError(
-                f"whitening.kind=pca: {count} database images are too few for {dims} axes; set whitening.dims to a "
-                f"number well below {count}, or use whitening=center"
-            )
+        _require_rows(count, dims)
         return dims
 
     def transform(self, X: Any) -> np.ndarray:
@@ -187,6 +187,15 @@ class Whitening:
         except Exception as error:  # a damaged zip raises exceptions of many types
             raise InputError(f"{path}: damaged ({error!r}); remove the file to compute it again") from error
         return self
+
+
+def _require_rows(count: int, dims: int) -> None:
+    """Raise InputError unless `count` different rows are enough for whitening with `dims` principal axes."""
+    if 2 * dims > count:
+        raise InputError(
+            f"whitening.kind=pca: {count} different database images are too few for {dims} axes, expected at least "
+            f"{2 * dims}; use whitening.dims={max(1, count // 2)} or less, or whitening=center"
+        )
 
 
 def stored_whitening(

@@ -28,6 +28,7 @@ from superglobal.errors import InputError
 from superglobal.metrics.evaluate import evaluate
 from superglobal.metrics.revisited import LABELS, REVISITED
 from superglobal.models.network import RetrievalNetwork
+from superglobal.retrieval.rows import network_norms
 from superglobal.training.callbacks import StepCallback, any_rank, cpu_process_group
 from superglobal.training.module import TrainingModule
 from superglobal.utils.precision import full_precision
@@ -154,7 +155,8 @@ class RetrievalValidation(StepCallback):
             in which case nothing is logged.
 
         Raises:
-            InputError: an image of an evaluation set is corrupt, or no landmark has two valid held-out images.
+            InputError: an image of an evaluation set is corrupt, no landmark has two valid held-out images, or a
+                descriptor is not a unit vector.
         """
         with module.pause(), module.evaluating() as network:
             if trainer.world_size > 1:
@@ -271,7 +273,11 @@ class RetrievalValidation(StepCallback):
             faults_by_rank: list[list[tuple[int, InputError]]] = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(faults_by_rank, faults)
             faults = [fault for faults in faults_by_rank for fault in faults]
-        return X.cpu().numpy(), faults
+        values = X.cpu().numpy()
+        network_norms(
+            np.delete(values, [row for row, _ in faults], axis=0), lambda _: f"validation at step {trainer.global_step}"
+        )
+        return values, faults
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from superglobal.data.datamodules import ImageDataset, ImageLoader
 from superglobal.errors import InputError
 from superglobal.evaluation.module import ExtractionList
 from superglobal.models.network import DESCRIPTOR_VERSION, RetrievalNetwork, weights_digest
+from superglobal.retrieval.rows import network_norms
 from superglobal.tuning.search_space import Settings, configure
 from superglobal.utils.io import write_atomically
 from superglobal.utils.precision import full_precision
@@ -190,7 +191,9 @@ class MapStore:
                 ) from error
             with torch.inference_mode(), full_precision():
                 rows.append(pooling.descriptors(maps)[0].cpu().numpy())
-        return np.stack(rows)
+        X = np.stack(rows)
+        network_norms(X, lambda i: str(images.items[i].path))
+        return X
 
     def _keys(self, settings: Settings, size: tuple[int, int]) -> list[str]:
         """Return the names under which the feature maps of an image are stored in its file, one name per scale.
