@@ -7,8 +7,9 @@ reject: score methods that are not part of the package on the rendered sets
 table:  score the chosen settings on the rendered sets and on --test, with and without centering
 
 The rendered sets need two runs of the demo, whose networks are each evaluated on the landmarks of the other run:
-python scripts/demo.py --seed 1 --data data/seed1 --outputs outputs/seed1 seed=1, and the same with 2. Results are in
-docs/background/reranking.md.
+python scripts/demo.py --seed 1 --data data/seed1 --outputs outputs/seed1 seed=1, and the same with 2. Further sets have
+more images per landmark: superglobal toy-data --size views --seed 1 --out data/views1/toy, and the same with 2. Results
+are in docs/background/reranking.md.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def revisited_set(
 
 
 def rendered_sets(cache: Path) -> list[StudySet]:
-    """Return training and evaluation landmarks of two seeds under three networks."""
+    """Return training and evaluation landmarks of two seeds under three networks, with 8 and with 40 images each."""
     sets = []
     for seed, other in ((1, 2), (2, 1)):
         root = Path(f"data/seed{seed}/toy")
@@ -152,6 +153,9 @@ def rendered_sets(cache: Path) -> list[StudySet]:
         for name, network in networks.items():
             file = cache / f"{name}_{seed}.npy"
             sets.append(training_set(f"{name}, training {seed}", root, network, file))
+            if name != "untrained":
+                many = cache / f"{name}_views_{seed}.npy"
+                sets.append(training_set(f"{name}, views {seed}", Path(f"data/views{seed}/toy"), network, many))
             sets.append(revisited_set(f"{name}, evaluation {seed}", root, "toy", network, file, None))
     return sets
 
@@ -309,12 +313,11 @@ def print_test(data: StudySet) -> None:
     for name, aps in data.score(CHOSEN).items():
         base = main_protocol(aps) if base is None else base
         gain = main_protocol(aps) - base
-        low, high = cluster_interval(gain, clusters, 0)
+        counted = ~np.isnan(gain)
+        low, high = (100 * limit for limit in cluster_interval(gain[counted], clusters[counted], 0))
         scores = " / ".join(f"{100 * np.nanmean(ap):.2f}" for ap in aps.values())
-        print(
-            f"| {data.name} | {name} | {scores} | {100 * gain.mean():+.2f} | {100 * low:+.1f} to {100 * high:+.1f} |",
-            flush=True,
-        )
+        interval = f"{100 * np.nanmean(gain):+.2f} | {low:+.1f} to {high:+.1f}"
+        print(f"| {data.name} | {name} | {scores} | {interval} |", flush=True)
 
 
 def main() -> None:

@@ -316,6 +316,8 @@ def test_a_folder_without_labels_gives_ranked_lists(tmp_path):
     assert len(rows) == 10
     assert {row["image"] for row in rows} >= {"large.jpg", "label1/0.jpg"}
     assert [row["rank"] for row in rows] == [str(i) for i in range(1, 11)]
+    for row in rows[:5]:
+        assert f"{row['rank']}  {float(row['score']):.3f}  {row['image']}" in text
     (listed,) = json.loads((out / "rankings.json").read_text())
     assert [entry["image"] for entry in listed["results"]] == [row["image"] for row in rows]
     assert (out / "sheet.png").stat().st_size > 1000

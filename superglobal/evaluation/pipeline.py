@@ -362,6 +362,8 @@ def write_report(
     if task.truth is not None:
         write_atomically(folder / "submission.csv", submission(task.truth, *list(stages.values())[-1]))
     result_files.write_result(folder, summary, results, stages, names)
+    if not results and dataset is not None:
+        result_files.print_answers(names, *list(stages.values())[-1])
     result_files.print_result(summary, folder)
     # With descriptors from files, the images may not be on this machine.
     if dataset is not None and config.figures.queries and config.descriptors.query is None:

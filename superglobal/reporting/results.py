@@ -272,6 +272,26 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     console().print("\n".join([*lines, f"results in {folder}"]), soft_wrap=True, highlight=False, markup=False)
 
 
+def print_answers(names: Names, scores: np.ndarray, ids: np.ndarray, queries: int = 10, results: int = 5) -> None:
+    """Print the first results of the first queries, with their scores.
+
+    Args:
+        names: names of the queries and the database images.
+        scores: (Q, k) scores of the last stage, best first.
+        ids: (Q, k) database ids.
+        queries: maximum number of queries shown.
+        results: maximum number of results shown per query.
+    """
+    lines = []
+    for name, row_scores, row_ids in list(zip(names.queries, scores, ids, strict=True))[:queries]:
+        lines.append(f"{name}:")
+        found = list(zip(row_scores[:results].tolist(), row_ids[:results].tolist(), strict=True))
+        lines += [f"  {rank}  {score:.3f}  {names.database[i]}" for rank, (score, i) in enumerate(found, 1)]
+    if len(names.queries) > queries:
+        lines.append(f"... and {len(names.queries) - queries} more queries; rankings.csv has the results of all")
+    console().print("\n".join(map(printable, lines)), soft_wrap=True, highlight=False, markup=False)
+
+
 def image_sizes_text(protocol: Mapping[str, Any]) -> str:
     """Return a text that says how images were resized. Only results with the same size limits are comparable.
 
