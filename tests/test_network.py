@@ -9,6 +9,7 @@ from PIL import Image
 
 import superglobal
 from superglobal.errors import InputError
+from superglobal.models.backbone import Backbone
 from superglobal.models.network import make_scales
 
 
@@ -126,7 +127,37 @@ def test_invalid_scales_raise_errors(scales, message):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "message"), [("resnet5O", "no such model"), ("mixer_s16_224", "images of any size")]
+    ("name", "multiple", "sides"),
+    [
+        ("test_resnet", 1, [1, 65]),
+        ("pvt_v2_b0", 1, [29, 65]),  # its attention reduces the map by convolutions with large kernels
+        ("inception_v3", 1, [75, 139]),  # its convolutions have no padding
+        ("hrnet_w18_small", 32, [1, 65]),  # it adds maps of different strides
+        ("dla34", 32, [1, 65]),
+    ],
+)
+def test_the_smallest_images_and_the_padding_fit_the_backbone(name, multiple, sides):
+    with torch.device("meta"):  # without random weights, which take seconds
+        backbone = Backbone(name)
+        assert backbone.multiple == multiple
+        assert [backbone.min_side(1), backbone.min_side(3)] == sides
+        for cells, side in zip((1, 3), sides, strict=True):
+            for size in ((side, side + 7), (side + 500, side)):
+                assert min(backbone.eval()(torch.zeros(1, 3, *size)).shape[-2:]) >= cells
+
+
+def test_a_transformer_with_reduced_attention_supports_tiny_images():
+    network = superglobal.load_model("random", backbone="pvt_v2_b0", pooling="gem")
+    assert superglobal.extract(network, np.zeros((6, 4, 3), np.uint8)).shape == (1, network.dim)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("resnet5O", "no such model"),
+        ("mixer_s16_224", "images of any size"),
+        ("mvitv2_tiny", r"images of any size.*; it needs images of 224 x 224 px"),  # its table of positions is fixed
+    ],
 )
 def test_unsupported_backbones_raise_errors(backbone, message):
     with pytest.raises(InputError, match=message):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import inspect
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -18,11 +20,24 @@ from timm.models import get_pretrained_cfg
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, first_line
 from superglobal.models.pooling import ReLUP
 
 # Short names for timm models.
 ALIASES = {"efficientnet_lite0": "tf_efficientnet_lite0"}
+# Size of a realistic image (height, width), whose sides are multiples of nothing.
+_PROBED_SIZE = (967, 1447)
+# Exceptions of models with a fixed image size and of models without a feature map.
+_PROBE_ERRORS = (
+    AttributeError,
+    AssertionError,
+    IndexError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    ZeroDivisionError,
+)
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 log = logging.getLogger(__name__)
 
@@ -76,6 +91,7 @@ class Backbone(nn.Module):
         kwargs = self._creation_arguments()
         self._probe(kwargs)
         self.net = self._create(kwargs, pretrained)
+        self._require_any_size()
         data = resolve_model_data_config(self.net)
         self.mean: tuple[float, ...] = tuple(data["mean"])
         self.std: tuple[float, ...] = tuple(data["std"])
@@ -118,34 +134,99 @@ class Backbone(nn.Module):
     def _probe(self, kwargs: dict[str, Any]) -> None:
         """Determine the properties of the feature map by running the model on the meta device, without any data.
 
-        The properties are the stride, the number of channels, the memory layout, and whether images must be padded.
+        The properties are the stride, the number of channels, the memory layout, the multiple to which images are
+        padded, and the smallest images.
+
+        Raises:
+            InputError: the model has no feature map, or a fixed image size.
         """
+        native: Any = "unknown"
         try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 net: Any = timm.create_model(self.name, num_classes=0, **kwargs).eval()
                 self.stride = int(net.feature_info[-1]["reduction"])
                 self.channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
-                height, width = resolve_model_data_config(net)["input_size"][-2:]
+                height, width = native = resolve_model_data_config(net)["input_size"][-2:]
                 self.tokens = net.forward_features(torch.empty(1, 3, height, width)).ndim == 3
                 # The sides of images are padded to a multiple of this number: a vision transformer needs whole patches,
-                # and a network with windowed attention halves its map at every stage, so each map needs even sides.
+                # a network with windowed attention halves its map at every stage, so each map needs even sides, and
+                # some CNNs add maps of different strides.
                 self.multiple = self.stride if self.tokens or kwargs else 1
-                side = 2 * self.stride + 1
-                shape = self._map(net, torch.empty(1, 3, side, side)).shape
-        # Models with a fixed image size and models without a feature map raise various exceptions here.
-        except (AttributeError, AssertionError, NotImplementedError, RuntimeError, TypeError) as error:
-            raise InputError(
-                f"backbone={self.name}: cannot compute feature maps for images of arbitrary size ({error}); choose a "
-                "CNN or a vision transformer that accepts any size"
-            ) from error
+                if self.multiple == 1 and not self._cells(net, *_PROBED_SIZE):
+                    self.multiple = self.stride
+                shape = self._map(net, torch.empty(1, 3, *_PROBED_SIZE)).shape
+                if len(shape) == 4:
+                    self._measure(net, max(height, width))
+        except _PROBE_ERRORS as error:
+            raise self._size_error(native, error) from error
         if len(shape) != 4:
             raise InputError(
                 f"backbone={self.name}: the output has shape {tuple(shape)}, expected (B, C, h, w); choose another "
                 "backbone"
             )
         self.channels = int(shape[1])
-        self._rounds_up = shape[-1] >= 3
+
+    def _measure(self, net: Any, native: int) -> None:
+        """Find the smallest image side that the model supports, and the side from which its map has one more cell.
+
+        Args:
+            net: the model on the meta device.
+            native: side of the images that the model was made for.
+        """
+        sides = range(1, 4 * self.stride + native)
+
+        def smallest(supported: Callable[[int], bool], guesses: tuple[int, ...]) -> int:
+            for side in guesses:
+                if supported(side) and (side == 1 or not supported(side - 1)):
+                    return side
+            return sides[bisect.bisect_left(sides, True, key=supported)]
+
+        # The guesses are right for models that round the size of the map up, and for those that round it down.
+        stride, long = self.stride, max(_PROBED_SIZE)
+        three = smallest(lambda side: self._cells(net, side, side) >= 3, (2 * stride + 1, 3 * stride))
+        self._first = three - 2 * stride
+        self._smallest = smallest(
+            lambda side: all(self._cells(net, side, width) > 0 for width in (side, long)), (1, stride)
+        )
+
+    def _cells(self, net: Any, height: int, width: int) -> int:
+        """Return the cells along the shorter side of the feature map of an image; 0 if the model does not support it.
+
+        Args:
+            net: the model on the meta device.
+            height: height of the image in pixels.
+            width: width of the image in pixels.
+        """
+        try:
+            return min(self._map(net, torch.empty(1, 3, height, width)).shape[-2:])
+        except _PROBE_ERRORS:
+            return 0
+
+    def _require_any_size(self) -> None:
+        """Raise InputError if the model has position parameters that end at the size it was made for.
+
+        The meta device does not check the indices of such parameters, so this runs the model on a small black image.
+        """
+        if not any("pos" in name or "rel" in name for name in self.net.state_dict()):
+            return
+        native = resolve_model_data_config(self.net)["input_size"][-2:]
+        training = self.net.training
+        try:
+            with torch.inference_mode():
+                self._map(self.net.eval(), torch.zeros(1, 3, native[0] + 2 * self.stride, native[1] + 4 * self.stride))
+        except _PROBE_ERRORS as error:
+            raise self._size_error(native, error) from error
+        finally:
+            self.net.train(training)
+
+    def _size_error(self, native: Any, error: Exception) -> InputError:
+        """Return an InputError about a model without feature maps, or only with those of its native image size."""
+        size = f"; it needs images of {' x '.join(map(str, native))} px" if isinstance(native, tuple) else ""
+        return InputError(
+            f"backbone={self.name}: cannot compute feature maps for images of any size ({first_line(error)}){size}; "
+            "choose a CNN or a vision transformer that accepts any size"
+        )
 
     def _map(self, net: Any, x: Tensor) -> Tensor:
         """Compute the feature map (B, C, h, w) of standardized images (B, 3, H, W) with the timm model `net`."""
@@ -159,7 +240,7 @@ class Backbone(nn.Module):
 
     def min_side(self, cells: int) -> int:
         """Return the smallest image side, in pixels, that gives a feature map with `cells` cells per side."""
-        return (cells - 1) * self.stride + 1 if self._rounds_up else cells * self.stride
+        return max(self._smallest, self._first + (cells - 1) * self.stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the feature maps (B, C, h, w) of standardized RGB images (B, 3, H, W)."""
