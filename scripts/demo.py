@@ -24,7 +24,7 @@ def main() -> int:
         The exit status: 0, or that of the first stage that fails.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", default="medium", help="size of the toy data set: tiny, small, medium, views or large")
+    parser.add_argument("--size", default="medium", help="size of the toy set: tiny, small, medium, views or large")
     parser.add_argument("--seed", default="0", help="seed of the toy data set; each seed gives different landmarks")
     parser.add_argument("--name", default="demo", help="name of the training run")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the data sets")
