@@ -131,15 +131,18 @@ class _ParsedError(Exception):
 
 def require_arguments(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Start a program that parses its arguments by argparse, and stop it once they are parsed."""
-    parse = argparse.ArgumentParser.parse_args
 
-    def parsed(self: Any, *args: Any, **options: Any) -> Any:
-        result = parse(self, *args, **options)
-        if self.prog == "superglobal":  # The command's own parser is next.
-            return result
-        raise _ParsedError
+    def stopping(parse: Any) -> Any:
+        def parsed(self: Any, *args: Any, **options: Any) -> Any:
+            result = parse(self, *args, **options)
+            if self.prog == "superglobal":  # The command's own parser is next.
+                return result
+            raise _ParsedError
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+        return parsed
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
     if words[0].startswith("superglobal "):
         with pytest.raises(_ParsedError):
             cli.main([words[0].removeprefix("superglobal "), *words[1:]])
