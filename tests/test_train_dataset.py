@@ -7,6 +7,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,8 @@ from superglobal.data.train_dataset import (
     collate,
 )
 from superglobal.errors import InputError
+from superglobal.training import checkpointing
+from superglobal.training.callbacks import NonFiniteGuard
 
 TABLE = "train_clean.csv"
 
@@ -206,11 +209,15 @@ def test_too_little_shared_memory_raises_an_error(monkeypatch):
         next(iter(loader))
 
 
-def test_the_wait_for_a_worker_that_does_not_respond_is_limited(monkeypatch):
+def test_the_wait_for_a_worker_that_does_not_respond_is_limited_after_a_signal(monkeypatch, tmp_path):
     monkeypatch.setattr(datamodules, "_POLL_SECONDS", 0.1)
     before = set(multiprocessing.active_children())
     batches = iter(ImageLoader(Slow(60), batch_size=None, num_workers=1, worker_init_fn=init_worker))
-    monkeypatch.setattr(ImageLoader, "max_wait", 0.5)  # as after a signal
+    monkeypatch.setattr(checkpointing, "_MAX_WAIT", 0.5)
+    monkeypatch.setattr(ImageLoader, "max_wait", 60)  # is restored after the test
+    checkpointing.CheckpointCallback(tmp_path, None, None, NonFiniteGuard(1, tmp_path, str))._receive(
+        signal.SIGTERM, None
+    )
     with pytest.raises(InputError, match=r"sent no images for 0\.[56] seconds"):
         next(batches)
     assert set(multiprocessing.active_children()) <= before
