@@ -243,6 +243,13 @@ def test_invalid_arguments_print_a_message(run, root, arguments, words):
     assert all(word in text for word in words)
 
 
+def test_a_tar_file_that_is_not_a_regular_file_is_an_error(root, tmp_path):
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "images_000.tar").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"images_000\.tar: not a file"):
+        prepare(root, tars=tmp_path / "tars", workers=1)
+
+
 def test_a_list_without_images_is_an_error(root):
     shutil.rmtree(root / "train")
     with pytest.raises(InputError, match="images not found") as caught:

@@ -150,6 +150,9 @@ def _tar_files(root: Path, tars: Path | None) -> list[Path]:
         require_posix(tars)
     entries = next(walk(tars), (tars, [], []))[2] if tars else []
     files = [Path(str(tars), name) for name in entries if name.endswith(".tar")]
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{path}: not a file; move it out of {tars}")
     if tars and not files:
         raise InputError(f"no tar files (images_000.tar, ...) in {tars}\n{how_to_get_gldv2_train(root)}")
     if not tars and not (root / "train").is_dir():
