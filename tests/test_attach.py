@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
@@ -92,6 +95,20 @@ def test_undo_restores_the_network(network, images):
         torch.testing.assert_close(network(images), before, atol=0, rtol=0)
     assert [name for name, _ in network.named_modules()] == names
     assert "forward" not in vars(network)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_a_copy_of_an_attached_network_computes_with_its_own_weights(duplicate, images):
+    network = randomize_batch_norms(TorchvisionRetrieval("resnet18"))
+    superglobal.attach(network, scales=3)
+    with torch.no_grad():
+        before = network(images)
+        copied = duplicate(network)
+        torch.testing.assert_close(copied(images), before, atol=0, rtol=0)
+        for parameter in copied.parameters():
+            parameter.zero_()
+        assert not copied(images).any()
+        torch.testing.assert_close(network(images), before, atol=0, rtol=0)
 
 
 def test_without_gem_plus_the_pooling_of_the_network_is_kept(images):

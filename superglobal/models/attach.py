@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,17 +135,29 @@ def _attach_scales(attachment: Attachment, config: PoolingConfig, scales: Sequen
         antialias: apply a low-pass filter when the batch is resized to a smaller scale.
     """
     network = attachment.network
-    single_scale = network.forward
-
-    def forward(images: Tensor) -> Tensor:
-        vectors = [single_scale(resize(images, s, antialias)) for s in scales]
-        return scale_gem(vectors, config.scale_p) if config.scale else torch.stack(vectors).mean(0)
-
     # The new `forward` is an attribute of the instance. To undo the change, restore the old attribute. If there was
     # none, delete the new one, so that the method of the class is used again.
     previous = vars(network).get("forward")
-    network.forward = forward
+    # Copying or pickling the network copies the bound method in `partial` too, so that a copy uses its own weights.
+    network.forward = partial(_forward_scales, network.forward, config, scales, antialias)
     attachment.on_undo(lambda: setattr(network, "forward", previous) if previous else delattr(network, "forward"))
+
+
+def _forward_scales(
+    forward: Callable[[Tensor], Tensor],
+    config: PoolingConfig,
+    scales: Sequence[float],
+    antialias: bool,
+    images: Tensor,
+) -> Tensor:
+    """Combine the vectors (B, D) that `forward` computes from images (B, 3, H, W) at several scales."""
+    vectors = [forward(resize(images, s, antialias)) for s in scales]
+    return scale_gem(vectors, config.scale_p) if config.scale else torch.stack(vectors).mean(0)
+
+
+def _clamp_output(alpha: float, block: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """Return max(output, alpha), as a forward hook of a block."""
+    return output.clamp(min=alpha)
 
 
 def _attach_relup(attachment: Attachment, alpha: float) -> None:
@@ -178,7 +191,7 @@ def _attach_relup(attachment: Attachment, alpha: float) -> None:
             else:
                 # max(max(x, 0), alpha) = max(x, alpha), so clamping the output of the block turns its last ReLU into
                 # ReLUP.
-                hook = block.register_forward_hook(lambda _block, _inputs, output: output.clamp(min=alpha))
+                hook = block.register_forward_hook(partial(_clamp_output, alpha))
                 attachment.on_undo(hook.remove)
 
 
