@@ -334,6 +334,57 @@ def test_headers_that_take_long_to_parse_raise_errors() -> None:
         decode_image(bmp, seconds=0.05)
 
 
+def gif(background: int = 7, **options: int) -> bytes:
+    """Return a GIF with 32 colors."""
+    data = bytearray(save_as(RGB.quantize(32), "GIF", **options))
+    data[11] = background  # index of the background color in the palette
+    return bytes(data)
+
+
+def save_as(image: Image.Image, file_format: str, **options: int) -> bytes:
+    """Encode an image."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def enlarged_gif() -> bytes:
+    """Return a GIF whose frame covers only a part of the image."""
+    data = bytearray(gif())
+    struct.pack_into("<HH", data, 6, 80, 90)
+    return bytes(data)
+
+
+def bmp(bits: int, *masks: int) -> bytes:
+    """Return a BMP of random pixels with `bits` bits, and a mask for each channel."""
+    width, height = 50, 40
+    pixels = np.random.default_rng(0).bytes(width * height * bits // 8)
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, 3 if masks else 0, len(pixels), 2835, 2835, 0, 0)
+    start = 14 + len(info) + 4 * len(masks)
+    header = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start)
+    return header + info + struct.pack(f"<{len(masks)}I", *masks) + pixels
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        gif(),
+        gif(transparency=5),
+        enlarged_gif(),
+        bmp(16),
+        bmp(16, 0xF800, 0x7E0, 0x1F),
+        bmp(16, 0x7C00, 0x3E0, 0x1F),
+        bmp(32, 0xFF000000, 0xFF0000, 0xFF00),
+        bmp(32, 0xFF0000, 0xFF00, 0xFF),
+    ],
+    ids=["gif", "gif_transparent", "gif_canvas", "bmp16", "bmp565", "bmp555", "bmp_order", "bmp32"],
+)
+def test_rare_gifs_and_bmps_equal_cv2(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    assert_equals_cv2(path)
+
+
 def test_missing_and_corrupt_images_are_distinguished(tmp_path: Path) -> None:
     RGB.save(tmp_path / "good.jpg")
     (tmp_path / "bad.jpg").write_bytes(b"GIF89a")

@@ -3,7 +3,7 @@
 The reference reads images with `cv2.imread(path, cv2.IMREAD_COLOR)` (its test/dataset.py). For a truncated file, OpenCV
 returns a partly gray image without an error, while Pillow raises an error. Images are therefore decoded with Pillow.
 Both use libjpeg-turbo, and their pixels are identical for 8-bit JPEG, PNG, WebP, BMP and TIFF. Where the pixels would
-differ (CMYK, 16 bits, TIFF with alpha, rare formats), Pillow validates the file and OpenCV decodes it.
+differ (CMYK, 16 bits, TIFF with alpha, GIF with transparency), Pillow validates the file and OpenCV decodes it.
 
 Neither decoder detects damage to the compressed data of a JPEG if the structure of the file is still valid.
 """
@@ -40,7 +40,8 @@ Box = tuple[float, float, float, float]
 _MAX_JPEG_HEADER = 100_000
 _FILL_BYTES = re.compile(rb"\xff*")
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
-_SAME_AS_CV2 = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF"}
+_SAME_AS_CV2 = {"JPEG", "MPO", "PNG", "WEBP"}
+_SAME_BMP = {"1", "L", "P", "BGR", "BGRX", "BGRA", "RGBA"}  # Pillow's orders of channels in BMP files
 _ORIENTATION_TAG, _BITS_PER_SAMPLE_TAG = 0x0112, 258
 _UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -159,7 +160,8 @@ def crop_and_shrink(pixels: np.ndarray, box: Box | None, max_side: int | None) -
 def pil_pixels(image: Image.Image) -> np.ndarray:
     """Convert a Pillow image to upright RGB without alpha.
 
-    The pixels are those that `read_image` returns for the file of the image.
+    The pixels are those that `read_image` returns for the file of the image. For files that `read_image` decodes with
+    OpenCV, such as GIFs with transparency and BMPs with 16 bits per pixel, they are those of Pillow.
 
     Returns:
         (H, W, 3) uint8, possibly read-only.
@@ -392,6 +394,11 @@ def _same_as_cv2(image: Image.Image) -> bool:
     if image.format == "TIFF":  # OpenCV premultiplies alpha, and rounds 16 bits in another way.
         bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE_TAG, (1,))
         return image.mode in ("1", "L", "P", "RGB") and max(bits) <= 8
+    tile = next(iter(getattr(image, "tile", [])), None)
+    if image.format == "GIF":  # OpenCV has another color for pixels that the first frame leaves transparent or out.
+        return tile is not None and tile[1] == (0, 0, *image.size) and "transparency" not in image.info
+    if image.format == "BMP":  # OpenCV converts 5 and 6 bits per channel, and unusual orders of channels, otherwise.
+        return tile is not None and tile[3][0] in _SAME_BMP
     return image.format in _SAME_AS_CV2 and image.mode in _EIGHT_BIT_MODES
 
 
