@@ -326,6 +326,13 @@ def test_headers_that_take_long_to_parse_raise_errors() -> None:
         with pytest.raises(CorruptImageError, match="damaged header"):
             decode_image(jpeg[:2] + filling + jpeg[2:])
         assert time.perf_counter() - start < 1
+    buffer = io.BytesIO()
+    Image.new("L", (1000, 1000)).save(buffer, "JPEG", progressive=True)
+    progressive = buffer.getvalue()[:-2]
+    scan = progressive[progressive.rindex(b"\xff\xda") :]
+    with pytest.raises(CorruptImageError, match=r"^30\d\d scans take too long to decode"):
+        decode_image(progressive + 3000 * scan + b"\xff\xd9")
+    assert decode_image(progressive + scan + b"\xff\xd9" + 3000 * scan + b"\xff\xd9").shape == (1000, 1000, 3)
     # A BMP with one run per pixel is decoded slowly, because Pillow reads it in Python.
     rows = (b"\1\7" * 1000 + b"\0\0") * 1000
     header = struct.pack("<IiiHHIIiiII", 40, 1000, 1000, 1, 8, 1, len(rows), 0, 0, 256, 0)

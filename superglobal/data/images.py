@@ -38,6 +38,7 @@ Box = tuple[float, float, float, float]
 
 # maximum number of segments and fill bytes before the image data of a JPEG; each costs Pillow about a microsecond
 _MAX_JPEG_HEADER = 100_000
+_MAX_SCANS = 20  # maximum number of scans of a JPEG with `MAX_PIXELS` pixels; a usual progressive JPEG has ten
 _FILL_BYTES = re.compile(rb"\xff*")
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
 _SAME_AS_CV2 = {"JPEG", "MPO", "PNG", "WEBP"}
@@ -304,12 +305,11 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, seconds: float = math.
 
     Raises:
         CorruptImageError: the file is empty or not an image in one of `FORMATS`, its header is damaged, or the image
-            has more than `max_pixels` pixels.
+            has more than `max_pixels` pixels or too many scans.
     """
     if not data:
         raise CorruptImageError("empty file (0 bytes)")
-    if data.startswith(b"\xff\xd8"):
-        _scan_start(data)
+    scan = _scan_start(data) if data.startswith(b"\xff\xd8") else -1
     # Disable Pillow's global limit against decompression bombs, 89 megapixels. The limit MAX_PIXELS is checked below.
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -328,6 +328,10 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, seconds: float = math.
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height}"
         raise CorruptImageError(f"{size} pixels, expected at most {max_pixels / 1e6:g} megapixels; shrink the image")
+    # Each scan of a progressive JPEG refines all pixels. The image data ends at the first end marker after its start.
+    scans = data.count(b"\xff\xda", scan, data.find(b"\xff\xd9", scan)) if scan >= 0 else 0
+    if scans * image.width * image.height > _MAX_SCANS * MAX_PIXELS:
+        raise CorruptImageError(f"{scans} scans take too long to decode; save the image again in an image editor")
     return image
 
 
