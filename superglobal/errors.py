@@ -1,13 +1,13 @@
 """Define `InputError`, which is raised for every problem that the user can fix."""
 
 import math
+import re
 import sys
 from typing import Any
 
-from superglobal.utils.escape import printable
-
 MAX_INTEGER = 2**31 - 1
 """Largest value of an integer setting that has no maximum of its own."""
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _MAX_LINE = 2000  # maximum number of characters of a line of a message
 
 
@@ -41,3 +41,14 @@ def in_range(value: Any, minimum: float, maximum: float) -> bool:
     """
     largest = sys.float_info.max if isinstance(value, float) else MAX_INTEGER
     return bool(minimum <= value <= (maximum if math.isfinite(maximum) else largest))
+
+
+def printable(text: str) -> str:
+    r"""Escape control characters, line breaks and bytes that are not UTF-8, such as `\n` and `\xe9`."""
+    return _UNPRINTABLE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    # Python stores the byte 0xNN of a file name that is not UTF-8 as the character U+DCNN.
+    code = ord(match[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else match[0].encode("unicode_escape").decode()

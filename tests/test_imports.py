@@ -24,8 +24,8 @@ LAYERS = [
     {"retrieval"},
     {"download"},
     {"models"},
-    {"data"},
     {"toy"},
+    {"data"},
     {"utils"},
     {"errors"},
 ]

@@ -13,8 +13,7 @@ import numpy as np
 
 from superglobal.data.evaluation_set import EvaluationSet, loader
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
-from superglobal.errors import InputError
-from superglobal.utils.escape import printable
+from superglobal.errors import InputError, printable
 from superglobal.utils.io import walk
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import numpy as np
 
 from superglobal.data.download_links import tree_path
 from superglobal.data.images import ImageItem
-from superglobal.utils.escape import printable
+from superglobal.errors import printable
 
 T = TypeVar("T")
 

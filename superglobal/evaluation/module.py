@@ -23,11 +23,10 @@ from superglobal.data.datamodules import LoadedBatch
 from superglobal.data.image_checks import CheckReport
 from superglobal.data.images import ImageItem, ImageList, shrunk_size
 from superglobal.data.samplers import ImageBatch
-from superglobal.errors import InputError
+from superglobal.errors import InputError, printable
 from superglobal.models.network import RetrievalNetwork, forward_variants
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.utils.distributed import in_main_thread
-from superglobal.utils.escape import printable
 from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)

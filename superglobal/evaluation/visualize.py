@@ -15,7 +15,7 @@ import numpy as np
 from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth
 from superglobal.data.images import ImageItem, image_tensor, read_image
 from superglobal.data.lazy_sequence import file_names
-from superglobal.errors import InputError
+from superglobal.errors import InputError, printable
 from superglobal.evaluation.pipeline import search_device
 from superglobal.evaluation.ranking_sheets import (
     FigureOptions,
@@ -32,7 +32,6 @@ from superglobal.reporting import figures
 from superglobal.reporting.figures import HeatPanel
 from superglobal.reporting.ranking_figures import RELEVANCES, relevance
 from superglobal.reporting.results import METRICS, metric_key
-from superglobal.utils.escape import printable
 from superglobal.utils.io import write_text
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from torch import Tensor
 from superglobal.data.images import ImageItem, image_tensor, pil_pixels, read_image, shrink
 from superglobal.errors import InputError
 from superglobal.models.network import RetrievalNetwork
-from superglobal.retrieval.rows import network_norms
+from superglobal.utils.norms import network_norms
 from superglobal.utils.precision import full_precision
 
 ImageLike = str | os.PathLike | ImageItem | Image.Image | np.ndarray | Tensor

@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from superglobal.errors import printable
 from superglobal.metrics.revisited import Result, RetrievalResult
 from superglobal.reranking.registry import rerank_label
-from superglobal.utils.escape import csv_cell, markdown, printable
+from superglobal.utils.escape import csv_cell, markdown
 from superglobal.utils.io import write_atomically, write_text
 from superglobal.utils.provenance import versions
 

@@ -14,6 +14,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from superglobal.errors import printable
 from superglobal.reporting.chart import draw_chart
 from superglobal.reporting.paired_comparison import gain_interval
 from superglobal.reporting.results import (
@@ -36,7 +37,7 @@ from superglobal.reporting.runs import (
     scores_in_percent,
 )
 from superglobal.reporting.table_rows import CITATION, Cell, DatasetTable, Effect, Row, dataset_tables
-from superglobal.utils.escape import markdown, printable
+from superglobal.utils.escape import markdown
 from superglobal.utils.io import write_text
 
 FormatCell = Callable[[Cell, str], list[str]]

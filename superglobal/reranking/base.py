@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from superglobal.errors import MAX_INTEGER, InputError, in_range
-from superglobal.retrieval.rows import is_unit, norm_fault, to_tensor
+from superglobal.retrieval.rows import to_tensor
+from superglobal.utils.norms import is_unit, norm_fault
 from superglobal.utils.precision import full_precision
 
 

@@ -15,11 +15,11 @@ import torch
 
 from superglobal.errors import InputError, first_line
 from superglobal.utils.io import require_regular
+from superglobal.utils.norms import is_unit, norm_fault
 
 CHUNK_ELEMENTS = 1 << 17
 """Number of elements that a thread processes at a time: 1 MB of float64, which fits into the cache."""
 _CHUNKS_PER_THREAD = 4  # minimum number of chunks per thread; for fewer chunks, another thread does not save time
-_UNIT_TOLERANCE = 1e-3
 _SCORE_ELEMENTS = 1 << 24  # maximum number of scores of a block of rows with all queries: 64 MB of float32
 _BLOCK_ELEMENTS = 1 << 24  # maximum number of elements of a block of rows: 64 MB of float32
 
@@ -356,43 +356,6 @@ def validate_block(block: np.ndarray, first_row: int, name: str, unit: bool = Fa
         return
     row = int(np.argmin(valid))
     raise InputError(f"{name}: row {first_row + row} {norm_fault(float(norms[row]))}")
-
-
-def is_unit(norms: np.ndarray) -> np.ndarray:
-    """Return a bool mask that is true for norms that differ from 1 by at most 1e-3, and false for NaN.
-
-    The tolerance allows for the rounding of unit vectors to float16.
-    """
-    return np.abs(norms - 1) <= _UNIT_TOLERANCE
-
-
-def norm_fault(norm: float) -> str:
-    """Return the text that ends an error message about a descriptor with an invalid norm: the problem and the fix."""
-    if not np.isfinite(norm):
-        return "has NaN or infinite values; extract it again"
-    if norm < 1e-6:
-        return "is a zero vector, which has no direction; extract it again or remove it"
-    return f"has norm {norm:.6g}, expected 1; normalize first: x / np.linalg.norm(x, axis=1, keepdims=True)"
-
-
-def network_norms(descriptors: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
-    """Validate descriptors that a network has computed, and return their L2 norms, (n,) float64.
-
-    Args:
-        descriptors: (n, D).
-        name: function that returns the name of the image with the given index, for the message.
-
-    Raises:
-        InputError: a descriptor is not a unit vector.
-    """
-    norms = np.linalg.norm(descriptors.astype(np.float64), axis=1)
-    for i in np.flatnonzero(~is_unit(norms)).tolist():
-        fault = f"has norm {norms[i]:g}, expected 1" if np.isfinite(norms[i]) else "has NaN or infinite values"
-        raise InputError(
-            f"{name(i)}: the network's descriptor {fault}; its weights or pooling settings are unusable, for example "
-            "because its training diverged (lower optim.lr)"
-        )
-    return norms
 
 
 def as_queries(Q: Any, dim: int) -> np.ndarray:

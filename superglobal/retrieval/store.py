@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from superglobal.errors import InputError
-from superglobal.retrieval.rows import copy_into, network_norms
+from superglobal.retrieval.rows import copy_into
 from superglobal.retrieval.store_files import (
     DONE,
     NAMES,
@@ -29,6 +29,7 @@ from superglobal.retrieval.store_files import (
     read_names,
 )
 from superglobal.utils.io import file_stamp, write_error
+from superglobal.utils.norms import network_norms
 
 _WRITTEN, _SKIPPED = 1, 2  # values in done.npy; 0 means missing
 # Rows are marked as done only after their values are flushed to disk. A flush is due when this many rows are waiting,

@@ -17,7 +17,7 @@ from superglobal.config.search_page import ServeConfig
 from superglobal.data.evaluation_set import EvaluationSet
 from superglobal.data.images import ImageItem
 from superglobal.data.lazy_sequence import LazySequence, chain_sequences
-from superglobal.errors import InputError
+from superglobal.errors import InputError, printable
 from superglobal.evaluation.extraction import extract_lists, store_identity
 from superglobal.evaluation.inputs import StageTimer, load_sources
 from superglobal.evaluation.module import ExtractionList
@@ -29,7 +29,6 @@ from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.whitening import stored_whitening
 from superglobal.search_page.image_search import FirstStage, ImageSearch, SearchDatabase
 from superglobal.training.trainer import make_trainer
-from superglobal.utils.escape import printable
 
 
 def serve(cfg: DictConfig) -> None:

@@ -28,9 +28,9 @@ from superglobal.errors import InputError
 from superglobal.metrics.evaluate import evaluate
 from superglobal.metrics.revisited import LABELS, REVISITED
 from superglobal.models.network import RetrievalNetwork
-from superglobal.retrieval.rows import network_norms
 from superglobal.training.callbacks import StepCallback, any_rank, cpu_process_group
 from superglobal.training.module import TrainingModule
+from superglobal.utils.norms import network_norms
 from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)

@@ -22,9 +22,9 @@ from superglobal.data.datamodules import ImageDataset, ImageLoader
 from superglobal.errors import InputError
 from superglobal.evaluation.module import ExtractionList
 from superglobal.models.network import DESCRIPTOR_VERSION, RetrievalNetwork, weights_digest
-from superglobal.retrieval.rows import network_norms
 from superglobal.tuning.search_space import Settings, configure
 from superglobal.utils.io import write_atomically
+from superglobal.utils.norms import network_norms
 from superglobal.utils.precision import full_precision
 
 log = logging.getLogger(__name__)

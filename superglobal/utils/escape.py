@@ -3,20 +3,10 @@
 import re
 from typing import Any
 
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+from superglobal.errors import printable
+
 _FORMULA = re.compile(r"(?![-+\d.,%e ]*(?: to [-+\d.,%e ]*)?$)[=+\-@]")
 _MARKDOWN = re.compile(r"[\\`*\[|]")
-
-
-def printable(text: str) -> str:
-    r"""Escape control characters, line breaks and bytes that are not UTF-8, such as `\n` and `\xe9`."""
-    return _UNPRINTABLE.sub(_escape, text)
-
-
-def _escape(match: re.Match[str]) -> str:
-    # Python stores the byte 0xNN of a file name that is not UTF-8 as the character U+DCNN.
-    code = ord(match[0])
-    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else match[0].encode("unicode_escape").decode()
 
 
 def csv_cell(value: Any) -> Any:
