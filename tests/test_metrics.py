@@ -281,7 +281,7 @@ def test_errors_name_the_query() -> None:
     for rankings, message in [
         (np.array([[1, 2], [1, 1]]), "query 1 lists an id twice"),
         (np.array([[1, 2], [-1, 1]]), "query 1 .* padding"),
-        (np.array([[1, 2]]), r"integers \(2, n\)"),
+        (np.array([[1, 2]]), r"integer array \(2, n\)"),
     ]:
         with pytest.raises(InputError, match=message):
             ranks_from_rankings(rankings, [good, good])

@@ -23,8 +23,8 @@ def test_the_first_example_finds_the_right_image(tmp_path):
     write_folders(tmp_path / "photos", landmarks=4)
     texture(2, 7).save(tmp_path / "query.jpg")
     first = next(words for words in commands(README, inline=False) if words[0] == "eval.py")
-    assert "dataset=folder" in first
-    placed = [re.sub(r"=(photos|query\.jpg)$", rf"={tmp_path}/\1", word) for word in first]
+    assert "dataset.database=photos" in first
+    placed = [re.sub(r"^(dataset\.\w+)=", rf"\1={tmp_path}/", word) for word in first]
     command = [sys.executable, *placed, f"paths.outputs={tmp_path}", "logger=csv"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
