@@ -40,7 +40,6 @@ def conf_dir() -> Path:
 FILE_NAME, RUN_NAME = "a file name that does not begin with a dot", "a relative path without . and .."
 """Kinds of names for `setting`. Names become parts of paths, and must not lead out of the folder of the path."""
 _FILE_NAME = re.compile(r'(?!\.)[^/\\:*?"<>|\x00-\x1f]+')
-_MAX_INTEGER = 2**32 - 1  # maximum of integers; greater ones would overflow in libraries
 _MAX_NAME = 200  # maximum number of bytes of a name; file systems allow 255, and file names contain further parts
 
 
@@ -117,8 +116,6 @@ def validate_values(config: Any, prefix: str = "") -> None:
             validate_values(value, f"{prefix}{declared.name}.")
             continue
         for element in value if isinstance(value, list) else [] if value is None else [value]:
-            if isinstance(element, int) and abs(element) > _MAX_INTEGER:
-                raise InputError(f"{prefix}{declared.name}={str(element)[:20]}...: expected at most {_MAX_INTEGER}")
             valid = not limits.get("choices") or element in limits["choices"]
             if "minimum" in limits:
                 valid = in_range(element, limits["minimum"], limits["maximum"])
