@@ -36,7 +36,7 @@ PLAIN = [o for o in BASE if not o.startswith(("logger", "figures"))]
 
 def stores(outputs: Path) -> list[Path]:
     """Return the folders of all stores."""
-    return sorted((outputs / "stores").iterdir())
+    return sorted(path for path in (outputs / "stores").iterdir() if path.is_dir())
 
 
 @pytest.fixture(scope="module")

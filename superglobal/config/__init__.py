@@ -35,7 +35,7 @@ ENTRIES = (
         (
             "python eval.py dataset=roxford5k weights=r50.safetensors",
             "python eval.py -m dataset=roxford5k,rparis6k weights=r50.safetensors 'ablation=glob(*)'",
-            "python eval.py dataset=folder dataset.database=photos dataset.query=query.jpg backbone=efficientnet_lite0",
+            "python eval.py experiment=photos dataset.database=photos dataset.query=query.jpg",
         ),
     ),
     Entry(
@@ -68,7 +68,7 @@ ENTRIES = (
         ServeConfig,
         "Serve a search page in the browser: upload a photo, see the most similar images and the effect of reranking.",
         (
-            "superglobal serve dataset=folder dataset.database=photos backbone=efficientnet_lite0",
+            "superglobal serve experiment=photos dataset.database=photos",
             "superglobal serve store=outputs/stores/...",
         ),
     ),

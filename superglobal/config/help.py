@@ -173,7 +173,8 @@ def groups(config_name: str) -> dict[str, list[tuple[str, str, bool]]]:
             name = file.removesuffix(".yaml")
             options[name] = _describe_ablation(name) if group == "ablation" else _describe_preset(name, settings)
         if group == "experiment":  # keep the experiments whose comments say that this command runs them
-            options = {name: words for name, words in options.items() if f"{config_name}.py" in words}
+            commands = (f"{config_name}.py", f"superglobal {config_name}")
+            options = {name: words for name, words in options.items() if any(c in words for c in commands)}
         options_of[group] = [(name, words, name == default) for name, words in sorted(options.items())]
     return options_of
 

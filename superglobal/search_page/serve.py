@@ -83,6 +83,8 @@ def open_database(config: ServeConfig, folder: Path | None = None) -> SearchData
     d = config.dataset
     if d.kind == "folder" and d.query is None and not d.labels:
         config = replace(config, dataset=replace(d, query=d.database))  # type: ignore[call-arg]
+    if folder is not None:
+        config = replace(config, paths=replace(config.paths, stores=str(folder.parent)))
     dataset, distractors, network, lists = load_sources(config, StageTimer(), queries=False)
     if folder is None:
         trainer = make_trainer(config.trainer, logger=False, enable_checkpointing=False, inference_mode=True)
