@@ -35,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="KIND",
         type=_kind,
-        help="kinds of figures; by default, all that these results allow. If images or stores were moved, add their "
-        "new paths, such as dataset.database=FOLDER or paths.stores=FOLDER",
+        help="kinds of figures to draw (default: all that the result allows), and settings: if images or descriptor "
+        "stores were moved, give their new paths, such as dataset.database=FOLDER or paths.stores=FOLDER",
     )
     parser.add_argument(
         "--order",

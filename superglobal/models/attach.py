@@ -98,7 +98,8 @@ def attach(
         pool: dotted name of the pooling layer; None to find it automatically.
 
     Returns:
-        An object with the changed `network` and the method `undo()`, which also works as a context manager.
+        An object with the changed `network` and the method `undo()`. The object is also a context manager, which ends
+        with `undo()`.
 
     Raises:
         InputError: the pooling layer or the ResNet is missing or ambiguous; the network is then unchanged.

@@ -135,7 +135,7 @@ class Backbone(nn.Module):
         """Determine the properties of the feature map by running the model on the meta device, without any data.
 
         The properties are the stride, the number of channels, the memory layout, the multiple to which images are
-        padded, and the smallest images.
+        padded, and the smallest image size.
 
         Raises:
             InputError: the model has no feature map, or a fixed image size.
@@ -221,7 +221,7 @@ class Backbone(nn.Module):
             self.net.train(training)
 
     def _size_error(self, native: Any, error: Exception) -> InputError:
-        """Return an InputError about a model without feature maps, or only with those of its native image size."""
+        """Return an InputError about a model that has no feature maps, or has them only at its native image size."""
         size = f"; it needs images of {' x '.join(map(str, native))} px" if isinstance(native, tuple) else ""
         return InputError(
             f"backbone={self.name}: cannot compute feature maps for images of any size ({first_line(error)}){size}; "

@@ -205,8 +205,8 @@ def _traceable(network: RetrievalNetwork) -> RetrievalNetwork:
     """
     if network.config.opencv_resize and network.scales != (1.0,):
         raise InputError(
-            "export: pooling.opencv_resize resizes with OpenCV, which a graph does not support; export at one scale "
-            "(--scales 1), or with another pooling"
+            "export: pooling.opencv_resize resizes with OpenCV, which an exported graph cannot do; export at one scale "
+            "(--scales 1), or without pooling.opencv_resize"
         )
     backbone = copy.deepcopy(network.backbone)
     for name, module in list(backbone.net.named_modules()):

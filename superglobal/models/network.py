@@ -193,7 +193,7 @@ class RetrievalNetwork(nn.Module):
         return self.with_backbone(self.backbone, replace(self._resolve_relup(pooling), p=self.config.p))
 
     def with_backbone(self, backbone: Backbone, pooling: PoolingConfig) -> RetrievalNetwork:
-        """Return a network with another backbone and pooling settings that shares everything else with this network.
+        """Return a network with the given backbone and pooling settings, which shares all else with this network.
 
         Args:
             backbone: backbone of the same architecture.
