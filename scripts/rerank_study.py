@@ -7,8 +7,8 @@ reject: score methods that are not part of the package on the rendered sets
 table:  score the chosen settings on the rendered sets and on --test, with and without centering
 
 The rendered sets need two runs of the demo, whose networks are each evaluated on the landmarks of the other run:
-python scripts/demo.py --seed 1 --data data/seed1 --outputs outputs/seed1 seed=1, and the same with 2. Further sets have
-more images per landmark: superglobal toy-data --size views --seed 1 --out data/views1/toy, and the same with 2. Results
+python scripts/demo.py --seed 1 --data data/seed1 --outputs outputs/seed1 seed=1, and the same with 2. With --views, further
+sets have more images per landmark: superglobal toy-data --size views --seed 1 --out data/views1/toy, and the same with 2. Results
 are in docs/background/reranking.md.
 """
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import superglobal
+from superglobal.data.evaluation_set import group_by_landmark
 from superglobal.metrics.revisited import cluster_interval
 from superglobal.models.network import RetrievalNetwork
 from superglobal.reranking.base import dots, gram_of, mask_of, nearest, with_query
@@ -138,8 +139,13 @@ def revisited_set(
     return StudySet(name, Q, X, positives, ignored)
 
 
-def rendered_sets(cache: Path) -> list[StudySet]:
-    """Return training and evaluation landmarks of two seeds under three networks, with 8 and with 40 images each."""
+def rendered_sets(cache: Path, views: bool) -> list[StudySet]:
+    """Return training and evaluation landmarks of two seeds under three networks.
+
+    Args:
+        cache: folder for descriptors.
+        views: also return training landmarks with 40 images each, for the networks that are trained.
+    """
     sets = []
     for seed, other in ((1, 2), (2, 1)):
         root = Path(f"data/seed{seed}/toy")
@@ -153,7 +159,7 @@ def rendered_sets(cache: Path) -> list[StudySet]:
         for name, network in networks.items():
             file = cache / f"{name}_{seed}.npy"
             sets.append(training_set(f"{name}, training {seed}", root, network, file))
-            if name != "untrained":
+            if views and name != "untrained":
                 many = cache / f"{name}_views_{seed}.npy"
                 sets.append(training_set(f"{name}, views {seed}", Path(f"data/views{seed}/toy"), network, many))
             sets.append(revisited_set(f"{name}, evaluation {seed}", root, "toy", network, file, None))
@@ -308,7 +314,10 @@ CHOSEN: dict[str, Scores] = {
 
 def print_test(data: StudySet) -> None:
     """Print the mAP of the chosen settings under each protocol, with the gain over none and its 95 % interval."""
-    clusters = np.array([",".join(map(str, np.sort(p.get("medium", p.get("all"))))) for p in data.positives])
+    relevant = [p.get("medium", p.get("all")) for p in data.positives]
+    if data.own is not None:
+        relevant = [np.append(rows, i) for rows, i in zip(relevant, data.own, strict=True)]
+    clusters = np.array(group_by_landmark(relevant))
     base = None
     for name, aps in data.score(CHOSEN).items():
         base = main_protocol(aps) if base is None else base
@@ -327,6 +336,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("outputs/rerank_study"), help="folder for descriptors")
     parser.add_argument("--test", type=Path, help="folder of a test set in the Revisited layout")
     parser.add_argument("--distractors", type=Path, help="folder of images that are added to the test set")
+    parser.add_argument("--views", action="store_true", help="also use the sets with more images per landmark")
     args = parser.parse_args()
     if args.step == "table" and args.test:
         lite0 = lambda: superglobal.load_model("package", pooling="gem", scales=1)  # noqa: E731
@@ -337,7 +347,7 @@ def main() -> None:
             print_test(data)
             print_test(data.centered())
         return
-    sets = rendered_sets(args.cache)
+    sets = rendered_sets(args.cache, args.views)
     if args.step == "table":
         for data in sets:
             print_test(data)

@@ -8,7 +8,7 @@ from vectors import clustered
 
 from superglobal import InputError, search, tune_reranker
 from superglobal.cli import main
-from superglobal.tuning.reranker import positives_of_labels
+from superglobal.tuning.reranker import _groups, positives_of_labels
 
 FEW = ["--M", "50", "--sample", "30"]
 
@@ -32,6 +32,8 @@ def test_a_reranker_that_gains_on_new_queries_is_chosen():
     own, positives = positives_of_labels(labels, 60)
     choice = tune_reranker(X[own], X, positives, exclude=own, M=60)
     assert choice.best.method != "none"
+    assert choice.best.settings.startswith(f"rerank={choice.best.method} ")
+    assert "rerank.M=60" in choice.best.settings
     assert choice.interval[0] > 0
     assert choice.gain <= choice.candidates[1].map - choice.candidates[0].map + 1e-9
     assert choice.candidates[0].settings == "rerank=none"
@@ -51,8 +53,8 @@ def test_no_reranking_is_chosen_if_labels_are_random():
 
 def test_average_precisions_equal_those_of_a_full_sort():
     rng = np.random.default_rng(3)
-    X, Q = clustered(rng, 50), clustered(rng, 8)
-    positives = [np.sort(rng.choice(50, 5, replace=False)) for _ in Q]
+    X, Q = clustered(rng, 50), clustered(rng, 10)
+    positives = list(rng.permutation(50).reshape(10, 5))
     choice = tune_reranker(Q, X, positives, settings=[("none", {})], folds=2, M=10)
     plain = next(c for c in choice.candidates if not c.center)
     order = search(Q, X, 50)[1]
@@ -82,9 +84,11 @@ def test_the_command_reads_labels_or_pairs(tmp_path, capsys):
     [
         ("labels.txt", "a\nb\n", "2 labels for 24 images; write one label per line"),
         ("labels.txt", "\n".join(map(str, range(24))), "expected a label with two images"),
-        ("pairs.csv", "query,image\n0,1\n", "line 2: expected integers in the columns query and database"),
+        ("labels.txt", "a\n" * 23 + "\n", "line 24: the label is empty"),
+        ("pairs.csv", "query,image\n0,1\n", "expected the columns query and database"),
+        ("pairs.csv", "query,database\n0,1.5\n", "line 2: expected two integers"),
         ("pairs.csv", "query,database\n0,1\n0,24\n", "line 3: query=0 database=24: expected query in 0..1 and"),
-        ("pairs.csv", "query,database\n0,1\n", r"folds=5: expected an integer in 2..1"),
+        ("pairs.csv", "query,database\n0,1\n", "the queries form 1 groups without common positives, and at least 10"),
     ],
 )
 def test_invalid_files_are_named(tmp_path, capsys, file, text, message):
@@ -99,10 +103,28 @@ def test_invalid_files_are_named(tmp_path, capsys, file, text, message):
     assert message in capsys.readouterr().err
 
 
-def test_methods_that_search_again_and_missing_baselines_are_refused():
-    X, labels = chains(6)
-    own, positives = positives_of_labels(labels, 20)
-    with pytest.raises(InputError, match="aqe searches again"):
-        tune_reranker(X[own], X, positives, exclude=own, settings=[("none", {}), ("aqe", {})])
-    with pytest.raises(InputError, match=r'expected \("none", {}\) among them'):
-        tune_reranker(X[own], X, positives, exclude=own, settings=[("gnn", {})])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"settings": [("none", {}), ("aqe", {})]}, "aqe searches again"),
+        ({"settings": [("none", {}), ("gnn", {"k1": 0})]}, "k1=0: expected an integer >= 1"),
+        ({"settings": [("gnn", {})]}, r'expected \("none", {}\) among them'),
+        ({"folds": 11}, "folds=11: expected an integer in 2..10"),
+        ({"seed": -1}, "seed=-1: expected an integer >= 0"),
+    ],
+)
+def test_invalid_options_raise_errors(options, message):
+    X, labels = chains(10)
+    own, positives = positives_of_labels(labels, 40)
+    with pytest.raises(InputError, match=message):
+        tune_reranker(X[own], X, positives, exclude=own, **options)
+
+
+def test_queries_of_one_object_are_in_one_group():
+    """Two images with one label are positives of each other, and have no positive in common."""
+    own, positives = positives_of_labels(np.repeat(np.arange(12), 2), 24)
+    groups = _groups([[*rows, i] for rows, i in zip(positives, own, strict=True)])
+    np.testing.assert_array_equal(groups, np.repeat(np.arange(12), 2))
+    chain = _groups([[0, 1], [1, 2], [3, 4], [2, 9], [5]])
+    assert len(set(chain[[0, 1, 3]])) == 1
+    assert len(set(chain)) == 3

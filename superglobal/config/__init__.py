@@ -24,7 +24,7 @@ from superglobal.errors import InputError
 from superglobal.models.pooling import PRESETS
 from superglobal.reporting.ablations import ABLATIONS
 
-__all__ = ["ENTRIES", "OLD_SETTINGS", "Entry", "conf_dir", "register", "reject_old_settings"]
+__all__ = ["ENTRIES", "OLD_SETTINGS", "Entry", "conf_dir", "register", "validate_arguments"]
 
 ENTRIES = (
     Entry(

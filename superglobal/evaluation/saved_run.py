@@ -282,7 +282,8 @@ def _relocate(config: DictConfig, location: Mapping[str, str], folder: Path, ove
             candidates = [cwd / path, folder / os.path.relpath(cwd / path, written), path]
             # Settings such as weights=timm are not paths.
             missing = path if setting in _NAMES_OR_PATHS else cwd / path
-            found = next((candidate for candidate in candidates if candidate.exists()), missing)
+            named = str(path) in ("package", "timm", "random") and setting in _NAMES_OR_PATHS
+            found = path if named else next((candidate for candidate in candidates if candidate.exists()), missing)
         OmegaConf.update(config, setting, str(found) if found != path else selected[setting])
     for setting in given.keys() - recorded.keys():
         OmegaConf.update(config, setting, str(given[setting]))

@@ -287,7 +287,9 @@ def print_answers(names: Names, scores: np.ndarray, ids: np.ndarray, queries: in
     for name, row_scores, row_ids in list(zip(names.queries, scores, ids, strict=True))[:queries]:
         lines.append(f"{name}:")
         found = list(zip(row_scores[:results].tolist(), row_ids[:results].tolist(), strict=True))
-        lines += [f"  {rank}  {score:.3f}  {names.database[i]}" for rank, (score, i) in enumerate(found, 1)]
+        # An image that was not reranked has the score -inf.
+        texts = [f"{score:.3f}" if np.isfinite(score) else "" for score, _ in found]
+        lines += [f"  {rank}  {texts[rank - 1]:5}  {names.database[i]}" for rank, (_, i) in enumerate(found, 1)]
     if len(names.queries) > queries:
         lines.append(f"... and {len(names.queries) - queries} more queries; rankings.csv has the results of all")
     console().print("\n".join(map(printable, lines)), soft_wrap=True, highlight=False, markup=False)

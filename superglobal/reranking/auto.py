@@ -1,6 +1,6 @@
 """Reranking by `gnn` where the descriptors support it, and none otherwise.
 
-Reranking from neighbors harms if the descriptors say little about what an image shows, such as those of an untrained
+Reranking from neighbors can harm if the descriptors say little about what an image shows, such as those of an untrained
 network. Such descriptors vary in few directions. The number of effective dimensions of a shortlist measures this
 without labels:
 
@@ -37,7 +37,8 @@ def auto_scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, min_dim
         min_dims: number of effective dimensions below which a shortlist is not reranked.
     """
     enough = effective_dims(gram) >= min_dims * min(1, T.shape[1] / _SMALL)
-    return torch.where(enough[:, None], gnn_scores(q, T, gram), dots(T, q))
+    # The running minimum of the similarities keeps the order of the shortlist where rounding would change it.
+    return torch.where(enough[:, None], gnn_scores(q, T, gram), torch.cummin(dots(T, q), dim=1).values)
 
 
 def effective_dims(gram: torch.Tensor) -> torch.Tensor:

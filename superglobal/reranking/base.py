@@ -50,7 +50,7 @@ class Parameter:
             expected += (
                 f" >= {self.minimum:g}" if self.maximum == math.inf else f" in {self.minimum:g}..{self.maximum:g}"
             )
-            expected += f" and <= {MAX_INTEGER}" if number and value > MAX_INTEGER else ""
+            expected += f" and <= {MAX_INTEGER}" if number and value > MAX_INTEGER and self.maximum == math.inf else ""
         if not valid:
             raise InputError(f"{name}={value}: expected {expected}")
 

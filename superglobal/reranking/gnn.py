@@ -9,9 +9,9 @@ For images i and j, each of which is the query or an image of its shortlist:
 
 s_ij is the cosine of two descriptors, or 0 if it is negative. An image whose neighbors are those of the query is thus
 ranked high even if its own similarity with the query is low. The authors' code
-(github.com/Xuanmeng-Zhang/gnn-re-ranking) propagates over the whole database instead of a shortlist, and w_ij does not
-require that i is near j (`reciprocal=False`). This condition and the constants were chosen on rendered landmarks; see
-docs/background/reranking.md.
+(github.com/Xuanmeng-Zhang/gnn-re-ranking) differs: it propagates over the whole database instead of a shortlist,
+normalizes the rows of A in each round, counts i itself among the k2, and does not require that i is near j. The
+condition and the constants were chosen on rendered landmarks; see docs/background/reranking.md.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def kreciprocal_scores(
     distance.diagonal(dim1=1, dim2=2).zero_()
     # The lower bound avoids a division by 0 if all images are equal.
     distance /= distance.amax(dim=-1, keepdim=True).clamp_(min=1e-12)
-    first = distance[:, 0, 1:].double()
+    first = distance[:, 0, 1:].to(torch.float64, copy=True)
     V = distance.neg_().exp_().masked_fill_(~_reciprocal(near, k1), 0)
     shared = _shared(V, near[..., :k2])
     # The Jaccard distance is 1 minus intersection / union, the sums of the elementwise minima and maxima of two rows of

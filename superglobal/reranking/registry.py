@@ -142,7 +142,7 @@ def rerank_candidates(
         candidates: (Q, M, D) candidates of each query, or (M, D) for a single query, best first, unit L2 norm.
         K: for "superglobal" and "mutual", the number of neighbors that refine a descriptor, >= 1; 9 and 5 by default.
         beta: for "superglobal" and "mutual", the weight of a neighbor per unit of similarity; 0.15 and 0.3 by default.
-        method: "superglobal", "mutual", "kreciprocal", "diffusion", or the name of your own reranker.
+        method: "superglobal", "mutual", "kreciprocal", "gnn", "auto", "diffusion", or the name of your own reranker.
         device: device to compute on; the CPU by default.
         batch_size: number of queries whose candidates are processed at a time.
         parameters: other parameters of the method; omitted ones have their defaults.

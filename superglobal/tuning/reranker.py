@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from superglobal.metrics.evaluate import Scorer, make_scorer
 from superglobal.metrics.revisited import LABELS, cluster_interval
 from superglobal.reranking.registry import get_reranker, rerank
 from superglobal.retrieval.ranks import exact_ranks
-from superglobal.retrieval.rows import Rows, as_queries, as_rows, load_npy
+from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows, load_npy
 from superglobal.retrieval.search import search
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.whitening import Whitening
+from superglobal.utils.io import read_csv, read_file
 
 Setting = tuple[str, Mapping[str, Any]]
 """Name of a reranker, and its parameters; "none" for no reranking."""
@@ -31,6 +31,7 @@ SETTINGS: tuple[Setting, ...] = (
     *(("gnn", {"k1": k1, "k2": k2}) for k1, k2 in ((6, 2), (8, 3), (10, 3), (15, 4))),
 )
 """Settings that `tune_reranker` compares by default, each with and without centering."""
+_MIN_GROUPS = 10  # with fewer groups, a bootstrap interval is too narrow
 
 
 @dataclass(frozen=True)
@@ -113,18 +114,25 @@ def tune_reranker(
         InputError: an array or a row id is invalid, a reranker or a parameter is unknown, or fewer groups of queries
             than folds have positives.
     """
+    settings = [(method, _complete(method, values, M)) for method, values in settings]
+    if ("none", {}) not in settings:
+        raise InputError('settings: expected ("none", {}) among them, with which the others are compared')
+    if not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed={seed}: expected an integer >= 0")
     rows = as_rows(X, "database")
     queries = as_queries(Q, rows.dim)
     scorer = make_scorer([{"positive": ids} for ids in positives], len(queries), len(rows), LABELS, seed=seed)
     labeled = np.array([i for i, ids in enumerate(scorer.targets) if len(ids)], np.int64)
-    _, groups = np.unique(np.array([str(scorer.clusters[i]) for i in labeled.tolist()]), return_inverse=True)
+    others = as_exclude(exclude, len(queries))
+    groups = _groups([scorer.targets[i] if others is None else [*scorer.targets[i], others[i]] for i in labeled])
     n_groups = int(groups.max(initial=-1)) + 1
-    if not isinstance(folds, int) or not 2 <= folds <= n_groups:
+    if n_groups < _MIN_GROUPS:
         raise InputError(
-            f"folds={folds}: expected an integer in 2..{n_groups}, the number of groups of queries with positives in "
-            "common; label more queries of different objects"
+            f"positives: the queries form {n_groups} groups without common positives, and at least {_MIN_GROUPS} are "
+            "needed to choose; label queries of more objects"
         )
-    others = None if exclude is None else np.asarray(exclude)
+    if not isinstance(folds, int) or not 2 <= folds <= n_groups:
+        raise InputError(f"folds={folds}: expected an integer in 2..{n_groups}, the number of groups of queries")
     candidates = []
     for center in (False, True):
         q, x = queries, rows
@@ -132,9 +140,7 @@ def tune_reranker(
             whitening = Whitening("center").fit(rows)
             q, x = whitening.transform(queries), whitening.transform_rows(rows, rows.name)
         candidates += _candidates(q, x, scorer, others, M, settings, device, center)
-    baseline = next((c for c in candidates if c.method == "none" and not c.center), None)
-    if baseline is None:
-        raise InputError('settings: expected ("none", {}) among them, with which the others are compared')
+    baseline = next(c for c in candidates if c.method == "none" and not c.center)
     aps = np.stack([c.ap[labeled] for c in candidates])
     fold = np.random.default_rng(seed).permutation(n_groups)[groups] % folds
     gains = np.empty(len(labeled))
@@ -145,6 +151,42 @@ def tune_reranker(
     best = candidates[int(aps.mean(axis=1).argmax())] if interval[0] > 0 else baseline
     ordered = sorted((c for c in candidates if c is not baseline), key=lambda c: -c.ap[labeled].mean())
     return RerankerChoice(best, (baseline, *ordered), float(gains.mean()), interval)
+
+
+def _complete(method: str, values: Mapping[str, Any], M: int) -> dict[str, Any]:
+    """Return the parameters of a setting, with M.
+
+    Raises:
+        InputError: the reranker or a parameter is unknown, a value is invalid, or the reranker searches again.
+    """
+    if method == "none" and not values:
+        return {}
+    reranker = get_reranker(method, "settings")
+    if reranker.searches_again is not None:
+        raise InputError(f"settings: {method} searches again; only rerankers of shortlists can be compared")
+    parameters = {**values, "M": values.get("M", M)}
+    reranker.complete(parameters)
+    return parameters
+
+
+def _groups(sets: Sequence[Sequence[int]]) -> np.ndarray:
+    """Divide sets of rows into groups, so that sets of different groups have no row in common.
+
+    Returns:
+        The number of the group of each set, 0-based: (n,) int64.
+    """
+    parent = list(range(len(sets)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    owner: dict[int, int] = {}
+    for i, rows in enumerate(sets):
+        for row in rows:
+            parent[root(i)] = root(owner.setdefault(int(row), i))
+    return np.unique([root(i) for i in range(len(sets))], return_inverse=True)[1]
 
 
 def load_descriptors(path: Path) -> Rows:
@@ -162,10 +204,15 @@ def read_labels(path: Path, n_rows: int) -> np.ndarray:
     Raises:
         InputError: the file cannot be read, or the number of its lines is not `n_rows`.
     """
-    labels = np.array([line.strip() for line in _lines(path)])
+    try:
+        labels = [line.strip() for line in read_file(path).decode("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable text file ({error})") from error
     if len(labels) != n_rows:
         raise InputError(f"{path}: {len(labels)} labels for {n_rows} images; write one label per line")
-    return labels
+    if "" in labels:
+        raise InputError(f"{path}, line {labels.index('') + 1}: the label is empty; give each image a label")
+    return np.array(labels)
 
 
 def read_pairs(path: Path, n_queries: int, n_rows: int) -> list[np.ndarray]:
@@ -177,33 +224,28 @@ def read_pairs(path: Path, n_queries: int, n_rows: int) -> list[np.ndarray]:
     Raises:
         InputError: the file cannot be read, has other columns, or a number is out of range.
     """
+    try:
+        lines = read_csv(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable CSV file ({error})") from error
+    if not lines or not {"query", "database"} <= set(lines[0]):
+        raise InputError(f"{path}: expected the columns query and database in the first line")
+    columns = [lines[0].index(name) for name in ("query", "database")]
     positives: list[set[int]] = [set() for _ in range(n_queries)]
-    reader = csv.DictReader(_lines(path))
-    while True:
+    for number, line in enumerate(lines[1:], 2):
         try:
-            row = next(reader, None)
-            if row is None:
-                break
-            query, image = int(row["query"]), int(row["database"])
-        except (csv.Error, KeyError, TypeError, ValueError) as error:
+            query, image = (int(line[column]) for column in columns)
+        except (IndexError, ValueError) as error:
             raise InputError(
-                f"{path}, line {reader.line_num}: expected integers in the columns query and database"
+                f"{path}, line {number}: expected two integers, the rows of a query and an image"
             ) from error
         if not (0 <= query < n_queries and 0 <= image < n_rows):
             raise InputError(
-                f"{path}, line {reader.line_num}: query={query} database={image}: expected query in 0..{n_queries - 1} "
-                f"and database in 0..{n_rows - 1}"
+                f"{path}, line {number}: query={query} database={image}: expected query in 0..{n_queries - 1} and "
+                f"database in 0..{n_rows - 1}"
             )
         positives[query].add(image)
     return [np.array(sorted(rows), np.int64) for rows in positives]
-
-
-def _lines(path: Path) -> list[str]:
-    """Read the lines of a text file. Raises InputError if it cannot be read as UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file ({error})") from error
 
 
 def positives_of_labels(labels: np.ndarray, sample: int, seed: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -256,8 +298,6 @@ def _candidates(
     for method, parameters in settings:
         new = ranks
         if method != "none":
-            if get_reranker(method, "settings").searches_again is not None:
-                raise InputError(f"settings: {method} searches again; only rerankers of shortlists can be compared")
-            new = scorer.reranked(ranks, rerank(Q, X, ids, M, method=method, device=device, **parameters)[1])
+            new = scorer.reranked(ranks, rerank(Q, X, ids, method=method, device=device, **parameters)[1])
         result.append(Candidate(method, dict(parameters), center, scorer.score(new).ap["all"]))
     return result

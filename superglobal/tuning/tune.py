@@ -244,7 +244,9 @@ def limit_images(dataset: EvaluationSet, max_images: int, seed: int) -> Evaluati
     rows = np.flatnonzero(np.isin(label, order[: max(4, np.searchsorted(total, max_images, side="right"))]))
     new_row = np.full(len(label), -1)
     new_row[rows] = np.arange(len(rows))
-    gnd: list[dict[str, Any]] = [{key: new_row[ids] for key, ids in dataset.gnd[i].items()} for i in rows.tolist()]
+    gnd: list[dict[str, Any]] = [
+        {key: new_row[ids][new_row[ids] >= 0] for key, ids in dataset.gnd[i].items()} for i in rows.tolist()
+    ]
     items = [dataset.database[i] for i in rows.tolist()]
     clusters = [dataset.clusters[i] for i in rows.tolist()]
     return replace(dataset, queries=items, database=items, gnd=gnd, clusters=clusters)
