@@ -7,9 +7,9 @@ reject: score methods that are not part of the package on the rendered sets
 table:  score the chosen settings on the rendered sets and on --test, with and without centering
 
 The rendered sets need two runs of the demo, whose networks are each evaluated on the landmarks of the other run:
-python scripts/demo.py --seed 1 --data data/seed1 --outputs outputs/seed1 seed=1, and the same with 2. With --views, further
-sets have more images per landmark: superglobal toy-data --size views --seed 1 --out data/views1/toy, and the same with 2. Results
-are in docs/background/reranking.md.
+python scripts/demo.py --seed 1 --data data/seed1 --outputs outputs/seed1 seed=1, and the same with 2. With --views,
+further sets have more images per landmark: superglobal toy-data --size views --seed 1 --out data/views1/toy, and the
+same with 2. Results are in docs/background/reranking.md.
 """
 
 from __future__ import annotations
