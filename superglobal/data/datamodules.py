@@ -403,11 +403,11 @@ class ImageLoader(DataLoader):
                 return next(batches)
             except RuntimeError as error:
                 text = str(error)
-                if "timed out after" in text and waited < self.max_wait:
+                if text.startswith("DataLoader timed out after") and waited < self.max_wait:
                     waited += _POLL_SECONDS
                 elif "shared memory" in text:
                     raise _worker_error("have too little shared memory") from error
-                elif "timed out after" in text:
+                elif text.startswith("DataLoader timed out after"):
                     for worker in getattr(batches, "_workers", ()):
                         worker.kill()  # Workers of a training process ignore SIGTERM, with which torch ends them.
                     raise _worker_error(f"sent no images for {waited:g} seconds") from error

@@ -6,7 +6,6 @@ long as the size and the times of the last change of the file stay the same.
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,6 +34,7 @@ from superglobal.utils.io import atomic_file, file_stamp, read_file, require_reg
 CHECKED_IMAGES = "checked_images.npz"
 """Name of the file of `CheckCache`, in the folder of the stores."""
 _BATCH = 512  # number of images that one task of a thread checks
+_SAVED_IMAGES = 100_000  # number of newly checked images after which the results are written
 
 
 class CheckedImage(NamedTuple):
@@ -62,11 +62,21 @@ class CheckCache:
         self._path = path
         # (n, 7) int64, sorted by key: key of the path, size, st_mtime_ns, st_ctime_ns, CRC-32, height and width
         self._rows = np.empty((0, 7), np.int64)
-        if path is not None:
-            with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-                require_regular(path)
-                with np.load(path) as file:
-                    self._rows = file["rows"].reshape(-1, 7).astype(np.int64)
+        self._load()
+
+    def _load(self) -> None:
+        """Add the rows of the file. Without a readable file, nothing is added."""
+        if self._path is None:
+            return
+        with suppress(Exception):  # NumPy raises many types of exceptions for a damaged file.
+            require_regular(self._path)
+            with np.load(self._path) as file:
+                self._add(file["rows"].reshape(-1, 7).astype(np.int64))
+
+    def _add(self, rows: np.ndarray) -> None:
+        """Add rows (n, 7), which replace rows with the same keys."""
+        joined = np.concatenate([rows, self._rows])  # of equal keys, the first one is kept
+        self._rows = joined[np.unique(joined[:, 0], return_index=True)[1]]
 
     def get(self, path: Path, stamp: Sequence[int] | None) -> CheckedImage | None:
         """Return the result of an earlier check of a file with this `file_stamp`; None if there is none."""
@@ -84,8 +94,8 @@ class CheckCache:
             [_path_key(path), *stamp, int(image.signature.partition("-")[2], 16), *image.size]
             for path, stamp, image in results
         ]
-        joined = np.concatenate([np.array(rows, np.int64), self._rows])  # of equal keys, the first one is kept
-        self._rows = joined[np.unique(joined[:, 0], return_index=True)[1]]
+        self._load()  # Another process may have written the file meanwhile.
+        self._add(np.array(rows, np.int64))
         with suppress(InputError), atomic_file(self._path) as file:
             np.savez(file, rows=self._rows)
 
@@ -144,6 +154,9 @@ def check_images(
     with ThreadPoolExecutor(workers or min(32, 4 * (os.cpu_count() or 1))) as pool:
         for start, (results, checked) in zip(starts, pool.map(check, starts), strict=True):
             new += checked
+            if len(new) >= _SAVED_IMAGES:
+                known.update(new)
+                new = []
             for row, result in enumerate(results, start):
                 image = result if isinstance(result, CheckedImage) else CheckedImage("", (0, 0))
                 report.signatures.append(image.signature)

@@ -308,12 +308,15 @@ def _check_tar(ids_file: Path, path: Path, decode: bool) -> Shard:
     try:
         members, problem = _tar_members(path)
         with open_file(path) as file:
+            end = os.fstat(file.fileno()).st_size
             for image, offset, size in members:
                 row = int(np.searchsorted(ids, np.array(image, "S16")))
                 if row == len(ids) or ids[row] != image:
                     continue
                 signature = reason = ""
                 try:
+                    if offset + size > end:
+                        raise CorruptImageError("truncated: the tar file ends before the image")
                     signature = check_image(os.pread(file.fileno(), size, offset), decode).signature
                 except (OSError, CorruptImageError) as error:
                     reason = str(error)

@@ -218,6 +218,8 @@ class DescriptorStore:
             rows: (n,) row numbers in 0..N-1.
             values: (n, D) valid descriptors, which are converted to the dtype of the store.
         """
+        if not len(rows):  # A complete store may be read-only.
+            return
         values = np.ascontiguousarray(values, self.dtype)
         self._checksums[rows] = _row_checksums(values)
         shards, within = np.divmod(rows, self._rows_per_shard)
@@ -237,6 +239,8 @@ class DescriptorStore:
             InputError: a row is out of range, or `skipped.txt` cannot be written.
         """
         rows = np.atleast_1d(np.asarray(rows, np.int64))
+        if not len(rows):
+            return
         self._require_inside(rows)
         note_of = dict(zip(rows.tolist(), notes or [NO_REASON] * len(rows), strict=True))
         new = np.setdiff1d(rows, self.skipped).tolist()
@@ -295,6 +299,7 @@ class DescriptorStore:
         """
         self._require_complete()
         pieces = list(self._pieces(start, stop))
+        self._require_complete()  # Another process may have discarded damaged rows.
         if len(pieces) == 1 and not self.converts:
             return pieces[0]
         out = np.empty((stop - start, self.shape[1]), np.float32)
@@ -308,6 +313,7 @@ class DescriptorStore:
         for piece in self._pieces(start, stop):
             copy_into(piece, out[offset : offset + len(piece)])
             offset += len(piece)
+        self._require_complete()
 
     def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
         """Yield views (n, D) of rows start..stop-1 in the dtype of the store, one view per shard."""
@@ -354,6 +360,7 @@ class DescriptorStore:
         state = np.array(self._done[rows])
         differs = self._checksums[rows] != np.where(state == _WRITTEN, _row_checksums(np.asarray(values)), 0)
         damaged = start + np.flatnonzero(differs & (state != 0))
+        self._complete = self._complete and bool(state.all())
         self._verified[shard] = stamp if state.all() and not len(damaged) else 0
         return damaged
 
@@ -383,13 +390,18 @@ class DescriptorStore:
         Raises:
             InputError: the store is not complete.
         """
-        self._require_complete()
-        return self.read_rows(ids)
+        return self._read_complete(ids, np.float32)
 
     def take_stored(self, ids: np.ndarray) -> np.ndarray:
         """Return the rows with the given ids, of any shape S, as an array `(*S, D)` in the dtype of the store."""
+        return self._read_complete(ids, self.dtype)
+
+    def _read_complete(self, ids: np.ndarray, dtype: Any) -> np.ndarray:
+        """Return the rows with the given ids as `read_rows`. Raises InputError if the store is not complete."""
         self._require_complete()
-        return self.read_rows(ids, self.dtype)
+        values = self.read_rows(ids, dtype)
+        self._require_complete()  # Another process may have discarded damaged rows.
+        return values
 
     def read_rows(self, ids: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
         """Return rows with the given ids, even if the store is not complete.

@@ -83,6 +83,7 @@ class CheckpointCallback(StepCallback):
         self.handlers: dict[int, Any] = {}
         self.saved_at = time.monotonic()
         self.group: Any = None
+        self.usual_wait = ImageLoader.max_wait
 
     @property
     def asked_to_stop(self) -> bool:
@@ -103,6 +104,7 @@ class CheckpointCallback(StepCallback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
+        ImageLoader.max_wait = self.usual_wait
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, epoch_ends: bool) -> None:
         due = self.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * self.every_minutes
