@@ -175,9 +175,9 @@ def test_damage_to_a_store_is_detected(tmp_path, accelerator, dtype: str, value:
     shard[5, 2] = value
     shard.flush()
     store = DescriptorStore.open(tmp_path / "s")
-    for source, row in ((store, 85), (concat(X[:10], store), 95), (concat(torch.from_numpy(X[:10]), store), 95)):
+    for source in (store, concat(X[:10], store), concat(torch.from_numpy(X[:10]), store)):
         for run in (lambda x: search(Q, x, 5, block_rows=50), lambda x: exact_ranks(Q, x, [[0]] * 3)):
-            with pytest.raises(InputError, match=f": row {row} has NaN or infinite"):
+            with pytest.raises(InputError, match=r"shard-00002\.npy: row 85 is damaged"):
                 run(source)
 
 

@@ -40,7 +40,8 @@ def test_the_demo_writes_a_table_and_a_figure_and_reuses_results(tmp_path):
     assert [row["run"] for row in before] == ["gem"]
     trained = {row["run"]: row for row in rows if row["weights"] == "short"}
     assert list(trained) == [
-        "gem", "gem_plus", "regional", "scale", "rerank", "no_gem_plus", "no_regional", "no_scale", "no_rerank",
+        "gem", "gem_plus", "regional", "scale", "relup", "rerank",
+        "no_gem_plus", "no_regional", "no_scale", "no_relup", "no_rerank",
     ]  # fmt: skip
     # EfficientNet-Lite0 has no plain ReLUs.
     assert {row["run"] for row in rows if row["medium"] == "n/a"} == {"relup", "no_relup"}

@@ -38,6 +38,7 @@ def run(out: Path, *words: object, status: int = 0) -> str:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_every_section_runs_on_a_cpu(tmp_path):
     output = run(tmp_path / "report", "--device", "cpu", "--size", "tiny", "--minutes", 9)
     report = json.loads((tmp_path / "report" / "report.json").read_text())

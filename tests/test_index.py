@@ -105,7 +105,7 @@ def test_an_index_is_built_again_only_if_damaged_or_for_other_rows(tmp_path, vec
         return caplog.text
 
     log = open_and_search()
-    assert "500 descriptors of dimension 16: 0.00 GB" in log
+    assert "500 descriptors of dimension 16; needs 0.00 GB" in log
     (path,) = tmp_path.glob("*.faiss")
     assert f"loaded {path}" in open_and_search()
     data = bytearray(path.read_bytes())

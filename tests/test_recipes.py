@@ -15,7 +15,7 @@ from superglobal.training.train import image_size_in_epoch
 from superglobal.training.train import train as fit
 
 RECIPES = sorted(
-    path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if path.stem not in ("full_factorial",)
+    path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml") if path.stem not in ("full_factorial", "photos")
 )
 BACKBONES = {recipe: "resnet50" for recipe in RECIPES} | {"r101_gldv2_clean": "resnet101", "quickstart": "test_resnet"}
 BACKBONES["demo"] = "efficientnet_lite0"

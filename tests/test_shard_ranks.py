@@ -90,7 +90,7 @@ def test_invalid_targets_raise_errors_that_name_the_query():
         ),
         ([none, np.float32([0.5])], [[], [1]], "query 1: expected float64 scores"),
         ([none, [0.5]], [[], [-1]], "integer ids >= 0"),
-        ([none, [0.5]], [[], [1.0]], "integer ids >= 0, got float64 and float64"),
+        ([none, [0.5]], [[], [1.0]], "integer ids >= 0, got float64 scores and float64"),
         ([none, [np.nan]], [[], [1]], "query 1: expected scores of unit vectors"),
         ([none, [3.0]], [[], [1]], "query 1: expected scores of unit vectors"),
         ([none, [0.5]], [[], [7]], "query 1: id 7 is excluded"),

@@ -107,7 +107,7 @@ def test_checkpoints_contain_plain_types_and_the_landmarks_of_classes(toy_data, 
 
 
 def test_eval_scores_the_export_like_a_plain_script(toy_data, trained, tmp_path):
-    run("eval.py", "dataset=toy", f"paths.data={toy_data}", f"paths.outputs={trained}")
+    run("eval.py", "dataset=toy", "name=quickstart", f"paths.data={toy_data}", f"paths.outputs={trained}")
     (path,) = (trained / "eval" / "toy").rglob("results.json")
     got = json.loads(path.read_text())
     assert got["weights"] == str(trained / "train" / "quickstart" / "best.safetensors")

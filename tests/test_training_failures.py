@@ -42,7 +42,8 @@ def checkpoint(toy_data, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("number", "processes", "group"), [("SIGUSR2", 1, True), ("SIGINT", 1, False), ("SIGTERM", 2, False)]
+    ("number", "processes", "group"),
+    [("SIGUSR2", 1, True), ("SIGINT", 1, False), pytest.param("SIGTERM", 2, False, marks=pytest.mark.slow)],
 )
 def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(toy_data, tmp_path, number, processes, group):
     """The signal goes to the first process, or to all processes and workers, as from a terminal or SLURM."""
