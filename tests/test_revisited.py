@@ -309,3 +309,10 @@ def test_one_message_lists_all_missing_images(tmp_path: Path) -> None:
         require_images([("queries", [ImageItem(good)], "")], also=["weights not found"])
     checked = require_images([("queries", [ImageItem(good)], ""), ("database", [ImageItem(good)] * 2, "")])
     assert checked["database"].signatures == checked["queries"].signatures * 2
+
+
+def test_a_set_whose_elements_cannot_be_sorted_raises_an_error(tmp_path):
+    path = tmp_path / "gnd_x.pkl"
+    path.write_bytes(pickle.dumps({"imlist": {(1,), ("a",)}, "qimlist": [], "gnd": []}))
+    with pytest.raises(InputError, match="imlist: a set whose elements cannot be sorted"):
+        load_ground_truth(path)

@@ -152,7 +152,10 @@ def _field(path: Path, entry: Any, key: str, where: str) -> Sequence[Any]:
         raise InputError(f"{place} is missing; expected the format of a Revisited ground truth")
     value = entry[key]
     if isinstance(value, (set, frozenset)):
-        value = sorted(value, key=lambda element: (str(type(element)), element))
+        try:
+            value = sorted(value, key=lambda element: (str(type(element)), element))
+        except TypeError as error:  # such as tuples of different types
+            raise InputError(f"{place}: a set whose elements cannot be sorted ({error}), expected a list") from error
     if isinstance(value, range):
         value = value[: sys.maxsize]  # `len` does not support longer ranges.
     if not isinstance(value, (list, tuple, range)):
