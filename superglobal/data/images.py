@@ -36,10 +36,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 Box = tuple[float, float, float, float]
 """Crop of an image: left, top, right and bottom edge (x1, y1, x2, y2) in pixels."""
 
-# maximum number of segments and fill bytes before the image data of a JPEG; each costs Pillow about a microsecond
-_MAX_JPEG_HEADER = 100_000
+# maximum number of segments and fill bytes before the image data of a JPEG; each costs Pillow about a microsecond. In
+# an image with many scans, it is the maximum number of segments.
+_MAX_SEGMENTS = 100_000
 _MAX_SCANS = 20  # maximum number of scans of a JPEG with `MAX_PIXELS` pixels; a usual progressive JPEG has ten
-_FILL_BYTES = re.compile(rb"\xff*")
+# Start of a segment of a JPEG. Decoders skip all other bytes between segments and in the compressed data.
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"  # markers of the start of a scan, and of the end of the image
 _EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}
 _SAME_AS_CV2 = {"JPEG", "MPO", "PNG", "WEBP"}
 _SAME_BMP = {"1", "L", "P", "BGR", "BGRX", "BGRA", "RGBA"}  # Pillow's orders of channels in BMP files
@@ -246,7 +249,7 @@ def require_end(file_format: str | None, data: bytes) -> None:
     if file_format in ("JPEG", "MPO"):
         # An EXIF thumbnail has an end marker too, but precedes the image data. Search only after the start of the data.
         scan = _scan_start(data)
-        if scan < 0 or data.rfind(b"\xff\xd9", scan) < 0:
+        if scan < 0 or data.rfind(_END, scan) < 0:
             raise CorruptImageError("truncated JPEG (no end-of-image marker)")
     elif file_format == "PNG" and data.rfind(b"IEND\xaeB`\x82") < 0:
         raise CorruptImageError("truncated PNG (no IEND chunk)")
@@ -258,28 +261,41 @@ def _scan_start(data: bytes) -> int:
     `data` is the start of the file, or the whole file. If it ends before this marker, return -1.
 
     Raises:
-        CorruptImageError: there are more than `_MAX_JPEG_HEADER` segments and fill bytes before this marker.
+        CorruptImageError: there are more than `_MAX_SEGMENTS` segments and stray bytes before this marker.
     """
     position, cost = 2, 0
-    while position + 4 <= len(data) and cost <= _MAX_JPEG_HEADER:
-        start, marker = position, data[position + 1]
-        if data[position] != 0xFF:  # Decoders skip stray bytes between segments.
-            position = data.find(b"\xff", position)
-            if position < 0:
-                return -1
-        elif marker == 0xDA:
-            return position + 2
-        elif marker == 0xFF:
-            position = _FILL_BYTES.match(data, position).end() - 1  # type: ignore[union-attr]
-        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # markers without a length
-            position += 1 if marker == 0x00 else 2
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-            start = position - 1
-        cost += position - start
-    if cost > _MAX_JPEG_HEADER:
-        raise CorruptImageError(f"damaged header (no image data after {cost} segments and fill bytes)")
+    while match := _SEGMENT.search(data, position):
+        cost += match.start() - position + 1
+        if cost > _MAX_SEGMENTS:
+            raise CorruptImageError(f"damaged header (no image data after {cost} segments and fill bytes)")
+        if match[0] == _SCAN:
+            return match.end()
+        position = _segment_end(data, match.end())
     return -1
+
+
+def _segment_end(data: bytes, start: int) -> int:
+    """Return the offset of the end of a JPEG segment, whose marker ends at `start` and is followed by its length."""
+    return start + int.from_bytes(data[start : start + 2], "big")
+
+
+def _require_few_scans(data: bytes, pixels: int) -> None:
+    """Raise CorruptImageError if a JPEG file with this number of pixels has too many scans.
+
+    Each scan of a progressive JPEG refines all pixels, so it can take as long to decode as a whole image.
+    """
+    limit = _MAX_SCANS * MAX_PIXELS // pixels
+    if data.count(_SCAN) <= limit:  # Bytes inside other segments and after the image count too, so this is a bound.
+        return
+    position, scans, segments = _scan_start(data) - 2, 0, 0
+    while (match := _SEGMENT.search(data, position)) and match[0] != _END:
+        scans, segments = scans + (match[0] == _SCAN), segments + 1
+        if scans > limit or segments > _MAX_SEGMENTS:
+            raise CorruptImageError(
+                f"more than {limit} scans or {_MAX_SEGMENTS} segments take too long to decode; save the image again in "
+                "an image editor"
+            )
+        position = _segment_end(data, match.end())
 
 
 class _TimedFile(io.BytesIO):
@@ -309,7 +325,9 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, seconds: float = math.
     """
     if not data:
         raise CorruptImageError("empty file (0 bytes)")
-    scan = _scan_start(data) if data.startswith(b"\xff\xd8") else -1
+    is_jpeg = data.startswith(b"\xff\xd8")
+    if is_jpeg:
+        _scan_start(data)  # Pillow would parse a header of millions of segments for a long time.
     # Disable Pillow's global limit against decompression bombs, 89 megapixels. The limit MAX_PIXELS is checked below.
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -328,10 +346,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, seconds: float = math.
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height}"
         raise CorruptImageError(f"{size} pixels, expected at most {max_pixels / 1e6:g} megapixels; shrink the image")
-    # Each scan of a progressive JPEG refines all pixels. The image data ends at the first end marker after its start.
-    scans = data.count(b"\xff\xda", scan, data.find(b"\xff\xd9", scan)) if scan >= 0 else 0
-    if scans * image.width * image.height > _MAX_SCANS * MAX_PIXELS:
-        raise CorruptImageError(f"{scans} scans take too long to decode; save the image again in an image editor")
+    if is_jpeg:
+        _require_few_scans(data, image.width * image.height)
     return image
 
 
