@@ -64,7 +64,7 @@ def page(tmp_path_factory) -> Iterator[SimpleNamespace]:
     assert server.returncode == 0, rest
     assert "The search page has stopped." in rest
     assert "Traceback" not in rest
-    assert not list(temporary.glob("superglobal-page-*")), "uploads are left behind"
+    assert not list(temporary.glob("superglobal-page-*/*")), "uploads are left behind"
 
 
 @pytest.fixture(scope="module")

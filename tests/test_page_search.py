@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import re
 import shutil
 import socket
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -190,15 +192,43 @@ def test_requests_of_other_sites_are_rejected_and_responses_have_security_header
         assert request(local_names, host="[")[0] == 400
 
 
-def test_uploads_of_a_killed_server_are_deleted(tmp_path, monkeypatch):
+def test_uploads_are_private_and_those_of_a_killed_server_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "superglobal-page-killed").mkdir()
-    (tmp_path / "superglobal-page-killed" / "upload.jpg").write_bytes(b"")
     with _upload_folder() as first, _upload_folder() as second:
-        assert not (tmp_path / "superglobal-page-killed").exists()
+        (private,) = tmp_path.iterdir()
         assert first.is_dir()
         assert second.is_dir()
-    assert list(tmp_path.iterdir()) == []
+    assert list(private.iterdir()) == []
+    (private / "killed").mkdir()
+    (private / "killed" / "upload.jpg").write_bytes(b"")
+    with _upload_folder() as folder:
+        assert folder.parent == private
+        assert not (private / "killed").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX")
+def test_a_folder_of_uploads_that_another_user_may_have_made_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    with pytest.raises(InputError, match="cannot be written"), _upload_folder():
+        pass
+    (tmp_path / "temporary").mkdir()
+    with _upload_folder() as folder:
+        private = folder.parent
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    private.chmod(0o711)
+    with pytest.raises(InputError, match="expected a folder to which only you have access"), _upload_folder():
+        pass
+    if os.getuid() == 0:
+        private.chmod(0o700)
+        os.chown(private, 1, -1)
+        with pytest.raises(InputError, match="expected a folder to which only you have access"), _upload_folder():
+            pass
+    private.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    private.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="expected a folder to which only you have access"), _upload_folder():
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_the_page_takes_its_settings_from_a_store(evaluated, monkeypatch, tmp_path):
@@ -250,6 +280,33 @@ def test_information_missing_from_a_store_is_reported(evaluated, tmp_path):
     np.save(old / "done.npy", done)
     with pytest.raises(InputError, match="1 of 24 descriptors are missing"):
         open_search_database(tmp_path, f"store={old}", *mini(evaluated.data), "weights=random")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"identity": {"model": "mine"}},
+            "invalid or missing: backbone, pooling, scales, antialias, precision, max_side",
+        ),
+        ({"pooling": {"p": "3"}}, r"invalid or missing: pooling\.p"),
+        ({"pooling": {"p": 3.0, "eps": "x"}}, r"manifest\.json is damaged \("),
+        ({"provenance": {"dataset": "mini"}}, "invalid or missing: provenance"),
+        ({"provenance": {"dataset": {"name": "mini"}, "weights": "random"}}, r"missing settings: dataset\.kind"),
+    ],
+)
+def test_a_store_that_no_evaluation_wrote_is_reported(evaluated, tmp_path, changes, message):
+    store = next(path for path in evaluated.before if "-database-" in path.name)
+    folder = shutil.copytree(store, tmp_path / "store")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if changes.keys() & manifest.keys():
+        manifest |= changes
+    else:
+        manifest["identity"] |= changes
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=message) as raised:
+        read_config(compose_serve_config(f"store={folder}"))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import StoreConfig, rerank_parameters
@@ -17,7 +19,7 @@ from superglobal.config.search_page import ServeConfig
 from superglobal.data.evaluation_set import EvaluationSet
 from superglobal.data.images import ImageItem
 from superglobal.data.lazy_sequence import LazySequence, chain_sequences
-from superglobal.errors import InputError, printable
+from superglobal.errors import InputError, first_line, printable
 from superglobal.evaluation.extraction import extract_lists, store_identity
 from superglobal.evaluation.inputs import StageTimer, load_sources
 from superglobal.evaluation.module import ExtractionList
@@ -29,6 +31,16 @@ from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.whitening import stored_whitening
 from superglobal.search_page.image_search import FirstStage, ImageSearch, SearchDatabase
 from superglobal.training.trainer import make_trainer
+
+# types of the settings in the identity of a store that the page uses
+_IDENTITY = {
+    "backbone": str,
+    "pooling": dict,
+    "scales": list,
+    "antialias": bool,
+    "precision": str,
+    "max_side": int | None,
+}
 
 
 def serve(cfg: DictConfig) -> None:
@@ -174,11 +186,11 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
         folder: folder of the store.
 
     Raises:
-        InputError: the folder contains no store, the store is not of database images, or it does not record its images
-            or weights.
+        InputError: the folder contains no store, the store is not of database images, or it does not record its images,
+            weights or settings.
     """
     store = DescriptorStore.open(folder)
-    identity, record = store.manifest["identity"], store.manifest.get("provenance", {})
+    identity, record = _recorded_settings(store)
     if record.get("images", "database") != "database":
         raise InputError(
             f"{folder}: the store contains {record['images']}; expected database images, so set store= to the "
@@ -198,7 +210,7 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
     dataset = given
     if not is_given:
         dataset = {key: value for key, value in (record.get("dataset") or {}).items() if key in given}
-        if dataset["kind"] == "folder":
+        if dataset.get("kind") == "folder":
             dataset |= {
                 "query": None,
                 "labels": False,
@@ -212,19 +224,42 @@ def _with_settings_of_store(cfg: DictConfig, folder: Path) -> DictConfig:
     # The exponent p of GeM is left out, because the network first reads p from the weights. `_open_store` then replaces
     # it with the p with which the store was extracted.
     pooling = {key: value for key, value in identity["pooling"].items() if key != "p"}
-    return OmegaConf.merge(
-        cfg,
-        {
-            "dataset": {**dataset, "max_side": identity["max_side"]},
-            "weights": weights,
-            "backbone": {"name": identity["backbone"]},
-            "pooling": pooling,
-            "scales": identity["scales"],
-            "antialias": identity["antialias"],
-            "extraction": {"precision": identity["precision"], "decoder": decoder},
-        },
-        {"store": OmegaConf.structured(StoreConfig(store.manifest["dtype"]))},
-    )  # type: ignore[return-value]
+    settings = {
+        "dataset": {**dataset, "max_side": identity["max_side"]},
+        "weights": weights,
+        "backbone": {"name": identity["backbone"]},
+        "pooling": pooling,
+        "scales": identity["scales"],
+        "antialias": identity["antialias"],
+        "extraction": {"precision": identity["precision"], "decoder": decoder},
+    }
+    stored_as = {"store": OmegaConf.structured(StoreConfig(store.manifest["dtype"]))}
+    try:
+        return OmegaConf.merge(cfg, settings, stored_as)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise InputError(
+            f"{folder / 'manifest.json'} is damaged ({first_line(error)}); give a store that eval.py extracted"
+        ) from error
+
+
+def _recorded_settings(store: DescriptorStore) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the identity and the provenance of a store.
+
+    Raises:
+        InputError: they are not those of descriptors that eval.py extracted. A program can write other stores.
+    """
+    identity, record = store.manifest["identity"], store.manifest.get("provenance", {})
+    invalid = [key for key, kind in _IDENTITY.items() if not isinstance(identity.get(key, ...), kind)]
+    if not invalid and not isinstance(identity["pooling"].get("p"), float):
+        invalid = ["pooling.p"]
+    if not isinstance(record, dict) or not isinstance(record.get("dataset") or {}, dict):
+        invalid.append("provenance")
+    if invalid:
+        raise InputError(
+            f"{store.folder}: the store does not record how to extract the descriptor of a query (invalid or missing: "
+            f"{', '.join(invalid)}); give a store that eval.py extracted"
+        )
+    return identity, record
 
 
 def _open_store(folder: Path, network: RetrievalNetwork, lists: list[ExtractionList]) -> DescriptorStore:

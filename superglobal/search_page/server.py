@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from superglobal.data.images import CorruptImageError, ImageItem, decode_image, 
 from superglobal.errors import InputError
 from superglobal.search_page.html import encode_jpeg
 from superglobal.search_page.image_search import SearchDatabase
-from superglobal.utils.io import file_lock, read_file
+from superglobal.utils.io import file_lock, read_file, write_error
 
 log = logging.getLogger(__name__)
 THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # longer side in pixels of the thumbnails of each size
@@ -53,7 +54,7 @@ _HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 ]
-_UPLOADS = "superglobal-page-"  # start of the names of the folders of uploads
+_UPLOADS = "superglobal-page"  # start of the name of the folder that contains the uploads of all servers of a user
 
 
 class Thumbnails:
@@ -156,21 +157,47 @@ def run_server(config: ServeConfig, database: SearchDatabase, listener: socket.s
 
 @contextmanager
 def _upload_folder() -> Iterator[Path]:
-    """Create a folder for uploads during a `with` statement. Delete those of servers that were killed."""
-    parent = Path(tempfile.gettempdir())
-    for folder in parent.glob(f"{_UPLOADS}*"):
-        # A running server holds the lock of its folder, and the folders of other users cannot be locked.
-        with suppress(InputError):
-            if folder.is_dir():
-                with _locked(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
-    folder = parent / f"{_UPLOADS}{uuid.uuid4().hex}"
+    """Create a folder for uploads during a `with` statement. Delete those of servers that were killed.
+
+    Raises:
+        InputError: there is no folder for temporary files to which only this user has access.
+    """
+    parent = _private_folder()
+    for folder in [path for path in parent.iterdir() if path.is_dir()]:
+        with suppress(InputError), _locked(folder):  # A running server holds the lock of its folder.
+            shutil.rmtree(folder, ignore_errors=True)
+    folder = parent / uuid.uuid4().hex
     with _locked(folder):
         folder.mkdir(mode=0o700)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_folder() -> Path:
+    """Return the folder of the uploads of this user, in the folder for temporary files. Create it if necessary.
+
+    All users can write to the folder for temporary files. Another user must not be able to read the uploads, or to
+    redirect files by links that were created in advance.
+
+    Raises:
+        InputError: the folder cannot be created, belongs to another user, or is accessible to other users.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else None  # On Windows, each user has a folder for temporary files.
+    folder = Path(tempfile.gettempdir()) / (_UPLOADS if user is None else f"{_UPLOADS}-{user}")
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = folder.lstat()
+    except OSError as error:
+        raise write_error(folder, error, "set TMPDIR to another folder") from error
+    is_private = user is None or (status.st_uid == user and not status.st_mode & 0o077)
+    if not stat.S_ISDIR(status.st_mode) or not is_private:
+        raise InputError(
+            f"{folder}: expected a folder to which only you have access; remove it, or set TMPDIR to another folder"
+        )
+    return folder
 
 
 @contextmanager
