@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from numbers import Integral
 from typing import Any
 
 MAX_INTEGER = 2**31 - 1
@@ -41,6 +42,12 @@ def in_range(value: Any, minimum: float, maximum: float) -> bool:
     """
     largest = sys.float_info.max if isinstance(value, float) else MAX_INTEGER
     return bool(minimum <= value <= (maximum if math.isfinite(maximum) else largest))
+
+
+def integer_limit(value: Any, maximum: float) -> str:
+    """Return the end of a message about a value that is not `in_range`: the limit of integers, if it is exceeded."""
+    exceeded = isinstance(value, Integral) and int(value) > MAX_INTEGER and maximum == math.inf
+    return f" and <= {MAX_INTEGER}" if exceeded else ""
 
 
 def printable(text: str) -> str:

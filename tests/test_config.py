@@ -248,8 +248,8 @@ def test_names_stay_in_their_folder(name, tmp_path, monkeypatch):
 def test_arguments_that_hydra_cannot_read_raise_errors():
     with pytest.raises(InputError, match=r"dataset.database=caf\\xe9: not UTF-8"):
         validate_arguments(["dataset.database=caf\udce9"])
-    with pytest.raises(InputError, match=r"^k=10+\.\.\.: expected a number of fewer than 1000 digits$"):
-        validate_arguments(["k=1" + 5000 * "0"])
+    with pytest.raises(InputError, match=r"^k=10+\.\.\.: expected a number of fewer than 300 digits$"):
+        validate_arguments(["k=1" + 399 * "0"])
     for setting in ("k", "trainer.num_workers", "rerank.M"):
         with pytest.raises(InputError, match=rf"^{setting}=1000000000"):
             config("dataset=toy", "backbone=resnet18", f"{setting}={10**400}")

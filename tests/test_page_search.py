@@ -140,7 +140,7 @@ def test_errors_about_uploads_name_the_file_but_not_its_path(evaluated, tmp_path
         "large": "expected at most 5 megapixels",
         "cut": "truncated",
     }
-    for name, reason in {**reasons, "gone": "upload it again"}.items():
+    for name, reason in {**reasons, "gone": "upload the image, or choose another one"}.items():
         path = next(iter(tmp_path.glob(f"{name}.*")), tmp_path / "gone.jpg")
         with pytest.raises(InputError, match=rf"^holiday\.jpg: .*{reason}") as error:
             search.extract(QueryImage("holiday.jpg", path))

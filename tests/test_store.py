@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from superglobal.errors import InputError
 from superglobal.retrieval import store as store_module
 from superglobal.retrieval.store import DescriptorStore, _row_checksums
 from superglobal.retrieval.store_files import fingerprint
-from superglobal.utils.io import atomic_file
+from superglobal.utils.io import atomic_file, write_atomically
 
 IMAGES = [f"image{i} 10-abc" for i in range(25)]
 ABOUT = {"weights": "w", "scales": [1.0]}
@@ -179,13 +181,27 @@ def test_damaged_rows_are_never_read(tmp_path, damage, rows):
     assert np.array_equal(store.block(0, 25), X)
 
 
-def test_a_verified_shard_is_verified_again_only_if_its_file_changed(tmp_path, monkeypatch):
+@pytest.fixture
+def verified(monkeypatch) -> list[int]:
+    """Return a list to which the number of rows of each verified shard is added. Files count as settled at once."""
+    rows: list[int] = []
+
+    def slowly(values: np.ndarray) -> np.ndarray:
+        rows.append(len(values))
+        time.sleep(0.02)
+        return _row_checksums(values)
+
+    monkeypatch.setattr(store_module, "_row_checksums", slowly)
+    monkeypatch.setattr("superglobal.utils.io._SETTLED", 0)
+    return rows
+
+
+def test_a_verified_shard_is_verified_again_only_if_its_file_changed(tmp_path, verified):
     store = create(tmp_path / "s")
     store.write_rows(np.arange(25), unit(25))
     store.flush()
     store.block(0, 25)
-    verified = []
-    monkeypatch.setattr(store_module, "_row_checksums", lambda x: (verified.append(len(x)), _row_checksums(x))[1])
+    verified.clear()
     opened = DescriptorStore.open(tmp_path / "s")
     opened.block(0, 25)
     opened.take(np.array([3, 24]))
@@ -196,6 +212,41 @@ def test_a_verified_shard_is_verified_again_only_if_its_file_changed(tmp_path, m
     assert verified == [10, 10, 5]
     (tmp_path / "copy" / "verified.npy").write_bytes(b"")  # only a record of what was verified
     assert np.array_equal(DescriptorStore.open(tmp_path / "copy").block(0, 25), unit(25))
+
+
+def test_shards_with_missing_or_damaged_rows_are_verified_once(tmp_path, verified):
+    store = create(tmp_path / "s")
+    store.write_rows(np.arange(22), unit(22))
+    store.flush()
+    shard = np.load(tmp_path / "s" / "shard-00000.npy", mmap_mode="r+")
+    shard[4] = 0
+    shard.flush()
+    verified.clear()
+    opened = DescriptorStore.open(tmp_path / "s")
+    with ThreadPoolExecutor(4) as pool:  # Threads that read the same shard wait for one verification.
+        for values in pool.map(opened.read_rows, [np.array([5, 12, 21])] * 8):
+            assert np.array_equal(values, unit(22)[[5, 12, 21]])
+    assert opened.damaged().tolist() == [4]
+    assert sorted(verified) == [5, 10, 10]
+    store.write_rows(np.array([22]), unit(1))  # The new row is verified, too.
+    store.flush()
+    assert np.array_equal(opened.read_rows(np.array([22])), unit(1))
+    store.write_rows(np.array([4]), unit(1))
+    store.flush()
+    assert opened.damaged().tolist() == []
+    assert sorted(verified) == [1, 1, 5, 5, 10, 10, 10]  # with those of the two new rows
+
+
+def test_a_shard_that_has_just_changed_is_verified_at_every_read(tmp_path, verified, monkeypatch):
+    monkeypatch.setattr("superglobal.utils.io._SETTLED", 60 * 10**9)
+    store = create(tmp_path / "s")
+    store.write_rows(np.arange(25), unit(25))
+    store.flush()
+    verified.clear()
+    for _ in range(2):  # A change between these reads might not change the times of the file.
+        assert np.array_equal(store.block(0, 10), unit(25)[:10])
+    assert verified == [10, 10]
+    assert not np.load(tmp_path / "s" / "verified.npy").any()
 
 
 def test_a_shard_that_is_truncated_while_it_is_open_is_named(tmp_path):
@@ -231,9 +282,34 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
         (errno.EROFS, r"\(Read-only file system\); choose another folder"),
     ],
 )
-def test_a_failed_write_has_a_hint_for_its_reason(tmp_path, number, hint):
-    with pytest.raises(InputError, match=f"x: cannot be written {hint}$"), atomic_file(tmp_path / "x"):
+def test_a_failed_write_has_a_hint_for_its_reason(tmp_path, monkeypatch, number, hint):
+    def fail(descriptor: int) -> None:
         raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(InputError, match=f"x: cannot be written {hint}$"):
+        write_atomically(tmp_path / "x", b"")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_errors_of_the_written_file_are_failed_writes(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source"), atomic_file(tmp_path / "x") as file:
+        file.write((tmp_path / "source").read_bytes())
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        for content in (bytes(2000), bytes(2_000_000)):
+            with pytest.raises(InputError, match=r"x: cannot be written \(File too large\)"):
+                write_atomically(tmp_path / "x", content)
+        with (
+            pytest.raises(InputError, match=r"x: cannot be written \(File too large\)"),
+            atomic_file(tmp_path / "x") as file,
+        ):
+            np.savez(file, values=np.zeros(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_a_manifest_is_not_a_store(tmp_path):

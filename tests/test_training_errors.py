@@ -6,8 +6,10 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import ROOT, command, compose_config, run_command, train
 from sets import break_scan
 
@@ -15,6 +17,7 @@ import superglobal
 from superglobal.data.gldv2 import read_train, split_landmarks
 from superglobal.errors import InputError
 from superglobal.models.weights import save_weights
+from superglobal.training.callbacks import NonFiniteGuard
 from superglobal.training.train import train as fit
 
 
@@ -105,6 +108,17 @@ def test_invalid_settings_raise_errors_that_name_them(toy_data, weights, tmp_pat
     with pytest.raises(InputError, match=message):
         fit(compose_config(toy_data, tmp_path, *override.split()), tmp_path / "run")
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("p", [0.0, 10.5])
+def test_an_exponent_that_training_moves_out_of_its_range_ends_the_run(tmp_path, p):
+    module = torch.nn.Module()
+    module.network = superglobal.load_model("random", backbone="test_resnet", pooling={"gem_plus": False})
+    trainer, guard = SimpleNamespace(global_step=5, current_epoch=0), NonFiniteGuard(5, tmp_path, str)
+    guard.check(trainer, module)
+    module.network.pooling.p.data.fill_(p)
+    with pytest.raises(InputError, match=r"^epoch 1, step 5: the p of GeM is \S+, expected 0\.01 to 10"):
+        guard.check(trainer, module)
 
 
 def test_a_sweep_continues_after_a_failed_job_and_returns_its_status(toy_data, tmp_path):

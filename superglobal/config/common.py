@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from superglobal.errors import MAX_INTEGER, InputError, in_range
+from superglobal.errors import InputError, in_range, integer_limit
 from superglobal.models.pooling import PoolingConfig, make_pooling
 
 C = TypeVar("C")
@@ -120,7 +120,7 @@ def validate_values(config: Any, prefix: str = "") -> None:
             if "minimum" in limits:
                 valid = in_range(element, limits["minimum"], limits["maximum"])
             if not valid:
-                limit = f" and <= {MAX_INTEGER}" if not isinstance(element, str) and element > MAX_INTEGER else ""
+                limit = integer_limit(element, limits.get("maximum", 0))
                 raise InputError(f"{prefix}{declared.name}={element}: expected {allowed_values(declared)}{limit}")
             if "name" in limits:
                 validate_name(f"{prefix}{declared.name}", element, limits["name"])

@@ -29,7 +29,7 @@ from superglobal.data.images import (
     upright_size,
 )
 from superglobal.errors import InputError
-from superglobal.utils.io import atomic_file, file_stamp, read_file, require_regular
+from superglobal.utils.io import atomic_file, file_stamp, is_settled, read_file, require_regular
 
 CHECKED_IMAGES = "checked_images.npz"
 """Name of the file of `CheckCache`, in the folder of the stores."""
@@ -204,7 +204,7 @@ def _check_batch(
             image = None if decode else known.get(path, stamp)
             if image is None:
                 image = check_image(read_file(path), decode)
-                new += [] if stamp is None else [(path, stamp, image)]
+                new += [(path, stamp, image)] if stamp is not None and is_settled(stamp) else []
             results.append(image if box is None else CheckedImage(image.signature, _cropped_size(box, image.size)))
         except (OSError, CorruptImageError) as error:
             results.append(error)

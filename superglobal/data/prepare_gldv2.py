@@ -6,6 +6,7 @@ written atomically to a file in `<root>/.<list>.index.parts`, so that an interru
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import multiprocessing
@@ -178,8 +179,9 @@ def _open_shards(folder: Path, identity: dict[str, object], ids: np.ndarray) -> 
     except (OSError, ValueError):  # The file is missing or incomplete, so start over.
         pass
     shutil.rmtree(folder, ignore_errors=True)
-    with atomic_file(folder / _IDS) as file:
-        np.save(file, ids)
+    buffer = io.BytesIO()
+    np.save(buffer, ids)
+    write_atomically(folder / _IDS, buffer.getvalue())
     write_atomically(record, json.dumps(identity).encode())
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from superglobal.errors import InputError
 
 RELUP_MODES = ("on", "off", "reference_off", "auto")
-# Exponents for which powers of activations up to 6000 are finite in float32, and for which the root is accurate.
-_EXPONENTS = 0.01, 10.0
+EXPONENTS = 0.01, 10.0
+"""Exponents for which powers of activations up to 6000 are finite in float32, and for which the root is accurate."""
 # Lower bound of a mean of powers before its root is taken. It keeps the gradient finite, and it changes the result by
 # less than 1e-14.
 _TINY = 1e-36
@@ -101,7 +101,7 @@ def _require_eps(name: str, value: float) -> None:
 
 def _require_exponent(name: str, value: float) -> None:
     """Raise InputError unless float32 can compute generalized means with the value of the setting `name`."""
-    low, high = _EXPONENTS
+    low, high = EXPONENTS
     if not low <= value <= high:
         raise InputError(f"{name}={value}: expected a number from {low:g} to {high:g}")
 

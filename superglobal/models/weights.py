@@ -112,8 +112,10 @@ class Weights:
         if not all(math.isfinite(value) for value in mean + std) or min(std) <= 0:
             raise ValueError(f"mean={mean} and std={std}: expected finite numbers, std > 0")
         origin: Any = provenance
-        while origin is not None:
+        while isinstance(origin, dict):
             origin = origin.get("origin")
+        if origin is not None:
+            raise ValueError(f"provenance: {origin!r}")
         return cls(
             tensors,
             "superglobal",

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from superglobal.errors import MAX_INTEGER, InputError, in_range
+from superglobal.errors import InputError, in_range, integer_limit
 from superglobal.retrieval.rows import to_tensor
 from superglobal.utils.norms import is_unit, norm_fault
 from superglobal.utils.precision import full_precision
@@ -50,7 +50,7 @@ class Parameter:
             expected += (
                 f" >= {self.minimum:g}" if self.maximum == math.inf else f" in {self.minimum:g}..{self.maximum:g}"
             )
-            expected += f" and <= {MAX_INTEGER}" if number and value > MAX_INTEGER and self.maximum == math.inf else ""
+            expected += integer_limit(value, self.maximum)
         if not valid:
             raise InputError(f"{name}={value}: expected {expected}")
 

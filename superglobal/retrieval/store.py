@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from superglobal.retrieval.store_files import (
     read_manifest,
     read_names,
 )
-from superglobal.utils.io import file_stamp, write_error
+from superglobal.utils.io import file_stamp, is_settled, write_error
 from superglobal.utils.norms import network_norms
 
 _WRITTEN, _SKIPPED = 1, 2  # values in done.npy; 0 means missing
@@ -49,7 +50,9 @@ class DescriptorStore:
     reranking ignore it.
 
     A shard is verified with the checksums when it is read for the first time, and again when its size or its times of
-    change differ from those recorded in `verified.npy`. A damaged row is therefore never read; it raises InputError.
+    change differ from those recorded in `verified.npy`, or if they are less than two seconds old. Reading a damaged row
+    raises InputError. Damage that changes neither size nor times, such as that by a failing disk after the
+    verification, is found only by `superglobal store verify`.
 
     Create a store with `open_or_create`, or open one with `open`. Search, reranking and whitening accept a store as a
     database.
@@ -82,6 +85,10 @@ class DescriptorStore:
         self._unflushed: dict[int, int] = {}  # row -> new value of the row's byte in done.npy
         self._last_flush = time.monotonic()
         self._complete = False
+        # Results for shards that are not recorded in `verified.npy`, because rows are missing or damaged: what was
+        # verified, and the damaged rows.
+        self._results: dict[int, tuple[tuple[Any, bytes, bytes], np.ndarray]] = {}
+        self._locks = [threading.Lock() for _ in self._shards]
 
     @classmethod
     def open_or_create(
@@ -322,13 +329,13 @@ class DescriptorStore:
         while start < stop:
             shard, within = divmod(start, self._rows_per_shard)
             last = min(stop, start - within + self._rows_per_shard)
-            self._require_sound(shard, np.arange(start, last))
+            self._require_sound(shard, range(start, last))
             piece = self._shards[shard][within : within + last - start]
             yield piece
             start += len(piece)
 
-    def _require_sound(self, shard: int, rows: np.ndarray) -> None:
-        """Raise InputError if rows (n,) of a shard are damaged."""
+    def _require_sound(self, shard: int, rows: np.ndarray | range) -> None:
+        """Raise InputError if rows of a shard are damaged."""
         damaged = self._damaged(shard)
         if len(damaged) and len(damaged := np.intersect1d(damaged, rows)):
             raise InputError(
@@ -349,20 +356,28 @@ class DescriptorStore:
         Raises:
             InputError: the file is missing or truncated.
         """
-        path, values = self._shard_paths[shard], self._shards[shard]
-        stamp = file_stamp(path)
-        if not again and self._verified[shard].tolist() == stamp:
+        path, start = self._shard_paths[shard], shard * self._rows_per_shard
+        rows = slice(start, start + len(self._shards[shard]))
+        if not again and self._verified[shard].tolist() == file_stamp(path):
             return np.empty(0, np.int64)
-        # The file is mapped again, because it may have been replaced or truncated.
-        self._shards[shard] = values = map_array(path, values.shape, self.dtype)
-        start = shard * self._rows_per_shard
-        rows = slice(start, start + len(values))
-        state = np.array(self._done[rows])
-        differs = self._checksums[rows] != np.where(state == _WRITTEN, _row_checksums(np.asarray(values)), 0)
-        damaged = start + np.flatnonzero(differs & (state != 0))
-        self._complete = self._complete and bool(state.all())
-        self._verified[shard] = stamp if state.all() and not len(damaged) else 0
-        return damaged
+        with self._locks[shard]:  # The other threads wait for the result of the first one.
+            stamp, state, checksums = file_stamp(path), np.array(self._done[rows]), np.array(self._checksums[rows])
+            version = stamp, state.tobytes(), checksums.tobytes()
+            known, damaged = self._results.get(shard, (None, np.empty(0, np.int64)))
+            if not again and (version == known or self._verified[shard].tolist() == stamp):
+                return damaged
+            # The file is mapped again, because it may have been replaced or truncated.
+            self._shards[shard] = values = map_array(path, self._shards[shard].shape, self.dtype)
+            differs = checksums != np.where(state == _WRITTEN, _row_checksums(np.asarray(values)), 0)
+            damaged = start + np.flatnonzero(differs & (state != 0))
+            self._complete = self._complete and bool(state.all())
+            self._results.pop(shard, None)
+            is_sound = bool(state.all()) and not len(damaged)
+            is_stable = stamp is not None and is_settled(stamp)
+            self._verified[shard] = stamp if is_sound and is_stable else 0
+            if is_stable and not is_sound:
+                self._results[shard] = version, damaged
+            return damaged
 
     def damaged(self, again: bool = False) -> np.ndarray:
         """Verify all complete rows with their checksums, and return the numbers of the damaged rows: (n,) int64.

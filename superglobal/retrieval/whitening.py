@@ -83,12 +83,13 @@ class Whitening:
         different: set[int] = set()
         for start, block in rows.blocks(_BLOCK_ROWS):
             skipped = rows.skipped[(rows.skipped >= start) & (rows.skipped < start + len(block))] - start
-            wide = np.delete(block, skipped, 0).astype(np.float64)
+            kept = np.delete(block, skipped, 0)
+            wide = kept.astype(np.float64)
             total += wide.sum(axis=0)
             if products is not None:
                 products += wide.T @ wide
                 if len(different) < 2 * dims:
-                    different.update(map(zlib.crc32, wide))
+                    different.update(map(zlib.crc32, kept))
         self.mean_, self.n_samples_ = total / count, count
         if products is not None:
             _require_rows(len(different), dims)

@@ -126,7 +126,9 @@ class ImageSearch:
                     whole = decode_image(data, max_pixels=self.max_pixels, seconds=_MAX_SECONDS)
                     pixels = shrink(whole if box is None else crop(whole, box), self.max_side)
             except OSError as error:
-                raise InputError(f"{image.name}: cannot be read ({error.strerror}); upload it again") from error
+                raise InputError(
+                    f"{image.name}: cannot be read ({error.strerror}); upload the image, or choose another one"
+                ) from error
             except CorruptImageError as error:
                 raise InputError(f"{image.name}: cannot be used as a query: {error}") from error
             with self._network_lock, _timed(seconds, "extract"):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from superglobal.data.train_dataset import CorruptImageList
 from superglobal.errors import InputError
+from superglobal.models.pooling import EXPONENTS
 from superglobal.training.module import TrainingModule
 from superglobal.utils.io import write_atomically
 
@@ -250,13 +251,13 @@ class NonFiniteGuard(StepCallback):
         """Check the losses since the last check, all weights, and the p of GeM. All processes must call this.
 
         Raises:
-            InputError: in all processes, if a loss or a weight is not finite, or p is not positive.
+            InputError: in all processes, if a loss or a weight is not finite, or p is not in `EXPONENTS`.
         """
         window, self.window = self.window, []
         losses = bool(torch.stack([finite for _, _, finite in window]).all()) if window else True
         total = torch.stack(torch._foreach_norm([p.detach() for p in module.parameters()])).sum()
-        p = module.network.pooling.p
-        problems = any_rank(self.group, not losses, not torch.isfinite(total), not bool(p > 0))
+        p, (low, high) = module.network.pooling.p, EXPONENTS
+        problems = any_rank(self.group, not losses, not torch.isfinite(total), not low <= p.item() <= high)
         if problems[0]:
             raise InputError(self._loss_message(trainer, window) + self._hint(trainer, module))
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
@@ -264,7 +265,8 @@ class NonFiniteGuard(StepCallback):
             raise InputError(f"{where}: a weight is not finite{self._hint(trainer, module)}")
         if problems[2]:
             raise InputError(
-                f"{where}: the p of GeM is {p.item():.3g}, expected > 0; lower optim.lr, or set pooling.learn_p=off"
+                f"{where}: the p of GeM is {p.item():.3g}, expected {low:g} to {high:g}; lower optim.lr, or set "
+                "pooling.learn_p=off"
             )
 
     def _loss_message(self, trainer: pl.Trainer, window: list[tuple[int, Tensor, Tensor]]) -> str:

@@ -22,7 +22,7 @@ from superglobal.errors import InputError, first_line
 from superglobal.training.callbacks import NonFiniteGuard, StepCallback, any_rank, cpu_process_group
 from superglobal.training.module import TrainingModule
 from superglobal.utils.distributed import STOP_SIGNALS, first_process, in_main_thread
-from superglobal.utils.io import atomic_file
+from superglobal.utils.io import atomic_file, write_error
 
 log = logging.getLogger(__name__)
 _MAX_WAIT = 30.0  # seconds to wait for images after a signal
@@ -54,9 +54,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_file(path, path.with_name(PREVIOUS)) as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch raises RuntimeError if writing the file raises OSError
-                cause = error.__context__
-                raise cause if isinstance(cause, OSError) else OSError(str(error).splitlines()[0]) from error
+            except RuntimeError as error:  # torch raises RuntimeError if writing the file raises an error
+                if isinstance(error.__context__, InputError):
+                    raise error.__context__ from error
+                raise write_error(path, OSError(first_line(error))) from error
 
 
 class CheckpointCallback(StepCallback):

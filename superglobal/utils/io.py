@@ -13,6 +13,7 @@ import shutil
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from superglobal.errors import InputError
 
 log = logging.getLogger(__name__)
 _MAX_DEPTH = 50  # maximum number of nested levels of a JSON file
+_SETTLED = 2 * 10**9  # time in nanoseconds after which the next change of a file changes its times
 _MAX_SHOWN = 200  # maximum number of characters of a path in a message
 EXPORT, CORRUPT_IMAGES = "best.safetensors", "corrupt_images.txt"
 
@@ -147,11 +149,33 @@ def _may_be_folder(entry: os.DirEntry[str], follow_links: bool) -> bool:
 
 
 @contextmanager
+def _report_write_errors(path: Path) -> Iterator[None]:
+    """Convert OSErrors that are raised in the `with` statement to an InputError that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+class _Output(io.FileIO):
+    """File that is open for writing and reports a failed write as the InputError that `path` cannot be written."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor, "wb")
+        self.path = path
+
+    def write(self, data: Any, /) -> int:
+        with _report_write_errors(self.path):
+            return super().write(data)
+
+
+@contextmanager
 def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
     """Yield a temporary file, open for binary writing. Move it to `path` if the `with` statement raises no error.
 
     Readers of `path` see either the old file or the complete new file. The data is flushed to disk before the
-    replacement.
+    replacement. Other errors of the statement, such as those of a file that it reads, are raised unchanged. NumPy's
+    `save` and `tofile` write to an open file themselves, so save an array to a buffer first.
 
     Args:
         path: file to write; its folder is created if necessary.
@@ -162,18 +186,19 @@ def atomic_file(path: Path, backup: Path | None = None) -> Iterator[BinaryIO]:
     """
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
+        with _report_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with io.BufferedWriter(_Output(descriptor, path)) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())
-        if backup is not None and path.exists():
-            os.replace(path, backup)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise write_error(path, error) from error
+            with _report_write_errors(path):
+                os.fsync(descriptor)
+        with _report_write_errors(path):
+            os.chmod(temporary, 0o666 & ~umask())
+            if backup is not None and path.exists():
+                os.replace(path, backup)
+            os.replace(temporary, path)
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -281,13 +306,23 @@ def digest(path: Path) -> str:
 def file_stamp(path: Path) -> list[int] | None:
     """Return the size and the times of the last change of a file (st_size, st_mtime_ns, st_ctime_ns), or None.
 
-    As long as the stamp of a file stays the same, the file was not written or replaced. None means that it is missing.
+    None means that the file is missing. If the file is written or replaced after the stamp `is_settled`, its stamp
+    changes. Damage by the disk and writes through an existing memory map can leave the stamp unchanged.
     """
     try:
         status = path.stat()
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def is_settled(stamp: list[int]) -> bool:
+    """Return True unless a file with this `file_stamp` has changed in the last two seconds.
+
+    A file system records times in steps of up to two seconds, so a second change within this time could keep the stamp.
+    Times in the future, from a wrong clock, count as settled.
+    """
+    return all(abs(time.time_ns() - changed) > _SETTLED for changed in stamp[1:])
 
 
 def umask() -> int:
