@@ -3,6 +3,8 @@
 import math
 import re
 import sys
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 from numbers import Integral
 from typing import Any
 
@@ -10,6 +12,7 @@ MAX_INTEGER = 2**31 - 1
 """Largest value of an integer setting that has no maximum of its own."""
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _MAX_LINE = 2000  # maximum number of characters of a line of a message
+_MIN_SIMILARITY, _MAX_SIMILAR = 0.7, 3  # minimum ratio of `SequenceMatcher`, and maximum number of names
 
 
 class InputError(ValueError):
@@ -30,6 +33,40 @@ def first_line(error: BaseException) -> str:
     If the error has no message, return the name of the error's type.
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a hint for a mistyped name, such as "; did you mean vit_tiny_patch16_224?".
+
+    Args:
+        name: name that does not exist.
+        names: names that exist. They may be longer, as vit_tiny_patch16_224 is for vit_tinny, or have a prefix that
+            ends in a dot, as dataset.database has for databse.
+
+    Returns:
+        The hint with up to three names; empty if no name is similar.
+    """
+    scores = {known: _similarity(name.lower(), known.lower()) for known in names}
+    least = max(_MIN_SIMILARITY, max(scores.values(), default=0) - 0.1)
+    similar = [known for known, score in scores.items() if score >= least]
+    similar.sort(key=lambda known: (-scores[known], len(known), known))
+    return f"; did you mean {' or '.join(similar[:_MAX_SIMILAR])}?" if similar else ""
+
+
+def one_of(name: str, names: Iterable[str]) -> str:
+    """Return "one of a, b" for the message about a name that is not one of `names`, with the hint `did_you_mean`."""
+    names = list(names)
+    return f"one of {', '.join(names)}{did_you_mean(name, names)}"
+
+
+def _similarity(name: str, known: str) -> float:
+    """Return the similarity of a typed name to a known name, from 0 to 1."""
+    variants = {known: 1.0, known[: len(name)] if len(name) > 3 else known: 0.98}
+    if "." not in name:
+        variants.setdefault(known.rpartition(".")[2], 0.97)
+    if len(name) > 2 and name in known:
+        return 0.9
+    return max(weight * SequenceMatcher(None, name, variant).ratio() for variant, weight in variants.items())
 
 
 def in_range(value: Any, minimum: float, maximum: float) -> bool:

@@ -40,7 +40,7 @@ def test_version_is_printed_and_the_package_runs_as_a_module():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["describe"], "invalid choice: 'describe'"),
+        (["describe"], "'describe': expected one of evaluate, train"),
         (["store", "info", "nowhere"], "error: nowhere"),
         (["visualize", "."], "error: .: "),
         (["export", "nowhere.safetensors", "x.onnx"], "error: weights=nowhere.safetensors: no such file"),

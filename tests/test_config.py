@@ -13,12 +13,16 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, MissingConfigException
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 import superglobal
 from superglobal.cli.hydra_commands import OutputFolder
-from superglobal.config import ENTRIES, OLD_SETTINGS, register, validate_arguments
+from superglobal.config import ENTRIES, OLD_SETTINGS, prepare_arguments, register, validate_arguments
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
 from superglobal.config.help import groups, sections
@@ -253,6 +257,80 @@ def test_arguments_that_hydra_cannot_read_raise_errors():
     for setting in ("k", "trainer.num_workers", "rerank.M"):
         with pytest.raises(InputError, match=rf"^{setting}=1000000000"):
             config("dataset=toy", "backbone=resnet18", f"{setting}={10**400}")
+
+
+MISTAKES = {  # argument -> the end of the message
+    "dataset.databse=p": "there is no setting dataset.databse; did you mean dataset.database?",
+    "+databse=p": "there is no setting databse; did you mean dataset.database or descriptors.database or dataset?",
+    "rerank.k=3": "there is no setting rerank.k; did you mean rerank.K or rerank.k1 or rerank.k2?",
+    "whitenning=pca": "there is no setting whitenning; did you mean whitening or whitening.dims or whitening.kind?",
+    "zzz=3": "there is no setting zzz; --help lists all settings",
+    "dataset=oxford5k": "; did you mean roxford5k?",
+    "rerank=none,mutal": "rerank has no option mutal; expected one of adba, aqe, auto, diffusion, gnn, kreciprocal, "
+    "mutual, none, superglobal, superglobal_paper; did you mean mutual?",
+    "experiment=fotos": "did you mean photos?",
+    "figures=3": "figures is a section; expected one of its settings: figures.queries, figures.ranks",
+    "k=abc": "expected an integer",
+    "whitening.dims=1.5": "expected an integer",
+    "pooling.p=x": "expected a number",
+    "dataset.labels=si": "expected true or false",
+    "logger.tags=a": "expected a list in brackets, such as [a,b]",
+    "k=1,2": "several values; add -m to run the command once for each, or use a list k=[...]",
+    "scales=[1,2": "expected a value in the grammar of Hydra; put a text in quotes",
+    "photos": "expected name=value, or quotes around a value: 'dataset.database=my photos'",
+}
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_mistyped_arguments_name_what_was_meant(argument):
+    register()
+    with pytest.raises(InputError, match=f"^{re.escape(argument)}: .*{re.escape(MISTAKES[argument])}$"):
+        prepare_arguments(ENTRIES[0], ["-c", "job", "dataset.database=my", argument, "--resolve"])
+
+
+def test_values_that_hydra_accepts_are_not_mistakes(tmp_path):
+    register()
+    (tmp_path / "pooling").mkdir()
+    (tmp_path / "pooling" / "mine.yaml").touch()
+    arguments = ["-m", "--config-dir", str(tmp_path), "pooling=mine,gem", "ablation=glob(*)", "k=1,2", "scales=[0.5,1]"]
+    arguments += ["hydra.run.dir=x y", "backbone=null", "+figures={ranks: 3}", "~distractors", "rerank.K=choice(1,3)"]
+    arguments += ["trainer.devices=[0,1]", "weights=null", "logger.tags=[a,'b,c']", "trainer.accelerator=${weights}"]
+    assert prepare_arguments(ENTRIES[0], arguments) == arguments
+
+
+def read_by_hydra(*arguments):
+    """Return the values that Hydra and OmegaConf read from prepared arguments."""
+    parsed = OverridesParser.create().parse_overrides(prepare_arguments(ENTRIES[0], arguments))
+    assert not any(override.is_sweep_override() for override in parsed)
+    return [OmegaConf.create({"value": override.value()}).value for override in parsed]
+
+
+@example("2023_08")
+@example("photos [2024], Córdoba's")
+@example("IMG(1).jpg")
+@example("a=b, ${c.jpg")
+@example("\\")
+@example("true")
+@hypothesis_settings(max_examples=30, deadline=None)
+@given(st.text(st.sampled_from("ab1_ .,'\"\\$#={[(~é日:&\t/"), min_size=1))
+def test_paths_and_names_reach_the_command_as_typed(name):
+    if name[0] in "'\"" or name.partition("/")[0] == "~":  # quotes and the home folder, see below
+        name = f"a{name}"
+    assert read_by_hydra(f"dataset.database={name}") == [name]
+
+
+def test_texts_keep_their_meaning_in_quotes_lists_and_sweeps(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = read_by_hydra("dataset.database=~/é", "dataset.query='a b'", "logger.tags=[é,2023_08]", "+name=~x")
+    assert values == ["/home/me/é", "a b", ["é", "2023_08"], "~x"]
+    arguments = [r"dataset.database=é,a\,b", "dataset.query='a b','c'", "dataset.name=2023_08,x", "weights=choice(a,b)"]
+    assert prepare_arguments(ENTRIES[0], [*arguments, "-m"]) == [
+        "dataset.database='é','a,b'",
+        "dataset.query='a b','c'",
+        "dataset.name='2023_08',x",
+        "weights=choice(a,b)",
+        "-m",
+    ]
 
 
 def test_old_settings_do_not_exist_and_their_replacements_do():

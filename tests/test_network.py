@@ -154,7 +154,8 @@ def test_a_transformer_with_reduced_attention_supports_tiny_images():
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        ("resnet5O", "no such model"),
+        ("resnet5O", "no such model; did you mean resnet50 "),
+        ("vit_tinny", "no such model; did you mean vit_tiny_patch16_224 "),
         ("mixer_s16_224", "images of any size"),
         ("mvitv2_tiny", r"images of any size.*; it needs images of 224 x 224 px"),  # its table of positions is fixed
     ],

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from superglobal import __version__
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 from superglobal.utils.distributed import exit_on_closed_output
 
 # Name of the command -> (module in this folder, function in the module, description for `superglobal --help`).
@@ -37,6 +37,13 @@ COMMANDS = {
 }
 
 
+def _command(name: str) -> str:
+    """Return the name of a command, after checking that it exists."""
+    if name not in COMMANDS:
+        raise argparse.ArgumentTypeError(f"{name!r}: expected {one_of(name, COMMANDS)}")
+    return name
+
+
 @exit_on_closed_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -56,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"superglobal {__version__}")
     parser.add_argument(
-        "command", metavar="COMMAND", choices=COMMANDS, help="command to run; `superglobal COMMAND --help` describes it"
+        "command", metavar="COMMAND", type=_command, help="command to run; `superglobal COMMAND --help` describes it"
     )
     command = parser.parse_args(words[:1] or ["--help"]).command
     module, function, _ = COMMANDS[command]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from superglobal.data.download_links import SOURCE_NAMES, select_sources
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 from superglobal.utils.distributed import exit_on_interrupt
 
 
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 def _name(text: str) -> str:
     """Return a command-line argument, after checking that it names a data set or weights that can be downloaded."""
     if text not in SOURCE_NAMES:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(SOURCE_NAMES)}")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {one_of(text, SOURCE_NAMES)}")
     return text
 
 

@@ -21,7 +21,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from superglobal.config import conf_dir, register, validate_arguments
+from superglobal.config import ENTRIES, conf_dir, prepare_arguments, register
 from superglobal.config.common import FILE_NAME, RUN_NAME, validate_name
 from superglobal.errors import InputError
 from superglobal.utils.distributed import exit_on_closed_output
@@ -75,18 +75,18 @@ def _run(config_name: str, task: Callable[[DictConfig], Any], arguments: Sequenc
         The exit status.
     """
     global _process_arguments
-    try:
-        validate_arguments(sys.argv[1:] if arguments is None else arguments)
-    except InputError as error:
-        _print_error(error)
-        return 2
     _process_arguments = sys.argv
     if arguments is not None:
         sys.argv = [sys.argv[0], *arguments]
     keep_freed_memory()
+    entry = next(entry for entry in ENTRIES if entry.name == config_name)
     try:
         register()
+        sys.argv = [sys.argv[0], *prepare_arguments(entry, sys.argv[1:])]
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)()
+    except InputError as error:
+        _print_error(error)
+        return 2
     finally:
         sys.argv = _process_arguments
     return 0

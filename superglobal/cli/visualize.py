@@ -21,6 +21,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from superglobal.errors import one_of
+
 KINDS = ("sheets", "activation", "curves", "similarities", "map")
 
 
@@ -75,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 def _kind(text: str) -> str:
     """Return a command-line argument, after checking that it is a kind of figure or a setting."""
     if text not in KINDS and "=" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one of {', '.join(KINDS)}")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {one_of(text, KINDS)}")
     return text
 
 

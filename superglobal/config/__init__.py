@@ -6,25 +6,23 @@ would be the string "off", which Python treats as true. Hydra also rejects names
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-from collections.abc import Iterable
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from superglobal.config.command_line import OLD_SETTINGS, prepare_arguments, validate_arguments
 from superglobal.config.common import conf_dir
 from superglobal.config.evaluation import CompareConfig, EvalConfig
 from superglobal.config.help import Entry, help_text
 from superglobal.config.search_page import ServeConfig
 from superglobal.config.training import TrainConfig
 from superglobal.config.tuning import TuneConfig
-from superglobal.errors import InputError
 from superglobal.models.pooling import PRESETS
 from superglobal.reporting.ablations import ABLATIONS
 
-__all__ = ["ENTRIES", "OLD_SETTINGS", "Entry", "conf_dir", "register", "validate_arguments"]
+__all__ = ["ENTRIES", "OLD_SETTINGS", "Entry", "conf_dir", "prepare_arguments", "register", "validate_arguments"]
 
 ENTRIES = (
     Entry(
@@ -74,45 +72,6 @@ ENTRIES = (
     ),
 )
 """Commands that Hydra configures, in the order of the configuration reference."""
-
-OLD_SETTINGS = {
-    "statistics": "use whitening=none, center or pca",
-    "statistics.kind": "use whitening.kind",
-    "statistics.dims": "use whitening.dims",
-    "extraction.part": "use extraction.shard",
-    "extraction.compile": "it was removed and had no effect; delete it",
-    "pictures.queries": "use figures.queries",
-    "pictures.ranks": "use figures.ranks",
-    "logger.pictures": "use logger.images",
-    "dataset.neighbours": "use dataset.neighbors",
-    "data.bad_budget": "use data.max_corrupt_fraction",
-    "data.max_corrupt": "use data.max_corrupt_fraction",
-    "distractors.skip_budget": "use distractors.max_corrupt_fraction",
-    "validation.images": "use validation.max_images",
-}
-"""Name of a setting that was renamed or removed -> advice on what to do instead."""
-
-
-def validate_arguments(arguments: Iterable[str]) -> None:
-    """Reject command lines that contain a setting that was renamed or removed, or text that is not UTF-8.
-
-    Args:
-        arguments: arguments of the command line, such as "whitening.kind=pca".
-
-    Raises:
-        InputError: an argument contains a renamed or removed setting, and the message says what to use instead; or an
-            argument or the name of the current folder is not UTF-8, or contains a number that Hydra cannot read.
-    """
-    arguments = list(arguments)
-    for text in (*arguments, os.getcwd()):
-        if text != text.encode(errors="ignore").decode():
-            raise InputError(f"{text}: not UTF-8; rename the file or folder, or use a link with another name")
-        if re.search(r"\d[\d_]{299}", text):  # Hydra cannot convert an integer above 1e308 to a floating-point number.
-            raise InputError(f"{text[:40]}...: expected a number of fewer than 300 digits")
-    for argument in arguments:
-        name = argument.lstrip("+~").partition("=")[0]
-        if name in OLD_SETTINGS:
-            raise InputError(f"{argument}: the setting {name} no longer exists; {OLD_SETTINGS[name]}")
 
 
 def folder_name(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from superglobal.errors import InputError, in_range, integer_limit
+from superglobal.errors import InputError, did_you_mean, in_range, integer_limit
 from superglobal.models.pooling import PoolingConfig, make_pooling
 
 C = TypeVar("C")
@@ -121,7 +121,8 @@ def validate_values(config: Any, prefix: str = "") -> None:
                 valid = in_range(element, limits["minimum"], limits["maximum"])
             if not valid:
                 limit = integer_limit(element, limits.get("maximum", 0))
-                raise InputError(f"{prefix}{declared.name}={element}: expected {allowed_values(declared)}{limit}")
+                hint = did_you_mean(str(element), map(str, limits.get("choices", ())))
+                raise InputError(f"{prefix}{declared.name}={element}: expected {allowed_values(declared)}{limit}{hint}")
             if "name" in limits:
                 validate_name(f"{prefix}{declared.name}", element, limits["name"])
 

@@ -24,7 +24,7 @@ from superglobal.config.common import (
 )
 from superglobal.config.help import describe_arguments
 from superglobal.data.evaluation_set import loaders
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 from superglobal.metrics.gldv2 import VOTES
 from superglobal.models.pooling import relup_mode
 from superglobal.reporting.ablations import ABLATIONS, MODULES
@@ -415,7 +415,7 @@ class EvalConfig:
         if self.ablation is None:
             return
         if self.ablation not in ABLATIONS:
-            raise InputError(f"ablation={self.ablation}: expected one of {', '.join(ABLATIONS)}")
+            raise InputError(f"ablation={self.ablation}: expected {one_of(self.ablation, ABLATIONS)}")
         p = self.pooling
         values = (p.gem_plus, p.regional, p.scale, relup_mode(p.relup) != "off", self.rerank.enabled)
         for switch, expected, value in zip(MODULES, ABLATIONS[self.ablation], values, strict=True):

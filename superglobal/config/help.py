@@ -99,7 +99,7 @@ def sections(schema: type, prefix: str = "") -> Iterator[Section]:
     Raises:
         LookupError: the docstring of a schema does not describe one of its fields.
     """
-    nested = {name: kind for name, hint in get_type_hints(schema).items() if (kind := _dataclass_in(hint))}
+    nested = {name: kind for name, hint in get_type_hints(schema).items() if (kind := dataclass_in(hint))}
     plain = {f.name: f for f in dataclasses.fields(schema) if f.name not in nested}
     documented = _DOCUMENTED_BY.get(schema, [kind for kind in schema.__mro__ if dataclasses.is_dataclass(kind)])
     settings, described = [], set[str]()
@@ -128,7 +128,7 @@ def _limits(field: dataclasses.Field[Any], text: str) -> str:
     return "" if not allowed or (choices and all(f'"{choice}"' in text for choice in choices)) else f"({allowed})"
 
 
-def _dataclass_in(hint: Any) -> Any:
+def dataclass_in(hint: Any) -> Any:
     """Return the dataclass in a type such as `BackboneConfig | None`; None if the type contains no dataclass."""
     kinds: list[Any] = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
     return kinds[0] if kinds else None
@@ -147,6 +147,14 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return re.sub(r"\$\{([\w.]+)\}", r"<\1>", text.strip("'\""))
 
 
+def default_options(config_name: str) -> dict[str, str | None]:
+    """Return the default option of each group of a configuration, such as "dataset" -> "roxford5k"."""
+    config: Any = OmegaConf.load(conf_dir() / f"{config_name}.yaml")
+    return {
+        str(group): option for line in config["defaults"] if not isinstance(line, str) for group, option in line.items()
+    }
+
+
 def groups(config_name: str) -> dict[str, list[tuple[str, str, bool]]]:
     """Return the options of each group of a configuration.
 
@@ -158,12 +166,8 @@ def groups(config_name: str) -> dict[str, list[tuple[str, str, bool]]]:
     Returns:
         Name of the group -> its options, each as (name, description, is_default).
     """
-    config: Any = OmegaConf.load(conf_dir() / f"{config_name}.yaml")
-    chosen = {
-        str(group): option for line in config["defaults"] if not isinstance(line, str) for group, option in line.items()
-    }
     options_of = {}
-    for group, default in chosen.items():
+    for group, default in default_options(config_name).items():
         if group.startswith("override "):
             continue
         options = {path.stem: _comments(path.read_text()) for path in (conf_dir() / group).glob("*.yaml")}

@@ -15,7 +15,7 @@ import numpy as np
 import superglobal.data
 from superglobal.data.image_checks import CheckReport, check_images
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 
 _MAX_LISTED = 5  # maximum number of files listed in a message
 # Two queries show the same landmark if the intersection over union of their positives is at least this value.
@@ -146,7 +146,7 @@ def load_evaluation_set(kind: str, **settings: Any) -> EvaluationSet:
     """
     available = loaders()
     if kind not in available:
-        raise InputError(f"dataset.kind={kind}: expected one of {', '.join(sorted(available))}")
+        raise InputError(f"dataset.kind={kind}: expected {one_of(kind, sorted(available))}")
     parameters = inspect.signature(available[kind]).parameters
     given = {name: value for name, value in settings.items() if name in parameters}
     for name, parameter in parameters.items():

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import CompareConfig, RerankConfig, complete_rerank, rerank_parameters
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 from superglobal.evaluation.inputs import Inputs, StageTimer, load_inputs
 from superglobal.evaluation.pipeline import make_task, rerank_results, score_set, shortlist_size
 from superglobal.metrics.revisited import RetrievalResult, cluster_interval
@@ -86,7 +86,7 @@ def _read_reranker(words: str, sources: Sequence[Path]) -> RerankConfig:
     path = next((p for p in (source / "rerank" / f"{name}.yaml" for source in sources) if p.is_file()), None)
     if path is None:
         names = sorted({path.stem for source in sources for path in (source / "rerank").glob("*.yaml")})
-        raise InputError(f"rerankers: there is no rerank={name}; expected one of {', '.join(names)}")
+        raise InputError(f"rerankers: there is no rerank={name}; expected {one_of(name, names)}")
     try:
         parts = [OmegaConf.structured(RerankConfig), OmegaConf.load(path), OmegaConf.from_dotlist(overrides)]
         settings = OmegaConf.to_object(OmegaConf.merge(*parts))

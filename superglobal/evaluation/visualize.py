@@ -15,7 +15,7 @@ import numpy as np
 from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth
 from superglobal.data.images import ImageItem, image_tensor, read_image
 from superglobal.data.lazy_sequence import file_names
-from superglobal.errors import InputError, printable
+from superglobal.errors import InputError, one_of, printable
 from superglobal.evaluation.pipeline import search_device
 from superglobal.evaluation.ranking_sheets import (
     FigureOptions,
@@ -62,7 +62,7 @@ def visualize(
     run = FinishedRun(folder, overrides)
     options.validate(run.summary["counts"]["queries"])
     if options.method not in figures.PROJECTIONS:
-        raise InputError(f"map={options.method}: expected one of {', '.join(figures.PROJECTIONS)}")
+        raise InputError(f"map={options.method}: expected {one_of(options.method, figures.PROJECTIONS)}")
     target = run.folder / "figures"
     paths: list[Path] = []
     reasons: list[str] = []

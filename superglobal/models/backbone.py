@@ -20,7 +20,7 @@ from timm.models import get_pretrained_cfg
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
-from superglobal.errors import InputError, first_line
+from superglobal.errors import InputError, did_you_mean, first_line
 from superglobal.models.pooling import ReLUP
 
 # Short names for timm models.
@@ -77,8 +77,8 @@ class Backbone(nn.Module):
         super().__init__()
         self.name = ALIASES.get(name, name)
         if not timm.is_model(self.name):
-            similar = ", ".join(timm.list_models(f"*{name.split('_')[0][:6]}*")[:8]) or "timm.list_models()"
-            raise InputError(f"backbone={name}: timm {timm.__version__} has no such model; see {similar}")
+            hint = did_you_mean(self.name, timm.list_models()) or "; timm.list_models() lists all"
+            raise InputError(f"backbone={name}: timm {timm.__version__} has no such model{hint}")
         try:
             get_pretrained_cfg(self.name)
         except RuntimeError as error:

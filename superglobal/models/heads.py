@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 
 
 class MarginOutput(NamedTuple):
@@ -272,7 +272,7 @@ HEADS: dict[str, type[MarginHead]] = {"arcface": ArcFace, "cosface": CosFace, "c
 def validate_kind(kind: str, dynamic_margin: bool = False, easy_margin: bool = False) -> None:
     """Raise InputError if the kind of head is unknown, or does not support `dynamic_margin` or `easy_margin`."""
     if kind not in HEADS:
-        raise InputError(f"head.kind={kind}: expected one of {', '.join(HEADS)}")
+        raise InputError(f"head.kind={kind}: expected {one_of(kind, HEADS)}")
     if easy_margin and kind != "arcface":
         raise InputError(f"head.easy_margin=true: not supported by {kind}; remove it or use head=arcface")
     if dynamic_margin and kind == "curricularface":

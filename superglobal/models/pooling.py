@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 
 RELUP_MODES = ("on", "off", "reference_off", "auto")
 EXPONENTS = 0.01, 10.0
@@ -170,7 +170,7 @@ def make_pooling(
         return pooling
     if isinstance(pooling, str):
         if pooling not in PRESETS:
-            raise InputError(f"pooling={pooling}: expected one of {', '.join(PRESETS)} or a dict of settings")
+            raise InputError(f"pooling={pooling}: expected a dict of settings or {one_of(pooling, PRESETS)}")
         return PoolingConfig(**PRESETS[pooling])
     pooling = {**(stored or PRESETS["superglobal"]), **(pooling or {})}
     unknown = sorted(set(pooling) - set(PoolingConfig.__dataclass_fields__))

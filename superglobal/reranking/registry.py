@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import superglobal.reranking
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 from superglobal.reranking.base import RERANKERS, Reranker, score_batch
 from superglobal.retrieval.rows import Rows, as_queries, as_rows, as_shortlists
 from superglobal.retrieval.search import search
@@ -46,7 +46,7 @@ def get_reranker(name: str, label: str = "rerank.kind") -> Reranker:
         InputError: there is no such reranker; the message lists the choices.
     """
     if name not in RERANKERS:
-        raise InputError(f"{label}={name}: expected one of {', '.join(RERANKERS)}")
+        raise InputError(f"{label}={name}: expected {one_of(name, RERANKERS)}")
     return RERANKERS[name]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from superglobal.errors import InputError, first_line
+from superglobal.errors import InputError, first_line, one_of
 from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows, block_size
 from superglobal.retrieval.scores import pair_scores
 from superglobal.retrieval.search import BACKENDS, FAISS_GPU_RESULTS, faiss_module
@@ -96,7 +96,7 @@ def validate_index(config: IndexConfig) -> None:
             range or not supported by the kind.
     """
     if config.kind not in KINDS:
-        raise InputError(f"index.kind={config.kind}: expected one of {', '.join(KINDS)}")
+        raise InputError(f"index.kind={config.kind}: expected {one_of(config.kind, KINDS)}")
     declared = [f for f in fields(config) if f.name != "kind"]
     known = [f.name for f in declared if config.kind in f.metadata["kinds"]]
     for f in declared:
@@ -113,7 +113,7 @@ def validate_index(config: IndexConfig) -> None:
                 expected = f"<= {high}" if number and value > high else f">= {low}"
                 raise InputError(f"index.{f.name}={value}: expected an integer {expected}")
     if config.backend not in BACKENDS:
-        raise InputError(f"index.backend={config.backend}: expected one of {', '.join(BACKENDS)}")
+        raise InputError(f"index.backend={config.backend}: expected {one_of(config.backend, BACKENDS)}")
     if config.kind != "flat":
         faiss_module(f"index.kind={config.kind}: ")
     elif config.backend == "faiss":

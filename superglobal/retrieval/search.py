@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 from superglobal.retrieval.rows import Rows, as_exclude, as_queries, as_rows, is_host
 from superglobal.retrieval.scan import Block, scan
 from superglobal.retrieval.scores import pair_scores, scored_where
@@ -168,7 +168,7 @@ def resolve_backend(backend: str, n_rows: int, k: int, device: str | torch.devic
         InputError: the backend is unknown, or FAISS is requested and cannot be used.
     """
     if backend not in BACKENDS:
-        raise InputError(f"backend={backend}: expected one of {', '.join(BACKENDS)}")
+        raise InputError(f"backend={backend}: expected {one_of(backend, BACKENDS)}")
     device = torch.device(device)
     supported = device.type == "cpu" or (device.type == "cuda" and faiss_on_gpu())
     fits = device.type == "cpu" or k + _EXTRA <= FAISS_GPU_RESULTS

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 from superglobal.retrieval.rows import Rows, as_rows
 from superglobal.utils.io import atomic_file, require_regular
 
@@ -49,7 +49,7 @@ class Whitening:
 
     def __init__(self, kind: str = "pca", dims: int | None = None) -> None:
         if kind not in KINDS[1:]:
-            raise InputError(f"whitening.kind={kind}: expected one of {', '.join(KINDS[1:])}")
+            raise InputError(f"whitening.kind={kind}: expected {one_of(kind, KINDS[1:])}")
         self.kind, self.dims = kind, dims
         self._axes: np.ndarray | None = None  # (D, dims) float64
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from superglobal.errors import InputError
+from superglobal.errors import InputError, one_of
 from superglobal.toy.landmark import DISTRACTORS, EVALUATION, STREETS, TRAINING
 from superglobal.toy.view import ORDINARY, QUERY
 
@@ -84,7 +84,7 @@ def size_of(name: str) -> Size:
         InputError: `name` is not in `SIZES`.
     """
     if name not in SIZES:
-        raise InputError(f"toy data set: size={name!r}: expected one of {', '.join(SIZES)}")
+        raise InputError(f"toy data set: size={name!r}: expected {one_of(name, SIZES)}")
     return SIZES[name]
 
 
