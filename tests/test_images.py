@@ -5,6 +5,7 @@ import os
 import random
 import socket
 import struct
+import sys
 import time
 import warnings
 import zlib
@@ -17,6 +18,7 @@ from PIL import Image, ImageFile
 
 from superglobal.data import image_checks, images
 from superglobal.data.datamodules import BatchedImageDataset, LoadedBatch
+from superglobal.data.evaluation_set import problem_lines
 from superglobal.data.image_checks import check_image, check_images
 from superglobal.data.images import CorruptImageError, ImageItem, ImageList, decode_image, read_image, shrink
 from superglobal.data.samplers import ImageBatch
@@ -304,8 +306,41 @@ def test_only_the_listed_formats_are_opened(tmp_path: Path, monkeypatch: pytest.
     for name in ("dds", "ico", "tga", "ppm", "jp2"):
         RGB.save(tmp_path / f"{name}.jpg", {"jp2": "JPEG2000"}.get(name, name))
     for name in ("eps", "dds", "ico", "tga", "ppm", "jp2"):
-        assert_rejected(tmp_path / f"{name}.jpg", "not an image (JPEG, PNG, WebP, BMP, TIFF or GIF)")
+        assert_rejected(tmp_path / f"{name}.jpg", "not an image (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF or HEIC)")
     assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("file_format", ["AVIF", "HEIF"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_avif_and_heic_are_read_upright_and_checked(file_format: str, orientation: int, tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    smooth = RGB.resize((6, 4)).resize((60, 48))
+    smooth.save(tmp_path / "a.heic", file_format, quality=95, exif=oriented(orientation))
+    # The orientation of a HEIC image is a property of the container. Its EXIF orientation is not used.
+    rotated = orientation == 6 and file_format == "AVIF"
+    upright = smooth.transpose(Image.Transpose.ROTATE_270) if rotated else smooth
+    pixels = read_image(tmp_path / "a.heic")
+    assert pixels.shape[:2] == check_images([tmp_path / "a.heic"]).sizes[0] == upright.size[::-1]
+    assert np.abs(pixels.astype(int) - np.asarray(upright)).mean() < 8
+    data = (tmp_path / "a.heic").read_bytes()
+    with pytest.raises(CorruptImageError, match=r"expected at most 0\.002 megapixels"):
+        decode_image(data, max_pixels=2000)
+    (tmp_path / "cut.heic").write_bytes(data[: len(data) // 4])
+    assert_rejected(tmp_path / "cut.heic", "not an image")
+
+
+def test_heic_images_without_their_package_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(images, "_register_heif", images._register_heif.__wrapped__)
+    for i in range(7):
+        (tmp_path / f"{i}.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (tmp_path / "x.jpg").touch()
+    lines = problem_lines("database", 9, check_images(sorted(tmp_path.iterdir())).problems)
+    assert lines == [
+        "database: 0 of 9 images missing, 8 corrupt",
+        f"  7 images, such as {tmp_path}/0.heic: HEIC images need the package pillow-heif: pip install pillow-heif",
+        f"  {tmp_path}/x.jpg: empty file (0 bytes)",
+    ]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX")

@@ -14,7 +14,7 @@ import numpy as np
 
 import superglobal.data
 from superglobal.data.image_checks import CheckReport, check_images
-from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
+from superglobal.data.images import IMAGE_EXTENSIONS, NEEDS_PACKAGE, ImageItem
 from superglobal.errors import InputError, one_of
 
 _MAX_LISTED = 5  # maximum number of files listed in a message
@@ -237,10 +237,24 @@ def problem_lines(title: str, total: int, problems: Sequence[tuple[Path | str, s
     """
     missing = sum(reason.startswith("missing") for _, reason in problems)
     lines = [f"{title}: {missing} of {total} images missing, {len(problems) - missing} corrupt"]
-    lines += [f"  {path}: {reason}" for path, reason in problems[:_MAX_LISTED]]
-    if len(problems) > _MAX_LISTED:
-        lines.append(f"  ... and {len(problems) - _MAX_LISTED} more")
-    return lines
+    return lines + [f"  {line}" for line in list_problems(problems)]
+
+
+def list_problems(problems: Sequence[tuple[Path | str, str]]) -> list[str]:
+    """Return lines for a message: the first five of some images that cannot be read, with the reasons.
+
+    Images that need a package are listed by one line for each package, with their number.
+
+    Args:
+        problems: (path, reason) of each image.
+    """
+    lines = []
+    for needed in NEEDS_PACKAGE.values():
+        paths = [path for path, reason in problems if reason == needed]
+        lines += [f"{len(paths)} images, such as {paths[0]}: {needed}"] if paths else []
+    others = [(path, reason) for path, reason in problems if reason not in NEEDS_PACKAGE.values()]
+    lines += [f"{path}: {reason}" for path, reason in others[:_MAX_LISTED]]
+    return lines + ([f"... and {len(others) - _MAX_LISTED} more"] if len(others) > _MAX_LISTED else [])
 
 
 def group_by_landmark(positives: Sequence[Iterable[int]]) -> list[int]:

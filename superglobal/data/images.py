@@ -3,7 +3,8 @@
 The reference reads images with `cv2.imread(path, cv2.IMREAD_COLOR)` (its test/dataset.py). For a truncated file, OpenCV
 returns a partly gray image without an error, while Pillow raises an error. Images are therefore decoded with Pillow.
 Both use libjpeg-turbo, and their pixels are identical for 8-bit JPEG, PNG, WebP, BMP and TIFF. Where the pixels would
-differ (CMYK, 16 bits, TIFF with alpha, GIF with transparency), Pillow validates the file and OpenCV decodes it.
+differ (CMYK, 16 bits, TIFF with alpha, GIF with transparency), Pillow validates the file and OpenCV decodes it. Pillow
+alone decodes AVIF and HEIC images; HEIC needs the package pillow-heif.
 
 Neither decoder detects damage to the compressed data of a JPEG if the structure of the file is still valid.
 """
@@ -17,21 +18,31 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from superglobal.errors import InputError
 from superglobal.utils.io import read_file
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif")
 MAX_PIXELS = 128_000_000  # maximum number of pixels of an image; decoding takes about 10 bytes per pixel
 # The only formats that are opened; JPEG includes MPO. Pillow passes others, such as EPS, to external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# Reasons of the check for an image whose format needs an optional package. Messages count these images.
+NEEDS_PACKAGE = {
+    "AVIF": "AVIF images need Pillow 11.3 or later: pip install --upgrade pillow",
+    "HEIF": "HEIC images need the package pillow-heif: pip install pillow-heif",
+}
+_BRANDS = {  # first bytes of a file after "ftyp" -> format; mif1 and msf1 are used by both
+    "AVIF": (b"avif", b"avis"),
+    "HEIF": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
+}
 
 Box = tuple[float, float, float, float]
 """Crop of an image: left, top, right and bottom edge (x1, y1, x2, y2) in pixels."""
@@ -320,7 +331,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, seconds: float = math.
         seconds: time after which Pillow stops reading the file.
 
     Raises:
-        CorruptImageError: the file is empty or not an image in one of `FORMATS`, its header is damaged, or the image
+        CorruptImageError: the file is empty or not an image in a supported format, its header is damaged, or the image
             has more than `max_pixels` pixels or too many scans.
     """
     if not data:
@@ -332,10 +343,11 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, seconds: float = math.
     with _open_lock:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            image = Image.open(_TimedFile(data, seconds), formats=FORMATS)
+            image = Image.open(_TimedFile(data, seconds), formats=_formats(data))
         except Image.UnidentifiedImageError as error:
             raise CorruptImageError(
-                f"not an image (JPEG, PNG, WebP, BMP, TIFF or GIF), or truncated in its header: {data[:12]!r}..."
+                f"not an image (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF or HEIC), or truncated in its header: "
+                f"{data[:12]!r}..."
             ) from error
         except CorruptImageError:
             raise
@@ -349,6 +361,33 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS, seconds: float = math.
     if is_jpeg:
         _require_few_scans(data, image.width * image.height)
     return image
+
+
+def _formats(data: bytes) -> tuple[str, ...]:
+    """Return the formats that Pillow may try for a file with the contents `data`.
+
+    Raises:
+        CorruptImageError: the file is an AVIF or HEIC image, and the package that reads it is not installed.
+    """
+    if data[4:8] != b"ftyp":
+        return FORMATS
+    image_format = next((name for name, brands in _BRANDS.items() if data[8:12] in brands), None)
+    if image_format == "HEIF" and b"avif" in data[12:64]:
+        image_format = "AVIF"
+    if image_format and not (features.check("avif") if image_format == "AVIF" else _register_heif()):
+        raise CorruptImageError(NEEDS_PACKAGE[image_format])
+    return (image_format,) if image_format else FORMATS
+
+
+@cache
+def _register_heif() -> bool:
+    """Let Pillow open HEIC images, and return True, if the package pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener(thumbnails=False)
+    return True
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -407,7 +446,7 @@ def decode_image(
 
 
 def _same_as_cv2(image: Image.Image) -> bool:
-    """Return True if Pillow and OpenCV decode an image of this format and color mode to the same pixels.
+    """Return True if Pillow decodes an image of this format and color mode, because OpenCV has the same pixels or none.
 
     `image` is not decoded yet. tests/test_images.py compares the pixels for each format and mode.
     """
@@ -419,6 +458,8 @@ def _same_as_cv2(image: Image.Image) -> bool:
         return tile is not None and tile[1] == (0, 0, *image.size) and "transparency" not in image.info
     if image.format == "BMP":  # OpenCV converts 5 and 6 bits per channel, and unusual orders of channels, otherwise.
         return tile is not None and tile[3][0] in _SAME_BMP
+    if image.format in NEEDS_PACKAGE:  # OpenCV does not read HEIC, and the reference implementation has neither format.
+        return True
     return image.format in _SAME_AS_CV2 and image.mode in _EIGHT_BIT_MODES
 
 
