@@ -10,6 +10,7 @@ from vectors import sorted_ranks, unit
 
 from superglobal.errors import InputError
 from superglobal.metrics.evaluate import evaluate
+from superglobal.retrieval import scores
 from superglobal.retrieval.ranks import exact_ranks
 from superglobal.retrieval.search import search
 
@@ -99,3 +100,22 @@ def test_errors_name_the_query() -> None:
     X[7] = np.nan
     with pytest.raises(InputError, match="row 7 has NaN"):
         exact_ranks(Q, X, [[0], []])
+
+
+def test_only_rows_that_may_be_equal_are_hashed_before_they_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    X, Q = unit(rng, 300, 100), unit(rng, 10, 100)
+    X[100:200] = X[rng.permutation(100)]
+    X[200:210, 1] += 1e-3  # component 1 is not among those that are compared first
+    X[210:220] = X[200:210]
+    X[210:220, 1] += 1e-3
+    query_of, row_of = np.divmod(np.arange(3000), 300)
+    hashed: list[int] = []
+    blake2b = scores.hashlib.blake2b
+    monkeypatch.setattr(scores.hashlib, "blake2b", lambda *args, **kw: (hashed.append(0), blake2b(*args, **kw))[1])
+    result = scores.block_pair_scores(Q, X, query_of, row_of)
+    np.testing.assert_array_equal(result, scores.pair_scores(Q, X, query_of, row_of))
+    assert len(hashed) == 220
+    first = scores._first_equal(X, np.arange(300))
+    assert all((X[first[i]] == X[i]).all() for i in range(300))
+    assert len(np.unique(first)) == 200

@@ -19,6 +19,7 @@ with larger errors.
 """
 _FEW_PAIRS = 2048  # up to this number of pairs, finding equal rows takes longer than scoring all pairs
 _DEVICE_CHUNK_ELEMENTS = 1 << 23  # elements that are multiplied at a time on an accelerator: 64 MB of float64
+_KEY_DIMS = 8  # maximum number of components of a row that are compared before whole rows are
 _LANES = 64  # number of partial sums of a pair score
 
 
@@ -124,11 +125,31 @@ def block_pair_scores(Q: np.ndarray, block: np.ndarray, query_of: np.ndarray, ro
     if len(row_of) <= _FEW_PAIRS:
         return pair_scores(Q, block, query_of, row_of)
     used, row_of = np.unique(row_of, return_inverse=True)
-    digests = [hashlib.blake2b(block[row].data, digest_size=16).digest() for row in used]
-    first = {digest: number for number, digest in reversed(list(enumerate(digests)))}
-    first_equal = np.array([first[digest] for digest in digests], dtype=np.int64)
+    first_equal = _first_equal(block, used)
     pairs, pair_of = np.unique(query_of * len(used) + first_equal[row_of], return_inverse=True)
     return pair_scores(Q, block, pairs // len(used), used[pairs % len(used)])[pair_of]
+
+
+def _first_equal(block: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+    """Find, for each row of a selection, the first row of the selection that is bitwise equal to it.
+
+    Args:
+        block: (n, D) float32 rows.
+        row_of: (P,) positions of the selected rows in the block.
+
+    Returns:
+        Positions (P,) int64 in the selection.
+    """
+    # A few components distinguish nearly all different rows, so that only the others need to be hashed.
+    components = np.ascontiguousarray(block[row_of, :: -(-block.shape[1] // _KEY_DIMS)])
+    keys = components.view(np.dtype((np.void, components.itemsize * components.shape[1]))).ravel()
+    _, key_of, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    similar = np.flatnonzero(counts[key_of] > 1)
+    digests = [hashlib.blake2b(block[row].data, digest_size=16).digest() for row in row_of[similar]]
+    first = dict(zip(reversed(digests), reversed(similar.tolist()), strict=True))
+    first_equal = np.arange(len(row_of))
+    first_equal[similar] = [first[digest] for digest in digests]
+    return first_equal
 
 
 def scored_where(mask: torch.Tensor, scores: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
