@@ -180,8 +180,8 @@ def test_every_option_composes(group):
 def test_every_option_of_training_composes(group):
     assert options(group, "train")
     for option in options(group, "train"):
-        extra = ["backbone.name=resnet18"] if (group, option) == ("backbone", "timm") else []
-        config(f"{group}={option}", *extra, script="train")
+        needs = {("backbone", "timm"): ["backbone.name=resnet18"], ("data", "folder"): ["data.root=x"]}
+        config(f"{group}={option}", *needs.get((group, option), []), script="train")
 
 
 def test_every_experiment_composes():

@@ -157,19 +157,17 @@ def test_every_command_is_accepted(document, folder, namespaces, monkeypatch):
             require_arguments(words, monkeypatch)
 
 
-def test_photos_brought_into_the_layout_are_trained_on(folder, namespaces, monkeypatch):
+def test_own_photos_are_trained_on_and_searched(folder, namespaces, monkeypatch):
     monkeypatch.chdir(folder)
-    images = {link.stem: link.resolve() for link in Path("data/mine/train").rglob("*.jpg")}
-    assert set(images.values()) == {path for path in (folder / "photos").rglob("*") if path.is_file()}
-    with Path("data/mine/train_clean.csv").open() as file:
-        places = [{images[image].parent.name for image in row["images"].split()} for row in csv.DictReader(file)]
-    assert sorted(places, key=str) == sorted(({f"label{i}"} for i in range(10)), key=str)
-    words = command_of(OWN_IMAGES, "train.py", "name=mine")
+    words = command_of(OWN_IMAGES, "train.py", "data=folder")
     less = ["optim.epochs=1", "optim.batch_size=8", "data.image_size=64", *QUIET[:-1]]
-    score = train(composed([*words, *less], folder), folder / "outputs" / "train" / "mine")
+    score = train(composed([*words, *less], folder), folder / "outputs" / "train" / "finetune_photos")
     assert score > 0.5
-    about = read_weights("outputs/train/mine/best.safetensors")
-    assert about.backbone == "tf_efficientnet_lite0"
+    words = command_of(OWN_IMAGES, "eval.py", "weights=outputs/train/finetune_photos/best.safetensors")
+    (folder / "new_photos").symlink_to(folder / "photos")
+    assert evaluate(composed([*words, *QUIET], folder), folder / "outputs" / "eval" / "trained") > 0.5
+    result = json.loads(Path("outputs/eval/trained/results.json").read_text())
+    assert result["weights"].endswith("finetune_photos/best.safetensors")
 
 
 def test_the_whitening_layer_alone_is_trained(folder, namespaces, monkeypatch):

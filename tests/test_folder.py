@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from superglobal.data.folder import folder_set
+from superglobal.data.folder import folder_set, labeled_images
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import read_image
 from superglobal.errors import InputError
@@ -142,3 +142,38 @@ def test_invalid_folders_raise_input_errors(tmp_path: Path) -> None:
         folder_set(tmp_path / "empty", root)
     with pytest.raises(InputError, match="no query has another image"):
         folder_set(fill(tmp_path / "single", "a/1.jpg", "b/1.jpg"), labels=True)
+
+
+def test_training_images_are_labeled_by_folders_or_by_a_csv_file(tmp_path: Path) -> None:
+    root = fill(tmp_path / "photos", "b/2.jpg", "a é/deep/1.png", "b/.hidden.jpg")
+    assert labeled_images(root) == (["a é/deep/1.png", "b/2.jpg"], ["a é", "b"])
+    table = tmp_path / "labels.csv"
+    table.write_text("label,note,path\ntower,x,photos/b/2.jpg\n\n bridge ,,photos/c.jpg\n", encoding="utf-8-sig")
+    assert labeled_images(table) == (["photos/b/2.jpg", "photos/c.jpg"], ["tower", "bridge"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected path,label and one row per image"),
+        ("path,label\n", "0 rows; expected path,label"),
+        ("file,label\na.jpg,x\n", "columns file, label and 1 rows"),
+        ("path,label\na.jpg\n", "row 'a.jpg': expected a path and a label"),
+        ("path,label\na.jpg,x\na.jpg,y\n", "a.jpg is listed twice"),
+        ("path,label\n\udce9.jpg,x\n", "cannot be read"),
+    ],
+)
+def test_an_invalid_csv_file_of_labels_is_an_error(tmp_path: Path, text: str, message: str) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=message) as caught:
+        labeled_images(table)
+    assert str(table) in str(caught.value)
+
+
+def test_training_images_without_a_label_are_an_error(tmp_path: Path) -> None:
+    root = fill(tmp_path / "photos", "a/1.jpg", "stray.jpg")
+    with pytest.raises(InputError, match=r"stray\.jpg has no label.*columns path,label and set data\.root"):
+        labeled_images(root)
+    with pytest.raises(InputError, match=r"training folder not found: .*nowhere; set data\.root"):
+        labeled_images(tmp_path / "nowhere")

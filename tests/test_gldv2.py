@@ -206,6 +206,29 @@ def train_list(counts: list[int]) -> TrainList:
     return TrainList(Path("train"), ids, labels, 10 * np.arange(len(counts)))
 
 
+@pytest.mark.parametrize(("landmarks", "expected"), [(4, 2), (5, 2), (30, 6), (1000, 50)])
+def test_the_default_number_of_held_out_classes_fits_small_and_large_sets(landmarks, expected):
+    train, held = split_landmarks(train_list([3] * landmarks), None, seed=0)
+    assert (len(train.landmarks), len(held.landmarks)) == (landmarks - expected, expected)
+
+
+def test_a_csv_file_and_folders_of_the_same_classes_are_the_same_list(tmp_path):
+    names = ["b/2.jpg", "a/1.jpg", "b/1.jpg", "a/0.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    write(tmp_path, "labels.csv", "path,label\n" + "".join(f"{name},{name[0]}\n" for name in names))
+    photos = read_train(tmp_path, None)
+    assert photos.digest() == read_train(tmp_path / "labels.csv", None).digest()
+    assert photos.labels.tolist() == [0, 0, 1, 1]
+    for index, label in enumerate("aabb"):
+        assert pickle.loads(pickle.dumps(photos)).read(index).decode().startswith(label)
+        assert photos.location(index) == str(photos.path(index))
+        assert photos.path(index).read_bytes() == photos.read(index)
+    with pytest.raises(InputError, match="no landmark has 3 images"):
+        read_train(tmp_path, None, min_images=3)
+
+
 def test_whole_landmarks_are_held_out_depending_on_the_seed():
     photos = train_list([3] * 50)
     train, held = split_landmarks(photos, 0.2, seed=4)

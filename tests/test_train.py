@@ -29,6 +29,7 @@ from superglobal.training.checkpointing import CheckpointCallback
 from superglobal.training.module import parameter_groups
 from superglobal.training.train import _data
 from superglobal.training.train import train as fit
+from superglobal.tuning.tune import held_out_set
 
 
 def run(script: str, *overrides: str, status: int = 0) -> str:
@@ -104,6 +105,34 @@ def test_checkpoints_contain_plain_types_and_the_landmarks_of_classes(toy_data, 
     assert state["state_dict"]
     photos, _ = split_landmarks(read_train(toy_data / "toy" / "gldv2"), 0.25, seed=0)
     assert state["landmarks"].tolist() == photos.landmarks.tolist()
+
+
+def test_a_folder_with_one_sub_folder_per_class_is_a_training_set(toy_data, tmp_path, caplog):
+    caplog.set_level("INFO")
+    photos, root = read_train(toy_data / "toy" / "gldv2"), tmp_path / "photos"
+    for index, label in enumerate(photos.labels.tolist()):
+        path = root / f"place {label}" / f"{index} é.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos.path(index), path)
+    (root / "alone").mkdir()
+    shutil.copy(photos.path(0), root / "alone" / "1.jpg")
+    (root / "place 0" / "0 é.jpg").write_bytes(b"")
+    words = ["data=folder", f"data.root={root}", "validation.fraction=null", "optim.epochs=1"]
+    config = compose_config(toy_data, tmp_path, *words)
+    folder = tmp_path / "train" / "quickstart"
+    score = fit(config, folder)
+    n_held_out = round(len(photos.landmarks) / 5)
+    assert f"images of {n_held_out} landmarks" in caplog.text
+    assert "left out 1 of" in caplog.text
+    assert (folder / "corrupt_images.txt").read_text().startswith(f"{root / 'place 0' / '0 é.jpg'}\tempty")
+    dataset, _ = held_out_set(folder, None)
+    pairs = {(item.path.parent, name) for item, name in zip(dataset.database, dataset.clusters, strict=True)}
+    assert len(pairs) == len(set(dataset.clusters)) == n_held_out
+    root.rename(tmp_path / "moved")
+    assert fit(compose_config(toy_data, tmp_path, *words, f"data.root={tmp_path / 'moved'}"), folder) == score
+    (tmp_path / "moved" / "place 1" / "8 é.jpg").unlink()
+    with pytest.raises(InputError, match="contains a run with different settings: images"):
+        fit(compose_config(toy_data, tmp_path, *words, f"data.root={tmp_path / 'moved'}"), folder)
 
 
 def test_eval_scores_the_export_like_a_plain_script(toy_data, trained, tmp_path):

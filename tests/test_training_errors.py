@@ -96,6 +96,8 @@ def test_corrupt_images_are_replaced_and_listed_up_to_the_allowed_fraction(toy_d
         ("optim.ema=1", "optim.ema"),
         ("data.stages=[[3,96]]", "expected fewer epochs in total than"),
         ("data.stages=[[1,32]] pooling=superglobal data.image_size=96", r"data\.stages=.*at least 65 px"),
+        ("data=folder", r"data=folder: the image folder is missing; add data\.root=FOLDER"),
+        ("data=folder data.root=. data.leave_out=x.txt", r"data\.leave_out=x\.txt: only for images in GLDv2's layout"),
         ("resume=yes", "expected one of auto, restart"),
         ("trainer.precision=bf16-true", "expected one of auto, 32-true"),
         ("trainer.accelerator=gpu", "Lightning rejects"),

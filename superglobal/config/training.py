@@ -63,14 +63,15 @@ class FitConfig(TrainerConfig):
 
 @dataclass
 class DataConfig:
-    """Training set in GLDv2's layout (`conf/data`).
+    """Training set in GLDv2's layout, or labeled images of your own (`conf/data`).
 
     Args:
         name: name of the training set.
         role: purpose of the set, always "train"; the held-out landmarks are the validation set.
         root: folder that contains the training list `table` and the images `train/a/b/c/<id>.jpg`, where a, b and c are
-            the first three characters of the id.
-        table: file name of the training list.
+            the first three characters of the id. Without `table`, the folder of your images, which contains one
+            sub-folder per class, or a CSV file with the columns path (relative to the folder of the file) and label.
+        table: file name of the training list; null for images of your own.
         classes_of: second training list; only landmarks that both lists contain are used. null for no second list.
         leave_out: file with the ids of landmarks that are not used, one per line; null to use all landmarks.
         tars: folder of the official tar files, from which images are read instead of the folder `train/`; null reads
@@ -90,7 +91,7 @@ class DataConfig:
     name: str = MISSING
     role: str = setting("train", choices=("train",))
     root: str = "${paths.data}/gldv2"
-    table: str = setting("train_clean.csv", choices=TRAIN_LISTS)
+    table: str | None = setting("train_clean.csv", choices=TRAIN_LISTS)
     classes_of: str | None = setting(None, choices=TRAIN_LISTS)
     leave_out: str | None = None
     tars: str | None = None
@@ -102,6 +103,14 @@ class DataConfig:
     flip: bool = True
     jitter: float = setting(0.2, minimum=0, maximum=1)
     reduced_decode: bool = True
+
+    def validate(self) -> None:
+        """Raise InputError if the folder of your own images is missing, or a setting of GLDv2's layout is given."""
+        if not self.root:
+            raise InputError("data=folder: the image folder is missing; add data.root=FOLDER")
+        for name in ("classes_of", "leave_out", "tars"):
+            if self.table is None and (value := getattr(self, name)) is not None:
+                raise InputError(f"data.{name}={value}: only for images in GLDv2's layout; remove this setting")
 
 
 @dataclass
@@ -145,7 +154,8 @@ class ValidationConfig:
     """Validation during training. The best network is chosen on held-out landmarks, never on evaluation sets.
 
     Args:
-        fraction: fraction of the landmarks that is held out from training.
+        fraction: fraction of the landmarks that is held out from training; null for a fifth of them, at least 2 and at
+            most 50.
         max_images: maximum number of held-out images used for validation; a landmark is used with all of its images or
             not at all.
         max_side: images with a longer side above this number of pixels are shrunk to it; null keeps their size.
@@ -157,7 +167,7 @@ class ValidationConfig:
             epochs.
     """
 
-    fraction: float = setting(0.01, minimum=0, maximum=0.5)
+    fraction: float | None = setting(0.01, minimum=0, maximum=0.5)
     max_images: int = setting(2000, minimum=2)
     max_side: int | None = setting(1024, minimum=1)
     every_epochs: int = setting(1, minimum=1)
@@ -241,6 +251,7 @@ class TrainConfig:
             InputError: settings contradict each other, or a package is missing.
         """
         stages, optim = self.data.stages, self.optim
+        self.data.validate()
         if any(len(stage) != 2 or min(stage) < 1 for stage in stages):
             raise InputError(f"data.stages={stages}: expected [epochs, side] pairs, e.g. [[8,256],[4,384]]")
         if stages and sum(epochs for epochs, _ in stages) >= optim.epochs:

@@ -109,7 +109,8 @@ def how_to_get_gldv2_train(root: Path) -> str:
     return (
         f"GLDv2 is expected as {root}/train/a/b/c/<id>.jpg with {root}/train.csv and {root}/train_clean.csv; download "
         f"it from {GLDV2_PAGE}: {download_command('gldv2-train', root)} (add --packed to keep the tar files, and set "
-        f"data.tars={root}/archives/train)\n{TOY_DATA_HINT}"
+        f"data.tars={root}/archives/train)\nimages of your own, with one sub-folder per class: python train.py "
+        f"data=folder data.root=FOLDER experiment=finetune_photos\n{TOY_DATA_HINT}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Load your own images: a database folder, optional query images, and optional labels (names of sub-folders)."""
+"""Load your own images: evaluation sets and labeled training images. Labels are the names of sub-folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from superglobal.data.evaluation_set import EvaluationSet, loader
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError, printable
-from superglobal.utils.io import walk
+from superglobal.utils.io import read_csv, walk
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def folder_set(
             f"{database}: no queries; set dataset.query to an image or a folder, or dataset.labels=true to use each "
             "image as a query"
         )
-    paths = _list_images(database, "database")
+    paths = _list_images(database, "database", "dataset.database")
     queries = paths if query is None else _query_images(Path(query), labels)
     gnd, clusters = None, None
     if labels:
@@ -72,10 +72,59 @@ def folder_set(
     )
 
 
+def labeled_images(path: str | Path) -> tuple[list[str], list[str]]:
+    """Return the training images of a folder, or those that a CSV file lists.
+
+    In a folder, the label of an image is the name of the first-level sub-folder that contains it. A CSV file has a
+    header with the columns path (relative to the folder of the file) and label.
+
+    Args:
+        path: the folder or the CSV file.
+
+    Returns:
+        The path of each image, relative to the folder of the images, and its label. The image files are not read.
+
+    Raises:
+        InputError: there is no such folder, it has no images or cannot be listed, an image has no label, or the CSV
+            file is invalid.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _read_labels(path)
+    images = _list_images(path, "training", "data.root")
+    hint = "or list images and labels in a CSV file with the columns path,label and set data.root to this file"
+    labels = [_label(image, path, hint) for image in images]
+    return [image.relative_to(path).as_posix() for image in images], labels
+
+
+def _read_labels(path: Path) -> tuple[list[str], list[str]]:
+    """Read a CSV file of images and labels. Return the paths and the labels in the order of the file."""
+    try:
+        header, *rows = [row for row in read_csv(path) if row] or [[]]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({error}); expected a CSV file with the columns path,label"
+        ) from error
+    if not {"path", "label"} <= set(header) or not rows:
+        raise InputError(
+            f"{path}: columns {', '.join(header)} and {len(rows)} rows; expected path,label and one row per image"
+        )
+    columns = header.index("path"), header.index("label")
+    labels: dict[str, str] = {}
+    for row in rows:
+        name, label = (row[column].strip() if column < len(row) else "" for column in columns)
+        if not name or not label:
+            raise InputError(f"{path}: row {','.join(row)!r}: expected a path and a label")
+        if name in labels:
+            raise InputError(f"{path}: {name} is listed twice; remove one row")
+        labels[name] = label
+    return list(labels), list(labels.values())
+
+
 def _query_images(query: Path, labels: bool) -> list[Path]:
     """Return the images of a query folder, or the single query image if `query` is a file."""
     if not query.is_file():
-        return _list_images(query, "query")
+        return _list_images(query, "query", "dataset.query")
     if labels:
         raise InputError(
             f"query {query} is a file and has no label; expected a folder with sub-folders named as in the database. "
@@ -84,13 +133,14 @@ def _query_images(query: Path, labels: bool) -> list[Path]:
     return [query]
 
 
-def _list_images(folder: Path, role: str) -> list[Path]:
+def _list_images(folder: Path, role: str, setting: str) -> list[Path]:
     """Return all images in a folder and its sub-folders, sorted by relative path.
 
-    Symbolic links are followed, and hidden files are ignored. `role`, "database" or "query", is used in messages.
+    Symbolic links are followed, and hidden files are ignored. `role`, such as "database", and the name of the setting
+    that contains the folder are used in messages.
     """
     if not folder.is_dir():
-        raise InputError(f"{role} folder not found: {folder}; set dataset.{role} to a folder of images")
+        raise InputError(f"{role} folder not found: {folder}; set {setting} to a folder of images")
     images: list[Path] = []
     others: list[str] = []
     for directory, folders, files in walk(folder, follow_links=True):
@@ -110,13 +160,17 @@ def _list_images(folder: Path, role: str) -> list[Path]:
     return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _label(path: Path, root: Path) -> str:
-    """Return the label of an image: the name of the first-level sub-folder of `root` that contains it."""
+def _label(path: Path, root: Path, otherwise: str = "or set dataset.labels=false") -> str:
+    """Return the label of an image: the name of the first-level sub-folder of `root` that contains it.
+
+    Raises:
+        InputError: the image is not in a sub-folder. `otherwise` is the end of the message.
+    """
     parts = path.relative_to(root).parts
     if len(parts) < 2:
         raise InputError(
-            f"{path} has no label: with dataset.labels=true, expected images in sub-folders of {root} named by their "
-            "labels. Move the image, or set dataset.labels=false"
+            f"{path} has no label: expected images in sub-folders of {root} named by their labels. Move the image, "
+            f"{otherwise}"
         )
     return parts[0]
 

@@ -1,4 +1,6 @@
-"""Load the training images and the evaluation sets of Google Landmarks v2 (GLDv2) from its official lists.
+"""Load training images, and the evaluation sets of Google Landmarks v2 (GLDv2), from the official lists of GLDv2.
+
+Training images can also be labeled images of your own.
 
 The file layout and the formats are described at github.com/cvdfoundation/google-landmark. A "solution" is the ground
 truth of the test images.
@@ -8,17 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from superglobal.data.download_links import how_to_get_gldv2, how_to_get_gldv2_train, tree_path
+from superglobal.data.download_links import how_to_get_gldv2, how_to_get_gldv2_train
 from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, RetrievalTruth, group_by_landmark, loader
+from superglobal.data.folder import labeled_images
 from superglobal.data.gldv2_csv import read_ids, read_landmark_ids, read_list
 from superglobal.data.gldv2_solutions import Solution, Task, read_solution
-from superglobal.data.image_index import ImageSource, ImageTree, load_index
+from superglobal.data.image_index import ImageFiles, ImageSource, ImageTree, load_index
 from superglobal.data.lazy_sequence import tree_items
 from superglobal.errors import InputError
 from superglobal.utils.io import write_atomically
@@ -31,7 +35,7 @@ class TrainList:
     """Training images of selected landmarks, sorted by landmark and id.
 
     Attributes:
-        root: folder `train`, which contains the images as a/b/c/<id>.jpg.
+        root: folder `train`, which contains the images as a/b/c/<id>.jpg, or the folder of your own images.
         ids: (N,) S16 image ids of 16 hexadecimal digits.
         labels: (N,) int32 class of each image, from 0 to C - 1 for C landmarks.
         landmarks: (C,) int64 landmark_id of each class.
@@ -49,7 +53,8 @@ class TrainList:
 
     def path(self, index: int) -> Path:
         """Return the path that the image at position `index` of this list has in the folder tree."""
-        return self.root / tree_path(self.ids[index])
+        source = self._source()
+        return (source if isinstance(source, ImageTree) else ImageTree(self.root)).path(self.ids[index])
 
     def read(self, index: int) -> bytes:
         """Return the contents of the file of the image at position `index` of this list.
@@ -79,7 +84,7 @@ class TrainList:
 
 def read_train(
     root: str | Path,
-    table: str = "train_clean.csv",
+    table: str | None = "train_clean.csv",
     min_images: int = 2,
     classes_of: str | None = None,
     leave_out: str | Path | None = None,
@@ -88,8 +93,9 @@ def read_train(
     """Read the list of the training images. Landmarks with fewer than `min_images` images are dropped.
 
     Args:
-        root: folder that contains the lists and the folder `train`.
-        table: file name of the list, "train_clean.csv" or "train.csv".
+        root: folder that contains the lists and the folder `train`; without `table`, the folder or CSV file that
+            `labeled_images` reads.
+        table: file name of the list, "train_clean.csv" or "train.csv"; None for labeled images of your own.
         min_images: minimum number of images of a landmark; at least two are needed for a positive pair.
         classes_of: file name of a second list in `root`. Only landmarks that are also in this list are used. For
             example, GLDv2x, as used in Kaggle competitions, consists of the images of `train.csv` that show the
@@ -103,6 +109,8 @@ def read_train(
         InputError: a list is missing or invalid, no landmark remains, or the index does not match the tar files.
     """
     root = Path(root)
+    if table is None:
+        return _drop_small(_read_folder(root), min_images, root)
     path = root / table
     ids, landmarks = _read_sorted(root, table)
     keep = np.ones(len(ids), bool)
@@ -119,12 +127,43 @@ def read_train(
         keep &= ~excluded_rows
     if not keep.all():
         ids, landmarks = ids[keep], landmarks[keep]
-    values, labels, counts = np.unique(landmarks, return_inverse=True, return_counts=True)
-    large = counts >= min_images
+    values, labels = np.unique(landmarks, return_inverse=True)
+    source = None if tars is None else load_index(root, table, tars).tars(Path(tars))
+    return _drop_small(TrainList(root / "train", ids, labels.astype(np.int32), values, source), min_images, path)
+
+
+def _read_folder(path: Path) -> TrainList:
+    """Return the labeled images of a folder or CSV file. Landmark ids are the positions in the sorted list of labels.
+
+    The id of an image is a hash of its path relative to the folder, so a moved folder contains the same images.
+    """
+    names, image_labels = labeled_images(path)
+    ids = [hashlib.sha256(os.fsencode(name)).hexdigest()[:16].encode() for name in names]
+    values, labels = np.unique(image_labels, return_inverse=True)
+    order = np.lexsort((ids, labels))
+    folder = path if path.is_dir() else path.parent
+    source = ImageFiles(folder, dict(zip(ids, names, strict=True)))
+    return TrainList(folder, np.array(ids)[order], labels[order].astype(np.int32), np.arange(len(values)), source)
+
+
+def _drop_small(images: TrainList, min_images: int, path: Path) -> TrainList:
+    """Return a training list without the landmarks that have fewer than `min_images` images.
+
+    Args:
+        images: training list.
+        min_images: minimum number of images of a landmark.
+        path: file or folder of the list, for messages.
+
+    Raises:
+        InputError: no landmark remains.
+    """
+    large = np.bincount(images.labels, minlength=len(images.landmarks)) >= min_images
     if not large.any():
         raise InputError(f"{path}: no landmark has {min_images} images; lower data.min_images")
-    source = None if tars is None else load_index(root, table, tars).tars(Path(tars))
-    return _select(TrainList(root / "train", ids, labels.astype(np.int32), values, source), large)
+    if not large.all():
+        text = "%s: left out %d of %d landmarks, which have fewer than %d images (data.min_images)"
+        log.info(text, path, np.count_nonzero(~large), len(large), min_images)
+    return _select(images, large)
 
 
 def _read_sorted(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +185,7 @@ def _read_sorted(root: Path, table: str) -> tuple[np.ndarray, np.ndarray]:
     return ids[order], landmarks[order]
 
 
-def split_landmarks(images: TrainList, fraction: float, seed: int) -> tuple[TrainList, TrainList]:
+def split_landmarks(images: TrainList, fraction: float | None, seed: int) -> tuple[TrainList, TrainList]:
     """Hold out random landmarks of a training list for validation.
 
     The benchmarks evaluate retrieval on landmarks that are not in the training set. The training and validation lists
@@ -154,15 +193,16 @@ def split_landmarks(images: TrainList, fraction: float, seed: int) -> tuple[Trai
 
     Args:
         images: list to split.
-        fraction: fraction of the landmarks to hold out.
+        fraction: fraction of the landmarks to hold out; None for a fifth of them, at least 2 and at most 50.
         seed: seed of the selection.
 
     Returns:
         The list of the images for training, and the list of the images for validation.
     """
     n_landmarks = len(images.landmarks)
+    count = min(max(2, round(n_landmarks / 5)), 50) if fraction is None else round(fraction * n_landmarks)
     held_out = np.zeros(n_landmarks, bool)
-    held_out[np.random.default_rng(seed).permutation(n_landmarks)[: round(fraction * n_landmarks)]] = True
+    held_out[np.random.default_rng(seed).permutation(n_landmarks)[:count]] = True
     return _select(images, ~held_out), _select(images, held_out)
 
 

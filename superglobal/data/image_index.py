@@ -48,16 +48,35 @@ class ImageTree:
 
     root: Path
 
+    def path(self, image: bytes) -> Path:
+        """Return the path of the image with the id `image`."""
+        return self.root / tree_path(image)
+
     def read(self, image: bytes) -> bytes:
         try:
-            return read_file(self.root / tree_path(image))
+            return read_file(self.path(image))
         except FileNotFoundError:
             raise CorruptImageError("missing") from None
         except OSError as error:
             raise CorruptImageError(error.strerror or str(error)) from error
 
     def location(self, image: bytes) -> str:
-        return str(self.root / tree_path(image))
+        return str(self.path(image))
+
+
+@dataclass(frozen=True)
+class ImageFiles(ImageTree):
+    """Images with any names in a folder and its sub-folders.
+
+    Args:
+        root: the folder.
+        names: id of an image -> its path relative to the folder.
+    """
+
+    names: dict[bytes, str]
+
+    def path(self, image: bytes) -> Path:
+        return self.root / self.names[image]
 
 
 @dataclass(frozen=True)

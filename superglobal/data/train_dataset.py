@@ -106,8 +106,8 @@ class TrainingDataset(Dataset):
                 return TrainingImage(image, int(self.images.labels[index]), index, corrupt)
         return InputError(
             f"image cannot be read: {self.images.location(requested)}: {corrupt[0][1]}, and neither can "
-            f"{_MAX_REPLACEMENTS} random replacements; most images are missing or corrupt, run superglobal "
-            "prepare-gldv2 to list them"
+            f"{_MAX_REPLACEMENTS} random replacements; most images are missing or corrupt (for GLDv2, superglobal "
+            "prepare-gldv2 lists them)"
         )
 
     def _augmented(self, epoch: int, requested: int, data: bytes) -> Tensor:
@@ -274,15 +274,15 @@ def require_budget(corrupt: int, total: int, budget: float, where: str = "") -> 
     if corrupt > budget * total:
         raise InputError(
             f"{corrupt} of {total} images ({corrupt / total:.3%}) are missing or corrupt, more than "
-            f"data.max_corrupt_fraction={budget:g} allows{where}; repair them (superglobal prepare-gldv2 checks all "
-            "images), or raise data.max_corrupt_fraction"
+            f"data.max_corrupt_fraction={budget:g} allows{where}; repair or remove them (for GLDv2, superglobal "
+            "prepare-gldv2 checks all images), or raise data.max_corrupt_fraction"
         )
 
 
 def check_training_images(
     lists: Sequence[TrainList],
     root: str | Path,
-    table: str,
+    table: str | None,
     tars: str | Path | None,
     budget: float,
     cache: Path | None = None,
@@ -295,7 +295,7 @@ def check_training_images(
     Args:
         lists: parts of one training list, for example the training images and the held-out images.
         root: folder that contains the training list and the index.
-        table: file name of the training list.
+        table: file name of the training list; None for images of your own, which have no index.
         tars: folder of the tar files if the images are read from tar files; None for the folder tree.
         budget: maximum fraction of missing or corrupt images.
         cache: file that keeps the results of `check_images` for later calls; None to read all files.
@@ -309,8 +309,8 @@ def check_training_images(
             images are in tar files and there is no index.
     """
     root, where = Path(root), ""
-    command = prepare_command(root, table, tars)
-    if tars is not None or index_path(root, table).exists():
+    command = None if table is None else prepare_command(root, table, tars)
+    if table is not None and (tars is not None or index_path(root, table).exists()):
         index = load_index(root, table, tars)
         where = f", according to {index_path(root, table)} (after repairing them, update it: {command})"
         corrupt = [index.corrupt_among(images.ids) for images in lists]
@@ -324,23 +324,23 @@ def check_training_images(
         require_budget(len(problems), total, budget, where)
     except InputError as error:
         lines = problem_lines("training images", total, problems)
-        hint = [how_to_get_gldv2_train(root)] if 2 * len(problems) > total else []
+        hint = [how_to_get_gldv2_train(root)] if table is not None and 2 * len(problems) > total else []
         raise InputError("\n".join([NOTHING_COMPUTED, *lines, str(error), *hint])) from None
     return corrupt, np.concatenate(contents)
 
 
-def _check_files(images: TrainList, command: str, cache: Path | None) -> tuple[CorruptImages, np.ndarray]:
+def _check_files(images: TrainList, command: str | None, cache: Path | None) -> tuple[CorruptImages, np.ndarray]:
     """Check each file of a training list in the folder tree.
 
     Args:
         images: training list to check.
-        command: command that writes an index, to be recommended in a log message.
+        command: command that writes an index, to be recommended in a log message; None for no recommendation.
         cache: file that keeps the results of `check_images`; None to read all files.
 
     Returns:
         The missing and corrupt images, and a hash of the contents of each image, (N,) uint64.
     """
-    if len(images) > _SLOW_CHECK:
+    if command is not None and len(images) > _SLOW_CHECK:
         log.info(
             "checking %d images, which may take minutes; to check them once for all runs, write an index: %s",
             len(images),

@@ -116,9 +116,10 @@ def _training_lists(config: TrainConfig) -> tuple[TrainList, TrainList]:
     training, held_out = split_landmarks(listed, fraction, config.seed)
     landmarks = len(training.landmarks), len(held_out.landmarks)
     if min(landmarks) < 2:
+        fix = f"{'raise' if landmarks[1] < 2 else 'lower'} validation.fraction"
         raise InputError(
             f"validation.fraction={fraction}: {landmarks[0]} landmarks for training, {landmarks[1]} for validation, "
-            f"expected at least 2 each; {'raise' if landmarks[1] < 2 else 'lower'} validation.fraction"
+            f"expected at least 2 each; {'add landmarks' if fraction is None else fix}"
         )
     log.info("training: %d images of %d landmarks", len(training), landmarks[0])
     log.info("validation: %d held-out images of %d landmarks", len(held_out), landmarks[1])

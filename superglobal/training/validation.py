@@ -206,7 +206,7 @@ class RetrievalValidation(StepCallback):
         if score is None or not np.isfinite(score):
             raise InputError(
                 "no held-out landmark has two valid images; raise validation.fraction or validation.max_images, or "
-                "repair the corrupt images (superglobal prepare-gldv2 lists them)"
+                "repair the corrupt images (for GLDv2, superglobal prepare-gldv2 lists them)"
             )
         return score
 

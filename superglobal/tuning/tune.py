@@ -184,9 +184,10 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
             f"{run}: contains no training run ({error!r}); give the name= or run= of a training run, or a validation "
             "set: dataset=folder dataset.database=FOLDER dataset.labels=true"
         ) from error
-    if not (root / d["table"]).is_file():
+    listed_in = root if d["table"] is None else root / d["table"]
+    if not listed_in.exists():
         raise InputError(
-            f"{root / d['table']}: the training list of {run} is missing; give its folder by data_root=FOLDER"
+            f"{listed_in}: the training images of {run} are missing; give their folder by data_root=FOLDER"
         )
     if tars is not None and data_root is None:
         raise InputError(
@@ -207,8 +208,8 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
         clusters=[str(images.landmarks[label]) for label in labels],
         protocols="labels",
         leave_one_out=True,
-        root=root,
-        how_to_get=how_to_get_gldv2_train(root),
+        root=images.root if d["table"] is None else root,
+        how_to_get=how_to_get_gldv2_train(root) if d["table"] else f"{root} contains the images of the training {run}",
     )
     return dataset, v["max_side"]
 
