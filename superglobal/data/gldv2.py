@@ -138,12 +138,12 @@ def _read_folder(path: Path) -> TrainList:
     The id of an image is a hash of its path relative to the folder, so a moved folder contains the same images.
     """
     names, image_labels = labeled_images(path)
-    ids = [hashlib.sha256(os.fsencode(name)).hexdigest()[:16].encode() for name in names]
+    ids = np.array([hashlib.sha256(os.fsencode(name)).hexdigest()[:16].encode() for name in names])
     values, labels = np.unique(image_labels, return_inverse=True)
     order = np.lexsort((ids, labels))
     folder = path if path.is_dir() else path.parent
-    source = ImageFiles(folder, dict(zip(ids, names, strict=True)))
-    return TrainList(folder, np.array(ids)[order], labels[order].astype(np.int32), np.arange(len(values)), source)
+    source = ImageFiles(folder, dict(zip(ids.tolist(), names, strict=True)))
+    return TrainList(folder, ids[order], labels[order].astype(np.int32), np.arange(len(values)), source)
 
 
 def _drop_small(images: TrainList, min_images: int, path: Path) -> TrainList:
