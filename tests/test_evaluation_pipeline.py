@@ -12,12 +12,13 @@ import torch
 from evaluations import BASE, QUIET, ROOT, fingerprints, mini, run
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from sets import write_folders, write_revisited
+from sets import break_scan, write_folders, write_revisited
 
 import superglobal
 from superglobal.config import register
 from superglobal.errors import InputError
 from superglobal.evaluation.pipeline import evaluate
+from superglobal.evaluation.saved_run import FinishedRun
 from superglobal.metrics.revisited import REVISITED, average_precision
 from superglobal.models.weights import save_weights
 from superglobal.retrieval.store import DescriptorStore
@@ -114,6 +115,46 @@ def test_a_download_that_is_completed_in_the_middle_is_extracted_again(tmp_path)
     assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 10, "queries": 1}
     (photos / "noise.jpg").write_bytes(whole)
     assert run(tmp_path, *folder)["about"]["extracted"] == {"database": 1, "queries": 1}
+
+
+def test_unreadable_images_of_a_folder_are_left_out_and_counted(tmp_path, capsys):
+    photos = write_folders(tmp_path / "photos")
+    folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "rerank=none"]
+    (tmp_path / "good").mkdir()
+    for name in ("label0/0.jpg", "label2/2.jpg"):
+        (photos / name).rename(tmp_path / "good" / name.replace("/", "-"))
+    expected = run(tmp_path / "expected", *folder)
+    (photos / "label0/0.jpg").write_bytes(b"")
+    (tmp_path / "good" / "label2-2.jpg").rename(photos / "label2/2.jpg")
+    break_scan(photos / "label2/2.jpg")  # found only when it is decoded
+    capsys.readouterr()
+    for _ in range(2):
+        result = run(tmp_path, *folder, "k=300")
+        assert result["metrics"] == expected["metrics"]
+        assert (result["counts"], result["about"]["unreadable"]) == ({"queries": 7, "database": 7}, 2)
+        assert "photos (2 unreadable): 7 queries, 7 images" in capsys.readouterr().out
+        listed = (result["folder"] / "unreadable.txt").read_text().splitlines()
+        assert [line.split("\t")[0] for line in listed] == [str(photos / "label0/0.jpg"), str(photos / "label2/2.jpg")]
+        assert FinishedRun(result["folder"]).dataset.unreadable
+    with pytest.raises(InputError, match=r"label2/2.jpg: damaged inside"):
+        run(tmp_path, *folder, "dataset.unreadable=error")
+
+
+def test_a_benchmark_is_not_evaluated_without_some_of_its_images(data, tmp_path):
+    with pytest.raises(InputError, match="mini is a benchmark, whose results require all images"):
+        run(tmp_path, *mini(data), "dataset.unreadable=skip")
+
+
+def test_queries_without_a_score_and_large_k_are_reported(tmp_path, capsys, caplog):
+    photos = write_folders(tmp_path / "photos")
+    for name in ("1.jpg", "2.jpg"):
+        (photos / "label2" / name).unlink()
+    result = run(tmp_path, "dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "rerank=none", "k=50")
+    out = capsys.readouterr().out
+    assert "photos: 7 queries (6 scored), 7 images" in out
+    assert "queries without a score, because no other image has their label: 1, such as label2/0.jpg" in out
+    assert result["about"]["notes"][0].startswith("queries without a score")
+    assert "k=50: 6 results per query, because the database has no more images" in caplog.messages
 
 
 def test_leave_one_out_scores_equal_brute_force(tmp_path):

@@ -21,6 +21,7 @@ def test_finished_rows_are_kept_if_an_image_fails(tmp_path, monkeypatch, asynchr
     photos = write_folders(tmp_path / "photos")
     break_scan(photos / "label2/2.jpg")
     folder = ["dataset=folder", f"dataset.database={photos}", f"dataset.query={photos / 'label0/0.jpg'}"]
+    folder += ["dataset.unreadable=error"]
     with pytest.raises(InputError, match=r"label2/2\.jpg"):
         run(tmp_path, *folder)
     (store,) = (tmp_path / "stores").glob("folder-database-*")
@@ -65,7 +66,8 @@ def fail_at(monkeypatch, row: int, error: BaseException, times: int = 1) -> None
 
 def single_image_batches(photos: Path) -> list[str]:
     """Return the overrides of an evaluation with batches of one image."""
-    return ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "extraction.batch_size=1"]
+    folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "dataset.unreadable=error"]
+    return [*folder, "extraction.batch_size=1"]
 
 
 def test_a_failure_of_the_last_write_ends_the_run(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from superglobal.data.evaluation_set import drop_unreadable, notes_of
 from superglobal.data.folder import folder_set, labeled_images
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import read_image
@@ -131,15 +132,23 @@ def test_invalid_folders_raise_input_errors(tmp_path: Path) -> None:
         folder_set(root, labels=True)
     with pytest.raises(InputError, match=r"database folder not found: .*nowhere"):
         folder_set(tmp_path / "nowhere", root)
-    with pytest.raises(InputError, match="database folder not found"):
+    with pytest.raises(InputError, match=r"database .*stray\.jpg is not a folder; set dataset\.database to a folder"):
         folder_set(root / "stray.jpg", root)
-    with pytest.raises(InputError, match="query folder not found"):
+    with pytest.raises(InputError, match=r"query folder not found: .*; set dataset\.query to an image or a folder"):
         folder_set(root, tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"^query file not found: .*/stry\.jpg; did you mean stray\.jpg\?$"):
+        folder_set(root, root / "stry.jpg")
+    with pytest.raises(InputError, match=r"^database folder not found: .*/dbb/a; did you mean db\?$"):
+        folder_set(tmp_path / "dbb" / "a", root)
+    with pytest.raises(InputError, match="query file not found"):
+        folder_set(root, root / f"{'x' * 300}.jpg")
     with pytest.raises(InputError, match="is a file and has no label"):
         folder_set(root, root / "stray.jpg", labels=True)
     (tmp_path / "empty" / "deep").mkdir(parents=True)
     with pytest.raises(InputError, match=r"no images under database folder .*jpg jpeg png webp bmp tif tiff gif"):
         folder_set(tmp_path / "empty", root)
+    with pytest.raises(InputError, match=r"all images under .* have the label a, so every result would be right"):
+        folder_set(fill(tmp_path / "one", "a/1.jpg", "a/2.jpg"), labels=True)
     with pytest.raises(InputError, match="no query has another image"):
         folder_set(fill(tmp_path / "single", "a/1.jpg", "b/1.jpg"), labels=True)
 
@@ -150,6 +159,8 @@ def test_training_images_are_labeled_by_folders_or_by_a_csv_file(tmp_path: Path)
     table = tmp_path / "labels.csv"
     table.write_text("label,note,path\ntower,x,photos/b/2.jpg\n\n bridge ,,photos/c.jpg\n", encoding="utf-8-sig")
     assert labeled_images(table) == (["photos/b/2.jpg", "photos/c.jpg"], ["tower", "bridge"])
+    table.write_text("path,label\n1.jpg,K\u00f6ln\n2.jpg,Ko\u0308ln\n", encoding="utf-8")
+    assert labeled_images(table)[1] == ["K\u00f6ln", "K\u00f6ln"]
 
 
 @pytest.mark.parametrize(
@@ -177,3 +188,57 @@ def test_training_images_without_a_label_are_an_error(tmp_path: Path) -> None:
         labeled_images(root)
     with pytest.raises(InputError, match=r"training folder not found: .*nowhere; set data\.root"):
         labeled_images(tmp_path / "nowhere")
+
+
+def test_hidden_and_system_folders_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = ["a/1.jpg", "lost/2.jpg"]
+    root = fill(
+        tmp_path, *kept, "a/._1.jpg", "a/@eaDir/1.jpg", "__MACOSX/a/1.jpg", ".thumbnails/1.jpg", ".thumbnails/2.jpg"
+    )
+    (root / ".DS_Store").touch()
+    with caplog.at_level("INFO"):
+        assert names(folder_set(root, root / "a/1.jpg").database, root) == kept
+    assert caplog.messages == [f"{root}: left out 4 hidden images and hidden or system folders, e.g. .thumbnails"]
+
+
+def test_labels_that_may_be_misspelled_are_named(tmp_path: Path) -> None:
+    composed, decomposed = "K\u00f6ln", "Ko\u0308ln"
+    photos = [f"{composed}/1.jpg", f"{decomposed}/2.jpg", "tower/1.jpg", "tower/2.jpg", "Tower/3.jpg", "lone/4.jpg"]
+    dataset = folder_set(fill(tmp_path / "db", *photos), labels=True)
+    assert dataset.clusters is not None
+    assert dataset.clusters.count(composed) == 2
+    positives = {path: entry(dataset.gnd, i)[0] for i, path in enumerate(names(dataset.queries, tmp_path / "db"))}
+    assert [len(positives[path]) for path in photos] == [1, 1, 1, 1, 0, 0]
+    assert notes_of(dataset) == [
+        f"label {composed}: names that differ only in the Unicode form of a letter count as one label",
+        "labels Tower and tower differ only by case and count as different labels; rename one if they are the same",
+        "queries without a score, because no other image has their label: 2, such as Tower/3.jpg, lone/4.jpg",
+    ]
+    queries = fill(tmp_path / "queries", "towr/1.jpg", f"{decomposed}/1.jpg")
+    assert "labels of queries that the database lacks: 1, such as towr; did you mean Tower or tower?" in notes_of(
+        folder_set(tmp_path / "db", queries, labels=True)
+    )
+
+
+def test_unreadable_images_are_removed_with_their_queries_and_ground_truth(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = ["a/0.jpg", "a/1.jpg", "a/2.jpg", "b/0.jpg", "b/1.jpg"]
+    root = fill(tmp_path / "db", *photos)
+    (root / "a/1.jpg").write_bytes(b"")
+    dataset = drop_unreadable(folder_set(root, labels=True))
+    assert names(dataset.database, root) == names(dataset.queries, root) == [photos[i] for i in (0, 2, 3, 4)]
+    assert dataset.clusters == ["a", "a", "b", "b"]
+    assert [entry(dataset.gnd, i) for i in range(4)] == [([1], [0]), ([0], [1]), ([3], [2]), ([2], [3])]
+    assert dataset.unreadable == [(root / "a/1.jpg", "empty file (0 bytes)")]
+    assert f"{root}: left out 1 of 5 images, which cannot be read:\n  {root}/a/1.jpg: empty" in caplog.text
+    without_labels = drop_unreadable(folder_set(root, root / "b"))
+    assert (len(without_labels.database), len(without_labels.queries), without_labels.gnd) == (4, 2, None)
+    # A query of which nothing is left, and a folder most of which is unreadable, are errors.
+    with pytest.raises(InputError, match=r"^queries: 0 of 1 images missing, 1 corrupt\n  .*a/1.jpg: empty"):
+        drop_unreadable(folder_set(root, root / "a/1.jpg"))
+    (root / "b/1.jpg").unlink()
+    (root / "b/1.jpg").symlink_to("nowhere.jpg")
+    (root / "a/2.jpg").write_bytes(b"x")
+    with pytest.raises(InputError, match="database: 1 of 5 images missing, 2 corrupt"):
+        drop_unreadable(folder_set(root, labels=True))

@@ -104,6 +104,9 @@ class DatasetConfig(LoaderSettings):
         root: folder of the set; for kind "revisited", the folder that contains the set's folder.
         trained: name of the training run that is evaluated on this set if the top-level setting `name` is not given.
         max_side: images with a longer side above this number of pixels are shrunk to it; null keeps their size.
+        unreadable: treatment of missing and corrupt images: "error" stops the run; "skip", the default of
+            dataset=folder, leaves them out, lists them in `unreadable.txt` and counts them in the results. If more
+            than half are unreadable, the run stops in any case.
     """
 
     kind: str = setting(MISSING, choices=(*loaders(), "descriptors"))
@@ -112,6 +115,7 @@ class DatasetConfig(LoaderSettings):
     root: str = "${paths.data}"
     trained: str = "superglobal"
     max_side: int | None = setting(None, minimum=1)
+    unreadable: str = setting("error", choices=("error", "skip"))
 
     def validate(self) -> None:
         """Raise InputError if dataset=folder is given without an image folder."""
@@ -327,7 +331,8 @@ class EvalConfig:
     def validate(self) -> None:
         """Check settings that depend on each other, and replace values that other settings determine.
 
-        The replaced values are the precision "auto", and null for the reranking parameters and `index.compare`.
+        The replaced values are the precision "auto", null for the reranking parameters and `index.compare`, and
+        `dataset.unreadable` if descriptors are read from files.
 
         Raises:
             InputError: settings contradict each other, or a package is missing.
@@ -353,6 +358,8 @@ class EvalConfig:
     def _validate_descriptors(self) -> None:
         """Raise InputError if the data set does not support the descriptor files or the distractors."""
         d, files, distractors = self.dataset, self.descriptors, self.distractors.name
+        if files.query is not None:
+            d.unreadable = "error"  # The rows belong to all images, which need not be on this machine.
         if (files.query is None) != (files.database is None):
             raise InputError(
                 "descriptors: only one of descriptors.query and descriptors.database is set; give both .npy files"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ from superglobal.data.image_checks import CheckReport, check_images
 from superglobal.data.images import IMAGE_EXTENSIONS, NEEDS_PACKAGE, ImageItem
 from superglobal.errors import InputError, one_of
 
+log = logging.getLogger(__name__)
 _MAX_LISTED = 5  # maximum number of files listed in a message
 # Two queries show the same landmark if the intersection over union of their positives is at least this value.
 _MIN_OVERLAP = 0.25
@@ -86,6 +88,7 @@ class EvaluationSet:
         root: folder of the set; names of images in results are relative to it.
         how_to_get: expected file layout and download command, for messages about missing images.
         landmark_truth: ground truth for the GLDv2 metrics, which replace mean average precision; None for other sets.
+        unreadable: (path, reason) of each image that `drop_unreadable` has removed.
         about: additional entries for `results.json`; the values must have JSON types.
     """
 
@@ -99,6 +102,7 @@ class EvaluationSet:
     root: Path
     how_to_get: str
     landmark_truth: RetrievalTruth | RecognitionTruth | None = None
+    unreadable: Sequence[tuple[Path, str]] = ()
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -225,6 +229,64 @@ def require_images(
     if lines:
         raise InputError("\n".join([NOTHING_COMPUTED, *lines]))
     return reports
+
+
+def drop_unreadable(dataset: EvaluationSet, cache: Path | None = None) -> EvaluationSet:
+    """Check the images of a set of your own images, and remove those that are missing or corrupt.
+
+    Args:
+        dataset: evaluation set without or with labels.
+        cache: file that keeps the results of `check_images` for later calls; None to read all files.
+
+    Returns:
+        The set of the other images. A removed query is not evaluated, and a removed database image is not ranked.
+
+    Raises:
+        InputError: the set is a benchmark, or more than half of its queries or of its database images are unreadable.
+    """
+    if dataset.protocols not in ("labels", "none"):
+        raise InputError(
+            f"dataset.unreadable=skip: {dataset.name} is a benchmark, whose results require all images; use "
+            "dataset.unreadable=error"
+        )
+    lists = {"database": dataset.database} | ({} if dataset.leave_one_out else {"queries": dataset.queries})
+    problems = {title: check_images(items, cache=cache).problems for title, items in lists.items()}
+    lines: list[str] = []
+    for title, found in problems.items():
+        lines += problem_lines(title, len(lists[title]), found) if 2 * len(found) > len(lists[title]) else []
+    if lines:
+        raise InputError("\n".join([*lines, "too many to leave them out; replace or remove the files listed above"]))
+    unreadable = dict(problem for found in problems.values() for problem in found)
+    if not unreadable:
+        return dataset
+    total = sum(map(len, lists.values()))
+    text = "\n".join(f"  {line}" for line in list_problems(list(unreadable.items())))
+    log.warning("%s: left out %d of %d images, which cannot be read:\n%s", dataset.root, len(unreadable), total, text)
+    kept = np.array([item.path not in unreadable for item in dataset.database], bool)
+    queries = [i for i, item in enumerate(dataset.queries) if item.path not in unreadable]
+    row_of = np.cumsum(kept) - 1
+    gnd = dataset.gnd and [{name: row_of[rows[kept[rows]]] for name, rows in dataset.gnd[i].items()} for i in queries]
+    return replace(
+        dataset,
+        queries=[dataset.queries[i] for i in queries],
+        database=[dataset.database[i] for i in np.flatnonzero(kept).tolist()],
+        gnd=gnd,
+        clusters=dataset.clusters and [dataset.clusters[i] for i in queries],
+        unreadable=list(unreadable.items()),
+    )
+
+
+def notes_of(dataset: EvaluationSet) -> list[str]:
+    """Return notes for the result of a set with labels: labels that may be misspelled, and queries without a score."""
+    notes = list(dataset.about.get("notes", []))
+    if dataset.protocols == "labels" and dataset.gnd is not None:
+        lone = [item.path for item, sets in zip(dataset.queries, dataset.gnd, strict=True) if not len(sets["positive"])]
+        if lone:
+            names = ", ".join(f"{path.parent.name}/{path.name}" for path in lone[:_MAX_LISTED])
+            notes.append(
+                f"queries without a score, because no other image has their label: {len(lone)}, such as {names}"
+            )
+    return notes
 
 
 def problem_lines(title: str, total: int, problems: Sequence[tuple[Path | str, str]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,12 @@ import numpy as np
 
 from superglobal.data.evaluation_set import EvaluationSet, loader
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
-from superglobal.errors import InputError, printable
+from superglobal.errors import InputError, did_you_mean, printable
 from superglobal.utils.io import read_csv, walk
 
 log = logging.getLogger(__name__)
+# Folders with thumbnails and deleted files.
+_SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 @loader("folder")
@@ -25,11 +28,11 @@ def folder_set(
 ) -> EvaluationSet:
     """Load an evaluation set from the images in a folder and its sub-folders, sorted by relative path.
 
-    With labels, the positives of a query are the database images with the same label. If the image file of the query is
-    also in the database, even as a symbolic link with another name, this database image is junk: it is ignored in the
-    ranking of the query. Without `query`, each database image is a query, and its results are the other database
-    images. Without labels, there is no ground truth. If the query folder is inside the database folder, its images also
-    belong to the database. Images are found by their file extension. The files are not read.
+    With labels, the positives of a query are the database images with the same label, in any Unicode form. If the image
+    file of the query is also in the database, even as a symbolic link with another name, this database image is junk:
+    it is ignored in the ranking of the query. Without `query`, each database image is a query, and its results are the
+    other database images. Without labels, there is no ground truth. If the query folder is inside the database folder,
+    its images also belong to the database. Images are found by their file extension. The files are not read.
 
     Args:
         database: folder of the database images.
@@ -38,8 +41,8 @@ def folder_set(
         name: name of the set.
 
     Raises:
-        InputError: a folder is missing, has no images or cannot be listed, images have no label, no query has a
-            positive, or neither `query` nor `labels` is given.
+        InputError: a folder is missing, has no images or cannot be listed, images have no label or all have the same
+            one, no query has a positive, or neither `query` nor `labels` is given.
     """
     database = Path(database)
     if query is None and not labels:
@@ -49,15 +52,23 @@ def folder_set(
         )
     paths = _list_images(database, "database", "dataset.database")
     queries = paths if query is None else _query_images(Path(query), labels)
-    gnd, clusters = None, None
+    gnd, clusters, notes = None, None, []
     if labels:
-        clusters = [_label(path, database if query is None else Path(query)) for path in queries]
-        gnd = _ground_truth(queries, clusters, paths, [_label(path, database) for path in paths])
+        query_folders = [_label(path, database if query is None else Path(query)) for path in queries]
+        folders = [_label(path, database) for path in paths]
+        notes = _label_notes(query_folders, folders)
+        clusters, database_labels = [list(map(_normalized, names)) for names in (query_folders, folders)]
+        gnd = _ground_truth(queries, clusters, paths, database_labels)
         if not any(len(entry["positive"]) for entry in gnd):
-            folders = database if query is None else f"{query} and {database}"
+            places = database if query is None else f"{query} and {database}"
             raise InputError(
-                f"no query has another image of its label in the database ({folders}); expected several images in a "
+                f"no query has another image of its label in the database ({places}); expected several images in a "
                 "sub-folder, or sub-folders of the same names. Rename them, or set dataset.labels=false"
+            )
+        if len(set(database_labels)) == 1:
+            raise InputError(
+                f"all images under {database} have the label {database_labels[0]}, so every result would be right; "
+                "expected a sub-folder for each label. Add images with other labels, or set dataset.labels=false"
             )
     return EvaluationSet(
         name=name,
@@ -68,7 +79,8 @@ def folder_set(
         protocols="labels" if labels else "none",
         leave_one_out=query is None,
         root=database,
-        how_to_get=f"{name} contains all images under {database}; remove or replace the files listed above",
+        about={"notes": notes} if notes else {},
+        how_to_get="replace or remove the files listed above, or leave them out with dataset.unreadable=skip",
     )
 
 
@@ -90,11 +102,15 @@ def labeled_images(path: str | Path) -> tuple[list[str], list[str]]:
     """
     path = Path(path)
     if path.is_file():
-        return _read_labels(path)
-    images = _list_images(path, "training", "data.root")
-    hint = "or list images and labels in a CSV file with the columns path,label and set data.root to this file"
-    labels = [_label(image, path, hint) for image in images]
-    return [image.relative_to(path).as_posix() for image in images], labels
+        names, labels = _read_labels(path)
+    else:
+        images = _list_images(path, "training", "data.root")
+        hint = "or list images and labels in a CSV file with the columns path,label and set data.root to this file"
+        names = [image.relative_to(path).as_posix() for image in images]
+        labels = [_label(image, path, hint) for image in images]
+    for note in _label_notes([], labels):
+        log.warning("%s: %s", path, note)
+    return names, list(map(_normalized, labels))
 
 
 def _read_labels(path: Path) -> tuple[list[str], list[str]]:
@@ -123,6 +139,7 @@ def _read_labels(path: Path) -> tuple[list[str], list[str]]:
 
 def _query_images(query: Path, labels: bool) -> list[Path]:
     """Return the images of a query folder, or the single query image if `query` is a file."""
+    _require_exists(query, "query", "dataset.query")
     if not query.is_file():
         return _list_images(query, "query", "dataset.query")
     if labels:
@@ -136,20 +153,24 @@ def _query_images(query: Path, labels: bool) -> list[Path]:
 def _list_images(folder: Path, role: str, setting: str) -> list[Path]:
     """Return all images in a folder and its sub-folders, sorted by relative path.
 
-    Symbolic links are followed, and hidden files are ignored. `role`, such as "database", and the name of the setting
-    that contains the folder are used in messages.
+    Symbolic links are followed. Hidden files, hidden folders and folders of the operating system are left out. `role`,
+    such as "database", and the name of the setting that contains the folder are used in messages.
     """
-    if not folder.is_dir():
-        raise InputError(f"{role} folder not found: {folder}; set {setting} to a folder of images")
+    _require_exists(folder, role, setting)
     images: list[Path] = []
     others: list[str] = []
+    hidden: list[Path] = []
     for directory, folders, files in walk(folder, follow_links=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        hidden += [directory / name for name in folders if _is_hidden(name)]
+        folders[:] = [name for name in folders if not _is_hidden(name)]
         for name in files:
-            if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith("."):
-                images.append(directory / name)
-            elif not name.startswith("."):
-                others.append(name)
+            if not name.lower().endswith(IMAGE_EXTENSIONS):
+                others += [] if _is_hidden(name) else [name]
+            else:
+                (hidden if _is_hidden(name) else images).append(directory / name)
+    if hidden:
+        example = printable(hidden[0].relative_to(folder).as_posix())
+        log.info("%s: left out %d hidden images and hidden or system folders, e.g. %s", folder, len(hidden), example)
     if others:
         log.warning(
             "%s: ignored %d files without an image extension, e.g. %s", folder, len(others), printable(others[0])
@@ -158,6 +179,68 @@ def _list_images(folder: Path, role: str, setting: str) -> list[Path]:
         extensions = " ".join(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
         raise InputError(f"no images under {role} folder {folder}; expected files ending in {extensions}")
     return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _is_hidden(name: str) -> bool:
+    """Return True for the name of a hidden file or folder, or of a folder that an operating system creates."""
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
+
+
+def _require_exists(path: Path, role: str, setting: str) -> None:
+    """Raise InputError if a folder does not exist. The message has the most similar names in its parent folder.
+
+    Args:
+        path: the folder; for queries, it may also be a file.
+        role: purpose of the folder, such as "database".
+        setting: name of the setting that contains the path.
+    """
+    is_query = role == "query"
+    if os.path.isdir(path) or (is_query and os.path.isfile(path)):
+        return
+    advice = f"set {setting} to {'an image or a folder' if is_query else 'a folder'} of images"
+    if os.path.exists(path):
+        raise InputError(f"{role} {path} is not a folder; {advice}")
+    parent = next(parent for parent in path.parents if os.path.exists(parent))
+    names = [path.name for path in parent.iterdir() if is_query or path.is_dir()] if os.access(parent, os.R_OK) else []
+    hint = did_you_mean(path.relative_to(parent).parts[0], names) or f"; {advice}"
+    kind = "file" if is_query and path.name.lower().endswith(IMAGE_EXTENSIONS) else "folder"
+    raise InputError(f"{role} {kind} not found: {path}{hint}")
+
+
+def _label_notes(query_labels: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Return notes about labels that may be misspelled.
+
+    Args:
+        query_labels: labels of the queries, as they were typed.
+        labels: labels of the database or training images, as they were typed.
+    """
+    folders = {*query_labels, *labels}
+    forms, cases = defaultdict[str, set[str]](set), defaultdict[str, set[str]](set)
+    for name in folders:
+        forms[_normalized(name)].add(name)
+        cases[_normalized(name).casefold()].add(_normalized(name))
+    notes = [
+        f"label {label}: names that differ only in the Unicode form of a letter count as one label"
+        for label, names in sorted(forms.items())
+        if len(names) > 1
+    ]
+    notes += [
+        f"labels {' and '.join(sorted(names))} differ only by case and count as different labels; rename one "
+        "if they are the same"
+        for _, names in sorted(cases.items())
+        if len(names) > 1
+    ]
+    known = set(map(_normalized, labels))
+    absent = sorted(set(map(_normalized, query_labels)) - known)
+    if absent:
+        hint = did_you_mean(absent[0], known)
+        notes.append(f"labels of queries that the database lacks: {len(absent)}, such as {absent[0]}{hint}")
+    return notes
+
+
+def _normalized(label: str) -> str:
+    """Return the composed Unicode form (NFC) of a label, because file systems may store another form."""
+    return unicodedata.normalize("NFC", label)
 
 
 def _label(path: Path, root: Path, otherwise: str = "or set dataset.labels=false") -> str:

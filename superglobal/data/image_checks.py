@@ -34,6 +34,7 @@ from superglobal.utils.io import atomic_file, file_stamp, is_settled, read_file,
 CHECKED_IMAGES = "checked_images.npz"
 """Name of the file of `CheckCache`, in the folder of the stores."""
 _BATCH = 512  # number of images that one task of a thread checks
+_DAMAGED = (0, 0)  # size that stands for an image that cannot be decoded
 _SAVED_IMAGES = 100_000  # number of newly checked images after which the results are written
 
 
@@ -85,6 +86,11 @@ class CheckCache:
             return None
         size, _, _, crc, height, width = self._rows[row, 1:].tolist()
         return CheckedImage(f"{size}-{crc:08x}", (height, width))
+
+    def mark_damaged(self, images: Sequence[tuple[Path, str]]) -> None:
+        """Record the path and the signature of each image that cannot be decoded although its structure is complete."""
+        stamps = [(path, file_stamp(path), CheckedImage(signature, _DAMAGED)) for path, signature in images]
+        self.update([(path, stamp, image) for path, stamp, image in stamps if stamp is not None])
 
     def update(self, results: Sequence[tuple[Path, Sequence[int], CheckedImage]]) -> None:
         """Add the path, the stamp and the result of each newly checked image, and write the file."""
@@ -205,6 +211,8 @@ def _check_batch(
             if image is None:
                 image = check_image(read_file(path), decode)
                 new += [(path, stamp, image)] if stamp is not None and is_settled(stamp) else []
+            if image.size == _DAMAGED:
+                raise CorruptImageError("damaged inside, which was found when it was decoded; repair or replace it")
             results.append(image if box is None else CheckedImage(image.signature, _cropped_size(box, image.size)))
         except (OSError, CorruptImageError) as error:
             results.append(error)

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import CompareConfig, RerankConfig, complete_rerank, rerank_parameters
+from superglobal.data.evaluation_set import notes_of
 from superglobal.errors import InputError, one_of
 from superglobal.evaluation.inputs import Inputs, StageTimer, load_inputs
 from superglobal.evaluation.pipeline import make_task, rerank_results, score_set, shortlist_size
@@ -210,6 +211,8 @@ def _report(config: CompareConfig, inputs: Inputs, rows: list[dict[str, Any]], f
         folder: folder to write to.
     """
     about = {key: value for key, value in inputs.about.items() if key != "extracted"}
+    unreadable, notes = (len(inputs.dataset.unreadable), notes_of(inputs.dataset)) if inputs.dataset else (0, [])
+    about |= {"unreadable": unreadable, "notes": notes}
     summary: dict[str, Any] = {"format": _FORMAT, "dataset": config.dataset.name, "role": config.dataset.role}
     summary |= {"rows": rows, "config": asdict(config), "about": about, "versions": versions()}
     write_atomically(folder / "comparison.json", json.dumps(summary, indent=1, default=str).encode())
@@ -227,7 +230,9 @@ def _report(config: CompareConfig, inputs: Inputs, rows: list[dict[str, Any]], f
         lines.append([row["rerank"], *scores, gain, interval, f"{row['milliseconds']:.2f}", memory])
     write_text(folder / "table.md", markdown_text(columns, lines))
     size = f"{len(inputs.queries)} queries, {len(inputs.database)} images"
-    print_table(f"{config.dataset.name}: {size}, weights {inputs.about['weights']}", columns, lines)
+    title = f"{config.dataset.name} ({unreadable} unreadable)" if unreadable else config.dataset.name
+    print_table(f"{title}: {size}, weights {inputs.about['weights']}", columns, lines)
     out = console()
+    out.print("\n".join([*notes, ""]) if notes else "", end="", soft_wrap=True, highlight=False, markup=False)
     out.print("MB: additional peak memory; adba averages the database once, which takes most of its time")
     out.print(f"results in {folder}", soft_wrap=True, highlight=False, markup=False)

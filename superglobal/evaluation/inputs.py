@@ -7,20 +7,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from superglobal.config.common import PoolingOverrides
 from superglobal.config.evaluation import DatasetConfig, EvalConfig
 from superglobal.data.distractors import how_to_get_distractors, load_distractors
-from superglobal.data.evaluation_set import EvaluationSet, load_evaluation_set, require_images
-from superglobal.data.image_checks import CHECKED_IMAGES, check_images
+from superglobal.data.evaluation_set import EvaluationSet, drop_unreadable, load_evaluation_set, require_images
+from superglobal.data.image_checks import CHECKED_IMAGES, CheckCache, check_images
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
 from superglobal.evaluation.extraction import extract_lists
-from superglobal.evaluation.module import ExtractionList
+from superglobal.evaluation.module import ExtractionList, UnreadableImagesError
 from superglobal.evaluation.sweep import sibling_poolings
 from superglobal.models.backbone import has_relup
 from superglobal.models.factory import load_model
@@ -30,7 +32,7 @@ from superglobal.retrieval.rows import Rows, as_rows, concat, load_npy
 from superglobal.retrieval.store import DescriptorStore
 from superglobal.retrieval.whitening import Whitening, stored_whitening
 from superglobal.training.run_dir import export_path, is_unfinished
-from superglobal.training.trainer import make_trainer
+from superglobal.training.trainer import launched_externally, make_trainer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,10 +60,12 @@ class StageTimer:
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
-        """Measure the duration of the code in a `with` statement, and store it in `seconds[stage]`."""
+        """Measure the duration of the code in a `with` statement, and add it to `seconds[stage]`."""
         start = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
 
 
 @dataclass
@@ -109,6 +113,28 @@ class Inputs:
         return np.arange(len(self.queries)) if leave_one_out else None
 
 
+def leave_out_unreadable(config: EvalConfig, load: Callable[[], T]) -> T:
+    """Return the result of `load()`, which extracts descriptors.
+
+    Images that cannot be decoded although the check has found no fault are recorded as damaged. In a single process,
+    `load` is then called again, and the check removes these images from the data set.
+
+    Args:
+        config: settings of the evaluation.
+        load: function that checks the images and extracts the missing descriptors.
+
+    Raises:
+        InputError: see `load_inputs`.
+    """
+    try:
+        return load()
+    except UnreadableImagesError as error:
+        CheckCache(Path(config.paths.stores) / CHECKED_IMAGES).mark_damaged(error.images)
+        if launched_externally() or torch.distributed.is_initialized():
+            raise
+    return load()
+
+
 def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
     """Load the descriptors to search, extract those that are missing, and apply the whitening.
 
@@ -124,6 +150,10 @@ def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
         InputError: inputs are missing or unreadable; one message lists all problems.
         NotApplicableError: the row of the ablation table does not apply to the backbone.
     """
+    return leave_out_unreadable(config, partial(_load_inputs, config, timer))
+
+
+def _load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
     if config.descriptors.query is not None:
         problems: list[str] = []
         images = _try(problems, lambda: evaluation_set(config.dataset))
@@ -181,7 +211,8 @@ def load_sources(
         InputError: inputs are missing or unreadable; one message lists all problems.
     """
     problems: list[str] = []
-    dataset = _try(problems, lambda: evaluation_set(config.dataset))
+    with timer.time("check"):
+        dataset = _try(problems, lambda: evaluation_set(config.dataset, Path(config.paths.stores) / CHECKED_IMAGES))
     distractors = _try(problems, lambda: distractor_images(config)) or []
     network = _try(problems, lambda: load_network(config))
     with timer.time("check"):
@@ -200,16 +231,23 @@ def _try(problems: list[str], load: Callable[[], T]) -> T | None:
         return None
 
 
-def evaluation_set(d: DatasetConfig) -> EvaluationSet | None:
-    """Load the configured evaluation set, without checking its image files.
+def evaluation_set(d: DatasetConfig, cache: Path | None = None) -> EvaluationSet | None:
+    """Load the configured evaluation set. Its image files are checked only if unreadable ones are to be left out.
+
+    Args:
+        d: settings of the set.
+        cache: file that keeps the results of the check for later runs; None to read all files.
 
     Returns:
         The evaluation set; None for dataset=descriptors, which has no images.
 
     Raises:
-        InputError: the files that list the images are missing or invalid.
+        InputError: the files that list the images are missing or invalid, or too many images are unreadable.
     """
-    return None if d.kind == "descriptors" else load_evaluation_set(**asdict(d))
+    if d.kind == "descriptors":
+        return None
+    dataset = load_evaluation_set(**asdict(d))
+    return drop_unreadable(dataset, cache) if d.unreadable == "skip" else dataset
 
 
 def distractor_images(config: EvalConfig) -> list[ImageItem]:
@@ -311,7 +349,8 @@ def _check_image_lists(
     skipping: list[ExtractionList] = []
     if d.name and distractors and d.unreadable == "skip":
         report = check_images(distractors, cache=cache)
-        skipping = [ExtractionList("distractors", d.name, distractors, report, max_side, d.max_corrupt_fraction, roots)]
+        allowed = d.max_corrupt_fraction
+        skipping = [ExtractionList("distractors", d.name, distractors, report, max_side, allowed, roots=roots)]
     elif d.name and distractors:
         sets.append(("distractors", d.name, distractors, how_to_get_distractors(Path(d.root), d.name)))
     reports = require_images([(title, items, hint) for title, _, items, hint in sets], also=problems, cache=cache)
@@ -321,9 +360,10 @@ def _check_image_lists(
         key: str(Path(source[key]).resolve()) for key in ("root", "database", "query") if source[key] is not None
     }
     sources = {"database": source, "queries": source, "distractors": None}
+    leaves_out = {title: config.dataset.unreadable == "skip" and title != "distractors" for title in sources}
     return [
         *(
-            ExtractionList(title, name, items, reports[title], max_side, None, roots, sources[title])
+            ExtractionList(title, name, items, reports[title], max_side, None, leaves_out[title], roots, sources[title])
             for title, name, items, _ in sets
         ),
         *skipping,

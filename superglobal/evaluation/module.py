@@ -36,6 +36,18 @@ _REPORT_INTERVAL = 30.0  # seconds between two reports of the progress
 _ASYNCHRONOUS = ("cuda",)
 
 
+class UnreadableImagesError(InputError):
+    """Error for images that can be left out: the descriptors of all others were extracted.
+
+    Attributes:
+        images: (path, signature) of each image that cannot be decoded.
+    """
+
+    def __init__(self, message: str, images: Sequence[tuple[Path, str]]) -> None:
+        super().__init__(message)
+        self.images = images
+
+
 @dataclass(frozen=True)
 class ExtractionList:
     """List of images whose descriptors belong to one store. Row i of the store contains the descriptor of image i."""
@@ -46,6 +58,7 @@ class ExtractionList:
     checked: CheckReport  # result of checking the image files
     max_side: int | None  # longer side in pixels to which larger images are shrunk; None for no limit
     max_corrupt_fraction: float | None = None  # maximum fraction of unreadable images to skip; None to skip none
+    leaves_out: bool = False  # whether unreadable images are removed from the list, by `UnreadableImagesError`
     roots: Sequence[Path] = ()  # folders; `paths` returns each path relative to the first of them that contains it
     source: dict[str, Any] | None = None  # settings of the data set, which the store records
 
@@ -127,6 +140,7 @@ class ExtractionModule(pl.LightningModule):
         self.stores = stores
         self.lists = lists
         self.failures: list[str] = []
+        self.unreadable: dict[tuple[Path, str], str] = {}  # (path, signature) of each image to leave out -> reason
         self.pending: list[_PendingBatch] = []
         self.max_pixels = math.inf  # maximum number of pixels to process at once, reduced when GPU memory runs out
         self.total_pixels = sum(len(batch.rows) * batch.size[0] * batch.size[1] for batch in batches)
@@ -150,6 +164,8 @@ class ExtractionModule(pl.LightningModule):
                 if lasting and image_list.max_corrupt_fraction is not None:
                     stores = [network_stores[list_index] for group in self.stores for network_stores in group]
                     skip_rows(stores, image_list, [(row, fault)])
+                elif lasting and image_list.leaves_out:
+                    self.unreadable[image_list.items[row].path, image_list.checked.signatures[row]] = fault
                 else:
                     self.failures.append(fault)
             with full_precision():
@@ -244,15 +260,23 @@ class ExtractionModule(pl.LightningModule):
         self.raise_failures()
 
     def raise_failures(self) -> None:
-        """Raise InputError in every process if any process has failures. The message lists all failures."""
-        failures = self.failures
+        """Raise InputError in every process if any process has failures. The message lists all failures.
+
+        If the only failures are images to leave out, the error is an `UnreadableImagesError`.
+        """
+        failures, unreadable = self.failures, self.unreadable
         if self.trainer.world_size > 1:
-            by_process: list[list[str]] = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(by_process, self.failures)
-            failures = [failure for process_failures in by_process for failure in process_failures]
-        self.failures = []
+            by_process: list[Any] = [None for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(by_process, (failures, unreadable))
+            failures = [failure for process_failures, _ in by_process for failure in process_failures]
+            unreadable = {image: fault for _, faults in by_process for image, fault in faults.items()}
+        self.failures, self.unreadable = [], {}
         if failures:
             raise InputError("\n".join(dict.fromkeys(failures)))
+        if unreadable:
+            raise UnreadableImagesError(
+                "\n".join([*unreadable.values(), "run the command again to leave these images out"]), list(unreadable)
+            )
 
 
 def _copy_to_host(descriptors: Sequence[Tensor]) -> tuple[list[Tensor], torch.cuda.Event | None]:

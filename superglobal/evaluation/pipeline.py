@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig, RerankConfig, rerank_parameters
-from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, RetrievalTruth
+from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, RetrievalTruth, notes_of
 from superglobal.data.lazy_sequence import chain_sequences, file_names
-from superglobal.errors import InputError
+from superglobal.errors import InputError, printable
 from superglobal.evaluation.inputs import Inputs, NotApplicableError, StageTimer, load_inputs
 from superglobal.loggers import evaluation_loggers
 from superglobal.loggers.record import EvaluationRecord
@@ -33,7 +33,7 @@ from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rows import Rows
 from superglobal.retrieval.search import faiss_on_gpu, resolve_backend, search
 from superglobal.training.trainer import sweep_name
-from superglobal.utils.io import write_atomically
+from superglobal.utils.io import write_atomically, write_text
 
 log = logging.getLogger(__name__)
 _PROTOCOLS = {"revisited": REVISITED, "labels": LABELS}
@@ -152,6 +152,8 @@ def results_per_query(config: EvalConfig, task: Task) -> int:
     """Return the number of results to keep per query: `config.k`, or more if the metric or the reranker needs more."""
     needed = 1 if task.truth is None else required_depth(task.truth)
     k = shortlist_size(max(config.k, needed), config.rerank, task.inputs)
+    if k < config.k != EvalConfig.k:
+        log.warning("k=%d: %d results per query, because the database has no more images", config.k, k)
     if task.scorer is not None and config.rerank.enabled and config.rerank.junk == "drop":
         k = shortlist_size(k + task.scorer.max_ignored, config.rerank, task.inputs)
     return k
@@ -357,10 +359,16 @@ def write_report(
         images = chain_sequences(dataset.database, inputs.distractors)
         query_names, image_names = (file_names(items, dataset.root) for items in (dataset.queries, images))
         names = result_files.Names(query_names, image_names, dataset.clusters)
-    about = {**inputs.about, **({} if dataset is None else dataset.about), "skipped": len(X.skipped), **search}
+    of_dataset = (
+        {} if dataset is None else {**dataset.about, "notes": notes_of(dataset), "unreadable": len(dataset.unreadable)}
+    )
+    about = {**inputs.about, **of_dataset, "skipped": len(X.skipped), **search}
     summary = result_files.summarize(asdict(config), about, names, results, seconds)
     if task.truth is not None:
         write_atomically(folder / "submission.csv", submission(task.truth, *list(stages.values())[-1]))
+    if dataset is not None and dataset.unreadable:
+        lines = (f"{printable(str(path))}\t{printable(reason)}\n" for path, reason in dataset.unreadable)
+        write_text(folder / result_files.UNREADABLE, "".join(lines))
     result_files.write_result(folder, summary, results, stages, names)
     if not results and dataset is not None:
         result_files.print_answers(names, *list(stages.values())[-1])

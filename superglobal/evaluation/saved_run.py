@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig
 from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, RetrievalTruth
+from superglobal.data.image_checks import CHECKED_IMAGES
 from superglobal.data.images import ImageItem
 from superglobal.data.lazy_sequence import chain_sequences, file_names
 from superglobal.errors import InputError
@@ -109,7 +110,7 @@ class FinishedRun:
     @cached_property
     def dataset(self) -> EvaluationSet | None:
         """Evaluation set, after checking that its images are unchanged; None if only descriptors were evaluated."""
-        dataset = evaluation_set(self.config.dataset)
+        dataset = evaluation_set(self.config.dataset, Path(self.config.paths.stores) / CHECKED_IMAGES)
         if dataset is not None:
             self._require_same_images(dataset)
         return dataset

@@ -29,6 +29,8 @@ from superglobal.utils.escape import csv_cell, markdown
 from superglobal.utils.io import write_atomically, write_text
 from superglobal.utils.provenance import versions
 
+UNREADABLE = "unreadable.txt"
+"""Name of the file that lists the images that were left out, with the reasons."""
 FORMAT = "superglobal-result-2"
 TEST_MARK = "(test set)"
 """Suffix that the name of a test set has in the setting `tuned_on`."""
@@ -72,8 +74,8 @@ def summarize(
     extracted = "network" in about
     definition = next(iter(results.values())).definition if results else RetrievalResult.definition
     header = _header(config)
-    if about.get("skipped"):
-        header["dataset"] += f" ({about['skipped']} unreadable)"
+    if unreadable := about.get("skipped", 0) + about.get("unreadable", 0):
+        header["dataset"] += f" ({unreadable} unreadable)"
     drops_junk = config["rerank"]["enabled"] and config["rerank"]["junk"] == "drop"
     return {
         **header,
@@ -247,7 +249,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     """Print the metrics of a run, the modules that were on, and notes that help to interpret the metrics.
 
     The notes are the image sizes, the accuracy of an approximate search, the image sets on which settings were tuned,
-    and the number of distractors that were not ranked.
+    labels that may be misspelled, and the numbers of queries without a score and of images that were left out.
 
     Args:
         summary: content of `results.json`.
@@ -255,7 +257,9 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     """
     if summary["metrics"]:
         counts = summary["counts"]
-        size = f"{counts['queries']} queries, {counts['database']} images"
+        scored = max(list(summary["metrics"].values())[-1]["queries"].values())
+        queries = f"{counts['queries']} queries" + (f" ({scored} scored)" if scored < counts["queries"] else "")
+        size = f"{queries}, {counts['database']} images"
         print_metrics(f"{summary['dataset']}: {size}, weights {summary['weights']}", summary["metrics"])
     lines = [modules_text(summary)]
     if summary["protocol"]["min_side"] is not None:
@@ -264,6 +268,10 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
         lines.append(approximation_text(summary["about"]["index"]))
     if summary["tuned_on"]:
         lines.append(f"settings tuned on {', '.join(summary['tuned_on'])}")
+    lines += summary["about"].get("notes", [])
+    if summary["about"].get("unreadable"):
+        count = summary["about"]["unreadable"]
+        lines.append(f"{count} images cannot be read and were left out; {folder / UNREADABLE} lists them")
     if summary["about"].get("skipped"):
         lines.append(
             f"{summary['about']['skipped']} distractors are missing or corrupt and were not ranked; skipped.txt in "

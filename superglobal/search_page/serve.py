@@ -21,7 +21,7 @@ from superglobal.data.images import ImageItem
 from superglobal.data.lazy_sequence import LazySequence, chain_sequences
 from superglobal.errors import InputError, first_line, printable
 from superglobal.evaluation.extraction import extract_lists, store_identity
-from superglobal.evaluation.inputs import StageTimer, load_sources
+from superglobal.evaluation.inputs import StageTimer, leave_out_unreadable, load_sources
 from superglobal.evaluation.module import ExtractionList
 from superglobal.evaluation.pipeline import open_configured_index, search_device
 from superglobal.models.inference import optimize_for_inference
@@ -57,7 +57,7 @@ def serve(cfg: DictConfig) -> None:
     config, folder = read_config(cfg)
     # The socket is opened first. If the address is in use, the error appears at once, not after minutes of extraction.
     with open_socket(config.page.host, config.page.port) as listener:
-        run_server(config, open_database(config, folder), listener)
+        run_server(config, leave_out_unreadable(config, partial(open_database, config, folder)), listener)
 
 
 def read_config(cfg: DictConfig) -> tuple[ServeConfig, Path | None]:

@@ -153,7 +153,7 @@ def _validation_set(config: TuneConfig) -> tuple[EvaluationSet, int | None, str]
         dataset, max_side = held_out_set(Path(config.run), config.data_root)
         tuned_on = f"{dataset.name} (training {Path(config.run).name})"
         return limit_images(dataset, config.max_images, config.seed), max_side, tuned_on
-    configured = evaluation_set(d)
+    configured = evaluation_set(d, Path(config.paths.stores) / CHECKED_IMAGES)
     assert configured is not None
     mark = TEST_MARK if d.role == "test" else "(validation set)"
     return limit_images(configured, config.max_images, config.seed), d.max_side, f"{d.name} {mark}"
