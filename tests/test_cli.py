@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -90,3 +92,12 @@ def test_the_folder_of_a_sweep_job_has_a_short_and_safe_name(tmp_path, capsys):
     names = sorted(path.name for path in sweep.iterdir() if path.is_dir())
     assert [name[:26] for name in names] == ["0_backbone=test_resnet,dat", "1_backbone=test_resnet,dat"]
     assert all("pooling.tuned_on=..-a-bbb" in name and len(name) == 102 for name in names)
+
+
+def test_warnings_of_pil_that_name_no_file_are_not_shown():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        importlib.reload(cli)
+        warnings.warn_explicit("Truncated File Read", UserWarning, "TiffImagePlugin.py", 1, "PIL.TiffImagePlugin")
+        warnings.warn_explicit("other", UserWarning, "other.py", 1, "other")
+    assert [str(warning.message) for warning in caught] == ["other"]

@@ -193,6 +193,14 @@ def test_every_experiment_composes():
     assert demo.name == config("dataset=toy").name == "demo"
 
 
+def test_images_of_your_own_are_logged_to_wandb_only_on_request():
+    folder = ["dataset=folder", "dataset.database=x", "dataset.query=y"]
+    choices = {(): False, ("experiment=photos",): False, ("logger=wandb",): True, ("logger.wandb=true",): True}
+    assert {words: config(*folder, *words).logger.wandb for words in choices} == choices
+    assert config().logger.wandb
+    assert not config("logger=csv").logger.wandb
+
+
 def test_every_dataset_and_distractor_set_composes():
     needs = {
         "revisited": ["dataset.name=x"],

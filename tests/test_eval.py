@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -308,16 +309,20 @@ def test_a_folder_without_labels_gives_ranked_lists(tmp_path):
     query = tmp_path / "query.png"
     Image.open(database / "label1/0.jpg").resize((8, 8)).save(query)  # tiny, and in a different format
     Image.new("RGB", (5200, 3900), "navy").save(database / "large.jpg")  # 20 megapixels
-    folder = ["dataset=folder", f"dataset.database={database}", f"dataset.query={query}", *FAST]
+    folder = ["dataset=folder", "logger=wandb", f"dataset.database={database}", f"dataset.query={query}", *FAST]
     text = run_program(tmp_path / "o", *folder)
     out = next((tmp_path / "o/eval").rglob("results.json")).parent
+    latest = tmp_path / "o" / "eval" / "latest"
+    assert latest.is_symlink()
+    assert not latest.readlink().is_absolute()
+    assert latest.resolve() == out
     with open(out / "rankings.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 10
     assert {row["image"] for row in rows} >= {"large.jpg", "label1/0.jpg"}
     assert [row["rank"] for row in rows] == [str(i) for i in range(1, 11)]
     for row in rows[:5]:
-        assert f"{row['rank']}  {float(row['score']):.3f}  {row['image']}" in text
+        assert re.search(rf"{row['rank']}  +0\.\d\d\d  {row['image']}", text)
     (listed,) = json.loads((out / "rankings.json").read_text())
     assert [entry["image"] for entry in listed["results"]] == [row["image"] for row in rows]
     assert (out / "sheet.png").stat().st_size > 1000

@@ -219,3 +219,21 @@ print(usual, faults())
 """
     usual, kept = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout.split())
     assert kept < usual / 10
+
+
+def test_lists_are_extracted_with_folded_batch_norms_and_the_modules_of_the_user(capsys):
+    plain = network("resnet18", scales=1)
+    plain.pooling.register_forward_hook(lambda module, inputs, output: output * torch.linspace(1, 2, output.shape[1]))
+    norm = next(module for module in plain.modules() if isinstance(module, _BatchNorm))
+    calls: list[int] = []
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    photos = list(images(8))
+    single = torch.cat([torch.from_numpy(superglobal.extract(plain, photo)) for photo in photos])
+    assert len(calls) == 8
+    together = superglobal.extract(plain, photos, progress=True)
+    assert len(calls) < 16  # Folding itself computes two feature maps.
+    torch.testing.assert_close(torch.from_numpy(together), single, rtol=0, atol=1e-6)
+    assert "extracted 8/8 images" in capsys.readouterr().err
+    calls.clear()
+    superglobal.extract(plain.double(), photos)
+    assert len(calls) == 8

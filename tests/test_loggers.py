@@ -189,7 +189,8 @@ def test_repeating_an_evaluation_continues_its_run_and_needs_no_images(evaluated
     assert not references(run, "model")
 
 
-def test_failed_and_interrupted_runs_are_recorded_as_such(toy_data, tmp_path):
+def test_failed_and_interrupted_runs_are_recorded_as_such(toy_data, tmp_path, caplog):
+    caplog.set_level("INFO")
     failed = tmp_path / "failed"
     with pytest.raises(InputError):
         evaluate(compose_eval_config(toy_data, tmp_path, "weights=nowhere.pth"), failed)
@@ -197,6 +198,7 @@ def test_failed_and_interrupted_runs_are_recorded_as_such(toy_data, tmp_path):
     assert run.exit_code == 1
     assert run.summary["status"] == "failed"
     assert "nowhere.pth" in run.summary["error"]
+    assert "W&B" not in caplog.text
     assert "WANDB_DATA_DIR" not in os.environ
     config = validate_config(compose_eval_config(toy_data, tmp_path), EvalConfig)
     for error in (KeyboardInterrupt, SystemExit):

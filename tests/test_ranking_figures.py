@@ -27,7 +27,8 @@ from superglobal.reporting.figures import (
     similarity_counts,
     trapezoidal_steps,
 )
-from superglobal.reporting.ranking_figures import COLORS, Comparison, Ranking, draw_comparisons, find_rank
+from superglobal.reporting.ranking_figures import COLORS, Comparison, Ranking, draw_comparisons, find_rank, result_strip
+from superglobal.reporting.results import cosine_texts, image_sizes_text
 
 
 def unit(rng, *shape):
@@ -244,3 +245,29 @@ def test_figures_are_written_with_the_expected_colors(tmp_path):
         assert image.std() > 10
         for color in expected_colors:
             assert ImageColor.getrgb(color) in colors_of(image), (name, color)
+
+
+def test_results_show_the_cosine_of_the_search_after_reranking():
+    scores, ids = np.array([[0.9, 0.8, 0.7]]), np.array([[4, 2, 9]])
+    stages = {"search": (scores, ids), "rerank": (np.array([[1.026, 0.9, -np.inf]]), np.array([[2, 5, 4]]))}
+    assert cosine_texts(stages, "rerank", 0, 3) == ["0.800", "", "0.900"]
+    assert cosine_texts(stages, "search", 0, 2) == ["0.900", "0.800"]
+
+
+def test_tiles_of_results_show_file_names(tmp_path):
+    strips = []
+    for name in ("a.png", "b.png", f"{'x' * 200}.png"):
+        texture(0, 0).save(tmp_path / name)
+        items = [ImageItem(tmp_path / name)]
+        dataset = EvaluationSet("x", items, items, None, None, "none", False, tmp_path, "")
+        strips.append(np.asarray(result_strip(dataset, items, 0, ["0.500"], np.array([0]))))
+    rows = [sorted(set(np.nonzero(strip != strips[0])[0])) for strip in strips]
+    assert not rows[0]
+    assert 0 < len(rows[1]) <= 14
+    assert rows[2]
+    assert (strips[2][-14:, -6:] == 255).all()
+
+
+def test_an_enlargement_is_reported_only_if_the_network_enlarges_images():
+    assert image_sizes_text({"max_side": 1024, "min_side": 1}) == "images: shrunk to a longer side of 1024 px"
+    assert image_sizes_text({"max_side": None, "min_side": 65}).endswith("a shorter side of 65 px if smaller")

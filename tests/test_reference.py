@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from superglobal.config import ENTRIES, register
-from superglobal.config.help import reference_page, sections
+from superglobal.config.help import help_text, reference_page, sections
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,6 +89,14 @@ def test_names_descriptions_and_defaults_come_from_the_schema():
     assert (inner.prefix, inner.words) == ("inner", "Inside.")
     (pair,) = inner.settings
     assert (pair.names, pair.defaults, pair.words) == (("inner.a", "inner.b"), ("null", "[1, 2]"), "two lines.")
+
+
+@pytest.mark.parametrize("columns", [70, 100])
+def test_help_fits_into_the_terminal(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    entry = ENTRIES[1]
+    lines = [line for line in help_text(entry).splitlines() if line.strip() not in entry.examples]
+    assert columns - 10 < max(map(len, lines)) <= columns
 
 
 def test_the_configuration_page_is_up_to_date():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -16,6 +17,8 @@ from superglobal import __version__
 from superglobal.errors import InputError, one_of
 from superglobal.utils.distributed import exit_on_closed_output
 
+# Warnings of PIL, such as "Truncated File Read", do not name the file. Files that cannot be read are reported anyway.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 # Name of the command -> (module in this folder, function in the module, description for `superglobal --help`).
 COMMANDS = {
     "evaluate": ("hydra_commands", "evaluate", "evaluate retrieval on a data set or on your own photos"),

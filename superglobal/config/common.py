@@ -234,7 +234,8 @@ class LoggerConfig:
     """Loggers (`conf/logger`) that are used in addition to the CSV files, which are always written.
 
     Args:
-        wandb: log to Weights & Biases. Without an API key the run stays offline, unless WANDB_MODE is set.
+        wandb: log to Weights & Biases. Without an API key the run stays offline, unless WANDB_MODE is set. null logs
+            evaluations of all sets except images of your own (dataset=folder).
         tensorboard: write TensorBoard event files into the folder of the run.
         project: project of the run in Weights & Biases.
         entity: user or team of the run in Weights & Biases; null for your default.
@@ -243,15 +244,23 @@ class LoggerConfig:
             queries are spread evenly over the list of all queries.
     """
 
-    wandb: bool = True
+    wandb: bool | None = True
     tensorboard: bool = False
     project: str = "superglobal"
     entity: str | None = None
     tags: list[str] = field(default_factory=list)
     images: int = setting(8, minimum=0)
 
-    def validate(self) -> None:
-        """Raise InputError if logging to TensorBoard is enabled but TensorBoard is not installed."""
+    def validate(self, own_images: bool = False) -> None:
+        """Replace `wandb` by its final value if it is null.
+
+        Args:
+            own_images: whether the run evaluates images of your own, which are logged only on request.
+
+        Raises:
+            InputError: logging to TensorBoard is enabled but TensorBoard is not installed.
+        """
+        self.wandb = not own_images if self.wandb is None else self.wandb
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise InputError(
                 "logger.tensorboard=true: TensorBoard is not installed; run `pip install tensorboard`, or use "

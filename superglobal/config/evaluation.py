@@ -339,7 +339,7 @@ class EvalConfig:
         """
         self.dataset.validate()
         self.whitening.validate()
-        self.logger.validate()
+        self.logger.validate(own_images=self.dataset.kind == "folder")
         self.pooling.validate()
         validate_index(self.index)
         if self.index.compare is None:

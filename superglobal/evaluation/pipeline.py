@@ -33,7 +33,7 @@ from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rows import Rows
 from superglobal.retrieval.search import faiss_on_gpu, resolve_backend, search
 from superglobal.training.trainer import sweep_name
-from superglobal.utils.io import write_atomically, write_text
+from superglobal.utils.io import link_latest, write_atomically, write_text
 
 log = logging.getLogger(__name__)
 _PROTOCOLS = {"revisited": REVISITED, "labels": LABELS}
@@ -104,6 +104,7 @@ def evaluate(cfg: DictConfig, folder: Path) -> float:
         with timer.time("score"):
             results = score_stages(config, task, first, reranked)
         evaluated = write_report(config, task, first.about, results, stages, timer.seconds, folder)
+        link_latest(Path(config.paths.outputs) / "eval", folder)
         track(evaluated)
         return result_files.main_metric(evaluated.summary)
 
@@ -371,7 +372,7 @@ def write_report(
         write_text(folder / result_files.UNREADABLE, "".join(lines))
     result_files.write_result(folder, summary, results, stages, names)
     if not results and dataset is not None:
-        result_files.print_answers(names, *list(stages.values())[-1])
+        result_files.print_answers(names, stages)
     result_files.print_result(summary, folder)
     # With descriptors from files, the images may not be on this machine.
     if dataset is not None and config.figures.queries and config.descriptors.query is None:

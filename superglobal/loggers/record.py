@@ -101,7 +101,8 @@ class EvaluationRecord:
         """
         assert self.dataset is not None
         scores, ids = self.stages[stage]
-        return result_strip(self.dataset, self.images, query, scores[query, :ranks], ids[query, :ranks])
+        texts = [f"{score:.3f}" for score in scores[query, :ranks]]
+        return result_strip(self.dataset, self.images, query, texts, ids[query, :ranks])
 
     def database_image(self, image: int) -> Image.Image:
         """Return a thumbnail of a database image; requires `has_images`."""

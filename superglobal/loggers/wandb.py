@@ -83,7 +83,7 @@ class TrackedRun:
             "config": plain_types(config),
         }
         try:
-            self.run = _start(options, folder)
+            self.run, self.folder = _start(options), folder
         except BaseException:
             self._unset_staging()
             raise
@@ -99,6 +99,8 @@ class TrackedRun:
                 code = _INTERRUPTED
                 self.run.summary["status"] = "interrupted"
             self.run.finish(exit_code=code)
+            if error is None and self.run.offline:
+                log.info("W&B is offline; `wandb sync %s/wandb/offline-run-*` uploads the run", self.folder)
         finally:
             self._unset_staging()
 
@@ -122,12 +124,11 @@ class TrackedRun:
             del os.environ["WANDB_DATA_DIR"]
 
 
-def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
+def _start(options: dict[str, Any]) -> wandb.Run:
     """Start a W&B run; start it offline if the server does not respond or rejects the API key.
 
     Args:
         options: arguments of `wandb.init`.
-        folder: folder of the run, named in a log message.
     """
     mode: Any = _mode()
     timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", _TIMEOUT))
@@ -142,9 +143,7 @@ def _start(options: dict[str, Any], folder: Path) -> wandb.Run:
         # The environment variable also applies to the next jobs of a sweep, so they do not wait for the server again.
         os.environ["WANDB_MODE"] = mode = "offline"
         run = wandb.init(**options, mode=mode, settings=settings)
-    if mode == "offline":
-        log.info("W&B is offline; `wandb sync %s/wandb/offline-run-*` uploads the run", folder)
-    elif run.url:
+    if mode != "offline" and run.url:
         log.info("W&B shows the run at %s", run.url)
     return run
 

@@ -47,6 +47,20 @@ def optimize_for_inference(networks: Sequence[RetrievalNetwork]) -> list[Retriev
     return copies
 
 
+def fold_network(network: RetrievalNetwork) -> RetrievalNetwork:
+    """Return a copy of a network whose backbone has folded batch norms. It computes the same descriptors faster.
+
+    All other modules are shared with the network, including those that the user has replaced.
+
+    Args:
+        network: float32 network on the CPU, in evaluation mode; it is not changed.
+    """
+    backbone = fold_batch_norms(network.backbone).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    folded = copy.copy(network)
+    folded._modules = {**network._modules, "backbone": backbone}
+    return folded
+
+
 class PointwiseConv2d(nn.Conv2d):
     """1 x 1 convolution that is computed as a matrix product on CUDA.
 

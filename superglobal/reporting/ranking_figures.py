@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from superglobal.data.evaluation_set import EvaluationSet
 from superglobal.data.images import ImageItem, read_image
-from superglobal.reporting.results import Stages
+from superglobal.errors import printable
+from superglobal.reporting.results import Stages, cosine_texts
 from superglobal.utils.io import write_atomically
 
 # Sizes in pixels: longer side of a thumbnail, width of the colored border, gap between thumbnails, height of a caption,
@@ -66,7 +67,8 @@ def draw_sheet(
 ) -> None:
     """Write a PNG file that shows queries and their top results, with one row for each query and stage.
 
-    The color of the border of a result shows its relevance.
+    The color of the border of a result shows its relevance. The caption contains the rank, the cosine similarity and
+    the file name.
 
     Args:
         path: PNG file to write.
@@ -78,16 +80,18 @@ def draw_sheet(
     """
     shown = spread_evenly(len(dataset.queries), queries)
     ranks = min(ranks, next(iter(stages.values()))[1].shape[1])
-    height = _LINE * len(shown) * len(stages) + 2 * _CAPTION + _GAP
+    line = _LINE + _CAPTION
+    height = line * len(shown) * len(stages) + 2 * _CAPTION + _GAP
     sheet = Image.new("RGB", (_CELL * (ranks + 1) + _GAP, height), "white")
     _draw_legend(sheet, dataset)
     y = 2 * _CAPTION
     for query in shown:
-        for stage, (scores, ids) in stages.items():
-            _draw_cell(sheet, _GAP, y, query_thumbnail(dataset.queries[query]), "query", stage)
-            results = result_strip(dataset, database, query, scores[query, :ranks], ids[query, :ranks])
-            sheet.paste(results, (_GAP + _CELL, y))
-            y += _LINE
+        for stage, (_, ids) in stages.items():
+            item = dataset.queries[query]
+            _draw_cell(sheet, _GAP, y, query_thumbnail(item), "query", stage, item.path.name)
+            texts = cosine_texts(stages, stage, query, ranks)
+            sheet.paste(result_strip(dataset, database, query, texts, ids[query, :ranks]), (_GAP + _CELL, y))
+            y += line
     _save(path, sheet)
 
 
@@ -190,9 +194,9 @@ def relevance(dataset: EvaluationSet, query: int, image: int) -> str:
 
 
 def result_strip(
-    dataset: EvaluationSet, database: Sequence[ImageItem], query: int, scores: np.ndarray, ids: np.ndarray
+    dataset: EvaluationSet, database: Sequence[ImageItem], query: int, scores: Sequence[str], ids: np.ndarray
 ) -> Image.Image:
-    """Draw the results of a query side by side, each with its rank and score.
+    """Draw the results of a query side by side, each with its rank, score and file name.
 
     The color of the border of a result shows its relevance.
 
@@ -200,16 +204,17 @@ def result_strip(
         dataset: evaluation set that contains the ground truth, if known.
         database: database images, indexed by id, including distractors.
         query: index of the query.
-        scores: (k,) scores of the results, best first.
+        scores: scores of the k results as text, best first.
         ids: (k,) database ids of the results.
 
     Returns:
         RGB image of one row of k thumbnails.
     """
-    strip = Image.new("RGB", (_CELL * max(1, len(ids)), _FRAME + _CAPTION), "white")
+    strip = Image.new("RGB", (_CELL * max(1, len(ids)), _FRAME + 2 * _CAPTION), "white")
     for rank, (score, image) in enumerate(zip(scores, ids.tolist(), strict=True)):
         kind = relevance(dataset, query, image)
-        _draw_cell(strip, _CELL * rank, 0, thumbnail(database[image]), kind, f"{rank + 1}  {score:.3f}")
+        item = database[image]
+        _draw_cell(strip, _CELL * rank, 0, thumbnail(item), kind, f"{rank + 1}  {score}", item.path.name)
     return strip
 
 
@@ -233,13 +238,19 @@ def spread_evenly(count: int, limit: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(limit, count)).astype(int)).tolist() if count and limit else []
 
 
-def _draw_cell(sheet: Image.Image, x: int, y: int, image: Image.Image, kind: str, caption: str) -> None:
-    draw = ImageDraw.Draw(sheet)
+def _draw_cell(sheet: Image.Image, x: int, y: int, image: Image.Image, kind: str, caption: str, name: str = "") -> None:
+    """Draw a thumbnail with a border, a caption and, if given, a second line with a file name, which is shortened."""
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     draw.rectangle((x, y, x + _FRAME - 1, y + _FRAME - 1), fill=COLORS[kind])
     inner = x + _BORDER, y + _BORDER, x + _FRAME - 1 - _BORDER, y + _FRAME - 1 - _BORDER
     draw.rectangle(inner, fill="#f4f4f4")
     sheet.paste(image, (x + (_FRAME - image.width) // 2, y + (_FRAME - image.height) // 2))
-    draw.text((x + 2, y + _FRAME), caption, fill="black", font=ImageFont.load_default(11))
+    draw.text((x + 2, y + _FRAME), caption, fill="black", font=font)
+    text, kept = printable(name), len(name)
+    while draw.textlength(text, font) > _FRAME - 2:  # The ends of a name differ more often than its middle.
+        kept -= 1
+        text = f"{printable(name)[: kept // 2]}...{printable(name)[-kept // 2 :]}"
+    draw.text((x + 2, y + _FRAME + _CAPTION), text, fill="black", font=font)
 
 
 def _draw_legend(sheet: Image.Image, dataset: EvaluationSet) -> None:

@@ -281,23 +281,34 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     console().print("\n".join([*lines, f"results in {folder}"]), soft_wrap=True, highlight=False, markup=False)
 
 
-def print_answers(names: Names, scores: np.ndarray, ids: np.ndarray, queries: int = 10, results: int = 5) -> None:
-    """Print the first results of the first queries, with their scores.
+def cosine_texts(stages: Stages, stage: str, query: int, count: int) -> list[str]:
+    """Return the cosine similarities to a query of the first `count` results of a stage, such as "0.734".
+
+    Scores of rerankers are on other scales, which differ between queries, and may exceed 1. People read a cosine
+    similarity more easily. The text is empty for a result that the first search did not return.
+    """
+    scores, ids = stages["search"]
+    cosines = dict(zip(ids[query].tolist(), scores[query].tolist(), strict=True))
+    return [f"{cosines[i]:.3f}" if i in cosines else "" for i in stages[stage][1][query, :count].tolist()]
+
+
+def print_answers(names: Names, stages: Stages, queries: int = 10, results: int = 5) -> None:
+    """Print the first results of the first queries, with their cosine similarities.
 
     Args:
         names: names of the queries and the database images.
-        scores: (Q, k) scores of the last stage, best first.
-        ids: (Q, k) database ids.
+        stages: scores (Q, k) and database ids (Q, k), best first, by stage. The order of the last stage is printed.
         queries: maximum number of queries shown.
         results: maximum number of results shown per query.
     """
-    lines = []
-    for name, row_scores, row_ids in list(zip(names.queries, scores, ids, strict=True))[:queries]:
-        lines.append(f"{name}:")
-        found = list(zip(row_scores[:results].tolist(), row_ids[:results].tolist(), strict=True))
-        # An image that was not reranked has the score -inf.
-        texts = [f"{score:.3f}" if np.isfinite(score) else "" for score, _ in found]
-        lines += [f"  {rank}  {texts[rank - 1]:5}  {names.database[i]}" for rank, (_, i) in enumerate(found, 1)]
+    stage = list(stages)[-1]
+    order = "after reranking" if stage == "rerank" else "best first"
+    lines = [f"first results, {order}: rank, cosine similarity of the descriptors, image"]
+    for query in range(min(queries, len(names.queries))):
+        lines.append(f"{names.queries[query]}:")
+        texts = cosine_texts(stages, stage, query, results)
+        found = zip(texts, stages[stage][1][query, :results].tolist(), strict=True)
+        lines += [f"  {rank}  {text:>6}  {names.database[i]}" for rank, (text, i) in enumerate(found, 1)]
     if len(names.queries) > queries:
         lines.append(f"... and {len(names.queries) - queries} more queries; rankings.csv has the results of all")
     console().print("\n".join(map(printable, lines)), soft_wrap=True, highlight=False, markup=False)
@@ -310,6 +321,8 @@ def image_sizes_text(protocol: Mapping[str, Any]) -> str:
         protocol: entry "protocol" of `results.json`, which contains the limits `max_side` and `min_side`.
     """
     shrunk = f"shrunk to a longer side of {protocol['max_side']} px" if protocol["max_side"] else "not shrunk"
+    if protocol["min_side"] <= 1:
+        return f"images: {shrunk}"
     return f"images: {shrunk}; enlarged to a shorter side of {protocol['min_side']} px if smaller"
 
 

@@ -20,7 +20,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback as HydraCallback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, RichProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -173,6 +173,13 @@ class TrainingSweep(HydraCallback):
             sys.exit(2)
 
 
+class EpochProgressBar(RichProgressBar):
+    """Lightning's progress bar, with epochs counted from 1 as in all messages."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+
+
 _END_DELAY = 8  # seconds for which the other processes wait after an error, so that the first process can report it
 
 
@@ -198,7 +205,7 @@ def make_fit_trainer(t: FitConfig, o: OptimConfig, callbacks: list[Callback], lo
         gradient_clip_val=o.clip,
         deterministic=t.deterministic,
         benchmark=not t.deterministic,
-        callbacks=callbacks,
+        callbacks=[*callbacks, EpochProgressBar()] if t.progress else callbacks,
         logger=loggers,
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=False,

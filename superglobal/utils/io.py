@@ -104,6 +104,19 @@ def read_csv(path: str | Path) -> list[list[str]]:
         raise ValueError(f"not CSV: {error}") from error
 
 
+def link_latest(parent: Path, folder: Path) -> None:
+    """Make `<parent>/latest` a relative symbolic link to a folder inside `parent`.
+
+    Nothing happens if the folder is elsewhere, `latest` is not a link, or the operating system does not permit links.
+    """
+    link, new = parent / "latest", parent / f".latest-{os.getpid()}"
+    with suppress(OSError, NotImplementedError, ValueError):  # `relative_to` raises ValueError for a folder elsewhere.
+        target = folder.resolve().relative_to(parent.resolve())
+        if link.is_symlink() or not link.exists():
+            new.symlink_to(target, target_is_directory=True)
+            os.replace(new, link)
+
+
 def walk(folder: Path, follow_links: bool = False) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield each folder in the tree below `folder`, with the sorted names of its folders and of its other entries.
 
