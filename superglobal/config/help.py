@@ -219,7 +219,7 @@ def help_text(entry: Entry) -> str:
     lines += ["", *_wrap(text)]
     for section in sections(entry.schema):
         title = f"{section.prefix}: {section.words}" if section.prefix else section.words
-        lines += ["", *_wrap(title, subsequent_indent="  ")]
+        lines += ["", *_wrap(title, later="  ")]
         for setting in section.settings:
             lines += _help_lines(", ".join(setting.names), f"{setting.words} [{', '.join(setting.defaults)}]")
     text = "-m runs the command once for each value of a comma-separated list. --cfg job only prints the configuration."
@@ -228,19 +228,25 @@ def help_text(entry: Entry) -> str:
     return "\n".join(lines)
 
 
-def _wrap(text: str, **indents: str) -> list[str]:
-    """Wrap a text to the width of the terminal (the variable COLUMNS), at most `_WIDTH`."""
+def _wrap(text: str, first: str = "", later: str = "") -> list[str]:
+    """Wrap a text to the width of the terminal (the variable COLUMNS), at most `_WIDTH`.
+
+    Args:
+        text: text to wrap.
+        first: indent of the first line.
+        later: indent of the other lines.
+    """
     width = max(2 * _NAMES, min(shutil.get_terminal_size((_WIDTH, 0)).columns, _WIDTH))
-    return textwrap.wrap(text, width, break_on_hyphens=False, **indents)
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=later, break_on_hyphens=False)
 
 
 def _help_lines(name: str, words: str) -> list[str]:
     indent = " " * (_NAMES + 2)
-    lines = _wrap(words, initial_indent=indent, subsequent_indent=indent)
+    lines = _wrap(words, indent, indent)
     if len(name) < _NAMES:
         lines[0] = f"  {name:{_NAMES}}{lines[0][_NAMES + 2 :]}"
         return lines
-    return [*_wrap(name, initial_indent="  ", subsequent_indent="  "), *lines]
+    return [*_wrap(name, "  ", "  "), *lines]
 
 
 def reference_page(entries: Sequence[Entry]) -> str:

@@ -55,7 +55,7 @@ def fold_network(network: RetrievalNetwork) -> RetrievalNetwork:
     Args:
         network: float32 network on the CPU, in evaluation mode; it is not changed.
     """
-    backbone = fold_batch_norms(network.backbone).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone = fold_batch_norms(network.backbone).to(memory_format=torch.channels_last)
     folded = copy.copy(network)
     folded._modules = {**network._modules, "backbone": backbone}
     return folded
