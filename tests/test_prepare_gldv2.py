@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -248,6 +249,32 @@ def test_a_tar_file_that_is_not_a_regular_file_is_an_error(root, tmp_path):
     (tmp_path / "tars" / "images_000.tar").symlink_to("/dev/zero")
     with pytest.raises(InputError, match=r"images_000\.tar: not a file"):
         prepare(root, tars=tmp_path / "tars", workers=1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"type": tarfile.SYMTYPE, "linkname": "b.jpg"},
+        {"type": tarfile.LNKTYPE, "linkname": "b.jpg"},
+        {"type": tarfile.FIFOTYPE},
+        {"type": tarfile.CHRTYPE},
+        {"type": tarfile.DIRTYPE},
+        {"pax_headers": {"GNU.sparse.map": "0,3", "GNU.sparse.size": "9"}},
+    ],
+)
+def test_members_of_tar_files_that_are_not_regular_files_count_as_missing(root, tmp_path, change):
+    photos = read_train(root, min_images=1)
+    folder = make_tars(photos, tmp_path / "tars", 1)
+    replaced = photos.path(0).relative_to(photos.root)
+    with tarfile.open(folder / "images_000.tar", "w") as tar:
+        for index in range(1, len(photos)):
+            tar.add(photos.path(index), photos.path(index).relative_to(photos.root))
+        member = tarfile.TarInfo(str(replaced))
+        for name, value in {"size": 3 if "pax_headers" in change else 0, **change}.items():
+            setattr(member, name, value)
+        tar.addfile(member, io.BytesIO(b"abc"))
+    prepared = prepare(root, tars=folder, workers=1)
+    assert [reason for _, reason in prepared.corrupt] == ["missing"]
 
 
 def test_a_list_without_images_is_an_error(root):

@@ -340,7 +340,7 @@ def _tar_members(path: Path) -> tuple[list[tuple[bytes, int, int]], str | None]:
         with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = _MEMBER.fullmatch(member.name)
-                if name and member.isreg():
+                if name and member.isreg() and not member.issparse():  # The size of a sparse file includes its holes.
                     members.append((name[1].encode(), member.offset_data, member.size))
     except tarfile.TarError as error:
         return members, f"truncated or not a tar file ({error})"
