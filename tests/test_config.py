@@ -296,6 +296,11 @@ def test_mistyped_arguments_name_what_was_meant(argument):
         prepare_arguments(ENTRIES[0], ["-c", "job", "dataset.database=my", argument, "--resolve"])
 
 
+def test_a_mistyped_value_names_the_choice_that_was_meant():
+    with pytest.raises(InputError, match=r"^dataset\.role=tets: expected one of .*; did you mean test\?$"):
+        config("dataset=toy", "backbone=resnet18", "dataset.role=tets")
+
+
 def test_values_that_hydra_accepts_are_not_mistakes(tmp_path):
     register()
     (tmp_path / "pooling").mkdir()

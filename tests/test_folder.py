@@ -140,6 +140,8 @@ def test_invalid_folders_raise_input_errors(tmp_path: Path) -> None:
         folder_set(root, root / "stry.jpg")
     with pytest.raises(InputError, match=r"^database folder not found: .*/dbb/a; did you mean db\?$"):
         folder_set(tmp_path / "dbb" / "a", root)
+    with pytest.raises(InputError, match="database folder not found"):
+        folder_set(tmp_path / "nowhere")
     with pytest.raises(InputError, match="query file not found"):
         folder_set(root, root / f"{'x' * 300}.jpg")
     with pytest.raises(InputError, match="is a file and has no label"):

@@ -255,7 +255,7 @@ def drop_unreadable(dataset: EvaluationSet, cache: Path | None = None) -> Evalua
     for title, found in problems.items():
         lines += problem_lines(title, len(lists[title]), found) if 2 * len(found) > len(lists[title]) else []
     if lines:
-        raise InputError("\n".join([*lines, "too many to leave them out; replace or remove the files listed above"]))
+        raise InputError("\n".join([*lines, "too many to leave out; replace or remove these files"]))
     unreadable = dict(problem for found in problems.values() for problem in found)
     if not unreadable:
         return dataset

@@ -45,6 +45,7 @@ def folder_set(
             one, no query has a positive, or neither `query` nor `labels` is given.
     """
     database = Path(database)
+    _require_exists(database, "database", "dataset.database")
     if query is None and not labels:
         raise InputError(
             f"{database}: no queries; set dataset.query to an image or a folder, or dataset.labels=true to use each "
