@@ -94,12 +94,14 @@ def test_names_descriptions_and_defaults_come_from_the_schema():
 @pytest.mark.parametrize("columns", [70, 100])
 def test_help_fits_into_the_terminal(monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
+    register()
     entry = ENTRIES[1]
     lines = [line for line in help_text(entry).splitlines() if line.strip() not in entry.examples]
     assert columns - 10 < max(map(len, lines)) <= columns
 
 
 def test_the_configuration_page_is_up_to_date():
+    register()
     text = (ROOT / "docs" / "reference" / "configuration.md").read_text()
     assert text == reference_page(ENTRIES), "run: python scripts/config_reference.py"
 
