@@ -214,7 +214,9 @@ def test_a_verified_shard_is_verified_again_only_if_its_file_changed(tmp_path, v
     assert np.array_equal(DescriptorStore.open(tmp_path / "copy").block(0, 25), unit(25))
 
 
-def test_shards_with_missing_or_damaged_rows_are_verified_once(tmp_path, verified):
+def test_shards_with_missing_or_damaged_rows_are_verified_once(tmp_path, verified, monkeypatch):
+    # Writes through a memory map can leave the times of a file unchanged.
+    monkeypatch.setattr(store_module, "file_stamp", lambda path: [1, 2, 3])
     store = create(tmp_path / "s")
     store.write_rows(np.arange(22), unit(22))
     store.flush()
