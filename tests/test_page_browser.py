@@ -41,7 +41,7 @@ def page(tmp_path_factory) -> Iterator[SimpleNamespace]:
     photos = write_folders(folder / "photos", LANDMARKS, VIEWS)
     (folder / "secret.jpg").write_bytes((photos / "label0" / "0.jpg").read_bytes())
     words = ["dataset=folder", f"dataset.database={photos}", "backbone=efficientnet_lite0", "scales=1", "page.port=0"]
-    words += ["page.max_upload=1", "rerank.K=3", f"paths.outputs={folder}", *QUIET]
+    words += ["page.max_upload=1", "page.results=20", "rerank.K=3", f"paths.outputs={folder}", *QUIET]
     command = [sys.executable, "-m", "superglobal", "serve", *words]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     temporary = folder / "temporary"
@@ -127,6 +127,14 @@ def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
     return [e.text for e in browser.find_elements(By.CSS_SELECTOR, selector)]
 
 
+def show_all(browser: webdriver.Chrome) -> None:
+    """Show the results that do not fit on the first page, which must not change those on it."""
+    before = names(browser)
+    browser.find_element(By.CSS_SELECTOR, ".sg-more").click()
+    wait(browser, lambda: not browser.find_elements(By.CSS_SELECTOR, ".sg-more"))
+    assert names(browser)[: len(before)] == before
+
+
 def message(browser: webdriver.Chrome) -> str:
     """Wait for an error message and return it."""
     return wait(browser, lambda: texts(browser, "#sg-message [role=alert]"))[0]
@@ -166,7 +174,10 @@ def test_an_upload_finds_the_expected_image_first(visit, other_view):
     upload(visit, other_view)
     assert names(visit)[0].startswith("label4/")
     assert {name.split("/")[0] for name in names(visit)[:VIEWS]} == {"label4"}
+    assert len(names(visit)) == 20
+    show_all(visit)
     assert len(names(visit)) == LANDMARKS * VIEWS
+    assert names(visit)[20] in visit.switch_to.active_element.get_attribute("title")
     assert texts(visit, ".sg-rank") == [str(rank) for rank in range(1, 25)]
     assert all(re.fullmatch(r"-?\d\.\d{3}", score) for score in texts(visit, ".sg-score"))
     assert len(texts(visit, "[data-stage]")) == 4
@@ -175,10 +186,12 @@ def test_an_upload_finds_the_expected_image_first(visit, other_view):
 
 def test_reranking_can_be_toggled_and_shows_rank_changes(visit, other_view):
     upload(visit, other_view)
+    show_all(visit)
     reranked, moves = names(visit), texts(visit, ".sg-move")
     assert len(moves) == 24
     assert any("▲" in move for move in moves)
     wait_for_change(visit, visit.find_element(By.CSS_SELECTOR, "#sg-rerank input").click)
+    show_all(visit)
     plain = names(visit)
     assert texts(visit, ".sg-move") == []
     assert "rerank" not in texts(visit, "#sg-times")[0]
@@ -186,7 +199,7 @@ def test_reranking_can_be_toggled_and_shows_rank_changes(visit, other_view):
         before = plain.index(name) + 1
         assert move == "=" if before == rank else move.startswith(f"{before} → {rank}")
     wait_for_change(visit, visit.find_element(By.CSS_SELECTOR, "#sg-rerank input").click)
-    assert names(visit) == reranked
+    assert names(visit) == reranked[:20]
 
 
 def test_sliders_are_limited_by_the_database_and_search_again(visit, other_view):
@@ -195,7 +208,7 @@ def test_sliders_are_limited_by_the_database_and_search_again(visit, other_view)
     assert {name: slider.get_attribute("max") for name, slider in sliders.items()} == {"m": "24", "k": "23"}
     number = visit.find_element(By.CSS_SELECTOR, "#sg-m input[type=number]")
     wait_for_change(visit, lambda: (number.clear(), number.send_keys("5\t")))
-    wait(visit, lambda: texts(visit, ".sg-score").count("\N{EN DASH}") == 19)
+    wait(visit, lambda: texts(visit, ".sg-score").count("\N{EN DASH}") == 15)
     wait_for_change(visit, lambda: sliders["k"].send_keys("\ue012" * 8))  # arrow left
     assert visit.find_element(By.CSS_SELECTOR, "#sg-k input[type=number]").get_attribute("value") == "1"
 
@@ -228,7 +241,7 @@ def test_a_database_image_can_be_found_by_name_and_used_as_query(visit):
     result_names = names(visit)
     assert {name.split("/")[0] for name in result_names[: VIEWS - 1]} == {"label3"}
     assert "label3/2.jpg" not in result_names
-    assert len(result_names) == 23
+    assert "extract" not in texts(visit, "#sg-times")[0]
     wait_for_change(visit, visit.find_element(By.CSS_SELECTOR, '.sg-hit[data-rank="5"] button').click)
     assert visit.find_element(By.CSS_SELECTOR, ".sg-about b").text == result_names[4]
 
@@ -247,12 +260,49 @@ def test_an_invalid_upload_shows_a_message_and_the_page_still_works(visit, other
     assert texts(visit, "#sg-message [role=alert]") == []
 
 
-def test_the_page_fits_on_the_screen_of_a_phone(visit, other_view):
+def test_a_filter_without_matches_does_not_change_the_width_of_the_page(visit):
+    columns = visit.find_element(By.ID, "sg-columns")
+    width = columns.size["width"]
+    visit.find_element(By.CSS_SELECTOR, "#sg-choose textarea, #sg-choose input").send_keys("nothing")
+    wait(visit, lambda: texts(visit, "#sg-samples .sg-hint"))
+    assert columns.size["width"] == width
+
+
+def test_a_box_can_be_entered_with_the_keyboard(visit, other_view):
     upload(visit, other_view)
-    metrics = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    visit.find_element(By.CSS_SELECTOR, ".sg-numbers summary").send_keys("\n")
+    fields = {e.get_attribute("name"): e for e in visit.find_elements(By.CSS_SELECTOR, ".sg-numbers input")}
+    assert {name: e.get_attribute("value") for name, e in fields.items()} == {
+        "left": "0",
+        "top": "0",
+        "width": "120",
+        "height": "96",
+    }
+    assert [e.accessible_name for e in fields.values()] == ["left", "top", "width", "height"]
+    for name, value in {"left": "13", "top": "7", "width": "90", "height": "71"}.items():
+        fields[name].clear()
+        fields[name].send_keys(value)
+    frame, photo = (visit.find_element(By.CSS_SELECTOR, s).rect for s in (".sg-box", ".sg-photo"))
+    assert abs(frame["width"] / photo["width"] - 90 / 120) < 0.02
+    fields["height"].send_keys("\n")
+    wait(visit, lambda: "the box, 90" in texts(visit, ".sg-about")[0])
+    wait(visit, lambda: visit.switch_to.active_element.text == "Search box")
+    assert visit.find_element(By.CSS_SELECTOR, ".sg-numbers input[name=left]").get_property("value") == "13"
+    wait_for_change(visit, lambda: draw(visit, 0.5, 0.5, 0.95, 0.95))
+    assert visit.find_element(By.CSS_SELECTOR, ".sg-numbers input[name=left]").get_property("value") == "60"
+
+
+def test_the_page_fits_on_the_screen_of_a_phone(visit, other_view):
+    metrics = {"width": 375, "height": 812, "deviceScaleFactor": 1, "mobile": True}
     visit.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     try:
-        assert visit.execute_script("return document.documentElement.scrollWidth") <= 400
+        upload(visit, other_view)
+        assert visit.execute_script("return document.documentElement.scrollWidth") <= 375
+        assert visit.find_element(By.ID, "sg-found").rect["y"] < 700
+        settings = visit.find_element(By.ID, "sg-settings")
+        assert not settings.is_displayed()
+        visit.find_element(By.CSS_SELECTOR, ".sg-toggle summary").click()
+        assert settings.is_displayed()
     finally:
         visit.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import socket
 import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from sets import png_of, texture, write_folders
 
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
+from superglobal.retrieval.rows import as_rows
 from superglobal.search_page import html, image_search
 from superglobal.search_page.image_search import Hit, QueryImage, SearchResult
 from superglobal.search_page.page import PageCallbacks
@@ -81,6 +84,65 @@ def test_a_database_image_does_not_find_itself(evaluated):
     assert sorted(hit.id for hit in result.hits) == [i for i in range(24) if i != 3]
     with pytest.raises(InputError, match="there is no photo 24"):
         search.database_image(24)
+
+
+def test_the_stored_descriptor_of_an_unchanged_database_image_is_used(evaluated, tmp_path, monkeypatch):
+    search = evaluated.opened.search
+    image = search.database_image(3)
+    stored = search.extract(image)
+    assert set(stored.seconds) == {"decode"}
+    assert np.array_equal(stored.descriptor, search.database.take(np.array([3])))
+    assert "extract" in search.extract(image, (0.0, 0.0, 60.0, 60.0)).seconds
+    Image.new("RGB", (64, 64), "grey").save(tmp_path / "other.png")
+    changed = search.extract(QueryImage("other", tmp_path / "other.png", 3))
+    assert "extract" in changed.seconds
+    assert (changed.descriptor @ stored.descriptor.T).item() < 0.99
+
+
+def test_a_stored_descriptor_equals_the_extracted_one(evaluated):
+    overrides = [*PLAIN, *mini(evaluated.data), "whitening=center", "store.dtype=float16"]
+    search = open_search_database(evaluated.outputs, *overrides).search
+    stored = search.extract(search.database_image(3))
+    extracted = search.extract(replace(stored.image, id=None))
+    assert np.allclose(stored.descriptor, extracted.descriptor, atol=2e-3)
+    assert len(search.find_similar(stored, M=6).hits) == 23
+
+
+@pytest.mark.parametrize("rerank", [False, True])
+def test_more_results_continue_the_ranking(evaluated, monkeypatch, rerank):
+    """The search of this test finds other images if it is longer, as that of an approximate index can."""
+    search = evaluated.opened.search
+    query = search.extract(search.database_image(3))
+
+    def approximate(q: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        missed = np.zeros((1, 0)) if k > 12 else np.array([[5]])
+        scores, ids = image_search.search(q, search.database, k + missed.shape[1], exclude=exclude)
+        kept = ~np.isin(ids[0], missed)
+        return scores[:, kept][:, :k], ids[:, kept][:, :k]
+
+    monkeypatch.setattr(search, "first_stage", approximate)
+    monkeypatch.setattr(image_search, "_MIN_SHORTLIST", 4)
+    results = [search.find_similar(query, M=6, rerank=rerank, count=count).hits for count in (4, 6, 12, 20, 400)]
+    for hits, longer in itertools.pairwise(results):
+        assert longer[: len(hits)] == hits
+    assert sorted(hit.id for hit in results[-1]) == [i for i in range(24) if i != 3]
+
+
+def test_a_query_without_similar_images_is_probably_absent(evaluated, tmp_path):
+    search = evaluated.opened.search
+    present = [search.find_similar(search.extract(search.database_image(number))) for number in range(24)]
+    assert sum(result.is_absent for result in present) <= 0.1 * 25
+    Image.new("RGB", (120, 96), "white").save(tmp_path / "white.png")
+    absent = search.find_similar(search.extract(QueryImage("white", tmp_path / "white.png")))
+    assert absent.is_absent
+    assert "Probably no match" in html.render_results(absent, search.names, "photos/x", 24)
+    assert "Probably no match" not in html.render_results(present[0], search.names, "photos/x", 24)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_a_tiny_database_has_no_estimate_of_absence(evaluated, count):
+    search = replace(evaluated.opened.search, database=as_rows(evaluated.opened.search.database.block(0, count)))
+    assert not search.is_probably_absent(-1.0)
 
 
 def test_a_box_has_the_descriptor_of_its_crop(evaluated, tmp_path):
@@ -407,6 +469,31 @@ def test_an_invalid_pick_shows_a_message(callbacks, pick):
     message, *rest = callbacks.pick(*SETTINGS, event(pick=pick))
     assert 'role="alert"' in message
     assert rest == [gr.skip()] * 4
+
+
+def test_more_results_are_one_page_longer(callbacks, monkeypatch):
+    monkeypatch.setattr(callbacks.config.page, "results", 9)
+    _, query, _, first, _ = callbacks.pick(*SETTINGS, event(pick="database/0"))
+    assert 'data-shown="9">Show 9 more' in first
+    message, *skipped, more, _ = callbacks.more(query, *SETTINGS, event(shown=9))
+    assert (message, skipped) == ("", [gr.skip()] * 2)
+    cards = [re.findall("<figure.*?</figure>", text, re.DOTALL) for text in (first, more)]
+    assert [len(c) for c in cards] == [9, 18]
+    assert cards[1][:9] == cards[0]
+    assert 'data-shown="18">Show 5 more' in more
+    assert "data-shown" not in callbacks.more(query, *SETTINGS, event(shown=10**30))[3]
+    for invalid in ("9", None, 1.5):
+        assert 'role="alert"' in callbacks.more(query, *SETTINGS, event(shown=invalid))[0]
+    assert 'role="alert"' in callbacks.more(None, *SETTINGS, event(shown=9))[0]
+
+
+def test_a_box_entered_in_pixels_is_not_changed_by_rounding(callbacks):
+    query = callbacks.pick(*SETTINGS, event(pick="database/0"))[1]
+    width, height = query.size
+    for x in range(1, width - 1, 8):
+        box = [x / width, x % height / height, x / width + 1 / width, x % height / height + 1 / height]
+        boxes = callbacks.box(query, *SETTINGS, event(box=box))[1].box
+        assert boxes == (x, x % height, x + 1, x % height + 1)
 
 
 @pytest.mark.parametrize("box", [None, [0, 0, 1], ["a", 0, 1, 1], [float("nan"), 0, 1, 1], {"x": 1}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -15,8 +16,12 @@ from superglobal.search_page.image_search import Hit, Query, SearchResult
 
 # Stages of a search, in the order in which the page shows their durations.
 STAGES = ("decode", "extract", "search", "rerank")
-_MAX_HEIGHT = 320  # maximum height of the query image, in CSS pixels
+MAX_RESULTS = 2000  # maximum number of results that the page shows
 _JPEG_QUALITY = 85
+_ABSENT = (
+    "<b>Probably no match in this collection.</b> Nine of ten photos in the collection are more similar to their best "
+    "match than this query is to its own. This is estimated from similarities alone."
+)
 _FILE_INPUT = f'<input type="file" accept="image/*,{",".join(IMAGE_EXTENSIONS)}" aria-label="Photo to search for">'
 
 
@@ -51,7 +56,7 @@ def render_query(query: Query) -> str:
         box = f'style="{"; ".join(f"{side}: {100 * value:.3f}%" for side, value in sides.items())}"'
         searched = f"the box, {_size(x2 - x1, y2 - y1)}"
         button = '<button type="button" data-whole>Search whole photo</button>'
-    frame = f"aspect-ratio: {width} / {height}; width: min(100%, {_MAX_HEIGHT * width / height:.1f}px)"
+    frame = f"aspect-ratio: {width} / {height}; width: min(100%, calc({width / height:.4f} * var(--sg-height)))"
     source = f"data:image/jpeg;base64,{base64.b64encode(encode_jpeg(query.preview)).decode()}"
     return (
         f'<div class="sg-photo" style="{frame}"><img src="{source}" alt="{name}" draggable="false">'
@@ -60,7 +65,34 @@ def render_query(query: Query) -> str:
         f"<span>{_size(width, height)}; the query is {searched}</span></p>"
         '<p class="sg-hint">To search for a part of the photo, draw a box on it.</p>'
         f'<p class="sg-actions">{button}<label class="sg-button">Choose another photo{_FILE_INPUT}</label></p>'
+        + _box_fields(query)
     )
+
+
+def _box_fields(query: Query) -> str:
+    """Render a form for the box of a query in pixels, for users who cannot draw it."""
+    width, height = query.size
+    x1, y1, x2, y2 = query.box or (0, 0, width, height)
+    left, top = math.floor(x1), math.floor(y1)
+    fields = {
+        "left": (0, width - 1, left),
+        "top": (0, height - 1, top),
+        "width": (1, width, math.ceil(x2) - left),
+        "height": (1, height, math.ceil(y2) - top),
+    }
+    inputs = "".join(
+        f'<label>{name}<input type="number" name="{name}" min="{low}" max="{high}" value="{value}" required></label>'
+        for name, (low, high, value) in fields.items()
+    )
+    return (
+        f'<details class="sg-numbers"><summary>Enter the box in pixels</summary><form data-width="{width}" '
+        f'data-height="{height}">{inputs}<button class="sg-button">Search box</button></form></details>'
+    )
+
+
+def render_settings_toggle() -> str:
+    """Render the element that shows and hides the settings of reranking on a narrow screen."""
+    return '<details class="sg-toggle"><summary>Settings of reranking</summary></details>'
 
 
 def _size(width: float, height: float) -> str:
@@ -96,17 +128,23 @@ def render_empty(total: int) -> str:
     return f'<p class="sg-empty">The most similar of {total:,} photos will appear here, best first.</p>'
 
 
-def render_results(result: SearchResult, names: Sequence[str], url: str, total: int) -> str:
-    """Render the grid of results.
+def render_results(result: SearchResult, names: Sequence[str], url: str, total: int, step: int = 40) -> str:
+    """Render the grid of results, and a button that shows more of them.
 
     Args:
         result: results of a search.
         names: names of the database images, indexed by database id.
         url: first part of the URL of every thumbnail.
         total: number of images that the search could return.
+        step: number of results that the button adds.
     """
     cards = "".join(_card(hit, names[hit.id], url, result.reranked) for hit in result.hits)
-    return f'<p class="sg-summary">{summary(result, total)}</p><div class="sg-results">{cards}</div>'
+    note = f'<p class="sg-note">{_ABSENT}</p>' if result.is_absent else ""
+    shown, more = len(result.hits), ""
+    if (added := min(step, min(total, MAX_RESULTS) - shown)) > 0:
+        more = f'<button type="button" class="sg-button sg-more" data-shown="{shown}">Show {added:,} more</button>'
+    text = f'<p class="sg-summary" role="status">{summary(result, total)}</p>'
+    return f'{note}{text}<div class="sg-results">{cards}</div>{more}'
 
 
 def summary(result: SearchResult, total: int) -> str:

@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from superglobal.data.images import MAX_PIXELS, Box, CorruptImageError, ImageItem, crop, decode_image, shrink
+from superglobal.data.images import (
+    MAX_PIXELS,
+    Box,
+    CorruptImageError,
+    ImageItem,
+    crop,
+    decode_image,
+    file_signature,
+    shrink,
+)
 from superglobal.errors import InputError
 from superglobal.models.extract import extract
 from superglobal.models.network import RetrievalNetwork
@@ -27,6 +36,9 @@ FirstStage = Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, np
 _MAX_DECODED = 2  # maximum number of images decoded at the same time; each can take more than 1 GB
 _MAX_SECONDS = 10.0  # maximum time to wait until an image can be decoded, and then to decode it
 _PREVIEW_SIDE = 800  # longer side of the query image that the page shows, in pixels
+_MIN_SHORTLIST = 50  # minimum number of images in the first search for a query
+_SAMPLE = 256  # maximum number of database images whose nearest neighbors show how similar related images are
+_MAX_FALSE_ALARMS = 0.1  # fraction of queries like the database images for which `is_probably_absent` is wrong
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,8 @@ class Query:
     box: Box | None  # in pixels of the upright image; None for the whole image
     size: tuple[int, int]  # (width, height) of the whole upright image, in pixels
     preview: np.ndarray  # (h, w, 3) uint8, the whole image shrunk for the page
-    descriptor: np.ndarray  # (1, D) float32, unit norm, before whitening
-    seconds: dict[str, float]  # duration of the stages "decode" and "extract"
+    descriptor: np.ndarray  # (1, D) float32, unit norm, whitened like the database
+    seconds: dict[str, float]  # duration of the stages "decode" and, if the descriptor was not stored, "extract"
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,7 @@ class SearchResult:
     hits: list[Hit]  # best first
     reranked: bool
     seconds: dict[str, float]  # duration of the stages "search" and, if reranked, "rerank"
+    is_absent: bool = False  # whether the database probably contains no image of the query's object
 
 
 @dataclass
@@ -87,10 +100,12 @@ class ImageSearch:
     whitening: Whitening | None = None  # whitening to apply to queries; None for no whitening
     first_stage: FirstStage | None = None  # search with an approximate index; None for exact search
     max_pixels: int = MAX_PIXELS  # images with more pixels are rejected
+    signatures: Sequence[str] = ()  # `file_signature` of each database image when its descriptor was extracted
 
     def __post_init__(self) -> None:
         self._network_lock = threading.Lock()
         self._decoding = threading.BoundedSemaphore(_MAX_DECODED)
+        self._nearest = self._nearest_similarities()
 
     def __len__(self) -> int:
         return len(self.database)
@@ -113,6 +128,8 @@ class ImageSearch:
     def extract(self, image: QueryImage, box: Box | None = None) -> Query:
         """Decode an image, and extract the descriptor of the whole image or of a box.
 
+        The descriptor of a whole database image is read from the database, unless its file has changed.
+
         Raises:
             InputError: the file was deleted, is not an image, has more than `max_pixels` pixels or takes too long to
                 decode, the server is busy, or the box is empty. The message contains the name of the image but not its
@@ -131,10 +148,21 @@ class ImageSearch:
                 ) from error
             except CorruptImageError as error:
                 raise InputError(f"{image.name}: cannot be used as a query: {error}") from error
-            with self._network_lock, _timed(seconds, "extract"):
-                descriptor = extract(self.network, np.array(pixels, order="C"))
+            if box is None and self._is_stored(image, data):
+                descriptor = self.database.take(np.array([image.id]))
+            else:
+                with self._network_lock, _timed(seconds, "extract"):
+                    descriptor = extract(self.network, np.array(pixels, order="C"))
+                    if self.whitening is not None:
+                        descriptor = np.array(self.whitening.transform_rows(descriptor, "query").block(0, 1))
             height, width = whole.shape[:2]
             return Query(image, box, (width, height), shrink(whole, _PREVIEW_SIDE), descriptor, seconds)
+
+    def _is_stored(self, image: QueryImage, data: bytes) -> bool:
+        """Return True if the database contains the descriptor of an image whose file now has the contents `data`."""
+        if image.id is None or not self.signatures or image.id in self.database.skipped:
+            return False
+        return self.images[image.id].box is None and self.signatures[image.id] == file_signature(data)
 
     def find_similar(
         self, query: Query, *, M: int = 400, K: int = 9, beta: float = 0.15, rerank: bool = True, count: int = 40
@@ -155,19 +183,21 @@ class ImageSearch:
         reachable = self.count_reachable(query.image)
         if reachable < 1:
             raise InputError("the database contains no photos besides the query; add photos to it")
-        k = min(max(M, count), reachable)
+        k, count = min(max(M, _MIN_SHORTLIST), reachable), min(count, reachable)
         exclude = None if query.image.id is None else np.array([query.image.id])
         seconds: dict[str, float] = {}
         with self._network_lock:
             with _timed(seconds, "search"):
                 q = query.descriptor
-                if self.whitening is not None:
-                    q = np.array(self.whitening.transform_rows(q, "query").block(0, 1))
-                if self.first_stage is not None:
-                    scores, first_ids = self.first_stage(q, k, exclude)
-                else:
-                    scores, first_ids = search(q, self.database, k, device=self.device, exclude=exclude)
-            ids = first_ids
+                first_scores, first_ids = self._search(q, k, exclude)
+                # A longer search with an approximate index can find other images. Those found so far keep their ranks.
+                while first_ids.shape[1] < count:
+                    length = min(2 * first_ids.shape[1], reachable)
+                    further_scores, further_ids = self._search(q, length, exclude)
+                    new = np.flatnonzero(~np.isin(further_ids[0], first_ids))[: length - first_ids.shape[1]]
+                    first_scores = np.concatenate([first_scores, further_scores[:, new]], axis=1)
+                    first_ids = np.concatenate([first_ids, further_ids[:, new]], axis=1)
+            scores, ids = first_scores, first_ids
             if rerank:
                 with _timed(seconds, "rerank"):
                     known = get_reranker(self.kind).parameters
@@ -180,7 +210,32 @@ class ImageSearch:
             Hit(number, rank, rank_before[number], score if np.isfinite(score) else None)
             for rank, (number, score) in enumerate(zip(ids[0].tolist(), scores[0].tolist(), strict=True), 1)
         ]
-        return SearchResult(hits[:count], rerank, seconds)
+        return SearchResult(hits[:count], rerank, seconds, self.is_probably_absent(first_scores[0, 0]))
+
+    def is_probably_absent(self, similarity: float) -> bool:
+        """Return True if the database probably contains no image of the object that a query shows.
+
+        This is so if the nearest image is less similar to the query than nearly all database images are to theirs. The
+        conformal p-value of the similarity bounds the rate of false alarms, if the queries are like the database.
+
+        Args:
+            similarity: cosine similarity of the query and its nearest database image, before reranking.
+        """
+        return bool((1 + (self._nearest <= similarity).sum()) / (1 + len(self._nearest)) <= _MAX_FALSE_ALARMS)
+
+    def _nearest_similarities(self) -> np.ndarray:
+        """Return the similarity of each image of a sample of the database to its nearest other image, (n,)."""
+        ids = np.setdiff1d(np.arange(len(self)), self.database.skipped)
+        if len(ids) < 2:
+            return np.empty(0)
+        sample = np.sort(np.random.default_rng(0).choice(ids, min(_SAMPLE, len(ids)), replace=False))
+        return self._search(self.database.take(sample), 1, sample)[0][:, 0]
+
+    def _search(self, q: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores and ids (Q, k) of the database images most similar to queries (Q, D), before reranking."""
+        if self.first_stage is not None:
+            return self.first_stage(q, k, exclude)
+        return search(q, self.database, k, device=self.device, exclude=exclude)
 
     @contextmanager
     def _decoding_slot(self) -> Iterator[None]:

@@ -98,7 +98,9 @@ class PageCallbacks:
             raise InputError("no photo is chosen: choose a photo first, and then draw a box on it")
         width, height = query.size
         x1, y1, x2, y2 = (min(1.0, max(0.0, v)) * side for v, side in zip(box, (width, height) * 2, strict=True))
-        # Extend the box to whole pixels, so that it is at least one pixel wide and high.
+        # Extend the box to whole pixels, so that it is at least one pixel wide and high. Coordinates that were entered
+        # in pixels differ from integers by rounding errors.
+        x1, y1, x2, y2 = (round(value, 6) for value in (x1, y1, x2, y2))
         pixels = float(math.floor(x1)), float(math.floor(y1)), float(math.ceil(x2)), float(math.ceil(y2))
         return self._search_image(query.image, pixels, rerank, M, K, beta)
 
@@ -115,6 +117,17 @@ class PageCallbacks:
         if query is None:
             return (gr.skip(),) * 4
         return gr.skip(), gr.skip(), *self._search(query, rerank, M, K, beta)
+
+    @with_message
+    def more(
+        self, query: Query | None, rerank: bool, M: float, K: float, beta: float, event: gr.EventData
+    ) -> tuple[Any, ...]:
+        """Show more results for the same query; the event contains the number of results that are shown."""
+        shown = event._data.get("shown")
+        if query is None or not isinstance(shown, int):
+            raise InputError("no photo is chosen: choose a photo first")
+        count = min(max(shown, 0) + self.config.page.results, html.MAX_RESULTS)
+        return gr.skip(), gr.skip(), *self._search(query, rerank, M, K, beta, count)
 
     def problem(self, event: gr.EventData) -> str:
         """Render the error message for an upload that failed in the browser.
@@ -175,13 +188,16 @@ class PageCallbacks:
         query = self.database.search.extract(image, box)
         return query, html.render_query(query), *self._search(query, rerank, M, K, beta)
 
-    def _search(self, query: Query, rerank: bool, M: float, K: float, beta: float) -> tuple[str, str]:
-        """Search for a query, and return the HTML of the results and of the durations."""
-        search, count = self.database.search, self.config.page.results
-        result = search.find_similar(query, M=int(M), K=int(K), beta=float(beta), rerank=bool(rerank), count=count)
+    def _search(
+        self, query: Query, rerank: bool, M: float, K: float, beta: float, count: int | None = None
+    ) -> tuple[str, str]:
+        """Search for a query, and return the HTML of `count` results (by default, one page) and of the durations."""
+        search, step = self.database.search, self.config.page.results
+        settings: dict[str, Any] = {"M": int(M), "K": int(K), "beta": float(beta), "rerank": bool(rerank)}
+        result = search.find_similar(query, **settings, count=count or step)
         total = search.count_reachable(query.image)
         times = html.render_times({**query.seconds, **result.seconds})
-        return html.render_results(result, search.names, self.url, total), times
+        return html.render_results(result, search.names, self.url, total, step), times
 
 
 def make_page(config: ServeConfig, database: SearchDatabase, uploads: Path) -> tuple[gr.Blocks, dict[str, Any]]:
@@ -232,6 +248,7 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
             upload, max_bytes = html.render_upload(config.page.max_upload), config.page.max_upload * 10**6
             viewer = gr.HTML(upload, js_on_load=script, max_bytes=max_bytes, elem_id="sg-viewer", **plain)
             message = gr.HTML("", elem_id="sg-message", **plain)
+            gr.HTML(html.render_settings_toggle(), elem_id="sg-toggle", **plain)
             settings = _settings(config, search.count_reachable())
         with gr.Column(scale=3, min_width=300, elem_id="sg-right"):
             if config.page.samples:
@@ -239,7 +256,11 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
                 with gr.Row(elem_id="sg-choose"):
                     gr.HTML(f'<p class="sg-label">Or choose {start}</p>', **plain)
                     text = gr.Textbox(
-                        placeholder="Filter by file name", label="Filter by file name", max_length=200, container=False
+                        placeholder="Filter by file name",
+                        label="Filter by file name",
+                        max_length=200,
+                        max_lines=1,
+                        container=False,
                     )
                     others = gr.Button("Show others", size="sm", scale=0, min_width=80)
                 examples = gr.HTML(callbacks.examples("", 0), js_on_load=script, elem_id="sg-samples", **plain)
@@ -256,6 +277,7 @@ def _lay_out(config: ServeConfig, database: SearchDatabase, callbacks: PageCallb
     viewer.whole(callbacks.whole, [query, *settings], outputs, **busy)
     viewer.problem(callbacks.problem, None, message, **quiet)
     results.pick(callbacks.pick, settings, outputs, **busy)
+    results.more(callbacks.more, [query, *settings], outputs, **busy)
     # With "always_last", moving a slider does not start a search for each intermediate value.
     changes = [setting.change for setting in settings]
     gr.on(changes, callbacks.settings, [query, *settings], outputs, trigger_mode="always_last", **quiet)

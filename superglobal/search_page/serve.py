@@ -104,7 +104,8 @@ def open_database(config: ServeConfig, folder: Path | None = None) -> SearchData
         stores, _ = extract_lists([network], lists, parent, trainer, config.extraction, workers, config.store.dtype)
     else:
         stores = [_open_store(folder, network, lists)]
-    return _make_database(config, dataset, distractors, network, stores)
+    signatures = [signature for images in lists for signature in images.checked.signatures]
+    return _make_database(config, dataset, distractors, network, stores, signatures)
 
 
 def _make_database(
@@ -113,6 +114,7 @@ def _make_database(
     distractors: list[ImageItem],
     network: RetrievalNetwork,
     stores: list[DescriptorStore],
+    signatures: Sequence[str],
 ) -> SearchDatabase:
     """Create the database of the page from stores of descriptors. If whitening is configured, whiten the descriptors.
 
@@ -122,6 +124,7 @@ def _make_database(
         distractors: distractor images. In the database, they follow the images of the data set.
         network: network that extracts the descriptors of the queries.
         stores: stores of the database images and, if there are any, of the distractors.
+        signatures: `file_signature` of each image of the stores.
     """
     device, d, s = search_device(config), config.dataset, config.whitening
     rows, whitening = concat(*stores, name="database"), None
@@ -144,6 +147,7 @@ def _make_database(
         whitening=whitening,
         first_stage=None if config.index.kind == "flat" else _index_search(config, rows, device),
         max_pixels=config.page.max_megapixels * 10**6,
+        signatures=signatures,
     )
     is_own_queries = dataset.leave_one_out or (d.kind == "folder" and d.query == d.database)
     queries: Sequence[ImageItem] = [] if is_own_queries else dataset.queries

@@ -1,12 +1,33 @@
 // This script runs once for each gr.HTML element that uses it. The server replaces the contents of `element`, so all
 // events are handled on `element` itself.
-// In every element, a click on a button with data-pick searches for that image of the data set.
+// In every element, a click on a button with data-pick searches for that image of the data set, and one on a button with
+// data-shown shows more results.
 // Only the viewer has `props.max_bytes` (maximum size of an upload). In it, users upload a photo and draw a box on it.
 const MIN_DRAG = 8; // A shorter movement, in pixels on the screen, counts as a click.
 
+// Selector of the element to focus when the server has updated the contents, which closes <details> and can remove the
+// focused element.
+let focusNext = null;
+
+new MutationObserver(() => {
+  element.querySelector('form')?.reset(); // An update sets only the default values of fields that a user has changed.
+  const next = focusNext && element.querySelector(focusNext);
+  if (!next) return;
+  focusNext = null;
+  next.closest('details')?.setAttribute('open', '');
+  next.focus({ preventScroll: true });
+}).observe(element, { subtree: true, childList: true, attributeFilter: ['open', 'value'] });
+
 element.addEventListener('click', (event) => {
-  const button = event.target.closest('[data-pick]');
+  const button = event.target.closest('[data-pick], [data-shown]');
+  focusNext = null;
   if (!button) return;
+  if (button.dataset.shown) {
+    const shown = Number(button.dataset.shown);
+    focusNext = `[data-rank="${shown + 1}"] a`;
+    trigger('more', { shown });
+    return;
+  }
   trigger('pick', { pick: button.dataset.pick });
   window.scrollTo({ top: 0, behavior: 'smooth' });
 });
@@ -105,5 +126,22 @@ function acceptBoxes() {
   });
   element.addEventListener('click', (event) => {
     if (event.target.closest('[data-whole]')) trigger('whole', {});
+  });
+
+  // Return the corners of the box in the number fields, as fractions of the width and height of the photo.
+  function entered(form) {
+    const { left, top, width, height } = Object.fromEntries(new FormData(form));
+    const [x, y] = [Number(left) / form.dataset.width, Number(top) / form.dataset.height];
+    return [x, y, x + Number(width) / form.dataset.width, y + Number(height) / form.dataset.height];
+  }
+
+  element.addEventListener('input', (event) => {
+    const form = event.target.closest('.sg-numbers form');
+    if (form?.checkValidity()) show(element.querySelector('.sg-box'), entered(form));
+  });
+  element.addEventListener('submit', (event) => {
+    event.preventDefault();
+    focusNext = '.sg-numbers:not([open]) button'; // The update closes the form.
+    trigger('box', { box: entered(event.target) });
   });
 }
