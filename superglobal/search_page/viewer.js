@@ -10,13 +10,13 @@ const MIN_DRAG = 8; // A shorter movement, in pixels on the screen, counts as a 
 let focusNext = null;
 
 new MutationObserver(() => {
-  element.querySelector('form')?.reset(); // An update sets only the default values of fields that a user has changed.
   const next = focusNext && element.querySelector(focusNext);
-  if (!next) return;
+  const focused = document.activeElement;
+  if (!next || !(focused === document.body || element.contains(focused))) return;
   focusNext = null;
   next.closest('details')?.setAttribute('open', '');
   next.focus({ preventScroll: true });
-}).observe(element, { subtree: true, childList: true, attributeFilter: ['open', 'value'] });
+}).observe(element, { subtree: true, childList: true, attributeFilter: ['open'] });
 
 element.addEventListener('click', (event) => {
   const button = event.target.closest('[data-pick], [data-shown]');
