@@ -13,9 +13,12 @@ import sys
 import uuid
 from pathlib import Path
 
+import numpy as np
+
 import superglobal
 
 MAX_SIDE = 1024
+SAMPLE = 10_000  # number of vectors in the database of which the mean is computed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,11 +75,14 @@ def run(args: argparse.Namespace) -> None:
     try:
         update(client, collection, model, [item.path for item in data.database])
         query = superglobal.extract(model, args.query, max_side=MAX_SIDE)[0]
+        sample, _ = client.scroll(collection, limit=SAMPLE, with_vectors=True)
+        center = superglobal.Whitening("center").fit(np.array([point.vector for point in sample], np.float32))
         points = client.query_points(collection, query.tolist(), limit=args.M, with_vectors=True).points
     finally:
         client.close()
     names = [point.payload["name"] for point in points]
-    scores, order = superglobal.rerank_candidates(query, [point.vector for point in points])
+    candidates = center.transform(np.array([point.vector for point in points], np.float32))
+    scores, order = superglobal.rerank_candidates(center.transform(query[None])[0], candidates, method="auto")
     print(f"rank {'from the database':50}  after reranking")
     for rank in range(min(args.show, len(names))):
         before = f"{names[rank]} {points[rank].score:.4f}"

@@ -2,14 +2,15 @@
 
 Usage: python scripts/rerank_study.py STEP, where STEP is one of
 
-choose: score the grid of constants of each method on the rendered sets, and print the best settings
+choose: score the grid of constants of each method on the rendered sets, and print the mean gains
 reject: score methods that are not part of the package on the rendered sets
-table:  score the chosen settings on the rendered sets and on --test, with and without centering
+dims:   print the numbers of effective dimensions of shortlists, by which `auto` decides
+table:  score the chosen settings on the rendered sets or on --test, with and without centering
 
 The rendered sets need two runs of the demo, whose networks are each evaluated on the landmarks of the other run:
-python scripts/demo.py --seed 1 --data data/seed1 --outputs outputs/seed1 seed=1, and the same with 2. With --views,
-further sets have more images per landmark: superglobal toy-data --size views --seed 1 --out data/views1/toy, and the
-same with 2. Results are in docs/background/reranking.md.
+python scripts/demo.py --seed 1 --data data/seed1 --outputs outputs/seed1 seed=1, and the same with 2. They also need
+landmarks with 40 images each: superglobal toy-data --size views --seed 1 --out data/views1/toy, and the same with 2.
+Results are in docs/background/reranking.md.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import superglobal
 from superglobal.data.evaluation_set import group_by_landmark
 from superglobal.metrics.revisited import cluster_interval
 from superglobal.models.network import RetrievalNetwork
+from superglobal.reranking.auto import effective_dims
 from superglobal.reranking.base import dots, gram_of, mask_of, nearest, with_query
 from superglobal.reranking.registry import RERANKERS
 from superglobal.utils.precision import full_precision
@@ -139,12 +141,13 @@ def revisited_set(
     return StudySet(name, Q, X, positives, ignored)
 
 
-def rendered_sets(cache: Path, views: bool) -> list[StudySet]:
-    """Return training and evaluation landmarks of two seeds under three networks.
+def rendered_sets(cache: Path) -> list[StudySet]:
+    """Return training landmarks with 4 to 8 images, with 40 images, and evaluation landmarks, of two seeds.
+
+    Each is returned under three networks: ImageNet's, that of the demo of the other seed, and an untrained one.
 
     Args:
         cache: folder for descriptors.
-        views: also return training landmarks with 40 images each, for the networks that are trained.
     """
     sets = []
     for seed, other in ((1, 2), (2, 1)):
@@ -159,9 +162,8 @@ def rendered_sets(cache: Path, views: bool) -> list[StudySet]:
         for name, network in networks.items():
             file = cache / f"{name}_{seed}.npy"
             sets.append(training_set(f"{name}, training {seed}", root, network, file))
-            if views and name != "untrained":
-                many = cache / f"{name}_views_{seed}.npy"
-                sets.append(training_set(f"{name}, views {seed}", Path(f"data/views{seed}/toy"), network, many))
+            many = cache / f"{name}_views_{seed}.npy"
+            sets.append(training_set(f"{name}, views {seed}", Path(f"data/views{seed}/toy"), network, many))
             sets.append(revisited_set(f"{name}, evaluation {seed}", root, "toy", network, file, None))
     return sets
 
@@ -181,18 +183,34 @@ def registered(name: str, **values: object) -> Scores:
 def grid() -> dict[str, Scores]:
     """Return the settings among which the constants are chosen."""
     settings: list[tuple[str, dict[str, object]]] = [("superglobal", {"K": K}) for K in (1, 3, 5, 9)]
-    settings += [("mutual", {}), ("diffusion", {}), ("kreciprocal", {})]
-    settings += [("kreciprocal", {"k1": k1, "k2": k2}) for k1 in (6, 8, 10, 15) for k2 in (3, 4, 6)]
-    for reciprocal in (False, True):
-        settings += [
-            ("gnn", {"k1": k1, "k2": k2, "reciprocal": reciprocal})
-            for k1 in (6, 8, 10, 12, 15, 20)
-            for k2 in (2, 3, 4, 6)
-        ]
-    return {
+    settings += [("mutual", {}), ("diffusion", {})]
+    settings += [("kreciprocal", {"k1": k1, "k2": k2}) for k1 in (6, 8, 10, 15, 20) for k2 in (3, 4, 6)]
+    settings += [("gnn", {"k1": k1, "k2": k2}) for k1 in (8, 12, 16, 20, 24) for k2 in (2, 3, 4)]
+    methods = {
         " ".join([name, *(f"{k}={v}" for k, v in values.items())]): registered(name, **values)
         for name, values in settings
     }
+    for k1, k2 in ((6, 2), (8, 3), (10, 3), (15, 4), (20, 6)):
+        methods |= {f"constant weights k1={k1} k2={k2}": constant_weights(k1, k2)}
+    return methods
+
+
+def constant_weights(k1: int, k2: int) -> Scores:
+    """Propagation of `gnn` with the weights of Zhang et al. (arXiv 2012.07620): 1 in A, and s^2 in w."""
+
+    def scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+        similarity = with_query(dots(T, q), gram)
+        near = nearest(similarity, max(k1, k2 + 1))
+        size = similarity.shape[-1]
+        A = mask_of(near[..., :k1], size).float()
+        weights = similarity.clamp(min=0).square() * mask_of(near[..., : k2 + 1], size)
+        weights.diagonal(dim1=1, dim2=2).fill_(1)
+        for _ in range(2):
+            A = torch.bmm(weights, A + A.transpose(1, 2))
+        A = torch.nn.functional.normalize(A, dim=-1)
+        return dots(A[:, 1:], A[:, 0])
+
+    return scores
 
 
 def context_similarity(k: int) -> Scores:
@@ -280,34 +298,49 @@ def main_protocol(aps: Mapping[str, np.ndarray]) -> np.ndarray:
     return aps["medium"] if "medium" in aps else aps["all"]
 
 
-def print_scores(sets: list[StudySet], methods: Mapping[str, Scores], gated: str = "untrained") -> None:
-    """Print a Markdown table of the main mAP in percent, the mean gain over no reranking, and the smallest gain.
+def print_scores(sets: list[StudySet], methods: Mapping[str, Scores]) -> None:
+    """Print the mean gains of mAP over no reranking, in percent, for each kind of rendered sets, as a Markdown table.
 
-    The means and the smallest gains leave out sets whose name begins with `gated`.
+    The last two columns are the mean of the kinds, by which the methods are sorted, and the smallest gain of any set.
     """
-    results = {data.name: data.score(methods) for data in sets}
-    print("| method | " + " | ".join(results) + " | mean gain | smallest gain |\n" + "|---" * (len(results) + 3) + "|")
+    gains: dict[str, dict[str, list[float]]] = {}
+    kinds = ("training", "views", "evaluation")
+    for data in sets:
+        kind = next(kind for kind in kinds if kind in data.name)
+        results = {name: 100 * np.nanmean(main_protocol(aps)) for name, aps in data.score(methods).items()}
+        for method in methods:
+            values = gains.setdefault(method, {kind: [] for kind in kinds})
+            values[kind].append(results[method] - results["none"])
     rows = []
-    for method in ["none", *methods]:
-        means = {name: 100 * np.nanmean(main_protocol(result[method])) for name, result in results.items()}
-        base = {name: 100 * np.nanmean(main_protocol(result["none"])) for name, result in results.items()}
-        gains = [means[name] - base[name] for name in means if not name.startswith(gated)]
-        rows.append((float(np.mean(gains)), min(gains), method, list(means.values())))
-    for mean, smallest, method, values in [rows[0], *sorted(rows[1:], reverse=True)]:
-        print(
-            f"| {method} | " + " | ".join(f"{v:.1f}" for v in values) + f" | {mean:+.2f} | {smallest:+.2f} |",
-            flush=True,
-        )
+    for method, values in gains.items():
+        means = [float(np.mean(values[kind])) for kind in kinds]
+        rows.append((float(np.mean(means)), min(min(values[kind]) for kind in kinds), method, means))
+    print("| method | " + " | ".join(kinds) + " | mean | smallest |\n" + "|---" * (len(kinds) + 3) + "|")
+    for mean, smallest, method, means in sorted(rows, reverse=True):
+        columns = [f"{value:+.2f}" for value in (*means, mean, smallest)]
+        print(f"| {method} | " + " | ".join(columns) + " |", flush=True)
+
+
+def print_dims(sets: list[StudySet]) -> None:
+    """Print the range of the effective dimensions of shortlists of 60 queries of each set, as a Markdown table."""
+    print("| set | 50 images | 100 images | 400 images |\n|---|---|---|---|")
+    for data in sets:
+        ranges = []
+        for size in (50, 100, M):
+            shortlists = np.argsort(-data.Q[:60] @ data.X.T, axis=1, kind="stable")[:, :size]
+            dims = torch.cat([effective_dims(gram_of(torch.from_numpy(data.X[rows])[None])) for rows in shortlists])
+            ranges.append(f"{float(dims.min()):.1f} to {float(dims.max()):.1f}")
+        print(f"| {data.name} | " + " | ".join(ranges) + " |", flush=True)
 
 
 CHOSEN: dict[str, Scores] = {
     "superglobal": registered("superglobal"),
     "mutual": registered("mutual"),
     "kreciprocal": registered("kreciprocal"),
-    "kreciprocal k1=8 k2=4": registered("kreciprocal", k1=8, k2=4),
+    "kreciprocal k1=10 k2=4": registered("kreciprocal", k1=10, k2=4),
     "diffusion": registered("diffusion"),
+    "constant weights k1=8 k2=3": constant_weights(8, 3),
     "gnn": registered("gnn"),
-    "gnn k1=10 k2=3 reciprocal=false": registered("gnn", k1=10, k2=3, reciprocal=False),
     "auto": registered("auto"),
 }
 
@@ -332,11 +365,10 @@ def print_test(data: StudySet) -> None:
 def main() -> None:
     """Run one step of the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("choose", "reject", "table"))
+    parser.add_argument("step", choices=("choose", "reject", "dims", "table"))
     parser.add_argument("--cache", type=Path, default=Path("outputs/rerank_study"), help="folder for descriptors")
     parser.add_argument("--test", type=Path, help="folder of a test set in the Revisited layout")
     parser.add_argument("--distractors", type=Path, help="folder of images that are added to the test set")
-    parser.add_argument("--views", action="store_true", help="also use the sets with more images per landmark")
     args = parser.parse_args()
     if args.step == "table" and args.test:
         lite0 = lambda: superglobal.load_model("package", pooling="gem", scales=1)  # noqa: E731
@@ -347,15 +379,18 @@ def main() -> None:
             print_test(data)
             print_test(data.centered())
         return
-    sets = rendered_sets(args.cache, args.views)
+    sets = rendered_sets(args.cache)
+    trained = [data.centered() for data in sets if not data.name.startswith("untrained")]
     if args.step == "table":
         for data in sets:
             print_test(data)
             print_test(data.centered())
+    elif args.step == "dims":
+        print_dims(sets)
     elif args.step == "reject":
-        print_scores([data.centered() for data in sets if not data.name.startswith("untrained")], rejected())
+        print_scores(trained, rejected())
     else:
-        print_scores([data.centered() for data in sets], grid())
+        print_scores(trained, grid())
 
 
 if __name__ == "__main__":

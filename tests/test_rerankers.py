@@ -127,7 +127,7 @@ def slow_diffusion(q, T, kq, kd, alpha, gamma):
     return np.linalg.inv(np.eye(M) - alpha * A) @ y
 
 
-def slow_gnn(q, T, k1, k2, reciprocal):
+def slow_gnn(q, T, k1, k2):
     """Score candidates T for the query q by propagation on their neighbor graph, by loops."""
     images = np.vstack([q, T])
     size = len(images)
@@ -135,11 +135,14 @@ def slow_gnn(q, T, k1, k2, reciprocal):
     near = [ranked(images @ images.T, i, size) for i in range(size)]
     A = np.zeros((size, size))
     for i in range(size):
-        A[i, near[i][:k1]] = 1
-    added = [[j for j in near[i][1 : k2 + 1] if not reciprocal or i in near[j][:k1]] for i in range(size)]
+        for rank, j in enumerate(near[i][:k1]):
+            A[i, j] = 1 - rank / k1
+    W = np.eye(size)
+    for i in range(size):
+        for j in near[i][1 : k2 + 1]:
+            W[i, j] = S[i, j] ** 2 * A[j, i]
     for _ in range(2):
-        A = (A + A.T) / 2
-        A = np.array([A[i] + sum(S[i, j] ** 2 * A[j] for j in added[i]) for i in range(size)])
+        A = W @ (A + A.T) / 2
     A /= np.linalg.norm(A, axis=1, keepdims=True)
     return A[1:] @ A[0]
 
@@ -174,10 +177,7 @@ CASES = {
     "gnn": (
         gnn,
         slow_gnn,
-        [
-            {"k1": a, "k2": b, "reciprocal": c}
-            for a, b, c in ((8, 3, True), (10, 3, False), (1, 1, False), (4, 0, True), (2, 9, True), (40, 10, True))
-        ],
+        [{"k1": a, "k2": b} for a, b in ((16, 3), (8, 3), (1, 1), (4, 0), (2, 9), (40, 10))],
     ),
     "diffusion": (
         diffuse,

@@ -48,7 +48,8 @@ def expected(folder: Path) -> tuple[list[str], list[str]]:
     X = superglobal.extract(model, paths, max_side=1024)
     Q = superglobal.extract(model, folder.parent / "query.jpg", max_side=1024)
     _, ids = superglobal.search(Q, X, k=8)
-    _, reranked = superglobal.rerank(Q, X, ids)
+    center = superglobal.Whitening("center").fit(X)
+    _, reranked = superglobal.rerank(center.transform(Q), center.transform(X), ids, method="auto")
     return tuple([str(paths[i]) for i in row[0]] for row in (ids, reranked))
 
 

@@ -1,17 +1,19 @@
-"""Reranking by propagation on the neighbor graph of a shortlist (Zhang et al., arXiv 2012.07620), without training.
+"""Reranking by propagation on the neighbor graph of a shortlist (after Zhang et al., arXiv 2012.07620), without training.
 
 For images i and j, each of which is the query or an image of its shortlist:
 
-    A_ij = 1 if j is among the k1 images nearest to i, i itself included, else 0
-    w_ij = s_ij^2 if j is among the k2 neighbors nearest to i, and i among the k1 images nearest to j; w_ii = 1; else 0
+    r_ij = number of images that are nearer to i than j is; r_ii = 0
+    A_ij = 1 - r_ij / k1 if r_ij < k1, else 0
+    w_ij = s_ij^2 A_ji if j is among the k2 neighbors nearest to i, w_ii = 1, else 0
     twice: A <- (A + A^T) / 2, then A_i <- sum_j w_ij A_j
     score(i) = cosine of the rows of the query and of i in A
 
-s_ij is the cosine of two descriptors, or 0 if it is negative. An image whose neighbors are those of the query is thus
-ranked high even if its own similarity with the query is low. The authors' code
-(github.com/Xuanmeng-Zhang/gnn-re-ranking) differs: it propagates over the whole database instead of a shortlist,
-normalizes the rows of A in each round, counts i itself among the k2, and does not require that i is near j. The
-condition and the constants were chosen on rendered landmarks; see docs/background/reranking.md.
+s_ij is the cosine of two descriptors, or 0 if it is negative. In w, A is that of the second line. An image whose
+neighbors are those of the query is thus ranked high even if its own similarity with the query is low. The authors' code
+(github.com/Xuanmeng-Zhang/gnn-re-ranking) differs: it propagates over the whole database instead of a shortlist, A is 1
+for all k1 images, w_ij is s_ij^2 whether or not i is near j, i itself counts among the k2, and the rows of A are
+normalized in each round. These changes and the constants were chosen on rendered landmarks; see
+docs/background/reranking.md.
 """
 
 from __future__ import annotations
@@ -27,13 +29,10 @@ from superglobal.reranking.base import Parameter, dots, in_steps, mask_of, neare
     {
         "k1": Parameter("number of images, including itself, that an image is connected to at first", minimum=1),
         "k2": Parameter("number of neighbors whose connections are added to those of an image", minimum=0),
-        "reciprocal": Parameter("add the connections of a neighbor only if the image is among the k1 nearest to it"),
     },
     ties="first",
 )
-def gnn_scores(
-    q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, k1: int = 8, k2: int = 3, reciprocal: bool = True
-) -> torch.Tensor:
+def gnn_scores(q: torch.Tensor, T: torch.Tensor, gram: torch.Tensor, *, k1: int = 16, k2: int = 3) -> torch.Tensor:
     """Compute scores of shortlists, in 0..1: (B, M) float64.
 
     Args:
@@ -42,16 +41,14 @@ def gnn_scores(
         gram: (B, M, M) Gram matrices T T^T.
         k1: number of images that an image is connected to at first, including itself.
         k2: number of neighbors whose connections are added to those of an image; 0 adds none.
-        reciprocal: add the connections of a neighbor only if the image is among the k1 nearest to this neighbor.
     """
     similarity = with_query(dots(T, q), gram)
     n_queries, size = similarity.shape[:2]
     near = nearest(similarity, max(k1, k2 + 1))
     neighbors = near[..., 1 : k2 + 1]
-    A = mask_of(near[..., :k1], size).to(similarity.dtype)
-    weights = similarity.gather(2, neighbors).clamp_(min=0).square_()
-    if reciprocal:
-        weights *= A.transpose(1, 2).gather(2, neighbors)
+    by_rank = 1 - torch.arange(near.shape[-1], device=T.device, dtype=similarity.dtype) / k1
+    A = torch.zeros_like(similarity).scatter_(2, near, by_rank.clamp_(min=0).expand(near.shape))
+    weights = similarity.gather(2, neighbors).clamp_(min=0).square_() * A.transpose(1, 2).gather(2, neighbors)
     # The rows of all matrices are numbered consecutively, because index_select copies whole rows.
     numbers = neighbors + size * torch.arange(n_queries, device=T.device)[:, None, None]
     for _ in range(2):
