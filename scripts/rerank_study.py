@@ -5,7 +5,7 @@ Usage: python scripts/rerank_study.py STEP, where STEP is one of
 choose: score the grid of constants of each method on the rendered sets, and print the mean gains
 reject: score methods that are not part of the package on the rendered sets
 dims:   print the numbers of effective dimensions of shortlists, by which `auto` decides
-table:  score the chosen settings on the rendered sets or on --test, with and without centering
+table:  score all rerankers on the rendered sets and on --test, with and without centering
 
 The rendered sets need two runs of the demo, whose networks are each evaluated on the landmarks of the other run:
 python scripts/demo.py --seed 1 --data data/seed1 --outputs outputs/seed1 seed=1, and the same with 2. They also need
@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -345,14 +345,42 @@ CHOSEN: dict[str, Scores] = {
 }
 
 
+def all_rerankers(data: StudySet) -> dict[str, dict[str, np.ndarray]]:
+    """Return the AP (Q,) of every reranker of the package and every protocol, with the settings of `CHOSEN`."""
+    expanded = superglobal.expand_queries(data.Q, data.X, exclude=data.own)
+    augmented = superglobal.augment_database(data.X).block(0, len(data.X))
+    return {
+        **data.score(CHOSEN),
+        "aqe": replace(data, Q=expanded).score({})["none"],
+        "adba": replace(data, X=augmented).score({})["none"],
+    }
+
+
+def print_table(sets: list[StudySet]) -> None:
+    """Print the main mAP, in percent, of each reranker without and with centering, as a Markdown table.
+
+    A column is the mean over the sets whose names differ only by the seed at the end.
+    """
+    values: dict[str, dict[str, list[float]]] = {}
+    columns = list(dict.fromkeys(data.name.rstrip(" 12") for data in sets))
+    for data in sets:
+        for label, variant in (("", data), (", centered", data.centered())):
+            for method, aps in all_rerankers(variant).items():
+                row = values.setdefault(method + label, {column: [] for column in columns})
+                row[data.name.rstrip(" 12")].append(100 * float(np.nanmean(main_protocol(aps))))
+    print("| reranker | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
+    for method, row in sorted(values.items(), key=lambda item: item[0].endswith("centered")):
+        print(f"| {method} | " + " | ".join(f"{np.mean(row[column]):.1f}" for column in columns) + " |", flush=True)
+
+
 def print_test(data: StudySet) -> None:
-    """Print the mAP of the chosen settings under each protocol, with the gain over none and its 95 % interval."""
+    """Print the mAP of all rerankers under each protocol, with the gain over none and its 95 % interval."""
     relevant = [p.get("medium", p.get("all")) for p in data.positives]
     if data.own is not None:
         relevant = [np.append(rows, i) for rows, i in zip(relevant, data.own, strict=True)]
     clusters = np.array(group_by_landmark(relevant))
     base = None
-    for name, aps in data.score(CHOSEN).items():
+    for name, aps in all_rerankers(data).items():
         base = main_protocol(aps) if base is None else base
         gain = main_protocol(aps) - base
         counted = ~np.isnan(gain)
@@ -368,29 +396,27 @@ def main() -> None:
     parser.add_argument("step", choices=("choose", "reject", "dims", "table"))
     parser.add_argument("--cache", type=Path, default=Path("outputs/rerank_study"), help="folder for descriptors")
     parser.add_argument("--test", type=Path, help="folder of a test set in the Revisited layout")
-    parser.add_argument("--distractors", type=Path, help="folder of images that are added to the test set")
+    parser.add_argument("--distractors", type=Path, help="folder of images; the test set is also scored with these")
     args = parser.parse_args()
-    if args.step == "table" and args.test:
-        lite0 = lambda: superglobal.load_model("package", pooling="gem", scales=1)  # noqa: E731
-        file = args.cache / f"{args.test.name}.npy"
-        for extra in [None, *([args.distractors] if args.distractors else [])]:
-            name = args.test.name + (" + distractors" if extra else "")
-            data = revisited_set(name, args.test.parent, args.test.name, lite0, file, extra)
-            print_test(data)
-            print_test(data.centered())
-        return
     sets = rendered_sets(args.cache)
     trained = [data.centered() for data in sets if not data.name.startswith("untrained")]
-    if args.step == "table":
-        for data in sets:
-            print_test(data)
-            print_test(data.centered())
-    elif args.step == "dims":
-        print_dims(sets)
+    if args.step == "choose":
+        print_scores(trained, grid())
     elif args.step == "reject":
         print_scores(trained, rejected())
+    elif args.step == "dims":
+        print_dims(sets)
     else:
-        print_scores(trained, grid())
+        lite0 = lambda: superglobal.load_model("package", pooling="gem", scales=1)  # noqa: E731
+        tests = []
+        for extra in [None, *([args.distractors] if args.distractors else [])] if args.test else []:
+            name = args.test.name + (" + distractors" if extra else "")
+            file = args.cache / f"{args.test.name}.npy"
+            tests.append(revisited_set(name, args.test.parent, args.test.name, lite0, file, extra))
+        print_table(sets + tests)
+        for data in tests:
+            print_test(data)
+            print_test(data.centered())
 
 
 if __name__ == "__main__":
