@@ -337,9 +337,9 @@ CHOSEN: dict[str, Scores] = {
     "superglobal": registered("superglobal"),
     "mutual": registered("mutual"),
     "kreciprocal": registered("kreciprocal"),
-    "kreciprocal k1=10 k2=4": registered("kreciprocal", k1=10, k2=4),
+    "kreciprocal k1=15 k2=4": registered("kreciprocal", k1=15, k2=4),
     "diffusion": registered("diffusion"),
-    "constant weights k1=8 k2=3": constant_weights(8, 3),
+    "constant weights k1=10 k2=3": constant_weights(10, 3),
     "gnn": registered("gnn"),
     "auto": registered("auto"),
 }
