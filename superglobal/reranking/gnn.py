@@ -1,4 +1,4 @@
-"""Reranking by propagation on the neighbor graph of a shortlist (after Zhang et al., arXiv 2012.07620), without training.
+"""Reranking by propagation on the neighbor graph of a shortlist, after Zhang et al. (arXiv 2012.07620).
 
 For images i and j, each of which is the query or an image of its shortlist:
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from superglobal.reranking.base import Parameter, dots, in_steps, mask_of, nearest, register_reranker, with_query
+from superglobal.reranking.base import Parameter, dots, in_steps, nearest, register_reranker, with_query
 
 
 @register_reranker(
