@@ -61,7 +61,7 @@ class StudySet:
         """Return the set with the mean of the database subtracted from all descriptors."""
         mean = self.X.mean(axis=0)
         return StudySet(
-            f"{self.name}, centered", _unit(self.Q - mean), _unit(self.X - mean), self.positives, self.ignored, self.own
+            f"{self.name}, centered", unit(self.Q - mean), unit(self.X - mean), self.positives, self.ignored, self.own
         )
 
     def score(self, methods: Mapping[str, Scores]) -> dict[str, dict[str, np.ndarray]]:
@@ -98,11 +98,12 @@ class StudySet:
         return {protocol: np.array(values) for protocol, values in aps.items()}
 
 
-def _unit(x: np.ndarray) -> np.ndarray:
+def unit(x: np.ndarray) -> np.ndarray:
+    """Return rows scaled to unit L2 norm, as float32."""
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-def _extracted(cache: Path, network: Callable[[], RetrievalNetwork], images: Iterable) -> np.ndarray:
+def extracted(cache: Path, network: Callable[[], RetrievalNetwork], images: Iterable) -> np.ndarray:
     """Return the descriptors (n, D) of images; read them from the file `cache` if it exists, else write it."""
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def training_set(name: str, root: Path, network: Callable[[], RetrievalNetwork],
         for image in row["images"].split():
             paths.append(root / "gldv2" / "train" / image[0] / image[1] / image[2] / f"{image}.jpg")
             labels.append(row["landmark_id"])
-    X, landmarks = _extracted(cache, network, paths), np.array(labels)
+    X, landmarks = extracted(cache, network, paths), np.array(labels)
     own = np.sort(np.random.default_rng(0).permutation(len(X))[:N_QUERIES])
     positives = [{"all": np.setdiff1d(np.flatnonzero(landmarks == landmarks[i]), [i])} for i in own]
     return StudySet(name, X[own], X, positives, [{"all": np.array([], int)}] * len(own), own)
@@ -128,11 +129,11 @@ def revisited_set(
 ) -> StudySet:
     """Return a set in the layout of the Revisited benchmarks, with the images below `distractors` in its database."""
     data = superglobal.revisited_set(root, folder)
-    X = _extracted(cache.with_suffix(".database.npy"), network, data.database)
-    Q = _extracted(cache.with_suffix(".queries.npy"), network, data.queries)
+    X = extracted(cache.with_suffix(".database.npy"), network, data.database)
+    Q = extracted(cache.with_suffix(".queries.npy"), network, data.queries)
     if distractors is not None:
         images = sorted(distractors.rglob("*.jpg"))
-        X = np.concatenate([X, _extracted(cache.with_suffix(".distractors.npy"), network, images)])
+        X = np.concatenate([X, extracted(cache.with_suffix(".distractors.npy"), network, images)])
     positives, ignored = [], []
     for labels in superglobal.load_ground_truth(root / folder / f"gnd_{folder}.pkl").gnd:
         easy, hard, junk = (labels[key] for key in ("easy", "hard", "junk"))

@@ -135,6 +135,8 @@ def test_a_query_without_similar_images_is_probably_absent(evaluated, tmp_path):
     Image.new("RGB", (120, 96), "white").save(tmp_path / "white.png")
     absent = search.find_similar(search.extract(QueryImage("white", tmp_path / "white.png")))
     assert absent.is_absent
+    boxed = search.find_similar(search.extract(QueryImage("white", tmp_path / "white.png"), (0.0, 0.0, 120.0, 96.0)))
+    assert not boxed.is_absent
     assert "Probably no match" in html.render_results(absent, search.names, "photos/x", 24)
     assert "Probably no match" not in html.render_results(present[0], search.names, "photos/x", 24)
 
@@ -142,7 +144,7 @@ def test_a_query_without_similar_images_is_probably_absent(evaluated, tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 8])
 def test_a_tiny_database_has_no_estimate_of_absence(evaluated, count):
     search = replace(evaluated.opened.search, database=as_rows(evaluated.opened.search.database.block(0, count)))
-    assert not search.is_probably_absent(-1.0)
+    assert not image_search.is_probably_absent(-1.0, search._nearest)
 
 
 def test_a_box_has_the_descriptor_of_its_crop(evaluated, tmp_path):

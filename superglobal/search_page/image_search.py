@@ -38,7 +38,7 @@ _MAX_SECONDS = 10.0  # maximum time to wait until an image can be decoded, and t
 _PREVIEW_SIDE = 800  # longer side of the query image that the page shows, in pixels
 _MIN_SHORTLIST = 50  # minimum number of images in the first search for a query
 _SAMPLE = 256  # maximum number of database images whose nearest neighbors show how similar related images are
-_MAX_FALSE_ALARMS = 0.1  # fraction of queries like the database images for which `is_probably_absent` is wrong
+_MAX_FALSE_ALARMS = 0.1  # default of `is_probably_absent`
 
 
 @dataclass(frozen=True)
@@ -210,18 +210,9 @@ class ImageSearch:
             Hit(number, rank, rank_before[number], score if np.isfinite(score) else None)
             for rank, (number, score) in enumerate(zip(ids[0].tolist(), scores[0].tolist(), strict=True), 1)
         ]
-        return SearchResult(hits[:count], rerank, seconds, self.is_probably_absent(first_scores[0, 0]))
-
-    def is_probably_absent(self, similarity: float) -> bool:
-        """Return True if the database probably contains no image of the object that a query shows.
-
-        This is so if the nearest image is less similar to the query than nearly all database images are to theirs. The
-        conformal p-value of the similarity bounds the rate of false alarms, if the queries are like the database.
-
-        Args:
-            similarity: cosine similarity of the query and its nearest database image, before reranking.
-        """
-        return bool((1 + (self._nearest <= similarity).sum()) / (1 + len(self._nearest)) <= _MAX_FALSE_ALARMS)
+        # Boxes are less similar to whole images than whole images are to each other, so the estimate is not for boxes.
+        is_absent = query.box is None and is_probably_absent(first_scores[0, 0], self._nearest)
+        return SearchResult(hits[:count], rerank, seconds, is_absent)
 
     def _nearest_similarities(self) -> np.ndarray:
         """Return the similarity of each image of a sample of the database to its nearest other image, (n,)."""
@@ -250,6 +241,19 @@ class ImageSearch:
             yield
         finally:
             self._decoding.release()
+
+
+def is_probably_absent(similarity: float, nearest: np.ndarray, max_false_alarms: float = _MAX_FALSE_ALARMS) -> bool:
+    """Return True if a database probably contains no image of the object that a query shows.
+
+    This is so if the nearest image is less similar to the query than nearly all database images are to theirs.
+
+    Args:
+        similarity: cosine similarity of the query and its nearest database image, before reranking.
+        nearest: (n,) similarities of database images to their nearest other database image.
+        max_false_alarms: maximum rate of false alarms for queries like the database images, by the conformal p-value.
+    """
+    return bool((1 + (nearest <= similarity).sum()) / (1 + len(nearest)) <= max_false_alarms)
 
 
 @contextmanager
