@@ -403,11 +403,6 @@ class EvalConfig:
                 "rerank.kind=auto: the scores of queries that it reranks and of others are on different scales, and "
                 "recognition compares them; use rerank=gnn or rerank=none"
             )
-        if d.kind == "gldv2_recognition" and rerank.kind == "auto":
-            raise InputError(
-                "rerank.kind=auto: the scores of queries that it reranks and of others are on different scales, and "
-                "recognition compares them; use rerank=gnn or rerank=none"
-            )
         if reranker.searches_again is not None and self.index.kind != "flat":
             raise InputError(
                 f"rerank.kind={rerank.kind} runs an exact search of the whole database, so its results cannot be "
