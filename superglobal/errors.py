@@ -41,7 +41,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     Args:
         name: name that does not exist.
         names: names that exist. They may be longer, as vit_tiny_patch16_224 is for vit_tinny, or have a prefix that
-            ends in a dot, as dataset.database has for databas.
+            ends in a dot, as dataset.database has for dattabase.
 
     Returns:
         The hint with up to three names; empty if no name is similar.

@@ -268,8 +268,8 @@ def test_arguments_that_hydra_cannot_read_raise_errors():
 
 
 MISTAKES = {  # argument -> the end of the message
-    "dataset.databas=p": "there is no setting dataset.databas; did you mean dataset.database?",
-    "+databas=p": "there is no setting databas; did you mean dataset.database or descriptors.database or dataset?",
+    "dataset.dattabase=p": "there is no setting dataset.dattabase; did you mean dataset.database?",
+    "+dattabase=p": "there is no setting dattabase; did you mean dataset.database or descriptors.database?",
     "rerank.k=3": "there is no setting rerank.k; did you mean rerank.K or rerank.k1 or rerank.k2?",
     "whitenning=pca": "there is no setting whitenning; did you mean whitening or whitening.dims or whitening.kind?",
     "zzz=3": "there is no setting zzz; --help lists all settings",

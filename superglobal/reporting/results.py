@@ -271,7 +271,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     lines += summary["about"].get("notes", [])
     if summary["about"].get("unreadable"):
         count = summary["about"]["unreadable"]
-        lines.append(f"{count} images cannot be read and were left out; {folder / UNREADABLE} lists them")
+        lines.append(f"left out {count} images that cannot be read; {folder / UNREADABLE} lists them")
     if summary["about"].get("skipped"):
         lines.append(
             f"{summary['about']['skipped']} distractors are missing or corrupt and were not ranked; skipped.txt in "
