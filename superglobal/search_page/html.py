@@ -19,7 +19,7 @@ STAGES = ("decode", "extract", "search", "rerank")
 MAX_RESULTS = 2000  # maximum number of results that the page shows
 _JPEG_QUALITY = 85
 _ABSENT = (
-    "<b>Probably no match in this collection.</b> Nine of ten photos in the collection are more similar to their best "
+    "<b>Probably no match in this collection.</b> More than nine of ten photos in it are more similar to their best "
     "match than this query is to its own. This is estimated from similarities alone."
 )
 _FILE_INPUT = f'<input type="file" accept="image/*,{",".join(IMAGE_EXTENSIONS)}" aria-label="Photo to search for">'
