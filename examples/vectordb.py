@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
     finally:
         client.close()
     names = [point.payload["name"] for point in points]
+    if len(points) < 2:
+        raise superglobal.InputError(f"{args.images}: expected at least two images")
     candidates = center.transform(np.array([point.vector for point in points], np.float32))
     scores, order = superglobal.rerank_candidates(center.transform(query[None])[0], candidates, method="auto")
     print(f"rank {'from the database':50}  after reranking")

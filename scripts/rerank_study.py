@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,11 +105,16 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def extracted(cache: Path, network: Callable[[], RetrievalNetwork], images: Iterable) -> np.ndarray:
-    """Return the descriptors (n, D) of images; read them from the file `cache` if it exists, else write it."""
-    if not cache.is_file():
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        np.save(cache, superglobal.extract(network(), images, max_side=1024))
-    return np.load(cache)
+    """Return the descriptors (n, D) of images. They are stored beside `cache`, for each network and list of images."""
+    model, images = network(), list(images)
+    key = hashlib.sha256(repr((model.identity(), images)).encode()).hexdigest()[:16]
+    file = cache.with_name(f"{cache.stem}-{key}.npy")
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished.npy")
+        np.save(unfinished, superglobal.extract(model, images, max_side=1024))
+        unfinished.replace(file)
+    return np.load(file)
 
 
 def training_set(name: str, root: Path, network: Callable[[], RetrievalNetwork], cache: Path) -> StudySet:
@@ -399,6 +405,8 @@ def main() -> None:
     parser.add_argument("--test", type=Path, help="folder of a test set in the Revisited layout")
     parser.add_argument("--distractors", type=Path, help="folder of images; the test set is also scored with these")
     args = parser.parse_args()
+    if (args.test and args.step != "table") or (args.distractors and not args.test):
+        parser.error("--test belongs to the step table, and --distractors to --test")
     sets = rendered_sets(args.cache)
     trained = [data.centered() for data in sets if not data.name.startswith("untrained")]
     if args.step == "choose":

@@ -267,6 +267,11 @@ def test_arguments_that_hydra_cannot_read_raise_errors():
             config("dataset=toy", "backbone=resnet18", f"{setting}={10**400}")
 
 
+def test_the_name_of_the_link_to_the_last_evaluation_is_reserved():
+    with pytest.raises(InputError, match="dataset.name=latest: reserved"):
+        config("dataset=toy", "dataset.name=latest")
+
+
 MISTAKES = {  # argument -> the end of the message
     "dataset.dattabase=p": "there is no setting dataset.dattabase; did you mean dataset.database?",
     "+dattabase=p": "there is no setting dattabase; did you mean dataset.database or descriptors.database?",

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -340,6 +341,14 @@ def test_tuning_uses_the_held_out_landmarks_of_the_training(trained):
         held_out_set(run_folder, "/nowhere")
     with pytest.raises(InputError, match="contains no training run"):
         held_out_set(trained, None)
+
+
+def test_a_changed_training_set_is_not_tuned_on(trained, toy_data, tmp_path):
+    shutil.copytree(toy_data / "gldv2", tmp_path / "gldv2", symlinks=True)
+    table = tmp_path / "gldv2" / "train_clean.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match=r"train_clean\.csv: the images have changed since the training"):
+        held_out_set(trained / "train/quickstart", str(tmp_path / "gldv2"))
 
 
 def test_the_command_tunes_on_held_out_landmarks(trained, toy_data, caplog):

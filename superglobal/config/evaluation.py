@@ -118,9 +118,11 @@ class DatasetConfig(LoaderSettings):
     unreadable: str = setting("error", choices=("error", "skip"))
 
     def validate(self) -> None:
-        """Raise InputError if dataset=folder is given without an image folder."""
+        """Raise InputError if dataset=folder is given without an image folder, or the name is reserved."""
         if self.kind == "folder" and not self.database:
             raise InputError("dataset=folder: the image folder is missing; add dataset.database=FOLDER")
+        if self.name == "latest":
+            raise InputError("dataset.name=latest: reserved for the link to the last evaluation; use another name")
 
 
 @dataclass

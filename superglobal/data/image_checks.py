@@ -207,10 +207,11 @@ def _check_batch(
     for path, box in map(_path_and_box, items[start : start + _BATCH]):
         try:
             stamp = file_stamp(path)  # before the file is read, so that a later change is noticed
+            is_stable = stamp is not None and is_settled(stamp)
             image = None if decode else known.get(path, stamp)
             if image is None:
                 image = check_image(read_file(path), decode)
-                new += [(path, stamp, image)] if stamp is not None and is_settled(stamp) else []
+                new += [(path, stamp, image)] if stamp is not None and is_stable else []
             if image.size == _DAMAGED:
                 raise CorruptImageError("damaged inside, which was found when it was decoded; repair or replace it")
             results.append(image if box is None else CheckedImage(image.signature, _cropped_size(box, image.size)))

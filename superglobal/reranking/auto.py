@@ -7,7 +7,7 @@ without labels:
     n = (sum of the eigenvalues)^2 / (sum of their squares), over the eigenvalues of the shortlist's covariance matrix
 
 n is 1 if all images lie on one line, and at most M - 1. Both sums follow from the Gram matrix. On rendered landmarks
-and shortlists of 400 images, n was 3 to 9 for an untrained network, and 32 to 74 for trained ones; see
+and shortlists of 400 images, n was 3 to 9 for an untrained network, and 32 to 74 for two trained ones; see
 docs/background/reranking.md.
 """
 

@@ -362,6 +362,7 @@ class DescriptorStore:
             return np.empty(0, np.int64)
         with self._locks[shard]:  # The other threads wait for the result of the first one.
             stamp, state, checksums = file_stamp(path), np.array(self._done[rows]), np.array(self._checksums[rows])
+            is_stable = stamp is not None and is_settled(stamp)
             version = stamp, state.tobytes(), checksums.tobytes()
             known, damaged = self._results.get(shard, (None, np.empty(0, np.int64)))
             if not again and (version == known or self._verified[shard].tolist() == stamp):
@@ -373,7 +374,6 @@ class DescriptorStore:
             self._complete = self._complete and bool(state.all())
             self._results.pop(shard, None)
             is_sound = bool(state.all()) and not len(damaged)
-            is_stable = stamp is not None and is_settled(stamp)
             self._verified[shard] = stamp if is_sound and is_stable else 0
             if is_stable and not is_sound:
                 self._results[shard] = version, damaged

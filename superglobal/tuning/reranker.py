@@ -27,7 +27,7 @@ SETTINGS: tuple[Setting, ...] = (
     ("none", {}),
     *(("superglobal", {"K": K}) for K in (1, 3, 5, 9)),
     ("mutual", {}),
-    *(("kreciprocal", {"k1": k1, "k2": k2}) for k1, k2 in ((8, 4), (20, 6))),
+    *(("kreciprocal", {"k1": k1, "k2": k2}) for k1, k2 in ((8, 4), (15, 4), (20, 6))),
     *(("gnn", {"k1": k1, "k2": k2}) for k1, k2 in ((8, 2), (12, 3), (16, 3), (24, 4))),
 )
 """Settings that `tune_reranker` compares by default, each with and without centering."""

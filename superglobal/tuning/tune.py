@@ -178,7 +178,7 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
         content = read_json(record)
         settings = content["identity"]["settings"]
         d, v, seed = settings["data"], settings["validation"], settings["seed"]
-        root, tars = Path(data_root or content["root"]), content["tars"]
+        root, tars, digest = Path(data_root or content["root"]), content["tars"], content["identity"]["images"][1]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{run}: contains no training run ({error!r}); give the name= or run= of a training run, or a validation "
@@ -187,7 +187,7 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
     listed_in = root if d["table"] is None else root / d["table"]
     if not listed_in.exists():
         raise InputError(
-            f"{listed_in}: the training images of {run} are missing; give their folder by data_root=FOLDER"
+            f"{listed_in}: the training images of {run} are missing; give their folder or CSV file by data_root="
         )
     if tars is not None and data_root is None:
         raise InputError(
@@ -196,6 +196,11 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
         )
     images = read_train(root, d["table"], d["min_images"], d["classes_of"], d["leave_out"])
     images = split_landmarks(images, v["fraction"], seed)[1]
+    if images.digest() != digest:
+        raise InputError(
+            f"{listed_in}: the images have changed since the training {run}, so its held-out images are not known; "
+            "restore the images, or train again"
+        )
     listed = run / CORRUPT_IMAGES
     corrupt = {line.partition("\t")[0] for line in listed.read_text().splitlines()} if listed.is_file() else set()
     rows = [i for i in range(len(images)) if images.location(i) not in corrupt]
@@ -209,7 +214,7 @@ def held_out_set(run: Path, data_root: str | None) -> tuple[EvaluationSet, int |
         protocols="labels",
         leave_one_out=True,
         root=images.root if d["table"] is None else root,
-        how_to_get=how_to_get_gldv2_train(root) if d["table"] else f"{root} contains the images of the training {run}",
+        how_to_get=how_to_get_gldv2_train(root) if d["table"] else f"restore the images of {root}",
     )
     return dataset, v["max_side"]
 

@@ -113,6 +113,7 @@ def link_latest(parent: Path, folder: Path) -> None:
     with suppress(OSError, NotImplementedError, ValueError):  # `relative_to` raises ValueError for a folder elsewhere.
         target = folder.resolve().relative_to(parent.resolve())
         if link.is_symlink() or not link.exists():
+            new.unlink(missing_ok=True)  # left by a process that was killed and had the same id
             new.symlink_to(target, target_is_directory=True)
             os.replace(new, link)
 
@@ -333,6 +334,7 @@ def is_settled(stamp: list[int]) -> bool:
     """Return True unless a file with this `file_stamp` has changed in the last two seconds.
 
     A file system records times in steps of up to two seconds, so a second change within this time could keep the stamp.
+    Call this directly after `file_stamp`, before the file is read.
     Times in the future, from a wrong clock, count as settled.
     """
     return all(abs(time.time_ns() - changed) > _SETTLED for changed in stamp[1:])
