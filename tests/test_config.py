@@ -268,7 +268,7 @@ def test_arguments_that_hydra_cannot_read_raise_errors():
 
 
 def test_the_name_of_the_link_to_the_last_evaluation_is_reserved():
-    with pytest.raises(InputError, match="dataset.name=latest: reserved"):
+    with pytest.raises(InputError, match=r"dataset\.name=latest: reserved"):
         config("dataset=toy", "dataset.name=latest")
 
 

@@ -344,7 +344,7 @@ def test_tuning_uses_the_held_out_landmarks_of_the_training(trained):
 
 
 def test_a_changed_training_set_is_not_tuned_on(trained, toy_data, tmp_path):
-    shutil.copytree(toy_data / "gldv2", tmp_path / "gldv2", symlinks=True)
+    shutil.copytree(toy_data / "toy" / "gldv2", tmp_path / "gldv2", symlinks=True)
     table = tmp_path / "gldv2" / "train_clean.csv"
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(InputError, match=r"train_clean\.csv: the images have changed since the training"):
