@@ -2,14 +2,16 @@
 
 Usage: python scripts/absence_study.py [--test FOLDER --distractors FOLDER]
 
-The queries are those of the rendered sets of scripts/rerank_study.py, or of --test. They are searched for in their
-database, in the same database without the images of their landmark and, for the images of --distractors as queries, in
-a database of other landmarks. Results are in docs/guides/search_page.md.
+The queries are those of the rendered sets of scripts/rerank_study.py or of --test. The rendered evaluation sets
+are left out, because their queries are boxes. The queries are searched for in their database, in the same database
+without the images of their landmark and, for the images of --distractors as queries, in a database of other landmarks.
+Results are in docs/guides/search_page.md.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +37,15 @@ def leave_one_out(data: StudySet) -> StudySet:
     return StudySet(f"{data.name}, whole photos", data.X[own], data.X, positives, ignored, own)
 
 
-def print_absence(data: StudySet, others: np.ndarray | None = None) -> None:
-    """Print how many percent of queries get the search page's note at each level.
+def print_absence(data: StudySet, others: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Print and return how many percent of queries get the search page's note at each level.
 
     Args:
         data: queries and their database, once as it is and once without all images of the query's landmark.
         others: (n, D) queries whose object is not in the database; None for none.
+
+    Returns:
+        Percentages (3,) by case: the landmark is in the database, it was removed, and `others`.
     """
     scores, similarity = data.Q @ data.X.T, data.X @ data.X.T
     np.fill_diagonal(similarity, -2)
@@ -61,22 +66,30 @@ def print_absence(data: StudySet, others: np.ndarray | None = None) -> None:
     }
     if others is not None:
         rates["other images"] = [notes(query, np.empty(0, int)) for query in others @ data.X.T]
-    cells = " | ".join(f"{name}: " + " / ".join(f"{100 * r:.1f}" for r in np.mean(v, 0)) for name, v in rates.items())
-    print(f"| {data.name} | {cells} |", flush=True)
+    percent = {name: 100 * np.mean(values, axis=0) for name, values in rates.items()}
+    print_row(data.name, percent)
+    return percent
+
+
+def print_row(name: str, percent: Mapping[str, np.ndarray]) -> None:
+    """Print a row of the table: a name, and for each case the percentages at all levels."""
+    cells = [f"{case}: " + " / ".join(f"{value:.1f}" for value in values) for case, values in percent.items()]
+    print("| " + " | ".join([name, *cells]) + " |", flush=True)
 
 
 def main() -> None:
-    """Print the rates of the rendered sets or, with --test, of a test set."""
+    """Print the percentages of the rendered sets and their mean or, with --test, those of a test set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path("outputs/rerank_study"), help="folder for descriptors")
     parser.add_argument("--test", type=Path, help="folder of a test set in the Revisited layout")
     parser.add_argument("--distractors", type=Path, help="folder of images of other landmarks, required with --test")
     args = parser.parse_args()
+    if (args.test is None) != (args.distractors is None):
+        parser.error("--test and --distractors: expected both or neither")
     if args.test is None:
-        for data in rendered_sets(args.cache):
-            if not data.name.startswith("untrained"):
-                print_absence(data)
-                print_absence(data.centered())
+        sets = [d for d in rendered_sets(args.cache) if not d.name.startswith("untrained") and d.own is not None]
+        rows = [print_absence(variant) for data in sets for variant in (data, data.centered())]
+        print_row(f"mean of {len(rows)} sets", {case: np.mean([row[case] for row in rows], axis=0) for case in rows[0]})
         return
     lite0 = lambda: superglobal.load_model("package", pooling="gem", scales=1)  # noqa: E731
     file = args.cache / f"{args.test.name}.npy"

@@ -32,8 +32,8 @@ from superglobal.retrieval.rows import as_rows
 from superglobal.search_page import html, image_search
 from superglobal.search_page.image_search import Hit, QueryImage, SearchResult
 from superglobal.search_page.page import PageCallbacks
-from superglobal.search_page.serve import open_database, read_config
-from superglobal.search_page.server import Thumbnails, _RequestFilter, _upload_folder, open_socket
+from superglobal.search_page.serve import open_database, read_config, serve
+from superglobal.search_page.server import Thumbnails, _RequestFilter, open_socket, upload_folder
 
 ROOT = Path(__file__).parents[1]
 PLAIN = [o for o in BASE if not o.startswith(("logger", "figures"))]
@@ -86,7 +86,7 @@ def test_a_database_image_does_not_find_itself(evaluated):
         search.database_image(24)
 
 
-def test_the_stored_descriptor_of_an_unchanged_database_image_is_used(evaluated, tmp_path, monkeypatch):
+def test_the_stored_descriptor_of_an_unchanged_database_image_is_used(evaluated, tmp_path):
     search = evaluated.opened.search
     image = search.database_image(3)
     stored = search.extract(image)
@@ -130,6 +130,25 @@ def test_more_results_continue_the_ranking(evaluated, monkeypatch, rerank):
     assert sorted(hit.id for hit in results[-1]) == [i for i in range(24) if i != 3]
 
 
+def test_an_exact_search_is_done_once_and_approximate_ones_are_limited(evaluated, monkeypatch):
+    search = evaluated.opened.search
+    query = search.extract(search.database_image(3))
+    lengths = []
+
+    def recorded(q: np.ndarray, k: int, exclude: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        lengths.append(k)
+        return image_search.search(q, search.database, k, exclude=exclude)
+
+    monkeypatch.setattr(search, "_search", recorded)
+    monkeypatch.setattr(image_search, "_MIN_SHORTLIST", 4)
+    monkeypatch.setattr(image_search, "MAX_RESULTS", 15)
+    assert len(search.find_similar(query, M=6, count=20).hits) == 20
+    assert lengths == [20]
+    monkeypatch.setattr(search, "first_stage", recorded)
+    assert len(search.find_similar(query, M=6, count=20).hits) == 15
+    assert lengths == [20, 6, 12, 15]
+
+
 def test_a_query_without_similar_images_is_probably_absent(evaluated, tmp_path):
     search = evaluated.opened.search
     present = [search.find_similar(search.extract(search.database_image(number))) for number in range(24)]
@@ -139,8 +158,8 @@ def test_a_query_without_similar_images_is_probably_absent(evaluated, tmp_path):
     assert absent.is_absent
     boxed = search.find_similar(search.extract(QueryImage("white", tmp_path / "white.png"), (0.0, 0.0, 120.0, 96.0)))
     assert not boxed.is_absent
-    assert "Probably no match" in html.render_results(absent, search.names, "photos/x", 24)
-    assert "Probably no match" not in html.render_results(present[0], search.names, "photos/x", 24)
+    assert "Probably no match" in html.render_results(absent, search.names, "photos/x", 24, 9)
+    assert "Probably no match" not in html.render_results(present[0], search.names, "photos/x", 24, 9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
@@ -260,14 +279,14 @@ def test_requests_of_other_sites_are_rejected_and_responses_have_security_header
 
 def test_uploads_are_private_and_those_of_a_killed_server_are_deleted(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with _upload_folder() as first, _upload_folder() as second:
+    with upload_folder() as first, upload_folder() as second:
         (private,) = tmp_path.iterdir()
         assert first.is_dir()
         assert second.is_dir()
     assert list(private.iterdir()) == []
     (private / "killed").mkdir()
     (private / "killed" / "upload.jpg").write_bytes(b"")
-    with _upload_folder() as folder:
+    with upload_folder() as folder:
         assert folder.parent == private
         assert not (private / "killed").exists()
 
@@ -275,26 +294,35 @@ def test_uploads_are_private_and_those_of_a_killed_server_are_deleted(tmp_path, 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX")
 def test_a_folder_of_uploads_that_another_user_may_have_made_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    with pytest.raises(InputError, match="cannot be written"), _upload_folder():
+    with pytest.raises(InputError, match="cannot be written"), upload_folder():
         pass
     (tmp_path / "temporary").mkdir()
-    with _upload_folder() as folder:
+    with upload_folder() as folder:
         private = folder.parent
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
     private.chmod(0o711)
-    with pytest.raises(InputError, match="expected a folder to which only you have access"), _upload_folder():
+    with pytest.raises(InputError, match="expected a folder to which only you have access"), upload_folder():
         pass
     if os.getuid() == 0:
         private.chmod(0o700)
         os.chown(private, 1, -1)
-        with pytest.raises(InputError, match="expected a folder to which only you have access"), _upload_folder():
+        with pytest.raises(InputError, match="expected a folder to which only you have access"), upload_folder():
             pass
     private.rmdir()
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     private.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="expected a folder to which only you have access"), _upload_folder():
+    with pytest.raises(InputError, match="expected a folder to which only you have access"), upload_folder():
         pass
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_missing_folder_for_uploads_is_reported_before_the_extraction(evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setattr("tempfile._candidate_tempdir_list", lambda: [str(tmp_path / "missing")])
+    config = compose_serve_config(f"paths.outputs={tmp_path}", "page.port=0", *PLAIN, *mini(evaluated.data))
+    with pytest.raises(InputError, match="set TMPDIR to a folder that you can write to"):
+        serve(config)
+    assert not (tmp_path / "stores").exists()
 
 
 def test_the_page_takes_its_settings_from_a_store(evaluated, monkeypatch, tmp_path):
@@ -419,7 +447,7 @@ def test_movement_and_summary_show_rank_changes():
 
 def test_file_names_are_escaped_in_html():
     name = '"><script>alert(1)</script>.jpg'
-    rendered = html.render_results(SearchResult([Hit(0, 1, 1, 0.5)], True, {}), [name], "photos/x", 1)
+    rendered = html.render_results(SearchResult([Hit(0, 1, 1, 0.5)], True, {}), [name], "photos/x", 1, 9)
     rendered += (
         html.render_error(name)
         + html.render_examples([("database/0", "photos/x", name)], "")

@@ -21,7 +21,7 @@ class PageConfig:
         host: address on which the page listens; "127.0.0.1" allows access from this machine only, "0.0.0.0" from all
             machines that can reach it.
         port: port on which the page listens; 0 for any free port.
-        results: number of results shown at first, and added by each click on "Show more".
+        results: number of results shown at first, and added by each click on the button below them.
         samples: number of example images from the data set that are shown at a time; 0 for none.
         max_upload: maximum size of an uploaded file, in MB.
         max_megapixels: maximum size of an uploaded image, in megapixels.

@@ -28,7 +28,7 @@ from superglobal.models.weights import (
     require_same_shapes,
 )
 from superglobal.utils.escape import markdown
-from superglobal.utils.io import EXPORT, read_json, write_atomically
+from superglobal.utils.io import EXPORT, read_json, temporary_folder, write_atomically
 from superglobal.utils.provenance import versions
 
 FORMAT = "superglobal-model-1"
@@ -141,7 +141,7 @@ def push_to_hub(
     for name in options:
         if name not in known:
             raise InputError(f"push_to_hub: unknown argument {name}; see huggingface_hub.HfApi.upload_folder")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=temporary_folder()) as folder:
         save_pretrained(network, folder, card or model_card(network, repo_id=repo_id))
         try:
             api = HfApi(token=token)

@@ -12,11 +12,10 @@ import numpy as np
 from PIL import Image
 
 from superglobal.data.images import IMAGE_EXTENSIONS
-from superglobal.search_page.image_search import Hit, Query, SearchResult
+from superglobal.search_page.image_search import MAX_RESULTS, Hit, Query, SearchResult
 
 # Stages of a search, in the order in which the page shows their durations.
 STAGES = ("decode", "extract", "search", "rerank")
-MAX_RESULTS = 2000  # maximum number of results that the page shows
 _JPEG_QUALITY = 85
 _ABSENT = (
     "<b>Probably no match in this collection.</b> More than nine of ten photos in it are more similar to their best "
@@ -128,7 +127,7 @@ def render_empty(total: int) -> str:
     return f'<p class="sg-empty">The most similar of {total:,} photos will appear here, best first.</p>'
 
 
-def render_results(result: SearchResult, names: Sequence[str], url: str, total: int, step: int = 40) -> str:
+def render_results(result: SearchResult, names: Sequence[str], url: str, total: int, step: int) -> str:
     """Render the grid of results, and a button that shows more of them.
 
     Args:

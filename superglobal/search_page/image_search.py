@@ -33,6 +33,7 @@ from superglobal.utils.io import read_file
 
 FirstStage = Callable[[np.ndarray, int, np.ndarray | None], tuple[np.ndarray, np.ndarray]]
 """Search function: takes queries (Q, D), k and excluded ids (Q,) or None; returns scores and ids (Q, k), best first."""
+MAX_RESULTS = 2000  # maximum number of results that the page shows; FAISS returns at most 2048 on a GPU
 _MAX_DECODED = 2  # maximum number of images decoded at the same time; each can take more than 1 GB
 _MAX_SECONDS = 10.0  # maximum time to wait until an image can be decoded, and then to decode it
 _PREVIEW_SIDE = 800  # longer side of the query image that the page shows, in pixels
@@ -175,7 +176,8 @@ class ImageSearch:
             K: number of neighbors in reranking, for rerankers with this parameter.
             beta: weight of the neighbors in reranking, for rerankers with this parameter.
             rerank: whether to rerank.
-            count: maximum number of images in the result.
+            count: maximum number of images in the result. With an approximate index, at most M or `MAX_RESULTS` are
+                returned, whichever is larger.
 
         Raises:
             InputError: the database contains no image that can be returned, or K or beta is invalid.
@@ -183,16 +185,19 @@ class ImageSearch:
         reachable = self.count_reachable(query.image)
         if reachable < 1:
             raise InputError("the database contains no photos besides the query; add photos to it")
-        k, count = min(max(M, _MIN_SHORTLIST), reachable), min(count, reachable)
+        k = min(max(M, _MIN_SHORTLIST, count if self.first_stage is None else 0), reachable)
+        longest = min(max(k, MAX_RESULTS), reachable)
+        count = min(count, longest)
         exclude = None if query.image.id is None else np.array([query.image.id])
         seconds: dict[str, float] = {}
         with self._network_lock:
             with _timed(seconds, "search"):
                 q = query.descriptor
                 first_scores, first_ids = self._search(q, k, exclude)
-                # A longer search with an approximate index can find other images. Those found so far keep their ranks.
+                # A longer search with an approximate index can find other images, even some with higher scores. These
+                # are added after those found so far, which keep their ranks.
                 while first_ids.shape[1] < count:
-                    length = min(2 * first_ids.shape[1], reachable)
+                    length = min(2 * first_ids.shape[1], longest)
                     further_scores, further_ids = self._search(q, length, exclude)
                     new = np.flatnonzero(~np.isin(further_ids[0], first_ids))[: length - first_ids.shape[1]]
                     first_scores = np.concatenate([first_scores, further_scores[:, new]], axis=1)

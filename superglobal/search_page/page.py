@@ -18,7 +18,7 @@ from superglobal.data.images import Box
 from superglobal.errors import InputError
 from superglobal.reranking.registry import get_reranker
 from superglobal.search_page import html
-from superglobal.search_page.image_search import Query, QueryImage, SearchDatabase
+from superglobal.search_page.image_search import MAX_RESULTS, Query, QueryImage, SearchDatabase
 
 _HERE = Path(__file__).parent
 _KEEP_SECONDS = 3600  # seconds for which an uploaded file and the descriptor of the query are kept
@@ -126,7 +126,7 @@ class PageCallbacks:
         shown = event._data.get("shown")
         if query is None or not isinstance(shown, int):
             raise InputError("no photo is chosen: choose a photo first")
-        count = min(max(shown, 0) + self.config.page.results, html.MAX_RESULTS)
+        count = min(max(shown, 0) + self.config.page.results, MAX_RESULTS)
         return gr.skip(), gr.skip(), *self._search(query, rerank, M, K, beta, count)
 
     def problem(self, event: gr.EventData) -> str:

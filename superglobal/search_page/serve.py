@@ -50,14 +50,15 @@ def serve(cfg: DictConfig) -> None:
         cfg: composed `ServeConfig`.
 
     Raises:
-        InputError: inputs or settings are missing, invalid or contradict each other, or the address is in use.
+        InputError: inputs or settings are missing, invalid or contradict each other, the address is in use, or there is
+            no private folder for uploads.
     """
-    from superglobal.search_page.server import open_socket, run_server
+    from superglobal.search_page.server import open_socket, run_server, upload_folder
 
     config, folder = read_config(cfg)
-    # The socket is opened first. If the address is in use, the error appears at once, not after minutes of extraction.
-    with open_socket(config.page.host, config.page.port) as listener:
-        run_server(config, leave_out_unreadable(config, partial(open_database, config, folder)), listener)
+    # Errors of the address and of the folder for uploads appear at once, not after minutes of extraction.
+    with open_socket(config.page.host, config.page.port) as listener, upload_folder() as uploads:
+        run_server(config, leave_out_unreadable(config, partial(open_database, config, folder)), listener, uploads)
 
 
 def read_config(cfg: DictConfig) -> tuple[ServeConfig, Path | None]:

@@ -15,7 +15,6 @@ import signal
 import socket
 import stat
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from superglobal.data.images import CorruptImageError, ImageItem, decode_image, 
 from superglobal.errors import InputError
 from superglobal.search_page.html import encode_jpeg
 from superglobal.search_page.image_search import SearchDatabase
-from superglobal.utils.io import file_lock, read_file, write_error
+from superglobal.utils.io import file_lock, read_file, temporary_folder, write_error
 
 log = logging.getLogger(__name__)
 THUMBNAIL_SIDES = {"small": 240, "large": 1280}  # longer side in pixels of the thumbnails of each size
@@ -129,34 +128,33 @@ def open_socket(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def run_server(config: ServeConfig, database: SearchDatabase, listener: socket.socket) -> None:
-    """Serve the page on a listening socket until Ctrl-C or SIGTERM, and then delete all uploads."""
-    with _upload_folder() as uploads:
-        # Gradio reads these variables when it is imported. They set a folder for uploads and disable telemetry.
-        os.environ.update(GRADIO_TEMP_DIR=str(uploads), GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-        import uvicorn
+def run_server(config: ServeConfig, database: SearchDatabase, listener: socket.socket, uploads: Path) -> None:
+    """Serve the page on a listening socket until Ctrl-C or SIGTERM; `uploads` is the folder of uploaded files."""
+    # Gradio reads these variables when it is imported. They set a folder for uploads and disable telemetry.
+    os.environ.update(GRADIO_TEMP_DIR=str(uploads), GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+    import uvicorn
 
-        app = make_app(config, database, uploads)
-        # A page that is open in a browser keeps its connection. Without this timeout, a shutdown would wait for it.
-        options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
-        server = uvicorn.Server(uvicorn.Config(app, **options))
-        logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
-        # After its shutdown, uvicorn sends SIGTERM to this process again. Without this handler, the signal would end
-        # the process before the uploads are deleted.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        host, port = listener.getsockname()[:2]
-        if _local_names(config.page.host) is None:
-            log.warning("page.host=%s: everyone who can reach this machine can see and search these photos", host)
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        print(f"Open {address} in a browser; press Ctrl-C to stop the server.", flush=True)
-        try:
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:
-            print("The search page has stopped.", flush=True)
+    app = make_app(config, database, uploads)
+    # A page that is open in a browser keeps its connection. Without this timeout, a shutdown would wait for it.
+    options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(uvicorn.Config(app, **options))
+    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
+    # After its shutdown, uvicorn sends SIGTERM to this process again. Without this handler, the signal would end
+    # the process before the uploads are deleted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    host, port = listener.getsockname()[:2]
+    if _local_names(config.page.host) is None:
+        log.warning("page.host=%s: everyone who can reach this machine can see and search these photos", host)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"Open {address} in a browser; press Ctrl-C to stop the server.", flush=True)
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        print("The search page has stopped.", flush=True)
 
 
 @contextmanager
-def _upload_folder() -> Iterator[Path]:
+def upload_folder() -> Iterator[Path]:
     """Create a folder for uploads during a `with` statement. Delete those of servers that were killed.
 
     Raises:
@@ -182,10 +180,11 @@ def _private_folder() -> Path:
     redirect files by links that were created in advance.
 
     Raises:
-        InputError: the folder cannot be created, belongs to another user, or is accessible to other users.
+        InputError: the folder cannot be created, belongs to another user, or is accessible to other users; or there is
+            no folder for temporary files.
     """
     user = os.getuid() if hasattr(os, "getuid") else None  # On Windows, each user has a folder for temporary files.
-    folder = Path(tempfile.gettempdir()) / (_UPLOADS if user is None else f"{_UPLOADS}-{user}")
+    folder = temporary_folder() / (_UPLOADS if user is None else f"{_UPLOADS}-{user}")
     try:
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)

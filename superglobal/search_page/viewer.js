@@ -6,8 +6,15 @@
 const MIN_DRAG = 8; // A shorter movement, in pixels on the screen, counts as a click.
 
 // Selector of the element to focus when the server has updated the contents, which closes <details> and can remove the
-// focused element.
+// focused element. A failed request updates nothing, so the selector is kept only for a few seconds.
 let focusNext = null;
+let focusTimer;
+
+function focusAfterUpdate(selector) {
+  focusNext = selector;
+  clearTimeout(focusTimer);
+  focusTimer = setTimeout(() => { focusNext = null; }, 10_000);
+}
 
 new MutationObserver(() => {
   const next = focusNext && element.querySelector(focusNext);
@@ -24,7 +31,7 @@ element.addEventListener('click', (event) => {
   if (!button) return;
   if (button.dataset.shown) {
     const shown = Number(button.dataset.shown);
-    focusNext = `[data-rank="${shown + 1}"] a`;
+    focusAfterUpdate(`[data-rank="${shown + 1}"] a`);
     trigger('more', { shown });
     return;
   }
@@ -141,7 +148,7 @@ function acceptBoxes() {
   });
   element.addEventListener('submit', (event) => {
     event.preventDefault();
-    focusNext = '.sg-numbers:not([open]) button'; // The update closes the form.
+    focusAfterUpdate('.sg-numbers:not([open]) button'); // The update closes the form.
     trigger('box', { box: entered(event.target) });
   });
 }

@@ -250,6 +250,18 @@ def write_error(
     return InputError(f"{path}: cannot be {verb} ({error.strerror or error}); {hint}{alternative}")
 
 
+def temporary_folder() -> Path:
+    """Return the folder for temporary files.
+
+    Raises:
+        InputError: no such folder can be written.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:
+        raise InputError(f"{error.strerror}; set TMPDIR to a folder that you can write to") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file atomically. Bytes of file names that are not UTF-8 are written as escape sequences.
 
