@@ -349,6 +349,7 @@ def test_texts_keep_their_meaning_in_quotes_lists_and_sweeps(monkeypatch):
         "weights=choice(a,b)",
         "-m",
     ]
+    assert prepare_arguments(ENTRIES[0], ["whitening.kind=none, pca", "-m"]) == ["whitening.kind=none,pca", "-m"]
 
 
 def test_old_settings_do_not_exist_and_their_replacements_do():

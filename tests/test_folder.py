@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from superglobal.data.evaluation_set import drop_unreadable, notes_of
 from superglobal.data.folder import folder_set, labeled_images
 from superglobal.data.image_checks import check_images
 from superglobal.data.images import read_image
-from superglobal.errors import InputError
+from superglobal.errors import InputError, did_you_mean
 from superglobal.reporting.runs import read_results
 
 
@@ -81,10 +82,11 @@ def test_labels_define_the_positives_of_queries(tmp_path: Path) -> None:
 
 
 def test_queries_inside_the_database_are_junk_for_themselves(tmp_path: Path) -> None:
-    root = fill(tmp_path / "db", "queries/tower/q.jpg", "tower/1.jpg")
-    assert names(folder_set(root, root / "queries").database, root) == ["queries/tower/q.jpg", "tower/1.jpg"]
+    photos = ["bridge/1.jpg", "queries/tower/q.jpg", "tower/1.jpg"]
+    root = fill(tmp_path / "db", *photos)
+    assert names(folder_set(root, root / "queries").database, root) == photos
     dataset = folder_set(root, root / "queries", labels=True)
-    assert entry(dataset.gnd, 0) == ([1], [0])
+    assert entry(dataset.gnd, 0) == ([2], [1])
 
 
 def test_other_names_of_a_query_are_junk(tmp_path: Path) -> None:
@@ -142,6 +144,10 @@ def test_invalid_folders_raise_input_errors(tmp_path: Path) -> None:
         folder_set(tmp_path / "dbb" / "a", root)
     with pytest.raises(InputError, match="database folder not found"):
         folder_set(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"^database folder not found: .*stray\.jpg/sub; set dataset\.database"):
+        folder_set(root / "stray.jpg" / "sub", root)
+    with pytest.raises(InputError, match=r"^query folder not found: .*stray\.jpg/sub; set dataset\.query"):
+        folder_set(root, root / "stray.jpg" / "sub")
     with pytest.raises(InputError, match="query file not found"):
         folder_set(root, root / f"{'x' * 300}.jpg")
     with pytest.raises(InputError, match="is a file and has no label"):
@@ -173,6 +179,8 @@ def test_training_images_are_labeled_by_folders_or_by_a_csv_file(tmp_path: Path)
         ("file,label\na.jpg,x\n", "columns file, label and 1 rows"),
         ("path,label\na.jpg\n", "row 'a.jpg': expected a path and a label"),
         ("path,label\na.jpg,x\na.jpg,y\n", "a.jpg is listed twice"),
+        ("path,label\na.jpg,x\n./a.jpg,y\n", "a.jpg is listed twice"),
+        ("path,label\na\0.jpg,x\n", "expected a path and a label"),
         ("path,label\n\udce9.jpg,x\n", "cannot be read"),
     ],
 )
@@ -194,13 +202,12 @@ def test_training_images_without_a_label_are_an_error(tmp_path: Path) -> None:
 
 def test_hidden_and_system_folders_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     kept = ["a/1.jpg", "lost/2.jpg"]
-    root = fill(
-        tmp_path, *kept, "a/._1.jpg", "a/@eaDir/1.jpg", "__MACOSX/a/1.jpg", ".thumbnails/1.jpg", ".thumbnails/2.jpg"
-    )
+    hidden = ["a/._1.jpg", "a/@EADIR/1.jpg", "__MACOSX/a/1.jpg", "@Recycle/1.jpg", "$Recycle.Bin/1.jpg"]
+    root = fill(tmp_path, *kept, *hidden, ".thumbnails/1.jpg", ".thumbnails/2.jpg")
     (root / ".DS_Store").touch()
     with caplog.at_level("INFO"):
         assert names(folder_set(root, root / "a/1.jpg").database, root) == kept
-    assert caplog.messages == [f"{root}: left out 4 hidden images and hidden or system folders, e.g. .thumbnails"]
+    assert caplog.messages == [f"{root}: left out 6 hidden images and hidden or system folders, e.g. $Recycle.Bin"]
 
 
 def test_labels_that_may_be_misspelled_are_named(tmp_path: Path) -> None:
@@ -216,6 +223,8 @@ def test_labels_that_may_be_misspelled_are_named(tmp_path: Path) -> None:
         "labels Tower and tower differ only by case and count as different labels; rename one if they are the same",
         "queries without a score, because no other image has their label: 2, such as Tower/3.jpg, lone/4.jpg",
     ]
+    (tmp_path / "db" / "lone").rename(tmp_path / "db" / "\x1b[31mlone")
+    assert notes_of(folder_set(tmp_path / "db", labels=True))[-1].endswith(r"such as \x1b[31mlone/4.jpg, Tower/3.jpg")
     queries = fill(tmp_path / "queries", "towr/1.jpg", f"{decomposed}/1.jpg")
     assert "labels of queries that the database lacks: 1, such as towr; did you mean Tower or tower?" in notes_of(
         folder_set(tmp_path / "db", queries, labels=True)
@@ -244,3 +253,21 @@ def test_unreadable_images_are_removed_with_their_queries_and_ground_truth(
     (root / "a/2.jpg").write_bytes(b"x")
     with pytest.raises(InputError, match="database: 1 of 5 images missing, 2 corrupt"):
         drop_unreadable(folder_set(root, labels=True))
+
+
+def test_labels_without_the_unreadable_images_are_checked_too(tmp_path: Path) -> None:
+    root = fill(tmp_path / "one", "a/1.jpg", "a/2.jpg", "a/3.jpg", "b/1.jpg")
+    (root / "b/1.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"have the label a \(1 unreadable images were left out\), so every result"):
+        drop_unreadable(folder_set(root, labels=True))
+    root = fill(tmp_path / "lone", "a/1.jpg", "a/2.jpg", "b/1.jpg", "c/1.jpg")
+    (root / "a/2.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match=r"no query has another image .*1 unreadable"):
+        drop_unreadable(folder_set(root, labels=True))
+
+
+def test_names_of_large_folders_are_compared_quickly() -> None:
+    many = [f"IMG_{i:05}.jpg" for i in range(50_000)]
+    start = time.monotonic()
+    assert did_you_mean("holidy.jpg", [*many, "holiday.jpg"]) == "; did you mean holiday.jpg?"
+    assert time.monotonic() - start < 2

@@ -504,6 +504,16 @@ def test_only_new_and_changed_files_are_checked_again(tmp_path: Path, monkeypatc
     assert len(read) == 10
 
 
+def test_an_image_that_was_repaired_after_decoding_is_not_marked_as_damaged(tmp_path: Path) -> None:
+    paths, cache = [tmp_path / "damaged.jpg", tmp_path / "repaired.jpg"], tmp_path / "checked.npz"
+    for path in paths:
+        RGB.save(path)
+    signatures = check_images(paths).signatures
+    paths[1].write_bytes(paths[1].read_bytes() + b"x")
+    image_checks.CheckCache(cache).mark_damaged(list(zip(paths, signatures, strict=True)))
+    assert [path for path, _ in check_images(paths, cache=cache).unreadable] == paths[:1]
+
+
 @pytest.mark.parametrize("decoder", ["cpu", "gpu"])
 def test_an_image_that_is_replaced_after_the_check_is_not_extracted(tmp_path: Path, decoder: str) -> None:
     paths = [tmp_path / "kept.jpg", tmp_path / "replaced.jpg"]

@@ -227,6 +227,11 @@ def test_a_module_computes_in_float32_under_autocast(module):
     assert torch.equal(inside, module(x.float()))
 
 
+@pytest.mark.parametrize("p", [0.01, 10.0])
+def test_the_bounds_of_the_exponent_are_valid_in_float32(p):
+    assert PoolingConfig(p=torch.tensor(p).item()).p == pytest.approx(p)
+
+
 def test_a_learnable_exponent_is_trained_and_saved():
     pool = torch.nn.Sequential(RegionalGeM(), GeM(learnable=True))
     assert set(pool.state_dict()) == {"1.p"}

@@ -28,7 +28,7 @@ from superglobal.reporting.figures import (
     trapezoidal_steps,
 )
 from superglobal.reporting.ranking_figures import COLORS, Comparison, Ranking, draw_comparisons, find_rank, result_strip
-from superglobal.reporting.results import cosine_texts, image_sizes_text
+from superglobal.reporting.results import Names, cosine_texts, image_sizes_text, print_answers
 
 
 def unit(rng, *shape):
@@ -252,6 +252,19 @@ def test_results_show_the_cosine_of_the_search_after_reranking():
     stages = {"search": (scores, ids), "rerank": (np.array([[1.026, 0.9, -np.inf]]), np.array([[2, 5, 4]]))}
     assert cosine_texts(stages, "rerank", 0, 3) == ["0.800", "", "0.900"]
     assert cosine_texts(stages, "search", 0, 2) == ["0.900", "0.800"]
+
+
+def test_places_without_a_result_are_left_out(tmp_path, capsys):
+    stages = {"search": (np.array([[0.9, -np.inf]]), np.array([[0, -1]]))}
+    assert cosine_texts(stages, "search", 0, 2) == ["0.900", ""]
+    print_answers(Names(["query.jpg"], ["first.jpg", "last.jpg"], None), stages)
+    assert "first.jpg" in (out := capsys.readouterr().out)
+    assert "last.jpg" not in out
+    texture(0, 0).save(tmp_path / "a.png")
+    items = [ImageItem(tmp_path / "a.png")]
+    dataset = EvaluationSet("d", items, items, None, None, "none", False, tmp_path, "")
+    strip = np.asarray(result_strip(dataset, items, 0, ["0.900", ""], np.array([0, -1])))
+    assert (strip[:, strip.shape[1] // 2 :] == 255).all()
 
 
 def test_tiles_of_results_show_file_names(tmp_path):

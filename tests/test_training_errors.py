@@ -117,7 +117,9 @@ def test_an_exponent_that_training_moves_out_of_its_range_ends_the_run(tmp_path,
     module = torch.nn.Module()
     module.network = superglobal.load_model("random", backbone="test_resnet", pooling={"gem_plus": False})
     trainer, guard = SimpleNamespace(global_step=5, current_epoch=0), NonFiniteGuard(5, tmp_path, str)
-    guard.check(trainer, module)
+    for bound in (0.01, 10.0):
+        module.network.pooling.p.data.fill_(bound)
+        guard.check(trainer, module)
     module.network.pooling.p.data.fill_(p)
     with pytest.raises(InputError, match=r"^epoch 1, step 5: the p of GeM is \S+, expected 0\.01 to 10"):
         guard.check(trainer, module)

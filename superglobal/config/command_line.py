@@ -219,7 +219,7 @@ def _as_typed(hint: Any, value: str, multirun: bool) -> str:
         return _quote(value)
     if re.search("['\"]", value) and _parse(value) is not None:
         return value
-    return ",".join(_quote(text.replace("\\,", ",")) for text in re.split(r"(?<!\\),", value))
+    return ",".join(_quote(text.strip().replace("\\,", ",")) for text in re.split(r"(?<!\\),", value))
 
 
 def _quote(text: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import superglobal.data
 from superglobal.data.image_checks import CheckReport, check_images
 from superglobal.data.images import IMAGE_EXTENSIONS, NEEDS_PACKAGE, ImageItem
-from superglobal.errors import InputError, one_of
+from superglobal.errors import InputError, one_of, printable
 
 log = logging.getLogger(__name__)
 _MAX_LISTED = 5  # maximum number of files listed in a message
@@ -242,7 +242,8 @@ def drop_unreadable(dataset: EvaluationSet, cache: Path | None = None) -> Evalua
         The set of the other images. A removed query is not evaluated, and a removed database image is not ranked.
 
     Raises:
-        InputError: the set is a benchmark, or more than half of its queries or of its database images are unreadable.
+        InputError: the set is a benchmark, more than half of its queries or of its database images are unreadable, or
+            the labels of the other images do not `require_meaningful_labels`.
     """
     if dataset.protocols not in ("labels", "none"):
         raise InputError(
@@ -266,7 +267,7 @@ def drop_unreadable(dataset: EvaluationSet, cache: Path | None = None) -> Evalua
     queries = [i for i, item in enumerate(dataset.queries) if item.path not in unreadable]
     row_of = np.cumsum(kept) - 1
     gnd = dataset.gnd and [{name: row_of[rows[kept[rows]]] for name, rows in dataset.gnd[i].items()} for i in queries]
-    return replace(
+    remaining = replace(
         dataset,
         queries=[dataset.queries[i] for i in queries],
         database=[dataset.database[i] for i in np.flatnonzero(kept).tolist()],
@@ -274,6 +275,38 @@ def drop_unreadable(dataset: EvaluationSet, cache: Path | None = None) -> Evalua
         clusters=dataset.clusters and [dataset.clusters[i] for i in queries],
         unreadable=list(unreadable.items()),
     )
+    require_meaningful_labels(remaining)
+    return remaining
+
+
+def require_meaningful_labels(dataset: EvaluationSet) -> None:
+    """Raise InputError if labels cannot score results: no query has a positive, or every image is one for each query.
+
+    Args:
+        dataset: evaluation set with or without labels, from which unreadable images may have been removed.
+    """
+    if dataset.protocols != "labels" or dataset.gnd is None:
+        return
+    left_out = f" ({len(dataset.unreadable)} unreadable images were left out)" if dataset.unreadable else ""
+    scored = [i for i, sets in enumerate(dataset.gnd) if len(sets["positive"])]
+    if not scored:
+        raise InputError(
+            f"no query has another image of its label in the database {dataset.root}{left_out}; expected several "
+            "images in a sub-folder, or sub-folders of the same names. Rename them, or set dataset.labels=false"
+        )
+    if all(_only_positives(dataset, i) for i in scored):
+        label = dataset.clusters[scored[0]] if dataset.clusters else "of their query"
+        raise InputError(
+            f"all images under {dataset.root} have the label {label}{left_out}, so every result would be right; "
+            "expected a sub-folder for each label. Add images with other labels, or set dataset.labels=false"
+        )
+
+
+def _only_positives(dataset: EvaluationSet, query: int) -> bool:
+    """Return True if all images that are ranked for a query are positives."""
+    assert dataset.gnd is not None
+    ignored = np.append(dataset.gnd[query].get("junk", ()), [query] if dataset.leave_one_out else [])
+    return len(np.union1d(dataset.gnd[query]["positive"], ignored)) == len(dataset.database)
 
 
 def notes_of(dataset: EvaluationSet) -> list[str]:
@@ -282,7 +315,7 @@ def notes_of(dataset: EvaluationSet) -> list[str]:
     if dataset.protocols == "labels" and dataset.gnd is not None:
         lone = [item.path for item, sets in zip(dataset.queries, dataset.gnd, strict=True) if not len(sets["positive"])]
         if lone:
-            names = ", ".join(f"{path.parent.name}/{path.name}" for path in lone[:_MAX_LISTED])
+            names = printable(", ".join(f"{path.parent.name}/{path.name}" for path in lone[:_MAX_LISTED]))
             notes.append(
                 f"queries without a score, because no other image has their label: {len(lone)}, such as {names}"
             )
@@ -316,7 +349,8 @@ def list_problems(problems: Sequence[tuple[Path | str, str]]) -> list[str]:
         lines += [f"{len(paths)} images, such as {paths[0]}: {needed}"] if paths else []
     others = [(path, reason) for path, reason in problems if reason not in NEEDS_PACKAGE.values()]
     lines += [f"{path}: {reason}" for path, reason in others[:_MAX_LISTED]]
-    return lines + ([f"... and {len(others) - _MAX_LISTED} more"] if len(others) > _MAX_LISTED else [])
+    lines += [f"... and {len(others) - _MAX_LISTED} more"] if len(others) > _MAX_LISTED else []
+    return list(map(printable, lines))
 
 
 def group_by_landmark(positives: Sequence[Iterable[int]]) -> list[int]:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from superglobal.data.evaluation_set import EvaluationSet, loader
+from superglobal.data.evaluation_set import EvaluationSet, loader, require_meaningful_labels
 from superglobal.data.images import IMAGE_EXTENSIONS, ImageItem
 from superglobal.errors import InputError, did_you_mean, printable
 from superglobal.utils.io import read_csv, walk
 
 log = logging.getLogger(__name__)
-# Folders with thumbnails and deleted files.
-_SYSTEM_FOLDERS = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+# Folders with thumbnails, snapshots and deleted files, in lower case.
+_SYSTEM_FOLDERS = (
+    *("@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin"),
+    *("#snapshot", "system volume information", "lost+found"),
+)
 
 
 @loader("folder")
@@ -41,8 +46,8 @@ def folder_set(
         name: name of the set.
 
     Raises:
-        InputError: a folder is missing, has no images or cannot be listed, images have no label or all have the same
-            one, no query has a positive, or neither `query` nor `labels` is given.
+        InputError: a folder is missing, has no images or cannot be listed, images have no label, no query has a
+            positive, all results would be right, or neither `query` nor `labels` is given.
     """
     database = Path(database)
     _require_exists(database, "database", "dataset.database")
@@ -60,18 +65,7 @@ def folder_set(
         notes = _label_notes(query_folders, folders)
         clusters, database_labels = [list(map(_normalized, names)) for names in (query_folders, folders)]
         gnd = _ground_truth(queries, clusters, paths, database_labels)
-        if not any(len(entry["positive"]) for entry in gnd):
-            places = database if query is None else f"{query} and {database}"
-            raise InputError(
-                f"no query has another image of its label in the database ({places}); expected several images in a "
-                "sub-folder, or sub-folders of the same names. Rename them, or set dataset.labels=false"
-            )
-        if len(set(database_labels)) == 1:
-            raise InputError(
-                f"all images under {database} have the label {database_labels[0]}, so every result would be right; "
-                "expected a sub-folder for each label. Add images with other labels, or set dataset.labels=false"
-            )
-    return EvaluationSet(
+    dataset = EvaluationSet(
         name=name,
         queries=[ImageItem(path) for path in queries],
         database=[ImageItem(path) for path in paths],
@@ -83,6 +77,8 @@ def folder_set(
         about={"notes": notes} if notes else {},
         how_to_get="replace or remove the files listed above, or leave them out with dataset.unreadable=skip",
     )
+    require_meaningful_labels(dataset)
+    return dataset
 
 
 def labeled_images(path: str | Path) -> tuple[list[str], list[str]]:
@@ -130,8 +126,9 @@ def _read_labels(path: Path) -> tuple[list[str], list[str]]:
     labels: dict[str, str] = {}
     for row in rows:
         name, label = (row[column].strip() if column < len(row) else "" for column in columns)
-        if not name or not label:
+        if not name or not label or "\0" in name:
             raise InputError(f"{path}: row {','.join(row)!r}: expected a path and a label")
+        name = posixpath.normpath(name)
         if name in labels:
             raise InputError(f"{path}: {name} is listed twice; remove one row")
         labels[name] = label
@@ -184,7 +181,7 @@ def _list_images(folder: Path, role: str, setting: str) -> list[Path]:
 
 def _is_hidden(name: str) -> bool:
     """Return True for the name of a hidden file or folder, or of a folder that an operating system creates."""
-    return name.startswith(".") or name in _SYSTEM_FOLDERS
+    return name.startswith(".") or name.casefold() in _SYSTEM_FOLDERS
 
 
 def _require_exists(path: Path, role: str, setting: str) -> None:
@@ -202,7 +199,9 @@ def _require_exists(path: Path, role: str, setting: str) -> None:
     if os.path.exists(path):
         raise InputError(f"{role} {path} is not a folder; {advice}")
     parent = next(parent for parent in path.parents if os.path.exists(parent))
-    names = [path.name for path in parent.iterdir() if is_query or path.is_dir()] if os.access(parent, os.R_OK) else []
+    names: list[str] = []
+    with suppress(OSError), os.scandir(parent) as entries:  # `parent` may be a file, or a folder without permissions
+        names = [entry.name for entry in entries if is_query or entry.is_dir()]
     hint = did_you_mean(path.relative_to(parent).parts[0], names) or f"; {advice}"
     kind = "file" if is_query and path.name.lower().endswith(IMAGE_EXTENSIONS) else "folder"
     raise InputError(f"{role} {kind} not found: {path}{hint}")
@@ -236,7 +235,7 @@ def _label_notes(query_labels: Sequence[str], labels: Sequence[str]) -> list[str
     if absent:
         hint = did_you_mean(absent[0], known)
         notes.append(f"labels of queries that the database lacks: {len(absent)}, such as {absent[0]}{hint}")
-    return notes
+    return list(map(printable, notes))
 
 
 def _normalized(label: str) -> str:

@@ -88,9 +88,18 @@ class CheckCache:
         return CheckedImage(f"{size}-{crc:08x}", (height, width))
 
     def mark_damaged(self, images: Sequence[tuple[Path, str]]) -> None:
-        """Record the path and the signature of each image that cannot be decoded although its structure is complete."""
-        stamps = [(path, file_stamp(path), CheckedImage(signature, _DAMAGED)) for path, signature in images]
-        self.update([(path, stamp, image) for path, stamp, image in stamps if stamp is not None])
+        """Record each image that cannot be decoded although its structure is complete, unless its file has changed.
+
+        Args:
+            images: path of each image, and the signature of its file when it was decoded.
+        """
+        results: list[tuple[Path, Sequence[int], CheckedImage]] = []
+        for path, signature in images:
+            stamp = file_stamp(path)  # before the file is read, as in `_check_batch`
+            with suppress(OSError):
+                if stamp is not None and file_signature(read_file(path)) == signature:
+                    results.append((path, stamp, CheckedImage(signature, _DAMAGED)))
+        self.update(results)
 
     def update(self, results: Sequence[tuple[Path, Sequence[int], CheckedImage]]) -> None:
         """Add the path, the stamp and the result of each newly checked image, and write the file."""

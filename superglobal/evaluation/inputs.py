@@ -113,15 +113,16 @@ class Inputs:
         return np.arange(len(self.queries)) if leave_one_out else None
 
 
-def leave_out_unreadable(config: EvalConfig, load: Callable[[], T]) -> T:
-    """Return the result of `load()`, which extracts descriptors.
+def leave_out_unreadable(load: Callable[[], T], stores: str, shard: str | None = None) -> T:
+    """Return the result of `load()`, which extracts descriptors or feature maps.
 
     Images that cannot be decoded although the check has found no fault are recorded as damaged. In a single process,
     `load` is then called again, and the check removes these images from the data set.
 
     Args:
-        config: settings of the evaluation.
-        load: function that checks the images and extracts the missing descriptors.
+        load: function that checks the images and extracts the missing descriptors or feature maps.
+        stores: folder of the stores, `paths.stores`.
+        shard: `extraction.shard`. Shards end with the error, so that all of them start again with the same images.
 
     Raises:
         InputError: see `load_inputs`.
@@ -129,8 +130,8 @@ def leave_out_unreadable(config: EvalConfig, load: Callable[[], T]) -> T:
     try:
         return load()
     except UnreadableImagesError as error:
-        CheckCache(Path(config.paths.stores) / CHECKED_IMAGES).mark_damaged(error.images)
-        if launched_externally() or torch.distributed.is_initialized():
+        CheckCache(Path(stores) / CHECKED_IMAGES).mark_damaged(error.images)
+        if shard is not None or launched_externally() or torch.distributed.is_initialized():
             raise
     return load()
 
@@ -150,7 +151,9 @@ def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
         InputError: inputs are missing or unreadable; one message lists all problems.
         NotApplicableError: the row of the ablation table does not apply to the backbone.
     """
-    return leave_out_unreadable(config, partial(_load_inputs, config, timer))
+    return leave_out_unreadable(
+        partial(_load_inputs, config, timer), config.paths.stores, config.extraction.shard
+    )
 
 
 def _load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:

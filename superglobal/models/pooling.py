@@ -101,9 +101,14 @@ def _require_eps(name: str, value: float) -> None:
 
 def _require_exponent(name: str, value: float) -> None:
     """Raise InputError unless float32 can compute generalized means with the value of the setting `name`."""
+    if not is_exponent(value):
+        raise InputError(f"{name}={value}: expected a number from {EXPONENTS[0]:g} to {EXPONENTS[1]:g}")
+
+
+def is_exponent(value: float) -> bool:
+    """Return True if an exponent is in `EXPONENTS`, up to the rounding of float32."""
     low, high = EXPONENTS
-    if not low <= value <= high:
-        raise InputError(f"{name}={value}: expected a number from {low:g} to {high:g}")
+    return low * (1 - 1e-6) <= value <= high * (1 + 1e-6)
 
 
 def _require_scale_exponent(name: str, value: float) -> None:

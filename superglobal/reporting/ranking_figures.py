@@ -205,13 +205,15 @@ def result_strip(
         database: database images, indexed by id, including distractors.
         query: index of the query.
         scores: scores of the k results as text, best first.
-        ids: (k,) database ids of the results.
+        ids: (k,) database ids of the results; -1 for no result.
 
     Returns:
-        RGB image of one row of k thumbnails.
+        RGB image of one row of k thumbnails. The place of an id of -1 stays empty.
     """
     strip = Image.new("RGB", (_CELL * max(1, len(ids)), _FRAME + 2 * _CAPTION), "white")
     for rank, (score, image) in enumerate(zip(scores, ids.tolist(), strict=True)):
+        if image < 0:
+            continue
         kind = relevance(dataset, query, image)
         item = database[image]
         _draw_cell(strip, _CELL * rank, 0, thumbnail(item), kind, f"{rank + 1}  {score}", item.path.name)

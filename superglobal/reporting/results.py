@@ -285,11 +285,12 @@ def cosine_texts(stages: Stages, stage: str, query: int, count: int) -> list[str
     """Return the cosine similarities to a query of the first `count` results of a stage, such as "0.734".
 
     Scores of rerankers are on other scales, which differ between queries, and may exceed 1. People read a cosine
-    similarity more easily. The text is empty for a result that the first search did not return.
+    similarity more easily. The text is empty for a result that the first search did not return, and for the id -1, with
+    which an approximate index fills up short lists.
     """
     scores, ids = stages["search"]
     cosines = dict(zip(ids[query].tolist(), scores[query].tolist(), strict=True))
-    return [f"{cosines[i]:.3f}" if i in cosines else "" for i in stages[stage][1][query, :count].tolist()]
+    return [f"{cosines[i]:.3f}" if i >= 0 and i in cosines else "" for i in stages[stage][1][query, :count].tolist()]
 
 
 def print_answers(names: Names, stages: Stages, queries: int = 10, results: int = 5) -> None:
@@ -308,7 +309,7 @@ def print_answers(names: Names, stages: Stages, queries: int = 10, results: int 
         lines.append(f"{names.queries[query]}:")
         texts = cosine_texts(stages, stage, query, results)
         found = zip(texts, stages[stage][1][query, :results].tolist(), strict=True)
-        lines += [f"  {rank}  {text:>6}  {names.database[i]}" for rank, (text, i) in enumerate(found, 1)]
+        lines += [f"  {rank}  {text:>6}  {names.database[i]}" for rank, (text, i) in enumerate(found, 1) if i >= 0]
     if len(names.queries) > queries:
         lines.append(f"... and {len(names.queries) - queries} more queries; rankings.csv has the results of all")
     console().print("\n".join(map(printable, lines)), soft_wrap=True, highlight=False, markup=False)
@@ -388,6 +389,7 @@ def _write_rankings(folder: Path, stages: Stages, names: Names) -> None:
     depth = min(_MAX_LISTED, max(1, _MAX_ROWS // len(ids)))
     rankings, rows = [], []
     for number, (row_scores, row_ids) in enumerate(zip(scores[:, :depth], ids[:, :depth], strict=True)):
+        row_scores, row_ids = row_scores[row_ids >= 0], row_ids[row_ids >= 0]
         images = [names.database[i] for i in row_ids]
         values = [round(float(s), 6) if math.isfinite(s) else None for s in row_scores]
         # Several queries may be boxes in the same image, so only the number identifies a query.

@@ -58,7 +58,8 @@ def serve(cfg: DictConfig) -> None:
     config, folder = read_config(cfg)
     # Errors of the address and of the folder for uploads appear at once, not after minutes of extraction.
     with open_socket(config.page.host, config.page.port) as listener, upload_folder() as uploads:
-        run_server(config, leave_out_unreadable(config, partial(open_database, config, folder)), listener, uploads)
+        database = leave_out_unreadable(partial(open_database, config, folder), config.paths.stores)
+        run_server(config, database, listener, uploads)
 
 
 def read_config(cfg: DictConfig) -> tuple[ServeConfig, Path | None]:

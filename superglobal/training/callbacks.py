@@ -17,7 +17,7 @@ from torch import Tensor
 
 from superglobal.data.train_dataset import CorruptImageList
 from superglobal.errors import InputError
-from superglobal.models.pooling import EXPONENTS
+from superglobal.models.pooling import EXPONENTS, is_exponent
 from superglobal.training.module import TrainingModule
 from superglobal.utils.io import write_atomically
 
@@ -257,7 +257,7 @@ class NonFiniteGuard(StepCallback):
         losses = bool(torch.stack([finite for _, _, finite in window]).all()) if window else True
         total = torch.stack(torch._foreach_norm([p.detach() for p in module.parameters()])).sum()
         p, (low, high) = module.network.pooling.p, EXPONENTS
-        problems = any_rank(self.group, not losses, not torch.isfinite(total), not low <= p.item() <= high)
+        problems = any_rank(self.group, not losses, not torch.isfinite(total), not is_exponent(p.item()))
         if problems[0]:
             raise InputError(self._loss_message(trainer, window) + self._hint(trainer, module))
         where = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
