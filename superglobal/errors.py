@@ -65,7 +65,8 @@ def one_of(name: str, names: Iterable[str]) -> str:
 
 def _common_ends(name: str, known: str) -> int:
     """Return the number of characters at the start and at the end that a typed name shares with a known name."""
-    return sum(len(os.path.commonprefix(pair)) for pair in ((name, known), (name[::-1], known[::-1])))
+    pairs = (name, known), (name[::-1], known[::-1])
+    return sum(len(os.path.commonprefix(pair)) for pair in pairs)  # noqa: RUF071 -- names are compared, not paths
 
 
 def _similarity(name: str, known: str) -> float:

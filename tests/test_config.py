@@ -289,6 +289,7 @@ MISTAKES = {  # argument -> the end of the message
     "dataset.labels=si": "expected true or false",
     "logger.tags=a": "expected a list in brackets, such as [a,b]",
     "k=1,2": "several values; add -m to run the command once for each, or use a list k=[...]",
+    "rerank=none,mutual": "several options; add -m to run the command once for each",
     "scales=[1,2": "expected a value in the grammar of Hydra; put a text in quotes",
     "photos": "expected name=value, or quotes around a value: 'dataset.database=my photos'",
 }

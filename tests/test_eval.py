@@ -201,7 +201,7 @@ def test_corrupt_distractors_are_skipped_if_configured(tmp_path):
     (listed,) = (tmp_path / "b" / "stores").glob("noise-*/skipped.txt")
     assert sorted(Path(line.split("\t")[0]).name for line in listed.read_text().splitlines()) == ["d1.jpg", "d4.jpg"]
     got = results(tmp_path / "b")
-    assert (got["dataset"], got["counts"]["database"]) == ("mini+noise (2 unreadable)", 28)
+    assert (got["dataset"], got["counts"]["database"]) == ("mini+noise (2 skipped)", 28)
     run_program(tmp_path / "c", *revisited(tmp_path, "distractors=list", "distractors.name=less", "rerank.M=12"))
     assert got["metrics"] == results(tmp_path / "c")["metrics"]
     assert "0 to extract" in run_program(tmp_path / "d", *extra, *skip, f"paths.stores={tmp_path}/b/stores")

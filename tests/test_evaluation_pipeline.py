@@ -17,6 +17,8 @@ from sets import break_scan, write_folders, write_revisited
 import superglobal
 from superglobal.config import register
 from superglobal.errors import InputError
+from superglobal.evaluation.inputs import leave_out_unreadable
+from superglobal.evaluation.module import UnreadableImagesError
 from superglobal.evaluation.pipeline import evaluate
 from superglobal.evaluation.saved_run import FinishedRun
 from superglobal.metrics.revisited import REVISITED, average_precision
@@ -138,6 +140,18 @@ def test_unreadable_images_of_a_folder_are_left_out_and_counted(tmp_path, capsys
         assert FinishedRun(result["folder"]).dataset.unreadable
     with pytest.raises(InputError, match=r"label2/2.jpg: damaged inside"):
         run(tmp_path, *folder, "dataset.unreadable=error")
+
+
+def test_only_a_single_process_loads_again_without_unreadable_images(tmp_path):
+    def load():
+        calls.append(0)
+        raise UnreadableImagesError("damaged", [])
+
+    for shard, expected in ((None, 2), ("0/2", 1)):
+        calls = []
+        with pytest.raises(UnreadableImagesError):
+            leave_out_unreadable(load, str(tmp_path), shard)
+        assert len(calls) == expected
 
 
 def test_a_benchmark_is_not_evaluated_without_some_of_its_images(data, tmp_path):

@@ -18,6 +18,7 @@ from PIL import Image
 from superglobal.errors import InputError
 from superglobal.metrics.revisited import cluster_interval
 from superglobal.reporting.results import FORMAT
+from superglobal.reporting.table_rows import _name_and_variant
 from superglobal.reporting.tables import write_tables
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +206,14 @@ def test_a_dataset_and_its_distractors_share_one_table(tmp_path, capsys):
     assert cells[3][3].startswith(r"\textbf{") == (rows[1]["hard"] == max(row["hard"] for row in rows))
     output = capsys.readouterr().out
     assert all(value in output for row in rows for name in PROTOCOLS if (value := row[f"{name} +big_set"]))
+
+
+def test_unreadable_images_make_another_data_set_and_skipped_distractors_a_variant():
+    def split(dataset, distractors):
+        return _name_and_variant({"dataset": dataset, "config": {"distractors": {"name": distractors}}})
+
+    assert split("d+more (2 unreadable) (3 skipped)", "more") == ("d (2 unreadable)", "+more (3 skipped)")
+    assert split("d (2 unreadable)", None) == ("d (2 unreadable)", "")
 
 
 def test_names_are_escaped_in_latex_and_markdown(tmp_path):

@@ -17,7 +17,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from sets import texture, write_folders
+from sets import break_scan, texture, write_folders
 
 import superglobal
 from superglobal.config import register
@@ -311,6 +311,19 @@ def test_written_settings_reproduce_the_score_and_mark_a_test_set(data, tmp_path
     assert (got["tuned_on"], got["role"]) == (["mini (test set)"], "test")
     write_tables(tmp_path / "eval")
     assert "(tuned on mini (test set))" in (tmp_path / "eval/table.csv").read_text()
+
+
+def test_tuning_leaves_out_images_that_cannot_be_decoded_and_lists_them(tmp_path, capsys):
+    folder = write_folders(tmp_path / "photos", landmarks=4, views=3)
+    break_scan(folder / "label0/0.jpg")  # found only when it is decoded
+    words = ["dataset=folder", f"dataset.database={folder}", "dataset.labels=true", "backbone=test_resnet"]
+    words += ["weights=random", "name=own", "trials=1", f"paths.outputs={tmp_path}", *SMALL, *QUIET]
+    result = tmp_path / "tune"
+    result.mkdir()
+    tune(config("tune", *words), result)
+    assert f"left out 1 images that cannot be read; {result / 'unreadable.txt'} lists them" in capsys.readouterr().out
+    assert (result / "unreadable.txt").read_text().startswith(f"{folder / 'label0/0.jpg'}\t")
+    assert len(json.loads((result / "tuning.json").read_text())["images"]) == 11
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def prepare_arguments(entry: Entry, arguments: Iterable[str]) -> list[str]:
             continue
         if name not in settings:
             _check_name(entry, settings, prefix, name, text)
-            _check_option(name, value, text, flags.config_dir, overrides)
+            _check_option(name, value, text, flags, overrides)
         elif prefix != "~":
             value = _as_typed(settings[name], value, flags.multirun)
             _check_value(name, settings[name], value, text, flags.multirun)
@@ -153,27 +154,29 @@ def _check_name(entry: Entry, settings: dict[str, Any], prefix: str, name: str, 
     raise InputError(f"{text}: there is no setting {name}{hint}")
 
 
-def _check_option(group: str, value: str, text: str, config_dir: str | None, overrides: Sequence[str]) -> None:
-    """Raise InputError if a group has no such option.
+def _check_option(group: str, value: str, text: str, flags: Namespace, overrides: Sequence[str]) -> None:
+    """Raise InputError if a group has no such option, or if there are several without a sweep.
 
     Args:
         group: name of the group, such as "dataset".
         value: option, or several options separated by commas.
         text: the argument.
-        config_dir: folder with further options, from --config-dir; None if there is none.
+        flags: Hydra's flags; --config-dir is a folder with further options, and -m runs a sweep.
         overrides: all settings of the command line; `hydra.searchpath` may add folders, and then all options are valid.
     """
     if value in ("", "null") or re.search(r"""['"()\[\]{}$]""", value):
         return
     if any(override.lstrip("+").startswith("hydra.searchpath=") for override in overrides):
         return
-    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
+    folders = [conf_dir(), *([Path(flags.config_dir)] if flags.config_dir else [])]
     options = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
     options |= {file.removesuffix(".yaml") for file in ConfigStore.instance().repo.get(group, {})}
     for option in value.split(","):
         name = option.strip().removesuffix(".yaml")
         if name not in options and not any((folder / group / f"{name}.yaml").is_file() for folder in folders):
             raise InputError(f"{text}: {group} has no option {name}; expected {one_of(name, sorted(options))}")
+    if "," in value and not flags.multirun:
+        raise InputError(f"{text}: several options; add -m to run the command once for each")
 
 
 def _check_value(name: str, hint: Any, value: str, text: str, multirun: bool) -> None:

@@ -333,8 +333,8 @@ class EvalConfig:
     def validate(self) -> None:
         """Check settings that depend on each other, and replace values that other settings determine.
 
-        The replaced values are the precision "auto", null for the reranking parameters and `index.compare`, and
-        `dataset.unreadable` if descriptors are read from files.
+        The replaced values are the precision "auto", null for the reranking parameters, `index.compare` and
+        `logger.wandb`, and `dataset.unreadable` if descriptors are read from files.
 
         Raises:
             InputError: settings contradict each other, or a package is missing.

@@ -106,7 +106,7 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raise InputError if the folder of your own images is missing, or a setting of GLDv2's layout is given."""
-        if not self.root:
+        if self.table is None and not self.root:
             raise InputError("data=folder: the image folder is missing; add data.root=FOLDER")
         for name in ("classes_of", "leave_out", "tars"):
             if self.table is None and (value := getattr(self, name)) is not None:

@@ -137,6 +137,15 @@ class BatchedImageDataset(Dataset):
         return batches
 
 
+def is_permanent(error: InputError) -> bool:
+    """Return False if another attempt to read an image may succeed.
+
+    A missing file is a permanent error. Other errors of the operating system may be temporary, for example those of a
+    network file system.
+    """
+    return not isinstance(error.__cause__, OSError) or isinstance(error.__cause__, FileNotFoundError)
+
+
 def _group_by_size(number: int, images: Iterable[tuple[int, Tensor | InputError]]) -> list[LoadedBatch]:
     """Group images into one batch per image size. Add a last batch for images that cannot be read, if there are any.
 
@@ -148,11 +157,7 @@ def _group_by_size(number: int, images: Iterable[tuple[int, Tensor | InputError]
     faults = []
     for row, image in images:
         if isinstance(image, InputError):
-            # A missing file is a permanent error. Other errors of the operating system may be temporary, for example
-            # those of a network file system.
-            cause = image.__cause__
-            permanent = not isinstance(cause, OSError) or isinstance(cause, FileNotFoundError)
-            faults.append((row, str(image), permanent))
+            faults.append((row, str(image), is_permanent(image)))
         else:
             by_size.setdefault(tuple(image.shape), []).append((row, image))
     loaded = [

@@ -151,10 +151,10 @@ def check_images(
 ) -> CheckReport:
     """Check that image files exist and are complete, without decoding them.
 
-    The check finds missing and empty files, FIFOs and devices, files that are not images in one of `FORMATS`, JPEG
-    files without an end marker, PNG files without the last chunk, images with more than `MAX_PIXELS` pixels, and empty
-    crops. Bytes after the end of an image are accepted, because every decoder ignores them. Damage inside a file is
-    found only by decoding it.
+    The check finds missing and empty files, FIFOs and devices, files that are not images in one of `FORMATS` or
+    `NEEDS_PACKAGE`, JPEG files without an end marker, PNG files without the last chunk, images with more than
+    `MAX_PIXELS` pixels, and empty crops. Bytes after the end of an image are accepted, because every decoder ignores
+    them. Damage inside a file is found only by decoding it.
 
     Args:
         items: images, or paths of images.

@@ -32,7 +32,8 @@ from superglobal.utils.io import read_file
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif")
 MAX_PIXELS = 128_000_000  # maximum number of pixels of an image; decoding takes about 10 bytes per pixel
-# The only formats that are opened; JPEG includes MPO. Pillow passes others, such as EPS, to external programs.
+# The only formats that are opened, with those of `NEEDS_PACKAGE`; JPEG includes MPO. Pillow passes others, such as EPS,
+# to external programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 # Reasons of the check for an image whose format needs an optional package. Messages count these images.
 NEEDS_PACKAGE = {
@@ -374,7 +375,9 @@ def _formats(data: bytes) -> tuple[str, ...]:
     image_format = next((name for name, brands in _BRANDS.items() if data[8:12] in brands), None)
     if image_format == "HEIF" and b"avif" in data[12:64]:
         image_format = "AVIF"
-    if image_format and not (features.check("avif") if image_format == "AVIF" else _register_heif()):
+    # Before Pillow 11.3, `features.check` warns about the unknown name.
+    has_avif = image_format == "AVIF" and "avif" in features.modules and features.check("avif")
+    if image_format and not (has_avif if image_format == "AVIF" else _register_heif()):
         raise CorruptImageError(NEEDS_PACKAGE[image_format])
     return (image_format,) if image_format else FORMATS
 

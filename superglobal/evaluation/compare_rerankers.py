@@ -23,7 +23,14 @@ from superglobal.errors import InputError, one_of
 from superglobal.evaluation.inputs import Inputs, StageTimer, load_inputs
 from superglobal.evaluation.pipeline import make_task, rerank_results, score_set, shortlist_size
 from superglobal.metrics.revisited import RetrievalResult, cluster_interval
-from superglobal.reporting.results import console, markdown_text, percent, print_table
+from superglobal.reporting.results import (
+    console,
+    markdown_text,
+    percent,
+    print_table,
+    unreadable_text,
+    write_unreadable,
+)
 from superglobal.reranking.registry import rerank_label
 from superglobal.retrieval.search import search
 from superglobal.utils.io import write_atomically, write_text
@@ -211,8 +218,11 @@ def _report(config: CompareConfig, inputs: Inputs, rows: list[dict[str, Any]], f
         folder: folder to write to.
     """
     about = {key: value for key, value in inputs.about.items() if key != "extracted"}
-    unreadable, notes = (len(inputs.dataset.unreadable), notes_of(inputs.dataset)) if inputs.dataset else (0, [])
+    assert inputs.dataset is not None
+    unreadable, notes = len(inputs.dataset.unreadable), notes_of(inputs.dataset)
+    write_unreadable(folder, inputs.dataset.unreadable)
     about |= {"unreadable": unreadable, "notes": notes}
+    notes = notes + ([unreadable_text(folder, unreadable)] if unreadable else [])
     summary: dict[str, Any] = {"format": _FORMAT, "dataset": config.dataset.name, "role": config.dataset.role}
     summary |= {"rows": rows, "config": asdict(config), "about": about, "versions": versions()}
     write_atomically(folder / "comparison.json", json.dumps(summary, indent=1, default=str).encode())

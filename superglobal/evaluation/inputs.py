@@ -151,9 +151,7 @@ def load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:
         InputError: inputs are missing or unreadable; one message lists all problems.
         NotApplicableError: the row of the ablation table does not apply to the backbone.
     """
-    return leave_out_unreadable(
-        partial(_load_inputs, config, timer), config.paths.stores, config.extraction.shard
-    )
+    return leave_out_unreadable(partial(_load_inputs, config, timer), config.paths.stores, config.extraction.shard)
 
 
 def _load_inputs(config: EvalConfig, timer: StageTimer) -> Inputs | None:

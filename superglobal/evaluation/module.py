@@ -151,9 +151,10 @@ class ExtractionModule(pl.LightningModule):
         """Extract one batch and write its descriptors.
 
         On a GPU, the descriptors of the previous batch are written while the GPU computes this batch. If an image
-        cannot be extracted and the run has one process, the error is raised at once. If the run has several processes,
-        all of them raise the error at the end of the extraction, because a process that stopped early would make
-        the others wait forever. Finished rows are kept in both cases.
+        cannot be extracted and the run has one process, the error is raised at once, but for an image to leave out
+        (`ExtractionList.leaves_out`) at the end of the extraction. If the run has several processes, all of them raise
+        the error at the end, because a process that stopped early would make the others wait forever. Finished rows
+        are kept in all cases.
 
         Returns:
             Number of images that this process has extracted so far.

@@ -17,7 +17,7 @@ from superglobal.config.common import validate_config
 from superglobal.config.evaluation import EvalConfig, RerankConfig, rerank_parameters
 from superglobal.data.evaluation_set import EvaluationSet, RecognitionTruth, RetrievalTruth, notes_of
 from superglobal.data.lazy_sequence import chain_sequences, file_names
-from superglobal.errors import InputError, printable
+from superglobal.errors import InputError
 from superglobal.evaluation.inputs import Inputs, NotApplicableError, StageTimer, load_inputs
 from superglobal.loggers import evaluation_loggers
 from superglobal.loggers.record import EvaluationRecord
@@ -33,7 +33,7 @@ from superglobal.retrieval.ranks import exact_ranks, search_and_rank
 from superglobal.retrieval.rows import Rows
 from superglobal.retrieval.search import faiss_on_gpu, resolve_backend, search
 from superglobal.training.trainer import sweep_name
-from superglobal.utils.io import link_latest, write_atomically, write_text
+from superglobal.utils.io import link_latest, write_atomically
 
 log = logging.getLogger(__name__)
 _PROTOCOLS = {"revisited": REVISITED, "labels": LABELS}
@@ -367,9 +367,8 @@ def write_report(
     summary = result_files.summarize(asdict(config), about, names, results, seconds)
     if task.truth is not None:
         write_atomically(folder / "submission.csv", submission(task.truth, *list(stages.values())[-1]))
-    if dataset is not None and dataset.unreadable:
-        lines = (f"{printable(str(path))}\t{printable(reason)}\n" for path, reason in dataset.unreadable)
-        write_text(folder / result_files.UNREADABLE, "".join(lines))
+    if dataset is not None:
+        result_files.write_unreadable(folder, dataset.unreadable)
     result_files.write_result(folder, summary, results, stages, names)
     if not results and dataset is not None:
         result_files.print_answers(names, stages)

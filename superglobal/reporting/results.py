@@ -74,8 +74,8 @@ def summarize(
     extracted = "network" in about
     definition = next(iter(results.values())).definition if results else RetrievalResult.definition
     header = _header(config)
-    if unreadable := about.get("skipped", 0) + about.get("unreadable", 0):
-        header["dataset"] += f" ({unreadable} unreadable)"
+    for key in ("unreadable", "skipped"):  # images of the data set, and distractors
+        header["dataset"] += f" ({about[key]} {key})" if about.get(key) else ""
     drops_junk = config["rerank"]["enabled"] and config["rerank"]["junk"] == "drop"
     return {
         **header,
@@ -218,6 +218,18 @@ def write_status(folder: Path, config: Any, status: str, reason: str) -> None:
     _write_summary(folder, {**_header(config), "status": status, "reason": reason})
 
 
+def write_unreadable(folder: Path, unreadable: Sequence[tuple[Path, str]]) -> None:
+    """Write the path and the reason of each image that was left out to `unreadable.txt`, if there are any."""
+    if unreadable:
+        lines = (f"{printable(str(path))}\t{printable(reason)}\n" for path, reason in unreadable)
+        write_text(folder / UNREADABLE, "".join(lines))
+
+
+def unreadable_text(folder: Path, count: int) -> str:
+    """Return a note about the images that `write_unreadable` has listed in a folder."""
+    return f"left out {count} images that cannot be read; {folder / UNREADABLE} lists them"
+
+
 def _write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     # Relative paths in the settings are relative to the current folder. Other folders may have to be found again after
     # the results were moved.
@@ -257,8 +269,11 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
     """
     if summary["metrics"]:
         counts = summary["counts"]
-        scored = max(list(summary["metrics"].values())[-1]["queries"].values())
-        queries = f"{counts['queries']} queries" + (f" ({scored} scored)" if scored < counts["queries"] else "")
+        by_protocol = list(summary["metrics"].values())[-1]["queries"]
+        scored = ", ".join(f"{name} {count}" for name, count in by_protocol.items())
+        scored = scored if len(set(by_protocol.values())) > 1 else str(max(by_protocol.values()))
+        fewer = min(by_protocol.values()) < counts["queries"]
+        queries = f"{counts['queries']} queries" + (f" ({scored} scored)" if fewer else "")
         size = f"{queries}, {counts['database']} images"
         print_metrics(f"{summary['dataset']}: {size}, weights {summary['weights']}", summary["metrics"])
     lines = [modules_text(summary)]
@@ -270,8 +285,7 @@ def print_result(summary: Mapping[str, Any], folder: Path) -> None:
         lines.append(f"settings tuned on {', '.join(summary['tuned_on'])}")
     lines += summary["about"].get("notes", [])
     if summary["about"].get("unreadable"):
-        count = summary["about"]["unreadable"]
-        lines.append(f"left out {count} images that cannot be read; {folder / UNREADABLE} lists them")
+        lines.append(unreadable_text(folder, summary["about"]["unreadable"]))
     if summary["about"].get("skipped"):
         lines.append(
             f"{summary['about']['skipped']} distractors are missing or corrupt and were not ranked; skipped.txt in "

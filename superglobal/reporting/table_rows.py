@@ -134,14 +134,14 @@ def dataset_tables(results: Sequence[dict[str, Any]]) -> list[DatasetTable]:
 def _name_and_variant(result: Mapping[str, Any]) -> tuple[str, str]:
     """Split the data set name in a result into the name without distractors and the name of the variant.
 
-    For example, "roxford5k+revisitop1m (3 unreadable)" becomes ("roxford5k", "+revisitop1m (3 unreadable)").
+    For example, "roxford5k+revisitop1m (3 skipped)" becomes ("roxford5k", "+revisitop1m (3 skipped)").
     """
     name, distractors = result["dataset"], result["config"].get("distractors", {}).get("name")
     if not distractors:
         return name, ""
-    match = re.search(r" \(\d+ unreadable\)", name)
-    unreadable = match[0] if match else ""
-    return name.replace(f"+{distractors}", "", 1).replace(unreadable, "", 1), f"+{distractors}{unreadable}"
+    match = re.search(r" \(\d+ skipped\)", name)
+    skipped = match[0] if match else ""
+    return name.replace(f"+{distractors}", "", 1).replace(skipped, "", 1), f"+{distractors}{skipped}"
 
 
 def _table(name: str, results: Sequence[dict[str, Any]]) -> DatasetTable:

@@ -118,8 +118,8 @@ def _training_lists(config: TrainConfig) -> tuple[TrainList, TrainList]:
     if min(landmarks) < 2:
         fix = f"{'raise' if landmarks[1] < 2 else 'lower'} validation.fraction"
         raise InputError(
-            f"validation.fraction={fraction}: {landmarks[0]} landmarks for training, {landmarks[1]} for validation, "
-            f"expected at least 2 each; {'add landmarks' if fraction is None else fix}"
+            f"validation.fraction={'null' if fraction is None else fraction}: {landmarks[0]} landmarks for training, "
+            f"{landmarks[1]} for validation, expected at least 2 each; {'add landmarks' if fraction is None else fix}"
         )
     log.info("training: %d images of %d landmarks", len(training), landmarks[0])
     log.info("validation: %d held-out images of %d landmarks", len(held_out), landmarks[1])

@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from superglobal.data.datamodules import ImageDataset, ImageLoader
+from superglobal.data.datamodules import ImageDataset, ImageLoader, is_permanent
 from superglobal.errors import InputError
-from superglobal.evaluation.module import ExtractionList
+from superglobal.evaluation.module import ExtractionList, UnreadableImagesError
 from superglobal.models.network import DESCRIPTOR_VERSION, RetrievalNetwork, weights_digest
 from superglobal.tuning.search_space import Settings, configure
 from superglobal.utils.io import write_atomically
@@ -118,20 +118,24 @@ class MapStore:
             workers: number of processes that decode images.
 
         Raises:
-            InputError: an image is corrupt, or a file cannot be written. Finished files are kept.
+            InputError: an image is corrupt, or a file cannot be written. Finished files are kept. The error is an
+                `UnreadableImagesError`, at the end, if all corrupt images can be left out.
         """
         write_atomically(self.folder / "maps.json", json.dumps(self.identity, indent=1).encode())
         lines = images.lines()
-        loader = ImageLoader(
-            ImageDataset([images.files()], [(0, row) for row in rows]),
-            batch_size=None,
-            num_workers=workers,
-        )
+        dataset = ImageDataset([images.files()], [(0, row) for row in rows])
+        loader = ImageLoader(dataset, batch_size=None, num_workers=workers)
         self.network.to(device)
         reported = time.monotonic()
+        unreadable: dict[tuple[Path, str], InputError] = {}
         for count, ((_, row), image) in enumerate(loader, 1):
             if isinstance(image, InputError):
-                raise image
+                _, image = dataset[count - 1]  # A worker process returns an error without its cause.
+            if isinstance(image, InputError):
+                if not (images.leaves_out and is_permanent(image)):
+                    raise image
+                unreadable[images.items[row].path, images.checked.signatures[row]] = image
+                continue
             maps = self._compute(image.to(device), grid)
             metadata = {"height": str(image.shape[-2]), "width": str(image.shape[-1])}
             write_atomically(self.path(lines[row]), save(maps, metadata))
@@ -139,6 +143,8 @@ class MapStore:
                 reported = time.monotonic()
                 log.info("Computed feature maps of %d/%d %s images", count, len(rows), images.title)
         self.network.cpu()
+        if unreadable:
+            raise UnreadableImagesError("\n".join(map(str, unreadable.values())), list(unreadable))
 
     def _compute(self, image: Tensor, grid: Sequence[Settings]) -> dict[str, Tensor]:
         """Compute the feature maps of one image for all settings in a grid.

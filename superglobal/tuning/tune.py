@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from superglobal.data.gldv2 import read_train, split_landmarks
 from superglobal.data.image_checks import CHECKED_IMAGES
 from superglobal.data.images import ImageItem
 from superglobal.errors import InputError
-from superglobal.evaluation.inputs import evaluation_set
+from superglobal.evaluation.inputs import evaluation_set, leave_out_unreadable
 from superglobal.evaluation.module import ExtractionList
 from superglobal.evaluation.pipeline import score_set
 from superglobal.metrics.gldv2 import required_depth, score_truth
 from superglobal.models.backbone import has_relup
 from superglobal.models.factory import load_model
 from superglobal.models.network import RetrievalNetwork
-from superglobal.reporting.results import TEST_MARK, percent
+from superglobal.reporting.results import TEST_MARK, percent, unreadable_text, write_unreadable
 from superglobal.reporting.runs import flatten
 from superglobal.reranking.registry import rerank
 from superglobal.retrieval.rows import as_rows
@@ -39,6 +39,7 @@ from superglobal.tuning.search_space import Settings, best, choices, compare, se
 from superglobal.utils.io import CORRUPT_IMAGES, EXPORT, read_json, write_atomically
 
 log = logging.getLogger(__name__)
+_IDENTITY = "tuning.json"  # file with the identity of a tuning run, in its folder
 
 
 def tune(cfg: DictConfig, folder: Path) -> float:
@@ -58,19 +59,10 @@ def tune(cfg: DictConfig, folder: Path) -> float:
         InputError: input is missing or invalid, the set is a test set, or `folder` contains a run with other settings.
     """
     config = validate_config(cfg, TuneConfig)
-    dataset, max_side, tuned_on = _validation_set(config)
-    lists = _extraction_lists(dataset, max_side, Path(config.paths.stores) / CHECKED_IMAGES)
-    network = _load_network(config, None)
+    scorer, counted, searched, tuned_on = leave_out_unreadable(partial(_prepare, config, folder), config.paths.stores)
+    dataset, network = scorer.dataset, scorer.network
     relup = has_relup(network.backbone.net)
     assert dataset.clusters is not None
-    assert dataset.gnd is not None
-    counted = np.array([any(len(gnd.get(key, ())) for key in ("positive", "easy", "hard")) for gnd in dataset.gnd])
-    searched = draw_half(dataset.clusters, counted, config.seed)
-    _write_identity(folder, _identity(config, network, lists))
-    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
-    stores = _compute_maps(config, lists, max_side, relup, device)
-    scorer = Scorer(dataset, lists, stores, network.to(device), config.space.rerank)
 
     @cache
     def score(settings: Settings) -> float:
@@ -84,10 +76,45 @@ def tune(cfg: DictConfig, folder: Path) -> float:
     outcome = compare(trials, ap, searched, dataset.clusters, tuned_on, config.space.rerank, config.seed)
     name = f"{config.name}_tuned"
     write_outcome(folder, name, outcome, trials)
+    write_unreadable(folder, dataset.unreadable)
     for half, scores in (("searched", outcome.search_half), ("other", outcome.check_half)):
         print(f"mAP on the {half} half: best settings {percent(scores[0])}, paper's settings {percent(scores[1])}")
+    if dataset.unreadable:
+        print(unreadable_text(folder, len(dataset.unreadable)))
     print(f"{outcome.verdict}\n{usage(folder, name, outcome, network.weights_label)}", flush=True)
     return outcome.gain
+
+
+def _prepare(config: TuneConfig, folder: Path) -> tuple[Scorer, np.ndarray, np.ndarray, str]:
+    """Check the images, compute the missing feature maps, and write the identity of the run into its folder.
+
+    Args:
+        config: settings of the tuning run.
+        folder: folder of the tuning run.
+
+    Returns:
+        The scorer; masks (Q,) bool of the queries with a positive, and of the half that is searched; and a description
+        of the validation set.
+
+    Raises:
+        InputError: see `tune`. It is an `UnreadableImagesError` if images that cannot be decoded can be left out.
+    """
+    dataset, max_side, tuned_on = _validation_set(config)
+    leaves_out = config.dataset is not None and config.dataset.unreadable == "skip"
+    lists = _extraction_lists(dataset, max_side, Path(config.paths.stores) / CHECKED_IMAGES, leaves_out)
+    network = _load_network(config, None)
+    assert dataset.clusters is not None
+    assert dataset.gnd is not None
+    counted = np.array([any(len(gnd.get(key, ())) for key in ("positive", "easy", "hard")) for gnd in dataset.gnd])
+    searched = draw_half(dataset.clusters, counted, config.seed)
+    identity = _identity(config, network, lists)
+    _require_identity(folder, identity)
+    gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    stores = _compute_maps(config, lists, max_side, has_relup(network.backbone.net), device)
+    # The identity contains the images, and computing the maps may find images to leave out, so it is written last.
+    write_atomically(folder / _IDENTITY, json.dumps(identity, indent=1).encode())
+    return Scorer(dataset, lists, stores, network.to(device), config.space.rerank), counted, searched, tuned_on
 
 
 class Scorer:
@@ -282,13 +309,16 @@ def draw_half(clusters: Sequence[str], counted: np.ndarray, seed: int) -> np.nda
     return np.isin(np.array(clusters), names[half])
 
 
-def _extraction_lists(dataset: EvaluationSet, max_side: int | None, cache: Path) -> list[ExtractionList]:
+def _extraction_lists(
+    dataset: EvaluationSet, max_side: int | None, cache: Path, leaves_out: bool
+) -> list[ExtractionList]:
     """Check all image files, and return the image lists of the database and the queries.
 
     Args:
         dataset: evaluation set.
         max_side: longer side in pixels to which larger images are shrunk; None for no limit.
         cache: file that keeps the results of the check for later runs.
+        leaves_out: whether images that cannot be decoded are removed from the set.
 
     Returns:
         The image list of the database and, if the queries are not database images, the image list of the queries.
@@ -299,7 +329,10 @@ def _extraction_lists(dataset: EvaluationSet, max_side: int | None, cache: Path)
     items = {"database": dataset.database} | ({} if dataset.leave_one_out else {"queries": dataset.queries})
     sets = [(title, images, dataset.how_to_get) for title, images in items.items()]
     checked = require_images(sets, cache=cache)
-    return [ExtractionList(title, dataset.name, images, checked[title], max_side) for title, images in items.items()]
+    return [
+        ExtractionList(title, dataset.name, images, checked[title], max_side, leaves_out=leaves_out)
+        for title, images in items.items()
+    ]
 
 
 def _load_network(config: TuneConfig, alpha: float | None) -> RetrievalNetwork:
@@ -335,13 +368,9 @@ def _identity(config: TuneConfig, network: RetrievalNetwork, lists: list[Extract
     return json.loads(json.dumps(identity, default=str))
 
 
-def _write_identity(folder: Path, identity: dict[str, Any]) -> None:
-    """Write the identity of a tuning run into its folder.
-
-    Raises:
-        InputError: the folder contains a run with another identity; nothing is written.
-    """
-    record = folder / "tuning.json"
+def _require_identity(folder: Path, identity: dict[str, Any]) -> None:
+    """Raise InputError if the folder of a tuning run contains a run with another identity."""
+    record = folder / _IDENTITY
     if record.is_file():
         try:
             before, now = flatten(read_json(record)), flatten(identity)
@@ -353,7 +382,6 @@ def _write_identity(folder: Path, identity: dict[str, Any]) -> None:
                 f"{folder}: contains a tuning run with different settings: {', '.join(differing[:6])}; delete the "
                 "folder, or use a new name= and give the training run by run="
             )
-    write_atomically(record, json.dumps(identity, indent=1).encode())
 
 
 def _compute_maps(

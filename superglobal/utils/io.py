@@ -115,7 +115,10 @@ def link_latest(parent: Path, folder: Path) -> None:
         if link.is_symlink() or not link.exists():
             new.unlink(missing_ok=True)  # left by a process that was killed and had the same id
             new.symlink_to(target, target_is_directory=True)
-            os.replace(new, link)
+            try:
+                os.replace(new, link)
+            finally:
+                new.unlink(missing_ok=True)
 
 
 def walk(folder: Path, follow_links: bool = False) -> Iterator[tuple[Path, list[str], list[str]]]:
