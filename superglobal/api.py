@@ -1,5 +1,6 @@
 """Import all names that make up the public Python API of the package `superglobal`."""
 
+from superglobal.data.evaluation_set import drop_unreadable as drop_unreadable
 from superglobal.data.folder import folder_set as folder_set
 from superglobal.data.images import ImageItem as ImageItem
 from superglobal.data.revisited import load_ground_truth as load_ground_truth

@@ -267,6 +267,19 @@ def test_arguments_that_hydra_cannot_read_raise_errors():
             config("dataset=toy", "backbone=resnet18", f"{setting}={10**400}")
 
 
+def test_a_folder_of_photos_needs_a_set_that_reads_it():
+    with pytest.raises(
+        InputError, match=r"dataset\.database=photos: only for images of your own; add experiment=photos"
+    ):
+        config("dataset.database=photos")
+
+
+def test_settings_with_dashes_are_named():
+    with pytest.raises(InputError, match="--experiment=photos: settings have no dashes; write experiment=photos"):
+        prepare_arguments(ENTRIES[0], ["--experiment=photos"])
+    assert prepare_arguments(ENTRIES[0], ["--config-dir=conf"]) == ["--config-dir=conf"]
+
+
 def test_the_name_of_the_link_to_the_last_evaluation_is_reserved():
     with pytest.raises(InputError, match=r"dataset\.name=latest: reserved"):
         config("dataset=toy", "dataset.name=latest")

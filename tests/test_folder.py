@@ -207,7 +207,7 @@ def test_hidden_and_system_folders_are_left_out_and_counted(tmp_path: Path, capl
     (root / ".DS_Store").touch()
     with caplog.at_level("INFO"):
         assert names(folder_set(root, root / "a/1.jpg").database, root) == kept
-    assert caplog.messages == [f"{root}: left out 6 hidden images and hidden or system folders, e.g. $Recycle.Bin"]
+    assert caplog.messages == [f"{root}: hidden images and system folders that are left out: 6, such as $Recycle.Bin"]
 
 
 def test_labels_that_may_be_misspelled_are_named(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_unreadable_images_are_removed_with_their_queries_and_ground_truth(
     assert dataset.clusters == ["a", "a", "b", "b"]
     assert [entry(dataset.gnd, i) for i in range(4)] == [([1], [0]), ([0], [1]), ([3], [2]), ([2], [3])]
     assert dataset.unreadable == [(root / "a/1.jpg", "empty file (0 bytes)")]
-    assert f"{root}: left out 1 of 5 images, which cannot be read:\n  {root}/a/1.jpg: empty" in caplog.text
+    assert f"{root}: images that cannot be read and are left out: 1\n  {root}/a/1.jpg: empty" in caplog.text
     without_labels = drop_unreadable(folder_set(root, root / "b"))
     assert (len(without_labels.database), len(without_labels.queries), without_labels.gnd) == (4, 2, None)
     # A query of which nothing is left, and a folder most of which is unreadable, are errors.

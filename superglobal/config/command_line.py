@@ -71,6 +71,9 @@ def prepare_arguments(entry: Entry, arguments: Iterable[str]) -> list[str]:
     """
     arguments = list(arguments)
     validate_arguments(arguments)
+    for text in arguments:
+        if re.match(r"--[\w.]+=", text) and not re.match(r"--(cfg|config-\w+|experimental-rerun|info|package)=", text):
+            raise InputError(f"{text}: settings have no dashes; write {text.lstrip('-')}")
     flags, rest = get_args_parser().parse_known_args(arguments)
     overrides = [text for text in (*flags.overrides, *rest) if not text.startswith("-")]
     if flags.config_path or flags.config_name or flags.experimental_rerun:

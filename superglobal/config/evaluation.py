@@ -118,9 +118,13 @@ class DatasetConfig(LoaderSettings):
     unreadable: str = setting("error", choices=("error", "skip"))
 
     def validate(self) -> None:
-        """Raise InputError if dataset=folder is given without an image folder, or the name is reserved."""
+        """Raise InputError if only one of dataset=folder and an image folder is given, or the name is reserved."""
         if self.kind == "folder" and not self.database:
             raise InputError("dataset=folder: the image folder is missing; add dataset.database=FOLDER")
+        if self.database and (self.kind in ("revisited", "descriptors") or self.kind.startswith("gldv2")):
+            raise InputError(
+                f"dataset.database={self.database}: only for images of your own; add experiment=photos"
+            )
         if self.name == "latest":
             raise InputError("dataset.name=latest: reserved for the link to the last evaluation; use another name")
 

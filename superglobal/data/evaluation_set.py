@@ -260,9 +260,8 @@ def drop_unreadable(dataset: EvaluationSet, cache: Path | None = None) -> Evalua
     unreadable = dict(problem for found in problems.values() for problem in found)
     if not unreadable:
         return dataset
-    total = sum(map(len, lists.values()))
     text = "\n".join(f"  {line}" for line in list_problems(list(unreadable.items())))
-    log.warning("%s: left out %d of %d images, which cannot be read:\n%s", dataset.root, len(unreadable), total, text)
+    log.warning("%s: images that cannot be read and are left out: %d\n%s", dataset.root, len(unreadable), text)
     kept = np.array([item.path not in unreadable for item in dataset.database], bool)
     queries = [i for i, item in enumerate(dataset.queries) if item.path not in unreadable]
     row_of = np.cumsum(kept) - 1

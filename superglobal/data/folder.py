@@ -168,7 +168,7 @@ def _list_images(folder: Path, role: str, setting: str) -> list[Path]:
                 (hidden if _is_hidden(name) else images).append(directory / name)
     if hidden:
         example = printable(hidden[0].relative_to(folder).as_posix())
-        log.info("%s: left out %d hidden images and hidden or system folders, e.g. %s", folder, len(hidden), example)
+        log.info("%s: hidden images and system folders that are left out: %d, such as %s", folder, len(hidden), example)
     if others:
         log.warning(
             "%s: ignored %d files without an image extension, e.g. %s", folder, len(others), printable(others[0])
