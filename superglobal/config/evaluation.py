@@ -122,9 +122,7 @@ class DatasetConfig(LoaderSettings):
         if self.kind == "folder" and not self.database:
             raise InputError("dataset=folder: the image folder is missing; add dataset.database=FOLDER")
         if self.database and (self.kind in ("revisited", "descriptors") or self.kind.startswith("gldv2")):
-            raise InputError(
-                f"dataset.database={self.database}: only for images of your own; add experiment=photos"
-            )
+            raise InputError(f"dataset.database={self.database}: only for images of your own; add experiment=photos")
         if self.name == "latest":
             raise InputError("dataset.name=latest: reserved for the link to the last evaluation; use another name")
 
