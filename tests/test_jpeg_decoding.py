@@ -261,7 +261,7 @@ def test_running_out_of_memory_ends_the_run_without_decoding_on_the_cpu(tmp_path
 
 def test_a_corrupt_image_is_reported_as_by_the_cpu_decoder(tmp_path, photos, on_the_cpu, caplog):
     break_scan(photos / "label2/2.jpg")
-    folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true"]
+    folder = ["dataset=folder", f"dataset.database={photos}", "dataset.labels=true", "dataset.unreadable=error"]
     with pytest.raises(InputError) as expected:
         run(tmp_path / "cpu", *folder)
     with pytest.raises(InputError) as raised, caplog.at_level(logging.WARNING):
